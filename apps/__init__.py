@@ -1,0 +1,1 @@
+"""Applications over the engine: batch jobs, evaluation back ends, data wrangling, completion."""

@@ -1,0 +1,25 @@
+"""FlexBatch: very large batches of prompts through language models that do not fit the GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flexbatch.engine import LLM
+    from flexbatch.request import Completion, SamplingParams
+
+__all__ = ["LLM", "Completion", "SamplingParams"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Import on first use: ``flexbatch.run --help`` must not import torch."""
+    if name == "LLM":
+        from flexbatch.engine import LLM
+
+        return LLM
+    if name in ("Completion", "SamplingParams"):
+        from flexbatch import request
+
+        return getattr(request, name)
+    raise AttributeError(f"module 'flexbatch' has no attribute {name!r}")

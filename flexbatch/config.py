@@ -1,0 +1,85 @@
+"""Engine settings. The command line, the environment and the YAML file are derived from the fields of EngineConfig."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+class ConfigurationError(ValueError):
+    """The user's settings are wrong: exit code 2."""
+
+
+class DoesNotFitError(RuntimeError):
+    """The plan needs more memory than the budgets give: exit code 4. The message holds a table of what needs how much."""
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or a plain number. Raises ConfigurationError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise ConfigurationError(f"not a size in bytes: {text!r}; write e.g. 16GiB, 500MB or 1073741824")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def option(default, text: str, **extra):
+    """A field with the help text that the command line shows."""
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Every keyword of `LLM`; each is also a flag of the commands (``gpu_batch_size`` -> ``--gpu-batch-size``)."""
+
+    model: str = option("demo", '"demo" (bundled), a local folder, a Hub id, or with --dummy-weights the name of a public shape')
+    percent: tuple[float, ...] | None = option(
+        None, "weights on GPU, on CPU; cache on GPU, on CPU; activations on GPU, on CPU, in per cent; the rest on disk (default: chosen)", nargs=6, metavar=("WG", "WC", "CG", "CC", "AG", "AC")
+    )
+    gpu_batch_size: int | None = option(None, "sequences in one micro-batch (default: chosen)")
+    num_gpu_batches: int | None = option(None, "micro-batches in one block (default: chosen)")
+    cpu_attention: float | None = option(None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)")
+    prefill_chunk: int | None = option(None, "prompt tokens that one sequence brings to one pass at most (default: chosen)")
+    gpu_memory: str | int | None = option(None, 'GPU memory budget, e.g. "16GiB" (default: what is free)')
+    cpu_memory: str | int | None = option(None, 'host memory budget, e.g. "64GiB" (default: what is free)')
+    offload_dir: str | None = option(None, "folder of the disk tier (default: a folder in the user's cache directory)")
+    weight_bits: int = option(16, "bits of the weights on their tiers", choices=(16, 8, 4))
+    cache_bits: int = option(16, "bits of the KV cache", choices=(16, 8, 4))
+    overlap: bool = option(True, "overlap transfers with compute; false waits for everything after every tick")
+    device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
+    dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
+    draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")
+    tree: str | None = option(None, "token tree: chain:N, widths <1,1,3,1,1>, best-first:N, auto (default: chosen)")
+    dummy_weights: bool = option(False, "random weights of a public shape, without any download")
+    seed: int = option(0, "seed of the engine: random streams of requests without a seed, dummy weights")
+
+    def __post_init__(self) -> None:
+        def refuse(problem: str) -> None:
+            raise ConfigurationError(problem)
+
+        if self.percent is not None:
+            if len(self.percent) != 6:
+                refuse(f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}")
+            for kind, gpu, cpu in zip(("weights", "cache", "activations"), self.percent[0::2], self.percent[1::2], strict=True):
+                if gpu < 0 or cpu < 0 or gpu + cpu > 100:
+                    refuse(f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100, the rest goes to disk; they sum to {gpu + cpu:g}")
+        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                refuse(f"{name}={value} must be at least 1")
+        if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
+            refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        for name in ("weight_bits", "cache_bits"):
+            if getattr(self, name) not in (16, 8, 4):
+                refuse(f"{name}={getattr(self, name)} must be 16, 8 or 4")
+        for name in ("gpu_memory", "cpu_memory"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name))
+
+    @property
+    def offload_path(self) -> Path | None:
+        return Path(self.offload_dir).expanduser() if self.offload_dir else None

@@ -1,0 +1,1 @@
+"""How a pass runs: the schedule, the batcher, the executor and sampling."""

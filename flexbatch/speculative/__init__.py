@@ -1,0 +1,1 @@
+"""Token trees: how they are drafted and how they are verified."""

@@ -1,0 +1,159 @@
+"""Plain-torch oracle for every operation; also the path that runs where no faster one does.
+
+The KV cache is an array of *token rows*: slot ``page * page_tokens + offset`` holds one token's keys and values of one layer.
+Unquantised rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1: values).
+Quantised rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value parameters; the codes of one head
+take ``code_bytes`` and its parameters are ``num_groups`` pairs (scale, minimum) in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def num_groups(size: int, group: int) -> int:
+    """Groups along a dimension of ``size``; the last may be short."""
+    return -(-size // group)
+
+
+def code_bytes(size: int, bits: int) -> int:
+    """Bytes that ``size`` codes of 4 or 8 bits take (two 4-bit codes a byte, the first in the low half)."""
+    return -(-size * bits // 8)
+
+
+def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element_bytes: int) -> int:
+    """Bytes of one token row. 16 bits stands for the compute dtype, whatever its width."""
+    if bits == 16:
+        return 2 * num_kv_heads * head_dim * element_bytes
+    return 2 * num_kv_heads * (code_bytes(head_dim, bits) + num_groups(head_dim, group) * 2 * element_bytes)
+
+
+def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Group-wise asymmetric quantisation along the last dimension.
+
+    x: [..., size] floating. Returns codes [..., code_bytes] uint8 and parameters [..., num_groups, 2] in x's dtype (scale, minimum).
+    Codes are chosen against the *rounded* parameters, so that a constant group comes back exactly and their rounding costs no accuracy
+    but at the ends of the range.
+    """
+    size = x.shape[-1]
+    groups = num_groups(size, group)
+    padding = groups * group - size
+    levels = (1 << bits) - 1
+    # Padding repeats the last element: it lies inside the last group's range and does not widen it.
+    padded = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], padding)], dim=-1) if padding else x
+    grouped = padded.reshape(*x.shape[:-1], groups, group).float()
+    minimum = grouped.amin(dim=-1).to(x.dtype)
+    scale = ((grouped.amax(dim=-1) - minimum.float()) / levels).clamp_(min=0).to(x.dtype)
+    step = scale.float().unsqueeze(-1)
+    codes = torch.where(step > 0, (grouped - minimum.float().unsqueeze(-1)) / step.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+    codes = codes.round_().clamp_(0, levels).to(torch.uint8).reshape(*x.shape[:-1], groups * group)[..., :size]
+    if bits == 4:
+        if size % 2:
+            codes = torch.cat([codes, torch.zeros_like(codes[..., :1])], dim=-1)
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes.contiguous(), torch.stack([scale, minimum], dim=-1)
+
+
+def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int) -> Tensor:
+    """Inverse of `quantize`: [..., size] in the dtype of ``parameters`` [..., num_groups, 2]."""
+    if bits == 4:
+        codes = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2)
+    codes = codes[..., :size].float()
+    scale = parameters[..., 0].float().repeat_interleave(group, dim=-1)[..., :size]
+    minimum = parameters[..., 1].float().repeat_interleave(group, dim=-1)[..., :size]
+    return (codes * scale + minimum).to(parameters.dtype)
+
+
+def pack_rows(key: Tensor, value: Tensor, bits: int, group: int) -> Tensor:
+    """Token rows of ``key`` and ``value`` [num_tokens, num_kv_heads, head_dim]: the layout of the module's docstring."""
+    if bits == 16:
+        return torch.stack([key, value], dim=1)
+    parts = [quantize(x, bits, group) for x in (key, value)]
+    return torch.cat([codes.flatten(1) for codes, _ in parts] + [parameters.flatten(1).view(torch.uint8) for _, parameters in parts], dim=1)
+
+
+def unpack_rows(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [num_tokens, num_kv_heads, head_dim] of token rows (any selection of them)."""
+    if bits == 16:
+        return rows[:, 0], rows[:, 1]
+    codes_end = num_kv_heads * code_bytes(head_dim, bits)
+    parameter_bytes = (rows.shape[1] - 2 * codes_end) // 2
+    sides = []
+    for side in range(2):
+        codes = rows[:, side * codes_end : (side + 1) * codes_end].reshape(rows.shape[0], num_kv_heads, -1)
+        start = 2 * codes_end + side * parameter_bytes
+        parameters = rows[:, start : start + parameter_bytes].contiguous().view(dtype).view(rows.shape[0], num_kv_heads, -1, 2)
+        sides.append(dequantize(codes, parameters, head_dim, bits, group))
+    return sides[0], sides[1]
+
+
+def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
+    """Write keys and values [num_tokens, num_kv_heads, head_dim] at ``slots`` [num_tokens] int64 of ``rows`` (in place)."""
+    rows.index_copy_(0, slots, pack_rows(key, value, bits, group))
+
+
+def paged_attention(
+    query: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    num_kv_heads: int,
+    page_tokens: int,
+    scale: float,
+    bits: int = 16,
+    group: int = 64,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    tree_masks: Tensor | None = None,
+    positions: Tensor | None = None,
+    max_query_len: int = 0,
+    max_context_len: int = 0,
+) -> Tensor:
+    """Attention of ragged query tokens over a paged cache that already holds their own keys and values.
+
+    query: [num_tokens, num_heads, head_dim], the query tokens of all sequences one after another. rows: token rows of one layer.
+    page_table: [num_sequences, max_pages] int32. query_starts: [num_sequences + 1] int32. context_lens: [num_sequences] int32, keys of each
+    sequence including its own query tokens, which fill the last slots. alibi_slopes: [num_heads] float32. window: keys at a distance of
+    ``window`` or more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
+    word w set when the token sees query token 32 * w + b of its own sequence (itself included); without it the query tokens are causal.
+    positions: [num_tokens] int32, needed only with ``tree_masks`` (depths, for ALiBi and window). max_query_len and max_context_len are
+    launch hints that this path does not need. Returns [num_tokens, num_heads, head_dim].
+    """
+    num_heads, head_dim = query.shape[1:]
+    out = torch.empty_like(query)
+    starts, lens = query_starts.tolist(), context_lens.tolist()
+    for s, context in enumerate(lens):
+        begin, end = starts[s], starts[s + 1]
+        queries = end - begin
+        if queries == 0:
+            continue
+        slots = (page_table[s].long().unsqueeze(1) * page_tokens + torch.arange(page_tokens, device=query.device)).flatten()[:context]
+        key, value = unpack_rows(rows[slots], num_kv_heads, head_dim, bits, group, query.dtype)
+        q = query[begin:end].float().view(queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        scores = torch.einsum("qhgd,khd->hgqk", q, key.float()) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        prefix = context - queries
+        key_position = torch.arange(context, device=query.device)
+        if tree_masks is None:
+            query_position = key_position[prefix:]
+            visible = key_position[None, :] <= query_position[:, None]
+        else:
+            assert positions is not None, "a tree needs the depth of every query token"
+            query_position = positions[begin:end].long()
+            key_position = torch.cat([key_position[:prefix], query_position])
+            bit = torch.arange(queries, device=query.device)
+            ancestors = (tree_masks[begin:end].long()[:, bit // 32] >> (bit % 32)) & 1
+            visible = torch.cat([torch.ones(queries, prefix, dtype=torch.bool, device=query.device), ancestors.bool()], dim=1)
+        distance = query_position[:, None] - key_position[None, :]
+        if window:
+            visible = visible & (distance < window)
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes.view(num_kv_heads, -1, 1, 1) * distance
+        probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+        out[begin:end] = torch.einsum("hgqk,khd->qhgd", probabilities, value.float()).reshape(queries, num_heads, head_dim).to(query.dtype)
+    return out
