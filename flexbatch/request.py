@@ -96,5 +96,8 @@ class Completion:
     """The stop string or stop token id that ended it; None for EOS and length."""
     logprobs: list[dict[int, TokenLogprob]] | None = None
     prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None
+    error: str = ""
+    """Why it failed, with ``finish_reason`` "error"; empty when fine."""
     index: int = 0
-    sample: int = 0
+    samples: list[Completion] = field(default_factory=list)
+    """With n > 1: all n completions of the prompt, this one first."""
