@@ -97,12 +97,6 @@ static void finish(const attention_t *a, const span_t *s, const item_t *item, in
 
 /* ---- few rows: all heads in one sweep ---- */
 
-static float horizontal_sum(vec v) {
-    float x = 0;
-    for (int i = 0; i < LANES; i++) x += v[i];
-    return x;
-}
-
 static void prefetch_side(const attention_t *a, const char *row, int64_t head, int side) {
     const cache_t *c = &a->cache;
     const int64_t bytes = c->bits == 16 ? c->head_dim * element_bytes(c->dtype) : codes_of_head(c);
@@ -110,27 +104,42 @@ static void prefetch_side(const attention_t *a, const char *row, int64_t head, i
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-/* scores[row][4 keys] of one head; four keys share each load of the query. */
-static void dot_four(const float *query, int32_t rows, int64_t width, const float *const key[4], float *scores) {
-    for (int32_t r = 0; r < rows; r++, query += width, scores += KEYS) {
-        vec sum[4] = {{0}};
-        for (int64_t d = 0; d < width; d += LANES) {
-            vec q = load(query + d);
-            for (int t = 0; t < 4; t++) sum[t] += q * load(key[t] + d);
+/* scores[row][4 keys] of one head, `rows` (1 or 2) at a time so that a load of a key serves both. */
+static inline __attribute__((always_inline)) void dot_rows(const float *query, int rows, int64_t width, const float *const key[4], float *scores) {
+    vec sum[2][4] = {{{0}}};
+    for (int64_t d = 0; d < width; d += LANES) {
+        const vec q0 = load(query + d), q1 = rows > 1 ? load(query + width + d) : q0;
+        for (int t = 0; t < 4; t++) {
+            const vec k = load(key[t] + d);
+            sum[0][t] += q0 * k;
+            if (rows > 1) sum[1][t] += q1 * k;
         }
-        for (int t = 0; t < 4; t++) scores[t] = horizontal_sum(sum[t]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < 4; t++) scores[r * KEYS + t] = horizontal_sum(sum[r][t]);
+}
+
+static inline __attribute__((always_inline)) void add_rows(float *acc, int rows, int64_t width, const float *const value[4], const float *weights) {
+    for (int64_t d = 0; d < width; d += LANES) {
+        vec sum0 = load(acc + d), sum1 = rows > 1 ? load(acc + width + d) : sum0;
+        for (int t = 0; t < 4; t++) {
+            const vec v = load(value[t] + d);
+            sum0 += weights[t] * v;
+            if (rows > 1) sum1 += weights[KEYS + t] * v;
+        }
+        store(acc + d, sum0);
+        if (rows > 1) store(acc + width + d, sum1);
     }
 }
 
+static void dot_four(const float *query, int32_t rows, int64_t width, const float *const key[4], float *scores) {
+    for (; rows > 1; rows -= 2, query += 2 * width, scores += 2 * KEYS) dot_rows(query, 2, width, key, scores);
+    if (rows) dot_rows(query, 1, width, key, scores);
+}
+
 static void add_four(float *acc, int32_t rows, int64_t width, const float *const value[4], const float *weights) {
-    for (int32_t r = 0; r < rows; r++, acc += width, weights += KEYS) {
-        vec w[4] = {splat(weights[0]), splat(weights[1]), splat(weights[2]), splat(weights[3])};
-        for (int64_t d = 0; d < width; d += LANES) {
-            vec sum = load(acc + d);
-            for (int t = 0; t < 4; t++) sum += w[t] * load(value[t] + d);
-            store(acc + d, sum);
-        }
-    }
+    for (; rows > 1; rows -= 2, acc += 2 * width, weights += 2 * KEYS) add_rows(acc, 2, width, value, weights);
+    if (rows) add_rows(acc, 1, width, value, weights);
 }
 
 /* Online softmax of one row over KEYS scores (in place: weights); rescales the row's accumulator when the maximum grows. */
@@ -224,25 +233,28 @@ static void few_rows(const attention_t *a, const item_t *item, float *scratch, f
 
 /* ---- many rows: a tile of rows across the lanes ---- */
 
-/* out[j][lane] (+)= sum over i of left[j * left_j + i * left_i] * right[i][lane], four j by two vectors at a time. */
+/* out[j][lane] (+)= sum over i of left[j * left_j + i * left_i] * right[i][lane]: four j by `vectors` (1 or 2) vectors of lanes. */
+static inline __attribute__((always_inline)) void small_product(const float *left, int64_t left_j, int64_t left_i, int64_t count_i, const float *right,
+                                                                float *out, int vectors, int accumulate) {
+    vec sum[4][2];
+    for (int k = 0; k < 4; k++)
+        for (int v = 0; v < vectors; v++) sum[k][v] = accumulate ? load(out + k * TILE + v * LANES) : (vec){0};
+    for (int64_t i = 0; i < count_i; i++, left += left_i, right += TILE)
+        for (int v = 0; v < vectors; v++) {
+            const vec r = load(right + v * LANES);
+            for (int k = 0; k < 4; k++) sum[k][v] += left[k * left_j] * r;
+        }
+    for (int k = 0; k < 4; k++)
+        for (int v = 0; v < vectors; v++) store(out + k * TILE + v * LANES, sum[k][v]);
+}
+
 static void tile_product(const float *left, int64_t left_j, int64_t left_i, int64_t count_j, int64_t count_i, const float *right, float *out,
                          int64_t lanes, int accumulate) {
-    for (int64_t lane = 0; lane < lanes; lane += 2 * LANES)
-        for (int64_t j = 0; j < count_j; j += 4) {
-            vec sum[4][2];
-            for (int k = 0; k < 4; k++)
-                for (int v = 0; v < 2; v++) sum[k][v] = accumulate ? load(out + (j + k) * TILE + lane + v * LANES) : (vec){0};
-            const float *l = left + j * left_j, *r = right + lane;
-            for (int64_t i = 0; i < count_i; i++, l += left_i, r += TILE) {
-                const vec r0 = load(r), r1 = load(r + LANES);
-                for (int k = 0; k < 4; k++) {
-                    sum[k][0] += l[k * left_j] * r0;
-                    sum[k][1] += l[k * left_j] * r1;
-                }
-            }
-            for (int k = 0; k < 4; k++)
-                for (int v = 0; v < 2; v++) store(out + (j + k) * TILE + lane + v * LANES, sum[k][v]);
-        }
+    int64_t lane = 0;
+    for (; lane + 2 * LANES <= lanes; lane += 2 * LANES)
+        for (int64_t j = 0; j < count_j; j += 4) small_product(left + j * left_j, left_j, left_i, count_i, right + lane, out + j * TILE + lane, 2, accumulate);
+    for (; lane < lanes; lane += LANES)
+        for (int64_t j = 0; j < count_j; j += 4) small_product(left + j * left_j, left_j, left_i, count_i, right + lane, out + j * TILE + lane, 1, accumulate);
 }
 
 /* Online softmax of KEYS keys for all lanes; returns through `scores` the weights, and rescales `acc` [width][TILE]. */
@@ -298,7 +310,7 @@ static void load_tile(const attention_t *a, const span_t *s, const item_t *item,
 
 static void many_rows(const attention_t *a, const item_t *item, float *scratch, float *partials) {
     const span_t s = span_of(a, item->sequence);
-    const int64_t rows = item->row_end - item->row_begin, lanes = round_up(rows, 2 * LANES), width = round_up(s.width, 4);
+    const int64_t rows = item->row_end - item->row_begin, lanes = round_up(rows, LANES), width = round_up(s.width, 4);
     float *query = scratch, *acc = query + width * TILE, *scores = acc + width * TILE, *maxima = scores + KEYS * TILE, *sums = maxima + TILE;
     float *places = sums + TILE, *slopes = places + TILE, *keys = slopes + TILE, *values = keys + KEYS * width;
     memset(scratch, 0, (values + KEYS * width - scratch) * sizeof(float));
@@ -309,6 +321,7 @@ static void many_rows(const attention_t *a, const item_t *item, float *scratch, 
         for (int32_t t = 0; t < KEYS; t++) {
             const char *row = row_of(a, item->sequence, key + t < end ? key + t : end - 1);
             for (int side = 0; side < 2; side++) {
+                if (key + t + KEYS < item->key_end) prefetch_side(a, row_of(a, item->sequence, key + t + KEYS), item->head_begin, side);
                 float *to = (side ? values : keys) + t * width;
                 const float *from = expand(&a->cache, row, item->head_begin, side, to);
                 if (from != to) memcpy(to, from, a->cache.head_dim * sizeof(float));

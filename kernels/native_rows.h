@@ -48,10 +48,26 @@ static inline vec from_float16(hvec h) {
 }
 
 static inline float scalar(const char *p, int64_t dtype) {
-    if (dtype == FLOAT32) { float x; memcpy(&x, p, 4); return x; }
-    uint16_t one; memcpy(&one, p, 2);
-    hvec h = {0}; h[0] = one;
-    return (dtype == BFLOAT16 ? from_bfloat16(h) : from_float16(h))[0];
+    uint32_t bits;
+    uint16_t half;
+    float x;
+    if (dtype == FLOAT32) memcpy(&bits, p, 4);
+    else {
+        memcpy(&half, p, 2);
+        bits = (uint32_t)half << 16;
+        if (dtype == FLOAT16) return from_float16((hvec){0} + half)[0];
+    }
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+typedef float four __attribute__((vector_size(16)));
+static inline float horizontal_sum(vec v) {
+    four parts[LANES / 4], sum;
+    memcpy(parts, &v, sizeof v);
+    sum = parts[0];
+    for (int i = 1; i < LANES / 4; i++) sum += parts[i];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 static inline void expand_16(const char *source, float *out, int64_t n, int64_t dtype) {
@@ -64,27 +80,39 @@ static inline void expand_16(const char *source, float *out, int64_t n, int64_t 
     for (; i < n; i++) out[i] = scalar(source + 2 * i, dtype);
 }
 
+static inline void expand_8(const uint8_t *codes, float *out, int64_t n, float scale, float minimum) {
+    int64_t i = 0;
+    bvec b;
+    for (; i + LANES <= n; i += LANES) {
+        memcpy(&b, codes + i, sizeof b);
+        store(out + i, __builtin_convertvector(__builtin_convertvector(b, ivec), vec) * scale + minimum);
+    }
+    for (; i < n; i++) out[i] = codes[i] * scale + minimum;
+}
+
+/* Codes of elements [begin, end) of a head. Sixteen at a time: a byte widened to 16 bits, its high half moved up, is two bytes of one code. */
+static inline void expand_4(const uint8_t *codes, float *out, int64_t begin, int64_t end, float scale, float minimum) {
+    int64_t i = begin;
+    if (i < end && i & 1) out[i] = (codes[i / 2] >> 4) * scale + minimum, i++;
+    for (; i + 16 <= end; i += 16) {
+        uint8_t pairs __attribute__((vector_size(8)));
+        memcpy(&pairs, codes + i / 2, 8);
+        uint16_t wide __attribute__((vector_size(16))) = __builtin_convertvector(pairs, __typeof__(wide));
+        wide = (wide | wide << 4) & 0x0f0f;
+        uint8_t single[16];
+        memcpy(single, &wide, 16);
+        expand_8(single, out + i, 16, scale, minimum);
+    }
+    for (; i < end; i++) out[i] = (codes[i / 2] >> (i & 1) * 4 & 15) * scale + minimum;
+}
+
 static inline void expand_codes(const uint8_t *codes, const char *parameters, float *out, const cache_t *c) {
     const int64_t width = element_bytes(c->dtype);
     for (int64_t begin = 0, g = 0; begin < c->head_dim; begin += c->group, g++) {
         const int64_t end = begin + c->group < c->head_dim ? begin + c->group : c->head_dim;
         const float scale = scalar(parameters + 2 * g * width, c->dtype), minimum = scalar(parameters + (2 * g + 1) * width, c->dtype);
-        int64_t i = begin;
-        if (c->bits == 8) {
-            bvec b;
-            for (; i + LANES <= end; i += LANES) {
-                memcpy(&b, codes + i, sizeof b);
-                store(out + i, __builtin_convertvector(b, vec) * scale + minimum);
-            }
-            for (; i < end; i++) out[i] = codes[i] * scale + minimum;
-        } else {
-            for (; i < end && (i & 1); i++) out[i] = (codes[i / 2] >> 4) * scale + minimum;
-            for (; i + 1 < end; i += 2) {
-                out[i] = (codes[i / 2] & 15) * scale + minimum;
-                out[i + 1] = (codes[i / 2] >> 4) * scale + minimum;
-            }
-            if (i < end) out[i] = (codes[i / 2] & 15) * scale + minimum;
-        }
+        if (c->bits == 8) expand_8(codes + begin, out + begin, end - begin, scale, minimum);
+        else expand_4(codes, out, begin, end, scale, minimum);
     }
 }
 
