@@ -11,21 +11,14 @@ import torch
 from torch import Tensor
 
 from flexbatch.models.arch import Arch
+from flexbatch.models.dummy import dummy
 from flexbatch.models.errors import CheckpointError
-from flexbatch.models.families import BUFFERS, FAMILIES, Row, WeightSpec, source_names, weight_specs
+from flexbatch.models.families import BUFFERS, FAMILIES, Row, source_names
+from flexbatch.models.resolve import fingerprint, load_tokenizer, resolve
 from flexbatch.models.source import StoredTensor, list_tensors, read_json, read_tensors
+from flexbatch.models.specs import Piece, WeightSpec, weight_specs
 
-__all__ = ["CheckpointError", "Piece", "read_config", "stream"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows of one canonical tensor. rows: destination rows, None for all of them. tensor: in the dtype of the file."""
-
-    layer: int
-    role: str
-    rows: slice | None
-    tensor: Tensor
+__all__ = ["CheckpointError", "Piece", "dummy", "fingerprint", "load", "load_tokenizer", "read_config", "resolve", "stream"]
 
 
 @dataclass(frozen=True)

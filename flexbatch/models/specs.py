@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from flexbatch.models.arch import Arch
 
 
@@ -25,6 +27,16 @@ class WeightSpec:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one canonical tensor. rows: destination rows, None for all of them. tensor: in the dtype of the file."""
+
+    layer: int
+    role: str
+    rows: slice | None
+    tensor: Tensor
 
 
 def weight_specs(arch: Arch) -> list[WeightSpec]:
