@@ -111,8 +111,10 @@ def test_a_path_counts_as_if_it_had_been_committed() -> None:
     root, committed = state(4, (11,), **params), state(4, (11, 30, 11), **params)
     torch.testing.assert_close(process_logits(logits[:1], [root], [(30, 11)]), process_logits(logits[:1], [committed]), rtol=0, atol=0)
     assert sample(logits[:1], [root], [(30, 11)]).token_ids.tolist() == sample(logits[:1], [committed]).token_ids.tolist()
-    root.check()
     assert root.output_token_ids == [11]
+    root.append(40)
+    root.check()
+    torch.testing.assert_close(process_logits(logits[:1], [root]), process_logits(logits[:1], [state(4, (11, 40), **params)]), rtol=0, atol=0)
 
 
 def test_a_bias_outside_the_vocabulary_is_an_error() -> None:
