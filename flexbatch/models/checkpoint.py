@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _separated(tensor: Tensor, layout: str, arch: Arch) -> Iterator[tuple[slice,
         # Four quarters of the heads, from four TPU cores, each with queries, values and keys in this order.
         quarters = tensor.unflatten(0, (4, 3, arch.num_heads // 4 * arch.head_dim))
         blocks = [quarters[:, 0], quarters[:, 2], quarters[:, 1]]
-    return ((slice(start, end), block) for start, end, block in zip(starts, starts[1:], blocks, strict=True))
+    return ((slice(start, end), block) for (start, end), block in zip(pairwise(starts), blocks, strict=True))
 
 
 def _local_name(name: str, prefixes: tuple[str, ...], names: dict[str, Any]) -> str | None:
