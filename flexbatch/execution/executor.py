@@ -13,6 +13,7 @@ from flexbatch.execution.schedule import Tick, zigzag
 from flexbatch.execution.work import LogitsBlock, PassWork
 from flexbatch.kernels import ops
 from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.transfer import READY, Handle, Lanes
 from flexbatch.memory.weights import WeightStore
@@ -41,15 +42,15 @@ class Executor:
     ``overlap=False`` waits for everything after every tick: the same ticks, the same tokens.
     """
 
-    def __init__(self, arch: Arch, weights: WeightStore, cache: KVCache, activations: ActivationStore, lanes: Lanes, dtype: torch.dtype, overlap: bool) -> None:
+    def __init__(self, arch: Arch, weights: WeightStore, cache: KVCache, activations: ActivationStore, lanes: Lanes, host_buffers: HostBuffers, dtype: torch.dtype, overlap: bool) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
         self.lanes, self.dtype, self.overlap = lanes, dtype, overlap
-        self.device, self.tracer = lanes.device, lanes.tracer
+        self.device = lanes.device
         self.builder = InputBuilder(cache.layout.page_tokens, self.device)
         self.rope = layers.rope_tables(arch, self.device, dtype)
         slopes = arch.alibi_slopes()
         self.slopes = {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in {self.device, torch.device("cpu")}} if slopes else {}
-        self.host_buffers = HostBuffers(arch, dtype, cache, pinned=self.device.type == "cuda")
+        self.host_buffers = host_buffers
 
     def run(self, work: PassWork) -> Iterator[LogitsBlock]:
         """One sweep through all layers. Yields logits by blocks of rows; the pass is complete when the iterator is exhausted."""
@@ -62,7 +63,7 @@ class Executor:
         self.fetch_cache(inputs, (0, 0), gathers)
         deferred: Begun | None = None
         for tick in zigzag(num_layers, count):
-            with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
+            with self.lanes.trace.span("host", f"tick {tick.layer}.{tick.micro_batch}"):
                 if deferred and (deferred.tick.micro_batch == tick.micro_batch or tick.layer == num_layers - 1):
                     deferred = self.finish(deferred, count)
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
@@ -71,7 +72,8 @@ class Executor:
                 if tick.layer == num_layers - 1:
                     yield from self.head(inputs[tick.micro_batch], tick, count)
                 else:
-                    begun = self.begin(tick, inputs[tick.micro_batch], gathers.pop((tick.layer, tick.micro_batch), READY))
+                    gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
+                    begun = self.begin(tick, inputs[tick.micro_batch], gathered, self.staging_buffer(tick.layer, tick.micro_batch, count))
                     if deferred:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
@@ -115,11 +117,11 @@ class Executor:
 
     # The two halves of a tick
 
-    def begin(self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle) -> Begun:
+    def begin(self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int) -> Begun:
         """Up to and including attention; the CPU's share is only started."""
         weights = self.weights.weights(tick.layer, "pre")
         hidden = self.embed(inputs) if tick.layer == 0 else self.activations.get(tick.micro_batch)
-        with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
+        with self.lanes.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
             query, key, value = layers.pre_attention(self.arch, tick.layer, weights, hidden, inputs.positions, self.rope)
             begun = Begun(tick, inputs, hidden, torch.empty_like(query))
             if inputs.cpu is not None:
@@ -130,7 +132,7 @@ class Executor:
                 ops.append_rows(rows, inputs.gpu.slots, key[part], value[part], self.cache.layout.bits, self.cache.layout.group)
                 self.attend(begun.attention[part], tick.layer, query[part], rows, inputs.gpu, inputs.positions[part])
             if inputs.staged is not None:
-                self.attend_staged(begun, inputs.staged, gathered, query, key, value)
+                self.attend_staged(begun, inputs.staged, gathered, buffer, query, key, value)
         return begun
 
     def attend(self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, positions: Tensor) -> None:
@@ -158,10 +160,9 @@ class Executor:
             )
         )
 
-    def attend_staged(self, begun: Begun, staged: StagedGroup, gathered: Handle, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def attend_staged(self, begun: Begun, staged: StagedGroup, gathered: Handle, buffer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Attention over staging; the new token rows go home beside it."""
         layer, group, layout = begun.tick.layer, staged.attention, self.cache.layout
-        buffer = self.staging_buffer(layer, begun.tick.micro_batch, self.num_micro_batches(begun))
         gathered.wait()
         part = slice(group.start, group.end)
         rows = self.cache.staging_rows(buffer)
@@ -178,7 +179,7 @@ class Executor:
     def start_cpu_attention(self, begun: Begun, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache lies."""
         layer, part, layout = begun.tick.layer, slice(group.start, group.end), self.cache.layout
-        host_query, host_key, host_value, output = self.host_buffers.take(begun.tick, query[part], key[part], value[part])
+        host_query, host_key, host_value, output = self.host_buffers.take(query[part], key[part], value[part])
         arrived = self.lanes.mark()
         rows, positions = self.cache.rows("cpu", layer), begun.inputs.host_positions[part]
         drained = self.cache.drained[layer]
@@ -199,9 +200,9 @@ class Executor:
             assert begun.inputs.cpu is not None
             begun.cpu_done.wait()
             begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end].copy_(begun.cpu_output, non_blocking=True)
-            self.host_buffers.give_back(tick, self.lanes.mark())
+            self.host_buffers.give_back(begun.cpu_output, self.lanes.mark())
         weights = self.weights.weights(tick.layer, "post")
-        with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
+        with self.lanes.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             hidden = layers.post_attention(self.arch, tick.layer, weights, begun.hidden, begun.attention)
         if tick.layer == self.arch.num_layers - 1:
             # Only the rows that the head reads go on.
@@ -224,7 +225,7 @@ class Executor:
         hidden = self.activations.get(tick.micro_batch)
         step = max(1, LOGITS_BLOCK_BYTES // (4 * self.arch.vocab_size))
         for start in range(0, len(hidden), step):
-            with self.tracer.compute_span(f"head {tick.micro_batch}"):
+            with self.lanes.compute_span(f"head {tick.micro_batch}"):
                 logits = layers.head(self.arch, weights, hidden[start : start + step])
             yield LogitsBlock(inputs.logit_rows[start : start + step], logits)
         if tick.micro_batch == count - 1:

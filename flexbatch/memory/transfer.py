@@ -6,13 +6,15 @@ and a handle is a future. Both kinds are waited on in the same way, so the execu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
-from flexbatch.trace import Tracer
+from flexbatch.trace import NoTrace
 
 
 class Handle(Protocol):
@@ -89,26 +91,26 @@ def together(*handles: Handle) -> Handle:
 
 
 class ThreadLane:
-    """Worker threads for one resource; with one thread jobs run in the order in which they were submitted."""
+    """A worker thread for one resource: jobs run in the order in which they were submitted. ``num_bytes`` counts what they moved."""
 
-    def __init__(self, resource: str, tracer: Tracer, num_threads: int = 1, stream: torch.cuda.Stream | None = None) -> None:
-        self.resource, self.tracer, self.stream = resource, tracer, stream
-        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix=f"flexbatch-{resource}")
+    def __init__(self, resource: str, trace: NoTrace, stream: torch.cuda.Stream | None = None) -> None:
+        self.resource, self.trace, self.stream = resource, trace, stream
+        self.num_bytes = 0
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"flexbatch {resource}")
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
-        """Run ``job`` on a worker once ``after`` is done."""
+        """Run ``job`` on the worker once ``after`` is done."""
+        self.num_bytes += num_bytes
 
         def work() -> Any:
-            if self.stream is not None:
-                with torch.cuda.stream(self.stream):
-                    return self.traced(job, after, name, num_bytes)
-            return self.traced(job, after, name, num_bytes)
+            with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+                return self.traced(job, after, name, num_bytes)
 
         return FutureHandle(self.pool.submit(work))
 
     def traced(self, job: Callable[[], Any], after: Handle, name: str, num_bytes: int) -> Any:
         after.synchronize()
-        with self.tracer.span(self.resource, name, num_bytes=num_bytes), torch.inference_mode():
+        with self.trace.span(self.resource, name, num_bytes=num_bytes), torch.inference_mode():
             return job()
 
     def close(self) -> None:
@@ -116,22 +118,23 @@ class ThreadLane:
 
 
 class StreamLane:
-    """A CUDA stream for one direction of the link."""
+    """A CUDA stream for one direction of the link. ``num_bytes`` counts what its jobs moved."""
 
-    def __init__(self, resource: str, tracer: Tracer, device: torch.device) -> None:
-        self.resource, self.tracer = resource, tracer
+    def __init__(self, resource: str, trace: NoTrace, device: torch.device) -> None:
+        self.resource, self.trace = resource, trace
+        self.num_bytes = 0
         self.stream = torch.cuda.Stream(device)
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
         """Enqueue ``job`` on the stream, ordered after ``after``."""
+        self.num_bytes += num_bytes
         with torch.cuda.stream(self.stream):
             after.wait()
-            span = self.tracer.device_span(self.resource, name, num_bytes=num_bytes)
-            job()
-            if span is not None:
-                span.end()
-            event = torch.cuda.Event()
-            event.record()
+            with device_span(self.trace, self.resource, name, num_bytes) as end:
+                job()
+            event = end or torch.cuda.Event()
+            if end is None:
+                event.record()
         return EventHandle(event)
 
     def close(self) -> None:
@@ -141,21 +144,34 @@ class StreamLane:
 Lane = ThreadLane | StreamLane
 
 
+@contextlib.contextmanager
+def device_span(trace: NoTrace, resource: str, name: str, num_bytes: int = 0) -> Iterator[torch.cuda.Event | None]:
+    """Time the work enqueued on the current stream; yields the event that is recorded at its end, None when tracing is off."""
+    if not trace.on:
+        yield None
+        return
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    yield end
+    end.record()
+    trace.record(start, end, resource, name, num_bytes)
+
+
 class Lanes:
     """The lanes of one compute device: both directions of the link, the disk, and CPU attention."""
 
-    def __init__(self, device: torch.device, tracer: Tracer, disk_threads: int = 4) -> None:
-        self.device, self.tracer = device, tracer
+    def __init__(self, device: torch.device, trace: NoTrace, disk_threads: int = 4) -> None:
+        self.device, self.trace = device, trace
         cuda = device.type == "cuda"
-        self.h2d: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
+        self.h2d: Lane = StreamLane("h2d link", trace, device) if cuda else ThreadLane("h2d link", trace)
         # Pages ride on a stream of their own: the gather kernel and the copy engine share the link and neither waits for the other.
-        self.pages: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
-        self.d2h: Lane = StreamLane("d2h", tracer, device) if cuda else ThreadLane("d2h", tracer)
+        self.pages: Lane = StreamLane("h2d link", trace, device) if cuda else ThreadLane("h2d link", trace)
+        self.d2h: Lane = StreamLane("d2h link", trace, device) if cuda else ThreadLane("d2h link", trace)
         disk_stream = torch.cuda.Stream(device) if cuda else None
-        self.disk_read = ThreadLane("disk_read", tracer, 1, disk_stream)
-        self.disk_write = ThreadLane("disk_write", tracer, 1)
+        self.disk_read = ThreadLane("disk read", trace, disk_stream)
+        self.disk_write = ThreadLane("disk write", trace)
         self.disk_chunks = ThreadPoolExecutor(disk_threads, thread_name_prefix="flexbatch-disk-chunk")
-        self.cpu_attention = ThreadLane("cpu_attention", tracer, 1)
+        self.cpu_attention = ThreadLane("cpu attention", trace)
 
     def mark(self) -> Handle:
         """A handle of all compute issued so far on the current stream; on the CPU compute is done when it returns."""
@@ -165,7 +181,24 @@ class Lanes:
         event.record()
         return EventHandle(event)
 
+    def compute_span(self, name: str) -> AbstractContextManager[object]:
+        """Time compute on the current stream."""
+        if self.device.type == "cuda":
+            return device_span(self.trace, "gpu compute", name)
+        return self.trace.span("gpu compute", name)
+
+    @property
+    def all_lanes(self) -> tuple[Lane, ...]:
+        return (self.h2d, self.pages, self.d2h, self.disk_read, self.disk_write, self.cpu_attention)
+
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes per resource since the start."""
+        moved: dict[str, int] = {}
+        for lane in self.all_lanes:
+            moved[lane.resource] = moved.get(lane.resource, 0) + lane.num_bytes
+        return moved
+
     def close(self) -> None:
-        for lane in (self.h2d, self.pages, self.d2h, self.disk_read, self.disk_write, self.cpu_attention):
+        for lane in self.all_lanes:
             lane.close()
         self.disk_chunks.shutdown(wait=True, cancel_futures=True)
