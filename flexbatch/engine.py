@@ -30,9 +30,9 @@ from flexbatch.models import checkpoint, families, resolve, shapes
 from flexbatch.models.dummy import dummy
 from flexbatch.planning import GROUP, BlockSizes, Job
 from flexbatch.policy.types import Policy
-from flexbatch.prompts import Prompt, PromptEncoder, load_tokenizer
+from flexbatch.prompts import Prompt, PromptEncoder
 from flexbatch.request import Completion, Request, SamplingParams
-from flexbatch.trace import NoTrace, Trace
+from flexbatch.trace import RecordingTracer, Tracer
 
 logger = logging.getLogger("flexbatch")
 
@@ -69,7 +69,11 @@ class Block:
     def suits(self, policy: Policy, sizes: BlockSizes) -> bool:
         """Whether a job of these sizes can run in this block."""
         mine, wanted = asdict(self.sizes.cache), asdict(sizes.cache)
-        return self.policy == policy and all(mine[name] >= wanted[name] for name in wanted) and self.sizes.max_cpu_attention_tokens >= sizes.max_cpu_attention_tokens
+        return (
+            self.policy == policy
+            and all(mine[name] >= wanted[name] for name in wanted)
+            and self.sizes.max_cpu_attention_tokens >= sizes.max_cpu_attention_tokens
+        )
 
     def check(self) -> None:
         self.cache.check()
@@ -113,7 +117,7 @@ class LLM:
         self.budgets = planning.resolve_budgets(config, self.device)
         self.layout = planning.cache_layout(self.arch, config, self.dtype)
         self.encoder = PromptEncoder(self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size)
-        self.trace: NoTrace = Trace() if trace else NoTrace()
+        self.tracer: Tracer = RecordingTracer(self.device) if trace else Tracer()
         job = job or Job.typical(self.arch.max_positions)
         self.policy = planning.choose_policy(self.arch, config, self.layout, job, self.budgets, self.dtype.itemsize)
         self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize)
@@ -134,7 +138,7 @@ class LLM:
             return
         self.folder = resolve.resolve(self.config.model)
         self.arch = families.read_arch(checkpoint.read_config(self.folder))
-        self.tokenizer = load_tokenizer(self.folder)
+        self.tokenizer = resolve.load_tokenizer(self.folder)
 
     def _needs(self, sizes: BlockSizes) -> list[Any]:
         return planning.needs(self.weight_plan, self.policy, self.layout, sizes, self.dtype, self.device.type == "cuda")
@@ -154,7 +158,7 @@ class LLM:
             offload_dir=offload_dir,
         )
         self._stack.callback(self.tiers.close)
-        self.lanes = Lanes(self.device, self.trace)
+        self.lanes = Lanes(self.device, self.tracer)
         self._stack.callback(self.lanes.close)
         self.weights = WeightStore(self.weight_plan, self.tiers, self.lanes, self.dtype)
         self._stack.callback(self.weights.close)
@@ -354,7 +358,7 @@ class LLM:
             "generated_tokens_per_second": s.generated_tokens / s.seconds if s.seconds else 0.0,
             "total_tokens_per_second": (s.prompt_tokens + s.generated_tokens) / s.seconds if s.seconds else 0.0,
             "moved_bytes": s.moved_bytes,
-            "resources": {name: asdict(use) for name, use in self.trace.summary().items()},
+            "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
         }
 
     def close(self) -> None:

@@ -240,7 +240,10 @@ def fitting_splits(
     weights = Split(round(gpu_share, 2), round(cpu_share, 2), 0.0) if gpu_share + cpu_share > 0.999 else Split(gpu_share, cpu_share, 1 - gpu_share - cpu_share)
     if abs(sum(weights.fractions) - 1) > 1e-6:
         weights = Split(weights.gpu, 1 - weights.gpu)
-    left = {"gpu": 0.3 * budgets["gpu"] if gpu_share < 1 else budgets["gpu"] * 0.9 - total, "cpu": 0.3 * budgets["cpu"] if cpu_share > 0 else 0.8 * budgets["cpu"]}
+    left = {
+        "gpu": 0.3 * budgets["gpu"] if gpu_share < 1 else budgets["gpu"] * 0.9 - total,
+        "cpu": 0.3 * budgets["cpu"] if cpu_share > 0 else 0.8 * budgets["cpu"],
+    }
     if cache_bytes <= left["gpu"]:
         cache = Split(1, 0)
     elif cache_bytes <= left["cpu"]:

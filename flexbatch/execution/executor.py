@@ -42,10 +42,20 @@ class Executor:
     ``overlap=False`` waits for everything after every tick: the same ticks, the same tokens.
     """
 
-    def __init__(self, arch: Arch, weights: WeightStore, cache: KVCache, activations: ActivationStore, lanes: Lanes, host_buffers: HostBuffers, dtype: torch.dtype, overlap: bool) -> None:
+    def __init__(
+        self,
+        arch: Arch,
+        weights: WeightStore,
+        cache: KVCache,
+        activations: ActivationStore,
+        lanes: Lanes,
+        host_buffers: HostBuffers,
+        dtype: torch.dtype,
+        overlap: bool,
+    ) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
         self.lanes, self.dtype, self.overlap = lanes, dtype, overlap
-        self.device = lanes.device
+        self.device, self.tracer = lanes.device, lanes.tracer
         self.builder = InputBuilder(cache.layout.page_tokens, self.device)
         self.rope = layers.rope_tables(arch, self.device, dtype)
         slopes = arch.alibi_slopes()
@@ -63,7 +73,7 @@ class Executor:
         self.fetch_cache(inputs, (0, 0), gathers)
         deferred: Begun | None = None
         for tick in zigzag(num_layers, count):
-            with self.lanes.trace.span("host", f"tick {tick.layer}.{tick.micro_batch}"):
+            with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
                 if deferred and (deferred.tick.micro_batch == tick.micro_batch or tick.layer == num_layers - 1):
                     deferred = self.finish(deferred, count)
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
@@ -121,7 +131,7 @@ class Executor:
         """Up to and including attention; the CPU's share is only started."""
         weights = self.weights.weights(tick.layer, "pre")
         hidden = self.embed(inputs) if tick.layer == 0 else self.activations.get(tick.micro_batch)
-        with self.lanes.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
+        with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
             query, key, value = layers.pre_attention(self.arch, tick.layer, weights, hidden, inputs.positions, self.rope)
             begun = Begun(tick, inputs, hidden, torch.empty_like(query))
             if inputs.cpu is not None:
@@ -202,7 +212,7 @@ class Executor:
             begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end].copy_(begun.cpu_output, non_blocking=True)
             self.host_buffers.give_back(begun.cpu_output, self.lanes.mark())
         weights = self.weights.weights(tick.layer, "post")
-        with self.lanes.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
+        with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             hidden = layers.post_attention(self.arch, tick.layer, weights, begun.hidden, begun.attention)
         if tick.layer == self.arch.num_layers - 1:
             # Only the rows that the head reads go on.
@@ -225,7 +235,7 @@ class Executor:
         hidden = self.activations.get(tick.micro_batch)
         step = max(1, LOGITS_BLOCK_BYTES // (4 * self.arch.vocab_size))
         for start in range(0, len(hidden), step):
-            with self.lanes.compute_span(f"head {tick.micro_batch}"):
+            with self.tracer.compute_span(f"head {tick.micro_batch}"):
                 logits = layers.head(self.arch, weights, hidden[start : start + step])
             yield LogitsBlock(inputs.logit_rows[start : start + step], logits)
         if tick.micro_batch == count - 1:

@@ -34,7 +34,9 @@ class ActivationStore:
     Everything on the gpu tier is handed on without a copy.
     """
 
-    def __init__(self, split: Split, num_micro_batches: int, max_tokens: int, width: int, dtype: torch.dtype, page_tokens: int, tiers: Tiers, lanes: Lanes) -> None:
+    def __init__(
+        self, split: Split, num_micro_batches: int, max_tokens: int, width: int, dtype: torch.dtype, page_tokens: int, tiers: Tiers, lanes: Lanes
+    ) -> None:
         self.split, self.page_tokens, self.dtype, self.width = split, page_tokens, dtype, width
         self.tiers, self.lanes = tiers, lanes
         self.row_bytes = width * dtype.itemsize

@@ -7,14 +7,13 @@ and a handle is a future. Both kinds are waited on in the same way, so the execu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
-from flexbatch.trace import NoTrace
+from flexbatch.trace import Tracer
 
 
 class Handle(Protocol):
@@ -93,8 +92,8 @@ def together(*handles: Handle) -> Handle:
 class ThreadLane:
     """A worker thread for one resource: jobs run in the order in which they were submitted. ``num_bytes`` counts what they moved."""
 
-    def __init__(self, resource: str, trace: NoTrace, stream: torch.cuda.Stream | None = None) -> None:
-        self.resource, self.trace, self.stream = resource, trace, stream
+    def __init__(self, resource: str, tracer: Tracer, stream: torch.cuda.Stream | None = None) -> None:
+        self.resource, self.tracer, self.stream = resource, tracer, stream
         self.num_bytes = 0
         self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"flexbatch {resource}")
 
@@ -110,7 +109,7 @@ class ThreadLane:
 
     def traced(self, job: Callable[[], Any], after: Handle, name: str, num_bytes: int) -> Any:
         after.synchronize()
-        with self.trace.span(self.resource, name, num_bytes=num_bytes), torch.inference_mode():
+        with self.tracer.span(self.resource, name, num_bytes=num_bytes), torch.inference_mode():
             return job()
 
     def close(self) -> None:
@@ -120,8 +119,8 @@ class ThreadLane:
 class StreamLane:
     """A CUDA stream for one direction of the link. ``num_bytes`` counts what its jobs moved."""
 
-    def __init__(self, resource: str, trace: NoTrace, device: torch.device) -> None:
-        self.resource, self.trace = resource, trace
+    def __init__(self, resource: str, tracer: Tracer, device: torch.device) -> None:
+        self.resource, self.tracer = resource, tracer
         self.num_bytes = 0
         self.stream = torch.cuda.Stream(device)
 
@@ -130,11 +129,12 @@ class StreamLane:
         self.num_bytes += num_bytes
         with torch.cuda.stream(self.stream):
             after.wait()
-            with device_span(self.trace, self.resource, name, num_bytes) as end:
-                job()
-            event = end or torch.cuda.Event()
-            if end is None:
-                event.record()
+            span = self.tracer.device_span(self.resource, name, num_bytes)
+            job()
+            if span is not None:
+                span.end()
+            event = torch.cuda.Event()
+            event.record()
         return EventHandle(event)
 
     def close(self) -> None:
@@ -144,34 +144,21 @@ class StreamLane:
 Lane = ThreadLane | StreamLane
 
 
-@contextlib.contextmanager
-def device_span(trace: NoTrace, resource: str, name: str, num_bytes: int = 0) -> Iterator[torch.cuda.Event | None]:
-    """Time the work enqueued on the current stream; yields the event that is recorded at its end, None when tracing is off."""
-    if not trace.on:
-        yield None
-        return
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    yield end
-    end.record()
-    trace.record(start, end, resource, name, num_bytes)
-
-
 class Lanes:
     """The lanes of one compute device: both directions of the link, the disk, and CPU attention."""
 
-    def __init__(self, device: torch.device, trace: NoTrace, disk_threads: int = 4) -> None:
-        self.device, self.trace = device, trace
+    def __init__(self, device: torch.device, tracer: Tracer, disk_threads: int = 4) -> None:
+        self.device, self.tracer = device, tracer
         cuda = device.type == "cuda"
-        self.h2d: Lane = StreamLane("h2d link", trace, device) if cuda else ThreadLane("h2d link", trace)
+        self.h2d: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
         # Pages ride on a stream of their own: the gather kernel and the copy engine share the link and neither waits for the other.
-        self.pages: Lane = StreamLane("h2d link", trace, device) if cuda else ThreadLane("h2d link", trace)
-        self.d2h: Lane = StreamLane("d2h link", trace, device) if cuda else ThreadLane("d2h link", trace)
+        self.pages: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
+        self.d2h: Lane = StreamLane("d2h", tracer, device) if cuda else ThreadLane("d2h", tracer)
         disk_stream = torch.cuda.Stream(device) if cuda else None
-        self.disk_read = ThreadLane("disk read", trace, disk_stream)
-        self.disk_write = ThreadLane("disk write", trace)
+        self.disk_read = ThreadLane("disk_read", tracer, disk_stream)
+        self.disk_write = ThreadLane("disk_write", tracer)
         self.disk_chunks = ThreadPoolExecutor(disk_threads, thread_name_prefix="flexbatch-disk-chunk")
-        self.cpu_attention = ThreadLane("cpu attention", trace)
+        self.cpu_attention = ThreadLane("cpu_attention", tracer)
 
     def mark(self) -> Handle:
         """A handle of all compute issued so far on the current stream; on the CPU compute is done when it returns."""
@@ -180,12 +167,6 @@ class Lanes:
         event = torch.cuda.Event()
         event.record()
         return EventHandle(event)
-
-    def compute_span(self, name: str) -> AbstractContextManager[object]:
-        """Time compute on the current stream."""
-        if self.device.type == "cuda":
-            return device_span(self.trace, "gpu compute", name)
-        return self.trace.span("gpu compute", name)
 
     @property
     def all_lanes(self) -> tuple[Lane, ...]:
