@@ -34,7 +34,8 @@ def machine_bound(
 ) -> MachineBound | None:
     """None when not even one sequence fits without any working memory.
 
-    Nothing is launched, GEMMs run at their best rate, expansion and working memory cost nothing, the cache holds only what is in use.
+    Nothing is launched, GEMMs run at their best rate, weights are read once a pass as they are stored, working memory costs nothing, the cache
+    holds only what is in use.
     """
     longest = max(prompt for prompt, _ in workload.lengths)
     anywhere = Split(1, 0)
@@ -63,6 +64,8 @@ def _solve(shape, hardware, workload, constraints, policy, rows, cache_bytes: fl
     named = {name: pulp.LpVariable(name, 0, 1) for name in VARIABLES}
     fixed = fixed_fractions(constraints)
     problem += per_sequence
+    weights = shape.weight_bytes(shape.total_elements, policy.weight_bits)
+    problem += per_sequence >= weights / hardware.gpu_bandwidth * inverse
     for row in rows:
         problem += per_sequence >= float(row[0]) + pulp.lpSum(float(c) * named[name] for name, c in zip(VARIABLES, row[1:], strict=True) if c)
     for kind in KINDS:
@@ -74,7 +77,6 @@ def _solve(shape, hardware, workload, constraints, policy, rows, cache_bytes: fl
     problem += named["attended"] <= named["cache_cpu"]
     if constraints.cpu_attention is not None:
         problem += named["attended"] == constraints.cpu_attention * named["cache_cpu"]
-    weights = shape.weight_bytes(shape.total_elements, policy.weight_bits)
     for tier, room in capacity(hardware).items():
         problem += weights / GIB * named[f"weights_{tier}"] + cache_bytes / GIB * named[f"cache_{tier}"] <= room / GIB * inverse
     if problem.solve(solver()) != pulp.LpStatusOptimal:

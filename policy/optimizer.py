@@ -21,7 +21,7 @@ from flexbatch.policy.realise import does_not_fit, placed
 from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
 
 GRID_BATCHES = tuple(2**i for i in range(11))
-GRID_COUNTS = tuple(2**i for i in range(8))
+GRID_COUNTS = tuple(2**i for i in range(7))
 MAX_CHUNK = 2048
 MIN_BUDGET = 256
 """Prompt tokens that a micro-batch may always bring: fewer would cut prompts into crumbs to save little memory."""
@@ -148,14 +148,13 @@ def block_policy(search: Search, template: Policy, batch: int, count: int, fill:
 def first_fill(search: Search, block: float) -> float:
     """A job of few blocks loses more by filling slowly than by unequal passes."""
     total = search.workload.num_sequences
-    return 1.0 if total is None or total > 6 * block else 0.25
+    return 1.0 if total is None or total > 4 * block else 0.5
 
 
-def grid(sequences: float) -> Iterator[tuple[int, int]]:
-    """Sizes and counts of powers of two, those nearest to the bound's number of sequences first."""
+def grid(sequences: float) -> list[tuple[int, int]]:
+    """Sizes and counts in powers of two, those nearest to ``sequences`` in flight first, so that the rest is pruned early."""
     pairs = itertools.product(GRID_BATCHES, GRID_COUNTS)
-    near = [(abs(math.log2(b * k / sequences)), b, k) for b, k in pairs if sequences / 40 <= b * k <= sequences * 3 + 1]
-    yield from ((b, k) for _, b, k in sorted(near, key=lambda x: (x[0], abs(x[2] - 4))))
+    return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
 
 
 def neighbours(policy: Policy) -> Iterator[tuple[int, int]]:
