@@ -117,7 +117,7 @@ class OpenAIOutput:
     suffix = ".jsonl"
 
     def __init__(self, params: SamplingParams, seed: int, identity: str, created: int) -> None:
-        self._params, self._seed, self._identity, self._created = params, seed, identity, created
+        self._params, self._seed, self._identity, self.created = params, seed, identity, created
         self.decode: Callable[[int], str] = str
 
     def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[Row]:
@@ -143,7 +143,7 @@ class OpenAIOutput:
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._identity}-{row.index}",
             "object": "chat.completion" if chat else "text_completion",
-            "created": self._created,
+            "created": self.created,
             "model": call.model,
             "choices": [self._choice(place, sample, chat) for place, sample in enumerate(samples)],
             "usage": {"prompt_tokens": used, "completion_tokens": made, "total_tokens": used + made},

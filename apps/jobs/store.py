@@ -91,7 +91,7 @@ class OutputStore:
 
     def _take_lock(self, shard: tuple[int, int]) -> None:
         """One process per shard, and only shards of one and the same count, at one time."""
-        for path in [*self.state.glob("lock-*"), self.state / f"lock-{self._owner}"]:
+        for path in {*self.state.glob("lock-*"), self.state / f"lock-{self._owner}"}:
             mine = path.name == f"lock-{self._owner}"
             if not mine and path.name.endswith(f"-of-{shard[1]}"):
                 continue
@@ -101,7 +101,7 @@ class OutputStore:
             except BlockingIOError:
                 file.close()
                 raise ConfigurationError(f"output {self.folder} is being written by another process, as shard {path.name[5:]}") from None
-            if mine and self._lock is None:
+            if mine:
                 self._lock = file
             else:
                 file.close()
