@@ -58,18 +58,17 @@ class Output(Protocol):
         ...
 
 
-def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, tokens: bool, logprobs: bool) -> tuple[pa.Schema, list[str]]:
-    """Input columns and result columns together, and the names of the result columns. Raises ConfigurationError where two names clash.
+def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, names: Sequence[str]) -> pa.Schema:
+    """Input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where two names clash.
 
     Metadata that other libraries keep about their columns is dropped where it would no longer be true.
     """
-    wanted = [(name, kind) for name, kind in COLUMNS if (name != "generated_tokens" or tokens) and (name != "logprobs" or logprobs)]
-    fields = [pa.field(prefix + name, kind) for name, kind in wanted]
+    fields = [pa.field(prefix + name, kind) for name, kind in COLUMNS if name in names]
     clash = [field.name for field in fields if field.name in schema.names or field.name in partitions]
     if clash:
         raise ConfigurationError(f"the input already has the column{'s' * (len(clash) > 1)} {', '.join(clash)}: choose another name with --output-prefix, e.g. --output-prefix flexbatch_")
     metadata = {key: value for key, value in (schema.metadata or {}).items() if key != b"huggingface" and not (key == b"pandas" and b'"kind": "range"' in value)}
-    return pa.schema([*schema, *fields], metadata or None), [field.name for field in fields]
+    return pa.schema([*schema, *fields], metadata or None)
 
 
 def plain_logprobs(completion: Completion) -> list[list[list[float]]] | None:
@@ -89,8 +88,9 @@ class ParquetOutput:
     suffix = ".parquet"
 
     def __init__(self, reader: RowReader, schema: pa.Schema, partitions: Sequence[str], *, prefix: str = "", tokens: bool = False, logprobs: bool = False) -> None:
-        self._reader, self._tokens, self._logprobs = reader, tokens, logprobs
-        self.schema, self._names = result_schema(schema, partitions, prefix, tokens, logprobs)
+        self._reader, self._prefix = reader, prefix
+        self._kept = [name for name, _ in COLUMNS if (name != "generated_tokens" or tokens) and (name != "logprobs" or logprobs)]
+        self.schema = result_schema(schema, partitions, prefix, self._kept)
 
     def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[Row]:
         return self._reader.rows(table, part.number, part.first_row, part.folder, skip)
@@ -99,7 +99,7 @@ class ParquetOutput:
         if completion.finish_reason == "error":
             return self.failure(row, completion.error, len(completion.prompt_token_ids))
         record = [completion.text, completion.finish_reason, len(completion.prompt_token_ids), len(completion.token_ids), ""]
-        return [*record, [int(token) for token in completion.token_ids] if self._tokens else None, plain_logprobs(completion) if self._logprobs else None]
+        return [*record, [int(token) for token in completion.token_ids] if "generated_tokens" in self._kept else None, plain_logprobs(completion) if "logprobs" in self._kept else None]
 
     def failure(self, row: Row, message: str, input_tokens: int = 0) -> Record:
         return [None, "error", input_tokens, 0, message or "failed without a message", None, None]
@@ -112,30 +112,27 @@ class ParquetOutput:
 
     def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:
         results: list[pa.Array] = []
-        kinds = dict(COLUMNS)
-        places = {name: place for place, (name, _) in enumerate(COLUMNS)}
-        for name, field in zip(self._base_names(), self.schema[len(table.schema) :], strict=True):
-            values = [record[places[name]] for record in records]
+        for place, (name, kind) in enumerate(COLUMNS):
+            if name not in self._kept:
+                continue
+            values = [record[place] for record in records]
             if name == "logprobs":
                 values = [v and [[dict(zip(("token_id", "logprob", "rank"), entry, strict=True)) for entry in step] for step in v] for v in values]
-            results.append(pa.array(values, kinds[name]).cast(field.type))
+            results.append(pa.array(values, kind))
         whole = pa.Table.from_arrays([*table.columns, *results], schema=self.schema)
         with path.open("wb") as file:
             pq.write_table(whole, file, write_page_checksum=True)
             file.flush()
             os.fsync(file.fileno())
 
-    def _base_names(self) -> list[str]:
-        return [name for name, _ in COLUMNS if (name != "generated_tokens" or self._tokens) and (name != "logprobs" or self._logprobs)]
-
     def read(self, path: Path, rows: int) -> list[Record]:
         try:
-            table = pq.read_table(path, columns=self._names, partitioning=None)
+            table = pq.read_table(path, columns=[self._prefix + name for name in self._kept], partitioning=None)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: {error}") from error
         if len(table) != rows:
             raise ValueError(f"{path} holds {len(table)} rows, this job's part has {rows}")
-        columns = dict(zip(self._base_names(), (table[name].to_pylist() for name in self._names), strict=True))
+        columns = {name: table[self._prefix + name].to_pylist() for name in self._kept}
         if "logprobs" in columns:
             columns["logprobs"] = [v and [[list(entry.values()) for entry in step] for step in v] for v in columns["logprobs"]]
         absent = [None] * rows

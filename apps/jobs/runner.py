@@ -132,7 +132,7 @@ def _stopped(error: Exception, resume: str) -> int:
     elif isinstance(error, (SourceError, TooManyErrors)):
         logger.error("%s", error)
     else:
-        logger.exception("the engine failed: %s", error)
+        logger.exception("the job failed: %s", error)
     logger.error("resume with: %s", resume)
     return exit_code(error)
 
