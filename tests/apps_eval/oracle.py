@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class OracleLLM:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.positions = self.model.config.max_position_embeddings
+        self.arch = SimpleNamespace(max_positions=self.positions)
         self.batches: list[int] = []
         self.closed = False
 
