@@ -69,14 +69,14 @@ class OutputText:
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
         room = params.max_tokens if max_context is None else min(params.max_tokens, max_context - prompt_tokens)
-        self._max_tokens = max(room, 0)
+        self.max_tokens = max(room, 0)
         self._stops = tuple(params.stop)
         # Decoding as tokens come costs ten microseconds a token: only where text decides the end.
         self._detokenizer = Detokenizer(tokenizer) if self._stops else None
         if self._stops and tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
         self.token_ids: list[int] = []
-        self.finish: Finish | None = None if self._max_tokens else Finish("length")
+        self.finish: Finish | None = None if self.max_tokens else Finish("length")
 
     def extend(self, token_ids: Iterable[int]) -> int:
         """Offer tokens in order; returns how many were kept. Stops keeping once the output has ended."""
@@ -98,7 +98,7 @@ class OutputText:
             self.finish = Finish("stop", token_id)
         elif (stop := self._completed_stop(token_id)) is not None:
             self.finish = Finish("stop", stop)
-        elif len(self.token_ids) >= self._max_tokens:
+        elif len(self.token_ids) >= self.max_tokens:
             self.finish = Finish("length")
         return self.finish
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -16,23 +15,6 @@ class PromptError(ValueError):
     def __init__(self, index: int, problem: str) -> None:
         super().__init__(f"prompt {index}: {problem}")
         self.index = index
-
-
-class TokenizerError(ValueError):
-    """A model folder without a usable tokenizer; the message names the folder."""
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a local folder; runs no code from it and asks no network. Raises TokenizerError."""
-    from transformers import AutoTokenizer
-
-    if not Path(folder).is_dir():
-        raise TokenizerError(f"{folder}: no such folder, so no tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises a different type for every way in which files can be missing or broken
-        reason = str(error).strip().splitlines()
-        raise TokenizerError(f"{folder}: no usable tokenizer (tokenizer.json or its older files): {reason[0] if reason else type(error).__name__}") from error
 
 
 class PromptEncoder:

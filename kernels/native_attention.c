@@ -120,12 +120,15 @@ static inline __attribute__((always_inline)) void dot_rows(const float *query, i
 }
 
 static inline __attribute__((always_inline)) void add_rows(float *acc, int rows, int64_t width, const float *const value[4], const float *weights) {
+    vec w[2][4]; /* out of the loop by hand: the compiler must assume that storing to acc changes the weights */
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < 4; t++) w[r][t] = splat(weights[r * KEYS + t]);
     for (int64_t d = 0; d < width; d += LANES) {
         vec sum0 = load(acc + d), sum1 = rows > 1 ? load(acc + width + d) : sum0;
         for (int t = 0; t < 4; t++) {
             const vec v = load(value[t] + d);
-            sum0 += weights[t] * v;
-            if (rows > 1) sum1 += weights[KEYS + t] * v;
+            sum0 += w[0][t] * v;
+            if (rows > 1) sum1 += w[1][t] * v;
         }
         store(acc + d, sum0);
         if (rows > 1) store(acc + width + d, sum1);

@@ -47,10 +47,31 @@ def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     return reference.quantize(x, bits, group)
 
 
-def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int) -> Tensor:
-    """`reference.dequantize`."""
+def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, out: Tensor | None = None) -> Tensor:
+    """`reference.dequantize`, into ``out`` [..., size] where it is given."""
     if codes.is_cuda:
         from flexbatch.kernels import quant
 
-        return quant.dequantize(codes, parameters, size, bits, group)
-    return reference.dequantize(codes, parameters, size, bits, group)
+        return quant.dequantize(codes, parameters, size, bits, group, out=out)
+    dense = reference.dequantize(codes, parameters, size, bits, group)
+    return dense if out is None else out.copy_(dense)
+
+
+def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor) -> None:
+    """``destination[i] = source[page_ids[i]]``. source: [num_pages, page_bytes] uint8, pinned on the host when the rest is on a GPU; page_ids: [n] int32."""
+    if destination.is_cuda:
+        from flexbatch.kernels import pages
+
+        pages.gather_pages(source, page_ids, destination)
+    else:
+        torch.index_select(source, 0, page_ids, out=destination)
+
+
+def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
+    """``destination[slots[i]] = source[i]`` for token rows; destination is pinned on the host when the rest is on a GPU; slots: [n] int64."""
+    if source.is_cuda:
+        from flexbatch.kernels import pages
+
+        pages.scatter_rows(source, destination, slots)
+    else:
+        destination.index_copy_(0, slots, source)

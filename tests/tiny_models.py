@@ -27,6 +27,9 @@ LLAMA_SIZES = {
     "max_position_embeddings": 512,
 }
 LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+FALCON_SIZES = {"hidden_size": 60, "num_hidden_layers": 2, "max_position_embeddings": 512}
+GPT_SIZES = {"n_embd": 60, "n_layer": 3, "n_head": 5, "n_positions": 512}
+NEOX_SIZES = {"hidden_size": 72, "intermediate_size": 92, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 512}
 
 # name -> (model_type, configuration). The part of the name before "-" is the family.
 FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,6 +54,89 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {**LLAMA_SIZES, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}},
     ),
+    "opt-postnorm": (
+        "opt",
+        {
+            "hidden_size": 60,
+            "ffn_dim": 92,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 5,
+            "word_embed_proj_dim": 28,
+            "do_layer_norm_before": False,
+            "max_position_embeddings": 512,
+        },
+    ),
+    "opt-bare": (
+        "opt",
+        {
+            "hidden_size": 60,
+            "ffn_dim": 92,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 5,
+            "word_embed_proj_dim": 60,
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+            "max_position_embeddings": 512,
+        },
+    ),
+    "mistral": ("mistral", {**LLAMA_SIZES, "sliding_window": 19}),
+    "mistral-full": ("mistral", {**LLAMA_SIZES, "sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {**LLAMA_SIZES, "head_dim": 10}),
+    "qwen2-window": ("qwen2", {**LLAMA_SIZES, "head_dim": 10, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {**LLAMA_SIZES, "tie_word_embeddings": True}),
+    "phi3": ("phi3", {**LLAMA_SIZES, "head_dim": 10, "sliding_window": 21, "original_max_position_embeddings": 512}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            **LLAMA_SIZES,
+            "head_dim": 10,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 1.7, 2.5], "long_factor": [1.0, 2, 4, 8, 16]},
+        },
+    ),
+    "glm": ("glm", LLAMA_SIZES),
+    "glm4": ("glm4", LLAMA_SIZES),
+    "gemma2": ("gemma2", {**LLAMA_SIZES, "query_pre_attn_scalar": 20, "sliding_window": 13, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    "gemma3": ("gemma3_text", {**LLAMA_SIZES, "query_pre_attn_scalar": 20, "sliding_window": 13, "sliding_window_pattern": 3}),
+    "gemma3-linear": (
+        "gemma3_text",
+        {
+            **LLAMA_SIZES,
+            "sliding_window": 13,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+            },
+        },
+    ),
+    "gemma3-vision": (
+        "gemma3",
+        {
+            "text_config": {**LLAMA_SIZES, **TOKENS, "vocab_size": VOCAB, "sliding_window": 13, "sliding_window_pattern": 3},
+            "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+            "mm_tokens_per_image": 4,
+            "image_token_index": VOCAB - 1,
+        },
+    ),
+    "bloom": ("bloom", {"hidden_size": 60, "n_layer": 3, "n_head": 6}),
+    "falcon-7b": ("falcon", {**FALCON_SIZES, "num_attention_heads": 5}),
+    "falcon-40b": ("falcon", {**FALCON_SIZES, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-11b": (
+        "falcon",
+        {**FALCON_SIZES, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 92},
+    ),
+    "falcon-alibi": (
+        "falcon",
+        {**FALCON_SIZES, "hidden_size": 64, "num_attention_heads": 8, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
+    ),
+    "gpt_bigcode": ("gpt_bigcode", GPT_SIZES),
+    "gpt_bigcode-heads": ("gpt_bigcode", {**GPT_SIZES, "multi_query": False, "n_inner": 92, "activation_function": "gelu"}),
+    "gpt_neox": ("gpt_neox", {**NEOX_SIZES, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000.0}}),
+    "gpt_neox-serial": ("gpt_neox", {**NEOX_SIZES, "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}),
+    "codegen": ("codegen", {**GPT_SIZES, "n_embd": 96, "n_head": 8, "rotary_dim": 8}),
 }
 
 

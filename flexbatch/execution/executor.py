@@ -13,6 +13,7 @@ from flexbatch.execution.schedule import Tick, zigzag
 from flexbatch.execution.work import LogitsBlock, PassWork
 from flexbatch.kernels import ops
 from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.transfer import READY, Handle, Lanes
 from flexbatch.memory.weights import WeightStore
@@ -41,7 +42,17 @@ class Executor:
     ``overlap=False`` waits for everything after every tick: the same ticks, the same tokens.
     """
 
-    def __init__(self, arch: Arch, weights: WeightStore, cache: KVCache, activations: ActivationStore, lanes: Lanes, dtype: torch.dtype, overlap: bool) -> None:
+    def __init__(
+        self,
+        arch: Arch,
+        weights: WeightStore,
+        cache: KVCache,
+        activations: ActivationStore,
+        lanes: Lanes,
+        host_buffers: HostBuffers,
+        dtype: torch.dtype,
+        overlap: bool,
+    ) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
         self.lanes, self.dtype, self.overlap = lanes, dtype, overlap
         self.device, self.tracer = lanes.device, lanes.tracer
@@ -49,7 +60,7 @@ class Executor:
         self.rope = layers.rope_tables(arch, self.device, dtype)
         slopes = arch.alibi_slopes()
         self.slopes = {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in {self.device, torch.device("cpu")}} if slopes else {}
-        self.host_buffers = HostBuffers(arch, dtype, cache, pinned=self.device.type == "cuda")
+        self.host_buffers = host_buffers
 
     def run(self, work: PassWork) -> Iterator[LogitsBlock]:
         """One sweep through all layers. Yields logits by blocks of rows; the pass is complete when the iterator is exhausted."""
@@ -71,7 +82,8 @@ class Executor:
                 if tick.layer == num_layers - 1:
                     yield from self.head(inputs[tick.micro_batch], tick, count)
                 else:
-                    begun = self.begin(tick, inputs[tick.micro_batch], gathers.pop((tick.layer, tick.micro_batch), READY))
+                    gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
+                    begun = self.begin(tick, inputs[tick.micro_batch], gathered, self.staging_buffer(tick.layer, tick.micro_batch, count))
                     if deferred:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
@@ -115,7 +127,7 @@ class Executor:
 
     # The two halves of a tick
 
-    def begin(self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle) -> Begun:
+    def begin(self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int) -> Begun:
         """Up to and including attention; the CPU's share is only started."""
         weights = self.weights.weights(tick.layer, "pre")
         hidden = self.embed(inputs) if tick.layer == 0 else self.activations.get(tick.micro_batch)
@@ -130,7 +142,7 @@ class Executor:
                 ops.append_rows(rows, inputs.gpu.slots, key[part], value[part], self.cache.layout.bits, self.cache.layout.group)
                 self.attend(begun.attention[part], tick.layer, query[part], rows, inputs.gpu, inputs.positions[part])
             if inputs.staged is not None:
-                self.attend_staged(begun, inputs.staged, gathered, query, key, value)
+                self.attend_staged(begun, inputs.staged, gathered, buffer, query, key, value)
         return begun
 
     def attend(self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, positions: Tensor) -> None:
@@ -158,10 +170,9 @@ class Executor:
             )
         )
 
-    def attend_staged(self, begun: Begun, staged: StagedGroup, gathered: Handle, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def attend_staged(self, begun: Begun, staged: StagedGroup, gathered: Handle, buffer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Attention over staging; the new token rows go home beside it."""
         layer, group, layout = begun.tick.layer, staged.attention, self.cache.layout
-        buffer = self.staging_buffer(layer, begun.tick.micro_batch, self.num_micro_batches(begun))
         gathered.wait()
         part = slice(group.start, group.end)
         rows = self.cache.staging_rows(buffer)
@@ -178,7 +189,7 @@ class Executor:
     def start_cpu_attention(self, begun: Begun, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache lies."""
         layer, part, layout = begun.tick.layer, slice(group.start, group.end), self.cache.layout
-        host_query, host_key, host_value, output = self.host_buffers.take(begun.tick, query[part], key[part], value[part])
+        host_query, host_key, host_value, output = self.host_buffers.take(query[part], key[part], value[part])
         arrived = self.lanes.mark()
         rows, positions = self.cache.rows("cpu", layer), begun.inputs.host_positions[part]
         drained = self.cache.drained[layer]
@@ -199,7 +210,7 @@ class Executor:
             assert begun.inputs.cpu is not None
             begun.cpu_done.wait()
             begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end].copy_(begun.cpu_output, non_blocking=True)
-            self.host_buffers.give_back(tick, self.lanes.mark())
+            self.host_buffers.give_back(begun.cpu_output, self.lanes.mark())
         weights = self.weights.weights(tick.layer, "post")
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             hidden = layers.post_attention(self.arch, tick.layer, weights, begun.hidden, begun.attention)

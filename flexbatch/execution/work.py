@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from flexbatch.detokenize import OutputText
 from flexbatch.execution.request_state import RequestState
 from flexbatch.memory.pages import PageTable
+from flexbatch.request import TokenLogprob
 
 
 @dataclass(eq=False)
@@ -15,10 +17,13 @@ class Sequence:
     """One request in flight: its tokens, its cache, and the micro-batch it belongs to for life."""
 
     state: RequestState
+    output: OutputText
     table: PageTable
     micro_batch: int
     token_ids: list[int]
     """Prompt and generated tokens."""
+    logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, TokenLogprob] | None] = field(default_factory=list)
 
     @property
     def num_cached(self) -> int:
@@ -33,14 +38,10 @@ class Sequence:
     def num_uncached(self) -> int:
         return len(self.token_ids) - self.num_cached
 
-    @property
-    def prefilling(self) -> bool:
-        """Whether prompt tokens are missing from the cache (the last of them alone makes a decode-sized query)."""
-        return self.num_uncached > 1
-
     def check(self) -> None:
         """Invariants: the cache never holds more than the tokens, and never the newest one."""
-        assert self.num_cached < len(self.token_ids) or not self.token_ids, (self.num_cached, len(self.token_ids))
+        assert self.num_cached <= len(self.token_ids), (self.num_cached, len(self.token_ids))
+        assert self.token_ids[self.num_prompt_tokens :] == self.output.token_ids == self.state.output_token_ids
         self.state.check()
 
 

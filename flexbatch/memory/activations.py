@@ -34,7 +34,9 @@ class ActivationStore:
     Everything on the gpu tier is handed on without a copy.
     """
 
-    def __init__(self, split: Split, num_micro_batches: int, max_tokens: int, width: int, dtype: torch.dtype, page_tokens: int, tiers: Tiers, lanes: Lanes) -> None:
+    def __init__(
+        self, split: Split, num_micro_batches: int, max_tokens: int, width: int, dtype: torch.dtype, page_tokens: int, tiers: Tiers, lanes: Lanes
+    ) -> None:
         self.split, self.page_tokens, self.dtype, self.width = split, page_tokens, dtype, width
         self.tiers, self.lanes = tiers, lanes
         self.row_bytes = width * dtype.itemsize
@@ -85,6 +87,10 @@ class ActivationStore:
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
             stored.home = self.lanes.disk_write.submit(lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data))
+
+    def hand_on(self, k: int, hidden: Tensor) -> None:
+        """Pass hidden states on within the compute device: the rows that the head reads, a few per sequence."""
+        self.stored[k] = Stored(len(hidden), (len(hidden), 0, 0), hidden, fetched=hidden)
 
     def host_rows(self, k: int, count: int) -> Tensor:
         return self.host[k][: count * self.row_bytes].view(self.dtype).view(count, self.width)

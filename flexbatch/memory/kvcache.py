@@ -123,7 +123,11 @@ class KVCache:
         num_cpu = len(work.cpu_pages)
         if num_cpu:
             source = self.storage["cpu"][layer].view(-1, self.layout.page_bytes)
-            handles.append(self.lanes.pages.submit(lambda: ops.gather_pages(source, work.cpu_pages, pages[:num_cpu]), after, f"cache {layer}", num_cpu * self.layout.page_bytes))
+            handles.append(
+                self.lanes.pages.submit(
+                    lambda: ops.gather_pages(source, work.cpu_pages, pages[:num_cpu]), after, f"cache {layer}", num_cpu * self.layout.page_bytes
+                )
+            )
         if work.num_disk_pages:
             target = pages[num_cpu : work.num_pages]
             num_bytes = work.num_disk_pages * self.layout.page_bytes

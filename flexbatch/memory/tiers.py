@@ -50,7 +50,10 @@ def check_budgets(needs: Iterable[Need], budgets: dict[str, int]) -> None:
     if not short:
         return
     rows = [f"  {need.what:<28} {need.tier:<5} {need.num_bytes / GIB:>10.3f} GiB" for need in needs if need.num_bytes]
-    sums = [f"  {'total':<28} {tier:<5} {totals[tier] / GIB:>10.3f} GiB of {budgets[tier] / GIB:.3f} GiB" + ("   <- does not fit" if tier in short else "") for tier in budgets]
+    sums = [
+        f"  {'total':<28} {tier:<5} {totals[tier] / GIB:>10.3f} GiB of {budgets[tier] / GIB:.3f} GiB" + ("   <- does not fit" if tier in short else "")
+        for tier in budgets
+    ]
     remedy = {
         "gpu": "lower the first number of a pair in --percent, --gpu-batch-size or --prefill-chunk, or raise --gpu-memory",
         "cpu": "move more to disk with --percent, use fewer bits (--weight-bits, --cache-bits) or a smaller block, or raise --cpu-memory",
@@ -78,7 +81,9 @@ class HostArena:
             touch_pages(self.tensor)
             status = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), len(self.mapping), 0)
             if int(status) != 0:
-                raise DoesNotFitError(f"pinning {num_bytes / GIB:.2f} GiB of host memory failed (CUDA error {int(status)}); lower --cpu-memory or the CPU shares of --percent")
+                raise DoesNotFitError(
+                    f"pinning {num_bytes / GIB:.2f} GiB of host memory failed (CUDA error {int(status)}); lower --cpu-memory or the CPU shares of --percent"
+                )
             self.registered = True
             self.finalizer = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.tensor.data_ptr())
 
@@ -231,7 +236,10 @@ def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
     with contextlib.suppress(OSError):
         space = os.statvfs(folder)
         free = f"; {space.f_bavail * space.f_frsize / GIB:.2f} GiB free there"
-    return OffloadError(error.errno, f"offload folder {folder}: {error.strerror or error} (needed {num_bytes / GIB:.3f} GiB{free}); name a writable folder with room in --offload-dir")
+    return OffloadError(
+        error.errno,
+        f"offload folder {folder}: {error.strerror or error} (needed {num_bytes / GIB:.3f} GiB{free}); name a writable folder with room in --offload-dir",
+    )
 
 
 def prepare_offload_dir(folder: Path) -> None:

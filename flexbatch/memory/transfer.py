@@ -6,6 +6,7 @@ and a handle is a future. Both kinds are waited on in the same way, so the execu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -89,20 +90,20 @@ def together(*handles: Handle) -> Handle:
 
 
 class ThreadLane:
-    """Worker threads for one resource; with one thread jobs run in the order in which they were submitted."""
+    """A worker thread for one resource: jobs run in the order in which they were submitted. ``num_bytes`` counts what they moved."""
 
-    def __init__(self, resource: str, tracer: Tracer, num_threads: int = 1, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, resource: str, tracer: Tracer, stream: torch.cuda.Stream | None = None) -> None:
         self.resource, self.tracer, self.stream = resource, tracer, stream
-        self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix=f"flexbatch-{resource}")
+        self.num_bytes = 0
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"flexbatch {resource}")
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
-        """Run ``job`` on a worker once ``after`` is done."""
+        """Run ``job`` on the worker once ``after`` is done."""
+        self.num_bytes += num_bytes
 
         def work() -> Any:
-            if self.stream is not None:
-                with torch.cuda.stream(self.stream):
-                    return self.traced(job, after, name, num_bytes)
-            return self.traced(job, after, name, num_bytes)
+            with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+                return self.traced(job, after, name, num_bytes)
 
         return FutureHandle(self.pool.submit(work))
 
@@ -116,17 +117,19 @@ class ThreadLane:
 
 
 class StreamLane:
-    """A CUDA stream for one direction of the link."""
+    """A CUDA stream for one direction of the link. ``num_bytes`` counts what its jobs moved."""
 
     def __init__(self, resource: str, tracer: Tracer, device: torch.device) -> None:
         self.resource, self.tracer = resource, tracer
+        self.num_bytes = 0
         self.stream = torch.cuda.Stream(device)
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
         """Enqueue ``job`` on the stream, ordered after ``after``."""
+        self.num_bytes += num_bytes
         with torch.cuda.stream(self.stream):
             after.wait()
-            span = self.tracer.device_span(self.resource, name, num_bytes=num_bytes)
+            span = self.tracer.device_span(self.resource, name, num_bytes)
             job()
             if span is not None:
                 span.end()
@@ -152,10 +155,10 @@ class Lanes:
         self.pages: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
         self.d2h: Lane = StreamLane("d2h", tracer, device) if cuda else ThreadLane("d2h", tracer)
         disk_stream = torch.cuda.Stream(device) if cuda else None
-        self.disk_read = ThreadLane("disk_read", tracer, 1, disk_stream)
-        self.disk_write = ThreadLane("disk_write", tracer, 1)
+        self.disk_read = ThreadLane("disk_read", tracer, disk_stream)
+        self.disk_write = ThreadLane("disk_write", tracer)
         self.disk_chunks = ThreadPoolExecutor(disk_threads, thread_name_prefix="flexbatch-disk-chunk")
-        self.cpu_attention = ThreadLane("cpu_attention", tracer, 1)
+        self.cpu_attention = ThreadLane("cpu_attention", tracer)
 
     def mark(self) -> Handle:
         """A handle of all compute issued so far on the current stream; on the CPU compute is done when it returns."""
@@ -165,7 +168,18 @@ class Lanes:
         event.record()
         return EventHandle(event)
 
+    @property
+    def all_lanes(self) -> tuple[Lane, ...]:
+        return (self.h2d, self.pages, self.d2h, self.disk_read, self.disk_write, self.cpu_attention)
+
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes per resource since the start."""
+        moved: dict[str, int] = {}
+        for lane in self.all_lanes:
+            moved[lane.resource] = moved.get(lane.resource, 0) + lane.num_bytes
+        return moved
+
     def close(self) -> None:
-        for lane in (self.h2d, self.pages, self.d2h, self.disk_read, self.disk_write, self.cpu_attention):
+        for lane in self.all_lanes:
             lane.close()
         self.disk_chunks.shutdown(wait=True, cancel_futures=True)

@@ -97,7 +97,10 @@ class WeightPlan:
 
     def expansion_bytes(self, stage: str) -> int:
         """Room to expand the quantised tensors of one stage ("pre": before attention, "post": after it) of any layer."""
-        return max(sum(align(tensor.dense_bytes, SLAB_ALIGNMENT) for tensor in layer if tensor.quantized and stage_of(tensor.spec.role) == stage) for layer in self.layers)
+        return max(
+            sum(align(tensor.dense_bytes, SLAB_ALIGNMENT) for tensor in layer if tensor.quantized and stage_of(tensor.spec.role) == stage)
+            for layer in self.layers
+        )
 
     def tier_bytes(self, tier: str) -> int:
         """All weight bytes whose home is ``tier``."""

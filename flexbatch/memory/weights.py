@@ -64,7 +64,9 @@ class WeightStore:
         self.free_after: list[Handle] = [READY] * len(self.slabs)
         self.claims: dict[int, Claim] = {}
         self.next_slab = 0
-        self.expansion = {stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.expansion_bytes(stage)) for stage in ("pre", "post") if plan.expansion_bytes(stage)}
+        self.expansion = {
+            stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.expansion_bytes(stage)) for stage in ("pre", "post") if plan.expansion_bytes(stage)
+        }
         self.expanded: dict[str, int] = {}
         self.ready: dict[int, dict[str, Tensor]] = {}
         self.disk_homed = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
@@ -247,4 +249,3 @@ class WeightStore:
         for file in self.files.values():
             file.close()
         self.files.clear()
-

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from flexbatch.models.dummy import dummy
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.families import BUFFERS, FAMILIES, Row, source_names
 from flexbatch.models.resolve import fingerprint, load_tokenizer, resolve
-from flexbatch.models.source import StoredTensor, list_tensors, read_json, read_tensors
+from flexbatch.models.source import StoredTensor, list_tensors, read_json, read_tensors, sample_rows
 from flexbatch.models.specs import Piece, WeightSpec, weight_specs
 
 __all__ = ["CheckpointError", "Piece", "dummy", "fingerprint", "load", "load_tokenizer", "read_config", "resolve", "stream"]
@@ -43,14 +44,14 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return config
 
 
-def stream(folder: Path | str, arch: Arch) -> Iterator[Piece]:
-    """Every tensor of the model once, as pieces, in the order of the files.
+def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = ()) -> Iterator[Piece]:
+    """Every tensor of the model once, as pieces, in the order of the files; those of the (layer, role) pairs in ``skip`` are not read.
 
     Memory: the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the three.
     Raises CheckpointError, on the call and not at the first piece, for missing, extra and mis-shaped tensors and damaged files.
     """
     assignments = _assign(list_tensors(Path(folder)), arch, Path(folder))
-    return _pieces(assignments, arch)
+    return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch)
 
 
 def _pieces(assignments: list[_Assignment], arch: Arch) -> Iterator[Piece]:
@@ -82,7 +83,7 @@ def _separated(tensor: Tensor, layout: str, arch: Arch) -> Iterator[tuple[slice,
         # Four quarters of the heads, from four TPU cores, each with queries, values and keys in this order.
         quarters = tensor.unflatten(0, (4, 3, arch.num_heads // 4 * arch.head_dim))
         blocks = [quarters[:, 0], quarters[:, 2], quarters[:, 1]]
-    return ((slice(start, end), block) for start, end, block in zip(starts, starts[1:], blocks, strict=True))
+    return ((slice(start, end), block) for (start, end), block in zip(pairwise(starts), blocks, strict=True))
 
 
 def _local_name(name: str, prefixes: tuple[str, ...], names: dict[str, Any]) -> str | None:
@@ -114,6 +115,7 @@ def _assign(stored: Iterable[StoredTensor], arch: Arch, folder: Path) -> list[_A
         key = f"{layer} {spec.role} {row.part}"
         if key in filled:
             if spec.role == "embed.weight":
+                _check_tied(filled[key], tensor, folder)
                 continue
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} stands for the same weights as {filled[key].name} in {filled[key].file}")
         filled[key] = tensor
@@ -121,6 +123,15 @@ def _assign(stored: Iterable[StoredTensor], arch: Arch, folder: Path) -> list[_A
         assignments.append(_Assignment(tensor, spec, row))
     _check_complete(assignments, specs, names, folder)
     return assignments
+
+
+def _check_tied(first: StoredTensor, second: StoredTensor, folder: Path) -> None:
+    """A tied matrix may be stored twice; 64 rows tell whether it was in truth untied, as fine-tuning sometimes does without a word in the config."""
+    if first.shape != second.shape or not torch.equal(sample_rows(first), sample_rows(second)):
+        raise CheckpointError(
+            f"{folder / 'config.json'} says tie_word_embeddings, but {first.name} {list(first.shape)} and {second.name} {list(second.shape)} differ; "
+            'write "tie_word_embeddings": false there to use both'
+        )
 
 
 def _check_shape(tensor: StoredTensor, spec: WeightSpec, row: Row) -> None:

@@ -101,6 +101,12 @@ FAMILIES: dict[str, Family] = {
     "glm4": _llama_family(readers.glm, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
     "gemma2": _llama_family(readers.gemma2, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS),
     "gemma3_text": _llama_family(readers.gemma3, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM),
+    "gemma3": _llama_family(
+        readers.gemma3_multimodal,
+        SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM,
+        prefixes=("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
+        skip=re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\."),
+    ),
     "bloom": Family(
         readers.bloom,
         ("transformer.", ""),

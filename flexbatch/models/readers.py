@@ -197,8 +197,9 @@ def gemma2(config: Config) -> Arch:
 
 
 def gemma3(config: Config) -> Arch:
-    """Text part. Layers with a window rotate with a base of their own."""
-    config = {"head_dim": 256, "max_position_embeddings": 131072, **config}
+    """Text model. Layers with a window rotate with a base of their own."""
+    defaults = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072}
+    config = {**defaults, **config}
     nested = config.get("rope_parameters") or {}
     entry = dict(nested.get("full_attention") or config.get("rope_scaling") or {})
     local = _or(nested.get("sliding_attention") or {}, "rope_theta", _or(config, "rope_local_base_freq", 10000.0))
@@ -210,6 +211,12 @@ def gemma3(config: Config) -> Arch:
         final_soft_cap=config.get("final_logit_softcapping") or 0.0,
         **_rope(config, config["head_dim"], theta=1e6, entry=entry),
     )
+
+
+def gemma3_multimodal(config: Config) -> Arch:
+    """Text part of the model that also sees images; its entries stand under ``text_config``, its special tokens beside it."""
+    outer = {name: config[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype") if config.get(name) is not None}
+    return gemma3({**_get(config, "text_config"), **outer, "model_type": config["model_type"]})
 
 
 def opt(config: Config) -> Arch:

@@ -81,6 +81,13 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be read: {error}") from error
 
 
+def sample_rows(stored: StoredTensor, count: int = 64) -> Tensor:
+    """Up to ``count`` rows spread evenly over a tensor; reads only these."""
+    rows = sorted({(stored.shape[0] - 1) * i // max(count - 1, 1) for i in range(count)})
+    part = _open_safetensors(stored.file).get_slice(stored.name) if stored.file.suffix == ".safetensors" else _open_bin(stored.file)[stored.name]
+    return torch.cat([part[row : row + 1] for row in rows])
+
+
 def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")

@@ -112,6 +112,7 @@ def test_a_path_counts_as_if_it_had_been_committed() -> None:
     torch.testing.assert_close(process_logits(logits[:1], [root], [(30, 11)]), process_logits(logits[:1], [committed]), rtol=0, atol=0)
     assert sample(logits[:1], [root], [(30, 11)]).token_ids.tolist() == sample(logits[:1], [committed]).token_ids.tolist()
     assert root.output_token_ids == [11]
+    process_logits(logits[:1], [root], [tuple(range(50, 110))])
     root.append(40)
     root.check()
     torch.testing.assert_close(process_logits(logits[:1], [root]), process_logits(logits[:1], [state(4, (11, 40), **params)]), rtol=0, atol=0)

@@ -29,6 +29,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path):
-    from flexbatch.prompts import load_tokenizer
+    from flexbatch.models.resolve import load_tokenizer
 
     return load_tokenizer(tokenizer_folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from flexbatch.detokenize import Detokenizer, Finish, OutputText, first_stop
 from flexbatch.request import SamplingParams
@@ -50,6 +52,20 @@ def test_no_half_character_is_ever_shown(tokenizer, text: str) -> None:
         stream.append(token)
         assert "\ufffd" not in stream.text and text.startswith(stream.text)
     assert stream.text == text
+
+
+def test_spaces_that_belong_to_the_next_piece_survive() -> None:
+    """SentencePiece style: a piece carries its leading space, which the first piece of a decoded text loses."""
+    words = ["\u2581stop", "\u2581here", "x", "\u2581"]
+    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="x"))
+    model.decoder = decoders.Metaspace()
+    pieces = PreTrainedTokenizerFast(tokenizer_object=model)
+    stream = Detokenizer(pieces)
+    for token in (0, 1, 2, 3, 1):
+        stream.append(token)
+    assert stream.text == pieces.decode([0, 1, 2, 3, 1]) == "stop herex  here"
+    result = OutputText(pieces, SamplingParams(max_tokens=9, stop="p h"))
+    assert (result.extend([0, 1, 2]), result.text) == (2, "sto")
 
 
 @fixtures

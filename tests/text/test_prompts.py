@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch.prompts import PromptEncoder, PromptError, TokenizerError, load_tokenizer
+from flexbatch.prompts import PromptEncoder, PromptError
 
 VOCAB = 400
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
@@ -93,27 +91,3 @@ def test_an_empty_text_without_special_tokens_is_an_error(tokenizer) -> None:
 
     with pytest.raises(PromptError, match="prompt 0: is empty"):
         PromptEncoder(Bare(), max_context=9, vocab_size=VOCAB).encode(0, "")
-
-
-def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=rf"{tmp_path}: no usable tokenizer"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(TokenizerError, match="nowhere: no such folder"):
-        load_tokenizer(tmp_path / "nowhere")
-
-
-def test_code_beside_a_tokenizer_is_not_run(tmp_path: Path, tokenizer) -> None:
-    import json
-
-    tokenizer.save_pretrained(tmp_path)
-    settings_file = tmp_path / "tokenizer_config.json"
-    marker = tmp_path / "ran"
-    (tmp_path / "custom.py").write_text(f"open({str(marker)!r}, 'w')\nclass Custom: pass\n")
-    config = json.loads(settings_file.read_text())
-    config.update(auto_map={"AutoTokenizer": ["custom.Custom", "custom.Custom"]}, tokenizer_class="Custom")
-    settings_file.write_text(json.dumps(config))
-    try:
-        load_tokenizer(tmp_path)
-    except TokenizerError as error:
-        assert str(tmp_path) in str(error)
-    assert not marker.exists()
