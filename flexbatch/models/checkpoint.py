@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -44,15 +44,15 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return config
 
 
-def stream(folder: Path | str, arch: Arch) -> Iterator[Piece]:
-    """Every tensor of the model once, as pieces, in the order of the files.
+def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = ()) -> Iterator[Piece]:
+    """Every tensor of the model once, as pieces, in the order of the files; those of the (layer, role) pairs in ``skip`` are not read.
 
     Memory: at most 256 MiB of mapped file beside the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the
     three. Other tensors are views of the file: copy or drop each before the next.
     Raises CheckpointError, on the call and not at the first piece, for missing, extra and mis-shaped tensors and damaged files.
     """
     assignments = _assign(list_tensors(Path(folder)), arch, Path(folder))
-    return _pieces(assignments, arch)
+    return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch)
 
 
 def _pieces(assignments: list[_Assignment], arch: Arch) -> Iterator[Piece]:
