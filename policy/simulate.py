@@ -1,7 +1,7 @@
 """A pass walked tick by tick with the rates of the cost model: sequence by sequence, no averages, no affine forms. The check of the closed form.
 
 Every resource is a queue that serves one task at a time in the order of issue. A tick waits for its layer's weights, its micro-batch's pages
-and hidden states, and for the CPU attention of two ticks before. With a tick start the copies to the GPU for the next tick, one K-th of the
+and hidden states, and for the CPU attention of two ticks before (of the last tick, when there is one micro-batch only). With a tick start the copies to the GPU for the next tick, one K-th of the
 next layer's weights, and the disk reads for the tick after it and for the layer after it.
 """
 
@@ -96,7 +96,7 @@ def simulate(shape: ModelShape, hardware: Hardware, policy: Policy, sequences: S
     queues = {name: _Queue() for name in ("h2d", "d2h", "disk_read", "disk_write", "gpu", "cpu_attention")}
     ticks = [(p, layer, batch) for p in range(passes) for layer, batch in zigzag(layers, count)]
     weights_ready, weights_read = {0: 0.0}, {0: 0.0, 1: 0.0}
-    data_ready, data_read, attention_done, ends, starts_of_pass = [0.0], [0.0, 0.0], [0.0, 0.0], [], []
+    data_ready, data_read, attention_done, ends, starts_of_pass = [0.0], [0.0, 0.0], [0.0] * min(2, count), [], []
     for index, (number, layer, batch) in enumerate(ticks):
         stage = number * (layers + 1) + layer
         before = ends[-1] if ends else 0.0
