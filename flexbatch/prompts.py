@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flexbatch.config import ConfigurationError
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids (taken as they are; an array will do), or chat messages with "role" and "content"."""
 
 
-class PromptError(ValueError):
+class PromptError(ConfigurationError):
     """A prompt cannot be run; the message names its index, counted from 0."""
 
     def __init__(self, index: int, problem: str) -> None:

@@ -86,6 +86,7 @@ class DiskCache:
                 flat[:open_rows].copy_(self.tails[layer, table.tail_slot, :open_rows])
             cursor += count
 
+        @torch.inference_mode()  # worker threads have a mode of their own
         def read_page(job: tuple[int, int]) -> None:
             offset, place = job
             page = torch.empty(layout.disk_page_bytes, dtype=torch.uint8)

@@ -92,10 +92,12 @@ class KVCache:
 
     def free(self, table: PageTable) -> list[int]:
         """Give back a table; returns the pages that nobody holds any more."""
-        freed = self.pools[table.tier].release(table.pages)
         if table.tier == "disk":
             assert self.disk is not None
+            # Its last rows may still be on their way to the tail, which the next sequence takes over.
+            together(*self.draining).synchronize()
             self.disk.close_tail(table.tail_slot)
+        freed = self.pools[table.tier].release(table.pages)
         table.pages = []
         return freed
 

@@ -1,0 +1,274 @@
+"""Trains the bundled demo models (`flexbatch/data/demo`, `flexbatch/data/demo-draft`) on the standard library's own source.
+
+    python benchmark/train_demo.py --minutes 7 --compile          # as the bundled models were trained, on one H200
+    python benchmark/train_demo.py --minutes 1 --batch 4 --length 256 --held-out-tokens 20000 --out /tmp/models   # a quick look on a CPU
+
+The target minimises the cross entropy of the corpus. The draft, a ninth of its size, mostly imitates the target's
+distribution (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", at temperature 1), because what counts
+for a draft is agreement with the target. Both keep the checkpoint that is best on held-out files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parent))
+from demo_files import CONTEXT, VOCAB_SIZE, Corpus, Shape, check_folder, completions, load_corpus, save_model, write_card
+
+TARGET = Shape(name="demo", hidden=256, layers=5, heads=8, kv_heads=2, head_dim=32, intermediate=512)
+DRAFT = Shape(name="demo-draft", hidden=80, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=144)
+
+
+class Block(nn.Module):
+    """A Llama decoder layer; parameter names as in Hugging Face checkpoints."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        super().__init__()
+        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.shape, self.dropout = shape, dropout
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(shape.hidden, width, bias=False),
+                "k_proj": nn.Linear(shape.hidden, kv_width, bias=False),
+                "v_proj": nn.Linear(shape.hidden, kv_width, bias=False),
+                "o_proj": nn.Linear(width, shape.hidden, bias=False),
+            }
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(shape.hidden, shape.intermediate, bias=False),
+                "up_proj": nn.Linear(shape.hidden, shape.intermediate, bias=False),
+                "down_proj": nn.Linear(shape.intermediate, shape.hidden, bias=False),
+            }
+        )
+        self.input_layernorm = nn.RMSNorm(shape.hidden, eps=shape.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=shape.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [batch, tokens, hidden] -> the same shape."""
+        batch, tokens, _ = x.shape
+        normed = self.input_layernorm(x)
+        query, key, value = (self.self_attn[name](normed).view(batch, tokens, -1, self.shape.head_dim).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        x = x + functional.dropout(self.self_attn["o_proj"](attended.transpose(1, 2).reshape(batch, tokens, -1)), self.dropout, self.training)
+        normed = self.post_attention_layernorm(x)
+        gated = functional.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
+        return x + functional.dropout(self.mlp["down_proj"](gated), self.dropout, self.training)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, halves paired; x [batch, heads, tokens, head_dim], cos and sin [tokens, head_dim / 2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Llama(nn.Module):
+    """The training-time model: Llama with residual dropout and tied embeddings."""
+
+    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.shape, self.dropout = shape, dropout
+        self.embed_tokens = nn.Embedding(VOCAB_SIZE, shape.hidden)
+        self.layers = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.hidden, eps=shape.norm_eps)
+        angles = torch.outer(torch.arange(CONTEXT), shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                residual_out = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * shape.layers) if residual_out else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [batch, length] -> logits [batch, length, vocab]."""
+        x = functional.dropout(self.embed_tokens(tokens), self.dropout, self.training)
+        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return functional.linear(self.norm(x), self.embed_tokens.weight)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how to train one model; ``seconds`` includes compilation and held-out evaluations."""
+
+    seconds: float
+    batch: int
+    length: int
+    peak_rate: float
+    weight_decay: float
+    evaluate_every: int
+    warmup_steps: int = 200
+
+    def rate(self, step: int, elapsed: float) -> float:
+        """Linear warm-up by steps, then a cosine to 2 % of the peak by time."""
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed / self.seconds)))
+        return self.peak_rate * min(1.0, (step + 1) / self.warmup_steps) * (0.02 + 0.98 * cosine)
+
+
+def cross_entropy(logits: Tensor, window: Tensor) -> Tensor:
+    """Mean nats per token of window [batch, length + 1] under logits [batch, length, vocab]."""
+    return functional.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+
+
+def imitation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence KL(teacher || student) per token, nats; logits of the same shape."""
+    student, teacher = student.float().log_softmax(-1).flatten(0, 1), teacher.float().log_softmax(-1).flatten(0, 1)
+    return functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """bf16 matrix products over fp32 weights on a GPU; fp32 on a CPU, where bf16 without AMX is emulated and ten times slower."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def held_out_nats(model: Llama, held_out: Tensor, length: int, batch: int = 8) -> float:
+    """Mean nats per token over consecutive windows of the held-out stream."""
+    model.eval()
+    rows = (held_out.numel() - 1) // length
+    index = torch.arange(rows, device=held_out.device)[:, None] * length + torch.arange(length + 1, device=held_out.device)
+    total = 0.0
+    for part in index.split(batch):
+        window = held_out[part]
+        with half_precision(held_out.device):
+            logits = model(window[:, :-1])
+        total += cross_entropy(logits, window).item() * len(part)
+    model.train()
+    return total / rows
+
+
+def train(model: Llama, loss_of: Callable[[Tensor], Tensor], corpus: Corpus, recipe: Recipe, keep: Callable[[Llama], None]) -> tuple[float, int]:
+    """Trains in place for ``recipe.seconds``, calls ``keep`` at every new best and leaves the best weights in the model.
+
+    Returns the best held-out nats per token and the number of steps.
+    """
+    start, stream = time.monotonic(), corpus.train
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
+        lr=recipe.peak_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    offsets = torch.arange(recipe.length + 1, device=stream.device)
+    best, best_weights, step, done = math.inf, copy.deepcopy(model.state_dict()), 0, False
+    while not done:
+        elapsed = time.monotonic() - start
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step, elapsed)
+        begin = torch.randint(0, stream.numel() - recipe.length, (recipe.batch, 1), device=stream.device)
+        loss = loss_of(stream[begin + offsets])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        done = elapsed >= recipe.seconds
+        if done or step % recipe.evaluate_every == 0:
+            nats = held_out_nats(model, corpus.held_out, recipe.length)
+            print(
+                f"{model.shape.name}: step {step}, {elapsed:.0f} s, {step * recipe.batch * recipe.length / 1e6:.0f} M tokens, train loss {loss.item():.4f}, held-out {nats:.4f} nats/token",
+                file=sys.stderr,
+                flush=True,
+            )
+            if nats < best:
+                best, best_weights = nats, copy.deepcopy(model.state_dict())
+                keep(model)
+    model.load_state_dict(best_weights)
+    model.eval()
+    return best, step
+
+
+@torch.no_grad()
+def agreement(target: Llama, draft: Llama, held_out: Tensor, length: int) -> tuple[float, float]:
+    """How well the draft predicts the target on held-out text: share of equal arg max, and mean sum of min(p, q),
+    the acceptance rate of speculative sampling (Leviathan et al. 2023, section 3.3)."""
+    equal, overlap, count = 0.0, 0.0, 0
+    for window in held_out[: held_out.numel() // length * length].view(-1, length).split(4):
+        p, q = target(window).float().softmax(-1), draft(window).float().softmax(-1)
+        equal += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        overlap += torch.minimum(p, q).sum().item()
+        count += window.numel()
+    return equal / count, overlap / count
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(arguments.seed)
+    torch.set_float32_matmul_precision("high")
+    corpus = load_corpus(arguments.corpus, device, arguments.held_out_tokens)
+    print(f"corpus: {corpus.describe()}", file=sys.stderr, flush=True)
+    out: Path = arguments.out
+    compiled = torch.compile if arguments.compile else (lambda function: function)
+    left = 60 * arguments.minutes
+    models: list[tuple[Llama, float, int]] = []
+    for shape, share, dropout, rate in ((TARGET, 0.72, arguments.dropout, 4e-3), (DRAFT, 0.28, 0.0, 6e-3)):
+        model = Llama(shape, dropout).to(device)
+        teacher = models[0][0] if models else None
+
+        def loss_of(window: Tensor, model: Llama = model, teacher: Llama | None = teacher) -> Tensor:
+            with half_precision(device):
+                logits = model(window[:, :-1])
+                if teacher is None:
+                    return cross_entropy(logits, window)
+                with torch.no_grad():
+                    wanted = teacher(window[:, :-1])
+            return 0.2 * cross_entropy(logits, window) + 0.8 * imitation(logits, wanted)
+
+        recipe = Recipe(left * share, arguments.batch, arguments.length, rate, 0.1, arguments.evaluate_every)
+        nats, steps = train(model, compiled(loss_of), corpus, recipe, keep=lambda model: save_model(model.state_dict(), model.shape, corpus.tokenizer, out / model.shape.name))
+        models.append((model, nats, steps))
+    (target, *_), (draft, *_) = models
+    equal, overlap = agreement(target, draft, corpus.held_out, arguments.length)
+    for model, _, steps in models:
+        folder = out / model.shape.name
+        reloaded = check_folder(folder, model, corpus.held_out[:64])
+        nats = held_out_nats(reloaded_weights(model, reloaded), corpus.held_out, arguments.length)
+        command = f"python benchmark/train_demo.py --minutes {arguments.minutes:g} --batch {arguments.batch} --length {arguments.length} --dropout {arguments.dropout:g} --seed {arguments.seed}"
+        facts = {
+            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            "training": f"{steps:,} steps of {arguments.batch} x {arguments.length} tokens ({steps * arguments.batch * arguments.length / corpus.train.numel():.0f} passes over the corpus)",
+            "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}",
+            "command": command + (" --compile" if arguments.compile else ""),
+            "draft": f"{100 * equal:.1f} % same most likely token, {100 * overlap:.1f} % overlap of the distributions (sum of min(p, q))",
+        }
+        write_card(folder, model.shape, corpus, nats, facts, completions(folder))
+        print(f"{folder}: held-out {nats * corpus.tokens_per_byte:.4f} nats/byte, {facts['draft']}", file=sys.stderr)
+
+
+def reloaded_weights(model: Llama, weights: dict[str, Tensor]) -> Llama:
+    """The model with the weights as stored, so that what is reported is what is shipped."""
+    model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in weights.items()})
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=None, help="folder of .py files (default: this interpreter's standard library)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "flexbatch" / "data", help="parent of the model folders demo and demo-draft")
+    parser.add_argument("--minutes", type=float, default=7.0, help="training time of target and draft together")
+    parser.add_argument("--batch", type=int, default=32, help="windows in a step")
+    parser.add_argument("--length", type=int, default=CONTEXT, help="tokens in a window")
+    parser.add_argument("--held-out-tokens", type=int, default=None, help="evaluate on the first of the held-out tokens only (quick looks on a CPU)")
+    parser.add_argument("--evaluate-every", type=int, default=500, help="steps between held-out evaluations")
+    parser.add_argument("--dropout", type=float, default=0.1, help="residual dropout of the target")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and windows")
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
