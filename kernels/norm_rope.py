@@ -27,10 +27,7 @@ def _norm_kernel(x, residual, weight, bias, out, inner, x_outer, x_inner, residu
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
     if WEIGHT:
         scale = tl.load(weight + element, mask=mask, other=0.0)
-        if RMS and not WIDE:
-            wide = (wide.to(value.dtype) * scale).to(tl.float32)
-        else:
-            wide = wide * (scale.to(tl.float32) + offset)
+        wide = (wide.to(value.dtype) * scale).to(tl.float32) if RMS and not WIDE else wide * (scale.to(tl.float32) + offset)
     if BIAS:
         wide = wide + tl.load(bias + element, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64) * size + element, wide.to(value.dtype), mask=mask)

@@ -1,7 +1,7 @@
 """Group-wise quantisation in Triton: weights, and keys and values straight into token rows; products of few tokens with quantised weights.
 
-Codes, parameters and expanded values are bit for bit those of `reference` (hence no fused multiply-add there). A *vector* is what is quantised along: a row of a weight (or a column, dim=0), one head of
-one key or value. Two 4-bit codes share a byte, so tiles are [vectors, groups, code bytes] and 4 bits work on an even and an odd half.
+Codes, parameters and expanded values are bit for bit those of `reference` (hence no fused multiply-add there). A *vector* is what is quantised
+along: a row of a weight (or a column, dim=0), one head of one key or value. Tiles are [vectors, groups, elements or bytes of a group].
 """
 
 from __future__ import annotations
@@ -27,47 +27,38 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
     side = tl.program_id(2)
     vector = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)[:, None, None]
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]
+    within = tl.arange(0, BLOCK_B * PIECES)[None, None, :]
     byte = tl.arange(0, BLOCK_B)[None, None, :]
     token = (vector // HEADS).to(tl.int64)
     head = vector % HEADS
-    inside = (vector < num_vectors) & (byte * PIECES < GROUP)
-    element = group * GROUP + byte * PIECES
     x = x0
     if side == 1:
         x = x1
-    source = x + token * x_token + (head * size + element) * x_step
     dtype: tl.constexpr = x0.dtype.element_ty
-    has0 = inside & (element < size)
-    has1 = inside & (element + 1 < size)
-    value0 = tl.load(source, mask=has0, other=0.0).to(tl.float32)
-    value1 = tl.load(source + x_step, mask=has1, other=0.0).to(tl.float32) if BITS == 4 else value0
-    low = tl.where(has0, value0, float("inf"))
-    high = tl.where(has0, value0, float("-inf"))
-    if BITS == 4:
-        low = tl.minimum(low, tl.where(has1, value1, float("inf")))
-        high = tl.maximum(high, tl.where(has1, value1, float("-inf")))
-    minimum = tl.min(low, 2).expand_dims(2).to(dtype)
-    reach = tl.max(high, 2).expand_dims(2) - minimum.to(tl.float32)
+    inside = (vector < num_vectors) & (within < GROUP) & (group * GROUP + within < size)
+    value = tl.load(x + token * x_token + (head * size + group * GROUP + within) * x_step, mask=inside, other=0.0).to(tl.float32)
+    minimum = tl.min(tl.where(inside, value, float("inf")), 2).expand_dims(2).to(dtype)
+    floor = minimum.to(tl.float32)
+    reach = tl.max(tl.where(inside, value, float("-inf")), 2).expand_dims(2) - floor
     scale = tl.maximum(tl.div_rn(reach, tl.full(reach.shape, LEVELS, tl.float32)), 0.0).to(dtype)
     place = tl.load(slots + token, mask=vector < num_vectors, other=0).to(tl.int64) if SLOTS else token
     pair = parameters + place * parameter_token + parameter_base + side * parameter_side + head * HEAD_PARAMETERS + group * 2 * parameter_step
     has_group = (vector < num_vectors) & (group * GROUP < size)
     tl.store(pair, scale, mask=has_group)
     tl.store(pair + parameter_step, minimum, mask=has_group)
-    step = tl.broadcast_to(scale.to(tl.float32), value0.shape)
-    safe = tl.where(step > 0, step, 1.0)
-    floor = minimum.to(tl.float32)
-    packed = _code(value0, floor, step, safe, LEVELS)
+    packed = tl.where(inside, _code(value, floor, tl.broadcast_to(scale.to(tl.float32), value.shape), LEVELS), 0)
     if BITS == 4:
-        packed = packed | (tl.where(has1, _code(value1, floor, step, safe, LEVELS), 0) << 4)
+        even, odd = tl.split(packed.reshape(BLOCK_V, BLOCK_G, BLOCK_B, 2))
+        packed = even | (odd << 4)
     target = codes + place * code_token + side * code_side + head * HEAD_CODES + (group * (GROUP // PIECES) + byte) * code_step
-    tl.store(target, packed.to(tl.uint8), mask=has0)
+    has_byte = (vector < num_vectors) & (byte * PIECES < GROUP) & (group * GROUP + byte * PIECES < size)
+    tl.store(target, packed.to(tl.uint8), mask=has_byte)
 
 
 @triton.jit
-def _code(value, floor, step, safe, LEVELS: tl.constexpr):
+def _code(value, floor, step, LEVELS: tl.constexpr):
     """Nearest code, ties to even: adding 1.5 * 2^23 leaves no fraction bits."""
-    code = tl.div_rn(value - floor, safe)
+    code = tl.div_rn(value - floor, tl.where(step > 0, step, 1.0))
     code = tl.minimum(tl.maximum(code, 0.0), LEVELS)
     code = (code + 12582912.0) - 12582912.0
     return tl.where(step > 0, code, 0.0).to(tl.int32)
