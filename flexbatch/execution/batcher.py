@@ -103,8 +103,8 @@ class Batcher:
             return ""
         page_tokens = self.cache.layout.page_tokens
         return (
-            f"{candidate.num_prompt_tokens} prompt tokens and up to {candidate.output.max_tokens} generated ones need {need} cache pages of {page_tokens} tokens; "
-            f"the largest tier has {most}. Lower max_tokens, raise the memory budgets, or move the cache to a larger tier with --percent"
+            f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {need} cache pages of {page_tokens} tokens; "
+            f"the largest tier has {most}. Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
         )
 
     @property
