@@ -285,7 +285,8 @@ class LLM:
                 work = batcher.next_pass()
                 logits = block.executor.run(work)
                 batcher.commit(work, draw(logits))
-                self._count(work.num_query_tokens)
+                self.statistics.passes += 1
+                self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
                     report_text(batcher, shown, on_tokens)
                 for retired in batcher.take_retired():
@@ -308,10 +309,6 @@ class LLM:
                 max_context=self.arch.max_positions,
             )
             yield Candidate(RequestState(request, self.config.seed), output)
-
-    def _count(self, num_query_tokens: int) -> None:
-        self.statistics.passes += 1
-        self.statistics.prefilled_tokens += num_query_tokens
 
     def _completion(self, retired: Retired) -> Completion:
         request, output, sequence = retired.state.request, retired.output, retired.sequence
@@ -354,6 +351,7 @@ class LLM:
             "passes": s.passes,
             "requests": s.requests,
             "prompt_tokens": s.prompt_tokens,
+            "prefilled_tokens": s.prefilled_tokens,
             "generated_tokens": s.generated_tokens,
             "generated_tokens_per_second": s.generated_tokens / s.seconds if s.seconds else 0.0,
             "total_tokens_per_second": (s.prompt_tokens + s.generated_tokens) / s.seconds if s.seconds else 0.0,
