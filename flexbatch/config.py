@@ -38,7 +38,10 @@ class EngineConfig:
 
     model: str = option("demo", '"demo" (bundled), a local folder, a Hub id, or with --dummy-weights the name of a public shape')
     percent: tuple[float, ...] | None = option(
-        None, "weights on GPU, on CPU; cache on GPU, on CPU; activations on GPU, on CPU, in per cent; the rest on disk (default: chosen)", nargs=6, metavar=("WG", "WC", "CG", "CC", "AG", "AC")
+        None,
+        "weights on GPU, on CPU; cache on GPU, on CPU; activations on GPU, on CPU, in per cent; the rest on disk (default: chosen)",
+        nargs=6,
+        metavar=("WG", "WC", "CG", "CC", "AG", "AC"),
     )
     gpu_batch_size: int | None = option(None, "sequences in one micro-batch (default: chosen)")
     num_gpu_batches: int | None = option(None, "micro-batches in one block (default: chosen)")
@@ -66,7 +69,9 @@ class EngineConfig:
                 refuse(f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}")
             for kind, gpu, cpu in zip(("weights", "cache", "activations"), self.percent[0::2], self.percent[1::2], strict=True):
                 if gpu < 0 or cpu < 0 or gpu + cpu > 100:
-                    refuse(f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100, the rest goes to disk; they sum to {gpu + cpu:g}")
+                    refuse(
+                        f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100, the rest goes to disk; they sum to {gpu + cpu:g}"
+                    )
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:

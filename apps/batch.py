@@ -1,0 +1,104 @@
+"""Batch jobs: a data set of prompts in, the same data set with generated text out, exactly once whatever happens.
+
+    python -m flexbatch.apps.batch INPUT OUTPUT --model M --prompt-column text --max-tokens 64
+
+INPUT is a Parquet file, folder, glob or hive-partitioned data set, an ``s3://`` or ``gs://`` URI, CSV, JSON lines, an OpenAI batch file
+(``--input-format openai``), or a data set of the `datasets` library. Starting the same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
+from flexbatch.config import ConfigurationError, EngineConfig
+
+if TYPE_CHECKING:
+    from flexbatch.apps.jobs.runner import OpenEngine
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flexbatch batch", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, epilog=(__doc__ or "").split("\n\n", 2)[2]
+    )
+    parser.add_argument("input", metavar="INPUT", help="what to read")
+    parser.add_argument("output", metavar="OUTPUT", help="folder for part-00000.parquet, ...; begun jobs are resumed")
+    add_arguments(parser, JobConfig, "job")
+    add_engine_arguments(parser)
+    return parser
+
+
+def model_identity(config: EngineConfig) -> dict[str, Any]:
+    """What tells one model from another: the content of its folder, or the shape's name and the seed for random weights. Raises ConfigurationError."""
+    if config.dummy_weights:
+        return {"name": config.model, "weights": f"random, seed {config.seed}"}
+    import hashlib
+
+    from flexbatch.models.resolve import fingerprint, resolve
+
+    try:
+        folder = resolve(config.model)
+        digest = hashlib.sha256()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"):
+            if (folder / name).is_file():
+                digest.update(name.encode() + (folder / name).read_bytes())
+        return {"weights": fingerprint(folder), "tokenizer": digest.hexdigest()[:32]}
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def open_llm(config: EngineConfig) -> Any:
+    from flexbatch.engine import LLM
+
+    return LLM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+
+def resume_command(command: Sequence[str]) -> str:
+    """The command line that goes on: the same one, without what would discard the output."""
+    return shlex.join(word for word in command if word not in ("--overwrite", "--overwrite=true"))
+
+
+def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_engine: OpenEngine, identity: Any) -> int:
+    from flexbatch.apps.jobs.plan import plan_job
+    from flexbatch.apps.jobs.runner import run_shard
+    from flexbatch.apps.jobs.shares import divide_host, find_share
+
+    config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
+    share = find_share(config.shard_of(), environ)
+    if share.shards > 1 and config.overwrite:
+        raise ConfigurationError("--overwrite with several processes would discard the others' parts: remove the output folder, then start them")
+    job = plan_job(args.input, args.output, config, engine, identity)
+    if config.ray:
+        from flexbatch.apps.ray import run_on_ray
+
+        return run_on_ray(job, open_engine, resume)
+    if share.local_size > 1:
+        job = dataclasses.replace(job, engine=divide_host(engine, share, _gpu_count(engine)))
+    return run_shard(job, share, open_engine, resume)
+
+
+def _gpu_count(engine: EngineConfig) -> int:
+    if engine.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity) -> int:
+    """The command; returns its exit code."""
+    args = make_parser().parse_args(argv)
+    set_up_logging()
+    resume = resume_command(sys.orig_argv)
+    return run_command(lambda: run(args, os.environ, resume, open_engine, identity), resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

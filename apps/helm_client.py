@@ -1,0 +1,287 @@
+"""HELM's view of the engine: a client that answers one request, or all the requests of a scenario, with one block of sequences.
+
+Behaviour follows crfm-helm 0.5.16: ``helm.clients.huggingface_client`` (what a completion holds), ``helm.benchmark.executor`` (what becomes
+of an error), ``helm.proxy.retry`` (when a request is sent again) and ``helm.common.cache`` (keys and stores).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from helm.clients.client import CachingClient
+from helm.common.cache import cache_stats, create_key_value_store, write_to_key_value_store
+from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
+from tqdm import tqdm
+
+from flexbatch.request import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from flexbatch import LLM
+
+LOGPROBS = ("model", "huggingface")
+OUTPUT_FIELDS = ("weight_bits", "cache_bits", "dtype", "device", "dummy_weights", "seed")
+"""Engine settings that can change a token, and so belong to the cache key; placement and batching cannot (promises 1 and 2)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request to compute: its cache key, prompt and parameters, and the places of the requests that wait for it."""
+
+    key: dict[str, Any]
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    request: Request
+    places: list[int]
+
+
+def failure(error: str, *, fatal: bool = False) -> RequestResult:
+    """A failed request with both flags set: HELM retries for 150 s when ``is_retriable`` is unset, and drops the run when ``is_fatal`` is unset."""
+    flags = ErrorFlags(is_retriable=False, is_fatal=fatal)
+    return RequestResult(success=False, cached=False, completions=[], embedding=[], error=error, error_flags=flags)
+
+
+class FlexBatchClient(CachingClient):
+    """Answers HELM's requests with FlexBatch.
+
+    HELM injects ``cache_config``, ``tokenizer`` and ``end_of_text_token``; the other arguments come from the deployment
+    (``client_spec.args`` in ``model_deployments.yaml``, or `flexbatch.apps.helm`):
+
+    - ``pretrained``: what `LLM` loads; ``**engine``: keywords of `LLM` (``percent``, ``gpu_batch_size``, ...);
+    - ``apply_chat_template``: None decides as HELM's own client does, by whether the tokenizer has a template;
+    - ``logprobs``: ``model`` gives the model's log-probabilities of generated tokens. ``huggingface`` gives what HELM's Hugging Face client
+      gives at temperature 0, the log-probability after division by the temperature, which is 0.0 for every token;
+    - ``queue_seconds``: how long `make_request` waits for requests of other threads to share its block.
+    """
+
+    def __init__(
+        self,
+        cache_config: Any,
+        tokenizer: Any,
+        pretrained: str,
+        end_of_text_token: str | None = None,
+        apply_chat_template: bool | None = None,
+        logprobs: str = "model",
+        queue_seconds: float = 0.05,
+        **engine: Any,
+    ) -> None:
+        super().__init__(cache_config=cache_config)
+        if logprobs not in LOGPROBS:
+            raise ValueError(f"logprobs={logprobs!r} must be one of {', '.join(LOGPROBS)}")
+        self.pretrained = pretrained
+        self.engine = engine
+        self.logprobs = logprobs
+        self.queue_seconds = queue_seconds
+        self._tokenizer = tokenizer.get_wrapped_tokenizer()
+        with self._tokenizer as inner:
+            self._chat = bool(inner.chat_template) if apply_chat_template is None else apply_chat_template
+            ends = {inner.eos_token_id} | ({inner.convert_tokens_to_ids(end_of_text_token)} if end_of_text_token else set())
+            self._end_ids = ends - {None, inner.unk_token_id}
+        self._llm: LLM | None = None
+        self._engine_lock = threading.Lock()
+        self._queue: list[tuple[Request, Future[RequestResult]]] = []
+        self._queue_lock = threading.Lock()
+
+    @property
+    def llm(self) -> LLM:
+        """The engine, loaded when the first request needs it: a dry run or a full cache loads nothing. Call with the engine lock held."""
+        if self._llm is None:
+            self._llm = self.load()
+            weakref.finalize(self, self._llm.close)
+        return self._llm
+
+    def load(self) -> LLM:
+        from flexbatch import LLM
+
+        return LLM(self.pretrained, **self.engine)
+
+    def close(self) -> None:
+        with self._engine_lock:
+            if self._llm is not None:
+                self._llm.close()
+                self._llm = None
+
+    def make_request(self, request: Request) -> RequestResult:
+        """For the ordinary runner: requests that other threads make within ``queue_seconds``, or while a block runs, share the next block."""
+        answer: Future[RequestResult] = Future()
+        with self._queue_lock:
+            self._queue.append((request, answer))
+            leads = len(self._queue) == 1
+        if leads:
+            time.sleep(self.queue_seconds)
+            with self._engine_lock:
+                with self._queue_lock:
+                    queue, self._queue = self._queue, []
+                try:
+                    results = self._answer([item for item, _ in queue])
+                except BaseException as problem:
+                    results = [failure(f"{type(problem).__name__}: {problem}", fatal=True)] * len(queue)
+                    if not isinstance(problem, Exception):
+                        raise
+                finally:
+                    for (_, waiting), result in zip(queue, results, strict=True):
+                        waiting.set_result(result)
+        return answer.result()
+
+    def make_requests(self, requests: list[Request]) -> list[RequestResult]:
+        """Results in the order of the requests, all of them in one block. Answers from the cache first, and stores each new answer when it is there."""
+        with self._engine_lock:
+            return self._answer(requests)
+
+    def _answer(self, requests: list[Request]) -> list[RequestResult]:
+        results: list[RequestResult | None] = [None] * len(requests)
+        pending: dict[str, Work] = {}
+        with create_key_value_store(self.cache.config) as store:
+            for place, request in enumerate(requests):
+                try:
+                    work = self._work(request, place)
+                except (ValueError, TypeError) as problem:
+                    results[place] = failure(str(problem))
+                    continue
+                cache_stats.increment_query(self.cache.config.cache_stats_key)
+                name = json.dumps(work.key, sort_keys=True)
+                if name in pending:
+                    pending[name].places.append(place)
+                elif response := store.get(work.key):
+                    results[place] = self._result(request, response, cached=True)
+                else:
+                    pending[name] = work
+            if pending:
+                for work, response in self._compute(list(pending.values()), store):
+                    for place in work.places:
+                        results[place] = failure(response) if isinstance(response, str) else self._result(requests[place], response, cached=False)
+        missing = [place for place, result in enumerate(results) if result is None]
+        if missing:
+            raise RuntimeError(f"the engine returned no completion for requests {missing[:10]} of {len(requests)}")
+        return results  # type: ignore[return-value]
+
+    def _compute(self, works: list[Work], store: Any) -> Iterator[tuple[Work, dict[str, Any] | str]]:
+        """Runs all works in one `LLM.stream`; yields each with its response, or with the message of its error."""
+        began = time.time()
+        responses: list[tuple[Work, dict[str, Any]]] = []
+        items = ((number, work.prompt_token_ids, work.params) for number, work in enumerate(works))
+        batch_size = sum(len(work.places) for work in works)  # equal requests are computed once and all count
+        with tqdm(total=len(works), desc="FlexBatch", unit="request", disable=None) as progress:
+            for number, completion in self.llm.stream(items):
+                work = works[number]
+                progress.update()
+                cache_stats.increment_compute(self.cache.config.cache_stats_key)
+                if completion.finish_reason == "error":
+                    yield work, completion.error or "the engine gave no reason"
+                    continue
+                response = self._response(work, completion)
+                response |= {"request_time": time.time() - began, "request_datetime": int(began), "batch_size": batch_size}
+                response["batch_request_time"] = response["request_time"]
+                write_to_key_value_store(store, work.key, response)
+                responses.append((work, response))
+        seconds = time.time() - began
+        for work, response in responses:
+            response["batch_request_time"] = seconds
+            write_to_key_value_store(store, work.key, response)
+            yield work, response
+
+    def _work(self, request: Request, place: int) -> Work:
+        """Raises ValueError for what the engine does not do: embeddings, images, JSON schemas, out-of-range parameters."""
+        for field in ("embedding", "multimodal_prompt", "image_generation_parameters", "response_format"):
+            if getattr(request, field):
+                raise ValueError(f"{field} is not available: FlexBatch runs text decoders")
+        prompt, templated = self._prompt(request)
+        raw = {
+            "engine": f"flexbatch:{self.pretrained}",
+            "settings": {name: self.engine[name] for name in OUTPUT_FIELDS if name in self.engine},
+            "prompt": prompt,
+            "temperature": request.temperature,
+            "num_completions": request.num_completions,
+            "max_tokens": request.max_tokens,
+            "top_p": request.top_p,
+            "top_k_per_token": request.top_k_per_token,
+            "echo_prompt": request.echo_prompt,
+            "stop_sequences": request.stop_sequences,
+            "presence_penalty": request.presence_penalty,
+            "frequency_penalty": request.frequency_penalty,
+        }
+        key = dict(CachingClient.make_cache_key(raw, request))
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).digest()
+        params = SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            # 1 is HELM's default and dates from counting alternatives: as a filter it would make every sample greedy
+            top_k=request.top_k_per_token if request.top_k_per_token > 1 else 0,
+            stop=[stop for stop in request.stop_sequences if stop],
+            n=request.num_completions,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            # the key holds `random`, so that the draw depends on the request alone and never on its block
+            seed=int.from_bytes(digest[:4], "little"),
+            logprobs=0,
+            prompt_logprobs=0 if request.echo_prompt else None,
+        )
+        with self._tokenizer as tokenizer:
+            ids = tokenizer(prompt, add_special_tokens=not templated)["input_ids"]
+        return Work(key, ids, params, request, [place])
+
+    def _prompt(self, request: Request) -> tuple[str, bool]:
+        """The prompt's text and whether it went through the chat template (which writes its own special tokens)."""
+        if request.prompt and request.messages:
+            raise ValueError("set either prompt or messages, not both")
+        if not self._chat:
+            if request.messages:
+                raise ValueError("messages need a chat template, and the tokenizer has none")
+            return request.prompt, False
+        messages = request.messages or [{"role": "user", "content": request.prompt}]
+        with self._tokenizer as tokenizer:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
+
+    def _response(self, work: Work, completion: Completion) -> dict[str, Any]:
+        """What the cache keeps: text, token texts, log-probabilities and the finish reason of every sample."""
+        request, samples = work.request, completion.samples or [completion]
+        ids = list(completion.prompt_token_ids)
+        with self._tokenizer as tokenizer:
+            prompt_tokens = [tokenizer.decode([i]) for i in ids] if request.echo_prompt else []
+            prompt_text = tokenizer.decode(ids) if request.echo_prompt else ""
+            answers = [self._sample(tokenizer, sample, request) for sample in samples]
+        prompt_logprobs = [0.0] + [row[i].logprob if row else 0.0 for i, row in zip(ids[1:], (completion.prompt_logprobs or [])[1:], strict=True)] if prompt_tokens else []
+        for answer in answers:
+            answer["text"] = prompt_text + answer["text"]
+            answer["tokens"] = prompt_tokens + answer["tokens"]
+            answer["logprobs"] = prompt_logprobs + answer["logprobs"]
+        return {"completions": answers}
+
+    def _sample(self, tokenizer: Any, sample: Completion, request: Request) -> dict[str, Any]:
+        ids, reason = list(sample.token_ids), "length"
+        if sample.finish_reason == "stop":
+            reason = "endoftext" if sample.stop_reason is None else "stop"
+        if ids and ids[-1] in self._end_ids:
+            ids = ids[:-1]
+        text = tokenizer.decode(ids)
+        kept = len(ids)
+        cuts = [text.index(stop) for stop in request.stop_sequences if stop and stop in text]
+        if cuts:
+            text = text[: min(cuts)]
+            kept = next(count for count in range(len(ids) + 1) if len(tokenizer.decode(ids[:count])) >= len(text))
+        certain = self.logprobs == "huggingface" and request.temperature == 0
+        rows = sample.logprobs or []
+        logprobs = [0.0 if certain else rows[place][token].logprob for place, token in enumerate(ids[:kept])]
+        return {"text": text, "tokens": [tokenizer.decode([i]) for i in ids[:kept]], "logprobs": logprobs, "finish_reason": reason}
+
+    @staticmethod
+    def _result(request: Request, response: dict[str, Any], *, cached: bool) -> RequestResult:
+        completions = [
+            GeneratedOutput(
+                text=answer["text"],
+                logprob=sum(answer["logprobs"]),
+                tokens=[Token(text=text, logprob=logprob) for text, logprob in zip(answer["tokens"], answer["logprobs"], strict=True)],
+                finish_reason={"reason": answer["finish_reason"]},
+            )
+            for answer in response["completions"]
+        ]
+        timing = {name: response[name] for name in ("request_time", "request_datetime", "batch_size", "batch_request_time")}
+        return RequestResult(success=True, cached=cached, completions=completions, embedding=[], **timing)

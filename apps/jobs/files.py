@@ -1,0 +1,123 @@
+"""Finds the input files behind a path, glob or URI, in one fixed order, with their hive partition folders."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from flexbatch.config import ConfigurationError
+
+FORMATS = {
+    ".parquet": "parquet", ".pq": "parquet", ".parq": "parquet",
+    ".csv": "csv", ".tsv": "csv",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+}  # fmt: skip
+COMPRESSED = (".gz", ".bz2", ".zst")
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+
+
+class SourceError(RuntimeError):
+    """The input cannot be read any more, in the middle of a job; the message names file and row group."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file: ``path`` for the file system, ``name`` relative to the input's folder (its identity), ``size`` in bytes."""
+
+    path: str
+    name: str
+    size: int
+
+    @property
+    def folder(self) -> str:
+        """The hive part of the folder, ``year=2024/lang=de``; plain folders do not count."""
+        return "/".join(part for part in PurePosixPath(self.name).parts[:-1] if "=" in part)
+
+    @property
+    def format(self) -> str | None:
+        suffixes = [suffix.lower() for suffix in PurePosixPath(self.name).suffixes]
+        if suffixes and suffixes[-1] in COMPRESSED:
+            suffixes.pop()
+        return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def partition_values(folder: str) -> dict[str, str | None]:
+    """``{"year": "2024"}`` of ``year=2024``."""
+    pairs = (part.split("=", 1) for part in folder.split("/") if "=" in part)
+    return {unquote(name): None if value == NULL_PARTITION else unquote(value) for name, value in pairs}
+
+
+def resolve(location: str) -> tuple[pafs.FileSystem, str]:
+    """File system and path of a local path or a URI (``s3://``, ``gs://``, ``file://``, and what fsspec knows). Raises ConfigurationError."""
+    if "://" not in location:
+        return pafs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    head = re.split(r"[*?\[]", location, maxsplit=1)[0]
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(head)
+    except (pa.ArrowException, ValueError, OSError):
+        filesystem, path = _fsspec(location, head)
+    return filesystem, path + location[len(head) :]
+
+
+def _fsspec(location: str, head: str) -> tuple[pafs.FileSystem, str]:
+    try:
+        from fsspec.core import url_to_fs
+
+        found, path = url_to_fs(head)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"{location}: no file system for this URI: {error}") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
+
+
+def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
+    """Every input file behind a file, folder, glob (``*``, ``?``, ``[]``, ``**``) or URI, sorted by name.
+
+    Names that begin with a dot or an underscore are left out, as every reader of such folders does. Raises ConfigurationError when there are none.
+    """
+    filesystem, path = resolve(location)
+    parts = path.split("/")
+    wild = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+    base, pattern = (path, None) if wild is None else ("/".join(parts[:wild]) or "/", _glob_regex("/".join(parts[wild:])))
+    try:
+        info = filesystem.get_file_info(base)
+        if wild is not None and filesystem.get_file_info(path).type == pafs.FileType.File:
+            info, base, pattern = filesystem.get_file_info(path), path, None
+        if info.type == pafs.FileType.File:
+            return filesystem, [InputFile(info.path, PurePosixPath(info.path).name, info.size)]
+        if info.type == pafs.FileType.NotFound:
+            raise ConfigurationError(f"input {location} does not exist")
+        infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+    except OSError as error:
+        raise ConfigurationError(f"input {location} cannot be listed: {error}") from None
+    root = info.path.rstrip("/") + "/"
+    names = ((entry, entry.path.removeprefix(root)) for entry in infos if entry.type == pafs.FileType.File)
+    visible = [(entry, name) for entry, name in names if not re.search(r"(^|/)[._]", name) and (pattern is None or pattern.fullmatch(name))]
+    files = [InputFile(entry.path, name, entry.size) for entry, name in sorted(visible, key=lambda pair: pair[1])]
+    files = files if pattern else [file for file in files if file.format]
+    if not files:
+        raise ConfigurationError(f"input {location} holds no Parquet, CSV or JSONL file")
+    return filesystem, files
+
+
+def _glob_regex(pattern: str) -> re.Pattern[str]:
+    """``**`` crosses folders, ``*`` and ``?`` do not."""
+    out, i = "", 0
+    while i < len(pattern):
+        if pattern.startswith("**/", i):
+            out, i = out + "(?:[^/]+/)*", i + 3
+        elif pattern.startswith("**", i):
+            out, i = out + ".*", i + 2
+        elif pattern[i] in "*?":
+            out, i = out + ("[^/]*" if pattern[i] == "*" else "[^/]"), i + 1
+        elif pattern[i] == "[" and "]" in pattern[i + 2 :]:
+            end = pattern.index("]", i + 2)
+            body = pattern[i + 1 : end].replace("\\", "\\\\")
+            out, i = out + "[" + ("^" + body[1:] if body[0] == "!" else body) + "]", end + 1
+        else:
+            out, i = out + re.escape(pattern[i]), i + 1
+    return re.compile(out)

@@ -1,0 +1,131 @@
+"""From settings to a job that can run: source, parts, output form and fingerprint. Everything that can be wrong is found here, before a model loads."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexbatch.apps.jobs.files import list_files, partition_values
+from flexbatch.apps.jobs.layout import Part, default_part_rows, plan_parts
+from flexbatch.apps.jobs.openai import OpenAIOutput
+from flexbatch.apps.jobs.pipeline import Encode
+from flexbatch.apps.jobs.results import Output, ParquetOutput
+from flexbatch.apps.jobs.rows import Row, RowReader
+from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
+from flexbatch.apps.jobs.store import fingerprint_digest
+from flexbatch.apps.jobs.text_sources import CsvSource, LinesSource
+from flexbatch.config import ConfigurationError, EngineConfig
+
+DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NO_LIMIT = 2**62
+
+
+@dataclass(frozen=True)
+class Job:
+    """What there is to do, the same on every machine: ``fingerprint`` names everything that changes the output."""
+
+    config: JobConfig
+    engine: EngineConfig
+    folder: str
+    source: Source
+    output: Output
+    parts: Sequence[Part]
+    fingerprint: dict[str, Any]
+
+
+def open_source(location: str, config: JobConfig) -> Source:
+    """The source behind an input. Raises ConfigurationError."""
+    kind, path = config.input_format, Path(location).expanduser()
+    if "://" not in location:
+        saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+        named = not path.exists() and DATASET_NAME.fullmatch(location) and not path.suffix
+        if kind == "dataset" or (kind == "auto" and (saved or named)):
+            return DatasetSource(str(path) if path.is_dir() else location, config.dataset_config, config.split)
+    filesystem, files = list_files(location)
+    if kind in ("auto", "dataset"):
+        kinds = {file.format for file in files}
+        if len(kinds) > 1 or None in kinds:
+            raise ConfigurationError(f"input {location} holds files of several or unknown kinds ({files[0].name}, ...): choose one with a glob, or --input-format")
+        kind = str(kinds.pop())
+    if kind in ("csv", "jsonl", "openai"):
+        return CsvSource(filesystem, files) if kind == "csv" else LinesSource(filesystem, files, raw=kind == "openai")
+    return ParquetSource(filesystem, files)
+
+
+def _prompt_choice(config: JobConfig, names: Sequence[str]) -> JobConfig:
+    """With neither column nor template given, a column called "prompt" or "messages" is meant."""
+    if config.prompt_column or config.messages_column or config.prompt_template is not None:
+        return config
+    for name in ("prompt", "messages"):
+        if name in names:
+            return dataclasses.replace(config, **{f"{name}_column": name})
+    raise ConfigurationError(f"which column holds the prompts? Give --prompt-column, --messages-column or --prompt-template; columns are: {', '.join(names)}")
+
+
+def check_folders(location: str, folder: str) -> None:
+    """The output must be a local folder that is not part of the input. Raises ConfigurationError."""
+    if "://" in folder:
+        raise ConfigurationError(f"output {folder}: parts are committed by renaming, which object stores lack; give a local or shared folder")
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise ConfigurationError(f"output {folder} is a file; give a folder")
+    if "://" not in location:
+        base = Path(re.split(r"[*?\[]", location, maxsplit=1)[0]).expanduser().resolve()
+        if base.is_dir() and (target == base or base in target.parents) and "*" not in location:
+            raise ConfigurationError(f"output {folder} lies in the input {location}: its parts would be read as input")
+
+
+def plan_job(location: str, folder: str, config: JobConfig, engine: EngineConfig, model_identity: Callable[[EngineConfig], dict[str, Any]], created: int = 0) -> Job:
+    """Reads schemas and footers, nothing else of the input. Raises ConfigurationError."""
+    check_folders(location, folder)
+    source = open_source(location, config)
+    partitions = sorted({name for unit in source.units for name in partition_values(unit.folder)})
+    openai = source.identity["format"] == "openai"
+    if not openai:
+        config = _prompt_choice(config, [*source.schema.names, *partitions])
+    part_rows = config.part_rows or default_part_rows(source.units)
+    identity = config.identity()
+    identity["output"]["part_rows"] = part_rows
+    identity["seed"] = engine.seed
+    precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
+    fingerprint = {"input": source.identity, "model": {**model_identity(engine), **precision}, **identity}
+    output: Output
+    if openai:
+        output = OpenAIOutput(config.params(), engine.seed, fingerprint_digest(fingerprint).hex()[:12], created)
+    else:
+        reader = RowReader(
+            source.schema, partitions, config.params(), engine.seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+            template=config.prompt_template, columns=config.setting_columns(),
+        )  # fmt: skip
+        output = ParquetOutput(
+            reader, source.schema, partitions, prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None
+        )
+    return Job(config, engine, folder, source, output, plan_parts(source.units, part_rows), fingerprint)
+
+
+def make_encode(llm: Any, truncate: str | None) -> Encode:
+    """Token ids of a row's prompt by the engine's tokenizer. It works on a copy: the engine decodes with its own in another thread meanwhile."""
+    from flexbatch.prompts import PromptEncoder
+
+    tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.max_positions
+    encoder = PromptEncoder(tokenizer, max_context=NO_LIMIT if truncate else context, vocab_size=llm.arch.vocab_size)
+
+    def encode(row: Row) -> list[int]:
+        token_ids = list(encoder.encode(row.index, row.prompt, row.params.max_tokens))
+        limit = max(context - row.params.max_tokens, 1)
+        if not truncate or len(token_ids) <= limit:
+            return token_ids
+        if truncate == "right":
+            return token_ids[:limit]
+        start = token_ids[:1] if token_ids[0] == getattr(tokenizer, "bos_token_id", None) and limit > 1 else []
+        return start + token_ids[len(token_ids) - limit + len(start) :]
+
+    return encode
+
+

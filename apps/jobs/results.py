@@ -1,0 +1,148 @@
+"""What a job writes: the columns of the Parquet parts, and the record of one row that the journal keeps until its part is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.rows import Row, RowReader
+from flexbatch.config import ConfigurationError
+from flexbatch.request import Completion, TokenLogprob
+
+Record = Any
+"""JSON value that holds the outcome of one row; its form belongs to the output that wrote it."""
+LOGPROB = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("rank", pa.int32())])
+COLUMNS = [
+    ("generated_text", pa.string()),
+    ("finish_reason", pa.string()),
+    ("num_input_tokens", pa.int32()),
+    ("num_generated_tokens", pa.int32()),
+    ("error", pa.string()),
+    ("generated_tokens", pa.list_(pa.int32())),
+    ("logprobs", pa.list_(pa.list_(LOGPROB))),
+]
+
+
+class Output(Protocol):
+    """One form of output files. ``suffix`` of the parts, ``schema`` of their rows (None for text)."""
+
+    suffix: str
+
+    def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[Row]: ...
+
+    def record(self, row: Row, completion: Completion) -> Record: ...
+
+    def failure(self, row: Row, message: str) -> Record: ...
+
+    def error_of(self, record: Record) -> str:
+        """The error of a row, "" when it is fine."""
+        ...
+
+    def tokens_of(self, record: Record) -> tuple[int, int]:
+        """(input tokens, generated tokens)."""
+        ...
+
+    def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:
+        """Writes one part and makes it durable; the caller renames it into place."""
+        ...
+
+    def read(self, path: Path, rows: int) -> list[Record]:
+        """The records of a committed part. Raises ValueError when the file does not hold ``rows`` rows of this job."""
+        ...
+
+
+def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, names: Sequence[str]) -> pa.Schema:
+    """Input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where two names clash.
+
+    Metadata that other libraries keep about their columns is dropped where it would no longer be true.
+    """
+    fields = [pa.field(prefix + name, kind) for name, kind in COLUMNS if name in names]
+    clash = [field.name for field in fields if field.name in schema.names or field.name in partitions]
+    if clash:
+        raise ConfigurationError(f"the input already has the column{'s' * (len(clash) > 1)} {', '.join(clash)}: choose another name with --output-prefix, e.g. --output-prefix flexbatch_")
+    metadata = {key: value for key, value in (schema.metadata or {}).items() if key != b"huggingface" and not (key == b"pandas" and b'"kind": "range"' in value)}
+    return pa.schema([*schema, *fields], metadata or None)
+
+
+def plain_logprobs(completion: Completion) -> list[list[list[float]]] | None:
+    """Per generated token, its candidates as [token id, natural-log probability, rank], most likely first."""
+    if completion.logprobs is None:
+        return None
+
+    def order(entry: TokenLogprob) -> tuple[int, int]:
+        return entry.rank, entry.token_id
+
+    return [[[entry.token_id, entry.logprob, entry.rank] for entry in sorted(step.values(), key=order)] for step in completion.logprobs]
+
+
+class ParquetOutput:
+    """Parquet parts: all input columns in their types, then the results. A record is [text, finish reason, input tokens, generated tokens, error, ids, logprobs]."""
+
+    suffix = ".parquet"
+
+    def __init__(self, reader: RowReader, schema: pa.Schema, partitions: Sequence[str], *, prefix: str = "", tokens: bool = False, logprobs: bool = False) -> None:
+        self._reader, self._prefix = reader, prefix
+        self._kept = [name for name, _ in COLUMNS if (name != "generated_tokens" or tokens) and (name != "logprobs" or logprobs)]
+        self.schema = result_schema(schema, partitions, prefix, self._kept)
+
+    def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[Row]:
+        return self._reader.rows(table, part.number, part.first_row, part.folder, skip)
+
+    def record(self, row: Row, completion: Completion) -> Record:
+        if completion.finish_reason == "error":
+            return self.failure(row, completion.error, len(completion.prompt_token_ids))
+        record = [completion.text, completion.finish_reason, len(completion.prompt_token_ids), len(completion.token_ids), ""]
+        return [*record, [int(token) for token in completion.token_ids] if "generated_tokens" in self._kept else None, plain_logprobs(completion) if "logprobs" in self._kept else None]
+
+    def failure(self, row: Row, message: str, input_tokens: int = 0) -> Record:
+        return [None, "error", input_tokens, 0, message or "failed without a message", None, None]
+
+    def error_of(self, record: Record) -> str:
+        return record[4]
+
+    def tokens_of(self, record: Record) -> tuple[int, int]:
+        return record[2], record[3]
+
+    def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:
+        results: list[pa.Array] = []
+        for place, (name, kind) in enumerate(COLUMNS):
+            if name not in self._kept:
+                continue
+            values = [record[place] for record in records]
+            if name == "logprobs":
+                values = [v and [[dict(zip(("token_id", "logprob", "rank"), entry, strict=True)) for entry in step] for step in v] for v in values]
+            results.append(pa.array(values, kind))
+        whole = pa.Table.from_arrays([*table.columns, *results], schema=self.schema)
+        with path.open("wb") as file:
+            pq.write_table(whole, file, write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, path: Path, rows: int) -> list[Record]:
+        try:
+            table = pq.read_table(path, columns=[self._prefix + name for name in self._kept], partitioning=None)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        if len(table) != rows:
+            raise ValueError(f"{path} holds {len(table)} rows, this job's part has {rows}")
+        columns = {name: table[self._prefix + name].to_pylist() for name in self._kept}
+        if "logprobs" in columns:
+            columns["logprobs"] = [v and [[list(entry.values()) for entry in step] for step in v] for v in columns["logprobs"]]
+        absent = [None] * rows
+        return [list(values) for values in zip(*(columns.get(name, absent) for name, _ in COLUMNS), strict=True)]
+
+
+def write_lines(path: Path, values: Sequence[Any]) -> None:
+    """JSON lines, durable."""
+    with path.open("w", encoding="utf-8") as file:
+        for value in values:
+            file.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,196 @@
+"""From input rows to requests: the prompt out of a column, messages or a template, and the sampling parameters of each row."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from flexbatch.apps.jobs.files import partition_values
+from flexbatch.config import ConfigurationError
+from flexbatch.request import SamplingParams
+
+SETTINGS: dict[str, type] = {"max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int, "stop": str}
+"""Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list."""
+
+
+class RowError(ValueError):
+    """This row cannot be run; the job goes on without it."""
+
+
+@dataclass
+class Row:
+    """One input row on its way: ``offset`` counts in its part, ``index`` in the whole input. With ``error`` there is no prompt."""
+
+    part: int
+    offset: int
+    index: int
+    prompt: Any = None
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    error: str = ""
+    extra: Any = None
+    """What the output of this row needs besides the completion."""
+
+
+def row_seed(seed: int, index: int) -> int:
+    """The seed of a row's random stream, 63 bits: from the job's seed and the row's place in the input, so neither order nor restarts change its tokens."""
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Template:
+    """``Summarise: {text}``: fields are columns, or ``column.field`` of nested ones; ``{{`` and ``}}`` are braces. Raises ConfigurationError for anything else."""
+
+    def __init__(self, text: str) -> None:
+        self._pieces: list[tuple[str, tuple[str, ...] | None]] = []
+        try:
+            for literal, name, form, conversion in string.Formatter().parse(text):
+                if name is not None and (form or conversion or not name or any(mark in name for mark in "[]()")):
+                    raise ConfigurationError(f"prompt template: {{{name}}} must be the name of a column; write {{{{ and }}}} for braces")
+                self._pieces.append((literal, None if name is None else tuple(name.split("."))))
+        except ValueError as error:
+            raise ConfigurationError(f"prompt template {text!r}: {error}; write {{{{ and }}}} for braces") from None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(path[0] for _, path in self._pieces if path))
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """The prompt of one row. Raises RowError that names a missing or undecodable field."""
+        out = []
+        for literal, path in self._pieces:
+            out.append(literal)
+            if path:
+                value: Any = row
+                for name in path:
+                    value = value.get(name) if isinstance(value, Mapping) else None
+                out.append(_text(value, ".".join(path)))
+        return "".join(out)
+
+
+def _text(value: Any, name: str) -> str:
+    if value is None:
+        raise RowError(f"template field {name!r} is missing or null")
+    if isinstance(value, bytes):
+        return _decode(value, name)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
+
+
+def _decode(value: bytes, name: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise RowError(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def text_prompt(value: Any, name: str) -> str:
+    """A string, or bytes that are UTF-8. Raises RowError."""
+    if value is None:
+        raise RowError(f"{name!r} is null")
+    return _decode(value, name) if isinstance(value, bytes) else value
+
+
+def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
+    """Chat messages: a list of {role, content}, or the JSON text of one. Raises RowError that names the message."""
+    if value is None:
+        raise RowError(f"{name!r} is null")
+    if isinstance(value, str | bytes):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"{name!r} is not JSON: {error}") from None
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{name!r} holds no list of messages")
+    messages = []
+    for place, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message.get("content") is None:
+            raise RowError(f'{name!r}: message {place} needs "role" and "content"')
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return messages
+
+
+class RowReader:
+    """Makes the requests of a table.
+
+    Exactly one of ``prompt_column``, ``messages_column`` and ``template`` is given. ``columns`` maps a setting of `SETTINGS` to the column that holds
+    it per row; null there means the value of ``params``. Raises ConfigurationError for columns that the schema lacks or whose type cannot be a prompt.
+    """
+
+    def __init__(
+        self,
+        schema: pa.Schema,
+        partitions: Sequence[str],
+        params: SamplingParams,
+        seed: int,
+        *,
+        prompt_column: str | None = None,
+        messages_column: str | None = None,
+        template: str | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        self._params, self._seed, self._columns = params, seed, dict(columns or {})
+        self._template = None if template is None else Template(template)
+        self._prompt: Callable[[dict[str, Any]], Any]
+        if prompt_column is not None:
+            names, self._prompt = [prompt_column], lambda row: text_prompt(row[prompt_column], prompt_column)
+        elif messages_column is not None:
+            names, self._prompt = [messages_column], lambda row: messages_prompt(row[messages_column], messages_column)
+        else:
+            assert self._template is not None
+            names, self._prompt = list(self._template.columns), self._template.render
+        wanted = [*names, *self._columns.values()]
+        for name in wanted:
+            if name not in schema.names and name not in partitions:
+                raise ConfigurationError(f"the input has no column {name!r}; its columns are: {', '.join([*schema.names, *partitions])}")
+        if prompt_column in schema.names and not _is_text(schema.field(prompt_column).type):
+            raise ConfigurationError(f"column {prompt_column!r} holds {schema.field(prompt_column).type}, not text; --prompt-template '{{{prompt_column}}}' writes it as text")
+        self._names = [name for name in dict.fromkeys(wanted) if name in schema.names]
+
+    def rows(self, table: pa.Table, part: int, first_row: int, folder: str, skip: Callable[[int], bool]) -> Iterator[Row]:
+        """The rows of one part in order, without those that ``skip`` names by their place in it."""
+        fixed = partition_values(folder)
+        offset = 0
+        for batch in table.select(self._names).to_batches(max_chunksize=256) if self._names else [None] * len(table):
+            values = [fixed] if batch is None else ({**fixed, **row} for row in batch.to_pylist())
+            for row in values:
+                if not skip(offset):
+                    yield self._row(row, part, offset, first_row + offset)
+                offset += 1
+
+    def _row(self, values: dict[str, Any], part: int, offset: int, index: int) -> Row:
+        try:
+            params = self._params
+            changes = {name: _setting(name, values[column]) for name, column in self._columns.items() if values[column] is not None}
+            if params.seed is None and "seed" not in changes and changes.get("temperature", params.temperature) > 0:
+                changes["seed"] = row_seed(self._seed, index)
+            if changes:
+                params = dataclasses.replace(params, **changes)
+            return Row(part, offset, index, self._prompt(values), params)
+        except ValueError as error:
+            return Row(part, offset, index, error=str(error))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    kinds = pa.types
+    return any(is_kind(kind) for is_kind in (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary, kinds.is_large_binary, kinds.is_null))
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A per-row value as its setting's type. Raises RowError for values that are not of this type."""
+    kind = SETTINGS[name]
+    if name == "stop":
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list) and all(isinstance(text, str) for text in value):
+            return tuple(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and kind(value) == value:
+        return kind(value)
+    raise RowError(f"setting {name} is {value!r}, wanted {'text or a list of texts' if name == 'stop' else 'a number' if kind is float else 'a whole number'}")

@@ -1,0 +1,111 @@
+"""Settings of a batch job. The command line, the environment and the YAML file are derived from the fields of JobConfig."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from flexbatch.config import ConfigurationError, option
+from flexbatch.request import SamplingParams
+
+FORMATS = ("auto", "parquet", "csv", "jsonl", "openai", "dataset")
+SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """What to read, how to make prompts of it, how to generate, and what to write. Raises ConfigurationError that names the setting."""
+
+    input_format: str = option("auto", "form of the input; auto looks at file names", choices=FORMATS)
+    dataset_config: str | None = option(None, "configuration of a data set of the datasets library")
+    split: str | None = option(None, "split of a data set of the datasets library")
+    prompt_column: str | None = option(None, 'column that holds the prompts (default: "prompt", else "messages", where there is one)')
+    messages_column: str | None = option(None, "column that holds chat messages, as a list of {role, content} or as JSON")
+    prompt_template: str | None = option(None, "prompt made of columns, e.g. 'Summarise: {text}'; {{ and }} are braces")
+    truncate: str | None = option(None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right"))
+    max_tokens: int = option(SamplingParams.max_tokens, "tokens to generate per row at most")
+    temperature: float = option(SamplingParams.temperature, "0 is greedy")
+    top_p: float = option(SamplingParams.top_p, "sample among the most likely tokens that sum to this probability")
+    top_k: int = option(SamplingParams.top_k, "sample among this many tokens; 0 for all")
+    stop: tuple[str, ...] = option((), "texts that end the output and are not part of it", nargs="+")
+    max_tokens_column: str | None = option(None, "column with max_tokens per row; null means --max-tokens")
+    temperature_column: str | None = option(None, "column with temperature per row")
+    top_p_column: str | None = option(None, "column with top_p per row")
+    top_k_column: str | None = option(None, "column with top_k per row")
+    seed_column: str | None = option(None, "column with the seed per row; null means one derived from --seed and the row's place")
+    stop_column: str | None = option(None, "column with stop texts per row")
+    logprobs: int | None = option(None, "write the log-probabilities of the K most likely tokens and the chosen one", metavar="K")
+    generated_tokens: bool = option(False, "write the generated token ids too")
+    output_prefix: str = option("", "put this before the names of the result columns")
+    part_rows: int | None = option(None, "rows of one output part at most (default: about 64 parts of 100 to 10,000 rows)")
+    window_rows: int = option(1024, "rows that are ordered among each other, for balance and shared prefixes")
+    retry_failed: bool = option(False, "run the rows that ended in an error again")
+    max_errors: str | None = option(None, "stop when more rows than this fail: a number, or a share of the rows such as 1%", metavar="N|P%")
+    overwrite: bool = option(False, "discard what an earlier job wrote to the output")
+    metrics_file: str | None = option(None, "Prometheus text file, replaced every ten seconds")
+    shard: str | None = option(None, "do only shard K, from 0 to N-1, of N; any machine can do any shard", metavar="K/N")
+    ray: bool = option(False, "run on a Ray cluster, one engine per actor")
+    ray_actors: int | None = option(None, "engines on the Ray cluster (default: one per GPU, or one on CPUs)")
+    ray_address: str | None = option(None, "Ray cluster to join (default: RAY_ADDRESS, or one started here)")
+    ray_cpus: float = option(1.0, "CPUs that one actor reserves")
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.prompt_column, self.messages_column, self.prompt_template)) > 1:
+            raise ConfigurationError("give only one of --prompt-column, --messages-column and --prompt-template")
+        for name in ("part_rows", "window_rows", "ray_actors"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name}={value} must be at least 1")
+        if self.ray and self.shard:
+            raise ConfigurationError("--shard and --ray exclude each other: Ray hands the parts to its actors itself")
+        if self.overwrite and self.shard:
+            raise ConfigurationError("--overwrite with --shard would discard the other shards' parts: remove the output folder, then start the shards")
+        if self.overwrite and self.retry_failed:
+            raise ConfigurationError("--overwrite discards what --retry-failed would keep: give one of them")
+        self.error_limit(1)
+        self.shard_of()
+        self.params()
+
+    def params(self) -> SamplingParams:
+        """Sampling parameters of the rows that bring none of their own."""
+        try:
+            return SamplingParams(
+                max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, stop=self.stop, logprobs=self.logprobs
+            )
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
+
+    def setting_columns(self) -> dict[str, str]:
+        """Setting -> column that holds it per row."""
+        pairs = ((name, getattr(self, f"{name}_column")) for name in SETTING_COLUMNS)
+        return {name: column for name, column in pairs if column is not None}
+
+    def error_limit(self, rows: int) -> int | None:
+        """Rows that may fail, of ``rows``; None for any number."""
+        if self.max_errors is None:
+            return None
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", self.max_errors.strip())
+        if match is None or (match[2] and float(match[2]) > 100):
+            raise ConfigurationError(f"max_errors={self.max_errors!r} must be a number of rows, or a share such as 1%")
+        return int(match[1]) if match[1] else int(rows * float(match[2]) / 100)
+
+    def shard_of(self) -> tuple[int, int] | None:
+        """(K, N) of ``--shard K/N``."""
+        if self.shard is None:
+            return None
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ConfigurationError(f"shard={self.shard!r} must be K/N with K from 0 to N-1, e.g. 0/4, 1/4, 2/4 and 3/4")
+        return int(match[1]), int(match[2])
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change what is in the output."""
+        return {
+            "generation": {
+                "max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "stop": list(self.stop),
+                "columns": self.setting_columns(),
+            },
+            "prompt": {"prompt_column": self.prompt_column, "messages_column": self.messages_column, "template": self.prompt_template, "truncate": self.truncate},
+            "output": {"prefix": self.output_prefix, "generated_tokens": self.generated_tokens, "logprobs": self.logprobs},
+        }  # fmt: skip

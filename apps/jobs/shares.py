@@ -1,0 +1,63 @@
+"""Which share of a job and of the host a process has: ranks started by ``torch.distributed.run`` find theirs in the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
+
+
+@dataclass(frozen=True)
+class Share:
+    """Shard ``shard`` of ``shards``, run by process ``local_rank`` of ``local_size`` on this host."""
+
+    shard: int = 0
+    shards: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def find_share(flag: tuple[int, int] | None, environ: Mapping[str, str]) -> Share:
+    """The share that ``--shard`` or torchrun gives. With both, the ranks divide the shard among them. Raises ConfigurationError."""
+    shard, shards = flag or (0, 1)
+    if "RANK" not in environ or "WORLD_SIZE" not in environ:
+        return Share(shard, shards)
+    try:
+        rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        local_rank, local_size = int(environ.get("LOCAL_RANK", rank)), int(environ.get("LOCAL_WORLD_SIZE", size))
+    except ValueError:
+        raise ConfigurationError(f"RANK={environ['RANK']!r} and WORLD_SIZE={environ['WORLD_SIZE']!r} must be whole numbers") from None
+    if not 0 <= rank < size:
+        raise ConfigurationError(f"RANK={rank} must be from 0 to WORLD_SIZE-1={size - 1}")
+    return Share(shard * size + rank, shards * size, local_rank, local_size)
+
+
+def available_memory() -> int:
+    """Bytes of host memory that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def divide_host(config: EngineConfig, share: Share, gpus: int) -> EngineConfig:
+    """The engine settings of one of several processes on a host: an equal part of the host memory, and of ``gpus`` devices one, shared where they are fewer.
+
+    Of a GPU that several processes share, each gets an equal part of the memory budget that was given.
+    """
+    if share.local_size == 1:
+        return config
+    memory = parse_bytes(config.cpu_memory) if config.cpu_memory is not None else int(available_memory() * 0.9)
+    changes: dict[str, object] = {"cpu_memory": memory // share.local_size}
+    if gpus and config.device in ("auto", "cuda"):
+        changes["device"] = f"cuda:{share.local_rank % gpus}"
+    on_one = -(-share.local_size // gpus) if gpus else share.local_size
+    if config.gpu_memory is not None and on_one > 1:
+        changes["gpu_memory"] = parse_bytes(config.gpu_memory) // on_one
+    if config.offload_dir is not None:
+        changes["offload_dir"] = str(Path(config.offload_dir) / f"rank-{share.local_rank}")
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""Where rows come from: Parquet files and data sets of the `datasets` library. CSV and JSON lines are in `text_sources`.
+
+A source knows its schema, its units (row groups) and its identity before the first row is read, and streams record batches of one unit at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from flexbatch.apps.jobs.files import InputFile, SourceError
+from flexbatch.apps.jobs.layout import Part, Unit
+from flexbatch.config import ConfigurationError
+
+BATCH_ROWS = 1024
+DATASET_UNIT_ROWS = 1000
+FOOTER_BYTES = 64 * 2**10
+
+
+class Source(Protocol):
+    """``schema``: columns of the rows; ``units``: what there is to read, in order; ``identity``: JSON value that changes when the input changes."""
+
+    schema: pa.Schema
+    units: Sequence[Unit]
+    identity: dict[str, Any]
+
+    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
+        """The rows of one unit from row ``start`` on, a batch at a time. Raises SourceError that names the file and the row group."""
+        ...
+
+
+def unify(files: Sequence[str], schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """One schema for all files; a column that only some files have is null in the others. Raises ConfigurationError that names file and types."""
+    schema = schemas[0]
+    for name, other in zip(files, schemas, strict=True):
+        if other.equals(schema):
+            continue
+        try:
+            schema = pa.unify_schemas([schema, other], promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ConfigurationError(f"{name}: its columns do not fit those of {files[0]}: {error}") from None
+    return schema
+
+
+def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with exactly these columns: missing ones null, others cast. Raises pa.ArrowInvalid where a value does not fit."""
+    if batch.schema.equals(schema):
+        return batch
+    names = set(batch.schema.names)
+    columns = [batch.column(field.name).cast(field.type) if field.name in names else pa.nulls(len(batch), field.type) for field in schema]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+class ParquetSource:
+    """Parquet files by row group. Page checksums are verified where the files have them."""
+
+    def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile]) -> None:
+        self._filesystem, self._files = filesystem, files
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(self._footer, files))
+        for file, (_, schema, _) in zip(files, found, strict=True):
+            repeated = {name for name in schema.names if schema.names.count(name) > 1}
+            if not schema.names:
+                raise ConfigurationError(f"{file.name} has no columns: there is nothing to make a prompt of")
+            if repeated:
+                raise ConfigurationError(f"{file.name}: column names repeat: {', '.join(sorted(repeated))}")
+        self._open: tuple[str, pa.NativeFile, pq.ParquetFile] | None = None
+        self.schema = unify([file.name for file in files], [schema for _, schema, _ in found])
+        self.units: list[Unit] = []
+        self._paths: list[str] = []
+        for file, (metadata, _, _) in zip(files, found, strict=True):
+            for group in range(metadata.num_row_groups):
+                row_group = metadata.row_group(group)
+                self.units.append(Unit(file.name, row_group.num_rows, row_group.total_byte_size, file.folder, group))
+                self._paths.append(file.path)
+        self.identity = {
+            "format": "parquet",
+            "files": {file.name: f"{metadata.num_rows} rows, {file.size} bytes, footer {digest}" for file, (metadata, _, digest) in zip(files, found, strict=True)},
+        }
+
+    def _footer(self, file: InputFile) -> tuple[pq.FileMetaData, pa.Schema, str]:
+        try:
+            with self._filesystem.open_input_file(file.path) as handle:
+                parquet = pq.ParquetFile(handle)
+                handle.seek(max(0, file.size - max(FOOTER_BYTES, parquet.metadata.serialized_size + 8)))
+                digest = hashlib.sha256(handle.read()).hexdigest()[:16]
+                return parquet.metadata, parquet.schema_arrow, digest
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigurationError(f"{file.name}: not a readable Parquet file: {error}") from None
+
+    def _file(self, path: str) -> pq.ParquetFile:
+        """The file, opened once for all its row groups: parsing the footer again for each would be quadratic in their number."""
+        if self._open is None or self._open[0] != path:
+            self.close()
+            handle = self._filesystem.open_input_file(path)
+            remote = not isinstance(self._filesystem, pafs.LocalFileSystem)
+            self._open = (path, handle, pq.ParquetFile(handle, pre_buffer=remote, page_checksum_verification=True))
+        return self._open[2]
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
+        where, row = self.units[unit], 0
+        try:
+            for batch in self._file(self._paths[unit]).iter_batches(batch_size=BATCH_ROWS, row_groups=[where.group]):
+                skip = min(max(start - row, 0), len(batch))
+                row += len(batch)
+                if skip < len(batch):
+                    yield conform(batch.slice(skip), self.schema)
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{where.file}: row group {where.group} cannot be read: {error}") from error
+        if row != where.rows:
+            raise SourceError(f"{where.file}: row group {where.group} holds {row} rows, its footer says {where.rows}")
+
+
+class DatasetSource:
+    """A data set of the `datasets` library, by name or saved with ``save_to_disk``; memory-mapped, read a thousand rows at a time."""
+
+    def __init__(self, name: str, config: str | None = None, split: str | None = None) -> None:
+        import datasets
+
+        try:
+            if Path(name).is_dir():
+                found = datasets.load_from_disk(name)
+            else:
+                found = datasets.load_dataset(name, config, split=split)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(f"input {name} is neither a file or folder here nor a data set that `datasets` can load: {error}") from None
+        if isinstance(found, dict):
+            if split is None and len(found) > 1:
+                raise ConfigurationError(f"data set {name} has the splits {', '.join(found)}: choose one with --split")
+            if split is not None and split not in found:
+                raise ConfigurationError(f"data set {name} has no split {split!r}, only {', '.join(found)}")
+            found = found[split or next(iter(found))]
+        self._name, self._dataset = name, found.with_format("arrow")
+        self.schema = found.features.arrow_schema.remove_metadata()
+        row_bytes = (found.data.nbytes if found.data is not None else 0) // max(len(found), 1)
+        self.units = [
+            Unit(name, min(DATASET_UNIT_ROWS, len(found) - row), min(DATASET_UNIT_ROWS, len(found) - row) * row_bytes, group=row // DATASET_UNIT_ROWS)
+            for row in range(0, len(found), DATASET_UNIT_ROWS)
+        ]
+        self.identity = {"format": "dataset", "files": {name: f"{len(found)} rows, fingerprint {found._fingerprint}"}}
+
+    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
+        first, rows = unit * DATASET_UNIT_ROWS, self.units[unit].rows
+        try:
+            table = self._dataset[first + start : first + rows]
+            for batch in table.to_batches():
+                yield conform(batch, self.schema)
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise SourceError(f"{self._name}: rows {first} to {first + rows - 1} cannot be read: {error}") from error
+
+
+def read_parts(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, pa.Table]]:
+    """The input rows of each part. Parts that follow each other in the input share one pass over its units. Raises SourceError."""
+    unit, row = -1, 0
+    stream: Iterator[pa.RecordBatch] = iter(())
+    rest: pa.RecordBatch | None = None
+    for part in parts:
+        pieces: list[pa.RecordBatch] = []
+        for span in part.spans:
+            if span.unit != unit or span.start < row:
+                unit, row, rest, stream = span.unit, span.start, None, source.batches(span.unit, span.start)
+            while row < span.stop:
+                if rest is None or not len(rest):
+                    rest = next(stream, None)
+                    if rest is None:
+                        raise SourceError(f"{source.units[unit].file}: the file ends before row {span.stop} of its unit {source.units[unit].group}; it changed during the job")
+                skip = max(span.start - row, 0)
+                take = rest.slice(skip, max(span.stop - row - skip, 0))
+                row, rest = row + min(skip, len(rest)) + len(take), rest.slice(skip + len(take))
+                if len(take):
+                    pieces.append(take)
+        yield part, pa.Table.from_batches(pieces, schema=source.schema)

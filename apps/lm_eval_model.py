@@ -1,0 +1,209 @@
+"""FlexBatch as a model of lm-evaluation-harness: all requests of a type in one block.
+
+Numbers follow the harness's own ``hf`` model (lm_eval 0.4.13, ``lm_eval/models/huggingface.py``): how text becomes tokens, what is cut when
+a request is longer than the context, and what a result holds.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from flexbatch.request import Completion, SamplingParams
+
+Scoring = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Cache key (None: not kept), context tokens, continuation tokens."""
+SAMPLING_KEYS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+
+
+class FlexBatchLM(TemplateLM):
+    """``--model flexbatch --model_args pretrained=...,percent=...``
+
+    ``pretrained`` is what `LLM` loads. ``max_length``, ``max_gen_toks``, ``add_bos_token``, ``prefix_token_id``, ``chat_template_args`` and
+    ``think_end_token`` mean what they mean for ``hf``. All other arguments are keywords of `LLM`; ``percent`` is six numbers between spaces.
+    The harness's ``batch_size`` is without effect: the engine forms its own block.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "demo",
+        *,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        think_end_token: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        llm: Any = None,
+        **engine: Any,
+    ) -> None:
+        super().__init__()
+        if llm is None:
+            from flexbatch import LLM
+
+            llm = LLM(pretrained, **engine_arguments(engine))
+            weakref.finalize(self, llm.close)
+        self.llm = llm
+        self.tokenizer = llm.tokenizer
+        self.pretrained = pretrained
+        self.batch_size = batch_size
+        self._max_length = max_length
+        self.max_gen_toks = int(max_gen_toks)
+        self.add_bos_token = add_bos_token
+        self.custom_prefix_token_id = prefix_token_id
+        self.chat_template_args = chat_template_args or {}
+        self.think_end_token = think_end_token
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        choices = (self.custom_prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next(token for token in choices if token is not None)
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length or self.llm.arch.max_positions
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+            special = False
+        return self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special}))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The history as text. A template that refuses system messages gets the history without them, as ``hf`` does."""
+        from jinja2.exceptions import TemplateError
+
+        options = dict(tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt, **self.chat_template_args)
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, **options)
+        except TemplateError:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            return self.tokenizer.apply_chat_template(rest, **options)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts: disjoint windows of the full context, every token scored once, all windows of all texts in one block."""
+        windows: list[Scoring] = []
+        owners: list[int] = []
+        for place, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(place)
+        totals: dict[int, float] = defaultdict(float)
+        for place, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True):
+            totals[place] += logprob
+        for place, request in enumerate(requests):
+            self.cache_hook.add_partial("loglikelihood_rolling", (request.args[0],), totals[place])
+        return [totals[place] for place in range(len(requests))]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Scoring], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding would give it) of each request.
+
+        Too long requests lose tokens on the left, down to the context plus the last token, which is scored but never read.
+        Raises ValueError for a continuation that is empty or longer than the context.
+        """
+        places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, (_, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"request {place}: a context of {len(context)} and a continuation of {len(continuation)} tokens cannot be scored; "
+                    f"both need a token, and the continuation at most the model's {self.max_length}"
+                )
+            places[tuple((context + continuation)[-(self.max_length + 1) :])].append(place)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+
+        def finish(tokens: tuple[int, ...], completion: Completion) -> None:
+            for place in places[tokens]:
+                key, _, continuation = requests[place]
+                answers[place] = score(completion, tokens, len(continuation))
+                if key is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, answers[place])
+
+        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
+        # sorted, so that requests with the same few-shot prefix come to the engine one after the other and share its pages
+        self._run(((tokens, list(tokens), params) for tokens in sorted(places)), finish, len(places), "loglikelihood", disable_tqdm)
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generated texts, cut before the first stop sequence; too long contexts lose tokens on the left."""
+        items = []
+        for place, request in enumerate(requests):
+            context, gen_kwargs = request.args
+            params = self._sampling_params(place, gen_kwargs)
+            room = self.max_length - params.max_tokens
+            if room <= 0:
+                raise ValueError(f"request {place}: max_gen_toks={params.max_tokens} leaves no room for a prompt in {self.max_length} positions; lower max_gen_toks")
+            items.append((place, self.tok_encode(context)[-room:], params))
+        texts = [""] * len(requests)
+
+        def finish(place: int, completion: Completion) -> None:
+            context, gen_kwargs = requests[place].args
+            until = gen_kwargs.get("until") or []
+            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            end = self.tokenizer.decode([self.eot_token_id])
+            texts[place] = postprocess_generated_text(text, [*([until] if isinstance(until, str) else until), end], self.think_end_token)
+            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[place])
+
+        self._run(sorted(items, key=lambda item: item[1]), finish, len(items), "generate_until", disable_tqdm)
+        return texts
+
+    def _sampling_params(self, place: int, gen_kwargs: dict[str, Any]) -> SamplingParams:
+        """Raises ValueError for an option that the engine does not have, such as ``num_beams``."""
+        options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        until, max_tokens = options.pop("until"), options.pop("max_gen_toks")
+        sample, temperature = options.pop("do_sample"), float(options.pop("temperature", 0.0))
+        known = {name: options.pop(name) for name in SAMPLING_KEYS if name in options}
+        if options:
+            raise ValueError(f"request {place}: generation options {sorted(options)} are not available; the engine has {', '.join(SAMPLING_KEYS)}")
+        # a reasoning model's stop sequences are for its answer and may occur in its thoughts
+        stop = () if self.think_end_token else tuple(text for text in until if text)
+        return SamplingParams(max_tokens=max_tokens, temperature=temperature if sample else 0.0, stop=stop, **known)
+
+    def _run(self, items: Iterable[tuple[Any, list[int], SamplingParams]], finish: Callable[[Any, Completion], None], total: int, name: str, quiet: bool) -> None:
+        """Streams items through one block. Raises RuntimeError for requests that the engine refuses, after all others are done and cached."""
+        refused = []
+        with tqdm(total=total, desc=f"FlexBatch {name}", disable=quiet or None) as progress:
+            for key, completion in self.llm.stream(items):
+                progress.update()
+                if completion.finish_reason == "error":
+                    refused.append(completion.error)
+                else:
+                    finish(key, completion)
+        if refused:
+            raise RuntimeError(f"{len(refused)} of {total} {name} requests failed; the first: {refused[0]}")
+
+
+def score(completion: Completion, tokens: Sequence[int], count: int) -> tuple[float, bool]:
+    """Sum of the log-probabilities of the last ``count`` prompt tokens, and whether each was the most likely one."""
+    rows = [(completion.prompt_logprobs or [])[place] for place in range(len(tokens) - count, len(tokens))]
+    entries = [row[token] for row, token in zip(rows, tokens[len(tokens) - count :], strict=True) if row is not None]
+    return sum(entry.logprob for entry in entries), all(entry.rank == 1 for entry in entries)
+
+
+def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``, ``draft=small medium``; None means unset."""
+    given = {name: value for name, value in engine.items() if value is not None}
+    if isinstance(given.get("percent"), str):
+        given["percent"] = tuple(float(number) for number in re.split(r"[\s/:;]+", given["percent"].strip()))
+    if isinstance(given.get("draft"), str):
+        given["draft"] = tuple(given["draft"].split())
+    return given

@@ -1,0 +1,82 @@
+"""Answer and score a data wrangling task: ``python -m flexbatch.apps.wrangle data/datasets/entity_matching/structured/Beer --model M``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from flexbatch.apps.wrangle.datasets import TASKS, find_data_set
+from flexbatch.apps.wrangle.tables import TableError
+from flexbatch.cli import ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
+from flexbatch.config import ConfigurationError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flexbatch.apps.wrangle",
+        description='Entity matching, data imputation, error detection and schema matching, as in "Can Foundation Models Wrangle Your Data?". '
+        "Scores go to stdout as JSON. Exit code 3: some prompts could not be run and are left out of the scores.",
+    )
+    add = parser.add_argument_group("task").add_argument
+    add("folder", type=Path, metavar="FOLDER", help="folder of a data set: train, valid, test (and tableA, tableB or table) as .csv or .parquet")
+    add("--task", choices=TASKS, help="the task of data of your own (the twelve data sets of the paper are known by their folder's name)")
+    add("--column", metavar="NAME", help="the column that data imputation fills")
+    add("--split", choices=("validation", "test", "train"), default="validation", help="what to answer (default: validation)")
+    add("--select", choices=("random", "manual", "clusters"), default="random", help="where the examples in the prompt come from (default: random)")
+    add("--shots", type=int, default=10, metavar="N", help="examples in the prompt, with random and clusters (default: 10)")
+    add("--manual", type=Path, metavar="FILE", help="hand-written examples: .txt, .json, or the authors' constants.py (default: manual.json in FOLDER)")
+    add("--balanced", action="store_true", help="as many random examples of Yes as of No")
+    add("--trials", type=int, default=1, metavar="N", help="repetitions with other random examples (default: 1)")
+    add("--limit", type=int, metavar="N", help="rows to answer (default: all)")
+    add("--instruction", action="store_true", help="put the task's instruction before the prompt")
+    add("--separator", default=".", help="between the attributes of a row (default: .)")
+    add("--missing", default="nan", help='how a missing value is written (default: nan; the paper\'s entity matching uses "")')
+    add("--max-tokens", type=int, metavar="N", help="longest answer (default: as in the paper, 3 to 10)")
+    add("--example-seed", type=int, default=1234, metavar="N", help="seed of the random examples (default: 1234)")
+    add("--output", type=Path, metavar="DIR", help="folder for predictions.parquet and scores.json")
+    add("--dry-run", action="store_true", help="print the first prompt and stop, without loading a model")
+    add_engine_arguments(parser)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
+    set_up_logging()
+    return run_command(lambda: command(args))
+
+
+def command(args: argparse.Namespace) -> int:
+    from flexbatch.apps.wrangle.job import WrangleConfig, plan, run, summary, write
+
+    for name in ("shots", "trials", "limit", "max_tokens"):
+        value, least = getattr(args, name), 0 if name == "shots" else 1
+        if value is not None and value < least:
+            raise ConfigurationError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    engine = engine_config(args)
+    same = {name: getattr(args, name) for name in ("folder", "split", "select", "shots", "trials", "limit", "balanced", "instruction", "manual")}
+    config = WrangleConfig(**same, separator=args.separator, missing=args.missing, max_tokens=args.max_tokens, seed=args.example_seed)
+    try:
+        data = find_data_set(args.folder, args.task, args.column)
+        if args.dry_run:
+            if args.select == "clusters":
+                raise ConfigurationError("--dry-run cannot show clusters: the model's mistakes choose them")
+            (prompts, _), *_ = plan(config, data, None)
+            print(prompts[0] if prompts else "")
+            return 0
+        from flexbatch.engine import LLM
+
+        with LLM.from_config(engine) as llm:
+            trials = run(config, data, llm)
+    except TableError as problem:
+        raise ConfigurationError(str(problem)) from problem
+    results = summary(config, data, trials)
+    if args.output is not None:
+        write(args.output, results, data, trials)
+    print(json.dumps(results, indent=2))
+    return ROW_ERRORS if results["failed_prompts"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

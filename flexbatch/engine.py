@@ -1,0 +1,402 @@
+"""The engine: load a model over the tiers, run jobs through it, give results in order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from flexbatch import planning
+from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.detokenize import OutputText
+from flexbatch.execution.batcher import Batcher, Candidate, Retired
+from flexbatch.execution.executor import Executor
+from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampler import draw
+from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.host_buffers import HostBuffers
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.loading import Loader
+from flexbatch.memory.tiers import Pool, Tiers, prepare_offload_dir
+from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.weight_plan import plan_weights
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models import checkpoint, families, resolve, shapes
+from flexbatch.models.dummy import dummy
+from flexbatch.planning import GROUP, BlockSizes, Job
+from flexbatch.policy.types import Policy
+from flexbatch.prompts import Prompt, PromptEncoder
+from flexbatch.request import Completion, Request, SamplingParams
+from flexbatch.trace import RecordingTracer, Tracer
+
+logger = logging.getLogger("flexbatch")
+
+PEEKED_BLOCKS = 4
+"""Blocks of requests that `stream` looks ahead to size the cache, when the job's lengths are not known."""
+
+
+@dataclass
+class Statistics:
+    """What the runs of an engine measured."""
+
+    seconds: float = 0.0
+    passes: int = 0
+    prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    requests: int = 0
+    load_seconds: float = 0.0
+    loaded_bytes: int = 0
+    moved_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """Everything that lives as long as the sizes of the block fit the jobs: cache, activations, buffers, executor."""
+
+    policy: Policy
+    sizes: BlockSizes
+    cache: KVCache
+    activations: ActivationStore
+    host_buffers: HostBuffers
+    executor: Executor
+
+    def suits(self, policy: Policy, sizes: BlockSizes) -> bool:
+        """Whether a job of these sizes can run in this block."""
+        mine, wanted = asdict(self.sizes.cache), asdict(sizes.cache)
+        return (
+            self.policy == policy
+            and all(mine[name] >= wanted[name] for name in wanted)
+            and self.sizes.max_cpu_attention_tokens >= sizes.max_cpu_attention_tokens
+        )
+
+    def check(self) -> None:
+        self.cache.check()
+        self.activations.check()
+        self.host_buffers.check()
+
+    def close(self) -> None:
+        self.cache.close()
+        self.activations.close()
+        self.host_buffers.close()
+
+
+class LLM:
+    """A model whose weights, KV cache and activations are spread over GPU, CPU and disk.
+
+    Keywords are the fields of `EngineConfig`; what is None is chosen. Use as a context manager, or call `close`: it frees pinned memory, threads, files.
+    Raises ConfigurationError for wrong settings, DoesNotFitError when the budgets are short (before anything is loaded), CheckpointError for a bad model.
+    """
+
+    def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
+        for name in ("percent", "draft"):
+            if isinstance(settings.get(name), list):
+                settings[name] = tuple(settings[name])
+        self._start(EngineConfig(model=model, **settings), trace, None)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, trace: bool = False, job: Job | None = None) -> LLM:
+        """An engine from a ready configuration; ``job`` tells the planner what will be run."""
+        engine = cls.__new__(cls)
+        engine._start(config, trace, job)
+        return engine
+
+    def _start(self, config: EngineConfig, trace: bool, job: Job | None) -> None:
+        self.config = config
+        self.statistics = Statistics()
+        self.block: Block | None = None
+        self._stack = contextlib.ExitStack()
+        self._read_model()
+        self.device = planning.resolve_device(config.device)
+        self.dtype = planning.resolve_dtype(config.dtype, self.arch, self.device)
+        self.budgets = planning.resolve_budgets(config, self.device)
+        self.layout = planning.cache_layout(self.arch, config, self.dtype)
+        self.encoder = PromptEncoder(self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size)
+        self.tracer: Tracer = RecordingTracer(self.device) if trace else Tracer()
+        job = job or Job.typical(self.arch.max_positions)
+        self.policy = planning.choose_policy(self.arch, config, self.layout, job, self.budgets, self.dtype.itemsize)
+        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize)
+        sizes = planning.block_sizes(self.policy, self.layout, replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))
+        planning.check_fit(self._needs(sizes), self.budgets)
+        try:
+            self._load()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _read_model(self) -> None:
+        """Architecture and tokenizer; no weights yet."""
+        self.tokenizer: Any = None
+        if self.config.dummy_weights:
+            self.folder = None
+            self.arch = shapes.shape(self.config.model)
+            return
+        self.folder = resolve.resolve(self.config.model)
+        self.arch = families.read_arch(checkpoint.read_config(self.folder))
+        self.tokenizer = resolve.load_tokenizer(self.folder)
+
+    def _needs(self, sizes: BlockSizes) -> list[Any]:
+        return planning.needs(self.weight_plan, self.policy, self.layout, sizes, self.dtype, self.device.type == "cuda")
+
+    def _load(self) -> None:
+        """Weights to their homes."""
+        started = time.perf_counter()
+        config, cuda = self.config, self.device.type == "cuda"
+        offload_dir = config.offload_path or planning.default_offload_dir()
+        uses_disk = any(split.disk > 0 for split in (self.policy.weights, self.policy.cache, self.policy.activations))
+        if uses_disk or config.offload_path is not None:
+            prepare_offload_dir(offload_dir)
+        self.tiers = Tiers(
+            gpu=Pool("gpu", self.budgets["gpu"], device=self.device),
+            cpu=Pool("cpu", self.budgets["cpu"], pinned=cuda),
+            disk=Pool("disk", self.budgets["disk"]),
+            offload_dir=offload_dir,
+        )
+        self._stack.callback(self.tiers.close)
+        self.lanes = Lanes(self.device, self.tracer)
+        self._stack.callback(self.lanes.close)
+        self.weights = WeightStore(self.weight_plan, self.tiers, self.lanes, self.dtype)
+        self._stack.callback(self.weights.close)
+        if self.folder is None:
+            identity = f"dummy-{config.model}-{config.seed}"
+            stream = lambda skip: (piece for piece in dummy(self.arch, config.seed, self.dtype) if (piece.layer, piece.role) not in skip)  # noqa: E731
+        else:
+            folder, identity = self.folder, resolve.fingerprint(self.folder)
+            stream = lambda skip: checkpoint.stream(folder, self.arch, skip)  # noqa: E731
+        files = offload_dir / f"{identity}-{str(self.dtype).removeprefix('torch.')}"
+        loader = Loader(self.weights, files if uses_disk or config.offload_path else None, cache_quantized=config.offload_path is not None)
+        with torch.inference_mode():
+            self.statistics.loaded_bytes = loader.load(stream)
+        self.weights.check()
+        self.statistics.load_seconds = time.perf_counter() - started
+        logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(self.weight_plan.realized_percent))
+
+    # Jobs
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+        """Complete prompts (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
+
+        Raises PromptError for the first prompt that cannot be run, before anything is generated.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[list-item]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+            if len(params) != len(prompts):
+                raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
+        encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        job = self._job(zip(encoded, params, strict=True))
+        requests = (
+            (i, Request(i, token_ids, p, sample, prompt if isinstance(prompt, str) else None))
+            for i, (token_ids, prompt, p) in enumerate(zip(encoded, prompts, params, strict=True))
+            for sample in range(p.n)
+        )
+        results: dict[int, list[Completion]] = {i: [] for i in range(len(prompts))}
+        for key, completion in self._run(requests, job):
+            if completion.error:
+                raise ConfigurationError(f"prompt {key}: {completion.error}")
+            results[key].append(completion)
+        return [with_samples(results[i]) for i in range(len(prompts))]
+
+    def stream(
+        self, items: Iterable[tuple[Hashable, Prompt, SamplingParams]], on_tokens: Callable[[Hashable, str], None] | None = None
+    ) -> Iterator[tuple[Hashable, Completion]]:
+        """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
+
+        Items are pulled whenever the block has room, so it never drains between them. An item that cannot be run yields a completion with
+        ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text that will not change any more.
+        """
+        failed: list[tuple[Hashable, Completion]] = []
+        keys: dict[int, tuple[Hashable, int]] = {}
+
+        def encoded() -> Iterator[tuple[int, Request]]:
+            for index, (key, prompt, params) in enumerate(items):
+                try:
+                    token_ids = self.encoder.encode(index, prompt, params.max_tokens)
+                except ValueError as error:
+                    failed.append((key, Completion((), finish_reason="error", error=str(error), index=index)))
+                    continue
+                keys[index] = (key, params.n)
+                for sample in range(params.n):
+                    yield index, Request(index, token_ids, params, sample, prompt if isinstance(prompt, str) else None)
+
+        source = encoded()
+        peeked: list[tuple[int, Request]] = []
+        for _ in range(PEEKED_BLOCKS * self.policy.block_size):
+            item = next(source, None)
+            if item is None:
+                break
+            peeked.append(item)
+        if peeked:
+            job = self._job((request.prompt_token_ids, request.params) for _, request in peeked)
+            pending: dict[int, list[Completion]] = {}
+            report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
+            for index, completion in self._run(chained(peeked, source), job, report):
+                yield from failed
+                failed.clear()
+                pending.setdefault(index, []).append(completion)
+                if len(pending[index]) == keys[index][1]:
+                    yield keys.pop(index)[0], with_samples(pending.pop(index))
+        yield from failed
+
+    def _job(self, requests: Iterable[tuple[Sequence[int], SamplingParams]]) -> Job:
+        """Lengths of a job's requests."""
+        cache_tokens, prompt_tokens = [], []
+        for token_ids, params in requests:
+            room = min(params.max_tokens, self.arch.max_positions - len(token_ids))
+            cache_tokens += [len(token_ids) + max(0, room - 1)] * params.n
+            prompt_tokens += [len(token_ids)] * params.n
+        return Job(tuple(cache_tokens) or (1,), tuple(prompt_tokens) or (1,))
+
+    def _prepare(self, job: Job) -> Block:
+        """A block whose sizes suit the job."""
+        sizes = planning.block_sizes(self.policy, self.layout, job)
+        if self.block is not None and self.block.suits(self.policy, sizes):
+            return self.block
+        if self.block is not None:
+            self.block.close()
+            self.block = None
+        planning.check_fit(self._needs(sizes), self.budgets)
+        policy, arch, tiers, lanes = self.policy, self.arch, self.tiers, self.lanes
+        cache = KVCache(self.layout, sizes.cache, tiers, lanes)
+        activations = ActivationStore(
+            policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, self.dtype, self.layout.page_tokens, tiers, lanes
+        )
+        host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, self.dtype, tiers.cpu, self.device)
+        executor = Executor(arch, self.weights, cache, activations, lanes, host_buffers, self.dtype, self.config.overlap)
+        self.block = Block(policy, sizes, cache, activations, host_buffers, executor)
+        return self.block
+
+    @torch.inference_mode()
+    def _run(self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None) -> Iterator[tuple[int, Completion]]:
+        """The loop of the engine: compose a pass, run it, commit what it drew."""
+        block = self._prepare(job)
+        batcher = Batcher(self.policy, block.cache, self._candidates(requests), block.sizes.max_micro_batch_tokens)
+        shown: dict[int, int] = {}
+        started = time.perf_counter()
+        try:
+            while batcher.has_work():
+                work = batcher.next_pass()
+                logits = block.executor.run(work)
+                batcher.commit(work, draw(logits))
+                self._count(work.num_query_tokens)
+                if on_tokens is not None:
+                    report_text(batcher, shown, on_tokens)
+                for retired in batcher.take_retired():
+                    yield retired.state.request.index, self._completion(retired)
+            for retired in batcher.take_retired():
+                yield retired.state.request.index, self._completion(retired)
+        finally:
+            batcher.abort()
+            self.weights.drain()
+            self.statistics.seconds += time.perf_counter() - started
+            self.statistics.moved_bytes = self.lanes.moved_bytes()
+
+    def _candidates(self, requests: Iterable[tuple[int, Request]]) -> Iterator[Candidate]:
+        for _, request in requests:
+            output = OutputText(
+                self.tokenizer,
+                request.params,
+                eos_token_ids=self.arch.eos_token_ids,
+                prompt_tokens=len(request.prompt_token_ids),
+                max_context=self.arch.max_positions,
+            )
+            yield Candidate(RequestState(request, self.config.seed), output)
+
+    def _count(self, num_query_tokens: int) -> None:
+        self.statistics.passes += 1
+        self.statistics.prefilled_tokens += num_query_tokens
+
+    def _completion(self, retired: Retired) -> Completion:
+        request, output, sequence = retired.state.request, retired.output, retired.sequence
+        self.statistics.requests += 1
+        self.statistics.prompt_tokens += len(request.prompt_token_ids)
+        self.statistics.generated_tokens += len(output.token_ids)
+        completion = Completion(request.prompt_token_ids, prompt=request.prompt, index=request.index, error=retired.error, finish_reason="error")
+        if sequence is None or output.finish is None:
+            return completion
+        completion.token_ids, completion.text = list(output.token_ids), output.text
+        completion.finish_reason, completion.stop_reason = output.finish.reason, output.finish.stop_reason
+        if request.params.logprobs is not None:
+            completion.logprobs = sequence.logprobs
+        if request.params.prompt_logprobs is not None:
+            completion.prompt_logprobs = [None, *sequence.prompt_logprobs]
+        return completion
+
+    # Report and end
+
+    def report(self) -> dict[str, Any]:
+        """Plan, realised placement, throughput and bytes per resource of what was run so far."""
+        s = self.statistics
+        cache = self.block.cache if self.block else None
+        return {
+            "model": self.config.model,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "policy": asdict(self.policy),
+            "percent": list(self.policy.percent),
+            "realized_percent": {
+                "weights": self.weight_plan.realized_percent,
+                "cache": dict(zip(("gpu", "cpu", "disk"), (100 * f for f in self.policy.cache.fractions), strict=True)),
+                "activations": self.block.activations.realized_percent if self.block and cache else {},
+            },
+            "memory": [asdict(need) for need in self._needs(self.block.sizes)] if self.block else [],
+            "budgets": self.budgets,
+            "peak_bytes": {pool.tier: pool.peak_bytes for pool in (self.tiers.gpu, self.tiers.cpu, self.tiers.disk)},
+            "load_seconds": s.load_seconds,
+            "seconds": s.seconds,
+            "passes": s.passes,
+            "requests": s.requests,
+            "prompt_tokens": s.prompt_tokens,
+            "generated_tokens": s.generated_tokens,
+            "generated_tokens_per_second": s.generated_tokens / s.seconds if s.seconds else 0.0,
+            "total_tokens_per_second": (s.prompt_tokens + s.generated_tokens) / s.seconds if s.seconds else 0.0,
+            "moved_bytes": s.moved_bytes,
+            "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
+        }
+
+    def close(self) -> None:
+        """Free pinned memory, threads and files."""
+        if self.block is not None:
+            self.block.close()
+            self.block = None
+        self._stack.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def chained(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    yield from first
+    yield from rest
+
+
+def realized(percent: dict[str, float]) -> str:
+    return ", ".join(f"{value:.1f} % {tier}" for tier, value in percent.items())
+
+
+def with_samples(completions: list[Completion]) -> Completion:
+    """The first of the n completions of a prompt, with all of them as its samples when there are several."""
+    first = completions[0]
+    if len(completions) > 1:
+        first.samples = completions
+    return first
+
+
+def report_text(batcher: Batcher, shown: dict[int, int], on_tokens: Callable[[int, str], None]) -> None:
+    """Hand on the new text of every sequence."""
+    running = [(s.state.request.index, s.output) for batch in batcher.micro_batches for s in batch]
+    for index, output in [*running, *((r.state.request.index, r.output) for r in batcher.retired)]:
+        text = output.text
+        if len(text) > shown.get(index, 0):
+            on_tokens(index, text[shown.get(index, 0) :])
+            shown[index] = len(text)

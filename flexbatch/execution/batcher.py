@@ -1,0 +1,204 @@
+"""Composes passes: admits sequences, cuts prompts into chunks, brings query tokens, retires what is done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flexbatch.detokenize import OutputText
+from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampler import Drawn
+from flexbatch.execution.work import PassWork, QueryTokens, Sequence
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.placement import Spreader
+from flexbatch.policy.types import TIERS, Policy, Split
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A request that waits for a place in the block."""
+
+    state: RequestState
+    output: OutputText
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.state.request.prompt_token_ids)
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Token rows it may need: the last token that it generates needs none."""
+        return self.num_prompt_tokens + max(0, self.output.max_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A request that is done; ``error`` says why it could not be run."""
+
+    state: RequestState
+    output: OutputText
+    sequence: Sequence | None
+    error: str = ""
+
+
+class Batcher:
+    """The block: ``num_gpu_batches`` micro-batches of up to ``gpu_batch_size`` sequences, refilled at every pass.
+
+    A sequence is admitted when its home tier has pages for all the tokens that it may reach, so nothing is ever evicted. Homes are chosen by error
+    diffusion over the cache split, and a sequence joins the micro-batch with the fewest sequences of its tier, so that micro-batches are alike.
+    """
+
+    def __init__(self, policy: Policy, cache: KVCache, candidates: Iterator[Candidate], micro_batch_tokens: int) -> None:
+        self.policy, self.cache, self.candidates = policy, cache, candidates
+        self.micro_batch_tokens = micro_batch_tokens
+        self.prefill_chunk = policy.prefill_chunk
+        self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
+        self.waiting: deque[Candidate] = deque()
+        self.retired: list[Retired] = []
+        self.homes = Spreader(policy.cache)
+        self.attended = Spreader(Split(gpu=1 - policy.cpu_attention, cpu=policy.cpu_attention))
+        self.exhausted = False
+
+    # Admission
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(map(len, self.micro_batches))
+
+    def has_work(self) -> bool:
+        """Whether there is or may come anything to run; admits what fits."""
+        self.admit()
+        return self.num_sequences > 0
+
+    def peek(self) -> Candidate | None:
+        """The next request in line."""
+        if not self.waiting and not self.exhausted:
+            candidate = next(self.candidates, None)
+            if candidate is None:
+                self.exhausted = True
+            else:
+                self.waiting.append(candidate)
+        return self.waiting[0] if self.waiting else None
+
+    def admit(self) -> None:
+        """Fill the free places of the block, in the order of the requests."""
+        while self.num_sequences < self.policy.block_size and (candidate := self.peek()) is not None:
+            if problem := self.impossible(candidate):
+                self.waiting.popleft()
+                self.retired.append(Retired(candidate.state, candidate.output, None, problem))
+                continue
+            tier = self.choose_home(candidate)
+            if tier is None:
+                assert self.num_sequences, "nothing runs and the next request finds no pages: pages are lost"
+                return
+            self.waiting.popleft()
+            self.join(candidate, tier)
+
+    def impossible(self, candidate: Candidate) -> str:
+        """Why a request can never run, or an empty string."""
+        need = self.cache.layout.num_pages(candidate.num_cache_tokens)
+        most = max(self.cache.pools[tier].num_pages for tier in self.allowed_tiers)
+        if need <= most:
+            return ""
+        page_tokens = self.cache.layout.page_tokens
+        return (
+            f"{candidate.num_prompt_tokens} prompt tokens and up to {candidate.output.max_tokens} generated ones need {need} cache pages of {page_tokens} tokens; "
+            f"the largest tier has {most}. Lower max_tokens, raise the memory budgets, or move the cache to a larger tier with --percent"
+        )
+
+    @property
+    def allowed_tiers(self) -> list[str]:
+        return [tier for tier, fraction in zip(TIERS, self.policy.cache.fractions, strict=True) if fraction > 0]
+
+    def choose_home(self, candidate: Candidate) -> str | None:
+        roomy = [tier for tier in self.allowed_tiers if self.cache.can_open(tier, candidate.num_cache_tokens)]
+        return self.homes.choose(1, roomy) if roomy else None
+
+    def join(self, candidate: Candidate, tier: str) -> None:
+        self.homes.place(tier, 1)
+        on_cpu = tier == "cpu" and self.policy.cpu_attention > 0 and self.attended.choose(1) == "cpu"
+        if tier == "cpu":
+            self.attended.place("cpu" if on_cpu else "gpu", 1)
+        table = self.cache.open(tier, candidate.num_cache_tokens, attend_on_cpu=on_cpu)
+        free = [k for k, batch in enumerate(self.micro_batches) if len(batch) < self.policy.gpu_batch_size]
+        k = min(free, key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
+        self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(candidate.state.request.prompt_token_ids)))
+
+    # Passes
+
+    def next_pass(self) -> PassWork:
+        """The query tokens of every sequence: one token each to decode, and chunks of prompts as far as the micro-batch's token budget goes."""
+        batches = (self.compose(batch) for batch in self.micro_batches)
+        return PassWork(tuple(batch for batch in batches if batch))
+
+    def compose(self, batch: list[Sequence]) -> tuple[QueryTokens, ...]:
+        budget = self.micro_batch_tokens - sum(sequence.num_uncached == 1 for sequence in batch)
+        queries = []
+        for sequence in batch:
+            count = 1
+            if sequence.num_uncached > 1:
+                count = min(sequence.num_uncached, self.prefill_chunk, budget)
+                budget -= count
+            if count > 0:
+                queries.append(self.query(sequence, count))
+        return tuple(queries)
+
+    def query(self, sequence: Sequence, count: int) -> QueryTokens:
+        start = sequence.num_cached
+        last = start + count == len(sequence.token_ids)
+        first_logit = count - 1 if last and sequence.output.finish is None else count
+        if sequence.state.params.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
+            first_logit = 0
+        return QueryTokens(sequence, tuple(sequence.token_ids[start : start + count]), start, first_logit)
+
+    def commit(self, work: PassWork, drawn: Mapping[QueryTokens, Drawn]) -> None:
+        """Append what was drawn, and retire sequences that are done."""
+        for queries in work.micro_batches:
+            for query in queries:
+                sequence = query.sequence
+                sequence.table.num_tokens = query.start + query.num_tokens
+                if (result := drawn.get(query)) is not None:
+                    self.extend(sequence, result)
+                if sequence.output.finish is not None and sequence.num_cached >= sequence.num_prompt_tokens:
+                    self.retire(sequence)
+
+    def extend(self, sequence: Sequence, result: Drawn) -> None:
+        kept = sequence.output.extend(result.token_ids)
+        for token_id in result.token_ids[:kept]:
+            sequence.state.append(token_id)
+            sequence.token_ids.append(token_id)
+        sequence.logprobs += [entry for entry in result.logprobs[:kept] if entry is not None]
+        sequence.prompt_logprobs += result.prompt_logprobs
+
+    def retire(self, sequence: Sequence) -> None:
+        self.micro_batches[sequence.micro_batch].remove(sequence)
+        self.homes.remove(sequence.table.tier, 1)
+        if sequence.table.tier == "cpu":
+            self.attended.remove("cpu" if sequence.table.attend_on_cpu else "gpu", 1)
+        self.cache.free(sequence.table)
+        self.retired.append(Retired(sequence.state, sequence.output, sequence))
+
+    def take_retired(self) -> list[Retired]:
+        retired, self.retired = self.retired, []
+        return retired
+
+    def abort(self) -> None:
+        """Give back the pages of everything in flight."""
+        for batch in self.micro_batches:
+            for sequence in batch:
+                self.cache.free(sequence.table)
+            batch.clear()
+
+    def check(self) -> None:
+        """Invariants: places and homes are counted right, every sequence is consistent."""
+        sequences = [sequence for batch in self.micro_batches for sequence in batch]
+        assert len(sequences) <= self.policy.block_size
+        for k, batch in enumerate(self.micro_batches):
+            assert len(batch) <= self.policy.gpu_batch_size
+            for sequence in batch:
+                assert sequence.micro_batch == k
+                sequence.check()
+        for tier in TIERS:
+            assert self.homes.placed[tier] == sum(sequence.table.tier == tier for sequence in sequences)
+        self.cache.check()

@@ -1,0 +1,242 @@
+"""Interprets the schedule: waits for exactly what a tick needs, computes, launches the next fetches and drains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexbatch.execution.inputs import AttentionGroup, InputBuilder, MicroBatchInputs, StagedGroup
+from flexbatch.execution.schedule import Tick, zigzag
+from flexbatch.execution.work import LogitsBlock, PassWork
+from flexbatch.kernels import ops
+from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.host_buffers import HostBuffers
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.transfer import READY, Handle, Lanes
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models import layers
+from flexbatch.models.arch import Arch
+
+LOGITS_BLOCK_BYTES = 64 << 20
+"""float32 logits that exist at one time: rows of a long prompt go through the head in blocks."""
+
+
+@dataclass
+class Begun:
+    """A tick between its two halves: attention is done, but for the CPU's share, which may still be running."""
+
+    tick: Tick
+    inputs: MicroBatchInputs
+    hidden: Tensor
+    attention: Tensor
+    cpu_output: Tensor | None = None
+    cpu_done: Handle = READY
+
+
+class Executor:
+    """Runs passes of one model. State is in the stores it is given; the executor itself holds none between passes.
+
+    ``overlap=False`` waits for everything after every tick: the same ticks, the same tokens.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        weights: WeightStore,
+        cache: KVCache,
+        activations: ActivationStore,
+        lanes: Lanes,
+        host_buffers: HostBuffers,
+        dtype: torch.dtype,
+        overlap: bool,
+    ) -> None:
+        self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
+        self.lanes, self.dtype, self.overlap = lanes, dtype, overlap
+        self.device, self.tracer = lanes.device, lanes.tracer
+        self.builder = InputBuilder(cache.layout.page_tokens, self.device)
+        self.rope = layers.rope_tables(arch, self.device, dtype)
+        slopes = arch.alibi_slopes()
+        self.slopes = {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in {self.device, torch.device("cpu")}} if slopes else {}
+        self.host_buffers = host_buffers
+
+    def run(self, work: PassWork) -> Iterator[LogitsBlock]:
+        """One sweep through all layers. Yields logits by blocks of rows; the pass is complete when the iterator is exhausted."""
+        inputs = [self.builder.build(queries) for queries in work.micro_batches]
+        count, num_layers = len(inputs), self.arch.num_layers + 1
+        self.cache.begin_pass()
+        self.activations.plan([batch.num_tokens for batch in inputs])
+        self.weights.fetch_rest(0, count)
+        gathers: dict[tuple[int, int], Handle] = {}
+        self.fetch_cache(inputs, (0, 0), gathers)
+        deferred: Begun | None = None
+        for tick in zigzag(num_layers, count):
+            with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
+                if deferred and (deferred.tick.micro_batch == tick.micro_batch or tick.layer == num_layers - 1):
+                    deferred = self.finish(deferred, count)
+                self.fetch_cache(inputs, tick.fetch_inputs, gathers)
+                if deferred is None:
+                    self.fetch_ahead(tick)
+                if tick.layer == num_layers - 1:
+                    yield from self.head(inputs[tick.micro_batch], tick, count)
+                else:
+                    gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
+                    begun = self.begin(tick, inputs[tick.micro_batch], gathered, self.staging_buffer(tick.layer, tick.micro_batch, count))
+                    if deferred:
+                        self.finish(deferred, count)
+                        self.fetch_ahead(tick)
+                    # With CPU attention the second half waits until the next tick has given the CPU more work.
+                    deferred = begun if begun.cpu_output is not None and self.overlap else self.finish(begun, count)
+            if not self.overlap:
+                self.settle()
+        # Only the head's slab was missing for the second layer of the next pass.
+        if self.overlap and num_layers > 2:
+            self.weights.fetch_rest(1, count)
+
+    # What travels
+
+    def fetch_ahead(self, tick: Tick) -> None:
+        """The tick's slice of the next layer's weights, and the hidden states of the next tick."""
+        if tick.fetch_weights is not None:
+            self.weights.fetch(*tick.fetch_weights)
+        if tick.fetch_inputs is not None:
+            self.activations.fetch(tick.fetch_inputs[1])
+
+    def fetch_cache(self, inputs: list[MicroBatchInputs], cell: tuple[int, int] | None, gathers: dict[tuple[int, int], Handle]) -> None:
+        """Start bringing the KV pages of a (layer, micro-batch) cell to its staging buffer."""
+        if cell is None or cell[0] >= self.arch.num_layers:
+            return
+        staged = inputs[cell[1]].staged
+        if staged is not None:
+            gathers[cell] = self.cache.gather(staged.gather, cell[0], self.staging_buffer(cell[0], cell[1], len(inputs)))
+
+    @staticmethod
+    def staging_buffer(layer: int, micro_batch: int, count: int) -> int:
+        return (layer * count + micro_batch) % 2
+
+    def settle(self) -> None:
+        """Wait for everything that was launched (no overlap)."""
+        for claim in self.weights.claims.values():
+            for handle in claim.handles:
+                handle.synchronize()
+        self.activations.synchronize()
+        self.cache.synchronize()
+        self.lanes.mark().synchronize()
+
+    # The two halves of a tick
+
+    def begin(self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int) -> Begun:
+        """Up to and including attention; the CPU's share is only started."""
+        weights = self.weights.weights(tick.layer, "pre")
+        hidden = self.embed(inputs) if tick.layer == 0 else self.activations.get(tick.micro_batch)
+        with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
+            query, key, value = layers.pre_attention(self.arch, tick.layer, weights, hidden, inputs.positions, self.rope)
+            begun = Begun(tick, inputs, hidden, torch.empty_like(query))
+            if inputs.cpu is not None:
+                self.start_cpu_attention(begun, inputs.cpu, query, key, value)
+            if inputs.gpu is not None:
+                part = slice(inputs.gpu.start, inputs.gpu.end)
+                rows = self.cache.rows("gpu", tick.layer)
+                ops.append_rows(rows, inputs.gpu.slots, key[part], value[part], self.cache.layout.bits, self.cache.layout.group)
+                self.attend(begun.attention[part], tick.layer, query[part], rows, inputs.gpu, inputs.positions[part])
+            if inputs.staged is not None:
+                self.attend_staged(begun, inputs.staged, gathered, buffer, query, key, value)
+        return begun
+
+    def attend(self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, positions: Tensor) -> None:
+        """Attention of one group over token rows that already hold its own keys and values."""
+        arch, layout = self.arch, self.cache.layout
+        out.copy_(
+            ops.paged_attention(
+                query,
+                rows,
+                group.page_table,
+                group.query_starts,
+                group.context_lens,
+                num_kv_heads=arch.num_kv_heads,
+                page_tokens=layout.page_tokens,
+                scale=arch.attention_scale,
+                bits=layout.bits,
+                group=layout.group,
+                alibi_slopes=self.slopes.get(query.device),
+                window=arch.window(layer),
+                soft_cap=arch.soft_cap,
+                tree_masks=group.tree_masks,
+                positions=None if group.tree_masks is None else positions.to(torch.int32),
+                max_query_len=group.max_query_len,
+                max_context_len=group.max_context_len,
+            )
+        )
+
+    def attend_staged(self, begun: Begun, staged: StagedGroup, gathered: Handle, buffer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Attention over staging; the new token rows go home beside it."""
+        layer, group, layout = begun.tick.layer, staged.attention, self.cache.layout
+        gathered.wait()
+        part = slice(group.start, group.end)
+        rows = self.cache.staging_rows(buffer)
+        ops.append_rows(rows, group.slots, key[part], value[part], layout.bits, layout.group)
+        new_rows = rows.index_select(0, group.slots)
+        written = self.lanes.mark()
+        if staged.num_cpu_tokens:
+            self.cache.drain_cpu(layer, new_rows[: staged.num_cpu_tokens], staged.cpu_slots, written)
+        if staged.disk_tables:
+            self.cache.drain_disk(layer, new_rows[staged.num_cpu_tokens :], staged.disk_tables, written)
+        self.attend(begun.attention[part], layer, query[part], rows, group, begun.inputs.positions[part])
+        self.cache.release_staging(buffer, self.lanes.mark())
+
+    def start_cpu_attention(self, begun: Begun, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache lies."""
+        layer, part, layout = begun.tick.layer, slice(group.start, group.end), self.cache.layout
+        host_query, host_key, host_value, output = self.host_buffers.take(query[part], key[part], value[part])
+        arrived = self.lanes.mark()
+        rows, positions = self.cache.rows("cpu", layer), begun.inputs.host_positions[part]
+        drained = self.cache.drained[layer]
+
+        def attend() -> None:
+            drained.synchronize()
+            ops.append_rows(rows, group.slots, host_key, host_value, layout.bits, layout.group)
+            self.attend(output, layer, host_query, rows, group, positions)
+
+        num_bytes = int(group.context_lens.sum()) * layout.token_bytes
+        begun.cpu_done = self.lanes.cpu_attention.submit(attend, arrived, f"cache {layer}.{begun.tick.micro_batch}", num_bytes)
+        begun.cpu_output = output
+
+    def finish(self, begun: Begun, count: int) -> None:
+        """Output projection and MLP, then the hidden states go home; the last micro-batch of a layer gives the layer's slab back."""
+        tick = begun.tick
+        if begun.cpu_output is not None:
+            assert begun.inputs.cpu is not None
+            begun.cpu_done.wait()
+            begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end].copy_(begun.cpu_output, non_blocking=True)
+            self.host_buffers.give_back(begun.cpu_output, self.lanes.mark())
+        weights = self.weights.weights(tick.layer, "post")
+        with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
+            hidden = layers.post_attention(self.arch, tick.layer, weights, begun.hidden, begun.attention)
+        if tick.layer == self.arch.num_layers - 1:
+            # Only the rows that the head reads go on.
+            hidden = hidden.index_select(0, begun.inputs.logit_index)
+            self.activations.hand_on(tick.micro_batch, hidden)
+        else:
+            self.activations.put(tick.micro_batch, hidden)
+        if tick.micro_batch == count - 1:
+            self.weights.release(tick.layer, self.lanes.mark())
+
+    def embed(self, inputs: MicroBatchInputs) -> Tensor:
+        rows = self.weights.gather_rows("embed.weight", inputs.token_ids)
+        learned = self.arch.position == "learned"
+        position_rows = self.weights.gather_rows("pos_embed.weight", inputs.host_positions + self.arch.position_offset) if learned else None
+        return layers.embed(self.arch, self.weights.embedding_weights, rows, position_rows)
+
+    def head(self, inputs: MicroBatchInputs, tick: Tick, count: int) -> Iterator[LogitsBlock]:
+        """Logits of the rows that were asked for, in blocks."""
+        weights = self.weights.weights(tick.layer, "head")
+        hidden = self.activations.get(tick.micro_batch)
+        step = max(1, LOGITS_BLOCK_BYTES // (4 * self.arch.vocab_size))
+        for start in range(0, len(hidden), step):
+            with self.tracer.compute_span(f"head {tick.micro_batch}"):
+                logits = layers.head(self.arch, weights, hidden[start : start + step])
+            yield LogitsBlock(inputs.logit_rows[start : start + step], logits)
+        if tick.micro_batch == count - 1:
+            self.weights.release(tick.layer, self.lanes.mark())

@@ -1,0 +1,192 @@
+"""The query tokens of a micro-batch as tensors: positions, page tables, slots, masks, grouped by where the cache is attended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexbatch.execution.work import QueryTokens
+from flexbatch.memory.kvcache import Gather
+from flexbatch.memory.pages import PageTable
+
+CPU_ATTENTION_MAX_QUERY_TOKENS = 32
+"""A CPU sequence with more query tokens than this (a prompt chunk) is attended on the compute device: its keys and values are on their
+way from there anyway, and prompt attention is compute-bound, which the host is 100 times slower at."""
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Consecutive query tokens whose cache is attended in the same place: arguments of `ops.paged_attention`."""
+
+    start: int
+    end: int
+    page_table: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    slots: Tensor
+    """[num_tokens] int64: where the new token rows go (pool slots, or staging slots for the staged group)."""
+    tree_masks: Tensor | None
+    max_query_len: int
+    max_context_len: int
+
+
+@dataclass(frozen=True)
+class StagedGroup:
+    """A group in staging, with what to bring there and where the new rows go home to."""
+
+    attention: AttentionGroup
+    gather: Gather
+    num_cpu_tokens: int
+    """The group's tokens of cpu sequences come first, then those of disk sequences."""
+    cpu_slots: Tensor
+    disk_tables: tuple[tuple[PageTable, int, int, int], ...]
+    num_pages: int
+
+
+@dataclass(frozen=True)
+class MicroBatchInputs:
+    """Everything the ticks of one micro-batch need, built once per pass."""
+
+    queries: tuple[QueryTokens, ...]
+    token_ids: Tensor
+    """[num_tokens] int64, on the host: embedding rows are gathered where the table lives."""
+    positions: Tensor
+    host_positions: Tensor
+    gpu: AttentionGroup | None
+    staged: StagedGroup | None
+    cpu: AttentionGroup | None
+    logit_rows: tuple[tuple[QueryTokens, int], ...]
+    logit_index: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+def place_of(query: QueryTokens) -> str:
+    """Where the cache of a query is attended: "gpu", "staged" or "cpu"."""
+    table = query.sequence.table
+    if table.tier == "gpu":
+        return "gpu"
+    return "cpu" if table.attend_on_cpu and query.num_tokens <= CPU_ATTENTION_MAX_QUERY_TOKENS else "staged"
+
+
+def order_of(query: QueryTokens) -> tuple[int, int]:
+    """Groups are consecutive: resident sequences, staged ones (cpu before disk), then those attended on the CPU."""
+    return ("gpu", "staged", "cpu").index(place_of(query)), query.sequence.table.tier == "disk"
+
+
+def ancestor_masks(parents: Many[int]) -> np.ndarray:
+    """Bit masks [n, ceil(n / 32)] int32: bit b of word w is set when token i continues token 32 * w + b (itself included)."""
+    count = len(parents)
+    masks = np.zeros((count, -(-count // 32)), dtype=np.uint32)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            masks[i] = masks[parent]
+        masks[i, i // 32] |= np.uint32(1 << (i % 32))
+    return masks.view(np.int32)
+
+
+class InputBuilder:
+    """Builds the inputs of a pass on one compute device."""
+
+    def __init__(self, page_tokens: int, device: torch.device) -> None:
+        self.page_tokens, self.device = page_tokens, device
+
+    def build(self, queries: Many[QueryTokens]) -> MicroBatchInputs:
+        ordered = sorted(queries, key=order_of)
+        token_ids = np.concatenate([np.asarray(query.token_ids, dtype=np.int64) for query in ordered])
+        positions = np.concatenate([query.start + np.asarray(query.depths, dtype=np.int64) for query in ordered])
+        places = [place_of(query) for query in ordered]
+        groups: dict[str, list[QueryTokens]] = {"gpu": [], "staged": [], "cpu": []}
+        for query, place in zip(ordered, places, strict=True):
+            groups[place].append(query)
+        staged_start = sum(query.num_tokens for query in groups["gpu"])
+        cpu_start = staged_start + sum(query.num_tokens for query in groups["staged"])
+        rows, index, first = [], [], 0
+        for query in ordered:
+            rows += [(query, i) for i in range(query.first_logit, query.num_tokens)]
+            index += range(first + query.first_logit, first + query.num_tokens)
+            first += query.num_tokens
+        return MicroBatchInputs(
+            queries=tuple(ordered),
+            token_ids=torch.from_numpy(token_ids),
+            positions=self.upload(positions),
+            host_positions=torch.from_numpy(positions),
+            gpu=self.pool_group(groups["gpu"], 0, self.device) if groups["gpu"] else None,
+            staged=self.staged_group(groups["staged"], staged_start) if groups["staged"] else None,
+            cpu=self.pool_group(groups["cpu"], cpu_start, torch.device("cpu")) if groups["cpu"] else None,
+            logit_rows=tuple(rows),
+            logit_index=self.upload(np.asarray(index, dtype=np.int64)),
+        )
+
+    def upload(self, array: np.ndarray, device: torch.device | None = None) -> Tensor:
+        return torch.from_numpy(array).to(device or self.device, non_blocking=True)
+
+    def pool_group(self, queries: list[QueryTokens], start: int, device: torch.device) -> AttentionGroup:
+        """Sequences attended in their own pool."""
+        tables = [np.asarray(query.sequence.table.pages, dtype=np.int32) for query in queries]
+        return self.group(queries, tables, start, device)
+
+    def group(self, queries: list[QueryTokens], tables: list[np.ndarray], start: int, device: torch.device) -> AttentionGroup:
+        lengths = np.array([query.num_tokens for query in queries], dtype=np.int32)
+        contexts = np.array([query.start + query.num_tokens for query in queries], dtype=np.int32)
+        width = -(-int(contexts.max()) // self.page_tokens)
+        table = np.zeros((len(queries), width), dtype=np.int32)
+        for row, pages, context in zip(table, tables, contexts, strict=True):
+            used = -(-int(context) // self.page_tokens)
+            row[:used] = pages[:used]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        where = np.concatenate([np.arange(query.start, query.start + query.num_tokens) for query in queries])
+        owner = np.repeat(np.arange(len(queries)), lengths)
+        slots = table[owner, where // self.page_tokens].astype(np.int64) * self.page_tokens + where % self.page_tokens
+        return AttentionGroup(
+            start=start,
+            end=start + int(starts[-1]),
+            page_table=self.upload(table, device),
+            query_starts=self.upload(starts, device),
+            context_lens=self.upload(contexts, device),
+            slots=self.upload(slots, device),
+            tree_masks=self.masks(queries, device),
+            max_query_len=int(lengths.max()),
+            max_context_len=int(contexts.max()),
+        )
+
+    def masks(self, queries: list[QueryTokens], device: torch.device) -> Tensor | None:
+        if all(query.parents is None for query in queries):
+            return None
+        masks = [ancestor_masks(query.parents or range(-1, query.num_tokens - 1)) for query in queries]
+        words = max(mask.shape[1] for mask in masks)
+        return self.upload(np.concatenate([np.pad(mask, ((0, 0), (0, words - mask.shape[1]))) for mask in masks]), device)
+
+    def staged_group(self, queries: list[QueryTokens], start: int) -> StagedGroup:
+        """Staging holds the existing pages first, one sequence after another, then the pages that only this pass's tokens fill."""
+        page_tokens = self.page_tokens
+        existing = [-(-query.start // page_tokens) for query in queries]
+        total = [-(-(query.start + query.num_tokens) // page_tokens) for query in queries]
+        starts = np.concatenate([[0], np.cumsum(existing)])
+        cursor, tables = int(starts[-1]), []
+        for first, old, count in zip(starts, existing, total, strict=False):
+            tables.append(np.concatenate([np.arange(first, first + old), np.arange(cursor, cursor + count - old)]).astype(np.int32))
+            cursor += count - old
+        on_cpu = [query for query in queries if query.sequence.table.tier == "cpu"]
+        on_disk = queries[len(on_cpu) :]
+        cpu_pages = [np.asarray(query.sequence.table.pages[:old], dtype=np.int32) for query, old in zip(on_cpu, existing, strict=False)]
+        home = [query.sequence.table.slots(query.start, query.start + query.num_tokens, page_tokens) for query in on_cpu]
+        gather = Gather(
+            cpu_pages=self.upload(np.concatenate([np.zeros(0, dtype=np.int32), *cpu_pages])),
+            disk_tables=tuple((query.sequence.table, query.start) for query in on_disk),
+            num_disk_pages=sum(existing[len(on_cpu) :]),
+        )
+        return StagedGroup(
+            attention=self.group(queries, tables, start, self.device),
+            gather=gather,
+            num_cpu_tokens=sum(len(slots) for slots in home),
+            cpu_slots=self.upload(np.asarray([slot for slots in home for slot in slots], dtype=np.int64)),
+            disk_tables=tuple((query.sequence.table, query.start, query.num_tokens, query.tentative) for query in on_disk),
+            num_pages=cursor,
+        )

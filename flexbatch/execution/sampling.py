@@ -1,0 +1,186 @@
+"""Logits to tokens. Every row is treated by itself: its token does not depend on what else is in the micro-batch.
+
+Order of processing, as vLLM documents it: logit bias, repetition, frequency and presence penalty, temperature, min-p, top-k, top-p, draw.
+Log-probabilities are those of the model (before any processing), vLLM's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexbatch.execution.random_stream import gumbel
+from flexbatch.execution.request_state import RequestState
+from flexbatch.request import TokenLogprob
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits processed at one time: sorting and noise take about 40 bytes each, so that the workspace stays below 200 MB."""
+
+Drafted = Sequence[tuple[int, ...]]
+"""Per row, the tokens after the committed output that the row has seen: the path of a tree node, () for an ordinary row."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """token_ids: [N] int64 on the device of the logits. logprobs[r]: None for rows that did not ask."""
+
+    token_ids: Tensor
+    logprobs: list[dict[int, TokenLogprob] | None]
+
+
+def sample(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None = None) -> Sampled:
+    """Draw one token per row.
+
+    logits: [N, vocab] float32, not modified. states: the request of each row; a request may have several rows (nodes of a token tree), each with its
+    path in `drafted`. The noise of output token t is a function of (stream, t): a drawn tree node gets the token that plain decoding would draw there.
+    """
+    _check_shapes(logits, states, drafted)
+    if all(state.plain_greedy for state in states):
+        return Sampled(logits.argmax(-1), [None] * len(states))
+    paths = drafted or [()] * len(states)
+    token_ids = torch.empty(len(states), dtype=torch.int64, device=logits.device)
+    for rows in _chunks([r for r, state in enumerate(states) if state.params.greedy], logits.shape[1]):
+        chunk, index = _take(logits, rows)
+        token_ids[index] = adjust(chunk, [states[r] for r in rows], [paths[r] for r in rows]).argmax(-1)
+    for rows in _chunks([r for r, state in enumerate(states) if not state.params.greedy], logits.shape[1]):
+        chunk, index = _take(logits, rows)
+        chosen = [states[r] for r in rows]
+        chunk = restrict(adjust(chunk, chosen, [paths[r] for r in rows]), chosen)
+        positions = [len(states[r].output_token_ids) + len(paths[r]) for r in rows]
+        token_ids[index] = (chunk + gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)).argmax(-1)
+    logprobs: list[dict[int, TokenLogprob] | None] = [None] * len(states)
+    wanting = [r for r, state in enumerate(states) if state.params.logprobs is not None]
+    if wanting:
+        chosen_tokens, counts = token_ids[wanting].tolist(), [states[r].params.logprobs or 0 for r in wanting]
+        for r, entry in zip(wanting, token_logprobs(logits, chosen_tokens, counts, rows=wanting), strict=True):
+            logprobs[r] = entry
+    return Sampled(token_ids, logprobs)
+
+
+def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None = None) -> Tensor:
+    """The distribution each row draws from, as probabilities [N, vocab] float32; a greedy row has all mass on its argmax.
+
+    For verifying drafted tokens: one row per tree node, `drafted` gives the path that leads to it, penalties count that path.
+    """
+    _check_shapes(logits, states, drafted)
+    paths = drafted or [()] * len(states)
+    probabilities = torch.zeros_like(logits)
+    for rows in _chunks(list(range(len(states))), logits.shape[1]):
+        chunk, index = _take(logits, rows)
+        chosen = [states[r] for r in rows]
+        chunk = adjust(chunk, chosen, [paths[r] for r in rows])
+        greedy = torch.tensor([state.params.greedy for state in chosen], device=logits.device)
+        best = torch.zeros_like(chunk).scatter_(1, chunk.argmax(-1, keepdim=True), 1.0)
+        probabilities[index] = torch.where(greedy[:, None], best, restrict(chunk, chosen).softmax(-1))
+    return probabilities
+
+
+def adjust(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> Tensor:
+    """Bias and penalties, which can change the argmax. logits [N, vocab] is returned as it is when no row asks for any, else a copy.
+
+    Repetition penalty (Keskar et al., "CTRL", 2019): logits of tokens in prompt or output are divided by it when positive, multiplied when negative.
+    """
+    pieces = [
+        (row, state.adjustments.extended(path) if path else state.adjustments)
+        for row, (state, path) in enumerate(zip(states, drafted, strict=True))
+        if state.adjustments is not None
+    ]
+    rows = np.repeat([row for row, _ in pieces], [len(piece.token_ids) for _, piece in pieces])
+    if not len(rows):
+        return logits
+    tokens = np.concatenate([piece.token_ids for _, piece in pieces])
+    if tokens.max() >= logits.shape[1] or tokens.min() < 0:
+        raise ValueError(f"a token id of a logit bias or a history is outside the vocabulary of {logits.shape[1]}: {tokens.min()} to {tokens.max()}")
+    where = (torch.from_numpy(rows).to(logits.device), torch.from_numpy(tokens).to(logits.device))
+    terms = torch.from_numpy(np.concatenate([piece.terms for _, piece in pieces])).to(logits.device)
+    bias, repetition, subtract = terms.unbind(1)
+    value = logits[where] + bias
+    value = torch.where(value > 0, value / repetition, value * repetition) - subtract
+    return logits.index_put(where, value)
+
+
+def restrict(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
+    """Temperature, min-p, top-k, top-p: scaled logits [N, vocab] float32 with -inf for every token that may not be drawn. Greedy rows pass with temperature 1.
+
+    At least the most likely token stays. Tokens tied with the k-th stay, as in vLLM and transformers.
+    """
+    vocab, device = logits.shape[1], logits.device
+    temperature = torch.tensor([state.params.temperature or 1.0 for state in states], dtype=logits.dtype, device=device)
+    # Subtracting the maximum first keeps a tiny temperature from overflowing to inf - inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+    min_p = [state.params.min_p for state in states]
+    if any(min_p):
+        floor = torch.tensor(min_p, dtype=logits.dtype, device=device).log()
+        logits = logits.masked_fill(logits < floor[:, None], -torch.inf)
+    top_k = [min(state.params.top_k, vocab) if state.params.top_k > 0 else vocab for state in states]
+    if min(top_k) < vocab:
+        limited = [r for r, k in enumerate(top_k) if k < vocab]
+        part, index = _take(logits, limited)
+        last = torch.tensor([top_k[r] - 1 for r in limited], device=device)
+        kth = part.topk(max(top_k[r] for r in limited), dim=-1).values.gather(1, last[:, None])
+        logits = logits.index_put((index,), part.masked_fill(part < kth, -torch.inf))
+    if any(state.params.top_p < 1 for state in states):
+        logits = _restrict_mass(logits, [state.params.top_p for state in states])
+    return logits
+
+
+def _restrict_mass(logits: Tensor, top_p: list[float]) -> Tensor:
+    """Keep the fewest most likely tokens whose probabilities sum to at least top_p. logits: [N, vocab] float32."""
+    nucleus = [r for r, p in enumerate(top_p) if p < 1]
+    part, index = _take(logits, nucleus)
+    ordered, order = part.sort(dim=-1, descending=True, stable=True)
+    mass = ordered.to(torch.float64).softmax(-1)
+    # In float64, so that the result does not depend on the order in which a device adds up rows of different counts.
+    before = mass.cumsum(-1) - mass
+    wanted = torch.tensor([top_p[r] for r in nucleus], dtype=torch.float64, device=logits.device)
+    ordered = ordered.masked_fill(before >= wanted[:, None], -torch.inf)
+    return logits.index_put((index,), torch.empty_like(part).scatter_(1, order, ordered))
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int], rows: Sequence[int] | None = None) -> list[dict[int, TokenLogprob]]:
+    """The log-probability of `token_ids[i]` and of the counts[i] most likely tokens, given the unprocessed logits of its row.
+
+    logits: [N, vocab] float32; `rows` picks the rows (default: all). The given token comes first in each dict, then by rank.
+    Serves generated tokens and, a block of rows at a time, the tokens of a prompt: row i's logits predict token i + 1 of the prompt.
+    """
+    selected = list(range(logits.shape[0])) if rows is None else list(rows)
+    if not len(selected) == len(token_ids) == len(counts):
+        raise ValueError(f"{len(selected)} rows, {len(token_ids)} tokens, {len(counts)} counts: need one of each per row")
+    results: list[dict[int, TokenLogprob]] = []
+    for block in _chunks(list(range(len(selected))), logits.shape[1]):
+        chunk, _ = _take(logits, [selected[i] for i in block])
+        tokens = torch.tensor([token_ids[i] for i in block], dtype=torch.int64, device=logits.device)[:, None]
+        logprobs = chunk.log_softmax(-1)
+        own = logprobs.gather(1, tokens)
+        ranks = (logprobs > own).sum(-1) + 1
+        values, ids = logprobs.topk(min(max(counts[i] for i in block), logits.shape[1]), dim=-1)
+        for i, logprob, rank, top_values, top_ids in zip(block, own[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), strict=True):
+            entry = {token_ids[i]: TokenLogprob(token_ids[i], logprob, rank)}
+            for place, (token, value) in enumerate(zip(top_ids[: counts[i]], top_values, strict=False), 1):
+                entry.setdefault(token, TokenLogprob(token, value, place))
+            results.append(entry)
+    return results
+
+
+def _chunks(rows: list[int], vocab: int) -> list[list[int]]:
+    """Rows in pieces of at most CHUNK_ELEMENTS logits."""
+    size = max(1, CHUNK_ELEMENTS // vocab)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _take(logits: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(the rows, their indices as a tensor); without a copy where they are a range of all."""
+    index = torch.tensor(rows, dtype=torch.int64, device=logits.device)
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return logits[rows[0] : rows[-1] + 1], index
+    return logits[index], index
+
+
+def _check_shapes(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None) -> None:
+    paths = len(states) if drafted is None else len(drafted)
+    if logits.ndim != 2 or not logits.shape[0] == len(states) == paths:
+        raise ValueError(f"logits {tuple(logits.shape)} for {len(states)} states and {paths} paths: need one row each")

@@ -1,0 +1,107 @@
+"""What a pass is made of: sequences, their query tokens, and the logits that come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from flexbatch.detokenize import OutputText
+from flexbatch.execution.request_state import RequestState
+from flexbatch.memory.pages import PageTable
+from flexbatch.request import TokenLogprob
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request in flight: its tokens, its cache, and the micro-batch it belongs to for life."""
+
+    state: RequestState
+    output: OutputText
+    table: PageTable
+    micro_batch: int
+    token_ids: list[int]
+    """Prompt and generated tokens."""
+    logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, TokenLogprob] | None] = field(default_factory=list)
+
+    @property
+    def num_cached(self) -> int:
+        """Leading tokens whose keys and values are in the cache."""
+        return self.table.num_tokens
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.state.request.prompt_token_ids)
+
+    @property
+    def num_uncached(self) -> int:
+        return len(self.token_ids) - self.num_cached
+
+    def check(self) -> None:
+        """Invariants: the cache never holds more than the tokens, and never the newest one."""
+        assert self.num_cached <= len(self.token_ids), (self.num_cached, len(self.token_ids))
+        assert self.token_ids[self.num_prompt_tokens :] == self.output.token_ids == self.state.output_token_ids
+        self.state.check()
+
+
+@dataclass(frozen=True, eq=False)
+class QueryTokens:
+    """What one sequence brings to a pass: a chunk of its prompt, one token to decode, or a token tree to verify.
+
+    ``parents`` is None for consecutive tokens. For a tree, token 0 is the last committed token and ``parents[i]`` the query token that
+    token i continues (-1 for token 0). Logits are wanted for query tokens ``first_logit`` and later.
+    """
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+    start: int
+    """Tokens in the cache before this pass: the position of the first query token."""
+    first_logit: int
+    parents: tuple[int, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_logits(self) -> int:
+        return len(self.token_ids) - self.first_logit
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Position of every query token relative to ``start``."""
+        if self.parents is None:
+            return tuple(range(len(self.token_ids)))
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return tuple(depths)
+
+    @property
+    def tentative(self) -> int:
+        """Trailing query tokens that may be taken back after verification."""
+        return 0 if self.parents is None else len(self.token_ids) - 1
+
+
+@dataclass(frozen=True)
+class PassWork:
+    """The query tokens of one pass, by micro-batch; empty micro-batches are left out."""
+
+    micro_batches: tuple[tuple[QueryTokens, ...], ...]
+
+    @property
+    def num_query_tokens(self) -> int:
+        return sum(query.num_tokens for queries in self.micro_batches for query in queries)
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(queries) for queries in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class LogitsBlock:
+    """Some rows of a pass's logits. rows[i] = (query, query token) of logits[i]; logits: [len(rows), vocab] float32 on the compute device."""
+
+    rows: tuple[tuple[QueryTokens, int], ...]
+    logits: Tensor

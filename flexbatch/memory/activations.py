@@ -1,0 +1,141 @@
+"""Hidden states between layers, over the tiers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexbatch.memory.placement import Spreader
+from flexbatch.memory.tiers import DiskFile, Tiers, align
+from flexbatch.memory.transfer import READY, Handle, Lanes, together
+from flexbatch.policy.types import TIERS, Split
+
+
+@dataclass
+class Stored:
+    """One micro-batch's hidden states between two layers: consecutive rows on the gpu, the cpu and the disk tier."""
+
+    num_tokens: int
+    counts: tuple[int, int, int]
+    gpu: Tensor
+    home: Handle = READY
+    """Done when the cpu and disk rows have arrived there."""
+    fetched: Tensor | None = None
+    fetch: Handle = READY
+
+
+class ActivationStore:
+    """Homes of the hidden states [num_tokens, width] of every micro-batch.
+
+    Rows go to the tiers in pages of ``page_tokens`` by error diffusion, so that over a pass each tier holds its share to within one page.
+    Everything on the gpu tier is handed on without a copy.
+    """
+
+    def __init__(
+        self, split: Split, num_micro_batches: int, max_tokens: int, width: int, dtype: torch.dtype, page_tokens: int, tiers: Tiers, lanes: Lanes
+    ) -> None:
+        self.split, self.page_tokens, self.dtype, self.width = split, page_tokens, dtype, width
+        self.tiers, self.lanes = tiers, lanes
+        self.row_bytes = width * dtype.itemsize
+        self.stored: dict[int, Stored] = {}
+        self.counts: dict[int, tuple[int, int, int]] = {}
+        rows = max_tokens + page_tokens
+        self.host = [tiers.cpu.allocate(f"activations {k}", rows * self.row_bytes) for k in range(num_micro_batches)] if split.cpu or split.disk else []
+        self.files: list[DiskFile] = []
+        if split.disk:
+            for k in range(num_micro_batches):
+                tiers.disk.reserve(f"activations {k}", align(rows * self.row_bytes))
+                path = Path(tiers.offload_dir) / f"activations-{k}.bin"
+                self.files.append(DiskFile(path, align(rows * self.row_bytes)))
+                path.unlink()
+
+    def plan(self, tokens_per_micro_batch: list[int]) -> None:
+        """Cut the rows of every micro-batch of the coming pass over the tiers."""
+        spreader = Spreader(self.split)
+        for k, num_tokens in enumerate(tokens_per_micro_batch):
+            counts = dict.fromkeys(TIERS, 0)
+            for start in range(0, num_tokens, self.page_tokens):
+                rows = min(self.page_tokens, num_tokens - start)
+                tier = spreader.choose(rows)
+                spreader.place(tier, rows)
+                counts[tier] += rows
+            self.counts[k] = (counts["gpu"], counts["cpu"], counts["disk"])
+        self.realized = dict(spreader.placed)
+
+    @property
+    def realized_percent(self) -> dict[str, float]:
+        """Per cent of the last pass's hidden rows on each tier."""
+        total = sum(self.realized.values()) or 1
+        return {tier: 100 * rows / total for tier, rows in self.realized.items()}
+
+    def put(self, k: int, hidden: Tensor) -> None:
+        """Take the hidden states of micro-batch ``k`` after a layer, and send the cpu and disk rows home."""
+        on_gpu, on_cpu, on_disk = self.counts[k]
+        stored = self.stored[k] = Stored(len(hidden), self.counts[k], hidden[:on_gpu])
+        if on_cpu + on_disk == 0:
+            stored.fetched = hidden
+            return
+        host = self.host_rows(k, on_cpu + on_disk)
+        leaving = hidden[on_gpu:]
+        if leaving.is_cuda:
+            leaving.record_stream(self.lanes.d2h.stream)
+        num_bytes = leaving.nbytes
+        stored.home = self.lanes.d2h.submit(lambda: host.copy_(leaving, non_blocking=True), self.lanes.mark(), f"activations {k}", num_bytes)
+        if on_disk:
+            data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
+            stored.home = self.lanes.disk_write.submit(lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data))
+
+    def hand_on(self, k: int, hidden: Tensor) -> None:
+        """Pass hidden states on within the compute device: the rows that the head reads, a few per sequence."""
+        self.stored[k] = Stored(len(hidden), (len(hidden), 0, 0), hidden, fetched=hidden)
+
+    def host_rows(self, k: int, count: int) -> Tensor:
+        return self.host[k][: count * self.row_bytes].view(self.dtype).view(count, self.width)
+
+    def fetch(self, k: int) -> None:
+        """Start bringing the hidden states of micro-batch ``k`` back; nothing to do when they are there or not yet put."""
+        stored = self.stored.get(k)
+        if stored is None or stored.fetched is not None:
+            return
+        on_gpu, on_cpu, on_disk = stored.counts
+        # Allocated on the compute stream, written on the link's: the copy waits for a mark of everything before it.
+        fetched = stored.fetched = torch.empty(stored.num_tokens, self.width, dtype=self.dtype, device=self.lanes.device)
+        fetched[:on_gpu].copy_(stored.gpu)
+        after = together(stored.home, self.lanes.mark())
+        if on_disk:
+            data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
+            after = together(after, self.lanes.disk_read.submit(lambda: self.files[k].read(data, 0), after, f"activations {k}", len(data)))
+        host = self.host_rows(k, on_cpu + on_disk)
+        if fetched.is_cuda:
+            fetched.record_stream(self.lanes.h2d.stream)
+        stored.fetch = self.lanes.h2d.submit(lambda: fetched[on_gpu:].copy_(host, non_blocking=True), after, f"activations {k}", host.nbytes)
+
+    def get(self, k: int) -> Tensor:
+        """The hidden states of micro-batch ``k`` on the compute device; they leave the store."""
+        self.fetch(k)
+        stored = self.stored.pop(k)
+        stored.fetch.wait()
+        assert stored.fetched is not None
+        return stored.fetched
+
+    def synchronize(self) -> None:
+        for stored in self.stored.values():
+            together(stored.home, stored.fetch).synchronize()
+
+    def check(self) -> None:
+        """Invariants: every row has a home."""
+        for k, stored in self.stored.items():
+            assert sum(stored.counts) == stored.num_tokens, (k, stored.counts, stored.num_tokens)
+
+    def close(self) -> None:
+        self.synchronize()
+        for file in self.files:
+            file.close()
+        self.stored.clear()
+        self.host.clear()
+        for pool in (self.tiers.cpu, self.tiers.disk):
+            for what in [name for name in pool.used_bytes if name.startswith("activations")]:
+                pool.free(what)

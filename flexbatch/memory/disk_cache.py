@@ -1,0 +1,115 @@
+"""The KV cache of disk sequences: full pages in a file, the open page in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.tiers import DiskFile, Pool
+
+
+class DiskCache:
+    """Pages [num_layers, num_pages] in one file, and for every disk sequence a tail of ``tail_tokens`` token rows per layer in host memory.
+
+    Tokens from ``flushed`` (a multiple of page_tokens) on lie in the tail; a page is written when it is full and can no longer be taken back.
+    """
+
+    def __init__(self, layout: CacheLayout, num_pages: int, num_sequences: int, tail_tokens: int, folder: Path, host: Pool, disk: Pool) -> None:
+        self.layout, self.num_pages, self.tail_tokens = layout, num_pages, tail_tokens
+        num_bytes = layout.num_layers * num_pages * layout.disk_page_bytes
+        disk.reserve("cache", num_bytes)
+        self.disk = disk
+        self.host = host
+        self.file = DiskFile(folder / "cache.bin", num_bytes)
+        # The file has no name from here on: a killed run leaves nothing behind.
+        self.file.path.unlink()
+        tail = host.allocate("cache tails", layout.num_layers * num_sequences * tail_tokens * layout.token_bytes)
+        self.tails = tail.view(layout.num_layers, num_sequences, tail_tokens, layout.token_bytes)
+        self.flushed: dict[int, list[int]] = {}
+        self.free_tails = list(range(num_sequences - 1, -1, -1))
+
+    def open(self) -> int:
+        """A tail for a new sequence."""
+        slot = self.free_tails.pop()
+        self.flushed[slot] = [0] * self.layout.num_layers
+        return slot
+
+    def adopt(self, slot: int, num_tokens: int) -> None:
+        """The first ``num_tokens`` (whole pages) of the sequence are on disk already: a shared prefix."""
+        self.flushed[slot] = [num_tokens] * self.layout.num_layers
+
+    def close_tail(self, slot: int) -> None:
+        del self.flushed[slot]
+        self.free_tails.append(slot)
+
+    def offset(self, layer: int, page: int) -> int:
+        return (layer * self.num_pages + page) * self.layout.disk_page_bytes
+
+    def append(self, table: PageTable, layer: int, start: int, rows: Tensor, keep: int) -> None:
+        """Token rows [n, token_bytes] (uint8, host) of tokens from ``start`` on.
+
+        The last ``keep`` of them may be taken back (nodes of a tree): they stay in the tail, as does the open page.
+        """
+        layout, tail = self.layout, self.tails[layer, table.tail_slot]
+        flushed = self.flushed[table.tail_slot][layer]
+        known = torch.cat([tail[: start - flushed], rows])
+        end = start + len(rows)
+        full_until = max(flushed, (end - keep) // layout.page_tokens * layout.page_tokens)
+        page = torch.zeros(layout.disk_page_bytes, dtype=torch.uint8)
+        for first in range(flushed, full_until, layout.page_tokens):
+            content = known[first - flushed : first - flushed + layout.page_tokens]
+            page[: layout.page_bytes].copy_(content.reshape(-1))
+            self.file.write(page, self.offset(layer, table.pages[first // layout.page_tokens]))
+        rest = known[full_until - flushed :]
+        assert len(rest) <= self.tail_tokens, f"{len(rest)} open tokens do not fit a tail of {self.tail_tokens}"
+        tail[: len(rest)].copy_(rest)
+        self.flushed[table.tail_slot][layer] = full_until
+
+    def read(self, tables: Sequence[tuple[PageTable, int]], layer: int, pages_out: Tensor, threads: ThreadPoolExecutor) -> None:
+        """Fill ``pages_out`` [total pages, page_bytes] (uint8, host) with the pages of every (table, num_tokens), one sequence after another."""
+        layout = self.layout
+        jobs, cursor = [], 0
+        for table, num_tokens in tables:
+            flushed = self.flushed[table.tail_slot][layer]
+            for index in range(flushed // layout.page_tokens):
+                jobs.append((self.offset(layer, table.pages[index]), cursor + index))
+            count = layout.num_pages(num_tokens)
+            open_rows = num_tokens - flushed
+            if open_rows > 0:
+                first = cursor + flushed // layout.page_tokens
+                flat = pages_out[first : cursor + count].view(-1, layout.token_bytes)
+                flat[:open_rows].copy_(self.tails[layer, table.tail_slot, :open_rows])
+            cursor += count
+
+        @torch.inference_mode()  # worker threads have a mode of their own
+        def read_page(job: tuple[int, int]) -> None:
+            offset, place = job
+            page = torch.empty(layout.disk_page_bytes, dtype=torch.uint8)
+            self.file.read(page, offset)
+            pages_out[place].copy_(page[: layout.page_bytes])
+
+        list(threads.map(read_page, jobs))
+
+    def move(self, table: PageTable, layer: int, sources: Sequence[int], destination: int) -> None:
+        """Within the tail: rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ... (the accepted path of a tree)."""
+        flushed = self.flushed[table.tail_slot][layer]
+        tail = self.tails[layer, table.tail_slot]
+        rows = tail[torch.tensor([source - flushed for source in sources])]
+        tail[destination - flushed : destination - flushed + len(rows)].copy_(rows)
+
+    def check(self) -> None:
+        """Invariants: tails are owned once; flushed counts are whole pages."""
+        assert len(set(self.free_tails)) == len(self.free_tails)
+        assert not set(self.free_tails) & set(self.flushed)
+        for flushed in self.flushed.values():
+            assert all(count % self.layout.page_tokens == 0 for count in flushed), flushed
+
+    def close(self) -> None:
+        self.file.close()
+        self.host.free("cache tails")
+        self.disk.free("cache")

@@ -1,0 +1,61 @@
+"""Pinned host buffers for CPU attention: queries, keys and values on their way down, attention on its way up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexbatch.memory.tiers import Pool
+from flexbatch.memory.transfer import READY, Handle
+
+NUM_BUFFERS = 4
+"""Two ticks are in flight at a time; as many again let the host run ahead of the device."""
+
+
+class HostBuffers:
+    """A ring of host buffers, each with one owner from `take` to `give_back`. On the CPU nothing is copied and only the output is new."""
+
+    def __init__(self, max_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, host: Pool, device: torch.device) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, self.host = num_heads, num_kv_heads, head_dim, dtype, host
+        self.copies = device.type == "cuda"
+        row_bytes = (2 * num_heads + 2 * num_kv_heads) * head_dim * dtype.itemsize
+        self.max_tokens = max_tokens
+        self.buffers = [host.allocate(f"attention buffer {i}", max_tokens * row_bytes) for i in range(NUM_BUFFERS)] if self.copies and max_tokens else []
+        self.free_after: list[Handle] = [READY] * NUM_BUFFERS
+        self.owners: dict[int, int] = {}
+        self.next = 0
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Host copies of query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim] (enqueued on the current stream), and an output like query."""
+        if not self.copies:
+            return query, key, value, torch.empty_like(query)
+        assert len(query) <= self.max_tokens, f"{len(query)} query tokens for CPU attention, buffers hold {self.max_tokens}"
+        index, self.next = self.next, (self.next + 1) % NUM_BUFFERS
+        self.free_after[index].synchronize()
+        cursor, parts = 0, []
+        for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads):
+            size = len(query) * heads * self.head_dim * self.dtype.itemsize
+            parts.append(self.buffers[index][cursor : cursor + size].view(self.dtype).view(len(query), heads, self.head_dim))
+            cursor += size
+        for target, source in zip(parts, (query, key, value), strict=False):
+            target.copy_(source, non_blocking=True)
+        output = parts[3]
+        assert output.data_ptr() not in self.owners, "a host buffer is taken before it was given back"
+        self.owners[output.data_ptr()] = index
+        return parts[0], parts[1], parts[2], output
+
+    def give_back(self, output: Tensor, done: Handle) -> None:
+        """The output has been read by everything before ``done``."""
+        if self.copies:
+            self.free_after[self.owners.pop(output.data_ptr())] = done
+
+    def check(self) -> None:
+        """Invariant: a buffer has one owner."""
+        assert len(set(self.owners.values())) == len(self.owners) <= NUM_BUFFERS
+
+    def close(self) -> None:
+        for handle in self.free_after:
+            handle.synchronize()
+        self.buffers.clear()
+        for i in range(NUM_BUFFERS):
+            self.host.free(f"attention buffer {i}")

@@ -1,0 +1,223 @@
+"""The paged KV cache over the tiers: homes, staging, gather, append, commit, free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels import ops
+from flexbatch.memory.disk_cache import DiskCache
+from flexbatch.memory.pages import CacheLayout, PagePool, PageTable
+from flexbatch.memory.tiers import Tiers
+from flexbatch.memory.transfer import READY, Handle, Lanes, together
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """Pages of each tier, and the largest staged micro-batch."""
+
+    gpu_pages: int
+    cpu_pages: int
+    disk_pages: int
+    staging_pages: int
+    """Pages of one micro-batch whose cache is not on the gpu tier: one staging buffer; there are two."""
+    disk_sequences: int = 0
+    tail_tokens: int = 0
+
+    def pages(self, tier: str) -> int:
+        return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]
+
+
+@dataclass(frozen=True)
+class Gather:
+    """What to bring to staging for one micro-batch: existing pages, the cpu ones first, then those of disk sequences."""
+
+    cpu_pages: Tensor
+    """[n] int32 page ids, on the compute device."""
+    disk_tables: tuple[tuple[PageTable, int], ...]
+    num_disk_pages: int
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.cpu_pages) + self.num_disk_pages
+
+
+class KVCache:
+    """Page pools, storage and staging of one model's cache.
+
+    Staging buffers alternate between ticks; each is handed over by handle: a gather into one waits for the attention that last read it.
+    """
+
+    def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers, lanes: Lanes) -> None:
+        self.layout, self.sizes, self.tiers, self.lanes = layout, sizes, tiers, lanes
+        self.device = lanes.device
+        self.pools = {tier: PagePool(tier, sizes.pages(tier)) for tier in ("gpu", "cpu", "disk")}
+        self.storage = {
+            "gpu": tiers.gpu.allocate("cache", layout.num_layers * sizes.gpu_pages * layout.page_bytes).view(layout.num_layers, -1),
+            "cpu": tiers.cpu.allocate("cache", layout.num_layers * sizes.cpu_pages * layout.page_bytes).view(layout.num_layers, -1),
+        }
+        staging_bytes = sizes.staging_pages * layout.page_bytes
+        self.staging = [tiers.gpu.allocate(f"cache staging {i}", staging_bytes) for i in range(2)] if staging_bytes else []
+        self.staging_free: list[Handle] = [READY, READY]
+        self.disk: DiskCache | None = None
+        self.disk_staging: list[Tensor] = []
+        if sizes.disk_pages:
+            self.disk = DiskCache(layout, sizes.disk_pages, sizes.disk_sequences, sizes.tail_tokens, tiers.offload_dir, tiers.cpu, tiers.disk)
+            if self.device.type == "cuda":
+                self.disk_staging = [tiers.cpu.allocate(f"cache disk staging {i}", staging_bytes) for i in range(2)]
+        self.drained: list[Handle] = [READY] * layout.num_layers
+        self.draining: list[Handle] = [READY] * layout.num_layers
+
+    # Tables
+
+    def open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = (), attend_on_cpu: bool = False) -> PageTable:
+        """A table with room for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`."""
+        shared = list(shared_pages)
+        pool = self.pools[tier]
+        pool.share(shared)
+        table = PageTable(tier, shared + pool.allocate(self.layout.num_pages(num_tokens) - len(shared)), num_shared=len(shared), attend_on_cpu=attend_on_cpu)
+        table.num_tokens = len(shared) * self.layout.page_tokens
+        if tier == "disk":
+            assert self.disk is not None
+            table.tail_slot = self.disk.open()
+            self.disk.adopt(table.tail_slot, table.num_tokens)
+        return table
+
+    def can_open(self, tier: str, num_tokens: int, num_shared_pages: int = 0) -> bool:
+        room = self.pools[tier].num_free >= self.layout.num_pages(num_tokens) - num_shared_pages
+        return room and (tier != "disk" or (self.disk is not None and bool(self.disk.free_tails)))
+
+    def free(self, table: PageTable) -> list[int]:
+        """Give back a table; returns the pages that nobody holds any more."""
+        if table.tier == "disk":
+            assert self.disk is not None
+            # Its last rows may still be on their way to the tail, which the next sequence takes over.
+            together(*self.draining).synchronize()
+            self.disk.close_tail(table.tail_slot)
+        freed = self.pools[table.tier].release(table.pages)
+        table.pages = []
+        return freed
+
+    # Rows
+
+    def rows(self, tier: str, layer: int) -> Tensor:
+        """Token rows of one layer on the gpu or cpu tier."""
+        return self.layout.row_view(self.storage[tier][layer])
+
+    def staging_rows(self, buffer: int) -> Tensor:
+        return self.layout.row_view(self.staging[buffer])
+
+    def begin_pass(self) -> None:
+        """What the last pass drained is what this pass's gathers wait for."""
+        self.drained, self.draining = self.draining, [READY] * self.layout.num_layers
+
+    def gather(self, work: Gather, layer: int, buffer: int) -> Handle:
+        """Bring existing pages of staged sequences into a staging buffer, in the order of ``work``."""
+        if not work.num_pages:
+            self.staging_free[buffer].wait()
+            return READY
+        after = together(self.staging_free[buffer], self.drained[layer])
+        pages = self.staging[buffer].view(-1, self.layout.page_bytes)
+        handles: list[Handle] = []
+        num_cpu = len(work.cpu_pages)
+        if num_cpu:
+            source = self.storage["cpu"][layer].view(-1, self.layout.page_bytes)
+            handles.append(
+                self.lanes.pages.submit(
+                    lambda: ops.gather_pages(source, work.cpu_pages, pages[:num_cpu]), after, f"cache {layer}", num_cpu * self.layout.page_bytes
+                )
+            )
+        if work.num_disk_pages:
+            target = pages[num_cpu : work.num_pages]
+            num_bytes = work.num_disk_pages * self.layout.page_bytes
+            handles.append(self.lanes.disk_read.submit(lambda: self.read_disk(work, layer, buffer, target), after, f"cache {layer}", num_bytes))
+        return together(*handles)
+
+    def read_disk(self, work: Gather, layer: int, buffer: int, target: Tensor) -> Handle:
+        """Runs on the disk lane."""
+        assert self.disk is not None
+        host = self.disk_staging[buffer].view(-1, self.layout.page_bytes)[: work.num_disk_pages] if self.disk_staging else target
+        self.disk.read(work.disk_tables, layer, host, self.lanes.disk_chunks)
+        if host is target:
+            return READY
+        target.copy_(host, non_blocking=True)
+        handle = self.lanes.mark()
+        handle.synchronize()
+        return handle
+
+    def release_staging(self, buffer: int, done: Handle) -> None:
+        self.staging_free[buffer] = done
+
+    def drain_cpu(self, layer: int, rows: Tensor, slots: Tensor, after: Handle) -> None:
+        """Scatter packed token rows to their slots on the cpu tier. slots: [n] int64 on the compute device."""
+        target = self.rows("cpu", layer)
+        if rows.is_cuda:
+            rows.record_stream(self.lanes.d2h.stream)
+        handle = self.lanes.d2h.submit(lambda: ops.scatter_rows(rows, target, slots), after, f"cache {layer}", rows.nbytes)
+        self.draining[layer] = together(self.draining[layer], handle)
+
+    def drain_disk(self, layer: int, rows: Tensor, tables: Sequence[tuple[PageTable, int, int, int]], after: Handle) -> None:
+        """Append packed token rows of disk sequences. tables: (table, first token, number of rows, rows that may be taken back) in order."""
+        disk, previous = self.disk, self.draining[layer]
+        assert disk is not None
+
+        def append() -> None:
+            previous.synchronize()
+            host = rows.cpu().reshape(len(rows), -1).view(torch.uint8)
+            cursor = 0
+            for table, start, count, keep in tables:
+                disk.append(table, layer, start, host[cursor : cursor + count], keep)
+                cursor += count
+
+        self.draining[layer] = self.lanes.disk_write.submit(append, together(after, self.drained[layer]), f"cache {layer}", rows.nbytes)
+
+    # Trees
+
+    def keep(self, accepted: Sequence[tuple[PageTable, int, Sequence[int]]]) -> None:
+        """Commit the accepted path of each tree: rows of tokens ``sources`` move to ``start``, ``start`` + 1, ... on the sequence's home tier.
+
+        accepted: (table, start, sources), sources ascending and >= start. The rest of the tree is forgotten when num_tokens is set.
+        """
+        moves = [(table, start, sources) for table, start, sources in accepted if list(sources) != list(range(start, start + len(sources)))]
+        if not moves:
+            return
+        together(*self.draining).synchronize()
+        page_tokens = self.layout.page_tokens
+        for tier in ("gpu", "cpu"):
+            source_slots, target_slots = [], []
+            for table, start, sources in moves:
+                if table.tier == tier:
+                    source_slots += [slot for source in sources for slot in table.slots(source, source + 1, page_tokens)]
+                    target_slots += table.slots(start, start + len(sources), page_tokens)
+            if source_slots:
+                data = self.storage[tier].view(self.layout.num_layers, -1, self.layout.token_bytes)
+                data[:, torch.tensor(target_slots, device=data.device)] = data[:, torch.tensor(source_slots, device=data.device)]
+        for table, start, sources in moves:
+            if table.tier == "disk":
+                assert self.disk is not None
+                for layer in range(self.layout.num_layers):
+                    self.disk.move(table, layer, sources, start)
+
+    def check(self) -> None:
+        for pool in self.pools.values():
+            pool.check()
+        if self.disk is not None:
+            self.disk.check()
+
+    def synchronize(self) -> None:
+        """Wait until everything drained is home."""
+        together(*self.draining, *self.drained).synchronize()
+
+    def close(self) -> None:
+        self.synchronize()
+        if self.disk is not None:
+            self.disk.close()
+        self.storage.clear()
+        self.staging.clear()
+        self.disk_staging.clear()
+        for pool in (self.tiers.gpu, self.tiers.cpu):
+            for what in [name for name in pool.used_bytes if name.startswith("cache")]:
+                pool.free(what)

@@ -1,0 +1,136 @@
+"""From a checkpoint's stream of tensors to their homes, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels import ops
+from flexbatch.memory.tiers import align, write_atomically
+from flexbatch.memory.weight_plan import StoredTensor
+from flexbatch.memory.weights import Views, WeightStore, views_of
+from flexbatch.models.checkpoint import CheckpointError, Piece
+
+QUANTIZE_BLOCK_BYTES = 256 << 20
+"""Bytes of fp32 that quantisation may hold at a time."""
+
+Key = tuple[int, str]
+
+
+def layer_file(folder: Path, stored: StoredTensor) -> Path:
+    """Where a converted tensor lies: the folder names checkpoint and dtype; bits and group are in the name, the split is not."""
+    layout = "dense" if not stored.quantized else f"{stored.bits}bit-g{stored.group}"
+    layer = "embedding" if stored.spec.layer < 0 else f"layer-{stored.spec.layer:04d}"
+    return folder / layer / f"{stored.spec.role}.{layout}.bin"
+
+
+def is_complete(path: Path, stored: StoredTensor) -> bool:
+    """A file has its final name only when it was written whole; its size is checked all the same."""
+    return path.is_file() and path.stat().st_size == align(stored.num_bytes)
+
+
+class Loader:
+    """Writes pieces into their homes; converted tensors of the disk tier (and quantised ones, with ``cache_quantized``) become files that later runs reuse."""
+
+    def __init__(self, store: WeightStore, folder: Path | None, cache_quantized: bool) -> None:
+        self.store, self.folder = store, folder
+        self.stored: dict[Key, StoredTensor] = {(tensor.spec.layer, tensor.spec.role): tensor for tensor in store.plan.all_tensors}
+        self.cache_quantized = cache_quantized and folder is not None
+        self.building: dict[Key, tuple[Tensor, Views]] = {}
+        self.rows_written: dict[Key, int] = {}
+
+    def filed(self, stored: StoredTensor) -> bool:
+        """Whether this tensor has a file in the offload folder."""
+        return stored.tier == "disk" or (self.cache_quantized and stored.quantized)
+
+    def reuse(self) -> set[Key]:
+        """Take what earlier runs left; returns the keys that need not be read from the checkpoint."""
+        reused = set()
+        for key, stored in self.stored.items():
+            if not self.filed(stored):
+                continue
+            assert self.folder is not None
+            path = layer_file(self.folder, stored)
+            if is_complete(path, stored):
+                self.finish_from_file(key, stored, path)
+                reused.add(key)
+        return reused
+
+    def finish_from_file(self, key: Key, stored: StoredTensor, path: Path) -> None:
+        if stored.tier == "disk":
+            self.store.open_file(stored, path)
+            return
+        data = torch.from_file(str(path), shared=False, size=stored.num_bytes, dtype=torch.uint8)
+        source, home = views_of(data, stored, 0, self.store.dtype), self.store.homes[key]
+        assert home.codes is not None and home.parameters is not None and source.codes is not None and source.parameters is not None
+        home.codes.copy_(source.codes)
+        home.parameters.copy_(source.parameters)
+
+    def load(self, stream: Callable[[set[Key]], Iterator[Piece]], progress: Callable[[int], None] = lambda num_bytes: None) -> int:
+        """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes that came from the checkpoint."""
+        reused = self.reuse()
+        taken = 0
+        if len(reused) < len(self.stored):
+            for piece in stream(reused):
+                taken += self.write(piece)
+                progress(taken)
+        missing = [key for key, stored in self.stored.items() if key not in reused and self.rows_written.get(key, 0) < stored.spec.shape[0]]
+        if missing:
+            raise CheckpointError(f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full")
+        return taken
+
+    def write(self, piece: Piece) -> int:
+        key = (piece.layer, piece.role)
+        stored = self.stored[key]
+        target = self.target(key, stored)
+        rows = piece.rows or slice(0, stored.spec.shape[0])
+        self.write_dense(piece.tensor, target, rows)
+        num_bytes = piece.tensor.nbytes
+        self.rows_written[key] = self.rows_written.get(key, 0) + rows.stop - rows.start
+        if self.rows_written[key] >= stored.spec.shape[0] and self.filed(stored):
+            self.file(key, stored)
+        return num_bytes
+
+    def write_dense(self, tensor: Tensor, target: Views, rows: slice) -> None:
+        if target.dense is not None:
+            target.dense[rows].copy_(tensor)
+            return
+        assert target.codes is not None and target.parameters is not None
+        stored, device = target.stored, self.store.device
+        step = max(1, QUANTIZE_BLOCK_BYTES // (4 * tensor.shape[1]))
+        for start in range(0, tensor.shape[0], step):
+            block = tensor[start : start + step].to(device=device, dtype=self.store.dtype)
+            codes, parameters = ops.quantize(block, stored.bits, stored.group)
+            place = slice(rows.start + start, rows.start + start + len(block))
+            target.codes[place].copy_(codes)
+            target.parameters[place].copy_(parameters)
+
+    def target(self, key: Key, stored: StoredTensor) -> Views:
+        """Views to write into: the home itself, or a buffer for a tensor that becomes a file."""
+        if stored.tier != "disk":
+            return self.store.homes[key]
+        if key not in self.building:
+            buffer = torch.empty(stored.num_bytes, dtype=torch.uint8)
+            self.building[key] = (buffer, views_of(buffer, stored, 0, self.store.dtype))
+        return self.building[key][1]
+
+    def file(self, key: Key, stored: StoredTensor) -> None:
+        """Write a complete tensor to its file, atomically, and open it when the disk is its home."""
+        assert self.folder is not None
+        path = layer_file(self.folder, stored)
+        if stored.tier == "disk":
+            buffer, _ = self.building.pop(key)
+            write_atomically(path, [buffer], stored.num_bytes)
+            self.store.open_file(stored, path)
+            return
+        home = self.store.homes[key]
+        assert home.codes is not None and home.parameters is not None
+        buffer = torch.zeros(stored.num_bytes, dtype=torch.uint8)
+        copy = views_of(buffer, stored, 0, self.store.dtype)
+        assert copy.codes is not None and copy.parameters is not None
+        copy.codes.copy_(home.codes)
+        copy.parameters.copy_(home.parameters)
+        write_atomically(path, [buffer], stored.num_bytes)

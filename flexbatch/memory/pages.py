@@ -1,0 +1,111 @@
+"""Who owns which page: the layout of a page, a pool of page ids with reference counts, and the page table of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels import reference
+from flexbatch.memory.tiers import align
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Sizes of the KV cache. One page id stands for ``page_tokens`` token rows in every layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    bits: int
+    group: int
+    page_tokens: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return reference.token_bytes(self.num_kv_heads, self.head_dim, self.bits, self.group, self.dtype.itemsize)
+
+    @property
+    def page_bytes(self) -> int:
+        """One page in one layer."""
+        return self.page_tokens * self.token_bytes
+
+    @property
+    def disk_page_bytes(self) -> int:
+        """A page on disk starts at an aligned offset."""
+        return align(self.page_bytes)
+
+    def num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_tokens)
+
+    def row_view(self, data: Tensor) -> Tensor:
+        """uint8 [n * token_bytes] as token rows: [n, 2, num_kv_heads, head_dim] in the compute dtype, or [n, token_bytes] when quantised."""
+        if self.bits == 16:
+            return data.view(self.dtype).view(-1, 2, self.num_kv_heads, self.head_dim)
+        return data.view(-1, self.token_bytes)
+
+
+class PagePool:
+    """Page ids of one tier, with reference counts: shared prefixes hold a page together."""
+
+    def __init__(self, tier: str, num_pages: int) -> None:
+        self.tier, self.num_pages = tier, num_pages
+        self.free_pages = list(range(num_pages - 1, -1, -1))
+        self.references = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self.free_pages)
+
+    def allocate(self, count: int) -> list[int]:
+        assert count <= self.num_free, f"{self.tier}: {count} pages wanted, {self.num_free} free of {self.num_pages}; admission must ask first"
+        pages = [self.free_pages.pop() for _ in range(count)]
+        for page in pages:
+            self.references[page] = 1
+        return pages
+
+    def share(self, pages: list[int]) -> None:
+        for page in pages:
+            assert self.references[page] > 0, f"{self.tier}: page {page} is shared but not held by anyone"
+            self.references[page] += 1
+
+    def release(self, pages: list[int]) -> list[int]:
+        """Give up one reference each; returns the pages that became free."""
+        freed = []
+        for page in pages:
+            self.references[page] -= 1
+            if self.references[page] == 0:
+                freed.append(page)
+        self.free_pages.extend(freed)
+        return freed
+
+    def check(self) -> None:
+        """Invariants: free pages have no holder and appear once; every other page has one."""
+        assert len(set(self.free_pages)) == len(self.free_pages)
+        free = set(self.free_pages)
+        for page, references in enumerate(self.references):
+            assert (references == 0) == (page in free) and references >= 0, (self.tier, page, references)
+
+
+@dataclass
+class PageTable:
+    """The cache of one sequence: its home tier, its pages there, and how many tokens are valid.
+
+    ``tail_slot`` is the place of a disk sequence's open page in host memory (-1 on other tiers).
+    """
+
+    tier: str
+    pages: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    num_shared: int = 0
+    """Leading pages that belong to a shared prefix and are never written."""
+    tail_slot: int = -1
+    attend_on_cpu: bool = False
+    """A cpu sequence whose decode tokens are attended where the cache lies."""
+
+    def slots(self, start: int, end: int, page_tokens: int) -> list[int]:
+        """Token-row slots of tokens [start, end)."""
+        return [self.pages[t // page_tokens] * page_tokens + t % page_tokens for t in range(start, end)]

@@ -1,0 +1,186 @@
+"""Asynchronous work beside compute: lanes take jobs, handles say when a job's result may be used.
+
+On CUDA a link lane is a stream and a handle is an event; on the CPU, and for the disk and CPU attention, a lane is a set of worker threads
+and a handle is a future. Both kinds are waited on in the same way, so the executor is written once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+
+from flexbatch.trace import Tracer
+
+
+class Handle(Protocol):
+    """The promise of a finished job."""
+
+    def wait(self) -> None:
+        """Order the caller's following work (its CUDA stream, or the calling thread) after the job. Re-raises the job's error."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the job is done. Re-raises the job's error."""
+
+
+class Ready:
+    """A handle of something that is already there."""
+
+    def wait(self) -> None:
+        return
+
+    def synchronize(self) -> None:
+        return
+
+
+READY = Ready()
+
+
+class EventHandle:
+    """A CUDA event on the stream that ran the job."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)
+
+    def synchronize(self) -> None:
+        self.event.synchronize()
+
+
+class FutureHandle:
+    """A job on a worker thread. Its result may itself be a handle (a disk read that ends in a copy on a CUDA stream)."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        self.future = future
+
+    def wait(self) -> None:
+        result = self.future.result()
+        if hasattr(result, "wait"):
+            result.wait()
+
+    def synchronize(self) -> None:
+        result = self.future.result()
+        if hasattr(result, "synchronize"):
+            result.synchronize()
+
+
+class AllHandles:
+    """Several handles as one."""
+
+    def __init__(self, handles: Iterable[Handle]) -> None:
+        self.handles = [handle for handle in handles if handle is not READY]
+
+    def wait(self) -> None:
+        for handle in self.handles:
+            handle.wait()
+
+    def synchronize(self) -> None:
+        for handle in self.handles:
+            handle.synchronize()
+
+
+def together(*handles: Handle) -> Handle:
+    pending = [handle for handle in handles if handle is not READY]
+    return pending[0] if len(pending) == 1 else AllHandles(pending) if pending else READY
+
+
+class ThreadLane:
+    """A worker thread for one resource: jobs run in the order in which they were submitted. ``num_bytes`` counts what they moved."""
+
+    def __init__(self, resource: str, tracer: Tracer, stream: torch.cuda.Stream | None = None) -> None:
+        self.resource, self.tracer, self.stream = resource, tracer, stream
+        self.num_bytes = 0
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"flexbatch {resource}")
+
+    def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
+        """Run ``job`` on the worker once ``after`` is done."""
+        self.num_bytes += num_bytes
+
+        def work() -> Any:
+            with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+                return self.traced(job, after, name, num_bytes)
+
+        return FutureHandle(self.pool.submit(work))
+
+    def traced(self, job: Callable[[], Any], after: Handle, name: str, num_bytes: int) -> Any:
+        after.synchronize()
+        with self.tracer.span(self.resource, name, num_bytes=num_bytes), torch.inference_mode():
+            return job()
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+class StreamLane:
+    """A CUDA stream for one direction of the link. ``num_bytes`` counts what its jobs moved."""
+
+    def __init__(self, resource: str, tracer: Tracer, device: torch.device) -> None:
+        self.resource, self.tracer = resource, tracer
+        self.num_bytes = 0
+        # Kernels that read or write host memory need few multiprocessors but must not queue behind a GEMM's thread blocks.
+        self.stream = torch.cuda.Stream(device, priority=-1)
+
+    def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
+        """Enqueue ``job`` on the stream, ordered after ``after``."""
+        self.num_bytes += num_bytes
+        with torch.cuda.stream(self.stream):
+            after.wait()
+            span = self.tracer.device_span(self.resource, name, num_bytes)
+            job()
+            if span is not None:
+                span.end()
+            event = torch.cuda.Event()
+            event.record()
+        return EventHandle(event)
+
+    def close(self) -> None:
+        self.stream.synchronize()
+
+
+Lane = ThreadLane | StreamLane
+
+
+class Lanes:
+    """The lanes of one compute device: both directions of the link, the disk, and CPU attention."""
+
+    def __init__(self, device: torch.device, tracer: Tracer, disk_threads: int = 4) -> None:
+        self.device, self.tracer = device, tracer
+        cuda = device.type == "cuda"
+        self.h2d: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
+        # Pages ride on a stream of their own: the gather kernel and the copy engine share the link and neither waits for the other.
+        self.pages: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
+        self.d2h: Lane = StreamLane("d2h", tracer, device) if cuda else ThreadLane("d2h", tracer)
+        disk_stream = torch.cuda.Stream(device) if cuda else None
+        self.disk_read = ThreadLane("disk_read", tracer, disk_stream)
+        self.disk_write = ThreadLane("disk_write", tracer)
+        self.disk_chunks = ThreadPoolExecutor(disk_threads, thread_name_prefix="flexbatch-disk-chunk")
+        self.cpu_attention = ThreadLane("cpu_attention", tracer)
+
+    def mark(self) -> Handle:
+        """A handle of all compute issued so far on the current stream; on the CPU compute is done when it returns."""
+        if self.device.type != "cuda":
+            return READY
+        event = torch.cuda.Event()
+        event.record()
+        return EventHandle(event)
+
+    @property
+    def all_lanes(self) -> tuple[Lane, ...]:
+        return (self.h2d, self.pages, self.d2h, self.disk_read, self.disk_write, self.cpu_attention)
+
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes per resource since the start."""
+        moved: dict[str, int] = {}
+        for lane in self.all_lanes:
+            moved[lane.resource] = moved.get(lane.resource, 0) + lane.num_bytes
+        return moved
+
+    def close(self) -> None:
+        for lane in self.all_lanes:
+            lane.close()
+        self.disk_chunks.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,155 @@
+"""Where every weight tensor goes: pure arithmetic over shapes, done before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from flexbatch.kernels import reference
+from flexbatch.memory.placement import spread
+from flexbatch.memory.tiers import ALIGNMENT, align
+from flexbatch.models.arch import Arch
+from flexbatch.models.families import WeightSpec, weight_specs
+from flexbatch.policy.types import TIERS, Split
+
+SLAB_ALIGNMENT = 256
+"""Bytes. Every tensor in a slab starts at a multiple, which is what vector loads and cuBLAS want."""
+QUANTIZED_ROLES = frozenset({"qkv.weight", "o.weight", "gate_up.weight", "up.weight", "down.weight"})
+"""The matrices of a block. Norms, biases, embedding and head keep the compute dtype: they are under 3 % of a large model and the most sensitive part."""
+GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight"})
+"""Tables whose rows are gathered where they live; never shipped."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in its home: ``offset`` is its place in the slab of its layer and tier."""
+
+    spec: WeightSpec
+    tier: str
+    bits: int
+    group: int
+    element_bytes: int
+    offset: int = 0
+
+    @property
+    def quantized(self) -> bool:
+        return self.bits != 16
+
+    @property
+    def codes_shape(self) -> tuple[int, int]:
+        rows, columns = self.spec.shape
+        return rows, reference.code_bytes(columns, self.bits)
+
+    @property
+    def parameters_shape(self) -> tuple[int, int, int]:
+        rows, columns = self.spec.shape
+        return rows, reference.num_groups(columns, self.group), 2
+
+    @property
+    def dense_bytes(self) -> int:
+        return math.prod(self.spec.shape) * self.element_bytes
+
+    @property
+    def codes_bytes(self) -> int:
+        return align(math.prod(self.codes_shape), 16)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the slab, without alignment."""
+        if not self.quantized:
+            return self.dense_bytes
+        return self.codes_bytes + math.prod(self.parameters_shape) * self.element_bytes
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """The home of every tensor. ``layers[j]`` are the tensors that layer j fetches or holds; ``gathered`` are tables outside any layer.
+
+    With tied embeddings the table is a tensor of the head, and its rows are gathered from its home as well.
+    """
+
+    arch: Arch
+    split: Split
+    layers: tuple[tuple[StoredTensor, ...], ...]
+    gathered: tuple[StoredTensor, ...]
+    resident: tuple[StoredTensor, ...]
+    """Small tensors of the embedding stage (norm, projection) that stay on the compute device, whatever the split."""
+
+    @cached_property
+    def all_tensors(self) -> tuple[StoredTensor, ...]:
+        return (*self.gathered, *self.resident, *(tensor for layer in self.layers for tensor in layer))
+
+    def layer_bytes(self, layer: int, tier: str) -> int:
+        """Length of the slab of one layer on one tier."""
+        alignment = slab_alignment(tier)
+        return sum(align(tensor.num_bytes, alignment) for tensor in self.layers[layer] if tensor.tier == tier)
+
+    def streamed_bytes(self, layer: int) -> int:
+        """What crosses the link for one layer of one pass: the disk part comes first in the working slab, then the cpu part."""
+        return self.layer_bytes(layer, "disk") + self.layer_bytes(layer, "cpu")
+
+    @cached_property
+    def slab_bytes(self) -> int:
+        """One working slab: the largest streamed layer."""
+        return max(self.streamed_bytes(layer) for layer in range(len(self.layers)))
+
+    def expansion_bytes(self, stage: str) -> int:
+        """Room to expand the quantised tensors of one stage ("pre": before attention, "post": after it) of any layer."""
+        return max(
+            sum(align(tensor.dense_bytes, SLAB_ALIGNMENT) for tensor in layer if tensor.quantized and stage_of(tensor.spec.role) == stage)
+            for layer in self.layers
+        )
+
+    def tier_bytes(self, tier: str) -> int:
+        """All weight bytes whose home is ``tier``."""
+        outside = sum(align(tensor.num_bytes, slab_alignment(tier)) for tensor in (*self.gathered, *self.resident) if tensor.tier == tier)
+        return outside + sum(self.layer_bytes(layer, tier) for layer in range(len(self.layers)))
+
+    @cached_property
+    def realized_percent(self) -> dict[str, float]:
+        """Per cent of the weight bytes on each tier."""
+        total = sum(tensor.num_bytes for tensor in self.all_tensors)
+        return {tier: 100 * sum(tensor.num_bytes for tensor in self.all_tensors if tensor.tier == tier) / total for tier in TIERS}
+
+
+def slab_alignment(tier: str) -> int:
+    return ALIGNMENT if tier == "disk" else SLAB_ALIGNMENT
+
+
+def stage_of(role: str) -> str:
+    return "pre" if role == "qkv.weight" else "post"
+
+
+def plan_weights(arch: Arch, split: Split, bits: int, group: int, element_bytes: int, prequantized: Mapping[str, tuple[int, int]] | None = None) -> WeightPlan:
+    """Spread all tensors of the model over the tiers by error diffusion (DESIGN section 5).
+
+    ``prequantized`` maps roles of a checkpoint that is quantised already to their (bits, group), which then win over ``bits``.
+    """
+    specs = list(weight_specs(arch))
+    formats = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs}
+    floating = [spec for spec in specs if spec.layer >= 0 or spec.role in GATHERED_ROLES]
+    unplaced = [StoredTensor(spec, "gpu", *formats[spec], element_bytes) for spec in floating]
+    tiers = spread((tensor.num_bytes for tensor in unplaced), split)
+    head = arch.num_layers
+    groups: dict[int, list[StoredTensor]] = {layer: [] for layer in range(-1, head + 1)}
+    offsets: dict[tuple[int, str], int] = {}
+    for tensor, tier in zip(unplaced, tiers, strict=True):
+        spec = tensor.spec
+        layer = head if spec.role == "embed.weight" and arch.tie_word_embeddings else spec.layer
+        offset = offsets.get((layer, tier), 0)
+        offsets[layer, tier] = offset + align(tensor.num_bytes, slab_alignment(tier))
+        groups[layer].append(StoredTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
+    resident = tuple(StoredTensor(spec, "gpu", 16, group, element_bytes) for spec in specs if spec.layer < 0 and spec.role not in GATHERED_ROLES)
+    return WeightPlan(arch, split, tuple(tuple(groups[layer]) for layer in range(head + 1)), tuple(groups[-1]), resident)
+
+
+def tensor_format(spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    if spec.role in prequantized:
+        return prequantized[spec.role]
+    return (bits, group) if spec.role in QUANTIZED_ROLES and len(spec.shape) == 2 else (16, group)
+
+
+def largest_tensor_bytes(tensors: Iterable[StoredTensor]) -> int:
+    return max((tensor.dense_bytes for tensor in tensors), default=0)

@@ -1,0 +1,259 @@
+"""The home of each layer's weights, and their way to the compute device: fetch ahead, use, release."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels import ops
+from flexbatch.memory.tiers import DiskFile, Tiers, align, chunks, slices
+from flexbatch.memory.transfer import READY, Handle, Lanes, together
+from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, StoredTensor, WeightPlan, slab_alignment, stage_of
+
+
+@dataclass
+class Claim:
+    """A working slab in the hands of one layer, from its first fetch to its release."""
+
+    slab: int
+    handles: list[Handle] = field(default_factory=list)
+    slices_fetched: int = 0
+
+
+@dataclass
+class Views:
+    """A tensor where it can be used: dense, or codes and parameters still to be expanded."""
+
+    stored: StoredTensor
+    dense: Tensor | None = None
+    codes: Tensor | None = None
+    parameters: Tensor | None = None
+
+
+def views_of(slab: Tensor, stored: StoredTensor, start: int, dtype: torch.dtype) -> Views:
+    """The tensor that lies at byte ``start`` of a uint8 slab."""
+    if not stored.quantized:
+        return Views(stored, dense=slab[start : start + stored.dense_bytes].view(dtype).view(stored.spec.shape))
+    codes = slab[start : start + math.prod(stored.codes_shape)].view(stored.codes_shape)
+    parameters = slab[start + stored.codes_bytes : start + stored.num_bytes].view(dtype).view(stored.parameters_shape)
+    return Views(stored, codes=codes, parameters=parameters)
+
+
+class WeightStore:
+    """Weights over the tiers. One owner per working slab: a layer claims it, fetches into it, computes, and releases it with a handle.
+
+    ``homes`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once they have their name).
+    """
+
+    def __init__(self, plan: WeightPlan, tiers: Tiers, lanes: Lanes, dtype: torch.dtype, num_slabs: int = 2) -> None:
+        self.plan, self.tiers, self.lanes, self.dtype = plan, tiers, lanes, dtype
+        self.device = lanes.device
+        self.homes: dict[tuple[int, str], Views] = {}
+        self.files: dict[tuple[int, str], DiskFile] = {}
+        self.cpu_slabs: dict[int, Tensor] = {}
+        self.allocate_homes()
+        streamed = plan.slab_bytes
+        self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(num_slabs)] if streamed else []
+        disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
+        staged = self.device.type == "cuda" and disk_bytes
+        self.disk_staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(num_slabs)] if staged else []
+        self.free_after: list[Handle] = [READY] * len(self.slabs)
+        self.claims: dict[int, Claim] = {}
+        self.next_slab = 0
+        self.expansion = {
+            stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.expansion_bytes(stage)) for stage in ("pre", "post") if plan.expansion_bytes(stage)
+        }
+        self.expanded: dict[str, int] = {}
+        self.ready: dict[int, dict[str, Tensor]] = {}
+        self.disk_homed = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
+
+    def allocate_homes(self) -> None:
+        """One allocation per tier for all resident tensors."""
+        for tier, pool in (("gpu", self.tiers.gpu), ("cpu", self.tiers.cpu)):
+            slab = pool.allocate("weights", self.plan.tier_bytes(tier))
+            cursor = 0
+            for layer, tensors in [*enumerate(self.plan.layers), (-1, (*self.plan.gathered, *self.plan.resident))]:
+                start = cursor
+                for stored in tensors:
+                    if stored.tier == tier:
+                        self.homes[stored.spec.layer, stored.spec.role] = views_of(slab, stored, cursor, self.dtype)
+                        cursor += align(stored.num_bytes, slab_alignment(tier))
+                if tier == "cpu" and layer >= 0:
+                    self.cpu_slabs[layer] = slab[start:cursor]
+
+    def open_file(self, stored: StoredTensor, path: Path) -> None:
+        self.files[stored.spec.layer, stored.spec.role] = DiskFile(path)
+
+    # Fetching
+
+    def fetch(self, layer: int, index: int, count: int) -> None:
+        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 claims a slab and starts the disk read."""
+        if not self.plan.streamed_bytes(layer):
+            return
+        claim = self.claims.get(layer)
+        if claim is None:
+            assert index == 0, f"layer {layer} is fetched from slice {index} on"
+            claim = self.claim(layer)
+        if index < claim.slices_fetched:
+            return
+        claim.slices_fetched = index + 1
+        slab, after = self.slabs[claim.slab], self.free_after[claim.slab]
+        disk_bytes = self.plan.layer_bytes(layer, "disk")
+        if index == 0 and disk_bytes:
+            claim.handles.append(self.lanes.disk_read.submit(lambda: self.read_disk(layer, claim.slab), after, f"weights {layer}", disk_bytes))
+        start, end = slices(self.plan.layer_bytes(layer, "cpu"), index, count)
+        if end > start:
+            target, source = slab[disk_bytes + start : disk_bytes + end], self.cpu_slabs[layer][start:end]
+            claim.handles.append(self.lanes.h2d.submit(lambda: target.copy_(source, non_blocking=True), after, f"weights {layer}.{index}", end - start))
+
+    def fetch_rest(self, layer: int, count: int) -> None:
+        """Fetch what is not yet fetched of a layer, as ``count`` slices."""
+        claim = self.claims.get(layer)
+        for index in range(claim.slices_fetched if claim else 0, count):
+            self.fetch(layer, index, count)
+
+    def claim(self, layer: int) -> Claim:
+        owners = {claim.slab: owner for owner, claim in self.claims.items()}
+        assert self.next_slab not in owners, f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
+        claim = self.claims[layer] = Claim(self.next_slab)
+        self.next_slab = (self.next_slab + 1) % len(self.slabs)
+        return claim
+
+    def can_claim(self) -> bool:
+        return bool(self.slabs) and all(claim.slab != self.next_slab for claim in self.claims.values())
+
+    def read_disk(self, layer: int, slab_index: int) -> Handle:
+        """Read a layer's disk tensors with several threads; on CUDA through pinned staging. Runs on the disk lane."""
+        slab = self.slabs[slab_index]
+        host = self.disk_staging[slab_index] if self.disk_staging else slab
+        jobs = []
+        for stored in self.disk_homed[layer]:
+            file = self.files[stored.spec.layer, stored.spec.role]
+            for start, end in chunks(align(stored.num_bytes)):
+                jobs.append((file, stored.offset + start, stored.offset + end, start))
+
+        def read(job: tuple[DiskFile, int, int, int]) -> tuple[int, int]:
+            file, begin, end, file_offset = job
+            file.read(host[begin:end], file_offset)
+            return begin, end
+
+        for begin, end in self.lanes.disk_chunks.map(read, jobs):
+            if host is not slab:
+                slab[begin:end].copy_(host[begin:end], non_blocking=True)
+        if host is slab:
+            return READY
+        handle = self.lanes.mark()
+        # The staging buffer belongs to this job until its copies are done: the next read into it is two layers away on this same lane.
+        handle.synchronize()
+        return handle
+
+    # Using
+
+    def weights(self, layer: int, stage: str) -> dict[str, Tensor]:
+        """Role -> tensor of a layer, ready for the compute stream; quantised tensors of ``stage`` are expanded at their first use in a pass."""
+        ready = self.ready.get(layer)
+        if ready is None:
+            ready = self.ready[layer] = self.collect(layer)
+        if stage in self.expansion and self.expanded.get(stage) != layer:
+            self.expand(layer, stage, ready)
+            self.expanded[stage] = layer
+        return ready
+
+    def collect(self, layer: int) -> dict[str, Tensor]:
+        claim = self.claims.get(layer)
+        if claim is not None:
+            together(*claim.handles).wait()
+        else:
+            assert not self.plan.streamed_bytes(layer), f"layer {layer} is used before it was fetched"
+        ready = {}
+        for stored in self.plan.layers[layer]:
+            dense = self.compute_views(stored, layer, claim).dense
+            if dense is not None:
+                ready[self.role(stored)] = dense
+        return ready
+
+    def compute_views(self, stored: StoredTensor, layer: int, claim: Claim | None) -> Views:
+        if stored.tier == "gpu":
+            return self.homes[stored.spec.layer, stored.spec.role]
+        assert claim is not None
+        start = stored.offset + (self.plan.layer_bytes(layer, "disk") if stored.tier == "cpu" else 0)
+        return views_of(self.slabs[claim.slab], stored, start, self.dtype)
+
+    def role(self, stored: StoredTensor) -> str:
+        return "head.weight" if stored.spec.role == "embed.weight" else stored.spec.role
+
+    def expand(self, layer: int, stage: str, ready: dict[str, Tensor]) -> None:
+        """Dequantise into the expansion slab of the stage; it is shared by all micro-batches of the layer."""
+        cursor, slab = 0, self.expansion[stage]
+        for stored in self.plan.layers[layer]:
+            if not stored.quantized or stage_of(stored.spec.role) != stage:
+                continue
+            views = self.compute_views(stored, layer, self.claims.get(layer))
+            assert views.codes is not None and views.parameters is not None
+            dense = slab[cursor : cursor + stored.dense_bytes].view(self.dtype).view(stored.spec.shape)
+            ops.dequantize(views.codes, views.parameters, stored.spec.shape[1], stored.bits, stored.group, out=dense)
+            ready[stored.spec.role] = dense
+            cursor += align(stored.dense_bytes, SLAB_ALIGNMENT)
+
+    def release(self, layer: int, done: Handle) -> None:
+        """Give a layer's slab back; the next fetch into it waits for ``done``, the last compute that reads it."""
+        self.ready.pop(layer, None)
+        for stage, owner in list(self.expanded.items()):
+            if owner == layer:
+                del self.expanded[stage]
+        claim = self.claims.pop(layer, None)
+        if claim is not None:
+            self.free_after[claim.slab] = done
+
+    def gather_rows(self, role: str, row_ids: Tensor) -> Tensor:
+        """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids: [n] int64 on the host."""
+        home = self.homes.get((-1, role))
+        if home is not None and home.dense is not None:
+            table = home.dense
+            row_bytes = table.shape[1] * table.element_size()
+            if table.device == self.device:
+                return table.index_select(0, row_ids.to(self.device, non_blocking=True))
+            if row_bytes % 16:
+                return table.index_select(0, row_ids).to(self.device)
+            # The device reads the pinned rows itself: a copy of pageable rows runs at 7 GB/s, this at 50.
+            rows = torch.empty(len(row_ids), table.shape[1], dtype=self.dtype, device=self.device)
+            ops.gather_pages(table.view(torch.uint8), row_ids.to(self.device, torch.int32), rows.view(torch.uint8))
+            return rows
+        stored = next(tensor for tensor in self.plan.all_tensors if tensor.spec.layer == -1 and tensor.spec.role == role)
+        file = self.files[-1, role]
+        row_bytes = stored.dense_bytes // stored.spec.shape[0]
+        unique, inverse = torch.unique(row_ids, return_inverse=True)
+        host = torch.empty(len(unique), row_bytes, dtype=torch.uint8)
+        for row, index in zip(host, unique.tolist(), strict=True):
+            file.read(row, index * row_bytes)
+        return host.view(self.dtype).index_select(0, inverse).to(self.device)
+
+    @property
+    def embedding_weights(self) -> dict[str, Tensor]:
+        """The resident tensors of the embedding stage (norm, projection)."""
+        return {stored.spec.role: dense for stored in self.plan.resident if (dense := self.homes[-1, stored.spec.role].dense) is not None}
+
+    def check(self) -> None:
+        """Invariants: no two layers own a slab; every tensor has exactly one home."""
+        owners = [claim.slab for claim in self.claims.values()]
+        assert len(owners) == len(set(owners)), self.claims
+        for stored in self.plan.all_tensors:
+            key = (stored.spec.layer, stored.spec.role)
+            assert (key in self.homes) != (key in self.files), (key, stored.tier)
+
+    def drain(self) -> None:
+        """Wait for everything that is on its way and forget it (end of a job, or a failed pass)."""
+        for claim in self.claims.values():
+            together(*claim.handles).synchronize()
+        for layer in list(self.claims):
+            self.release(layer, self.lanes.mark())
+
+    def close(self) -> None:
+        self.drain()
+        for file in self.files.values():
+            file.close()
+        self.files.clear()

@@ -1,0 +1,157 @@
+"""The architecture of a decoder as data: sizes and semantic flags. Nothing here knows a product's name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    kind: "linear", "dynamic" (NTK), "llama3", "yarn" or "longrope". original_positions: tokens of the trained context that the formula refers to.
+    attention_factor multiplies both tables; None derives it from the factor where the kind has one. short_factor and long_factor: "longrope" only,
+    one number per rotated pair.
+    """
+
+    kind: str
+    factor: float
+    original_positions: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A decoder-only transformer. Sizes count elements, lengths count tokens.
+
+    position: "rope" rotates the first ``rotary_dim`` of every head (``rope_interleaved``: neighbours form a pair, else the two halves do);
+    "learned" adds row ``position + position_offset`` of a table; "alibi" adds a slope per head to the scores.
+    parallel_residual: MLP and attention read the same hidden state (``shared_norm``: even the same norm) and are added together.
+    post_norm: norms come after the residual addition. sublayer_norm: the output of attention and of the MLP is normed before it is added.
+    sliding_layers: for every layer whether ``sliding_window`` holds there; empty when it holds everywhere.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    # norms
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    norm_affine: bool = True
+    post_norm: bool = False
+    sublayer_norm: bool = False
+    qk_norm: bool = False
+    embed_norm: bool = False
+    final_norm: bool = True
+    # positions
+    position: str = "rope"
+    position_offset: int = 0
+    rope_theta: float = 10000.0
+    local_rope_theta: float | None = None
+    rotary_dim: int = 0
+    rope_interleaved: bool = False
+    rope_scaling: RopeScaling | None = None
+    # attention
+    query_scale: float | None = None
+    soft_cap: float = 0.0
+    sliding_window: int = 0
+    sliding_layers: tuple[bool, ...] = ()
+    scaled_alibi: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    # MLP and residuals
+    mlp: str = "gated"
+    activation: str = "silu"
+    mlp_bias: bool = False
+    parallel_residual: bool = False
+    shared_norm: bool = False
+    # embedding and head
+    embed_size: int = 0
+    embed_scale: float = 1.0
+    tie_word_embeddings: bool = False
+    head_bias: bool = False
+    final_soft_cap: float = 0.0
+    # tokens and storage
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+        if self.position == "rope" and (self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise ValueError(f"rotary_dim={self.rotary_dim} must be even and between 2 and head_dim={self.head_dim}")
+        if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
+            raise ValueError(f"sliding_layers names {len(self.sliding_layers)} layers, the model has {self.num_layers}")
+
+    @property
+    def word_size(self) -> int:
+        """Width of the embedding table and of the head's input."""
+        return self.embed_size or self.hidden_size
+
+    @property
+    def projects_embedding(self) -> bool:
+        return self.word_size != self.hidden_size
+
+    @property
+    def qkv_sections(self) -> tuple[int, int, int]:
+        """Rows of the fused projection that make queries, keys and values."""
+        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+    @property
+    def norm_bias(self) -> bool:
+        return self.norm == "layer"
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the query-key products."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of this layer sees, itself included; 0: all."""
+        return self.sliding_window if not self.sliding_layers or self.sliding_layers[layer] else 0
+
+    def uses_local_rope(self, layer: int) -> bool:
+        return self.local_rope_theta is not None and self.window(layer) > 0
+
+    def alibi_slopes(self) -> list[float] | None:
+        """Slope of the linear bias of every head, None without ALiBi.
+
+        Powers of one base for the largest power of two of heads; the remaining heads take every other power of the base for twice as many
+        (Press et al. 2022, "Train Short, Test Long", section 3 and its released code). The Falcon family scales the bias like the scores.
+        """
+        if self.position != "alibi":
+            return None
+        whole = 2 ** int(math.log2(self.num_heads))
+        slopes = [2.0 ** (-8.0 * (i + 1) / whole) for i in range(whole)]
+        slopes += [2.0 ** (-4.0 * (2 * i + 1) / whole) for i in range(self.num_heads - whole)]
+        return [slope * self.attention_scale for slope in slopes] if self.scaled_alibi else slopes
+
+    def cache_bytes_per_token(self, element_bytes: int) -> int:
+        """Bytes of keys and values of one token over all layers, uncompressed."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes

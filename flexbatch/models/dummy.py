@@ -1,0 +1,52 @@
+"""Random weights of any architecture, at the speed of memory: for measurements without a download."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flexbatch.models.arch import Arch
+from flexbatch.models.specs import Piece, WeightSpec, weight_specs
+
+# 8 MB in 16 bits, about the size of a last-level cache; more than one row of any published matrix.
+POOL_SIZE = 4_000_000
+
+
+def dummy(arch: Arch, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Piece]:
+    """Every tensor of the model in the order of a pass, in pieces of at most 2 million numbers. The same seed gives the same values.
+
+    Matrices are normal with standard deviation 0.02, those that write into the residual stream 0.02 / sqrt(2 x layers) (GPT-2's initialisation);
+    norms are normal around one with 0.1, biases around zero with 0.02. The numbers are not independent over a whole model: drawing 30 billion of them
+    takes many minutes, so pieces are views of one pool of 4 million normal numbers, each from a random place of its own. Copy them, never write to them.
+    """
+    normal = torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(seed))
+    pools: dict[tuple[float, float], Tensor] = {}
+    for spec in weight_specs(arch):
+        scale, centre = _distribution(spec, arch)
+        if (scale, centre) not in pools:
+            pools[scale, centre] = (normal * scale + centre).to(dtype)
+        yield from _cut(pools[scale, centre], spec, seed)
+
+
+def _cut(pool: Tensor, spec: WeightSpec, seed: int) -> Iterator[Piece]:
+    places = random.Random(f"{seed} {spec.layer} {spec.role}")
+    row_size = spec.numel // spec.shape[0]
+    # Half a pool at a time leaves room for many places.
+    step = max(1, POOL_SIZE // 2 // row_size)
+    for first in range(0, spec.shape[0], step):
+        count = min(step, spec.shape[0] - first)
+        place = places.randint(0, POOL_SIZE - count * row_size)
+        values = pool[place : place + count * row_size].view(count, *spec.shape[1:])
+        yield Piece(spec.layer, spec.role, None if count == spec.shape[0] else slice(first, first + count), values)
+
+
+def _distribution(spec: WeightSpec, arch: Arch) -> tuple[float, float]:
+    """Standard deviation and mean."""
+    if spec.role.endswith("norm.weight"):
+        return 0.1, 1.0 - arch.norm_offset
+    if spec.role in ("o.weight", "down.weight"):
+        return 0.02 * (2 * arch.num_layers) ** -0.5, 0.0
+    return 0.02, 0.0

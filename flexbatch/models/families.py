@@ -1,0 +1,182 @@
+"""The table of model families: Hugging Face ``model_type`` -> how its config is read and what its tensors are called.
+
+A family is data: a reader that turns config.json into an `Arch`, and rows that map a module's name to a canonical role. A new family is one entry here
+(docs/adding_a_family.md shows a real one); what it computes differently becomes one flag of `Arch`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexbatch.models import readers
+from flexbatch.models.arch import Arch
+from flexbatch.models.errors import CheckpointError
+from flexbatch.models.specs import WeightSpec, weight_specs
+
+__all__ = ["FAMILIES", "Family", "Row", "WeightSpec", "family_of", "read_arch", "source_names", "weight_specs"]
+
+# Buffers that older versions of transformers stored with the weights: frequencies, causal masks. They are computed here.
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bias|causal_mask)|attention\.(bias|masked_bias|rotary_emb\.inv_freq))$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """module: name without ``.weight``/``.bias``. role: canonical name likewise. part: which rows of a fused tensor it fills ("q", "k", "v", "gate", "up"),
+    or how the source interleaves queries, keys and values ("grouped": per KV head its queries, key, value; "codegen": per quarter queries, values, keys)."""
+
+    module: str
+    role: str
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """read: config -> Arch. prefixes: what may stand before the names of the base model, longest first. blocks: what stands before a layer's number.
+    skip: further tensors of the files that are not part of the text model."""
+
+    read: Callable[[dict[str, Any]], Arch]
+    prefixes: tuple[str, ...]
+    blocks: str
+    block_rows: tuple[Row, ...]
+    outer_rows: tuple[Row, ...]
+    skip: re.Pattern[str] | None = field(default=None)
+
+
+def _rows(*rows: tuple[str, ...]) -> tuple[Row, ...]:
+    return tuple(Row(*row) for row in rows)
+
+
+SEPARATE_QKV = _rows(("self_attn.q_proj", "qkv", "q"), ("self_attn.k_proj", "qkv", "k"), ("self_attn.v_proj", "qkv", "v"))
+GATED_MLP = _rows(("mlp.gate_proj", "gate_up", "gate"), ("mlp.up_proj", "gate_up", "up"), ("mlp.down_proj", "down"))
+FUSED_GATED_MLP = _rows(("mlp.gate_up_proj", "gate_up"), ("mlp.down_proj", "down"))
+OUTPUT = _rows(("self_attn.o_proj", "o"))
+TWO_NORMS = _rows(("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm"))
+QK_NORM = _rows(("self_attn.q_norm", "q_norm"), ("self_attn.k_norm", "k_norm"))
+GEMMA_NORMS = _rows(
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "post_attn_norm"),
+    ("pre_feedforward_layernorm", "mlp_norm"),
+    ("post_feedforward_layernorm", "post_mlp_norm"),
+)
+GLM4_NORMS = _rows(
+    ("input_layernorm", "attn_norm"),
+    ("post_self_attn_layernorm", "post_attn_norm"),
+    ("post_attention_layernorm", "mlp_norm"),
+    ("post_mlp_layernorm", "post_mlp_norm"),
+)
+FOUR_H_MLP = _rows(("mlp.dense_h_to_4h", "up"), ("mlp.dense_4h_to_h", "down"))
+LLAMA_OUTER = _rows(("embed_tokens", "embed"), ("norm", "final_norm"), ("lm_head", "head"))
+LLAMA_ROWS = SEPARATE_QKV + OUTPUT + GATED_MLP + TWO_NORMS
+
+
+def _llama_family(read: Callable[[dict[str, Any]], Arch], rows: tuple[Row, ...] = LLAMA_ROWS, **changes: Any) -> Family:
+    return Family(read, **{"prefixes": ("model.", ""), "blocks": "layers", "block_rows": rows, "outer_rows": LLAMA_OUTER, **changes})
+
+
+FAMILIES: dict[str, Family] = {
+    "opt": Family(
+        readers.opt,
+        ("model.decoder.", "decoder.", ""),
+        "layers",
+        SEPARATE_QKV
+        + _rows(("self_attn.out_proj", "o"), ("fc1", "up"), ("fc2", "down"), ("self_attn_layer_norm", "attn_norm"), ("final_layer_norm", "mlp_norm")),
+        _rows(
+            ("embed_tokens", "embed"),
+            ("embed_positions", "pos_embed"),
+            ("project_in", "project_in"),
+            ("project_out", "project_out"),
+            ("final_layer_norm", "final_norm"),
+            ("lm_head", "head"),
+        ),
+    ),
+    "llama": _llama_family(readers.llama),
+    "mistral": _llama_family(readers.mistral),
+    "qwen2": _llama_family(readers.qwen2),
+    "qwen3": _llama_family(readers.qwen3, LLAMA_ROWS + QK_NORM),
+    "phi3": _llama_family(readers.phi3, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
+    "glm": _llama_family(readers.glm, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
+    "glm4": _llama_family(readers.glm, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
+    "gemma2": _llama_family(readers.gemma2, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS),
+    "gemma3_text": _llama_family(readers.gemma3, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM),
+    "gemma3": _llama_family(
+        readers.gemma3_multimodal,
+        SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM,
+        prefixes=("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
+        skip=re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\."),
+    ),
+    "bloom": Family(
+        readers.bloom,
+        ("transformer.", ""),
+        "h",
+        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
+        _rows(("word_embeddings", "embed"), ("word_embeddings_layernorm", "embed_norm"), ("ln_f", "final_norm"), ("lm_head", "head")),
+    ),
+    "falcon": Family(
+        readers.falcon,
+        ("transformer.", ""),
+        "h",
+        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o"), ("ln_attn", "attn_norm"), ("ln_mlp", "mlp_norm"))
+        + FOUR_H_MLP
+        + TWO_NORMS,
+        _rows(("word_embeddings", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+    ),
+    "gpt_bigcode": Family(
+        readers.gpt_bigcode,
+        ("transformer.", ""),
+        "h",
+        _rows(("attn.c_attn", "qkv", "grouped"), ("attn.c_proj", "o"), ("mlp.c_fc", "up"), ("mlp.c_proj", "down"), ("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
+        _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+    ),
+    "gpt_neox": Family(
+        readers.gpt_neox,
+        ("gpt_neox.", ""),
+        "layers",
+        _rows(("attention.query_key_value", "qkv", "grouped"), ("attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
+        _rows(("embed_in", "embed"), ("final_layer_norm", "final_norm"), ("embed_out", "head")),
+    ),
+    "codegen": Family(
+        readers.codegen,
+        ("transformer.", ""),
+        "h",
+        _rows(("attn.qkv_proj", "qkv", "codegen"), ("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
+        _rows(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+    ),
+}
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The row of a config. Code that a folder brings along (``auto_map``) is never run: its model must be in the table. Raises CheckpointError."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        remote = " The folder brings its own code, which is never executed." if config.get("auto_map") else ""
+        raise CheckpointError(f"config.json: model_type {kind!r} is unknown; known: {', '.join(sorted(FAMILIES))}.{remote}")
+    return FAMILIES[kind]
+
+
+def read_arch(config: dict[str, Any]) -> Arch:
+    """Arch of a Hugging Face config. Raises CheckpointError that names the key for what is missing or not supported."""
+    try:
+        return family_of(config).read(config)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json of model_type {config.get('model_type')!r}: {error}") from error
+
+
+def source_names(arch: Arch) -> dict[str, tuple[int, Row, str]]:
+    """Tensor name without prefix -> (layer, row, ``.weight`` or ``.bias``) for everything that the files of this model may hold."""
+    family = FAMILIES[arch.family]
+    stages = {row.role: _stage(row.role, arch.num_layers) for row in family.outer_rows}
+    names = {f"{row.module}{suffix}": (stages[row.role], row, suffix) for row in family.outer_rows for suffix in (".weight", ".bias")}
+    for layer in range(arch.num_layers):
+        for row in family.block_rows:
+            for suffix in (".weight", ".bias"):
+                names[f"{family.blocks}.{layer}.{row.module}{suffix}"] = (layer, row, suffix)
+    return names
+
+
+def _stage(role: str, num_layers: int) -> int:
+    return -1 if role in ("embed", "pos_embed", "embed_norm", "project_in") else num_layers

@@ -1,0 +1,117 @@
+"""The decoder as pure functions over a dict role -> tensor, on flat ragged tokens (no batch dimension).
+
+T: tokens, H: hidden size, E: width of the embedding table, D: head size. Attention itself lies between `pre_attention` and `post_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexbatch.models.arch import Arch
+from flexbatch.models.rope import RopeTables, rope_tables
+
+__all__ = ["RopeTables", "embed", "head", "post_attention", "pre_attention", "rope_tables"]
+
+Weights = Mapping[str, Tensor]
+
+
+def embed(arch: Arch, weights: Weights, embed_rows: Tensor, pos_rows: Tensor | None) -> Tensor:
+    """Hidden state [T, H] of embedding rows [T, E] and, for learned positions, position rows [T, H] (row ``position + arch.position_offset``)."""
+    hidden = embed_rows
+    if arch.embed_scale != 1.0:
+        # The factor is rounded to the compute dtype first, as the published models were trained.
+        hidden = hidden * torch.tensor(arch.embed_scale, dtype=hidden.dtype, device=hidden.device)
+    if arch.projects_embedding:
+        hidden = F.linear(hidden, weights["project_in.weight"])
+    if arch.position == "learned":
+        assert pos_rows is not None, "learned positions need their rows"
+        hidden = hidden + pos_rows
+    return _norm(arch, weights, "embed_norm", hidden) if arch.embed_norm else hidden
+
+
+def pre_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, positions: Tensor, rope: RopeTables | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [T, Hq, D], key and value [T, Hkv, D] of ``hidden`` [T, H] at ``positions`` [T]."""
+    normed = hidden if arch.post_norm else _norm(arch, weights, "attn_norm", hidden)
+    fused = F.linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
+    query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
+    if arch.qk_norm:
+        query, key = (_rms_norm(x, weights[role], arch.norm_eps, arch.norm_offset) for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight")))
+    if rope is not None:
+        cos, sin = rope.of(arch, layer)
+        query, key = _rotary(query, key, cos, sin, positions, arch.rotary_dim, arch.rope_interleaved)
+    return query, key, value
+
+
+def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, attention: Tensor) -> Tensor:
+    """Hidden state [T, H] after the block: output projection of ``attention`` [T, Hq, D], residuals and MLP. ``hidden`` is the block's input."""
+    update = F.linear(attention.flatten(1), weights["o.weight"], weights.get("o.bias"))
+    if arch.sublayer_norm:
+        update = _norm(arch, weights, "post_attn_norm", update)
+    if arch.parallel_residual:
+        normed = _norm(arch, weights, "attn_norm" if arch.shared_norm else "mlp_norm", hidden)
+        return (_mlp(arch, weights, normed) + update) + hidden
+    hidden = hidden + update
+    if arch.post_norm:
+        hidden = _norm(arch, weights, "attn_norm", hidden)
+        return _norm(arch, weights, "mlp_norm", hidden + _mlp(arch, weights, hidden))
+    update = _mlp(arch, weights, _norm(arch, weights, "mlp_norm", hidden))
+    if arch.sublayer_norm:
+        update = _norm(arch, weights, "post_mlp_norm", update)
+    return hidden + update
+
+
+def head(arch: Arch, weights: Weights, hidden: Tensor) -> Tensor:
+    """Logits [N, vocab] float32 of the hidden states [N, H] of the last block. With tied embeddings the caller gives the table as ``head.weight``."""
+    if arch.final_norm:
+        hidden = _norm(arch, weights, "final_norm", hidden)
+    if arch.projects_embedding:
+        hidden = F.linear(hidden, weights["project_out.weight"])
+    logits = F.linear(hidden, weights["head.weight"], weights.get("head.bias")).float()
+    return torch.tanh(logits / arch.final_soft_cap) * arch.final_soft_cap if arch.final_soft_cap else logits
+
+
+def _norm(arch: Arch, weights: Weights, name: str, x: Tensor) -> Tensor:
+    if arch.norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], weights.get(f"{name}.weight"), weights.get(f"{name}.bias"), arch.norm_eps)
+    return _rms_norm(x, weights[f"{name}.weight"], arch.norm_eps, arch.norm_offset)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    # Models with an offset weight multiply in float32, the others after rounding: 16-bit results differ in the last bit otherwise.
+    return (wide * (offset + weight.float())).to(x.dtype) if offset else weight * wide.to(x.dtype)
+
+
+def _rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    return tuple(_rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))  # type: ignore[return-value]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+    turned = x[..., :rotary_dim]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+
+
+def _activate(name: str, x: Tensor) -> Tensor:
+    if name == "silu":
+        return F.silu(x)
+    if name == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _mlp(arch: Arch, weights: Weights, x: Tensor) -> Tensor:
+    if arch.mlp == "gated":
+        gate, up = F.linear(x, weights["gate_up.weight"], weights.get("gate_up.bias")).chunk(2, dim=-1)
+        inner = _activate(arch.activation, gate) * up
+    else:
+        inner = _activate(arch.activation, F.linear(x, weights["up.weight"], weights.get("up.bias")))
+    return F.linear(inner, weights["down.weight"], weights.get("down.bias"))

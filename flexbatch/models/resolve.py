@@ -1,0 +1,84 @@
+"""What the user calls a model -> a folder with config, weights and tokenizer; and what makes a folder's content recognisable."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexbatch.models.errors import CheckpointError
+from flexbatch.models.source import weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEMO = Path(__file__).resolve().parent.parent / "data" / "demo"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+def resolve(model: str) -> Path:
+    """Folder of ``model``: "demo" (bundled), a local folder, or a Hub id, which is downloaded. Raises CheckpointError that says what is wrong."""
+    folder = DEMO if model == "demo" else Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights")
+    if model == "demo":
+        raise CheckpointError(f"the bundled demo model is not at {folder}: the installation is incomplete")
+    if not HUB_ID.fullmatch(model):
+        raise CheckpointError(f"model folder {model} does not exist")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    """Configuration, tokenizer and weights, the safetensors where the repository has them."""
+    from huggingface_hub import snapshot_download  # 0.3 s that only a Hub id needs
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=patterns))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(model, allow_patterns=[*patterns, "*.bin"]))
+    except Exception as error:  # every HTTP library of the Hub client has exceptions of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model {model!r} is no local folder and cannot be fetched from the Hugging Face Hub: {reason}. "
+            "Give a folder with config.json and the weights, or --model demo, or connect to the network (HF_HOME holds what was downloaded before)"
+        ) from error
+    return folder
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. Code that the folder brings along is never run. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder} has no tokenizer that can be read (tokenizer.json, tokenizer.model, or vocab.json with merges.txt): {reason}"
+        ) from error
+
+
+def fingerprint(folder: Path | str) -> str:
+    """Hex digest of what the folder holds, from a few MB at most: the same for a copy of it, another one after any retraining.
+
+    Hashes config.json whole and of every weight file its name, size, and 64 samples of 4 KiB spread evenly from first to last byte; the first holds the
+    header of a safetensors file. A change that touches none of the samples and no size goes unnoticed: a training step changes them all.
+    """
+    folder = Path(folder)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            last = max(size - SAMPLE_BYTES, 0)
+            for start in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+                stream.seek(start)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]

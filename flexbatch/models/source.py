@@ -1,0 +1,121 @@
+"""The weight files of a folder as a stream of named tensors, one at a time. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flexbatch.models.errors import CheckpointError
+
+# In the order in which transformers looks for them.
+CANDIDATES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its name there, its shape, its dtype as the file says it."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, wanted an object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights. Raises CheckpointError when there are none, or an index names a file that is absent or lies elsewhere."""
+    found = next((folder / name for name in CANDIDATES if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(CANDIDATES)}")
+    if not found.name.endswith(".index.json"):
+        return [found]
+    weight_map = read_json(found).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{found} has no weight_map from tensor names to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or name in (".", ".."):
+            raise CheckpointError(f"{found} points outside its folder: {name!r}")
+        if not (folder / name).is_file():
+            tensors = [tensor for tensor, file in weight_map.items() if file == name]
+            raise CheckpointError(f"{folder / name} does not exist; {found.name} expects {len(tensors)} tensors in it, e.g. {tensors[0]}")
+    return [folder / name for name in names]
+
+
+def list_tensors(folder: Path) -> list[StoredTensor]:
+    """Every stored tensor in the order of the files; reads headers only."""
+    return [tensor for file in weight_files(folder) for tensor in (_list_safetensors(file) if file.suffix == ".safetensors" else _list_bin(file))]
+
+
+def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
+    """The tensors themselves, in the given order; every file is opened once as long as its tensors stand together."""
+    file: Path | None = None
+    handle: Any = None
+    for tensor in stored:
+        if tensor.file != file:
+            file, handle = tensor.file, _open_safetensors(tensor.file) if tensor.file.suffix == ".safetensors" else _open_bin(tensor.file)
+        try:
+            yield tensor, handle[tensor.name] if isinstance(handle, dict) else handle.get_tensor(tensor.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be read: {error}") from error
+
+
+def sample_rows(stored: StoredTensor, count: int = 64) -> Tensor:
+    """Up to ``count`` rows spread evenly over a tensor; reads only these."""
+    rows = sorted({(stored.shape[0] - 1) * i // max(count - 1, 1) for i in range(count)})
+    part = _open_safetensors(stored.file).get_slice(stored.name) if stored.file.suffix == ".safetensors" else _open_bin(stored.file)[stored.name]
+    return torch.cat([part[row : row + 1] for row in rows])
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({file.stat().st_size} bytes): {error}") from error
+
+
+def _list_safetensors(file: Path) -> list[StoredTensor]:
+    handle = _open_safetensors(file)
+    slices = ((name, handle.get_slice(name)) for name in handle.offset_keys())
+    return [StoredTensor(name, file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices]
+
+
+def _open_bin(file: Path) -> dict[str, Tensor]:
+    """weights_only refuses every pickle that would call anything but tensor constructors; mmap keeps the file out of memory."""
+    try:
+        # The format before PyTorch 1.6 is no zip file and cannot be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} is refused: it is damaged, or holds more than tensors, and nothing in a checkpoint is executed: {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({file.stat().st_size} bytes): {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{file} is no dictionary of tensors")
+    return state
+
+
+def _list_bin(file: Path) -> list[StoredTensor]:
+    return [StoredTensor(name, file, tuple(value.shape), str(value.dtype)) for name, value in _open_bin(file).items()]

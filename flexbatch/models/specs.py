@@ -1,0 +1,98 @@
+"""The canonical tensors of an architecture: one stage per layer, roles fused for GEMM speed. Follows from Arch alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexbatch.models.arch import Arch
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One canonical tensor.
+
+    layer: -1 for the embedding stage, 0 .. num_layers - 1 for blocks, num_layers for the head. shard: the dimension that tensor parallelism divides,
+    None for a copy on every rank. sections: rows of the parts of a fused tensor, each divided by itself (queries, keys, values; gate, up).
+    """
+
+    layer: int
+    role: str
+    shape: tuple[int, ...]
+    shard: int | None = None
+    sections: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one canonical tensor. rows: destination rows, None for all of them. tensor: in the dtype of the file."""
+
+    layer: int
+    role: str
+    rows: slice | None
+    tensor: Tensor
+
+
+def weight_specs(arch: Arch) -> list[WeightSpec]:
+    """Every tensor of the model in the order of a pass. With tied embeddings there is no ``head.weight``: the table is the head."""
+    specs = _embedding(arch)
+    for layer in range(arch.num_layers):
+        specs += _block(arch, layer)
+    return specs + _head(arch)
+
+
+def _linear(layer: int, name: str, rows: int, columns: int, bias: bool, shard: int, sections: tuple[int, ...] = ()) -> list[WeightSpec]:
+    """A divided input (shard 1) leaves the bias whole: it is added once, after the sum over ranks."""
+    specs = [WeightSpec(layer, f"{name}.weight", (rows, columns), shard, sections)]
+    return [*specs, WeightSpec(layer, f"{name}.bias", (rows,), 0 if shard == 0 else None, sections)] if bias else specs
+
+
+def _norm(arch: Arch, layer: int, name: str) -> list[WeightSpec]:
+    if not arch.norm_affine:
+        return []
+    specs = [WeightSpec(layer, f"{name}.weight", (arch.hidden_size,))]
+    return [*specs, WeightSpec(layer, f"{name}.bias", (arch.hidden_size,))] if arch.norm_bias else specs
+
+
+def _embedding(arch: Arch) -> list[WeightSpec]:
+    specs = [WeightSpec(-1, "embed.weight", (arch.vocab_size, arch.word_size), 0)]
+    if arch.position == "learned":
+        specs.append(WeightSpec(-1, "pos_embed.weight", (arch.max_positions + arch.position_offset, arch.hidden_size)))
+    if arch.projects_embedding:
+        specs.append(WeightSpec(-1, "project_in.weight", (arch.hidden_size, arch.word_size)))
+    return specs + (_norm(arch, -1, "embed_norm") if arch.embed_norm else [])
+
+
+def _block(arch: Arch, layer: int) -> list[WeightSpec]:
+    hidden, inner, sections = arch.hidden_size, arch.intermediate_size, arch.qkv_sections
+    specs = _norm(arch, layer, "attn_norm")
+    specs += _linear(layer, "qkv", sum(sections), hidden, arch.qkv_bias, 0, sections)
+    if arch.qk_norm:
+        specs += [WeightSpec(layer, f"{name}.weight", (arch.head_dim,)) for name in ("q_norm", "k_norm")]
+    specs += _linear(layer, "o", hidden, arch.num_heads * arch.head_dim, arch.output_bias, 1)
+    if arch.sublayer_norm:
+        specs += _norm(arch, layer, "post_attn_norm")
+    if not arch.shared_norm:
+        specs += _norm(arch, layer, "mlp_norm")
+    if arch.mlp == "gated":
+        specs += _linear(layer, "gate_up", 2 * inner, hidden, arch.mlp_bias, 0, (inner, inner))
+    else:
+        specs += _linear(layer, "up", inner, hidden, arch.mlp_bias, 0)
+    specs += _linear(layer, "down", hidden, inner, arch.mlp_bias, 1)
+    return specs + (_norm(arch, layer, "post_mlp_norm") if arch.sublayer_norm else [])
+
+
+def _head(arch: Arch) -> list[WeightSpec]:
+    layer = arch.num_layers
+    specs = _norm(arch, layer, "final_norm") if arch.final_norm else []
+    if arch.projects_embedding:
+        specs.append(WeightSpec(layer, "project_out.weight", (arch.word_size, arch.hidden_size)))
+    if not arch.tie_word_embeddings:
+        specs.append(WeightSpec(layer, "head.weight", (arch.vocab_size, arch.word_size), 0))
+    return [*specs, WeightSpec(layer, "head.bias", (arch.vocab_size,), 0)] if arch.head_bias else specs

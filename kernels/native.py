@@ -1,0 +1,172 @@
+"""Attention and cache writes on the CPU in C, compiled on the machine at first use. Signatures as in `reference`.
+
+The library is built once per (sources, compiler, flags, processor) into a cache folder and put there by an atomic rename, so that processes
+starting together are safe. Calls release the interpreter's lock: a worker thread can attend while others launch transfers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = ("native_rows.h", "native_attention.c", "native_append.c")
+# Infinities and NaN keep their meaning (masked scores are -inf): of -ffast-math only the harmless parts.
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class BuildError(RuntimeError):
+    """No working C compiler, or nowhere to put the library."""
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row_bytes", "num_kv_heads", "head_dim", "bits", "group", "dtype"))]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        ("cache", _Cache),
+        *((name, ctypes.c_void_p) for name in ("query", "out", "page_table", "query_starts", "context_lens", "tree_masks", "positions", "alibi_slopes")),
+        *((name, ctypes.c_int64) for name in ("num_sequences", "max_pages", "num_heads", "page_tokens", "mask_words", "window", "threads")),
+        *((name, ctypes.c_float) for name in ("scale", "soft_cap")),
+    ]
+
+
+def default_cache_folder() -> Path:
+    """Where built libraries are kept: a folder of this user's cache."""
+    base = Path(os.path.expanduser("~")) if platform.system() != "Darwin" else Path(os.path.expanduser("~/Library"))
+    return base / (".cache" if platform.system() != "Darwin" else "Caches") / "flexbatch" / "native"
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _openmp_flags() -> tuple[str, ...]:
+    """Link against the OpenMP runtime that torch has loaded already: two runtimes' idle threads would spin against each other."""
+    libraries = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")) + sorted(Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*"))
+    return (str(libraries[0]),) if libraries else ("-fopenmp",)
+
+
+def _compile(compiler: str, sources: list[Path], target: Path) -> None:
+    errors = []
+    for compile_flags, link_flags in ((("-fopenmp",), _openmp_flags()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+            commands = [[compiler, *FLAGS, *compile_flags, "-c", str(source), "-o", item] for source, item in zip(sources, objects, strict=True)]
+            commands.append([compiler, "-shared", *objects, *link_flags, "-lm", "-o", f"{folder}/library.so"])
+            results = [subprocess.run(command, capture_output=True, text=True, check=False) for command in commands]
+            if all(result.returncode == 0 for result in results):
+                os.replace(f"{folder}/library.so", target)
+                return
+            errors.append("".join(result.stderr for result in results)[:500])
+    raise BuildError(f"{compiler} does not build {', '.join(source.name for source in sources)}: {errors[-1]}")
+
+
+def build(cache_folder: Path) -> Path:
+    """Path of the library in ``cache_folder``, built unless it is there. Raises BuildError."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise BuildError("no C compiler (cc, gcc or clang) on the PATH")
+    here = Path(__file__).parent
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [version, " ".join(FLAGS), str(_openmp_flags()), _processor(), *((here / name).read_text() for name in SOURCES)]
+    target = cache_folder / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        try:
+            cache_folder.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, [here / name for name in SOURCES if name.endswith(".c")], target)
+        except OSError as error:
+            raise BuildError(f"cannot write the compiled kernels into {cache_folder}: {error}; make it writable") from error
+    return target
+
+
+@functools.cache
+def library(cache_folder: Path | None = None) -> ctypes.CDLL | None:
+    """The compiled kernels, or None (after one warning) where they cannot be built; then `ops` takes `reference`."""
+    try:
+        loaded = ctypes.CDLL(str(build(cache_folder or default_cache_folder())))
+    except (BuildError, OSError) as error:
+        warnings.warn(f"CPU attention runs in plain torch, several times slower: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    loaded.flexbatch_paged_attention.argtypes = [ctypes.POINTER(_Attention)]
+    loaded.flexbatch_append_rows.argtypes = [ctypes.POINTER(_Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4]
+    return loaded
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> _Cache:
+    assert rows[:1].is_contiguous(), f"a token row must be contiguous, got strides {rows.stride()}"
+    return _Cache(rows.data_ptr(), rows.stride(0) * rows.element_size(), num_kv_heads, head_dim, bits, group, DTYPES[dtype])
+
+
+def paged_attention(
+    query: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    num_kv_heads: int,
+    page_tokens: int,
+    scale: float,
+    bits: int = 16,
+    group: int = 64,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    tree_masks: Tensor | None = None,
+    positions: Tensor | None = None,
+    max_query_len: int = 0,
+    max_context_len: int = 0,
+    threads: int = 0,
+) -> Tensor:
+    """`reference.paged_attention` on ``threads`` processor threads (0: torch's number). Raises MemoryError."""
+    loaded = library()
+    assert loaded is not None, "no compiled kernels on this machine"
+    assert tree_masks is None or positions is not None, "a tree needs the depth of every query token"
+    num_heads, head_dim = query.shape[1:]
+    integers = [None if x is None else x.to(torch.int32).contiguous() for x in (page_table, query_starts, context_lens, tree_masks, positions)]
+    query32 = query.float().contiguous()
+    slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+    out = torch.empty(query.shape, dtype=torch.float32)
+    attention = _Attention(
+        _cache(rows, num_kv_heads, head_dim, bits, group, query.dtype),
+        query32.data_ptr(), out.data_ptr(), *(_pointer(x) for x in integers), _pointer(slopes),
+        page_table.shape[0], page_table.shape[1], num_heads, page_tokens, 0 if tree_masks is None else tree_masks.shape[1],
+        window, threads or torch.get_num_threads(), scale, soft_cap,
+    )  # fmt: skip
+    if loaded.flexbatch_paged_attention(ctypes.byref(attention)):
+        raise MemoryError(f"no memory for the work list of CPU attention over {page_table.shape[0]} sequences")
+    return out.to(query.dtype)
+
+
+def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64, *, threads: int = 0) -> None:
+    """`reference.append_rows` on ``threads`` processor threads (0: torch's number)."""
+    loaded = library()
+    assert loaded is not None, "no compiled kernels on this machine"
+    num_tokens, num_kv_heads, head_dim = key.shape
+    cache = _cache(rows, num_kv_heads, head_dim, bits, group, key.dtype)
+    key, value, slots = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (key, value, slots.unsqueeze(-1).unsqueeze(-1)))
+    loaded.flexbatch_append_rows(
+        ctypes.byref(cache), slots.data_ptr(), key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0), num_tokens, threads or torch.get_num_threads()
+    )

@@ -1,0 +1,84 @@
+"""What no policy can exceed on a machine: one linear program in which the number of sequences in flight is free and continuous.
+
+With N sequences in flight a pass takes T; N / T is to be as large as possible. Divided by N, everything is linear in v = 1 / N and
+v times the weights' split (Charnes and Cooper 1962, "Programming with linear fractional functionals").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import pulp
+
+from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
+from flexbatch.policy.loads import Lengths, steady_load
+from flexbatch.policy.lp import GIB, fixed_fractions, solver
+from flexbatch.policy.memory import capacity
+from flexbatch.policy.types import TIERS, Constraints, Curve, Hardware, ModelShape, Policy, Speculation, Split, Workload
+
+IDEAL = 1e30
+
+
+@dataclass(frozen=True)
+class MachineBound:
+    """``sequences``: in flight at the bound; a good place to start a search."""
+
+    tokens_per_second: float
+    sequences: float
+
+
+def machine_bound(
+    shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints, weight_bits: int, cache_bits: int, speculation: Speculation | None
+) -> MachineBound | None:
+    """None when not even one sequence fits without any working memory.
+
+    Nothing is launched, GEMMs run at their best rate, weights are read once a pass as they are stored, working memory costs nothing, the cache
+    holds only what is in use.
+    """
+    longest = max(prompt for prompt, _ in workload.lengths)
+    anywhere = Split(1, 0)
+    policy = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, prefill_chunk=int(np.ceil(longest)), speculation=speculation)
+    best = float(max(hardware.gemm.values))
+    ideal = dataclasses.replace(hardware, gemm=Curve((1.0,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0)
+    ideal = dataclasses.replace(ideal, link_seconds=0.0, disk_read_seconds=0.0)
+    # Two micro-batches of half a sequence: with one, CPU attention would not overlap.
+    policy = dataclasses.replace(policy, num_gpu_batches=2)
+    load, finished = steady_load(workload, policy, in_flight=1.0)
+    stages = PassModel(shape, ideal, policy, load).stages()
+    rows = [sum(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds]
+    lengths = Lengths.of(workload, policy)
+    occupied = lengths.prompt + lengths.output / 2
+    seconds = _solve(shape, hardware, workload, constraints, policy, rows, occupied * shape.token_bytes(cache_bits) * shape.num_layers)
+    if seconds is None:
+        return None
+    return MachineBound(finished * lengths.output / seconds[0], seconds[1])
+
+
+def _solve(shape, hardware, workload, constraints, policy, rows, cache_bytes: float) -> tuple[float, float] | None:
+    """(seconds of a pass for each sequence in flight, sequences in flight)."""
+    problem = pulp.LpProblem("bound", pulp.LpMinimize)
+    per_sequence = pulp.LpVariable("seconds", 0)
+    inverse = pulp.LpVariable("inverse", 1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
+    named = {name: pulp.LpVariable(name, 0, 1) for name in VARIABLES}
+    fixed = fixed_fractions(constraints)
+    problem += per_sequence
+    weights = shape.weight_bytes(shape.total_elements, policy.weight_bits)
+    problem += per_sequence >= weights / hardware.gpu_bandwidth * inverse
+    for row in rows:
+        problem += per_sequence >= float(row[0]) + pulp.lpSum(float(c) * named[name] for name, c in zip(VARIABLES, row[1:], strict=True) if c)
+    for kind in KINDS:
+        scale = inverse if kind == "weights" else 1
+        problem += pulp.lpSum(named[f"{kind}_{tier}"] for tier in TIERS) == scale
+        for tier in TIERS:
+            if f"{kind}_{tier}" in fixed:
+                problem += named[f"{kind}_{tier}"] == fixed[f"{kind}_{tier}"] * scale
+    problem += named["attended"] <= named["cache_cpu"]
+    if constraints.cpu_attention is not None:
+        problem += named["attended"] == constraints.cpu_attention * named["cache_cpu"]
+    for tier, room in capacity(hardware).items():
+        problem += weights / GIB * named[f"weights_{tier}"] + cache_bytes / GIB * named[f"cache_{tier}"] <= room / GIB * inverse
+    if problem.solve(solver()) != pulp.LpStatusOptimal:
+        return None
+    return float(per_sequence.varValue), 1.0 / max(float(inverse.varValue), 1e-9)

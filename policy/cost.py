@@ -1,0 +1,226 @@
+"""Closed-form time of a pass, per resource, and the bound.
+
+Every demand is an affine function of the placement: a vector over ``VARIABLES`` with the constant first. The linear program takes these
+vectors as rows and `pass_seconds` takes their maximum at a placement, so that the two cannot disagree.
+
+A pass is L layers and the head. While layer j computes, the weights of layer j + 1 cross the link, so a pass has three kinds of stage:
+(computes a layer, fetches a layer) L - 1 times, (layer, head) once and (head, first layer of the next pass) once. A stage takes the maximum
+over the resources; launching its ticks comes on top.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexbatch.policy.loads import PAGE_TOKENS, PassLoad
+from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy
+
+KINDS = ("weights", "cache", "activations")
+VARIABLES = tuple(f"{kind}_{tier}" for kind in KINDS for tier in TIERS) + ("attended",)
+"""The nine fractions, and the share of all sequences that is attended on the CPU."""
+RESOURCES = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory", "cpu_attention", "host_memory")
+SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention")
+"""What adds up when nothing overlaps; the memories are used by these, not beside them."""
+JOINT = {
+    "h2d + d2h": "h2d",
+    "h2d beside cpu_attention": "h2d",
+    "cpu_attention beside h2d": "cpu_attention",
+    "one micro-batch": "cpu_attention",
+    "cores": "gpu_compute",
+    "no overlap": "gpu_compute",
+}
+"""Rows where resources slow each other, and the resource that is named when such a row limits."""
+ROWS = RESOURCES + tuple(JOINT)
+
+
+def affine(constant=0.0, **coefficients) -> np.ndarray:
+    """[..., 1 + len(VARIABLES)]: a constant and coefficients by variable, each a number or an array over passes."""
+    parts = np.broadcast_arrays(constant, *(coefficients.get(name, 0.0) for name in VARIABLES))
+    return np.stack([np.asarray(part, dtype=float) for part in parts], axis=-1)
+
+
+def evaluate(row: np.ndarray, point: np.ndarray):
+    """The affine ``row`` at ``point`` [1 + len(VARIABLES)]."""
+    return row @ point
+
+
+def slowest(rows: Iterable[np.ndarray], point: np.ndarray):
+    """The maximum over ``rows`` at ``point``, pass by pass."""
+    return functools.reduce(np.maximum, (evaluate(row, point) for row in rows))
+
+
+def point_of(policy: Policy) -> np.ndarray:
+    """The placement of ``policy`` as a point, the constant 1 first."""
+    attended = policy.cache.cpu * policy.cpu_attention
+    return np.array([1.0, *policy.weights.fractions, *policy.cache.fractions, *policy.activations.fractions, attended])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage of a pass: how often, seconds per row of ``ROWS`` and bytes (FLOPs for gpu_compute) per resource, all affine."""
+
+    name: str
+    count: int
+    seconds: dict[str, np.ndarray]
+    work: dict[str, np.ndarray]
+
+
+class PassModel:
+    """Demands of the passes ``load`` of a model on a machine for a policy's sizes and bits; the policy's splits play no part."""
+
+    def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad):
+        self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
+        self.batches = policy.num_gpu_batches
+        self.decode_tokens = np.asarray(load.decode_sequences) * policy.query_tokens
+        self.tokens = self.decode_tokens + load.prompt_tokens
+        self.row_bytes = shape.token_bytes(policy.cache_bits)
+        self.row_bytes_16 = shape.token_bytes(16)
+
+    @property
+    def launch_seconds(self) -> float:
+        """Of one pass: launching every tick, and what happens once a pass."""
+        return (self.shape.num_layers + 1) * self.batches * self.hardware.launch_seconds + self.hardware.pass_seconds
+
+    def stages(self) -> list[Stage]:
+        layers = self.shape.num_layers
+        kinds = [("layer", "layer", "layer", layers - 1), ("last layer", "layer", "head", 1), ("head", "head", "layer", 1)]
+        return [self._stage(name, compute, fetch, count) for name, compute, fetch, count in kinds if count]
+
+    def pass_seconds(self, point: np.ndarray):
+        """Predicted time of each pass at a placement."""
+        return self.launch_seconds + sum(s.count * slowest(s.seconds.values(), point) for s in self.stages())
+
+    def resource_seconds(self, point: np.ndarray) -> dict:
+        """Time that each row needs in one pass, were it alone."""
+        stages = self.stages()
+        return {name: sum(s.count * evaluate(s.seconds[name], point) for s in stages) for name in stages[0].seconds}
+
+    def resource_work(self, point: np.ndarray) -> dict:
+        """Bytes (FLOPs for gpu_compute) of each resource in one pass."""
+        stages = self.stages()
+        return {name: sum(s.count * evaluate(s.work[name], point) for s in stages) for name in RESOURCES}
+
+    def bound_seconds(self, point: np.ndarray):
+        """The least time of a pass at a placement: the busiest row, everything else hidden, nothing launched."""
+        return functools.reduce(np.maximum, self.resource_seconds(point).values())
+
+    def _stage(self, name: str, compute: str, fetch: str, count: int) -> Stage:
+        shape, bits = self.shape, self.policy.weight_bits
+        fetched = shape.block_elements if fetch == "layer" else shape.head_elements
+        weights = shape.weight_bytes(fetched, bits)
+        traffic = self._layer_traffic() if compute == "layer" else self._head_traffic()
+        traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
+        traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
+        gpu_seconds, gpu_flops, gpu_bytes = self._layer_compute() if compute == "layer" else self._head_compute()
+        return Stage(name, count, self._seconds(traffic, gpu_seconds, gpu_bytes), self._work(traffic, gpu_flops, gpu_bytes))
+
+    def _layer_traffic(self) -> dict[str, np.ndarray]:
+        """Bytes of one layer but for weights; ``gathered`` and ``scattered`` cross the link by kernel, ``attended`` is read by the CPU."""
+        shape, policy, load = self.shape, self.policy, self.load
+        activations = self.tokens * shape.hidden_bytes
+        # Whole pages cross: half a page more than the context of every sequence.
+        decode = self.row_bytes * (load.decode_context + np.asarray(load.decode_sequences) * (PAGE_TOKENS - 1) / 2)
+        prompt = self.row_bytes * np.asarray(load.prompt_context, dtype=float)
+        fresh = self.row_bytes * self.tokens
+        exchanged = self.decode_tokens * shape.num_heads * shape.head_dim * shape.element_bytes
+        return {
+            "h2d": affine(activations_cpu=activations, activations_disk=activations, attended=exchanged),
+            "d2h": affine(activations_cpu=activations, activations_disk=activations, attended=exchanged),
+            "gathered": affine(cache_cpu=decode + prompt, cache_disk=decode + prompt, attended=-decode),
+            "scattered": affine(cache_cpu=fresh, cache_disk=fresh),
+            "disk_read": affine(cache_disk=decode + prompt, activations_disk=activations),
+            "disk_write": affine(cache_disk=fresh, activations_disk=activations),
+            "attended": affine(attended=self.row_bytes * np.asarray(load.decode_context, dtype=float)),
+            "attended_16": affine(attended=self.row_bytes_16 * np.asarray(load.decode_context, dtype=float)),
+        }
+
+    def _head_traffic(self) -> dict[str, np.ndarray]:
+        """The embedding rows of the next pass are gathered where the table lives."""
+        zero = affine(0.0 * self.tokens)
+        rows = self.tokens * self.shape.hidden_bytes
+        names = ("d2h", "gathered", "scattered", "disk_read", "disk_write", "attended", "attended_16")
+        return {"h2d": affine(weights_cpu=rows, weights_disk=rows), **dict.fromkeys(names, zero)}
+
+    def _layer_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
+        shape, hardware, load = self.shape, self.hardware, self.load
+        seconds, flops, moved = self._gemm(shape.block_elements, self.tokens)
+        elementwise = 2.0 * self.tokens * shape.workspace_bytes
+        heads = 4.0 * shape.num_heads * shape.head_dim
+        prompt_flops = heads * np.asarray(load.prompt_pairs)
+        decode_flops = heads * self.policy.query_tokens * np.asarray(load.decode_context)
+        # Expanding quantised rows inside attention costs instructions: they are not read faster than half the bytes of 16-bit rows would be.
+        read = self.row_bytes * np.asarray(load.decode_context)
+        reading = np.maximum(read, 0.5 * self.row_bytes_16 * np.asarray(load.decode_context)) / hardware.attention_decode
+        decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
+        seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
+        return affine(seconds, attended=-decode), affine(flops + prompt_flops + decode_flops, attended=-decode_flops), affine(moved + elementwise + read, attended=-read)
+
+    def _head_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shape, hardware = self.shape, self.hardware
+        rows = self.decode_tokens + self.load.finished_prompts
+        seconds, flops, moved = self._gemm(shape.head_elements, rows)
+        # Float32 logits are written once and read about twice by sampling.
+        logits = 3.0 * 4 * rows * shape.vocab_size
+        draft = self.batches * self.policy.speculation.draft_seconds if self.policy.speculation else 0.0
+        return affine(seconds + logits / hardware.gpu_bandwidth + draft), affine(flops), affine(moved + logits)
+
+    def _gemm(self, elements: int, tokens) -> tuple:
+        """Every micro-batch multiplies with all weights; quantised weights are expanded once for all of them."""
+        shape, bits = self.shape, self.policy.weight_bits
+        plain = shape.weight_bytes(elements, 16)
+        seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
+        expanded = 0.0 if bits == 16 else shape.weight_bytes(elements, bits) + plain
+        return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
+
+    def _work(self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray) -> dict[str, np.ndarray]:
+        h2d, d2h = traffic["h2d"] + traffic["gathered"], traffic["d2h"] + traffic["scattered"]
+        disk = traffic["disk_read"] + traffic["disk_write"]
+        return {
+            "h2d": h2d,
+            "d2h": d2h,
+            "disk_read": traffic["disk_read"],
+            "disk_write": traffic["disk_write"],
+            "gpu_compute": gpu_flops,
+            "gpu_memory": gpu_bytes + h2d + d2h,
+            "cpu_attention": traffic["attended"],
+            "host_memory": h2d + d2h + disk + traffic["attended"],
+        }
+
+    def _seconds(self, traffic: dict[str, np.ndarray], gpu_seconds: np.ndarray, gpu_bytes: np.ndarray) -> dict[str, np.ndarray]:
+        hardware, policy = self.hardware, self.policy
+        work = self._work(traffic, gpu_seconds, gpu_bytes)
+        attention_rate = hardware.cpu_attention_rate(policy.query_tokens * self.shape.num_heads / self.shape.num_kv_heads)
+        copies = affine(weights_cpu=self.batches, weights_disk=self.batches) * hardware.link_seconds
+        requests = affine(weights_disk=1.0, cache_disk=self.batches) * hardware.disk_read_seconds
+        seconds = {
+            "h2d": traffic["h2d"] / hardware.h2d + traffic["gathered"] / hardware.gather + copies,
+            "d2h": traffic["d2h"] / hardware.d2h + traffic["scattered"] / hardware.scatter,
+            "disk_read": traffic["disk_read"] / hardware.disk_read + requests,
+            "disk_write": traffic["disk_write"] / hardware.disk_write,
+            "gpu_compute": gpu_seconds,
+            "gpu_memory": work["gpu_memory"] / hardware.gpu_bandwidth,
+            "cpu_attention": traffic["attended_16"] / attention_rate,
+            "host_memory": work["host_memory"] / hardware.host_bandwidth,
+        }
+        if not policy.overlap:
+            return {**seconds, "no overlap": sum(seconds[name] for name in SERIAL)}
+        seconds["h2d + d2h"] = (work["h2d"] + work["d2h"]) / hardware.link_both
+        seconds["h2d beside cpu_attention"] = seconds["h2d"] + traffic["attended"] * hardware.link_slowdown / hardware.h2d
+        seconds["cpu_attention beside h2d"] = seconds["cpu_attention"] + work["h2d"] * hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]
+        if self.batches == 1:
+            # Nothing is left to compute while the only micro-batch's attention runs on the CPU.
+            seconds["one micro-batch"] = seconds["cpu_attention"] + gpu_seconds
+        if hardware.device == "cpu":
+            seconds["cores"] = seconds["h2d"] + seconds["d2h"] + seconds["gpu_compute"] + traffic["attended_16"] / attention_rate
+        return seconds
+
+
+def limiting_resource(seconds: dict[str, float]) -> str:
+    """The resource of the row that takes longest."""
+    name = max(seconds, key=lambda row: seconds[row])
+    return JOINT.get(name, name)

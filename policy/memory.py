@@ -1,0 +1,130 @@
+"""Peak memory of a policy per kind and tier: affine in the splits for the linear program, and exact after rounding to tensors and sequences."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from flexbatch.policy.cost import affine, evaluate, point_of
+from flexbatch.policy.loads import PAGE_TOKENS, Lengths, reserved_tokens
+from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy, Split, Workload
+
+KIND_LABELS = ("weights", "weight slabs", "cache", "cache staging", "activations", "workspace", "logits", "draft", "reserved")
+
+
+def prompt_tokens_per_pass(workload: Workload, policy: Policy) -> float:
+    """Prompt tokens of one micro-batch in one pass at the peak: its budget, or all its sequences' chunks."""
+    longest = max(prompt for prompt, _ in workload.lengths)
+    return min(policy.prompt_tokens_per_micro_batch, policy.gpu_batch_size * math.ceil(longest))
+
+
+def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> dict[str, dict[str, np.ndarray]]:
+    """``rows[tier][kind]``: peak bytes as an affine function of the placement (see `cost.affine`), for the policy's sizes and bits.
+
+    Buffers that the executor keeps: two working slabs of the largest layer's non-resident weights, one 16-bit expansion slab for quantised
+    weights, two staging areas of the largest micro-batch's non-resident cache of one layer, two staged micro-batches of hidden states.
+    """
+    batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
+    reserved = reserved_tokens(workload, policy)
+    row = shape.token_bytes(policy.cache_bits)
+    weights = shape.num_layers * shape.weight_bytes(shape.block_elements, bits) + shape.weight_bytes(shape.head_elements, bits)
+    weights += shape.weight_bytes(sum(shape.embedding_tensors), bits)
+    slab = 2.0 * shape.weight_bytes(shape.largest_layer_elements, bits)
+    expansion = 0.0 if bits == 16 else shape.weight_bytes(shape.largest_layer_elements, 16)
+    cache = batch * batches * reserved * row * shape.num_layers
+    staged = 2.0 * batch * reserved * row
+    lengths = Lengths.of(workload, policy)
+    # Sequences that are attended on the CPU cross the link only for the later chunks of their prompts.
+    revisited = lengths.prompt_passes / lengths.residence if lengths.prompt_passes > 1 else 0.0
+    decode_tokens = batch * policy.query_tokens
+    tokens = decode_tokens + prompt_tokens_per_pass(workload, policy)
+    hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
+    exchange = 4.0 * decode_tokens * shape.num_heads * shape.head_dim * shape.element_bytes
+    open_pages = batch * batches * PAGE_TOKENS * row * shape.num_layers
+    speculation = policy.speculation
+    draft = speculation.draft_bytes + batch * batches * reserved * speculation.draft_token_bytes if speculation else 0.0
+    gpu = {
+        "weights": affine(weights_gpu=weights),
+        "weight slabs": affine(expansion, weights_cpu=slab, weights_disk=slab),
+        "cache": affine(cache_gpu=cache),
+        "cache staging": affine(cache_cpu=staged, cache_disk=staged, attended=staged * (revisited - 1)),
+        "activations": affine(activations_gpu=hidden, activations_cpu=two_hidden, activations_disk=two_hidden),
+        "workspace": affine(tokens * shape.workspace_bytes),
+        # Two float32 copies: the logits and what sampling makes of them.
+        "logits": affine(8.0 * decode_tokens * shape.vocab_size),
+        "draft": affine(draft),
+        "reserved": affine(hardware.gpu_reserved_bytes),
+    }
+    cpu = {
+        "weights": affine(weights_cpu=weights),
+        "weight slabs": affine(weights_disk=slab),
+        "cache": affine(cache_cpu=cache, cache_disk=open_pages),
+        "cache staging": affine(cache_disk=staged),
+        "activations": affine(activations_cpu=hidden, activations_disk=two_hidden),
+        "workspace": affine(attended=exchange),
+        "reserved": affine(hardware.cpu_reserved_bytes),
+    }
+    disk = {"weights": affine(weights_disk=weights), "cache": affine(cache_disk=cache), "activations": affine(activations_disk=hidden)}
+    return {"gpu": gpu, "cpu": cpu, "disk": disk}
+
+
+def spread_weights(shape: ModelShape, weights: Split) -> tuple[Split, float]:
+    """The split that whole tensors can meet, and the largest non-resident part of a layer, in elements.
+
+    Tensors are dealt to the tiers by error diffusion over the whole model: each goes to the tier that is furthest behind its share.
+    """
+    asked = np.array(weights.fractions)
+    layers = [shape.embedding_tensors, *[shape.block_tensors] * shape.num_layers, shape.head_tensors]
+    placed, total, largest = np.zeros(3), 0.0, 0.0
+    for index, tensors in enumerate(layers):
+        away = 0.0
+        for elements in tensors:
+            total += elements
+            tier = int(np.argmax(np.where(asked > 0, asked * total - placed, -np.inf)))
+            placed[tier] += elements
+            away += elements * (tier != 0)
+        largest = max(largest, away if index else 0.0)
+    realised = placed / placed.sum()
+    return Split(*(float(x) for x in realised)), largest
+
+
+def round_cache(policy: Policy) -> Split:
+    """Whole sequences on each tier: GPU and CPU rounded down first, what is left goes to the slowest tier that is asked for."""
+    block = policy.block_size
+    gpu = math.floor(block * policy.cache.gpu + 1e-6)
+    cpu = math.floor(block * policy.cache.cpu + 1e-6)
+    rest = block - gpu - cpu
+    if policy.cache.disk * block <= 1e-6:
+        if policy.cache.cpu > 0:
+            cpu, rest = cpu + rest, 0
+        else:
+            gpu, rest = gpu + rest, 0
+    return Split(gpu / block, cpu / block, rest / block)
+
+
+def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> dict[str, dict[str, int]]:
+    """``peak[tier][kind]`` in bytes at the placement that whole tensors and whole sequences can meet."""
+    rows = memory_rows(shape, hardware, workload, policy)
+    split, away = spread_weights(shape, policy.weights)
+    point = point_of(policy)
+    point[1:4] = split.fractions
+    peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
+    expansion = 0 if policy.weight_bits == 16 else shape.weight_bytes(shape.largest_layer_elements, 16)
+    peak["gpu"]["weight slabs"] = expansion + 2 * shape.weight_bytes(int(away), policy.weight_bits)
+    # A micro-batch may hold one sequence more of a tier than its even share.
+    staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)
+    per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk - point[-1])
+    peak["gpu"]["cache staging"] += math.ceil(2 * staged_rows * (math.ceil(per_batch - 1e-6) - per_batch))
+    return peak
+
+
+def capacity(hardware: Hardware) -> dict[str, int]:
+    """Bytes of each tier."""
+    return {"gpu": hardware.gpu_memory_bytes, "cpu": hardware.cpu_memory_bytes, "disk": hardware.disk_bytes}
+
+
+def shortfall(peak: dict[str, dict[str, int]], hardware: Hardware) -> dict[str, int]:
+    """Bytes by which each tier is too small; empty when all fits."""
+    room = capacity(hardware)
+    return {tier: sum(kinds.values()) - room[tier] for tier, kinds in peak.items() if sum(kinds.values()) > room[tier]}

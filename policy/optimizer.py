@@ -1,0 +1,237 @@
+"""The search for the best policy: micro-batch size and count, bits, tree and prompt budget outside, a linear program over the splits inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flexbatch.policy.bound import MachineBound, machine_bound
+from flexbatch.policy.cost import PassModel
+from flexbatch.policy.loads import PAGE_TOKENS, Lengths, job_phases, steady_load
+from flexbatch.policy.lp import Solution, solve
+from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
+from flexbatch.policy.plan import Plan, mean_output, price
+from flexbatch.policy.realise import does_not_fit, placed
+from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
+
+GRID_BATCHES = tuple(2**i for i in range(11))
+GRID_COUNTS = tuple(2**i for i in range(7))
+MAX_CHUNK = 2048
+MIN_BUDGET = 256
+"""Prompt tokens that a micro-batch may always bring: fewer would cut prompts into crumbs to save little memory."""
+FILLS = (1.0, 0.5, 0.25, 0.0)
+"""How fast an empty block fills: the share of a sequence's stay over which prompts are spread. 1 keeps every pass alike, 0 brings all at once."""
+FINALISTS = 4
+CLIMB = 60
+"""Linear programs that the search around the best grid points may take."""
+GOOD_ENOUGH = 0.995
+"""Of the machine's bound: nothing is left to search for."""
+ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
+ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The sizes of a block with their best placement."""
+
+    policy: Policy
+    solution: Solution
+    tokens_per_second: float
+
+
+@dataclass
+class Search:
+    """One run of `choose`: what was tried and what it gave."""
+
+    shape: ModelShape
+    hardware: Hardware
+    workload: Workload
+    constraints: Constraints
+    linear_programs: int = 0
+    tried: dict[Policy, Candidate | None] = field(default_factory=dict)
+
+    @property
+    def ranking(self) -> list[Candidate]:
+        return sorted((c for c in self.tried.values() if c), key=lambda c: -c.tokens_per_second)
+
+    @property
+    def top(self) -> float:
+        return max((c.tokens_per_second for c in self.tried.values() if c), default=0.0)
+
+    def phases(self, policy: Policy) -> tuple[list[tuple[PassModel, float]], float]:
+        """(models with how often each counts, generated tokens in all of them)."""
+        if self.workload.num_sequences is None:
+            load, finished = steady_load(self.workload, policy)
+            return [(PassModel(self.shape, self.hardware, policy, load), 1.0)], finished * mean_output(self.workload)
+        models = [(PassModel(self.shape, self.hardware, policy, load), count) for load, count in job_phases(self.workload, policy)]
+        return models, self.workload.num_sequences * mean_output(self.workload)
+
+    def memory(self, policy: Policy) -> dict[str, np.ndarray]:
+        """Peak bytes per tier, affine."""
+        rows = memory_rows(self.shape, self.hardware, self.workload, policy)
+        return {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}
+
+    def attempt(self, policy: Policy) -> None:
+        """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best, which needs no linear program to see."""
+        if policy in self.tried:
+            return
+        self.tried[policy] = None
+        memory, room = self.memory(policy), capacity(self.hardware)
+        if min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK)) > room["gpu"]:
+            return
+        phases, tokens = self.phases(policy)
+        # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
+        least = sum(count * (m.launch_seconds + sum(s.count * max(0.0, s.seconds["gpu_compute"] @ ALL_ATTENDED) for s in m.stages())) for m, count in phases)
+        if tokens / least < self.top:
+            return
+        self.linear_programs += 1
+        solution = solve(phases, memory, room, self.constraints)
+        if solution is not None:
+            self.tried[policy] = Candidate(policy, solution, tokens / solution.seconds)
+
+    def finish(self, candidate: Candidate) -> Plan | None:
+        """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""
+        phases, _ = self.phases(candidate.policy)
+        memory, room = self.memory(candidate.policy), dict(capacity(self.hardware))
+        solution: Solution | None = candidate.solution
+        for _ in range(8):
+            if solution is None:
+                return None
+            policy = placed(self.shape, candidate.policy, solution.point, self.constraints)
+            missing = shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
+            if not missing:
+                plan = price(self.shape, self.hardware, self.workload, policy)
+                saved = {tier: seconds / solution.seconds * plan.predicted_tokens_per_second for tier, seconds in solution.seconds_per_gib.items()}
+                return dataclasses.replace(plan, tokens_per_second_per_gib=saved)
+            for tier, size in missing.items():
+                room[tier] -= size + 2**20
+            self.linear_programs += 1
+            solution = solve(phases, memory, room, self.constraints)
+        return None
+
+
+def chunk_of(workload: Workload, constraints: Constraints) -> int:
+    """The user's chunk, or whole prompts up to MAX_CHUNK tokens."""
+    if constraints.prefill_chunk is not None:
+        return constraints.prefill_chunk
+    longest = max(prompt for prompt, _ in workload.lengths)
+    return min(MAX_CHUNK, math.ceil(longest / PAGE_TOKENS) * PAGE_TOKENS)
+
+
+def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
+    """Prompt tokens of a micro-batch in a pass so that a block fills within ``fill`` of a sequence's stay; 0 when that limits nothing."""
+    lengths = Lengths.of(workload, policy)
+    passes = max(lengths.prompt_passes, fill * lengths.residence)
+    budget = max(MIN_BUDGET, math.ceil(policy.gpu_batch_size * lengths.prompt / passes))
+    return budget if budget < policy.gpu_batch_size * policy.prefill_chunk else 0
+
+
+def block_policy(search: Search, template: Policy, batch: int, count: int, fill: float) -> Policy:
+    """``template`` with the sizes of a block; what the user fixed stays."""
+    constraints = search.constraints
+    batch, count = constraints.gpu_batch_size or batch, constraints.num_gpu_batches or count
+    if search.workload.num_sequences is not None:
+        # Sequences beyond the job's would only reserve memory.
+        batch = constraints.gpu_batch_size or min(batch, search.workload.num_sequences)
+        count = constraints.num_gpu_batches or min(count, math.ceil(search.workload.num_sequences / batch))
+    policy = dataclasses.replace(template, gpu_batch_size=batch, num_gpu_batches=count)
+    budget = budget_of(search.workload, policy, fill) if constraints.prefill_budget is None else constraints.prefill_budget
+    return dataclasses.replace(policy, prefill_budget=budget)
+
+
+def first_fill(search: Search, block: float) -> float:
+    """A job of few blocks loses more by filling slowly than by unequal passes."""
+    total = search.workload.num_sequences
+    return 1.0 if total is None or total > 4 * block else 0.5
+
+
+def grid(sequences: float) -> list[tuple[int, int]]:
+    """Sizes and counts in powers of two, those nearest to ``sequences`` in flight first, so that the rest is pruned early."""
+    pairs = itertools.product(GRID_BATCHES, GRID_COUNTS)
+    return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
+
+
+def neighbours(policy: Policy) -> Iterator[tuple[int, int]]:
+    """Other sizes around a policy's: by one, by an eighth and by a third, and the same block cut differently."""
+    b, k = policy.gpu_batch_size, policy.num_gpu_batches
+    for factor in (1.34, 0.75, 1.13, 0.89):
+        yield max(b + (1 if factor > 1 else -1), round(b * factor)), k
+        yield b, max(k + (1 if factor > 1 else -1), round(k * factor))
+    yield b + 1, k
+    yield b - 1, k
+    yield math.ceil(b * k / (k + 1)), k + 1
+    if k > 1:
+        yield b * k // (k - 1), k - 1
+
+
+def explore(search: Search, template: Policy, bound: MachineBound) -> None:
+    """The grid, then hill climbing from its best points, then other fills."""
+    good = GOOD_ENOUGH * bound.tokens_per_second
+    for batch, count in grid(bound.sequences):
+        search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
+    limit = search.linear_programs + CLIMB
+
+    def climb(sizes: Iterable[Policy]) -> bool:
+        before = search.top
+        for policy in sizes:
+            if search.linear_programs < limit and search.top < good:
+                search.attempt(policy)
+        return search.top > before * (1 + 1e-4)
+
+    def family() -> list[Candidate]:
+        return [c for c in search.ranking if same_family(c.policy, template)][:2]
+
+    improved = bool(family())
+    while improved:
+        improved = False
+        for seed in family():
+            fills = {first_fill(search, seed.policy.block_size), *(FILLS if search.workload.num_sequences is not None else ())}
+            p = seed.policy
+            improved |= climb(block_policy(search, template, p.gpu_batch_size, p.num_gpu_batches, fill) for fill in sorted(fills))
+            budget = p.prefill_budget / p.gpu_batch_size
+            for batch, count in neighbours(p):
+                if batch >= 1 and count >= 1:
+                    other = block_policy(search, template, batch, count, 1.0)
+                    free = search.constraints.prefill_budget is None and search.workload.num_sequences is not None
+                    improved |= climb([dataclasses.replace(other, prefill_budget=math.ceil(budget * other.gpu_batch_size)) if free else other])
+
+
+def same_family(policy: Policy, template: Policy) -> bool:
+    return (policy.weight_bits, policy.cache_bits, policy.speculation) == (template.weight_bits, template.cache_bits, template.speculation)
+
+
+def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints | None = None) -> Plan:
+    """The policy with the highest predicted throughput that fits, with the predictions.
+
+    What ``constraints`` fixes stays as given. Raises `plan.DoesNotFit` with a table of what is missing.
+    """
+    start = time.perf_counter()
+    constraints = constraints or Constraints()
+    hardware = hardware.with_memory(constraints.gpu_memory, constraints.cpu_memory, constraints.disk)
+    search = Search(shape, hardware, workload, constraints)
+    anywhere = Split(1.0, 0.0)
+    bounds = []
+    for weight_bits, cache_bits, speculation in itertools.product(constraints.weight_bits, constraints.cache_bits, constraints.speculations):
+        template = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, 0.0, chunk_of(workload, constraints), constraints.overlap)
+        template = dataclasses.replace(template, speculation=speculation)
+        bound = machine_bound(shape, hardware, workload, constraints, weight_bits, cache_bits, speculation)
+        if bound is not None:
+            bounds.append((bound, template))
+    for bound, template in sorted(bounds, key=lambda pair: -pair[0].tokens_per_second):
+        if search.top < bound.tokens_per_second:
+            explore(search, template, bound)
+    plans = [plan for plan in map(search.finish, search.ranking[:FINALISTS]) if plan]
+    if not plans:
+        plans = [plan for plan in (search.finish(c) for c in search.ranking[FINALISTS : 8 * FINALISTS]) if plan]
+    if not plans:
+        raise does_not_fit(shape, hardware, workload, constraints, block_policy(search, template, 1, 1, 1.0))
+    best = max(plans, key=lambda plan: plan.predicted_tokens_per_second)
+    limit = max(bound.tokens_per_second for bound, _ in bounds)
+    elapsed = time.perf_counter() - start
+    return dataclasses.replace(best, machine_bound_tokens_per_second=limit, linear_programs=search.linear_programs + len(bounds), search_seconds=elapsed)

@@ -1,0 +1,114 @@
+"""A plan: a policy with the numbers that were predicted for it, for a report or for a decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flexbatch.policy.cost import RESOURCES, PassModel, limiting_resource, point_of
+from flexbatch.policy.loads import PassLoad, steady_load, trajectory
+from flexbatch.policy.memory import capacity, peak_memory, shortfall
+from flexbatch.policy.types import Hardware, ModelShape, Policy, Workload
+
+GIB = 2**30
+
+
+class DoesNotFit(RuntimeError):
+    """No policy fits the memory budgets; the message holds a table of what is missing and the remedies."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a policy costs; rates in generated tokens a second over the whole job, its fill and tail included."""
+
+    policy: Policy
+    shape: ModelShape
+    hardware: Hardware
+    workload: Workload
+    predicted_tokens_per_second: float
+    bound_tokens_per_second: float
+    """Of this policy: every pass takes its busiest resource and nothing else."""
+    steady_tokens_per_second: float
+    """With a full block, prompts riding along: what a job without end reaches."""
+    seconds: float | None
+    """Of the whole job; None for a job without end."""
+    passes: float
+    """In the job; 1 for a job without end, of which one average pass is described."""
+    pass_seconds: float
+    """Of the average pass."""
+    row_seconds: dict[str, float]
+    """Per row of `cost.ROWS`, in the average pass, were it alone."""
+    work: dict[str, float]
+    """Bytes (FLOPs for gpu_compute) per resource in the average pass."""
+    launch_seconds: float
+    memory: dict[str, dict[str, int]]
+    """Peak bytes per tier and kind."""
+    machine_bound_tokens_per_second: float | None = None
+    """What no policy for this workload can exceed on this machine."""
+    tokens_per_second_per_gib: dict[str, float] = field(default_factory=dict)
+    """What one GiB more on each tier buys, from the duals of the linear program."""
+    linear_programs: int = 0
+    search_seconds: float = 0.0
+
+    @property
+    def fraction_of_bound(self) -> float:
+        return self.predicted_tokens_per_second / self.bound_tokens_per_second
+
+    @property
+    def resource_seconds(self) -> dict[str, float]:
+        return {name: self.row_seconds[name] for name in RESOURCES}
+
+    @property
+    def limiting_resource(self) -> str:
+        """The busiest resource, or "launch" when launching ticks takes longer than any."""
+        return "launch" if self.launch_seconds > max(self.row_seconds.values()) else limiting_resource(self.row_seconds)
+
+    @property
+    def room(self) -> dict[str, int]:
+        return capacity(self.hardware)
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """Bytes by which tiers are too small; empty when the plan fits."""
+        return shortfall(self.memory, self.hardware)
+
+
+def passes_of(workload: Workload, policy: Policy) -> tuple[PassLoad, np.ndarray, float]:
+    """(loads, how often each, generated tokens in all): the whole job, or for a job without end the average pass."""
+    if workload.num_sequences is None:
+        load, finished = steady_load(workload, policy)
+        return load, np.ones(1), finished * mean_output(workload)
+    load, counts = trajectory(workload, policy)
+    return load, counts, workload.num_sequences * mean_output(workload)
+
+
+def mean_output(workload: Workload) -> float:
+    return sum(output for _, output in workload.lengths) / len(workload.lengths)
+
+
+def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> Plan:
+    """Predict everything for a given policy, whether it fits or not (see `Plan.missing`)."""
+    load, counts, tokens = passes_of(workload, policy)
+    model, point = PassModel(shape, hardware, policy, load), point_of(policy)
+    total = float(np.sum(counts * model.pass_seconds(point)))
+    bound = float(np.sum(counts * model.bound_seconds(point)))
+    passes = float(counts.sum())
+    steady, finished = steady_load(workload, policy)
+    steady_seconds = float(PassModel(shape, hardware, policy, steady).pass_seconds(point))
+    return Plan(
+        policy=policy,
+        shape=shape,
+        hardware=hardware,
+        workload=workload,
+        predicted_tokens_per_second=tokens / total,
+        bound_tokens_per_second=tokens / bound,
+        steady_tokens_per_second=finished * mean_output(workload) / steady_seconds,
+        seconds=None if workload.num_sequences is None else total,
+        passes=passes,
+        pass_seconds=total / passes,
+        row_seconds={name: float(np.sum(counts * value)) / passes for name, value in model.resource_seconds(point).items()},
+        work={name: float(np.sum(counts * value)) / passes for name, value in model.resource_work(point).items()},
+        launch_seconds=model.launch_seconds,
+        memory=peak_memory(shape, hardware, workload, policy),
+    )

@@ -1,0 +1,157 @@
+"""Measured hardware: rates in bytes or FLOPs a second, fixed costs in seconds, capacities in bytes, and their JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+SHIPPED = Path(__file__).parent / "hardware"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A measured quantity at increasing points; constant outside them."""
+
+    points: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.points) != len(self.values) or not self.points:
+            raise ValueError(f"a curve needs as many values as points and at least one, got {len(self.points)} points and {len(self.values)} values")
+        if list(self.points) != sorted(set(self.points)) or min(self.points) <= 0 or min(self.values) <= 0:
+            raise ValueError(f"a curve needs increasing positive points and positive values, got points {self.points} and values {self.values}")
+
+    def at(self, point):
+        """Linear between the points. ``point`` may be an array."""
+        return np.interp(point, self.points, self.values)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine as `profile` measured it. Whatever limits a pass is a rate or a fixed cost here; the cost model assumes nothing else.
+
+    On a "cpu" device the ``gpu`` tier is plain memory with a budget, and copies take cores away from compute.
+    """
+
+    name: str
+    device: str
+    """"cuda" or "cpu"."""
+    gpu_memory_bytes: int
+    cpu_memory_bytes: int
+    disk_bytes: int
+    h2d: float
+    """Copy engine, pinned memory, alone."""
+    d2h: float
+    link_both: float
+    """Sum of both directions when both are busy."""
+    gather: float
+    """Page gather by kernel, host pages to GPU staging."""
+    scatter: float
+    disk_read: float
+    disk_write: float
+    gemm: Curve
+    """FLOP/s against tokens, not falling."""
+    gpu_bandwidth: float
+    """GPU memory, bytes read or written."""
+    attention_decode: float
+    """Bytes of cache a second that attention reads for single query tokens."""
+    attention_prefill: float
+    """FLOP/s of attention for prompt chunks."""
+    expand: float
+    """Expansion of quantised weights: bytes read plus written a second."""
+    cpu_attention: Curve
+    """Bytes of 16-bit cache a second, link idle, against query tokens x query heads per key-value head."""
+    cpu_attention_during_h2d: float
+    """The first value of ``cpu_attention`` while the link is busy."""
+    h2d_during_cpu_attention: float
+    host_bandwidth: float
+    """Host memory, bytes read or written, all users together."""
+    launch_seconds: float
+    """Per tick: what the host needs to launch a tick and no resource hides."""
+    pass_seconds: float = 0.0
+    """Per pass: composing it, sampling, committing."""
+    disk_read_seconds: float = 0.0
+    """Fixed cost of one disk request, per layer and micro-batch."""
+    link_seconds: float = 0.0
+    """Fixed cost of one copy, per layer and micro-batch."""
+    gpu_reserved_bytes: int = 0
+    """Not for the pools: context, libraries' workspaces, fragmentation."""
+    cpu_reserved_bytes: int = 0
+    fit_error: dict = field(default_factory=dict)
+    """Relative root-mean-square error of each fit."""
+    source: dict = field(default_factory=dict)
+    """Where each number comes from, for the reader."""
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f'hardware {self.name!r}: device {self.device!r} must be "cuda" or "cpu"')
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int | float) and (value < 0 or (f.type == "float" and value == 0 and not f.name.endswith("_seconds"))):
+                raise ValueError(f"hardware {self.name!r}: {f.name}={value} must be positive")
+
+    def gemm_seconds(self, elements, tokens, element_bytes: int = 2):
+        """Time to multiply ``tokens`` rows with weights of ``elements``. Time, not rate, is interpolated, so that it never falls with tokens.
+
+        One token costs a read of the weights; ``tokens`` may be an array.
+        """
+        points = np.asarray(self.gemm.points)
+        seconds = np.maximum.accumulate(2 * points / np.asarray(self.gemm.values))
+        first = min(element_bytes / self.gpu_bandwidth, seconds[0])
+        if points[0] > 1:
+            points, seconds = np.r_[1.0, points], np.r_[first, seconds]
+        tokens = np.asarray(tokens, dtype=float)
+        inside = np.interp(tokens, points, seconds)
+        return elements * np.where(tokens <= 0, 0.0, np.where(tokens > points[-1], seconds[-1] * tokens / points[-1], inside))
+
+    def cpu_attention_rate(self, queries_per_kv_head: float) -> float:
+        """Bytes a second, link idle; beyond the last measured point attention is bound by compute, and time grows with the queries."""
+        last = self.cpu_attention.points[-1]
+        return float(self.cpu_attention.at(queries_per_kv_head)) * min(1.0, last / queries_per_kv_head)
+
+    @property
+    def cpu_attention_slowdown(self) -> float:
+        """Bytes of CPU attention given up for each byte on the link."""
+        return max(0.0, self.cpu_attention.values[0] - self.cpu_attention_during_h2d) / self.h2d_during_cpu_attention
+
+    @property
+    def link_slowdown(self) -> float:
+        """Bytes on the link given up for each byte of CPU attention."""
+        return max(0.0, self.h2d - self.h2d_during_cpu_attention) / self.cpu_attention_during_h2d
+
+    def with_memory(self, gpu: int | None = None, cpu: int | None = None, disk: int | None = None) -> Hardware:
+        """The same machine with other budgets."""
+        given = {"gpu_memory_bytes": gpu, "cpu_memory_bytes": cpu, "disk_bytes": disk}
+        return dataclasses.replace(self, **{name: int(value) for name, value in given.items() if value is not None})
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Hardware:
+        """Raises ValueError that names missing and unknown fields."""
+        data = json.loads(text)
+        names = {f.name for f in fields(cls)}
+        needed = {f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+        if unknown := data.keys() - names:
+            raise ValueError(f"hardware JSON: unknown fields {sorted(unknown)}")
+        if missing := needed - data.keys():
+            raise ValueError(f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with python -m flexbatch.policy.profile")
+        for name in ("gemm", "cpu_attention"):
+            data[name] = Curve(tuple(data[name]["points"]), tuple(data[name]["values"]))
+        return cls(**data)
+
+
+def load_hardware(name_or_path: str | Path) -> Hardware:
+    """A shipped machine by name ("t4", "h200", "cpu") or a JSON file. Raises FileNotFoundError that lists the shipped names."""
+    path = SHIPPED / f"{name_or_path}.json"
+    if not path.is_file():
+        path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
+        raise FileNotFoundError(f"no hardware file {str(name_or_path)!r}; shipped: {shipped}; or a JSON file of python -m flexbatch.policy.profile")
+    return Hardware.from_json(path.read_text())
