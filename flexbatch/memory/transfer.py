@@ -122,7 +122,8 @@ class StreamLane:
     def __init__(self, resource: str, tracer: Tracer, device: torch.device) -> None:
         self.resource, self.tracer = resource, tracer
         self.num_bytes = 0
-        self.stream = torch.cuda.Stream(device)
+        # Kernels that read or write host memory need few multiprocessors but must not queue behind a GEMM's thread blocks.
+        self.stream = torch.cuda.Stream(device, priority=-1)
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
         """Enqueue ``job`` on the stream, ordered after ``after``."""

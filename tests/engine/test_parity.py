@@ -1,0 +1,96 @@
+"""The engine's greedy tokens equal those of transformers for every placement, micro-batch shape, overlap and chunk size."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from flexbatch import LLM, SamplingParams
+from tests.engine.conftest import NEW_TOKENS
+
+WEIGHTS = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (30, 40)}
+CACHE = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (40, 30)}
+ACTIVATIONS = {"gpu": (100, 0), "cpu": (0, 100), "mixed": (30, 40)}
+GRID = list(itertools.product(WEIGHTS, CACHE, ACTIVATIONS, (1, 2, 3), (True, False), (1, 7, 64)))
+FAMILIES = ("opt", "opt-tiny", "llama", "llama-tied", "llama-single")
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
+
+
+def run(reference, offload_dir, cell, cpu_attention=0.0, **settings):
+    weights, cache, activations, micro_batches, overlap, chunk = cell
+    percent = WEIGHTS[weights] + CACHE[cache] + ACTIVATIONS[activations]
+    with LLM(
+        str(reference.folder),
+        percent=percent,
+        gpu_batch_size=3,
+        num_gpu_batches=micro_batches,
+        overlap=overlap,
+        prefill_chunk=chunk,
+        cpu_attention=cpu_attention,
+        gpu_memory="1GiB",
+        cpu_memory="1GiB",
+        offload_dir=str(offload_dir),
+        device="cpu",
+        **settings,
+    ) as llm:
+        completions = llm.generate(reference.prompts, GREEDY)
+        assert llm.block is not None
+        llm.block.check()
+        llm.weights.check()
+        llm.tiers.check()
+    return [completion.token_ids for completion in completions]
+
+
+def sampled(count: int, seed: int) -> list:
+    """Cells that cover every value of every axis, without the slowest chunk size on the slowest tier."""
+    cheap = [cell for cell in GRID if cell[5] != 1 or cell[1] == "gpu"]
+    return random.Random(seed).sample(cheap, count)
+
+
+@pytest.mark.parametrize(("family", "cell"), [(family, cell) for i, family in enumerate(FAMILIES) for cell in sampled(7, i)], ids=str)
+def test_sampled_grid(family, cell, reference, tmp_path):
+    model = reference(family)
+    assert run(model, tmp_path, cell) == model.token_ids
+
+
+@pytest.mark.parametrize("cpu_attention", [0.5, 1.0])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_attention_on_the_cpu(micro_batches, overlap, cpu_attention, reference, tmp_path):
+    model = reference("llama")
+    assert run(model, tmp_path, ("cpu", "mixed", "gpu", micro_batches, overlap, 64), cpu_attention) == model.token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("cell", GRID, ids=str)
+def test_whole_grid(family, cell, reference, tmp_path_factory):
+    model = reference(family)
+    folder = tmp_path_factory.getbasetemp() / f"offload-{family}"
+    assert run(model, folder, cell) == model.token_ids
+
+
+@pytest.mark.parametrize(("weight_bits", "cache_bits"), [(4, 16), (8, 8), (16, 4), (4, 4)])
+def test_compressed_tokens_depend_on_nothing_but_the_bits(weight_bits, cache_bits, reference, tmp_path):
+    """Quantised weights and cache change the tokens, but placement, chunking and overlap may not."""
+    model = reference("llama")
+    cells = [("gpu", "gpu", "gpu", 1, True, 64), ("disk", "disk", "mixed", 2, True, 7), ("mixed", "cpu", "cpu", 3, False, 33)]
+    outputs = [run(model, tmp_path, cell, share, weight_bits=weight_bits, cache_bits=cache_bits) for cell, share in zip(cells, (0, 0, 0.5), strict=True)]
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_a_request_does_not_depend_on_the_batch(reference, tmp_path):
+    """Alone, in a batch of 50, and in another order: the same tokens, greedy and drawn."""
+    model = reference("llama")
+    prompts = [[*prompt, i + 3] for i in range(5) for prompt in model.prompts]
+    params = [SamplingParams(max_tokens=8, temperature=0.0 if i % 2 else 0.9, seed=i) for i in range(len(prompts))]
+    settings = {"gpu_batch_size": 7, "num_gpu_batches": 3, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "percent": (50, 50, 50, 50, 100, 0), "device": "cpu"}
+    with LLM(str(model.folder), **settings) as llm:
+        together = [completion.token_ids for completion in llm.generate(prompts, params)]
+        for i in (0, 7, 23, 49):
+            assert llm.generate([prompts[i]], params[i])[0].token_ids == together[i]
+        order = random.Random(0).sample(range(len(prompts)), len(prompts))
+        permuted = llm.generate([prompts[i] for i in order], [params[i] for i in order])
+        assert [completion.token_ids for completion in permuted] == [together[i] for i in order]
