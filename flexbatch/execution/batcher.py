@@ -160,7 +160,7 @@ class Batcher:
                 sequence.table.num_tokens = query.start + query.num_tokens
                 if (result := drawn.get(query)) is not None:
                     self.extend(sequence, result)
-                if sequence.output.finish is not None and sequence.num_cached >= sequence.num_prompt_tokens:
+                if sequence.output.finish is not None and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:
                     self.retire(sequence)
 
     def extend(self, sequence: Sequence, result: Drawn) -> None:

@@ -35,8 +35,14 @@ class Sequence:
         return len(self.state.request.prompt_token_ids)
 
     @property
+    def num_unread(self) -> int:
+        """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It may stand past the context's end."""
+        return int(self.output.max_tokens == 0 and self.num_prompt_tokens > 1)
+
+    @property
     def num_uncached(self) -> int:
-        return len(self.token_ids) - self.num_cached
+        """Tokens that still have to be read."""
+        return len(self.token_ids) - self.num_unread - self.num_cached
 
     def check(self) -> None:
         """Invariants: the cache never holds more than the tokens, and never the newest one."""

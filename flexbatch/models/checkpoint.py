@@ -47,7 +47,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
 def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = ()) -> Iterator[Piece]:
     """Every tensor of the model once, as pieces, in the order of the files; those of the (layer, role) pairs in ``skip`` are not read.
 
-    Memory: the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the three.
+    Memory: at most 256 MiB of mapped file beside the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the
+    three. Other tensors are views of the file: copy or drop each before the next.
     Raises CheckpointError, on the call and not at the first piece, for missing, extra and mis-shaped tensors and damaged files.
     """
     assignments = _assign(list_tensors(Path(folder)), arch, Path(folder))
