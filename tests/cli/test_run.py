@@ -146,7 +146,8 @@ def test_path_names_the_folder_as_in_flexgen(model_folder: Path, capsys: pytest.
         (["--model", "/nowhere/at/all"], 2, "/nowhere/at/all"),
         (["--trace", "/nowhere/trace.json"], 2, "its folder does not exist"),
         (["--output", "/nowhere/out.jsonl"], 2, "cannot be written"),
-        (["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "/proc/offload"], 2, "ERROR offload folder /proc/offload: "),
+        (["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "EMPTY"], 2, "empty.txt"),
+        (["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "/proc/offload"], 4, "free space in --offload-dir"),
         (["--prompt-len", "5", "--gpu-memory", "20KiB", "--percent", "100", "0", "100", "0", "100", "0"], 4, "gpu"),
     ],
 )
