@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-GIB = 2**30
+from flexbatch.trace import RESOURCES
+
 TIERS = ("gpu", "cpu", "disk")
+BINARY = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+DECIMAL = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,17 +40,22 @@ def placement(report: Mapping[str, Any]) -> str:
 def memory(report: Mapping[str, Any]) -> str:
     """What needs how much on which tier, against the budgets, and the peak where it was measured."""
     needs, budgets, peaks = report.get("memory", []), report.get("budgets", {}), report.get("peak_bytes", {})
-    names = list(dict.fromkeys(need["what"] for need in needs))
-    rows = [[name, *(_gib(sum(need["num_bytes"] for need in needs if (need["what"], need["tier"]) == (name, tier))) for tier in TIERS)] for name in names]
-    rows.append(["needed", *(_gib(sum(need["num_bytes"] for need in needs if need["tier"] == tier)) for tier in TIERS)])
-    if peaks:
-        rows.append(["peak", *(_gib(peaks.get(tier, 0)) for tier in TIERS)])
-    rows.append(["budget", *(_gib(budgets.get(tier, 0)) for tier in TIERS)])
-    return table(["GiB", *TIERS], rows)
+    unit, size = fitting_unit(max((need["num_bytes"] for need in needs), default=0), BINARY)
+
+    def line(name: str, num_bytes: Mapping[str, int]) -> list[str]:
+        return [name, *(f"{num_bytes[tier] / size:,.2f}" if num_bytes.get(tier) else "-" for tier in TIERS)]
+
+    def total(what: str | None) -> dict[str, int]:
+        return {tier: sum(need["num_bytes"] for need in needs if need["tier"] == tier and what in (None, need["what"])) for tier in TIERS}
+
+    rows = [line(name, total(name)) for name in dict.fromkeys(need["what"] for need in needs)]
+    rows += [line("needed", total(None)), *([line("peak", peaks)] if peaks else []), line("budget", budgets)]
+    return table([unit, *TIERS], rows)
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.3f}" if num_bytes else "-"
+def fitting_unit(largest: float, units: Mapping[str, int]) -> tuple[str, int]:
+    """The largest unit in which the largest value is at least 1, so that a tiny model's table is not all zeros."""
+    return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
 
 
 def throughput(report: Mapping[str, Any]) -> str:
@@ -62,8 +70,9 @@ def throughput(report: Mapping[str, Any]) -> str:
     text = f"throughput ({seconds:.2f} s, and {report['load_seconds']:.2f} s to load)\n{table(['', 'count', 'per second'], rows)}"
     moved = {name: count for name, count in report.get("moved_bytes", {}).items() if count}
     if moved:
-        traffic = [[name.replace("_", " "), f"{count / 1e9:.3f}", _rate(count / 1e9, seconds)] for name, count in moved.items()]
-        text += "\n" + table(["traffic", "GB", "GB/s of the run"], traffic)
+        unit, size = fitting_unit(max(moved.values()), DECIMAL)
+        traffic = [[name.replace("_", " "), f"{count / size:,.2f}", _rate(count / size, seconds)] for name, count in moved.items()]
+        text += "\n" + table(["traffic", unit, f"{unit}/s of the run"], traffic)
     return text
 
 
@@ -74,9 +83,10 @@ def _rate(count: float, seconds: float) -> str:
 def resources(report: Mapping[str, Any]) -> str:
     """What the trace measured of every resource; empty without a trace."""
     uses = report.get("resources") or {}
+    unit, size = fitting_unit(max((use["num_bytes"] for use in uses.values()), default=0), DECIMAL)
     rows = []
     for name, use in uses.items():
         share = use["busy"] / use["wall"] if use["wall"] else 0.0
-        rate = f"{use['num_bytes'] / use['busy'] / 1e9:.2f}" if use["busy"] and use["num_bytes"] else "-"
-        rows.append([name.replace("_", " "), f"{use['busy']:.3f}", f"{100 * share:.1f}", f"{use['num_bytes'] / 1e9:.3f}", rate])
-    return "resources\n" + table(["", "busy s", "% of wall", "GB", "GB/s while busy"], rows) if rows else ""
+        moved = [f"{use['num_bytes'] / size:,.2f}", f"{use['num_bytes'] / use['busy'] / size:,.2f}"] if use["busy"] and use["num_bytes"] else ["-", "-"]
+        rows.append([RESOURCES.get(name, name), f"{use['busy']:.3f}", f"{100 * share:.1f}", *moved])
+    return "resources\n" + table(["", "busy s", "% of wall", unit, f"{unit}/s while busy"], rows) if rows else ""
