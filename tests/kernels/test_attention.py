@@ -76,6 +76,20 @@ def test_triton(name, splits, device):
     assert_close(attention.paged_attention(*arguments, **options, splits=splits), wanted)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_scores_in_the_thousands(splits, device):
+    """Every part subtracts its maximum before the exponential."""
+    from flexbatch.kernels import attention
+
+    arguments, options = (case := Case((1, 4), (90, 70), head_dim=16)).build()
+    wanted = reference.paged_attention(*arguments, **options | {"scale": 300.0})
+    if native.library() is not None:
+        torch.testing.assert_close(native.paged_attention(*arguments, **options | {"scale": 300.0}), wanted, atol=1e-3, rtol=1e-3)
+    arguments, options = case.build(device)
+    got = attention.paged_attention(*arguments, **options | {"scale": 300.0}, splits=splits)
+    torch.testing.assert_close(got.cpu(), wanted, atol=1e-3, rtol=1e-3)
+
+
 def test_triton_reads_a_slice_of_a_fused_projection(device):
     from flexbatch.kernels import attention
 
