@@ -419,7 +419,8 @@ int flexbatch_paged_attention(const attention_t *a) {
             filled += share_out(a, q, items + filled, &floats);
         }
         partial_of[a->num_sequences] = floats;
-#pragma omp parallel num_threads((int)a->threads)
+        const int threads = (int)(count < a->threads ? (count > 0 ? count : 1) : a->threads);
+#pragma omp parallel num_threads(threads)
         {
 #ifdef _OPENMP
             extern int omp_get_thread_num(void);
@@ -427,14 +428,17 @@ int flexbatch_paged_attention(const attention_t *a) {
 #else
             float *own = scratch;
 #endif
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
             for (int64_t i = 0; i < count; i++) {
                 const span_t s = span_of(a, items[i].sequence);
                 (is_few(&s) ? few_rows : many_rows)(a, items + i, own, partials);
             }
-#pragma omp for schedule(dynamic, 1)
-            for (int32_t q = 0; q < (int32_t)a->num_sequences; q++)
-                if (partial_of[q + 1] > partial_of[q]) merge_sequence(a, q, partials + partial_of[q]);
+            if (floats) { /* without partial results the threads meet once, at the end: on a busy machine each meeting costs a time slice */
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1) nowait
+                for (int32_t q = 0; q < (int32_t)a->num_sequences; q++)
+                    if (partial_of[q + 1] > partial_of[q]) merge_sequence(a, q, partials + partial_of[q]);
+            }
         }
     }
     free(partial_of), free(items), free(partials), free(scratch);
