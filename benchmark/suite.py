@@ -42,16 +42,18 @@ def opt30(percent: tuple[float, ...], gpu_batch_size: int, num_gpu_batches: int,
     return {"percent": percent, "gpu_batch_size": gpu_batch_size, "num_gpu_batches": num_gpu_batches, "prefill_chunk": 512, "cpu_memory": "122GiB", **settings}
 
 
+def resident(gpu_batch_size: int) -> dict[str, Any]:
+    return {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": gpu_batch_size, "num_gpu_batches": 1, "prefill_chunk": 512}
+
+
 SCENARIOS: dict[str, Scenario] = {
     "opt-30b-16-16": Scenario("opt-30b", 16, opt30((8, 92, 12, 88, 100, 0), 23, 4, cpu_attention=1.0), 276, goal=60),
     "opt-30b-16-4": Scenario("opt-30b", 16, opt30((8, 92, 5, 95, 100, 0), 60, 5, cache_bits=4), 900, goal=110),
     "opt-30b-4-4": Scenario("opt-30b", 16, opt30((30, 70, 0, 100, 100, 0), 64, 7, cache_bits=4, weight_bits=4), 1344, goal=190),
     "opt-30b-stream": Scenario("opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1), 12, note="weight streaming alone"),
-    "opt-6.7b-gpu-4": Scenario("opt-6.7b", 16, {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 4, "num_gpu_batches": 1, "prefill_chunk": 512}, 12, goal=400),
-    "opt-6.7b-gpu-best": Scenario("opt-6.7b", 16, {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 4, "num_gpu_batches": 1, "prefill_chunk": 512}, 24),
-    "llama-3-8b-ragged": Scenario(
-        "llama-3-8b", 80, {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 512, "num_gpu_batches": 1, "prefill_chunk": 512}, 1000, (20, 400), 128
-    ),
+    "opt-6.7b-gpu-4": Scenario("opt-6.7b", 16, resident(4), 12, goal=400),
+    "opt-6.7b-gpu-best": Scenario("opt-6.7b", 16, resident(6), 24),
+    "llama-3-8b-ragged": Scenario("llama-3-8b", 80, resident(512), 1000, (20, 400), 128),
     "llama-3-70b-4-16": Scenario(
         "llama-3-70b",
         24,
@@ -142,7 +144,7 @@ def machine() -> dict[str, str]:
     import torch
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    info = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown", "processor": platform.processor() or platform.machine()}
+    info = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown", "processor": platform.machine()}
     if torch.cuda.is_available():
         driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False)
         info |= {"gpu": torch.cuda.get_device_name(0), "driver": driver.stdout.strip()}

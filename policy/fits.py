@@ -23,7 +23,8 @@ class RateFit:
 def fit_rate(amounts: Sequence[float], seconds: Sequence[float]) -> RateFit:
     """Non-negative least squares of the relative error, so that short measurements count as much as long ones.
 
-    Where time does not grow with the amount (a busy machine), the largest amount alone gives the rate, and the error is large.
+    Where the fit is faster than everything measured by more than a quarter (a busy machine: time hardly grows with the amount), the fastest
+    measurement gives the rate, and the error is large.
     Raises ValueError for fewer than two timings or timings of zero.
     """
     if len(amounts) != len(seconds) or len(amounts) < 2 or min(seconds) <= 0:
@@ -33,8 +34,9 @@ def fit_rate(amounts: Sequence[float], seconds: Sequence[float]) -> RateFit:
     scale = x.max()
     design = np.stack([x / scale, np.ones_like(x)], axis=1)
     (slope, fixed), _ = nnls(design / t[:, None], np.ones_like(t))
-    if slope <= 0:
-        slope, fixed = t[np.argmax(x)], 0.0
+    fastest = float(np.min(t * scale / x))
+    if slope < fastest / 1.25:
+        slope, fixed = fastest, 0.0
     residual = design @ np.array([slope, fixed]) / t - 1
     return RateFit(scale / slope, float(fixed), float(np.sqrt(np.mean(residual**2))))
 
