@@ -150,7 +150,8 @@ class LLM:
         self.tracer: Tracer = RecordingTracer(self.device) if trace else Tracer()
         job = job or Job.typical(self.arch.max_positions)
         self.policy = planning.choose_policy(self.arch, config, self.layout, job, self.budgets, self.dtype.itemsize)
-        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize)
+        packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
+        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize, packed)
         sizes = planning.block_sizes(self.policy, self.layout, replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))
         planning.check_fit(self._needs(sizes), self.budgets)
 
@@ -192,7 +193,7 @@ class LLM:
             stream = lambda skip: (piece for piece in dummy(self.arch, config.seed, self.dtype) if (piece.layer, piece.role) not in skip)  # noqa: E731
         else:
             folder, identity = self.folder, resolve.fingerprint(self.folder)
-            stream = lambda skip: checkpoint.stream(folder, self.arch, skip)  # noqa: E731
+            stream = lambda skip: checkpoint.stream(folder, self.arch, skip, packed=True)  # noqa: E731
         files = offload_dir / f"{identity}-{str(self.dtype).removeprefix('torch.')}"
         loader = Loader(self.weights, files if uses_disk or config.offload_path else None, cache_quantized=config.offload_path is not None)
         with torch.inference_mode():
