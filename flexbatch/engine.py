@@ -151,22 +151,20 @@ class LLM:
         self.tracer: Tracer = RecordingTracer(self.device) if trace else Tracer()
         job = job or Job.typical(self.arch.max_positions)
         self.policy = planning.choose_policy(self.arch, config, self.layout, job, self.budgets, self.dtype.itemsize)
-        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize, self.prequantized)
+        packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
+        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize, packed)
         sizes = planning.block_sizes(self.policy, self.layout, replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))
         planning.check_fit(self._needs(sizes), self.budgets)
 
     def _read_model(self) -> None:
         """Architecture and tokenizer; no weights yet."""
         self.tokenizer: Any = None
-        self.prequantized: dict[str, tuple[int, int]] = {}
         if self.config.dummy_weights:
             self.folder = None
             self.arch = shapes.shape(self.config.model)
             return
         self.folder = resolve.resolve(self.config.model)
-        config = checkpoint.read_config(self.folder)
-        self.arch = families.read_arch(config)
-        self.prequantized = checkpoint.prequantized(config, self.arch)
+        self.arch = families.read_arch(checkpoint.read_config(self.folder))
         self.tokenizer = resolve.load_tokenizer(self.folder)
 
     def _needs(self, sizes: BlockSizes) -> list[Any]:
