@@ -59,9 +59,9 @@ def machine_bound(
 def _solve(shape, hardware, workload, constraints, policy, rows, cache_bytes: float) -> tuple[float, float] | None:
     """(seconds of a pass for each sequence in flight, sequences in flight)."""
     problem = pulp.LpProblem("bound", pulp.LpMinimize)
-    per_sequence = pulp.LpVariable("seconds", 0)
-    inverse = pulp.LpVariable("inverse", 1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
-    named = {name: pulp.LpVariable(name, 0, 1) for name in VARIABLES}
+    per_sequence = problem.add_variable("seconds", 0)
+    inverse = problem.add_variable("inverse", 1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
+    named = {name: problem.add_variable(name, 0, 1) for name in VARIABLES}
     fixed = fixed_fractions(constraints)
     problem += per_sequence
     weights = shape.weight_bytes(shape.total_elements, policy.weight_bits)
