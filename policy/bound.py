@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
-import pulp
+import pulp  # type: ignore[import-untyped]
 
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
 from flexbatch.policy.loads import Lengths, steady_load

@@ -20,7 +20,7 @@ from flexbatch.policy.loads import PAGE_TOKENS, PassLoad
 from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy
 
 KINDS = ("weights", "cache", "activations")
-VARIABLES = tuple(f"{kind}_{tier}" for kind in KINDS for tier in TIERS) + ("attended",)
+VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "attended")
 """The nine fractions, and the share of all sequences that is attended on the CPU."""
 RESOURCES = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory", "cpu_attention", "host_memory")
 SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention")
@@ -129,7 +129,7 @@ class PassModel:
 
     def _layer_traffic(self) -> dict[str, np.ndarray]:
         """Bytes of one layer but for weights; ``gathered`` and ``scattered`` cross the link by kernel, ``attended`` is read by the CPU."""
-        shape, policy, load = self.shape, self.policy, self.load
+        shape, load = self.shape, self.load
         activations = self.tokens * shape.hidden_bytes
         # Whole pages cross: half a page more than the context of every sequence.
         decode = self.row_bytes * (load.decode_context + np.asarray(load.decode_sequences) * (PAGE_TOKENS - 1) / 2)
@@ -167,7 +167,8 @@ class PassModel:
         reading = np.maximum(read, 0.5 * self.row_bytes_16 * np.asarray(load.decode_context)) / hardware.attention_decode
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
-        return affine(seconds, attended=-decode), affine(flops + prompt_flops + decode_flops, attended=-decode_flops), affine(moved + elementwise + read, attended=-read)
+        flops = flops + prompt_flops + decode_flops
+        return affine(seconds, attended=-decode), affine(flops, attended=-decode_flops), affine(moved + elementwise + read, attended=-read)
 
     def _head_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shape, hardware = self.shape, self.hardware
@@ -222,7 +223,7 @@ class PassModel:
             "host_memory": work["host_memory"] / hardware.host_bandwidth,
         }
         if not policy.overlap:
-            return {**seconds, "no overlap": sum(seconds[name] for name in SERIAL)}
+            return {**seconds, "no overlap": functools.reduce(np.add, (seconds[name] for name in SERIAL))}
         seconds["h2d + d2h"] = (work["h2d"] + work["d2h"]) / hardware.link_both
         seconds["h2d beside cpu_attention"] = seconds["h2d"] + traffic["attended"] * hardware.link_slowdown / hardware.h2d
         seconds["cpu_attention beside h2d"] = seconds["cpu_attention"] + work["h2d"] * hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pulp
+import pulp  # type: ignore[import-untyped]
 
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
 from flexbatch.policy.types import TIERS, Constraints
@@ -82,7 +82,7 @@ def point_from(variables: list[pulp.LpVariable]) -> np.ndarray:
     return np.array([1.0, *(min(1.0, max(0.0, v.varValue or 0.0)) for v in variables)])
 
 
-def least_shortage(memory: dict[str, np.ndarray], room: dict[str, float], constraints: Constraints) -> np.ndarray:
+def least_shortage(memory: dict[str, np.ndarray], room: Mapping[str, float], constraints: Constraints) -> np.ndarray:
     """The placement that lacks the fewest bytes over all tiers, for the message that says what is missing."""
     problem = pulp.LpProblem("shortage", pulp.LpMinimize)
     variables = placement_variables(problem, constraints)
@@ -98,7 +98,7 @@ def least_shortage(memory: dict[str, np.ndarray], room: dict[str, float], constr
 def solve(
     phases: Iterable[tuple[PassModel, float]],
     memory: dict[str, np.ndarray],
-    room: dict[str, float],
+    room: Mapping[str, float],
     constraints: Constraints,
 ) -> Solution | None:
     """The placement that minimises the sum over (pass, how often) of its time; None when nothing fits.

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def _links(values: dict, errors: dict[str, float], dev: torch.device, timer: Tim
     near, far = (torch.empty(largest, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
     sizes = [largest >> shift for shift in (6, 4, 2, 0)]
     for name, target, origin in (("h2d", near, host), ("d2h", back, far)):
-        fit = fit_rate(sizes, [timer(lambda n=n, t=target, o=origin: t[:n].copy_(o[:n], non_blocking=True)) for n in sizes])
+        fit = fit_rate(sizes, [timer(partial(_copy, target[:n], origin[:n])) for n in sizes])
         values[name], errors[name] = fit.rate, fit.error
         if name == "h2d":
             values["link_seconds"] = fit.fixed_seconds
@@ -105,6 +106,10 @@ def _links(values: dict, errors: dict[str, float], dev: torch.device, timer: Tim
     words = host.view(torch.int32)
     copy = 2 * largest / timer(lambda: back.copy_(host))
     values["host_bandwidth"] = max(largest / timer(words.sum), copy)
+
+
+def _copy(target: Tensor, origin: Tensor) -> None:
+    target.copy_(origin, non_blocking=True)
 
 
 def _both(dev: torch.device, *copies: tuple[Tensor, Tensor]) -> None:
@@ -128,7 +133,7 @@ def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: t
     rates = []
     for tokens in TOKENS[dev.type]:
         x = torch.randn(tokens, columns, device=dev, dtype=dtype)
-        rates.append(2 * tokens * rows * columns / timer(lambda x=x: torch.nn.functional.linear(x, weight)))
+        rates.append(2 * tokens * rows * columns / timer(partial(torch.nn.functional.linear, x, weight)))
     values["gemm"], errors["gemm"] = fit_curve(TOKENS[dev.type], rates)
     source, target = (torch.empty((512 if gpu else 64) * MIB, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
     values["gpu_bandwidth"] = 2 * source.numel() / timer(lambda: target.copy_(source))
@@ -227,8 +232,12 @@ def _capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:
         free, total = torch.cuda.mem_get_info(dev)
         context = min(total - free, 2 * 2**30)
         return {
-            "gpu_memory_bytes": total, "gpu_reserved_bytes": context, "cpu_memory_bytes": int(0.95 * available), "cpu_reserved_bytes": 4 * 2**30, "disk_bytes": disk
-        }  # fmt: skip
+            "gpu_memory_bytes": total,
+            "gpu_reserved_bytes": context,
+            "cpu_memory_bytes": int(0.95 * available),
+            "cpu_reserved_bytes": 4 * 2**30,
+            "disk_bytes": disk,
+        }
     return {"gpu_memory_bytes": available * 2 // 3, "cpu_memory_bytes": available // 4, "disk_bytes": disk}
 
 

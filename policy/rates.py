@@ -125,8 +125,12 @@ class Hardware:
 
     def with_memory(self, gpu: int | None = None, cpu: int | None = None, disk: int | None = None) -> Hardware:
         """The same machine with other budgets."""
-        given = {"gpu_memory_bytes": gpu, "cpu_memory_bytes": cpu, "disk_bytes": disk}
-        return dataclasses.replace(self, **{name: int(value) for name, value in given.items() if value is not None})
+        return dataclasses.replace(
+            self,
+            gpu_memory_bytes=self.gpu_memory_bytes if gpu is None else int(gpu),
+            cpu_memory_bytes=self.cpu_memory_bytes if cpu is None else int(cpu),
+            disk_bytes=self.disk_bytes if disk is None else int(disk),
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -35,6 +35,10 @@ class SweepRequest:
             raise ValueError(f"--sweep {text!r}: needs at least 2 steps and a last size above the first")
         return request
 
+    def constrain(self, constraints: Constraints, size: int) -> Constraints:
+        gpu = self.kind == "gpu_memory"
+        return dataclasses.replace(constraints, gpu_memory=size if gpu else constraints.gpu_memory, cpu_memory=constraints.cpu_memory if gpu else size)
+
     @property
     def sizes(self) -> list[int]:
         return [self.first + (self.last - self.first) * i // (self.steps - 1) for i in range(self.steps)]
@@ -49,7 +53,7 @@ def sweep(shape: ModelShape, hardware: Hardware, workload: Workload, constraints
     best: Plan | None = None
     for size in request.sizes:
         try:
-            plan: Plan | None = choose(shape, hardware, workload, dataclasses.replace(constraints, **{request.kind: size}))
+            plan: Plan | None = choose(shape, hardware, workload, request.constrain(constraints, size))
         except DoesNotFit:
             plan = None
         if best is not None and (plan is None or plan.predicted_tokens_per_second < best.predicted_tokens_per_second):

@@ -117,7 +117,8 @@ def test_choice_beats_its_neighbours(model, gpu, cpu):
     shape = public_shape(model)
     plan = choose(shape, hardware, WORKLOAD)
     b, k = plan.policy.gpu_batch_size, plan.policy.num_gpu_batches
-    for batch, count in ((b * 2, k), (max(1, b // 2), k), (b, k + 1), (b, max(1, k - 1)), (b * 2, max(1, k // 2)), (max(1, b // 2), k * 2), (b + 3, k), (max(1, b - 3), k)):
+    others = [(b * 2, k), (b // 2, k), (b, k + 1), (b, k - 1), (b * 2, k // 2), (b // 2, k * 2), (b + 3, k), (b - 3, k)]
+    for batch, count in (pair for pair in others if min(pair) > 0):
         try:
             other = choose(shape, hardware, WORKLOAD, Constraints(gpu_batch_size=batch, num_gpu_batches=count))
         except DoesNotFit:
