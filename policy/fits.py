@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import isotonic_regression, nnls  # type: ignore[import-untyped]
+from scipy.optimize import isotonic_regression, nnls
 
 from flexbatch.policy.rates import Curve
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pulp  # type: ignore[import-untyped]
+import pulp
 
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
 from flexbatch.policy.types import TIERS, Constraints
