@@ -113,17 +113,18 @@ def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: st
     """A flag for every field. What is not on the command line is absent from the namespace, so that lower sources can speak."""
     group = parser.add_argument_group(title)
     for setting in settings_of(config_class):
-        extra = {key: value for key, value in setting.metadata.items() if key != "help"}
+        extra = {key: value for key, value in setting.metadata.items() if key not in ("help", "aliases")}
+        names = (setting.flag, *setting.metadata.get("aliases", ()))
         text = setting.metadata.get("help", "").replace("%", "%%")
         if setting.default not in (None, (), False) and "default:" not in text:
             text += f" (default: {str(setting.default).lower() if setting.kind is bool else setting.default})"
         common = {"dest": setting.name, "default": argparse.SUPPRESS, "help": text}
         if setting.kind is bool and setting.default is False:
-            group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, **common, **extra)
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, **common, **extra)
         elif setting.kind is bool:
-            group.add_argument(setting.flag, nargs="?", const=True, type=_argument(setting), metavar="true|false", **common, **extra)
+            group.add_argument(*names, nargs="?", const=True, type=_argument(setting), metavar="true|false", **common, **extra)
         else:
-            group.add_argument(setting.flag, type=_argument(setting), **common, **{"metavar": _metavar(setting), **extra})
+            group.add_argument(*names, type=_argument(setting), **common, **{"metavar": _metavar(setting), **extra})
 
 
 def _metavar(setting: Setting) -> Any:
@@ -225,7 +226,8 @@ def run_command(main: Callable[[], int | None], resume: str | None = None) -> in
         if code == CRASH:
             logger.exception("crashed: %s", error)
         else:
-            logger.error("%s", error)
+            explained = isinstance(error, OSError) and error.filename is None and error.strerror
+            logger.error("%s", explained or error)
         return code
 
 
@@ -238,6 +240,6 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return DOES_NOT_FIT
-        if error.filename is not None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             return USAGE
     return CRASH

@@ -31,7 +31,8 @@ class PromptEncoder:
         self._vocab_size = vocab_size
 
     def encode(self, index: int, prompt: Prompt, max_tokens: int = 1) -> tuple[int, ...]:
-        """Token ids of prompt number `index`. With max_tokens=0 (scoring) the prompt may fill the whole context, else it must leave room for one token.
+        """Token ids of prompt number `index`. With max_tokens=0 (scoring) it may be one token longer than the context, as its last token is
+        predicted and never read; else it must leave room for one token.
 
         Raises PromptError: a type that is no prompt, an empty prompt, ids outside the vocabulary, a failing chat template, too many tokens.
         """
@@ -48,7 +49,7 @@ class PromptEncoder:
         if not token_ids:
             raise PromptError(index, "is empty: it has no token, and the tokenizer adds none")
         self._check_ids(index, token_ids)
-        longest = self._max_context if max_tokens == 0 else self._max_context - 1
+        longest = self._max_context + (1 if max_tokens == 0 else -1)
         if len(token_ids) > longest:
             raise PromptError(index, f"has {len(token_ids)} tokens; the model's context of {self._max_context} allows {longest}. Shorten it")
         return token_ids

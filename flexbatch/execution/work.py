@@ -35,8 +35,14 @@ class Sequence:
         return len(self.state.request.prompt_token_ids)
 
     @property
+    def num_unread(self) -> int:
+        """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It may stand past the context's end."""
+        return int(self.output.max_tokens == 0 and self.num_prompt_tokens > 1)
+
+    @property
     def num_uncached(self) -> int:
-        return len(self.token_ids) - self.num_cached
+        """Tokens that still have to be read."""
+        return len(self.token_ids) - self.num_unread - self.num_cached
 
     def check(self) -> None:
         """Invariants: the cache never holds more than the tokens, and never the newest one."""
@@ -93,6 +99,11 @@ class PassWork:
     @property
     def num_query_tokens(self) -> int:
         return sum(query.num_tokens for queries in self.micro_batches for query in queries)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Query tokens that are part of a prompt."""
+        return sum(max(0, min(query.num_tokens, query.sequence.num_prompt_tokens - query.start)) for queries in self.micro_batches for query in queries)
 
     @property
     def num_sequences(self) -> int:

@@ -68,11 +68,11 @@ def test_errors_name_the_prompt(encoder, prompt, problem: str) -> None:
     assert caught.value.index == 17
 
 
-def test_scoring_may_fill_the_context(encoder) -> None:
-    assert len(encoder.encode(0, list(range(100)), max_tokens=0)) == 100
+def test_scoring_may_reach_past_the_context_by_the_token_that_is_never_read(encoder) -> None:
+    assert len(encoder.encode(0, list(range(101)), max_tokens=0)) == 101
     assert len(encoder.encode(0, list(range(99)))) == 99
-    with pytest.raises(PromptError, match="allows 100"):
-        encoder.encode(0, list(range(101)), max_tokens=0)
+    with pytest.raises(PromptError, match="allows 101"):
+        encoder.encode(0, list(range(102)), max_tokens=0)
 
 
 def test_a_model_without_tokenizer_takes_token_ids_only() -> None:

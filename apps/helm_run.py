@@ -1,0 +1,88 @@
+"""HELM on FlexBatch with FlexGen's command line:
+
+    python -m flexbatch.apps.helm_run --description mmlu:model=text,subject=abstract_algebra,data_augmentation=canonical \\
+        --model facebook/opt-30b --percent 20 80 0 100 0 100 --gpu-batch-size 48 --num-gpu-batches 3 --max-eval-instance 100
+
+It calls ``helm-run`` with whole-scenario batching; options that it does not know are ``helm-run``'s own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flexbatch.cli import ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
+from flexbatch.config import ConfigurationError
+
+RUNNER = "flexbatch.apps.helm.FlexBatchRunner"
+ALL_INSTANCES = 10**9
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flexbatch.apps.helm_run",
+        description="Runs HELM scenarios on FlexBatch, the requests of a scenario in one block. Every option of helm-run (helm-run --help) is passed on. "
+        "Needs the HELM environment, see docs/evaluation.md. Exit code 3: some requests failed, see flexbatch_errors.json in the run's folder.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--description", "-r", "--run-entries", nargs="+", action="extend", required=True, metavar="ENTRY", help="run entry, e.g. mmlu:subject=anatomy; a model group in it is replaced")
+    add("--max-eval-instances", "--max-eval-instance", "-m", type=int, default=ALL_INSTANCES, metavar="N", help="instances of each scenario (default: all)")
+    add("--output-path", "-o", default="benchmark_output", metavar="DIR", help="where HELM writes (default: benchmark_output)")
+    add("--suite", default="flexbatch", metavar="NAME", help="folder below runs/ (default: flexbatch)")
+    add("--chat-template", action=argparse.BooleanOptionalAction, help="whether prompts go through the tokenizer's chat template (default: if it has one)")
+    add("--logprobs", choices=("model", "huggingface"), default="model", help="log-probabilities of greedy tokens: the model's, or 0 as HELM's own client gives")
+    add("--pad-to-seq-len", type=int, help=argparse.SUPPRESS)  # in FlexGen's scripts; nothing is padded here
+    add_engine_arguments(parser)
+    return parser
+
+
+def helm_arguments(args: argparse.Namespace, rest: Sequence[str], deployment: str) -> list[str]:
+    """The command line of ``helm-run``."""
+    return [
+        *("--run-entries", *args.description),
+        *("--models-to-run", deployment),
+        *("--max-eval-instances", str(args.max_eval_instances)),
+        *("--output-path", args.output_path, "--suite", args.suite),
+        *("--runner-class-name", RUNNER, "--plugins", "flexbatch.apps.helm"),
+        *rest,
+    ]
+
+
+def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
+    config = engine_config(args, environ)
+    if config.dummy_weights:
+        raise ConfigurationError("--dummy-weights cannot be evaluated: there is no tokenizer")
+    try:
+        from helm.benchmark.run import build_parser, helm_run
+        from helm.common.hierarchical_logger import setup_default_logging
+    except ModuleNotFoundError as problem:
+        raise ConfigurationError(f"HELM is not installed here ({problem}); set up its environment with apps/helm_env.sh, see docs/evaluation.md") from problem
+    from flexbatch.apps.helm import ERRORS_FILE, PREFIX, register
+    from flexbatch.apps.helm_models import changed_settings
+
+    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    deployment = f"{PREFIX}/{model}"
+    helm_args = build_parser().parse_args(helm_arguments(args, rest, deployment))
+    setup_default_logging(helm_args.log_config)
+    register(deployment, apply_chat_template=args.chat_template, logprobs=args.logprobs, **changed_settings(config))
+    began = time.time()
+    helm_run(helm_args)
+    errors = [path for path in Path(args.output_path).glob(f"runs/{args.suite}/**/{ERRORS_FILE}") if path.stat().st_mtime >= began - 1]
+    for path in errors:
+        print(f"some requests failed: {path}", file=sys.stderr)
+    return ROW_ERRORS if errors else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args, rest = make_parser().parse_known_args(arguments)
+    set_up_logging()
+    return run_command(lambda: command(args, rest, os.environ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
