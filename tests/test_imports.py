@@ -28,12 +28,8 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
 def sources() -> list[Path]:
-    return sorted(path for folder in ("flexbatch", "apps", *LEAVES) for path in (ROOT / folder).rglob("*.py") if not path.is_relative_to(ROOT / "flexbatch" / "data"))
-
-
-def real_sources() -> list[Path]:
     """Each file once, by its real path, not through the links in flexbatch/."""
-    return sorted({path.resolve() for path in sources()})
+    return sorted({path.resolve() for folder in ("flexbatch", "apps", *LEAVES) for path in (ROOT / folder).rglob("*.py")})
 
 
 def imported(path: Path) -> set[str]:
@@ -55,7 +51,7 @@ def room(name: str) -> str:
     return {"LLM": "engine", "Completion": "request", "SamplingParams": "request"}.get(part, part)
 
 
-@pytest.mark.parametrize("path", real_sources(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_downwards(path: Path) -> None:
     parts = path.relative_to(ROOT).with_suffix("").parts
     here = parts[0] if parts[0] in ("apps", *LEAVES) else parts[1]
