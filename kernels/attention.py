@@ -240,7 +240,7 @@ def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -
     """Tiles that fit the registers and shared memory of a Hopper multiprocessor, by the largest number of query rows of a sequence."""
     wide = head_dim > 128
     if dtype == torch.float32:  # no tensor cores at full precision
-        return Launch(16 if max_rows <= SMALL_ROWS else 32, 16 if wide else 32, 4, 1)
+        return Launch(16 if max_rows <= SMALL_ROWS else 32, 16 if wide else 32, 8, 1)
     if max_rows <= SMALL_ROWS:
         return Launch(SMALL_ROWS, 32 if wide else 64, 4, 3)
     if max_rows <= 64 or wide or bits != 16:

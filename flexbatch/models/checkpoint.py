@@ -19,7 +19,7 @@ from flexbatch.models.resolve import fingerprint, load_tokenizer, resolve
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
 
-__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "dummy", "fingerprint", "load", "load_tokenizer", "read_config", "resolve", "stream"]
+__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "dummy", "fingerprint", "load", "load_tokenizer", "prequantized", "read_config", "resolve", "stream"]
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -33,6 +33,15 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         names = ("eos_token_id", "bos_token_id", "pad_token_id")
         config = {**config, **{name: generation[name] for name in names if generation.get(name) is not None}}
     return config
+
+
+def prequantized(config: dict[str, Any], arch: Arch) -> dict[str, tuple[int, int]]:
+    """Role -> (bits, group) of the matrices that an AWQ or GPTQ checkpoint holds in 4 bits; empty for every other checkpoint."""
+    packing = read_packing(config)
+    if packing is None:
+        return {}
+    roles = ("qkv.weight", "o.weight", "gate_up.weight", "up.weight", "down.weight")
+    return {spec.role: (BITS, packing.group_of(spec.shape[1])) for spec in weight_specs(arch) if spec.role in roles}
 
 
 @overload
