@@ -23,6 +23,11 @@ class TreeSpec:
     widths: tuple[int, ...] = ()
     nodes: int = 0
 
+    @property
+    def text(self) -> str:
+        """As the user may write it."""
+        return {"widths": f"<{','.join(map(str, self.widths))}>", "best-first": f"best-first:{self.nodes}"}.get(self.kind, self.kind)
+
 
 def parse_tree(text: str) -> TreeSpec:
     """Reads ``chain:N``, ``<1,1,3,1,1>``, ``best-first:N`` or ``auto``. Raises ConfigurationError that names the accepted forms."""
