@@ -23,7 +23,7 @@ from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.policy.types import Split
-from flexbatch.speculative.growth import Candidates, GrowingTree, Plan
+from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan
 from flexbatch.speculative.tree import ROOT, TokenTree
 
 PASS_TOKENS = 4096
@@ -81,15 +81,14 @@ class DraftModel:
 
     # Drafting
 
-    def draft(self, sequences: Many[Sequence], plans: Many[Plan]) -> list[TokenTree]:
+    def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         """One tree per sequence, grown as its plan says. Children are the likeliest tokens, for sampled requests under the noise that the target will draw
         with: then a draft that agrees with the target's probabilities proposes the very token that the target draws."""
-        trees = [GrowingTree(plan) for plan in plans]
-        followed = [self.follow(sequence) for sequence in sequences]
-        self.catch_up([item for item, tree in zip(followed, trees, strict=True) if tree.frontier])
+        trees = [GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0)) for sequence, plan in zip(sequences, plans, strict=True)]
+        followed = {i: self.follow(sequence) for i, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)) if tree.frontier}
+        self.catch_up(list(followed.values()))
         while growing := [i for i, tree in enumerate(trees) if tree.frontier]:
-            queries = {self.level_query(followed[i], trees[i]): i for i in growing}
-            offers = self.children(list(queries), followed, trees, queries)
+            offers = self.children({self.level_query(followed[i], trees[i]): i for i in growing}, trees)
             for i in growing:
                 trees[i].extend(offers[i])
         return [tree.tree() for tree in trees]
@@ -102,6 +101,10 @@ class DraftModel:
             followed = self.followed[sequence] = Followed(replace(sequence, table=self.cache.open("gpu", self.room(sequence))), [])
         followed.rewind()
         return followed
+
+    def reaches(self, sequence: Sequence, plan: TreePlan) -> bool:
+        """Whether the draft's context, which may be shorter than the target's, holds the sequence and a tree."""
+        return len(sequence.token_ids) + plan.max_depth <= self.arch.max_positions
 
     def room(self, sequence: Sequence) -> int:
         """Token rows that the sequence may need in the draft's cache."""
@@ -136,18 +139,16 @@ class DraftModel:
             return QueryTokens(sequence, tokens, start, first)
         return QueryTokens(sequence, tokens, start, first, tuple(max(parent - trunk, ROOT) for parent in tree.parents[trunk:]))
 
-    def children(
-        self, queries: list[QueryTokens], followed: Many[Followed], trees: Many[GrowingTree], owner: dict[QueryTokens, int]
-    ) -> dict[int, list[Candidates]]:
-        """Run one level; candidates for every node of every frontier."""
+    def children(self, owner: dict[QueryTokens, int], trees: Many[GrowingTree]) -> dict[int, list[Candidates]]:
+        """Run one level; candidates for every node of every frontier. owner: which tree every query reads."""
         width = max(trees[i].width for i in owner.values())
         offers: dict[int, list[Candidates]] = {i: [()] * len(trees[i].frontier) for i in owner.values()}
-        for rows, logits in self.run(queries):
+        for rows, logits in self.run(list(owner)):
             wanted, states, paths = [], [], []
             for r, (query, token) in enumerate(rows):
                 tree = trees[owner[query]]
                 node = ROOT if not tree.token_ids else len(tree.token_ids) - query.num_tokens + token
-                if node in tree.paths and node in tree.frontier:
+                if node in tree.frontier:
                     wanted.append((r, owner[query], tree.frontier.index(node)))
                     states.append(query.sequence.state)
                     paths.append(tree.paths[node])

@@ -12,7 +12,7 @@ Candidates = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TreePlan:
     """How one tree is to be grown: ``shape`` with the likeliest children at its places, or, without one, ``beam`` nodes per level, from which the
     ``max_nodes`` likeliest are kept in the end. No deeper than ``max_depth`` either way."""
 
@@ -30,7 +30,7 @@ class Plan:
 class GrowingTree:
     """A tree under construction. ``frontier``: nodes (or ROOT) whose children are wanted next; empty when the tree is complete."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: TreePlan) -> None:
         self.plan = plan
         self.token_ids: list[int] = []
         self.parents: list[int] = []

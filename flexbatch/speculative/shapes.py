@@ -84,14 +84,14 @@ class StaticTrees:
         depths, ranks, nodes = len(self.acceptance), len(self.acceptance[0]) if self.acceptance else 0, self.max_nodes
         gain = np.zeros((depths + 1, ranks + 1, nodes + 1))
         size = np.zeros((depths + 1, ranks + 1, nodes + 1), dtype=np.int64)
+        # Child of this rank with s = 1 .. m nodes of its own subtree (column s - 1), the other m - s nodes with its younger siblings.
+        left = np.arange(1, nodes + 1)[:, None] - np.arange(1, nodes + 1)[None, :]
         for depth in reversed(range(depths)):
-            below = 1 + gain[depth + 1, 0]
+            below = 1 + gain[depth + 1, 0, :nodes]
             for rank in reversed(range(ranks)):
-                for m in range(1, nodes + 1):
-                    # Child of this rank with s = 1 .. m nodes of its own subtree, the other m - s nodes with its younger siblings.
-                    options = self.acceptance[depth][rank] * below[:m] + gain[depth, rank + 1, m - 1 :: -1]
-                    best = int(options.argmax())
-                    gain[depth, rank, m], size[depth, rank, m] = options[best], best + 1
+                options = np.where(left >= 0, self.acceptance[depth][rank] * below + gain[depth, rank + 1][left], -np.inf)
+                best = options.argmax(1)
+                gain[depth, rank, 1:], size[depth, rank, 1:] = options[np.arange(nodes), best], best + 1
         return gain, size
 
     @cached_property

@@ -15,7 +15,7 @@ from flexbatch.execution.sampling import sample
 from flexbatch.execution.work import QueryTokens, Sequence
 from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, choose_shapes
 from flexbatch.speculative.costs import MeasuredCosts
-from flexbatch.speculative.growth import Plan
+from flexbatch.speculative.growth import TreePlan
 from flexbatch.speculative.lookup import Lookup
 from flexbatch.speculative.shapes import TreeSpec, fixed_widths
 from flexbatch.speculative.tree import TokenTree, merge
@@ -34,7 +34,7 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
 
-    def draft(self, sequences: Many[Sequence], plans: Many[Plan]) -> list[TokenTree]:
+    def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         """One tree per sequence, no larger or deeper than its plan; possibly empty."""
 
     def retire(self, sequence: Sequence) -> None: ...
@@ -52,7 +52,7 @@ class LookupSource:
     def __init__(self) -> None:
         self.lookups: dict[Sequence, Lookup] = {}
 
-    def draft(self, sequences: Many[Sequence], plans: Many[Plan]) -> list[TokenTree]:
+    def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         trees = []
         for sequence, plan in zip(sequences, plans, strict=True):
             lookup = self.lookups.setdefault(sequence, Lookup())
@@ -101,7 +101,7 @@ class Speculator:
         self.proposed: dict[Sequence, TokenTree] = {}
         self.query_tokens = 0
         self.pass_started = 0.0
-        self.plans: dict[str, Plan] = {}
+        self.plans: dict[str, TreePlan] = {}
         self.planned_for: tuple[int, int] = (0, 0)
         self.enabled = True
 
@@ -139,22 +139,22 @@ class Speculator:
             return
         if not self.costs.known:
             # The first pass is plain: without a cost there is nothing to weigh.
-            self.plans = dict.fromkeys(names, Plan(0, 0))
+            self.plans = dict.fromkeys(names, TreePlan(0, 0))
             return
         counted = [Group(groups.count(name), self.totals.statistics[name].table()) for name in names]
         choice = choose_shapes(
             counted, self.costs.pass_seconds(), self.costs.draft_seconds, other_query_tokens=other_query_tokens, max_nodes=self.max_nodes
         )
-        self.plans = {name: Plan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
+        self.plans = {name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
         self.planned_for = (self.totals.passes + 1, len(groups))
 
-    def fixed_plan(self) -> Plan:
+    def fixed_plan(self) -> TreePlan:
         if self.spec.kind == "widths":
             shape = fixed_widths(self.spec.widths)
-            return Plan(shape.max_depth, len(shape), shape)
+            return TreePlan(shape.max_depth, len(shape), shape)
         depth = min(BEST_FIRST_DEPTH, self.spec.nodes)
         # Twice as many candidates as are kept, so that there is something to choose from.
-        return Plan(depth, self.spec.nodes, beam=max(1, -(-2 * self.spec.nodes // depth)))
+        return TreePlan(depth, self.spec.nodes, beam=max(1, -(-2 * self.spec.nodes // depth)))
 
     # After a pass
 
@@ -236,6 +236,6 @@ def group_of(sequence: Sequence) -> str:
     return "greedy" if sequence.state.params.greedy else "sampled"
 
 
-def limited(plan: Plan, max_depth: int) -> Plan:
+def limited(plan: TreePlan, max_depth: int) -> TreePlan:
     """The plan of a sequence that cannot commit a path longer than ``max_depth``."""
-    return plan if max_depth >= plan.max_depth else Plan(max(0, max_depth), plan.max_nodes, plan.shape, plan.beam)
+    return plan if max_depth >= plan.max_depth else TreePlan(max(0, max_depth), plan.max_nodes, plan.shape, plan.beam)
