@@ -220,9 +220,11 @@ class Pipeline:
             self.counts.parts_committed += 1
             if self.on_commit is not None:
                 self.on_commit(open_part.part)
-        error = self.output.error_of(record) if row is not None else ""
-        if error and self.max_errors is not None and self.counts.row_errors > self.max_errors:
-            raise TooManyErrors(f"{self.counts.row_errors} rows failed, more than the {self.max_errors} that --max-errors allows; the last, row {row.index}: {error}")
+        if row is not None and self.max_errors is not None and self.counts.row_errors > self.max_errors:
+            raise TooManyErrors(
+                f"{self.counts.row_errors} rows failed, more than the {self.max_errors} that --max-errors allows; "
+                f"row {row.index}: {self.output.error_of(open_part.records[row.offset])}"
+            )
 
     def _count(self, record: Record) -> None:
         used, made = self.output.tokens_of(record)
