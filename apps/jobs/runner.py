@@ -11,13 +11,13 @@ from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.interrupt import INTERRUPTED, Interrupts
 from flexbatch.apps.jobs.layout import Part, shard_parts
 from flexbatch.apps.jobs.openai import OpenAIOutput
-from flexbatch.apps.jobs.pipeline import Pipeline, TooManyErrors
+from flexbatch.apps.jobs.pipeline import OutputError, Pipeline, TooManyErrors
 from flexbatch.apps.jobs.plan import Job, make_encode
 from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.shares import Share
 from flexbatch.apps.jobs.store import OutputStore
-from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
+from flexbatch.config import ConfigurationError, EngineConfig
 
 logger = logging.getLogger("flexbatch")
 DONE, CRASH, ROW_ERRORS = 0, 1, 3
@@ -83,9 +83,6 @@ def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> i
             return _generate(shard, counts, llm, interrupts, resume, share)
     except ConfigurationError:
         raise
-    except DoesNotFitError as error:
-        logger.error("%s", error)
-        return 4
     except Exception as error:
         return stopped(error, resume)
     finally:
@@ -128,17 +125,18 @@ def ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:
 
 
 def stopped(error: Exception, resume: str) -> int:
-    """Says why the job stopped and how it goes on. What the user can understand comes without a traceback."""
+    """Says why the job stopped and how it goes on; returns the exit code. Only a failure that nobody expected comes with a traceback."""
     from flexbatch.cli import exit_code
 
-    if isinstance(error, OSError):
+    code = exit_code(error)
+    if isinstance(error, OutputError):
         logger.error("the output cannot be written: %s. Committed parts and finished rows are kept", error)
-    elif isinstance(error, (SourceError, TooManyErrors)):
+    elif isinstance(error, (SourceError, TooManyErrors)) or code != CRASH:
         logger.error("%s", error)
     else:
-        logger.exception("the job failed: %s", error)
+        logger.error("the job failed: %s", error, exc_info=error)
     logger.error("resume with: %s", resume)
-    return exit_code(error)
+    return code
 
 
 def close_shard(shard: Shard, share: Share) -> None:
