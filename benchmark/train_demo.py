@@ -214,8 +214,8 @@ def run(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     compiled = torch.compile if arguments.compile else (lambda function: function)
     left = 60 * arguments.minutes
-    models: list[tuple[Llama, float, int]] = []
-    for shape, share, dropout, rate in ((TARGET, 0.72, arguments.dropout, 4e-3), (DRAFT, 0.28, 0.0, 6e-3)):
+    models: list[tuple[Llama, int, int]] = []  # model, tokens seen, steps
+    for shape, share, dropout, rate, batch in ((TARGET, 0.55, arguments.dropout, 4e-3, arguments.batch), (DRAFT, 0.45, 0.0, 6e-3, max(1, arguments.batch // 2))):
         model = Llama(shape, dropout).to(device)
         teacher = models[0][0] if models else None
 
@@ -228,19 +228,19 @@ def run(arguments: argparse.Namespace) -> None:
                     wanted = teacher(window[:, :-1])
             return 0.2 * cross_entropy(logits, window) + 0.8 * imitation(logits, wanted)
 
-        recipe = Recipe(left * share, arguments.batch, arguments.length, rate, 0.1, arguments.evaluate_every)
-        nats, steps = train(model, compiled(loss_of), corpus, recipe, keep=lambda model: save_model(model.state_dict(), model.shape, corpus.tokenizer, out / model.shape.name))
-        models.append((model, nats, steps))
+        recipe = Recipe(left * share, batch, arguments.length, rate, 0.1, arguments.evaluate_every)
+        _, steps = train(model, compiled(loss_of), corpus, recipe, keep=lambda model: save_model(model.state_dict(), model.shape, corpus.tokenizer, out / model.shape.name))
+        models.append((model, steps * batch * arguments.length, steps))
     (target, *_), (draft, *_) = models
     equal, overlap = agreement(target, draft, corpus.held_out, arguments.length)
-    for model, _, steps in models:
+    for model, tokens, steps in models:
         folder = out / model.shape.name
         reloaded = check_folder(folder, model, corpus.held_out[:64])
         nats = held_out_nats(reloaded_weights(model, reloaded), corpus.held_out, arguments.length)
         command = f"python benchmark/train_demo.py --minutes {arguments.minutes:g} --batch {arguments.batch} --length {arguments.length} --dropout {arguments.dropout:g} --seed {arguments.seed}"
         facts = {
             "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-            "training": f"{steps:,} steps of {arguments.batch} x {arguments.length} tokens ({steps * arguments.batch * arguments.length / corpus.train.numel():.0f} passes over the corpus)",
+            "training": f"{steps:,} steps of {tokens // steps // arguments.length} x {arguments.length} tokens ({tokens / corpus.train.numel():.0f} passes over the corpus)",
             "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}",
             "command": command + (" --compile" if arguments.compile else ""),
             "draft": f"{100 * equal:.1f} % same most likely token, {100 * overlap:.1f} % overlap of the distributions (sum of min(p, q))",

@@ -70,7 +70,7 @@ class EngineConfig:
             for kind, gpu, cpu in zip(("weights", "cache", "activations"), self.percent[0::2], self.percent[1::2], strict=True):
                 if gpu < 0 or cpu < 0 or gpu + cpu > 100:
                     refuse(
-                        f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100, the rest goes to disk; they sum to {gpu + cpu:g}"
+                        f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 (the rest is on disk), not {gpu + cpu:g}"
                     )
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk"):
             value = getattr(self, name)

@@ -106,7 +106,37 @@ class LLM:
         engine._start(config, trace, job)
         return engine
 
+    @classmethod
+    def plan(cls, config: EngineConfig, job: Job) -> dict[str, Any]:
+        """What `from_config` and running the job would put where, without loading anything: the first part of `report`.
+
+        Raises DoesNotFitError when the job does not fit the budgets.
+        """
+        engine = cls.__new__(cls)
+        engine._choose(config, False, job)
+        needs = engine._needs(planning.block_sizes(engine.policy, engine.layout, job))
+        planning.check_fit(needs, engine.budgets)
+        return {
+            "model": config.model,
+            "device": str(engine.device),
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "policy": asdict(engine.policy),
+            "percent": list(engine.policy.percent),
+            "realized_percent": {"weights": engine.weight_plan.realized_percent},
+            "memory": [asdict(need) for need in needs],
+            "budgets": engine.budgets,
+        }
+
     def _start(self, config: EngineConfig, trace: bool, job: Job | None) -> None:
+        self._choose(config, trace, job)
+        try:
+            self._load()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _choose(self, config: EngineConfig, trace: bool, job: Job | None) -> None:
+        """Everything that is decided before any weight is loaded."""
         self.config = config
         self.statistics = Statistics()
         self.block: Block | None = None
@@ -123,11 +153,6 @@ class LLM:
         self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize)
         sizes = planning.block_sizes(self.policy, self.layout, replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))
         planning.check_fit(self._needs(sizes), self.budgets)
-        try:
-            self._load()
-        except BaseException:
-            self._stack.close()
-            raise
 
     def _read_model(self) -> None:
         """Architecture and tokenizer; no weights yet."""
@@ -178,9 +203,15 @@ class LLM:
 
     # Jobs
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_finished: Callable[[Completion], None] | None = None,
+    ) -> list[Completion]:
         """Complete prompts (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
 
+        ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[list-item]
@@ -202,6 +233,8 @@ class LLM:
             if completion.error:
                 raise ConfigurationError(f"prompt {key}: {completion.error}")
             results[key].append(completion)
+            if on_finished is not None:
+                on_finished(completion)
         return [with_samples(results[i]) for i in range(len(prompts))]
 
     def stream(
@@ -285,7 +318,8 @@ class LLM:
                 work = batcher.next_pass()
                 logits = block.executor.run(work)
                 batcher.commit(work, draw(logits))
-                self._count(work.num_query_tokens)
+                self.statistics.passes += 1
+                self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
                     report_text(batcher, shown, on_tokens)
                 for retired in batcher.take_retired():
@@ -308,10 +342,6 @@ class LLM:
                 max_context=self.arch.max_positions,
             )
             yield Candidate(RequestState(request, self.config.seed), output)
-
-    def _count(self, num_query_tokens: int) -> None:
-        self.statistics.passes += 1
-        self.statistics.prefilled_tokens += num_query_tokens
 
     def _completion(self, retired: Retired) -> Completion:
         request, output, sequence = retired.state.request, retired.output, retired.sequence
@@ -354,6 +384,7 @@ class LLM:
             "passes": s.passes,
             "requests": s.requests,
             "prompt_tokens": s.prompt_tokens,
+            "prefilled_tokens": s.prefilled_tokens,
             "generated_tokens": s.generated_tokens,
             "generated_tokens_per_second": s.generated_tokens / s.seconds if s.seconds else 0.0,
             "total_tokens_per_second": (s.prompt_tokens + s.generated_tokens) / s.seconds if s.seconds else 0.0,

@@ -122,7 +122,7 @@ def micro_batch_tokens(policy: Policy) -> int:
 
 
 def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype) -> int:
-    """Intermediate results of one tick on the compute device: hidden states, projections, MLP, and the float32 logits of one block with their sampling copies."""
+    """Intermediate results of one tick: hidden states, projections, MLP, and the float32 logits of one block with their sampling copies."""
     width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
     logits = 3 * min(64 << 20, 4 * arch.vocab_size * policy.gpu_batch_size)
     return micro_batch_tokens(policy) * width * dtype.itemsize + logits

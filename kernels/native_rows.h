@@ -80,30 +80,20 @@ static inline void expand_16(const char *source, float *out, int64_t n, int64_t 
     for (; i < n; i++) out[i] = scalar(source + 2 * i, dtype);
 }
 
-static inline void expand_8(const uint8_t *codes, float *out, int64_t n, float scale, float minimum) {
-    int64_t i = 0;
-    bvec b;
-    for (; i + LANES <= n; i += LANES) {
-        memcpy(&b, codes + i, sizeof b);
-        store(out + i, __builtin_convertvector(__builtin_convertvector(b, ivec), vec) * scale + minimum);
-    }
-    for (; i < n; i++) out[i] = codes[i] * scale + minimum;
+/* A plain loop: compilers widen bytes better in their own vectors than in these. */
+static inline void expand_8(const uint8_t *restrict codes, float *restrict out, int64_t n, float scale, float minimum) {
+    for (int64_t i = 0; i < n; i++) out[i] = codes[i] * scale + minimum;
 }
 
-/* Codes of elements [begin, end) of a head. Sixteen at a time: a byte widened to 16 bits, its high half moved up, is two bytes of one code. */
-static inline void expand_4(const uint8_t *codes, float *out, int64_t begin, int64_t end, float scale, float minimum) {
-    int64_t i = begin;
-    if (i < end && i & 1) out[i] = (codes[i / 2] >> 4) * scale + minimum, i++;
-    for (; i + 16 <= end; i += 16) {
-        uint8_t pairs __attribute__((vector_size(8)));
-        memcpy(&pairs, codes + i / 2, 8);
-        uint16_t wide __attribute__((vector_size(16))) = __builtin_convertvector(pairs, __typeof__(wide));
-        wide = (wide | wide << 4) & 0x0f0f;
-        uint8_t single[16];
-        memcpy(single, &wide, 16);
-        expand_8(single, out + i, 16, scale, minimum);
+/* Codes of elements [begin, end) of a head. A byte widened to 16 bits, its high half moved up, is two bytes of one code each. */
+static inline void expand_4(const uint8_t *restrict codes, float *restrict out, int64_t begin, int64_t end, float scale, float minimum) {
+    uint16_t pairs[64];
+    if (begin < end && begin & 1) out[begin] = (codes[begin / 2] >> 4) * scale + minimum, begin++;
+    for (; begin < end; begin += 128) {
+        const int64_t n = end - begin < 128 ? end - begin : 128;
+        for (int64_t k = 0; k < (n + 1) / 2; k++) pairs[k] = (codes[begin / 2 + k] | codes[begin / 2 + k] << 4) & 0x0f0f;
+        expand_8((const uint8_t *)pairs, out + begin, n, scale, minimum);
     }
-    for (; i < end; i++) out[i] = (codes[i / 2] >> (i & 1) * 4 & 15) * scale + minimum;
 }
 
 static inline void expand_codes(const uint8_t *codes, const char *parameters, float *out, const cache_t *c) {

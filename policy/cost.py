@@ -30,6 +30,8 @@ JOINT = {
     "h2d beside cpu_attention": "h2d",
     "cpu_attention beside h2d": "cpu_attention",
     "one micro-batch": "cpu_attention",
+    "h2d after expansion": "h2d",
+    "cpu_attention after expansion": "cpu_attention",
     "cores": "gpu_compute",
     "no overlap": "gpu_compute",
 }
@@ -116,7 +118,14 @@ class PassModel:
         traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
         traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
         gpu_seconds, gpu_flops, gpu_bytes = self._layer_compute() if compute == "layer" else self._head_compute()
-        return Stage(name, count, self._seconds(traffic, gpu_seconds, gpu_bytes), self._work(traffic, gpu_flops, gpu_bytes))
+        seconds = self._seconds(traffic, gpu_seconds, gpu_bytes)
+        if self.policy.overlap and bits != 16:
+            # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for another resource.
+            expansion = self._expanded_bytes(shape.block_elements if compute == "layer" else shape.head_elements) / self.hardware.expand
+            first = (gpu_seconds - affine(expansion)) / self.batches + affine(expansion)
+            for row in ("h2d", "cpu_attention"):
+                seconds[f"{row} after expansion"] = first + seconds[row] * (1 - 1 / self.batches)
+        return Stage(name, count, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
     def _layer_traffic(self) -> dict[str, np.ndarray]:
         """Bytes of one layer but for weights; ``gathered`` and ``scattered`` cross the link by kernel, ``attended`` is read by the CPU."""
@@ -171,11 +180,16 @@ class PassModel:
 
     def _gemm(self, elements: int, tokens) -> tuple:
         """Every micro-batch multiplies with all weights; quantised weights are expanded once for all of them."""
-        shape, bits = self.shape, self.policy.weight_bits
+        shape = self.shape
         plain = shape.weight_bytes(elements, 16)
         seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
-        expanded = 0.0 if bits == 16 else shape.weight_bytes(elements, bits) + plain
+        expanded = self._expanded_bytes(elements)
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
+
+    def _expanded_bytes(self, elements: int) -> float:
+        """Read and written to expand quantised weights to 16 bits; 0 for 16 bits."""
+        bits = self.policy.weight_bits
+        return 0.0 if bits == 16 else float(self.shape.weight_bytes(elements, bits) + self.shape.weight_bytes(elements, 16))
 
     def _work(self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray) -> dict[str, np.ndarray]:
         h2d, d2h = traffic["h2d"] + traffic["gathered"], traffic["d2h"] + traffic["scattered"]

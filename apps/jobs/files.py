@@ -56,12 +56,13 @@ def resolve(location: str) -> tuple[pafs.FileSystem, str]:
     """File system and path of a local path or a URI (``s3://``, ``gs://``, ``file://``, and what fsspec knows). Raises ConfigurationError."""
     if "://" not in location:
         return pafs.LocalFileSystem(), str(Path(location).expanduser().absolute())
-    head = re.split(r"[*?\[]", location, maxsplit=1)[0]
+    wild = re.search(r"[*?\[]", location)
+    head = location if wild is None else location[: location.rindex("/", 0, wild.start())]
     try:
         filesystem, path = pafs.FileSystem.from_uri(head)
     except (pa.ArrowException, ValueError, OSError):
         filesystem, path = _fsspec(location, head)
-    return filesystem, path + location[len(head) :]
+    return filesystem, path.rstrip("/") + location[len(head) :]
 
 
 def _fsspec(location: str, head: str) -> tuple[pafs.FileSystem, str]:

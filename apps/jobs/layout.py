@@ -73,7 +73,7 @@ def plan_parts(units: Sequence[Unit], part_rows: int) -> list[Part]:
         spans, room, first_row = [], part_rows, row
 
     for index, unit in enumerate(units):
-        if unit.folder != folder:
+        if unit.rows and unit.folder != folder:
             close()
             folder = unit.folder
         start = 0

@@ -76,9 +76,8 @@ class OutputStore:
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             self._take_lock(shard)
-            if overwrite:
-                self._discard()
-            self.created = self._manifest(fingerprint)
+            ours = overwrite and self._discard()
+            self.created = self._manifest(fingerprint, ours)
             self._commits_log = RecordLog(self.state / f"commits-{self._owner}.log", self.digest)
         except OSError as error:
             self._unlock()
@@ -111,11 +110,11 @@ class OutputStore:
             self._lock.close()
             self._lock = None
 
-    def _manifest(self, fingerprint: dict[str, Any]) -> int:
+    def _manifest(self, fingerprint: dict[str, Any], ours: bool) -> int:
         path = self.state / "manifest.json"
         if not path.exists():
             others = [entry.name for entry in self.folder.iterdir() if entry.name != STATE]
-            if others:
+            if others and not ours:
                 raise ConfigurationError(f"output {self.folder} already holds {', '.join(sorted(others)[:3])} and no job of FlexBatch: choose an empty folder")
             temporary = self.state / f".manifest-{os.getpid()}-{self._owner}.tmp"
             with temporary.open("w") as file:
@@ -136,10 +135,10 @@ class OutputStore:
             raise ConfigurationError(f"output {self.folder} belongs to another job:\n  {listing}\nUse those settings, another output folder, or --overwrite to start over")
         return int(found["created"])
 
-    def _discard(self) -> None:
-        """Removes the parts and the state of whatever job wrote here; other files stay. The manifest goes last, so that a crash in between can be repeated."""
+    def _discard(self) -> bool:
+        """Removes the parts and the state of whatever job wrote here, if one did; other files stay. The manifest goes last, so that a crash in between can be repeated."""
         if not (self.state / "manifest.json").exists():
-            return
+            return False
         for path in self.folder.rglob("*part-*"):
             if PART_FILE.fullmatch(path.name) and path.is_file():
                 path.unlink()
@@ -148,6 +147,7 @@ class OutputStore:
         for path in sorted((path for path in self.folder.rglob("*=*") if path.is_dir()), reverse=True):
             with contextlib.suppress(OSError):
                 path.rmdir()
+        return True
 
     def recover(self, parts: Sequence[Part], output: Output, retry_failed: bool = False) -> tuple[list[Part], dict[int, dict[int, Record]]]:
         """What is left to do: the parts without a committed file, and per part the records of the rows that are finished already.

@@ -163,7 +163,7 @@ class CsvSource:
             for batch in self._read(file.path, None):
                 rows += len(batch)
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    types[name] = _fitting(column, types.get(name, pa.int64()))
+                    types[name] = _fitting(column, types.get(name, pa.null()))
                 names = batch.schema.names
         except (pa.ArrowException, OSError) as error:
             raise ConfigurationError(f"{file.name}: not a readable CSV file: {error}") from None
@@ -196,10 +196,14 @@ class CsvSource:
 
 
 def _fitting(column: pa.Array, kind: pa.DataType) -> pa.DataType:
-    """The first of int64, float64, bool and string, from ``kind`` on, that holds every value of a string column; empty means null."""
-    kinds = (pa.int64(), pa.float64(), pa.bool_())
+    """The first of null, int64, float64, bool and string, from ``kind`` on, that holds every value of a string column; empty means null."""
+    kinds = (pa.null(), pa.int64(), pa.float64(), pa.bool_())
     values = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
     for candidate in kinds[kinds.index(kind) :] if kind in kinds else ():
+        if candidate == pa.null():
+            if values.null_count == len(values):
+                return candidate
+            continue
         if candidate == pa.bool_():
             if pc.all(pc.is_in(values, pa.array(["true", "false", "True", "False", None]))).as_py() is not False:
                 return candidate

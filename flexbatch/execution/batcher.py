@@ -103,8 +103,8 @@ class Batcher:
             return ""
         page_tokens = self.cache.layout.page_tokens
         return (
-            f"{candidate.num_prompt_tokens} prompt tokens and up to {candidate.output.max_tokens} generated ones need {need} cache pages of {page_tokens} tokens; "
-            f"the largest tier has {most}. Lower max_tokens, raise the memory budgets, or move the cache to a larger tier with --percent"
+            f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {need} cache pages of {page_tokens} tokens; "
+            f"the largest tier has {most}. Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
         )
 
     @property
@@ -112,18 +112,24 @@ class Batcher:
         return [tier for tier, fraction in zip(TIERS, self.policy.cache.fractions, strict=True) if fraction > 0]
 
     def choose_home(self, candidate: Candidate) -> str | None:
-        roomy = [tier for tier in self.allowed_tiers if self.cache.can_open(tier, candidate.num_cache_tokens)]
+        roomy = [tier for tier in self.allowed_tiers if self.cache.can_open(tier, candidate.num_cache_tokens, self.shareable(candidate, tier))]
         return self.homes.choose(1, roomy) if roomy else None
+
+    def shareable(self, candidate: Candidate, tier: str) -> list[int]:
+        """Pages that already hold the beginning of the prompt; none when every prompt token's own logits are wanted."""
+        request = candidate.state.request
+        return [] if request.params.prompt_logprobs is not None else self.cache.shareable(tier, request.prompt_token_ids)
 
     def join(self, candidate: Candidate, tier: str) -> None:
         self.homes.place(tier, 1)
         on_cpu = tier == "cpu" and self.policy.cpu_attention > 0 and self.attended.choose(1) == "cpu"
         if tier == "cpu":
             self.attended.place("cpu" if on_cpu else "gpu", 1)
-        table = self.cache.open(tier, candidate.num_cache_tokens, attend_on_cpu=on_cpu)
+        prompt = candidate.state.request.prompt_token_ids
+        table = self.cache.open(tier, candidate.num_cache_tokens, prompt, self.shareable(candidate, tier), on_cpu)
         free = [k for k, batch in enumerate(self.micro_batches) if len(batch) < self.policy.gpu_batch_size]
         k = min(free, key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
-        self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(candidate.state.request.prompt_token_ids)))
+        self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
 
     # Passes
 
@@ -136,6 +142,8 @@ class Batcher:
         budget = self.micro_batch_tokens - sum(sequence.num_uncached == 1 for sequence in batch)
         queries = []
         for sequence in batch:
+            if not self.cache.prefix_ready(sequence.table):
+                continue
             count = 1
             if sequence.num_uncached > 1:
                 count = min(sequence.num_uncached, self.prefill_chunk, budget)
@@ -157,7 +165,7 @@ class Batcher:
         for queries in work.micro_batches:
             for query in queries:
                 sequence = query.sequence
-                sequence.table.num_tokens = query.start + query.num_tokens
+                self.cache.commit(sequence.table, query.start + query.num_tokens)
                 if (result := drawn.get(query)) is not None:
                     self.extend(sequence, result)
                 if sequence.output.finish is not None and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:

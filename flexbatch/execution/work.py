@@ -101,6 +101,11 @@ class PassWork:
         return sum(query.num_tokens for queries in self.micro_batches for query in queries)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Query tokens that are part of a prompt."""
+        return sum(max(0, min(query.num_tokens, query.sequence.num_prompt_tokens - query.start)) for queries in self.micro_batches for query in queries)
+
+    @property
     def num_sequences(self) -> int:
         return sum(len(queries) for queries in self.micro_batches)
 

@@ -26,7 +26,7 @@ class HostBuffers:
         self.next = 0
 
     def take(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Host copies of query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim] (enqueued on the current stream), and an output like query."""
+        """Host copies of query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim], enqueued on the current stream; and an output."""
         if not self.copies:
             return query, key, value, torch.empty_like(query)
         assert len(query) <= self.max_tokens, f"{len(query)} query tokens for CPU attention, buffers hold {self.max_tokens}"

@@ -54,7 +54,7 @@ class KVCache:
     def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers, lanes: Lanes) -> None:
         self.layout, self.sizes, self.tiers, self.lanes = layout, sizes, tiers, lanes
         self.device = lanes.device
-        self.pools = {tier: PagePool(tier, sizes.pages(tier)) for tier in ("gpu", "cpu", "disk")}
+        self.pools = {tier: PagePool(tier, sizes.pages(tier), layout.page_tokens) for tier in ("gpu", "cpu", "disk")}
         self.storage = {
             "gpu": tiers.gpu.allocate("cache", layout.num_layers * sizes.gpu_pages * layout.page_bytes).view(layout.num_layers, -1),
             "cpu": tiers.cpu.allocate("cache", layout.num_layers * sizes.cpu_pages * layout.page_bytes).view(layout.num_layers, -1),
@@ -73,33 +73,49 @@ class KVCache:
 
     # Tables
 
-    def open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = (), attend_on_cpu: bool = False) -> PageTable:
-        """A table with room for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`."""
-        shared = list(shared_pages)
-        pool = self.pools[tier]
+    def shareable(self, tier: str, prompt: Sequence[int]) -> list[int]:
+        """Pages on ``tier`` that hold, or are about to hold, the beginning of a prompt. The last prompt token is never shared: its logits are needed."""
+        return self.pools[tier].prefixes.match(prompt, (len(prompt) - 1) // self.layout.page_tokens)
+
+    def open(self, tier: str, num_tokens: int, prompt: Sequence[int] = (), shared_pages: Sequence[int] = (), attend_on_cpu: bool = False) -> PageTable:
+        """A table with room for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`. ``prompt`` enters the prefix index."""
+        shared, pool = list(shared_pages), self.pools[tier]
         pool.share(shared)
-        table = PageTable(tier, shared + pool.allocate(self.layout.num_pages(num_tokens) - len(shared)), num_shared=len(shared), attend_on_cpu=attend_on_cpu)
-        table.num_tokens = len(shared) * self.layout.page_tokens
+        pages = shared + pool.allocate(self.layout.num_pages(num_tokens) - len(shared))
+        pool.prefixes.enter(pages, prompt)
+        table = PageTable(tier, pages, num_tokens=len(shared) * self.layout.page_tokens, num_shared=len(shared), attend_on_cpu=attend_on_cpu)
         if tier == "disk":
             assert self.disk is not None
             table.tail_slot = self.disk.open()
             self.disk.adopt(table.tail_slot, table.num_tokens)
         return table
 
-    def can_open(self, tier: str, num_tokens: int, num_shared_pages: int = 0) -> bool:
-        room = self.pools[tier].num_free >= self.layout.num_pages(num_tokens) - num_shared_pages
+    def can_open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = ()) -> bool:
+        pool = self.pools[tier]
+        kept = sum(page in pool.kept for page in shared_pages)
+        room = pool.num_available - kept >= self.layout.num_pages(num_tokens) - len(shared_pages)
         return room and (tier != "disk" or (self.disk is not None and bool(self.disk.free_tails)))
 
-    def free(self, table: PageTable) -> list[int]:
-        """Give back a table; returns the pages that nobody holds any more."""
+    def commit(self, table: PageTable, num_tokens: int) -> None:
+        """The first ``num_tokens`` tokens of the sequence are in the cache and stay; full pages may be shared from now on."""
+        full = num_tokens // self.layout.page_tokens
+        self.pools[table.tier].prefixes.mark_ready(table.pages[table.num_tokens // self.layout.page_tokens : full])
+        table.num_tokens = num_tokens
+
+    def prefix_ready(self, table: PageTable) -> bool:
+        """Whether the pages that a sequence shares are filled: before, it has to wait."""
+        prefixes = self.pools[table.tier].prefixes
+        return all(prefixes.is_ready(page) for page in table.pages[: table.num_shared])
+
+    def free(self, table: PageTable) -> None:
+        """Give back a table."""
         if table.tier == "disk":
             assert self.disk is not None
             # Its last rows may still be on their way to the tail, which the next sequence takes over.
             together(*self.draining).synchronize()
             self.disk.close_tail(table.tail_slot)
-        freed = self.pools[table.tier].release(table.pages)
+        self.pools[table.tier].release(table.pages)
         table.pages = []
-        return freed
 
     # Rows
 

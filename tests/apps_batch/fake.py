@@ -33,7 +33,7 @@ class FakeTokenizer:
 
 def fake_tokens(prompt: list[int], params: SamplingParams) -> list[int]:
     """Between a half and all of max_tokens, lower-case letters; of prompt and seed alone."""
-    digest = hashlib.sha256(repr((list(prompt), params.seed, params.temperature)).encode()).digest()
+    digest = hashlib.sha256(repr((list(prompt), params.seed, float(params.temperature))).encode()).digest()
     length = params.max_tokens - digest[0] % (params.max_tokens // 2 + 1)
     return [FIRST_BYTE + 97 + digest[i % 32] % 26 for i in range(length)]
 
@@ -47,9 +47,11 @@ class FakeLLM:
     max_positions: int = 512
     count_file: str | None = None
     fail_after: int | None = None
+    load_s: float = 0.0
     prompts_seen: int = 0
 
     def __post_init__(self) -> None:
+        time.sleep(self.load_s)
         self.tokenizer = FakeTokenizer()
         self.arch = SimpleNamespace(max_positions=self.max_positions, vocab_size=FIRST_BYTE + 256)
         self._count = os.open(self.count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if self.count_file else -1

@@ -1,0 +1,178 @@
+"""Throughput of the engine on a GPU with capped memory: one scenario per line of the table, random weights, random distinct prompts.
+
+    python -m benchmark.suite --scenarios opt-30b-16-16 opt-30b-16-4 --output results.json
+
+Figures are generated tokens / (prefill + decode) seconds of a whole job, start-up and drain included; nothing is projected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run. ``gpu_gib``: all the GPU memory that the process may use; the rest is taken away by the allocator's fraction and a ballast."""
+
+    model: str
+    gpu_gib: float
+    settings: dict[str, Any]
+    num_prompts: int
+    prompt_len: tuple[int, int] = (512, 512)
+    gen_len: int = 32
+    goal: float | None = None
+    note: str = ""
+    reserve_gib: float = field(default=1.2)
+    """Left for the CUDA context, cuBLAS workspaces and fragmentation: the engine's budget is ``gpu_gib`` less this."""
+
+
+def opt30(percent: tuple[float, ...], gpu_batch_size: int, num_gpu_batches: int, **settings: Any) -> dict[str, Any]:
+    return {"percent": percent, "gpu_batch_size": gpu_batch_size, "num_gpu_batches": num_gpu_batches, "prefill_chunk": 512, "cpu_memory": "122GiB", **settings}
+
+
+def resident(gpu_batch_size: int) -> dict[str, Any]:
+    return {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": gpu_batch_size, "num_gpu_batches": 1, "prefill_chunk": 512}
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "opt-30b-16-16": Scenario("opt-30b", 16, opt30((8, 92, 12, 88, 100, 0), 23, 4, cpu_attention=1.0), 276, goal=60),
+    "opt-30b-16-4": Scenario("opt-30b", 16, opt30((8, 92, 5, 95, 100, 0), 60, 5, cache_bits=4), 900, goal=110),
+    "opt-30b-4-4": Scenario("opt-30b", 16, opt30((30, 70, 0, 100, 100, 0), 64, 7, cache_bits=4, weight_bits=4), 1344, goal=190),
+    "opt-30b-stream": Scenario("opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1), 12, note="weight streaming alone"),
+    "opt-6.7b-gpu-4": Scenario("opt-6.7b", 16, resident(4), 12, goal=400),
+    "opt-6.7b-gpu-best": Scenario("opt-6.7b", 16, resident(6), 24),
+    "llama-3-8b-ragged": Scenario("llama-3-8b", 80, resident(512), 1000, (20, 400), 128),
+    "llama-3-70b-4-16": Scenario(
+        "llama-3-70b",
+        24,
+        {
+            "percent": (20, 80, 0, 100, 100, 0),
+            "gpu_batch_size": 64,
+            "num_gpu_batches": 6,
+            "prefill_chunk": 512,
+            "weight_bits": 4,
+            "cpu_memory": "118GiB",
+        },
+        1152,
+        goal=120,
+    ),
+}
+
+
+def cap_gpu_memory(gib: float) -> Any:
+    """Hold the process to ``gib``: the allocator's fraction, and a ballast in the rest of the card. Returns the ballast."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    free = torch.cuda.mem_get_info()[0]
+    ballast = torch.empty(max(0, int(free - gib * GIB)), dtype=torch.uint8, device="cuda")
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (ballast.numel() + gib * GIB) / total))
+    return ballast
+
+
+def prompts_of(scenario: Scenario, vocab_size: int, seed: int) -> list[list[int]]:
+    generator = random.Random(seed)
+    low, high = scenario.prompt_len
+    return [[generator.randrange(10, vocab_size) for _ in range(generator.randint(low, high))] for _ in range(scenario.num_prompts)]
+
+
+def run(name: str, scenario: Scenario, overrides: dict[str, Any], trace: Path | None, num_prompts: int | None) -> dict[str, Any]:
+    """Run one scenario; returns what it measured."""
+    import torch
+
+    from flexbatch import LLM, SamplingParams
+
+    if num_prompts:
+        scenario = Scenario(**{**asdict(scenario), "num_prompts": num_prompts})
+    settings = {**scenario.settings, **overrides}
+    ballast = cap_gpu_memory(scenario.gpu_gib) if torch.cuda.is_available() else None
+    started = time.perf_counter()
+    gpu_memory = f"{scenario.gpu_gib - scenario.reserve_gib}GiB"
+    with LLM(scenario.model, dummy_weights=True, gpu_memory=gpu_memory, dtype="bfloat16", trace=trace is not None, **settings) as llm:
+        prompts = prompts_of(scenario, llm.arch.vocab_size, 1)
+        params = SamplingParams(max_tokens=scenario.gen_len, temperature=0, ignore_eos=True)
+        # Kernels compile and the link wakes up here; two tokens each.
+        llm.generate(prompts[: max(1, len(prompts) // 50)], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        ready = time.perf_counter()
+        before = llm.report()
+        completions = llm.generate(prompts, params)
+        seconds = time.perf_counter() - ready
+        report = llm.report()
+        generated = sum(len(completion.token_ids) for completion in completions)
+        assert generated == scenario.num_prompts * scenario.gen_len, (generated, scenario)
+        if trace is not None:
+            llm.tracer.write(trace)
+    moved = {resource: report["moved_bytes"][resource] - before["moved_bytes"].get(resource, 0) for resource in report["moved_bytes"]}
+    result = {
+        "scenario": name,
+        **asdict(scenario),
+        "settings": settings,
+        "seconds": seconds,
+        "generated_tokens": generated,
+        "tokens_per_second": generated / seconds,
+        "setup_seconds": ready - started,
+        "passes": report["passes"] - before["passes"],
+        "moved_bytes": moved,
+        "link_GBps": moved.get("h2d", 0) / seconds / 1e9,
+        "cpu_attention_GBps": moved.get("cpu_attention", 0) / seconds / 1e9,
+        "resources": report["resources"],
+        "memory": report["memory"],
+        "peak_gpu_gib": (torch.cuda.max_memory_allocated() - ballast.numel()) / GIB if ballast is not None else None,
+    }
+    del ballast
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return result
+
+
+def machine() -> dict[str, str]:
+    """Machine, versions and commit of a result."""
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    info = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown", "processor": platform.machine()}
+    if torch.cuda.is_available():
+        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+        info |= {"gpu": torch.cuda.get_device_name(0), "driver": driver.stdout.strip()}
+    return info
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS), metavar="NAME", help=f"of {', '.join(SCENARIOS)}")
+    parser.add_argument("--output", type=Path, help="JSON file; written after every scenario")
+    parser.add_argument("--trace", type=Path, help="folder for Perfetto traces")
+    parser.add_argument("--num-prompts", type=int, help="prompts instead of the scenario's own number (for a quick look)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="engine settings instead of the scenario's")
+    arguments = parser.parse_args()
+    overrides = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
+    results = []
+    for name in arguments.scenarios:
+        trace = arguments.trace / f"{name}.json" if arguments.trace else None
+        try:
+            results.append(run(name, SCENARIOS[name], overrides, trace, arguments.num_prompts))
+        except Exception as error:  # the remaining scenarios still count
+            results.append({"scenario": name, "error": f"{type(error).__name__}: {error}"})
+        shown = {key: value for key, value in results[-1].items() if key not in ("memory", "resources", "settings")}
+        print(json.dumps(shown), flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+    return 1 if any("error" in result for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The command ``flexbatch``: one subcommand for each main function of the package."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "run": ("flexbatch.run", "the main job: prompts from a file through a model over the tiers"),
+    "batch": ("flexbatch.apps.batch", "a resumable job from Parquet, JSON lines or CSV to Parquet"),
+    "wrangle": ("flexbatch.apps.wrangle.__main__", "entity matching, imputation and error detection on tables"),
+    "lm-eval": ("flexbatch.apps.lm_eval", "lm-evaluation-harness with FlexBatch as a model"),
+}
+USAGE_ERROR = 2
+
+
+def usage() -> str:
+    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: flexbatch COMMAND [ARGUMENTS]", "", "commands:", *lines, "", "flexbatch COMMAND --help tells the arguments of one."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the subcommand; returns its exit code (DESIGN section 9), 2 for an unknown one.
+
+    Only the subcommand's module is imported, because importing torch takes seconds that ``--help`` must not.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words and words[0] == "--version":
+        from flexbatch import __version__
+
+        print(f"flexbatch {__version__}")
+        return 0
+    if not words or words[0] not in COMMANDS:
+        problem = f"unknown command {words[0]!r}" if words else "a command is needed"
+        print(f"flexbatch: {problem}\n\n{usage()}", file=sys.stderr)
+        return USAGE_ERROR
+    # The harness behind lm-eval reads sys.argv itself, so the words are handed over there and not as an argument.
+    sys.argv = [f"flexbatch {words[0]}", *words[1:]]
+    return import_module(COMMANDS[words[0]][0]).main() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""AWQ and GPTQ 4-bit checkpoints -> the project's own codes and parameters, without a detour over 16 bits.
+
+Both store int32 words of eight codes, scales per group of inputs and integer zero points: weight[n, k] = scale[g, n] * (code[k, n] - zero[g, n]).
+AWQ ("gemm" layout) packs eight neighbouring outputs into a word, interleaved; GPTQ packs eight neighbouring inputs, and its zero points are stored less
+one (but not in "gptq_v2"). The project's layout is in `kernels.reference.quantize`: two codes a byte along the input dimension, parameters (scale, minimum)
+per group with weight = scale * code + minimum; so minimum = -scale * zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels import reference
+from flexbatch.models.errors import CheckpointError
+from flexbatch.models.specs import Piece
+
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+# Which of the eight outputs of a word its n-th four bits hold (AutoAWQ, "gemm").
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+BITS = 4
+
+
+@dataclass(frozen=True)
+class QuantizedPiece:
+    """Rows of one canonical matrix in 4 bits. codes: [rows, columns / 2] uint8; parameters: [rows, columns / group, 2] float32 (scale, minimum)."""
+
+    layer: int
+    role: str
+    rows: slice | None
+    codes: Tensor
+    parameters: Tensor
+    bits: int
+    group: int
+
+    def regrouped(self, group: int) -> QuantizedPiece:
+        """The same weights with smaller groups, by repeating parameters. Raises ValueError when ``group`` does not divide this piece's."""
+        if self.group % group:
+            raise ValueError(f"groups of {self.group} inputs cannot be split into groups of {group}; use a divisor of {self.group}")
+        parameters = self.parameters.repeat_interleave(self.group // group, dim=1)
+        return QuantizedPiece(self.layer, self.role, self.rows, self.codes, parameters, self.bits, group)
+
+    def dense(self, dtype: torch.dtype) -> Piece:
+        """The weights themselves, computed in float32."""
+        values = reference.dequantize(self.codes, self.parameters, 2 * self.codes.shape[1], self.bits, self.group)
+        return Piece(self.layer, self.role, self.rows, values.to(dtype))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a checkpoint is quantised. group: inputs that share a scale, 0: all of a row. zero_offset: what is added to a stored zero point."""
+
+    method: str
+    group: int
+    zero_offset: int
+
+    def group_of(self, columns: int) -> int:
+        return self.group or columns
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """What the files must hold for a matrix [rows, columns]. Raises ValueError when the sizes do not fit whole words and groups."""
+        group = self.group_of(columns)
+        if columns % group or rows % 8 or columns % 8:
+            raise ValueError(f"a matrix [{rows}, {columns}] does not divide into words of 8 codes and groups of {group} inputs")
+        qweight = (columns, rows // 8) if self.method == "awq" else (columns // 8, rows)
+        return {"qweight": qweight, "qzeros": (columns // group, rows // 8), "scales": (columns // group, rows), "g_idx": (columns,)}
+
+
+def read_packing(config: Mapping[str, Any]) -> Packing | None:
+    """The ``quantization_config`` of a config.json, None without one. Raises CheckpointError for what is not AWQ or GPTQ with 4 bits."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    method, bits = quantization.get("quant_method"), quantization.get("bits", quantization.get("w_bit"))
+    if method not in ("awq", "gptq") or bits != BITS:
+        raise CheckpointError(
+            f"config.json: quantization_config with quant_method {method!r} and {bits} bits is not supported; supported: awq and gptq with 4 bits"
+        )
+    version = quantization.get("version", "gemm") if method == "awq" else quantization.get("checkpoint_format", "gptq")
+    if str(version).lower() not in ("gemm", "gptq", "gptq_v2"):
+        raise CheckpointError(
+            f"config.json: quantization_config with {method} layout {version!r} is not supported; supported: gemm (awq), gptq and gptq_v2 (gptq)"
+        )
+    group = quantization.get("group_size", quantization.get("q_group_size", 128))
+    return Packing(method, max(group, 0), int(method == "gptq" and version == "gptq"))
+
+
+def unpack(packing: Packing, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Codes [rows, columns / 2] and parameters [rows, groups, 2] of one stored matrix. Raises CheckpointError for activation order."""
+    scales = tensors["scales"].float()
+    if packing.method == "awq":
+        codes, zeros = (_unpack_outputs(tensors[part], AWQ_ORDER) for part in ("qweight", "qzeros"))
+    else:
+        codes = _nibbles(tensors["qweight"]).movedim(-1, 1).flatten(0, 1)
+        zeros = _unpack_outputs(tensors["qzeros"], range(8))
+    columns = codes.shape[0]
+    if "g_idx" in tensors:
+        group = packing.group_of(columns)
+        if not torch.equal(tensors["g_idx"].long(), torch.arange(columns) // group):
+            raise CheckpointError(
+                f"{name}.g_idx: inputs are assigned to groups out of order (GPTQ's desc_act), which contiguous groups of {group} cannot hold; "
+                "quantise the model again with desc_act=false"
+            )
+    minimum = -scales * (zeros.float() + packing.zero_offset)
+    codes = codes.t()
+    return codes[:, 0::2] | (codes[:, 1::2] << 4), torch.stack([scales.t(), minimum.t()], dim=-1)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    """[..., 8] uint8: the four-bit fields of int32 words, lowest first."""
+    octets = words.contiguous().unsqueeze(-1).view(torch.uint8)
+    return torch.stack([octets & 0xF, octets >> 4], dim=-1).flatten(-2)
+
+
+def _unpack_outputs(words: Tensor, order: tuple[int, ...] | range) -> Tensor:
+    """[inputs, words] -> [inputs, 8 * words] where field i of a word is output ``order[i]`` of its eight."""
+    place = torch.tensor([list(order).index(output) for output in range(8)])
+    return _nibbles(words)[..., place].flatten(-2)

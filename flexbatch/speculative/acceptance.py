@@ -1,0 +1,182 @@
+"""How often drafted tokens were accepted, by their place in the tree, and which tree that makes worth its cost."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from flexbatch.speculative.shapes import StaticTrees
+from flexbatch.speculative.tree import TokenTree, TreeShape
+from flexbatch.speculative.verify import Verdict
+
+AcceptanceTable = tuple[tuple[float, ...], ...]
+"""[depth][rank], as `StaticTrees` takes it."""
+
+
+class AcceptanceStatistics:
+    """Running acceptance by (depth of the parent, child rank) of one group of sequences.
+
+    At every node of an accepted path that had children, each child is one offer, and at most one of them is taken. Old observations fade by ``decay``
+    per observed tree. A place with few offers leans on its rank's average over all depths, and that on ``prior``, each worth ``weight`` offers.
+    """
+
+    def __init__(self, depths: int = 8, ranks: int = 8, *, prior: Sequence[float] = (0.6, 0.12, 0.05), weight: float = 8.0, decay: float = 0.998) -> None:
+        if sum(prior) > 1 or min(prior) < 0 or not 0 < decay <= 1 or weight <= 0:
+            raise ValueError(f"prior {tuple(prior)} must be probabilities that sum to at most 1, weight {weight} above 0 and decay {decay} in (0, 1]")
+        self.offered = np.zeros((depths, ranks), dtype=np.int64)
+        """Children offered at accepted nodes in the whole run, [depth of the parent, rank]."""
+        self.taken = np.zeros((depths, ranks), dtype=np.int64)
+        self.recent_offered = np.zeros((depths, ranks))
+        self.recent_taken = np.zeros((depths, ranks))
+        self.prior = np.array([*prior, *[0.0] * ranks])[:ranks]
+        self.weight = weight
+        self.decay = decay
+        self.trees = 0
+        """Trees observed with at least one node."""
+        self.tokens = 0
+        """Tokens emitted by them, the one after the path included."""
+
+    def observe(self, tree: TokenTree, verdict: Verdict) -> None:
+        """Take in one verified tree, before EOS or a limit cut its path. Depths and ranks beyond the table are not counted."""
+        if not len(tree):
+            return
+        self.recent_offered *= self.decay
+        self.recent_taken *= self.decay
+        self.trees += 1
+        self.tokens += len(verdict.path) + 1
+        depths, ranks = self.offered.shape
+        rows = (0, *(node + 1 for node in verdict.path))
+        for depth, row in enumerate(rows[:depths]):
+            children = len(tree.shape.children[row])
+            self.offered[depth, :children] += 1
+            self.recent_offered[depth, :children] += 1
+        for depth, node in enumerate(verdict.path[:depths]):
+            if (rank := tree.shape.ranks[node]) < ranks:
+                self.taken[depth, rank] += 1
+                self.recent_taken[depth, rank] += 1
+
+    def table(self) -> AcceptanceTable:
+        """Estimates [depth][rank]: falling in rank (a later child is never better than an earlier one), each depth's sum at most 1."""
+        by_rank = (self.recent_taken.sum(0) + self.weight * self.prior) / (self.recent_offered.sum(0) + self.weight)
+        estimate = (self.recent_taken + self.weight * by_rank) / (self.recent_offered + self.weight)
+        estimate = np.minimum.accumulate(estimate, axis=1)
+        estimate /= np.maximum(estimate.sum(1, keepdims=True), 1.0)
+        return tuple(tuple(row) for row in estimate.tolist())
+
+    def check(self) -> None:
+        """Raises AssertionError when more was taken than offered, or one node had two accepted children."""
+        for taken, offered in ((self.taken, self.offered), (self.recent_taken, self.recent_offered)):
+            assert (taken <= offered + 1e-9).all(), f"taken {taken.tolist()} exceeds offered {offered.tolist()}"
+            assert (taken.sum(1) <= offered[:, 0] + 1e-9).all(), f"more than one child of a node was accepted: {taken.tolist()} of {offered.tolist()}"
+
+
+@dataclass(frozen=True)
+class PiecewiseLinear:
+    """Seconds as a function of a count, linear between ``points`` (count, seconds) and beyond the last two; flat before the first."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        counts = [count for count, _ in self.points]
+        if not counts or any(a >= b for a, b in pairwise(counts)):
+            raise ValueError(f"points need rising counts, got {counts}")
+
+    def __call__(self, count: float) -> float:
+        counts = [point[0] for point in self.points]
+        if count <= counts[0] or len(counts) == 1:
+            return self.points[0][1]
+        right = min(bisect_right(counts, count), len(counts) - 1)
+        (x0, y0), (x1, y1) = self.points[right - 1], self.points[right]
+        return y0 + (y1 - y0) * (count - x0) / (x1 - x0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that are drafted alike: how many decode in this pass, and their acceptance table. Raises ValueError when a depth rises with rank."""
+
+    sequences: int
+    acceptance: AcceptanceTable
+
+    def __post_init__(self) -> None:
+        for depth, row in enumerate(self.acceptance):
+            if any(later > earlier for earlier, later in pairwise(row)):
+                raise ValueError(f"acceptance at depth {depth} must not rise with rank, got {row}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """shapes: one per group, empty for plain decoding. tokens and seconds: expected of the pass, drafting included."""
+
+    shapes: tuple[TreeShape, ...]
+    tokens: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def choose_shapes(
+    groups: Sequence[Group],
+    pass_seconds: Callable[[float], float],
+    draft_seconds: Callable[[float], float],
+    *,
+    other_query_tokens: int = 0,
+    max_nodes: int = 64,
+    margin: float = 0.02,
+) -> Choice:
+    """The trees of one pass with the most expected tokens per second; none where speculation does not gain more than ``margin``.
+
+    pass_seconds: of the target, given all query tokens of the pass, of which ``other_query_tokens`` are prompt chunks. draft_seconds: of drafting, given
+    the depth (0 nodes deep costs nothing and is not asked). max_nodes: per sequence. Each depth limit is tried; below it, nodes are added where
+    a query token gains most, over all groups together: the gains of a group fall with its size, so that every total is spent in the best way.
+    """
+    live = sum(group.sequences for group in groups)
+    plain = Choice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))
+    best = plain
+    for depth in range(1, max((len(group.acceptance) for group in groups), default=0) + 1):
+        trees = [StaticTrees(group.acceptance[:depth], max_nodes) for group in groups]
+        gains = [np.diff(tree.expected_tokens) for tree in trees]
+        steps = sorted(((gain, g) for g, group in enumerate(groups) if group.sequences for gain in gains[g].tolist() if gain > 1e-12), reverse=True)
+        nodes = [0] * len(groups)
+        tokens, queries, drafting = float(live), other_query_tokens + live, draft_seconds(depth)
+        for gain, g in steps:
+            nodes[g] += 1
+            tokens += gain * groups[g].sequences
+            queries += groups[g].sequences
+            seconds = pass_seconds(queries) + drafting
+            if tokens / seconds > best.tokens_per_second * (1 + 1e-12):
+                best = Choice(tuple(tree.shape(n) for tree, n in zip(trees, nodes, strict=True)), tokens, seconds)
+    return best if best.tokens_per_second > plain.tokens_per_second * (1 + margin) else plain
+
+
+def worth_verifying(
+    trees: Sequence[TokenTree],
+    probabilities: Sequence[Sequence[float]],
+    pass_seconds: Callable[[float], float],
+    *,
+    spent_seconds: float = 0.0,
+    other_query_tokens: int = 0,
+) -> list[TokenTree]:
+    """The nodes of already drafted trees that are worth a query token, chosen over the whole pass.
+
+    probabilities[s][i]: chance that node i of tree s is reached and accepted, at most that of its parent. spent_seconds: on drafting, to be paid either way.
+    Nodes are taken from the likeliest on; the number with the most expected tokens per second wins, which may be none.
+    """
+    order = sorted(((-p, s, i) for s, tree in enumerate(probabilities) for i, p in enumerate(tree)))
+    base = other_query_tokens + len(trees)
+    tokens = float(len(trees))
+    best, best_rate = 0, tokens / (pass_seconds(base) + spent_seconds)
+    for count, (negative, _, _) in enumerate(order, 1):
+        tokens -= negative
+        rate = tokens / (pass_seconds(base + count) + spent_seconds)
+        if rate > best_rate:
+            best, best_rate = count, rate
+    kept: list[list[int]] = [[] for _ in trees]
+    for _, s, i in order[:best]:
+        kept[s].append(i)
+    return [tree.subtree(nodes) for tree, nodes in zip(trees, kept, strict=True)]

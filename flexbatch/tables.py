@@ -1,0 +1,92 @@
+"""What a run says about itself, as text: where things are, how fast it was, what every resource did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flexbatch.trace import RESOURCES
+
+TIERS = ("gpu", "cpu", "disk")
+BINARY = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+DECIMAL = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by spaces: the first to the left, the others to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def aligned(line: Sequence[str]) -> str:
+        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(["  " + aligned(lines[0]), "  " + "  ".join("-" * width for width in widths), *("  " + aligned(line) for line in lines[1:])])
+
+
+def placement(report: Mapping[str, Any]) -> str:
+    """Asked and realised shares of every kind of tensor on every tier, and the memory that goes with them."""
+    policy, realized = report["policy"], report["realized_percent"]
+    rows = []
+    for kind in ("weights", "cache", "activations"):
+        asked = [f"{100 * policy[kind][tier]:.1f}" for tier in TIERS]
+        rows.append([kind, *asked, *(f"{realized[kind][tier]:.1f}" if realized.get(kind) else "-" for tier in TIERS)])
+    shares = table(["% of", *TIERS, *(f"real {tier}" for tier in TIERS)], rows)
+    sizes = ("gpu_batch_size", "num_gpu_batches", "weight_bits", "cache_bits", "prefill_chunk", "cpu_attention", "overlap")
+    settings = ", ".join(f"{name.replace('_', ' ')} {policy[name]}" for name in sizes)
+    return f"placement ({settings})\n{shares}\n{memory(report)}"
+
+
+def memory(report: Mapping[str, Any]) -> str:
+    """What needs how much on which tier, against the budgets, and the peak where it was measured."""
+    needs, budgets, peaks = report.get("memory", []), report.get("budgets", {}), report.get("peak_bytes", {})
+    unit, size = fitting_unit(max((need["num_bytes"] for need in needs), default=0), BINARY)
+
+    def line(name: str, num_bytes: Mapping[str, int]) -> list[str]:
+        return [name, *(f"{num_bytes[tier] / size:,.2f}" if num_bytes.get(tier) else "-" for tier in TIERS)]
+
+    def total(what: str | None) -> dict[str, int]:
+        return {tier: sum(need["num_bytes"] for need in needs if need["tier"] == tier and what in (None, need["what"])) for tier in TIERS}
+
+    rows = [line(name, total(name)) for name in dict.fromkeys(need["what"] for need in needs)]
+    rows += [line("needed", total(None)), *([line("peak", peaks)] if peaks else []), line("budget", budgets)]
+    return table([unit, *TIERS], rows)
+
+
+def fitting_unit(largest: float, units: Mapping[str, int]) -> tuple[str, int]:
+    """The largest unit in which the largest value is at least 1, so that a tiny model's table is not all zeros."""
+    return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
+
+
+def throughput(report: Mapping[str, Any]) -> str:
+    """What was generated, how fast, and the traffic of every resource."""
+    seconds = report["seconds"]
+    rows = [
+        ["requests", f"{report['requests']:,}", _rate(report["requests"], seconds)],
+        ["prompt tokens", f"{report['prompt_tokens']:,}", _rate(report["prompt_tokens"], seconds)],
+        ["generated tokens", f"{report['generated_tokens']:,}", _rate(report["generated_tokens"], seconds)],
+        ["passes", f"{report['passes']:,}", _rate(report["passes"], seconds)],
+    ]
+    text = f"throughput ({seconds:.2f} s, and {report['load_seconds']:.2f} s to load)\n{table(['', 'count', 'per second'], rows)}"
+    moved = {name: count for name, count in report.get("moved_bytes", {}).items() if count}
+    if moved:
+        unit, size = fitting_unit(max(moved.values()), DECIMAL)
+        traffic = [[name.replace("_", " "), f"{count / size:,.2f}", _rate(count / size, seconds)] for name, count in moved.items()]
+        text += "\n" + table(["traffic", unit, f"{unit}/s of the run"], traffic)
+    return text
+
+
+def _rate(count: float, seconds: float) -> str:
+    return f"{count / seconds:,.2f}" if seconds else "-"
+
+
+def resources(report: Mapping[str, Any]) -> str:
+    """What the trace measured of every resource; empty without a trace."""
+    uses = report.get("resources") or {}
+    unit, size = fitting_unit(max((use["num_bytes"] for use in uses.values()), default=0), DECIMAL)
+    rows = []
+    for name, use in uses.items():
+        share = use["busy"] / use["wall"] if use["wall"] else 0.0
+        moved = [f"{use['num_bytes'] / size:,.2f}", f"{use['num_bytes'] / use['busy'] / size:,.2f}"] if use["busy"] and use["num_bytes"] else ["-", "-"]
+        rows.append([RESOURCES.get(name, name), f"{use['busy']:.3f}", f"{100 * share:.1f}", *moved])
+    return "resources\n" + table(["", "busy s", "% of wall", unit, f"{unit}/s while busy"], rows) if rows else ""

@@ -1,0 +1,141 @@
+"""What a run is given and what it leaves: prompts from files or made up, and completions as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from flexbatch.config import ConfigurationError
+from flexbatch.request import Completion
+
+BUNDLED_PROMPTS = Path(__file__).parent / "data" / "prompts.jsonl"
+
+
+def read_prompts(path: str | Path) -> list[Any]:
+    """Prompts of a file: .txt (one a line, empty lines left out), .json (a list), .jsonl (one value a line), .parquet (column ``prompt``).
+
+    A value is a prompt, or an object whose ``prompt`` is one; a prompt is text, token ids or chat messages. Nothing in the file is executed.
+    Raises ConfigurationError that names the file and the line, element or column.
+    """
+    path = Path(path)
+    readers = {".txt": _read_text, ".json": _read_json, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    if path.suffix.lower() not in readers:
+        raise ConfigurationError(f"{path}: the kind of a prompt file is told by its ending: {', '.join(readers)}")
+    try:
+        prompts = list(readers[path.suffix.lower()](path))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path}: is not UTF-8 text: {error}") from error
+    if not prompts:
+        raise ConfigurationError(f"{path}: holds no prompts")
+    return prompts
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    return (line for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(values, list):
+        raise ConfigurationError(f"{path}: needs a list of prompts; it holds a {type(values).__name__}")
+    return (_prompt_of(value, f"{path}: element {index}") for index, value in enumerate(values))
+
+
+def _read_json_lines(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigurationError(f"{path}: line {number} is not JSON: {error}") from error
+            yield _prompt_of(value, f"{path}: line {number}")
+
+
+def _prompt_of(value: Any, place: str) -> Any:
+    if isinstance(value, dict):
+        if "prompt" not in value:
+            raise ConfigurationError(f'{place} has no "prompt"; it has {", ".join(value) or "nothing"}')
+        value = value["prompt"]
+    if not isinstance(value, str | list):
+        raise ConfigurationError(f"{place} holds a {type(value).__name__}; a prompt is text, a list of token ids or a list of chat messages")
+    return value
+
+
+def _read_parquet(path: Path) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with path.open("rb") as stream:
+            file = pyarrow.parquet.ParquetFile(stream)
+            if "prompt" not in file.schema_arrow.names:
+                raise ConfigurationError(f'{path}: has no column "prompt"; it has {", ".join(file.schema_arrow.names)}')
+            values = file.read(columns=["prompt"]).column("prompt").to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ConfigurationError(f"{path}: is not a Parquet file: {error}") from error
+    return [_prompt_of(value, f"{path}: row {index}") for index, value in enumerate(values)]
+
+
+def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """`count` different prompts of `length` random token ids, the same ones for the same arguments."""
+    return [random.Random(f"{seed} {index}").choices(range(vocab_size), k=length) for index in range(count)]
+
+
+def output_line(prompt: Any, completion: Completion) -> dict[str, Any]:
+    """One completion as the output file and --json give it."""
+    line: dict[str, Any] = {"prompt": prompt, **_sample(completion), "num_input_tokens": len(completion.prompt_token_ids)}
+    line["num_generated_tokens"] = len(completion.token_ids)
+    if completion.samples:
+        line["samples"] = [_sample(sample) for sample in completion.samples]
+    return line
+
+
+def _sample(completion: Completion) -> dict[str, Any]:
+    values: dict[str, Any] = {"text": completion.text, "token_ids": completion.token_ids, "finish_reason": completion.finish_reason}
+    if completion.logprobs is not None:
+        values["logprobs"] = [_logprobs(entry) for entry in completion.logprobs]
+    if completion.prompt_logprobs is not None:
+        values["prompt_logprobs"] = [entry and _logprobs(entry) for entry in completion.prompt_logprobs]
+    return values
+
+
+def _logprobs(entry: dict[int, Any]) -> list[dict[str, Any]]:
+    """The chosen token first, then by rank."""
+    return [{"token_id": item.token_id, "logprob": item.logprob, "rank": item.rank} for item in entry.values()]
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[str]]:
+    """A text file that appears under its name when the body ends, whole, and not at all when it fails.
+
+    Opened at once, so that a folder that cannot be written to is found before hours of work. Raises ConfigurationError for that.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        stream = temporary.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"output {path}: cannot be written: {error.strerror}") from error
+    try:
+        with stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_lines(stream: IO[str], prompts: Sequence[Any], completions: Iterable[Completion]) -> None:
+    """One JSON object a line, in the order of the prompts."""
+    for prompt, completion in zip(prompts, completions, strict=True):
+        stream.write(json.dumps(output_line(prompt, completion), ensure_ascii=False) + "\n")

@@ -1,0 +1,72 @@
+"""Disk rates with the page cache out of the way: O_DIRECT where the file system has it, several threads, several block sizes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+BLOCKS = (2**20, 2**22, 2**24)
+THREADS = 8
+
+
+def _open(path: Path, flags: int) -> int:
+    """With O_DIRECT, or without where the file system refuses it (tmpfs)."""
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
+    except OSError:
+        return os.open(path, flags, 0o600)
+
+
+def _requests(descriptor: int, block: int, count: int, write: bool) -> float:
+    """Seconds for ``count`` requests of ``block`` bytes, spread over the threads."""
+
+    def one_thread(index: int) -> None:
+        # mmap gives memory aligned to pages, as O_DIRECT asks.
+        with mmap.mmap(-1, block) as buffer:
+            if write:
+                buffer.write(os.urandom(4096) * (block // 4096))
+            view = memoryview(buffer)
+            for request in range(index, count, THREADS):
+                if write:
+                    os.pwritev(descriptor, [view], request * block)
+                else:
+                    os.preadv(descriptor, [view], request * block)
+            view.release()
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(one_thread, range(THREADS)))
+    if write:
+        os.fsync(descriptor)
+    return time.perf_counter() - start
+
+
+def measure_disk(folder: Path, size: int, seconds: float) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(reads, writes): lists of (block bytes, seconds of one request) in a temporary file of ``size`` bytes in ``folder``, within about ``seconds``.
+
+    Raises OSError when the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.perf_counter() + seconds
+    with tempfile.TemporaryDirectory(prefix="profile-", dir=folder) as temporary:
+        path = Path(temporary) / "blocks"
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            # The file is laid out by the first write; that one is not counted.
+            _requests(descriptor, BLOCKS[-1], size // BLOCKS[-1], write=True)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            reads, writes = [], []
+            for block in reversed(BLOCKS):
+                count = size // block
+                for write, results in ((False, reads), (True, writes)):
+                    if results and time.perf_counter() > deadline:
+                        continue
+                    results.append((block, _requests(descriptor, block, count, write) / count))
+        finally:
+            os.close(descriptor)
+    return reads, writes

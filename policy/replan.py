@@ -1,0 +1,135 @@
+"""What can change between passes when the measured pass is not the planned one, and what a run teaches about the machine. Pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexbatch.policy.cost import RESOURCES, PassModel, point_of
+from flexbatch.policy.loads import steady_load
+from flexbatch.policy.plan import Plan
+from flexbatch.policy.types import Curve, Hardware
+
+TOLERANCE = 0.2
+"""A pass this far from its plan is planned again."""
+SHARES = tuple(i / 20 for i in range(21))
+
+
+@dataclass(frozen=True)
+class Replan:
+    """New settings between passes; no memory moves. ``reason`` is for the log."""
+
+    admission_limit: int
+    """Sequences in flight, at most the block's size."""
+    prefill_budget: int
+    """Prompt tokens of a micro-batch in one pass."""
+    cpu_attention: float
+    predicted_pass_seconds: float
+    changed: bool
+    reason: str
+
+
+def recalibrate(hardware: Hardware, predicted: Mapping[str, float], measured: Mapping[str, float], limit: float = 4.0) -> Hardware:
+    """The machine with its rates scaled by predicted / measured seconds of each resource, by at most ``limit`` either way.
+
+    Resources that were predicted or measured at less than 1 % of the busiest say nothing about their rate and are left alone.
+    """
+    floor = 0.01 * max([*predicted.values(), *measured.values()], default=0.0)
+    fields = {
+        "h2d": ("h2d", "gather", "h2d_during_cpu_attention"),
+        "d2h": ("d2h", "scatter"),
+        "disk_read": ("disk_read",),
+        "disk_write": ("disk_write",),
+        "gpu_compute": ("gemm", "attention_decode", "attention_prefill", "expand"),
+        "gpu_memory": ("gpu_bandwidth",),
+        "cpu_attention": ("cpu_attention", "cpu_attention_during_h2d"),
+        "host_memory": ("host_bandwidth",),
+    }
+    changes: dict[str, object] = {}
+    for resource, names in fields.items():
+        before, after = predicted.get(resource, 0.0), measured.get(resource, 0.0)
+        if min(before, after) <= floor:
+            continue
+        factor = min(limit, max(1 / limit, before / after))
+        for name in names:
+            changes[name] = scaled(getattr(hardware, name), factor)
+    return dataclasses.replace(hardware, **changes)
+
+
+def scaled(rate: float | Curve, factor: float) -> float | Curve:
+    if isinstance(rate, Curve):
+        return dataclasses.replace(rate, values=tuple(value * factor for value in rate.values))
+    return rate * factor
+
+
+def replan(plan: Plan, measured_pass_seconds: float, measured: Mapping[str, float], mean_context: float | None = None) -> Replan:
+    """Settings for the next passes when a pass takes ``measured_pass_seconds``.
+
+    plan: what was predicted. measured: busy seconds of each resource in that pass. mean_context: tokens that a decoding sequence really
+    holds, where the estimate of the lengths was wrong. Within ``TOLERANCE`` everything stays. Otherwise the rates are corrected by what was
+    measured, and the CPU-attention share and the admission limit with the highest throughput under them are taken; memory stays where it is.
+    """
+    policy = plan.policy
+    ratio = measured_pass_seconds / plan.pass_seconds
+    budget = policy.prompt_tokens_per_micro_batch
+    if abs(ratio - 1) <= TOLERANCE:
+        reason = f"pass took {measured_pass_seconds:.3g} s, planned {plan.pass_seconds:.3g} s: within {TOLERANCE:.0%}, nothing changes"
+        return Replan(policy.block_size, budget, policy.cpu_attention, measured_pass_seconds, False, reason)
+    hardware = recalibrate(plan.hardware, plan.resource_seconds, measured)
+    limit = admission_limit(plan, mean_context)
+    share, seconds = best_share(plan, hardware, limit, mean_context)
+    budget = chunk_budget(plan, hardware, limit, share, mean_context)
+    culprit = max(RESOURCES, key=lambda name: measured.get(name, 0.0) - plan.resource_seconds[name])
+    words = [f"pass took {measured_pass_seconds:.3g} s, planned {plan.pass_seconds:.3g} s ({ratio - 1:+.0%})"]
+    words.append(f"{culprit} busy {measured.get(culprit, 0.0):.3g} s instead of {plan.resource_seconds[culprit]:.3g} s")
+    settings = (("admission limit", policy.block_size, limit), ("CPU attention", policy.cpu_attention, share), ("prompt budget", policy.prompt_tokens_per_micro_batch, budget))
+    changes = [f"{name} {before:.4g} -> {after:.4g}" for name, before, after in settings if not math.isclose(before, after, rel_tol=1e-3, abs_tol=1e-3)]
+    reason = "; ".join([*words, *(changes or ["no setting between passes helps"])])
+    return Replan(limit, budget, share, seconds, bool(changes), reason)
+
+
+def admission_limit(plan: Plan, mean_context: float | None) -> int:
+    """Fewer sequences where these are longer than planned, so that the cache's home still holds them; at least one a micro-batch."""
+    if mean_context is None:
+        return plan.policy.block_size
+    load, _ = steady_load(plan.workload, plan.policy)
+    planned = float(load.decode_context) / max(float(load.decode_sequences), 1e-9)
+    room = plan.policy.block_size * min(1.0, planned / mean_context)
+    return max(plan.policy.num_gpu_batches, math.floor(room))
+
+
+def model_for(plan: Plan, hardware: Hardware, limit: int, mean_context: float | None) -> PassModel:
+    """The steady pass of ``limit`` sequences with the contexts that were met."""
+    load, _ = steady_load(plan.workload, plan.policy, in_flight=limit)
+    if mean_context is not None:
+        load = dataclasses.replace(load, decode_context=float(load.decode_sequences) * mean_context)
+    return PassModel(plan.shape, hardware, plan.policy, load)
+
+
+def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float | None) -> tuple[float, float]:
+    """(share of the CPU's sequences to attend there, seconds of the pass). Staging was sized by the plan: the share may rise, not fall below it."""
+    model = model_for(plan, hardware, limit, mean_context)
+    # Two staging areas hold the planned share of a micro-batch; a smaller share would need larger ones, unless fewer sequences are in flight.
+    staged = plan.policy.cache.cpu * (1 - plan.policy.cpu_attention)
+    room = staged * plan.policy.block_size / limit
+    least = max(0.0, 1 - room / plan.policy.cache.cpu) if plan.policy.cache.cpu else 0.0
+    shares = sorted({plan.policy.cpu_attention, *(share for share in SHARES if share >= least - 1e-9)}) if plan.policy.cache.cpu else [0.0]
+    points = {share: point_of(dataclasses.replace(plan.policy, cpu_attention=share)) for share in shares}
+    seconds = {share: float(model.pass_seconds(point)) for share, point in points.items()}
+    best = min(shares, key=lambda share: (seconds[share], abs(share - plan.policy.cpu_attention)))
+    return best, seconds[best]
+
+
+def chunk_budget(plan: Plan, hardware: Hardware, limit: int, share: float, mean_context: float | None) -> int:
+    """The largest budget, up to the planned one, whose prompts still hide under the pass's other traffic; never below what keeps the block full."""
+    policy = plan.policy
+    model, point = model_for(plan, hardware, limit, mean_context), point_of(dataclasses.replace(policy, cpu_attention=share))
+    seconds = model.resource_seconds(point)
+    hidden_under = max(value for name, value in seconds.items() if not name.startswith("gpu") and name not in ("cores", "no overlap", "one micro-batch"))
+    paced = float(np.ceil(model.load.prompt_tokens / policy.num_gpu_batches))
+    spare = hidden_under / float(seconds["gpu_compute"]) if seconds["gpu_compute"] else 1.0
+    return int(min(policy.prompt_tokens_per_micro_batch, max(paced, policy.prompt_tokens_per_micro_batch * min(1.0, spare))))

@@ -1,0 +1,79 @@
+"""Running the batch command with the fake engine, in this process and in others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flexbatch.apps.batch import main
+from tests.apps_batch.fake import FakeLLM
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ROOT.parent / "shared" / "data"
+if not PROMPTS.exists():
+    PROMPTS = ROOT.parents[1] / "shared" / "data"
+RESULTS = ("generated_text", "finish_reason", "num_input_tokens", "num_generated_tokens", "error")
+
+
+def shared_prompts(rows: int, longest: int = 200) -> list[str]:
+    """Different prompts made of the shared prompt data; skips the test where it is absent."""
+    names = ("gsm8k_test.jsonl", "humaneval.jsonl", "mt_bench.jsonl")
+    if not all((PROMPTS / name).exists() for name in names):
+        pytest.skip("needs ../shared/data")
+    texts = [json.loads(line)["prompt"] for name in names for line in (PROMPTS / name).read_text().splitlines()]
+    return [f"{row}: {texts[row % len(texts)]}"[:longest] for row in range(rows)]
+
+
+def write_input(path: Path, prompts: Sequence[str | None], row_group_size: int = 37, **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"id": list(range(len(prompts))), "prompt": pa.array(prompts, pa.string()), **columns}), path, row_group_size=row_group_size)
+    return path
+
+
+def run_here(*words: object, fake: FakeLLM | None = None, **settings: Any) -> int:
+    """The command in this process; its exit code."""
+    engine = fake or FakeLLM(**settings)
+    return main([str(word) for word in words], open_engine=lambda config: engine, identity=lambda config: {"weights": f"fake {config.model}"})
+
+
+def command(*words: object, **settings: Any) -> list[str]:
+    return [sys.executable, "-m", "tests.apps_batch.driver", json.dumps(settings), *map(str, words)]
+
+
+def start(*words: object, environ: dict[str, str] | None = None, **settings: Any) -> subprocess.Popen[str]:
+    """The command as a process of its own."""
+    import os
+
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})}
+    return subprocess.Popen(command(*words, **settings), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 30.0) -> None:
+    """Until the condition holds, or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and (process is None or process.poll() is None):
+        assert time.monotonic() < end, f"nothing happened within {seconds} s"
+        time.sleep(0.002)
+
+
+def parts_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("part-*.parquet") if not path.name.startswith("."))
+
+
+def read_output(folder: Path) -> pa.Table:
+    """All parts in the order of their numbers, each read by itself."""
+    tables = [pq.ParquetFile(path).read() for path in sorted(parts_of(folder), key=lambda path: path.name)]
+    return pa.concat_tables(tables)
+
+
+def journal_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (folder / ".flexbatch").glob("journal-*.log"))

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flexbatch.apps.batch import resume_command
+from flexbatch.apps.jobs.progress import Counts, Progress
+from flexbatch.apps.jobs.shares import Share, divide_host, find_share
+from flexbatch.config import ConfigurationError, EngineConfig
+from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_input
+
+
+def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
+    script = "import sys; from flexbatch.apps.batch import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules, 'pyarrow' in sys.modules, file=sys.stderr)"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert time.monotonic() - began < 1.0
+    assert done.stderr.strip() == "False False" and "--prompt-template" in done.stdout and "--gpu-batch-size" in done.stdout
+
+
+@pytest.mark.parametrize("words", [(), ("in",), ("in", "out", "--no-such-flag"), ("in", "out", "--max-tok", "3"), ("in", "out", "--max-tokens", "many")])
+def test_wrong_usage_is_exit_code_two(words: tuple[str, ...]) -> None:
+    process = start(*words)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 2 and out == "" and err
+
+
+def test_stdout_stays_empty(tmp_path: Path) -> None:
+    process = start(write_input(tmp_path / "in.parquet", ["a", None]), tmp_path / "out")
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 3 and out == "" and "2/2 rows" in err
+
+
+def test_settings_come_from_flags_then_environment_then_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_input(tmp_path / "in.parquet", ["a"])
+    (tmp_path / "c.yaml").write_text("max_tokens: 6\noutput_prefix: y_\ngenerated_tokens: true\n")
+    monkeypatch.setenv("FLEXBATCH_OUTPUT_PREFIX", "e_")
+    assert run_here(source, tmp_path / "out", "--config", tmp_path / "c.yaml", "--max-tokens", 3) == 0
+    table = read_output(tmp_path / "out")
+    assert "e_generated_tokens" in table.schema.names and table["e_num_generated_tokens"][0].as_py() <= 3
+
+
+def test_the_resume_command_does_not_discard() -> None:
+    assert resume_command(["python", "-m", "flexbatch.apps.batch", "in put", "out", "--overwrite"]) == "python -m flexbatch.apps.batch 'in put' out"
+
+
+def test_ranks_divide_shards_and_hosts() -> None:
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert find_share(None, {}) == Share() and find_share((1, 3), {}) == Share(1, 3)
+    share = find_share(None, torchrun)
+    assert share == Share(5, 8, 1, 4)
+    assert find_share((1, 3), torchrun) == Share(13, 24, 1, 4)
+    config = divide_host(EngineConfig(cpu_memory="64GiB", gpu_memory="20GiB"), share, gpus=2)
+    assert (config.cpu_memory, config.gpu_memory, config.device) == (16 * 2**30, 10 * 2**30, "cuda:1")
+    free = divide_host(EngineConfig(), share, gpus=0).cpu_memory
+    assert isinstance(free, int) and 0 < free < 2**44
+    for wrong in ({"RANK": "8"}, {"RANK": "x"}):
+        with pytest.raises(ConfigurationError, match="RANK="):
+            find_share(None, {**torchrun, **wrong})
+
+
+def test_progress_says_a_line_now_and_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(Counts(100, 40), metrics_file=str(tmp_path / "m.prom"), interval_s=0.05)
+    progress.counts.rows_done, progress.counts.generated_tokens_total = 70, 600
+    time.sleep(0.3)
+    assert (tmp_path / "m.prom").exists()
+    progress.close()
+    err = capsys.readouterr().err
+    assert "70/100 rows (70.0 %)" in err and "output tok/s" in err and "ETA 0:00:0" in err
+
+
+def test_a_terminal_gets_one_bar(tmp_path: Path) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    progress = Progress(Counts(10), stream=screen, interval_s=0.05)
+    progress.counts.rows_done = 10
+    progress.say("a message")
+    progress.close()
+    assert "10/10" in screen.getvalue() and "a message" in screen.getvalue() and "errors" in screen.getvalue()

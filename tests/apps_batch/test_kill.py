@@ -1,0 +1,218 @@
+"""Jobs as processes of their own, with real signals, full disks and inputs that vanish."""
+
+from __future__ import annotations
+
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pds
+import pyarrow.parquet as pq
+import pytest
+
+from tests.apps_batch.helpers import ROOT, command, journal_bytes, parts_of, read_output, run_here, shared_prompts, start, wait_for, write_input
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def kill_and_resume(tmp_path: Path, rows: int, kills: int, step_s: float, *flags: object) -> None:
+    """A job killed at random moments, resumed each time, against an undisturbed one."""
+    source, out, counted = write_input(tmp_path / "in.parquet", shared_prompts(rows)), tmp_path / "out", tmp_path / "tokens"
+    assert run_here(source, tmp_path / "whole", *flags, count_file=str(tmp_path / "once")) == 0
+    once = size_of(tmp_path / "once")
+    settings = {"block": 16, "step_s": step_s, "count_file": str(counted)}
+    chance = random.Random(7)
+    for _ in range(kills):
+        process = start(source, out, *flags, **settings)
+        goal = size_of(counted) + chance.random() * once / kills
+        wait_for(lambda goal=goal: size_of(counted) > goal, process)
+        process.kill()
+        process.communicate()
+        check_readable(out)
+    process = start(source, out, *flags, **settings)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert read_output(out).equals(read_output(tmp_path / "whole"))
+    assert once < size_of(counted) <= 1.15 * once
+    left = sorted(path.name for path in (out / ".flexbatch").iterdir())
+    assert left == ["commits-0-of-1.log", "lock-0-of-1", "manifest.json"] and not list(out.rglob(".part-*"))
+
+
+def check_readable(out: Path) -> None:
+    """Whatever is there reads as a data set, whole parts only."""
+    for path in parts_of(out):
+        assert len(pq.read_table(path)) > 0
+    if parts_of(out):
+        assert pds.dataset(out).count_rows() > 0
+
+
+def test_killed_and_resumed_jobs_give_every_row_once(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 600, 4, 0.002, "--part-rows", 40, "--window-rows", 100)
+
+
+@pytest.mark.slow
+def test_five_thousand_rows_killed_twenty_times(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 5000, 20, 0.003)
+
+
+def test_two_shards_killed_and_resumed_independently(tmp_path: Path) -> None:
+    source, out = write_input(tmp_path / "in.parquet", shared_prompts(300)), tmp_path / "out"
+    flags = ("--part-rows", 20, "--window-rows", 50)
+    assert run_here(source, tmp_path / "whole", *flags) == 0
+    first, second = (start(source, out, *flags, "--shard", f"{shard}/2", block=8, step_s=0.005) for shard in (0, 1))
+    wait_for(lambda: journal_bytes(out) > 3000, first)
+    first.kill()
+    first.communicate()
+    again = start(source, out, *flags, "--shard", "0/2", block=8)
+    wait_for(lambda: len(parts_of(out)) > 3, second)
+    second.kill()
+    second.communicate()
+    assert again.communicate(timeout=60) and again.returncode == 0
+    assert len(parts_of(out)) < 15
+    ranks = [start(source, out, *flags, environ={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}) for rank in (0, 1)]
+    for rank in ranks:
+        _, err = rank.communicate(timeout=60)
+        assert rank.returncode == 0, err
+    assert read_output(out).equals(read_output(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_take_their_shards(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(90)])
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", *command(source, tmp_path / "out", "--part-rows", 10)[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert read_output(tmp_path / "out")["id"].to_pylist() == list(range(90))
+    assert len(list((tmp_path / "out" / ".flexbatch").glob("commits-*-of-3.log"))) == 3
+
+
+def begun(tmp_path: Path, rows: int = 400, **settings: float) -> tuple[subprocess.Popen[str], Path]:
+    source, out = write_input(tmp_path / "in.parquet", [f"prompt {i}" for i in range(rows)]), tmp_path / "out"
+    process = start(source, out, "--part-rows", 25, "--window-rows", 50, **{"block": 10, "step_s": 0.006, **settings})
+    wait_for(lambda: journal_bytes(out) > 2000, process)
+    return process, out
+
+
+def test_the_first_interrupt_finishes_the_parts_in_flight_and_the_resume_command_works(tmp_path: Path) -> None:
+    process, out = begun(tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "finishing what has begun" in err, err
+    assert 0 < len(parts_of(out)) < 16 and not list((out / ".flexbatch").glob("journal-*"))
+    resume = shlex.split(err.rsplit("resume with: ", 1)[1])
+    assert subprocess.run(resume, cwd=ROOT, capture_output=True, timeout=60).returncode == 0
+    assert read_output(out)["id"].to_pylist() == list(range(400))
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)])
+def test_the_second_interrupt_and_sigterm_stop_at_once_and_keep_finished_rows(tmp_path: Path, signals: tuple[int, ...]) -> None:
+    process, out = begun(tmp_path, step_s=0.1)
+    kept = journal_bytes(out)
+    began = time.monotonic()
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "resume with: " in err and time.monotonic() - began < 5, err
+    assert journal_bytes(out) >= kept and "Traceback" not in err
+
+
+def test_an_interrupt_while_the_model_loads_stops_at_once(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.parquet", ["a"])
+    process = start(source, tmp_path / "out", load_s=20)
+    wait_for((tmp_path / "out" / ".flexbatch" / "manifest.json").exists, process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 130 and "resume with: " in err
+
+
+def test_an_input_that_is_deleted_mid_job(tmp_path: Path) -> None:
+    for name in "abcd":
+        write_input(tmp_path / "in" / f"{name}.parquet", [f"{name}{i}" for i in range(100)])
+    out = tmp_path / "out"
+    process = start(tmp_path / "in", out, "--part-rows", 20, "--window-rows", 20, block=10, step_s=0.005)
+    wait_for(lambda: journal_bytes(out) > 500, process)
+    (tmp_path / "in" / "d.parquet").unlink()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "d.parquet: row group 0 cannot be read" in err and "resume with: " in err, err
+    assert read_output(out)["prompt"].to_pylist() == [f"{name}{i}" for name in "abc" for i in range(100)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, where this process may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_no_committed_part(tmp_path: Path, small_disk: Path) -> None:
+    noise = np.random.default_rng(0).bytes(300 * 10_000)
+    payload = [noise[i * 10_000 : (i + 1) * 10_000] for i in range(300)]
+    source, out = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(300)], payload=payload), small_disk / "out"
+    process = start(source, out, "--part-rows", 20, "--window-rows", 20)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 4 and "No space left on device" in err and "resume with: " in err, err
+    names = [path.name for path in parts_of(out)]
+    assert 3 < len(names) < 15 and not list(out.rglob(".part-*"))
+    rows = read_output(out)["id"].to_pylist()
+    assert len(rows) == 20 * len(names)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    assert run_here(source, out, "--part-rows", 20, "--window-rows", 20) == 0
+    assert read_output(out).select(["id", "payload"]).equals(pq.read_table(source, columns=["id", "payload"]))
+
+
+def test_a_disk_without_room_for_a_journal(tmp_path: Path, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"x" * (2 * 2**20 - 20 * 4096))
+    source = write_input(tmp_path / "in.parquet", shared_prompts(400))
+    process = start(source, small_disk / "out", "--max-tokens", 300, "--part-rows", 400)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 4 and "No space left on device" in err, err
+    (small_disk / "filler").unlink()
+    process = start(source, small_disk / "out", "--max-tokens", 300, "--part-rows", 400)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "resuming: " in err, err
+    assert read_output(small_disk / "out")["id"].to_pylist() == list(range(400))
+
+
+def test_a_read_only_output_is_found_before_the_model_loads(tmp_path: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    source = write_input(tmp_path / "in.parquet", ["a"])
+    process = start(source, small_disk / "out", load_s=60)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 2 and "cannot be written" in err and "Read-only file system" in err, err
+
+
+def test_a_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
+    process, out = begun(tmp_path)
+    other = start(tmp_path / "in.parquet", out, "--part-rows", 25, "--window-rows", 50)
+    _, err = other.communicate(timeout=20)
+    process.kill()
+    process.communicate()
+    assert other.returncode == 2 and "being written by another process" in err
+
+
+def test_readers_see_whole_parts_during_the_job(tmp_path: Path) -> None:
+    process, out = begun(tmp_path)
+    looked = 0
+    while process.poll() is None:
+        if parts_of(out):
+            table = pds.dataset(out).to_table()
+            assert len(table) % 25 == 0 and pa.types.is_string(table.schema.field("generated_text").type)
+            looked += 1
+        time.sleep(0.05)
+    process.communicate()
+    assert looked > 3 and process.returncode == 0

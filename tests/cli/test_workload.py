@@ -1,0 +1,114 @@
+"""Prompt files of every kind, and the output file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from flexbatch import workload
+from flexbatch.config import ConfigurationError
+from flexbatch.request import Completion, TokenLogprob
+
+PROMPTS = ["first\nwith two lines", "zweiter größer 🙂", "third\u2028still third"]
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder / name
+
+
+def test_every_kind_of_file_gives_the_same_prompts(tmp_path: Path) -> None:
+    objects = [{"id": i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    assert workload.read_prompts(written(tmp_path, "a.json", json.dumps(PROMPTS))) == PROMPTS
+    assert workload.read_prompts(written(tmp_path, "b.json", json.dumps(objects))) == PROMPTS
+    lines = "\n".join(json.dumps(value, ensure_ascii=False) for value in objects)
+    assert workload.read_prompts(written(tmp_path, "c.jsonl", lines + "\n\n")) == PROMPTS
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": PROMPTS, "other": [1, 2, 3]}), tmp_path / "d.parquet")
+    assert workload.read_prompts(tmp_path / "d.parquet") == PROMPTS
+    assert workload.read_prompts(written(tmp_path, "e.TXT", "one\n\n  two\n")) == ["one", "  two"]
+
+
+def test_prompts_may_be_token_ids_or_chats(tmp_path: Path) -> None:
+    values = [[1, 2, 3], [{"role": "user", "content": "hi"}]]
+    lines = "\n".join(json.dumps({"prompt": value}) for value in values)
+    assert workload.read_prompts(written(tmp_path, "a.jsonl", lines)) == values
+
+
+def test_bundled_prompts_are_a_dozen_different_ones() -> None:
+    prompts = workload.read_prompts(workload.BUNDLED_PROMPTS)
+    assert len(set(prompts)) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "x", "told by its ending: .txt, .json, .jsonl, .parquet"),
+        ("a.txt", "\n \n", "holds no prompts"),
+        ("a.txt", "", "holds no prompts"),
+        ("a.json", "[]", "holds no prompts"),
+        ("a.jsonl", "", "holds no prompts"),
+        ("a.txt", b"\xff\xfe", "is not UTF-8"),
+        ("a.json", "{", "is not JSON: .*line 1"),
+        ("a.json", "{}", "needs a list of prompts; it holds a dict"),
+        ("a.json", '["a", 5]', "element 1 holds a int"),
+        ("a.jsonl", '"a"\n{"text": "b", "id": 1}', 'line 2 has no "prompt"; it has text, id'),
+        ("a.jsonl", '"a"\n{}', 'line 2 has no "prompt"; it has nothing'),
+        ("a.jsonl", '"a"\n\nnull', "line 3 holds a NoneType"),
+        ("a.jsonl", '"a"\nb', "line 2 is not JSON"),
+        ("a.parquet", "no parquet", "is not a Parquet file"),
+        ("none/a.txt", None, "cannot be read: No such file"),
+    ],
+)
+def test_errors_name_file_and_place(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+    path = tmp_path / name if content is None else written(tmp_path, name, content)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        workload.read_prompts(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_parquet_file_needs_its_column(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigurationError, match='no column "prompt"; it has text, n'):
+        workload.read_prompts(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None]}), tmp_path / "b.parquet")
+    with pytest.raises(ConfigurationError, match="row 1 holds a NoneType"):
+        workload.read_prompts(tmp_path / "b.parquet")
+
+
+def test_synthetic_prompts_differ_and_repeat() -> None:
+    prompts = workload.synthetic_prompts(50, 20, 300, seed=3)
+    assert len({tuple(prompt) for prompt in prompts}) == 50
+    assert all(len(prompt) == 20 and min(prompt) >= 0 and max(prompt) < 300 for prompt in prompts)
+    assert prompts[:10] == workload.synthetic_prompts(10, 20, 300, seed=3)
+    assert prompts != workload.synthetic_prompts(50, 20, 300, seed=4)
+
+
+def test_output_lines_hold_what_was_promised(tmp_path: Path) -> None:
+    one = Completion((1, 2, 3), [7, 8], " größer", "length", logprobs=[{7: TokenLogprob(7, -0.5, 1)}, {8: TokenLogprob(8, -2.0, 3)}])
+    two = Completion((4,), [9], "x", "stop", prompt_logprobs=[None])
+    two.samples = [two, Completion((4,), [5], "y", "stop")]
+    with workload.whole_file(tmp_path / "out.jsonl") as stream:
+        workload.write_lines(stream, ["größer", [4]], [one, two])
+        assert not (tmp_path / "out.jsonl").exists()
+    first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = {"prompt": "größer", "text": " größer", "token_ids": [7, 8], "finish_reason": "length", "num_input_tokens": 3, "num_generated_tokens": 2}
+    assert {key: first[key] for key in expected} == expected
+    assert first["logprobs"][1] == [{"token_id": 8, "logprob": -2.0, "rank": 3}]
+    assert [sample["text"] for sample in second["samples"]] == ["x", "y"] and second["prompt_logprobs"] == [None]
+
+
+def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = written(tmp_path, "out.jsonl", "old\n")
+    with pytest.raises(KeyboardInterrupt), workload.whole_file(path) as stream:
+        stream.write("half a li")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old\n" and [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"none/out\.jsonl: cannot be written: No such file"), workload.whole_file(tmp_path / "none" / "out.jsonl"):
+        pass

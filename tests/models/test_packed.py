@@ -1,0 +1,192 @@
+"""AWQ and GPTQ checkpoints, packed here by hand from explicit codes, zero points and scales."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flexbatch.models import checkpoint, families
+from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
+from flexbatch.models.specs import weight_specs
+from tests.models.dense import DenseModel
+from tests.tiny_models import make_model, random_prompts
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+GROUP = 32
+# AutoAWQ packs the outputs of a word in this order.
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+METHODS = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False},
+    "gptq_v2": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "checkpoint_format": "gptq_v2"},
+}
+
+
+def words(fields):
+    """int32 from [..., 8] four-bit fields, lowest first, by plain arithmetic."""
+    total = sum(fields[..., i].long() << (4 * i) for i in range(8))
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
+def pack_outputs(values, order):
+    """[inputs, outputs] -> [inputs, outputs / 8]."""
+    eights = values.unflatten(-1, (-1, 8))
+    return words(torch.stack([eights[..., output] for output in order], dim=-1))
+
+
+def quantise(rows, columns, method, group, generator):
+    """Stored tensors of a random matrix, and the matrix [rows, columns] that they mean."""
+    groups = columns // group
+    codes = torch.randint(0, 16, (columns, rows), generator=generator)
+    zeros = torch.randint(1, 16, (groups, rows), generator=generator)
+    scales = (0.02 + 0.02 * torch.rand(groups, rows, generator=generator)).half()
+    meant = torch.stack([scales[k // group].float() * (codes[k] - zeros[k // group]) for k in range(columns)], dim=1)
+    if method == "awq":
+        return {"qweight": pack_outputs(codes, AWQ_ORDER), "qzeros": pack_outputs(zeros, AWQ_ORDER), "scales": scales}, meant
+    stored_zeros = zeros if method == "gptq_v2" else zeros - 1
+    qweight = words(codes.unflatten(0, (-1, 8)).movedim(1, -1))
+    g_idx = torch.arange(columns, dtype=torch.int32) // group
+    return {"qweight": qweight, "qzeros": pack_outputs(stored_zeros, range(8)), "scales": scales, "g_idx": g_idx}, meant
+
+
+def make(folder, method, case="llama", group=GROUP, **overrides):
+    """Replace the matrices of the blocks in a tiny model by quantised ones. Returns the torch model with what they mean."""
+    model = make_model(case, folder, tokenizer=False, **overrides)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
+    for name in list(tensors):
+        if tensors[name].dim() == 2 and (".layers." in name or ".h." in name):
+            packed, meant = quantise(*tensors.pop(name).shape, method, group, generator)
+            tensors |= {name.replace("weight", suffix): tensor.contiguous() for suffix, tensor in packed.items()}
+            model.get_parameter(name).data = meant
+    save_file(tensors, folder / "model.safetensors")
+    configure(folder, quantization_config={**METHODS[method], "group_size": group})
+    return model
+
+
+def configure(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def read(folder, packed=False):
+    arch = families.read_arch(checkpoint.read_config(folder))
+    stages = {}
+    for spec in weight_specs(arch):
+        stages.setdefault(spec.layer, {})[spec.role] = torch.full(spec.shape, float("nan"))
+    for piece in checkpoint.stream(folder, arch, packed=packed):
+        if isinstance(piece, QuantizedPiece):
+            assert piece.codes.dtype == torch.uint8 and piece.codes.shape[1] * 2 == stages[piece.layer][piece.role].shape[1]
+            piece = piece.dense(torch.float32)
+        stages[piece.layer][piece.role][piece.rows or slice(None)] = piece.tensor.float()
+    return arch, stages
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_packed_weights_mean_what_was_packed(method, tmp_path):
+    model = make(tmp_path, method, **SIZES)
+    arch, stages = read(tmp_path, packed=True)
+    prompts = random_prompts([7, 1, 30])
+    for prompt, logits in zip(prompts, DenseModel(arch, stages, 3, 32).step(prompts), strict=True):
+        torch.testing.assert_close(logits, model(torch.tensor([prompt])).logits[0], atol=5e-5, rtol=1e-5)
+    # Expanded to 16 bits: each weight within half a unit in the last place of float16.
+    for layer, tensors in read(tmp_path)[1].items():
+        for role, tensor in tensors.items():
+            torch.testing.assert_close(tensor, stages[layer][role], atol=1e-7, rtol=2**-11)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@torch.no_grad()
+def test_interleaved_projections_stay_packed(method, tmp_path):
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True}
+    model = make(tmp_path, method, "falcon-40b", **sizes)
+    arch, stages = read(tmp_path, packed=True)
+    (prompt,) = random_prompts([20])
+    torch.testing.assert_close(DenseModel(arch, stages, 1, 32).step([prompt])[0], model(torch.tensor([prompt])).logits[0], atol=5e-5, rtol=1e-5)
+
+
+def test_one_group_for_a_whole_row(tmp_path):
+    make(tmp_path, "gptq", group=64, **{**SIZES, "intermediate_size": 64})
+    configure(tmp_path, quantization_config={**METHODS["gptq"], "group_size": -1})
+    assert {piece.group for piece in packed_pieces(tmp_path)} == {64}
+
+
+def packed_pieces(folder):
+    arch = families.read_arch(checkpoint.read_config(folder))
+    return [piece for piece in checkpoint.stream(folder, arch, packed=True) if isinstance(piece, QuantizedPiece)]
+
+
+def test_groups_split_without_change(tmp_path):
+    make(tmp_path, "awq", **SIZES)
+    piece = next(piece for piece in packed_pieces(tmp_path) if piece.role == "o.weight")
+    assert piece.group == GROUP and piece.parameters.shape[1] == 64 // GROUP
+    smaller = piece.regrouped(16)
+    assert smaller.parameters.shape[1] == 4
+    assert torch.equal(smaller.dense(torch.float32).tensor, piece.dense(torch.float32).tensor)
+    with pytest.raises(ValueError, match="groups of 32 inputs cannot be split into groups of 64"):
+        piece.regrouped(64)
+
+
+def test_activation_order_is_refused_and_a_regular_order_is_not(tmp_path):
+    make(tmp_path, "gptq", **SIZES)
+    configure(tmp_path, quantization_config={**METHODS["gptq"], "desc_act": True})
+    assert packed_pieces(tmp_path)
+    change(tmp_path, lambda tensors: tensors["model.layers.1.mlp.up_proj.g_idx"].copy_(torch.arange(64).flip(0) // GROUP))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.g_idx: .*desc_act=false"):
+        packed_pieces(tmp_path)
+
+
+@pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes", "bits": 4}, {"quant_method": "gptq", "bits": 8}, {"quant_method": "fp8"}])
+def test_other_quantisations_are_refused(tmp_path, quantization):
+    make(tmp_path, "gptq", **SIZES)
+    configure(tmp_path, quantization_config=quantization)
+    with pytest.raises(CheckpointError, match=r"is not supported; supported: awq and gptq with 4 bits"):
+        packed_pieces(tmp_path)
+
+
+def test_other_layouts_are_refused(tmp_path):
+    make(tmp_path, "awq", **SIZES)
+    configure(tmp_path, quantization_config={**METHODS["awq"], "version": "gemv"})
+    with pytest.raises(CheckpointError, match=r"awq layout 'gemv' is not supported"):
+        packed_pieces(tmp_path)
+
+
+SPOILED = {
+    "no scales": (
+        lambda t: t.pop("model.layers.0.self_attn.o_proj.scales"),
+        r"o_proj\.\w+ is there, but the weight files lack model\.layers\.0\.self_attn\.o_proj\.scales",
+    ),
+    "shape": (
+        lambda t: t.update({"model.layers.0.self_attn.o_proj.qweight": torch.zeros(9, 64, dtype=torch.int32)}),
+        r"o_proj\.qweight has shape \[9, 64\], wanted \[8, 64\]",
+    ),
+    "bias": (lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}), r"o_proj\.bias \[64\] is not expected"),
+    "all": (
+        lambda t: [t.pop(f"model.layers.0.self_attn.o_proj.{s}") for s in ("qweight", "qzeros", "scales", "g_idx")],
+        r"lack layers\.0\.self_attn\.o_proj\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_spoiled_packed_weights_are_named(tmp_path, kind):
+    make(tmp_path, "gptq", **SIZES)
+    edit, message = SPOILED[kind]
+    change(tmp_path, edit)
+    with pytest.raises(CheckpointError, match=message):
+        packed_pieces(tmp_path)
+
+
+def test_zero_biases_that_quantisers_add_are_skipped(tmp_path):
+    make(tmp_path, "gptq", **SIZES)
+    change(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(64)}))
+    assert packed_pieces(tmp_path)

@@ -1,0 +1,181 @@
+"""The closed form against a tick-by-tick walk, against hand-computed passes, and against itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flexbatch.policy.cost import PassModel, limiting_resource, point_of
+from flexbatch.policy.loads import PassLoad
+from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.shapes import public_shape
+from flexbatch.policy.simulate import SimulatedSequence, simulate
+from flexbatch.policy.types import Hardware, ModelShape, Policy, Split
+
+
+def free_launch(name: str) -> Hardware:
+    """Without what the walk leaves out: launch cost and the slowing of shared memories and links."""
+    hardware = load_hardware(name)
+    rate = hardware.cpu_attention.values[0]
+    return dataclasses.replace(
+        hardware, launch_seconds=0.0, pass_seconds=0.0, link_both=1e15, host_bandwidth=1e15, cpu_attention_during_h2d=rate, h2d_during_cpu_attention=hardware.h2d
+    )
+
+
+def block(policy: Policy, context: int, chunk: int = 0, before: int = 0) -> tuple[list[SimulatedSequence], PassLoad]:
+    """Every micro-batch with the same mix of homes; ``chunk``: each also brings that many prompt tokens of one more sequence."""
+    size, cache = policy.gpu_batch_size, policy.cache
+    on_cpu, on_disk = round(size * cache.cpu), round(size * cache.disk)
+    attended = round(on_cpu * policy.cpu_attention)
+    homes = [("cpu", i < attended) for i in range(on_cpu)] + [("disk", False)] * on_disk + [("gpu", False)] * (size - on_cpu - on_disk)
+    sequences, load = [], PassLoad()
+    for k in range(policy.num_gpu_batches):
+        for home, on_cpu_attended in homes:
+            sequences.append(SimulatedSequence(k, home, policy.query_tokens, context - 1, attended_on_cpu=on_cpu_attended))
+        load = load + PassLoad.decode(size, context)
+        if chunk:
+            # The closed form spreads prompts over the tiers as the cache split does.
+            for home, share in zip(("gpu", "cpu", "disk"), cache.fractions, strict=True):
+                if share:
+                    sequences.append(SimulatedSequence(k, home, round(chunk * share), before, prompt=True))
+            load = load + prompt_load(cache, chunk, before)
+    return sequences, load
+
+
+def prompt_load(cache: Split, chunk: int, before: int) -> PassLoad:
+    load = PassLoad()
+    for share in cache.fractions:
+        if share:
+            load = load + PassLoad.prefill(1, round(chunk * share), before)
+    return load
+
+
+CASES = {
+    "weights on the CPU": ("h200", "opt-30b", 16, 16, (20, 80, 100, 0, 100, 0), 24, 4, 0.0),
+    "cache on the CPU": ("h200", "opt-30b", 16, 16, (100, 0, 0, 100, 100, 0), 20, 2, 0.0),
+    "CPU attention": ("h200", "opt-30b", 16, 16, (20, 80, 0, 100, 100, 0), 20, 3, 0.5),
+    "CPU attention of one micro-batch": ("h200", "opt-30b", 16, 16, (20, 80, 0, 100, 100, 0), 40, 1, 0.5),
+    "activations on the CPU": ("t4", "opt-6.7b", 16, 16, (50, 50, 50, 50, 0, 100), 40, 4, 0.0),
+    "disk": ("t4", "opt-175b", 16, 16, (0, 50, 0, 0, 0, 100), 32, 8, 0.0),
+    "all on the GPU": ("h200", "llama-3-8b", 16, 16, (100, 0, 100, 0, 100, 0), 64, 2, 0.0),
+    "quantised": ("h200", "llama-3-70b", 4, 4, (30, 70, 0, 100, 100, 0), 40, 4, 0.5),
+    "three tiers": ("t4", "llama-3-70b", 4, 16, (10, 60, 20, 60, 20, 60), 40, 2, 0.0),
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 600], ids=["decode", "mixed"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_closed_form_is_the_tick_by_tick_walk(case, chunk):
+    machine, model, weight_bits, cache_bits, percent, batch, count, attention = case
+    hardware, shape = free_launch(machine), public_shape(model)
+    splits = [Split.from_percent(*percent[i : i + 2]) for i in (0, 2, 4)]
+    policy = Policy(*splits, batch, count, weight_bits, cache_bits, attention)
+    sequences, load = block(policy, 530, chunk)
+    closed = float(PassModel(shape, hardware, policy, load).pass_seconds(point_of(policy)))
+    # A long run, so that filling and draining the pipeline do not count.
+    assert closed == pytest.approx(simulate(shape, hardware, policy, sequences, passes=6), rel=0.02)
+
+
+@pytest.mark.parametrize("before", [0, 512])
+def test_prefill_pass_is_the_walk(before):
+    hardware, shape = free_launch("t4"), public_shape("opt-30b")
+    policy = Policy(Split(0.2, 0.8), Split(0, 1), Split(0, 1), 48, 3)
+    sequences = [SimulatedSequence(k, "cpu", 512, before, prompt=True) for k in range(3) for _ in range(48)]
+    closed = float(PassModel(shape, hardware, policy, PassLoad.prefill(144, 512, before)).pass_seconds(point_of(policy)))
+    assert closed == pytest.approx(simulate(shape, hardware, policy, sequences), rel=0.02)
+
+
+def test_tree_verification_is_the_walk():
+    from flexbatch.policy.types import Speculation
+
+    hardware, shape = free_launch("h200"), public_shape("llama-3-70b")
+    tree = Speculation("chain", 8, 3.0)
+    policy = Policy(Split(0.1, 0.9), Split(0, 1), Split(1, 0), 32, 2, speculation=tree)
+    sequences, load = block(policy, 530)
+    closed = float(PassModel(shape, hardware, policy, load).pass_seconds(point_of(policy)))
+    assert closed == pytest.approx(simulate(shape, hardware, policy, sequences), rel=0.02)
+
+
+def small(**changes) -> Hardware:
+    return dataclasses.replace(free_launch("h200"), **changes)
+
+
+TINY = ModelShape.from_sizes("tiny", 4, 64, 4, 256, 1000)
+
+
+def test_weight_streaming_by_hand():
+    policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 1, 2)
+    model = PassModel(TINY, small(h2d=1e6), policy, PassLoad.decode(2, 10))
+    weights = 2 * (4 * 12 * 64 * 64 + 1000 * 64)
+    assert model.resource_seconds(point_of(policy))["h2d"] == pytest.approx((weights + 2 * 64 * 2) / 1e6)
+    assert limiting_resource(model.resource_seconds(point_of(policy))) == "h2d"
+
+
+def test_cache_traffic_by_hand():
+    policy = Policy(Split(1, 0), Split(0, 0.5, 0.5), Split(1, 0), 2, 2, cpu_attention=1.0)
+    work = PassModel(TINY, small(), policy, PassLoad.decode(4, 100)).resource_work(point_of(policy))
+    row = 2 * 64 * 2
+    queries = 2 * 64 * 2
+    assert work["disk_read"] == pytest.approx(4 * 2 * (100 + 7.5) * row)
+    assert work["cpu_attention"] == pytest.approx(4 * 2 * 100 * row)
+    assert work["h2d"] == pytest.approx(work["disk_read"] + 4 * queries)
+    assert work["d2h"] == pytest.approx(4 * (4 * row + queries))
+    assert work["disk_write"] == pytest.approx(4 * 2 * row)
+
+
+def test_no_overlap_costs_the_sum():
+    policy = Policy(Split(0, 1), Split(0, 1), Split(1, 0), 8, 2)
+    load = PassLoad.decode(16, 500)
+    model = PassModel(public_shape("opt-6.7b"), small(), policy, load)
+    serial = PassModel(public_shape("opt-6.7b"), small(), dataclasses.replace(policy, overlap=False), load)
+    seconds = model.resource_seconds(point_of(policy))
+    assert float(serial.pass_seconds(point_of(policy))) == pytest.approx(sum(seconds[n] for n in ("h2d", "d2h", "gpu_compute")))
+
+
+def test_launch_cost_counts_every_tick():
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 3)
+    load, shape = PassLoad.decode(24, 500), public_shape("opt-6.7b")
+    base = float(PassModel(shape, small(), policy, load).pass_seconds(point_of(policy)))
+    with_launch = PassModel(shape, small(launch_seconds=1e-3, pass_seconds=0.5), policy, load)
+    assert float(with_launch.pass_seconds(point_of(policy))) == pytest.approx(base + 33 * 3 * 1e-3 + 0.5)
+
+
+def test_one_micro_batch_cannot_hide_cpu_attention():
+    shape = public_shape("opt-30b")
+    one = Policy(Split(1, 0), Split(0, 1), Split(1, 0), 32, 1, cpu_attention=1.0)
+    two = dataclasses.replace(one, gpu_batch_size=16, num_gpu_batches=2)
+    load = PassLoad.decode(32, 500) + PassLoad.prefill(32, 128)
+    seconds = {p: PassModel(shape, small(), p, load).resource_seconds(point_of(p)) for p in (one, two)}
+    assert seconds[one]["one micro-batch"] == pytest.approx(seconds[one]["cpu_attention"] + seconds[one]["gpu_compute"])
+    assert "one micro-batch" not in seconds[two]
+
+
+def test_contention_meets_the_measured_pair():
+    """At the measured pair of rates both rows take exactly the measured time."""
+    hardware = load_hardware("h200")
+    attended, link = hardware.cpu_attention_during_h2d, hardware.h2d_during_cpu_attention
+    assert link / hardware.h2d + attended * hardware.link_slowdown / hardware.h2d == pytest.approx(1.0)
+    rate = hardware.cpu_attention.values[0]
+    assert attended / rate + link * hardware.cpu_attention_slowdown / rate == pytest.approx(1.0)
+
+
+def test_arrays_of_passes_give_what_single_passes_give():
+    shape, hardware = public_shape("opt-30b"), load_hardware("h200")
+    policy = Policy(Split(0.2, 0.8), Split(0, 1), Split(1, 0), 24, 4, cpu_attention=0.3)
+    loads = [PassLoad.decode(96, c) + PassLoad.prefill(t, 512) for c, t in ((512, 0), (600, 1), (700, 30))]
+    stacked = PassLoad(*(np.array([getattr(x, f.name) for x in loads]) for f in dataclasses.fields(PassLoad)))
+    point = point_of(policy)
+    together = PassModel(shape, hardware, policy, stacked).pass_seconds(point)
+    assert together == pytest.approx([float(PassModel(shape, hardware, policy, x).pass_seconds(point)) for x in loads])
+
+
+def test_gemm_seconds_never_fall_with_tokens():
+    hardware = load_hardware("h200")
+    tokens = np.arange(1, 5000)
+    seconds = hardware.gemm_seconds(10**9, tokens)
+    assert np.all(np.diff(seconds) >= -1e-15)
+    assert hardware.gemm_seconds(10**9, 0) == 0
+    assert seconds[47] == pytest.approx(2 * 48e9 / 184e12)
+    assert hardware.gemm_seconds(10**9, 8192) == pytest.approx(2 * 8192e9 / 738e12)

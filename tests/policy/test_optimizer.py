@@ -1,0 +1,222 @@
+"""The linear program against SciPy and brute force; what the search chooses, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
+from flexbatch.policy.loads import steady_load
+from flexbatch.policy.lp import solve, time_rows
+from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
+from flexbatch.policy.optimizer import choose
+from flexbatch.policy.plan import DoesNotFit, price
+from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.shapes import public_shape
+from flexbatch.policy.types import Constraints, Policy, Speculation, Split, Workload
+
+GIB = 2**30
+WORKLOAD = Workload.uniform(512, 32)
+
+
+def instance(model="opt-30b", machine="h200", gpu=16, cpu=96, batch=24, count=3, bits=(16, 16)):
+    hardware = load_hardware(machine).with_memory(gpu=gpu * GIB, cpu=cpu * GIB)
+    shape, one = public_shape(model), Split(1, 0)
+    policy = Policy(one, one, one, batch, count, *bits, prefill_budget=512)
+    load, _ = steady_load(WORKLOAD, policy)
+    phases = [(PassModel(shape, hardware, policy, load), 1.0)]
+    memory = {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in memory_rows(shape, hardware, WORKLOAD, policy).items()}
+    return shape, hardware, policy, phases, memory
+
+
+INSTANCES = [
+    {},
+    {"gpu": 40},
+    {"machine": "t4", "cpu": 204, "batch": 48},
+    {"model": "opt-175b", "machine": "t4", "cpu": 204, "batch": 32, "count": 8},
+    {"model": "llama-3-70b", "bits": (4, 4), "batch": 64},
+    {"model": "opt-6.7b", "gpu": 20, "cpu": 16, "batch": 16, "count": 1},
+]
+
+
+def by_linprog(phases, memory, room) -> float:
+    """The same program, written down a second time for another solver."""
+    stages, constant = time_rows(phases)
+    n = len(VARIABLES)
+    cost = np.r_[np.zeros(n), [weight for weight, _ in stages]]
+    upper, limits = [], []
+    for i, (_, rows) in enumerate(stages):
+        for row in rows:
+            stage = np.zeros(len(stages))
+            stage[i] = -1
+            upper.append(np.r_[row[1:], stage])
+            limits.append(-row[0])
+    for tier, row in memory.items():
+        upper.append(np.r_[row[1:] / GIB, np.zeros(len(stages))])
+        limits.append((room[tier] - row[0]) / GIB)
+    attended = np.zeros(n + len(stages))
+    attended[VARIABLES.index("attended")], attended[VARIABLES.index("cache_cpu")] = 1, -1
+    sums = [np.r_[[float(name.startswith(kind)) for name in VARIABLES], np.zeros(len(stages))] for kind in KINDS]
+    result = linprog(cost, np.array([*upper, attended]), [*limits, 0.0], np.array(sums), np.ones(3), [(0, 1)] * n + [(0, None)] * len(stages))
+    assert result.status == 0
+    return constant + result.fun
+
+
+@pytest.mark.parametrize("options", INSTANCES)
+def test_program_agrees_with_scipy(options):
+    _, hardware, _, phases, memory = instance(**options)
+    found = solve(phases, memory, capacity(hardware), Constraints())
+    assert found is not None
+    assert found.seconds == pytest.approx(by_linprog(phases, memory, capacity(hardware)), rel=1e-4)
+    # What the program promises is what the cost model says of its point.
+    model = phases[0][0]
+    assert float(model.pass_seconds(found.point)) == pytest.approx(found.seconds, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", INSTANCES[:4])
+def test_no_grid_point_is_better(options):
+    _, hardware, _, phases, memory = instance(**options)
+    room, model = capacity(hardware), phases[0][0]
+    found = solve(phases, memory, room, Constraints())
+    steps = np.linspace(0, 1, 11)
+    splits = [(a, b, 1 - a - b) for a, b in itertools.product(steps, steps) if a + b <= 1 + 1e-9]
+    best = np.inf
+    points = np.array([[1.0, *w, *c, *a, c[1] * share] for w in splits for c in splits for a in ((1, 0, 0), (0, 1, 0)) for share in np.linspace(0, 1, 6)])
+    fits = np.all([points @ memory[tier] <= room[tier] for tier in room], axis=0)
+    assert fits.any()
+    times = sum(stage.count * np.max([points @ row for row in stage.seconds.values()], axis=0) for stage in model.stages())
+    best = float(times[fits].min()) + model.launch_seconds
+    assert found.seconds <= best * 1.0001
+
+
+def test_dual_is_what_a_gib_buys():
+    _, hardware, _, phases, memory = instance()
+    room = capacity(hardware)
+    base = solve(phases, memory, room, Constraints())
+    more = solve(phases, memory, {**room, "gpu": room["gpu"] + GIB // 16}, Constraints())
+    assert base.seconds_per_gib["gpu"] > 0
+    assert (base.seconds - more.seconds) * 16 == pytest.approx(base.seconds_per_gib["gpu"], rel=0.01)
+
+
+def test_whole_search_for_the_largest_model_is_quick():
+    plan = choose(public_shape("opt-175b"), load_hardware("t4"), WORKLOAD)
+    assert plan.search_seconds < 10
+    assert not plan.missing
+
+
+@pytest.mark.parametrize("model, gpu, cpu", [("opt-30b", 16, 64), ("opt-30b", 80, 128), ("opt-6.7b", 16, 32), ("opt-30b", 24, 20)])
+def test_choice_beats_its_neighbours(model, gpu, cpu):
+    """No block of another size, with its own best splits, is better by more than 1 %."""
+    hardware = load_hardware("h200").with_memory(gpu=gpu * GIB, cpu=cpu * GIB)
+    shape = public_shape(model)
+    plan = choose(shape, hardware, WORKLOAD)
+    b, k = plan.policy.gpu_batch_size, plan.policy.num_gpu_batches
+    for batch, count in ((b * 2, k), (max(1, b // 2), k), (b, k + 1), (b, max(1, k - 1)), (b * 2, max(1, k // 2)), (max(1, b // 2), k * 2), (b + 3, k), (max(1, b - 3), k)):
+        try:
+            other = choose(shape, hardware, WORKLOAD, Constraints(gpu_batch_size=batch, num_gpu_batches=count))
+        except DoesNotFit:
+            continue
+        assert other.predicted_tokens_per_second <= plan.predicted_tokens_per_second * 1.01, (batch, count)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    model=st.sampled_from(["opt-1.3b", "opt-6.7b", "llama-3-8b", "opt-30b"]),
+    gpu=st.floats(6, 40),
+    cpu=st.floats(12, 120),
+    prompt=st.integers(16, 1500),
+    output=st.integers(2, 300),
+    sequences=st.sampled_from([None, 7, 300]),
+    bits=st.sampled_from([(16, 16), (4, 16), (4, 4)]),
+)
+def test_what_is_proposed_fits(model, gpu, cpu, prompt, output, sequences, bits):
+    hardware = load_hardware("h200").with_memory(gpu=int(gpu * GIB), cpu=int(cpu * GIB))
+    shape, workload = public_shape(model), Workload.uniform(prompt, output, sequences)
+    try:
+        plan = choose(shape, hardware, workload, Constraints(weight_bits=bits[:1], cache_bits=bits[1:]))
+    except DoesNotFit as refusal:
+        assert "missing" in str(refusal)
+        return
+    assert not shortfall(peak_memory(shape, hardware, workload, plan.policy), hardware)
+    assert plan.predicted_tokens_per_second <= plan.bound_tokens_per_second * (1 + 1e-9)
+    assert plan.bound_tokens_per_second <= plan.machine_bound_tokens_per_second * 1.001
+    if sequences:
+        assert plan.policy.block_size < 2 * sequences + plan.policy.gpu_batch_size
+
+
+def test_more_gpu_memory_never_costs_throughput():
+    rates = []
+    for gpu in (6, 12, 24, 48, 96):
+        plan = choose(public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=gpu * GIB), WORKLOAD)
+        rates.append(plan.predicted_tokens_per_second)
+    # 1 %: the search's own tolerance.
+    assert all(after >= before * 0.99 for before, after in itertools.pairwise(rates)), rates
+    assert rates[-1] > 1.5 * rates[0]
+
+
+def test_disk_only_when_memory_is_short():
+    plenty = choose(public_shape("opt-6.7b"), load_hardware("h200").with_memory(gpu=16 * GIB, cpu=100 * GIB), WORKLOAD)
+    short = choose(public_shape("opt-6.7b"), load_hardware("h200").with_memory(gpu=6 * GIB, cpu=8 * GIB), WORKLOAD)
+    assert plenty.policy.weights.disk == 0
+    assert short.policy.weights.disk > 0
+    assert short.predicted_tokens_per_second < plenty.predicted_tokens_per_second
+
+
+def test_more_sequences_when_host_memory_grows():
+    blocks = [choose(public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=16 * GIB, cpu=cpu * GIB), WORKLOAD).policy.block_size for cpu in (60, 80, 120)]
+    assert blocks[0] < blocks[1] < blocks[2]
+
+
+def test_what_the_user_fixed_stays():
+    given = Constraints(percent=(20, 80, 0, 100, None, None), gpu_batch_size=20, num_gpu_batches=2, cpu_attention=0.25, prefill_chunk=128, prefill_budget=256)
+    policy = choose(public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=24 * GIB), WORKLOAD, given).policy
+    assert policy.weights.fractions == pytest.approx((0.2, 0.8, 0))
+    assert policy.cache.fractions == pytest.approx((0, 1, 0))
+    assert (policy.gpu_batch_size, policy.num_gpu_batches, policy.prefill_chunk, policy.prefill_budget) == (20, 2, 128, 256)
+    assert policy.cpu_attention == 0.25
+
+
+def test_a_fixed_size_leaves_the_other_free():
+    plan = choose(public_shape("opt-6.7b"), load_hardware("h200").with_memory(gpu=24 * GIB), WORKLOAD, Constraints(gpu_batch_size=13))
+    assert plan.policy.gpu_batch_size == 13
+
+
+def test_refusal_says_what_is_missing():
+    with pytest.raises(DoesNotFit) as refusal:
+        choose(public_shape("opt-175b"), load_hardware("t4").with_memory(gpu=2 * GIB), WORKLOAD)
+    text = str(refusal.value)
+    assert "weight slabs" in text and "--gpu-memory" in text
+    with pytest.raises(DoesNotFit) as refusal:
+        choose(public_shape("opt-30b"), load_hardware("h200"), WORKLOAD, Constraints(percent=(100, 0, 100, 0, 100, 0), gpu_batch_size=4000, num_gpu_batches=1))
+    assert "--percent" in str(refusal.value)
+
+
+def test_bits_change_only_when_allowed():
+    hardware, shape = load_hardware("h200").with_memory(gpu=16 * GIB), public_shape("opt-30b")
+    plain = choose(shape, hardware, WORKLOAD)
+    free = choose(shape, hardware, WORKLOAD, Constraints(weight_bits=(16, 4), cache_bits=(16, 4)))
+    assert (plain.policy.weight_bits, plain.policy.cache_bits) == (16, 16)
+    assert (free.policy.weight_bits, free.policy.cache_bits) == (4, 4)
+    assert free.predicted_tokens_per_second > 2 * plain.predicted_tokens_per_second
+
+
+def test_a_tree_pays_when_streaming_binds_and_not_when_compute_does():
+    tree = Speculation("chain", 5, 3.0, draft_bytes=GIB, draft_seconds=0.001)
+    hardware, shape = load_hardware("h200").with_memory(gpu=16 * GIB, cpu=80 * GIB), public_shape("opt-30b")
+    streaming = choose(shape, hardware, Workload.uniform(64, 512), Constraints(speculations=(None, tree)))
+    assert streaming.policy.speculation == tree
+    poor = dataclasses.replace(tree, tokens_per_pass=1.01)
+    assert choose(shape, hardware, Workload.uniform(64, 512), Constraints(speculations=(None, poor))).policy.speculation is None
+
+
+def test_without_overlap_is_slower():
+    hardware, shape = load_hardware("h200").with_memory(gpu=16 * GIB), public_shape("opt-30b")
+    policy = choose(shape, hardware, WORKLOAD).policy
+    serial = price(shape, hardware, WORKLOAD, dataclasses.replace(policy, overlap=False))
+    assert serial.predicted_tokens_per_second < 0.8 * price(shape, hardware, WORKLOAD, policy).predicted_tokens_per_second
