@@ -75,7 +75,8 @@ class Executor:
         for tick in zigzag(num_layers, count):
             with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
                 if deferred and (deferred.tick.micro_batch == tick.micro_batch or tick.layer == num_layers - 1):
-                    deferred = self.finish(deferred, count)
+                    self.finish(deferred, count)
+                    deferred = None
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
                 if deferred is None:
                     self.fetch_ahead(tick)
@@ -88,7 +89,9 @@ class Executor:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
                     # With CPU attention the second half waits until the next tick has given the CPU more work.
-                    deferred = begun if begun.cpu_output is not None and self.overlap else self.finish(begun, count)
+                    deferred = begun if begun.cpu_output is not None and self.overlap else None
+                    if deferred is None:
+                        self.finish(begun, count)
             if not self.overlap:
                 self.settle()
         # Only the head's slab was missing for the second layer of the next pass.

@@ -170,9 +170,8 @@ class KVCache:
     def drain_cpu(self, layer: int, rows: Tensor, slots: Tensor, after: Handle) -> None:
         """Scatter packed token rows to their slots on the cpu tier. slots: [n] int64 on the compute device."""
         target = self.rows("cpu", layer)
-        if rows.is_cuda:
-            rows.record_stream(self.lanes.d2h.stream)
         handle = self.lanes.d2h.submit(lambda: ops.scatter_rows(rows, target, slots), after, f"cache {layer}", rows.nbytes)
+        self.lanes.d2h.guard(rows)
         self.draining[layer] = together(self.draining[layer], handle)
 
     def drain_disk(self, layer: int, rows: Tensor, tables: Sequence[tuple[PageTable, int, int, int]], after: Handle) -> None:
