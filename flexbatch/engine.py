@@ -240,14 +240,7 @@ class LLM:
         ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
         """
-        prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling_params)
-            if len(params) != len(prompts):
-                raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
-        encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        prompts, params, encoded = self._encode(prompts, sampling_params)
         job = self._job(zip(encoded, params, strict=True))
         requests = [
             (i, Request(i, token_ids, p, sample, prompt if isinstance(prompt, str) else None))
@@ -264,6 +257,25 @@ class LLM:
             if on_finished is not None:
                 on_finished(completion)
         return [with_samples(results[i]) for i in range(len(prompts))]
+
+    def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
+        """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
+        _, params, encoded = self._encode(prompts, sampling_params)
+        self._prepare(self._job(zip(encoded, params, strict=True)))
+
+    def _encode(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[Prompt], list[SamplingParams], list[tuple[int, ...]]]:
+        """Prompts as a list, sampling parameters and token ids for each."""
+        prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+            if len(params) != len(prompts):
+                raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
+        encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        return prompts, params, encoded
 
     def stream(
         self, items: Iterable[tuple[Hashable, Prompt, SamplingParams]], on_tokens: Callable[[Hashable, str], None] | None = None
