@@ -249,11 +249,11 @@ class LLM:
         ]
         if self.config.compare_plain and self.speculator is not None:
             self._run_plainly(requests, job)
-        results: dict[int, list[Completion]] = {i: [] for i in range(len(prompts))}
-        for key, completion in self._run(requests, job):
+        results: dict[int, dict[int, Completion]] = {i: {} for i in range(len(prompts))}
+        for request, completion in self._run(requests, job):
             if completion.error:
-                raise ConfigurationError(f"prompt {key}: {completion.error}")
-            results[key].append(completion)
+                raise ConfigurationError(f"prompt {request.index}: {completion.error}")
+            results[request.index][request.sample] = completion
             if on_finished is not None:
                 on_finished(completion)
         return [with_samples(results[i]) for i in range(len(prompts))]
@@ -308,12 +308,13 @@ class LLM:
             peeked.append(item)
         if peeked:
             job = self._job((request.prompt_token_ids, request.params) for _, request in peeked)
-            pending: dict[int, list[Completion]] = {}
+            pending: dict[int, dict[int, Completion]] = {}
             report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
-            for index, completion in self._run(chained(peeked, source), job, report):
+            for request, completion in self._run(chained(peeked, source), job, report):
                 yield from failed
                 failed.clear()
-                pending.setdefault(index, []).append(completion)
+                index = request.index
+                pending.setdefault(index, {})[request.sample] = completion
                 if len(pending[index]) == keys[index][1]:
                     yield keys.pop(index)[0], with_samples(pending.pop(index))
         yield from failed
@@ -361,7 +362,7 @@ class LLM:
     @torch.inference_mode()
     def _run(
         self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Iterator[tuple[Request, Completion]]:
         """The loop of the engine: compose a pass, run it, commit what it drew."""
         block = self._prepare(job)
         proposer = self.speculator if speculate else None
@@ -378,9 +379,9 @@ class LLM:
                 if on_tokens is not None:
                     report_text(batcher, shown, on_tokens)
                 for retired in batcher.take_retired():
-                    yield retired.state.request.index, self._completion(retired)
+                    yield retired.state.request, self._completion(retired)
             for retired in batcher.take_retired():
-                yield retired.state.request.index, self._completion(retired)
+                yield retired.state.request, self._completion(retired)
         finally:
             batcher.abort()
             self.weights.drain()
@@ -482,11 +483,11 @@ def realized(percent: dict[str, float]) -> str:
     return ", ".join(f"{value:.1f} % {tier}" for tier, value in percent.items())
 
 
-def with_samples(completions: list[Completion]) -> Completion:
-    """The first of the n completions of a prompt, with all of them as its samples when there are several."""
+def with_samples(completions: dict[int, Completion]) -> Completion:
+    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in any order."""
     first = completions[0]
     if len(completions) > 1:
-        first.samples = completions
+        first.samples = [completions[sample] for sample in sorted(completions)]
     return first
 
 
