@@ -17,7 +17,7 @@ from flexbatch.models.errors import CheckpointError
 from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing, unpack
 from flexbatch.models.resolve import fingerprint, load_tokenizer, resolve
 from flexbatch.models.source import list_tensors, read_json, read_tensors
-from flexbatch.models.specs import Piece
+from flexbatch.models.specs import Piece, weight_specs
 
 __all__ = ["CheckpointError", "Piece", "QuantizedPiece", "dummy", "fingerprint", "load", "load_tokenizer", "prequantized", "read_config", "resolve", "stream"]
 
