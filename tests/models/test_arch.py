@@ -73,6 +73,14 @@ def test_rope_keys_of_gemma3_in_transformers_4():
     assert families.read_arch(old) == families.read_arch(full)
 
 
+@pytest.mark.parametrize("case", ["qwen2-window", "gemma2", "gemma3"])
+def test_windows_without_layer_types(case):
+    """Files of transformers 4 give the rule, not the layers."""
+    full = configuration(case).to_dict()
+    assert 0 < sum(families.read_arch(full).sliding_layers) < full["num_hidden_layers"]
+    assert families.read_arch({key: value for key, value in full.items() if key != "layer_types"}) == families.read_arch(full)
+
+
 def test_special_tokens_beside_a_text_config_win():
     full = configuration("gemma3-vision").to_dict()
     full["text_config"]["eos_token_id"] = 2
