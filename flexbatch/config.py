@@ -57,6 +57,10 @@ class EngineConfig:
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
     draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")
     tree: str | None = option(None, "token tree: chain:N, widths <1,1,3,1,1>, best-first:N, auto (default: chosen)")
+    simulate_acceptance: float | None = option(
+        None, "for timing only: accept each drafted token with this probability, whatever the model says; the text is meaningless"
+    )
+    compare_plain: bool = option(False, "run every job without speculation first, and report the speed-up")
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")
     seed: int = option(0, "seed of the engine: random streams of requests without a seed, dummy weights")
 
@@ -78,6 +82,8 @@ class EngineConfig:
                 refuse(f"{name}={value} must be at least 1")
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        if self.simulate_acceptance is not None and not 0 <= self.simulate_acceptance <= 1:
+            refuse(f"simulate_acceptance={self.simulate_acceptance} must be between 0 and 1")
         for name in ("weight_bits", "cache_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 refuse(f"{name}={getattr(self, name)} must be 16, 8 or 4")

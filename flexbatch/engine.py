@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,11 +27,14 @@ from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint, families, resolve, shapes
+from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.dummy import dummy
 from flexbatch.planning import GROUP, BlockSizes, Job
 from flexbatch.policy.types import Policy
 from flexbatch.prompts import Prompt, PromptEncoder
 from flexbatch.request import Completion, Request, SamplingParams
+from flexbatch.speculative.setup import plan_speculation
+from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import RecordingTracer, Tracer
 
 logger = logging.getLogger("flexbatch")
@@ -114,7 +117,7 @@ class LLM:
         """
         engine = cls.__new__(cls)
         engine._choose(config, False, job)
-        needs = engine._needs(planning.block_sizes(engine.policy, engine.layout, job))
+        needs = engine._needs(engine._sizes(job))
         planning.check_fit(needs, engine.budgets)
         return {
             "model": config.model,
@@ -139,6 +142,8 @@ class LLM:
         """Everything that is decided before any weight is loaded."""
         self.config = config
         self.statistics = Statistics()
+        self.plain_statistics = Statistics()
+        """Of the runs without speculation that --compare-plain asks for."""
         self.block: Block | None = None
         self._stack = contextlib.ExitStack()
         self._read_model()
@@ -149,11 +154,11 @@ class LLM:
         self.encoder = PromptEncoder(self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size)
         self.tracer: Tracer = RecordingTracer(self.device) if trace else Tracer()
         job = job or Job.typical(self.arch.max_positions)
-        self.policy = planning.choose_policy(self.arch, config, self.layout, job, self.budgets, self.dtype.itemsize)
+        self.speculation = plan_speculation(config, self.arch, self.tokenizer, self.layout)
+        self.policy = planning.choose_policy(self.arch, config, self.layout, job, self._budgets_beside_drafts(job), self.dtype.itemsize)
         packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
         self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize, packed)
-        sizes = planning.block_sizes(self.policy, self.layout, replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))
-        planning.check_fit(self._needs(sizes), self.budgets)
+        planning.check_fit(self._needs(self._sizes(replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))), self.budgets)
 
     def _read_model(self) -> None:
         """Architecture and tokenizer; no weights yet."""
@@ -166,8 +171,20 @@ class LLM:
         self.arch = families.read_arch(checkpoint.read_config(self.folder))
         self.tokenizer = resolve.load_tokenizer(self.folder)
 
+    def _sizes(self, job: Job) -> BlockSizes:
+        return planning.block_sizes(self.policy, self.layout, job, self.speculation.max_nodes if self.speculation else 0)
+
     def _needs(self, sizes: BlockSizes) -> list[Any]:
-        return planning.needs(self.weight_plan, self.policy, self.layout, sizes, self.dtype, self.device.type == "cuda")
+        drafts = self.speculation.needs(sizes.sequence_tokens) if self.speculation else []
+        return planning.needs(self.weight_plan, self.policy, self.layout, sizes, self.dtype, self.device.type == "cuda") + drafts
+
+    def _budgets_beside_drafts(self, job: Job) -> dict[str, int]:
+        """What is left for the target when the drafts serve a block of the size that the settings name."""
+        if self.speculation is None:
+            return self.budgets
+        block = (self.config.gpu_batch_size or planning.DEFAULT_MICRO_BATCH) * (self.config.num_gpu_batches or 1)
+        taken = sum(need.num_bytes for need in self.speculation.needs(sorted(job.cache_tokens, reverse=True)[:block]))
+        return {**self.budgets, "gpu": max(1, self.budgets["gpu"] - taken)}
 
     def _load(self) -> None:
         """Weights to their homes."""
@@ -188,19 +205,27 @@ class LLM:
         self._stack.callback(self.lanes.close)
         self.weights = WeightStore(self.weight_plan, self.tiers, self.lanes, self.dtype)
         self._stack.callback(self.weights.close)
-        if self.folder is None:
-            identity = f"dummy-{config.model}-{config.seed}"
-            stream = lambda skip: (piece for piece in dummy(self.arch, config.seed, self.dtype) if (piece.layer, piece.role) not in skip)  # noqa: E731
-        else:
-            folder, identity = self.folder, resolve.fingerprint(self.folder)
-            stream = lambda skip: checkpoint.stream(folder, self.arch, skip, packed=True)  # noqa: E731
+        identity = f"dummy-{config.model}-{config.seed}" if self.folder is None else resolve.fingerprint(self.folder)
         files = offload_dir / f"{identity}-{str(self.dtype).removeprefix('torch.')}"
         loader = Loader(self.weights, files if uses_disk or config.offload_path else None, cache_quantized=config.offload_path is not None)
         with torch.inference_mode():
-            self.statistics.loaded_bytes = loader.load(stream)
+            self.statistics.loaded_bytes = loader.load(self._pieces)
         self.weights.check()
+        self.speculator: Speculator | None = None
+        if self.speculation is not None:
+            self.speculator = self.speculation.load(self.lanes, self.dtype, offload_dir)
+            self._stack.callback(self.speculator.close)
         self.statistics.load_seconds = time.perf_counter() - started
         logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(self.weight_plan.realized_percent))
+
+    def _pieces(self, skip: set[tuple[int, str]]) -> Iterator[Piece | QuantizedPiece]:
+        """The checkpoint's stream, or random weights, without the (layer, role) pairs in ``skip``."""
+        if self.folder is not None:
+            yield from checkpoint.stream(self.folder, self.arch, skip, packed=True)
+            return
+        for piece in dummy(self.arch, self.config.seed, self.dtype):
+            if (piece.layer, piece.role) not in skip:
+                yield piece
 
     # Jobs
 
@@ -215,7 +240,7 @@ class LLM:
         ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[list-item]
+        prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(prompts)
         else:
@@ -224,11 +249,13 @@ class LLM:
                 raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
         encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
         job = self._job(zip(encoded, params, strict=True))
-        requests = (
+        requests = [
             (i, Request(i, token_ids, p, sample, prompt if isinstance(prompt, str) else None))
             for i, (token_ids, prompt, p) in enumerate(zip(encoded, prompts, params, strict=True))
             for sample in range(p.n)
-        )
+        ]
+        if self.config.compare_plain and self.speculator is not None:
+            self._run_plainly(requests, job)
         results: dict[int, list[Completion]] = {i: [] for i in range(len(prompts))}
         for key, completion in self._run(requests, job):
             if completion.error:
@@ -279,6 +306,15 @@ class LLM:
                     yield keys.pop(index)[0], with_samples(pending.pop(index))
         yield from failed
 
+    def _run_plainly(self, requests: list[tuple[int, Request]], job: Job) -> None:
+        """The same job without speculation, for the report alone."""
+        statistics, self.statistics = self.statistics, self.plain_statistics
+        try:
+            for _ in self._run(requests, job, speculate=False):
+                pass
+        finally:
+            self.plain_statistics, self.statistics = self.statistics, statistics
+
     def _job(self, requests: Iterable[tuple[Sequence[int], SamplingParams]]) -> Job:
         """Lengths of a job's requests."""
         cache_tokens, prompt_tokens = [], []
@@ -290,7 +326,10 @@ class LLM:
 
     def _prepare(self, job: Job) -> Block:
         """A block whose sizes suit the job."""
-        sizes = planning.block_sizes(self.policy, self.layout, job)
+        sizes = self._sizes(job)
+        if self.speculation is not None and self.speculator is not None:
+            planning.check_fit(self._needs(sizes), self.budgets)
+            self.speculation.open_block(self.speculator, sizes.sequence_tokens)
         if self.block is not None and self.block.suits(self.policy, sizes):
             return self.block
         if self.block is not None:
@@ -308,17 +347,20 @@ class LLM:
         return self.block
 
     @torch.inference_mode()
-    def _run(self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None) -> Iterator[tuple[int, Completion]]:
+    def _run(
+        self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
+    ) -> Iterator[tuple[int, Completion]]:
         """The loop of the engine: compose a pass, run it, commit what it drew."""
         block = self._prepare(job)
-        batcher = Batcher(self.policy, block.cache, self._candidates(requests), block.sizes.max_micro_batch_tokens)
+        proposer = self.speculator if speculate else None
+        batcher = Batcher(self.policy, block.cache, self._candidates(requests), block.sizes.max_micro_batch_tokens, proposer)
         shown: dict[int, int] = {}
         started = time.perf_counter()
         try:
             while batcher.has_work():
                 work = batcher.next_pass()
                 logits = block.executor.run(work)
-                batcher.commit(work, draw(logits))
+                batcher.commit(work, draw(logits, proposer))
                 self.statistics.passes += 1
                 self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
@@ -391,7 +433,19 @@ class LLM:
             "total_tokens_per_second": (s.prompt_tokens + s.generated_tokens) / s.seconds if s.seconds else 0.0,
             "moved_bytes": s.moved_bytes,
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
+            **({"speculation": self._speculation_report()} if self.speculator is not None else {}),
         }
+
+    def _speculation_report(self) -> dict[str, Any]:
+        """Of the speculator; with --compare-plain also the plain runs of the same jobs in this engine."""
+        assert self.speculator is not None
+        report, plain, fast = self.speculator.report(), self.plain_statistics, self.statistics
+        if plain.generated_tokens:
+            report["plain_seconds"] = plain.seconds
+            report["plain_tokens_per_second"] = plain.generated_tokens / plain.seconds
+            report["plain_passes"] = plain.passes
+            report["speed_up"] = (fast.generated_tokens / fast.seconds) / (plain.generated_tokens / plain.seconds)
+        return report
 
     def close(self) -> None:
         """Free pinned memory, threads and files."""

@@ -67,7 +67,7 @@ DATA_SETS = (
     DataSet("data_imputation/Buy", "data_imputation", " Who is the manufacturer?", "Who is the manufacturer? apple, sony, lg electronics?", label="manufacturer", max_tokens=10),
     DataSet("data_imputation/Restaurant", "data_imputation", " What is the city?", "What is the city? san fransisco, new york, denver?", label="city", max_tokens=5),
     DataSet("error_detection/Hospital", "error_detection_spelling", "?", "Is there a x spelling error? Yes or No?", label="is_clean", group="col_name"),
-    DataSet("error_detection/Adult", "error_detection", "?", "Classify errors. nan values are not errors.", label="is_clean", group="col_name"),
+    DataSet("error_detection/Adult", "error_detection", "? ", "Classify errors. nan values are not errors.", label="is_clean", group="col_name"),
     DataSet(
         "schema_matching/Synthea",
         "schema_matching",
