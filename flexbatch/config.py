@@ -47,6 +47,7 @@ class EngineConfig:
     num_gpu_batches: int | None = option(None, "micro-batches in one block (default: chosen)")
     cpu_attention: float | None = option(None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)")
     prefill_chunk: int | None = option(None, "prompt tokens that one sequence brings to one pass at most (default: chosen)")
+    prefill_budget: int | None = option(None, "prompt tokens that one micro-batch brings to one pass at most (default: chosen)")
     gpu_memory: str | int | None = option(None, 'GPU memory budget, e.g. "16GiB" (default: what is free)')
     cpu_memory: str | int | None = option(None, 'host memory budget, e.g. "64GiB" (default: what is free)')
     offload_dir: str | None = option(None, "folder of the disk tier (default: a folder in the user's cache directory)")
@@ -57,6 +58,10 @@ class EngineConfig:
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
     draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")
     tree: str | None = option(None, "token tree: chain:N, widths <1,1,3,1,1>, best-first:N, auto (default: chosen)")
+    simulate_acceptance: float | None = option(
+        None, "for timing only: accept each drafted token with this probability, whatever the model says; the text is meaningless"
+    )
+    compare_plain: bool = option(False, "run every job without speculation first, and report the speed-up")
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")
     seed: int = option(0, "seed of the engine: random streams of requests without a seed, dummy weights")
 
@@ -72,12 +77,14 @@ class EngineConfig:
                     refuse(
                         f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 (the rest is on disk), not {gpu + cpu:g}"
                     )
-        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk"):
+        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        if self.simulate_acceptance is not None and not 0 <= self.simulate_acceptance <= 1:
+            refuse(f"simulate_acceptance={self.simulate_acceptance} must be between 0 and 1")
         for name in ("weight_bits", "cache_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 refuse(f"{name}={getattr(self, name)} must be 16, 8 or 4")

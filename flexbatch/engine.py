@@ -33,6 +33,8 @@ from flexbatch.planning import GROUP, BlockSizes, Job
 from flexbatch.policy.types import Policy
 from flexbatch.prompts import Prompt, PromptEncoder
 from flexbatch.request import Completion, Request, SamplingParams
+from flexbatch.speculative.setup import plan_speculation
+from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import RecordingTracer, Tracer
 
 logger = logging.getLogger("flexbatch")
@@ -115,7 +117,7 @@ class LLM:
         """
         engine = cls.__new__(cls)
         engine._choose(config, False, job)
-        needs = engine._needs(planning.block_sizes(engine.policy, engine.layout, job))
+        needs = engine._needs(engine._sizes(job))
         planning.check_fit(needs, engine.budgets)
         return {
             "model": config.model,
@@ -140,6 +142,8 @@ class LLM:
         """Everything that is decided before any weight is loaded."""
         self.config = config
         self.statistics = Statistics()
+        self.plain_statistics = Statistics()
+        """Of the runs without speculation that --compare-plain asks for."""
         self.block: Block | None = None
         self._stack = contextlib.ExitStack()
         self._read_model()
@@ -150,27 +154,37 @@ class LLM:
         self.encoder = PromptEncoder(self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size)
         self.tracer: Tracer = RecordingTracer(self.device) if trace else Tracer()
         job = job or Job.typical(self.arch.max_positions)
-        self.policy = planning.choose_policy(self.arch, config, self.layout, job, self.budgets, self.dtype.itemsize)
-        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize, self.prequantized)
-        sizes = planning.block_sizes(self.policy, self.layout, replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))
-        planning.check_fit(self._needs(sizes), self.budgets)
+        self.speculation = plan_speculation(config, self.arch, self.tokenizer, self.layout)
+        self.policy = planning.choose_policy(self.arch, config, self.layout, job, self._budgets_beside_drafts(job), self.dtype.itemsize)
+        packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
+        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize, packed)
+        planning.check_fit(self._needs(self._sizes(replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))), self.budgets)
 
     def _read_model(self) -> None:
         """Architecture and tokenizer; no weights yet."""
         self.tokenizer: Any = None
-        self.prequantized: dict[str, tuple[int, int]] = {}
         if self.config.dummy_weights:
             self.folder = None
             self.arch = shapes.shape(self.config.model)
             return
         self.folder = resolve.resolve(self.config.model)
-        config = checkpoint.read_config(self.folder)
-        self.arch = families.read_arch(config)
-        self.prequantized = checkpoint.prequantized(config, self.arch)
+        self.arch = families.read_arch(checkpoint.read_config(self.folder))
         self.tokenizer = resolve.load_tokenizer(self.folder)
 
+    def _sizes(self, job: Job) -> BlockSizes:
+        return planning.block_sizes(self.policy, self.layout, job, self.speculation.max_nodes if self.speculation else 0)
+
     def _needs(self, sizes: BlockSizes) -> list[Any]:
-        return planning.needs(self.weight_plan, self.policy, self.layout, sizes, self.dtype, self.device.type == "cuda")
+        drafts = self.speculation.needs(sizes.sequence_tokens) if self.speculation else []
+        return planning.needs(self.weight_plan, self.policy, self.layout, sizes, self.dtype, self.device.type == "cuda") + drafts
+
+    def _budgets_beside_drafts(self, job: Job) -> dict[str, int]:
+        """What is left for the target when the drafts serve a block of the size that the settings name."""
+        if self.speculation is None:
+            return self.budgets
+        block = (self.config.gpu_batch_size or planning.DEFAULT_MICRO_BATCH) * (self.config.num_gpu_batches or 1)
+        taken = sum(need.num_bytes for need in self.speculation.needs(sorted(job.cache_tokens, reverse=True)[:block]))
+        return {**self.budgets, "gpu": max(1, self.budgets["gpu"] - taken)}
 
     def _load(self) -> None:
         """Weights to their homes."""
@@ -197,6 +211,10 @@ class LLM:
         with torch.inference_mode():
             self.statistics.loaded_bytes = loader.load(self._pieces)
         self.weights.check()
+        self.speculator: Speculator | None = None
+        if self.speculation is not None:
+            self.speculator = self.speculation.load(self.lanes, self.dtype, offload_dir)
+            self._stack.callback(self.speculator.close)
         self.statistics.load_seconds = time.perf_counter() - started
         logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(self.weight_plan.realized_percent))
 
@@ -222,6 +240,33 @@ class LLM:
         ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
         """
+        prompts, params, encoded = self._encode(prompts, sampling_params)
+        job = self._job(zip(encoded, params, strict=True))
+        requests = [
+            (i, Request(i, token_ids, p, sample, prompt if isinstance(prompt, str) else None))
+            for i, (token_ids, prompt, p) in enumerate(zip(encoded, prompts, params, strict=True))
+            for sample in range(p.n)
+        ]
+        if self.config.compare_plain and self.speculator is not None:
+            self._run_plainly(requests, job)
+        results: dict[int, dict[int, Completion]] = {i: {} for i in range(len(prompts))}
+        for request, completion in self._run(requests, job):
+            if completion.error:
+                raise ConfigurationError(f"prompt {request.index}: {completion.error}")
+            results[request.index][request.sample] = completion
+            if on_finished is not None:
+                on_finished(completion)
+        return [with_samples(results[i]) for i in range(len(prompts))]
+
+    def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
+        """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
+        _, params, encoded = self._encode(prompts, sampling_params)
+        self._prepare(self._job(zip(encoded, params, strict=True)))
+
+    def _encode(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[Prompt], list[SamplingParams], list[tuple[int, ...]]]:
+        """Prompts as a list, sampling parameters and token ids for each."""
         prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(prompts)
@@ -230,20 +275,7 @@ class LLM:
             if len(params) != len(prompts):
                 raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
         encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
-        job = self._job(zip(encoded, params, strict=True))
-        requests = (
-            (i, Request(i, token_ids, p, sample, prompt if isinstance(prompt, str) else None))
-            for i, (token_ids, prompt, p) in enumerate(zip(encoded, prompts, params, strict=True))
-            for sample in range(p.n)
-        )
-        results: dict[int, list[Completion]] = {i: [] for i in range(len(prompts))}
-        for key, completion in self._run(requests, job):
-            if completion.error:
-                raise ConfigurationError(f"prompt {key}: {completion.error}")
-            results[key].append(completion)
-            if on_finished is not None:
-                on_finished(completion)
-        return [with_samples(results[i]) for i in range(len(prompts))]
+        return prompts, params, encoded
 
     def stream(
         self, items: Iterable[tuple[Hashable, Prompt, SamplingParams]], on_tokens: Callable[[Hashable, str], None] | None = None
@@ -276,15 +308,25 @@ class LLM:
             peeked.append(item)
         if peeked:
             job = self._job((request.prompt_token_ids, request.params) for _, request in peeked)
-            pending: dict[int, list[Completion]] = {}
+            pending: dict[int, dict[int, Completion]] = {}
             report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
-            for index, completion in self._run(chained(peeked, source), job, report):
+            for request, completion in self._run(chained(peeked, source), job, report):
                 yield from failed
                 failed.clear()
-                pending.setdefault(index, []).append(completion)
+                index = request.index
+                pending.setdefault(index, {})[request.sample] = completion
                 if len(pending[index]) == keys[index][1]:
                     yield keys.pop(index)[0], with_samples(pending.pop(index))
         yield from failed
+
+    def _run_plainly(self, requests: list[tuple[int, Request]], job: Job) -> None:
+        """The same job without speculation, for the report alone."""
+        statistics, self.statistics = self.statistics, self.plain_statistics
+        try:
+            for _ in self._run(requests, job, speculate=False):
+                pass
+        finally:
+            self.plain_statistics, self.statistics = self.statistics, statistics
 
     def _job(self, requests: Iterable[tuple[Sequence[int], SamplingParams]]) -> Job:
         """Lengths of a job's requests."""
@@ -297,7 +339,10 @@ class LLM:
 
     def _prepare(self, job: Job) -> Block:
         """A block whose sizes suit the job."""
-        sizes = planning.block_sizes(self.policy, self.layout, job)
+        sizes = self._sizes(job)
+        if self.speculation is not None and self.speculator is not None:
+            planning.check_fit(self._needs(sizes), self.budgets)
+            self.speculation.open_block(self.speculator, sizes.sequence_tokens)
         if self.block is not None and self.block.suits(self.policy, sizes):
             return self.block
         if self.block is not None:
@@ -315,25 +360,28 @@ class LLM:
         return self.block
 
     @torch.inference_mode()
-    def _run(self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None) -> Iterator[tuple[int, Completion]]:
+    def _run(
+        self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
+    ) -> Iterator[tuple[Request, Completion]]:
         """The loop of the engine: compose a pass, run it, commit what it drew."""
         block = self._prepare(job)
-        batcher = Batcher(self.policy, block.cache, self._candidates(requests), block.sizes.max_micro_batch_tokens)
+        proposer = self.speculator if speculate else None
+        batcher = Batcher(self.policy, block.cache, self._candidates(requests), block.sizes.max_micro_batch_tokens, proposer)
         shown: dict[int, int] = {}
         started = time.perf_counter()
         try:
             while batcher.has_work():
                 work = batcher.next_pass()
                 logits = block.executor.run(work)
-                batcher.commit(work, draw(logits))
+                batcher.commit(work, draw(logits, proposer))
                 self.statistics.passes += 1
                 self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
                     report_text(batcher, shown, on_tokens)
                 for retired in batcher.take_retired():
-                    yield retired.state.request.index, self._completion(retired)
+                    yield retired.state.request, self._completion(retired)
             for retired in batcher.take_retired():
-                yield retired.state.request.index, self._completion(retired)
+                yield retired.state.request, self._completion(retired)
         finally:
             batcher.abort()
             self.weights.drain()
@@ -398,7 +446,19 @@ class LLM:
             "total_tokens_per_second": (s.prompt_tokens + s.generated_tokens) / s.seconds if s.seconds else 0.0,
             "moved_bytes": s.moved_bytes,
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
+            **({"speculation": self._speculation_report()} if self.speculator is not None else {}),
         }
+
+    def _speculation_report(self) -> dict[str, Any]:
+        """Of the speculator; with --compare-plain also the plain runs of the same jobs in this engine."""
+        assert self.speculator is not None
+        report, plain, fast = self.speculator.report(), self.plain_statistics, self.statistics
+        if plain.generated_tokens:
+            report["plain_seconds"] = plain.seconds
+            report["plain_tokens_per_second"] = plain.generated_tokens / plain.seconds
+            report["plain_passes"] = plain.passes
+            report["speed_up"] = (fast.generated_tokens / fast.seconds) / (plain.generated_tokens / plain.seconds)
+        return report
 
     def close(self) -> None:
         """Free pinned memory, threads and files."""
@@ -423,11 +483,11 @@ def realized(percent: dict[str, float]) -> str:
     return ", ".join(f"{value:.1f} % {tier}" for tier, value in percent.items())
 
 
-def with_samples(completions: list[Completion]) -> Completion:
-    """The first of the n completions of a prompt, with all of them as its samples when there are several."""
+def with_samples(completions: dict[int, Completion]) -> Completion:
+    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in any order."""
     first = completions[0]
     if len(completions) > 1:
-        first.samples = completions
+        first.samples = [completions[sample] for sample in sorted(completions)]
     return first
 
 

@@ -115,17 +115,16 @@ def cache_layout(arch: Arch, config: EngineConfig, dtype: torch.dtype) -> CacheL
     return CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, config.cache_bits, GROUP, PAGE_TOKENS, dtype)
 
 
-def micro_batch_tokens(policy: Policy) -> int:
-    """Query tokens of one micro-batch, at most: every sequence's decode token, and one prompt chunk at least."""
-    wanted = policy.gpu_batch_size * policy.prefill_chunk
-    return max(policy.gpu_batch_size + policy.prefill_chunk, min(wanted, MAX_MICRO_BATCH_TOKENS))
+def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
+    """Query tokens of one micro-batch, at most: every sequence's decode token with its tree, and one prompt chunk at least."""
+    return policy.gpu_batch_size * (1 + max_query_nodes) + max(policy.chunk, min(policy.prompt_tokens_per_micro_batch, MAX_MICRO_BATCH_TOKENS))
 
 
-def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype) -> int:
+def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
     """Intermediate results of one tick: hidden states, projections, MLP, and the float32 logits of one block with their sampling copies."""
     width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
-    logits = 3 * min(64 << 20, 4 * arch.vocab_size * policy.gpu_batch_size)
-    return micro_batch_tokens(policy) * width * dtype.itemsize + logits
+    logits = 3 * min(64 << 20, 4 * arch.vocab_size * policy.gpu_batch_size * (1 + max_query_nodes))
+    return micro_batch_tokens(policy, max_query_nodes) * width * dtype.itemsize + logits
 
 
 @dataclass(frozen=True)
@@ -135,12 +134,17 @@ class BlockSizes:
     cache: CacheSizes
     max_micro_batch_tokens: int
     max_cpu_attention_tokens: int
+    max_query_nodes: int = 0
+    """Nodes of the largest token tree."""
+    sequence_tokens: tuple[int, ...] = ()
+    """Token rows of the longest requests, one per sequence of the block."""
 
 
 def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: int = 0) -> BlockSizes:
     """Pages for a full block of the job's longest requests on every tier's share (a tier may hold one sequence more than its share)."""
     block = min(policy.block_size, max(1, job.num_requests))
-    longest = sorted((layout.num_pages(tokens) for tokens in job.cache_tokens), reverse=True)[:block] or [1]
+    sequence_tokens = tuple(sorted(job.cache_tokens, reverse=True)[:block])
+    longest = [layout.num_pages(tokens + max_query_nodes) for tokens in sequence_tokens] or [1]
     pages = {}
     for tier, fraction in zip(TIERS, policy.cache.fractions, strict=True):
         count = min(block, int(block * fraction + 1 - 1e-9) + (1 if 0 < fraction < 1 else 0)) if fraction > 0 else 0
@@ -157,9 +161,9 @@ def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: 
         disk_sequences=on_disk,
         tail_tokens=2 * layout.page_tokens + max_query_nodes if on_disk else 0,
     )
-    tokens = micro_batch_tokens(policy)
+    tokens = micro_batch_tokens(policy, max_query_nodes)
     attended = min(tokens, off_gpu * max(CPU_ATTENTION_MAX_QUERY_TOKENS, max_query_nodes + 1)) if policy.cpu_attention > 0 else 0
-    return BlockSizes(cache, tokens, attended)
+    return BlockSizes(cache, tokens, attended, max_query_nodes, sequence_tokens)
 
 
 def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSizes, dtype: torch.dtype, cuda: bool) -> list[Need]:
@@ -184,7 +188,7 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
         Need("activations", "gpu", activation if policy.activations.gpu > 0 else 0),
         Need("activations", "cpu", activation if off_gpu > 0 else 0),
         Need("activations", "disk", align(activation) if policy.activations.disk > 0 else 0),
-        Need("workspace", "gpu", workspace_bytes(arch, policy, dtype)),
+        Need("workspace", "gpu", workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
     ]
     if cuda:
         rows += [
@@ -216,6 +220,7 @@ def choose_policy(arch: Arch, config: EngineConfig, layout: CacheLayout, job: Jo
         cache_bits=config.cache_bits,
         cpu_attention=config.cpu_attention or 0.0,
         prefill_chunk=chunk,
+        prefill_budget=config.prefill_budget or 0,
         overlap=config.overlap,
     )
     if config.num_gpu_batches is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flexbatch.detokenize import OutputText
+from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.work import PassWork, QueryTokens, Sequence
@@ -49,10 +50,12 @@ class Batcher:
     diffusion over the cache split, and a sequence joins the micro-batch with the fewest sequences of its tier, so that micro-batches are alike.
     """
 
-    def __init__(self, policy: Policy, cache: KVCache, candidates: Iterator[Candidate], micro_batch_tokens: int) -> None:
-        self.policy, self.cache, self.candidates = policy, cache, candidates
+    def __init__(self, policy: Policy, cache: KVCache, candidates: Iterator[Candidate], micro_batch_tokens: int, proposer: Proposer | None = None) -> None:
+        self.policy, self.cache, self.candidates, self.proposer = policy, cache, candidates, proposer
+        self.spare_tokens = 0 if proposer is None else proposer.max_nodes
+        """Room for drafted tokens in every sequence's cache."""
         self.micro_batch_tokens = micro_batch_tokens
-        self.prefill_chunk = policy.prefill_chunk
+        self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
         self.waiting: deque[Candidate] = deque()
         self.retired: list[Retired] = []
@@ -97,7 +100,7 @@ class Batcher:
 
     def impossible(self, candidate: Candidate) -> str:
         """Why a request can never run, or an empty string."""
-        need = self.cache.layout.num_pages(candidate.num_cache_tokens)
+        need = self.cache.layout.num_pages(self.room(candidate))
         most = max(self.cache.pools[tier].num_pages for tier in self.allowed_tiers)
         if need <= most:
             return ""
@@ -107,12 +110,16 @@ class Batcher:
             f"the largest tier has {most}. Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
         )
 
+    def room(self, candidate: Candidate) -> int:
+        """Token rows to reserve."""
+        return candidate.num_cache_tokens + self.spare_tokens
+
     @property
     def allowed_tiers(self) -> list[str]:
         return [tier for tier, fraction in zip(TIERS, self.policy.cache.fractions, strict=True) if fraction > 0]
 
     def choose_home(self, candidate: Candidate) -> str | None:
-        roomy = [tier for tier in self.allowed_tiers if self.cache.can_open(tier, candidate.num_cache_tokens, self.shareable(candidate, tier))]
+        roomy = [tier for tier in self.allowed_tiers if self.cache.can_open(tier, self.room(candidate), self.shareable(candidate, tier))]
         return self.homes.choose(1, roomy) if roomy else None
 
     def shareable(self, candidate: Candidate, tier: str) -> list[int]:
@@ -126,7 +133,7 @@ class Batcher:
         if tier == "cpu":
             self.attended.place("cpu" if on_cpu else "gpu", 1)
         prompt = candidate.state.request.prompt_token_ids
-        table = self.cache.open(tier, candidate.num_cache_tokens, prompt, self.shareable(candidate, tier), on_cpu)
+        table = self.cache.open(tier, self.room(candidate), prompt, self.shareable(candidate, tier), on_cpu)
         free = [k for k, batch in enumerate(self.micro_batches) if len(batch) < self.policy.gpu_batch_size]
         k = min(free, key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
         self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
@@ -134,13 +141,23 @@ class Batcher:
     # Passes
 
     def next_pass(self) -> PassWork:
-        """The query tokens of every sequence: one token each to decode, and chunks of prompts as far as the micro-batch's token budget goes."""
-        batches = (self.compose(batch) for batch in self.micro_batches)
-        return PassWork(tuple(batch for batch in batches if batch))
+        """The query tokens of every sequence: one token or a token tree each to decode, and chunks of prompts as far as the micro-batch's budget goes."""
+        counts = [self.counts(batch) for batch in self.micro_batches]
+        trees = self.propose([sequence for batch in counts for sequence in batch], sum(count for batch in counts for count in batch.values() if count > 1))
+        composed = []
+        for batch in counts:
+            queries = []
+            for sequence, count in batch.items():
+                tree = trees.get(sequence)
+                queries.append(self.tree_query(sequence, tree) if tree is not None and tree.token_ids else self.query(sequence, count))
+            composed.append(tuple(queries))
+        return PassWork(tuple(queries for queries in composed if queries))
 
-    def compose(self, batch: list[Sequence]) -> tuple[QueryTokens, ...]:
-        budget = self.micro_batch_tokens - sum(sequence.num_uncached == 1 for sequence in batch)
-        queries = []
+    def counts(self, batch: list[Sequence]) -> dict[Sequence, int]:
+        """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for room in the budget are left out."""
+        budget = self.micro_batch_tokens - sum((1 + self.spare_tokens) * (sequence.num_uncached == 1) for sequence in batch)
+        budget = min(budget, self.prefill_budget)
+        counts = {}
         for sequence in batch:
             if not self.cache.prefix_ready(sequence.table):
                 continue
@@ -149,8 +166,22 @@ class Batcher:
                 count = min(sequence.num_uncached, self.prefill_chunk, budget)
                 budget -= count
             if count > 0:
-                queries.append(self.query(sequence, count))
-        return tuple(queries)
+                counts[sequence] = count
+        return counts
+
+    def propose(self, sequences: list[Sequence], num_prompt_tokens: int) -> dict[Sequence, Tree]:
+        """The trees of those that decode in this pass."""
+        decoding = [sequence for sequence in sequences if sequence.num_uncached == 1 and sequence.output.finish is None]
+        if self.proposer is None or not decoding:
+            return {}
+        depths = [sequence.output.max_tokens - len(sequence.output.token_ids) - 1 for sequence in decoding]
+        return dict(zip(decoding, self.proposer.propose(decoding, depths, num_prompt_tokens), strict=True))
+
+    @staticmethod
+    def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:
+        """The newest token, whose keys and values are still missing, and the nodes below it."""
+        parents = (-1, *(parent + 1 for parent in tree.parents))
+        return QueryTokens(sequence, (sequence.token_ids[-1], *tree.token_ids), sequence.num_cached, 0, parents)
 
     def query(self, sequence: Sequence, count: int) -> QueryTokens:
         start = sequence.num_cached
@@ -161,23 +192,30 @@ class Batcher:
         return QueryTokens(sequence, tuple(sequence.token_ids[start : start + count]), start, first_logit)
 
     def commit(self, work: PassWork, drawn: Mapping[QueryTokens, Drawn]) -> None:
-        """Append what was drawn, and retire sequences that are done."""
-        for queries in work.micro_batches:
-            for query in queries:
-                sequence = query.sequence
-                self.cache.commit(sequence.table, query.start + query.num_tokens)
-                if (result := drawn.get(query)) is not None:
-                    self.extend(sequence, result)
-                if sequence.output.finish is not None and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:
-                    self.retire(sequence)
+        """Append what was drawn, keep the accepted paths of trees in the cache, and retire sequences that are done."""
+        queries = [query for queries in work.micro_batches for query in queries]
+        trees = [query for query in queries if query.parents is not None]
+        self.cache.keep([(query.sequence.table, query.start + 1, [query.start + place for place in drawn[query].path]) for query in trees])
+        if self.proposer is not None:
+            self.proposer.observe([(query, drawn[query]) for query in queries if query in drawn and drawn[query].token_ids])
+        for query in queries:
+            sequence, result = query.sequence, drawn.get(query, Drawn())
+            kept = self.extend(sequence, result)
+            # Of a tree, the rows of its root and of the kept part of its path; the token after the path has none yet.
+            cached = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)
+            self.cache.commit(sequence.table, query.start + cached)
+            if sequence.output.finish is not None and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:
+                self.retire(sequence)
 
-    def extend(self, sequence: Sequence, result: Drawn) -> None:
+    def extend(self, sequence: Sequence, result: Drawn) -> int:
+        """Append new tokens up to the end of the output; returns how many were kept."""
         kept = sequence.output.extend(result.token_ids)
         for token_id in result.token_ids[:kept]:
             sequence.state.append(token_id)
             sequence.token_ids.append(token_id)
         sequence.logprobs += [entry for entry in result.logprobs[:kept] if entry is not None]
         sequence.prompt_logprobs += result.prompt_logprobs
+        return kept
 
     def retire(self, sequence: Sequence) -> None:
         self.micro_batches[sequence.micro_batch].remove(sequence)
@@ -185,6 +223,8 @@ class Batcher:
         if sequence.table.tier == "cpu":
             self.attended.remove("cpu" if sequence.table.attend_on_cpu else "gpu", 1)
         self.cache.free(sequence.table)
+        if self.proposer is not None:
+            self.proposer.retire(sequence)
         self.retired.append(Retired(sequence.state, sequence.output, sequence))
 
     def take_retired(self) -> list[Retired]:
@@ -196,6 +236,8 @@ class Batcher:
         for batch in self.micro_batches:
             for sequence in batch:
                 self.cache.free(sequence.table)
+                if self.proposer is not None:
+                    self.proposer.retire(sequence)
             batch.clear()
 
     def check(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from flexbatch.execution.sampling import sample, token_logprobs
@@ -20,25 +22,59 @@ class Drawn:
     logprobs: list[dict[int, TokenLogprob] | None] = field(default_factory=list)
     prompt_logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
     """Of the prompt tokens after each row's own, in order."""
+    path: tuple[int, ...] = ()
+    """Of a tree: the accepted query tokens below token 0, to which all but the last of `token_ids` belong."""
+
+    def follow(self, query: QueryTokens) -> Drawn:
+        """From a token after every query token of a tree to the path that plain decoding takes."""
+        path = query.follow(self.token_ids)
+        places = (0, *path)
+        return Drawn([self.token_ids[place] for place in places], [self.logprobs[place] for place in places], self.prompt_logprobs, path)
 
 
-def draw(blocks: Iterable[LogitsBlock]) -> dict[QueryTokens, Drawn]:
+class Verifier(Protocol):
+    """Decides about trees that are not simply followed; see `proposals.Proposer`."""
+
+    def judges(self, query: QueryTokens) -> bool: ...
+
+    def verify(self, query: QueryTokens, logits: Tensor) -> Drawn: ...
+
+
+def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dict[QueryTokens, Drawn]:
     """Sample the next token of every sequence whose newest token was in the pass, and score prompt tokens where that was asked for.
 
-    Logits are consumed block by block, so that those of a long prompt never exist at once.
+    Logits are consumed block by block, so that those of a long prompt never exist at once. Of a tree, every query token draws what plain decoding
+    would draw there, and the path of matching tokens is the result; trees that ``verifier`` judges are handed to it whole.
     """
     results: dict[QueryTokens, Drawn] = {}
+    judged: dict[QueryTokens, list[Tensor]] = {}
     for block in blocks:
         score_prompts(block, results)
-        rows = [r for r, (query, token) in enumerate(block.rows) if draws(query, token)]
+        rows = []
+        for r, (query, token) in enumerate(block.rows):
+            if query.parents is not None and verifier is not None and verifier.judges(query):
+                collect(judged, query, block.logits[r], results, verifier)
+            elif draws(query, token):
+                rows.append(r)
         if not rows:
             continue
-        sampled = sample(select(block.logits, rows), [block.rows[r][0].sequence.state for r in rows])
-        for r, token_id, entry in zip(rows, sampled.token_ids.tolist(), sampled.logprobs, strict=True):
-            drawn = results.setdefault(block.rows[r][0], Drawn())
+        queries = [block.rows[r][0] for r in rows]
+        drafted = [query.paths[block.rows[r][1]] if query.parents is not None else () for r, query in zip(rows, queries, strict=True)]
+        sampled = sample(select(block.logits, rows), [query.sequence.state for query in queries], drafted)
+        for query, token_id, entry in zip(queries, sampled.token_ids.tolist(), sampled.logprobs, strict=True):
+            drawn = results.setdefault(query, Drawn())
             drawn.token_ids.append(token_id)
             drawn.logprobs.append(entry)
-    return results
+    return {query: drawn.follow(query) if query.parents is not None and query not in judged else drawn for query, drawn in results.items()}
+
+
+def collect(judged: dict[QueryTokens, list[Tensor]], query: QueryTokens, logits: Tensor, results: dict[QueryTokens, Drawn], verifier: Verifier) -> None:
+    """Keep the logits of a judged tree until its last query token's have come, then let it be judged."""
+    rows = judged.setdefault(query, [])
+    rows.append(logits)
+    if len(rows) == query.num_tokens:
+        results[query] = verifier.verify(query, torch.stack(rows))
+        rows.clear()
 
 
 def select(logits: Tensor, rows: list[int]) -> Tensor:
@@ -47,7 +83,8 @@ def select(logits: Tensor, rows: list[int]) -> Tensor:
 
 def draws(query: QueryTokens, token: int) -> bool:
     """Whether the row predicts a token that the sequence does not have yet (and wants)."""
-    return query.start + token + 1 == len(query.sequence.token_ids) and query.sequence.output.finish is None
+    newest = query.parents is not None or query.start + token + 1 == len(query.sequence.token_ids)
+    return newest and query.sequence.output.finish is None
 
 
 def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None:

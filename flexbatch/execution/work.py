@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -83,6 +85,25 @@ class QueryTokens:
         for parent in self.parents:
             depths.append(0 if parent < 0 else depths[parent] + 1)
         return tuple(depths)
+
+    def follow(self, token_ids: Many[int]) -> tuple[int, ...]:
+        """The path that plain decoding takes through the tree: query tokens from below token 0 down, given the token drawn after every query token."""
+        assert self.parents is not None
+        places = {(parent, token): i for i, (parent, token) in reversed(list(enumerate(zip(self.parents, self.token_ids, strict=True))))}
+        path: list[int] = []
+        place = 0
+        while (following := places.get((place, token_ids[place]))) is not None:
+            path.append(following)
+            place = following
+        return tuple(path)
+
+    @cached_property
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """For every query token of a tree, the drafted tokens from below token 0 down to it."""
+        paths: list[tuple[int, ...]] = []
+        for parent, token in zip(self.parents or (), self.token_ids, strict=True):
+            paths.append(() if parent < 0 else (*paths[parent], token))
+        return tuple(paths)
 
     @property
     def tentative(self) -> int:

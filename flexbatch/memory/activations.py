@@ -52,6 +52,11 @@ class ActivationStore:
                 self.files.append(DiskFile(path, align(rows * self.row_bytes)))
                 path.unlink()
 
+    @property
+    def resident(self) -> bool:
+        """Whether hidden states never leave the compute device."""
+        return self.split.gpu == 1
+
     def plan(self, tokens_per_micro_batch: list[int]) -> None:
         """Cut the rows of every micro-batch of the coming pass over the tiers."""
         spreader = Spreader(self.split)

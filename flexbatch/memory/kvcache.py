@@ -71,6 +71,11 @@ class KVCache:
         self.drained: list[Handle] = [READY] * layout.num_layers
         self.draining: list[Handle] = [READY] * layout.num_layers
 
+    @property
+    def resident(self) -> bool:
+        """Whether every sequence has its cache on the compute device."""
+        return not self.sizes.cpu_pages and not self.sizes.disk_pages
+
     # Tables
 
     def shareable(self, tier: str, prompt: Sequence[int]) -> list[int]:

@@ -88,17 +88,23 @@ class Loader:
         target = self.target(key, stored)
         rows = piece.rows or slice(0, stored.spec.shape[0])
         if isinstance(piece, QuantizedPiece):
-            assert (stored.bits, stored.group) == (piece.bits, piece.group), f"{key} is stored as {stored.bits} bit, delivered as {piece.bits} bit"
-            assert target.codes is not None and target.parameters is not None
-            target.codes[rows].copy_(piece.codes)
-            target.parameters[rows].copy_(piece.parameters)
-            num_bytes = piece.codes.nbytes + piece.parameters.nbytes
+            num_bytes = self.write_codes(piece, target, rows)
         else:
             self.write_dense(piece.tensor, target, rows)
             num_bytes = piece.tensor.nbytes
         self.rows_written[key] = self.rows_written.get(key, 0) + rows.stop - rows.start
         if self.rows_written[key] >= stored.spec.shape[0] and self.filed(stored):
             self.file(key, stored)
+        return num_bytes
+
+    def write_codes(self, piece: QuantizedPiece, target: Views, rows: slice) -> int:
+        """Codes of a quantised checkpoint as they are where the home has the same bits and a group that divides theirs, else expanded."""
+        num_bytes = piece.codes.nbytes + piece.parameters.nbytes
+        if target.codes is None or target.parameters is None or target.stored.bits != piece.bits or piece.group % target.stored.group:
+            self.write_dense(piece.dense(self.store.dtype).tensor, target, rows)
+        else:
+            target.codes[rows].copy_(piece.codes)
+            target.parameters[rows].copy_(piece.regrouped(target.stored.group).parameters)
         return num_bytes
 
     def write_dense(self, tensor: Tensor, target: Views, rows: slice) -> None:

@@ -67,6 +67,11 @@ class AcceptanceStatistics:
         estimate /= np.maximum(estimate.sum(1, keepdims=True), 1.0)
         return tuple(tuple(row) for row in estimate.tolist())
 
+    def report(self) -> dict[str, object]:
+        """Acceptance by position over the whole run: ``by_position[d][r]`` of the child of rank r below an accepted node at depth d, None where none was."""
+        rates = [[round(t / o, 4) if o else None for t, o in zip(*rows, strict=True)] for rows in zip(self.taken.tolist(), self.offered.tolist(), strict=True)]
+        return {"trees": self.trees, "tokens_per_tree": self.tokens / self.trees if self.trees else 0.0, "by_position": rates}
+
     def check(self) -> None:
         """Raises AssertionError when more was taken than offered, or one node had two accepted children."""
         for taken, offered in ((self.taken, self.offered), (self.recent_taken, self.recent_offered)):

@@ -23,6 +23,11 @@ class TreeSpec:
     widths: tuple[int, ...] = ()
     nodes: int = 0
 
+    @property
+    def text(self) -> str:
+        """As the user may write it."""
+        return {"widths": f"<{','.join(map(str, self.widths))}>", "best-first": f"best-first:{self.nodes}"}.get(self.kind, self.kind)
+
 
 def parse_tree(text: str) -> TreeSpec:
     """Reads ``chain:N``, ``<1,1,3,1,1>``, ``best-first:N`` or ``auto``. Raises ConfigurationError that names the accepted forms."""
@@ -79,14 +84,14 @@ class StaticTrees:
         depths, ranks, nodes = len(self.acceptance), len(self.acceptance[0]) if self.acceptance else 0, self.max_nodes
         gain = np.zeros((depths + 1, ranks + 1, nodes + 1))
         size = np.zeros((depths + 1, ranks + 1, nodes + 1), dtype=np.int64)
+        # Child of this rank with s = 1 .. m nodes of its own subtree (column s - 1), the other m - s nodes with its younger siblings.
+        left = np.arange(1, nodes + 1)[:, None] - np.arange(1, nodes + 1)[None, :]
         for depth in reversed(range(depths)):
-            below = 1 + gain[depth + 1, 0]
+            below = 1 + gain[depth + 1, 0, :nodes]
             for rank in reversed(range(ranks)):
-                for m in range(1, nodes + 1):
-                    # Child of this rank with s = 1 .. m nodes of its own subtree, the other m - s nodes with its younger siblings.
-                    options = self.acceptance[depth][rank] * below[:m] + gain[depth, rank + 1, m - 1 :: -1]
-                    best = int(options.argmax())
-                    gain[depth, rank, m], size[depth, rank, m] = options[best], best + 1
+                options = np.where(left >= 0, self.acceptance[depth][rank] * below + gain[depth, rank + 1][left], -np.inf)
+                best = options.argmax(1)
+                gain[depth, rank, 1:], size[depth, rank, 1:] = options[np.arange(nodes), best], best + 1
         return gain, size
 
     @cached_property

@@ -18,7 +18,7 @@ ROOT = -1
 """Parent of the nodes that follow the last committed token."""
 
 
-class Drawn(Enum):
+class Drawing(Enum):
     """How the children of each node were chosen; it decides the rule of verification."""
 
     DETERMINISTIC = "deterministic"
@@ -110,7 +110,7 @@ class TokenTree:
     token_ids: tuple[int, ...] = ()
     shape: TreeShape = TreeShape()
     logprobs: tuple[float, ...] | None = None
-    drawn: Drawn = Drawn.DETERMINISTIC
+    drawn: Drawing = Drawing.DETERMINISTIC
 
     def __post_init__(self) -> None:
         nodes = len(self.shape)
@@ -122,7 +122,7 @@ class TokenTree:
         # Draft probabilities come from float32 softmax: a certain token may exceed 1 by rounding.
         if self.logprobs is not None and not all(logprob <= 1e-5 for logprob in self.logprobs):
             raise ValueError(f"log-probabilities must be at most 0, got {max(self.logprobs)}")
-        if self.drawn is not Drawn.INDEPENDENT and len(set(zip(self.parents, self.token_ids, strict=True))) < nodes:
+        if self.drawn is not Drawing.INDEPENDENT and len(set(zip(self.parents, self.token_ids, strict=True))) < nodes:
             raise ValueError(f"siblings repeat a token in a tree drawn {self.drawn.value}: tokens {self.token_ids}, parents {self.parents}")
 
     def __len__(self) -> int:
@@ -214,7 +214,7 @@ def merge(trees: Sequence[TokenTree], max_nodes: int | None = None) -> TokenTree
     trees = [tree for tree in trees if len(tree)]
     if not trees or max_nodes == 0:
         return TokenTree()
-    if any(tree.drawn is not Drawn.DETERMINISTIC for tree in trees):
+    if any(tree.drawn is not Drawing.DETERMINISTIC for tree in trees):
         raise ValueError(f"only deterministic trees can be merged, got {sorted({tree.drawn.value for tree in trees})}")
     place: dict[tuple[int, int], int] = {}
     logprobs: list[float] = []

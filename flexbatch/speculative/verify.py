@@ -1,8 +1,8 @@
 """From the target's distribution at every node to the accepted path and one more token, without changing the target's distribution.
 
 The rule depends on how the tree was drawn; a wrong pairing is silently biased (multi-step sampling on top-k children: total variation about 0.3).
-- deterministic: draw from the target, follow the child that matches. The path is exactly what plain decoding would have drawn, for *any* tree, also one
-  that depends on the noise the target draws with.
+- deterministic: draw from the target, follow the child that matches (`QueryTokens.follow`, when a batch of rows is drawn at once). The path is exactly what
+  plain decoding would have drawn, for *any* tree, also one that depends on the noise the target draws with.
 - independent: multi-step speculative sampling (Miao et al., "SpecInfer", ASPLOS 2024, Algorithm 2).
 - without replacement: the residual rule in draw order, the draft renormalised after each rejection (Chen et al., "Sequoia", 2024, Algorithm 1).
 Chance enters through `Draws` alone, so that a test can run these very functions over every outcome and add up exact probabilities.
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexbatch.speculative.tree import Drawn, TokenTree
+from flexbatch.speculative.tree import Drawing, TokenTree
 
 
 class Draws(Protocol):
@@ -42,16 +42,6 @@ class Verdict:
         return (*(tree.token_ids[node] for node in self.path), self.token)
 
 
-def follow(tree: TokenTree, tokens: Sequence[int]) -> Verdict:
-    """Greedy and deterministic trees: ``tokens[row]`` is what plain decoding draws after query row ``row`` (len(tree) + 1 of them)."""
-    path: list[int] = []
-    row = 0
-    while (node := tree.child(row, tokens[row])) is not None:
-        path.append(node)
-        row = node + 1
-    return Verdict(tuple(path), tokens[row])
-
-
 def verify(tree: TokenTree, target: Tensor, draws: Draws, draft: Sequence[Tensor] | None = None) -> Verdict:
     """The accepted path and one more token, by the rule that fits ``tree.drawn``.
 
@@ -61,14 +51,14 @@ def verify(tree: TokenTree, target: Tensor, draws: Draws, draft: Sequence[Tensor
     """
     if target.shape[0] != len(tree) + 1:
         raise ValueError(f"{target.shape[0]} target distributions for a tree of {len(tree)} nodes: need {len(tree) + 1}, the root's first")
-    if tree.drawn is not Drawn.DETERMINISTIC and len(tree) and (draft is None or len(draft) != len(tree)):
+    if tree.drawn is not Drawing.DETERMINISTIC and len(tree) and (draft is None or len(draft) != len(tree)):
         raise ValueError(f"a tree drawn {tree.drawn.value} needs the draft's distribution of each of its {len(tree)} nodes")
     path: list[int] = []
     row = 0
     while True:
         children = tree.shape.children[row]
         node: int | None
-        if tree.drawn is Drawn.DETERMINISTIC or draft is None or not children:
+        if tree.drawn is Drawing.DETERMINISTIC or draft is None or not children:
             token = draws.token(len(path), target[row])
             node = tree.child(row, token)
         else:
@@ -81,7 +71,7 @@ def verify(tree: TokenTree, target: Tensor, draws: Draws, draft: Sequence[Tensor
         row = node + 1
 
 
-def rejection(drawn: Drawn, target: Tensor, tokens: Sequence[int], draft: Sequence[Tensor]) -> tuple[list[float], Tensor]:
+def rejection(drawn: Drawing, target: Tensor, tokens: Sequence[int], draft: Sequence[Tensor]) -> tuple[list[float], Tensor]:
     """Chances at one node: for every child, in draw order, the probability to accept it once those before were rejected; and what to draw from when
     all are, [vocab] float64.
 
@@ -92,7 +82,7 @@ def rejection(drawn: Drawn, target: Tensor, tokens: Sequence[int], draft: Sequen
     chances: list[Tensor] = []
     for token, source in zip(tokens, draft, strict=True):
         q = source.to(torch.float64)
-        if drawn is Drawn.WITHOUT_REPLACEMENT and taken:
+        if drawn is Drawing.WITHOUT_REPLACEMENT and taken:
             q = q.clone()
             q[taken] = 0.0
         q = q / q.sum()

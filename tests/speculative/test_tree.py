@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.kernels import reference
-from flexbatch.speculative.tree import ROOT, Drawn, TokenTree, TreeShape, ancestor_masks, best_first, chain, merge, stack_masks
+from flexbatch.speculative.tree import ROOT, Drawing, TokenTree, TreeShape, ancestor_masks, best_first, chain, merge, stack_masks
 
 
 @st.composite
@@ -151,9 +151,9 @@ def test_cut_removes_exactly_what_is_too_deep(tree: TokenTree, depth: int) -> No
         (lambda: TokenTree((1,), TreeShape((-1,)), (0.5,)), "at most 0"),
         (lambda: TokenTree((1,), TreeShape((-1,)), (float("nan"),)), "at most 0"),
         (lambda: TokenTree((3, 3), TreeShape((-1, -1))), "siblings repeat"),
-        (lambda: TokenTree((3, 3), TreeShape((-1, -1)), None, Drawn.WITHOUT_REPLACEMENT), "siblings repeat"),
+        (lambda: TokenTree((3, 3), TreeShape((-1, -1)), None, Drawing.WITHOUT_REPLACEMENT), "siblings repeat"),
         (lambda: chain([1, 2, 3]).subtree([1, 2]), "without its parent"),
-        (lambda: merge([TokenTree((1,), TreeShape((-1,)), None, Drawn.INDEPENDENT)]), "only deterministic"),
+        (lambda: merge([TokenTree((1,), TreeShape((-1,)), None, Drawing.INDEPENDENT)]), "only deterministic"),
         (lambda: chain([1, 2]).path_logprobs, "no draft probabilities"),
     ],
 )
@@ -163,7 +163,7 @@ def test_wrong_trees_are_refused(build, words: str) -> None:
 
 
 def test_independent_siblings_may_repeat_and_empty_trees_are_plain_decoding() -> None:
-    tree = TokenTree((3, 3), TreeShape((-1, -1)), None, Drawn.INDEPENDENT)
+    tree = TokenTree((3, 3), TreeShape((-1, -1)), None, Drawing.INDEPENDENT)
     assert tree.child(0, 3) == 0 and tree.child(0, 4) is None
     empty = TokenTree()
     assert empty.query_tokens(9) == (9,) and empty.shape.query_masks.tolist() == [[1]] and empty.shape.path(ROOT) == ()

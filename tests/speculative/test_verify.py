@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexbatch.execution.work import QueryTokens
 from flexbatch.speculative.shapes import fixed_widths
-from flexbatch.speculative.tree import Drawn, TokenTree, TreeShape, chain
-from flexbatch.speculative.verify import Verdict, follow, verify
+from flexbatch.speculative.tree import Drawing, TokenTree, TreeShape, chain
+from flexbatch.speculative.verify import Verdict, verify
 
 T = TypeVar("T")
 Prefix = tuple[int, ...]
@@ -81,7 +82,7 @@ class Model:
         return torch.from_numpy(weights / weights.sum())
 
 
-def draw_tree(draft: Model, shape: TreeShape, drawn: Drawn, script: Script) -> tuple[TokenTree, list[Tensor]]:
+def draw_tree(draft: Model, shape: TreeShape, drawn: Drawing, script: Script) -> tuple[TokenTree, list[Tensor]]:
     """A tree of this shape drawn as ``drawn`` says, and the draft's distribution of every node."""
     tokens: list[int] = []
     sources: list[Tensor] = []
@@ -89,17 +90,17 @@ def draw_tree(draft: Model, shape: TreeShape, drawn: Drawn, script: Script) -> t
         source = draft(tuple(tokens[i] for i in shape.path(parent)))
         siblings = [tokens[i] for i in shape.children[parent + 1] if i < node]
         sources.append(source)
-        if drawn is Drawn.DETERMINISTIC:
+        if drawn is Drawing.DETERMINISTIC:
             tokens.append(source.argsort(descending=True, stable=True)[len(siblings)].item())
             continue
         left = source.clone()
-        if drawn is Drawn.WITHOUT_REPLACEMENT:
+        if drawn is Drawing.WITHOUT_REPLACEMENT:
             left[siblings] = 0
         tokens.append(script.token(-1, left / left.sum()))
     return TokenTree(tuple(tokens), shape, None, drawn), sources
 
 
-def emitted(target: Model, draft: Model, shape: TreeShape, drawn: Drawn, rule: Drawn | None = None, length: int = 2) -> Tensor:
+def emitted(target: Model, draft: Model, shape: TreeShape, drawn: Drawing, rule: Drawing | None = None, length: int = 2) -> Tensor:
     """Exact distribution of the first ``length`` tokens when one tree is drafted and verified (by ``rule`` if given) and plain decoding follows."""
     result = torch.zeros((target.vocab,) * length, dtype=torch.float64)
 
@@ -139,16 +140,16 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("drawn", list(Drawn))
+@pytest.mark.parametrize("drawn", list(Drawing))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("seed", range(2))
-def test_emitted_distribution_is_the_target(drawn: Drawn, shape: TreeShape, seed: int) -> None:
+def test_emitted_distribution_is_the_target(drawn: Drawing, shape: TreeShape, seed: int) -> None:
     target, draft = Model(3, seed), Model(3, seed + 100, sharpness=2.0)
     assert total_variation(emitted(target, draft, shape, drawn), wanted(target)) < 1e-12
 
 
-@pytest.mark.parametrize("drawn", list(Drawn))
-def test_targets_with_impossible_tokens(drawn: Drawn) -> None:
+@pytest.mark.parametrize("drawn", list(Drawing))
+def test_targets_with_impossible_tokens(drawn: Drawing) -> None:
     """After top-k and top-p the target has zeros; the draft may propose such tokens, and they must never come out."""
     for seed in range(4):
         target, draft = Model(4, seed, zeros=0.5), Model(4, seed + 50)
@@ -161,13 +162,13 @@ def test_drafts_with_impossible_tokens() -> None:
     """A draft restricted by top-k itself, as sampling drafts are: draws stay exact where it has no mass."""
     for seed in range(4):
         target, draft = Model(4, seed), Model(4, seed + 50, zeros=0.4)
-        for drawn in (Drawn.DETERMINISTIC, Drawn.INDEPENDENT):
+        for drawn in (Drawing.DETERMINISTIC, Drawing.INDEPENDENT):
             assert total_variation(emitted(target, draft, SHAPES["two by one"], drawn), wanted(target)) < 1e-12
-        assert total_variation(emitted(target, draft, SHAPES["chain"], Drawn.WITHOUT_REPLACEMENT), wanted(target)) < 1e-12
+        assert total_variation(emitted(target, draft, SHAPES["chain"], Drawing.WITHOUT_REPLACEMENT), wanted(target)) < 1e-12
 
 
-@pytest.mark.parametrize("drawn", [Drawn.INDEPENDENT, Drawn.WITHOUT_REPLACEMENT])
-def test_a_perfect_draft_is_always_accepted(drawn: Drawn) -> None:
+@pytest.mark.parametrize("drawn", [Drawing.INDEPENDENT, Drawing.WITHOUT_REPLACEMENT])
+def test_a_perfect_draft_is_always_accepted(drawn: Drawing) -> None:
     model = Model(4, 5)
 
     def procedure(script: Script) -> Verdict:
@@ -182,14 +183,14 @@ def test_wrong_pairings_are_detected() -> None:
     worst = 0.0
     for seed in range(6):
         target, draft = Model(4, seed), Model(4, seed + 9)
-        wrong = emitted(target, draft, SHAPES["three"], Drawn.DETERMINISTIC, Drawn.INDEPENDENT, length=1)
+        wrong = emitted(target, draft, SHAPES["three"], Drawing.DETERMINISTIC, Drawing.INDEPENDENT, length=1)
         worst = max(worst, total_variation(wrong, wanted(target, 1)))
     assert 0.25 < worst < 0.6
     target, draft = Model(4, 3), Model(4, 3, sharpness=1.5)
-    wrong = emitted(target, draft, SHAPES["three"], Drawn.WITHOUT_REPLACEMENT, Drawn.INDEPENDENT, length=1)
+    wrong = emitted(target, draft, SHAPES["three"], Drawing.WITHOUT_REPLACEMENT, Drawing.INDEPENDENT, length=1)
     assert total_variation(wrong, wanted(target, 1)) > 0.01
     with pytest.raises(ValueError, match="siblings repeat"):
-        emitted(target, draft, SHAPES["three"], Drawn.INDEPENDENT, Drawn.WITHOUT_REPLACEMENT, length=1)
+        emitted(target, draft, SHAPES["three"], Drawing.INDEPENDENT, Drawing.WITHOUT_REPLACEMENT, length=1)
 
 
 def test_several_drafts_one_distribution_per_child() -> None:
@@ -198,7 +199,7 @@ def test_several_drafts_one_distribution_per_child() -> None:
     result = torch.zeros(4, dtype=torch.float64)
 
     def procedure(script: Script) -> int:
-        tree = TokenTree(tuple(script.token(-1, draft(())) for draft in drafts), fixed_widths((2,)), None, Drawn.INDEPENDENT)
+        tree = TokenTree(tuple(script.token(-1, draft(())) for draft in drafts), fixed_widths((2,)), None, Drawing.INDEPENDENT)
         rows = torch.stack([target(tree.path_tokens(node)) for node in range(-1, 2)])
         return verify(tree, rows, script, [draft(()) for draft in drafts]).tokens(tree)[0]
 
@@ -208,15 +209,17 @@ def test_several_drafts_one_distribution_per_child() -> None:
 
 
 def test_follow_takes_the_matching_path_and_equals_verify() -> None:
+    """The batched rule of the executor is the deterministic rule of `verify`."""
     tree = TokenTree((4, 5, 6, 7, 8), TreeShape((-1, -1, 0, 0, 3)))
-    assert follow(tree, [4, 7, 0, 0, 8, 2]) == Verdict((0, 3, 4), 2)
-    assert follow(tree, [9, 7, 0, 0, 8, 2]) == Verdict((), 9)
-    assert follow(TokenTree(), [3]) == Verdict((), 3)
-    assert follow(tree, [4, 7, 0, 0, 8, 2]).tokens(tree) == (4, 7, 8, 2)
-    for seed in range(20):
+    query = QueryTokens(None, tree.query_tokens(1), 0, 0, (-1, *(parent + 1 for parent in tree.parents)))  # type: ignore[arg-type]
+    assert query.follow([4, 7, 0, 0, 8, 2]) == (1, 4, 5)
+    assert query.follow([9, 7, 0, 0, 8, 2]) == ()
+    assert query.paths == ((), (4,), (5,), (4, 6), (4, 7), (4, 7, 8))
+    assert Verdict((0, 3, 4), 2).tokens(tree) == (4, 7, 8, 2)
+    for seed in range(40):
         choice = np.random.default_rng(seed).integers(4, 9, size=6)
         rows = torch.nn.functional.one_hot(torch.from_numpy(choice), 10).double()
-        assert verify(tree, rows, Argmax()) == follow(tree, choice.tolist())
+        assert tuple(node + 1 for node in verify(tree, rows, Argmax()).path) == query.follow(choice.tolist())
 
 
 class Argmax:
@@ -231,7 +234,7 @@ def test_wrong_input_is_refused() -> None:
     rows = torch.full((2, 4), 0.25)
     with pytest.raises(ValueError, match="2 target distributions for a tree of 2 nodes: need 3"):
         verify(chain([1, 2]), rows, Argmax())
-    drawn = TokenTree((1,), TreeShape((-1,)), None, Drawn.INDEPENDENT)
+    drawn = TokenTree((1,), TreeShape((-1,)), None, Drawing.INDEPENDENT)
     with pytest.raises(ValueError, match="needs the draft's distribution"):
         verify(drawn, rows, Argmax())
     with pytest.raises(ValueError, match="token 1 cannot have been drawn"):

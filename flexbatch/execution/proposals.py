@@ -1,0 +1,53 @@
+"""What the batcher asks of speculation: token trees before a pass, a verdict on them, and to be told what was committed.
+
+Speculation is a source of query tokens; nothing here knows where trees come from. Without a proposer every sequence brings its last token alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import Protocol
+
+from torch import Tensor
+
+from flexbatch.execution.sampler import Drawn
+from flexbatch.execution.work import QueryTokens, Sequence
+
+
+class Tree(Protocol):
+    """Drafted continuations of a sequence."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """One per node."""
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """Index of the node that each node continues, -1 for the last committed token; parents come before children."""
+
+
+class Proposer(Protocol):
+    """Called as propose, verify, observe, once per pass, and retire for every sequence that leaves the block."""
+
+    @property
+    def max_nodes(self) -> int:
+        """Nodes of the largest tree: room that a sequence's cache has beyond its tokens."""
+
+    def propose(self, sequences: Many[Sequence], max_depths: Many[int], other_query_tokens: int) -> Many[Tree]:
+        """A tree for every sequence that decodes in the coming pass; the empty tree is plain decoding.
+
+        max_depths: longest path worth drafting, given that one more token follows it. other_query_tokens: prompt tokens that ride in the pass. Called
+        while the first layers' weights of the pass are on their way.
+        """
+
+    def judges(self, query: QueryTokens) -> bool:
+        """Whether `verify` decides about this tree. Otherwise the path is followed that plain decoding would draw."""
+
+    def verify(self, query: QueryTokens, logits: Tensor) -> Drawn:
+        """The accepted path and its tokens. logits: [query.num_tokens, vocab] float32."""
+
+    def observe(self, results: Many[tuple[QueryTokens, Drawn]]) -> None:
+        """What the pass gave every sequence that drew tokens, before EOS, a stop string or a limit cuts their paths. Prompts just read are among them."""
+
+    def retire(self, sequence: Sequence) -> None:
+        """The sequence has left the block. Also called for sequences never proposed for."""

@@ -1,0 +1,237 @@
+"""A draft model: resident weights, a cache of its own on the gpu tier, and trees grown for all sequences of the block together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from flexbatch.execution.executor import Executor
+from flexbatch.execution.random_stream import gumbel
+from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampling import adjust, restrict
+from flexbatch.execution.work import PassWork, QueryTokens, Sequence
+from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.host_buffers import HostBuffers
+from flexbatch.memory.kvcache import CacheSizes, KVCache
+from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.tiers import Tiers
+from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models.arch import Arch
+from flexbatch.policy.types import Split
+from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan
+from flexbatch.speculative.tree import ROOT, TokenTree
+
+PASS_TOKENS = 4096
+"""Query tokens of one micro-batch of a draft pass, about."""
+SCORED_ELEMENTS = 1 << 22
+"""Logits scored at one time; noise takes about 40 bytes each."""
+
+
+@dataclass
+class Followed:
+    """What the draft keeps of one sequence. ``cached``: the tokens whose keys and values are in its cache, drafted ones at the end."""
+
+    sequence: Sequence
+    cached: list[int]
+    num_known: int = 0
+    """Leading tokens of ``cached`` known to be committed."""
+
+    def rewind(self) -> None:
+        """Forget what was drafted but not committed. At least the newest token is left to be read: its logits start the next tree."""
+        tokens = self.sequence.token_ids
+        end = min(len(self.cached), len(tokens) - 1)
+        keep = next((i for i in range(self.num_known, end) if self.cached[i] != tokens[i]), end)
+        del self.cached[keep:]
+        self.num_known = keep
+
+
+class DraftModel:
+    """Proposes trees from a small model that stays on the compute device, through the same executor as the target.
+
+    Its cache holds committed tokens, and the trunk of the present tree. A tree beyond its trunk is read anew at every level: its few nodes cost less than
+    the weights that every level reads anyway, and nothing has to be moved when a path is accepted.
+    """
+
+    def __init__(self, name: str, arch: Arch, weights: WeightStore, tiers: Tiers, lanes: Lanes, layout: CacheLayout, vocab_size: int, grown_nodes: int) -> None:
+        """vocab_size: of the target; of padding that only one of the two has, nothing is proposed. grown_nodes: of the largest tree, candidates included."""
+        self.name, self.arch, self.weights, self.tiers, self.lanes, self.layout = name, arch, weights, tiers, lanes, layout
+        self.vocab_size, self.grown_nodes = vocab_size, grown_nodes
+        self.followed: dict[Sequence, Followed] = {}
+        self.num_pages = 0
+        self.cache: KVCache | None = None
+        self.executor: Executor | None = None
+        self.host_buffers: HostBuffers | None = None
+
+    def open_block(self, num_pages: int) -> None:
+        """Make room for sequences that together need ``num_pages`` pages."""
+        if num_pages <= self.num_pages:
+            return
+        self.close_block()
+        arch, dtype = self.arch, self.layout.dtype
+        self.cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), self.tiers, self.lanes)
+        activations = ActivationStore(Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, self.tiers, self.lanes)
+        self.host_buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, self.tiers.cpu, self.lanes.device)
+        self.executor = Executor(arch, self.weights, self.cache, activations, self.lanes, self.host_buffers, dtype, overlap=True)
+        self.num_pages = num_pages
+
+    # Drafting
+
+    def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
+        """One tree per sequence, grown as its plan says. Children are the likeliest tokens, for sampled requests under the noise that the target will draw
+        with: then a draft that agrees with the target's probabilities proposes the very token that the target draws."""
+        trees = [GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0)) for sequence, plan in zip(sequences, plans, strict=True)]
+        followed = {i: self.follow(sequence) for i, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)) if tree.frontier}
+        self.catch_up(list(followed.values()))
+        while growing := [i for i, tree in enumerate(trees) if tree.frontier]:
+            offers = self.children({self.level_query(followed[i], trees[i]): i for i in growing}, trees)
+            for i in growing:
+                trees[i].extend(offers[i])
+        return [tree.tree() for tree in trees]
+
+    def follow(self, sequence: Sequence) -> Followed:
+        """The draft's own record of a sequence, with a cache table of its own, rewound to what is committed."""
+        followed = self.followed.get(sequence)
+        if followed is None:
+            assert self.cache is not None
+            followed = self.followed[sequence] = Followed(replace(sequence, table=self.cache.open("gpu", self.room(sequence))), [])
+        followed.rewind()
+        return followed
+
+    def reaches(self, sequence: Sequence, plan: TreePlan) -> bool:
+        """Whether the draft's context, which may be shorter than the target's, holds the sequence and a tree."""
+        return len(sequence.token_ids) + plan.max_depth <= self.arch.max_positions
+
+    def room(self, sequence: Sequence) -> int:
+        """Token rows that the sequence may need in the draft's cache."""
+        return sequence.num_prompt_tokens + sequence.output.max_tokens + self.grown_nodes
+
+    def known(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens that the draft can read: ids in padding that only the target has become token 0."""
+        return tokens if max(tokens) < self.arch.vocab_size else tuple(token if token < self.arch.vocab_size else 0 for token in tokens)
+
+    def catch_up(self, followed: Many[Followed]) -> None:
+        """Read long stretches of committed text (prompts), a chunk per pass, until each sequence has at most one chunk left."""
+        while long := [item for item in followed if len(item.sequence.token_ids) - len(item.cached) > PASS_TOKENS]:
+            self.run([self.text_query(item, PASS_TOKENS, logits=False) for item in long])
+
+    def text_query(self, followed: Followed, count: int, logits: bool = True) -> QueryTokens:
+        start = len(followed.cached)
+        tokens = tuple(islice(followed.sequence.token_ids, start, start + count))
+        followed.cached += tokens
+        return QueryTokens(followed.sequence, self.known(tokens), start, len(tokens) - 1 if logits else len(tokens))
+
+    def level_query(self, followed: Followed, tree: GrowingTree) -> QueryTokens:
+        """What the draft must read to know the children of the tree's frontier; its rows of logits end with those of the newest level."""
+        sequence = followed.sequence
+        if not tree.token_ids:
+            return self.text_query(followed, PASS_TOKENS)
+        trunk = len(followed.cached) - len(sequence.token_ids)
+        start = len(followed.cached)
+        tokens = tuple(tree.token_ids[trunk:])
+        first = tree.frontier[0] - trunk
+        if tree.is_chain:
+            followed.cached += tokens
+            return QueryTokens(sequence, tokens, start, first)
+        return QueryTokens(sequence, tokens, start, first, tuple(max(parent - trunk, ROOT) for parent in tree.parents[trunk:]))
+
+    def children(self, owner: dict[QueryTokens, int], trees: Many[GrowingTree]) -> dict[int, list[Candidates]]:
+        """Run one level; candidates for every node of every frontier. owner: which tree every query reads."""
+        width = max(trees[i].width for i in owner.values())
+        offers: dict[int, list[Candidates]] = {i: [()] * len(trees[i].frontier) for i in owner.values()}
+        for rows, logits in self.run(list(owner)):
+            wanted, states, paths = [], [], []
+            for r, (query, token) in enumerate(rows):
+                tree = trees[owner[query]]
+                node = ROOT if not tree.token_ids else len(tree.token_ids) - query.num_tokens + token
+                if node in tree.frontier:
+                    wanted.append((r, owner[query], tree.frontier.index(node)))
+                    states.append(query.sequence.state)
+                    paths.append(tree.paths[node])
+            if not wanted:
+                continue
+            scored = likeliest(self.fitted(logits[[r for r, _, _ in wanted]]), states, paths, width)
+            for (_, i, place), candidates in zip(wanted, scored, strict=True):
+                offers[i][place] = candidates
+        return offers
+
+    def fitted(self, logits: Tensor) -> Tensor:
+        """Logits over the target's vocabulary."""
+        missing = self.vocab_size - logits.shape[1]
+        return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, : self.vocab_size]
+
+    def run(self, queries: list[QueryTokens]) -> list[tuple[tuple[tuple[QueryTokens, int], ...], Tensor]]:
+        """One pass of the draft; the rows of logits that were asked for."""
+        assert self.executor is not None
+        batches: list[list[QueryTokens]] = [[]]
+        room = PASS_TOKENS
+        for query in queries:
+            if batches[-1] and query.num_tokens > room:
+                batches.append([])
+                room = PASS_TOKENS
+            batches[-1].append(query)
+            room -= query.num_tokens
+        return [(block.rows, block.logits) for block in self.executor.run(PassWork(tuple(map(tuple, batches))))]
+
+    # Lifetime
+
+    def retire(self, sequence: Sequence) -> None:
+        followed = self.followed.pop(sequence, None)
+        if followed is not None and self.cache is not None:
+            self.cache.free(followed.sequence.table)
+
+    def check(self) -> None:
+        """Invariants: what is known to be committed is; no table holds more than it has pages for."""
+        if self.cache is not None:
+            self.cache.check()
+        for sequence, followed in self.followed.items():
+            assert followed.cached[: followed.num_known] == sequence.token_ids[: followed.num_known], "the draft's cache does not follow the text"
+            assert len(followed.cached) <= len(followed.sequence.table.pages) * self.layout.page_tokens
+
+    def close_block(self) -> None:
+        assert not self.followed, f"{len(self.followed)} sequences are still followed"
+        if self.cache is not None and self.host_buffers is not None:
+            self.cache.close()
+            self.host_buffers.close()
+        self.cache = self.executor = self.host_buffers = None
+        self.num_pages = 0
+
+    def close(self) -> None:
+        self.followed.clear()
+        self.close_block()
+        self.weights.close()
+        self.tiers.close()
+
+
+def likeliest(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int, ...]], count: int) -> list[Candidates]:
+    """For every row of logits [N, vocab], the ``count`` tokens that the target is most likely to draw there if it agrees with the draft.
+
+    Bias, penalties, temperature and cuts apply as in plain decoding; a sampled request adds the noise of that place in its stream, the same that the target
+    adds, so that of two equal distributions the same token comes first. Tokens that cannot be drawn are left out.
+    """
+    results: list[Candidates] = []
+    step = max(1, SCORED_ELEMENTS // logits.shape[1])
+    for start in range(0, len(states), step):
+        scores = noisy(logits[start : start + step], states[start : start + step], paths[start : start + step]).log_softmax(-1)
+        values, tokens = scores.topk(min(count, logits.shape[1]), dim=-1)
+        for row_tokens, row_values in zip(tokens.tolist(), values.tolist(), strict=True):
+            results.append([(token, value) for token, value in zip(row_tokens, row_values, strict=True) if value > -torch.inf])
+    return results
+
+
+def noisy(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int, ...]]) -> Tensor:
+    """Scores [N, vocab] whose largest is the token that plain decoding would draw from these logits."""
+    if all(state.params.greedy and state.adjustments is None for state in states):
+        return logits
+    scores = adjust(logits, states, paths).double()
+    rows = [r for r, state in enumerate(states) if not state.params.greedy]
+    if rows:
+        chosen = [states[r] for r in rows]
+        positions = [len(states[r].output_token_ids) + len(paths[r]) for r in rows]
+        noise = gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)
+        scores[rows] = restrict(scores[rows].float(), chosen) + noise
+    return scores

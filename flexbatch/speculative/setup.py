@@ -1,0 +1,157 @@
+"""From settings to a speculator: what the drafts are and need, before anything is loaded; then loading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.memory.loading import Loader
+from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.tiers import Need, Pool, Tiers
+from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.weight_plan import WeightPlan, plan_weights
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models import checkpoint, families, resolve, shapes
+from flexbatch.models.arch import Arch
+from flexbatch.models.dummy import dummy
+from flexbatch.policy.types import Split
+from flexbatch.speculative.draft import PASS_TOKENS, DraftModel
+from flexbatch.speculative.shapes import TreeSpec, parse_tree
+from flexbatch.speculative.speculator import AUTO_NODES, LookupSource, Source, Speculator, fixed_plan
+
+NGRAM = "ngram"
+AUTO_MICRO_BATCH_TOKENS = 2048
+"""Query tokens of a micro-batch that an automatic tree may fill: intermediate results of every one take room on the GPU."""
+DEFAULT_MICRO_BATCH = 64
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """One draft model: where it comes from, and its weights and cache, all on the gpu tier. ``folder`` is None for random weights."""
+
+    name: str
+    folder: Path | None
+    arch: Arch
+    weights: WeightPlan
+    layout: CacheLayout
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Intermediate results of one draft pass."""
+        arch = self.arch
+        width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
+        return PASS_TOKENS * width * self.layout.dtype.itemsize + (64 << 20)
+
+    def pages(self, tokens: Iterable[int], grown_nodes: int) -> int:
+        """For sequences of so many tokens each, and their largest tree; the newest token of a sequence is read too."""
+        return sum(self.layout.num_pages(count + 1 + grown_nodes) for count in tokens)
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What ``--draft`` and ``--tree`` ask for."""
+
+    spec: TreeSpec
+    max_nodes: int
+    drafts: tuple[DraftPlan, ...]
+    lookup: bool
+    simulate: float | None
+    seed: int
+    target: Arch = field(repr=False)
+
+    @property
+    def grown_nodes(self) -> int:
+        """Nodes that a draft reads for one tree: of a best-first tree also the candidates that are not kept."""
+        return fixed_plan(self.spec).grown_nodes if self.spec.kind == "best-first" else self.max_nodes
+
+    def needs(self, longest: Sequence[int]) -> list[Need]:
+        """Rows of the memory table. longest: tokens of the longest requests, one per sequence of the block."""
+        rows = []
+        for draft in self.drafts:
+            rows.append(Need(f"draft weights {draft.name}"[:28], "gpu", draft.weights.tier_bytes("gpu")))
+            pages = draft.pages(longest, self.grown_nodes)
+            rows.append(Need(f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers))
+            rows.append(Need(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
+        return rows
+
+    def load(self, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> Speculator:
+        """Draft weights to the compute device."""
+        sources: list[Source] = [load_draft(draft, self, lanes, dtype, offload_dir) for draft in self.drafts]
+        if self.lookup:
+            sources.append(LookupSource())
+        return Speculator(sources, self.spec, max_nodes=self.max_nodes, simulate=self.simulate)
+
+    def open_block(self, speculator: Speculator, longest: Sequence[int]) -> None:
+        """Make room in the drafts' caches; see `needs`."""
+        models = [source for source in speculator.sources if isinstance(source, DraftModel)]
+        for draft, model in zip(self.drafts, models, strict=True):
+            model.open_block(draft.pages(longest, self.grown_nodes))
+
+
+def plan_speculation(config: EngineConfig, target: Arch, tokenizer: Any, layout: CacheLayout) -> Speculation | None:
+    """Read the drafts' configurations and tokenizers; None when no draft is asked for. layout: of the target's cache.
+
+    Raises ConfigurationError for settings that contradict each other and for a draft whose tokenizer is not the target's.
+    """
+    if not config.draft:
+        for name in ("tree", "simulate_acceptance"):
+            if getattr(config, name) is not None:
+                raise ConfigurationError(f"{name}={getattr(config, name)} needs a draft; give --draft MODEL, or --draft {NGRAM}")
+        if config.compare_plain:
+            raise ConfigurationError(f"compare_plain compares speculation with plain decoding; give --draft MODEL, or --draft {NGRAM}")
+        return None
+    spec = parse_tree(config.tree or "auto")
+    room = AUTO_MICRO_BATCH_TOKENS // (config.gpu_batch_size or DEFAULT_MICRO_BATCH) - 1
+    nodes = spec.nodes if spec.kind != "auto" else max(2, min(AUTO_NODES, room))
+    names = [name for name in config.draft if name != NGRAM]
+    drafts = tuple(plan_draft(name, config, target, tokenizer, layout) for name in names)
+    return Speculation(spec, nodes, drafts, NGRAM in config.draft, config.simulate_acceptance, config.seed, target)
+
+
+def plan_draft(name: str, config: EngineConfig, target: Arch, tokenizer: Any, target_layout: CacheLayout) -> DraftPlan:
+    """One draft model. Raises ConfigurationError when it does not fit the target."""
+    folder: Path | None = None
+    if config.dummy_weights:
+        arch = shapes.shape(name)
+        if arch.vocab_size != target.vocab_size:
+            raise ConfigurationError(
+                f"draft {name} has {arch.vocab_size} tokens and {config.model} has {target.vocab_size}: without tokenizers the vocabularies must be of one size"
+            )
+    else:
+        folder = resolve.resolve(name)
+        arch = families.read_arch(checkpoint.read_config(folder))
+        check_tokenizers(name, resolve.load_tokenizer(folder), config.model, tokenizer)
+    layout = CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, 16, target_layout.group, target_layout.page_tokens, target_layout.dtype)
+    weights = plan_weights(arch, Split(1, 0), 16, target_layout.group, target_layout.dtype.itemsize)
+    return DraftPlan(name, folder, arch, weights, layout)
+
+
+def check_tokenizers(draft_name: str, draft: Any, target_name: str, target: Any) -> None:
+    """Raises ConfigurationError that names the first token on which the two differ."""
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    token = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)), key=lambda token: (ours.get(token, 1 << 60), token))
+    here, there = (vocabulary.get(token, "unknown") for vocabulary in (theirs, ours))
+    raise ConfigurationError(
+        f"draft {draft_name} and {target_name} have different tokenizers ({len(theirs)} and {len(ours)} tokens; {token!r} is {here} in the draft and "
+        f"{there} in the target). Use a draft trained with the target's tokenizer, or --draft {NGRAM}"
+    )
+
+
+def load_draft(plan: DraftPlan, speculation: Speculation, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> DraftModel:
+    """Weights of one draft; its pools are its own, sized by the plan that the planner has checked."""
+    unlimited = 1 << 62
+    tiers = Tiers(Pool("gpu", unlimited, device=lanes.device), Pool("cpu", unlimited), Pool("disk", unlimited), offload_dir)
+    store = WeightStore(plan.weights, tiers, lanes, dtype)
+    with torch.inference_mode():
+        Loader(store, None, cache_quantized=False).load(
+            lambda skip: dummy(plan.arch, speculation.seed, dtype) if plan.folder is None else checkpoint.stream(plan.folder, plan.arch, skip)
+        )
+    store.check()
+    return DraftModel(plan.name, plan.arch, store, tiers, lanes, plan.layout, speculation.target.vocab_size, speculation.grown_nodes)

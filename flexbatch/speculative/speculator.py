@@ -1,0 +1,249 @@
+"""The proposer: asks drafts for trees, chooses how large they are, keeps the books."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
+from flexbatch.execution.sampler import Drawn
+from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampling import sample, token_logprobs
+from flexbatch.execution.work import QueryTokens, Sequence
+from flexbatch.request import TokenLogprob
+from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, choose_shapes
+from flexbatch.speculative.costs import MeasuredCosts
+from flexbatch.speculative.growth import TreePlan
+from flexbatch.speculative.lookup import Lookup
+from flexbatch.speculative.shapes import TreeSpec, fixed_widths
+from flexbatch.speculative.tree import TokenTree, merge
+from flexbatch.speculative.verify import Verdict
+
+AUTO_NODES = 32
+AUTO_DEPTH, AUTO_RANKS = 8, 4
+BEST_FIRST_DEPTH = 8
+REPLAN_PASSES = 8
+"""Passes between two choices of the tree, unless the number of sequences changed by more than an eighth."""
+
+
+class Source(Protocol):
+    """A draft: a model or a lookup."""
+
+    @property
+    def name(self) -> str: ...
+
+    def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
+        """One tree per sequence, no larger or deeper than its plan; possibly empty."""
+
+    def retire(self, sequence: Sequence) -> None: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LookupSource:
+    """Drafts from the prompt and the text so far of each sequence."""
+
+    name = "ngram"
+
+    def __init__(self) -> None:
+        self.lookups: dict[Sequence, Lookup] = {}
+
+    def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
+        trees = []
+        for sequence, plan in zip(sequences, plans, strict=True):
+            lookup = self.lookups.setdefault(sequence, Lookup())
+            lookup.extend(sequence.token_ids[len(lookup.tokens) :])
+            nodes = plan.max_nodes if plan.shape is None else len(plan.shape)
+            trees.append(lookup.propose(nodes, plan.num_levels) if nodes and plan.num_levels else TokenTree())
+        return trees
+
+    def retire(self, sequence: Sequence) -> None:
+        self.lookups.pop(sequence, None)
+
+    def check(self) -> None:
+        for sequence, lookup in self.lookups.items():
+            lookup.check()
+            assert lookup.tokens == sequence.token_ids[: len(lookup.tokens)], "a lookup does not follow its text"
+
+    def close(self) -> None:
+        self.lookups.clear()
+
+
+@dataclass
+class Totals:
+    """What speculation did in this run."""
+
+    draft_seconds: float = 0.0
+    pass_seconds: float = 0.0
+    passes: int = 0
+    sequence_passes: int = 0
+    """Sequences that decoded, summed over passes."""
+    drafted_tokens: int = 0
+    emitted_tokens: int = 0
+    statistics: dict[str, AcceptanceStatistics] = field(default_factory=dict)
+
+
+class Speculator:
+    """A `proposals.Proposer`. Sequences are grouped by whether they are sampled: the two accept differently.
+
+    simulate: accept the likeliest child at every node with this probability, whatever the target says. For timing with random weights; tokens are
+    meaningless then, and the report says so.
+    """
+
+    def __init__(self, sources: Many[Source], spec: TreeSpec, *, max_nodes: int, simulate: float | None = None) -> None:
+        self.sources, self.spec, self.max_nodes, self.simulate = list(sources), spec, max_nodes, simulate
+        self.costs = MeasuredCosts()
+        self.totals = Totals()
+        self.proposed: dict[Sequence, TokenTree] = {}
+        self.query_tokens = 0
+        self.pass_started = 0.0
+        self.plans: dict[str, TreePlan] = {}
+        self.planned_for: tuple[int, int] = (0, 0)
+        self.enabled = True
+
+    # Before a pass
+
+    def propose(self, sequences: Many[Sequence], max_depths: Many[int], other_query_tokens: int) -> list[TokenTree]:
+        """See `proposals.Proposer`."""
+        started = time.perf_counter()
+        groups = [group_of(sequence) for sequence in sequences]
+        self.choose(groups, other_query_tokens)
+        plans = [limited(self.plans[group], depth) for group, depth in zip(groups, max_depths, strict=True)]
+        if any(plan.num_levels for plan in plans):
+            drafts = [source.draft(sequences, plans) for source in self.sources]
+            trees = [merge(several, plan.max_nodes) for *several, plan in zip(*drafts, plans, strict=True)]
+        else:
+            trees = [TokenTree()] * len(sequences)
+        self.pass_started = time.perf_counter()
+        seconds = self.pass_started - started
+        self.totals.draft_seconds += seconds
+        self.costs.observe_draft(max((plan.num_levels for plan in plans), default=0), seconds)
+        self.proposed = dict(zip(sequences, trees, strict=True))
+        self.query_tokens = other_query_tokens + len(trees) + sum(map(len, trees))
+        return trees
+
+    def choose(self, groups: Many[str], other_query_tokens: int) -> None:
+        """The plan of every group for the coming pass."""
+        for group in set(groups):
+            self.totals.statistics.setdefault(group, AcceptanceStatistics(AUTO_DEPTH, AUTO_RANKS))
+        if self.spec.kind != "auto":
+            self.plans = dict.fromkeys(groups, fixed_plan(self.spec))
+            return
+        passes, live = self.planned_for
+        names = sorted(set(groups))
+        if passes and self.totals.passes < passes + REPLAN_PASSES and abs(len(groups) - live) <= live // 8 and set(names) <= set(self.plans):
+            return
+        if not self.costs.known:
+            # The first pass is plain: without a cost there is nothing to weigh.
+            self.plans = dict.fromkeys(names, TreePlan(0, 0))
+            return
+        counted = [Group(groups.count(name), self.totals.statistics[name].table()) for name in names]
+        choice = choose_shapes(counted, self.costs.pass_seconds(), self.costs.draft_seconds, other_query_tokens=other_query_tokens, max_nodes=self.max_nodes)
+        self.plans = {name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
+        self.planned_for = (self.totals.passes + 1, len(groups))
+
+    # After a pass
+
+    def judges(self, query: QueryTokens) -> bool:
+        """See `proposals.Proposer`."""
+        return self.simulate is not None
+
+    def verify(self, query: QueryTokens, logits: Tensor) -> Drawn:
+        """Simulated acceptance: a coin of the request's own stream at every depth decides about the likeliest child."""
+        assert self.simulate is not None and query.parents is not None
+        state = query.sequence.state
+        tree = self.proposed[query.sequence]
+        path: list[int] = []
+        while children := tree.shape.children[path[-1] if path else 0]:
+            position = len(state.output_token_ids) + len(path)
+            if uniforms([state.key], [position], 1, "cpu", ACCEPT_DRAW).item() >= self.simulate:
+                break
+            path.append(children[0] + 1)
+        last = path[-1] if path else 0
+        sampled = sample(logits[last : last + 1], [state], [query.paths[last]])
+        tokens = [*query.paths[last], int(sampled.token_ids[0])]
+        return Drawn(tokens, entries(logits[[0, *path]], tokens, state), path=tuple(path))
+
+    def observe(self, results: Many[tuple[QueryTokens, Drawn]]) -> None:
+        """See `proposals.Proposer`."""
+        if not self.proposed:
+            return
+        seconds = time.perf_counter() - self.pass_started
+        totals = self.totals
+        totals.passes += 1
+        totals.pass_seconds += seconds
+        self.costs.observe_pass(self.query_tokens, seconds)
+        for query, drawn in results:
+            tree = self.proposed.pop(query.sequence, None)
+            if tree is None:
+                continue
+            totals.sequence_passes += 1
+            totals.drafted_tokens += len(tree)
+            totals.emitted_tokens += len(drawn.token_ids)
+            totals.statistics[group_of(query.sequence)].observe(tree, Verdict(tuple(place - 1 for place in drawn.path), drawn.token_ids[-1]))
+        self.proposed = {}
+
+    def retire(self, sequence: Sequence) -> None:
+        """See `proposals.Proposer`."""
+        for source in self.sources:
+            source.retire(sequence)
+
+    # Report and end
+
+    def report(self) -> dict[str, object]:
+        """What was measured in this run."""
+        totals = self.totals
+        seconds = totals.draft_seconds + totals.pass_seconds
+        return {
+            "drafts": [source.name for source in self.sources],
+            "tree": self.spec.text,
+            "simulated_acceptance": self.simulate,
+            "passes": totals.passes,
+            "tokens_per_sequence_pass": totals.emitted_tokens / totals.sequence_passes if totals.sequence_passes else 0.0,
+            "drafted_tokens": totals.drafted_tokens,
+            "accepted_tokens": totals.emitted_tokens - totals.sequence_passes,
+            "draft_share_of_time": totals.draft_seconds / seconds if seconds else 0.0,
+            "acceptance": {group: statistics.report() for group, statistics in totals.statistics.items()},
+        }
+
+    def check(self) -> None:
+        """Raises AssertionError when a source, or the statistics, are not consistent."""
+        for source in self.sources:
+            source.check()
+        for statistics in self.totals.statistics.values():
+            statistics.check()
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+
+
+def entries(logits: Tensor, tokens: list[int], state: RequestState) -> list[dict[int, TokenLogprob] | None]:
+    """Log-probabilities of tokens drawn from rows of logits, where the request wants them."""
+    count = state.params.logprobs
+    return [*token_logprobs(logits, tokens, [count] * len(tokens))] if count is not None else [None] * len(tokens)
+
+
+def group_of(sequence: Sequence) -> str:
+    return "greedy" if sequence.state.params.greedy else "sampled"
+
+
+def fixed_plan(spec: TreeSpec) -> TreePlan:
+    """The plan of a tree that the user has fixed."""
+    if spec.kind == "widths":
+        shape = fixed_widths(spec.widths)
+        return TreePlan(shape.max_depth, len(shape), shape)
+    depth = min(BEST_FIRST_DEPTH, spec.nodes)
+    # Twice as many candidates as are kept, so that there is something to choose from.
+    return TreePlan(depth, spec.nodes, beam=-(-2 * spec.nodes // depth))
+
+
+def limited(plan: TreePlan, max_depth: int) -> TreePlan:
+    """The plan of a sequence that cannot commit a path longer than ``max_depth``."""
+    return plan if max_depth >= plan.max_depth else TreePlan(max(0, max_depth), plan.max_nodes, plan.shape, plan.beam)
