@@ -5,6 +5,9 @@ loaded once for all of them. A program takes one tile of rows of one sequence an
 (flash-decoding: Dao et al. 2023, "Flash-Decoding for long-context inference"; the online softmax is FlashAttention-2's, Dao 2023).
 """
 
+# mypy: allow-incomplete-defs, allow-untyped-defs
+# Triton functions annotate their constants only: the other arguments have no Python type.
+
 from __future__ import annotations
 
 import triton

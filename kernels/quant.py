@@ -4,6 +4,9 @@ Codes, parameters and expanded values are bit for bit those of `reference` (henc
 along: a row of a weight (or a column, dim=0), one head of one key or value. Tiles are [vectors, groups, elements or bytes of a group].
 """
 
+# mypy: allow-incomplete-defs, allow-untyped-defs
+# Triton functions annotate their constants only: the other arguments have no Python type.
+
 from __future__ import annotations
 
 import torch
