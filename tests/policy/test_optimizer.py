@@ -207,6 +207,14 @@ def test_refusal_says_what_is_missing():
     assert "--percent" in str(refusal.value)
 
 
+@pytest.mark.parametrize("sequences", [64, None])
+def test_no_plan_exceeds_the_machines_bound(sequences):
+    """A machine without a GPU and a model with a large head: compute-bound, where the bound is tight."""
+    hardware = load_hardware("cpu").with_memory(GIB, 2 * GIB)
+    plan = choose(public_shape("opt-1.3b"), hardware, Workload.uniform(64, 32, sequences))
+    assert max(plan.predicted_tokens_per_second, plan.bound_tokens_per_second) <= plan.machine_bound_tokens_per_second
+
+
 def test_bits_change_only_when_allowed():
     hardware, shape = load_hardware("h200").with_memory(gpu=16 * GIB), public_shape("opt-30b")
     plain = choose(shape, hardware, WORKLOAD)
