@@ -10,8 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
-from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.sampling import sample, token_logprobs
 from flexbatch.execution.work import QueryTokens, Sequence
 from flexbatch.request import TokenLogprob
