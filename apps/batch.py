@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_
         raise ConfigurationError("--overwrite with several processes would discard the others' parts: remove the output folder, then start them")
     job = plan_job(args.input, args.output, config, engine, identity)
     if config.ray:
-        from flexbatch.apps.ray import run_on_ray
+        from flexbatch.apps.jobs.cluster import run_on_ray
 
         return run_on_ray(job, open_engine, resume)
     if share.local_size > 1:

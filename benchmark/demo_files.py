@@ -20,10 +20,10 @@ CONTEXT = 2048
 END = "<|endoftext|>"
 HELD_OUT_ONE_IN = 33
 PROMPTS = (
-    "def binary_search(items, target):\n",
-    "import os\nimport sys\n\n\ndef main():\n    ",
-    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
-    "    def test_append(self):\n        a = array.array(self.typecode, self.example)\n",
+    "def read_lines(path):\n    with open(path) as f:",
+    "for name in os.listdir(path):",
+    'def is_valid(name):\n    """Return True if the name is valid."""\n    if',
+    "    def test_append(self):\n        a = array.array(self.typecode, self.example)",
 )
 
 
@@ -189,6 +189,7 @@ def write_card(folder: Path, shape: Shape, corpus: Corpus, nats: float, facts: d
     """The model card: what it is, how good, how to make it again, what it writes."""
     per_byte = nats * corpus.tokens_per_byte
     role = "The draft of FlexBatch's demo model, for speculation" if "draft" in shape.name else "FlexBatch's demo model"
+    shown = f"hidden {shape.hidden}, {shape.layers} layers, {shape.heads} query heads and {shape.kv_heads} key/value heads of {shape.head_dim}"
     samples = "\n".join(f"Prompt:\n\n```python\n{prompt}\n```\n\nContinuation:\n\n```python\n{text}\n```\n" for prompt, text in pairs)
     card = f"""# {shape.name}
 
@@ -197,7 +198,7 @@ correct programs, and exists so that every command of FlexBatch runs without a d
 
 | | |
 | --- | --- |
-| shape | hidden {shape.hidden}, {shape.layers} layers, {shape.heads} query heads and {shape.kv_heads} key/value heads of {shape.head_dim}, MLP {shape.intermediate}, tied embeddings |
+| shape | {shown}, MLP {shape.intermediate}, tied embeddings |
 | context | {CONTEXT} tokens |
 | tokenizer | byte-level BPE, {VOCAB_SIZE} entries, {1 / corpus.tokens_per_byte:.2f} bytes per token; `{END}` (id 0) ends a file; nothing is added to a prompt |
 | stored as | fp16 safetensors |

@@ -1,7 +1,7 @@
 """Trains the bundled demo models (`flexbatch/data/demo`, `flexbatch/data/demo-draft`) on the standard library's own source.
 
-    python benchmark/train_demo.py --minutes 7 --compile          # as the bundled models were trained, on one H200
-    python benchmark/train_demo.py --minutes 1 --batch 4 --length 256 --held-out-tokens 20000 --out /tmp/models   # a quick look on a CPU
+    python -m benchmark.train_demo --minutes 7 --compile          # as the bundled models were trained, on one H200
+    python -m benchmark.train_demo --minutes 1 --batch 4 --length 256 --held-out-tokens 20000 --out /tmp/models   # a quick look on a CPU
 
 The target minimises the cross entropy of the corpus. The draft, a ninth of its size, mostly imitates the target's
 distribution (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", at temperature 1), because what counts
@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parent))
-from demo_files import CONTEXT, VOCAB_SIZE, Corpus, Shape, check_folder, completions, load_corpus, save_model, write_card
+from benchmark.demo_files import CONTEXT, VOCAB_SIZE, Corpus, Shape, check_folder, completions, load_corpus, save_model, write_card
 
 TARGET = Shape(name="demo", hidden=256, layers=5, heads=8, kv_heads=2, head_dim=32, intermediate=512)
 DRAFT = Shape(name="demo-draft", hidden=80, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=144)
@@ -59,7 +58,8 @@ class Block(nn.Module):
         """x [batch, tokens, hidden] -> the same shape."""
         batch, tokens, _ = x.shape
         normed = self.input_layernorm(x)
-        query, key, value = (self.self_attn[name](normed).view(batch, tokens, -1, self.shape.head_dim).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        split = (batch, tokens, -1, self.shape.head_dim)
+        query, key, value = (self.self_attn[name](normed).view(split).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x + functional.dropout(self.self_attn["o_proj"](attended.transpose(1, 2).reshape(batch, tokens, -1)), self.dropout, self.training)
@@ -118,6 +118,19 @@ class Recipe:
         return self.peak_rate * min(1.0, (step + 1) / self.warmup_steps) * (0.02 + 0.98 * cosine)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and how it came about."""
+
+    model: Llama
+    recipe: Recipe
+    steps: int
+
+    def describe(self, corpus: Corpus) -> str:
+        passes = self.steps * self.recipe.batch * self.recipe.length / corpus.train.numel()
+        return f"{self.steps:,} steps of {self.recipe.batch} x {self.recipe.length} tokens ({passes:.0f} passes over the corpus)"
+
+
 def cross_entropy(logits: Tensor, window: Tensor) -> Tensor:
     """Mean nats per token of window [batch, length + 1] under logits [batch, length, vocab]."""
     return functional.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
@@ -150,11 +163,8 @@ def held_out_nats(model: Llama, held_out: Tensor, length: int, batch: int = 8) -
     return total / rows
 
 
-def train(model: Llama, loss_of: Callable[[Tensor], Tensor], corpus: Corpus, recipe: Recipe, keep: Callable[[Llama], None]) -> tuple[float, int]:
-    """Trains in place for ``recipe.seconds``, calls ``keep`` at every new best and leaves the best weights in the model.
-
-    Returns the best held-out nats per token and the number of steps.
-    """
+def train(model: Llama, loss_of: Callable[[Tensor], Tensor], corpus: Corpus, recipe: Recipe, keep: Callable[[Llama], None]) -> int:
+    """Trains in place for ``recipe.seconds``, calls ``keep`` at every new best, leaves the best weights in the model. Returns the number of steps."""
     start, stream = time.monotonic(), corpus.train
     decayed = [p for p in model.parameters() if p.dim() == 2]
     optimizer = torch.optim.AdamW(
@@ -179,17 +189,14 @@ def train(model: Llama, loss_of: Callable[[Tensor], Tensor], corpus: Corpus, rec
         done = elapsed >= recipe.seconds
         if done or step % recipe.evaluate_every == 0:
             nats = held_out_nats(model, corpus.held_out, recipe.length)
-            print(
-                f"{model.shape.name}: step {step}, {elapsed:.0f} s, {step * recipe.batch * recipe.length / 1e6:.0f} M tokens, train loss {loss.item():.4f}, held-out {nats:.4f} nats/token",
-                file=sys.stderr,
-                flush=True,
-            )
+            seen = f"step {step}, {elapsed:.0f} s, {step * recipe.batch * recipe.length / 1e6:.0f} M tokens"
+            print(f"{model.shape.name}: {seen}, train loss {loss.item():.4f}, held-out {nats:.4f} nats/token", file=sys.stderr, flush=True)
             if nats < best:
                 best, best_weights = nats, copy.deepcopy(model.state_dict())
                 keep(model)
     model.load_state_dict(best_weights)
     model.eval()
-    return best, step
+    return step
 
 
 @torch.no_grad()
@@ -205,54 +212,62 @@ def agreement(target: Llama, draft: Llama, held_out: Tensor, length: int) -> tup
     return equal / count, overlap / count
 
 
+def train_pair(arguments: argparse.Namespace, corpus: Corpus, device: torch.device) -> tuple[Trained, Trained]:
+    """Target, then draft; both are saved below ``arguments.out`` whenever they are better than before."""
+
+    def keep(model: Llama) -> None:
+        save_model(model.state_dict(), model.shape, corpus.tokenizer, arguments.out / model.shape.name)
+
+    def target_loss(window: Tensor) -> Tensor:
+        with half_precision(device):
+            return cross_entropy(target(window[:, :-1]), window)
+
+    def draft_loss(window: Tensor) -> Tensor:
+        with half_precision(device):
+            logits = draft(window[:, :-1])
+            with torch.no_grad():
+                wanted = target(window[:, :-1])
+            return 0.2 * cross_entropy(logits, window) + 0.8 * imitation(logits, wanted)
+
+    target, draft = Llama(TARGET, arguments.dropout).to(device), Llama(DRAFT).to(device)
+    trained = []
+    for model, loss, recipe in (
+        (target, target_loss, Recipe(33 * arguments.minutes, arguments.batch, arguments.length, 4e-3, 0.1, arguments.evaluate_every)),
+        (draft, draft_loss, Recipe(27 * arguments.minutes, max(1, arguments.batch // 2), arguments.length, 6e-3, 0.1, arguments.evaluate_every)),
+    ):
+        steps = train(model, torch.compile(loss) if arguments.compile else loss, corpus, recipe, keep)
+        trained.append(Trained(model, recipe, steps))
+    return trained[0], trained[1]
+
+
 def run(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
     corpus = load_corpus(arguments.corpus, device, arguments.held_out_tokens)
     print(f"corpus: {corpus.describe()}", file=sys.stderr, flush=True)
-    out: Path = arguments.out
-    compiled = torch.compile if arguments.compile else (lambda function: function)
-    left = 60 * arguments.minutes
-    models: list[tuple[Llama, int, int]] = []  # model, tokens seen, steps
-    for shape, share, dropout, rate, batch in ((TARGET, 0.55, arguments.dropout, 4e-3, arguments.batch), (DRAFT, 0.45, 0.0, 6e-3, max(1, arguments.batch // 2))):
-        model = Llama(shape, dropout).to(device)
-        teacher = models[0][0] if models else None
-
-        def loss_of(window: Tensor, model: Llama = model, teacher: Llama | None = teacher) -> Tensor:
-            with half_precision(device):
-                logits = model(window[:, :-1])
-                if teacher is None:
-                    return cross_entropy(logits, window)
-                with torch.no_grad():
-                    wanted = teacher(window[:, :-1])
-            return 0.2 * cross_entropy(logits, window) + 0.8 * imitation(logits, wanted)
-
-        recipe = Recipe(left * share, batch, arguments.length, rate, 0.1, arguments.evaluate_every)
-        _, steps = train(model, compiled(loss_of), corpus, recipe, keep=lambda model: save_model(model.state_dict(), model.shape, corpus.tokenizer, out / model.shape.name))
-        models.append((model, steps * batch * arguments.length, steps))
-    (target, *_), (draft, *_) = models
-    equal, overlap = agreement(target, draft, corpus.held_out, arguments.length)
-    for model, tokens, steps in models:
-        folder = out / model.shape.name
-        reloaded = check_folder(folder, model, corpus.held_out[:64])
-        nats = held_out_nats(reloaded_weights(model, reloaded), corpus.held_out, arguments.length)
-        command = f"python benchmark/train_demo.py --minutes {arguments.minutes:g} --batch {arguments.batch} --length {arguments.length} --dropout {arguments.dropout:g} --seed {arguments.seed}"
+    pair = train_pair(arguments, corpus, device)
+    equal, overlap = agreement(pair[0].model, pair[1].model, corpus.held_out, arguments.length)
+    command = f"python -m benchmark.train_demo --minutes {arguments.minutes:g} --batch {arguments.batch} --length {arguments.length}"
+    command += f" --dropout {arguments.dropout:g} --seed {arguments.seed}" + (" --compile" if arguments.compile else "")
+    for trained in pair:
+        model, folder = trained.model, arguments.out / trained.model.shape.name
+        use_weights(model, check_folder(folder, model, corpus.held_out[:64]))
+        nats = held_out_nats(model, corpus.held_out, arguments.length)
         facts = {
             "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-            "training": f"{steps:,} steps of {tokens // steps // arguments.length} x {arguments.length} tokens ({tokens / corpus.train.numel():.0f} passes over the corpus)",
+            "training": trained.describe(corpus),
             "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}",
-            "command": command + (" --compile" if arguments.compile else ""),
+            "command": command,
             "draft": f"{100 * equal:.1f} % same most likely token, {100 * overlap:.1f} % overlap of the distributions (sum of min(p, q))",
         }
         write_card(folder, model.shape, corpus, nats, facts, completions(folder))
         print(f"{folder}: held-out {nats * corpus.tokens_per_byte:.4f} nats/byte, {facts['draft']}", file=sys.stderr)
 
 
-def reloaded_weights(model: Llama, weights: dict[str, Tensor]) -> Llama:
-    """The model with the weights as stored, so that what is reported is what is shipped."""
+def use_weights(model: Llama, weights: dict[str, Tensor]) -> None:
+    """Gives the model the weights as stored, so that what is reported is what is shipped."""
     model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in weights.items()})
-    return model
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexbatch.engine import LLM
@@ -12,7 +12,7 @@ __all__ = ["LLM", "Completion", "SamplingParams"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import on first use: ``flexbatch.run --help`` must not import torch."""
     if name == "LLM":
         from flexbatch.engine import LLM

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,6 +27,7 @@ from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint, families, resolve, shapes
+from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.dummy import dummy
 from flexbatch.planning import GROUP, BlockSizes, Job
 from flexbatch.policy.types import Policy
@@ -155,7 +156,8 @@ class LLM:
         job = job or Job.typical(self.arch.max_positions)
         self.speculation = plan_speculation(config, self.arch, self.tokenizer, self.layout)
         self.policy = planning.choose_policy(self.arch, config, self.layout, job, self._budgets_beside_drafts(job), self.dtype.itemsize)
-        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize)
+        packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
+        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize, packed)
         planning.check_fit(self._needs(self._sizes(replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))), self.budgets)
 
     def _read_model(self) -> None:
@@ -203,16 +205,11 @@ class LLM:
         self._stack.callback(self.lanes.close)
         self.weights = WeightStore(self.weight_plan, self.tiers, self.lanes, self.dtype)
         self._stack.callback(self.weights.close)
-        if self.folder is None:
-            identity = f"dummy-{config.model}-{config.seed}"
-            stream = lambda skip: (piece for piece in dummy(self.arch, config.seed, self.dtype) if (piece.layer, piece.role) not in skip)  # noqa: E731
-        else:
-            folder, identity = self.folder, resolve.fingerprint(self.folder)
-            stream = lambda skip: checkpoint.stream(folder, self.arch, skip)  # noqa: E731
+        identity = f"dummy-{config.model}-{config.seed}" if self.folder is None else resolve.fingerprint(self.folder)
         files = offload_dir / f"{identity}-{str(self.dtype).removeprefix('torch.')}"
         loader = Loader(self.weights, files if uses_disk or config.offload_path else None, cache_quantized=config.offload_path is not None)
         with torch.inference_mode():
-            self.statistics.loaded_bytes = loader.load(stream)
+            self.statistics.loaded_bytes = loader.load(self._pieces)
         self.weights.check()
         self.speculator: Speculator | None = None
         if self.speculation is not None:
@@ -220,6 +217,15 @@ class LLM:
             self._stack.callback(self.speculator.close)
         self.statistics.load_seconds = time.perf_counter() - started
         logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(self.weight_plan.realized_percent))
+
+    def _pieces(self, skip: set[tuple[int, str]]) -> Iterator[Piece | QuantizedPiece]:
+        """The checkpoint's stream, or random weights, without the (layer, role) pairs in ``skip``."""
+        if self.folder is not None:
+            yield from checkpoint.stream(self.folder, self.arch, skip, packed=True)
+            return
+        for piece in dummy(self.arch, self.config.seed, self.dtype):
+            if (piece.layer, piece.role) not in skip:
+                yield piece
 
     # Jobs
 
@@ -234,14 +240,7 @@ class LLM:
         ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[list-item]
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling_params)
-            if len(params) != len(prompts):
-                raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
-        encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        prompts, params, encoded = self._encode(prompts, sampling_params)
         job = self._job(zip(encoded, params, strict=True))
         requests = [
             (i, Request(i, token_ids, p, sample, prompt if isinstance(prompt, str) else None))
@@ -258,6 +257,25 @@ class LLM:
             if on_finished is not None:
                 on_finished(completion)
         return [with_samples(results[i]) for i in range(len(prompts))]
+
+    def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
+        """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
+        _, params, encoded = self._encode(prompts, sampling_params)
+        self._prepare(self._job(zip(encoded, params, strict=True)))
+
+    def _encode(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[Prompt], list[SamplingParams], list[tuple[int, ...]]]:
+        """Prompts as a list, sampling parameters and token ids for each."""
+        prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+            if len(params) != len(prompts):
+                raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
+        encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        return prompts, params, encoded
 
     def stream(
         self, items: Iterable[tuple[Hashable, Prompt, SamplingParams]], on_tokens: Callable[[Hashable, str], None] | None = None

@@ -62,10 +62,9 @@ def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, posit
             MASKED: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr):  # fmt: skip
     """Raw products to scores in units of log 2, masked."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    if SOFT_CAP:
-        score = (2.0 * tl.sigmoid(2.0 * score * (scale / soft_cap)) - 1.0) * (soft_cap * LOG2_E)
-    else:
-        score = score * (scale * LOG2_E)
+    if SOFT_CAP:  # tanh(x) = 2 sigmoid(2 x) - 1
+        score = 2.0 * tl.sigmoid(2.0 * score * (scale / soft_cap)) - 1.0
+    score = score * ((soft_cap if SOFT_CAP else scale) * LOG2_E)
     key_place = keys
     if TREE and MASKED:
         key_place = tl.where(keys < prefix, keys, tl.load(positions + first_token + keys - prefix, mask=(keys >= prefix) & (keys < hi), other=0))
@@ -166,11 +165,13 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
     for start in range(lo, whole, BLOCK_N):
         m, total, acc0, acc1 = _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
                                       slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
-                                      False, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N)  # fmt: skip
+                                      False, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B,
+                                      BLOCK_N)  # fmt: skip
     for start in range(whole, hi, BLOCK_N):
         m, total, acc0, acc1 = _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
                                       slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
-                                      True, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N)  # fmt: skip
+                                      True, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B,
+                                      BLOCK_N)  # fmt: skip
     index = token * NUM_HEADS + query_head
     if SPLITS > 1:
         index += tl.program_id(1).to(tl.int64) * num_tokens * NUM_HEADS
@@ -240,7 +241,7 @@ def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -
     """Tiles that fit the registers and shared memory of a Hopper multiprocessor, by the largest number of query rows of a sequence."""
     wide = head_dim > 128
     if dtype == torch.float32:  # no tensor cores at full precision
-        return Launch(16 if max_rows <= SMALL_ROWS else 32, 16 if wide else 32, 4, 1)
+        return Launch(16 if max_rows <= SMALL_ROWS else 32, 16 if wide else 32, 8, 1)
     if max_rows <= SMALL_ROWS:
         return Launch(SMALL_ROWS, 32 if wide else 64, 4, 3)
     if max_rows <= 64 or wide or bits != 16:

@@ -1,6 +1,6 @@
 """Every operation of this room, by the device of its tensors: CUDA -> Triton, CPU -> compiled C where there is a compiler, else `reference`.
 
-Names, arguments and results are those of `reference`, which documents them.
+Names, arguments and results are those of `reference`, which documents them. Triton is imported when the first CUDA tensor comes.
 """
 
 from __future__ import annotations
@@ -38,40 +38,91 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
         reference.append_rows(rows, slots, key, value, bits, group)
 
 
-def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor]:
     """`reference.quantize`."""
     if x.is_cuda:
         from flexbatch.kernels import quant
 
-        return quant.quantize(x, bits, group)
-    return reference.quantize(x, bits, group)
+        return quant.quantize(x, bits, group, dim)
+    return reference.quantize(x, bits, group, dim)
 
 
-def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, out: Tensor | None = None) -> Tensor:
+def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1, out: Tensor | None = None) -> Tensor:
     """`reference.dequantize`, into ``out`` [..., size] where it is given."""
     if codes.is_cuda:
         from flexbatch.kernels import quant
 
-        return quant.dequantize(codes, parameters, size, bits, group, out=out)
-    dense = reference.dequantize(codes, parameters, size, bits, group)
+        return quant.dequantize(codes, parameters, size, bits, group, dim, out=out)
+    dense = reference.dequantize(codes, parameters, size, bits, group, dim)
     return dense if out is None else out.copy_(dense)
 
 
+def quantized_linear(x: Tensor, codes: Tensor, parameters: Tensor, bits: int, group: int) -> Tensor:
+    """`reference.quantized_linear`; on the GPU for at most 16 tokens."""
+    if x.is_cuda:
+        from flexbatch.kernels import quant
+
+        return quant.quantized_linear(x, codes, parameters, bits, group)
+    return reference.quantized_linear(x, codes, parameters, bits, group)
+
+
 def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor) -> None:
-    """``destination[i] = source[page_ids[i]]``. source: [num_pages, page_bytes] uint8, pinned on the host when the rest is on a GPU; page_ids: [n] int32."""
+    """`reference.gather_pages`; the source is pinned on the host when the rest is on a GPU."""
     if destination.is_cuda:
         from flexbatch.kernels import pages
 
         pages.gather_pages(source, page_ids, destination)
     else:
-        torch.index_select(source, 0, page_ids, out=destination)
+        reference.gather_pages(source, page_ids, destination)
 
 
 def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
-    """``destination[slots[i]] = source[i]`` for token rows; destination is pinned on the host when the rest is on a GPU; slots: [n] int64."""
+    """`reference.scatter_rows`; the destination is pinned on the host when the rest is on a GPU."""
     if source.is_cuda:
         from flexbatch.kernels import pages
 
         pages.scatter_rows(source, destination, slots)
     else:
-        destination.index_copy_(0, slots, source)
+        reference.scatter_rows(source, destination, slots)
+
+
+def copy_rows(rows: Tensor, source_slots: Tensor, destination_slots: Tensor) -> None:
+    """`reference.copy_rows`: a commit moves few rows, torch's own indexing serves both devices."""
+    reference.copy_rows(rows, source_slots, destination_slots)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:
+    """`reference.rms_norm`."""
+    if x.is_cuda:
+        from flexbatch.kernels import norm_rope
+
+        return norm_rope.rms_norm(x, weight, eps, residual=residual, offset=offset)
+    return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None) -> Tensor:
+    """`reference.layer_norm`."""
+    if x.is_cuda:
+        from flexbatch.kernels import norm_rope
+
+        return norm_rope.layer_norm(x, weight, bias, eps, residual=residual)
+    return reference.layer_norm(x, weight, bias, eps, residual=residual)
+
+
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, rotary_dim: int, interleaved: bool = False) -> None:
+    """`reference.rotary`."""
+    if query.is_cuda:
+        from flexbatch.kernels import norm_rope
+
+        norm_rope.rotary(query, key, cos, sin, positions, rotary_dim=rotary_dim, interleaved=interleaved)
+    else:
+        reference.rotary(query, key, cos, sin, positions, rotary_dim=rotary_dim, interleaved=interleaved)
+
+
+def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+    """`reference.gated_activation`."""
+    if gate_up.is_cuda:
+        from flexbatch.kernels import norm_rope
+
+        return norm_rope.gated_activation(gate_up, activation)
+    return reference.gated_activation(gate_up, activation)

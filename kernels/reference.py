@@ -9,6 +9,7 @@ take ``code_bytes`` and its parameters are ``num_groups`` pairs (scale, minimum)
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,13 +30,17 @@ def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element
     return 2 * num_kv_heads * (code_bytes(head_dim, bits) + num_groups(head_dim, group) * 2 * element_bytes)
 
 
-def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Group-wise asymmetric quantisation along the last dimension.
+def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Group-wise asymmetric quantisation along the last dimension, or along the first of two (``dim`` 0).
 
     x: [..., size] floating. Returns codes [..., code_bytes] uint8 and parameters [..., num_groups, 2] in x's dtype (scale, minimum).
+    Along the first dimension: x [size, n], codes [code_bytes, n], parameters [num_groups, 2, n].
     Codes are chosen against the *rounded* parameters, so that a constant group comes back exactly and their rounding costs no accuracy
     but at the ends of the range.
     """
+    if dim == 0:
+        codes, parameters = quantize(x.T, bits, group)
+        return codes.T.contiguous(), parameters.permute(1, 2, 0).contiguous()
     size = x.shape[-1]
     groups = num_groups(size, group)
     padding = groups * group - size
@@ -55,8 +60,10 @@ def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     return codes.contiguous(), torch.stack([scale, minimum], dim=-1)
 
 
-def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int) -> Tensor:
-    """Inverse of `quantize`: [..., size] in the dtype of ``parameters`` [..., num_groups, 2]."""
+def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1) -> Tensor:
+    """Inverse of `quantize`: [..., size] (``dim`` 0: [size, n]) in the dtype of ``parameters``."""
+    if dim == 0:
+        return dequantize(codes.T, parameters.permute(2, 0, 1), size, bits, group).T.contiguous()
     if bits == 4:
         codes = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2)
     codes = codes[..., :size].float()
@@ -86,6 +93,26 @@ def unpack_rows(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group
         parameters = rows[:, start : start + parameter_bytes].contiguous().view(dtype).view(rows.shape[0], num_kv_heads, -1, 2)
         sides.append(dequantize(codes, parameters, head_dim, bits, group))
     return sides[0], sides[1]
+
+
+def quantized_linear(x: Tensor, codes: Tensor, parameters: Tensor, bits: int, group: int) -> Tensor:
+    """x @ weight.T [num_tokens, num_outputs] of x [num_tokens, size] with the quantised weight [num_outputs, size]."""
+    return F.linear(x, dequantize(codes, parameters, x.shape[1], bits, group))
+
+
+def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor) -> None:
+    """``destination[i] = source[page_ids[i]]``. source: [num_pages, ...], page_ids: [n] integers, destination: [n, ...] of the same dtype."""
+    torch.index_select(source, 0, page_ids, out=destination)
+
+
+def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
+    """``destination[slots[i]] = source[i]``. source: [n, ...] of destination's dtype, slots: [n] int64, all different."""
+    destination.index_copy_(0, slots, source)
+
+
+def copy_rows(rows: Tensor, source_slots: Tensor, destination_slots: Tensor) -> None:
+    """``rows[destination_slots[i]] = rows[source_slots[i]]`` within a tier, as if all were read before any is written. Slots: [n] int64."""
+    rows.index_copy_(0, destination_slots, rows.index_select(0, source_slots))
 
 
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
@@ -157,3 +184,46 @@ def paged_attention(
         probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
         out[begin:end] = torch.einsum("hgqk,khd->qhgd", probabilities, value.float()).reshape(queries, num_heads, head_dim).to(query.dtype)
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:
+    """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension of x [..., size].
+
+    With ``residual`` x is added to it in place and the sum is normalised. ``offset`` is added to the weight; such models multiply in float32, the
+    others after rounding to x's dtype, so that 16-bit results agree with transformers' to the last bit.
+    """
+    if residual is not None:
+        x = residual.add_(x)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * (offset + weight.float())).to(x.dtype) if offset else weight * wide.to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None) -> Tensor:
+    """Layer norm over the last dimension of x [..., size]; with ``residual`` x is added to it in place and the sum is normalised."""
+    if residual is not None:
+        x = residual.add_(x)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, rotary_dim: int, interleaved: bool = False) -> None:
+    """Turn the first ``rotary_dim`` elements of every head in place (RoFormer, Su et al. 2021).
+
+    query: [num_tokens, num_heads, head_dim], key: [num_tokens, num_kv_heads, head_dim], cos and sin: [max_positions, rotary_dim / 2],
+    positions: [num_tokens] integers. Pairs are neighbours (``interleaved``) or lie half of ``rotary_dim`` apart.
+    """
+    half = rotary_dim // 2
+    cosine, sine = (table[positions.long()].unsqueeze(1) for table in (cos, sin))
+    for x in (query, key):
+        first, second = (x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]) if interleaved else (x[..., :half], x[..., half:rotary_dim])
+        turned = (first * cosine - second * sine).to(x.dtype), (second * cosine + first * sine).to(x.dtype)
+        first.copy_(turned[0])
+        second.copy_(turned[1])
+
+
+def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up of gate_up [num_tokens, 2 * size], gate first. activation: silu, relu, gelu (exact) or gelu_tanh."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+    return {"silu": F.silu, "relu": F.relu}[activation](gate) * up

@@ -7,12 +7,13 @@ v times the weights' split (Charnes and Cooper 1962, "Programming with linear fr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pulp
 
-from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
+from flexbatch.policy.cost import KINDS, VARIABLES, PassModel, total
 from flexbatch.policy.loads import Lengths, steady_load
 from flexbatch.policy.lp import GIB, fixed_fractions, solver
 from flexbatch.policy.memory import capacity
@@ -47,7 +48,7 @@ def machine_bound(
     policy = dataclasses.replace(policy, num_gpu_batches=2)
     load, finished = steady_load(workload, policy, in_flight=1.0)
     stages = PassModel(shape, ideal, policy, load).stages()
-    rows = [sum(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds]
+    rows = [total(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds]
     lengths = Lengths.of(workload, policy)
     occupied = lengths.prompt + lengths.output / 2
     seconds = _solve(shape, hardware, workload, constraints, policy, rows, occupied * shape.token_bytes(cache_bits) * shape.num_layers)
@@ -56,12 +57,20 @@ def machine_bound(
     return MachineBound(finished * lengths.output / seconds[0], seconds[1])
 
 
-def _solve(shape, hardware, workload, constraints, policy, rows, cache_bytes: float) -> tuple[float, float] | None:
+def _solve(
+    shape: ModelShape,
+    hardware: Hardware,
+    workload: Workload,
+    constraints: Constraints,
+    policy: Policy,
+    rows: Iterable[np.ndarray],
+    cache_bytes: float,
+) -> tuple[float, float] | None:
     """(seconds of a pass for each sequence in flight, sequences in flight)."""
     problem = pulp.LpProblem("bound", pulp.LpMinimize)
-    per_sequence = pulp.LpVariable("seconds", 0)
-    inverse = pulp.LpVariable("inverse", 1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
-    named = {name: pulp.LpVariable(name, 0, 1) for name in VARIABLES}
+    per_sequence = problem.add_variable("seconds", 0)
+    inverse = problem.add_variable("inverse", 1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
+    named = {name: problem.add_variable(name, 0, 1) for name in VARIABLES}
     fixed = fixed_fractions(constraints)
     problem += per_sequence
     weights = shape.weight_bytes(shape.total_elements, policy.weight_bits)

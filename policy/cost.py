@@ -11,7 +11,7 @@ over the resources; launching its ticks comes on top.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,9 @@ import numpy as np
 from flexbatch.policy.loads import PAGE_TOKENS, PassLoad
 from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy
 
+Number = float | np.ndarray
 KINDS = ("weights", "cache", "activations")
-VARIABLES = tuple(f"{kind}_{tier}" for kind in KINDS for tier in TIERS) + ("attended",)
+VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "attended")
 """The nine fractions, and the share of all sequences that is attended on the CPU."""
 RESOURCES = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory", "cpu_attention", "host_memory")
 SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention")
@@ -39,18 +40,23 @@ JOINT = {
 ROWS = RESOURCES + tuple(JOINT)
 
 
-def affine(constant=0.0, **coefficients) -> np.ndarray:
+def affine(constant: Number = 0.0, **coefficients: Number) -> np.ndarray:
     """[..., 1 + len(VARIABLES)]: a constant and coefficients by variable, each a number or an array over passes."""
     parts = np.broadcast_arrays(constant, *(coefficients.get(name, 0.0) for name in VARIABLES))
     return np.stack([np.asarray(part, dtype=float) for part in parts], axis=-1)
 
 
-def evaluate(row: np.ndarray, point: np.ndarray):
+def evaluate(row: np.ndarray, point: np.ndarray) -> np.ndarray:
     """The affine ``row`` at ``point`` [1 + len(VARIABLES)]."""
     return row @ point
 
 
-def slowest(rows: Iterable[np.ndarray], point: np.ndarray):
+def total(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """The sum of at least one array."""
+    return functools.reduce(np.add, parts)
+
+
+def slowest(rows: Iterable[np.ndarray], point: np.ndarray) -> np.ndarray:
     """The maximum over ``rows`` at ``point``, pass by pass."""
     return functools.reduce(np.maximum, (evaluate(row, point) for row in rows))
 
@@ -92,21 +98,21 @@ class PassModel:
         kinds = [("layer", "layer", "layer", layers - 1), ("last layer", "layer", "head", 1), ("head", "head", "layer", 1)]
         return [self._stage(name, compute, fetch, count) for name, compute, fetch, count in kinds if count]
 
-    def pass_seconds(self, point: np.ndarray):
+    def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""
-        return self.launch_seconds + sum(s.count * slowest(s.seconds.values(), point) for s in self.stages())
+        return self.launch_seconds + total(s.count * slowest(s.seconds.values(), point) for s in self.stages())
 
-    def resource_seconds(self, point: np.ndarray) -> dict:
+    def resource_seconds(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Time that each row needs in one pass, were it alone."""
         stages = self.stages()
-        return {name: sum(s.count * evaluate(s.seconds[name], point) for s in stages) for name in stages[0].seconds}
+        return {name: total(s.count * evaluate(s.seconds[name], point) for s in stages) for name in stages[0].seconds}
 
-    def resource_work(self, point: np.ndarray) -> dict:
+    def resource_work(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Bytes (FLOPs for gpu_compute) of each resource in one pass."""
         stages = self.stages()
-        return {name: sum(s.count * evaluate(s.work[name], point) for s in stages) for name in RESOURCES}
+        return {name: total(s.count * evaluate(s.work[name], point) for s in stages) for name in RESOURCES}
 
-    def bound_seconds(self, point: np.ndarray):
+    def bound_seconds(self, point: np.ndarray) -> np.ndarray:
         """The least time of a pass at a placement: the busiest row, everything else hidden, nothing launched."""
         return functools.reduce(np.maximum, self.resource_seconds(point).values())
 
@@ -129,7 +135,7 @@ class PassModel:
 
     def _layer_traffic(self) -> dict[str, np.ndarray]:
         """Bytes of one layer but for weights; ``gathered`` and ``scattered`` cross the link by kernel, ``attended`` is read by the CPU."""
-        shape, policy, load = self.shape, self.policy, self.load
+        shape, load = self.shape, self.load
         activations = self.tokens * shape.hidden_bytes
         # Whole pages cross: half a page more than the context of every sequence.
         decode = self.row_bytes * (load.decode_context + np.asarray(load.decode_sequences) * (PAGE_TOKENS - 1) / 2)
@@ -167,7 +173,8 @@ class PassModel:
         reading = np.maximum(read, 0.5 * self.row_bytes_16 * np.asarray(load.decode_context)) / hardware.attention_decode
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
-        return affine(seconds, attended=-decode), affine(flops + prompt_flops + decode_flops, attended=-decode_flops), affine(moved + elementwise + read, attended=-read)
+        flops = flops + prompt_flops + decode_flops
+        return affine(seconds, attended=-decode), affine(flops, attended=-decode_flops), affine(moved + elementwise + read, attended=-read)
 
     def _head_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shape, hardware = self.shape, self.hardware
@@ -178,7 +185,7 @@ class PassModel:
         draft = self.batches * self.policy.speculation.draft_seconds if self.policy.speculation else 0.0
         return affine(seconds + logits / hardware.gpu_bandwidth + draft), affine(flops), affine(moved + logits)
 
-    def _gemm(self, elements: int, tokens) -> tuple:
+    def _gemm(self, elements: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         """Every micro-batch multiplies with all weights; quantised weights are expanded once for all of them."""
         shape = self.shape
         plain = shape.weight_bytes(elements, 16)
@@ -222,7 +229,7 @@ class PassModel:
             "host_memory": work["host_memory"] / hardware.host_bandwidth,
         }
         if not policy.overlap:
-            return {**seconds, "no overlap": sum(seconds[name] for name in SERIAL)}
+            return {**seconds, "no overlap": total(seconds[name] for name in SERIAL)}
         seconds["h2d + d2h"] = (work["h2d"] + work["d2h"]) / hardware.link_both
         seconds["h2d beside cpu_attention"] = seconds["h2d"] + traffic["attended"] * hardware.link_slowdown / hardware.h2d
         seconds["cpu_attention beside h2d"] = seconds["cpu_attention"] + work["h2d"] * hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]
@@ -234,7 +241,7 @@ class PassModel:
         return seconds
 
 
-def limiting_resource(seconds: dict[str, float]) -> str:
+def limiting_resource(seconds: Mapping[str, float]) -> str:
     """The resource of the row that takes longest."""
     name = max(seconds, key=lambda row: seconds[row])
     return JOINT.get(name, name)

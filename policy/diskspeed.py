@@ -60,7 +60,8 @@ def measure_disk(folder: Path, size: int, seconds: float) -> tuple[list[tuple[in
             _requests(descriptor, BLOCKS[-1], size // BLOCKS[-1], write=True)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            reads, writes = [], []
+            reads: list[tuple[int, float]] = []
+            writes: list[tuple[int, float]] = []
             for block in reversed(BLOCKS):
                 count = size // block
                 for write, results in ((False, reads), (True, writes)):

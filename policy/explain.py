@@ -50,11 +50,13 @@ def explain(plan: Plan) -> str:
     """The plan for a reader; `memory_table` and `resource_table` are its two tables."""
     policy, lines = plan.policy, []
     lines.append(f"{plan.shape.name} on {plan.hardware.name}")
-    lines.append(f"policy: percent {' '.join(f'{x:.4g}' for x in policy.percent)}, micro-batches {policy.gpu_batch_size} x {policy.num_gpu_batches}" + extras(plan))
+    percent = " ".join(f"{x:.4g}" for x in policy.percent)
+    lines.append(f"policy: percent {percent}, micro-batches {policy.gpu_batch_size} x {policy.num_gpu_batches}" + extras(plan))
     lines += ["", *memory_table(plan), "", *resource_table(plan), ""]
     lines.append(f"limited by {plan.limiting_resource}; launching ticks {plan.launch_seconds:.4g} s of a pass of {plan.pass_seconds:.4g} s")
     over = "the job" if plan.seconds is not None else "a job without end"
-    lines.append(f"predicted {plan.predicted_tokens_per_second:.4g} tok/s over {over}, bound {plan.bound_tokens_per_second:.4g} ({plan.fraction_of_bound:.1%} of bound)")
+    bound = f"bound {plan.bound_tokens_per_second:.4g} ({plan.fraction_of_bound:.1%} of bound)"
+    lines.append(f"predicted {plan.predicted_tokens_per_second:.4g} tok/s over {over}, {bound}")
     if plan.seconds is not None:
         lines.append(f"the job: {plan.passes:.0f} passes, {plan.seconds:.4g} s; with a full block {plan.steady_tokens_per_second:.4g} tok/s")
     if plan.machine_bound_tokens_per_second:

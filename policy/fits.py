@@ -23,8 +23,8 @@ class RateFit:
 def fit_rate(amounts: Sequence[float], seconds: Sequence[float]) -> RateFit:
     """Non-negative least squares of the relative error, so that short measurements count as much as long ones.
 
-    Where the fit is faster than everything measured by more than a quarter (a busy machine: time hardly grows with the amount), the fastest
-    measurement gives the rate, and the error is large.
+    Where the fit is faster than the largest measurement by more than half (a busy machine: time hardly grows with the amount), that
+    measurement alone gives the rate, and the error is large.
     Raises ValueError for fewer than two timings or timings of zero.
     """
     if len(amounts) != len(seconds) or len(amounts) < 2 or min(seconds) <= 0:
@@ -34,9 +34,9 @@ def fit_rate(amounts: Sequence[float], seconds: Sequence[float]) -> RateFit:
     scale = x.max()
     design = np.stack([x / scale, np.ones_like(x)], axis=1)
     (slope, fixed), _ = nnls(design / t[:, None], np.ones_like(t))
-    fastest = float(np.min(t * scale / x))
-    if slope < fastest / 1.25:
-        slope, fixed = fastest, 0.0
+    largest = float(t[np.argmax(x)])
+    if slope < largest / 1.5:
+        slope, fixed = largest, 0.0
     residual = design @ np.array([slope, fixed]) / t - 1
     return RateFit(scale / slope, float(fixed), float(np.sqrt(np.mean(residual**2))))
 

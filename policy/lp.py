@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,10 +68,10 @@ def add_splits(problem: pulp.LpProblem, named: dict, constraints: Constraints) -
         problem += named["attended"] == constraints.cpu_attention * named["cache_cpu"]
 
 
-def placement_variables(constraints: Constraints) -> list[pulp.LpVariable]:
+def placement_variables(problem: pulp.LpProblem, constraints: Constraints) -> list[pulp.LpVariable]:
     """One variable for each of ``VARIABLES``, pinned where the user's percentages say."""
     fixed = fixed_fractions(constraints)
-    return [pulp.LpVariable(name, fixed.get(name, 0.0), fixed.get(name, 1.0)) for name in VARIABLES]
+    return [problem.add_variable(name, fixed.get(name, 0.0), fixed.get(name, 1.0)) for name in VARIABLES]
 
 
 def expression_of(variables: list[pulp.LpVariable], row: np.ndarray) -> pulp.LpAffineExpression:
@@ -82,11 +82,11 @@ def point_from(variables: list[pulp.LpVariable]) -> np.ndarray:
     return np.array([1.0, *(min(1.0, max(0.0, v.varValue or 0.0)) for v in variables)])
 
 
-def least_shortage(memory: dict[str, np.ndarray], room: dict[str, float], constraints: Constraints) -> np.ndarray:
+def least_shortage(memory: dict[str, np.ndarray], room: Mapping[str, float], constraints: Constraints) -> np.ndarray:
     """The placement that lacks the fewest bytes over all tiers, for the message that says what is missing."""
     problem = pulp.LpProblem("shortage", pulp.LpMinimize)
-    variables = placement_variables(constraints)
-    lacking = [pulp.LpVariable(f"lacking_{tier}", 0) for tier in TIERS]
+    variables = placement_variables(problem, constraints)
+    lacking = [problem.add_variable(f"lacking_{tier}", 0) for tier in TIERS]
     problem += pulp.lpSum(lacking)
     add_splits(problem, dict(zip(VARIABLES, variables, strict=True)), constraints)
     for tier, short in zip(TIERS, lacking, strict=True):
@@ -98,7 +98,7 @@ def least_shortage(memory: dict[str, np.ndarray], room: dict[str, float], constr
 def solve(
     phases: Iterable[tuple[PassModel, float]],
     memory: dict[str, np.ndarray],
-    room: dict[str, float],
+    room: Mapping[str, float],
     constraints: Constraints,
 ) -> Solution | None:
     """The placement that minimises the sum over (pass, how often) of its time; None when nothing fits.
@@ -106,11 +106,11 @@ def solve(
     memory: peak bytes per tier, affine. room: bytes per tier.
     """
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
-    variables = placement_variables(constraints)
+    variables = placement_variables(problem, constraints)
     named = dict(zip(VARIABLES, variables, strict=True))
     phases = list(phases)
     stages, constant = time_rows(phases)
-    times = [pulp.LpVariable(f"stage_{i}", 0) for i in range(len(stages))]
+    times = [problem.add_variable(f"stage_{i}", 0) for i in range(len(stages))]
     # Among equal placements the faster tier: a microsecond a pass decides ties and nothing else.
     slower = sum(count for _, count in phases) * 1e-6
     distance = pulp.lpSum(slower * (1 if tier == "cpu" else 2) * named[f"{kind}_{tier}"] for kind in KINDS for tier in ("cpu", "disk"))
@@ -125,5 +125,5 @@ def solve(
     if problem.solve(solver()) != pulp.LpStatusOptimal:
         return None
     point = point_from(variables)
-    saved = {tier: -float(problem.constraints[f"room_{tier}"].pi or 0.0) for tier in TIERS}
+    saved = {tier: -float(problem.get_constraint_by_name(f"room_{tier}").pi or 0.0) for tier in TIERS}
     return Solution(point, constant + float(pulp.value(problem.objective) or 0.0), saved)

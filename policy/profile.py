@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def measure(device: str, disk_folder: Path, overrides: Mapping[str, float] | Non
         _compute(values, errors, dev, dtype, timer)
         _cpu_attention(values, errors, dev, dtype, timer)
         _overheads(values, dev, timer)
-    _disk(values, errors, disk_folder, 1024 * MIB if dev.type == "cuda" else 256 * MIB)
+    _disk(values, errors, disk_folder, 1024 * MIB if dev.type == "cuda" else 128 * MIB)
     values |= _capacities(dev, disk_folder)
     given = dict(overrides or {})
     source = {"measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}", "machine": machine_key(dev, disk_folder)[0]}
@@ -89,13 +90,14 @@ def measure(device: str, disk_folder: Path, overrides: Mapping[str, float] | Non
 
 def _links(values: dict, errors: dict[str, float], dev: torch.device, timer: Timer) -> None:
     """Copies each way over sizes, both at once, and what the host's memory gives."""
-    largest = (256 if dev.type == "cuda" else 64) * MIB
+    largest = 256 * MIB
     pinned = dev.type == "cuda"
     host, back = (torch.empty(largest, dtype=torch.uint8, pin_memory=pinned).fill_(1) for _ in range(2))
     near, far = (torch.empty(largest, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
-    sizes = [largest >> shift for shift in (6, 4, 2, 0)]
+    # Without a GPU a copy must not fit the processor's cache, or it says nothing about memory.
+    sizes = [largest >> shift for shift in ((6, 4, 2, 0) if pinned else (3, 2, 1, 0))]
     for name, target, origin in (("h2d", near, host), ("d2h", back, far)):
-        fit = fit_rate(sizes, [timer(lambda n=n, t=target, o=origin: t[:n].copy_(o[:n], non_blocking=True)) for n in sizes])
+        fit = fit_rate(sizes, [timer(partial(_copy, target[:n], origin[:n])) for n in sizes])
         values[name], errors[name] = fit.rate, fit.error
         if name == "h2d":
             values["link_seconds"] = fit.fixed_seconds
@@ -105,6 +107,10 @@ def _links(values: dict, errors: dict[str, float], dev: torch.device, timer: Tim
     words = host.view(torch.int32)
     copy = 2 * largest / timer(lambda: back.copy_(host))
     values["host_bandwidth"] = max(largest / timer(words.sum), copy)
+
+
+def _copy(target: Tensor, origin: Tensor) -> None:
+    target.copy_(origin, non_blocking=True)
 
 
 def _both(dev: torch.device, *copies: tuple[Tensor, Tensor]) -> None:
@@ -128,11 +134,11 @@ def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: t
     rates = []
     for tokens in TOKENS[dev.type]:
         x = torch.randn(tokens, columns, device=dev, dtype=dtype)
-        rates.append(2 * tokens * rows * columns / timer(lambda x=x: torch.nn.functional.linear(x, weight)))
+        rates.append(2 * tokens * rows * columns / timer(partial(torch.nn.functional.linear, x, weight)))
     values["gemm"], errors["gemm"] = fit_curve(TOKENS[dev.type], rates)
     source, target = (torch.empty((512 if gpu else 64) * MIB, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
     values["gpu_bandwidth"] = 2 * source.numel() / timer(lambda: target.copy_(source))
-    batch, heads, head_dim, context = (64, 32, 128, 1024) if gpu else (4, 8, 64, 1024)
+    batch, heads, head_dim, context = (64, 32, 128, 1024) if gpu else (16, 8, 64, 1024)
     cache = torch.randn(2, batch, heads, context, head_dim, device=dev, dtype=dtype)
     single = torch.randn(batch, heads, 1, head_dim, device=dev, dtype=dtype)
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -148,7 +154,7 @@ def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: t
 
 def _cpu_attention(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
     """Grouped heads folded into the query length, alone and while copies to the GPU run."""
-    batch, kv_heads, head_dim, context = (32, 8, 128, 1024) if dev.type == "cuda" else (4, 8, 64, 1024)
+    batch, kv_heads, head_dim, context = (32, 8, 128, 1024) if dev.type == "cuda" else (16, 8, 64, 1024)
     cache = torch.randn(2, batch, kv_heads, context, head_dim, dtype=dtype)
     size = cache.numel() * cache.element_size()
 
@@ -170,7 +176,7 @@ def _cpu_attention(values: dict, errors: dict[str, float], dev: torch.device, dt
 
 def _beside(dev: torch.device, attend: Callable[[], Tensor], size: int, seconds: float) -> tuple[float, float]:
     """(bytes a second attended, bytes a second copied) while both run."""
-    chunk = (64 if dev.type == "cuda" else 16) * MIB
+    chunk = 64 * MIB
     host = torch.empty(chunk, dtype=torch.uint8, pin_memory=dev.type == "cuda").fill_(1)
     near = torch.empty(chunk, dtype=torch.uint8, device=dev)
     stop = threading.Event()
@@ -207,7 +213,7 @@ def _overheads(values: dict, dev: torch.device, timer: Timer) -> None:
 
 
 def _disk(values: dict, errors: dict[str, float], folder: Path, size: int) -> None:
-    reads, writes = measure_disk(folder, size, seconds=8.0)
+    reads, writes = measure_disk(folder, size, seconds=8.0 if size > 256 * MIB else 4.0)
     for name, results in (("disk_read", reads), ("disk_write", writes)):
         blocks, seconds = zip(*results, strict=True)
         if len(blocks) > 1:
@@ -227,8 +233,12 @@ def _capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:
         free, total = torch.cuda.mem_get_info(dev)
         context = min(total - free, 2 * 2**30)
         return {
-            "gpu_memory_bytes": total, "gpu_reserved_bytes": context, "cpu_memory_bytes": int(0.95 * available), "cpu_reserved_bytes": 4 * 2**30, "disk_bytes": disk
-        }  # fmt: skip
+            "gpu_memory_bytes": total,
+            "gpu_reserved_bytes": context,
+            "cpu_memory_bytes": int(0.95 * available),
+            "cpu_reserved_bytes": 4 * 2**30,
+            "disk_bytes": disk,
+        }
     return {"gpu_memory_bytes": available * 2 // 3, "cpu_memory_bytes": available // 4, "disk_bytes": disk}
 
 

@@ -25,9 +25,9 @@ class Curve:
         if list(self.points) != sorted(set(self.points)) or min(self.points) <= 0 or min(self.values) <= 0:
             raise ValueError(f"a curve needs increasing positive points and positive values, got points {self.points} and values {self.values}")
 
-    def at(self, point):
-        """Linear between the points. ``point`` may be an array."""
-        return np.interp(point, self.points, self.values)
+    def at(self, point: float) -> float:
+        """Linear between the points."""
+        return float(np.interp(point, self.points, self.values))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Hardware:
             if isinstance(value, int | float) and (value < 0 or (f.type == "float" and value == 0 and not f.name.endswith("_seconds"))):
                 raise ValueError(f"hardware {self.name!r}: {f.name}={value} must be positive")
 
-    def gemm_seconds(self, elements, tokens, element_bytes: int = 2):
+    def gemm_seconds(self, elements: float, tokens: float | np.ndarray, element_bytes: int = 2) -> np.ndarray:
         """Time to multiply ``tokens`` rows with weights of ``elements``. Time, not rate, is interpolated, so that it never falls with tokens.
 
         One token costs a read of the weights; ``tokens`` may be an array.
@@ -111,7 +111,7 @@ class Hardware:
     def cpu_attention_rate(self, queries_per_kv_head: float) -> float:
         """Bytes a second, link idle; beyond the last measured point attention is bound by compute, and time grows with the queries."""
         last = self.cpu_attention.points[-1]
-        return float(self.cpu_attention.at(queries_per_kv_head)) * min(1.0, last / queries_per_kv_head)
+        return self.cpu_attention.at(queries_per_kv_head) * min(1.0, last / queries_per_kv_head)
 
     @property
     def cpu_attention_slowdown(self) -> float:
@@ -125,8 +125,12 @@ class Hardware:
 
     def with_memory(self, gpu: int | None = None, cpu: int | None = None, disk: int | None = None) -> Hardware:
         """The same machine with other budgets."""
-        given = {"gpu_memory_bytes": gpu, "cpu_memory_bytes": cpu, "disk_bytes": disk}
-        return dataclasses.replace(self, **{name: int(value) for name, value in given.items() if value is not None})
+        return dataclasses.replace(
+            self,
+            gpu_memory_bytes=self.gpu_memory_bytes if gpu is None else int(gpu),
+            cpu_memory_bytes=self.cpu_memory_bytes if cpu is None else int(cpu),
+            disk_bytes=self.disk_bytes if disk is None else int(disk),
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -27,7 +27,8 @@ def placed(shape: ModelShape, policy: Policy, point: np.ndarray, constraints: Co
     splits = {kind: clean(point[1 + 3 * i : 4 + 3 * i]) for i, kind in enumerate(KINDS)}
     share = min(1.0, float(point[1 + VARIABLES.index("attended")]) / splits["cache"].cpu) if splits["cache"].cpu else 0.0
     share = share if constraints.cpu_attention is None else constraints.cpu_attention
-    policy = dataclasses.replace(policy, **splits, cpu_attention=share if share > NOISE else 0.0)
+    share = share if share > NOISE else 0.0
+    policy = dataclasses.replace(policy, weights=splits["weights"], cache=splits["cache"], activations=splits["activations"], cpu_attention=share)
     if not any(name.startswith("weights") for name in fixed):
         policy = dataclasses.replace(policy, weights=spread_weights(shape, policy.weights)[0])
     if not any(name.startswith("cache") for name in fixed):
@@ -40,7 +41,8 @@ def does_not_fit(shape: ModelShape, hardware: Hardware, workload: Workload, cons
     rows = memory_rows(shape, hardware, workload, policy)
     room = capacity(hardware)
     point = least_shortage({tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}, room, constraints)
-    lines = [f"{shape.name} does not fit: micro-batch {policy.gpu_batch_size} x {policy.num_gpu_batches}, weights at {policy.weight_bits} bits, cache at {policy.cache_bits}"]
+    sizes = f"micro-batch {policy.gpu_batch_size} x {policy.num_gpu_batches}, weights at {policy.weight_bits} bits, cache at {policy.cache_bits}"
+    lines = [f"{shape.name} does not fit: {sizes}"]
     lines.append(f"{'GiB':16s}" + "".join(f"{tier:>10s}" for tier in TIERS))
     kinds = list(dict.fromkeys(kind for tier in TIERS for kind in rows[tier]))
     need = {tier: {kind: float(row @ point) for kind, row in rows[tier].items()} for tier in TIERS}

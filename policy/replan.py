@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def recalibrate(hardware: Hardware, predicted: Mapping[str, float], measured: Ma
 
     Resources that were predicted or measured at less than 1 % of the busiest say nothing about their rate and are left alone.
     """
-    floor = 0.01 * max([*predicted.values(), *measured.values()], default=0.0)
+    least_predicted, least_measured = (0.01 * max(seconds.values(), default=0.0) for seconds in (predicted, measured))
     fields = {
         "h2d": ("h2d", "gather", "h2d_during_cpu_attention"),
         "d2h": ("d2h", "scatter"),
@@ -49,10 +50,10 @@ def recalibrate(hardware: Hardware, predicted: Mapping[str, float], measured: Ma
         "cpu_attention": ("cpu_attention", "cpu_attention_during_h2d"),
         "host_memory": ("host_bandwidth",),
     }
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     for resource, names in fields.items():
         before, after = predicted.get(resource, 0.0), measured.get(resource, 0.0)
-        if min(before, after) <= floor:
+        if before <= least_predicted or after <= least_measured:
             continue
         factor = min(limit, max(1 / limit, before / after))
         for name in names:
@@ -86,7 +87,8 @@ def replan(plan: Plan, measured_pass_seconds: float, measured: Mapping[str, floa
     culprit = max(RESOURCES, key=lambda name: measured.get(name, 0.0) - plan.resource_seconds[name])
     words = [f"pass took {measured_pass_seconds:.3g} s, planned {plan.pass_seconds:.3g} s ({ratio - 1:+.0%})"]
     words.append(f"{culprit} busy {measured.get(culprit, 0.0):.3g} s instead of {plan.resource_seconds[culprit]:.3g} s")
-    settings = (("admission limit", policy.block_size, limit), ("CPU attention", policy.cpu_attention, share), ("prompt budget", policy.prompt_tokens_per_micro_batch, budget))
+    planned_budget = policy.prompt_tokens_per_micro_batch
+    settings = (("admission limit", policy.block_size, limit), ("CPU attention", policy.cpu_attention, share), ("prompt budget", planned_budget, budget))
     changes = [f"{name} {before:.4g} -> {after:.4g}" for name, before, after in settings if not math.isclose(before, after, rel_tol=1e-3, abs_tol=1e-3)]
     reason = "; ".join([*words, *(changes or ["no setting between passes helps"])])
     return Replan(limit, budget, share, seconds, bool(changes), reason)

@@ -1,8 +1,8 @@
 """A pass walked tick by tick with the rates of the cost model: sequence by sequence, no averages, no affine forms. The check of the closed form.
 
 Every resource is a queue that serves one task at a time in the order of issue. A tick waits for its layer's weights, its micro-batch's pages
-and hidden states, and for the CPU attention of two ticks before (of the last tick, when there is one micro-batch only). With a tick start the copies to the GPU for the next tick, one K-th of the
-next layer's weights, and the disk reads for the tick after it and for the layer after it.
+and hidden states, and for the CPU attention of two ticks before (of the last tick, when there is one micro-batch only). With a tick start the
+copies to the GPU for the next tick, one K-th of the next layer's weights, and the disk reads for the tick after it and for the layer after it.
 """
 
 from __future__ import annotations
@@ -86,51 +86,67 @@ class _TickCosts:
         return seconds
 
 
+class _Walk:
+    """The state of a walk: when every queue is free and when every tick's data, weights and attention are there."""
+
+    def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, sequences: Sequence[SimulatedSequence], passes: int):
+        count = policy.num_gpu_batches
+        self.shape, self.hardware, self.policy, self.count = shape, hardware, policy, count
+        self.costs = [_TickCosts(shape, hardware, policy, [s for s in sequences if s.micro_batch == k]) for k in range(count)]
+        self.queues = {name: _Queue() for name in ("h2d", "d2h", "disk_read", "disk_write", "gpu", "cpu_attention")}
+        self.ticks = [(number, layer, batch) for number in range(passes) for layer, batch in zigzag(shape.num_layers, count)]
+        self.weights_ready, self.weights_read = {0: 0.0}, {0: 0.0, 1: 0.0}
+        self.data_ready, self.data_read = [0.0], [0.0, 0.0]
+        self.attention_done, self.ends = [0.0] * min(2, count), [0.0]
+
+    def cost_of(self, index: int) -> _TickCosts | None:
+        """Of a tick that has a cache; None for the head and behind the end."""
+        return self.costs[self.ticks[index][2]] if index < len(self.ticks) and self.ticks[index][1] < self.shape.num_layers else None
+
+    def elements(self, stage: int) -> int:
+        return self.shape.head_elements if stage % (self.shape.num_layers + 1) == self.shape.num_layers else self.shape.block_elements
+
+    def serve(self, queue: str, ready: float, seconds: float) -> float:
+        """When a task is done; nothing to do is done at once."""
+        return self.queues[queue].serve(ready, seconds) if seconds else 0.0
+
+    def fetch(self, index: int, stage: int, start: float) -> None:
+        """What starts with tick ``index``: disk reads for two ticks and layers on, copies for one."""
+        later, following = self.cost_of(index + 2), self.cost_of(index + 1)
+        self.data_read.append(self.serve("disk_read", start, later.disk_read if later else 0.0))
+        self.data_ready.append(self.serve("h2d", max(start, self.data_read[index + 1]), following.h2d if following else 0.0))
+        bits, weights = self.policy.weight_bits, self.policy.weights
+        on_disk = self.shape.weight_bytes(self.elements(stage + 2), bits) / self.count * weights.disk / self.hardware.disk_read
+        self.weights_read[stage + 2] = self.serve("disk_read", start, on_disk)
+        away = self.shape.weight_bytes(self.elements(stage + 1), bits) / self.count * (1 - weights.gpu) / self.hardware.h2d
+        self.weights_ready[stage + 1] = self.serve("h2d", max(start, self.weights_read[stage + 1]), away)
+
+    def compute(self, stage: int, layer: int, batch: int, start: float) -> None:
+        """The tick itself, its CPU attention and its drain."""
+        cost, shape, bits = self.costs[batch], self.shape, self.policy.weight_bits
+        expand = 0.0
+        if batch == 0 and bits != 16:
+            expand = (shape.weight_bytes(self.elements(stage), bits) + shape.weight_bytes(self.elements(stage), 16)) / self.hardware.expand
+        head = layer == shape.num_layers
+        end = self.queues["gpu"].serve(start, expand + (cost.head if head else cost.gpu))
+        self.ends.append(end)
+        self.attention_done.append(0.0 if head else self.serve("cpu_attention", end, cost.cpu_attention))
+        if not head:
+            self.serve("disk_write", max(end, self.serve("d2h", end, cost.d2h)), cost.disk_write)
+
+
 def simulate(shape: ModelShape, hardware: Hardware, policy: Policy, sequences: Sequence[SimulatedSequence], passes: int = 4) -> float:
     """Seconds of one pass once the pipeline is full: the mean over all but the first of ``passes`` equal passes.
 
     CPU attention and the link do not slow each other here, and launching costs nothing: both are terms that the closed form adds.
     """
-    count, layers = policy.num_gpu_batches, shape.num_layers
-    costs = [_TickCosts(shape, hardware, policy, [s for s in sequences if s.micro_batch == k]) for k in range(count)]
-    queues = {name: _Queue() for name in ("h2d", "d2h", "disk_read", "disk_write", "gpu", "cpu_attention")}
-    ticks = [(p, layer, batch) for p in range(passes) for layer, batch in zigzag(layers, count)]
-    weights_ready, weights_read = {0: 0.0}, {0: 0.0, 1: 0.0}
-    data_ready, data_read, attention_done, ends, starts_of_pass = [0.0], [0.0, 0.0], [0.0] * min(2, count), [], []
-    for index, (number, layer, batch) in enumerate(ticks):
-        stage = number * (layers + 1) + layer
-        before = ends[-1] if ends else 0.0
-        start = max(before, data_ready[index], weights_ready[stage], attention_done[index])
-        if layer == 0 and batch == 0:
-            starts_of_pass.append(before)
-
-        def size_of(stage: int) -> float:
-            elements = shape.head_elements if stage % (layers + 1) == layers else shape.block_elements
-            return shape.weight_bytes(elements, policy.weight_bits) / count
-
-        def cost_of(index: int) -> _TickCosts | None:
-            return costs[ticks[index][2]] if index < len(ticks) and ticks[index][1] < layers else None
-
-        later = cost_of(index + 2)
-        data_read.append(queues["disk_read"].serve(start, later.disk_read) if later and later.disk_read else 0.0)
-        following = cost_of(index + 1)
-        data_ready.append(queues["h2d"].serve(max(start, data_read[index + 1]), following.h2d) if following and following.h2d else 0.0)
-        on_disk = size_of(stage + 2) * policy.weights.disk / hardware.disk_read
-        weights_read[stage + 2] = queues["disk_read"].serve(start, on_disk) if on_disk else 0.0
-        away = size_of(stage + 1) * (1 - policy.weights.gpu) / hardware.h2d
-        weights_ready[stage + 1] = queues["h2d"].serve(max(start, weights_read[stage + 1]), away) if away else 0.0
-        cost = costs[batch]
-        expand = 0.0
-        if batch == 0 and policy.weight_bits != 16:
-            own = shape.head_elements if layer == layers else shape.block_elements
-            expand = (shape.weight_bytes(own, policy.weight_bits) + shape.weight_bytes(own, 16)) / hardware.expand
-        end = queues["gpu"].serve(start, expand + (cost.head if layer == layers else cost.gpu))
-        ends.append(end)
-        attended = layer < layers and cost.cpu_attention
-        attention_done.append(queues["cpu_attention"].serve(end, cost.cpu_attention) if attended else 0.0)
-        if layer < layers:
-            drained = queues["d2h"].serve(end, cost.d2h) if cost.d2h else end
-            if cost.disk_write:
-                queues["disk_write"].serve(drained, cost.disk_write)
-    return (max(ends[-1], *(q.free for q in queues.values())) - starts_of_pass[1]) / (passes - 1)
-
+    walk = _Walk(shape, hardware, policy, sequences, passes)
+    first_pass_end = 0.0
+    for index, (number, layer, batch) in enumerate(walk.ticks):
+        stage = number * (shape.num_layers + 1) + layer
+        if (number, layer, batch) == (1, 0, 0):
+            first_pass_end = walk.ends[-1]
+        start = max(walk.ends[-1], walk.data_ready[index], walk.weights_ready[stage], walk.attention_done[index])
+        walk.fetch(index, stage, start)
+        walk.compute(stage, layer, batch, start)
+    return (max(walk.ends[-1], *(queue.free for queue in walk.queues.values())) - first_pass_end) / (passes - 1)

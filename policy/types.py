@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flexbatch.policy.rates import Curve, Hardware
 
@@ -150,7 +152,7 @@ class Workload:
         count = len(pairs)
         if count > cls.MAX_PAIRS:
             cuts = [count * i // cls.MAX_PAIRS for i in range(cls.MAX_PAIRS + 1)]
-            pairs = [tuple(sum(column) / (end - begin) for column in zip(*pairs[begin:end], strict=True)) for begin, end in zip(cuts, cuts[1:], strict=False)]
+            pairs = [tuple(sum(column) / (end - begin) for column in zip(*pairs[begin:end], strict=True)) for begin, end in itertools.pairwise(cuts)]
         return cls(tuple((float(p), float(o)) for p, o in pairs), num_sequences or count)
 
     @classmethod
@@ -216,7 +218,8 @@ class ModelShape:
         """From a shape JSON: the fields of this class, or the arguments of `from_sizes`."""
         if "block_tensors" not in data:
             return cls.from_sizes(**data)
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        return cls(**fields)
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flexbatch.policy.cost import RESOURCES
 from flexbatch.policy.memory import KIND_LABELS
@@ -35,6 +36,10 @@ class SweepRequest:
             raise ValueError(f"--sweep {text!r}: needs at least 2 steps and a last size above the first")
         return request
 
+    def constrain(self, constraints: Constraints, size: int) -> Constraints:
+        gpu = self.kind == "gpu_memory"
+        return dataclasses.replace(constraints, gpu_memory=size if gpu else constraints.gpu_memory, cpu_memory=constraints.cpu_memory if gpu else size)
+
     @property
     def sizes(self) -> list[int]:
         return [self.first + (self.last - self.first) * i // (self.steps - 1) for i in range(self.steps)]
@@ -49,7 +54,7 @@ def sweep(shape: ModelShape, hardware: Hardware, workload: Workload, constraints
     best: Plan | None = None
     for size in request.sizes:
         try:
-            plan: Plan | None = choose(shape, hardware, workload, dataclasses.replace(constraints, **{request.kind: size}))
+            plan: Plan | None = choose(shape, hardware, workload, request.constrain(constraints, size))
         except DoesNotFit:
             plan = None
         if best is not None and (plan is None or plan.predicted_tokens_per_second < best.predicted_tokens_per_second):
@@ -88,15 +93,17 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     left.set_title(f"{plan.shape.name}: {plan.predicted_tokens_per_second:.4g} tok/s, {plan.fraction_of_bound:.0%} of bound")
     bottom = [0.0] * len(TIERS)
     for kind in KIND_LABELS:
-        sizes = [plan.memory[tier].get(kind, 0) / GIB for tier in TIERS]
-        if any(sizes):
-            right.bar(TIERS, sizes, bottom=bottom, label=kind)
-            bottom = [b + s for b, s in zip(bottom, sizes, strict=True)]
-    for i, tier in enumerate(TIERS):
-        right.plot([i - 0.45, i + 0.45], [plan.room[tier] / GIB] * 2, color="black")
-    right.set_ylabel("GiB (line: budget)")
-    right.set_ylim(0, 1.3 * max([*bottom, plan.room["gpu"] / GIB]))
-    right.legend()
+        shares = [100 * plan.memory[tier].get(kind, 0) / max(1, plan.room[tier]) for tier in TIERS]
+        if any(shares):
+            right.bar(TIERS, shares, bottom=bottom, label=kind)
+            bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
+    for tier, top in zip(TIERS, bottom, strict=True):
+        used = sum(plan.memory[tier].values())
+        right.annotate(f"{used / GIB:.1f} of {plan.room[tier] / GIB:.1f} GiB", (tier, top), ha="center", va="bottom")
+    right.axhline(100, color="black", linestyle="--")
+    right.set_ylabel("peak memory, per cent of the budget")
+    right.set_ylim(0, 1.2 * max(100, *bottom))
+    right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -116,7 +123,7 @@ def plot_sweep(request: SweepRequest, plans: list[tuple[int, Plan | None]], path
     plt.close(figure)
 
 
-def pyplot():
+def pyplot() -> Any:
     """matplotlib without a display. Raises ImportError with the remedy."""
     try:
         import matplotlib

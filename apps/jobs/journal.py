@@ -76,7 +76,9 @@ class RecordLog:
         found = list(_scan(self.path, self.fingerprint))
         end = found[-1][1] if found else HEADER.size
         on_disk = self.path.stat().st_size
-        assert len(found) == self.records and end == self.size == on_disk, f"{self.path}: {len(found)} records, {on_disk} bytes; expected {self.records}, {self.size}"
+        assert len(found) == self.records and end == self.size == on_disk, (
+            f"{self.path}: {len(found)} records, {on_disk} bytes; expected {self.records}, {self.size}"
+        )
 
 
 def _scan(path: Path, fingerprint: bytes) -> Iterator[tuple[Any, int]]:

@@ -22,7 +22,20 @@ from flexbatch.apps.jobs.text_sources import LINE
 from flexbatch.request import Completion, SamplingParams, TokenLogprob
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-PLAIN = ("temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty", "ignore_eos", "stop", "max_tokens")
+PLAIN = (
+    "temperature",
+    "top_p",
+    "n",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "ignore_eos",
+    "stop",
+    "max_tokens",
+)
 IGNORED = ("model", "prompt", "messages", "max_completion_tokens", "logprobs", "top_logprobs", "logit_bias", "user", "metadata", "store", "service_tier")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,), "echo": (False,), "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "response_format": ({"type": "text"},),
@@ -96,7 +109,9 @@ def _params(body: Mapping[str, Any], url: str, defaults: SamplingParams) -> Samp
             raise RequestError("unsupported_parameter", f"{name} is not supported")
     changes = {name: body[name] for name in PLAIN if body.get(name) is not None}
     for name, value in changes.items():
-        wanted: tuple[type, ...] = {"stop": (str, list), "ignore_eos": (bool,)}.get(name, (int,) if isinstance(getattr(defaults, name), int) or name == "seed" else (int, float))
+        wanted: tuple[type, ...] = {"stop": (str, list), "ignore_eos": (bool,)}.get(
+            name, (int,) if isinstance(getattr(defaults, name), int) or name == "seed" else (int, float)
+        )
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             raise RequestError("invalid_type", f"{name} is {value!r}")
     if body.get("max_completion_tokens") is not None:
@@ -112,7 +127,7 @@ def _params(body: Mapping[str, Any], url: str, defaults: SamplingParams) -> Samp
 
 
 class OpenAIOutput:
-    """JSON-lines parts of a batch file. ``identity`` (a digest) makes the ids, ``created`` (unix time) is the job's; ``decode`` turns one token id into text."""
+    """JSON-lines parts of a batch file. ``identity`` (a digest) makes the ids, ``created`` is the job's unix time; ``decode`` turns one token id into text."""
 
     suffix = ".jsonl"
 

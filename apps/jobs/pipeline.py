@@ -40,6 +40,10 @@ class Engine(Protocol):
     def stream(self, items: Iterable[tuple[Any, Any, SamplingParams]]) -> Iterator[tuple[Any, Completion]]: ...
 
 
+class OutputError(OSError):
+    """The output cannot be written any more: a full disk, a share that is gone."""
+
+
 class TooManyErrors(RuntimeError):
     """More rows failed than --max-errors allows."""
 
@@ -90,7 +94,7 @@ class Pipeline:
     _open: dict[int, OpenPart] = field(default_factory=dict)
 
     def run(self, engine: Engine) -> None:
-        """Raises SourceError (input gone or damaged; what was in flight is finished first), OSError (output), TooManyErrors, KeyboardInterrupt, and what the
+        """Raises SourceError (input gone or damaged; what was in flight is finished first), OutputError, TooManyErrors, KeyboardInterrupt, and what the
         engine raises. In every case the finished rows are in the journal and the whole parts are committed."""
         threads = [threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True) for target in (self._read, self._prepare, self._write)]
         for thread in threads:
@@ -202,7 +206,7 @@ class Pipeline:
                     synced = time.monotonic()
             self.store.journal.sync()
         except BaseException as error:
-            self._failure = error
+            self._failure = OutputError(error.errno, error.strerror, error.filename) if isinstance(error, OSError) else error
             self._outcomes.cancel()
             self._windows.cancel()
 
@@ -220,9 +224,11 @@ class Pipeline:
             self.counts.parts_committed += 1
             if self.on_commit is not None:
                 self.on_commit(open_part.part)
-        error = self.output.error_of(record) if row is not None else ""
-        if error and self.max_errors is not None and self.counts.row_errors > self.max_errors:
-            raise TooManyErrors(f"{self.counts.row_errors} rows failed, more than the {self.max_errors} that --max-errors allows; the last, row {row.index}: {error}")
+        if row is not None and self.max_errors is not None and self.counts.row_errors > self.max_errors:
+            raise TooManyErrors(
+                f"{self.counts.row_errors} rows failed, more than the {self.max_errors} that --max-errors allows; "
+                f"row {row.index}: {self.output.error_of(open_part.records[row.offset])}"
+            )
 
     def _count(self, record: Record) -> None:
         used, made = self.output.tokens_of(record)

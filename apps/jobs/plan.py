@@ -51,20 +51,23 @@ def open_source(location: str, config: JobConfig) -> Source:
     if kind in ("auto", "dataset"):
         kinds = {file.format for file in files}
         if len(kinds) > 1 or None in kinds:
-            raise ConfigurationError(f"input {location} holds files of several or unknown kinds ({files[0].name}, ...): choose one with a glob, or --input-format")
+            raise ConfigurationError(
+                f"input {location} holds files of several or unknown kinds ({files[0].name}, ...): choose one with a glob, or --input-format"
+            )
         kind = str(kinds.pop())
     if kind in ("csv", "jsonl", "openai"):
         return CsvSource(filesystem, files) if kind == "csv" else LinesSource(filesystem, files, raw=kind == "openai")
     return ParquetSource(filesystem, files)
 
 
-def _prompt_choice(config: JobConfig, names: Sequence[str]) -> JobConfig:
+def choose_prompt(config: JobConfig, names: Sequence[str]) -> JobConfig:
     """With neither column nor template given, a column called "prompt" or "messages" is meant."""
     if config.prompt_column or config.messages_column or config.prompt_template is not None:
         return config
-    for name in ("prompt", "messages"):
-        if name in names:
-            return dataclasses.replace(config, **{f"{name}_column": name})
+    if "prompt" in names:
+        return dataclasses.replace(config, prompt_column="prompt")
+    if "messages" in names:
+        return dataclasses.replace(config, messages_column="messages")
     raise ConfigurationError(f"which column holds the prompts? Give --prompt-column, --messages-column or --prompt-template; columns are: {', '.join(names)}")
 
 
@@ -81,14 +84,16 @@ def check_folders(location: str, folder: str) -> None:
             raise ConfigurationError(f"output {folder} lies in the input {location}: its parts would be read as input")
 
 
-def plan_job(location: str, folder: str, config: JobConfig, engine: EngineConfig, model_identity: Callable[[EngineConfig], dict[str, Any]], created: int = 0) -> Job:
+def plan_job(
+    location: str, folder: str, config: JobConfig, engine: EngineConfig, model_identity: Callable[[EngineConfig], dict[str, Any]], created: int = 0
+) -> Job:
     """Reads schemas and footers, nothing else of the input. Raises ConfigurationError."""
     check_folders(location, folder)
     source = open_source(location, config)
     partitions = sorted({name for unit in source.units for name in partition_values(unit.folder)})
     openai = source.identity["format"] == "openai"
     if not openai:
-        config = _prompt_choice(config, [*source.schema.names, *partitions])
+        config = choose_prompt(config, [*source.schema.names, *partitions])
     part_rows = config.part_rows or default_part_rows(source.units)
     identity = config.identity()
     identity["output"]["part_rows"] = part_rows
@@ -127,5 +132,3 @@ def make_encode(llm: Any, truncate: str | None) -> Encode:
         return start + token_ids[len(token_ids) - limit + len(start) :]
 
     return encode
-
-

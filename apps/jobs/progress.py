@@ -37,7 +37,15 @@ class Counts:
 class Progress:
     """Shows `Counts` until closed. ``total`` and ``done`` in rows; ``metrics_file`` is replaced atomically, every ten seconds and at the end."""
 
-    def __init__(self, counts: Counts, *, metrics_file: str | None = None, labels: dict[str, str] | None = None, stream: TextIO | None = None, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self,
+        counts: Counts,
+        *,
+        metrics_file: str | None = None,
+        labels: dict[str, str] | None = None,
+        stream: TextIO | None = None,
+        interval_s: float = INTERVAL_S,
+    ) -> None:
         self.counts, self._first_rows = counts, counts.rows_done
         self._metrics = Path(metrics_file) if metrics_file else None
         self._labels = ",".join(f'{name}="{_escape(value)}"' for name, value in (labels or {}).items())
@@ -88,9 +96,8 @@ class Progress:
         if self._bar is not None:
             seconds = max(self.elapsed_s, 1e-9)
             self._bar.n = self.counts.rows_done
-            self._bar.set_postfix_str(
-                f"in {self.counts.input_tokens_total / seconds:,.0f} tok/s, out {self.counts.generated_tokens_total / seconds:,.0f} tok/s, {self.counts.row_errors} errors"
-            )
+            rates = self.counts.input_tokens_total / seconds, self.counts.generated_tokens_total / seconds
+            self._bar.set_postfix_str(f"in {rates[0]:,.0f} tok/s, out {rates[1]:,.0f} tok/s, {self.counts.row_errors} errors")
 
     def write_metrics(self) -> None:
         """Replaces the metrics file; a file that cannot be written is said once and then left alone, for it is not worth the job."""

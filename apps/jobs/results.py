@@ -66,8 +66,12 @@ def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, nam
     fields = [pa.field(prefix + name, kind) for name, kind in COLUMNS if name in names]
     clash = [field.name for field in fields if field.name in schema.names or field.name in partitions]
     if clash:
-        raise ConfigurationError(f"the input already has the column{'s' * (len(clash) > 1)} {', '.join(clash)}: choose another name with --output-prefix, e.g. --output-prefix flexbatch_")
-    metadata = {key: value for key, value in (schema.metadata or {}).items() if key != b"huggingface" and not (key == b"pandas" and b'"kind": "range"' in value)}
+        raise ConfigurationError(
+            f"the input already has the column{'s' * (len(clash) > 1)} {', '.join(clash)}: give the new ones other names, e.g. --output-prefix flexbatch_"
+        )
+    metadata = {
+        key: value for key, value in (schema.metadata or {}).items() if key != b"huggingface" and not (key == b"pandas" and b'"kind": "range"' in value)
+    }
     return pa.schema([*schema, *fields], metadata or None)
 
 
@@ -83,11 +87,13 @@ def plain_logprobs(completion: Completion) -> list[list[list[float]]] | None:
 
 
 class ParquetOutput:
-    """Parquet parts: all input columns in their types, then the results. A record is [text, finish reason, input tokens, generated tokens, error, ids, logprobs]."""
+    """Parquet parts: all input columns in their types, then the results. A record is a list in the order of `COLUMNS`."""
 
     suffix = ".parquet"
 
-    def __init__(self, reader: RowReader, schema: pa.Schema, partitions: Sequence[str], *, prefix: str = "", tokens: bool = False, logprobs: bool = False) -> None:
+    def __init__(
+        self, reader: RowReader, schema: pa.Schema, partitions: Sequence[str], *, prefix: str = "", tokens: bool = False, logprobs: bool = False
+    ) -> None:
         self._reader, self._prefix = reader, prefix
         self._kept = [name for name, _ in COLUMNS if (name != "generated_tokens" or tokens) and (name != "logprobs" or logprobs)]
         self.schema = result_schema(schema, partitions, prefix, self._kept)
@@ -99,7 +105,11 @@ class ParquetOutput:
         if completion.finish_reason == "error":
             return self.failure(row, completion.error, len(completion.prompt_token_ids))
         record = [completion.text, completion.finish_reason, len(completion.prompt_token_ids), len(completion.token_ids), ""]
-        return [*record, [int(token) for token in completion.token_ids] if "generated_tokens" in self._kept else None, plain_logprobs(completion) if "logprobs" in self._kept else None]
+        return [
+            *record,
+            [int(token) for token in completion.token_ids] if "generated_tokens" in self._kept else None,
+            plain_logprobs(completion) if "logprobs" in self._kept else None,
+        ]
 
     def failure(self, row: Row, message: str, input_tokens: int = 0) -> Record:
         return [None, "error", input_tokens, 0, message or "failed without a message", None, None]
@@ -110,7 +120,8 @@ class ParquetOutput:
     def tokens_of(self, record: Record) -> tuple[int, int]:
         return record[2], record[3]
 
-    def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:
+    def table(self, table: pa.Table, records: Sequence[Record]) -> pa.Table:
+        """Input rows and their records as output rows."""
         results: list[pa.Array] = []
         for place, (name, kind) in enumerate(COLUMNS):
             if name not in self._kept:
@@ -119,9 +130,11 @@ class ParquetOutput:
             if name == "logprobs":
                 values = [v and [[dict(zip(("token_id", "logprob", "rank"), entry, strict=True)) for entry in step] for step in v] for v in values]
             results.append(pa.array(values, kind))
-        whole = pa.Table.from_arrays([*table.columns, *results], schema=self.schema)
+        return pa.Table.from_arrays([*table.columns, *results], schema=self.schema)
+
+    def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:
         with path.open("wb") as file:
-            pq.write_table(whole, file, write_page_checksum=True)
+            pq.write_table(self.table(table, records), file, write_page_checksum=True)
             file.flush()
             os.fsync(file.fileno())
 

@@ -38,14 +38,14 @@ class Row:
     """What the output of this row needs besides the completion."""
 
 
-def row_seed(seed: int, index: int) -> int:
+def row_seed(seed: int, place: int | str) -> int:
     """The seed of a row's random stream, 63 bits: from the job's seed and the row's place in the input, so neither order nor restarts change its tokens."""
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{place}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Template:
-    """``Summarise: {text}``: fields are columns, or ``column.field`` of nested ones; ``{{`` and ``}}`` are braces. Raises ConfigurationError for anything else."""
+    """``Summarise: {text}``: fields are columns, or ``column.field`` of nested ones; ``{{`` and ``}}`` are braces. Else raises ConfigurationError."""
 
     def __init__(self, text: str) -> None:
         self._pieces: list[tuple[str, tuple[str, ...] | None]] = []
@@ -119,7 +119,8 @@ class RowReader:
     """Makes the requests of a table.
 
     Exactly one of ``prompt_column``, ``messages_column`` and ``template`` is given. ``columns`` maps a setting of `SETTINGS` to the column that holds
-    it per row; null there means the value of ``params``. Raises ConfigurationError for columns that the schema lacks or whose type cannot be a prompt.
+    it per row; null there means the value of ``params``. ``seed_by_prompt`` derives seeds from prompts, where rows do not know their place.
+    Raises ConfigurationError for columns that the schema lacks or whose type cannot be a prompt.
     """
 
     def __init__(
@@ -133,8 +134,9 @@ class RowReader:
         messages_column: str | None = None,
         template: str | None = None,
         columns: Mapping[str, str] | None = None,
+        seed_by_prompt: bool = False,
     ) -> None:
-        self._params, self._seed, self._columns = params, seed, dict(columns or {})
+        self._params, self._seed, self._columns, self._seed_by_prompt = params, seed, dict(columns or {}), seed_by_prompt
         self._template = None if template is None else Template(template)
         self._prompt: Callable[[dict[str, Any]], Any]
         if prompt_column is not None:
@@ -149,7 +151,9 @@ class RowReader:
             if name not in schema.names and name not in partitions:
                 raise ConfigurationError(f"the input has no column {name!r}; its columns are: {', '.join([*schema.names, *partitions])}")
         if prompt_column in schema.names and not _is_text(schema.field(prompt_column).type):
-            raise ConfigurationError(f"column {prompt_column!r} holds {schema.field(prompt_column).type}, not text; --prompt-template '{{{prompt_column}}}' writes it as text")
+            raise ConfigurationError(
+                f"column {prompt_column!r} holds {schema.field(prompt_column).type}, not text; --prompt-template '{{{prompt_column}}}' writes it as text"
+            )
         self._names = [name for name in dict.fromkeys(wanted) if name in schema.names]
 
     def rows(self, table: pa.Table, part: int, first_row: int, folder: str, skip: Callable[[int], bool]) -> Iterator[Row]:
@@ -165,13 +169,13 @@ class RowReader:
 
     def _row(self, values: dict[str, Any], part: int, offset: int, index: int) -> Row:
         try:
-            params = self._params
+            params, prompt = self._params, self._prompt(values)
             changes = {name: _setting(name, values[column]) for name, column in self._columns.items() if values[column] is not None}
             if params.seed is None and "seed" not in changes and changes.get("temperature", params.temperature) > 0:
-                changes["seed"] = row_seed(self._seed, index)
+                changes["seed"] = row_seed(self._seed, repr(prompt) if self._seed_by_prompt else index)
             if changes:
                 params = dataclasses.replace(params, **changes)
-            return Row(part, offset, index, self._prompt(values), params)
+            return Row(part, offset, index, prompt, params)
         except ValueError as error:
             return Row(part, offset, index, error=str(error))
 
@@ -180,7 +184,9 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     kinds = pa.types
-    return any(is_kind(kind) for is_kind in (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary, kinds.is_large_binary, kinds.is_null))
+    return any(
+        is_kind(kind) for is_kind in (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary, kinds.is_large_binary, kinds.is_null)
+    )
 
 
 def _setting(name: str, value: Any) -> Any:

@@ -11,13 +11,13 @@ from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.interrupt import INTERRUPTED, Interrupts
 from flexbatch.apps.jobs.layout import Part, shard_parts
 from flexbatch.apps.jobs.openai import OpenAIOutput
-from flexbatch.apps.jobs.pipeline import Pipeline, TooManyErrors
+from flexbatch.apps.jobs.pipeline import OutputError, Pipeline, TooManyErrors
 from flexbatch.apps.jobs.plan import Job, make_encode
 from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.shares import Share
 from flexbatch.apps.jobs.store import OutputStore
-from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
+from flexbatch.config import ConfigurationError, EngineConfig
 
 logger = logging.getLogger("flexbatch")
 DONE, CRASH, ROW_ERRORS = 0, 1, 3
@@ -75,7 +75,7 @@ def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> i
         if counts.rows_done and shard.left:
             logger.info("resuming: %s of %s rows are done, %s parts are left", f"{counts.rows_done:,}", f"{counts.rows_total:,}", len(shard.left))
         if not shard.left:
-            return _ended(shard, counts, "nothing left to do", resume)
+            return ended(shard, counts, "nothing left to do", resume)
         interrupts = Interrupts()
         with interrupts.installed(), open_engine(job.engine) as llm:
             if isinstance(job.output, OpenAIOutput):
@@ -83,13 +83,10 @@ def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> i
             return _generate(shard, counts, llm, interrupts, resume, share)
     except ConfigurationError:
         raise
-    except DoesNotFitError as error:
-        logger.error("%s", error)
-        return 4
     except Exception as error:
-        return _stopped(error, resume)
+        return stopped(error, resume)
     finally:
-        _close(shard.store)
+        close_shard(shard, share)
 
 
 def _generate(shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, resume: str, share: Share) -> int:
@@ -101,7 +98,9 @@ def _generate(shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, re
     )  # fmt: skip
 
     def draining() -> None:
-        progress.say(f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs the tokens of the sequences in flight")
+        progress.say(
+            f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs the tokens of the sequences in flight"
+        )
 
     interrupts.on_drain = draining
     try:
@@ -109,37 +108,42 @@ def _generate(shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, re
     finally:
         interrupts.on_drain = None
         progress.close()
-    return _ended(shard, counts, progress.line(), resume)
+    return ended(shard, counts, progress.line(), resume)
 
 
-def _ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:
+def ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:
     logger.info("%s", summary)
     if counts.parts_committed < len(shard.parts):
         logger.error("interrupted after %s of %s parts; resume with: %s", counts.parts_committed, len(shard.parts), resume)
         return INTERRUPTED
     if counts.row_errors:
-        logger.warning("%s of %s rows have an error, see the column error; run them again with --retry-failed", f"{counts.row_errors:,}", f"{counts.rows_total:,}")
+        logger.warning(
+            "%s of %s rows have an error, see the column error; run them again with --retry-failed", f"{counts.row_errors:,}", f"{counts.rows_total:,}"
+        )
         return ROW_ERRORS
     return DONE
 
 
-def _stopped(error: Exception, resume: str) -> int:
-    """Says why the job stopped and how it goes on. What the user can understand comes without a traceback."""
+def stopped(error: Exception, resume: str) -> int:
+    """Says why the job stopped and how it goes on; returns the exit code. Only a failure that nobody expected comes with a traceback."""
     from flexbatch.cli import exit_code
 
-    if isinstance(error, OSError):
+    code = exit_code(error)
+    if isinstance(error, OutputError):
         logger.error("the output cannot be written: %s. Committed parts and finished rows are kept", error)
-    elif isinstance(error, (SourceError, TooManyErrors)):
+    elif isinstance(error, (SourceError, TooManyErrors)) or code != CRASH:
         logger.error("%s", error)
     else:
-        logger.exception("the job failed: %s", error)
+        logger.error("the job failed: %s", error, exc_info=error)
     logger.error("resume with: %s", resume)
-    return exit_code(error)
+    return code
 
 
-def _close(store: OutputStore) -> None:
+def close_shard(shard: Shard, share: Share) -> None:
     """A disk that is full must not hide why the job stopped."""
     try:
-        store.close()
+        if share.shards == 1:
+            shard.store.sweep(shard.parts, shard.job.output)
+        shard.store.close()
     except OSError as error:
-        logger.error("output %s: %s", store.folder, error)
+        logger.error("output %s: %s", shard.store.folder, error)

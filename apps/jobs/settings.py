@@ -101,11 +101,7 @@ class JobConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that change what is in the output."""
-        return {
-            "generation": {
-                "max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "stop": list(self.stop),
-                "columns": self.setting_columns(),
-            },
-            "prompt": {"prompt_column": self.prompt_column, "messages_column": self.messages_column, "template": self.prompt_template, "truncate": self.truncate},
-            "output": {"prefix": self.output_prefix, "generated_tokens": self.generated_tokens, "logprobs": self.logprobs},
-        }  # fmt: skip
+        settings = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
+        prompt = {name: getattr(self, name) for name in ("prompt_column", "messages_column", "prompt_template", "truncate")}
+        output = {name: getattr(self, name) for name in ("output_prefix", "generated_tokens", "logprobs")}
+        return {"generation": {**settings, "stop": list(self.stop), "columns": self.setting_columns()}, "prompt": prompt, "output": output}

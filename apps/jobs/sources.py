@@ -27,8 +27,10 @@ class Source(Protocol):
     """``schema``: columns of the rows; ``units``: what there is to read, in order; ``identity``: JSON value that changes when the input changes."""
 
     schema: pa.Schema
-    units: Sequence[Unit]
     identity: dict[str, Any]
+
+    @property
+    def units(self) -> Sequence[Unit]: ...
 
     def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
         """The rows of one unit from row ``start`` on, a batch at a time. Raises SourceError that names the file and the row group."""
@@ -84,7 +86,9 @@ class ParquetSource:
                 self._paths.append(file.path)
         self.identity = {
             "format": "parquet",
-            "files": {file.name: f"{metadata.num_rows} rows, {file.size} bytes, footer {digest}" for file, (metadata, _, digest) in zip(files, found, strict=True)},
+            "files": {
+                file.name: f"{metadata.num_rows} rows, {file.size} bytes, footer {digest}" for file, (metadata, _, digest) in zip(files, found, strict=True)
+            },
         }
 
     def _footer(self, file: InputFile) -> tuple[pq.FileMetaData, pa.Schema, str]:
@@ -132,10 +136,7 @@ class DatasetSource:
         import datasets
 
         try:
-            if Path(name).is_dir():
-                found = datasets.load_from_disk(name)
-            else:
-                found = datasets.load_dataset(name, config, split=split)
+            found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, config, split=split)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigurationError(f"input {name} is neither a file or folder here nor a data set that `datasets` can load: {error}") from None
         if isinstance(found, dict):
@@ -177,7 +178,9 @@ def read_parts(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, pa
                 if rest is None or not len(rest):
                     rest = next(stream, None)
                     if rest is None:
-                        raise SourceError(f"{source.units[unit].file}: the file ends before row {span.stop} of its unit {source.units[unit].group}; it changed during the job")
+                        raise SourceError(
+                            f"{source.units[unit].file}: the file ends before row {span.stop} of its unit {source.units[unit].group}; it changed during the job"
+                        )
                 skip = max(span.start - row, 0)
                 take = rest.slice(skip, max(span.stop - row - skip, 0))
                 row, rest = row + min(skip, len(rest)) + len(take), rest.slice(skip + len(take))

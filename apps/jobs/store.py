@@ -65,17 +65,21 @@ class OutputStore:
     """The parts of one shard of one job in one output folder.
 
     Opening it creates or compares the manifest: ConfigurationError lists the differences to another job, or says why the folder cannot be written.
-    ``created`` is the unix time at which the job began, kept over restarts.
+    ``created`` is the unix time at which the job began, kept over restarts. With ``worker``, a name, this process works for another one that holds the
+    lock and hands out the parts.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: dict[str, Any], shard: tuple[int, int] = (0, 1), *, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, fingerprint: dict[str, Any], shard: tuple[int, int] = (0, 1), *, overwrite: bool = False, worker: str | None = None
+    ) -> None:
         self.folder, self.state = Path(folder).expanduser(), Path(folder).expanduser() / STATE
-        self._owner = f"{shard[0]}-of-{shard[1]}"
+        self._owner = worker or f"{shard[0]}-of-{shard[1]}"
         self._lock: IO[str] | None = None
         self.digest = fingerprint_digest(fingerprint)
         try:
             self.state.mkdir(parents=True, exist_ok=True)
-            self._take_lock(shard)
+            if worker is None:
+                self._take_lock(shard)
             ours = overwrite and self._discard()
             self.created = self._manifest(fingerprint, ours)
             self._commits_log = RecordLog(self.state / f"commits-{self._owner}.log", self.digest)
@@ -132,11 +136,13 @@ class OutputStore:
             raise ConfigurationError(f"{path} is damaged ({error}): restore it, or start over with --overwrite") from None
         if changes:
             listing = "\n  ".join(changes[:20] + ([f"and {len(changes) - 20} more"] if len(changes) > 20 else []))
-            raise ConfigurationError(f"output {self.folder} belongs to another job:\n  {listing}\nUse those settings, another output folder, or --overwrite to start over")
+            raise ConfigurationError(
+                f"output {self.folder} belongs to another job:\n  {listing}\nUse those settings, another output folder, or --overwrite to start over"
+            )
         return int(found["created"])
 
     def _discard(self) -> bool:
-        """Removes the parts and the state of whatever job wrote here, if one did; other files stay. The manifest goes last, so that a crash in between can be repeated."""
+        """Removes parts and state of whatever job wrote here, if one did; other files stay. The manifest goes last, so that it can be repeated."""
         if not (self.state / "manifest.json").exists():
             return False
         for path in self.folder.rglob("*part-*"):
@@ -208,6 +214,13 @@ class OutputStore:
         self.commits[part.number] = commit
         self.journal.committed(part.number)
         return commit
+
+    def sweep(self, parts: Sequence[Part], output: Output) -> None:
+        """Removes journals of other owners (shards of another count, workers) once all their parts are committed. Only where nobody else writes."""
+        open_parts = {part.number for part in parts if not (self.folder / part.file_name(output.suffix)).exists()}
+        for path in self.state.glob("journal-*.log"):
+            if not any(part in open_parts for part, _, _ in read_log(path, self.digest)):
+                path.unlink()
 
     def close(self) -> None:
         try:

@@ -139,7 +139,7 @@ def _without_times(kind: pa.DataType) -> pa.DataType:
 
 
 class CsvSource:
-    """CSV (``.tsv``: tabs) with a header line, quoted line ends allowed, UTF-8. A column is int64, float64, bool or string: the first that fits all its values."""
+    """CSV (``.tsv``: tabs) in UTF-8 with a header line. A column is int64, float64, bool or string: the first that fits all its values."""
 
     def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile]) -> None:
         self._filesystem, self._paths = filesystem, [file.path for file in files]
@@ -159,7 +159,7 @@ class CsvSource:
                 digest = hashlib.sha256()
                 while data := stream.read(CHUNK_BYTES):
                     digest.update(data)
-            rows, types = 0, {}
+            rows, types, names = 0, dict[str, pa.DataType](), list[str]()
             for batch in self._read(file.path, None):
                 rows += len(batch)
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -177,7 +177,9 @@ class CsvSource:
             with contextlib.closing(_open(self._filesystem, path)) as stream:
                 header = pacsv.open_csv(stream, read, parse).schema
             schema = pa.schema([(name, pa.string()) for name in header.names])
-        convert = pacsv.ConvertOptions(column_types=schema, null_values=[""], strings_can_be_null=False, true_values=["true", "True"], false_values=["false", "False"])
+        convert = pacsv.ConvertOptions(
+            column_types=schema, null_values=[""], strings_can_be_null=False, true_values=["true", "True"], false_values=["false", "False"]
+        )
         with contextlib.closing(_open(self._filesystem, path)) as stream:
             reader = pacsv.open_csv(stream, read, parse, convert)
             yield pa.RecordBatch.from_pylist([], schema=reader.schema)

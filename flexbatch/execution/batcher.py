@@ -55,7 +55,7 @@ class Batcher:
         self.spare_tokens = 0 if proposer is None else proposer.max_nodes
         """Room for drafted tokens in every sequence's cache."""
         self.micro_batch_tokens = micro_batch_tokens
-        self.prefill_chunk = policy.prefill_chunk
+        self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
         self.waiting: deque[Candidate] = deque()
         self.retired: list[Retired] = []
@@ -156,6 +156,7 @@ class Batcher:
     def counts(self, batch: list[Sequence]) -> dict[Sequence, int]:
         """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for room in the budget are left out."""
         budget = self.micro_batch_tokens - sum((1 + self.spare_tokens) * (sequence.num_uncached == 1) for sequence in batch)
+        budget = min(budget, self.prefill_budget)
         counts = {}
         for sequence in batch:
             if not self.cache.prefix_ready(sequence.table):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexbatch.execution.graphs import DecodeGraphs
 from flexbatch.execution.inputs import AttentionGroup, InputBuilder, MicroBatchInputs, StagedGroup
 from flexbatch.execution.schedule import Tick, zigzag
 from flexbatch.execution.work import LogitsBlock, PassWork
@@ -19,6 +20,7 @@ from flexbatch.memory.transfer import READY, Handle, Lanes
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
+from flexbatch.trace import Tracer
 
 LOGITS_BLOCK_BYTES = 64 << 20
 """float32 logits that exist at one time: rows of a long prompt go through the head in blocks."""
@@ -61,6 +63,8 @@ class Executor:
         slopes = arch.alibi_slopes()
         self.slopes = {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in {self.device, torch.device("cpu")}} if slopes else {}
         self.host_buffers = host_buffers
+        resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
+        self.graphs = DecodeGraphs(self.device, cache.layout.page_tokens, arch.max_positions) if resident and overlap else None
 
     def run(self, work: PassWork) -> Iterator[LogitsBlock]:
         """One sweep through all layers. Yields logits by blocks of rows; the pass is complete when the iterator is exhausted."""
@@ -68,6 +72,10 @@ class Executor:
         count, num_layers = len(inputs), self.arch.num_layers + 1
         self.cache.begin_pass()
         self.activations.plan([batch.num_tokens for batch in inputs])
+        if self.graphs is not None and count == 1 and (hidden := self.replay(inputs[0])) is not None:
+            self.activations.hand_on(0, hidden)
+            yield from self.head(inputs[0], num_layers - 1, 0, count)
+            return
         self.weights.fetch_rest(0, count)
         gathers: dict[tuple[int, int], Handle] = {}
         self.fetch_cache(inputs, (0, 0), gathers)
@@ -75,12 +83,13 @@ class Executor:
         for tick in zigzag(num_layers, count):
             with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
                 if deferred and (deferred.tick.micro_batch == tick.micro_batch or tick.layer == num_layers - 1):
-                    deferred = self.finish(deferred, count)
+                    self.finish(deferred, count)
+                    deferred = None
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
                 if deferred is None:
                     self.fetch_ahead(tick)
                 if tick.layer == num_layers - 1:
-                    yield from self.head(inputs[tick.micro_batch], tick, count)
+                    yield from self.head(inputs[tick.micro_batch], tick.layer, tick.micro_batch, count)
                 else:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
                     begun = self.begin(tick, inputs[tick.micro_batch], gathered, self.staging_buffer(tick.layer, tick.micro_batch, count))
@@ -88,7 +97,9 @@ class Executor:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
                     # With CPU attention the second half waits until the next tick has given the CPU more work.
-                    deferred = begun if begun.cpu_output is not None and self.overlap else self.finish(begun, count)
+                    deferred = begun if begun.cpu_output is not None and self.overlap else None
+                    if deferred is None:
+                        self.finish(begun, count)
             if not self.overlap:
                 self.settle()
         # Only the head's slab was missing for the second layer of the next pass.
@@ -229,14 +240,31 @@ class Executor:
         position_rows = self.weights.gather_rows("pos_embed.weight", inputs.host_positions + self.arch.position_offset) if learned else None
         return layers.embed(self.arch, self.weights.embedding_weights, rows, position_rows)
 
-    def head(self, inputs: MicroBatchInputs, tick: Tick, count: int) -> Iterator[LogitsBlock]:
+    def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsBlock]:
         """Logits of the rows that were asked for, in blocks."""
-        weights = self.weights.weights(tick.layer, "head")
-        hidden = self.activations.get(tick.micro_batch)
+        weights = self.weights.weights(layer, "head")
+        hidden = self.activations.get(micro_batch)
         step = max(1, LOGITS_BLOCK_BYTES // (4 * self.arch.vocab_size))
         for start in range(0, len(hidden), step):
-            with self.tracer.compute_span(f"head {tick.micro_batch}"):
+            with self.tracer.compute_span(f"head {micro_batch}"):
                 logits = layers.head(self.arch, weights, hidden[start : start + step])
             yield LogitsBlock(inputs.logit_rows[start : start + step], logits)
-        if tick.micro_batch == count - 1:
-            self.weights.release(tick.layer, self.lanes.mark())
+        if micro_batch == count - 1:
+            self.weights.release(layer, self.lanes.mark())
+
+    def replay(self, inputs: MicroBatchInputs) -> Tensor | None:
+        """A decode pass of a block that is on the GPU whole, as one graph; None when the pass has to run tick by tick."""
+        assert self.graphs is not None
+        with self.tracer.compute_span("layers"):
+            return self.graphs.run(inputs, self.resident_layers)
+
+    def resident_layers(self, inputs: MicroBatchInputs) -> Tensor:
+        """All layers without a tick's transfers. Runs under capture: spans would record events that no replay repeats."""
+        tracer, self.tracer = self.tracer, Tracer()
+        try:
+            for layer in range(self.arch.num_layers):
+                tick = Tick(layer, 0, None, None, None)
+                self.finish(self.begin(tick, inputs, READY, 0), 1)
+            return self.activations.get(0)
+        finally:
+            self.tracer = tracer

@@ -107,7 +107,9 @@ class InputBuilder:
             groups[place].append(query)
         staged_start = sum(query.num_tokens for query in groups["gpu"])
         cpu_start = staged_start + sum(query.num_tokens for query in groups["staged"])
-        rows, index, first = [], [], 0
+        rows: list[tuple[QueryTokens, int]] = []
+        index: list[int] = []
+        first = 0
         for query in ordered:
             rows += [(query, i) for i in range(query.first_logit, query.num_tokens)]
             index += range(first + query.first_logit, first + query.num_tokens)

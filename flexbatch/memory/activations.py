@@ -52,6 +52,11 @@ class ActivationStore:
                 self.files.append(DiskFile(path, align(rows * self.row_bytes)))
                 path.unlink()
 
+    @property
+    def resident(self) -> bool:
+        """Whether hidden states never leave the compute device."""
+        return self.split.gpu == 1
+
     def plan(self, tokens_per_micro_batch: list[int]) -> None:
         """Cut the rows of every micro-batch of the coming pass over the tiers."""
         spreader = Spreader(self.split)
@@ -80,10 +85,8 @@ class ActivationStore:
             return
         host = self.host_rows(k, on_cpu + on_disk)
         leaving = hidden[on_gpu:]
-        if leaving.is_cuda:
-            leaving.record_stream(self.lanes.d2h.stream)
-        num_bytes = leaving.nbytes
-        stored.home = self.lanes.d2h.submit(lambda: host.copy_(leaving, non_blocking=True), self.lanes.mark(), f"activations {k}", num_bytes)
+        stored.home = self.lanes.d2h.submit(lambda: host.copy_(leaving, non_blocking=True), self.lanes.mark(), f"activations {k}", leaving.nbytes)
+        self.lanes.d2h.guard(leaving)
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
             stored.home = self.lanes.disk_write.submit(lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data))
@@ -109,9 +112,8 @@ class ActivationStore:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
             after = together(after, self.lanes.disk_read.submit(lambda: self.files[k].read(data, 0), after, f"activations {k}", len(data)))
         host = self.host_rows(k, on_cpu + on_disk)
-        if fetched.is_cuda:
-            fetched.record_stream(self.lanes.h2d.stream)
         stored.fetch = self.lanes.h2d.submit(lambda: fetched[on_gpu:].copy_(host, non_blocking=True), after, f"activations {k}", host.nbytes)
+        self.lanes.h2d.guard(fetched)
 
     def get(self, k: int) -> Tensor:
         """The hidden states of micro-batch ``k`` on the compute device; they leave the store."""

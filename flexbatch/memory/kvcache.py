@@ -71,6 +71,11 @@ class KVCache:
         self.drained: list[Handle] = [READY] * layout.num_layers
         self.draining: list[Handle] = [READY] * layout.num_layers
 
+    @property
+    def resident(self) -> bool:
+        """Whether every sequence has its cache on the compute device."""
+        return not self.sizes.cpu_pages and not self.sizes.disk_pages
+
     # Tables
 
     def shareable(self, tier: str, prompt: Sequence[int]) -> list[int]:
@@ -170,9 +175,8 @@ class KVCache:
     def drain_cpu(self, layer: int, rows: Tensor, slots: Tensor, after: Handle) -> None:
         """Scatter packed token rows to their slots on the cpu tier. slots: [n] int64 on the compute device."""
         target = self.rows("cpu", layer)
-        if rows.is_cuda:
-            rows.record_stream(self.lanes.d2h.stream)
         handle = self.lanes.d2h.submit(lambda: ops.scatter_rows(rows, target, slots), after, f"cache {layer}", rows.nbytes)
+        self.lanes.d2h.guard(rows)
         self.draining[layer] = together(self.draining[layer], handle)
 
     def drain_disk(self, layer: int, rows: Tensor, tables: Sequence[tuple[PageTable, int, int, int]], after: Handle) -> None:

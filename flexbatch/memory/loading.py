@@ -12,7 +12,7 @@ from flexbatch.kernels import ops
 from flexbatch.memory.tiers import align, write_atomically
 from flexbatch.memory.weight_plan import StoredTensor
 from flexbatch.memory.weights import Views, WeightStore, views_of
-from flexbatch.models.checkpoint import CheckpointError, Piece
+from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
 
 QUANTIZE_BLOCK_BYTES = 256 << 20
 """Bytes of fp32 that quantisation may hold at a time."""
@@ -69,7 +69,7 @@ class Loader:
         home.codes.copy_(source.codes)
         home.parameters.copy_(source.parameters)
 
-    def load(self, stream: Callable[[set[Key]], Iterator[Piece]], progress: Callable[[int], None] = lambda num_bytes: None) -> int:
+    def load(self, stream: Callable[[set[Key]], Iterator[Piece | QuantizedPiece]], progress: Callable[[int], None] = lambda num_bytes: None) -> int:
         """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes that came from the checkpoint."""
         reused = self.reuse()
         taken = 0
@@ -82,16 +82,29 @@ class Loader:
             raise CheckpointError(f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full")
         return taken
 
-    def write(self, piece: Piece) -> int:
+    def write(self, piece: Piece | QuantizedPiece) -> int:
         key = (piece.layer, piece.role)
         stored = self.stored[key]
         target = self.target(key, stored)
         rows = piece.rows or slice(0, stored.spec.shape[0])
-        self.write_dense(piece.tensor, target, rows)
-        num_bytes = piece.tensor.nbytes
+        if isinstance(piece, QuantizedPiece):
+            num_bytes = self.write_codes(piece, target, rows)
+        else:
+            self.write_dense(piece.tensor, target, rows)
+            num_bytes = piece.tensor.nbytes
         self.rows_written[key] = self.rows_written.get(key, 0) + rows.stop - rows.start
         if self.rows_written[key] >= stored.spec.shape[0] and self.filed(stored):
             self.file(key, stored)
+        return num_bytes
+
+    def write_codes(self, piece: QuantizedPiece, target: Views, rows: slice) -> int:
+        """Codes of a quantised checkpoint as they are where the home has the same bits and a group that divides theirs, else expanded."""
+        num_bytes = piece.codes.nbytes + piece.parameters.nbytes
+        if target.codes is None or target.parameters is None or target.stored.bits != piece.bits or piece.group % target.stored.group:
+            self.write_dense(piece.dense(self.store.dtype).tensor, target, rows)
+        else:
+            target.codes[rows].copy_(piece.codes)
+            target.parameters[rows].copy_(piece.regrouped(target.stored.group).parameters)
         return num_bytes
 
     def write_dense(self, tensor: Tensor, target: Views, rows: slice) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from flexbatch.trace import Tracer
 
@@ -112,6 +113,9 @@ class ThreadLane:
         with self.tracer.span(self.resource, name, num_bytes=num_bytes), torch.inference_mode():
             return job()
 
+    def guard(self, tensor: Tensor) -> None:
+        """The job holds the tensor itself: nothing to do on a thread."""
+
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
@@ -137,6 +141,10 @@ class StreamLane:
             event = torch.cuda.Event()
             event.record()
         return EventHandle(event)
+
+    def guard(self, tensor: Tensor) -> None:
+        """Keep the allocator from handing out the memory of ``tensor`` before the jobs submitted so far are done with it."""
+        tensor.record_stream(self.stream)
 
     def close(self) -> None:
         self.stream.synchronize()

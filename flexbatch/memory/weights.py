@@ -71,6 +71,11 @@ class WeightStore:
         self.ready: dict[int, dict[str, Tensor]] = {}
         self.disk_homed = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
 
+    @property
+    def resident(self) -> bool:
+        """Whether everything that a pass reads is on the compute device."""
+        return not self.slabs and all(tensor.tier == "gpu" for tensor in self.plan.gathered)
+
     def allocate_homes(self) -> None:
         """One allocation per tier for all resident tensors."""
         for tier, pool in (("gpu", self.tiers.gpu), ("cpu", self.tiers.cpu)):

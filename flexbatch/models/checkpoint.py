@@ -19,7 +19,7 @@ from flexbatch.models.resolve import fingerprint, load_tokenizer, resolve
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
 
-__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "dummy", "fingerprint", "load", "load_tokenizer", "read_config", "resolve", "stream"]
+__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "dummy", "fingerprint", "load", "load_tokenizer", "prequantized", "read_config", "resolve", "stream"]
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -57,6 +57,19 @@ def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (
     return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, packing, packed)
 
 
+def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:
+    """(bits, group) of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an ordinary checkpoint. Reads headers only."""
+    folder = Path(folder)
+    packing = read_packing(read_config(folder))
+    if packing is None:
+        return {}
+    formats: dict[str, set[tuple[int, int]]] = {}
+    for a in assign(list_tensors(folder), arch, folder, packing):
+        # 16 stands for a matrix that the quantiser left alone; a role with both comes expanded or is quantised by the store.
+        formats.setdefault(a.spec.role, set()).add((16, 0) if "" in a.stored else (BITS, packing.group_of(a.spec.shape[1])))
+    return {role: next(iter(found)) for role, found in formats.items() if len(found) == 1 and (16, 0) not in found}
+
+
 def _pieces(assignments: list[Assignment], arch: Arch, packing: Packing | None, packed: bool) -> Iterator[Piece | QuantizedPiece]:
     tensors = read_tensors(stored for a in assignments for stored in a.stored.values())
     for a in assignments:
@@ -75,6 +88,8 @@ def _pieces(assignments: list[Assignment], arch: Arch, packing: Packing | None, 
 
 def _blocks(assignment: Assignment, arch: Arch, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
     """The tensors whole, or their queries, keys and values in turn where these are interleaved; with the destination rows."""
+    if assignment.row.part == "transposed":
+        tensors = tuple(tensor.t() for tensor in tensors)
     if assignment.row.part not in ("grouped", "codegen"):
         yield assignment.rows, tensors
         return

@@ -1,4 +1,4 @@
-"""A deterministic engine in the place of `LLM`: tokens are a hash of the prompt, sequences finish out of order, and every generated token is counted in a file."""
+"""A deterministic engine in the place of `LLM`: tokens are a hash of the prompt, sequences finish out of order, generated tokens are counted."""
 
 from __future__ import annotations
 

@@ -15,7 +15,14 @@ from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_i
 
 
 def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
-    script = "import sys; from flexbatch.apps.batch import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules, 'pyarrow' in sys.modules, file=sys.stderr)"
+    script = """
+import sys
+from flexbatch.apps.batch import main
+try:
+    main(["--help"])
+except SystemExit:
+    print("torch" in sys.modules, "pyarrow" in sys.modules, file=sys.stderr)
+"""
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert time.monotonic() - began < 1.0

@@ -12,10 +12,9 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
+from flexbatch.request import SamplingParams
 from tests.apps_batch.fake import FakeLLM, FakeTokenizer, fake_tokens
 from tests.apps_batch.helpers import RESULTS, parts_of, read_output, run_here, write_input
-
-from flexbatch.request import SamplingParams
 
 
 def test_every_row_once_in_order_with_its_own_text(tmp_path: Path) -> None:
@@ -73,7 +72,7 @@ def test_truncation_keeps_room_for_the_output(tmp_path: Path, side: str, kept: s
 
     class Watching(FakeLLM):
         def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
-            return super().stream((seen.append(item[1]) or item for item in items))
+            return super().stream(seen.append(item[1]) or item for item in items)
 
     assert run_here(source, tmp_path / "out", "--truncate", side, "--max-tokens", 12, fake=Watching()) == 0
     assert len(seen[0]) == 500 and seen[0][0] == 1
@@ -115,7 +114,10 @@ def test_readers_read_the_output(tmp_path: Path) -> None:
     assert pd.read_parquet(tmp_path / "out").index.tolist() == [f"k{i}" for i in range(250)]
     assert pds.dataset(tmp_path / "out").count_rows() == 250
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"]
-    assert loaded.num_rows == 250 and loaded[3]["logprobs"][0] == [{"token_id": loaded[3]["generated_tokens"][0], "logprob": -0.5, "rank": 1}, {"token_id": 2, "logprob": -1.5, "rank": 2}]
+    assert loaded.num_rows == 250 and loaded[3]["logprobs"][0] == [
+        {"token_id": loaded[3]["generated_tokens"][0], "logprob": -0.5, "rank": 1},
+        {"token_id": 2, "logprob": -1.5, "rank": 2},
+    ]
 
 
 def test_metadata_that_no_longer_holds_is_dropped(tmp_path: Path) -> None:

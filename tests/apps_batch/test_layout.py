@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexbatch.apps.jobs.layout import MAX_PART_ROWS, PART_BYTES, Part, Unit, check_layout, default_part_rows, plan_parts, shard_parts
 
-units = st.lists(st.builds(Unit, file=st.just("f"), rows=st.integers(0, 50), nbytes=st.integers(0, 10**6), folder=st.sampled_from(["", "k=a", "k=b"])), max_size=12)
+units = st.lists(
+    st.builds(Unit, file=st.just("f"), rows=st.integers(0, 50), nbytes=st.integers(0, 10**6), folder=st.sampled_from(["", "k=a", "k=b"])), max_size=12
+)
 
 
 @given(units, st.integers(1, 40))
@@ -20,7 +24,7 @@ def test_parts_hold_every_row_once_in_order(units: list[Unit], part_rows: int) -
 @given(units, st.integers(1, 40))
 def test_parts_are_full_unless_their_folder_ends(units: list[Unit], part_rows: int) -> None:
     parts = plan_parts(units, part_rows)
-    for part, after in zip(parts, parts[1:], strict=False):
+    for part, after in itertools.pairwise(parts):
         assert part.rows == part_rows or part.folder != after.folder
 
 

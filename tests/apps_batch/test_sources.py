@@ -124,7 +124,9 @@ def test_what_is_no_parquet_is_named(tmp_path: Path) -> None:
 
 def test_a_damaged_row_group_and_a_file_that_is_gone_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"a": [f"row {i}" for i in range(300)]}), path, row_group_size=100, write_page_checksum=True, compression="none", use_dictionary=False)
+    pq.write_table(
+        pa.table({"a": [f"row {i}" for i in range(300)]}), path, row_group_size=100, write_page_checksum=True, compression="none", use_dictionary=False
+    )
     source = source_of(path)
     data = bytearray(path.read_bytes())
     place = data.index(b"row 150")

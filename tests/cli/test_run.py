@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexbatch import run
+from flexbatch.config import EngineConfig
 from flexbatch.progress import Progress
 from flexbatch.request import Completion
 
@@ -180,3 +181,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(caplog: pytest.LogC
         progress.finished(Completion((1,), [1]))
     captured = capsys.readouterr()
     assert "1/2" in captured.err and captured.out == ""
+
+
+def test_made_up_prompts_go_on_after_eos_and_real_ones_do_not(model_folder: Path, tmp_path: Path) -> None:
+    engine = EngineConfig(model=str(model_folder))
+    assert run.make_work(engine, run.RunConfig(prompt_len=5), run.SamplingConfig()).params.ignore_eos
+    assert not run.make_work(engine, run.RunConfig(prompts=prompt_file(tmp_path)), run.SamplingConfig()).params.ignore_eos

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexbatch.models import checkpoint, families
+from flexbatch.models import checkpoint, families, source
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.specs import weight_specs
 from tests.tiny_models import make_model
@@ -154,6 +154,38 @@ def test_pieces_cover_every_row_once(pristine):
             rows[piece.layer, piece.role][slice(None) if piece.rows is None else piece.rows] += 1
             assert piece.tensor.shape[0] == rows[piece.layer, piece.role][piece.rows or slice(None)].numel()
         assert all((count == 1).all() for count in rows.values())
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+def test_mapping_the_file_anew_changes_nothing(folder, pristine, monkeypatch, shards):
+    """A mapping is dropped after so many bytes, lest every page of the file stays resident."""
+    if shards:
+        to_bin(folder, shards)
+    opened = []
+    monkeypatch.setattr(source, "REMAP_BYTES", 1)
+    monkeypatch.setattr(source, "_open", lambda file, real=source._open: opened.append(file) or real(file))
+    assert_same(folder, pristine / "llama")
+    assert len(opened) > len(source.list_tensors(folder))
+
+
+def test_hub_repositories_are_fetched_with_safetensors_or_bin(pristine, tmp_path, monkeypatch):
+    """Every file of the repository that the patterns of a call let through arrives."""
+    remote, local, calls = shutil.copytree(pristine / "llama", tmp_path / "remote"), tmp_path / "local", []
+
+    def snapshot_download(name, allow_patterns):
+        calls.append(name)
+        for file in remote.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    local.mkdir()
+    assert load(checkpoint.resolve("some/llama")) and calls == ["some/llama"]
+    shutil.rmtree(local)
+    local.mkdir()
+    to_bin(remote, 2)
+    assert load(checkpoint.resolve("some/llama")) and len(calls) == 3
 
 
 def lack(name):

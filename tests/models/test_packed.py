@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexbatch import LLM, SamplingParams
 from flexbatch.models import checkpoint, families
 from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
 from flexbatch.models.specs import weight_specs
@@ -52,9 +53,9 @@ def quantise(rows, columns, method, group, generator):
     return {"qweight": qweight, "qzeros": pack_outputs(stored_zeros, range(8)), "scales": scales, "g_idx": g_idx}, meant
 
 
-def make(folder, method, case="llama", group=GROUP, **overrides):
+def make(folder, method, case="llama", group=GROUP, tokenizer=False, **overrides):
     """Replace the matrices of the blocks in a tiny model by quantised ones. Returns the torch model with what they mean."""
-    model = make_model(case, folder, tokenizer=False, **overrides)
+    model = make_model(case, folder, tokenizer=tokenizer, **overrides)
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
     for name in list(tensors):
         if tensors[name].dim() == 2 and (".layers." in name or ".h." in name):
@@ -118,6 +119,33 @@ def test_one_group_for_a_whole_row(tmp_path):
     make(tmp_path, "gptq", group=64, **{**SIZES, "intermediate_size": 64})
     configure(tmp_path, quantization_config={**METHODS["gptq"], "group_size": -1})
     assert {piece.group for piece in packed_pieces(tmp_path)} == {64}
+
+
+@pytest.mark.parametrize("weight_bits", [16, 4])
+@torch.no_grad()
+def test_engine_runs_packed_weights_as_they_are(weight_bits, tmp_path):
+    """Their own bits win over --weight-bits; in float32 the parameters are exact, so the tokens are those of the meant matrices."""
+    model = make(tmp_path, "awq", tokenizer=True, **SIZES)
+    with LLM(str(tmp_path), device="cpu", weight_bits=weight_bits, gpu_memory="1GiB", cpu_memory="1GiB", offload_dir=str(tmp_path / "offload")) as llm:
+        prompts = random_prompts([3, 20])
+        completions = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert completion.token_ids == wanted[0, len(prompt) :].tolist()
+
+
+def test_roles_that_are_packed_everywhere(tmp_path):
+    make(tmp_path, "awq", **SIZES)
+    arch = families.read_arch(checkpoint.read_config(tmp_path))
+    assert checkpoint.prequantized(tmp_path, arch) == dict.fromkeys(("qkv.weight", "o.weight", "gate_up.weight", "down.weight"), (4, GROUP))
+
+    def leave_alone(tensors):
+        for suffix in ("qweight", "qzeros", "scales"):
+            tensors.pop(f"model.layers.1.mlp.down_proj.{suffix}")
+        tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(64, 96)
+
+    change(tmp_path, leave_alone)
+    assert "down.weight" not in checkpoint.prequantized(tmp_path, arch)
 
 
 def packed_pieces(folder):

@@ -12,16 +12,18 @@ from tests.tiny_models import FAMILY_CASES, make_model, random_prompts
 LENGTHS = [1, 37, 5, 150, 64]
 
 
-def load(folder):
+@pytest.fixture(scope="module", params=FAMILY_CASES)
+def tiny(request, tmp_path_factory):
+    """The model of transformers and ours, of one case."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make_model(request.param, folder, tokenizer=False)
     arch = families.read_arch(checkpoint.read_config(folder))
-    return arch, checkpoint.load(folder, arch, torch.float32)
+    return model, arch, checkpoint.load(folder, arch, torch.float32)
 
 
-@pytest.mark.parametrize("case", FAMILY_CASES)
 @torch.no_grad()
-def test_logits_equal_transformers(case, tmp_path):
-    model = make_model(case, tmp_path, tokenizer=False)
-    arch, stages = load(tmp_path)
+def test_logits_equal_transformers(tiny):
+    model, arch, stages = tiny
     prompts = random_prompts(LENGTHS)
     wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
     whole = DenseModel(arch, stages, len(prompts), max(LENGTHS)).step(prompts)
@@ -34,11 +36,9 @@ def test_logits_equal_transformers(case, tmp_path):
         torch.testing.assert_close(b, w, atol=5e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", FAMILY_CASES)
 @torch.no_grad()
-def test_greedy_tokens_equal_generate(case, tmp_path):
-    model = make_model(case, tmp_path, tokenizer=False, seed=1)
-    arch, stages = load(tmp_path)
+def test_greedy_tokens_equal_generate(tiny):
+    model, arch, stages = tiny
     prompts, new = random_prompts([1, 9, 30], seed=1), 12
     dense = DenseModel(arch, stages, len(prompts), 64)
     chunks, generated = prompts, [[] for _ in prompts]

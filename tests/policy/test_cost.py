@@ -19,9 +19,8 @@ def free_launch(name: str) -> Hardware:
     """Without what the walk leaves out: launch cost and the slowing of shared memories and links."""
     hardware = load_hardware(name)
     rate = hardware.cpu_attention.values[0]
-    return dataclasses.replace(
-        hardware, launch_seconds=0.0, pass_seconds=0.0, link_both=1e15, host_bandwidth=1e15, cpu_attention_during_h2d=rate, h2d_during_cpu_attention=hardware.h2d
-    )
+    alone = dataclasses.replace(hardware, cpu_attention_during_h2d=rate, h2d_during_cpu_attention=hardware.h2d)
+    return dataclasses.replace(alone, launch_seconds=0.0, pass_seconds=0.0, link_both=1e15, host_bandwidth=1e15)
 
 
 def block(policy: Policy, context: int, chunk: int = 0, before: int = 0) -> tuple[list[SimulatedSequence], PassLoad]:

@@ -1,0 +1,213 @@
+"""Complete prompts, or chat, with the text on the screen as passes finish.
+
+    flexbatch complete "The capital of France is" --model M --max-tokens 20
+    printf 'one prompt\\nanother\\n' | flexbatch complete --json
+    flexbatch complete --chat --system "Answer in one word." --model M
+
+Prompts come from the arguments, from --prompts FILE, or from standard input (one a line). Text goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from flexbatch import workload
+from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
+from flexbatch.config import ConfigurationError, EngineConfig, option
+from flexbatch.request import Completion, SamplingParams
+from flexbatch.run import SamplingConfig
+
+if TYPE_CHECKING:
+    from flexbatch import LLM
+
+RULE = "-" * 70
+
+
+@dataclass(frozen=True)
+class CompletionConfig:
+    """What to complete, and how it is shown."""
+
+    prompts: str | None = option(None, "read prompts from FILE: .txt (one a line), .json (a list, FlexFlow's prompt format), .jsonl, .parquet", metavar="FILE")
+    chat: bool = option(False, "talk: every argument or line is what the user says next; the model's chat template makes the prompt")
+    system: str | None = option(None, "the system message of a chat", metavar="TEXT")
+    json: bool = option(False, "print one JSON object for every prompt, when it is done")
+    output_file: str | None = option(None, "write latency, token ids and text of every prompt as FlexFlow does", metavar="FILE")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="flexbatch complete", description=description, epilog=rest, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="PROMPT", help="what to complete; with --chat, what the user says")
+    add_arguments(parser, CompletionConfig, "completion")
+    add_arguments(parser, SamplingConfig, "sampling")
+    add_engine_arguments(parser)
+    return parser
+
+
+class OrderedOutput:
+    """Writes streams of text in the order of their prompts: the first that is not done as it grows, the others when their turn comes."""
+
+    def __init__(self, stream: IO[str], prompts: Sequence[str], *, titles: bool) -> None:
+        self.stream, self.prompts, self.titles = stream, prompts, titles
+        self.texts = [""] * len(prompts)
+        self.endings: dict[int, str] = {}
+        """Number of a prompt that is done -> what to write after its text."""
+        self.current = 0
+        self.written = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.written = 0
+        if self.current < len(self.prompts) and self.titles:
+            self._write(f"{RULE}\n{self.prompts[self.current]}" if self.current else self.prompts[0])
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+    def add(self, number: int, text: str) -> None:
+        """More text of a prompt."""
+        self.texts[number] += text
+        self._advance()
+
+    def finish(self, number: int, text: str) -> None:
+        """The whole text of a prompt; what of it has not been written is written now or at its turn."""
+        self.texts[number] = text
+        self.endings[number] = "\n"
+        self._advance()
+
+    def _advance(self) -> None:
+        while self.current < len(self.prompts):
+            text = self.texts[self.current]
+            if len(text) > self.written:
+                self._write(text[self.written :])
+                self.written = len(text)
+            if self.current not in self.endings:
+                return
+            self._write(self.endings[self.current])
+            self.current += 1
+            self._begin()
+
+    def check(self) -> None:
+        assert self.current == len(self.prompts), f"{self.current} of {len(self.prompts)} prompts are written"
+
+
+def flexflow_record(completion: Completion, seconds: float, prompt: str, text: str) -> str:
+    """One prompt as FlexFlow's ``-output-file`` has it: latency in microseconds, the ids of prompt and output, and their text."""
+    ids = ",".join(map(str, [*completion.prompt_token_ids, *completion.token_ids]))
+    return f"end-to-end latency: {seconds * 1e6:.3f}\ntoken IDs: {ids}\n{prompt}{text}\n"
+
+
+def print_json(value: Any, stdout: IO[str]) -> None:
+    print(json.dumps(value, ensure_ascii=False), file=stdout, flush=True)
+
+
+def complete(llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: CompletionConfig, stdout: IO[str]) -> int:
+    """Completes all prompts in one block; returns the exit code."""
+    shown = [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts]
+    output = None if config.json else OrderedOutput(stdout, shown, titles=len(prompts) > 1)
+    began = time.perf_counter()
+    records: dict[int, str] = {}
+    failed = 0
+    # with several samples of one prompt their texts would run into each other
+    report: Callable[[Hashable, str], None] | None = output.add if output and params.n == 1 else None  # type: ignore[assignment]
+    for key, completion in llm.stream(((number, prompt, params) for number, prompt in enumerate(prompts)), report):
+        number: int = key  # type: ignore[assignment]
+        text = "\n".join(sample.text for sample in completion.samples or [completion])
+        if completion.error:
+            failed += 1
+            failure = {"prompt": prompts[number], "error": completion.error.removeprefix(f"prompt {number}: ")}
+            print(f"prompt {number}: {failure['error']}", file=sys.stderr)
+        else:
+            records[number] = flexflow_record(completion, time.perf_counter() - began, shown[number], text)
+        if output:
+            output.finish(number, text)
+        else:
+            print_json({"index": number, **(failure if completion.error else workload.output_line(prompts[number], completion))}, stdout)
+    if output:
+        output.check()
+    if config.output_file is not None:
+        with workload.whole_file(config.output_file) as file:
+            file.writelines(records[number] for number in sorted(records))
+    return ROW_ERRORS if failed else DONE
+
+
+def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: CompletionConfig, stdout: IO[str]) -> int:
+    """One conversation: every turn of the user is answered with all that was said before in view. A turn that cannot be run is taken back."""
+    messages: list[dict[str, str]] = [{"role": "system", "content": config.system}] if config.system else []
+    failed = 0
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        output = None if config.json else OrderedOutput(stdout, [""], titles=False)
+        report: Callable[[Hashable, str], None] | None = output.add if output else None  # type: ignore[assignment]
+        ((_, completion),) = llm.stream([(0, list(messages), params)], report)
+        if completion.error:
+            failed += 1
+            messages.pop()
+            print(f"{completion.error.removeprefix('prompt 0: ')}; this turn is taken back", file=sys.stderr)
+            continue
+        messages.append({"role": "assistant", "content": completion.text})
+        if output:
+            output.finish(0, completion.text)
+        else:
+            print_json(workload.output_line(list(messages[:-1]), completion), stdout)
+    return ROW_ERRORS if failed else DONE
+
+
+def lines_of(stream: IO[str], question: str = "") -> Iterable[str]:
+    """Lines without empty ones, as they are typed; ``question`` is asked on stderr before each."""
+    while True:
+        if question:
+            print(question, end="", file=sys.stderr, flush=True)
+        line = stream.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str], stdout: IO[str]) -> int:
+    config, sampling, engine = read_settings([CompletionConfig, SamplingConfig, EngineConfig], args, environ, getattr(args, "config", None))
+    if args.words and config.prompts is not None:
+        raise ConfigurationError("prompts come from the arguments or from --prompts FILE; leave one out")
+    if config.chat and (config.prompts is not None or config.output_file is not None or sampling.n > 1):
+        raise ConfigurationError("--chat takes what the user says from the arguments or standard input; leave out --prompts, --output-file and --n")
+    if config.system is not None and not config.chat:
+        raise ConfigurationError("--system is for --chat")
+    try:
+        params = SamplingParams(**dataclasses.asdict(sampling))
+    except ValueError as problem:
+        raise ConfigurationError(str(problem)) from problem
+    given = workload.read_prompts(config.prompts) if config.prompts else args.words
+    if not given and not config.chat:
+        given = list(lines_of(stdin))
+    if not given and not config.chat:
+        raise ConfigurationError("no prompts: give some as arguments, with --prompts FILE, or on standard input, one a line")
+    from flexbatch.engine import LLM
+
+    with LLM.from_config(engine) as llm:
+        if not config.chat:
+            return complete(llm, given, params, config, stdout)
+        if getattr(llm.tokenizer, "chat_template", None) is None:
+            raise ConfigurationError(f"{engine.model} has no chat template, so it cannot chat; leave out --chat")
+        return chat(llm, given or lines_of(stdin, "> " if stdin.isatty() else ""), params, config, stdout)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
+    set_up_logging("WARNING")
+    return run_command(lambda: command(args, os.environ, sys.stdin, sys.stdout))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

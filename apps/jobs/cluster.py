@@ -1,0 +1,218 @@
+"""One job on a Ray cluster: the driver keeps the manifest and the list of parts, actors with an engine each do and commit them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flexbatch.apps.jobs.interrupt import Interrupts
+from flexbatch.apps.jobs.journal import Journal, read_log
+from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.openai import OpenAIOutput
+from flexbatch.apps.jobs.pipeline import Pipeline, TooManyErrors
+from flexbatch.apps.jobs.plan import Job, make_encode
+from flexbatch.apps.jobs.progress import Counts, Progress
+from flexbatch.apps.jobs.results import Record
+from flexbatch.apps.jobs.runner import OpenEngine, Shard, close_shard, ended, stopped
+from flexbatch.apps.jobs.shares import Share
+from flexbatch.apps.jobs.store import STATE, OutputStore
+from flexbatch.config import ConfigurationError
+
+logger = logging.getLogger("flexbatch")
+RESTARTS = 3
+"""How often an actor that dies is started again; a part that kills every actor must not run for ever."""
+POLL_S = 0.5
+
+
+class Dispenser:
+    """Hands out the parts of a job to workers, one at a time and in order; a Ray actor, as all workers must see the same list.
+
+    ``parts``: number -> records of rows that are finished. What a worker held when it died goes to the front again, with what its journal says.
+    """
+
+    def __init__(self, job: Job, digest: bytes, parts: dict[int, dict[int, Record]]) -> None:
+        self._job, self._digest, self._finished = job, digest, parts
+        self._waiting = deque(parts)
+        self._held: dict[int, set[int]] = {}
+        self._commits: list[dict[str, int]] = []
+        self._stopped = False
+
+    def register(self, worker: int) -> None:
+        """A worker begins, perhaps again."""
+        lost = self._held.pop(worker, set())
+        self._held[worker] = set()
+        if not lost:
+            return
+        job, retry = self._job, self._job.config.retry_failed
+        state = Path(job.folder).expanduser() / STATE
+        if not retry:
+            known = {commit["part"]: commit for path in state.glob("commits-*.log") for commit in read_log(path, self._digest) if commit["part"] in lost}
+            there = {number for number in known if (state.parent / job.parts[number].file_name(job.output.suffix)).exists()}
+            self._commits += [known[number] for number in sorted(there)]
+            lost -= there
+        for number, records in Journal(state, "dispenser", self._digest).recover(lost.__contains__).items():
+            self._finished[number] = {
+                **self._finished[number],
+                **{row: record for row, record in records.items() if not (retry and job.output.error_of(record))},
+            }
+        self._waiting.extendleft(sorted(lost, reverse=True))
+
+    def take(self, worker: int) -> tuple[int, dict[int, Record]] | None:
+        """The next part, or None when there is none, or no more are wanted."""
+        if self._stopped or not self._waiting:
+            return None
+        part = self._waiting.popleft()
+        self._held[worker].add(part)
+        return part, self._finished[part]
+
+    def done(self, worker: int, commit: dict[str, int]) -> None:
+        self._held[worker].discard(commit["part"])
+        self._commits.append(commit)
+
+    def stop(self) -> None:
+        """No more parts: workers finish what they have."""
+        self._stopped = True
+
+    def take_commits(self) -> list[dict[str, int]]:
+        """What was committed since the last call."""
+        commits, self._commits = self._commits, []
+        return commits
+
+
+class Worker:
+    """One engine on the cluster; a Ray actor that commits parts itself."""
+
+    def __init__(self, number: int, job: Job, open_engine: OpenEngine, dispenser: Any) -> None:
+        self._number, self._job, self._dispenser = number, job, dispenser
+        self._llm = open_engine(job.engine)
+
+    def run(self) -> None:
+        """Does parts until there are none left. Called again after a restart, it first gives back what its predecessor held."""
+        import ray
+
+        job, number, dispenser = self._job, self._number, self._dispenser
+        ray.get(dispenser.register.remote(number))
+        store = OutputStore(job.folder, job.fingerprint, worker=f"worker-{number}-{uuid.uuid4().hex[:8]}")
+        if isinstance(job.output, OpenAIOutput):
+            job.output.created, job.output.decode = store.created, lambda token: self._llm.tokenizer.decode([token])
+        finished: dict[int, dict[int, Record]] = {}
+
+        def parts() -> Iterator[Part]:
+            while (task := ray.get(dispenser.take.remote(number))) is not None:
+                finished[task[0]] = task[1]
+                yield job.parts[task[0]]
+
+        def committed(part: Part) -> None:
+            ray.get(dispenser.done.remote(number, dataclasses.asdict(store.commits[part.number])))
+
+        pipeline = Pipeline(
+            job.source, parts(), finished, job.output, store, make_encode(self._llm, job.config.truncate), Counts(0), Interrupts(),
+            window_rows=job.config.window_rows, on_commit=committed,
+        )  # fmt: skip
+        try:
+            pipeline.run(self._llm)
+        finally:
+            store.close()
+
+
+def check_cluster(resources: dict[str, float], actors: int, cpus: float, gpus: float) -> None:
+    """Raises ConfigurationError where Ray would wait for ever for resources that the cluster does not have."""
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        if resources.get(name, 0) < actors * each:
+            raise ConfigurationError(
+                f"{actors} Ray actors with {each:g} {name} each need {actors * each:g}, the cluster has {resources.get(name, 0):g}: Ray would wait for ever. "
+                f"Lower --ray-actors{' or --ray-cpus' if name == 'CPU' else ''}, or join a larger cluster with --ray-address"
+            )
+
+
+def run_on_ray(job: Job, open_engine: OpenEngine, resume: str) -> int:
+    """Runs a job on a Ray cluster: the same parts, manifest and exit codes as `run_shard`. The output folder must be shared by all nodes.
+
+    Parts are committed by the actors themselves, because Ray Data checkpoints hardly anything after a failure. An actor that dies is started again
+    and goes on from its journal, three times.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigurationError("--ray needs Ray: pip install 'flexbatch[ray]'") from None
+    shard = Shard.open(job, Share())
+    try:
+        counts = shard.counts()
+        if not shard.left:
+            return ended(shard, counts, "nothing left to do", resume)
+        started_here = not ray.is_initialized()
+        if started_here:
+            ray.init(address=job.config.ray_address, log_to_driver=False, configure_logging=False)
+        try:
+            return _drive(shard, counts, open_engine, resume)
+        finally:
+            if started_here:
+                ray.shutdown()
+    except ConfigurationError:
+        raise
+    except ray.exceptions.RayTaskError as error:
+        return stopped(error.cause if isinstance(error.cause, Exception) else error, resume)
+    except Exception as error:
+        return stopped(error, resume)
+    finally:
+        close_shard(shard, Share())
+
+
+def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -> int:
+    """Starts the actors and counts what they commit."""
+    import ray
+
+    job, config = shard.job, shard.job.config
+    resources = ray.cluster_resources()
+    gpus = 0.0 if job.engine.device == "cpu" or not resources.get("GPU") else 1.0
+    actors = min(config.ray_actors or int(resources.get("GPU", 0) if gpus else 1), len(shard.left))
+    check_cluster(resources, actors, config.ray_cpus, gpus)
+    if ray.available_resources().get("CPU", 0) < actors * config.ray_cpus:
+        logger.warning("other jobs hold CPUs of the Ray cluster: actors that find none wait until they are free")
+    # Small windows keep one actor from taking most parts of a small job.
+    rows = sum(part.rows for part in shard.left)
+    job = dataclasses.replace(job, config=dataclasses.replace(config, window_rows=max(1, min(config.window_rows, rows // (8 * actors)))))
+    waiting = {part.number: shard.finished.get(part.number, {}) for part in shard.left}
+    dispenser: Any = ray.remote(num_cpus=0)(Dispenser).remote(job, shard.store.digest, waiting)
+    kind: Any = ray.remote(num_cpus=config.ray_cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
+    workers = [kind.remote(number, job, open_engine, dispenser) for number in range(actors)]
+    interrupts, progress = Interrupts(), Progress(counts, metrics_file=config.metrics_file)
+    limit = config.error_limit(counts.rows_total)
+
+    def draining() -> None:
+        dispenser.stop.remote()
+        progress.say("flexbatch: the actors finish the parts that they have; Ctrl-C again stops now, and costs the tokens of the sequences in flight")
+
+    interrupts.on_drain = draining
+    # Rows of an unfinished part are counted when it is committed.
+    journaled = {number: finished for number, finished in waiting.items() if finished}
+    try:
+        with interrupts.installed():
+            pending = [worker.run.remote() for worker in workers]
+            while pending:
+                done, pending = ray.wait(pending, timeout=POLL_S)
+                for commit in ray.get(dispenser.take_commits.remote()):
+                    _count(counts, commit, journaled.pop(commit["part"], {}), shard)
+                if limit is not None and counts.row_errors > limit:
+                    raise TooManyErrors(f"{counts.row_errors} rows failed, more than the {limit} that --max-errors allows")
+                ray.get(done)
+            for commit in ray.get(dispenser.take_commits.remote()):
+                _count(counts, commit, journaled.pop(commit["part"], {}), shard)
+    finally:
+        progress.close()
+    return ended(shard, counts, progress.line(), resume)
+
+
+def _count(counts: Counts, commit: dict[str, int], before: dict[int, Record], shard: Shard) -> None:
+    """Adds a committed part, less what was counted of it when the job began."""
+    output = shard.job.output
+    counts.parts_committed += 1
+    counts.rows_done += commit["rows"] - len(before)
+    counts.row_errors += commit["errors"] - sum(bool(output.error_of(record)) for record in before.values())
+    counts.input_tokens_total += commit["input_tokens"] - sum(output.tokens_of(record)[0] for record in before.values())
+    counts.generated_tokens_total += commit["generated_tokens"] - sum(output.tokens_of(record)[1] for record in before.values())

@@ -1,0 +1,119 @@
+"""FlexBatch on clusters: a stateful class for Ray Data and Spark, and the runner of ``flexbatch batch --ray``.
+
+Ray Data, with an actor pool. Repartition first: small files otherwise collapse into one block, which one actor gets whole. Take batches of several
+engine blocks: the engine drains at the end of each. ``preserve_order`` keeps the rows in order::
+
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    rows = ray.data.read_parquet("in").repartition(64)
+    rows = rows.map_batches(
+        GenerateText, fn_constructor_kwargs={"prompt_column": "text", "max_tokens": 64, "model": "demo"},
+        batch_format="pyarrow", batch_size=4096, compute=ray.data.ActorPoolStrategy(size=3), num_cpus=0.5,
+    )
+    rows.write_parquet("out")
+
+Spark, where the engine lives as long as the partition and does not drain between record batches::
+
+    def generate(batches):
+        with GenerateText(prompt_column="text", max_tokens=64, model="demo") as engine:
+            yield from engine.stream(batches)
+
+    df.mapInArrow(generate, schema="text string, " + GenerateText.SPARK_COLUMNS).write.parquet("out")
+
+Neither commits parts nor resumes; ``flexbatch batch --ray`` does, with the files of a job on one machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from flexbatch.apps.batch import open_llm
+from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.plan import choose_prompt, make_encode
+from flexbatch.apps.jobs.results import ParquetOutput, Record
+from flexbatch.apps.jobs.rows import Row, RowReader
+from flexbatch.apps.jobs.runner import OpenEngine
+from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.request import SamplingParams
+
+
+class GenerateText:
+    """Adds the result columns of a batch job to Arrow tables; loads its engine once.
+
+    Keywords are the fields of `JobConfig` and `EngineConfig` that speak of prompts, generation, result columns and the engine. Without a seed column,
+    rows with equal prompts draw equal texts: a batch does not know its place in the data set. Raises ConfigurationError for wrong keywords.
+    """
+
+    SPARK_COLUMNS = "generated_text string, finish_reason string, num_input_tokens int, num_generated_tokens int, error string"
+
+    def __init__(self, *, open_engine: OpenEngine = open_llm, **settings: Any) -> None:
+        names = {field.name for field in dataclasses.fields(JobConfig)}
+        known = names | {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(settings.keys() - known):
+            raise ConfigurationError(f"unknown settings: {', '.join(unknown)}")
+        self._config = JobConfig(**{name: value for name, value in settings.items() if name in names})
+        engine = EngineConfig(**{name: value for name, value in settings.items() if name not in names})
+        self._seed, self._llm = engine.seed, open_engine(engine)
+        self._encode = make_encode(self._llm, self._config.truncate)
+        self._output: ParquetOutput | None = None
+
+    def __enter__(self) -> GenerateText:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._llm.__exit__(None, None, None)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """One batch of Ray Data (``batch_format="pyarrow"``)."""
+        return pa.Table.from_batches(self.stream(table.combine_chunks().to_batches()), schema=self._output_for(table.schema).schema)
+
+    def stream(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Batches with the result columns, in order; the engine is refilled across their borders."""
+        waiting: deque[tuple[pa.RecordBatch, list[Record]]] = deque()
+        flying: dict[int, tuple[list[Record], Row]] = {}
+        for key, completion in self._llm.stream(self._items(batches, waiting, flying)):
+            records, row = flying.pop(key)
+            assert self._output is not None
+            records[row.offset] = self._output.record(row, completion)
+            yield from self._whole(waiting)
+        yield from self._whole(waiting)
+
+    def _whole(self, waiting: deque[tuple[pa.RecordBatch, list[Record]]]) -> Iterator[pa.RecordBatch]:
+        while waiting and None not in waiting[0][1]:
+            batch, records = waiting.popleft()
+            table = self._output_for(batch.schema).table(pa.Table.from_batches([batch]), records)
+            yield from table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
+
+    def _items(
+        self, batches: Iterable[pa.RecordBatch], waiting: deque[tuple[pa.RecordBatch, list[Record]]], flying: dict[int, tuple[list[Record], Row]]
+    ) -> Iterator[tuple[int, list[int], SamplingParams]]:
+        key = 0
+        for batch in batches:
+            output, records = self._output_for(batch.schema), [None] * len(batch)
+            waiting.append((batch, records))
+            for row in output.rows(pa.Table.from_batches([batch]), Part(0, "", 0, ()), lambda offset: False):
+                try:
+                    if row.error:
+                        raise ValueError(row.error)
+                    token_ids = self._encode(row)
+                except ValueError as error:
+                    records[row.offset] = output.failure(row, str(error))
+                    continue
+                flying[key] = (records, row)
+                yield key, token_ids, row.params
+                key += 1
+
+    def _output_for(self, schema: pa.Schema) -> ParquetOutput:
+        if self._output is None:
+            config = choose_prompt(self._config, schema.names)
+            reader = RowReader(
+                schema, (), config.params(), self._seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+                template=config.prompt_template, columns=config.setting_columns(), seed_by_prompt=True,
+            )  # fmt: skip
+            self._output = ParquetOutput(reader, schema, (), prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None)
+        return self._output

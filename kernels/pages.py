@@ -1,0 +1,73 @@
+"""Pages between pinned host memory and GPU staging, in Triton: the GPU reads and writes the host's memory itself.
+
+Scattered pages of any size move at the link's rate, which one copy call per page does not reach. Few programs keep the link full: it takes rate x
+latency, about 55 GB/s x 2 us = 110 KB in flight, and 32 programs with 16 KiB each leave the other multiprocessors to GEMMs.
+A pinned CPU tensor is given to Triton like any other: the driver maps registered memory at the same address.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_PROGRAMS = 32
+TILE_BYTES = 16384
+NUM_WARPS = 8
+
+
+@triton.jit
+def _copy_kernel(source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr, WORDS: tl.constexpr,
+                 BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):  # fmt: skip
+    """Rows of WORDS words; row i is ``indices[i]`` on the source's (GATHER) or the destination's side. Grid-stride over tiles."""
+    pieces: tl.constexpr = (WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS) * pieces, tl.num_programs(0)):
+        row = tile // pieces * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        word = tile % pieces * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+        index = tl.load(indices + row, mask=row < num_rows, other=0).to(tl.int64)
+        row64 = row.to(tl.int64)
+        read = source + ((index if GATHER else row64) * source_stride)[:, None] + word[None, :]
+        written = destination + ((row64 if GATHER else index) * destination_stride)[:, None] + word[None, :]
+        mask = (row < num_rows)[:, None] & (word < WORDS)[None, :]
+        tl.store(written, tl.load(read, mask=mask, eviction_policy="evict_first"), mask=mask)
+
+
+def _as_words(x: Tensor, width: int) -> Tensor:
+    """Rows of ``x`` as integers of ``width`` bytes."""
+    flat = x.view(x.shape[0], -1)
+    return flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width])
+
+
+def _word_bytes(*tensors: Tensor) -> int:
+    """The widest integer that divides every row, its place and the distance of rows. Loads of 16 bytes are two of 8."""
+    bits = 8
+    for x in tensors:
+        bits |= x.data_ptr() | x.stride(0) * x.element_size() | x[:1].numel() * x.element_size()
+    return bits & -bits
+
+
+def _copy(source: Tensor, destination: Tensor, indices: Tensor, gather: bool, num_programs: int) -> None:
+    assert source[:1].is_contiguous() and destination[:1].is_contiguous(), "a row must be contiguous"
+    if len(indices) == 0:
+        return
+    width = _word_bytes(source, destination)
+    source, destination = _as_words(source, width), _as_words(destination, width)
+    words = source.shape[1]
+    assert words == destination.shape[1], f"rows of {words * width} and {destination.shape[1] * width} bytes"
+    block_words = min(triton.next_power_of_2(words), TILE_BYTES // width)
+    block_rows = TILE_BYTES // width // block_words
+    _copy_kernel[(num_programs,)](
+        source, destination, indices, len(indices), source.stride(0), destination.stride(0),
+        GATHER=gather, WORDS=words, BLOCK_ROWS=block_rows, BLOCK_WORDS=block_words, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor, *, num_programs: int = NUM_PROGRAMS) -> None:
+    """`reference.gather_pages`; ``num_programs`` is the share of the GPU that is given up to it."""
+    _copy(source, destination, page_ids, True, num_programs)
+
+
+def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor, *, num_programs: int = NUM_PROGRAMS) -> None:
+    """`reference.scatter_rows`; ``num_programs`` is the share of the GPU that is given up to it."""
+    _copy(source, destination, slots, False, num_programs)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from flexbatch.apps.jobs.cluster import Dispenser, check_cluster
+from flexbatch.apps.jobs.plan import Job, plan_job
+from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.apps.jobs.store import OutputStore
+from flexbatch.apps.ray import GenerateText
+from flexbatch.config import ConfigurationError, EngineConfig
+from tests.apps_batch.fake import FakeLLM
+from tests.apps_batch.helpers import RESULTS, parts_of, read_output, run_here, shared_prompts, start, wait_for, write_input
+
+
+def generate_text(**settings: object) -> GenerateText:
+    return GenerateText(open_engine=lambda config: FakeLLM(block=4), **settings)
+
+
+def test_batches_get_the_columns_of_a_job() -> None:
+    table = pa.table({"text": ["a", None, "b" * 600, "c"], "n": [1, 2, 3, 4]})
+    out = generate_text(prompt_column="text", max_tokens=9)(table)
+    assert out.select(["text", "n"]).equals(table) and tuple(out.schema.names[2:]) == RESULTS
+    assert [bool(error) for error in out["error"].to_pylist()] == [False, True, True, False]
+    assert generate_text(prompt_column="text")(table.slice(0, 0)).schema.names == ["text", "n", *RESULTS]
+
+
+def test_the_engine_is_refilled_across_the_borders_of_batches() -> None:
+    batches = [pa.record_batch({"prompt": [f"{i}-{j}" for j in range(3)]}) for i in range(5)]
+    drawn: list[int] = []
+
+    def source():  # type: ignore[no-untyped-def]
+        for place, batch in enumerate(batches):
+            drawn.append(place)
+            yield batch
+
+    out = []
+    for batch in generate_text(max_tokens=6).stream(source()):
+        out.append(batch)
+        assert len(drawn) > len(out) or len(out) == 5
+    assert [batch["prompt"].to_pylist() for batch in out] == [batch["prompt"].to_pylist() for batch in batches]
+    whole = generate_text(max_tokens=6)(pa.Table.from_batches(batches))
+    assert pa.Table.from_batches(out).equals(whole)
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(ConfigurationError, match="unknown settings: max_token"):
+        generate_text(max_token=3)
+
+
+def test_a_cluster_that_is_too_small_is_refused_and_not_waited_for() -> None:
+    check_cluster({"CPU": 2.0}, 3, 0.5, 0)
+    with pytest.raises(ConfigurationError, match="3 Ray actors with 1 CPU each need 3, the cluster has 2"):
+        check_cluster({"CPU": 2.0}, 3, 1, 0)
+    with pytest.raises(ConfigurationError, match="GPU"):
+        check_cluster({"CPU": 9.0}, 1, 1, 1)
+
+
+def planned(tmp_path: Path, **settings: object) -> Job:
+    source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(40)])
+    config = JobConfig(part_rows=10, **settings)  # type: ignore[arg-type]
+    return plan_job(str(source), str(tmp_path / "out"), config, EngineConfig(), lambda engine: {"weights": "fake"})
+
+
+def test_parts_of_a_worker_that_died_go_out_again_with_what_it_finished(tmp_path: Path) -> None:
+    job = planned(tmp_path)
+    store = OutputStore(job.folder, job.fingerprint, worker="worker-0-a")
+    dispenser = Dispenser(job, store.digest, {number: {} for number in range(4)})
+    for worker in (0, 1):
+        dispenser.register(worker)
+    assert [dispenser.take(0), dispenser.take(0), dispenser.take(1)] == [(0, {}), (1, {}), (2, {})]
+    record = ["text", "stop", 1, 2, "", None, None]
+    store.journal.append(1, 5, record)
+    part = job.parts[0]
+    store.commit(part, next(iter_tables(job)), [record] * 10, job.output)
+    dispenser.register(0)
+    assert dispenser.take(1) == (1, {5: record}) and dispenser.take(1) == (3, {}) and dispenser.take(0) is None
+    commits = dispenser.take_commits()
+    assert commits == [dataclasses.asdict(store.commits[0])] and dispenser.take_commits() == []
+    store.close()
+
+
+def iter_tables(job: Job):  # type: ignore[no-untyped-def]
+    from flexbatch.apps.jobs.sources import read_parts
+
+    return (table for _, table in read_parts(job.source, job.parts))
+
+
+def test_a_stopped_dispenser_hands_out_nothing(tmp_path: Path) -> None:
+    job = planned(tmp_path)
+    dispenser = Dispenser(job, b"x" * 16, {0: {}})
+    dispenser.register(0)
+    dispenser.stop()
+    assert dispenser.take(0) is None
+
+
+@pytest.mark.slow
+def test_ray_data_keeps_order_with_an_actor_pool() -> None:
+    pytest.importorskip("ray")
+    import ray
+    import ray.data
+
+    ray.init(num_cpus=2, log_to_driver=False)
+    try:
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        rows = ray.data.from_arrow(pa.table({"prompt": [f"p{i}" for i in range(200)]})).repartition(8)
+        rows = rows.map_batches(
+            GenerateText,
+            fn_constructor_kwargs={"open_engine": lambda config: FakeLLM(), "max_tokens": 8},
+            batch_format="pyarrow",
+            batch_size=25,
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_cpus=0.5,
+        )
+        out = rows.take_all()
+    finally:
+        ray.shutdown()
+    whole = generate_text(max_tokens=8)(pa.table({"prompt": [f"p{i}" for i in range(200)]})).to_pylist()
+    assert out == whole
+
+
+@pytest.mark.slow
+def test_a_ray_job_with_three_actors_survives_the_death_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    source, out = write_input(tmp_path / "in.parquet", shared_prompts(900)), tmp_path / "out"
+    flags = ("--part-rows", 20)
+    assert run_here(source, tmp_path / "whole", *flags, count_file=str(tmp_path / "once")) == 0
+    process = start(source, out, *flags, "--ray", "--ray-actors", 3, "--ray-cpus", 0.5, block=8, step_s=0.01, count_file=str(tmp_path / "tokens"))
+    wait_for(lambda: len(parts_of(out)) >= 6, process, 120)
+    actors = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::Worker" in " ".join(child.cmdline())]
+    assert len(actors) == 3, process.communicate()
+    actors[1].kill()
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert read_output(out).equals(read_output(tmp_path / "whole"))
+    assert (tmp_path / "tokens").stat().st_size < 1.15 * (tmp_path / "once").stat().st_size
+    assert not list((out / ".flexbatch").glob("journal-*"))
+    assert run_here(source, out, *flags) == 0
+
+
+@pytest.mark.slow
+def test_a_ray_job_that_is_killed_is_resumed_by_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    source, out = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(300)]), tmp_path / "out"
+    process = start(source, out, "--part-rows", 20, "--ray", "--ray-actors", 2, "--ray-cpus", 0.5, block=8, step_s=0.02)
+    wait_for(lambda: len(parts_of(out)) >= 2, process, 120)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    for child in children:
+        if child.is_running():
+            child.kill()
+    time.sleep(0.5)
+    engine = FakeLLM()
+    assert run_here(source, out, "--part-rows", 20, fake=engine) == 0
+    assert engine.prompts_seen < 260 and read_output(out)["id"].to_pylist() == list(range(300))
+    assert not list((out / ".flexbatch").glob("journal-*"))

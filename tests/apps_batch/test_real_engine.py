@@ -1,0 +1,106 @@
+"""The command with the demo model on the CPU."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.apps_batch.helpers import ROOT, journal_bytes, parts_of, read_output, shared_prompts, wait_for, write_input
+
+SMALL_BLOCK = ("--gpu-batch-size", "8", "--num-gpu-batches", "2", "--device", "cpu")
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flexbatch.apps.batch", *map(str, words), "--model", "demo", *SMALL_BLOCK]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str], code: int = 0) -> None:
+    out, err = process.communicate(timeout=1500)
+    assert process.returncode == code and out == "", err
+
+
+def generated(out: Path) -> int:
+    return sum(read_output(out)["num_generated_tokens"].to_pylist())
+
+
+def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> None:
+    source, out = write_input(tmp_path / "in.parquet", shared_prompts(rows, 120), row_group_size=97), tmp_path / "out"
+    finished(start(source, tmp_path / "whole", *flags))
+    size = (tmp_path / "whole" / ".flexbatch" / "commits-0-of-1.log").stat().st_size
+    chance, committed = random.Random(3), out / ".flexbatch" / "commits-0-of-1.log"
+    for kill in range(kills):
+        process = start(source, out, *flags)
+        rate = size * (kill + chance.random()) / (kills + 1)
+        before = journal_bytes(out)
+        wait_for(lambda rate=rate, before=before: committed.exists() and committed.stat().st_size > rate and journal_bytes(out) != before, process, 600)
+        process.kill()
+        process.communicate()
+    finished(start(source, out, *flags))
+    assert read_output(out).equals(read_output(tmp_path / "whole"))
+
+
+def test_a_sampled_job_that_was_killed_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 64, 1, "--max-tokens", 6, "--part-rows", 8, "--window-rows", 16)
+
+
+@pytest.mark.slow
+def test_five_thousand_rows_killed_twenty_times(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 5000, 20, "--max-tokens", 8)
+
+
+def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:
+    from flexbatch import LLM, SamplingParams
+
+    prompts = ["def add(a, b):", "import os\n", "x" * 9000, "class A:"]
+    source = write_input(tmp_path / "in.parquet", prompts)
+    finished(start(source, tmp_path / "out", "--temperature", 0, "--max-tokens", 5, "--logprobs", 2, "--generated-tokens"), 3)
+    rows = read_output(tmp_path / "out").to_pylist()
+    assert "2048" in rows[2]["error"] and rows[2]["generated_text"] is None
+    with LLM("demo", device="cpu", gpu_batch_size=8, num_gpu_batches=2) as llm:
+        good = [0, 1, 3]
+        completions = llm.generate([prompts[i] for i in good], SamplingParams(temperature=0, max_tokens=5))
+    for place, completion in zip(good, completions, strict=True):
+        row = rows[place]
+        assert (row["generated_text"], row["generated_tokens"]) == (completion.text, completion.token_ids)
+        assert row["logprobs"][0][0]["rank"] == 1 and row["logprobs"][0][0]["token_id"] == row["generated_tokens"][0]
+
+
+@pytest.mark.slow
+def test_the_job_is_as_fast_as_generate_in_memory(tmp_path: Path) -> None:
+    """Both runs use one engine in this process, in turns, so that the machine's other work touches both."""
+    from flexbatch import LLM, SamplingParams
+    from flexbatch.apps.batch import main, model_identity
+
+    prompts = shared_prompts(1500, 150)
+    source = write_input(tmp_path / "in.parquet", prompts, row_group_size=200)
+
+    class Shared:
+        def __init__(self, llm: LLM) -> None:
+            self.stream, self.tokenizer, self.arch = llm.stream, llm.tokenizer, llm.arch
+
+        def __enter__(self) -> Shared:
+            return self
+
+        def __exit__(self, *exc: object) -> None:
+            return None
+
+    ratios = []
+    with LLM("demo", device="cpu", gpu_batch_size=32, num_gpu_batches=2) as llm:
+        llm.generate(prompts[:64], SamplingParams(temperature=0, max_tokens=4))
+        for turn in range(3):
+            began = time.process_time()
+            llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
+            memory = time.process_time() - began
+            began = time.process_time()
+            words = [str(source), str(tmp_path / f"out{turn}"), "--temperature", "0", "--max-tokens", "16", "--device", "cpu"]
+            assert main(words, open_engine=lambda config: Shared(llm), identity=model_identity) == 0
+            ratios.append((time.process_time() - began) / memory)
+    assert len(pq.read_table(tmp_path / "out0")) == 1500 and parts_of(tmp_path / "out0")
+    assert min(ratios) < 1.05, ratios

@@ -1,0 +1,92 @@
+"""Random calls of paged attention: pages in random order, NaN in every slot that nobody may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flexbatch.kernels import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Query tokens and context of each sequence, and the shape of the heads."""
+
+    queries: tuple[int, ...]
+    contexts: tuple[int, ...]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    bits: int = 16
+    group: int = 32
+    page_tokens: int = 8
+    alibi: bool = False
+    window: int = 0
+    soft_cap: float = 0.0
+    tree: bool = False
+    seed: int = 0
+
+    def build(self, device: torch.device | str = "cpu") -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        """Positional and keyword arguments of `paged_attention`."""
+        random = torch.Generator().manual_seed(self.seed)
+        max_pages = max(-(-context // self.page_tokens) for context in self.contexts) + 1
+        num_pages = len(self.contexts) * max_pages
+        table = torch.randperm(num_pages, generator=random).view(len(self.contexts), max_pages).int()
+        slots = torch.cat([self.slots_of(table[s], context) for s, context in enumerate(self.contexts)])
+        key, value = (torch.randn(len(slots), self.num_kv_heads, self.head_dim, generator=random).to(self.dtype) for _ in range(2))
+        reference.append_rows(rows := self.garbage(num_pages * self.page_tokens, random), slots, key, value, self.bits, self.group)
+        query = torch.randn(sum(self.queries), self.num_heads, self.head_dim, generator=random).to(self.dtype)
+        starts = torch.tensor([0, *self.queries]).cumsum(0).int()
+        options: dict[str, Any] = {"num_kv_heads": self.num_kv_heads, "page_tokens": self.page_tokens, "scale": self.head_dim**-0.5, "bits": self.bits}
+        options |= {"group": self.group, "window": self.window, "soft_cap": self.soft_cap, "max_query_len": max(self.queries)}
+        if self.alibi:
+            options["alibi_slopes"] = torch.rand(self.num_heads, generator=random) / 4
+        if self.tree:
+            options |= self.random_trees(random)
+        options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        return tuple(x.to(device) for x in (query, rows, table, starts, torch.tensor(self.contexts).int())), options
+
+    def slots_of(self, pages: torch.Tensor, context: int) -> torch.Tensor:
+        return (pages.long().unsqueeze(1) * self.page_tokens + torch.arange(self.page_tokens)).flatten()[:context]
+
+    def garbage(self, num_slots: int, random: torch.Generator) -> torch.Tensor:
+        if self.bits == 16:
+            return torch.full((num_slots, 2, self.num_kv_heads, self.head_dim), float("nan"), dtype=self.dtype)
+        row_bytes = reference.token_bytes(self.num_kv_heads, self.head_dim, self.bits, self.group, self.dtype.itemsize)
+        return torch.full((num_slots, row_bytes), 0xFF, dtype=torch.uint8)  # parameters of all ones are NaN
+
+    def random_trees(self, random: torch.Generator) -> dict[str, torch.Tensor]:
+        """Every query token hangs on an earlier one of its sequence."""
+        words = -(-max(self.queries) // 32)
+        masks, positions = torch.zeros(sum(self.queries), words * 32, dtype=torch.int64), torch.zeros(sum(self.queries), dtype=torch.int32)
+        begin = 0
+        for queries, context in zip(self.queries, self.contexts, strict=True):
+            for q in range(queries):
+                if q:
+                    masks[begin + q] = masks[begin + int(torch.randint(0, q, (1,), generator=random))]
+                masks[begin + q, q] = 1
+                positions[begin + q] = context - queries + masks[begin + q].sum() - 1
+            begin += queries
+        packed = (masks.view(-1, words, 32) << torch.arange(32)).sum(-1)
+        return {"tree_masks": torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int(), "positions": positions}
+
+
+CASES = {
+    "decode": Case((1, 1, 1), (1, 37, 130), num_heads=8, head_dim=64),
+    "mixed, many heads of one": Case((1, 3, 0, 40), (10, 37, 5, 70), num_heads=6, num_kv_heads=1, head_dim=33, alibi=True),
+    "chunks, no groups": Case((5, 40), (37, 90), num_heads=2, head_dim=80),
+    "window": Case((1, 5, 40), (100, 37, 90), head_dim=96, window=11),
+    "window shorter than a block": Case((1, 3), (100, 37), head_dim=16, window=3),
+    "soft cap": Case((1, 20), (70, 41), head_dim=112, soft_cap=3.0),
+    "trees": Case((9, 37, 1), (10, 80, 60), num_heads=6, head_dim=64, tree=True),
+    "trees, ALiBi and window": Case((9, 34), (30, 80), num_heads=6, head_dim=24, tree=True, alibi=True, window=6),
+    "half precision": Case((2, 13, 1), (10, 60, 130), head_dim=128, dtype=torch.float16),
+    "head of 256": Case((1, 2), (33, 20), num_heads=2, num_kv_heads=1, head_dim=256, dtype=torch.float16),
+    "8 bits": Case((2, 13, 1), (10, 60, 70), head_dim=96, bits=8),
+    "4 bits": Case((2, 13, 1), (10, 60, 70), head_dim=112, dtype=torch.float16, bits=4),
+    "4 bits, short group": Case((1, 20), (40, 41), head_dim=34, bits=4),
+}
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

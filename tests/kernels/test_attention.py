@@ -1,0 +1,141 @@
+"""Paged attention of the compiled C and of Triton against the oracle."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexbatch.kernels import native, ops, reference
+from tests.kernels.cases import CASES, TOLERANCE, Case
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert got.dtype == wanted.dtype
+    tolerance = TOLERANCE[wanted.dtype]
+    torch.testing.assert_close(got.float().cpu(), wanted.float(), atol=tolerance, rtol=tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_native(case, dtype):
+    arguments, options = replace(case, dtype=dtype).build()
+    assert_close(native.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options))
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [0, 300])
+def test_native_cuts_long_contexts(window):
+    arguments, options = Case((1, 4, 17, 1), (1025, 600, 1600, 512), num_heads=6, num_kv_heads=2, head_dim=40, window=window).build()
+    assert_close(native.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options))
+
+
+@needs_compiler
+def test_native_result_depends_on_the_sequence_alone():
+    """Bit for bit, whatever the number of threads and the neighbours in the batch."""
+    (query, rows, table, starts, lens), options = Case((1, 3, 1), (700, 90, 1100), head_dim=32).build()
+    together = [native.paged_attention(query, rows, table, starts, lens, **options, threads=threads) for threads in (1, 3)]
+    alone = native.paged_attention(query[4:], rows, table[2:], torch.tensor([0, 1]), lens[2:], **options)
+    assert torch.equal(together[0], together[1])
+    assert torch.equal(together[0][4:], alone)
+
+
+@st.composite
+def random_cases(draw) -> Case:
+    queries = draw(st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any))
+    contexts = [max(1, q) + draw(st.integers(0, 70)) for q in queries]
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    flags = {name: draw(st.booleans()) for name in ("alibi", "tree")}
+    return Case(
+        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, draw(st.integers(1, 70)), bits=draw(st.sampled_from([16, 8, 4])),
+        group=draw(st.integers(1, 80)), page_tokens=draw(st.integers(1, 20)), window=draw(st.sampled_from([0, 1, 9])),
+        soft_cap=draw(st.sampled_from([0.0, 2.0])), seed=draw(st.integers(0, 99)), **flags,
+    )  # fmt: skip
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(random_cases())
+def test_native_on_random_cases(case):
+    arguments, options = case.build()
+    assert_close(native.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options))
+
+
+@pytest.mark.parametrize(("name", "splits"), [*((name, 1) for name in CASES), *((name, 3) for name in ("decode", "window", "trees", "4 bits"))])
+def test_triton(name, splits, device):
+    from flexbatch.kernels import attention
+
+    case = CASES[name]
+    arguments, options = case.build()
+    wanted = reference.paged_attention(*arguments, **options)
+    arguments, options = case.build(device)
+    assert_close(attention.paged_attention(*arguments, **options, splits=splits), wanted)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_scores_in_the_thousands(splits, device):
+    """Every part subtracts its maximum before the exponential."""
+    from flexbatch.kernels import attention
+
+    arguments, options = (case := Case((1, 4), (90, 70), head_dim=16)).build()
+    wanted = reference.paged_attention(*arguments, **options | {"scale": 300.0})
+    if native.library() is not None:
+        torch.testing.assert_close(native.paged_attention(*arguments, **options | {"scale": 300.0}), wanted, atol=1e-3, rtol=1e-3)
+    arguments, options = case.build(device)
+    got = attention.paged_attention(*arguments, **options | {"scale": 300.0}, splits=splits)
+    torch.testing.assert_close(got.cpu(), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_triton_reads_a_slice_of_a_fused_projection(device):
+    from flexbatch.kernels import attention
+
+    (query, *rest), options = CASES["decode"].build(device)
+    fused = torch.cat([query.flatten(1), torch.full((len(query), 40), float("nan"), device=device)], dim=1)
+    part = fused[:, : query[0].numel()].view(query.shape)
+    assert part.stride(0) > query.stride(0)
+    assert torch.equal(attention.paged_attention(part, *rest, **options, splits=1), attention.paged_attention(query, *rest, **options, splits=1))
+
+
+def test_triton_refuses_what_it_cannot_read():
+    from flexbatch.kernels import attention
+
+    arguments, options = Case((1,), (9,), head_dim=48, bits=4, group=24).build()
+    with pytest.raises(ValueError, match=r"power of two.*groups of 24"):
+        attention.paged_attention(*arguments, **options)
+
+
+def test_splits_fill_the_chip_and_no_more():
+    from flexbatch.kernels import attention
+
+    assert attention.choose_splits(programs=4000, max_context_len=100_000, multiprocessors=132) == 1
+    assert attention.choose_splits(programs=8, max_context_len=1000, multiprocessors=132) == 4
+    assert attention.choose_splits(programs=8, max_context_len=100_000, multiprocessors=132) == attention.MAX_SPLITS
+    assert attention.choose_splits(programs=100, max_context_len=100_000, multiprocessors=132) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_triton_in_a_cuda_graph():
+    """A replay sees new lengths and new queries: nothing of the first call is baked in but the bounds."""
+    from flexbatch.kernels import attention
+
+    (query, rows, table, starts, lens), options = Case((1, 1, 1), (20, 900, 300), head_dim=128, dtype=torch.bfloat16).build("cuda")
+    options |= {"max_query_len": 1, "max_context_len": 900}
+    attention.paged_attention(query, rows, table, starts, lens, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention.paged_attention(query, rows, table, starts, lens, **options)
+    query.copy_(torch.randn_like(query))
+    lens.copy_(torch.tensor([3, 700, 250]))
+    graph.replay()
+    wanted = reference.paged_attention(*(x.cpu() for x in (query, rows, table, starts, lens)), **options)
+    assert_close(out, wanted)
+
+
+def test_ops_choose_by_device():
+    arguments, options = CASES["trees"].build()
+    assert_close(ops.paged_attention(*arguments, **options, threads=1), reference.paged_attention(*arguments, **options))

@@ -1,0 +1,72 @@
+"""Building the compiled kernels, and doing without; writing token rows in C."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexbatch.kernels import native, reference
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.integers(1, 70), st.sampled_from([16, 8, 4]), st.integers(1, 80),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from([1.0, 1e-6, 3e4]), st.integers(0, 99),
+)  # fmt: skip
+def test_append_rows_bit_for_bit(tokens, heads, head_dim, bits, group, dtype, size, seed):
+    random = torch.Generator().manual_seed(seed)
+    key, value = ((torch.randn(tokens, heads, head_dim, generator=random) * size).to(dtype) for _ in range(2))
+    key[0] = 1.25  # a constant group
+    slots = torch.randperm(9, generator=random)[:tokens]
+    row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
+    wanted = torch.zeros((9, 2, heads, head_dim), dtype=dtype) if bits == 16 else torch.zeros((9, row_bytes), dtype=torch.uint8)
+    got = wanted.clone()
+    reference.append_rows(wanted, slots, key, value, bits, group)
+    native.append_rows(got, slots, key, value, bits, group)
+    assert torch.equal(got, wanted)
+
+
+@needs_compiler
+def test_append_rows_takes_slices_of_a_fused_projection():
+    fused = torch.randn(6, 5 * 3 * 16)
+    key, value = fused[:, 48:96].view(6, 3, 16), fused[:, 96:144].view(6, 3, 16)
+    wanted, got, slots = torch.zeros(8, 2, 3, 16), torch.zeros(8, 2, 3, 16), torch.tensor([7, 0, 3, 2, 5, 1])
+    reference.append_rows(wanted, slots, key, value)
+    native.append_rows(got, slots, key, value)
+    assert torch.equal(got, wanted)
+
+
+@needs_compiler
+def test_built_once(tmp_path):
+    first = native.build(tmp_path)
+    written = first.stat().st_mtime_ns
+    assert native.build(tmp_path) == first
+    assert first.stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == [first.name], "no temporary files stay"
+
+
+def test_without_a_compiler_the_oracle_serves_after_one_warning(tmp_path):
+    code = (
+        "import warnings, torch; from flexbatch.kernels import native, ops\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2):\n"
+        "        print(ops.paged_attention(torch.ones(1, 1, 4), torch.ones(4, 2, 1, 4), torch.zeros(1, 1).int(), torch.tensor([0, 1]),"
+        " torch.tensor([2]), num_kv_heads=1, page_tokens=4, scale=1.0).tolist())\n"
+        "print(len([w for w in seen if 'no C compiler' in str(w.message)]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": str(tmp_path), "HOME": str(tmp_path)}, check=False)
+    assert result.stdout.split("\n")[:3] == ["[[[1.0, 1.0, 1.0, 1.0]]]", "[[[1.0, 1.0, 1.0, 1.0]]]", "1"], result.stderr
+
+
+@needs_compiler
+def test_an_unwritable_cache_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(native.BuildError, match=r"file/cache.*make it writable"):
+        native.build(tmp_path / "file" / "cache")

@@ -1,0 +1,102 @@
+"""Quantisation in Triton against the oracle: bit for bit."""
+
+import pytest
+import torch
+
+from flexbatch.kernels import reference
+
+# The interpreter truncates to bfloat16 where the GPU rounds: that dtype is for the GPU only.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+SHAPES = [((7, 96), 32), ((3, 5, 33), 16), ((2, 130), 64), ((70, 64), 64), ((3, 50), 10)]
+
+
+@pytest.fixture
+def quant(device):
+    from flexbatch.kernels import quant
+
+    return quant
+
+
+def skip_interpreted(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("the interpreter truncates to bfloat16")
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    x[0] = 1.3  # constant groups
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("shape", "group"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_there_and_back(dtype, shape, group, bits, dim, quant, device):
+    skip_interpreted(dtype, device)
+    if dim == 0 and len(shape) > 2:
+        pytest.skip("along the first dimension: matrices")
+    x = values(shape, dtype)
+    wanted = reference.quantize(x, bits, group, dim)
+    got = quant.quantize(x.to(device), bits, group, dim)
+    assert torch.equal(got[0].cpu(), wanted[0])
+    assert torch.equal(got[1].cpu(), wanted[1])
+    assert torch.equal(quant.dequantize(*got, shape[dim], bits, group, dim).cpu(), reference.dequantize(*wanted, shape[dim], bits, group, dim))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("shape", "group"), SHAPES)
+def test_error_is_half_a_step_along_either_dimension(shape, group, bits):
+    """Of the oracle itself: an element comes back within half a step of its group, the rounding of scale and minimum apart."""
+    x = values((shape[0] * 9, shape[-1]), torch.float32)
+    for dim in (-1, 0):
+        back = reference.dequantize(*reference.quantize(x, bits, group, dim), x.shape[dim], bits, group, dim)
+        reach = torch.stack(
+            [part.amax(dim, keepdim=True) - part.amin(dim, keepdim=True) for part in x.split(group, dim) if part.shape[dim] == group] or [x.max() - x.min()]
+        ).max()
+        assert (back - x).abs().max() <= reach / ((1 << bits) - 1) / 2 * 1.001
+
+
+def test_dequantize_into_a_slab(quant, device):
+    codes, parameters = reference.quantize(values((6, 64), torch.float32), 4, 32)
+    slab = torch.zeros(6, 64, device=device)
+    assert quant.dequantize(codes.to(device), parameters.to(device), 64, 4, 32, out=slab) is slab
+    assert torch.equal(slab.cpu(), reference.dequantize(codes, parameters, 64, 4, 32))
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "group", "bits"), [(3, 64, 32, 4), (2, 80, 64, 4), (1, 33, 16, 8), (2, 16, 64, 8), (2, 24, 8, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_rows(dtype, heads, head_dim, group, bits, quant, device):
+    skip_interpreted(dtype, device)
+    key, value = values((9, heads, head_dim), dtype), values((10, heads, head_dim), dtype)[1:]
+    if bits == 16:
+        wanted = torch.zeros(20, 2, heads, head_dim, dtype=dtype)
+    else:
+        row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
+        wanted = torch.zeros(20, -(-row_bytes // 4) * 4, dtype=torch.uint8)[:, :row_bytes]
+    got, slots = wanted.clone().to(device), torch.randperm(20)[:9]
+    if row_misaligned := (bits != 16 and (row_bytes % dtype.itemsize or 2 * heads * reference.code_bytes(head_dim, bits) % dtype.itemsize)):
+        with pytest.raises(ValueError, match="misaligned"):
+            quant.append_rows(got, slots.to(device), key.to(device), value.to(device), bits, group)
+    else:
+        reference.append_rows(wanted, slots, key, value, bits, group)
+        quant.append_rows(got, slots.to(device), key.to(device), value.to(device), bits, group)
+        assert torch.equal(got.cpu(), wanted)
+    assert not row_misaligned or dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("tokens", "outputs", "size", "group"), [(5, 70, 288, 64), (16, 64, 100, 32), (1, 130, 512, 128)])
+def test_quantized_linear(tokens, outputs, size, group, bits, quant, device):
+    x, codes, parameters = values((tokens, size), torch.float32), *reference.quantize(values((outputs, size), torch.float32), bits, group)
+    wanted = reference.quantized_linear(x, codes, parameters, bits, group)
+    torch.testing.assert_close(quant.quantized_linear(x.to(device), codes.to(device), parameters.to(device), bits, group).cpu(), wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_what_is_refused(quant, device):
+    x = torch.zeros(17, 64, device=device)
+    with pytest.raises(ValueError, match="even number of elements, got 5"):
+        quant.quantize(x, 4, 5)
+    codes, parameters = reference.quantize(x.cpu(), 4, 32)
+    with pytest.raises(ValueError, match=r"at most 16 tokens.*got 17 and 32"):
+        quant.quantized_linear(x, codes.to(device), parameters.to(device), 4, 32)

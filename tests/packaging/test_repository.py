@@ -1,0 +1,96 @@
+"""What a newcomer relies on: the README's commands, the subcommands, and a repository root that breaks nobody's imports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexbatch.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+COMMANDS_OF_THE_README = ["pip install -e . && python -m flexbatch.run", 'pip install -e ".[test]" && pytest']
+
+
+def first_bash_block() -> list[str]:
+    block = re.search(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert block is not None
+    return block[1].splitlines()
+
+
+def test_readme_promises_two_commands_and_ci_runs_them() -> None:
+    assert first_bash_block() == COMMANDS_OF_THE_README
+    extraction = re.search(r"awk '.*?' README\.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert extraction is not None, ".ci/run must take the commands from README.md"
+    read = subprocess.run(["bash", "-c", extraction[0]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert read.stdout.splitlines() == COMMANDS_OF_THE_README
+
+
+def test_a_transformers_model_is_built_from_the_root() -> None:
+    """The root holds a folder ``kernels``; transformers imports a package of that name, installed or not."""
+    code = (
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM, LlamaConfig\n"
+        "c = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)\n"
+        "m = AutoModelForCausalLM.from_config(c)\n"
+        "print(m(torch.arange(5)[None]).logits.shape[-1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "64"
+
+
+@pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
+def test_every_subcommand_has_its_module(module: str) -> None:
+    assert importlib.util.find_spec(module) is not None
+
+
+def test_unknown_subcommand_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rnu"]) == 2
+    captured = capsys.readouterr()
+    assert "unknown command 'rnu'" in captured.err
+    assert all(name in captured.err for name in COMMANDS)
+    assert captured.out == ""
+
+
+def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    from flexbatch import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"flexbatch {__version__}"
+    assert main(["--help"]) == 0
+    assert "usage: flexbatch COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "megabytes"), [("demo", 8.0), ("demo-draft", 1.0)])
+def test_demo_models_are_small_and_complete(name: str, megabytes: float) -> None:
+    folder = ROOT / "flexbatch" / "data" / name
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} == set(files)
+    assert sum(files.values()) <= megabytes * 1e6
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_key_value_heads"] < config["num_attention_heads"]
+
+
+def test_draft_has_the_targets_tokenizer_and_both_complete_a_line() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompt = "import os\nimport sys\n\nfor name in os.listdir(path):\n    if name."
+    encoded = []
+    for name in ("demo", "demo-draft"):
+        folder = ROOT / "flexbatch" / "data" / name
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert tokenizer.decode(ids[0]) == prompt
+        assert tokenizer.bos_token_id not in ids
+        encoded.append(ids[0].tolist())
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        following = model(ids).logits[0, -1].softmax(-1)
+        assert following[tokenizer.encode("startswith")[0]] > 0.05, name  # an untrained model gives it about 1/4096
+    assert encoded[0] == encoded[1]

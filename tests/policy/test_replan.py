@@ -1,0 +1,86 @@
+"""Re-planning between passes and learning from a run: pure functions of a plan and what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from flexbatch.policy.cost import PassModel, point_of
+from flexbatch.policy.loads import steady_load
+from flexbatch.policy.plan import price
+from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.replan import recalibrate, replan
+from flexbatch.policy.shapes import public_shape
+from flexbatch.policy.types import Policy, Split, Workload
+
+WORKLOAD = Workload.uniform(512, 32)
+POLICY = Policy(Split(0.2, 0.8), Split(0, 1), Split(1, 0), 40, 2, cpu_attention=0.4, prefill_budget=1000)
+
+
+def planned(policy: Policy = POLICY):
+    return price(public_shape("opt-30b"), load_hardware("h200"), WORKLOAD, policy)
+
+
+def measured_on(hardware, policy=POLICY):
+    """What a machine with other rates would measure."""
+    load, _ = steady_load(WORKLOAD, policy)
+    model, point = PassModel(public_shape("opt-30b"), hardware, policy, load), point_of(policy)
+    seconds = model.resource_seconds(point)
+    return float(model.pass_seconds(point)), {name: float(seconds[name]) for name in planned().resource_seconds}
+
+
+def test_close_to_the_plan_nothing_changes():
+    plan = planned()
+    result = replan(plan, plan.pass_seconds * 1.15, plan.resource_seconds)
+    assert not result.changed
+    assert (result.admission_limit, result.prefill_budget, result.cpu_attention) == (80, 1000, 0.4)
+
+
+def test_slow_link_moves_attention_to_the_cpu():
+    plan = planned()
+    slow = dataclasses.replace(plan.hardware, h2d=15e9, gather=14e9, h2d_during_cpu_attention=14e9)
+    seconds, busy = measured_on(slow)
+    result = replan(plan, seconds, busy)
+    assert result.changed and result.cpu_attention > 0.4
+    assert result.predicted_pass_seconds < seconds
+    assert "h2d" in result.reason and "CPU attention 0.4" in result.reason
+
+
+def test_share_never_falls_below_what_staging_was_sized_for():
+    plan = planned()
+    slow = dataclasses.replace(plan.hardware, cpu_attention=dataclasses.replace(plan.hardware.cpu_attention, values=(5e9, 5e9)), cpu_attention_during_h2d=5e9)
+    seconds, busy = measured_on(slow)
+    assert replan(plan, seconds, busy).cpu_attention == pytest.approx(0.4)
+
+
+def test_longer_sequences_mean_fewer_of_them():
+    plan = planned()
+    result = replan(plan, plan.pass_seconds * 1.8, plan.resource_seconds, mean_context=2 * 528)
+    assert result.admission_limit == pytest.approx(40, abs=1)
+    assert "admission limit 80 -> " in result.reason
+
+
+def test_budget_stays_between_pace_and_plan():
+    plan = planned()
+    seconds, busy = measured_on(dataclasses.replace(plan.hardware, gemm=dataclasses.replace(plan.hardware.gemm, values=(20e12,) * 6)))
+    result = replan(plan, seconds, busy)
+    assert 640 <= result.prefill_budget <= 1000
+
+
+def test_recalibration_finds_the_machine():
+    plan = planned()
+    other = dataclasses.replace(plan.hardware, h2d=30e9, gather=plan.hardware.gather * 30 / 55.3, d2h=20e9, scatter=plan.hardware.scatter * 20 / 55.2)
+    _, busy = measured_on(other)
+    found = recalibrate(plan.hardware, plan.resource_seconds, busy)
+    assert found.h2d == pytest.approx(30e9, rel=1e-3)
+    assert found.gather == pytest.approx(other.gather, rel=1e-3)
+    assert found.disk_read == plan.hardware.disk_read
+    assert found.gemm == plan.hardware.gemm
+
+
+def test_recalibration_is_bounded_and_ignores_the_idle():
+    hardware = load_hardware("h200")
+    found = recalibrate(hardware, {"h2d": 1.0, "d2h": 0.001}, {"h2d": 100.0, "d2h": 0.1})
+    assert found.h2d == pytest.approx(hardware.h2d / 4)
+    assert found.d2h == hardware.d2h

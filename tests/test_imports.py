@@ -1,0 +1,112 @@
+"""The direction of imports (DESIGN section 3): apps -> flexbatch -> policy, kernels; inside flexbatch never upwards; no torch for ``--help``."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES = ("policy", "kernels")
+# Lowest first. Modules on the same level may import each other; `config`, `request` and `trace` are at the bottom.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("config", "request", "trace", "parallel"),
+    ("models",),
+    ("memory",),
+    ("detokenize", "prompts"),
+    ("execution",),
+    ("speculative",),
+    ("planning", "engine"),
+    ("cli", "run", "__main__"),
+    ("apps",),
+)
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def sources() -> list[Path]:
+    """Each file once, by its real path, not through the links in flexbatch/."""
+    return sorted({path.resolve() for folder in ("flexbatch", "apps", *LEAVES) for path in (ROOT / folder).rglob("*.py")})
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that the file imports, anywhere in it, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import; write the full name"
+            assert node.module is not None
+            names.update([node.module] if node.module != "flexbatch" else [f"flexbatch.{alias.name}" for alias in node.names])
+    return names
+
+
+def room(name: str) -> str:
+    """The room of a module of flexbatch; the public names of the package itself count as the engine."""
+    part = name.split(".")[1] if "." in name else ""
+    return {"LLM": "engine", "Completion": "request", "SamplingParams": "request"}.get(part, part)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    here = parts[0] if parts[0] in ("apps", *LEAVES) else parts[1]
+    for name in imported(path):
+        top = name.split(".")[0]
+        assert top not in ("apps", *LEAVES), f"{path}: import {name} by its one name, flexbatch.{name}"
+        assert top not in ("benchmark", "tests"), f"{path} imports {name}, which is not installed"
+        if top != "flexbatch" or name == "flexbatch.__version__":
+            continue
+        there = room(name)
+        if here in LEAVES:
+            assert there == here, f"{path}: {here} is a leaf and may not import {name}"
+        elif there not in LEAVES and here != "__init__":
+            assert there in LEVEL_OF, f"{name} has no level; put it into LEVELS"
+            assert here in LEVEL_OF, f"{here} has no level; put it into LEVELS"
+            assert LEVEL_OF[there] <= LEVEL_OF[here], f"{path}: {here} may not import {name}, which is above it"
+
+
+def test_policy_takes_plain_numbers() -> None:
+    """torch only where hardware is measured."""
+    for path in sorted((ROOT / "policy").rglob("*.py")):
+        if "profile" not in path.relative_to(ROOT).as_posix():
+            assert not {name.split(".")[0] for name in imported(path)} & {"torch", "transformers"}, path
+
+
+def test_kernels_stay_a_namespace_folder() -> None:
+    """A regular package ``kernels`` in the working directory would hide Hugging Face's, which transformers imports."""
+    assert (ROOT / "kernels").is_dir()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", ("apps", "kernels", "policy"))
+def test_links_are_committed(name: str) -> None:
+    link = ROOT / "flexbatch" / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / name
+
+
+HELP_SECONDS = 1.0
+
+
+@pytest.mark.parametrize("module", ("flexbatch", "flexbatch.run", "flexbatch.apps.batch", "flexbatch.apps.wrangle"))
+def test_help_answers_within_a_second_without_torch(module: str) -> None:
+    code = (
+        f"import runpy, sys\nsys.argv = ['x', '--help']\n"
+        f"try:\n    runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+        f"finally:\n    assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    seconds = []
+    for _ in range(3):  # the least of three: other processes share the machine
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout
+        if seconds[-1] < HELP_SECONDS:
+            break
+    assert min(seconds) < HELP_SECONDS
