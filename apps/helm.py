@@ -194,7 +194,9 @@ class FlexBatchRunner(Runner):
             content["request_states"].insert(place, asdict_without_nones(state))
         path.write_text(json.dumps(content, indent=2))
         errors = [
-            {"place": place, "instance": state.instance.id, "reference": state.reference_index, "error": state.result.error} for place, state in left_out if not state.result.success
+            {"place": place, "instance": state.instance.id, "reference": state.reference_index, "error": state.result.error}
+            for place, state in left_out
+            if not state.result.success
         ]
         (folder / ERRORS_FILE).write_text(json.dumps(errors, indent=2))
         hwarn(f"{len(errors)} requests failed; {len(left_out)} are left out of the metrics; see {folder / ERRORS_FILE}")

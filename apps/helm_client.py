@@ -11,9 +11,11 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helm.clients.client import CachingClient
@@ -21,6 +23,8 @@ from helm.common.cache import cache_stats, create_key_value_store, write_to_key_
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
 from tqdm import tqdm
 
+from flexbatch.apps.helm_models import model_folder
+from flexbatch.models.resolve import fingerprint
 from flexbatch.request import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -102,6 +106,12 @@ class FlexBatchClient(CachingClient):
 
         return LLM(self.pretrained, **self.engine)
 
+    @cached_property
+    def _weights(self) -> str:
+        """What the model's folder holds, for the cache key: a folder is trained further under the same name. Empty for a Hub id."""
+        folder = Path(model_folder(self.pretrained))
+        return fingerprint(folder) if folder.is_dir() and not self.engine.get("dummy_weights") else ""
+
     def close(self) -> None:
         with self._engine_lock:
             if self._llm is not None:
@@ -138,6 +148,7 @@ class FlexBatchClient(CachingClient):
     def _answer(self, requests: list[Request]) -> list[RequestResult]:
         results: list[RequestResult | None] = [None] * len(requests)
         pending: dict[str, Work] = {}
+        _ = self._weights  # a folder without weights is an error of the run, not of its requests
         with create_key_value_store(self.cache.config) as store:
             for place, request in enumerate(requests):
                 try:
@@ -160,17 +171,18 @@ class FlexBatchClient(CachingClient):
         missing = [place for place, result in enumerate(results) if result is None]
         if missing:
             raise RuntimeError(f"the engine returned no completion for requests {missing[:10]} of {len(requests)}")
-        return results  # type: ignore[return-value]
+        return [result for result in results if result is not None]
 
     def _compute(self, works: list[Work], store: Any) -> Iterator[tuple[Work, dict[str, Any] | str]]:
         """Runs all works in one `LLM.stream`; yields each with its response, or with the message of its error."""
         began = time.time()
         responses: list[tuple[Work, dict[str, Any]]] = []
-        items = ((number, work.prompt_token_ids, work.params) for number, work in enumerate(works))
+        running: dict[Hashable, Work] = dict(enumerate(works))
+        items = ((number, work.prompt_token_ids, work.params) for number, work in running.items())
         batch_size = sum(len(work.places) for work in works)  # equal requests are computed once and all count
         with tqdm(total=len(works), desc="FlexBatch", unit="request", disable=None) as progress:
             for number, completion in self.llm.stream(items):
-                work = works[number]
+                work = running[number]
                 progress.update()
                 cache_stats.increment_compute(self.cache.config.cache_stats_key)
                 if completion.finish_reason == "error":
@@ -195,6 +207,7 @@ class FlexBatchClient(CachingClient):
         prompt, templated = self._prompt(request)
         raw = {
             "engine": f"flexbatch:{self.pretrained}",
+            "weights": self._weights,
             "settings": {name: self.engine[name] for name in OUTPUT_FIELDS if name in self.engine},
             "prompt": prompt,
             "temperature": request.temperature,
@@ -248,7 +261,9 @@ class FlexBatchClient(CachingClient):
             prompt_tokens = [tokenizer.decode([i]) for i in ids] if request.echo_prompt else []
             prompt_text = tokenizer.decode(ids) if request.echo_prompt else ""
             answers = [self._sample(tokenizer, sample, request) for sample in samples]
-        prompt_logprobs = [0.0] + [row[i].logprob if row else 0.0 for i, row in zip(ids[1:], (completion.prompt_logprobs or [])[1:], strict=True)] if prompt_tokens else []
+        # as HELM wants it, the first token has no context and log-probability 0
+        rows = zip(ids[1:], (completion.prompt_logprobs or [])[1:], strict=True) if prompt_tokens else ()
+        prompt_logprobs = [0.0][: len(prompt_tokens)] + [row[i].logprob for i, row in rows if row is not None]
         for answer in answers:
             answer["text"] = prompt_text + answer["text"]
             answer["tokens"] = prompt_tokens + answer["tokens"]

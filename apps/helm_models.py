@@ -15,7 +15,7 @@ LENGTH_FIELDS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length"
 def model_folder(name: str) -> str:
     """The folder of the bundled model or of a local one, absolute; anything else is a Hub id and comes back as it is."""
     if name == "demo":
-        from flexbatch.models.source import resolve
+        from flexbatch.models.resolve import resolve
 
         return str(resolve(name))
     return str(Path(name).resolve()) if Path(name).is_dir() else name

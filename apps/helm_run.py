@@ -30,12 +30,13 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("evaluation").add_argument
-    add("--description", "-r", "--run-entries", nargs="+", action="extend", required=True, metavar="ENTRY", help="run entry, e.g. mmlu:subject=anatomy; a model group in it is replaced")
+    entry = "run entry, e.g. mmlu:subject=anatomy; a model group in it is replaced"
+    add("--description", "-r", "--run-entries", nargs="+", action="extend", required=True, metavar="ENTRY", help=entry)
     add("--max-eval-instances", "--max-eval-instance", "-m", type=int, default=ALL_INSTANCES, metavar="N", help="instances of each scenario (default: all)")
     add("--output-path", "-o", default="benchmark_output", metavar="DIR", help="where HELM writes (default: benchmark_output)")
     add("--suite", default="flexbatch", metavar="NAME", help="folder below runs/ (default: flexbatch)")
     add("--chat-template", action=argparse.BooleanOptionalAction, help="whether prompts go through the tokenizer's chat template (default: if it has one)")
-    add("--logprobs", choices=("model", "huggingface"), default="model", help="log-probabilities of greedy tokens: the model's, or 0 as HELM's own client gives")
+    add("--logprobs", choices=("model", "huggingface"), default="model", help="of greedy tokens: the model's, or 0 as HELM's own client gives")
     add("--pad-to-seq-len", type=int, help=argparse.SUPPRESS)  # in FlexGen's scripts; nothing is padded here
     add_engine_arguments(parser)
     return parser

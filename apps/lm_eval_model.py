@@ -82,7 +82,7 @@ class FlexBatchLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             special = False
@@ -115,7 +115,7 @@ class FlexBatchLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (request.args[0],), totals[place])
         return [totals[place] for place in range(len(requests))]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Scoring], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Scoring], disable_tqdm: bool = False, **unused: Any) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would give it) of each request.
 
         Too long requests lose tokens on the left, down to the context plus the last token, which is scored but never read.
@@ -151,7 +151,7 @@ class FlexBatchLM(TemplateLM):
             params = self._sampling_params(place, gen_kwargs)
             room = self.max_length - params.max_tokens
             if room <= 0:
-                raise ValueError(f"request {place}: max_gen_toks={params.max_tokens} leaves no room for a prompt in {self.max_length} positions; lower max_gen_toks")
+                raise ValueError(f"request {place}: max_gen_toks={params.max_tokens} leaves no room for a prompt in {self.max_length} positions; lower it")
             items.append((place, self.tok_encode(context)[-room:], params))
         texts = [""] * len(requests)
 
@@ -178,7 +178,9 @@ class FlexBatchLM(TemplateLM):
         stop = () if self.think_end_token else tuple(text for text in until if text)
         return SamplingParams(max_tokens=max_tokens, temperature=temperature if sample else 0.0, stop=stop, **known)
 
-    def _run(self, items: Iterable[tuple[Any, list[int], SamplingParams]], finish: Callable[[Any, Completion], None], total: int, name: str, quiet: bool) -> None:
+    def _run(
+        self, items: Iterable[tuple[Any, list[int], SamplingParams]], finish: Callable[[Any, Completion], None], total: int, name: str, quiet: bool
+    ) -> None:
         """Streams items through one block. Raises RuntimeError for requests that the engine refuses, after all others are done and cached."""
         refused = []
         with tqdm(total=total, desc=f"FlexBatch {name}", disable=quiet or None) as progress:

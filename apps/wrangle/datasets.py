@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from flexbatch.apps.wrangle.tables import TableError
 
@@ -41,7 +42,7 @@ class DataSet:
         return self.task == "entity_matching"
 
 
-def _matching(name: str, noun: str = "Product", suffix: str | None = None, **other) -> DataSet:
+def _matching(name: str, noun: str = "Product", suffix: str | None = None, **other: Any) -> DataSet:
     question = f" Are {noun} A and {noun} B the same?"
     return DataSet(f"entity_matching/structured/{name}", "entity_matching", suffix or question, f"{question.strip()} Yes or No?", noun, **other)
 
@@ -64,8 +65,22 @@ DATA_SETS = (
     _matching("Fodors-Zagats"),
     _matching("iTunes-Amazon", noun="Song", suffix=" Same Song?", drop=("CopyRight",), rename=SONG),
     _matching("Walmart-Amazon", suffix=" Are A and B the Same?", drop=("category", "price", "brand")),
-    DataSet("data_imputation/Buy", "data_imputation", " Who is the manufacturer?", "Who is the manufacturer? apple, sony, lg electronics?", label="manufacturer", max_tokens=10),
-    DataSet("data_imputation/Restaurant", "data_imputation", " What is the city?", "What is the city? san fransisco, new york, denver?", label="city", max_tokens=5),
+    DataSet(
+        "data_imputation/Buy",
+        "data_imputation",
+        " Who is the manufacturer?",
+        "Who is the manufacturer? apple, sony, lg electronics?",
+        label="manufacturer",
+        max_tokens=10,
+    ),
+    DataSet(
+        "data_imputation/Restaurant",
+        "data_imputation",
+        " What is the city?",
+        "What is the city? san fransisco, new york, denver?",
+        label="city",
+        max_tokens=5,
+    ),
     DataSet("error_detection/Hospital", "error_detection_spelling", "?", "Is there a x spelling error? Yes or No?", label="is_clean", group="col_name"),
     DataSet("error_detection/Adult", "error_detection", "? ", "Classify errors. nan values are not errors.", label="is_clean", group="col_name"),
     DataSet(

@@ -97,7 +97,8 @@ def _pairs(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wo
         sides[side] = (found, {row.get("id"): row for row in entities}, _columns(entities, data))
     examples = []
     for number, row in enumerate(rows):
-        text, left = "", {}
+        text = ""
+        left: Row = {}
         for side, (_, key) in SIDES.items():
             found, by_id, columns = sides[side]
             identity = _value(path, number, row, key)

@@ -10,7 +10,8 @@ Row = dict[str, str | None]
 """Column -> printed value; None where a value is missing."""
 
 MISSING = frozenset(
-    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
+    {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"}
+    | {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 )
 """What pandas.read_csv takes for a missing value."""
 INDEX_COLUMNS = frozenset(["", "Unnamed: 0", "__index_level_0__"])

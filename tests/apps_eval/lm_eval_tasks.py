@@ -6,13 +6,21 @@ import json
 import random
 from pathlib import Path
 
-WORDS = "red dark pale brown ale stout lager porter quick lazy fox dog jumps over product name same yes no which letter".split()
+WORDS = ["red", "dark", "pale", "brown", "ale", "stout", "lager", "porter", "quick", "lazy", "fox", "jumps", "over", "product", "name", "same", "yes", "no"]
 
 TASKS = {
-    "local_choice": ("multiple_choice", {"doc_to_choice": "{{choices}}", "doc_to_target": "label", "num_fewshot": 3, "fewshot_split": "test"}, ("acc", "acc_norm")),
+    "local_choice": (
+        "multiple_choice",
+        {"doc_to_choice": "{{choices}}", "doc_to_target": "label", "num_fewshot": 3, "fewshot_split": "test"},
+        ("acc", "acc_norm"),
+    ),
     "local_letter": ("multiple_choice", {"doc_to_choice": "{{letters}}", "doc_to_target": "label", "target_delimiter": ""}, ("acc",)),
     "local_empty": ("loglikelihood", {"doc_to_text": "", "doc_to_target": "{{answer}}", "target_delimiter": ""}, ("perplexity", "acc")),
-    "local_generate": ("generate_until", {"doc_to_target": "answer", "generation_kwargs": {"until": ["\n", "d"], "max_gen_toks": 16, "do_sample": False}}, ("exact_match",)),
+    "local_generate": (
+        "generate_until",
+        {"doc_to_target": "answer", "generation_kwargs": {"until": ["\n", "d"], "max_gen_toks": 16, "do_sample": False}},
+        ("exact_match",),
+    ),
     "local_rolling": ("loglikelihood_rolling", {"doc_to_text": "", "doc_to_target": "page"}, ("word_perplexity", "bits_per_byte")),
 }
 

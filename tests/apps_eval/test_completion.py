@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 
@@ -48,7 +49,7 @@ def test_streams_are_written_whole_and_in_order_however_they_arrive(data, texts)
     output.check()
     blocks = [f"{prompt}{text}\n" if titles else f"{text}\n" for prompt, text in zip(prompts, texts, strict=True)]
     assert final.getvalue() == f"{'-' * 70}\n".join(blocks)
-    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
 
 
 def test_one_prompt_prints_its_completion_alone(tiny, command):

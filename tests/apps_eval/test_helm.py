@@ -17,6 +17,7 @@ HELM_PYTHON = Path(os.environ.get("FLEXBATCH_HELM_PYTHON", ROOT / ".venv-helm/bi
 @pytest.mark.parametrize("file", ["test_client.py", "test_runs.py"])
 def test_in_the_environment_of_helm(file):
     command = [str(HELM_PYTHON), "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", f"tests/apps_eval/in_helm/{file}"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=3600)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, timeout=3600)
     print(done.stdout[-4000:])
     assert done.returncode == 0, done.stdout[-8000:]

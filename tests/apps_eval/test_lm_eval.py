@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-lm_eval = pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval")  # the extra flexbatch[lm-eval]
 
-from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
-from lm_eval_tasks import write_tasks
-from oracle import OracleLLM
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval_tasks import write_tasks  # noqa: E402
+from oracle import OracleLLM  # noqa: E402
 
-from flexbatch.apps.lm_eval_model import FlexBatchLM, engine_arguments
+from flexbatch.apps.lm_eval_model import FlexBatchLM, engine_arguments  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {"device": "cpu", "dtype": "float32"}

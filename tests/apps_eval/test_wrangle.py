@@ -39,7 +39,7 @@ def make_matching(root: Path, parquet: bool = False, count: int = 12) -> Path:
     folder = root / "entity_matching/structured/Beer"
     for side in "AB":
         beers = [
-            {"id": i, "Beer_Name": f"{'red' if i % 2 else 'dark'} ale {i} ", "Brew_Factory_Name": f"works {side}", "Style": "ale", "ABV": None if i == 0 else 4 + i}
+            {"id": i, "Beer_Name": f"{'red' if i % 2 else 'dark'} ale {i} ", "Brew_Factory_Name": f"works {side}", "Style": "ale", "ABV": 4 + i if i else None}
             for i in range(count)
         ]
         beers[1]["Brew_Factory_Name"] = None
@@ -52,7 +52,10 @@ def make_matching(root: Path, parquet: bool = False, count: int = 12) -> Path:
 def make_imputation(root: Path, parquet: bool = False, count: int = 12) -> Path:
     folder = root / "data_imputation/Restaurant"
     for number, split in enumerate(("train", "valid", "test")):
-        rows = [{"name": f"cafe {number}{i}", "addr": f"{i} main st.", "phone": None if i == 2 else 1000 + i, "city": ("new york", "denver")[i % 2]} for i in range(count)]
+        rows = [
+            {"name": f"cafe {number}{i}", "addr": f"{i} main st.", "phone": None if i == 2 else 1000 + i, "city": ("new york", "denver")[i % 2]}
+            for i in range(count)
+        ]
         write(folder / split, rows, parquet)
     return folder
 
@@ -81,7 +84,8 @@ class Answers:
             assert params.stop == ("\n",) and params.greedy
             self.prompts.append(text)
             said = self.rule(text)
-            yield key, Completion(prompt_token_ids=(), text=said or "", finish_reason="stop" if said is not None else "error", error="" if said is not None else "too long")
+            bad = said is None
+            yield key, Completion(prompt_token_ids=(), text=said or "", finish_reason="error" if bad else "stop", error="too long" if bad else "")
 
 
 # Tables and texts
@@ -91,7 +95,8 @@ def test_pairs_read_as_in_the_paper(tmp_path):
     folder = make_matching(tmp_path)
     examples = read_examples(folder, find_data_set(folder), "test", Wording(missing=""))
     assert len(examples) == 12 and examples[0].label == "Yes\n" and examples[1].label == "No\n"
-    assert examples[1].text == "Product A is name: red ale 1. factory: . Product B is name: dark ale 4. factory: works B. Are Product A and Product B the same? "
+    sides = "Product A is name: red ale 1. factory: . Product B is name: dark ale 4. factory: works B."
+    assert examples[1].text == f"{sides} Are Product A and Product B the same? "
     assert examples[1].shot.endswith("the same? No")
 
 
@@ -137,7 +142,8 @@ def test_parquet_reads_as_csv(tmp_path, task):
         assert read_examples(plain, data, split, Wording()) == read_examples(columnar, data, split, Wording())
 
 
-CELLS = st.one_of(st.integers(-(10**12), 10**12).map(str), st.floats(allow_nan=False, allow_infinity=False).map(repr), st.sampled_from(["", "nan", "a b", "1_0", "None"]))
+NUMBERS = st.one_of(st.integers(-(10**12), 10**12).map(str), st.floats(allow_nan=False, allow_infinity=False).map(repr))
+CELLS = st.one_of(NUMBERS, st.sampled_from(["", "nan", "a b", "1_0", "None"]))
 
 
 @given(st.lists(CELLS, min_size=1, max_size=6))
@@ -174,7 +180,7 @@ def test_errors_name_file_row_and_remedy(tmp_path):
     with pytest.raises(TableError, match=r"line 2 \(row 0\): 1 values for 2 columns"):
         read_table(folder / "test.csv")
     (folder / "test.csv").unlink()
-    with pytest.raises(TableError, match="holds no test.csv or test.parquet"):
+    with pytest.raises(TableError, match=r"holds no test\.csv or test\.parquet"):
         read_examples(folder, data, "test", Wording())
 
 
@@ -224,7 +230,8 @@ def test_manual_shots_by_group_and_from_the_authors_file(tmp_path):
         manual_shots(manual, Example("", "", "vldb"))
     marker = tmp_path / "executed"
     (tmp_path / "constants.py").write_text(
-        f"open({str(marker)!r}, 'w')\nDATA = 'x'\nPREFIXES = {{f'{{DATA}}/entity_matching/structured/Beer': 'beer shots', f'{{DATA}}/x/DBLP-ACM': {{'acm': 'a'}}}}\n"
+        f"open({str(marker)!r}, 'w')\nDATA = 'x'\n"
+        "PREFIXES = {f'{DATA}/entity_matching/structured/Beer': 'beer shots', f'{DATA}/x/DBLP-ACM': {'acm': 'a'}}\n"
     )
     assert read_manual(tmp_path / "constants.py", "Beer") == "beer shots"
     assert read_manual(tmp_path / "constants.py", "DBLP-ACM") == {"acm": "a"}
