@@ -39,7 +39,8 @@ class Scenario:
 
 
 def opt30(percent: tuple[float, ...], gpu_batch_size: int, num_gpu_batches: int, **settings: Any) -> dict[str, Any]:
-    return {"percent": percent, "gpu_batch_size": gpu_batch_size, "num_gpu_batches": num_gpu_batches, "prefill_chunk": 512, "cpu_memory": "122GiB", **settings}
+    block = {"percent": percent, "gpu_batch_size": gpu_batch_size, "num_gpu_batches": num_gpu_batches}
+    return {**block, "prefill_chunk": 512, "prefill_budget": 3072, "cpu_memory": "122GiB", **settings}
 
 
 def resident(gpu_batch_size: int) -> dict[str, Any]:
@@ -47,9 +48,9 @@ def resident(gpu_batch_size: int) -> dict[str, Any]:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "opt-30b-16-16": Scenario("opt-30b", 16, opt30((8, 92, 12, 88, 100, 0), 23, 4, cpu_attention=1.0), 276, goal=60),
+    "opt-30b-16-16": Scenario("opt-30b", 16, opt30((8, 92, 6, 94, 100, 0), 23, 4, cpu_attention=1.0), 276, goal=60),
     "opt-30b-16-4": Scenario("opt-30b", 16, opt30((8, 92, 5, 95, 100, 0), 60, 5, cache_bits=4), 900, goal=110),
-    "opt-30b-4-4": Scenario("opt-30b", 16, opt30((30, 70, 0, 100, 100, 0), 64, 7, cache_bits=4, weight_bits=4), 1344, goal=190),
+    "opt-30b-4-4": Scenario("opt-30b", 16, opt30((55, 45, 0, 100, 100, 0), 64, 7, cache_bits=4, weight_bits=4), 1344, goal=190),
     "opt-30b-stream": Scenario("opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1), 12, note="weight streaming alone"),
     "opt-6.7b-gpu-4": Scenario("opt-6.7b", 16, resident(4), 12, goal=400),
     "opt-6.7b-gpu-best": Scenario("opt-6.7b", 16, resident(6), 24),
@@ -103,6 +104,7 @@ def run(name: str, scenario: Scenario, overrides: dict[str, Any], trace: Path | 
     with LLM(scenario.model, dummy_weights=True, gpu_memory=gpu_memory, dtype="bfloat16", trace=trace is not None, **settings) as llm:
         prompts = prompts_of(scenario, llm.arch.vocab_size, 1)
         params = SamplingParams(max_tokens=scenario.gen_len, temperature=0, ignore_eos=True)
+        llm.prepare(prompts, params)
         # Kernels compile and the link wakes up here; two tokens each.
         llm.generate(prompts[: max(1, len(prompts) // 50)], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
         ready = time.perf_counter()

@@ -47,6 +47,7 @@ class EngineConfig:
     num_gpu_batches: int | None = option(None, "micro-batches in one block (default: chosen)")
     cpu_attention: float | None = option(None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)")
     prefill_chunk: int | None = option(None, "prompt tokens that one sequence brings to one pass at most (default: chosen)")
+    prefill_budget: int | None = option(None, "prompt tokens that one micro-batch brings to one pass at most (default: chosen)")
     gpu_memory: str | int | None = option(None, 'GPU memory budget, e.g. "16GiB" (default: what is free)')
     cpu_memory: str | int | None = option(None, 'host memory budget, e.g. "64GiB" (default: what is free)')
     offload_dir: str | None = option(None, "folder of the disk tier (default: a folder in the user's cache directory)")
@@ -76,7 +77,7 @@ class EngineConfig:
                     refuse(
                         f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 (the rest is on disk), not {gpu + cpu:g}"
                     )
-        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk"):
+        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")

@@ -240,14 +240,7 @@ class LLM:
         ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
         """
-        prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling_params)
-            if len(params) != len(prompts):
-                raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
-        encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        prompts, params, encoded = self._encode(prompts, sampling_params)
         job = self._job(zip(encoded, params, strict=True))
         requests = [
             (i, Request(i, token_ids, p, sample, prompt if isinstance(prompt, str) else None))
@@ -256,14 +249,33 @@ class LLM:
         ]
         if self.config.compare_plain and self.speculator is not None:
             self._run_plainly(requests, job)
-        results: dict[int, list[Completion]] = {i: [] for i in range(len(prompts))}
-        for key, completion in self._run(requests, job):
+        results: dict[int, dict[int, Completion]] = {i: {} for i in range(len(prompts))}
+        for request, completion in self._run(requests, job):
             if completion.error:
-                raise ConfigurationError(f"prompt {key}: {completion.error}")
-            results[key].append(completion)
+                raise ConfigurationError(f"prompt {request.index}: {completion.error}")
+            results[request.index][request.sample] = completion
             if on_finished is not None:
                 on_finished(completion)
         return [with_samples(results[i]) for i in range(len(prompts))]
+
+    def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
+        """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
+        _, params, encoded = self._encode(prompts, sampling_params)
+        self._prepare(self._job(zip(encoded, params, strict=True)))
+
+    def _encode(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[Prompt], list[SamplingParams], list[tuple[int, ...]]]:
+        """Prompts as a list, sampling parameters and token ids for each."""
+        prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+            if len(params) != len(prompts):
+                raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
+        encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        return prompts, params, encoded
 
     def stream(
         self, items: Iterable[tuple[Hashable, Prompt, SamplingParams]], on_tokens: Callable[[Hashable, str], None] | None = None
@@ -296,12 +308,13 @@ class LLM:
             peeked.append(item)
         if peeked:
             job = self._job((request.prompt_token_ids, request.params) for _, request in peeked)
-            pending: dict[int, list[Completion]] = {}
+            pending: dict[int, dict[int, Completion]] = {}
             report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
-            for index, completion in self._run(chained(peeked, source), job, report):
+            for request, completion in self._run(chained(peeked, source), job, report):
                 yield from failed
                 failed.clear()
-                pending.setdefault(index, []).append(completion)
+                index = request.index
+                pending.setdefault(index, {})[request.sample] = completion
                 if len(pending[index]) == keys[index][1]:
                     yield keys.pop(index)[0], with_samples(pending.pop(index))
         yield from failed
@@ -349,7 +362,7 @@ class LLM:
     @torch.inference_mode()
     def _run(
         self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Iterator[tuple[Request, Completion]]:
         """The loop of the engine: compose a pass, run it, commit what it drew."""
         block = self._prepare(job)
         proposer = self.speculator if speculate else None
@@ -366,9 +379,9 @@ class LLM:
                 if on_tokens is not None:
                     report_text(batcher, shown, on_tokens)
                 for retired in batcher.take_retired():
-                    yield retired.state.request.index, self._completion(retired)
+                    yield retired.state.request, self._completion(retired)
             for retired in batcher.take_retired():
-                yield retired.state.request.index, self._completion(retired)
+                yield retired.state.request, self._completion(retired)
         finally:
             batcher.abort()
             self.weights.drain()
@@ -470,11 +483,11 @@ def realized(percent: dict[str, float]) -> str:
     return ", ".join(f"{value:.1f} % {tier}" for tier, value in percent.items())
 
 
-def with_samples(completions: list[Completion]) -> Completion:
-    """The first of the n completions of a prompt, with all of them as its samples when there are several."""
+def with_samples(completions: dict[int, Completion]) -> Completion:
+    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in any order."""
     first = completions[0]
     if len(completions) > 1:
-        first.samples = completions
+        first.samples = [completions[sample] for sample in sorted(completions)]
     return first
 
 

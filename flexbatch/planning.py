@@ -117,8 +117,7 @@ def cache_layout(arch: Arch, config: EngineConfig, dtype: torch.dtype) -> CacheL
 
 def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
     """Query tokens of one micro-batch, at most: every sequence's decode token with its tree, and one prompt chunk at least."""
-    wanted = policy.gpu_batch_size * policy.prefill_chunk
-    return max(policy.gpu_batch_size * (1 + max_query_nodes) + policy.prefill_chunk, min(wanted, MAX_MICRO_BATCH_TOKENS))
+    return policy.gpu_batch_size * (1 + max_query_nodes) + max(policy.chunk, min(policy.prompt_tokens_per_micro_batch, MAX_MICRO_BATCH_TOKENS))
 
 
 def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
@@ -221,6 +220,7 @@ def choose_policy(arch: Arch, config: EngineConfig, layout: CacheLayout, job: Jo
         cache_bits=config.cache_bits,
         cpu_attention=config.cpu_attention or 0.0,
         prefill_chunk=chunk,
+        prefill_budget=config.prefill_budget or 0,
         overlap=config.overlap,
     )
     if config.num_gpu_batches is None:

@@ -137,6 +137,13 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {**NEOX_SIZES, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000.0}}),
     "gpt_neox-serial": ("gpt_neox", {**NEOX_SIZES, "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}),
     "codegen": ("codegen", {**GPT_SIZES, "n_embd": 96, "n_head": 8, "rotary_dim": 8}),
+    "gptj": ("gptj", {**GPT_SIZES, "n_embd": 96, "n_head": 6, "rotary_dim": 6}),
+    "gpt2": ("gpt2", {**GPT_SIZES, "n_inner": 92}),
+    "gemma": ("gemma", {**LLAMA_SIZES, "hidden_act": "gelu"}),
+    "phi": ("phi", {**LLAMA_SIZES, "hidden_size": 72, "head_dim": 12}),
+    "starcoder2": ("starcoder2", {**LLAMA_SIZES, "head_dim": 10, "sliding_window": 17}),
+    "stablelm": ("stablelm", {**LLAMA_SIZES, "hidden_size": 96, "head_dim": 16, "use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", {**LLAMA_SIZES, "hidden_size": 96, "head_dim": 16, "use_parallel_residual": True}),
 }
 
 

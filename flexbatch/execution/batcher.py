@@ -50,9 +50,7 @@ class Batcher:
     diffusion over the cache split, and a sequence joins the micro-batch with the fewest sequences of its tier, so that micro-batches are alike.
     """
 
-    def __init__(
-        self, policy: Policy, cache: KVCache, candidates: Iterator[Candidate], micro_batch_tokens: int, proposer: Proposer | None = None
-    ) -> None:
+    def __init__(self, policy: Policy, cache: KVCache, candidates: Iterator[Candidate], micro_batch_tokens: int, proposer: Proposer | None = None) -> None:
         self.policy, self.cache, self.candidates, self.proposer = policy, cache, candidates, proposer
         self.spare_tokens = 0 if proposer is None else proposer.max_nodes
         """Room for drafted tokens in every sequence's cache."""

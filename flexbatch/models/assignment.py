@@ -129,6 +129,8 @@ def _check_complete(
 
 def _source_shape(spec: WeightSpec, row: Row) -> tuple[int, ...]:
     rows = _section(spec, row.part)
+    if row.part == "transposed":
+        return spec.shape[::-1]
     return spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
 
 

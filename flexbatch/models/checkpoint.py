@@ -88,6 +88,8 @@ def _pieces(assignments: list[Assignment], arch: Arch, packing: Packing | None, 
 
 def _blocks(assignment: Assignment, arch: Arch, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
     """The tensors whole, or their queries, keys and values in turn where these are interleaved; with the destination rows."""
+    if assignment.row.part == "transposed":
+        tensors = tuple(tensor.t() for tensor in tensors)
     if assignment.row.part not in ("grouped", "codegen"):
         yield assignment.rows, tensors
         return

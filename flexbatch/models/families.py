@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexbatch.models import readers
+from flexbatch.models import readers, readers_layer_norm
 from flexbatch.models.arch import Arch
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.specs import WeightSpec, weight_specs
@@ -25,7 +25,7 @@ BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bi
 @dataclass(frozen=True)
 class Row:
     """module: name without ``.weight``/``.bias``. role: canonical name likewise. part: which rows of a fused tensor it fills ("q", "k", "v", "gate", "up"),
-    or how the source interleaves queries, keys and values ("grouped": per KV head its queries, key, value; "codegen": per quarter queries, values, keys)."""
+    or how the source differs: "grouped" (per KV head its queries, key, value), "codegen" (per quarter of the heads queries, values, keys), "transposed"."""
 
     module: str
     role: str
@@ -88,7 +88,7 @@ GEMMA3_DEFAULTS = {**GEMMA_DEFAULTS, "vocab_size": 262208, "num_attention_heads"
 
 FAMILIES: dict[str, Family] = {
     "opt": Family(
-        readers.opt,
+        readers_layer_norm.opt,
         ("model.decoder.", "decoder.", ""),
         "layers",
         SEPARATE_QKV
@@ -110,6 +110,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": _llama_family(readers.phi3, PHI3_DEFAULTS, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
     "glm": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
     "glm4": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
+    "gemma": _llama_family(readers.gemma, GEMMA_DEFAULTS),
     "gemma2": _llama_family(readers.gemma2, GEMMA_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS),
     "gemma3_text": _llama_family(readers.gemma3, GEMMA3_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM),
     "gemma3": _llama_family(
@@ -120,7 +121,7 @@ FAMILIES: dict[str, Family] = {
         skip=re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\."),
     ),
     "bloom": Family(
-        readers.bloom,
+        readers_layer_norm.bloom,
         ("transformer.", ""),
         "h",
         _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
@@ -128,7 +129,7 @@ FAMILIES: dict[str, Family] = {
         _special(2, 1, tie_word_embeddings=True),
     ),
     "falcon": Family(
-        readers.falcon,
+        readers_layer_norm.falcon,
         ("transformer.", ""),
         "h",
         _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o"), ("ln_attn", "attn_norm"), ("ln_mlp", "mlp_norm"))
@@ -138,7 +139,7 @@ FAMILIES: dict[str, Family] = {
         _special(11, 11, tie_word_embeddings=True, max_position_embeddings=2048),
     ),
     "gpt_bigcode": Family(
-        readers.gpt_bigcode,
+        readers_layer_norm.gpt_bigcode,
         ("transformer.", ""),
         "h",
         _rows(("attn.c_attn", "qkv", "grouped"), ("attn.c_proj", "o"), ("mlp.c_fc", "up"), ("mlp.c_proj", "down"), ("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
@@ -146,7 +147,7 @@ FAMILIES: dict[str, Family] = {
         _special(50256, 50256, tie_word_embeddings=True),
     ),
     "gpt_neox": Family(
-        readers.gpt_neox,
+        readers_layer_norm.gpt_neox,
         ("gpt_neox.", ""),
         "layers",
         _rows(("attention.query_key_value", "qkv", "grouped"), ("attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
@@ -154,13 +155,43 @@ FAMILIES: dict[str, Family] = {
         _special(2, 0),
     ),
     "codegen": Family(
-        readers.codegen,
+        readers_layer_norm.gptj,
         ("transformer.", ""),
         "h",
         _rows(("attn.qkv_proj", "qkv", "codegen"), ("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
         _rows(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256),
     ),
+    "gptj": Family(
+        readers_layer_norm.gptj,
+        ("transformer.", ""),
+        "h",
+        _rows(("attn.q_proj", "qkv", "q"), ("attn.k_proj", "qkv", "k"), ("attn.v_proj", "qkv", "v"))
+        + _rows(("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
+        _rows(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        _special(50256, 50256),
+    ),
+    "gpt2": Family(
+        readers_layer_norm.gpt2,
+        ("transformer.", ""),
+        "h",
+        _rows(("attn.c_attn", "qkv", "transposed"), ("attn.c_proj", "o", "transposed"), ("mlp.c_fc", "up", "transposed"), ("mlp.c_proj", "down", "transposed"))
+        + _rows(("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
+        _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        _special(50256, 50256, tie_word_embeddings=True),
+    ),
+    "phi": _llama_family(
+        readers_layer_norm.phi,
+        _special(2, 1),
+        SEPARATE_QKV + _rows(("self_attn.dense", "o"), ("mlp.fc1", "up"), ("mlp.fc2", "down"), ("input_layernorm", "attn_norm")),
+        outer_rows=_rows(("embed_tokens", "embed"), ("final_layernorm", "final_norm"), ("lm_head", "head")),
+    ),
+    "starcoder2": _llama_family(
+        readers_layer_norm.starcoder2,
+        _special(50256, 50256, tie_word_embeddings=True),
+        SEPARATE_QKV + OUTPUT + _rows(("mlp.c_fc", "up"), ("mlp.c_proj", "down")) + TWO_NORMS,
+    ),
+    "stablelm": _llama_family(readers_layer_norm.stablelm, _special(0, 0)),
 }
 
 

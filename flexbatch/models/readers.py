@@ -1,4 +1,4 @@
-"""config.json -> Arch, one function per family; keys that a file leaves out have the defaults of the family's row in `families`."""
+"""config.json -> Arch for families with RMS norm and a gated MLP; keys that a file leaves out have the defaults of the row in `families`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,17 @@ def phi3(config: Config) -> Arch:
     return _llama_like(config, sliding_window=config.get("sliding_window") or 0, **read_rope(config, head_dim, entry=entry))
 
 
+def gemma(config: Config) -> Arch:
+    """The first generation: Llama with scaled embeddings and norm weights around zero."""
+    bias = bool(config.get("attention_bias"))
+    hidden = required(config, "hidden_size")
+    # The official files say "gelu" and mean the tanh form; transformers reads them so.
+    act = read_activation(
+        {**config, "hidden_act": "gelu_pytorch_tanh"} if config.get("hidden_act") == "gelu" else config, "hidden_act", default="gelu_pytorch_tanh"
+    )
+    return _llama_like(config, norm_offset=1.0, embed_scale=hidden**0.5, qkv_bias=bias, output_bias=bias, activation=act)
+
+
 def _gemma(config: Config, period: int, **changes: Any) -> Arch:
     refuse(config, "use_bidirectional_attention", "decoding needs causal attention")
     layers, hidden = required(config, "num_hidden_layers"), required(config, "hidden_size")
@@ -100,136 +111,4 @@ def gemma3(config: Config) -> Arch:
         local_rope_theta=float(local),
         final_soft_cap=config.get("final_logit_softcapping") or 0.0,
         **read_rope(config, config["head_dim"], theta=1e6, entry=entry),
-    )
-
-
-def opt(config: Config) -> Arch:
-    before = optional(config, "do_layer_norm_before", True)
-    bias = optional(config, "enable_bias", True)
-    return Arch(
-        **read_sizes(config),
-        **read_tokens(config),
-        intermediate_size=required(config, "ffn_dim"),
-        max_positions=required(config, "max_position_embeddings"),
-        norm="layer",
-        norm_eps=1e-5,
-        norm_affine=optional(config, "layer_norm_elementwise_affine", True),
-        post_norm=not before,
-        final_norm=before and not config.get("_remove_final_layer_norm"),
-        position="learned",
-        position_offset=2,
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp="plain",
-        mlp_bias=bias,
-        activation=read_activation(config, "activation_function", default="relu"),
-        embed_size=optional(config, "word_embed_proj_dim", 0),
-    )
-
-
-def bloom(config: Config) -> Arch:
-    refuse(config, "apply_residual_connection_post_layernorm", "no published checkpoint uses it")
-    sizes = read_sizes(config)
-    return Arch(
-        **sizes,
-        **read_tokens(config),
-        intermediate_size=4 * sizes["hidden_size"],
-        max_positions=optional(config, "seq_length", 2048),
-        norm="layer",
-        norm_eps=optional(config, "layer_norm_epsilon", 1e-5),
-        position="alibi",
-        qkv_bias=True,
-        output_bias=True,
-        mlp="plain",
-        mlp_bias=True,
-        activation="gelu_tanh",
-        embed_norm=True,
-    )
-
-
-def falcon(config: Config) -> Arch:
-    """Its three shapes: multi-query with one norm, grouped heads with two norms, and ALiBi with or without parallel residual."""
-    sizes = read_sizes(config)
-    heads, grouped, parallel = sizes["num_heads"], bool(config.get("new_decoder_architecture")), optional(config, "parallel_attn", True)
-    sizes["num_kv_heads"] = optional(config, "num_kv_heads", heads) if grouped else 1 if optional(config, "multi_query", True) else heads
-    sizes["head_dim"] = sizes["hidden_size"] // heads
-    bias = bool(config.get("bias"))
-    rope = read_rope(config, sizes["head_dim"])
-    return Arch(
-        **sizes,
-        **read_tokens(config),
-        **rope,
-        intermediate_size=optional(config, "ffn_hidden_size", 4 * sizes["hidden_size"]),
-        norm="layer",
-        norm_eps=optional(config, "layer_norm_epsilon", 1e-5),
-        position="alibi" if config.get("alibi") else "rope",
-        scaled_alibi=True,
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp="plain",
-        mlp_bias=bias,
-        activation=read_activation(config, "activation", default="gelu"),
-        parallel_residual=parallel,
-        shared_norm=parallel and not (grouped and optional(config, "num_ln_in_parallel_attn", 2) == 2),
-    )
-
-
-def gpt_bigcode(config: Config) -> Arch:
-    refuse(config, "add_cross_attention", "decoder-only models are read here")
-    sizes = read_sizes(config)
-    sizes["num_kv_heads"] = 1 if optional(config, "multi_query", True) else sizes["num_heads"]
-    return Arch(
-        **sizes,
-        **read_tokens(config),
-        intermediate_size=optional(config, "n_inner", 4 * sizes["hidden_size"]),
-        max_positions=required(config, "n_positions", "max_position_embeddings"),
-        norm="layer",
-        norm_eps=optional(config, "layer_norm_epsilon", 1e-5),
-        position="learned",
-        query_scale=None if optional(config, "scale_attn_weights", True) else 1.0,
-        qkv_bias=True,
-        output_bias=True,
-        mlp="plain",
-        mlp_bias=True,
-        activation=read_activation(config, "activation_function", default="gelu_pytorch_tanh"),
-    )
-
-
-def gpt_neox(config: Config) -> Arch:
-    sizes = read_sizes(config)
-    rope = read_rope(config, sizes["head_dim"], theta=optional(config, "rotary_emb_base", 10000.0), fraction=optional(config, "rotary_pct", 0.25))
-    bias = optional(config, "attention_bias", True)
-    return Arch(
-        **sizes,
-        **read_tokens(config),
-        **rope,
-        intermediate_size=required(config, "intermediate_size"),
-        norm="layer",
-        norm_eps=optional(config, "layer_norm_eps", 1e-5),
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp="plain",
-        mlp_bias=True,
-        activation=read_activation(config, "hidden_act", default="gelu"),
-        parallel_residual=optional(config, "use_parallel_residual", True),
-    )
-
-
-def codegen(config: Config) -> Arch:
-    sizes = read_sizes(config)
-    return Arch(
-        **sizes,
-        **read_tokens(config),
-        intermediate_size=optional(config, "n_inner", 4 * sizes["hidden_size"]),
-        max_positions=required(config, "n_positions", "max_position_embeddings"),
-        norm="layer",
-        norm_eps=optional(config, "layer_norm_epsilon", 1e-5),
-        rotary_dim=optional(config, "rotary_dim", 64),
-        rope_interleaved=True,
-        mlp="plain",
-        mlp_bias=True,
-        activation=read_activation(config, "activation_function", default="gelu_new"),
-        parallel_residual=True,
-        shared_norm=True,
-        head_bias=True,
     )

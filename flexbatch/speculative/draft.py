@@ -57,10 +57,10 @@ class DraftModel:
     the weights that every level reads anyway, and nothing has to be moved when a path is accepted.
     """
 
-    def __init__(self, name: str, arch: Arch, weights: WeightStore, tiers: Tiers, lanes: Lanes, layout: CacheLayout, vocab_size: int, max_nodes: int) -> None:
-        """vocab_size: of the target; of padding that only one of the two has, nothing is proposed. max_nodes: largest tree that is grown."""
+    def __init__(self, name: str, arch: Arch, weights: WeightStore, tiers: Tiers, lanes: Lanes, layout: CacheLayout, vocab_size: int, grown_nodes: int) -> None:
+        """vocab_size: of the target; of padding that only one of the two has, nothing is proposed. grown_nodes: of the largest tree, candidates included."""
         self.name, self.arch, self.weights, self.tiers, self.lanes, self.layout = name, arch, weights, tiers, lanes, layout
-        self.vocab_size, self.max_nodes = vocab_size, max_nodes
+        self.vocab_size, self.grown_nodes = vocab_size, grown_nodes
         self.followed: dict[Sequence, Followed] = {}
         self.num_pages = 0
         self.cache: KVCache | None = None
@@ -108,7 +108,7 @@ class DraftModel:
 
     def room(self, sequence: Sequence) -> int:
         """Token rows that the sequence may need in the draft's cache."""
-        return sequence.num_prompt_tokens + sequence.output.max_tokens + self.max_nodes
+        return sequence.num_prompt_tokens + sequence.output.max_tokens + self.grown_nodes
 
     def known(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Tokens that the draft can read: ids in padding that only the target has become token 0."""

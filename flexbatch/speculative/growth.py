@@ -26,6 +26,11 @@ class TreePlan:
         """Times the draft is asked for children."""
         return min(self.max_depth, self.shape.max_depth) if self.shape is not None else self.max_depth if self.max_nodes else 0
 
+    @property
+    def grown_nodes(self) -> int:
+        """Nodes before the likeliest are kept."""
+        return len(self.shape) if self.shape is not None else self.max_depth * self.beam
+
 
 class GrowingTree:
     """A tree under construction. ``frontier``: nodes (or ROOT) whose children are wanted next; empty when the tree is complete."""

@@ -22,7 +22,7 @@ from flexbatch.models.dummy import dummy
 from flexbatch.policy.types import Split
 from flexbatch.speculative.draft import PASS_TOKENS, DraftModel
 from flexbatch.speculative.shapes import TreeSpec, parse_tree
-from flexbatch.speculative.speculator import AUTO_NODES, LookupSource, Source, Speculator
+from flexbatch.speculative.speculator import AUTO_NODES, LookupSource, Source, Speculator, fixed_plan
 
 NGRAM = "ngram"
 AUTO_MICRO_BATCH_TOKENS = 2048
@@ -47,9 +47,9 @@ class DraftPlan:
         width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
         return PASS_TOKENS * width * self.layout.dtype.itemsize + (64 << 20)
 
-    def pages(self, tokens: Iterable[int], max_nodes: int) -> int:
+    def pages(self, tokens: Iterable[int], grown_nodes: int) -> int:
         """For sequences of so many tokens each, and their largest tree; the newest token of a sequence is read too."""
-        return sum(self.layout.num_pages(count + 1 + max_nodes) for count in tokens)
+        return sum(self.layout.num_pages(count + 1 + grown_nodes) for count in tokens)
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,17 @@ class Speculation:
     seed: int
     target: Arch = field(repr=False)
 
+    @property
+    def grown_nodes(self) -> int:
+        """Nodes that a draft reads for one tree: of a best-first tree also the candidates that are not kept."""
+        return fixed_plan(self.spec).grown_nodes if self.spec.kind == "best-first" else self.max_nodes
+
     def needs(self, longest: Sequence[int]) -> list[Need]:
         """Rows of the memory table. longest: tokens of the longest requests, one per sequence of the block."""
         rows = []
         for draft in self.drafts:
             rows.append(Need(f"draft weights {draft.name}"[:28], "gpu", draft.weights.tier_bytes("gpu")))
-            pages = draft.pages(longest, self.max_nodes)
+            pages = draft.pages(longest, self.grown_nodes)
             rows.append(Need(f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers))
             rows.append(Need(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
         return rows
@@ -85,7 +90,7 @@ class Speculation:
         """Make room in the drafts' caches; see `needs`."""
         models = [source for source in speculator.sources if isinstance(source, DraftModel)]
         for draft, model in zip(self.drafts, models, strict=True):
-            model.open_block(draft.pages(longest, self.max_nodes))
+            model.open_block(draft.pages(longest, self.grown_nodes))
 
 
 def plan_speculation(config: EngineConfig, target: Arch, tokenizer: Any, layout: CacheLayout) -> Speculation | None:
@@ -132,9 +137,10 @@ def check_tokenizers(draft_name: str, draft: Any, target_name: str, target: Any)
     if ours == theirs:
         return
     token = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)), key=lambda token: (ours.get(token, 1 << 60), token))
+    here, there = (vocabulary.get(token, "unknown") for vocabulary in (theirs, ours))
     raise ConfigurationError(
-        f"draft {draft_name} and {target_name} have different tokenizers ({len(theirs)} and {len(ours)} tokens; {token!r} is "
-        f"{theirs.get(token, 'unknown')} in the draft and {ours.get(token, 'unknown')} in the target). Use a draft trained with the target's tokenizer, or --draft {NGRAM}"
+        f"draft {draft_name} and {target_name} have different tokenizers ({len(theirs)} and {len(ours)} tokens; {token!r} is {here} in the draft and "
+        f"{there} in the target). Use a draft trained with the target's tokenizer, or --draft {NGRAM}"
     )
 
 
@@ -148,4 +154,4 @@ def load_draft(plan: DraftPlan, speculation: Speculation, lanes: Lanes, dtype: t
             lambda skip: dummy(plan.arch, speculation.seed, dtype) if plan.folder is None else checkpoint.stream(plan.folder, plan.arch, skip)
         )
     store.check()
-    return DraftModel(plan.name, plan.arch, store, tiers, lanes, plan.layout, speculation.target.vocab_size, speculation.max_nodes)
+    return DraftModel(plan.name, plan.arch, store, tiers, lanes, plan.layout, speculation.target.vocab_size, speculation.grown_nodes)

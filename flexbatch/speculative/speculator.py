@@ -11,8 +11,10 @@ from torch import Tensor
 
 from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
 from flexbatch.execution.sampler import Drawn
-from flexbatch.execution.sampling import sample
+from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampling import sample, token_logprobs
 from flexbatch.execution.work import QueryTokens, Sequence
+from flexbatch.request import TokenLogprob
 from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, choose_shapes
 from flexbatch.speculative.costs import MeasuredCosts
 from flexbatch.speculative.growth import TreePlan
@@ -131,7 +133,7 @@ class Speculator:
         for group in set(groups):
             self.totals.statistics.setdefault(group, AcceptanceStatistics(AUTO_DEPTH, AUTO_RANKS))
         if self.spec.kind != "auto":
-            self.plans = dict.fromkeys(groups, self.fixed_plan())
+            self.plans = dict.fromkeys(groups, fixed_plan(self.spec))
             return
         passes, live = self.planned_for
         names = sorted(set(groups))
@@ -142,19 +144,9 @@ class Speculator:
             self.plans = dict.fromkeys(names, TreePlan(0, 0))
             return
         counted = [Group(groups.count(name), self.totals.statistics[name].table()) for name in names]
-        choice = choose_shapes(
-            counted, self.costs.pass_seconds(), self.costs.draft_seconds, other_query_tokens=other_query_tokens, max_nodes=self.max_nodes
-        )
+        choice = choose_shapes(counted, self.costs.pass_seconds(), self.costs.draft_seconds, other_query_tokens=other_query_tokens, max_nodes=self.max_nodes)
         self.plans = {name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
         self.planned_for = (self.totals.passes + 1, len(groups))
-
-    def fixed_plan(self) -> TreePlan:
-        if self.spec.kind == "widths":
-            shape = fixed_widths(self.spec.widths)
-            return TreePlan(shape.max_depth, len(shape), shape)
-        depth = min(BEST_FIRST_DEPTH, self.spec.nodes)
-        # Twice as many candidates as are kept, so that there is something to choose from.
-        return TreePlan(depth, self.spec.nodes, beam=max(1, -(-2 * self.spec.nodes // depth)))
 
     # After a pass
 
@@ -176,7 +168,7 @@ class Speculator:
         last = path[-1] if path else 0
         sampled = sample(logits[last : last + 1], [state], [query.paths[last]])
         tokens = [*query.paths[last], int(sampled.token_ids[0])]
-        return Drawn(tokens, [None] * len(path) + sampled.logprobs, path=tuple(path))
+        return Drawn(tokens, entries(logits[[0, *path]], tokens, state), path=tuple(path))
 
     def observe(self, results: Many[tuple[QueryTokens, Drawn]]) -> None:
         """See `proposals.Proposer`."""
@@ -232,8 +224,24 @@ class Speculator:
             source.close()
 
 
+def entries(logits: Tensor, tokens: list[int], state: RequestState) -> list[dict[int, TokenLogprob] | None]:
+    """Log-probabilities of tokens drawn from rows of logits, where the request wants them."""
+    count = state.params.logprobs
+    return [*token_logprobs(logits, tokens, [count] * len(tokens))] if count is not None else [None] * len(tokens)
+
+
 def group_of(sequence: Sequence) -> str:
     return "greedy" if sequence.state.params.greedy else "sampled"
+
+
+def fixed_plan(spec: TreeSpec) -> TreePlan:
+    """The plan of a tree that the user has fixed."""
+    if spec.kind == "widths":
+        shape = fixed_widths(spec.widths)
+        return TreePlan(shape.max_depth, len(shape), shape)
+    depth = min(BEST_FIRST_DEPTH, spec.nodes)
+    # Twice as many candidates as are kept, so that there is something to choose from.
+    return TreePlan(depth, spec.nodes, beam=-(-2 * spec.nodes // depth))
 
 
 def limited(plan: TreePlan, max_depth: int) -> TreePlan:

@@ -48,18 +48,22 @@ VALUES = {
     "draft": ("a b", ("a", "b")),
     "weight_bits": ("4", 4),
     "cache_bits": ("8", 8),
-    "overlap": ("false", False),
-    "dummy_weights": ("true", True),
-    "cpu_attention": ("0.5", 0.5),
     "gpu_memory": ("16GiB", "16GiB"),
     "cpu_memory": ("64GiB", "64GiB"),
 }
+"""Where the value of a kind below would not do."""
+
+
+def value_of(setting: cli.Setting) -> tuple[str, object]:
+    """A value other than the default, as text and as the setting holds it."""
+    by_kind = {int: ("7", 7), float: ("0.5", 0.5), str: ("7", "7"), bool: (str(not setting.default).lower(), not setting.default)}
+    return VALUES.get(setting.name, by_kind[setting.kind])
 
 
 @pytest.mark.parametrize("setting", cli.settings_of(EngineConfig), ids=lambda setting: setting.name)
 def test_every_setting_has_three_sources_in_order(setting: cli.Setting, tmp_path: Path) -> None:
-    text, expected = VALUES.get(setting.name, ("7", 7 if setting.kind is int else "7"))
-    words = [setting.flag] if setting.name == "dummy_weights" else [setting.flag, *text.split()]
+    text, expected = value_of(setting)
+    words = [setting.flag] if expected is True else [setting.flag, *text.split()]
     assert getattr(parse(*words), setting.name) == expected
     assert getattr(parse(environ={setting.variable: text}), setting.name) == expected
     value = f"[{text.replace(' ', ', ')}]" if setting.many else text

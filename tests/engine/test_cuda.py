@@ -40,6 +40,22 @@ def test_grid_on_the_gpu(family, cell, reference, tmp_path):
     assert [completion.token_ids for completion in completions] == model.token_ids
 
 
+@pytest.mark.parametrize("weight_bits", [16, 4])
+def test_decode_graphs_give_the_same_tokens(weight_bits, reference, tmp_path):
+    """Two jobs, so that buckets come again and are captured; sequences end one by one, so that places are padded."""
+    model = reference("opt")
+    params = [SamplingParams(max_tokens=5 + 3 * i, temperature=0) for i in range(len(model.prompts))]
+    outputs = []
+    for overlap in (True, False):
+        with engine(model, tmp_path, ("gpu", "gpu", "gpu", 1, overlap, 64), weight_bits=weight_bits) as llm:
+            for _ in range(2):
+                outputs.append([completion.token_ids for completion in llm.generate(model.prompts, params)])
+            assert llm.block is not None
+            graphs = llm.block.executor.graphs
+            assert (graphs is not None and len(graphs.captured) > 0) == overlap
+    assert all(output == outputs[0] for output in outputs)
+
+
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8)])
 def test_compressed_placements_agree(bits, reference, tmp_path):
     model = reference("llama")

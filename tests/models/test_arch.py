@@ -50,7 +50,10 @@ def test_keys_left_out_have_the_defaults_of_transformers(case):
     assert families.read_arch(sparse) == families.read_arch(full)
 
 
-@pytest.mark.parametrize("case", [case for case in FAMILY_CASES if not case.startswith(("opt", "bloom", "gpt_big", "codegen", "gemma3"))])
+ROTARY = [case for case in FAMILY_CASES if not case.startswith(("opt", "bloom", "gpt_big", "gpt2", "gptj", "codegen", "gemma3"))]
+
+
+@pytest.mark.parametrize("case", ROTARY)
 def test_rope_keys_of_transformers_4(case):
     full = configuration(case).to_dict()
     rope = dict(full["rope_parameters"])
@@ -68,6 +71,14 @@ def test_rope_keys_of_gemma3_in_transformers_4():
     old = {key: value for key, value in full.items() if key != "rope_parameters"}
     old |= {"rope_theta": 3000.0, "rope_local_base_freq": 700.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     assert families.read_arch(old) == families.read_arch(full)
+
+
+@pytest.mark.parametrize("case", ["qwen2-window", "gemma2", "gemma3"])
+def test_windows_without_layer_types(case):
+    """Files of transformers 4 give the rule, not the layers."""
+    full = configuration(case).to_dict()
+    assert 0 < sum(families.read_arch(full).sliding_layers) < full["num_hidden_layers"]
+    assert families.read_arch({key: value for key, value in full.items() if key != "layer_types"}) == families.read_arch(full)
 
 
 def test_special_tokens_beside_a_text_config_win():
