@@ -28,10 +28,9 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
     reserved = reserved_tokens(workload, policy)
     row = shape.token_bytes(policy.cache_bits)
-    weights = shape.num_layers * shape.weight_bytes(shape.block_elements, bits) + shape.weight_bytes(shape.head_elements, bits)
-    weights += shape.weight_bytes(sum(shape.embedding_tensors), bits)
-    slab = 2.0 * shape.weight_bytes(shape.largest_layer_elements, bits)
-    expansion = 0.0 if bits == 16 else shape.weight_bytes(shape.largest_layer_elements, 16)
+    weights = shape.total_bytes(bits)
+    slab = 2.0 * shape.largest_layer_bytes(bits)
+    expansion = 0.0 if bits == 16 else shape.weight_bytes(shape.block_elements, 16)
     cache = batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
     lengths = Lengths.of(workload, policy)
@@ -69,21 +68,25 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     return {"gpu": gpu, "cpu": cpu, "disk": disk}
 
 
-def spread_weights(shape: ModelShape, weights: Split) -> tuple[Split, float]:
-    """The split that whole tensors can meet, and the largest non-resident part of a layer, in elements.
+def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[Split, float]:
+    """The split that whole tensors can meet, and the largest non-resident part of a layer as stored at ``bits``, in bytes.
 
     Tensors are dealt to the tiers by error diffusion over the whole model: each goes to the tier that is furthest behind its share.
     """
     asked = np.array(weights.fractions)
-    layers = [shape.embedding_tensors, *[shape.block_tensors] * shape.num_layers, shape.head_tensors]
+    embedding, block, head = (
+        [shape.weight_bytes(elements, stored) for elements in tensors]
+        for tensors, stored in ((shape.embedding_tensors, 16), (shape.block_tensors, bits), (shape.head_tensors, 16))
+    )
+    layers = [embedding, *[block] * shape.num_layers, head]
     placed, total, largest = np.zeros(3), 0.0, 0.0
     for index, tensors in enumerate(layers):
         away = 0.0
-        for elements in tensors:
-            total += elements
+        for num_bytes in tensors:
+            total += num_bytes
             tier = int(np.argmax(np.where(asked > 0, asked * total - placed, -np.inf)))
-            placed[tier] += elements
-            away += elements * (tier != 0)
+            placed[tier] += num_bytes
+            away += num_bytes * (tier != 0)
         largest = max(largest, away if index else 0.0)
     realised = placed / placed.sum()
     return Split(*(float(x) for x in realised)), largest
@@ -106,12 +109,12 @@ def round_cache(policy: Policy) -> Split:
 def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> dict[str, dict[str, int]]:
     """``peak[tier][kind]`` in bytes at the placement that whole tensors and whole sequences can meet."""
     rows = memory_rows(shape, hardware, workload, policy)
-    split, away = spread_weights(shape, policy.weights)
+    split, away = spread_weights(shape, policy.weights, policy.weight_bits)
     point = point_of(policy)
     point[1:4] = split.fractions
     peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
-    expansion = 0 if policy.weight_bits == 16 else shape.weight_bytes(shape.largest_layer_elements, 16)
-    peak["gpu"]["weight slabs"] = expansion + 2 * shape.weight_bytes(int(away), policy.weight_bits)
+    expansion = 0 if policy.weight_bits == 16 else shape.weight_bytes(shape.block_elements, 16)
+    peak["gpu"]["weight slabs"] = expansion + 2 * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
     staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)
     per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk - point[-1])
