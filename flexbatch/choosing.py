@@ -24,6 +24,8 @@ SMALL = 0.25
 WHOLE_BLOCK = 1024
 """Sequences of a block that is chosen without a search, at most: GEMMs are efficient from there on."""
 MAX_CHUNK = 2048
+UNLIKE = 0.25
+"""Relative difference of mean lengths from which another job is decided for again."""
 ROUNDS = 12
 """Choices that may follow each other with less room, until the exact sizes fit."""
 ON_GPU, ON_CPU, ON_DISK = Split(1, 0), Split(0, 1), Split(0, 0, 1)
@@ -214,6 +216,17 @@ def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
         for tier, size in exceeded.items():
             room[tier] = max(1, room[tier] - size - size // 20 - PAGE_TOKENS)
     raise DoesNotFit(f"{shape.name}: no policy was found in {ROUNDS} rounds whose exact sizes fit the budgets; give any tier one layer's weights more")
+
+
+def differs(problem: Problem, policy: Policy, job: Job) -> bool:
+    """Whether the sizes of a block that were chosen for the problem's job are wrong for another: lengths unlike, or more requests than the block was cut to."""
+    planned, config = problem.job, problem.config
+    if None not in (config.gpu_batch_size, config.num_gpu_batches) or job == planned:
+        return False
+    if job.num_requests > planned.num_requests and policy.block_size >= planned.num_requests and policy.block_size < min(job.num_requests, WHOLE_BLOCK):
+        return True
+    mean, expected = (sum(each.cache_tokens) / each.num_requests for each in (job, planned))
+    return policy.block_size < job.num_requests and abs(mean / expected - 1) > UNLIKE
 
 
 def executable(problem: Problem, policy: Policy) -> Policy:

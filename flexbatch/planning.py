@@ -16,14 +16,14 @@ from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import Need, align, check_budgets
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
-from flexbatch.policy.types import TIERS, Policy
+from flexbatch.policy.types import TIERS, Hardware, Policy
 
 PAGE_TOKENS = 16
 GROUP = 64
 """Elements that share a scale and a minimum when weights or cache are quantised."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_MICRO_BATCH_TOKENS = 8192
-"""Prompt tokens of one micro-batch in one pass, at most, where the policy sets no budget: compute is efficient from 1,024 on, and its workspace grows with them."""
+"""Prompt tokens of a micro-batch in a pass where the policy sets no budget: compute is efficient from 1,024 on, and its workspace grows with them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Job:
         """Before any prompt is known: 256 requests of 512 prompt tokens and 128 generated ones, within the model's context."""
         prompt, total = min(512, max(1, max_positions - 1)), min(639, max_positions)
         return cls((total,) * 256, (prompt,) * 256)
+
+    def first(self, count: int) -> Job:
+        """The job of its first requests alone."""
+        return Job(self.cache_tokens[:count], self.prompt_tokens[:count])
 
     @property
     def num_requests(self) -> int:
@@ -87,8 +91,12 @@ def host_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def resolve_budgets(config: EngineConfig, device: torch.device) -> dict[str, int]:
-    """Bytes of every tier. Without a GPU, gpu and cpu tier are the same memory: half of what is available each."""
+def resolve_budgets(config: EngineConfig, device: torch.device, machine: Hardware | None = None) -> dict[str, int]:
+    """Bytes of every tier, of this machine or of a named one. Without a GPU, gpu and cpu tier are the same memory: half of what is available each."""
+    given = {tier: parse_bytes(size) for tier, size in (("gpu", config.gpu_memory), ("cpu", config.cpu_memory)) if size is not None}
+    if machine is not None:
+        gpu, cpu = machine.gpu_memory_bytes - machine.gpu_reserved_bytes, machine.cpu_memory_bytes - machine.cpu_reserved_bytes
+        return {"gpu": gpu, "cpu": cpu, "disk": machine.disk_bytes, **given}
     available = host_memory_bytes()
     if device.type == "cuda":
         gpu, cpu = int(torch.cuda.mem_get_info(device)[0] * 0.94), int(available * 0.9)
@@ -99,9 +107,10 @@ def resolve_budgets(config: EngineConfig, device: torch.device) -> dict[str, int
         folder = folder.parent
     space = os.statvfs(folder)
     return {
-        "gpu": parse_bytes(config.gpu_memory) if config.gpu_memory is not None else gpu,
-        "cpu": parse_bytes(config.cpu_memory) if config.cpu_memory is not None else cpu,
+        "gpu": gpu,
+        "cpu": cpu,
         "disk": space.f_bavail * space.f_frsize,
+        **given,
     }
 
 
