@@ -12,7 +12,7 @@ from flexbatch.config import DoesNotFitError, EngineConfig
 from flexbatch.memory.tiers import Need
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import weight_specs
-from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job
+from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job, check_fit
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit, Plan, price
 from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
@@ -24,6 +24,10 @@ SMALL = 0.25
 WHOLE_BLOCK = 1024
 """Sequences of a block that is chosen without a search, at most: GEMMs are efficient from there on."""
 MAX_CHUNK = 2048
+CRUMB = 32
+"""Prompt tokens of a micro-batch in a pass where memory is so short that no more find room."""
+ROUNDING = 0.05
+"""Share of a budget that whole tensors, sequences and pages may exceed a plan by."""
 UNLIKE = 0.25
 """Relative difference of mean lengths from which another job is decided for again."""
 ROUNDS = 12
@@ -186,17 +190,23 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Nee
     if problem.settled:
         # Refused by the caller with the exact table when it does not fit.
         return Choice(plain, priced(problem, machine, plain))
+    simple = [priced(problem, machine, policy) for policy in fallbacks(problem, needs)]
+    found = [Choice(plan.policy, plan) for plan in simple]
+    refusal = None
     try:
-        return searched(problem, machine, needs)
+        found.append(searched(problem, machine, needs))
     except DoesNotFit as error:
-        for policy in fallbacks(problem):
-            if not overshoot(needs(policy), problem.budgets):
-                return Choice(policy, priced(problem, machine, policy))
-        raise DoesNotFitError(str(error)) from error
+        refusal = error
+    if not found:
+        if problem.config.percent is not None:
+            smallest = plain_policy(problem, most_sequences=1)
+            check_fit(needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or CRUMB)), problem.budgets)
+        raise DoesNotFitError(str(refusal)) from refusal
+    return max(found, key=lambda choice: choice.plan.predicted_tokens_per_second if choice.plan else 0.0)
 
 
 def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
-    """The optimizer's choice. While exact sizes exceed a budget, it chooses again with less room: first for the same block, then for any. Raises DoesNotFit."""
+    """The optimizer's choice. While exact sizes exceed a budget, it chooses again with less room. Raises DoesNotFit."""
     room, block = dict(problem.budgets), None
     shape, workload = problem.shape, workload_of(problem.job)
     for left in reversed(range(ROUNDS)):
@@ -211,8 +221,9 @@ def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
         exceeded = overshoot(needs(policy), problem.budgets)
         if not exceeded:
             return Choice(policy, plan if policy == plan.policy else with_search(priced(problem, hardware, policy), plan))
-        # After half of the rounds the block itself is too large for its rounding.
-        block = (policy.gpu_batch_size, policy.num_gpu_batches) if left > ROUNDS // 2 else None
+        # Rounding is mended within the block; what is missing by more calls for another block, and so does rounding that cannot be mended.
+        small = all(size <= ROUNDING * problem.budgets[tier] for tier, size in exceeded.items())
+        block = (policy.gpu_batch_size, policy.num_gpu_batches) if small and left > ROUNDS // 2 else None
         for tier, size in exceeded.items():
             room[tier] = max(1, room[tier] - size - size // 20 - PAGE_TOKENS)
     raise DoesNotFit(f"{shape.name}: no policy was found in {ROUNDS} rounds whose exact sizes fit the budgets; give any tier one layer's weights more")
@@ -239,13 +250,22 @@ def executable(problem: Problem, policy: Policy) -> Policy:
     return policy
 
 
-def fallbacks(problem: Problem) -> Iterator[Policy]:
-    """Simple placements, the fast ones first, each with ever smaller blocks."""
+def fallbacks(problem: Problem, needs: Needs) -> Iterator[Policy]:
+    """Simple placements that fit, each with its largest block, and with few prompt tokens a pass where more do not fit."""
     for placement in LADDER[: 1 if problem.config.percent is not None else None]:
+        for policy in ladder(problem, placement):
+            if not overshoot(needs(policy), problem.budgets):
+                yield policy
+                break
+
+
+def ladder(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]:
+    """Ever smaller blocks of one placement."""
+    for budget in [problem.config.prefill_budget] if problem.config.prefill_budget else [512, CRUMB]:
         sequences = min(WHOLE_BLOCK, problem.job.num_requests)
         while sequences:
             policy = plain_policy(problem, placement, sequences)
-            yield policy if problem.config.prefill_budget else dataclasses.replace(policy, prefill_budget=min(256, policy.prompt_tokens_per_micro_batch))
+            yield dataclasses.replace(policy, prefill_budget=min(budget, policy.gpu_batch_size * policy.prefill_chunk))
             sequences //= 2
 
 

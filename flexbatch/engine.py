@@ -159,6 +159,8 @@ class LLM:
         self.dtype = planning.resolve_dtype(config.dtype, self.arch, self.device)
         self.budgets = planning.resolve_budgets(config, self.device, named if elsewhere else None)
         self._hardware, self._dry = named, dry
+        folder = config.offload_path or planning.default_offload_dir()
+        self._profile = machines.profile_path(config.hardware, self.device, folder, machines.default_profile_dir()) if config.recalibrate else None
         self.layout = planning.cache_layout(self.arch, config.cache_bits, self.dtype)
         self.encoder = PromptEncoder(self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size)
         self.speculation = plan_speculation(config, self.arch, self.tokenizer, self.layout)
@@ -443,8 +445,10 @@ class LLM:
             self.statistics.moved_bytes = self.lanes.moved_bytes()
             if meter is not None:
                 self.prediction = meter.report((self.statistics.generated_tokens - generated) / seconds)
-                if self.config.recalibrate:
-                    self._recalibrate(meter)
+                if self._profile is not None and meter.passes:
+                    self._hardware = meter.recalibrated(self.hardware)
+                    machines.save(self._hardware, self._profile)
+                    logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, self._profile)
 
     def _meter(self) -> adapting.PassMeter | None:
         """Compares the passes of a run with its plan; None where nothing was planned, or drafts change what a pass is."""
@@ -458,13 +462,6 @@ class LLM:
         batcher.adjust(change.admission_limit, change.prefill_budget, share)
         logger.info("re-planned: %s", change.reason)
         self.replans.append(change.reason)
-
-    def _recalibrate(self, meter: adapting.PassMeter) -> None:
-        folder = self.config.offload_path or planning.default_offload_dir()
-        path = machines.profile_path(self.config.hardware, self.device, folder, machines.default_profile_dir())
-        self._hardware = meter.recalibrated(self.hardware)
-        machines.save(self._hardware, path)
-        logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, path)
 
     def _candidates(self, requests: Iterable[tuple[int, Request]]) -> Iterator[Candidate]:
         for _, request in requests:

@@ -263,6 +263,12 @@ class ModelShape:
         return self.hidden_size * self.element_bytes
 
     @property
+    def peak_workspace_bytes(self) -> int:
+        """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their copies."""
+        projections = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return (6 * self.hidden_size + 2 * projections + 3 * self.intermediate_size) * self.element_bytes
+
+    @property
     def workspace_bytes(self) -> int:
         """GPU workspace of one token inside a layer: residual, normed input, the larger of attention's and the MLP's intermediates, output."""
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
