@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.apps_batch.helpers import ROOT, journal_bytes, parts_of, read_output, shared_prompts, wait_for, write_input
+from tests.apps_batch.helpers import journal_bytes, parts_of, read_output, shared_prompts, wait_for, write_input
+from tests.apps_batch.helpers import start as start_driver
 
 SMALL_BLOCK = ("--gpu-batch-size", "8", "--num-gpu-batches", "2", "--device", "cpu")
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "flexbatch.apps.batch", *map(str, words), "--model", "demo", *SMALL_BLOCK]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*words: object, count_file: Path) -> subprocess.Popen[str]:
+    return start_driver(*words, "--model", "demo", *SMALL_BLOCK, real=True, count_file=str(count_file))
 
 
 def finished(process: subprocess.Popen[str], code: int = 0) -> None:
@@ -26,24 +25,23 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> None:
     assert process.returncode == code and out == "", err
 
 
-def generated(out: Path) -> int:
-    return sum(read_output(out)["num_generated_tokens"].to_pylist())
-
-
 def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> None:
     source, out = write_input(tmp_path / "in.parquet", shared_prompts(rows, 120), row_group_size=97), tmp_path / "out"
-    finished(start(source, tmp_path / "whole", *flags))
+    finished(start(source, tmp_path / "whole", *flags, count_file=tmp_path / "once"))
     size = (tmp_path / "whole" / ".flexbatch" / "commits-0-of-1.log").stat().st_size
     chance, committed = random.Random(3), out / ".flexbatch" / "commits-0-of-1.log"
     for kill in range(kills):
-        process = start(source, out, *flags)
+        process = start(source, out, *flags, count_file=tmp_path / "tokens")
         rate = size * (kill + chance.random()) / (kills + 1)
         before = journal_bytes(out)
         wait_for(lambda rate=rate, before=before: committed.exists() and committed.stat().st_size > rate and journal_bytes(out) != before, process, 600)
         process.kill()
         process.communicate()
-    finished(start(source, out, *flags))
+    finished(start(source, out, *flags, count_file=tmp_path / "tokens"))
     assert read_output(out).equals(read_output(tmp_path / "whole"))
+    once, tokens = ((tmp_path / name).stat().st_size for name in ("once", "tokens"))
+    print(f"{rows} rows, {kills} kills: {tokens} tokens generated, {once} in one run")
+    assert once <= tokens <= 1.15 * once + 16 * 6 * (rows < 1000)
 
 
 def test_a_sampled_job_that_was_killed_equals_an_undisturbed_one(tmp_path: Path) -> None:
@@ -60,7 +58,7 @@ def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:
 
     prompts = ["def add(a, b):", "import os\n", "x" * 9000, "class A:"]
     source = write_input(tmp_path / "in.parquet", prompts)
-    finished(start(source, tmp_path / "out", "--temperature", 0, "--max-tokens", 5, "--logprobs", 2, "--generated-tokens"), 3)
+    finished(start(source, tmp_path / "out", "--temperature", 0, "--max-tokens", 5, "--logprobs", 2, "--generated-tokens", count_file=tmp_path / "once"), 3)
     rows = read_output(tmp_path / "out").to_pylist()
     assert "2048" in rows[2]["error"] and rows[2]["generated_text"] is None
     with LLM("demo", device="cpu", gpu_batch_size=8, num_gpu_batches=2) as llm:

@@ -156,6 +156,13 @@ def test_csv_types_quoted_line_ends_and_empty_values(tmp_path: Path) -> None:
     assert source_of(tmp_path / "y.tsv").units[0].rows == 0
 
 
+def test_csv_rows_may_cross_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexbatch.apps.jobs.text_sources.CSV_BLOCK_BYTES", 64)
+    rows = [{"a": "x\ny" * (i % 7), "n": i} for i in range(60)]
+    (tmp_path / "x.csv").write_text("a,n\n" + "".join(f'"{row["a"]}",{row["n"]}\n' for row in rows))
+    assert rows_in_parts(source_of(tmp_path / "x.csv"), 7) == rows
+
+
 def test_csv_types_look_at_every_row_and_bad_lines_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("n\n" + "1\n" * 5000 + "no number\n")
     assert source_of(tmp_path / "x.csv").schema.field("n").type == pa.string()
