@@ -19,9 +19,9 @@ def count_real_tokens(count_file: str) -> None:
 
     descriptor, extend = os.open(count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), Batcher.extend
 
-    def counted(self: Batcher, sequence: Any, result: Any) -> None:
+    def counted(self: Batcher, sequence: Any, result: Any) -> int:
         os.write(descriptor, b"." * len(result.token_ids))
-        extend(self, sequence, result)
+        return extend(self, sequence, result)
 
     Batcher.extend = counted  # type: ignore[method-assign]
 
