@@ -215,6 +215,8 @@ class LLM:
         if self.speculation is not None:
             self.speculator = self.speculation.load(self.lanes, self.dtype, offload_dir)
             self._stack.callback(self.speculator.close)
+            if config.simulate_acceptance is not None:
+                logger.warning("SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing", config.simulate_acceptance)
         self.statistics.load_seconds = time.perf_counter() - started
         logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(self.weight_plan.realized_percent))
 
