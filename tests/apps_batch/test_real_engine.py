@@ -46,7 +46,7 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> No
 
 
 def test_a_sampled_job_that_was_killed_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, 64, 1, "--max-tokens", 6, "--part-rows", 8, "--window-rows", 16)
+    kill_and_resume(tmp_path, 40, 1, "--max-tokens", 4, "--part-rows", 8, "--window-rows", 16)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def rows_in_parts(source: Source, part_rows: int, every: int = 1) -> list[dict]:
         assert len(table) == part.rows and table.schema.equals(source.schema)
         rows += table.to_pylist()
     return rows
+
+
+def test_a_source_that_has_read_can_go_to_another_process(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": range(9)}), tmp_path / "x.parquet")
+    source = source_of(tmp_path)
+    assert rows_in_parts(source, 5) == rows_in_parts(pickle.loads(pickle.dumps(source)), 5)
 
 
 @pytest.mark.parametrize("part_rows", [1, 7, 40, 1000])
