@@ -101,8 +101,9 @@ def check(device: str) -> list[Row]:
             for queries, contexts, splits in (([1, 70, 3], [200, 90, 33], 1), ([1, 1, 1], [300, 7, 129], 4)):
                 call, options = attention_call(queries, contexts, heads, kv_heads, head_dim, bits=bits, tree=tree, dtype=dtype, device=device)
                 wanted = reference.paged_attention(*call, **options).float()
-                error = (attention.paged_attention(*call, **options, splits=splits).float() - wanted).abs().max().item()
                 row = {"kernel": "attention", "dtype": str(dtype), "bits": bits, "tree": tree, "heads": f"{heads}/{kv_heads}x{head_dim}", "splits": splits}
+                print(f"checking {row}", file=sys.stderr, flush=True)
+                error = (attention.paged_attention(*call, **options, splits=splits).float() - wanted).abs().max().item()
                 rows.append(row | {"error": error, "ok": error < tolerances[dtype]})
         for bits in (8, 4):
             weight = torch.randn(192, 320).to(dtype)
