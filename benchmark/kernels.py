@@ -89,7 +89,7 @@ SHAPES = ((16, False, 8, 2, 128), (16, True, 4, 4, 80), (8, False, 8, 1, 64), (4
 """Bits, tree, heads, KV heads, head size."""
 
 
-def check(device: str) -> list[Row]:
+def check(device: str, only: int | None = None) -> list[Row]:
     """Largest error of every kernel against the oracle: attention within a tolerance, quantisation bit for bit with the oracle on the CPU."""
     from flexbatch.kernels import attention, quant
 
@@ -97,12 +97,15 @@ def check(device: str) -> list[Row]:
     tolerances = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
     rows: list[Row] = []
     for dtype in dtypes:
-        for bits, tree, heads, kv_heads, head_dim in SHAPES:
+        for number, (bits, tree, heads, kv_heads, head_dim) in enumerate(SHAPES):
+            if only is not None and number != only:
+                continue
             for queries, contexts, splits in (([1, 70, 3], [200, 90, 33], 1), ([1, 1, 1], [300, 7, 129], 4)):
                 call, options = attention_call(queries, contexts, heads, kv_heads, head_dim, bits=bits, tree=tree, dtype=dtype, device=device)
                 wanted = reference.paged_attention(*call, **options).float()
-                error = (attention.paged_attention(*call, **options, splits=splits).float() - wanted).abs().max().item()
                 row = {"kernel": "attention", "dtype": str(dtype), "bits": bits, "tree": tree, "heads": f"{heads}/{kv_heads}x{head_dim}", "splits": splits}
+                print(f"checking {row}", file=sys.stderr, flush=True)
+                error = (attention.paged_attention(*call, **options, splits=splits).float() - wanted).abs().max().item()
                 rows.append(row | {"error": error, "ok": error < tolerances[dtype]})
         for bits in (8, 4):
             weight = torch.randn(192, 320).to(dtype)
@@ -345,6 +348,7 @@ def main() -> int:
     sections = ("attention", "pages", "quant", "norm", "cpu", "tune")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--only", type=int, help="check only this one of the attention shapes (a bad address ends the process)")
     parser.add_argument("--check-only", action="store_true", help="compare with the oracle and stop")
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections[:5], help="what to time; tune tries tile shapes")
     parser.add_argument("--cpu-sequences", type=int, default=128, help="sequences of 512 tokens in CPU attention (of 14 MiB each)")
@@ -359,7 +363,7 @@ def main() -> int:
             print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}), file=sys.stderr, flush=True)
 
     if cuda or arguments.check_only:
-        result["checks"] = check("cuda" if cuda else "cpu")
+        result["checks"] = check("cuda" if cuda else "cpu", arguments.only)
         wrong = [row for row in result["checks"] if not row["ok"]]
         print(f"{len(result['checks']) - len(wrong)} checks passed, {len(wrong)} failed", *wrong, sep="\n", file=sys.stderr, flush=True)
     if not arguments.check_only:

@@ -14,6 +14,7 @@ from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import Need, align, check_budgets
+from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
 from flexbatch.policy.types import TIERS, Hardware, Policy
@@ -201,6 +202,7 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
     if cuda:
         rows += [
             Need("disk staging (2)", "cpu", 2 * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
+            Need("inputs", "cpu", 2 * HALF_BYTES),
             Need("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]
     return [row for row in rows if row.num_bytes]

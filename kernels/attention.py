@@ -47,8 +47,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def choose_splits(programs: int, max_context_len: int, multiprocessors: int) -> int:
-    """Splits of the context that fill the chip about four programs deep, none shorter than 256 keys."""
-    return max(1, min(-(-4 * multiprocessors // programs), -(-max_context_len // 256), MAX_SPLITS))
+    """Splits of the context that fill the chip about four programs deep, none shorter than 256 keys; a power of two, as each number is compiled anew."""
+    wanted = max(1, min(-(-4 * multiprocessors // programs), -(-max_context_len // 256), MAX_SPLITS))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def paged_attention(

@@ -178,7 +178,8 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
         tl.store(target + 1, acc1.to(out.dtype.element_ty), mask=valid[:, None] & (element + 1 < HEAD_DIM)[None, :])
 
 
-@triton.jit
+# Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew (a second each, in the middle of a job).
+@triton.jit(do_not_specialize=["num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
 def attention_kernel(query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, positions, tree_masks,
                       num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window, scale, soft_cap,
                       BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr,
@@ -205,7 +206,7 @@ def attention_kernel(query, rows, parameters, page_table, query_starts, context_
                     WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(partial, statistics, out, num_rows, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """One (token, head) from its splits. Grid (num_rows,); partial [SPLITS, num_rows, HEAD_DIM], statistics [SPLITS, num_rows, 2]."""
     split = tl.arange(0, BLOCK_S)

@@ -20,7 +20,7 @@ TILE_BYTES = 16384
 NUM_WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # another number every pass: see attention_kernels
 def _copy_kernel(source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr, WORDS: tl.constexpr,
                  BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):  # fmt: skip
     """Rows of WORDS words; row i is ``indices[i]`` on the source's (GATHER) or the destination's side. Grid-stride over tiles."""

@@ -19,7 +19,7 @@ from flexbatch.kernels import reference
 TILE_BYTES = 2048  # code bytes of a tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_vectors"])  # another number every pass: see attention_kernels
 def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_token, x_step, code_token, code_step, parameter_token, parameter_step,
                      code_side, parameter_base, parameter_side, HEADS: tl.constexpr, HEAD_CODES: tl.constexpr, HEAD_PARAMETERS: tl.constexpr,
                      SLOTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -96,7 +96,7 @@ def _dequantize_kernel(codes, parameters, out, num_vectors, size, code_vector, c
     tl.store(out + row * out_vector + element * out_step, value.to(out.dtype.element_ty), mask=has_vector & (within < GROUP) & (element < size))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _linear_kernel(x, codes, parameters, out, num_tokens, num_outputs, size, x_token, code_row, parameter_row, out_split, BITS: tl.constexpr,
                    GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """out[split] = x @ weight.T over this split's groups; weights are expanded in registers. Grid (outputs, splits)."""

@@ -131,7 +131,7 @@ def stopped(error: Exception, resume: str) -> int:
 
     code = exit_code(error)
     if isinstance(error, OutputError):
-        logger.error("the output cannot be written: %s. Committed parts and finished rows are kept", error)
+        logger.error("the output cannot be written: %s. Committed parts and finished rows are kept: make room, or mend it, and resume", error)
     elif isinstance(error, (SourceError, TooManyErrors)) or code != CRASH:
         logger.error("%s", error)
     else:
