@@ -181,6 +181,8 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
     expansion = plan.expansion_bytes("pre") + plan.expansion_bytes("post")
     disk_slab = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
     activation = sizes.max_micro_batch_tokens * arch.hidden_size * dtype.itemsize * policy.num_gpu_batches
+    # Rows go home in pages: the last page of a micro-batch may be a part of one.
+    host_rows = (sizes.max_micro_batch_tokens + layout.page_tokens) * arch.hidden_size * dtype.itemsize
     off_gpu = 1 - policy.activations.gpu
     head = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * dtype.itemsize
     rows = [
@@ -195,8 +197,8 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
         Need("cache staging (2)", "gpu", 2 * cache.staging_pages * layout.page_bytes),
         Need("cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes),
         Need("activations", "gpu", activation if policy.activations.gpu > 0 else 0),
-        Need("activations", "cpu", activation if off_gpu > 0 else 0),
-        Need("activations", "disk", align(activation) if policy.activations.disk > 0 else 0),
+        Need("activations", "cpu", policy.num_gpu_batches * host_rows if off_gpu > 0 else 0),
+        Need("activations", "disk", policy.num_gpu_batches * align(host_rows) if policy.activations.disk > 0 else 0),
         Need("workspace", "gpu", workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
     ]
     if cuda:

@@ -24,7 +24,8 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     """``rows[tier][kind]``: peak bytes as an affine function of the placement (see `cost.affine`), for the policy's sizes and bits.
 
     Buffers that the executor keeps: two working slabs of the largest layer's non-resident weights, one 16-bit expansion slab for quantised
-    weights, two staging areas of the largest micro-batch's non-resident cache of one layer (prompts of CPU-attended sequences pass through them too), two staged micro-batches of hidden states.
+    weights, two staging areas of the largest micro-batch's non-resident cache of one layer (prompts of sequences that the CPU attends pass
+    through them too), two staged micro-batches of hidden states.
     """
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
     reserved = reserved_tokens(workload, policy)
