@@ -30,6 +30,8 @@ FILLS = (1.0, 0.5, 0.25, 0.0)
 FINALISTS = 4
 CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
+POLISHED = 4
+"""Smaller blocks that are compared with the best after rounding."""
 GOOD_ENOUGH = 0.995
 """Of the machine's bound: nothing is left to search for."""
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
@@ -202,6 +204,19 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
                     improved |= climb([dataclasses.replace(other, prefill_budget=math.ceil(budget * other.gpu_batch_size)) if free else other])
 
 
+def polish(search: Search, best: Plan) -> Plan:
+    """The best of ``best`` and slightly smaller blocks: where rounding to whole tensors costs what the larger block gains, one that rounds well wins."""
+    policy = best.policy
+    for batch in range(policy.gpu_batch_size - 1, max(0, policy.gpu_batch_size - 1 - POLISHED), -1):
+        other = block_policy(search, dataclasses.replace(policy, prefill_budget=0), batch, policy.num_gpu_batches, first_fill(search, policy.block_size))
+        search.attempt(other)
+        candidate = search.tried[other]
+        plan = search.finish(candidate) if candidate else None
+        if plan is not None and plan.predicted_tokens_per_second > best.predicted_tokens_per_second:
+            best = plan
+    return best
+
+
 def same_family(policy: Policy, template: Policy) -> bool:
     return (policy.weight_bits, policy.cache_bits, policy.speculation) == (template.weight_bits, template.cache_bits, template.speculation)
 
@@ -231,7 +246,7 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
         plans = [plan for plan in (search.finish(c) for c in search.ranking[FINALISTS : 8 * FINALISTS]) if plan]
     if not plans:
         raise does_not_fit(shape, hardware, workload, constraints, block_policy(search, template, 1, 1, 1.0))
-    best = max(plans, key=lambda plan: plan.predicted_tokens_per_second)
+    best = polish(search, max(plans, key=lambda plan: plan.predicted_tokens_per_second))
     limit = max(bound.tokens_per_second for bound, _ in bounds)
     elapsed = time.perf_counter() - start
     return dataclasses.replace(best, machine_bound_tokens_per_second=limit, linear_programs=search.linear_programs + len(bounds), search_seconds=elapsed)
