@@ -79,9 +79,9 @@ class Search:
         rows = memory_rows(self.shape, self.hardware, self.workload, policy)
         return {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}
 
-    def attempt(self, policy: Policy) -> None:
-        """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best, which needs no linear program to see."""
-        if policy in self.tried:
+    def attempt(self, policy: Policy, least_rate: float | None = None) -> None:
+        """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best (or ``least_rate``), which needs no linear program to see."""
+        if policy in self.tried and (least_rate is None or self.tried[policy]):
             return
         self.tried[policy] = None
         memory, room = self.memory(policy), capacity(self.hardware)
@@ -90,7 +90,7 @@ class Search:
         phases, tokens = self.phases(policy)
         # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
         least = sum(count * (m.launch_seconds + sum(s.count * max(0.0, s.seconds["gpu_compute"] @ ALL_ATTENDED) for s in m.stages())) for m, count in phases)
-        if tokens / least < self.top:
+        if tokens / least < (self.top if least_rate is None else least_rate):
             return
         self.linear_programs += 1
         solution = solve(phases, memory, room, self.constraints)
@@ -207,9 +207,12 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
 def polish(search: Search, best: Plan) -> Plan:
     """The best of ``best`` and slightly smaller blocks: where rounding to whole tensors costs what the larger block gains, one that rounds well wins."""
     policy = best.policy
+    if search.constraints.gpu_batch_size is not None:
+        return best
     for batch in range(policy.gpu_batch_size - 1, max(0, policy.gpu_batch_size - 1 - POLISHED), -1):
         other = block_policy(search, dataclasses.replace(policy, prefill_budget=0), batch, policy.num_gpu_batches, first_fill(search, policy.block_size))
-        search.attempt(other)
+        # The best of the linear programs' values stands for a placement that rounding may have made slower: it must not prune here.
+        search.attempt(other, best.predicted_tokens_per_second)
         candidate = search.tried[other]
         plan = search.finish(candidate) if candidate else None
         if plan is not None and plan.predicted_tokens_per_second > best.predicted_tokens_per_second:
