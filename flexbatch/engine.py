@@ -415,7 +415,7 @@ class LLM:
             completion.logprobs = sequence.logprobs
         if request.params.prompt_logprobs is not None:
             unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
-            completion.prompt_logprobs = [None] * unscored + sequence.prompt_logprobs
+            completion.prompt_logprobs = [*[None] * unscored, *sequence.prompt_logprobs]
         return completion
 
     # Report and end

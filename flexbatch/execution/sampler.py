@@ -92,11 +92,10 @@ def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None
     rows, targets, counts = [], [], []
     for r, (query, token) in enumerate(block.rows):
         sequence, following = query.sequence, query.start + token + 1
-        params = sequence.state.params
-        if params.prompt_logprobs is not None and params.prompt_logprobs_start <= following < sequence.num_prompt_tokens:
+        if sequence.state.params.prompt_logprobs is not None and following < sequence.num_prompt_tokens:
             rows.append(r)
             targets.append(sequence.token_ids[following])
-            counts.append(params.prompt_logprobs)
+            counts.append(sequence.state.params.prompt_logprobs)
     if rows:
         for r, entry in zip(rows, token_logprobs(block.logits, targets, counts, rows=rows), strict=True):
             results.setdefault(block.rows[r][0], Drawn()).prompt_logprobs.append(entry)

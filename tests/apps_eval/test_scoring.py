@@ -18,11 +18,12 @@ def short(tmp_path_factory):
 
 @pytest.mark.parametrize("chunk", [5, 512])
 def test_scored_continuations_share_the_pages_of_their_context(tiny, chunk):
-    """40 continuations of one context of 200 tokens: the context is read once, and the numbers are those of whole prompts."""
+    """42 continuations of one context of 200 tokens, two of them long and equal: the context is read once, all that is asked for is scored."""
     draw = torch.Generator().manual_seed(5)
     context = torch.randint(2, 300, (200,), generator=draw).tolist()
     prompts = [context + torch.randint(2, 300, (1 + place % 4,), generator=draw).tolist() for place in range(40)]
-    params = [SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=200 - place % 3) for place in range(40)]
+    prompts += [context + context[:50]] * 2
+    params = [SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=200 - place % 3) for place in range(42)]
     with LLM(str(tiny), device="cpu", dtype="float32", gpu_batch_size=4, num_gpu_batches=2, prefill_chunk=chunk) as llm:
         found = llm.generate(prompts, params)
         assert llm.statistics.prefilled_tokens < 0.3 * sum(map(len, prompts))
