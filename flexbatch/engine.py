@@ -414,7 +414,8 @@ class LLM:
         if request.params.logprobs is not None:
             completion.logprobs = sequence.logprobs
         if request.params.prompt_logprobs is not None:
-            completion.prompt_logprobs = [None, *sequence.prompt_logprobs]
+            unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
+            completion.prompt_logprobs = [*[None] * unscored, *sequence.prompt_logprobs]
         return completion
 
     # Report and end
