@@ -134,7 +134,7 @@ def choose_shapes(
     max_nodes: int = 64,
     margin: float = 0.02,
 ) -> Choice:
-    """The trees of one pass with the most expected tokens per second; none where speculation does not gain more than ``margin``.
+    """The smallest trees of one pass whose expected tokens per second are within ``margin`` of the most; none where nothing gains more than that.
 
     pass_seconds: of the target, given all query tokens of the pass, of which ``other_query_tokens`` are prompt chunks. draft_seconds: of drafting, given
     the depth (0 nodes deep costs nothing and is not asked). max_nodes: per sequence. Each depth limit is tried; below it, nodes are added where
@@ -142,7 +142,8 @@ def choose_shapes(
     """
     live = sum(group.sequences for group in groups)
     plain = Choice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))
-    best = plain
+    choices: list[tuple[float, float, float, list[StaticTrees], list[int]]] = []
+    """(tokens per second, query tokens, expected tokens, trees by size, nodes per group)."""
     for depth in range(1, max((len(group.acceptance) for group in groups), default=0) + 1):
         trees = [StaticTrees(group.acceptance[:depth], max_nodes) for group in groups]
         gains = [np.diff(tree.expected_tokens) for tree in trees]
@@ -153,10 +154,13 @@ def choose_shapes(
             nodes[g] += 1
             tokens += gain * groups[g].sequences
             queries += groups[g].sequences
-            seconds = pass_seconds(queries) + drafting
-            if tokens / seconds > best.tokens_per_second * (1 + 1e-12):
-                best = Choice(tuple(tree.shape(n) for tree, n in zip(trees, nodes, strict=True)), tokens, seconds)
-    return best if best.tokens_per_second > plain.tokens_per_second * (1 + margin) else plain
+            choices.append((tokens / (pass_seconds(queries) + drafting), queries, tokens, trees, nodes.copy()))
+    most = max((rate for rate, *_ in choices), default=0.0)
+    if most <= plain.tokens_per_second * (1 + margin):
+        return plain
+    # A measured cost is not exact: what a larger tree gains within the margin may be noise, what it costs is sure.
+    rate, _, tokens, trees, nodes = min((choice for choice in choices if choice[0] >= most * (1 - margin)), key=lambda choice: (choice[1], -choice[0]))
+    return Choice(tuple(tree.shape(n) for tree, n in zip(trees, nodes, strict=True)), tokens, tokens / rate)
 
 
 def worth_verifying(

@@ -78,10 +78,17 @@ TABLE = ((0.6, 0.2, 0.1),) * 4
 
 
 def test_a_pass_bound_by_links_takes_the_whole_tree_and_one_bound_by_compute_none() -> None:
-    flat = choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, max_nodes=30)
+    flat = choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, max_nodes=30, margin=0.0)
     assert len(flat.shapes[0]) == 30 and flat.tokens == pytest.approx(8 * StaticTrees(TABLE, 30).expected_tokens[30])
     steep = choose_shapes([Group(8, TABLE)], lambda q: 0.01 * q, free, max_nodes=30)
     assert len(steep.shapes[0]) == 0 and steep.tokens_per_second == pytest.approx(100)
+
+
+def test_of_trees_about_as_good_the_smallest_is_taken() -> None:
+    best = choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, max_nodes=30, margin=0.0)
+    small = choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, max_nodes=30, margin=0.1)
+    assert len(small.shapes[0]) < 25 and small.tokens_per_second >= 0.9 * best.tokens_per_second
+    assert small.tokens == pytest.approx(8 * expected_tokens(small.shapes[0], TABLE))
 
 
 def test_a_hopeless_draft_and_a_slow_one_are_left_out() -> None:
@@ -95,7 +102,7 @@ def test_a_hopeless_draft_and_a_slow_one_are_left_out() -> None:
 def test_the_tree_shrinks_as_the_block_grows() -> None:
     cost = PiecewiseLinear(((1, 1.0), (512, 1.0), (1024, 2.0)))
     sizes = [len(choose_shapes([Group(live, TABLE)], cost, free, max_nodes=64).shapes[0]) for live in (4, 16, 64, 256, 512)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 0
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 40 and sizes[-1] == 0
     assert len(choose_shapes([Group(16, TABLE)], cost, free, other_query_tokens=500).shapes[0]) < sizes[1]
 
 
