@@ -112,7 +112,6 @@ class Speculator:
         self.pass_started = 0.0
         self.plans: dict[str, TreePlan] = {}
         self.planned_for: tuple[int, int] = (0, 0)
-        self.enabled = True
 
     # Before a pass
 
