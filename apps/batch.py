@@ -21,6 +21,7 @@ from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, ru
 from flexbatch.config import ConfigurationError, EngineConfig
 
 if TYPE_CHECKING:
+    from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
 
 
@@ -54,10 +55,12 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
         raise ConfigurationError(str(error)) from error
 
 
-def open_llm(config: EngineConfig) -> Any:
+def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
+    """The engine, planned for sequences like those that were seen."""
+    from flexbatch.apps.jobs.preview import planner_job
     from flexbatch.engine import LLM
 
-    return LLM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    return LLM.from_config(config, job=planner_job(config, seen) if seen is not None else None)
 
 
 def resume_command(command: Sequence[str]) -> str:

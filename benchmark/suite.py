@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import random
 import subprocess
@@ -105,8 +106,10 @@ def run(name: str, scenario: Scenario, overrides: dict[str, Any], trace: Path | 
         prompts = prompts_of(scenario, llm.arch.vocab_size, 1)
         params = SamplingParams(max_tokens=scenario.gen_len, temperature=0, ignore_eos=True)
         llm.prepare(prompts, params)
-        # Kernels compile and the link wakes up here; two tokens each.
-        llm.generate(prompts[: max(1, len(prompts) // 50)], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        # Kernels compile, graphs are captured and the link wakes up here: a small block whole, of a large one a few prompts and two tokens each.
+        small = len(prompts) <= 32
+        warm_up = prompts[: len(prompts) // 2] if small else prompts[: len(prompts) // 50]
+        llm.generate(warm_up, SamplingParams(max_tokens=scenario.gen_len if small else 2, temperature=0, ignore_eos=True))
         ready = time.perf_counter()
         before = llm.report()
         completions = llm.generate(prompts, params)
@@ -161,6 +164,8 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, help="prompts instead of the scenario's own number (for a quick look)")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="engine settings instead of the scenario's")
     arguments = parser.parse_args()
+    # Chunks of different prompts differ in size; without it the allocator near the cap frees and asks the driver again, which stalls every stream.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     overrides = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
     results = []
     for name in arguments.scenarios:

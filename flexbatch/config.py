@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -27,7 +28,7 @@ def parse_bytes(text: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def option(default, text: str, **extra):
+def option(default: Any, text: str, **extra: Any) -> Any:
     """A field with the help text that the command line shows."""
     return field(default=default, metadata={"help": text, **extra})
 

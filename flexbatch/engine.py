@@ -356,7 +356,7 @@ class LLM:
         activations = ActivationStore(
             policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, self.dtype, self.layout.page_tokens, tiers, lanes
         )
-        host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, self.dtype, tiers.cpu, self.device)
+        host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, self.dtype, tiers.cpu, lanes)
         executor = Executor(arch, self.weights, cache, activations, lanes, host_buffers, self.dtype, self.config.overlap)
         self.block = Block(policy, sizes, cache, activations, host_buffers, executor)
         return self.block

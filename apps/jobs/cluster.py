@@ -16,6 +16,7 @@ from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.openai import OpenAIOutput
 from flexbatch.apps.jobs.pipeline import Pipeline, TooManyErrors
 from flexbatch.apps.jobs.plan import Job, make_encode
+from flexbatch.apps.jobs.preview import Preview, preview
 from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.runner import OpenEngine, Shard, close_shard, ended, stopped
@@ -87,9 +88,9 @@ class Dispenser:
 class Worker:
     """One engine on the cluster; a Ray actor that commits parts itself."""
 
-    def __init__(self, number: int, job: Job, open_engine: OpenEngine, dispenser: Any) -> None:
+    def __init__(self, number: int, job: Job, open_engine: OpenEngine, dispenser: Any, seen: Preview) -> None:
         self._number, self._job, self._dispenser = number, job, dispenser
-        self._llm = open_engine(job.engine)
+        self._llm = open_engine(job.engine, seen)
 
     def run(self) -> None:
         """Does parts until there are none left. Called again after a restart, it first gives back what its predecessor held."""
@@ -180,7 +181,8 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
     waiting = {part.number: shard.finished.get(part.number, {}) for part in shard.left}
     dispenser: Any = ray.remote(num_cpus=0)(Dispenser).remote(job, shard.store.digest, waiting)
     kind: Any = ray.remote(num_cpus=config.ray_cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
-    workers = [kind.remote(number, job, open_engine, dispenser) for number in range(actors)]
+    seen = preview(job, shard.left)
+    workers = [kind.remote(number, job, open_engine, dispenser, seen) for number in range(actors)]
     interrupts, progress = Interrupts(), Progress(counts, metrics_file=config.metrics_file)
     limit = config.error_limit(counts.rows_total)
 

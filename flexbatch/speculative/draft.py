@@ -92,7 +92,7 @@ class DraftModel:
         arch, dtype = self.arch, self.layout.dtype
         self.cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), self.tiers, self.lanes)
         activations = ActivationStore(Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, self.tiers, self.lanes)
-        self.host_buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, self.tiers.cpu, self.lanes.device)
+        self.host_buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, self.tiers.cpu, self.lanes)
         self.executor = Executor(arch, self.weights, self.cache, activations, self.lanes, self.host_buffers, dtype, overlap=True)
         self.num_pages = num_pages
 

@@ -155,7 +155,7 @@ def check_tokenizers(draft_name: str, draft: Any, target_name: str, target: Any)
 def load_draft(plan: DraftPlan, speculation: Speculation, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> DraftModel:
     """Weights of one draft; its pools are its own, sized by the plan that the planner has checked."""
     unlimited = 1 << 62
-    tiers = Tiers(Pool("gpu", unlimited, device=lanes.device), Pool("cpu", unlimited), Pool("disk", unlimited), offload_dir)
+    tiers = Tiers(Pool("gpu", unlimited, device=lanes.device), Pool("cpu", unlimited, pinned=lanes.device.type == "cuda"), Pool("disk", unlimited), offload_dir)
     store = WeightStore(plan.weights, tiers, lanes, dtype)
     with torch.inference_mode():
         Loader(store, None, cache_quantized=False).load(

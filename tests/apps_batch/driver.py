@@ -10,4 +10,4 @@ from tests.apps_batch.fake import FakeLLM
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    sys.exit(main(sys.argv[2:], open_engine=lambda config: FakeLLM(**settings), identity=lambda config: {"weights": f"fake {config.model}"}))
+    sys.exit(main(sys.argv[2:], open_engine=lambda config, seen: FakeLLM(**settings), identity=lambda config: {"weights": f"fake {config.model}"}))

@@ -12,6 +12,10 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
+from flexbatch.apps.jobs.plan import plan_job
+from flexbatch.apps.jobs.preview import preview
+from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.config import EngineConfig
 from flexbatch.request import SamplingParams
 from tests.apps_batch.fake import FakeLLM, FakeTokenizer, fake_tokens
 from tests.apps_batch.helpers import RESULTS, parts_of, read_output, run_here, write_input
@@ -131,7 +135,7 @@ def test_metadata_that_no_longer_holds_is_dropped(tmp_path: Path) -> None:
 def test_a_name_clash_is_found_before_the_model_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_input(tmp_path / "in.parquet", ["a"], error=["x"])
 
-    def no_model(config: object) -> None:
+    def no_model(config: object, seen: object) -> None:
         raise AssertionError("the model was loaded")
 
     from flexbatch.apps.batch import main
@@ -267,3 +271,15 @@ def test_openai_batch_files(tmp_path: Path) -> None:
     assert len(chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 1
     assert ids["usage"]["prompt_tokens"] == 3 and len(ids["choices"][0]["logprobs"]["token_logprobs"]) == ids["usage"]["completion_tokens"]
     assert len({row["id"] for row in out}) == 10
+
+
+def test_the_planner_sees_the_lengths_of_the_job(tmp_path: Path) -> None:
+    prompts = ["x" * (i // 100 + 1) for i in range(1000)] + [None]
+    source = write_input(tmp_path / "in.parquet", prompts)
+    job = plan_job(str(source), str(tmp_path / "out"), JobConfig(max_tokens=9, part_rows=50), EngineConfig(), lambda engine: {})
+    seen = preview(job, job.parts[2:])
+    engine = FakeLLM(max_positions=12)
+    cache, prompt = seen.lengths(engine.tokenizer, engine.arch)
+    assert seen.num_rows == len(cache) == len(prompt) == 901
+    assert min(prompt) <= 4 and max(prompt) == 11 and len(set(prompt)) >= 7
+    assert all(total == min(length + 8, 11) for total, length in zip(cache, prompt, strict=True))

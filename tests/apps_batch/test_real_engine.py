@@ -100,7 +100,7 @@ def test_the_job_is_as_fast_as_generate_in_memory(tmp_path: Path) -> None:
             memory = time.process_time() - began
             began = time.process_time()
             words = [str(source), str(tmp_path / f"out{turn}"), "--temperature", "0", "--max-tokens", "16", "--device", "cpu"]
-            assert main(words, open_engine=lambda config: Shared(llm), identity=model_identity) == 0
+            assert main(words, open_engine=lambda config, seen: Shared(llm), identity=model_identity) == 0
             ratios.append((time.process_time() - began) / memory)
     assert len(pq.read_table(tmp_path / "out0")) == 1500 and parts_of(tmp_path / "out0")
     assert min(ratios) < 1.05, ratios
