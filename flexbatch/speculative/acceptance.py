@@ -138,7 +138,8 @@ def choose_shapes(
 
     pass_seconds: of the target, given all query tokens of the pass, of which ``other_query_tokens`` are prompt chunks. draft_seconds: of drafting, given
     the depth (0 nodes deep costs nothing and is not asked). max_nodes: per sequence. Each depth limit is tried; below it, nodes are added where
-    a query token gains most, over all groups together: the gains of a group fall with its size, so that every total is spent in the best way.
+    a query token gains most, over all groups together: the gains of a group fall with its size, so that every total is spent
+    in the best way, to within one node of the largest group (a step adds a node to every sequence of a group).
     """
     live = sum(group.sequences for group in groups)
     plain = Choice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))

@@ -107,9 +107,9 @@ def test_the_tree_shrinks_as_the_block_grows() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 5), st.floats(0.05, 0.7), st.floats(0, 0.25)), min_size=1, max_size=2), st.floats(0, 0.2), st.floats(0, 0.3))
-def test_choice_is_the_best_of_all_sizes_for_every_group(parts, slope: float, per_depth: float) -> None:
-    groups = [Group(live, ((first, min(first, second)),) * 3) for live, first, second in parts]
+@given(st.integers(1, 5), st.lists(st.tuples(st.floats(0.05, 0.7), st.floats(0, 0.25)), min_size=1, max_size=2), st.floats(0, 0.2), st.floats(0, 0.3))
+def test_choice_is_the_best_of_all_sizes_for_every_group(live: int, parts, slope: float, per_depth: float) -> None:
+    groups = [Group(live, ((first, min(first, second)),) * 3) for first, second in parts]
 
     def pass_seconds(queries: float) -> float:
         return 1 + slope * max(0.0, queries - 6)
