@@ -162,31 +162,3 @@ def choose_shapes(
     # A measured cost is not exact: what a larger tree gains within the margin may be noise, what it costs is sure.
     rate, _, tokens, trees, nodes = min((choice for choice in choices if choice[0] >= most * (1 - margin)), key=lambda choice: (choice[1], -choice[0]))
     return Choice(tuple(tree.shape(n) for tree, n in zip(trees, nodes, strict=True)), tokens, tokens / rate)
-
-
-def worth_verifying(
-    trees: Sequence[TokenTree],
-    probabilities: Sequence[Sequence[float]],
-    pass_seconds: Callable[[float], float],
-    *,
-    spent_seconds: float = 0.0,
-    other_query_tokens: int = 0,
-) -> list[TokenTree]:
-    """The nodes of already drafted trees that are worth a query token, chosen over the whole pass.
-
-    probabilities[s][i]: chance that node i of tree s is reached and accepted, at most that of its parent. spent_seconds: on drafting, to be paid either way.
-    Nodes are taken from the likeliest on; the number with the most expected tokens per second wins, which may be none.
-    """
-    order = sorted(((-p, s, i) for s, tree in enumerate(probabilities) for i, p in enumerate(tree)))
-    base = other_query_tokens + len(trees)
-    tokens = float(len(trees))
-    best, best_rate = 0, tokens / (pass_seconds(base) + spent_seconds)
-    for count, (negative, _, _) in enumerate(order, 1):
-        tokens -= negative
-        rate = tokens / (pass_seconds(base + count) + spent_seconds)
-        if rate > best_rate:
-            best, best_rate = count, rate
-    kept: list[list[int]] = [[] for _ in trees]
-    for _, s, i in order[:best]:
-        kept[s].append(i)
-    return [tree.subtree(nodes) for tree, nodes in zip(trees, kept, strict=True)]

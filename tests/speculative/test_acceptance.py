@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, PiecewiseLinear, choose_shapes, worth_verifying
-from flexbatch.speculative.shapes import StaticTrees, expected_tokens, fixed_widths
+from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, PiecewiseLinear, choose_shapes
+from flexbatch.speculative.shapes import StaticTrees, fixed_widths
 from flexbatch.speculative.tree import TokenTree, TreeShape, chain
 from flexbatch.speculative.verify import Verdict
+from tests.speculative.test_shapes import expected_tokens
 
 
 def free(depth: float) -> float:
@@ -132,18 +133,3 @@ def test_choice_is_the_best_of_all_sizes_for_every_group(live: int, parts, slope
 def test_a_table_rising_with_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="must not rise with rank"):
         Group(1, ((0.1, 0.2),))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.floats(0, 1), max_size=4), min_size=1, max_size=3), st.floats(0, 0.5), st.floats(0, 1))
-def test_nodes_worth_verifying_are_the_best_subset(chances: list[list[float]], slope: float, spent: float) -> None:
-    trees = [chain(list(range(len(row)))) for row in chances]
-    probabilities = [np.cumprod(row).tolist() for row in chances]
-
-    def rate(lengths) -> float:
-        tokens = len(trees) + sum(sum(row[:n]) for row, n in zip(probabilities, lengths, strict=True))
-        return tokens / (1 + slope * (len(trees) + sum(lengths)) + spent)
-
-    kept = worth_verifying(trees, probabilities, lambda q: 1 + slope * q, spent_seconds=spent)
-    best = max(rate(lengths) for lengths in product(*(range(len(row) + 1) for row in chances)))
-    assert rate([len(tree) for tree in kept]) == pytest.approx(best)
