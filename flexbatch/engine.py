@@ -437,7 +437,11 @@ class LLM:
             },
             "memory": [asdict(need) for need in self._needs(self.block.sizes)] if self.block else [],
             "budgets": self.budgets,
-            "peak_bytes": {pool.tier: pool.peak_bytes for pool in (self.tiers.gpu, self.tiers.cpu, self.tiers.disk)},
+            "peak_bytes": {
+                "gpu": self.tiers.gpu.peak_bytes + (self.speculator.peak_bytes if self.speculator is not None else 0),
+                "cpu": self.tiers.cpu.peak_bytes,
+                "disk": self.tiers.disk.peak_bytes,
+            },
             "load_seconds": s.load_seconds,
             "seconds": s.seconds,
             "passes": s.passes,
