@@ -215,6 +215,8 @@ class LLM:
         if self.speculation is not None:
             self.speculator = self.speculation.load(self.lanes, self.dtype, offload_dir)
             self._stack.callback(self.speculator.close)
+            if config.simulate_acceptance is not None:
+                logger.warning("SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing", config.simulate_acceptance)
         self.statistics.load_seconds = time.perf_counter() - started
         logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(self.weight_plan.realized_percent))
 
@@ -354,7 +356,7 @@ class LLM:
         activations = ActivationStore(
             policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, self.dtype, self.layout.page_tokens, tiers, lanes
         )
-        host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, self.dtype, tiers.cpu, self.device)
+        host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, self.dtype, tiers.cpu, lanes)
         executor = Executor(arch, self.weights, cache, activations, lanes, host_buffers, self.dtype, self.config.overlap)
         self.block = Block(policy, sizes, cache, activations, host_buffers, executor)
         return self.block

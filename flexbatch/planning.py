@@ -15,6 +15,7 @@ from flexbatch.kernels import reference
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import GIB, Need, align, check_budgets
+from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
 from flexbatch.policy.types import TIERS, Policy, Split
@@ -193,6 +194,7 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
     if cuda:
         rows += [
             Need("disk staging (2)", "cpu", 2 * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
+            Need("inputs", "cpu", 2 * HALF_BYTES),
             Need("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]
     return [row for row in rows if row.num_bytes]

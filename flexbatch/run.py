@@ -180,7 +180,7 @@ def print_results(run: RunConfig, work: Work, completions: list[Completion], rep
         for index, (prompt, completion) in enumerate(zip(work.prompts, completions, strict=True) if lines else ()):
             for sample in completion.samples or [completion]:
                 print_completion(index, prompt, sample)
-    for text in (tables.placement(report), tables.throughput(report), tables.resources(report)):
+    for text in (tables.placement(report), tables.throughput(report), tables.speculation(report), tables.resources(report)):
         if text:
             print(f"\n{text}", file=sys.stderr)
 

@@ -81,6 +81,7 @@ def measure(device: str, disk_folder: Path, overrides: Mapping[str, float] | Non
     values |= _capacities(dev, disk_folder)
     given = dict(overrides or {})
     source = {"measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}", "machine": machine_key(dev, disk_folder)[0]}
+    source["load average"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     if dev.type == "cuda":
         stand_ins = {"gather": f"{GATHER_SHARE} of h2d", "scatter": f"{GATHER_SHARE} of d2h", "expand": "a PyTorch expression, not a fused kernel"}
         source |= {name: text for name, text in stand_ins.items() if name not in given}

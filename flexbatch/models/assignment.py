@@ -77,7 +77,7 @@ class _Assigner:
         wanted = _source_shape(spec, row)
         if suffix and self.packing is not None:
             try:
-                wanted = self.packing.shapes(wanted[0], wanted[1])[suffix]
+                wanted = self.packing.shapes(*(spec.shape if row.part == "transposed" else wanted))[suffix]  # packed, outputs are rows in every family
             except ValueError as error:
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be right: {error}") from error
         if tensor.shape != wanted:

@@ -75,7 +75,9 @@ def _pieces(assignments: list[Assignment], arch: Arch, packing: Packing | None, 
     for a in assignments:
         parts = {suffix: next(tensors)[1] for suffix in a.stored}
         if "" in parts:
-            yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(a, arch, parts.pop("")))
+            dense = parts.pop("").t() if a.row.part == "transposed" else parts.pop("")
+            yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(a, arch, dense))
+            del dense
             continue
         assert packing is not None
         codes, parameters = unpack(packing, parts, f"{a.stored['qweight'].file}: {a.stored['qweight'].name.rpartition('.')[0]}")
@@ -88,8 +90,6 @@ def _pieces(assignments: list[Assignment], arch: Arch, packing: Packing | None, 
 
 def _blocks(assignment: Assignment, arch: Arch, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
     """The tensors whole, or their queries, keys and values in turn where these are interleaved; with the destination rows."""
-    if assignment.row.part == "transposed":
-        tensors = tuple(tensor.t() for tensor in tensors)
     if assignment.row.part not in ("grouped", "codegen"):
         yield assignment.rows, tensors
         return

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexbatch.kernels import ops
 from flexbatch.models.arch import Arch
 from flexbatch.models.rope import RopeTables, rope_tables
 
@@ -39,10 +40,10 @@ def pre_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, posi
     fused = F.linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
     query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
     if arch.qk_norm:
-        query, key = (_rms_norm(x, weights[role], arch.norm_eps, arch.norm_offset) for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight")))
+        query, key = (ops.rms_norm(x, weights[role], arch.norm_eps, offset=arch.norm_offset) for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight")))
     if rope is not None:
         cos, sin = rope.of(arch, layer)
-        query, key = _rotary(query, key, cos, sin, positions, arch.rotary_dim, arch.rope_interleaved)
+        ops.rotary(query, key, cos, sin, positions, rotary_dim=arch.rotary_dim, interleaved=arch.rope_interleaved)
     return query, key, value
 
 
@@ -54,11 +55,12 @@ def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, att
     if arch.parallel_residual:
         normed = _norm(arch, weights, "attn_norm" if arch.shared_norm else "mlp_norm", hidden)
         return (_mlp(arch, weights, normed) + update) + hidden
-    hidden = hidden + update
     if arch.post_norm:
-        hidden = _norm(arch, weights, "attn_norm", hidden)
-        return _norm(arch, weights, "mlp_norm", hidden + _mlp(arch, weights, hidden))
-    update = _mlp(arch, weights, _norm(arch, weights, "mlp_norm", hidden))
+        hidden = _norm(arch, weights, "attn_norm", hidden, update)
+        return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, weights, hidden))
+    # The block's input stays as it is: it is added to ``update``, which is ours.
+    normed = _norm(arch, weights, "mlp_norm", hidden, update)
+    hidden, update = update, _mlp(arch, weights, normed)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_mlp_norm", update)
     return hidden + update
@@ -74,30 +76,21 @@ def head(arch: Arch, weights: Weights, hidden: Tensor) -> Tensor:
     return torch.tanh(logits / arch.final_soft_cap) * arch.final_soft_cap if arch.final_soft_cap else logits
 
 
-def _norm(arch: Arch, weights: Weights, name: str, x: Tensor) -> Tensor:
+def _norm(arch: Arch, weights: Weights, name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Norm of x; with ``residual``, x is added to it in place and the sum is normed."""
+    weight = weights.get(f"{name}.weight")
     if arch.norm == "layer":
-        return F.layer_norm(x, x.shape[-1:], weights.get(f"{name}.weight"), weights.get(f"{name}.bias"), arch.norm_eps)
-    return _rms_norm(x, weights[f"{name}.weight"], arch.norm_eps, arch.norm_offset)
+        return ops.layer_norm(x, weight, weights.get(f"{name}.bias"), arch.norm_eps, residual=residual)
+    assert weight is not None, f"{name}.weight is missing"
+    return ops.rms_norm(x, weight, arch.norm_eps, residual=residual, offset=arch.norm_offset)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    # Models with an offset weight multiply in float32, the others after rounding: 16-bit results differ in the last bit otherwise.
-    return (wide * (offset + weight.float())).to(x.dtype) if offset else weight * wide.to(x.dtype)
-
-
-def _rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-    return tuple(_rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))  # type: ignore[return-value]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
-    turned = x[..., :rotary_dim]
-    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+def _mlp(arch: Arch, weights: Weights, x: Tensor) -> Tensor:
+    if arch.mlp == "gated":
+        inner = ops.gated_activation(F.linear(x, weights["gate_up.weight"], weights.get("gate_up.bias")), arch.activation)
+    else:
+        inner = _activate(arch.activation, F.linear(x, weights["up.weight"], weights.get("up.bias")))
+    return F.linear(inner, weights["down.weight"], weights.get("down.bias"))
 
 
 def _activate(name: str, x: Tensor) -> Tensor:
@@ -106,12 +99,3 @@ def _activate(name: str, x: Tensor) -> Tensor:
     if name == "relu":
         return F.relu(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def _mlp(arch: Arch, weights: Weights, x: Tensor) -> Tensor:
-    if arch.mlp == "gated":
-        gate, up = F.linear(x, weights["gate_up.weight"], weights.get("gate_up.bias")).chunk(2, dim=-1)
-        inner = _activate(arch.activation, gate) * up
-    else:
-        inner = _activate(arch.activation, F.linear(x, weights["up.weight"], weights.get("up.bias")))
-    return F.linear(inner, weights["down.weight"], weights.get("down.bias"))

@@ -291,9 +291,9 @@ def test_a_prompt_that_fails_is_no_answer(tmp_path):
 
 
 @pytest.mark.parametrize("task", MAKERS)
-def test_the_command_end_to_end_on_a_real_model(tmp_path, tiny, capsys, task):
+def test_the_command_end_to_end_on_the_demo_model(tmp_path, capsys, task):
     folder = MAKERS[task](tmp_path, parquet=task == "data_imputation")
-    arguments = [str(folder), "--split", "test", "--shots", "2", "--trials", "2", "--output", str(tmp_path / "out"), "--model", str(tiny)]
+    arguments = [str(folder), "--split", "test", "--shots", "2", "--trials", "2", "--output", str(tmp_path / "out"), "--model", "demo"]
     code = main([*arguments, "--device", "cpu", "--dtype", "float32", "--gpu-batch-size", "3", "--num-gpu-batches", "2"])
     found = json.loads(capsys.readouterr().out)
     assert code == 0 and found["task"].startswith(task) and found["trials"][0]["count"] == 12

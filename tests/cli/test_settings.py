@@ -56,6 +56,9 @@ VALUES = {
 
 def value_of(setting: cli.Setting) -> tuple[str, object]:
     """A value other than the default, as text and as the setting holds it."""
+    if choices := setting.metadata.get("choices"):
+        other = next(choice for choice in choices if choice != setting.default)
+        return str(other), other
     by_kind = {int: ("7", 7), float: ("0.5", 0.5), str: ("7", "7"), bool: (str(not setting.default).lower(), not setting.default)}
     return VALUES.get(setting.name, by_kind[setting.kind])
 

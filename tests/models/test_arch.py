@@ -81,6 +81,13 @@ def test_windows_without_layer_types(case):
     assert families.read_arch({key: value for key, value in full.items() if key != "layer_types"}) == families.read_arch(full)
 
 
+def test_mistral_files_without_a_window_have_that_of_the_first_release():
+    full = configuration("mistral").to_dict()
+    del full["sliding_window"]
+    assert families.read_arch(full).window(0) == 4096
+    assert families.read_arch({**full, "sliding_window": None}).window(0) == 0
+
+
 def test_special_tokens_beside_a_text_config_win():
     full = configuration("gemma3-vision").to_dict()
     full["text_config"]["eos_token_id"] = 2
