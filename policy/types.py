@@ -249,15 +249,25 @@ class ModelShape:
     def total_elements(self) -> int:
         return self.num_layers * self.block_elements + self.head_elements + sum(self.embedding_tensors)
 
-    @property
-    def largest_layer_elements(self) -> int:
-        """Of the largest layer, the head included: the working slab is sized by it."""
-        return max(self.block_elements, self.head_elements)
+    def total_bytes(self, bits: int) -> int:
+        """All weights as they are stored: blocks at ``bits``, head and tables at 16 bits whatever the blocks have."""
+        outside = self.weight_bytes(self.head_elements + sum(self.embedding_tensors), 16)
+        return self.num_layers * self.weight_bytes(self.block_elements, bits) + outside
+
+    def largest_layer_bytes(self, bits: int) -> int:
+        """Of the largest layer as it is stored, the head included: the working slab is sized by it."""
+        return max(self.weight_bytes(self.block_elements, bits), self.weight_bytes(self.head_elements, 16))
 
     @property
     def hidden_bytes(self) -> int:
         """Of one token's hidden state."""
         return self.hidden_size * self.element_bytes
+
+    @property
+    def peak_workspace_bytes(self) -> int:
+        """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their copies."""
+        projections = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return (6 * self.hidden_size + 2 * projections + 3 * self.intermediate_size) * self.element_bytes
 
     @property
     def workspace_bytes(self) -> int:
