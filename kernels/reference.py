@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 ROW_ALIGNMENT = 16
 """Bytes. A quantised row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row (unaligned ones fault on the GPU)."""
 
