@@ -487,7 +487,8 @@ class LLM:
         if request.params.logprobs is not None:
             completion.logprobs = sequence.logprobs
         if request.params.prompt_logprobs is not None:
-            completion.prompt_logprobs = [None, *sequence.prompt_logprobs]
+            unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
+            completion.prompt_logprobs = [*[None] * unscored, *sequence.prompt_logprobs]
         return completion
 
     # Report and end
@@ -509,7 +510,11 @@ class LLM:
             },
             "memory": [asdict(need) for need in self._needs(self.block.sizes)] if self.block else [],
             "budgets": self.budgets,
-            "peak_bytes": {pool.tier: pool.peak_bytes for pool in (self.tiers.gpu, self.tiers.cpu, self.tiers.disk)},
+            "peak_bytes": {
+                "gpu": self.tiers.gpu.peak_bytes + (self.speculator.peak_bytes if self.speculator is not None else 0),
+                "cpu": self.tiers.cpu.peak_bytes,
+                "disk": self.tiers.disk.peak_bytes,
+            },
             "load_seconds": s.load_seconds,
             "seconds": s.seconds,
             "passes": s.passes,

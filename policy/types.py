@@ -234,7 +234,8 @@ class ModelShape:
         """Bytes of one token row of the cache of one layer, keys and values."""
         if bits == 16:
             return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
-        return 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / group) * 2 * self.element_bytes)
+        used = 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / group) * 2 * self.element_bytes)
+        return math.ceil(used / 16) * 16  # quantised rows are padded to what a 16-byte load wants
 
     @property
     def block_elements(self) -> int:

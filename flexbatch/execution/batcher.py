@@ -126,9 +126,9 @@ class Batcher:
         return self.homes.choose(1, roomy) if roomy else None
 
     def shareable(self, candidate: Candidate, tier: str) -> list[int]:
-        """Pages that already hold the beginning of the prompt; none when every prompt token's own logits are wanted."""
-        request = candidate.state.request
-        return [] if request.params.prompt_logprobs is not None else self.cache.shareable(tier, request.prompt_token_ids)
+        """Pages that already hold the beginning of the prompt, as far as its logits are not wanted."""
+        prompt, params = candidate.state.request.prompt_token_ids, candidate.state.params
+        return self.cache.shareable(tier, prompt if params.prompt_logprobs is None else prompt[: params.prompt_logprobs_start])
 
     def join(self, candidate: Candidate, tier: str) -> None:
         self.homes.place(tier, 1)
@@ -198,7 +198,7 @@ class Batcher:
         last = start + count == len(sequence.token_ids)
         first_logit = count - 1 if last and sequence.output.finish is None else count
         if sequence.state.params.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
-            first_logit = 0
+            first_logit = min(first_logit, max(0, sequence.state.params.prompt_logprobs_start - 1 - start))
         return QueryTokens(sequence, tuple(sequence.token_ids[start : start + count]), start, first_logit)
 
     def commit(self, work: PassWork, drawn: Mapping[QueryTokens, Drawn]) -> None:
