@@ -21,7 +21,9 @@ from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, ru
 from flexbatch.config import ConfigurationError, EngineConfig
 
 if TYPE_CHECKING:
+    from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
+    from flexbatch.apps.jobs.shares import Share
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -54,10 +56,12 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
         raise ConfigurationError(str(error)) from error
 
 
-def open_llm(config: EngineConfig) -> Any:
+def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
+    """The engine, planned for sequences like those that were seen."""
+    from flexbatch.apps.jobs.preview import planner_job
     from flexbatch.engine import LLM
 
-    return LLM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    return LLM.from_config(config, job=planner_job(config, seen) if seen is not None else None)
 
 
 def resume_command(command: Sequence[str]) -> str:
@@ -68,7 +72,7 @@ def resume_command(command: Sequence[str]) -> str:
 def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_engine: OpenEngine, identity: Any) -> int:
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard
-    from flexbatch.apps.jobs.shares import divide_host, find_share
+    from flexbatch.apps.jobs.shares import find_share
 
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     share = find_share(config.shard_of(), environ)
@@ -80,16 +84,17 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_
 
         return run_on_ray(job, open_engine, resume)
     if share.local_size > 1:
-        job = dataclasses.replace(job, engine=divide_host(engine, share, _gpu_count(engine)))
+        job = dataclasses.replace(job, engine=_divided(engine, share))
     return run_shard(job, share, open_engine, resume)
 
 
-def _gpu_count(engine: EngineConfig) -> int:
-    if engine.device == "cpu":
-        return 0
+def _divided(engine: EngineConfig, share: Share) -> EngineConfig:
     import torch
 
-    return torch.cuda.device_count()
+    from flexbatch.apps.jobs.shares import divide_host
+    from flexbatch.planning import default_offload_dir
+
+    return divide_host(engine, share, 0 if engine.device == "cpu" else torch.cuda.device_count(), default_offload_dir())
 
 
 def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity) -> int:

@@ -58,7 +58,7 @@ class GenerateText:
             raise ConfigurationError(f"unknown settings: {', '.join(unknown)}")
         self._config = JobConfig(**{name: value for name, value in settings.items() if name in names})
         engine = EngineConfig(**{name: value for name, value in settings.items() if name not in names})
-        self._seed, self._llm = engine.seed, open_engine(engine)
+        self._seed, self._llm = engine.seed, open_engine(engine, None)
         self._encode = make_encode(self._llm, self._config.truncate)
         self._output: ParquetOutput | None = None
 

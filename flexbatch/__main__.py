@@ -8,7 +8,9 @@ from importlib import import_module
 COMMANDS = {
     "run": ("flexbatch.run", "the main job: prompts from a file through a model over the tiers"),
     "batch": ("flexbatch.apps.batch", "a resumable job from Parquet, JSON lines or CSV to Parquet"),
+    "complete": ("flexbatch.apps.completion", "a few prompts, or a chat, with the text as it comes"),
     "wrangle": ("flexbatch.apps.wrangle.__main__", "entity matching, imputation and error detection on tables"),
+    "helm": ("flexbatch.apps.helm_run", "HELM scenarios, each in one block (in HELM's environment)"),
     "lm-eval": ("flexbatch.apps.lm_eval", "lm-evaluation-harness with FlexBatch as a model"),
 }
 USAGE_ERROR = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -27,7 +28,7 @@ def parse_bytes(text: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def option(default, text: str, **extra):
+def option(default: Any, text: str, **extra: Any) -> Any:
     """A field with the help text that the command line shows."""
     return field(default=default, metadata={"help": text, **extra})
 
@@ -53,11 +54,23 @@ class EngineConfig:
     offload_dir: str | None = option(None, "folder of the disk tier (default: a folder in the user's cache directory)")
     weight_bits: int = option(16, "bits of the weights on their tiers", choices=(16, 8, 4))
     cache_bits: int = option(16, "bits of the KV cache", choices=(16, 8, 4))
+    allow_bits: tuple[int, ...] | None = option(
+        None, "bits that may be chosen for weights and cache where --weight-bits and --cache-bits are 16, e.g. 16 8 4 (default: none but those)", nargs="+"
+    )
     overlap: bool = option(True, "overlap transfers with compute; false waits for everything after every tick")
     device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
+    hardware: str = option(
+        "auto", "machine that the policy is chosen for: auto (measured at first use, then cached), t4, h200, cpu, or a JSON file of flexbatch.policy.profile"
+    )
+    recalibrate: bool = option(False, "refine the machine's profile by what the run measures")
     draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")
     tree: str | None = option(None, "token tree: chain:N, widths <1,1,3,1,1>, best-first:N, auto (default: chosen)")
+    draft_sampling: str = option(
+        "matched",
+        "noise of drafted tokens when sampling: matched (the target's own: tokens of plain decoding), independent or without-replacement (its distribution)",
+        choices=("matched", "independent", "without-replacement"),
+    )
     simulate_acceptance: float | None = option(
         None, "for timing only: accept each drafted token with this probability, whatever the model says; the text is meaningless"
     )
@@ -74,20 +87,23 @@ class EngineConfig:
                 refuse(f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}")
             for kind, gpu, cpu in zip(("weights", "cache", "activations"), self.percent[0::2], self.percent[1::2], strict=True):
                 if gpu < 0 or cpu < 0 or gpu + cpu > 100:
-                    refuse(
-                        f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 (the rest is on disk), not {gpu + cpu:g}"
-                    )
+                    refuse(f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 (the rest is on disk), not {gpu + cpu:g}")
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        if self.draft_sampling not in ("matched", "independent", "without-replacement"):
+            refuse(f"draft_sampling={self.draft_sampling!r} must be matched, independent or without-replacement")
         if self.simulate_acceptance is not None and not 0 <= self.simulate_acceptance <= 1:
             refuse(f"simulate_acceptance={self.simulate_acceptance} must be between 0 and 1")
         for name in ("weight_bits", "cache_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 refuse(f"{name}={getattr(self, name)} must be 16, 8 or 4")
+        for bits in self.allow_bits or ():
+            if bits not in (16, 8, 4):
+                refuse(f"allow_bits={bits} must be 16, 8 or 4")
         for name in ("gpu_memory", "cpu_memory"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name))

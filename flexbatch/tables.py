@@ -67,7 +67,9 @@ def throughput(report: Mapping[str, Any]) -> str:
         ["generated tokens", f"{report['generated_tokens']:,}", _rate(report["generated_tokens"], seconds)],
         ["passes", f"{report['passes']:,}", _rate(report["passes"], seconds)],
     ]
-    text = f"throughput ({seconds:.2f} s, and {report['load_seconds']:.2f} s to load)\n{table(['', 'count', 'per second'], rows)}"
+    simulated = (report.get("speculation") or {}).get("simulated_acceptance")
+    label = "" if simulated is None else f", SIMULATED acceptance {simulated:g}: the tokens mean nothing"
+    text = f"throughput ({seconds:.2f} s, and {report['load_seconds']:.2f} s to load{label})\n{table(['', 'count', 'per second'], rows)}"
     moved = {name: count for name, count in report.get("moved_bytes", {}).items() if count}
     if moved:
         unit, size = fitting_unit(max(moved.values()), DECIMAL)
@@ -76,8 +78,49 @@ def throughput(report: Mapping[str, Any]) -> str:
     return text
 
 
+def prediction(report: Mapping[str, Any]) -> str:
+    """The plan beside the run: tokens per second, seconds of the passes and of every resource in them; empty where nothing was planned."""
+    run = report.get("prediction")
+    if not run:
+        return ""
+
+    def line(name: str, predicted: float, measured: float) -> list[str]:
+        return [name, f"{predicted:,.4g}", f"{measured:,.4g}", f"{100 * (measured / predicted - 1):+.0f} %" if predicted and measured else "-"]
+
+    rows = [line("tokens/s of the job", run["predicted_tokens_per_second"], run["measured_tokens_per_second"])]
+    rows.append(line(f"seconds of {run['passes']:,} passes", run["predicted_pass_seconds"], run["measured_pass_seconds"]))
+    for name, use in run["resources"].items():
+        if use["predicted_seconds"] or use["measured_seconds"]:
+            rows.append(line(f"{RESOURCES.get(name, name.replace('_', ' '))}, busy s", use["predicted_seconds"], use["measured_seconds"]))
+    head = f"plan and run (limited by {run['limiting_resource']}; bound of this policy {run['bound_tokens_per_second']:,.4g} tokens/s)"
+    changes = "".join(f"\n  re-planned: {reason}" for reason in run["replans"])
+    return f"{head}\n{table(['', 'predicted', 'measured', 'off'], rows)}{changes}"
+
+
 def _rate(count: float, seconds: float) -> str:
     return f"{count / seconds:,.2f}" if seconds else "-"
+
+
+def speculation(report: Mapping[str, Any]) -> str:
+    """What drafting was worth: tokens per pass, acceptance by place in the tree, and plain decoding beside it; empty without a draft."""
+    run = report.get("speculation")
+    if not run:
+        return ""
+    label = "" if run["simulated_acceptance"] is None else f", SIMULATED acceptance {run['simulated_acceptance']:g}"
+    rows = [
+        ["tokens per sequence and pass", f"{run['tokens_per_sequence_pass']:.2f}"],
+        ["drafted tokens accepted", f"{run['accepted_tokens']:,} of {run['drafted_tokens']:,}"],
+        ["drafting, % of time", f"{100 * run['draft_share_of_time']:.1f}"],
+    ]
+    if "speed_up" in run:
+        rows += [["plain decoding, tokens/s", f"{run['plain_tokens_per_second']:,.2f}"], ["speed-up over plain", f"{run['speed_up']:.2f}"]]
+    text = f"speculation ({' + '.join(run['drafts'])}, tree {run['tree']}{label})\n{table(['', 'value'], rows)}"
+    for group, acceptance in run["acceptance"].items():
+        places = [[f"depth {depth + 1}", *(f"{rate:.3f}" if rate is not None else "-" for rate in row)] for depth, row in enumerate(acceptance["by_position"])]
+        seen = [place for place in places if set(place[1:]) != {"-"}]
+        if seen:
+            text += "\n" + table([f"accepted, {group}", *(f"child {rank + 1}" for rank in range(len(seen[0]) - 1))], seen)
+    return text
 
 
 def resources(report: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = ("native_rows.h", "native_attention.c", "native_append.c")
+SOURCES = ("native_rows.h", "native_attention.h", "native_attention.c", "native_few_rows.c", "native_many_rows.c", "native_append.c")
 # Infinities and NaN keep their meaning (masked scores are -inf): of -ffast-math only the harmless parts.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -52,7 +52,7 @@ static void quantize_head(const cache_t *c, const float *x, uint8_t *codes, char
             high = x[i] > high ? x[i] : high;
         }
         const float minimum = put(parameters + (2 * g + 1) * width, low, c->dtype);
-        const float range = (high - minimum) / levels, step = put(parameters + 2 * g * width, range > 0 ? range : 0.0f, c->dtype);
+        const float range = (high - minimum) / levels, step = put(parameters + 2 * g * width, range < 0 ? 0.0f : range, c->dtype);
         for (int64_t i = begin; i < end; i++) {
             float code = step > 0 ? rintf((x[i] - minimum) / step) : 0.0f;
             const uint8_t byte = (uint8_t)(code < 0 ? 0.0f : code > levels ? levels : code);

@@ -5,6 +5,8 @@ Names, arguments and results are those of `reference`, which documents them. Tri
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def _compiled(dtype: torch.dtype) -> bool:
     return dtype in native.DTYPES and native.library() is not None
 
 
-def paged_attention(query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, *, threads: int = 0, **options) -> Tensor:
+def paged_attention(query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, *, threads: int = 0, **options: Any) -> Tensor:
     """`reference.paged_attention`. ``threads``: processor threads when the tensors are on the CPU (0: torch's number)."""
     if query.is_cuda:
         from flexbatch.kernels import attention

@@ -5,6 +5,9 @@ latency, about 55 GB/s x 2 us = 110 KB in flight, and 32 programs with 16 KiB ea
 A pinned CPU tensor is given to Triton like any other: the driver maps registered memory at the same address.
 """
 
+# mypy: allow-incomplete-defs, allow-untyped-defs
+# Triton functions annotate their constants only: the other arguments have no Python type.
+
 from __future__ import annotations
 
 import torch
@@ -17,7 +20,7 @@ TILE_BYTES = 16384
 NUM_WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # another number every pass: see attention_kernels
 def _copy_kernel(source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr, WORDS: tl.constexpr,
                  BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):  # fmt: skip
     """Rows of WORDS words; row i is ``indices[i]`` on the source's (GATHER) or the destination's side. Grid-stride over tiles."""

@@ -4,6 +4,9 @@ Codes, parameters and expanded values are bit for bit those of `reference` (henc
 along: a row of a weight (or a column, dim=0), one head of one key or value. Tiles are [vectors, groups, elements or bytes of a group].
 """
 
+# mypy: allow-incomplete-defs, allow-untyped-defs
+# Triton functions annotate their constants only: the other arguments have no Python type.
+
 from __future__ import annotations
 
 import torch
@@ -16,7 +19,7 @@ from flexbatch.kernels import reference
 TILE_BYTES = 2048  # code bytes of a tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_vectors"])  # another number every pass: see attention_kernels
 def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_token, x_step, code_token, code_step, parameter_token, parameter_step,
                      code_side, parameter_base, parameter_side, HEADS: tl.constexpr, HEAD_CODES: tl.constexpr, HEAD_PARAMETERS: tl.constexpr,
                      SLOTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -40,7 +43,8 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
     minimum = tl.min(tl.where(inside, value, float("inf")), 2).expand_dims(2).to(dtype)
     floor = minimum.to(tl.float32)
     reach = tl.max(tl.where(inside, value, float("-inf")), 2).expand_dims(2) - floor
-    scale = tl.maximum(tl.div_rn(reach, tl.full(reach.shape, LEVELS, tl.float32)), 0.0).to(dtype)
+    scale = tl.div_rn(reach, tl.full(reach.shape, LEVELS, tl.float32))
+    scale = tl.where(scale < 0, 0.0, scale).to(dtype)  # unlike a maximum it keeps NaN: an overflow must stay visible
     place = tl.load(slots + token, mask=vector < num_vectors, other=0).to(tl.int64) if SLOTS else token
     pair = parameters + place * parameter_token + parameter_base + side * parameter_side + head * HEAD_PARAMETERS + group * 2 * parameter_step
     has_group = (vector < num_vectors) & (group * GROUP < size)
@@ -92,7 +96,7 @@ def _dequantize_kernel(codes, parameters, out, num_vectors, size, code_vector, c
     tl.store(out + row * out_vector + element * out_step, value.to(out.dtype.element_ty), mask=has_vector & (within < GROUP) & (element < size))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _linear_kernel(x, codes, parameters, out, num_tokens, num_outputs, size, x_token, code_row, parameter_row, out_split, BITS: tl.constexpr,
                    GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """out[split] = x @ weight.T over this split's groups; weights are expanded in registers. Grid (outputs, splits)."""

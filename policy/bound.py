@@ -42,7 +42,8 @@ def machine_bound(
     anywhere = Split(1, 0)
     policy = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, prefill_chunk=int(np.ceil(longest)), speculation=speculation)
     best = float(max(hardware.gemm.values))
-    ideal = dataclasses.replace(hardware, gemm=Curve((1.0,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0)
+    # The curve starts below one token: a sequence brings a fraction of a token to each micro-batch of the head.
+    ideal = dataclasses.replace(hardware, gemm=Curve((1e-9,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0)
     ideal = dataclasses.replace(ideal, link_seconds=0.0, disk_read_seconds=0.0)
     # Two micro-batches of half a sequence: with one, CPU attention would not overlap.
     policy = dataclasses.replace(policy, num_gpu_batches=2)
@@ -73,7 +74,7 @@ def _solve(
     named = {name: problem.add_variable(name, 0, 1) for name in VARIABLES}
     fixed = fixed_fractions(constraints)
     problem += per_sequence
-    weights = shape.weight_bytes(shape.total_elements, policy.weight_bits)
+    weights = shape.total_bytes(policy.weight_bits)
     problem += per_sequence >= weights / hardware.gpu_bandwidth * inverse
     for row in rows:
         problem += per_sequence >= float(row[0]) + pulp.lpSum(float(c) * named[name] for name, c in zip(VARIABLES, row[1:], strict=True) if c)

@@ -81,6 +81,7 @@ def measure(device: str, disk_folder: Path, overrides: Mapping[str, float] | Non
     values |= _capacities(dev, disk_folder)
     given = dict(overrides or {})
     source = {"measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}", "machine": machine_key(dev, disk_folder)[0]}
+    source["load average"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     if dev.type == "cuda":
         stand_ins = {"gather": f"{GATHER_SHARE} of h2d", "scatter": f"{GATHER_SHARE} of d2h", "expand": "a PyTorch expression, not a fused kernel"}
         source |= {name: text for name, text in stand_ins.items() if name not in given}
@@ -259,9 +260,14 @@ def _processor() -> str:
     return names[0] if names else "unknown processor"
 
 
+def cache_path(cache_folder: Path, device: str, disk_folder: Path) -> Path:
+    """The file of this machine's profile."""
+    return cache_folder / f"hardware-{machine_key(torch.device(device), disk_folder)[1]}.json"
+
+
 def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mapping[str, float] | None = None, refresh: bool = False) -> Hardware:
     """The machine's profile from ``cache_folder``, measured at first use. Written under another name first, so that no reader sees half a file."""
-    path = cache_folder / f"hardware-{machine_key(torch.device(device), disk_folder)[1]}.json"
+    path = cache_path(cache_folder, device, disk_folder)
     if path.is_file() and not refresh:
         hardware = Hardware.from_json(path.read_text())
         return hardware.with_memory(*(_capacities(torch.device(device), disk_folder)[f"{tier}_bytes"] for tier in ("gpu_memory", "cpu_memory", "disk")))

@@ -21,7 +21,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("execution",),
     ("speculative",),
     ("planning", "engine"),
-    ("cli", "run", "__main__"),
+    ("cli", "workload", "progress", "tables"),
+    ("run", "__main__"),
     ("apps",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

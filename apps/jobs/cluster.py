@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import uuid
@@ -16,6 +17,7 @@ from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.openai import OpenAIOutput
 from flexbatch.apps.jobs.pipeline import Pipeline, TooManyErrors
 from flexbatch.apps.jobs.plan import Job, make_encode
+from flexbatch.apps.jobs.preview import Preview, preview
 from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.runner import OpenEngine, Shard, close_shard, ended, stopped
@@ -32,15 +34,20 @@ POLL_S = 0.5
 class Dispenser:
     """Hands out the parts of a job to workers, one at a time and in order; a Ray actor, as all workers must see the same list.
 
-    ``parts``: number -> records of rows that are finished. What a worker held when it died goes to the front again, with what its journal says.
+    ``parts``: number -> records of rows that are finished; ``seen`` is for the workers' planners. What a worker held when it died goes to the front
+    again, with what its journal says.
     """
 
-    def __init__(self, job: Job, digest: bytes, parts: dict[int, dict[int, Record]]) -> None:
-        self._job, self._digest, self._finished = job, digest, parts
+    def __init__(self, job: Job, digest: bytes, parts: dict[int, dict[int, Record]], seen: Preview | None = None) -> None:
+        self._job, self._digest, self._finished, self._seen = job, digest, parts, seen
         self._waiting = deque(parts)
         self._held: dict[int, set[int]] = {}
         self._commits: list[dict[str, int]] = []
         self._stopped = False
+
+    def job(self) -> tuple[Job, Preview | None]:
+        """What the workers do. A restarted actor cannot count on large arguments of its own, which Ray may have lost with their node."""
+        return self._job, self._seen
 
     def register(self, worker: int) -> None:
         """A worker begins, perhaps again."""
@@ -87,19 +94,16 @@ class Dispenser:
 class Worker:
     """One engine on the cluster; a Ray actor that commits parts itself."""
 
-    def __init__(self, number: int, job: Job, open_engine: OpenEngine, dispenser: Any) -> None:
-        self._number, self._job, self._dispenser = number, job, dispenser
-        self._llm = open_engine(job.engine)
+    def __init__(self, number: int, open_engine: OpenEngine) -> None:
+        self._number, self._open_engine = number, open_engine
 
-    def run(self) -> None:
+    def run(self, dispenser: Any) -> None:
         """Does parts until there are none left. Called again after a restart, it first gives back what its predecessor held."""
         import ray
 
-        job, number, dispenser = self._job, self._number, self._dispenser
+        number = self._number
         ray.get(dispenser.register.remote(number))
-        store = OutputStore(job.folder, job.fingerprint, worker=f"worker-{number}-{uuid.uuid4().hex[:8]}")
-        if isinstance(job.output, OpenAIOutput):
-            job.output.created, job.output.decode = store.created, lambda token: self._llm.tokenizer.decode([token])
+        job, seen = ray.get(dispenser.job.remote())
         finished: dict[int, dict[int, Record]] = {}
 
         def parts() -> Iterator[Part]:
@@ -107,17 +111,20 @@ class Worker:
                 finished[task[0]] = task[1]
                 yield job.parts[task[0]]
 
-        def committed(part: Part) -> None:
-            ray.get(dispenser.done.remote(number, dataclasses.asdict(store.commits[part.number])))
+        with contextlib.ExitStack() as stack:
+            store = OutputStore(job.folder, job.fingerprint, worker=f"worker-{number}-{uuid.uuid4().hex[:8]}")
+            stack.callback(store.close)
+            llm = stack.enter_context(self._open_engine(job.engine, seen))
+            if isinstance(job.output, OpenAIOutput):
+                job.output.created, job.output.decode = store.created, lambda token: llm.tokenizer.decode([token])
 
-        pipeline = Pipeline(
-            job.source, parts(), finished, job.output, store, make_encode(self._llm, job.config.truncate), Counts(0), Interrupts(),
-            window_rows=job.config.window_rows, on_commit=committed,
-        )  # fmt: skip
-        try:
-            pipeline.run(self._llm)
-        finally:
-            store.close()
+            def committed(part: Part) -> None:
+                ray.get(dispenser.done.remote(number, dataclasses.asdict(store.commits[part.number])))
+
+            Pipeline(
+                job.source, parts(), finished, job.output, store, make_encode(llm, job.config.truncate), Counts(0), Interrupts(),
+                window_rows=job.config.window_rows, on_commit=committed,
+            ).run(llm)  # fmt: skip
 
 
 def check_cluster(resources: dict[str, float], actors: int, cpus: float, gpus: float) -> None:
@@ -178,9 +185,9 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
     rows = sum(part.rows for part in shard.left)
     job = dataclasses.replace(job, config=dataclasses.replace(config, window_rows=max(1, min(config.window_rows, rows // (8 * actors)))))
     waiting = {part.number: shard.finished.get(part.number, {}) for part in shard.left}
-    dispenser: Any = ray.remote(num_cpus=0)(Dispenser).remote(job, shard.store.digest, waiting)
+    dispenser: Any = ray.remote(num_cpus=0)(Dispenser).remote(job, shard.store.digest, waiting, preview(job, shard.left))
     kind: Any = ray.remote(num_cpus=config.ray_cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
-    workers = [kind.remote(number, job, open_engine, dispenser) for number in range(actors)]
+    workers = [kind.remote(number, open_engine) for number in range(actors)]
     interrupts, progress = Interrupts(), Progress(counts, metrics_file=config.metrics_file)
     limit = config.error_limit(counts.rows_total)
 
@@ -193,7 +200,7 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
     journaled = {number: finished for number, finished in waiting.items() if finished}
     try:
         with interrupts.installed():
-            pending = [worker.run.remote() for worker in workers]
+            pending = [worker.run.remote(dispenser) for worker in workers]
             while pending:
                 done, pending = ray.wait(pending, timeout=POLL_S)
                 for commit in ray.get(dispenser.take_commits.remote()):

@@ -206,7 +206,7 @@ class Pipeline:
                     synced = time.monotonic()
             self.store.journal.sync()
         except BaseException as error:
-            self._failure = OutputError(error.errno, error.strerror, error.filename) if isinstance(error, OSError) else error
+            self._failure = OutputError(error.errno, error.strerror, error.filename or str(self.store.folder)) if isinstance(error, OSError) else error
             self._outcomes.cancel()
             self._windows.cancel()
 

@@ -13,6 +13,7 @@ from flexbatch.apps.jobs.layout import Part, shard_parts
 from flexbatch.apps.jobs.openai import OpenAIOutput
 from flexbatch.apps.jobs.pipeline import OutputError, Pipeline, TooManyErrors
 from flexbatch.apps.jobs.plan import Job, make_encode
+from flexbatch.apps.jobs.preview import Preview, preview
 from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.shares import Share
@@ -22,8 +23,8 @@ from flexbatch.config import ConfigurationError, EngineConfig
 logger = logging.getLogger("flexbatch")
 DONE, CRASH, ROW_ERRORS = 0, 1, 3
 
-OpenEngine = Callable[[EngineConfig], Any]
-"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``."""
+OpenEngine = Callable[[EngineConfig, Preview | None], Any]
+"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. What was seen of the job helps it to plan."""
 
 
 @dataclass
@@ -77,7 +78,7 @@ def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> i
         if not shard.left:
             return ended(shard, counts, "nothing left to do", resume)
         interrupts = Interrupts()
-        with interrupts.installed(), open_engine(job.engine) as llm:
+        with interrupts.installed(), open_engine(job.engine, preview(job, shard.left)) as llm:
             if isinstance(job.output, OpenAIOutput):
                 job.output.decode = lambda token: llm.tokenizer.decode([token])
             return _generate(shard, counts, llm, interrupts, resume, share)
@@ -130,7 +131,7 @@ def stopped(error: Exception, resume: str) -> int:
 
     code = exit_code(error)
     if isinstance(error, OutputError):
-        logger.error("the output cannot be written: %s. Committed parts and finished rows are kept", error)
+        logger.error("the output cannot be written: %s. Committed parts and finished rows are kept: make room, or mend it, and resume", error)
     elif isinstance(error, (SourceError, TooManyErrors)) or code != CRASH:
         logger.error("%s", error)
     else:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
 
@@ -44,20 +45,25 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def divide_host(config: EngineConfig, share: Share, gpus: int) -> EngineConfig:
-    """The engine settings of one of several processes on a host: an equal part of the host memory, and of ``gpus`` devices one, shared where they are fewer.
+def divide_host(config: EngineConfig, share: Share, gpus: int, offload_dir: Path) -> EngineConfig:
+    """The engine settings of one of several processes on a host: equal parts of its memory, one of ``gpus`` devices, an offload folder of its own.
 
-    Of a GPU that several processes share, each gets an equal part of the memory budget that was given.
+    Processes share a device where there are fewer devices than processes; then each gets an equal part of the GPU budget that was given. Without a GPU
+    the gpu tier is host memory too. ``offload_dir`` is the folder where none is set; disk files of two engines in one folder would overwrite each other.
     """
     if share.local_size == 1:
         return config
-    memory = parse_bytes(config.cpu_memory) if config.cpu_memory is not None else int(available_memory() * 0.9)
-    changes: dict[str, object] = {"cpu_memory": memory // share.local_size}
+    tiers = 1 if gpus else 2
+
+    def part(given: int | str | None, processes: int) -> int:
+        return (int(available_memory() * 0.9) // tiers if given is None else parse_bytes(given)) // processes
+
+    folder = Path(config.offload_dir).expanduser() if config.offload_dir else offload_dir
+    changes: dict[str, Any] = {"cpu_memory": part(config.cpu_memory, share.local_size), "offload_dir": str(folder / f"rank-{share.local_rank}")}
     if gpus and config.device in ("auto", "cuda"):
         changes["device"] = f"cuda:{share.local_rank % gpus}"
-    on_one = -(-share.local_size // gpus) if gpus else share.local_size
-    if config.gpu_memory is not None and on_one > 1:
-        changes["gpu_memory"] = parse_bytes(config.gpu_memory) // on_one
-    if config.offload_dir is not None:
-        changes["offload_dir"] = str(Path(config.offload_dir) / f"rank-{share.local_rank}")
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    if not gpus:
+        changes["gpu_memory"] = part(config.gpu_memory, share.local_size)
+    elif config.gpu_memory is not None:
+        changes["gpu_memory"] = part(config.gpu_memory, -(-share.local_size // gpus))
+    return dataclasses.replace(config, **changes)

@@ -110,6 +110,10 @@ class ParquetSource:
             self._open = (path, handle, pq.ParquetFile(handle, pre_buffer=remote, page_checksum_verification=True))
         return self._open[2]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process (a Ray actor) opens its files itself."""
+        return {**self.__dict__, "_open": None}
+
     def close(self) -> None:
         if self._open is not None:
             self._open[1].close()

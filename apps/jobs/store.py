@@ -125,9 +125,13 @@ class OutputStore:
                 json.dump({"format": 1, "created": int(time.time()), "fingerprint": fingerprint}, file, indent=1, sort_keys=True)
                 file.flush()
                 os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-            temporary.unlink()
+            try:
+                os.link(temporary, path)  # unlike a rename it never replaces the manifest that another shard has just written
+            except FileExistsError:
+                pass
+            except OSError:
+                os.replace(temporary, path)
+            temporary.unlink(missing_ok=True)
             sync_folder(self.state)
         try:
             found = json.loads(path.read_text())

@@ -58,7 +58,8 @@ class Executor:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
         self.lanes, self.dtype, self.overlap = lanes, dtype, overlap
         self.device, self.tracer = lanes.device, lanes.tracer
-        self.builder = InputBuilder(cache.layout.page_tokens, self.device)
+        self.uploads = host_buffers.uploads
+        self.builder = InputBuilder(cache.layout.page_tokens, self.uploads)
         self.rope = layers.rope_tables(arch, self.device, dtype)
         slopes = arch.alibi_slopes()
         self.slopes = {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in {self.device, torch.device("cpu")}} if slopes else {}
@@ -68,6 +69,7 @@ class Executor:
 
     def run(self, work: PassWork) -> Iterator[LogitsBlock]:
         """One sweep through all layers. Yields logits by blocks of rows; the pass is complete when the iterator is exhausted."""
+        self.uploads.begin_pass()
         inputs = [self.builder.build(queries) for queries in work.micro_batches]
         count, num_layers = len(inputs), self.arch.num_layers + 1
         self.cache.begin_pass()
@@ -96,6 +98,10 @@ class Executor:
                     if deferred:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
+                    if begun.cpu_output is not None and tick.fetch_weights is not None:
+                        # The host is about to wait for the CPU's share: what the link needs until then has to be queued now. With one slice a
+                        # tick both links idled by turns (OPT-30B, 92 sequences on the CPU: 1.26 s a pass where the link needs 1.0).
+                        self.weights.fetch_rest(tick.fetch_weights[0], count)
                     # With CPU attention the second half waits until the next tick has given the CPU more work.
                     deferred = begun if begun.cpu_output is not None and self.overlap else None
                     if deferred is None:
@@ -220,7 +226,7 @@ class Executor:
         if begun.cpu_output is not None:
             assert begun.inputs.cpu is not None
             begun.cpu_done.wait()
-            begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end].copy_(begun.cpu_output, non_blocking=True)
+            self.uploads.bring(begun.cpu_output, begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end])
             self.host_buffers.give_back(begun.cpu_output, self.lanes.mark())
         weights = self.weights.weights(tick.layer, "post")
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
@@ -235,9 +241,10 @@ class Executor:
             self.weights.release(tick.layer, self.lanes.mark())
 
     def embed(self, inputs: MicroBatchInputs) -> Tensor:
-        rows = self.weights.gather_rows("embed.weight", inputs.token_ids)
-        learned = self.arch.position == "learned"
-        position_rows = self.weights.gather_rows("pos_embed.weight", inputs.host_positions + self.arch.position_offset) if learned else None
+        rows, position_rows = self.weights.gather_rows("embed.weight", inputs.token_ids, inputs.host_token_ids), None
+        if self.arch.position == "learned":
+            offset = self.arch.position_offset
+            position_rows = self.weights.gather_rows("pos_embed.weight", inputs.positions + offset, inputs.host_positions + offset)
         return layers.embed(self.arch, self.weights.embedding_weights, rows, position_rows)
 
     def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsBlock]:

@@ -89,8 +89,9 @@ class DecodeGraphs:
             inputs,
             queries=(),
             token_ids=zeros(bucket, dtype=torch.int64),
+            host_token_ids=torch.empty(0, dtype=torch.int64),
             positions=positions,
-            host_positions=positions,
+            host_positions=torch.empty(0, dtype=torch.int64),
             gpu=group,
             logit_rows=(),
             logit_index=torch.arange(bucket, device=self.device),
@@ -115,7 +116,6 @@ def fill(static: MicroBatchInputs, inputs: MicroBatchInputs) -> None:
     )
     count = inputs.num_tokens
     for target, source in pairs:
-        source = source.to(target.device, non_blocking=True)
         place = target[:, : source.shape[1]] if target.ndim == 2 else target
         place[:count].copy_(source)
         place[count:].copy_(source[:1].expand_as(place[count:]))

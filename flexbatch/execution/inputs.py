@@ -12,6 +12,7 @@ from torch import Tensor
 from flexbatch.execution.work import QueryTokens
 from flexbatch.memory.kvcache import Gather
 from flexbatch.memory.pages import PageTable
+from flexbatch.memory.uploads import Uploads
 
 CPU_ATTENTION_MAX_QUERY_TOKENS = 32
 """A CPU sequence with more query tokens than this (a prompt chunk) is attended on the compute device: its keys and values are on their
@@ -53,7 +54,8 @@ class MicroBatchInputs:
 
     queries: tuple[QueryTokens, ...]
     token_ids: Tensor
-    """[num_tokens] int64, on the host: embedding rows are gathered where the table lives."""
+    host_token_ids: Tensor
+    """[num_tokens] int64; embedding rows are gathered where the table lives, so both sides may need them."""
     positions: Tensor
     host_positions: Tensor
     gpu: AttentionGroup | None
@@ -94,8 +96,8 @@ def ancestor_masks(parents: Many[int]) -> np.ndarray:
 class InputBuilder:
     """Builds the inputs of a pass on one compute device."""
 
-    def __init__(self, page_tokens: int, device: torch.device) -> None:
-        self.page_tokens, self.device = page_tokens, device
+    def __init__(self, page_tokens: int, uploads: Uploads) -> None:
+        self.page_tokens, self.uploads, self.device = page_tokens, uploads, uploads.device
 
     def build(self, queries: Many[QueryTokens]) -> MicroBatchInputs:
         ordered = sorted(queries, key=order_of)
@@ -116,7 +118,8 @@ class InputBuilder:
             first += query.num_tokens
         return MicroBatchInputs(
             queries=tuple(ordered),
-            token_ids=torch.from_numpy(token_ids),
+            token_ids=self.upload(token_ids),
+            host_token_ids=torch.from_numpy(token_ids),
             positions=self.upload(positions),
             host_positions=torch.from_numpy(positions),
             gpu=self.pool_group(groups["gpu"], 0, self.device) if groups["gpu"] else None,
@@ -127,7 +130,7 @@ class InputBuilder:
         )
 
     def upload(self, array: np.ndarray, device: torch.device | None = None) -> Tensor:
-        return torch.from_numpy(array).to(device or self.device, non_blocking=True)
+        return torch.from_numpy(array) if device is not None and device.type == "cpu" else self.uploads.send(array)
 
     def pool_group(self, queries: list[QueryTokens], start: int, device: torch.device) -> AttentionGroup:
         """Sequences attended in their own pool."""

@@ -1,4 +1,4 @@
-"""Pinned host buffers for CPU attention: queries, keys and values on their way down, attention on its way up."""
+"""Pinned host buffers of a pass: inputs on their way up; queries, keys and values for CPU attention on their way down, its results on their way up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, Handle
+from flexbatch.memory.transfer import READY, Handle, Lanes
+from flexbatch.memory.uploads import Uploads
 
 NUM_BUFFERS = 4
 """Two ticks are in flight at a time; as many again let the host run ahead of the device."""
@@ -15,9 +16,10 @@ NUM_BUFFERS = 4
 class HostBuffers:
     """A ring of host buffers, each with one owner from `take` to `give_back`. On the CPU nothing is copied and only the output is new."""
 
-    def __init__(self, max_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, host: Pool, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, host: Pool, lanes: Lanes) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, self.host = num_heads, num_kv_heads, head_dim, dtype, host
-        self.copies = device.type == "cuda"
+        self.copies = lanes.device.type == "cuda"
+        self.uploads = Uploads(host, lanes)
         row_bytes = (2 * num_heads + 2 * num_kv_heads) * head_dim * dtype.itemsize
         self.max_tokens = max_tokens
         self.buffers = [host.allocate(f"attention buffer {i}", max_tokens * row_bytes) for i in range(NUM_BUFFERS)] if self.copies and max_tokens else []
@@ -52,10 +54,12 @@ class HostBuffers:
     def check(self) -> None:
         """Invariant: a buffer has one owner."""
         assert len(set(self.owners.values())) == len(self.owners) <= NUM_BUFFERS
+        self.uploads.check()
 
     def close(self) -> None:
         for handle in self.free_after:
             handle.synchronize()
+        self.uploads.close()
         self.buffers.clear()
         for i in range(NUM_BUFFERS):
             self.host.free(f"attention buffer {i}")

@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +201,7 @@ class DiskFile:
     def write(self, buffer: Tensor, offset: int) -> None:
         self.transfer(buffer, offset, os.pwritev, "write")
 
-    def transfer(self, buffer: Tensor, offset: int, operation, verb: str) -> None:
+    def transfer(self, buffer: Tensor, offset: int, operation: Callable[..., int], verb: str) -> None:
         done, size = 0, buffer.numel()
         view = memoryview((ctypes.c_uint8 * size).from_address(buffer.data_ptr())).cast("B") if size else memoryview(b"")
         aligned = offset % ALIGNMENT == 0 and size % ALIGNMENT == 0 and buffer.data_ptr() % ALIGNMENT == 0
@@ -263,7 +263,7 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             for piece in pieces:
-                file.write(memoryview(piece.contiguous().view(-1).numpy()).cast("B"))
+                file.write(piece.contiguous().view(-1).numpy().data)
             file.write(b"\0" * (align(num_bytes) - file.tell()))
             file.flush()
             os.fsync(file.fileno())

@@ -214,24 +214,24 @@ class WeightStore:
         if claim is not None:
             self.free_after[claim.slab] = done
 
-    def gather_rows(self, role: str, row_ids: Tensor) -> Tensor:
-        """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids: [n] int64 on the host."""
+    def gather_rows(self, role: str, row_ids: Tensor, host_ids: Tensor) -> Tensor:
+        """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids, host_ids: [n] int64, there and on the host."""
         home = self.homes.get((-1, role))
         if home is not None and home.dense is not None:
             table = home.dense
             row_bytes = table.shape[1] * table.element_size()
             if table.device == self.device:
-                return table.index_select(0, row_ids.to(self.device, non_blocking=True))
+                return table.index_select(0, row_ids)
             if row_bytes % 16:
-                return table.index_select(0, row_ids).to(self.device)
+                return table.index_select(0, host_ids).to(self.device)
             # The device reads the pinned rows itself: a copy of pageable rows runs at 7 GB/s, this at 50.
             rows = torch.empty(len(row_ids), table.shape[1], dtype=self.dtype, device=self.device)
-            ops.gather_pages(table.view(torch.uint8), row_ids.to(self.device, torch.int32), rows.view(torch.uint8))
+            ops.gather_pages(table.view(torch.uint8), row_ids.to(torch.int32), rows.view(torch.uint8))
             return rows
         stored = next(tensor for tensor in self.plan.all_tensors if tensor.spec.layer == -1 and tensor.spec.role == role)
         file = self.files[-1, role]
         row_bytes = stored.dense_bytes // stored.spec.shape[0]
-        unique, inverse = torch.unique(row_ids, return_inverse=True)
+        unique, inverse = torch.unique(host_ids, return_inverse=True)
         host = torch.empty(len(unique), row_bytes, dtype=torch.uint8)
         for row, index in zip(host, unique.tolist(), strict=True):
             file.read(row, index * row_bytes)

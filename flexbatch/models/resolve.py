@@ -14,21 +14,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo"
+BUNDLED = {"demo": DEMO, "demo-draft": DEMO.with_name("demo-draft")}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def resolve(model: str) -> Path:
-    """Folder of ``model``: "demo" (bundled), a local folder, or a Hub id, which is downloaded. Raises CheckpointError that says what is wrong."""
-    folder = DEMO if model == "demo" else Path(model).expanduser()
+    """Folder of ``model``: "demo" or "demo-draft" (bundled), a local folder, or a Hub id (downloaded). Raises CheckpointError that says what is wrong."""
+    folder = BUNDLED.get(model) or Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} is no model folder: it has no config.json")
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights")
-    if model == "demo":
-        raise CheckpointError(f"the bundled demo model is not at {folder}: the installation is incomplete")
+    if model in BUNDLED:
+        raise CheckpointError(f"the bundled model {model} is not at {folder}: the installation is incomplete")
     if not HUB_ID.fullmatch(model):
         raise CheckpointError(f"model folder {model} does not exist")
     return _download(model)

@@ -23,8 +23,9 @@ from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.policy.types import Split
+from flexbatch.speculative.chance import drawn_children
 from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan
-from flexbatch.speculative.tree import ROOT, TokenTree
+from flexbatch.speculative.tree import ROOT, Drawing, TokenTree
 
 PASS_TOKENS = 4096
 """Query tokens of one micro-batch of a draft pass, about."""
@@ -57,10 +58,26 @@ class DraftModel:
     the weights that every level reads anyway, and nothing has to be moved when a path is accepted.
     """
 
-    def __init__(self, name: str, arch: Arch, weights: WeightStore, tiers: Tiers, lanes: Lanes, layout: CacheLayout, vocab_size: int, grown_nodes: int) -> None:
-        """vocab_size: of the target; of padding that only one of the two has, nothing is proposed. grown_nodes: of the largest tree, candidates included."""
+    def __init__(
+        self,
+        name: str,
+        arch: Arch,
+        weights: WeightStore,
+        tiers: Tiers,
+        lanes: Lanes,
+        layout: CacheLayout,
+        vocab_size: int,
+        grown_nodes: int,
+        drawing: Drawing = Drawing.DETERMINISTIC,
+    ) -> None:
+        """vocab_size: of the target; of padding that only one of the two has, nothing is proposed. grown_nodes: of the largest tree, candidates included.
+        drawing: how children of sampled requests are chosen; deterministic ones are those that the target would draw if it agreed.
+        """
         self.name, self.arch, self.weights, self.tiers, self.lanes, self.layout = name, arch, weights, tiers, lanes, layout
         self.vocab_size, self.grown_nodes = vocab_size, grown_nodes
+        self.drawing = drawing
+        self.distributions: dict[RequestState, dict[int, Tensor]] = {}
+        """Of the present trees drawn by chance: what the children of each node were drawn from, [vocab]."""
         self.followed: dict[Sequence, Followed] = {}
         self.num_pages = 0
         self.cache: KVCache | None = None
@@ -75,7 +92,7 @@ class DraftModel:
         arch, dtype = self.arch, self.layout.dtype
         self.cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), self.tiers, self.lanes)
         activations = ActivationStore(Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, self.tiers, self.lanes)
-        self.host_buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, self.tiers.cpu, self.lanes.device)
+        self.host_buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, self.tiers.cpu, self.lanes)
         self.executor = Executor(arch, self.weights, self.cache, activations, self.lanes, self.host_buffers, dtype, overlap=True)
         self.num_pages = num_pages
 
@@ -84,7 +101,11 @@ class DraftModel:
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         """One tree per sequence, grown as its plan says. Children are the likeliest tokens, for sampled requests under the noise that the target will draw
         with: then a draft that agrees with the target's probabilities proposes the very token that the target draws."""
-        trees = [GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0)) for sequence, plan in zip(sequences, plans, strict=True)]
+        self.distributions = {}
+        trees = [
+            GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0), self.drawing_of(sequence))
+            for sequence, plan in zip(sequences, plans, strict=True)
+        ]
         followed = {i: self.follow(sequence) for i, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)) if tree.frontier}
         self.catch_up(list(followed.values()))
         while growing := [i for i, tree in enumerate(trees) if tree.frontier]:
@@ -92,6 +113,9 @@ class DraftModel:
             for i in growing:
                 trees[i].extend(offers[i])
         return [tree.tree() for tree in trees]
+
+    def drawing_of(self, sequence: Sequence) -> Drawing:
+        return Drawing.DETERMINISTIC if sequence.state.params.greedy else self.drawing
 
     def follow(self, sequence: Sequence) -> Followed:
         """The draft's own record of a sequence, with a cache table of its own, rewound to what is committed."""
@@ -154,10 +178,20 @@ class DraftModel:
                     paths.append(tree.paths[node])
             if not wanted:
                 continue
-            scored = likeliest(self.fitted(logits[[r for r, _, _ in wanted]]), states, paths, width)
-            for (_, i, place), candidates in zip(wanted, scored, strict=True):
-                offers[i][place] = candidates
+            fitted = self.fitted(logits[[r for r, _, _ in wanted]])
+            by_chance = [trees[i].drawing is not Drawing.DETERMINISTIC for _, i, _ in wanted]
+            scored = likeliest(fitted, states, paths, width) if not all(by_chance) else [()] * len(wanted)
+            for row, (r, i, place) in enumerate(wanted):
+                offers[i][place] = self.draw(fitted[row], rows[r][0], trees[i], place) if by_chance[row] else scored[row]
         return offers
+
+    def draw(self, logits: Tensor, query: QueryTokens, tree: GrowingTree, place: int) -> Candidates:
+        """Children by chance of one node of a tree's frontier; what they were drawn from is kept for verification."""
+        node = tree.frontier[place]
+        count = tree.num_children(node)
+        children, distribution = drawn_children(logits, query.sequence.state, tree.paths[node], node, count, tree.drawing)
+        self.distributions.setdefault(query.sequence.state, {})[node] = distribution
+        return children
 
     def fitted(self, logits: Tensor) -> Tensor:
         """Logits over the target's vocabulary."""
@@ -178,6 +212,11 @@ class DraftModel:
         return [(block.rows, block.logits) for block in self.executor.run(PassWork(tuple(map(tuple, batches))))]
 
     # Lifetime
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of the gpu tier that weights and cache took."""
+        return self.tiers.gpu.peak_bytes
 
     def retire(self, sequence: Sequence) -> None:
         followed = self.followed.pop(sequence, None)

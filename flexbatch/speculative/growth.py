@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexbatch.speculative.tree import ROOT, TokenTree, TreeShape, best_first
+from flexbatch.speculative.tree import ROOT, Drawing, TokenTree, TreeShape, best_first
 
 Candidates = Sequence[tuple[int, float]]
 """(token, log-probability given the parent), the likeliest first."""
@@ -35,8 +35,10 @@ class TreePlan:
 class GrowingTree:
     """A tree under construction. ``frontier``: nodes (or ROOT) whose children are wanted next; empty when the tree is complete."""
 
-    def __init__(self, plan: TreePlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: TreePlan, drawing: Drawing = Drawing.DETERMINISTIC) -> None:
+        """drawing: how the candidates that it will be given were chosen. Children drawn by chance need a shape: their number is fixed before the draw."""
+        assert drawing is Drawing.DETERMINISTIC or plan.shape is not None or not plan.num_levels, "a beam chooses by what was drawn"
+        self.plan, self.drawing = plan, drawing
         self.token_ids: list[int] = []
         self.parents: list[int] = []
         self.logprobs: list[float] = []
@@ -53,7 +55,11 @@ class GrowingTree:
         """Most children that any node of the frontier can take."""
         if self.plan.shape is None:
             return self.plan.beam
-        return max((len(self.plan.shape.children[self.places[node] + 1]) for node in self.frontier), default=0)
+        return max(map(self.num_children, self.frontier), default=0)
+
+    def num_children(self, node: int) -> int:
+        """Children that a node of the frontier can take."""
+        return self.plan.beam if self.plan.shape is None else len(self.plan.shape.children[self.places[node] + 1])
 
     @property
     def is_chain(self) -> bool:
@@ -95,5 +101,5 @@ class GrowingTree:
 
     def tree(self) -> TokenTree:
         """What has grown so far."""
-        tree = TokenTree(tuple(self.token_ids), TreeShape(tuple(self.parents)), tuple(self.logprobs))
+        tree = TokenTree(tuple(self.token_ids), TreeShape(tuple(self.parents)), tuple(self.logprobs), self.drawing)
         return tree if self.plan.shape is not None else best_first(tree, self.plan.max_nodes)

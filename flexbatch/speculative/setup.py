@@ -23,6 +23,7 @@ from flexbatch.policy.types import Split
 from flexbatch.speculative.draft import PASS_TOKENS, DraftModel
 from flexbatch.speculative.shapes import TreeSpec, parse_tree
 from flexbatch.speculative.speculator import AUTO_NODES, LookupSource, Source, Speculator, fixed_plan
+from flexbatch.speculative.tree import Drawing
 
 NGRAM = "ngram"
 AUTO_MICRO_BATCH_TOKENS = 2048
@@ -61,6 +62,7 @@ class Speculation:
     drafts: tuple[DraftPlan, ...]
     lookup: bool
     simulate: float | None
+    drawing: Drawing
     seed: int
     target: Arch = field(repr=False)
 
@@ -109,8 +111,14 @@ def plan_speculation(config: EngineConfig, target: Arch, tokenizer: Any, layout:
     room = AUTO_MICRO_BATCH_TOKENS // (config.gpu_batch_size or DEFAULT_MICRO_BATCH) - 1
     nodes = spec.nodes if spec.kind != "auto" else max(2, min(AUTO_NODES, room))
     names = [name for name in config.draft if name != NGRAM]
+    drawing = {"independent": Drawing.INDEPENDENT, "without-replacement": Drawing.WITHOUT_REPLACEMENT}.get(config.draft_sampling, Drawing.DETERMINISTIC)
+    if drawing is not Drawing.DETERMINISTIC and (len(config.draft) != 1 or not names or spec.kind == "best-first"):
+        raise ConfigurationError(
+            f"draft_sampling={config.draft_sampling} verifies one draft model with a tree of fixed shape (chain, widths or auto), "
+            f"not draft={' '.join(config.draft)} tree={config.tree}; use draft_sampling=matched"
+        )
     drafts = tuple(plan_draft(name, config, target, tokenizer, layout) for name in names)
-    return Speculation(spec, nodes, drafts, NGRAM in config.draft, config.simulate_acceptance, config.seed, target)
+    return Speculation(spec, nodes, drafts, NGRAM in config.draft, config.simulate_acceptance, drawing, config.seed, target)
 
 
 def plan_draft(name: str, config: EngineConfig, target: Arch, tokenizer: Any, target_layout: CacheLayout) -> DraftPlan:
@@ -147,11 +155,11 @@ def check_tokenizers(draft_name: str, draft: Any, target_name: str, target: Any)
 def load_draft(plan: DraftPlan, speculation: Speculation, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> DraftModel:
     """Weights of one draft; its pools are its own, sized by the plan that the planner has checked."""
     unlimited = 1 << 62
-    tiers = Tiers(Pool("gpu", unlimited, device=lanes.device), Pool("cpu", unlimited), Pool("disk", unlimited), offload_dir)
+    tiers = Tiers(Pool("gpu", unlimited, device=lanes.device), Pool("cpu", unlimited, pinned=lanes.device.type == "cuda"), Pool("disk", unlimited), offload_dir)
     store = WeightStore(plan.weights, tiers, lanes, dtype)
     with torch.inference_mode():
         Loader(store, None, cache_quantized=False).load(
             lambda skip: dummy(plan.arch, speculation.seed, dtype) if plan.folder is None else checkpoint.stream(plan.folder, plan.arch, skip)
         )
     store.check()
-    return DraftModel(plan.name, plan.arch, store, tiers, lanes, plan.layout, speculation.target.vocab_size, speculation.grown_nodes)
+    return DraftModel(plan.name, plan.arch, store, tiers, lanes, plan.layout, speculation.target.vocab_size, speculation.grown_nodes, speculation.drawing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,18 +11,19 @@ from typing import Protocol
 from torch import Tensor
 
 from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
-from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.sampling import sample, token_logprobs
 from flexbatch.execution.work import QueryTokens, Sequence
 from flexbatch.request import TokenLogprob
 from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, choose_shapes
+from flexbatch.speculative.chance import RequestDraws, target_probabilities
 from flexbatch.speculative.costs import MeasuredCosts
 from flexbatch.speculative.growth import TreePlan
 from flexbatch.speculative.lookup import Lookup
 from flexbatch.speculative.shapes import TreeSpec, fixed_widths
-from flexbatch.speculative.tree import TokenTree, merge
-from flexbatch.speculative.verify import Verdict
+from flexbatch.speculative.tree import Drawing, TokenTree, merge
+from flexbatch.speculative.verify import Verdict, verify
 
 AUTO_NODES = 32
 AUTO_DEPTH, AUTO_RANKS = 8, 4
@@ -35,6 +37,14 @@ class Source(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of the gpu tier that it held."""
+
+    @property
+    def distributions(self) -> Mapping[RequestState, Mapping[int, Tensor]]:
+        """Of the present trees that were drawn by chance: what the children of each node (-1: of the last committed token) were drawn from, [vocab]."""
 
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         """One tree per sequence, no larger or deeper than its plan; possibly empty."""
@@ -50,8 +60,10 @@ class LookupSource:
     """Drafts from the prompt and the text so far of each sequence."""
 
     name = "ngram"
+    peak_bytes = 0
 
     def __init__(self) -> None:
+        self.distributions: dict[RequestState, dict[int, Tensor]] = {}
         self.lookups: dict[Sequence, Lookup] = {}
 
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
@@ -105,7 +117,6 @@ class Speculator:
         self.pass_started = 0.0
         self.plans: dict[str, TreePlan] = {}
         self.planned_for: tuple[int, int] = (0, 0)
-        self.enabled = True
 
     # Before a pass
 
@@ -117,7 +128,7 @@ class Speculator:
         plans = [limited(self.plans[group], depth) for group, depth in zip(groups, max_depths, strict=True)]
         if any(plan.num_levels for plan in plans):
             drafts = [source.draft(sequences, plans) for source in self.sources]
-            trees = [merge(several, plan.max_nodes) for *several, plan in zip(*drafts, plans, strict=True)]
+            trees = drafts[0] if len(drafts) == 1 else [merge(several, plan.max_nodes) for *several, plan in zip(*drafts, plans, strict=True)]
         else:
             trees = [TokenTree()] * len(sequences)
         self.pass_started = time.perf_counter()
@@ -152,17 +163,27 @@ class Speculator:
 
     def judges(self, query: QueryTokens) -> bool:
         """See `proposals.Proposer`."""
-        return self.simulate is not None
+        return self.simulate is not None or self.proposed[query.sequence].drawn is not Drawing.DETERMINISTIC
 
     def verify(self, query: QueryTokens, logits: Tensor) -> Drawn:
-        """Simulated acceptance: a coin of the request's own stream at every depth decides about the likeliest child."""
-        assert self.simulate is not None and query.parents is not None
+        """See `proposals.Proposer`: trees drawn by chance, and every tree when acceptance is simulated."""
+        state, tree = query.sequence.state, self.proposed[query.sequence]
+        if self.simulate is not None:
+            return self.verify_simulated(query, logits, tree, self.simulate)
+        (source,) = self.sources
+        kept = source.distributions[state]
+        verdict = verify(tree, target_probabilities(logits, state, query.paths), RequestDraws(state, logits.device), [kept[parent] for parent in tree.parents])
+        path = tuple(node + 1 for node in verdict.path)
+        tokens = list(verdict.tokens(tree))
+        return Drawn(tokens, entries(logits[[0, *path]], tokens, state), path=path)
+
+    def verify_simulated(self, query: QueryTokens, logits: Tensor, tree: TokenTree, chance: float) -> Drawn:
+        """A coin of the request's own stream at every depth decides about the likeliest child."""
         state = query.sequence.state
-        tree = self.proposed[query.sequence]
         path: list[int] = []
         while children := tree.shape.children[path[-1] if path else 0]:
             position = len(state.output_token_ids) + len(path)
-            if uniforms([state.key], [position], 1, "cpu", ACCEPT_DRAW).item() >= self.simulate:
+            if uniforms([state.key], [position], 1, "cpu", ACCEPT_DRAW).item() >= chance:
                 break
             path.append(children[0] + 1)
         last = path[-1] if path else 0
@@ -195,6 +216,11 @@ class Speculator:
             source.retire(sequence)
 
     # Report and end
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of the gpu tier that the drafts held."""
+        return sum(source.peak_bytes for source in self.sources)
 
     def report(self) -> dict[str, object]:
         """What was measured in this run."""

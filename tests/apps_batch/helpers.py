@@ -42,7 +42,7 @@ def write_input(path: Path, prompts: Sequence[str | None], row_group_size: int =
 def run_here(*words: object, fake: FakeLLM | None = None, **settings: Any) -> int:
     """The command in this process; its exit code."""
     engine = fake or FakeLLM(**settings)
-    return main([str(word) for word in words], open_engine=lambda config: engine, identity=lambda config: {"weights": f"fake {config.model}"})
+    return main([str(word) for word in words], open_engine=lambda config, seen: engine, identity=lambda config: {"weights": f"fake {config.model}"})
 
 
 def command(*words: object, **settings: Any) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from flexbatch.apps.batch import resume_command
 from flexbatch.apps.jobs.progress import Counts, Progress
-from flexbatch.apps.jobs.shares import Share, divide_host, find_share
+from flexbatch.apps.jobs.shares import Share, available_memory, divide_host, find_share
 from flexbatch.config import ConfigurationError, EngineConfig
 from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_input
 
@@ -61,10 +61,12 @@ def test_ranks_divide_shards_and_hosts() -> None:
     share = find_share(None, torchrun)
     assert share == Share(5, 8, 1, 4)
     assert find_share((1, 3), torchrun) == Share(13, 24, 1, 4)
-    config = divide_host(EngineConfig(cpu_memory="64GiB", gpu_memory="20GiB"), share, gpus=2)
-    assert (config.cpu_memory, config.gpu_memory, config.device) == (16 * 2**30, 10 * 2**30, "cuda:1")
-    free = divide_host(EngineConfig(), share, gpus=0).cpu_memory
-    assert isinstance(free, int) and 0 < free < 2**44
+    config = divide_host(EngineConfig(cpu_memory="64GiB", gpu_memory="20GiB"), share, 2, Path("/cache"))
+    assert (config.cpu_memory, config.gpu_memory, config.device, config.offload_dir) == (16 * 2**30, 10 * 2**30, "cuda:1", "/cache/rank-1")
+    config = divide_host(EngineConfig(offload_dir="/mine"), share, 0, Path("/cache"))
+    assert config.offload_dir == "/mine/rank-1" and config.device == "auto"
+    assert isinstance(config.cpu_memory, int) and 0 < 4 * (config.cpu_memory + int(config.gpu_memory or 0)) <= available_memory() * 1.2
+    assert divide_host(EngineConfig(), Share(5, 8), 0, Path("/cache")) == EngineConfig()
     for wrong in ({"RANK": "8"}, {"RANK": "x"}):
         with pytest.raises(ConfigurationError, match="RANK="):
             find_share(None, {**torchrun, **wrong})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -12,6 +14,11 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
+from flexbatch.apps.jobs.plan import plan_job
+from flexbatch.apps.jobs.preview import preview
+from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.apps.jobs.sources import read_parts
+from flexbatch.config import EngineConfig
 from flexbatch.request import SamplingParams
 from tests.apps_batch.fake import FakeLLM, FakeTokenizer, fake_tokens
 from tests.apps_batch.helpers import RESULTS, parts_of, read_output, run_here, write_input
@@ -125,13 +132,18 @@ def test_metadata_that_no_longer_holds_is_dropped(tmp_path: Path) -> None:
     datasets.Dataset.from_pandas(pd.DataFrame({"prompt": ["a", "b", "c"]})).to_parquet(str(tmp_path / "in.parquet"))
     assert run_here(tmp_path / "in.parquet", tmp_path / "out", "--part-rows", 2) == 0
     assert len(pd.read_parquet(tmp_path / "out")) == 3
+    table = pa.table({"prompt": ["a"]}, metadata={"huggingface": '{"info": {"features": {"prompt": {"dtype": "string", "_type": "Value"}}}}', "mine": "kept"})
+    pq.write_table(table, tmp_path / "hf.parquet")
+    assert run_here(tmp_path / "hf.parquet", tmp_path / "hf") == 0
+    metadata = pq.read_schema(parts_of(tmp_path / "hf")[0]).metadata
+    assert b"huggingface" not in metadata and metadata[b"mine"] == b"kept"
     assert "generated_text" in datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"].features
 
 
 def test_a_name_clash_is_found_before_the_model_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_input(tmp_path / "in.parquet", ["a"], error=["x"])
 
-    def no_model(config: object) -> None:
+    def no_model(config: object, seen: object) -> None:
         raise AssertionError("the model was loaded")
 
     from flexbatch.apps.batch import main
@@ -174,6 +186,34 @@ def test_failed_rows_are_run_again_on_request_and_their_part_replaced_in_one_ste
     kept = [i for i in range(60) if i % 10 != 3]
     assert second.take(kept).equals(first.take(kept))
     assert run_here(source, tmp_path / "out", "--part-rows", 20, fake=FakeLLM()) == 0
+
+
+def test_failed_rows_of_an_unfinished_part_are_run_again_on_request(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.parquet", ["x" * 600, *(f"p{i}" for i in range(60))])
+    assert run_here(source, tmp_path / "out", fail_after=30) == 1
+    assert run_here(source, tmp_path / "out", "--retry-failed", max_positions=2000) == 0
+    assert set(read_output(tmp_path / "out")["error"].to_pylist()) == {""}
+
+
+def test_the_first_interrupt_stops_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(2000)])
+    read: list[int] = []
+
+    def counted(source, parts):  # type: ignore[no-untyped-def]
+        for part, table in read_parts(source, parts):
+            read.append(part.number)
+            yield part, table
+
+    class Interrupted(FakeLLM):
+        def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
+            for place, pair in enumerate(super().stream(items)):
+                if place == 5:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield pair
+
+    monkeypatch.setattr("flexbatch.apps.jobs.pipeline.read_parts", counted)
+    assert run_here(source, tmp_path / "out", "--part-rows", 10, "--window-rows", 10, fake=Interrupted(block=4)) == 130
+    assert len(read) < 20 and 0 < len(parts_of(tmp_path / "out")) < 20
 
 
 @pytest.mark.parametrize("limit", ["2", "4%"])
@@ -267,3 +307,15 @@ def test_openai_batch_files(tmp_path: Path) -> None:
     assert len(chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 1
     assert ids["usage"]["prompt_tokens"] == 3 and len(ids["choices"][0]["logprobs"]["token_logprobs"]) == ids["usage"]["completion_tokens"]
     assert len({row["id"] for row in out}) == 10
+
+
+def test_the_planner_sees_the_lengths_of_the_job(tmp_path: Path) -> None:
+    prompts = ["x" * (i // 100 + 1) for i in range(1000)] + [None]
+    source = write_input(tmp_path / "in.parquet", prompts)
+    job = plan_job(str(source), str(tmp_path / "out"), JobConfig(max_tokens=9, part_rows=50), EngineConfig(), lambda engine: {})
+    seen = preview(job, job.parts[2:])
+    engine = FakeLLM(max_positions=12)
+    cache, prompt = seen.lengths(engine.tokenizer, engine.arch)
+    assert seen.num_rows == len(cache) == len(prompt) == 901
+    assert min(prompt) <= 4 and max(prompt) == 11 and len(set(prompt)) >= 7
+    assert all(total == min(length + 8, 11) for total, length in zip(cache, prompt, strict=True))

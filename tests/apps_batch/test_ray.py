@@ -19,7 +19,7 @@ from tests.apps_batch.helpers import RESULTS, parts_of, read_output, run_here, s
 
 
 def generate_text(**settings: object) -> GenerateText:
-    return GenerateText(open_engine=lambda config: FakeLLM(block=4), **settings)
+    return GenerateText(open_engine=lambda config, seen: FakeLLM(block=4), **settings)
 
 
 def test_batches_get_the_columns_of_a_job() -> None:
@@ -111,7 +111,7 @@ def test_ray_data_keeps_order_with_an_actor_pool() -> None:
         rows = ray.data.from_arrow(pa.table({"prompt": [f"p{i}" for i in range(200)]})).repartition(8)
         rows = rows.map_batches(
             GenerateText,
-            fn_constructor_kwargs={"open_engine": lambda config: FakeLLM(), "max_tokens": 8},
+            fn_constructor_kwargs={"open_engine": lambda config, seen: FakeLLM(), "max_tokens": 8},
             batch_format="pyarrow",
             batch_size=25,
             compute=ray.data.ActorPoolStrategy(size=2),

@@ -86,5 +86,5 @@ def test_streams_of_rows_depend_on_seed_and_place_alone() -> None:
     table = pa.table({"p": ["a"] * 3, "s": [None, 7, None]})
     rows = rows_of(table, SamplingParams(), prompt_column="p", columns={"seed": "s"})
     assert [row.params.seed for row in rows] == [row_seed(5, 100), 7, row_seed(5, 102)]
-    assert row_seed(5, 100) != row_seed(6, 100) and 0 <= row_seed(5, 100) < 2**63
+    assert len({row_seed(5, 100), row_seed(6, 100), row_seed(5, 101), row_seed(51, 0)}) == 4 and 0 <= row_seed(5, 100) < 2**63
     assert rows_of(table, prompt_column="p")[0].params.seed is None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def rows_in_parts(source: Source, part_rows: int, every: int = 1) -> list[dict]:
         assert len(table) == part.rows and table.schema.equals(source.schema)
         rows += table.to_pylist()
     return rows
+
+
+def test_a_source_that_has_read_can_go_to_another_process(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": range(9)}), tmp_path / "x.parquet")
+    source = source_of(tmp_path)
+    assert rows_in_parts(source, 5) == rows_in_parts(pickle.loads(pickle.dumps(source)), 5)
 
 
 @pytest.mark.parametrize("part_rows", [1, 7, 40, 1000])
@@ -154,6 +161,13 @@ def test_csv_types_quoted_line_ends_and_empty_values(tmp_path: Path) -> None:
     ]
     (tmp_path / "y.tsv").write_text("a\tb\n")
     assert source_of(tmp_path / "y.tsv").units[0].rows == 0
+
+
+def test_csv_rows_may_cross_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexbatch.apps.jobs.text_sources.CSV_BLOCK_BYTES", 64)
+    rows = [{"a": "x\ny" * (i % 7), "n": i} for i in range(60)]
+    (tmp_path / "x.csv").write_text("a,n\n" + "".join(f'"{row["a"]}",{row["n"]}\n' for row in rows))
+    assert rows_in_parts(source_of(tmp_path / "x.csv"), 7) == rows
 
 
 def test_csv_types_look_at_every_row_and_bad_lines_are_named(tmp_path: Path) -> None:

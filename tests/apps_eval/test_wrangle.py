@@ -270,6 +270,7 @@ def test_a_run_asks_every_row_once_and_scores_it(tmp_path):
     llm = Answers(lambda text: "Yes" if "dark ale" in text.rsplit("\n", 1)[1].split("Product B")[0] else "No")
     trials = run(config, data, llm)
     assert len(llm.prompts) == 24 and all(text.count("the same?") == 5 for text in llm.prompts)
+    assert trials[0].prompts != trials[1].prompts, "every trial draws its own examples"
     found = summary(config, data, trials)
     assert found["mean"]["accuracy"] == found["mean"]["f1"] == 1.0 and found["deviation"]["f1"] == 0 and found["failed_prompts"] == 0
 
@@ -291,9 +292,9 @@ def test_a_prompt_that_fails_is_no_answer(tmp_path):
 
 
 @pytest.mark.parametrize("task", MAKERS)
-def test_the_command_end_to_end_on_a_real_model(tmp_path, tiny, capsys, task):
+def test_the_command_end_to_end_on_the_demo_model(tmp_path, capsys, task):
     folder = MAKERS[task](tmp_path, parquet=task == "data_imputation")
-    arguments = [str(folder), "--split", "test", "--shots", "2", "--trials", "2", "--output", str(tmp_path / "out"), "--model", str(tiny)]
+    arguments = [str(folder), "--split", "test", "--shots", "2", "--trials", "2", "--output", str(tmp_path / "out"), "--model", "demo"]
     code = main([*arguments, "--device", "cpu", "--dtype", "float32", "--gpu-batch-size", "3", "--num-gpu-batches", "2"])
     found = json.loads(capsys.readouterr().out)
     assert code == 0 and found["task"].startswith(task) and found["trials"][0]["count"] == 12

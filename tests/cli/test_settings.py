@@ -50,12 +50,16 @@ VALUES = {
     "cache_bits": ("8", 8),
     "gpu_memory": ("16GiB", "16GiB"),
     "cpu_memory": ("64GiB", "64GiB"),
+    "allow_bits": ("16 4", (16, 4)),
 }
 """Where the value of a kind below would not do."""
 
 
 def value_of(setting: cli.Setting) -> tuple[str, object]:
     """A value other than the default, as text and as the setting holds it."""
+    if choices := setting.metadata.get("choices"):
+        other = next(choice for choice in choices if choice != setting.default)
+        return str(other), other
     by_kind = {int: ("7", 7), float: ("0.5", 0.5), str: ("7", "7"), bool: (str(not setting.default).lower(), not setting.default)}
     return VALUES.get(setting.name, by_kind[setting.kind])
 
@@ -97,7 +101,7 @@ def test_booleans_can_be_switched_both_ways() -> None:
         ({}, "overlap: 1", "settings.yaml: overlap=1: needs true or false"),
         ({}, "cache_bits: 3", "settings.yaml: cache_bits=3: choose from"),
         ({}, "gpu_bach_size: 1", "unknown setting 'gpu_bach_size'; did you mean 'gpu_batch_size'"),
-        ({}, "zzz: 1", "unknown setting 'zzz'; known are cache_bits"),
+        ({}, "zzz: 1", "unknown setting 'zzz'; known are allow_bits"),
         ({}, "- 1", "needs a mapping of settings"),
         ({}, "a: [", "cannot be read as YAML"),
         ({}, "percent: [60, 60, 0, 0, 0, 0]", r"weights on gpu \(60\) and cpu \(60\)"),

@@ -114,7 +114,7 @@ def test_splits_fill_the_chip_and_no_more():
     assert attention.choose_splits(programs=4000, max_context_len=100_000, multiprocessors=132) == 1
     assert attention.choose_splits(programs=8, max_context_len=1000, multiprocessors=132) == 4
     assert attention.choose_splits(programs=8, max_context_len=100_000, multiprocessors=132) == attention.MAX_SPLITS
-    assert attention.choose_splits(programs=100, max_context_len=100_000, multiprocessors=132) == 6
+    assert attention.choose_splits(programs=100, max_context_len=100_000, multiprocessors=132) == 4
 
 
 @pytest.mark.gpu

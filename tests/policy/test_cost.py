@@ -112,6 +112,14 @@ def test_weight_streaming_by_hand():
     assert limiting_resource(model.resource_seconds(point_of(policy))) == "h2d"
 
 
+def test_weights_on_disk_cross_both_the_disk_and_the_link():
+    policy = Policy(Split(0, 0.25, 0.75), Split(1, 0), Split(1, 0), 1, 2)
+    work = PassModel(TINY, small(), policy, PassLoad.decode(2, 10)).resource_work(point_of(policy))
+    weights = 2 * (4 * 12 * 64 * 64 + 1000 * 64)
+    assert work["disk_read"] == pytest.approx(0.75 * weights)
+    assert work["h2d"] == pytest.approx(weights + 2 * 64 * 2)
+
+
 def test_cache_traffic_by_hand():
     policy = Policy(Split(1, 0), Split(0, 0.5, 0.5), Split(1, 0), 2, 2, cpu_attention=1.0)
     work = PassModel(TINY, small(), policy, PassLoad.decode(4, 100)).resource_work(point_of(policy))

@@ -151,6 +151,15 @@ def test_what_is_proposed_fits(model, gpu, cpu, prompt, output, sequences, bits)
         assert plan.policy.block_size < 2 * sequences + plan.policy.gpu_batch_size
 
 
+def test_rounding_to_tensors_and_sequences_still_fits():
+    """The program's fractions alone would exceed the budget by a part of a tensor at most of these sizes."""
+    shape, fixed = public_shape("opt-30b"), Constraints(gpu_batch_size=16, num_gpu_batches=2)
+    for gpu in np.linspace(6, 40, 12):
+        hardware = load_hardware("h200").with_memory(gpu=int(gpu * GIB), cpu=80 * GIB)
+        plan = choose(shape, hardware, WORKLOAD, fixed)
+        assert not shortfall(peak_memory(shape, hardware, WORKLOAD, plan.policy), hardware)
+
+
 def test_more_gpu_memory_never_costs_throughput():
     rates = []
     for gpu in (6, 16, 48):
@@ -196,6 +205,14 @@ def test_refusal_says_what_is_missing():
     with pytest.raises(DoesNotFit) as refusal:
         choose(public_shape("opt-30b"), load_hardware("h200"), WORKLOAD, Constraints(percent=(100, 0, 100, 0, 100, 0), gpu_batch_size=4000, num_gpu_batches=1))
     assert "--percent" in str(refusal.value)
+
+
+@pytest.mark.parametrize("sequences", [64, None])
+def test_no_plan_exceeds_the_machines_bound(sequences):
+    """A machine without a GPU and a model with a large head: compute-bound, where the bound is tight."""
+    hardware = load_hardware("cpu").with_memory(GIB, 2 * GIB)
+    plan = choose(public_shape("opt-1.3b"), hardware, Workload.uniform(64, 32, sequences))
+    assert max(plan.predicted_tokens_per_second, plan.bound_tokens_per_second) <= plan.machine_bound_tokens_per_second
 
 
 def test_bits_change_only_when_allowed():

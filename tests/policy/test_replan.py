@@ -48,10 +48,14 @@ def test_slow_link_moves_attention_to_the_cpu():
 
 
 def test_share_never_falls_below_what_staging_was_sized_for():
-    plan = planned()
-    slow = dataclasses.replace(plan.hardware, cpu_attention=dataclasses.replace(plan.hardware.cpu_attention, values=(5e9, 5e9)), cpu_attention_during_h2d=5e9)
-    seconds, busy = measured_on(slow)
-    assert replan(plan, seconds, busy).cpu_attention == pytest.approx(0.4)
+    policy = dataclasses.replace(POLICY, cpu_attention=0.9)
+    plan = planned(policy)
+    curve = dataclasses.replace(plan.hardware.cpu_attention, values=(16e9, 16e9))
+    slow = dataclasses.replace(plan.hardware, cpu_attention=curve, cpu_attention_during_h2d=14e9)
+    seconds, busy = measured_on(slow, policy)
+    assert replan(plan, seconds, busy).cpu_attention == pytest.approx(0.9)
+    # With half the sequences in flight the staging holds a larger share, and the CPU is relieved.
+    assert replan(plan, seconds, busy, mean_context=2 * 528).cpu_attention < 0.9
 
 
 def test_longer_sequences_mean_fewer_of_them():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,8 @@ class Scripted:
 
     def __init__(self, make) -> None:
         self.make = make
+        self.peak_bytes = 0
+        self.distributions: dict = {}
 
     def draft(self, sequences, plans):
         return [self.make(sequence, plan.num_levels).cut(plan.num_levels) for sequence, plan in zip(sequences, plans, strict=True)]
@@ -295,3 +299,89 @@ def test_an_abandoned_job_leaves_nothing_behind(reference, tmp_path):
         stream.close()
         assert not llm.speculator.sources[0].followed and not llm.speculator.sources[1].lookups
         assert tokens(llm, model.prompts) == model.token_ids
+
+
+@pytest.mark.parametrize("drawing", ["independent", "without-replacement"])
+def test_trees_drawn_by_chance_do_not_depend_on_the_batch(drawing, reference, other, tmp_path):
+    """Draws and coins are the request's own: the same tokens alone and among others, and greedy requests are untouched."""
+    model = reference("llama")
+    with engine(model, tmp_path, draft=(str(other),), tree="<3,2>", draft_sampling=drawing) as llm:
+        together = [completion.token_ids for completion in llm.generate(model.prompts, SAMPLED)]
+        llm.speculator.check()
+        for i in (0, 1, 4):
+            assert llm.generate([model.prompts[i]], SAMPLED[i])[0].token_ids == together[i]
+        assert tokens(llm, model.prompts) == model.token_ids
+    with pytest.raises(ConfigurationError, match="fixed shape"):
+        engine(model, tmp_path, draft=(str(other),), tree="best-first:8", draft_sampling=drawing)
+
+
+def distribution(model, prompt, params: SamplingParams, length: int) -> dict[tuple[int, ...], float]:
+    """Exact probabilities of the first tokens, from transformers' logits."""
+    found = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for path, weight in found.items():
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *path]])).logits[0, -1].double() / params.temperature
+            logits[logits < logits.topk(params.top_k).values[-1]] = -torch.inf
+            ordered, order = logits.softmax(-1).sort(descending=True)
+            ordered[ordered.cumsum(0) - ordered >= params.top_p] = 0
+            for token, probability in zip(order.tolist(), (ordered / ordered.sum()).tolist(), strict=True):
+                if probability > 0:
+                    longer[(*path, token)] = weight * probability
+        found = longer
+    return found
+
+
+@pytest.mark.parametrize("count", [3000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drawing", ["matched", "independent", "without-replacement"])
+def test_chi_square_of_drawn_tokens(count, drawing, reference, tmp_path_factory, tmp_path):
+    """The joint distribution of two tokens, of which the second comes out of a verified tree, against exact probabilities."""
+    from collections import Counter
+
+    from scipy.stats import chisquare
+    from transformers import AutoModelForCausalLM
+
+    model = reference("llama-single")
+    draft = tmp_path_factory.mktemp("near")
+    near = AutoModelForCausalLM.from_pretrained(model.folder)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    near.save_pretrained(draft)
+    make_tokenizer().save_pretrained(draft)
+    prompt = model.prompts[2]
+    params = SamplingParams(max_tokens=3, temperature=1.4, top_k=6, top_p=0.9, ignore_eos=True, n=count, seed=5)
+    exact = distribution(AutoModelForCausalLM.from_pretrained(model.folder), prompt, params, 2)
+    with engine(model, tmp_path, gpu_batch_size=256, num_gpu_batches=1, draft=(str(draft),), tree="<2,1>", draft_sampling=drawing) as llm:
+        completion = llm.generate([prompt], params)[0]
+        accepted = llm.report()["speculation"]["acceptance"]["sampled"]["by_position"][0]
+    assert 0.1 < sum(accepted[:2]) < 0.95 and accepted[1] > 0, "both outcomes must be tried"
+    seen = Counter(tuple(sample.token_ids[:2]) for sample in completion.samples)
+    assert set(seen) <= set(exact)
+    likely = [path for path, probability in exact.items() if probability * count >= 5]
+    rest = 1 - sum(exact[path] for path in likely)
+    observed = [*(seen[path] for path in likely), count - sum(seen[path] for path in likely)]
+    expected = [*(exact[path] * count for path in likely), rest * count]
+    if rest * count < 1e-6:
+        observed, expected = observed[:-1], expected[:-1]
+    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+
+
+HUMANEVAL = Path(__file__).parents[3] / "shared" / "data" / "humaneval.jsonl"
+
+
+@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs the shared data")
+@pytest.mark.parametrize("draft", [("demo-draft",), ("ngram",), ("demo-draft", "ngram")], ids=" ".join)
+def test_the_demo_pair_saves_passes_on_real_prompts(draft, tmp_path):
+    """Weights on disk; the ratio of seconds is reported, and asserted nowhere: it belongs to the machine."""
+    prompts = [json.loads(line)["prompt"] for line in HUMANEVAL.read_text().splitlines()[:6]]
+    settings = {"percent": (0, 0, 100, 0, 100, 0), "gpu_batch_size": 6, "num_gpu_batches": 1, "offload_dir": str(tmp_path), "device": "cpu"}
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", draft=draft, tree="chain:4", compare_plain=True, **settings) as llm:
+        fast = [completion.token_ids for completion in llm.generate(prompts, params)]
+        report = llm.report()
+    with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", **settings) as llm:
+        assert [completion.token_ids for completion in llm.generate(prompts, params)] == fast
+    run = report["speculation"]
+    assert run["tokens_per_sequence_pass"] > 1.3 and report["passes"] < 0.9 * run["plain_passes"] and run["speed_up"] > 0

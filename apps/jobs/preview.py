@@ -1,0 +1,68 @@
+"""A look at the rows of a job before its engine opens, so that the planner knows how long its sequences are and how many there will be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from flexbatch.apps.jobs.files import SourceError
+from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.plan import Job, make_encode
+from flexbatch.apps.jobs.rows import Row
+from flexbatch.apps.jobs.sources import read_parts
+from flexbatch.config import EngineConfig
+
+PARTS, ROWS_PER_PART = 8, 32
+PLANNED_ROWS = 16_384
+"""More rows than any block holds: the planner need not count further."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """``rows`` of a job that has ``num_rows`` of them; ``truncate`` as in `JobConfig`."""
+
+    rows: Sequence[Row]
+    num_rows: int
+    truncate: str | None = None
+
+    def lengths(self, tokenizer: Any, arch: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job has, by repeating the rows seen."""
+        encode = make_encode(SimpleNamespace(tokenizer=tokenizer, arch=arch), self.truncate)
+        pairs = []
+        for row in self.rows:
+            try:
+                prompt = len(encode(row))
+            except ValueError:
+                continue
+            room = min(row.params.max_tokens, arch.max_positions - prompt)
+            pairs += [(prompt + max(0, room - 1), prompt)] * row.params.n
+        count = min(self.num_rows, PLANNED_ROWS)
+        repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))
+        return tuple(cache for cache, _ in repeated), tuple(prompt for _, prompt in repeated)
+
+
+def preview(job: Job, parts: Sequence[Part]) -> Preview:
+    """The first rows of up to eight parts that lie evenly over the job. What cannot be read is left to the job to report."""
+    chosen = [parts[place * len(parts) // PARTS] for place in range(PARTS)] if len(parts) > PARTS else list(parts)
+    rows: list[Row] = []
+    try:
+        for part, table in read_parts(job.source, chosen):
+            rows += [row for row in job.output.rows(table.slice(0, ROWS_PER_PART), part, lambda offset: False) if not row.error]
+    except SourceError:
+        pass
+    return Preview(rows, sum(part.rows for part in parts), job.config.truncate)
+
+
+def planner_job(config: EngineConfig, seen: Preview) -> Any:
+    """The planner's `Job` of what was seen; None where nothing was, or where random weights come without a tokenizer. Raises CheckpointError."""
+    from flexbatch.models import checkpoint, families, resolve
+    from flexbatch.planning import Job as PlannerJob
+
+    if config.dummy_weights:
+        return None
+    folder = resolve.resolve(config.model)
+    cache_tokens, prompt_tokens = seen.lengths(resolve.load_tokenizer(folder), families.read_arch(checkpoint.read_config(folder)))
+    return PlannerJob(cache_tokens, prompt_tokens) if cache_tokens else None

@@ -1,0 +1,105 @@
+/* What the two ways of attention (native_few_rows.c, native_many_rows.c) share: the call, positions, masks, results. */
+#ifndef FLEXBATCH_NATIVE_ATTENTION_H
+#define FLEXBATCH_NATIVE_ATTENTION_H
+
+#include <math.h>
+
+#include "native_rows.h"
+
+#define KEYS 32          /* keys taken together */
+#define TILE 64          /* query rows of one tile */
+#define SPLIT_KEYS 512   /* keys of one item when a context is cut */
+#define SPLIT_QUERIES 32 /* sequences with more query tokens have enough tiles to share out */
+
+typedef struct {
+    cache_t cache;
+    const float *query;
+    float *out;
+    const int32_t *page_table, *query_starts, *context_lens, *tree_masks, *positions;
+    const float *alibi_slopes;
+    int64_t num_sequences, max_pages, num_heads, page_tokens, mask_words, window, threads;
+    float scale, soft_cap;
+} attention_t;
+
+typedef struct { /* rows [row_begin, row_end) of heads [head_begin, head_end) against keys [key_begin, key_end); row = query * group + g */
+    int32_t sequence, head_begin, head_end, row_begin, row_end, key_begin, key_end;
+    int64_t partial; /* where in the partial results, in floats; -1: the item has all keys and writes the result */
+} item_t;
+
+typedef struct { /* what the inner loops need of the item's sequence */
+    int32_t begin, queries, context, prefix, heads_per_group;
+    int64_t width; /* head_dim rounded up to whole vectors; the padding is zero */
+} span_t;
+
+static inline span_t span_of(const attention_t *a, int32_t sequence) {
+    span_t s = {.begin = a->query_starts[sequence], .context = a->context_lens[sequence]};
+    s.queries = a->query_starts[sequence + 1] - s.begin;
+    s.prefix = s.context - s.queries;
+    s.heads_per_group = (int32_t)(a->num_heads / a->cache.num_kv_heads);
+    s.width = round_up(a->cache.head_dim, LANES);
+    return s;
+}
+
+static inline const char *row_of(const attention_t *a, int32_t sequence, int32_t key) {
+    int64_t page = a->page_table[sequence * a->max_pages + key / a->page_tokens];
+    return a->cache.rows + (page * a->page_tokens + key % a->page_tokens) * a->cache.row_bytes;
+}
+
+/* Position of query token q, or of a key: slots count, but depths do inside a tree. */
+static inline float query_position(const attention_t *a, const span_t *s, int32_t q) {
+    return (float)(a->tree_masks ? a->positions[s->begin + q] : s->prefix + q);
+}
+static inline float key_position(const attention_t *a, const span_t *s, int32_t key) {
+    return (float)(a->tree_masks && key >= s->prefix ? a->positions[s->begin + key - s->prefix] : key);
+}
+static inline int is_ancestor(const attention_t *a, const span_t *s, int32_t q, int32_t key) {
+    const int32_t bit = key - s->prefix;
+    return ((uint32_t)a->tree_masks[(s->begin + q) * a->mask_words + bit / 32] >> (bit % 32)) & 1;
+}
+
+/* Whether keys [key, end) need more than `scaled` from rows of query tokens `first` to `last`: an ALiBi term or a mask. */
+static inline int needs_bias(const attention_t *a, const span_t *s, int32_t first, int32_t last, int32_t key, int32_t end) {
+    if (a->alibi_slopes || end > (a->tree_masks ? s->prefix : s->prefix + first + 1)) return 1;
+    return a->window && query_position(a, s, last) - (float)key >= (float)a->window;
+}
+
+/* Scores at `distance` (query minus key position) after ALiBi, window and, without a tree, causality. */
+static inline vec biased_scores(const attention_t *a, vec score, vec distance, vec slope) {
+    if (a->alibi_slopes) score -= slope * distance;
+    if (a->window) score = choose(distance < splat((float)a->window), score, splat(-INFINITY));
+    return a->tree_masks ? score : choose(distance >= splat(0.0f), score, splat(-INFINITY));
+}
+
+static inline vec scaled(const attention_t *a, vec score) {
+    score *= a->scale;
+    return a->soft_cap != 0.0f ? a->soft_cap * tanh_vec(score / a->soft_cap) : score;
+}
+
+/* Always inline: GCC 12 takes a function of nothing but prefetches for one without effect and drops its calls. */
+static inline __attribute__((always_inline)) void prefetch_side(const attention_t *a, const char *row, int64_t head, int side) {
+    const cache_t *c = &a->cache;
+    const int64_t bytes = c->bits == 16 ? c->head_dim * element_bytes(c->dtype) : codes_of_head(c);
+    const char *from = row + (side * c->num_kv_heads + head) * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* Write one finished row, `acc` having its elements `stride` floats apart: normalised, or as a partial result with its maximum and sum. */
+static inline void finish(const attention_t *a, const span_t *s, const item_t *item, int64_t head, int32_t row, const float *acc, int64_t stride,
+                   float maximum, float sum, float *partials) {
+    const int64_t size = a->cache.head_dim;
+    const int64_t index = (int64_t)(row / s->heads_per_group) * a->num_heads + head * s->heads_per_group + row % s->heads_per_group;
+    if (item->partial < 0) {
+        float *out = a->out + (s->begin * a->num_heads + index) * size, inverse = 1.0f / sum;
+        for (int64_t d = 0; d < size; d++) out[d] = acc[d * stride] * inverse;
+    } else {
+        float *out = partials + item->partial + index * (size + 2);
+        for (int64_t d = 0; d < size; d++) out[d] = acc[d * stride];
+        out[size] = maximum;
+        out[size + 1] = sum;
+    }
+}
+
+void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch, float *partials);
+void flexbatch_many_rows(const attention_t *a, const item_t *item, float *scratch, float *partials);
+
+#endif

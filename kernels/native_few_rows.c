@@ -1,0 +1,134 @@
+/* Few query rows, limited by memory: all heads in one sweep over the token rows, which is how they lie. */
+#include "native_attention.h"
+
+/* scores[row][4 keys] of one head, `rows` (1 or 2) at a time so that a load of a key serves both. */
+static inline __attribute__((always_inline)) void dot_rows(const float *query, int rows, int64_t width, const float *const key[4], float *scores) {
+    vec sum[2][4] = {{{0}}};
+    for (int64_t d = 0; d < width; d += LANES) {
+        const vec q0 = load(query + d), q1 = rows > 1 ? load(query + width + d) : q0;
+        for (int t = 0; t < 4; t++) {
+            const vec k = load(key[t] + d);
+            sum[0][t] += q0 * k;
+            if (rows > 1) sum[1][t] += q1 * k;
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < 4; t++) scores[r * KEYS + t] = horizontal_sum(sum[r][t]);
+}
+
+static inline __attribute__((always_inline)) void add_rows(float *acc, int rows, int64_t width, const float *const value[4], const float *weights) {
+    vec w[2][4]; /* out of the loop by hand: the compiler must assume that storing to acc changes the weights */
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < 4; t++) w[r][t] = splat(weights[r * KEYS + t]);
+    for (int64_t d = 0; d < width; d += LANES) {
+        vec sum0 = load(acc + d), sum1 = rows > 1 ? load(acc + width + d) : sum0;
+        for (int t = 0; t < 4; t++) {
+            const vec v = load(value[t] + d);
+            sum0 += w[0][t] * v;
+            if (rows > 1) sum1 += w[1][t] * v;
+        }
+        store(acc + d, sum0);
+        if (rows > 1) store(acc + width + d, sum1);
+    }
+}
+
+static void dot_four(const float *query, int32_t rows, int64_t width, const float *const key[4], float *scores) {
+    for (; rows > 1; rows -= 2, query += 2 * width, scores += 2 * KEYS) dot_rows(query, 2, width, key, scores);
+    if (rows) dot_rows(query, 1, width, key, scores);
+}
+
+static void add_four(float *acc, int32_t rows, int64_t width, const float *const value[4], const float *weights) {
+    for (; rows > 1; rows -= 2, acc += 2 * width, weights += 2 * KEYS) add_rows(acc, 2, width, value, weights);
+    if (rows) add_rows(acc, 1, width, value, weights);
+}
+
+/* Online softmax of one row over KEYS scores (in place: weights); rescales the row's accumulator when the maximum grows. */
+static void soften_row(float *scores, float *acc, int64_t width, float *maximum, float *sum) {
+    vec top = load(scores);
+    for (int t = LANES; t < KEYS; t += LANES) top = larger(top, load(scores + t));
+    float new_maximum = *maximum;
+    for (int i = 0; i < LANES; i++) new_maximum = top[i] > new_maximum ? top[i] : new_maximum;
+    if (new_maximum > *maximum) {
+        vec shrink = exp_negative(splat(*maximum - new_maximum));
+        for (int64_t d = 0; d < width; d += LANES) store(acc + d, load(acc + d) * shrink);
+        *sum *= shrink[0];
+        *maximum = new_maximum;
+    }
+    const float base = new_maximum == -INFINITY ? 0.0f : new_maximum; /* all masked so far: -inf - -inf is no number */
+    vec total = {0};
+    for (int t = 0; t < KEYS; t += LANES) {
+        vec weight = exp_negative(load(scores + t) - base);
+        store(scores + t, weight);
+        total += weight;
+    }
+    *sum += horizontal_sum(total);
+}
+
+static void soften_few(const attention_t *a, const span_t *s, const item_t *item, int32_t key, int32_t end, float *scores, float *acc,
+                       float *maxima, float *sums) {
+    const int32_t rows = item->row_end - item->row_begin, group = s->heads_per_group;
+    int biased = needs_bias(a, s, item->row_begin / group, (item->row_end - 1) / group, key, end);
+    float places[KEYS] = {0};
+    for (int32_t t = 0; biased && t < end - key; t++) places[t] = key_position(a, s, key + t);
+    for (int64_t i = 0; i < rows * a->cache.num_kv_heads; i++) {
+        const int32_t row = item->row_begin + (int32_t)(i % rows), q = row / group;
+        const vec place = splat(query_position(a, s, q)), slope = splat(a->alibi_slopes ? a->alibi_slopes[i / rows * group + row % group] : 0.0f);
+        float *row_scores = scores + i * KEYS;
+        for (int t = 0; t < KEYS; t += LANES) {
+            vec score = scaled(a, load(row_scores + t));
+            store(row_scores + t, biased ? biased_scores(a, score, place - load(places + t), slope) : score);
+        }
+        for (int32_t t = s->prefix > key ? s->prefix - key : 0; a->tree_masks && t < end - key; t++)
+            if (!is_ancestor(a, s, q, key + t)) row_scores[t] = -INFINITY;
+        for (int32_t t = end - key; t < KEYS; t++) row_scores[t] = -INFINITY;
+        soften_row(row_scores, acc + i * s->width, s->width, maxima + i, sums + i);
+    }
+}
+
+/* One sweep over one side of KEYS token rows; the other side of `ahead` comes nearer meanwhile. */
+static void sweep(const attention_t *a, const span_t *s, int32_t rows, const char *const *row, const char *const *ahead, int side,
+                  const float *query, float *scores, float *acc, float *buffer) {
+    for (int t = 0; t < KEYS; t += 4)
+        for (int64_t head = 0; head < a->cache.num_kv_heads; head++) {
+            const float *vectors[4];
+            for (int i = 0; i < 4; i++) {
+                prefetch_side(a, ahead[t + i], head, !side);
+                vectors[i] = expand(&a->cache, row[t + i], head, side, buffer + i * s->width);
+            }
+            if (side == 0) dot_four(query + head * rows * s->width, rows, s->width, vectors, scores + head * rows * KEYS + t);
+            else add_four(acc + head * rows * s->width, rows, s->width, vectors, scores + head * rows * KEYS + t);
+        }
+}
+
+/* Token rows of KEYS keys from `key` on; past the item's end the last one again. */
+static void find_rows(const attention_t *a, const item_t *item, int32_t key, const char **rows) {
+    for (int32_t t = 0; t < KEYS && item->key_begin < item->key_end; t++) rows[t] = row_of(a, item->sequence, key + t < item->key_end ? key + t : item->key_end - 1);
+}
+
+void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch, float *partials) {
+    const span_t s = span_of(a, item->sequence);
+    const int32_t rows = item->row_end - item->row_begin;
+    const int64_t all = rows * a->cache.num_kv_heads, size = a->cache.head_dim;
+    float *query = scratch, *acc = query + all * s.width, *scores = acc + all * s.width, *maxima = scores + all * KEYS;
+    float *sums = maxima + all, *buffer = scratch + round_up(sums + all - scratch, LANES);
+    memset(scratch, 0, (buffer + 4 * s.width - scratch) * sizeof(float));
+    for (int64_t i = 0; i < all; i++) {
+        int64_t row = item->row_begin + i % rows, head = i / rows * s.heads_per_group + row % s.heads_per_group;
+        memcpy(query + i * s.width, a->query + ((s.begin + row / s.heads_per_group) * a->num_heads + head) * size, size * sizeof(float));
+        maxima[i] = -INFINITY;
+    }
+    const char *now[KEYS], *next[KEYS];
+    find_rows(a, item, item->key_begin, next);
+    for (int64_t t = 0; t < KEYS && item->key_begin < item->key_end; t++)
+        for (int64_t head = 0; head < a->cache.num_kv_heads; head++) prefetch_side(a, next[t], head, 0);
+    for (int32_t key = item->key_begin; key < item->key_end; key += KEYS) {
+        const int32_t end = key + KEYS < item->key_end ? key + KEYS : item->key_end;
+        memcpy(now, next, sizeof now);
+        find_rows(a, item, end, next);
+        sweep(a, &s, rows, now, now, 0, query, scores, acc, buffer);
+        soften_few(a, &s, item, key, end, scores, acc, maxima, sums);
+        sweep(a, &s, rows, now, next, 1, query, scores, acc, buffer);
+    }
+    for (int64_t i = 0; i < all; i++)
+        finish(a, &s, item, i / rows, item->row_begin + (int32_t)(i % rows), acc + i * s.width, 1, maxima[i], sums[i], partials);
+}
