@@ -7,7 +7,6 @@ from importlib import import_module
 
 COMMANDS = {
     "run": ("flexbatch.run", "the main job: prompts from a file through a model over the tiers"),
-    "complete": ("flexbatch.apps.completion", "complete prompts, or chat, with the text on the screen as passes finish"),
     "batch": ("flexbatch.apps.batch", "a resumable job from Parquet, JSON lines or CSV to Parquet"),
     "complete": ("flexbatch.apps.completion", "a few prompts, or a chat, with the text as it comes"),
     "wrangle": ("flexbatch.apps.wrangle.__main__", "entity matching, imputation and error detection on tables"),
