@@ -138,9 +138,12 @@ class FlexBatchLM(TemplateLM):
                 if key is not None:
                     self.cache_hook.add_partial("loglikelihood", key, answers[place])
 
-        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
+        def params(tokens: tuple[int, ...]) -> SamplingParams:
+            longest = max(len(requests[place][2]) for place in places[tokens])
+            return SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=max(1, len(tokens) - longest))
+
         # sorted, so that requests with the same few-shot prefix come to the engine one after the other and share its pages
-        self._run(((tokens, list(tokens), params) for tokens in sorted(places)), finish, len(places), "loglikelihood", disable_tqdm)
+        self._run(((tokens, list(tokens), params(tokens)) for tokens in sorted(places)), finish, len(places), "loglikelihood", disable_tqdm)
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

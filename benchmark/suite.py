@@ -48,26 +48,36 @@ def resident(gpu_batch_size: int) -> dict[str, Any]:
     return {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": gpu_batch_size, "num_gpu_batches": 1, "prefill_chunk": 512}
 
 
+def speculation(percent: tuple[float, ...], batch: int, count: int, **settings: Any) -> Scenario:
+    """Speculation with simulated acceptance against plain decoding in the same run: random weights accept nothing."""
+    block = opt30(percent, batch // count, count, draft=("opt-125m",), simulate_acceptance=0.8, compare_plain=True, **settings)
+    return Scenario("opt-30b", 16, block, batch, (128, 128), note="SIMULATED acceptance of 0.8: the text is meaningless, only the time is measured")
+
+
 SCENARIOS: dict[str, Scenario] = {
     "opt-30b-16-16": Scenario("opt-30b", 16, opt30((8, 92, 6, 94, 100, 0), 23, 4, cpu_attention=1.0), 276, goal=60),
     "opt-30b-16-4": Scenario("opt-30b", 16, opt30((8, 92, 5, 95, 100, 0), 60, 5, cache_bits=4), 900, goal=110),
     "opt-30b-4-4": Scenario("opt-30b", 16, opt30((68, 32, 0, 100, 100, 0), 64, 7, cache_bits=4, weight_bits=4), 1344, goal=190),
-    "opt-30b-stream": Scenario("opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1), 12, note="weight streaming alone"),
+    "opt-30b-stream": Scenario("opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1, prefill_budget=0), 36, note="weight streaming alone"),
     "opt-6.7b-gpu-4": Scenario("opt-6.7b", 16, resident(4), 12, goal=400),
     "opt-6.7b-gpu-best": Scenario("opt-6.7b", 16, resident(6), 24),
     "llama-3-8b-ragged": Scenario("llama-3-8b", 80, resident(512), 1000, (20, 400), 128),
+    "opt-30b-speculation-8": speculation((5, 95, 100, 0, 100, 0), 8, 1),
+    "opt-30b-speculation-64": speculation((5, 95, 0, 100, 100, 0), 64, 4, cpu_attention=1.0),
+    "opt-30b-speculation-256": speculation((5, 95, 0, 100, 100, 0), 256, 4, cache_bits=4),
     "llama-3-70b-4-16": Scenario(
         "llama-3-70b",
         24,
         {
-            "percent": (20, 80, 0, 100, 100, 0),
+            "percent": (32, 68, 0, 100, 100, 0),
             "gpu_batch_size": 64,
             "num_gpu_batches": 6,
             "prefill_chunk": 512,
+            "prefill_budget": 2048,
             "weight_bits": 4,
             "cpu_memory": "118GiB",
         },
-        1152,
+        768,
         goal=120,
     ),
 }
@@ -133,6 +143,7 @@ def run(name: str, scenario: Scenario, overrides: dict[str, Any], trace: Path | 
         "link_GBps": moved.get("h2d", 0) / seconds / 1e9,
         "cpu_attention_GBps": moved.get("cpu_attention", 0) / seconds / 1e9,
         "resources": report["resources"],
+        "speculation": report.get("speculation"),
         "memory": report["memory"],
         "peak_gpu_gib": (torch.cuda.max_memory_allocated() - ballast.numel()) / GIB if ballast is not None else None,
     }

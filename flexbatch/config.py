@@ -54,9 +54,16 @@ class EngineConfig:
     offload_dir: str | None = option(None, "folder of the disk tier (default: a folder in the user's cache directory)")
     weight_bits: int = option(16, "bits of the weights on their tiers", choices=(16, 8, 4))
     cache_bits: int = option(16, "bits of the KV cache", choices=(16, 8, 4))
+    allow_bits: tuple[int, ...] | None = option(
+        None, "bits that may be chosen for weights and cache where --weight-bits and --cache-bits are 16, e.g. 16 8 4 (default: none but those)", nargs="+"
+    )
     overlap: bool = option(True, "overlap transfers with compute; false waits for everything after every tick")
     device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
+    hardware: str = option(
+        "auto", "machine that the policy is chosen for: auto (measured at first use, then cached), t4, h200, cpu, or a JSON file of flexbatch.policy.profile"
+    )
+    recalibrate: bool = option(False, "refine the machine's profile by what the run measures")
     draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")
     tree: str | None = option(None, "token tree: chain:N, widths <1,1,3,1,1>, best-first:N, auto (default: chosen)")
     draft_sampling: str = option(
@@ -94,6 +101,9 @@ class EngineConfig:
         for name in ("weight_bits", "cache_bits"):
             if getattr(self, name) not in (16, 8, 4):
                 refuse(f"{name}={getattr(self, name)} must be 16, 8 or 4")
+        for bits in self.allow_bits or ():
+            if bits not in (16, 8, 4):
+                refuse(f"allow_bits={bits} must be 16, 8 or 4")
         for name in ("gpu_memory", "cpu_memory"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name))

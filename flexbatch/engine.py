@@ -6,13 +6,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
 
-from flexbatch import planning
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch import adapting, choosing, machines, planning
+from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.detokenize import OutputText
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
 from flexbatch.execution.executor import Executor
@@ -22,15 +22,16 @@ from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.tiers import Pool, Tiers, prepare_offload_dir
+from flexbatch.memory.tiers import Need, Pool, Tiers, prepare_offload_dir
 from flexbatch.memory.transfer import Lanes
-from flexbatch.memory.weight_plan import plan_weights
+from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint, families, resolve, shapes
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.dummy import dummy
 from flexbatch.planning import GROUP, BlockSizes, Job
-from flexbatch.policy.types import Policy
+from flexbatch.policy.replan import Replan
+from flexbatch.policy.types import Hardware, Policy
 from flexbatch.prompts import Prompt, PromptEncoder
 from flexbatch.request import Completion, Request, SamplingParams
 from flexbatch.speculative.setup import plan_speculation
@@ -97,7 +98,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
-        for name in ("percent", "draft"):
+        for name in ("percent", "draft", "allow_bits"):
             if isinstance(settings.get(name), list):
                 settings[name] = tuple(settings[name])
         self._start(EngineConfig(model=model, **settings), trace, None)
@@ -111,15 +112,18 @@ class LLM:
 
     @classmethod
     def plan(cls, config: EngineConfig, job: Job) -> dict[str, Any]:
-        """What `from_config` and running the job would put where, without loading anything: the first part of `report`.
+        """What `from_config` and running the job would put where, without loading anything: the first part of `report`, and the `Plan` as "plan".
 
+        With a named machine (--hardware) and the default device, it is planned for that machine and its memory; nothing is measured.
         Raises DoesNotFitError when the job does not fit the budgets.
         """
         engine = cls.__new__(cls)
-        engine._choose(config, False, job)
+        engine._choose(config, False, job, dry=True)
         needs = engine._needs(engine._sizes(job))
         planning.check_fit(needs, engine.budgets)
+        plan = engine.plan_of_run or choosing.priced(engine.problem, choosing.without_reserves(engine.hardware), engine.policy)
         return {
+            "plan": plan,
             "model": config.model,
             "device": str(engine.device),
             "dtype": str(engine.dtype).removeprefix("torch."),
@@ -138,27 +142,78 @@ class LLM:
             self._stack.close()
             raise
 
-    def _choose(self, config: EngineConfig, trace: bool, job: Job | None) -> None:
+    def _choose(self, config: EngineConfig, trace: bool, job: Job | None, dry: bool = False) -> None:
         """Everything that is decided before any weight is loaded."""
         self.config = config
         self.statistics = Statistics()
         self.plain_statistics = Statistics()
         """Of the runs without speculation that --compare-plain asks for."""
         self.block: Block | None = None
+        self.prediction: dict[str, Any] = {}
+        """Predicted against measured, of the last run that had a plan."""
         self._stack = contextlib.ExitStack()
         self._read_model()
-        self.device = planning.resolve_device(config.device)
+        named = machines.named(config.hardware)
+        elsewhere = dry and named is not None and config.device == "auto"
+        self.device = torch.device(named.device) if elsewhere and named else planning.resolve_device(config.device)
         self.dtype = planning.resolve_dtype(config.dtype, self.arch, self.device)
-        self.budgets = planning.resolve_budgets(config, self.device)
-        self.layout = planning.cache_layout(self.arch, config, self.dtype)
+        self.budgets = planning.resolve_budgets(config, self.device, named if elsewhere else None)
+        self._hardware, self._dry = named, dry
+        folder = config.offload_path or planning.default_offload_dir()
+        self._profile = machines.profile_path(config.hardware, self.device, folder, machines.default_profile_dir()) if config.recalibrate else None
+        self.layout = planning.cache_layout(self.arch, config.cache_bits, self.dtype)
         self.encoder = PromptEncoder(self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size)
-        self.tracer: Tracer = RecordingTracer(self.device) if trace else Tracer()
-        job = job or Job.typical(self.arch.max_positions)
         self.speculation = plan_speculation(config, self.arch, self.tokenizer, self.layout)
-        self.policy = planning.choose_policy(self.arch, config, self.layout, job, self._budgets_beside_drafts(job), self.dtype.itemsize)
-        packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
-        self.weight_plan = plan_weights(self.arch, self.policy.weights, config.weight_bits, GROUP, self.dtype.itemsize, packed)
-        planning.check_fit(self._needs(self._sizes(replace(job, cache_tokens=job.cache_tokens[:1], prompt_tokens=job.prompt_tokens[:1]))), self.budgets)
+        self._packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
+        self.replans: list[str] = []
+        typical = Job.typical(self.arch.max_positions)
+        try:
+            self._decide(job or typical)
+        except DoesNotFitError:
+            # The jobs to come may be smaller than a typical one: one sequence has to fit.
+            if job is not None:
+                raise
+            self._decide(typical.first(1))
+        self.weight_plan = self._weight_plan(self.policy)
+        planning.check_fit(self._needs(self._sizes((job or typical).first(1))), self.budgets)
+        metered = not dry and self.plan_of_run is not None
+        self.tracer: Tracer = RecordingTracer(self.device) if trace else adapting.UsageTracer(self.device) if metered else Tracer()
+
+    @property
+    def hardware(self) -> Hardware:
+        """The machine that plans are made for; measured at first use."""
+        if self._hardware is None:
+            folder = self.config.offload_path or planning.default_offload_dir()
+            self._hardware = machines.this_machine(self.device, folder, machines.default_profile_dir(), measure=not self._dry)
+        return self._hardware
+
+    def _decide(self, job: Job, loaded: Policy | None = None) -> None:
+        """Policy and plan for a job; with ``loaded``, around weights that are in memory. Raises DoesNotFitError."""
+        stored = max((bits for bits, _ in self._packed.values()), default=None)
+        self.problem = choosing.Problem(self.arch, self.config, job, self.budgets, self.dtype.itemsize, stored, loaded)
+        choice = choosing.choose_policy(self.problem, lambda: self.hardware, lambda policy: self._needs_of(policy, job))
+        self.policy, self.plan_of_run = choice.policy, choice.plan
+        self.layout = planning.cache_layout(self.arch, self.policy.cache_bits, self.dtype)
+        if self.plan_of_run is not None:
+            predicted = self.plan_of_run.predicted_tokens_per_second
+            logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(self.policy), predicted, self.plan_of_run.limiting_resource)
+
+    def _weight_plan(self, policy: Policy) -> WeightPlan:
+        bits = self.config.weight_bits if self._packed else policy.weight_bits
+        return plan_weights(self.arch, policy.weights, bits, GROUP, self.dtype.itemsize, self._packed)
+
+    def _needs_of(self, policy: Policy, job: Job) -> list[Need]:
+        """Exact needs of a job under any policy."""
+        layout = planning.cache_layout(self.arch, policy.cache_bits, self.dtype)
+        sizes = planning.block_sizes(policy, layout, job, self.speculation.max_nodes if self.speculation else 0)
+        drafts = self.speculation.needs(sizes.sequence_tokens) if self.speculation else []
+        return planning.needs(self._weight_plan(policy), policy, layout, sizes, self.dtype, self.device.type == "cuda") + drafts
+
+    def _suit(self, job: Job) -> None:
+        """Decide again for a job that is not like the one that the policy was chosen for; the weights stay where they are."""
+        if not choosing.differs(self.problem, self.policy, job) and not choosing.overshoot(self._needs(self._sizes(job)), self.budgets):
+            return
+        self._decide(job, self.policy)
 
     def _read_model(self) -> None:
         """Architecture and tokenizer; no weights yet."""
@@ -177,14 +232,6 @@ class LLM:
     def _needs(self, sizes: BlockSizes) -> list[Any]:
         drafts = self.speculation.needs(sizes.sequence_tokens) if self.speculation else []
         return planning.needs(self.weight_plan, self.policy, self.layout, sizes, self.dtype, self.device.type == "cuda") + drafts
-
-    def _budgets_beside_drafts(self, job: Job) -> dict[str, int]:
-        """What is left for the target when the drafts serve a block of the size that the settings name."""
-        if self.speculation is None:
-            return self.budgets
-        block = (self.config.gpu_batch_size or planning.DEFAULT_MICRO_BATCH) * (self.config.num_gpu_batches or 1)
-        taken = sum(need.num_bytes for need in self.speculation.needs(sorted(job.cache_tokens, reverse=True)[:block]))
-        return {**self.budgets, "gpu": max(1, self.budgets["gpu"] - taken)}
 
     def _load(self) -> None:
         """Weights to their homes."""
@@ -341,6 +388,7 @@ class LLM:
 
     def _prepare(self, job: Job) -> Block:
         """A block whose sizes suit the job."""
+        self._suit(job)
         sizes = self._sizes(job)
         if self.speculation is not None and self.speculator is not None:
             planning.check_fit(self._needs(sizes), self.budgets)
@@ -369,14 +417,19 @@ class LLM:
         block = self._prepare(job)
         proposer = self.speculator if speculate else None
         batcher = Batcher(self.policy, block.cache, self._candidates(requests), block.sizes.max_micro_batch_tokens, proposer)
+        meter, generated = self._meter(), self.statistics.generated_tokens
         shown: dict[int, int] = {}
         started = time.perf_counter()
         try:
             while batcher.has_work():
+                begun = time.perf_counter()
                 work = batcher.next_pass()
                 logits = block.executor.run(work)
+                load = None if meter is None else meter.load(work)
                 batcher.commit(work, draw(logits, proposer))
                 self.statistics.passes += 1
+                if meter is not None and load is not None and (change := meter.record(load, time.perf_counter() - begun)) is not None:
+                    self._adjust(batcher, block, change)
                 self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
                     report_text(batcher, shown, on_tokens)
@@ -387,8 +440,28 @@ class LLM:
         finally:
             batcher.abort()
             self.weights.drain()
-            self.statistics.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.statistics.seconds += seconds
             self.statistics.moved_bytes = self.lanes.moved_bytes()
+            if meter is not None:
+                self.prediction = meter.report((self.statistics.generated_tokens - generated) / seconds)
+                if self._profile is not None and meter.passes:
+                    self._hardware = meter.recalibrated(self.hardware)
+                    machines.save(self._hardware, self._profile)
+                    logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, self._profile)
+
+    def _meter(self) -> adapting.PassMeter | None:
+        """Compares the passes of a run with its plan; None where nothing was planned, or drafts change what a pass is."""
+        if self.plan_of_run is None or self.speculator is not None:
+            return None
+        return adapting.PassMeter(self.plan_of_run, adapting.BusySeconds(self.tracer))
+
+    def _adjust(self, batcher: Batcher, block: Block, change: Replan) -> None:
+        """Settings that may change between passes. Without buffers for CPU attention there is none, whatever the re-plan says."""
+        share = change.cpu_attention if block.sizes.max_cpu_attention_tokens else 0.0
+        batcher.adjust(change.admission_limit, change.prefill_budget, share)
+        logger.info("re-planned: %s", change.reason)
+        self.replans.append(change.reason)
 
     def _candidates(self, requests: Iterable[tuple[int, Request]]) -> Iterator[Candidate]:
         for _, request in requests:
@@ -414,7 +487,8 @@ class LLM:
         if request.params.logprobs is not None:
             completion.logprobs = sequence.logprobs
         if request.params.prompt_logprobs is not None:
-            completion.prompt_logprobs = [None, *sequence.prompt_logprobs]
+            unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
+            completion.prompt_logprobs = [*[None] * unscored, *sequence.prompt_logprobs]
         return completion
 
     # Report and end
@@ -436,7 +510,11 @@ class LLM:
             },
             "memory": [asdict(need) for need in self._needs(self.block.sizes)] if self.block else [],
             "budgets": self.budgets,
-            "peak_bytes": {pool.tier: pool.peak_bytes for pool in (self.tiers.gpu, self.tiers.cpu, self.tiers.disk)},
+            "peak_bytes": {
+                "gpu": self.tiers.gpu.peak_bytes + (self.speculator.peak_bytes if self.speculator is not None else 0),
+                "cpu": self.tiers.cpu.peak_bytes,
+                "disk": self.tiers.disk.peak_bytes,
+            },
             "load_seconds": s.load_seconds,
             "seconds": s.seconds,
             "passes": s.passes,
@@ -447,6 +525,7 @@ class LLM:
             "generated_tokens_per_second": s.generated_tokens / s.seconds if s.seconds else 0.0,
             "total_tokens_per_second": (s.prompt_tokens + s.generated_tokens) / s.seconds if s.seconds else 0.0,
             "moved_bytes": s.moved_bytes,
+            **({"prediction": {**self.prediction, "replans": list(self.replans)}} if self.prediction else {}),
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
             **({"speculation": self._speculation_report()} if self.speculator is not None else {}),
         }
@@ -479,6 +558,11 @@ class LLM:
 def chained(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
     yield from first
     yield from rest
+
+
+def described(policy: Policy) -> str:
+    percent = " ".join(f"{share:.4g}" for share in policy.percent)
+    return f"--percent {percent}, {policy.num_gpu_batches} micro-batches of {policy.gpu_batch_size}, {policy.cpu_attention:.0%} CPU attention"
 
 
 def realized(percent: dict[str, float]) -> str:

@@ -1,32 +1,30 @@
-"""From settings, model and machine to a policy and exact sizes, before anything is loaded."""
+"""From settings, model and machine to budgets and exact sizes, before anything is loaded."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
 from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
-from flexbatch.kernels import reference
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
-from flexbatch.memory.tiers import GIB, Need, align, check_budgets
+from flexbatch.memory.tiers import Need, align, check_budgets
 from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
-from flexbatch.policy.types import TIERS, Policy, Split
+from flexbatch.policy.types import TIERS, Hardware, Policy
 
 PAGE_TOKENS = 16
 GROUP = 64
 """Elements that share a scale and a minimum when weights or cache are quantised."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_MICRO_BATCH = 64
 MAX_MICRO_BATCH_TOKENS = 8192
-"""Query tokens of one micro-batch, at most: compute is efficient from 1,024 on, and its workspace grows with them."""
+"""Prompt tokens of a micro-batch in a pass where the policy sets no budget: compute is efficient from 1,024 on, and its workspace grows with them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,10 @@ class Job:
         """Before any prompt is known: 256 requests of 512 prompt tokens and 128 generated ones, within the model's context."""
         prompt, total = min(512, max(1, max_positions - 1)), min(639, max_positions)
         return cls((total,) * 256, (prompt,) * 256)
+
+    def first(self, count: int) -> Job:
+        """The job of its first requests alone."""
+        return Job(self.cache_tokens[:count], self.prompt_tokens[:count])
 
     @property
     def num_requests(self) -> int:
@@ -90,8 +92,12 @@ def host_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def resolve_budgets(config: EngineConfig, device: torch.device) -> dict[str, int]:
-    """Bytes of every tier. Without a GPU, gpu and cpu tier are the same memory: half of what is available each."""
+def resolve_budgets(config: EngineConfig, device: torch.device, machine: Hardware | None = None) -> dict[str, int]:
+    """Bytes of every tier, of this machine or of a named one. Without a GPU, gpu and cpu tier are the same memory: half of what is available each."""
+    given = {tier: parse_bytes(size) for tier, size in (("gpu", config.gpu_memory), ("cpu", config.cpu_memory)) if size is not None}
+    if machine is not None:
+        gpu, cpu = machine.gpu_memory_bytes - machine.gpu_reserved_bytes, machine.cpu_memory_bytes - machine.cpu_reserved_bytes
+        return {"gpu": gpu, "cpu": cpu, "disk": machine.disk_bytes, **given}
     available = host_memory_bytes()
     if device.type == "cuda":
         gpu, cpu = int(torch.cuda.mem_get_info(device)[0] * 0.94), int(available * 0.9)
@@ -102,9 +108,10 @@ def resolve_budgets(config: EngineConfig, device: torch.device) -> dict[str, int
         folder = folder.parent
     space = os.statvfs(folder)
     return {
-        "gpu": parse_bytes(config.gpu_memory) if config.gpu_memory is not None else gpu,
-        "cpu": parse_bytes(config.cpu_memory) if config.cpu_memory is not None else cpu,
+        "gpu": gpu,
+        "cpu": cpu,
         "disk": space.f_bavail * space.f_frsize,
+        **given,
     }
 
 
@@ -112,13 +119,14 @@ def default_offload_dir() -> Path:
     return Path(os.path.expanduser("~")) / ".cache" / "flexbatch" / "offload"
 
 
-def cache_layout(arch: Arch, config: EngineConfig, dtype: torch.dtype) -> CacheLayout:
-    return CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, config.cache_bits, GROUP, PAGE_TOKENS, dtype)
+def cache_layout(arch: Arch, bits: int, dtype: torch.dtype) -> CacheLayout:
+    return CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, bits, GROUP, PAGE_TOKENS, dtype)
 
 
 def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
     """Query tokens of one micro-batch, at most: every sequence's decode token with its tree, and one prompt chunk at least."""
-    return policy.gpu_batch_size * (1 + max_query_nodes) + max(policy.chunk, min(policy.prompt_tokens_per_micro_batch, MAX_MICRO_BATCH_TOKENS))
+    prompts = policy.prompt_tokens_per_micro_batch if policy.prefill_budget else min(policy.prompt_tokens_per_micro_batch, MAX_MICRO_BATCH_TOKENS)
+    return policy.gpu_batch_size * (1 + max_query_nodes) + max(policy.chunk, prompts)
 
 
 def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
@@ -173,6 +181,8 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
     expansion = plan.expansion_bytes("pre") + plan.expansion_bytes("post")
     disk_slab = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
     activation = sizes.max_micro_batch_tokens * arch.hidden_size * dtype.itemsize * policy.num_gpu_batches
+    # Rows go home in pages: the last page of a micro-batch may be a part of one.
+    host_rows = (sizes.max_micro_batch_tokens + layout.page_tokens) * arch.hidden_size * dtype.itemsize
     off_gpu = 1 - policy.activations.gpu
     head = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * dtype.itemsize
     rows = [
@@ -187,8 +197,8 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
         Need("cache staging (2)", "gpu", 2 * cache.staging_pages * layout.page_bytes),
         Need("cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes),
         Need("activations", "gpu", activation if policy.activations.gpu > 0 else 0),
-        Need("activations", "cpu", activation if off_gpu > 0 else 0),
-        Need("activations", "disk", align(activation) if policy.activations.disk > 0 else 0),
+        Need("activations", "cpu", policy.num_gpu_batches * host_rows if off_gpu > 0 else 0),
+        Need("activations", "disk", policy.num_gpu_batches * align(host_rows) if policy.activations.disk > 0 else 0),
         Need("workspace", "gpu", workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
     ]
     if cuda:
@@ -200,81 +210,6 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
     return [row for row in rows if row.num_bytes]
 
 
-def fixed_split(percent: tuple[float, ...], kind: int) -> Split:
-    return Split.from_percent(percent[2 * kind], percent[2 * kind + 1])
-
-
-def choose_policy(arch: Arch, config: EngineConfig, layout: CacheLayout, job: Job, budgets: dict[str, int], element_bytes: int) -> Policy:
-    """The policy of the user's settings; what is left out is chosen to fit the budgets."""
-    gpu_batch_size = config.gpu_batch_size or min(DEFAULT_MICRO_BATCH, max(1, -(-job.num_requests // (config.num_gpu_batches or 1))))
-    chunk = config.prefill_chunk or 256
-    if config.percent is not None:
-        weights, cache, activations = (fixed_split(config.percent, kind) for kind in range(3))
-    else:
-        weights, cache, activations = fitting_splits(arch, config, layout, job, budgets, element_bytes, gpu_batch_size)
-    policy = Policy(
-        weights=weights,
-        cache=cache,
-        activations=activations,
-        gpu_batch_size=gpu_batch_size,
-        num_gpu_batches=config.num_gpu_batches or 1,
-        weight_bits=config.weight_bits,
-        cache_bits=config.cache_bits,
-        cpu_attention=config.cpu_attention or 0.0,
-        prefill_chunk=chunk,
-        prefill_budget=config.prefill_budget or 0,
-        overlap=config.overlap,
-    )
-    if config.num_gpu_batches is None:
-        room = {"gpu": budgets["gpu"] // 2, "cpu": budgets["cpu"] // 2, "disk": budgets["disk"] // 2}
-        per_sequence = layout.num_layers * layout.num_pages(job.longest) * layout.page_bytes
-        fits = min((room[tier] / (per_sequence * fraction) for tier, fraction in zip(TIERS, cache.fractions, strict=True) if fraction > 0), default=1)
-        wanted = -(-job.num_requests // gpu_batch_size)
-        policy = replace(policy, num_gpu_batches=int(max(1, min(wanted, fits // gpu_batch_size, 8))))
-    return policy
-
-
-def fitting_splits(
-    arch: Arch, config: EngineConfig, layout: CacheLayout, job: Job, budgets: dict[str, int], element_bytes: int, gpu_batch_size: int
-) -> tuple[Split, Split, Split]:
-    """Weights first on the GPU, then on the CPU, then on disk; the cache likewise in what is left."""
-    total = model_bytes(arch, config.weight_bits, element_bytes)
-    cache_bytes = layout.num_layers * layout.num_pages(job.longest) * layout.page_bytes * min(gpu_batch_size, max(1, job.num_requests))
-    gpu_share = min(1.0, 0.6 * budgets["gpu"] / total)
-    if total + cache_bytes < 0.6 * budgets["gpu"]:
-        gpu_share = 1.0
-    cpu_share = min(1.0 - gpu_share, 0.6 * budgets["cpu"] / total)
-    weights = Split(round(gpu_share, 2), round(cpu_share, 2), 0.0) if gpu_share + cpu_share > 0.999 else Split(gpu_share, cpu_share, 1 - gpu_share - cpu_share)
-    if abs(sum(weights.fractions) - 1) > 1e-6:
-        weights = Split(weights.gpu, 1 - weights.gpu)
-    left = {
-        "gpu": 0.3 * budgets["gpu"] if gpu_share < 1 else budgets["gpu"] * 0.9 - total,
-        "cpu": 0.3 * budgets["cpu"] if cpu_share > 0 else 0.8 * budgets["cpu"],
-    }
-    if cache_bytes <= left["gpu"]:
-        cache = Split(1, 0)
-    elif cache_bytes <= left["cpu"]:
-        cache = Split(0, 1)
-    else:
-        cache = Split(0, 0, 1)
-    return weights, cache, Split(1, 0)
-
-
-def model_bytes(arch: Arch, bits: int, element_bytes: int) -> int:
-    """All weights as they are stored."""
-    from flexbatch.memory.weight_plan import plan_weights
-
-    return sum(tensor.num_bytes for tensor in plan_weights(arch, Split(1, 0), bits, GROUP, element_bytes).all_tensors)
-
-
 def check_fit(rows: Iterable[Need], budgets: dict[str, int]) -> None:
     """Raise DoesNotFitError with the table of needs when a budget is short."""
     check_budgets(rows, budgets)
-
-
-def gib(num_bytes: int) -> float:
-    return num_bytes / GIB
-
-
-def cache_bytes_per_token(layout: CacheLayout) -> int:
-    return layout.num_layers * reference.token_bytes(layout.num_kv_heads, layout.head_dim, layout.bits, layout.group, layout.dtype.itemsize)

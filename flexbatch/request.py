@@ -12,7 +12,8 @@ class SamplingParams:
 
     ``max_tokens=0`` scores the prompt without generating. ``temperature=0`` is greedy. ``top_k`` 0 or -1 keeps every token.
     ``seed=None`` derives the request's own random stream from the engine's seed and the request's index.
-    ``logprobs=k`` returns the k most likely tokens and the chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt.
+    ``logprobs=k`` returns the k most likely tokens and the chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt,
+    from token ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common prefix.
     Raises ValueError that names the field for values out of range.
     """
 
@@ -32,6 +33,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -48,6 +50,7 @@ class SamplingParams:
             ("n", self.n >= 1, ">= 1"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, ">= 0"),
             ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, ">= 0"),
+            ("prompt_logprobs_start", self.prompt_logprobs_start >= 1, ">= 1"),
             ("stop", all(self.stop), "without empty strings"),
         )
         for name, good, wanted in checks:
@@ -84,7 +87,8 @@ class Completion:
     """The result of one request.
 
     ``finish_reason`` is ``"stop"`` (EOS, stop string or stop token), ``"length"`` (max_tokens or the model's context), or ``"error"``.
-    ``logprobs[t]`` maps token ids to TokenLogprob for generated token t; ``prompt_logprobs[0]`` is None, as the first token has no context.
+    ``logprobs[t]`` maps token ids to TokenLogprob for generated token t; ``prompt_logprobs[0]`` is None, as the first token has no context,
+    and so are those before ``prompt_logprobs_start``.
     """
 
     prompt_token_ids: tuple[int, ...]

@@ -48,7 +48,8 @@ class RunConfig:
     prompt_len: int | None = option(None, f"make up prompts of N random tokens; with --dummy-weights and no --prompts, {SYNTHETIC_PROMPT_LEN}")
     json: bool = option(False, "print completions and report as one JSON document")
     trace: str | None = option(None, "write a timeline of every link and processor for Chrome or Perfetto", metavar="FILE")
-    dry_run: bool = option(False, "print the placement and the memory it needs, load nothing, run nothing")
+    dry_run: bool = option(False, "print the plan, its price and the memory it needs, load nothing, run nothing")
+    plot: str | None = option(None, "with --dry-run, draw time per resource and memory per tier", metavar="PNG")
     path: str | None = option(None, "folder of the model, or the folder that holds it under the model's name", metavar="FOLDER")
     compress_weight: bool = option(False, "the same as --weight-bits 4")
     compress_cache: bool = option(False, "the same as --cache-bits 4")
@@ -156,12 +157,23 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     return Work(prompts, token_ids, params, arch.max_positions)
 
 
-def print_plan(engine: EngineConfig, work: Work, as_json: bool) -> int:
-    """--dry-run: what would be where. Raises DoesNotFitError as a run would."""
+def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None) -> int:
+    """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
     from flexbatch.engine import LLM
+    from flexbatch.policy.explain import explain, summary
+    from flexbatch.policy.whatif import plot_plan
 
     report = LLM.plan(engine, work.job())
-    print(json.dumps(report, indent=2, default=str) if as_json else tables.placement(report))
+    plan = report.pop("plan")
+    if as_json:
+        print(json.dumps({**report, **summary(plan)}, indent=2, default=str))
+    else:
+        print(f"{explain(plan)}\n\n{tables.placement(report)}")
+    if plot is not None:
+        try:
+            plot_plan(plan, plot)
+        except ImportError as error:
+            raise ConfigurationError(f"--plot {plot}: {error}") from error
     return DONE
 
 
@@ -180,7 +192,7 @@ def print_results(run: RunConfig, work: Work, completions: list[Completion], rep
         for index, (prompt, completion) in enumerate(zip(work.prompts, completions, strict=True) if lines else ()):
             for sample in completion.samples or [completion]:
                 print_completion(index, prompt, sample)
-    for text in (tables.placement(report), tables.throughput(report), tables.speculation(report), tables.resources(report)):
+    for text in (tables.placement(report), tables.throughput(report), tables.prediction(report), tables.speculation(report), tables.resources(report)):
         if text:
             print(f"\n{text}", file=sys.stderr)
 
@@ -201,11 +213,13 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     engine = with_flexgen_flags(engine, config)
     with contextlib.ExitStack() as stack:
         output: IO[str] | None = stack.enter_context(workload.whole_file(config.output)) if config.output and not config.dry_run else None
+        if config.plot and not config.dry_run:
+            raise ConfigurationError("--plot draws the plan of a --dry-run; add --dry-run")
         if config.trace and not Path(config.trace).absolute().parent.is_dir():
             raise ConfigurationError(f"--trace {config.trace}: its folder does not exist")
         work = make_work(engine, config, sampling)
         if config.dry_run:
-            return print_plan(engine, work, config.json)
+            return print_plan(engine, work, config.json, config.plot)
         from flexbatch.engine import LLM
 
         llm = stack.enter_context(LLM.from_config(engine, trace=config.trace is not None, job=work.job()))

@@ -78,6 +78,25 @@ def throughput(report: Mapping[str, Any]) -> str:
     return text
 
 
+def prediction(report: Mapping[str, Any]) -> str:
+    """The plan beside the run: tokens per second, seconds of the passes and of every resource in them; empty where nothing was planned."""
+    run = report.get("prediction")
+    if not run:
+        return ""
+
+    def line(name: str, predicted: float, measured: float) -> list[str]:
+        return [name, f"{predicted:,.4g}", f"{measured:,.4g}", f"{100 * (measured / predicted - 1):+.0f} %" if predicted and measured else "-"]
+
+    rows = [line("tokens/s of the job", run["predicted_tokens_per_second"], run["measured_tokens_per_second"])]
+    rows.append(line(f"seconds of {run['passes']:,} passes", run["predicted_pass_seconds"], run["measured_pass_seconds"]))
+    for name, use in run["resources"].items():
+        if use["predicted_seconds"] or use["measured_seconds"]:
+            rows.append(line(f"{RESOURCES.get(name, name.replace('_', ' '))}, busy s", use["predicted_seconds"], use["measured_seconds"]))
+    head = f"plan and run (limited by {run['limiting_resource']}; bound of this policy {run['bound_tokens_per_second']:,.4g} tokens/s)"
+    changes = "".join(f"\n  re-planned: {reason}" for reason in run["replans"])
+    return f"{head}\n{table(['', 'predicted', 'measured', 'off'], rows)}{changes}"
+
+
 def _rate(count: float, seconds: float) -> str:
     return f"{count / seconds:,.2f}" if seconds else "-"
 

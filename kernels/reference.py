@@ -2,7 +2,7 @@
 
 The KV cache is an array of *token rows*: slot ``page * page_tokens + offset`` holds one token's keys and values of one layer.
 Unquantised rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1: values).
-Quantised rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value parameters; the codes of one head
+Quantised rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value parameters, padding; the codes of one head
 take ``code_bytes`` and its parameters are ``num_groups`` pairs (scale, minimum) in the compute dtype.
 """
 
@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ROW_ALIGNMENT = 16
+"""Bytes. A quantised row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row (unaligned ones fault on the GPU)."""
 
 
 def num_groups(size: int, group: int) -> int:
@@ -27,7 +30,8 @@ def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element
     """Bytes of one token row. 16 bits stands for the compute dtype, whatever its width."""
     if bits == 16:
         return 2 * num_kv_heads * head_dim * element_bytes
-    return 2 * num_kv_heads * (code_bytes(head_dim, bits) + num_groups(head_dim, group) * 2 * element_bytes)
+    used = 2 * num_kv_heads * (code_bytes(head_dim, bits) + num_groups(head_dim, group) * 2 * element_bytes)
+    return -(-used // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -77,7 +81,8 @@ def pack_rows(key: Tensor, value: Tensor, bits: int, group: int) -> Tensor:
     if bits == 16:
         return torch.stack([key, value], dim=1)
     parts = [quantize(x, bits, group) for x in (key, value)]
-    return torch.cat([codes.flatten(1) for codes, _ in parts] + [parameters.flatten(1).view(torch.uint8) for _, parameters in parts], dim=1)
+    packed = torch.cat([codes.flatten(1) for codes, _ in parts] + [parameters.flatten(1).view(torch.uint8) for _, parameters in parts], dim=1)
+    return F.pad(packed, (0, -packed.shape[1] % ROW_ALIGNMENT))
 
 
 def unpack_rows(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,7 +90,7 @@ def unpack_rows(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group
     if bits == 16:
         return rows[:, 0], rows[:, 1]
     codes_end = num_kv_heads * code_bytes(head_dim, bits)
-    parameter_bytes = (rows.shape[1] - 2 * codes_end) // 2
+    parameter_bytes = num_kv_heads * num_groups(head_dim, group) * 2 * dtype.itemsize
     sides = []
     for side in range(2):
         codes = rows[:, side * codes_end : (side + 1) * codes_end].reshape(rows.shape[0], num_kv_heads, -1)

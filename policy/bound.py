@@ -74,7 +74,7 @@ def _solve(
     named = {name: problem.add_variable(name, 0, 1) for name in VARIABLES}
     fixed = fixed_fractions(constraints)
     problem += per_sequence
-    weights = shape.weight_bytes(shape.total_elements, policy.weight_bits)
+    weights = shape.total_bytes(policy.weight_bits)
     problem += per_sequence >= weights / hardware.gpu_bandwidth * inverse
     for row in rows:
         problem += per_sequence >= float(row[0]) + pulp.lpSum(float(c) * named[name] for name, c in zip(VARIABLES, row[1:], strict=True) if c)

@@ -119,7 +119,7 @@ class PassModel:
     def _stage(self, name: str, compute: str, fetch: str, count: int) -> Stage:
         shape, bits = self.shape, self.policy.weight_bits
         fetched = shape.block_elements if fetch == "layer" else shape.head_elements
-        weights = shape.weight_bytes(fetched, bits)
+        weights = shape.weight_bytes(fetched, bits if fetch == "layer" else 16)
         traffic = self._layer_traffic() if compute == "layer" else self._head_traffic()
         traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
         traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
@@ -127,7 +127,7 @@ class PassModel:
         seconds = self._seconds(traffic, gpu_seconds, gpu_bytes)
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for another resource.
-            expansion = self._expanded_bytes(shape.block_elements if compute == "layer" else shape.head_elements) / self.hardware.expand
+            expansion = self._expanded_bytes(shape.block_elements if compute == "layer" else 0) / self.hardware.expand
             first = (gpu_seconds - affine(expansion)) / self.batches + affine(expansion)
             for row in ("h2d", "cpu_attention"):
                 seconds[f"{row} after expansion"] = first + seconds[row] * (1 - 1 / self.batches)
@@ -163,7 +163,7 @@ class PassModel:
     def _layer_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
         shape, hardware, load = self.shape, self.hardware, self.load
-        seconds, flops, moved = self._gemm(shape.block_elements, self.tokens)
+        seconds, flops, moved = self._gemm(shape.block_elements, self.tokens, self._expanded_bytes(shape.block_elements))
         elementwise = 2.0 * self.tokens * shape.workspace_bytes
         heads = 4.0 * shape.num_heads * shape.head_dim
         prompt_flops = heads * np.asarray(load.prompt_pairs)
@@ -179,18 +179,17 @@ class PassModel:
     def _head_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shape, hardware = self.shape, self.hardware
         rows = self.decode_tokens + self.load.finished_prompts
-        seconds, flops, moved = self._gemm(shape.head_elements, rows)
+        seconds, flops, moved = self._gemm(shape.head_elements, rows, expanded=0.0)
         # Float32 logits are written once and read about twice by sampling.
         logits = 3.0 * 4 * rows * shape.vocab_size
         draft = self.batches * self.policy.speculation.draft_seconds if self.policy.speculation else 0.0
         return affine(seconds + logits / hardware.gpu_bandwidth + draft), affine(flops), affine(moved + logits)
 
-    def _gemm(self, elements: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        """Every micro-batch multiplies with all weights; quantised weights are expanded once for all of them."""
+    def _gemm(self, elements: int, tokens: np.ndarray, expanded: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Every micro-batch multiplies with all weights; quantised ones (``expanded`` bytes) are expanded once for all of them."""
         shape = self.shape
         plain = shape.weight_bytes(elements, 16)
         seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
-        expanded = self._expanded_bytes(elements)
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
     def _expanded_bytes(self, elements: int) -> float:

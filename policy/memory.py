@@ -7,9 +7,10 @@ import math
 import numpy as np
 
 from flexbatch.policy.cost import affine, evaluate, point_of
-from flexbatch.policy.loads import PAGE_TOKENS, Lengths, reserved_tokens
+from flexbatch.policy.loads import PAGE_TOKENS, reserved_tokens
 from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy, Split, Workload
 
+LOGITS_BLOCK_BYTES = 64 << 20
 KIND_LABELS = ("weights", "weight slabs", "cache", "cache staging", "activations", "workspace", "logits", "draft", "reserved")
 
 
@@ -23,20 +24,19 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     """``rows[tier][kind]``: peak bytes as an affine function of the placement (see `cost.affine`), for the policy's sizes and bits.
 
     Buffers that the executor keeps: two working slabs of the largest layer's non-resident weights, one 16-bit expansion slab for quantised
-    weights, two staging areas of the largest micro-batch's non-resident cache of one layer, two staged micro-batches of hidden states.
+    weights, two staging areas of the largest micro-batch's non-resident cache of one layer (prompts of sequences that the CPU attends pass
+    through them too), two staged micro-batches of hidden states.
     """
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
     reserved = reserved_tokens(workload, policy)
     row = shape.token_bytes(policy.cache_bits)
-    weights = shape.num_layers * shape.weight_bytes(shape.block_elements, bits) + shape.weight_bytes(shape.head_elements, bits)
-    weights += shape.weight_bytes(sum(shape.embedding_tensors), bits)
-    slab = 2.0 * shape.weight_bytes(shape.largest_layer_elements, bits)
-    expansion = 0.0 if bits == 16 else shape.weight_bytes(shape.largest_layer_elements, 16)
+    weights = shape.total_bytes(bits)
+    slab = 2.0 * shape.largest_layer_bytes(bits)
+    expansion = 0.0 if bits == 16 else shape.weight_bytes(shape.block_elements, 16)
     cache = batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
-    lengths = Lengths.of(workload, policy)
-    # Sequences that are attended on the CPU cross the link only for the later chunks of their prompts.
-    revisited = lengths.prompt_passes / lengths.residence if lengths.prompt_passes > 1 else 0.0
+    # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into place.
+    stopover = 1.0 if hardware.device == "cuda" else 0.0
     decode_tokens = batch * policy.query_tokens
     tokens = decode_tokens + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
@@ -48,19 +48,19 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
         "weights": affine(weights_gpu=weights),
         "weight slabs": affine(expansion, weights_cpu=slab, weights_disk=slab),
         "cache": affine(cache_gpu=cache),
-        "cache staging": affine(cache_cpu=staged, cache_disk=staged, attended=staged * (revisited - 1)),
+        "cache staging": affine(cache_cpu=staged, cache_disk=staged),
         "activations": affine(activations_gpu=hidden, activations_cpu=two_hidden, activations_disk=two_hidden),
-        "workspace": affine(tokens * shape.workspace_bytes),
-        # Two float32 copies: the logits and what sampling makes of them.
-        "logits": affine(8.0 * decode_tokens * shape.vocab_size),
+        "workspace": affine(tokens * shape.peak_workspace_bytes),
+        # Float32, with what sampling makes of them; long ones go through the head in blocks.
+        "logits": affine(3.0 * min(LOGITS_BLOCK_BYTES, 4 * decode_tokens * shape.vocab_size)),
         "draft": affine(draft),
         "reserved": affine(hardware.gpu_reserved_bytes),
     }
     cpu = {
         "weights": affine(weights_cpu=weights),
-        "weight slabs": affine(weights_disk=slab),
+        "weight slabs": affine(weights_disk=stopover * slab),
         "cache": affine(cache_cpu=cache, cache_disk=open_pages),
-        "cache staging": affine(cache_disk=staged),
+        "cache staging": affine(cache_disk=stopover * staged),
         "activations": affine(activations_cpu=hidden, activations_disk=two_hidden),
         "workspace": affine(attended=exchange),
         "reserved": affine(hardware.cpu_reserved_bytes),
@@ -69,21 +69,25 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     return {"gpu": gpu, "cpu": cpu, "disk": disk}
 
 
-def spread_weights(shape: ModelShape, weights: Split) -> tuple[Split, float]:
-    """The split that whole tensors can meet, and the largest non-resident part of a layer, in elements.
+def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[Split, float]:
+    """The split that whole tensors can meet, and the largest non-resident part of a layer as stored at ``bits``, in bytes.
 
     Tensors are dealt to the tiers by error diffusion over the whole model: each goes to the tier that is furthest behind its share.
     """
     asked = np.array(weights.fractions)
-    layers = [shape.embedding_tensors, *[shape.block_tensors] * shape.num_layers, shape.head_tensors]
+    embedding, block, head = (
+        [shape.weight_bytes(elements, stored) for elements in tensors]
+        for tensors, stored in ((shape.embedding_tensors, 16), (shape.block_tensors, bits), (shape.head_tensors, 16))
+    )
+    layers = [embedding, *[block] * shape.num_layers, head]
     placed, total, largest = np.zeros(3), 0.0, 0.0
     for index, tensors in enumerate(layers):
         away = 0.0
-        for elements in tensors:
-            total += elements
+        for num_bytes in tensors:
+            total += num_bytes
             tier = int(np.argmax(np.where(asked > 0, asked * total - placed, -np.inf)))
-            placed[tier] += elements
-            away += elements * (tier != 0)
+            placed[tier] += num_bytes
+            away += num_bytes * (tier != 0)
         largest = max(largest, away if index else 0.0)
     realised = placed / placed.sum()
     return Split(*(float(x) for x in realised)), largest
@@ -106,15 +110,15 @@ def round_cache(policy: Policy) -> Split:
 def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> dict[str, dict[str, int]]:
     """``peak[tier][kind]`` in bytes at the placement that whole tensors and whole sequences can meet."""
     rows = memory_rows(shape, hardware, workload, policy)
-    split, away = spread_weights(shape, policy.weights)
+    split, away = spread_weights(shape, policy.weights, policy.weight_bits)
     point = point_of(policy)
     point[1:4] = split.fractions
     peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
-    expansion = 0 if policy.weight_bits == 16 else shape.weight_bytes(shape.largest_layer_elements, 16)
-    peak["gpu"]["weight slabs"] = expansion + 2 * shape.weight_bytes(int(away), policy.weight_bits)
+    expansion = 0 if policy.weight_bits == 16 else shape.weight_bytes(shape.block_elements, 16)
+    peak["gpu"]["weight slabs"] = expansion + 2 * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
     staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)
-    per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk - point[-1])
+    per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk)
     peak["gpu"]["cache staging"] += math.ceil(2 * staged_rows * (math.ceil(per_batch - 1e-6) - per_batch))
     return peak
 

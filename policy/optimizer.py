@@ -110,7 +110,7 @@ class Search:
                 saved = {tier: seconds / solution.seconds * plan.predicted_tokens_per_second for tier, seconds in solution.seconds_per_gib.items()}
                 return dataclasses.replace(plan, tokens_per_second_per_gib=saved)
             for tier, size in missing.items():
-                room[tier] -= size + 2**20
+                room[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
             self.linear_programs += 1
             solution = solve(phases, memory, room, self.constraints)
         return None

@@ -260,9 +260,14 @@ def _processor() -> str:
     return names[0] if names else "unknown processor"
 
 
+def cache_path(cache_folder: Path, device: str, disk_folder: Path) -> Path:
+    """The file of this machine's profile."""
+    return cache_folder / f"hardware-{machine_key(torch.device(device), disk_folder)[1]}.json"
+
+
 def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mapping[str, float] | None = None, refresh: bool = False) -> Hardware:
     """The machine's profile from ``cache_folder``, measured at first use. Written under another name first, so that no reader sees half a file."""
-    path = cache_folder / f"hardware-{machine_key(torch.device(device), disk_folder)[1]}.json"
+    path = cache_path(cache_folder, device, disk_folder)
     if path.is_file() and not refresh:
         hardware = Hardware.from_json(path.read_text())
         return hardware.with_memory(*(_capacities(torch.device(device), disk_folder)[f"{tier}_bytes"] for tier in ("gpu_memory", "cpu_memory", "disk")))

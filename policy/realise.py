@@ -30,7 +30,7 @@ def placed(shape: ModelShape, policy: Policy, point: np.ndarray, constraints: Co
     share = share if share > NOISE else 0.0
     policy = dataclasses.replace(policy, weights=splits["weights"], cache=splits["cache"], activations=splits["activations"], cpu_attention=share)
     if not any(name.startswith("weights") for name in fixed):
-        policy = dataclasses.replace(policy, weights=spread_weights(shape, policy.weights)[0])
+        policy = dataclasses.replace(policy, weights=spread_weights(shape, policy.weights, policy.weight_bits)[0])
     if not any(name.startswith("cache") for name in fixed):
         policy = dataclasses.replace(policy, cache=round_cache(policy))
     return policy

@@ -103,8 +103,11 @@ class _Walk:
         """Of a tick that has a cache; None for the head and behind the end."""
         return self.costs[self.ticks[index][2]] if index < len(self.ticks) and self.ticks[index][1] < self.shape.num_layers else None
 
-    def elements(self, stage: int) -> int:
-        return self.shape.head_elements if stage % (self.shape.num_layers + 1) == self.shape.num_layers else self.shape.block_elements
+    def stored_bytes(self, stage: int) -> int:
+        """Weights of a stage as they are stored: the head keeps 16 bits."""
+        if stage % (self.shape.num_layers + 1) == self.shape.num_layers:
+            return self.shape.weight_bytes(self.shape.head_elements, 16)
+        return self.shape.weight_bytes(self.shape.block_elements, self.policy.weight_bits)
 
     def serve(self, queue: str, ready: float, seconds: float) -> float:
         """When a task is done; nothing to do is done at once."""
@@ -115,19 +118,19 @@ class _Walk:
         later, following = self.cost_of(index + 2), self.cost_of(index + 1)
         self.data_read.append(self.serve("disk_read", start, later.disk_read if later else 0.0))
         self.data_ready.append(self.serve("h2d", max(start, self.data_read[index + 1]), following.h2d if following else 0.0))
-        bits, weights = self.policy.weight_bits, self.policy.weights
-        on_disk = self.shape.weight_bytes(self.elements(stage + 2), bits) / self.count * weights.disk / self.hardware.disk_read
+        weights = self.policy.weights
+        on_disk = self.stored_bytes(stage + 2) / self.count * weights.disk / self.hardware.disk_read
         self.weights_read[stage + 2] = self.serve("disk_read", start, on_disk)
-        away = self.shape.weight_bytes(self.elements(stage + 1), bits) / self.count * (1 - weights.gpu) / self.hardware.h2d
+        away = self.stored_bytes(stage + 1) / self.count * (1 - weights.gpu) / self.hardware.h2d
         self.weights_ready[stage + 1] = self.serve("h2d", max(start, self.weights_read[stage + 1]), away)
 
     def compute(self, stage: int, layer: int, batch: int, start: float) -> None:
         """The tick itself, its CPU attention and its drain."""
         cost, shape, bits = self.costs[batch], self.shape, self.policy.weight_bits
         expand = 0.0
-        if batch == 0 and bits != 16:
-            expand = (shape.weight_bytes(self.elements(stage), bits) + shape.weight_bytes(self.elements(stage), 16)) / self.hardware.expand
         head = layer == shape.num_layers
+        if batch == 0 and bits != 16 and not head:
+            expand = (self.stored_bytes(stage) + shape.weight_bytes(shape.block_elements, 16)) / self.hardware.expand
         end = self.queues["gpu"].serve(start, expand + (cost.head if head else cost.gpu))
         self.ends.append(end)
         self.attention_done.append(0.0 if head else self.serve("cpu_attention", end, cost.cpu_attention))

@@ -234,7 +234,8 @@ class ModelShape:
         """Bytes of one token row of the cache of one layer, keys and values."""
         if bits == 16:
             return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
-        return 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / group) * 2 * self.element_bytes)
+        used = 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / group) * 2 * self.element_bytes)
+        return math.ceil(used / 16) * 16  # quantised rows are padded to what a 16-byte load wants
 
     @property
     def block_elements(self) -> int:
@@ -248,15 +249,25 @@ class ModelShape:
     def total_elements(self) -> int:
         return self.num_layers * self.block_elements + self.head_elements + sum(self.embedding_tensors)
 
-    @property
-    def largest_layer_elements(self) -> int:
-        """Of the largest layer, the head included: the working slab is sized by it."""
-        return max(self.block_elements, self.head_elements)
+    def total_bytes(self, bits: int) -> int:
+        """All weights as they are stored: blocks at ``bits``, head and tables at 16 bits whatever the blocks have."""
+        outside = self.weight_bytes(self.head_elements + sum(self.embedding_tensors), 16)
+        return self.num_layers * self.weight_bytes(self.block_elements, bits) + outside
+
+    def largest_layer_bytes(self, bits: int) -> int:
+        """Of the largest layer as it is stored, the head included: the working slab is sized by it."""
+        return max(self.weight_bytes(self.block_elements, bits), self.weight_bytes(self.head_elements, 16))
 
     @property
     def hidden_bytes(self) -> int:
         """Of one token's hidden state."""
         return self.hidden_size * self.element_bytes
+
+    @property
+    def peak_workspace_bytes(self) -> int:
+        """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their copies."""
+        projections = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return (6 * self.hidden_size + 2 * projections + 3 * self.intermediate_size) * self.element_bytes
 
     @property
     def workspace_bytes(self) -> int:

@@ -56,10 +56,13 @@ class Batcher:
         """Room for drafted tokens in every sequence's cache."""
         self.micro_batch_tokens = micro_batch_tokens
         self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
+        self.admission_limit = policy.block_size
+        """Sequences in flight, at most."""
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
         self.waiting: deque[Candidate] = deque()
         self.retired: list[Retired] = []
         self.homes = Spreader(policy.cache)
+        self.cpu_attention = policy.cpu_attention
         self.attended = Spreader(Split(gpu=1 - policy.cpu_attention, cpu=policy.cpu_attention))
         self.exhausted = False
 
@@ -86,7 +89,7 @@ class Batcher:
 
     def admit(self) -> None:
         """Fill the free places of the block, in the order of the requests."""
-        while self.num_sequences < self.policy.block_size and (candidate := self.peek()) is not None:
+        while self.num_sequences < self.admission_limit and (candidate := self.peek()) is not None:
             if problem := self.impossible(candidate):
                 self.waiting.popleft()
                 self.retired.append(Retired(candidate.state, candidate.output, None, problem))
@@ -123,13 +126,13 @@ class Batcher:
         return self.homes.choose(1, roomy) if roomy else None
 
     def shareable(self, candidate: Candidate, tier: str) -> list[int]:
-        """Pages that already hold the beginning of the prompt; none when every prompt token's own logits are wanted."""
-        request = candidate.state.request
-        return [] if request.params.prompt_logprobs is not None else self.cache.shareable(tier, request.prompt_token_ids)
+        """Pages that already hold the beginning of the prompt, as far as its logits are not wanted."""
+        prompt, params = candidate.state.request.prompt_token_ids, candidate.state.params
+        return self.cache.shareable(tier, prompt if params.prompt_logprobs is None else prompt[: params.prompt_logprobs_start])
 
     def join(self, candidate: Candidate, tier: str) -> None:
         self.homes.place(tier, 1)
-        on_cpu = tier == "cpu" and self.policy.cpu_attention > 0 and self.attended.choose(1) == "cpu"
+        on_cpu = tier == "cpu" and self.cpu_attention > 0 and self.attended.choose(1) == "cpu"
         if tier == "cpu":
             self.attended.place("cpu" if on_cpu else "gpu", 1)
         prompt = candidate.state.request.prompt_token_ids
@@ -137,6 +140,13 @@ class Batcher:
         free = [k for k, batch in enumerate(self.micro_batches) if len(batch) < self.policy.gpu_batch_size]
         k = min(free, key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
         self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
+
+    def adjust(self, admission_limit: int, prefill_budget: int, cpu_attention: float) -> None:
+        """New settings from the next pass on. Nothing moves: sequences in flight stay, and the share of CPU attention holds for those that come."""
+        self.admission_limit = max(1, min(admission_limit, self.policy.block_size))
+        self.prefill_budget = max(1, min(prefill_budget, self.policy.prompt_tokens_per_micro_batch))
+        self.cpu_attention = cpu_attention
+        self.attended.split = Split(gpu=1 - cpu_attention, cpu=cpu_attention)
 
     # Passes
 
@@ -188,7 +198,7 @@ class Batcher:
         last = start + count == len(sequence.token_ids)
         first_logit = count - 1 if last and sequence.output.finish is None else count
         if sequence.state.params.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
-            first_logit = 0
+            first_logit = min(first_logit, max(0, sequence.state.params.prompt_logprobs_start - 1 - start))
         return QueryTokens(sequence, tuple(sequence.token_ids[start : start + count]), start, first_logit)
 
     def commit(self, work: PassWork, drawn: Mapping[QueryTokens, Drawn]) -> None:

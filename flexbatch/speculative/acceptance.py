@@ -134,15 +134,17 @@ def choose_shapes(
     max_nodes: int = 64,
     margin: float = 0.02,
 ) -> Choice:
-    """The trees of one pass with the most expected tokens per second; none where speculation does not gain more than ``margin``.
+    """The smallest trees of one pass whose expected tokens per second are within ``margin`` of the most; none where nothing gains more than that.
 
     pass_seconds: of the target, given all query tokens of the pass, of which ``other_query_tokens`` are prompt chunks. draft_seconds: of drafting, given
     the depth (0 nodes deep costs nothing and is not asked). max_nodes: per sequence. Each depth limit is tried; below it, nodes are added where
-    a query token gains most, over all groups together: the gains of a group fall with its size, so that every total is spent in the best way.
+    a query token gains most, over all groups together: the gains of a group fall with its size, so that every total is spent
+    in the best way, to within one node of the largest group (a step adds a node to every sequence of a group).
     """
     live = sum(group.sequences for group in groups)
     plain = Choice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))
-    best = plain
+    choices: list[tuple[float, float, float, list[StaticTrees], list[int]]] = []
+    """(tokens per second, query tokens, expected tokens, trees by size, nodes per group)."""
     for depth in range(1, max((len(group.acceptance) for group in groups), default=0) + 1):
         trees = [StaticTrees(group.acceptance[:depth], max_nodes) for group in groups]
         gains = [np.diff(tree.expected_tokens) for tree in trees]
@@ -153,35 +155,10 @@ def choose_shapes(
             nodes[g] += 1
             tokens += gain * groups[g].sequences
             queries += groups[g].sequences
-            seconds = pass_seconds(queries) + drafting
-            if tokens / seconds > best.tokens_per_second * (1 + 1e-12):
-                best = Choice(tuple(tree.shape(n) for tree, n in zip(trees, nodes, strict=True)), tokens, seconds)
-    return best if best.tokens_per_second > plain.tokens_per_second * (1 + margin) else plain
-
-
-def worth_verifying(
-    trees: Sequence[TokenTree],
-    probabilities: Sequence[Sequence[float]],
-    pass_seconds: Callable[[float], float],
-    *,
-    spent_seconds: float = 0.0,
-    other_query_tokens: int = 0,
-) -> list[TokenTree]:
-    """The nodes of already drafted trees that are worth a query token, chosen over the whole pass.
-
-    probabilities[s][i]: chance that node i of tree s is reached and accepted, at most that of its parent. spent_seconds: on drafting, to be paid either way.
-    Nodes are taken from the likeliest on; the number with the most expected tokens per second wins, which may be none.
-    """
-    order = sorted(((-p, s, i) for s, tree in enumerate(probabilities) for i, p in enumerate(tree)))
-    base = other_query_tokens + len(trees)
-    tokens = float(len(trees))
-    best, best_rate = 0, tokens / (pass_seconds(base) + spent_seconds)
-    for count, (negative, _, _) in enumerate(order, 1):
-        tokens -= negative
-        rate = tokens / (pass_seconds(base + count) + spent_seconds)
-        if rate > best_rate:
-            best, best_rate = count, rate
-    kept: list[list[int]] = [[] for _ in trees]
-    for _, s, i in order[:best]:
-        kept[s].append(i)
-    return [tree.subtree(nodes) for tree, nodes in zip(trees, kept, strict=True)]
+            choices.append((tokens / (pass_seconds(queries) + drafting), queries, tokens, trees, nodes.copy()))
+    most = max((rate for rate, *_ in choices), default=0.0)
+    if most <= plain.tokens_per_second * (1 + margin):
+        return plain
+    # A measured cost is not exact: what a larger tree gains within the margin may be noise, what it costs is sure.
+    rate, _, tokens, trees, nodes = min((choice for choice in choices if choice[0] >= most * (1 - margin)), key=lambda choice: (choice[1], -choice[0]))
+    return Choice(tuple(tree.shape(n) for tree, n in zip(trees, nodes, strict=True)), tokens, tokens / rate)

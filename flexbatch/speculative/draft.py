@@ -213,6 +213,11 @@ class DraftModel:
 
     # Lifetime
 
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of the gpu tier that weights and cache took."""
+        return self.tiers.gpu.peak_bytes
+
     def retire(self, sequence: Sequence) -> None:
         followed = self.followed.pop(sequence, None)
         if followed is not None and self.cache is not None:

@@ -115,12 +115,3 @@ class StaticTrees:
                     budget, rank = budget - own, rank + 1
             level = below
         return TreeShape(tuple(parents))
-
-
-def expected_tokens(shape: TreeShape, acceptance: Sequence[Sequence[float]]) -> float:
-    """Tokens per pass that ``shape`` commits on average under an acceptance table (see `StaticTrees`), the one after the path included."""
-    reached: list[float] = []
-    for parent, depth, rank in zip(shape.parents, shape.depths, shape.ranks, strict=True):
-        inside = depth <= len(acceptance) and rank < len(acceptance[depth - 1])
-        reached.append((1.0 if parent == ROOT else reached[parent]) * (acceptance[depth - 1][rank] if inside else 0.0))
-    return 1 + sum(reached)

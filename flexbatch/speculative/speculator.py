@@ -39,6 +39,10 @@ class Source(Protocol):
     def name(self) -> str: ...
 
     @property
+    def peak_bytes(self) -> int:
+        """Most memory of the gpu tier that it held."""
+
+    @property
     def distributions(self) -> Mapping[RequestState, Mapping[int, Tensor]]:
         """Of the present trees that were drawn by chance: what the children of each node (-1: of the last committed token) were drawn from, [vocab]."""
 
@@ -56,6 +60,7 @@ class LookupSource:
     """Drafts from the prompt and the text so far of each sequence."""
 
     name = "ngram"
+    peak_bytes = 0
 
     def __init__(self) -> None:
         self.distributions: dict[RequestState, dict[int, Tensor]] = {}
@@ -112,7 +117,6 @@ class Speculator:
         self.pass_started = 0.0
         self.plans: dict[str, TreePlan] = {}
         self.planned_for: tuple[int, int] = (0, 0)
-        self.enabled = True
 
     # Before a pass
 
@@ -212,6 +216,11 @@ class Speculator:
             source.retire(sequence)
 
     # Report and end
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of the gpu tier that the drafts held."""
+        return sum(source.peak_bytes for source in self.sources)
 
     def report(self) -> dict[str, object]:
         """What was measured in this run."""

@@ -13,7 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-WORD_BITS = 32
+from flexbatch.execution.inputs import ancestor_masks
+
 ROOT = -1
 """Parent of the nodes that follow the last committed token."""
 
@@ -173,30 +174,6 @@ class TokenTree:
         if self.shape.max_depth <= max_depth:
             return self
         return self.subtree(node for node, depth in enumerate(self.depths) if depth <= max_depth)
-
-
-def ancestor_masks(parents: Sequence[int]) -> np.ndarray:
-    """int32 [n, ceil(n / 32)]: bit b of word w of row i is set when token 32 * w + b is token i or one of its ancestors.
-
-    parents: -1 for a token without ancestors, else an earlier token. The chain (-1, 0, 1, ...) gives the causal mask of a prompt chunk.
-    """
-    masks = np.zeros((len(parents), -(-len(parents) // WORD_BITS)), dtype=np.uint32)
-    for token, parent in enumerate(parents):
-        if parent >= 0:
-            masks[token] = masks[parent]
-        masks[token, token // WORD_BITS] |= np.uint32(1 << (token % WORD_BITS))
-    return masks.view(np.int32)
-
-
-def stack_masks(masks: Sequence[np.ndarray]) -> np.ndarray:
-    """Masks of all sequences of a micro-batch, one below the other, int32 [total, words of the widest]; missing words are zero."""
-    words = max((mask.shape[1] for mask in masks), default=0)
-    stacked = np.zeros((sum(mask.shape[0] for mask in masks), words), dtype=np.int32)
-    start = 0
-    for mask in masks:
-        stacked[start : start + mask.shape[0], : mask.shape[1]] = mask
-        start += mask.shape[0]
-    return stacked
 
 
 def chain(token_ids: Sequence[int], logprobs: Sequence[float] | None = None) -> TokenTree:

@@ -96,6 +96,15 @@ def test_greedy_continuations_are_known_as_such(model):
     assert greedy[1] is True and other[1] is False
 
 
+def test_a_written_bos_is_not_doubled_and_long_contexts_lose_their_left_end(model, tiny_chat):
+    chat = FlexBatchLM(str(tiny_chat), llm=OracleLLM(tiny_chat))
+    assert chat.tok_encode("<s>red ale") == chat.tok_encode("red ale") and chat.tok_encode("red ale").count(0) == 1
+    context, kept = "red ale. " * 300, 256 - 6
+    (text,) = model.generate_until(requests("generate_until", (context, {"max_gen_toks": 6, "until": []})))
+    (expected,) = model.llm.generate([model.tok_encode(context)[-kept:]], model._sampling_params(0, {"max_gen_toks": 6}))
+    assert text == model.tokenizer.decode(expected.token_ids, skip_special_tokens=True)
+
+
 def test_generation_options_are_passed_on_or_refused(model):
     params = model._sampling_params(0, {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_tokens": 7})
     assert (params.stop, params.temperature, params.top_p, params.max_tokens) == (("x",), 0.5, 0.9, 7)

@@ -270,6 +270,7 @@ def test_a_run_asks_every_row_once_and_scores_it(tmp_path):
     llm = Answers(lambda text: "Yes" if "dark ale" in text.rsplit("\n", 1)[1].split("Product B")[0] else "No")
     trials = run(config, data, llm)
     assert len(llm.prompts) == 24 and all(text.count("the same?") == 5 for text in llm.prompts)
+    assert trials[0].prompts != trials[1].prompts, "every trial draws its own examples"
     found = summary(config, data, trials)
     assert found["mean"]["accuracy"] == found["mean"]["f1"] == 1.0 and found["deviation"]["f1"] == 0 and found["failed_prompts"] == 0
 

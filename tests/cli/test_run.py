@@ -41,7 +41,8 @@ def command(model_folder: Path, tmp_path: Path):
     """Runs the command on the tiny model in this process; returns its exit code."""
 
     def start(*words: str) -> int:
-        return run.main(["--model", str(model_folder), "--device", "cpu", "--gpu-memory", "64MiB", "--cpu-memory", "64MiB", "--max-tokens", "6", *words])
+        fixed = ["--device", "cpu", "--hardware", "cpu"]
+        return run.main(["--model", str(model_folder), *fixed, "--gpu-memory", "64MiB", "--cpu-memory", "64MiB", "--max-tokens", "6", *words])
 
     return start
 

@@ -50,6 +50,7 @@ VALUES = {
     "cache_bits": ("8", 8),
     "gpu_memory": ("16GiB", "16GiB"),
     "cpu_memory": ("64GiB", "64GiB"),
+    "allow_bits": ("16 4", (16, 4)),
 }
 """Where the value of a kind below would not do."""
 
@@ -100,7 +101,7 @@ def test_booleans_can_be_switched_both_ways() -> None:
         ({}, "overlap: 1", "settings.yaml: overlap=1: needs true or false"),
         ({}, "cache_bits: 3", "settings.yaml: cache_bits=3: choose from"),
         ({}, "gpu_bach_size: 1", "unknown setting 'gpu_bach_size'; did you mean 'gpu_batch_size'"),
-        ({}, "zzz: 1", "unknown setting 'zzz'; known are cache_bits"),
+        ({}, "zzz: 1", "unknown setting 'zzz'; known are allow_bits"),
         ({}, "- 1", "needs a mapping of settings"),
         ({}, "a: [", "cannot be read as YAML"),
         ({}, "percent: [60, 60, 0, 0, 0, 0]", r"weights on gpu \(60\) and cpu \(60\)"),

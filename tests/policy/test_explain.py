@@ -105,7 +105,7 @@ def test_spread_weights_meet_the_split_to_one_tensor(gpu, rest, name):
     for want, have in zip(asked.fractions, realised.fractions, strict=True):
         assert abs(want - have) <= tensor + 1e-9
         assert want > 0 or have == 0
-    assert largest <= shape.largest_layer_elements
+    assert largest <= shape.largest_layer_bytes(16)
 
 
 def test_cache_split_is_whole_sequences():

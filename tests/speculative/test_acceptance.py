@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, PiecewiseLinear, choose_shapes, worth_verifying
-from flexbatch.speculative.shapes import StaticTrees, expected_tokens, fixed_widths
+from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, PiecewiseLinear, choose_shapes
+from flexbatch.speculative.shapes import StaticTrees, fixed_widths
 from flexbatch.speculative.tree import TokenTree, TreeShape, chain
 from flexbatch.speculative.verify import Verdict
+from tests.speculative.test_shapes import expected_tokens
 
 
 def free(depth: float) -> float:
@@ -78,10 +79,17 @@ TABLE = ((0.6, 0.2, 0.1),) * 4
 
 
 def test_a_pass_bound_by_links_takes_the_whole_tree_and_one_bound_by_compute_none() -> None:
-    flat = choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, max_nodes=30)
+    flat = choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, max_nodes=30, margin=0.0)
     assert len(flat.shapes[0]) == 30 and flat.tokens == pytest.approx(8 * StaticTrees(TABLE, 30).expected_tokens[30])
     steep = choose_shapes([Group(8, TABLE)], lambda q: 0.01 * q, free, max_nodes=30)
     assert len(steep.shapes[0]) == 0 and steep.tokens_per_second == pytest.approx(100)
+
+
+def test_of_trees_about_as_good_the_smallest_is_taken() -> None:
+    best = choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, max_nodes=30, margin=0.0)
+    small = choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, max_nodes=30, margin=0.1)
+    assert len(small.shapes[0]) < 25 and small.tokens_per_second >= 0.9 * best.tokens_per_second
+    assert small.tokens == pytest.approx(8 * expected_tokens(small.shapes[0], TABLE))
 
 
 def test_a_hopeless_draft_and_a_slow_one_are_left_out() -> None:
@@ -95,14 +103,14 @@ def test_a_hopeless_draft_and_a_slow_one_are_left_out() -> None:
 def test_the_tree_shrinks_as_the_block_grows() -> None:
     cost = PiecewiseLinear(((1, 1.0), (512, 1.0), (1024, 2.0)))
     sizes = [len(choose_shapes([Group(live, TABLE)], cost, free, max_nodes=64).shapes[0]) for live in (4, 16, 64, 256, 512)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 0
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 40 and sizes[-1] == 0
     assert len(choose_shapes([Group(16, TABLE)], cost, free, other_query_tokens=500).shapes[0]) < sizes[1]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 5), st.floats(0.05, 0.7), st.floats(0, 0.25)), min_size=1, max_size=2), st.floats(0, 0.2), st.floats(0, 0.3))
-def test_choice_is_the_best_of_all_sizes_for_every_group(parts, slope: float, per_depth: float) -> None:
-    groups = [Group(live, ((first, min(first, second)),) * 3) for live, first, second in parts]
+@given(st.integers(1, 5), st.lists(st.tuples(st.floats(0.05, 0.7), st.floats(0, 0.25)), min_size=1, max_size=2), st.floats(0, 0.2), st.floats(0, 0.3))
+def test_choice_is_the_best_of_all_sizes_for_every_group(live: int, parts, slope: float, per_depth: float) -> None:
+    groups = [Group(live, ((first, min(first, second)),) * 3) for first, second in parts]
 
     def pass_seconds(queries: float) -> float:
         return 1 + slope * max(0.0, queries - 6)
@@ -125,18 +133,3 @@ def test_choice_is_the_best_of_all_sizes_for_every_group(parts, slope: float, pe
 def test_a_table_rising_with_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="must not rise with rank"):
         Group(1, ((0.1, 0.2),))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.floats(0, 1), max_size=4), min_size=1, max_size=3), st.floats(0, 0.5), st.floats(0, 1))
-def test_nodes_worth_verifying_are_the_best_subset(chances: list[list[float]], slope: float, spent: float) -> None:
-    trees = [chain(list(range(len(row)))) for row in chances]
-    probabilities = [np.cumprod(row).tolist() for row in chances]
-
-    def rate(lengths) -> float:
-        tokens = len(trees) + sum(sum(row[:n]) for row, n in zip(probabilities, lengths, strict=True))
-        return tokens / (1 + slope * (len(trees) + sum(lengths)) + spent)
-
-    kept = worth_verifying(trees, probabilities, lambda q: 1 + slope * q, spent_seconds=spent)
-    best = max(rate(lengths) for lengths in product(*(range(len(row) + 1) for row in chances)))
-    assert rate([len(tree) for tree in kept]) == pytest.approx(best)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ class Scripted:
 
     def __init__(self, make) -> None:
         self.make = make
+        self.peak_bytes = 0
         self.distributions: dict = {}
 
     def draft(self, sequences, plans):
@@ -363,3 +366,22 @@ def test_chi_square_of_drawn_tokens(count, drawing, reference, tmp_path_factory,
     if rest * count < 1e-6:
         observed, expected = observed[:-1], expected[:-1]
     assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+
+
+HUMANEVAL = Path(__file__).parents[3] / "shared" / "data" / "humaneval.jsonl"
+
+
+@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs the shared data")
+@pytest.mark.parametrize("draft", [("demo-draft",), ("ngram",), ("demo-draft", "ngram")], ids=" ".join)
+def test_the_demo_pair_saves_passes_on_real_prompts(draft, tmp_path):
+    """Weights on disk; the ratio of seconds is reported, and asserted nowhere: it belongs to the machine."""
+    prompts = [json.loads(line)["prompt"] for line in HUMANEVAL.read_text().splitlines()[:6]]
+    settings = {"percent": (0, 0, 100, 0, 100, 0), "gpu_batch_size": 6, "num_gpu_batches": 1, "offload_dir": str(tmp_path), "device": "cpu"}
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", draft=draft, tree="chain:4", compare_plain=True, **settings) as llm:
+        fast = [completion.token_ids for completion in llm.generate(prompts, params)]
+        report = llm.report()
+    with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", **settings) as llm:
+        assert [completion.token_ids for completion in llm.generate(prompts, params)] == fast
+    run = report["speculation"]
+    assert run["tokens_per_sequence_pass"] > 1.3 and report["passes"] < 0.9 * run["plain_passes"] and run["speed_up"] > 0

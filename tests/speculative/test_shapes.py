@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -9,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.config import ConfigurationError
-from flexbatch.speculative.shapes import StaticTrees, TreeSpec, expected_tokens, fixed_widths, parse_tree
-from flexbatch.speculative.tree import TreeShape
+from flexbatch.speculative.shapes import StaticTrees, TreeSpec, fixed_widths, parse_tree
+from flexbatch.speculative.tree import ROOT, TreeShape
+
+
+def expected_tokens(shape: TreeShape, acceptance: Sequence[Sequence[float]]) -> float:
+    """Tokens per pass that ``shape`` commits on average under an acceptance table (see `StaticTrees`), the one after the path included."""
+    reached: list[float] = []
+    for parent, depth, rank in zip(shape.parents, shape.depths, shape.ranks, strict=True):
+        inside = depth <= len(acceptance) and rank < len(acceptance[depth - 1])
+        reached.append((1.0 if parent == ROOT else reached[parent]) * (acceptance[depth - 1][rank] if inside else 0.0))
+    return 1 + sum(reached)
 
 
 @pytest.mark.parametrize(

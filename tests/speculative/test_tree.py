@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.kernels import reference
-from flexbatch.speculative.tree import ROOT, Drawing, TokenTree, TreeShape, ancestor_masks, best_first, chain, merge, stack_masks
+from flexbatch.speculative.tree import ROOT, Drawing, TokenTree, TreeShape, best_first, chain, merge
 
 
 @st.composite
@@ -59,17 +59,9 @@ def test_masks_hold_exactly_the_ancestors(tree: TokenTree) -> None:
 
 
 def test_a_chain_is_causal_beyond_one_word() -> None:
-    masks = ancestor_masks(tuple(range(-1, 99)))
+    masks = chain(list(range(99))).shape.query_masks
     bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :100]
     assert np.array_equal(bits, np.tril(np.ones((100, 100), dtype=np.uint8)))
-
-
-def test_stacked_masks_keep_their_rows() -> None:
-    wide, narrow = ancestor_masks(tuple(range(-1, 39))), chain([1, 2]).shape.query_masks
-    stacked = stack_masks([narrow, wide])
-    assert stacked.shape == (43, 2) and np.array_equal(stacked[3:], wide)
-    assert np.array_equal(stacked[:3, :1], narrow) and not stacked[:3, 1].any()
-    assert stack_masks([]).shape == (0, 0)
 
 
 @settings(max_examples=25, deadline=None)

@@ -67,6 +67,7 @@ def test_a_stop_sequence_cuts_text_and_tokens(client):
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.tokens == whole.tokens[: len(cut.tokens)] and len(cut.tokens) <= place
     assert "".join(token.text for token in cut.tokens).startswith(cut.text)
+    assert len("".join(token.text for token in cut.tokens[:-1])) < len(cut.text), "no token more than the text needs"
 
 
 def test_the_end_of_text_is_told_and_not_shown(client):

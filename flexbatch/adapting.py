@@ -1,0 +1,186 @@
+"""A run beside its plan: what every pass should have taken and did take, per resource, and when that calls for other settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import fields
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexbatch.execution.work import PassWork
+from flexbatch.policy.cost import RESOURCES, PassModel, point_of
+from flexbatch.policy.loads import PassLoad
+from flexbatch.policy.plan import Plan
+from flexbatch.policy.replan import TOLERANCE, Replan, recalibrate, replan
+from flexbatch.policy.types import Hardware
+from flexbatch.trace import RecordingTracer, Span, Tracer, Use, covered
+
+RESOURCE_OF_SPAN = {name: name for name in ("h2d", "d2h", "disk_read", "disk_write", "cpu_attention")} | {"compute": "gpu_compute"}
+MEASURED = tuple(RESOURCE_OF_SPAN.values())
+"""Resources that spans exist for; the memories are used by these."""
+WINDOW = 8
+"""Passes of one kind that a judgement averages over."""
+WARM_UP = 2
+"""Passes of each kind that are not judged: first touches, compilation, filling of the pipeline."""
+
+
+class UsageTracer(RecordingTracer):
+    """A tracer that keeps sums and no timeline: memory stays the same however long the run is."""
+
+    def __init__(self, device: torch.device | None = None, **stand_ins: Any) -> None:
+        super().__init__(device, **stand_ins)
+        self.folded: dict[str, Use] = {}
+        self.first, self.last = float("inf"), float("-inf")
+
+    def add(self, resource: str, name: str, start: float, end: float, num_bytes: int = 0) -> None:
+        if resource != "tick":
+            super().add(resource, name, start, end, num_bytes)
+
+    def take(self, wait: bool = False) -> list[Span]:
+        """Spans since the last call, folded into the sums."""
+        self.resolve(wait)
+        spans = sorted((self._spans.popleft() for _ in range(len(self._spans))), key=lambda span: span.start)
+        if spans:
+            self.first, self.last = min(self.first, spans[0].start), max(self.last, *(span.end for span in spans))
+        for resource, own in by_resource(spans).items():
+            before = self.folded.get(resource, Use(0, 0.0, 0, 0.0))
+            self.folded[resource] = Use(before.spans + len(own), before.busy + covered(own), before.num_bytes + sum(span.num_bytes for span in own), 0.0)
+        return spans
+
+    def summary(self) -> dict[str, Use]:
+        self.take(wait=True)
+        wall = max(0.0, self.last - self.first)
+        return {resource: Use(use.spans, use.busy, use.num_bytes, wall) for resource, use in self.folded.items()}
+
+    def write(self, path: Any) -> None:
+        raise ValueError(f"no spans to write to {path}: the trace is off")
+
+
+def by_resource(spans: Iterable[Span]) -> dict[str, list[Span]]:
+    grouped: dict[str, list[Span]] = {}
+    for span in spans:
+        grouped.setdefault(span.resource, []).append(span)
+    return grouped
+
+
+class BusySeconds:
+    """Busy seconds of every resource since the last call, from a tracer that is on."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer, self.seen = tracer, 0
+        self()
+
+    def __call__(self) -> dict[str, float]:
+        if isinstance(self.tracer, UsageTracer):
+            spans = self.tracer.take()
+        elif isinstance(self.tracer, RecordingTracer):
+            self.tracer.resolve()
+            spans = list(islice(self.tracer._spans, self.seen, None))
+            self.seen += len(spans)
+            spans.sort(key=lambda span: span.start)
+        else:
+            spans = []
+        return {RESOURCE_OF_SPAN[name]: covered(own) for name, own in by_resource(spans).items() if name in RESOURCE_OF_SPAN}
+
+
+class PassMeter:
+    """Measures passes against a plan. ``busy()`` gives busy seconds by resource since it was last asked."""
+
+    def __init__(self, plan: Plan, busy: Any) -> None:
+        self.plan, self.busy = plan, busy
+        self.point = point_of(plan.policy)
+        self.passes, self.measured_pass_seconds, self.predicted_pass_seconds = 0, 0.0, 0.0
+        self.measured, self.predicted = dict.fromkeys(MEASURED, 0.0), dict.fromkeys(RESOURCES, 0.0)
+        self.seen = {"decode": 0, "mixed": 0}
+        self.windows: dict[str, deque[tuple[PassLoad, float, dict[str, float]]]] = {kind: deque() for kind in self.seen}
+        self.accepted = dict.fromkeys(self.seen, 1.0)
+        """Measured over predicted seconds of each kind of pass, as of the last judgement that changed something."""
+
+    @staticmethod
+    def load(work: PassWork) -> PassLoad:
+        """What a composed pass carries, as the cost model counts it; to be asked before the pass is committed."""
+        total = [0.0] * len(fields(PassLoad))
+        for query in (query for queries in work.micro_batches for query in queries):
+            before, count, prompt = query.start, query.num_tokens, query.sequence.num_prompt_tokens
+            one = PassLoad.decode(1, before + 1) if before >= prompt else PassLoad.prefill(1, count, before, before + count >= prompt)
+            for i, field in enumerate(fields(PassLoad)):
+                total[i] += float(getattr(one, field.name))
+        return PassLoad(*total)
+
+    def record(self, load: PassLoad, seconds: float) -> Replan | None:
+        """Count a pass; other settings when the last passes of its kind are further from the plan than the tolerance."""
+        busy = self.busy()
+        kind = "mixed" if load.prompt_tokens else "decode"
+        self.seen[kind] += 1
+        if self.seen[kind] <= WARM_UP:
+            return None
+        window = self.windows[kind]
+        window.append((load, seconds, busy))
+        if len(window) < WINDOW:
+            return None
+        return self.judge(kind)
+
+    def judge(self, kind: str) -> Replan | None:
+        """Fold the window into the sums and compare it with the plan."""
+        measured_seconds, predicted_seconds, measured, predicted = self.fold(kind)
+        ratio = measured_seconds / predicted_seconds
+        if abs(ratio / self.accepted[kind] - 1) <= TOLERANCE:
+            return None
+        self.accepted[kind] = ratio
+        factors = {name: measured[name] / predicted[name] if predicted[name] > 0 else 0.0 for name in MEASURED}
+        # The plan's average pass on the machine as these passes show it.
+        busy = {name: seconds * factors.get(name, 1.0) for name, seconds in self.plan.resource_seconds.items()}
+        change = replan(self.plan, ratio * self.plan.pass_seconds, busy)
+        if not change.changed:
+            return None
+        self.point = point_of(dataclasses.replace(self.plan.policy, cpu_attention=change.cpu_attention))
+        return change
+
+    def fold(self, kind: str) -> tuple[float, float, dict[str, float], dict[str, float]]:
+        window = self.windows[kind]
+        loads, seconds, busy = zip(*window, strict=True)
+        window.clear()
+        load = PassLoad(*(np.array([getattr(each, field.name) for each in loads]) for field in fields(PassLoad)))
+        model = PassModel(self.plan.shape, self.plan.hardware, self.plan.policy, load)
+        predicted_seconds = float(np.sum(model.pass_seconds(self.point)))
+        predicted = {name: float(np.sum(np.broadcast_to(value, len(loads)))) for name, value in model.resource_seconds(self.point).items() if name in RESOURCES}
+        measured = {name: sum(each.get(name, 0.0) for each in busy) for name in MEASURED}
+        self.passes += len(loads)
+        self.measured_pass_seconds += sum(seconds)
+        self.predicted_pass_seconds += predicted_seconds
+        for name in RESOURCES:
+            self.predicted[name] += predicted[name]
+        for name in MEASURED:
+            self.measured[name] += measured[name]
+        return sum(seconds), predicted_seconds, measured, predicted
+
+    def finish(self) -> None:
+        """Fold what is left of unfinished windows."""
+        for kind, window in self.windows.items():
+            if window:
+                self.fold(kind)
+
+    def report(self, tokens_per_second: float) -> dict[str, Any]:
+        """Predicted against measured, of the passes after warm-up."""
+        self.finish()
+        plan = self.plan
+        return {
+            "predicted_tokens_per_second": plan.predicted_tokens_per_second,
+            "measured_tokens_per_second": tokens_per_second,
+            "bound_tokens_per_second": plan.bound_tokens_per_second,
+            "limiting_resource": plan.limiting_resource,
+            "passes": self.passes,
+            "predicted_pass_seconds": self.predicted_pass_seconds,
+            "measured_pass_seconds": self.measured_pass_seconds,
+            "resources": {name: {"predicted_seconds": self.predicted[name], "measured_seconds": self.measured[name]} for name in MEASURED},
+        }
+
+    def recalibrated(self, hardware: Hardware) -> Hardware:
+        """The machine as this run shows it."""
+        self.finish()
+        return recalibrate(hardware, {name: self.predicted[name] for name in MEASURED}, self.measured)

@@ -1,0 +1,121 @@
+"""Runs under chosen policies: the same tokens however little memory there is, and a plan that is compared with the run, learnt from and changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from flexbatch import LLM, SamplingParams, tables
+from flexbatch.adapting import WARM_UP, WINDOW, PassMeter, UsageTracer
+from flexbatch.config import ConfigurationError
+from flexbatch.policy.cost import PassModel, point_of
+from flexbatch.policy.loads import PassLoad
+from flexbatch.policy.plan import price
+from flexbatch.policy.rates import SHIPPED, load_hardware
+from flexbatch.policy.shapes import public_shape
+from flexbatch.policy.types import Policy, Split, Workload
+from tests.engine.conftest import NEW_TOKENS
+
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
+
+
+def open_tiny(reference, folder, **settings):
+    return LLM(str(reference.folder), device="cpu", offload_dir=str(folder), **{"hardware": "cpu", **settings})
+
+
+@pytest.mark.parametrize(("gpu", "cpu", "on_disk"), [("2MiB", "2MiB", False), ("1MiB", "1MiB", False), ("700KiB", "250KiB", True)])
+def test_tokens_do_not_depend_on_the_memory(gpu, cpu, on_disk, reference, tmp_path):
+    model = reference("llama")
+    with open_tiny(model, tmp_path, gpu_memory=gpu, cpu_memory=cpu) as llm:
+        assert [completion.token_ids for completion in llm.generate(model.prompts, GREEDY)] == model.token_ids
+        llm.tiers.check()
+        assert llm.plan_of_run is not None
+        assert (llm.policy.weights.disk + llm.policy.cache.disk > 0) == on_disk
+
+
+def test_report_compares_the_run_with_its_plan(reference, tmp_path):
+    model = reference("llama")
+    with open_tiny(model, tmp_path, gpu_memory="1MiB", cpu_memory="1MiB") as llm:
+        llm.generate(model.prompts, dataclasses.replace(GREEDY, max_tokens=24, ignore_eos=True))
+        report = llm.report()
+    prediction = report["prediction"]
+    assert prediction["passes"] > 0 and prediction["measured_pass_seconds"] > 0
+    compute = prediction["resources"]["gpu_compute"]
+    assert 0 < compute["measured_seconds"] <= prediction["measured_pass_seconds"] * 1.01 and compute["predicted_seconds"] > 0
+    text = tables.prediction(report)
+    assert "predicted" in text and "gpu compute" in text and "tokens/s of the job" in text
+
+
+def test_small_models_have_no_plan_and_say_nothing(reference, tmp_path):
+    model = reference("llama")
+    with open_tiny(model, tmp_path, gpu_memory="1GiB", cpu_memory="1GiB", hardware="auto") as llm:
+        llm.generate(model.prompts[:2], GREEDY)
+        assert llm.plan_of_run is None and "prediction" not in llm.report() and not tables.prediction(llm.report())
+        assert llm._hardware is None
+
+
+def test_a_later_job_is_decided_for_again_around_the_loaded_weights(reference, tmp_path):
+    """Planned for a typical job; the prompts that come are many and short."""
+    model = reference("llama")
+    with open_tiny(model, tmp_path, gpu_memory="1MiB", cpu_memory="1MiB") as llm:
+        before = llm.policy
+        many = [prompt for prompt in model.prompts if len(prompt) < 20] * 4
+        llm.generate(many, GREEDY)
+        assert llm.policy.weights == before.weights
+        assert llm.policy.block_size > before.block_size
+
+
+def test_recalibration_writes_the_users_profile_and_refuses_a_shipped_one(reference, tmp_path):
+    model, path = reference("llama"), tmp_path / "mine.json"
+    path.write_text((SHIPPED / "cpu.json").read_text())
+    sampling = dataclasses.replace(GREEDY, max_tokens=24, ignore_eos=True)
+    with open_tiny(model, tmp_path, gpu_memory="1MiB", cpu_memory="1MiB", hardware=str(path), recalibrate=True) as llm:
+        llm.generate(model.prompts, sampling)
+    assert json.loads(path.read_text())["gemm"] != json.loads((SHIPPED / "cpu.json").read_text())["gemm"]
+    with pytest.raises(ConfigurationError, match="shipped"):
+        open_tiny(model, tmp_path, gpu_memory="1MiB", cpu_memory="1MiB", hardware="cpu", recalibrate=True)
+
+
+# What the meter decides
+
+POLICY = Policy(Split(0.2, 0.8), Split(0, 1), Split(1, 0), 40, 2, cpu_attention=0.4, prefill_budget=1000)
+
+
+def metered(slow_link: float):
+    """A meter after a window of decode passes on a machine whose link is slower than planned, and what it said."""
+    plan = price(public_shape("opt-30b"), load_hardware("h200"), Workload.uniform(512, 32), POLICY)
+    real = dataclasses.replace(plan.hardware, **{name: getattr(plan.hardware, name) / slow_link for name in ("h2d", "gather", "h2d_during_cpu_attention")})
+    load = PassLoad.decode(80, 528)
+    model = PassModel(plan.shape, real, POLICY, load)
+    seconds, busy = float(model.pass_seconds(point_of(POLICY))), {name: float(value) for name, value in model.resource_seconds(point_of(POLICY)).items()}
+    meter = PassMeter(plan, lambda: busy)
+    said = [meter.record(load, seconds) for _ in range(WARM_UP + 2 * WINDOW)]
+    return meter, said
+
+
+def test_meter_is_silent_near_the_plan():
+    meter, said = metered(1.05)
+    assert said == [None] * len(said) and meter.passes == 2 * WINDOW
+
+
+def test_meter_moves_attention_once_when_the_link_is_slow():
+    meter, said = metered(4.0)
+    changes = [change for change in said if change is not None]
+    assert changes and said.index(changes[0]) == WARM_UP + WINDOW - 1
+    assert changes[0].cpu_attention > POLICY.cpu_attention and "h2d" in changes[0].reason
+    assert meter.report(1.0)["resources"]["h2d"]["measured_seconds"] > 3 * meter.report(1.0)["resources"]["h2d"]["predicted_seconds"]
+    assert meter.recalibrated(meter.plan.hardware).h2d < meter.plan.hardware.h2d / 3
+
+
+def test_usage_tracer_keeps_sums_and_no_spans():
+    tracer = UsageTracer()
+    for start in range(3):
+        tracer.add("h2d", "copy", start, start + 0.5, 10)
+        tracer.add("tick", "tick", start, start + 1)
+        assert len(tracer.take()) == 1
+    use = tracer.summary()["h2d"]
+    assert (use.spans, use.busy, use.num_bytes, use.wall) == (3, 1.5, 30, 2.5)
+    with pytest.raises(ValueError, match="trace is off"):
+        tracer.write("x")
