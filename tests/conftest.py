@@ -11,7 +11,7 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from flexbatch.policy.rates import load_hardware  # noqa: E402
+from flexbatch.policy.rates import load_hardware
 
 
 @pytest.fixture(autouse=True)
