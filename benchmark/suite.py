@@ -58,7 +58,7 @@ SCENARIOS: dict[str, Scenario] = {
     "opt-30b-16-16": Scenario("opt-30b", 16, opt30((8, 92, 6, 94, 100, 0), 23, 4, cpu_attention=1.0), 276, goal=60),
     "opt-30b-16-4": Scenario("opt-30b", 16, opt30((8, 92, 5, 95, 100, 0), 60, 5, cache_bits=4), 900, goal=110),
     "opt-30b-4-4": Scenario("opt-30b", 16, opt30((68, 32, 0, 100, 100, 0), 64, 7, cache_bits=4, weight_bits=4), 1344, goal=190),
-    "opt-30b-stream": Scenario("opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1, prefill_budget=0), 36, note="weight streaming alone"),
+    "opt-30b-stream": Scenario("opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1, prefill_budget=6144), 36, note="weight streaming alone"),
     "opt-6.7b-gpu-4": Scenario("opt-6.7b", 16, resident(4), 12, goal=400),
     "opt-6.7b-gpu-best": Scenario("opt-6.7b", 16, resident(6), 24),
     "llama-3-8b-ragged": Scenario("llama-3-8b", 80, resident(512), 1000, (20, 400), 128),
