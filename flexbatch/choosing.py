@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from flexbatch.config import DoesNotFitError, EngineConfig
-from flexbatch.memory.tiers import Need
+from flexbatch.memory.tiers import Need, check_budgets
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import weight_specs
-from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job, check_fit
+from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit, Plan, price
 from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
@@ -200,7 +200,7 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Nee
     if not found:
         if problem.config.percent is not None:
             smallest = plain_policy(problem, most_sequences=1)
-            check_fit(needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or CRUMB)), problem.budgets)
+            check_budgets(needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or CRUMB)), problem.budgets)
         raise DoesNotFitError(str(refusal)) from refusal
     return max(found, key=lambda choice: choice.plan.predicted_tokens_per_second if choice.plan else 0.0)
 

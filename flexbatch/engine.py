@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.tiers import Need, Pool, Tiers, prepare_offload_dir
+from flexbatch.memory.tiers import Need, Pool, Tiers, check_budgets, prepare_offload_dir
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.memory.weights import WeightStore
@@ -120,7 +121,7 @@ class LLM:
         engine = cls.__new__(cls)
         engine._choose(config, False, job, dry=True)
         needs = engine._needs(engine._sizes(job))
-        planning.check_fit(needs, engine.budgets)
+        check_budgets(needs, engine.budgets)
         plan = engine.plan_of_run or choosing.priced(engine.problem, choosing.without_reserves(engine.hardware), engine.policy)
         return {
             "plan": plan,
@@ -175,7 +176,7 @@ class LLM:
                 raise
             self._decide(typical.first(1))
         self.weight_plan = self._weight_plan(self.policy)
-        planning.check_fit(self._needs(self._sizes((job or typical).first(1))), self.budgets)
+        check_budgets(self._needs(self._sizes((job or typical).first(1))), self.budgets)
         metered = not dry and self.plan_of_run is not None
         self.tracer: Tracer = RecordingTracer(self.device) if trace else adapting.UsageTracer(self.device) if metered else Tracer()
 
@@ -359,7 +360,7 @@ class LLM:
             job = self._job((request.prompt_token_ids, request.params) for _, request in peeked)
             pending: dict[int, dict[int, Completion]] = {}
             report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
-            for request, completion in self._run(chained(peeked, source), job, report):
+            for request, completion in self._run(itertools.chain(peeked, source), job, report):
                 yield from failed
                 failed.clear()
                 index = request.index
@@ -391,14 +392,14 @@ class LLM:
         self._suit(job)
         sizes = self._sizes(job)
         if self.speculation is not None and self.speculator is not None:
-            planning.check_fit(self._needs(sizes), self.budgets)
+            check_budgets(self._needs(sizes), self.budgets)
             self.speculation.open_block(self.speculator, sizes.sequence_tokens)
         if self.block is not None and self.block.suits(self.policy, sizes):
             return self.block
         if self.block is not None:
             self.block.close()
             self.block = None
-        planning.check_fit(self._needs(sizes), self.budgets)
+        check_budgets(self._needs(sizes), self.budgets)
         policy, arch, tiers, lanes = self.policy, self.arch, self.tiers, self.lanes
         cache = KVCache(self.layout, sizes.cache, tiers, lanes)
         activations = ActivationStore(
@@ -553,11 +554,6 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def chained(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
-    yield from first
-    yield from rest
 
 
 def described(policy: Policy) -> str:

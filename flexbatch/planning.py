@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
 from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
-from flexbatch.memory.tiers import Need, align, check_budgets
+from flexbatch.memory.tiers import Need, align
 from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
@@ -208,8 +207,3 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
             Need("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]
     return [row for row in rows if row.num_bytes]
-
-
-def check_fit(rows: Iterable[Need], budgets: dict[str, int]) -> None:
-    """Raise DoesNotFitError with the table of needs when a budget is short."""
-    check_budgets(rows, budgets)

@@ -73,10 +73,6 @@ class QueryTokens:
         return len(self.token_ids)
 
     @property
-    def num_logits(self) -> int:
-        return len(self.token_ids) - self.first_logit
-
-    @property
     def depths(self) -> tuple[int, ...]:
         """Position of every query token relative to ``start``."""
         if self.parents is None:
@@ -116,10 +112,6 @@ class PassWork:
     """The query tokens of one pass, by micro-batch; empty micro-batches are left out."""
 
     micro_batches: tuple[tuple[QueryTokens, ...], ...]
-
-    @property
-    def num_query_tokens(self) -> int:
-        return sum(query.num_tokens for queries in self.micro_batches for query in queries)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -149,7 +149,3 @@ def tensor_format(spec: WeightSpec, bits: int, group: int, prequantized: Mapping
     if spec.role in prequantized:
         return prequantized[spec.role]
     return (bits, group) if spec.role in QUANTIZED_ROLES and len(spec.shape) == 2 else (16, group)
-
-
-def largest_tensor_bytes(tensors: Iterable[StoredTensor]) -> int:
-    return max((tensor.dense_bytes for tensor in tensors), default=0)

@@ -128,9 +128,6 @@ class WeightStore:
         self.next_slab = (self.next_slab + 1) % len(self.slabs)
         return claim
 
-    def can_claim(self) -> bool:
-        return bool(self.slabs) and all(claim.slab != self.next_slab for claim in self.claims.values())
-
     def read_disk(self, layer: int, slab_index: int) -> Handle:
         """Read a layer's disk tensors with several threads; on CUDA through pinned staging. Runs on the disk lane."""
         slab = self.slabs[slab_index]

@@ -153,7 +153,3 @@ class Arch:
         slopes = [2.0 ** (-8.0 * (i + 1) / whole) for i in range(whole)]
         slopes += [2.0 ** (-4.0 * (2 * i + 1) / whole) for i in range(self.num_heads - whole)]
         return [slope * self.attention_scale for slope in slopes] if self.scaled_alibi else slopes
-
-    def cache_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of keys and values of one token over all layers, uncompressed."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
