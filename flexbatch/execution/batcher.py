@@ -182,7 +182,7 @@ class Batcher:
     def propose(self, sequences: list[Sequence], num_prompt_tokens: int) -> dict[Sequence, Tree]:
         """The trees of those that decode in this pass."""
         decoding = [sequence for sequence in sequences if sequence.num_uncached == 1 and sequence.output.finish is None]
-        if self.proposer is None or not decoding:
+        if self.proposer is None:
             return {}
         depths = [sequence.output.max_tokens - len(sequence.output.token_ids) - 1 for sequence in decoding]
         return dict(zip(decoding, self.proposer.propose(decoding, depths, num_prompt_tokens), strict=True))

@@ -34,7 +34,7 @@ class Proposer(Protocol):
         """Nodes of the largest tree: room that a sequence's cache has beyond its tokens."""
 
     def propose(self, sequences: Many[Sequence], max_depths: Many[int], other_query_tokens: int) -> Many[Tree]:
-        """A tree for every sequence that decodes in the coming pass; the empty tree is plain decoding.
+        """A tree for every sequence that decodes in the coming pass (there may be none); the empty tree is plain decoding.
 
         max_depths: longest path worth drafting, given that one more token follows it. other_query_tokens: prompt tokens that ride in the pass. Called
         while the first layers' weights of the pass are on their way.

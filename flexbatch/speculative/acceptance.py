@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,40 +126,67 @@ class Choice:
         return self.tokens / self.seconds
 
 
+def path_gains(acceptance: AcceptanceTable, max_nodes: int) -> list[float]:
+    """What each further node of the best tree adds to the expected tokens: the chance that the path to it is accepted, the largest first.
+
+    A node is never likelier than its parent or an elder sibling, so that the likeliest n nodes are a tree, and the best of n nodes: what
+    `StaticTrees.expected_tokens` adds up to, several times faster than the dynamic programme for the sizes alone.
+    """
+    if not acceptance or not acceptance[0]:
+        return []
+    heap = [(-acceptance[0][0], 0, 0, 1.0)]
+    gains: list[float] = []
+    while heap and len(gains) < max_nodes:
+        negative, depth, rank, above = heapq.heappop(heap)
+        if negative > -1e-12:
+            break
+        gains.append(-negative)
+        if depth + 1 < len(acceptance):
+            heapq.heappush(heap, (negative * acceptance[depth + 1][0], depth + 1, 0, -negative))
+        if rank + 1 < len(acceptance[depth]):
+            heapq.heappush(heap, (-above * acceptance[depth][rank + 1], depth, rank + 1, above))
+    return gains
+
+
 def choose_shapes(
     groups: Sequence[Group],
     pass_seconds: Callable[[float], float],
-    draft_seconds: Callable[[float], float],
+    draft_seconds: Callable[[int, float], float],
     *,
     other_query_tokens: int = 0,
     max_nodes: int = 64,
     margin: float = 0.02,
+    least_gain: float = 0.0,
+    starting: tuple[float, float] = (0.0, 1.0),
 ) -> Choice:
-    """The smallest trees of one pass whose expected tokens per second are within ``margin`` of the most; none where nothing gains more than that.
+    """The smallest trees of one pass whose expected tokens per second are within ``margin`` of the most; none where that gains no more than ``least_gain``.
 
     pass_seconds: of the target, given all query tokens of the pass, of which ``other_query_tokens`` are prompt chunks. draft_seconds: of drafting, given
-    the depth (0 nodes deep costs nothing and is not asked). max_nodes: per sequence. Each depth limit is tried; below it, nodes are added where
-    a query token gains most, over all groups together: the gains of a group fall with its size, so that every total is spent
+    the depth and the nodes of all trees together (not asked for none). max_nodes: per sequence. starting: seconds that beginning to draft costs
+    once, and the tokens over which that is spread. Each depth limit is tried; below it, nodes are added where a query token
+    gains most, over all groups together: the gains of a group fall with its size, so that every total is spent
     in the best way, to within one node of the largest group (a step adds a node to every sequence of a group).
     """
     live = sum(group.sequences for group in groups)
     plain = Choice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))
-    choices: list[tuple[float, float, float, list[StaticTrees], list[int]]] = []
-    """(tokens per second, query tokens, expected tokens, trees by size, nodes per group)."""
+    choices: list[tuple[float, float, float, int, list[int]]] = []
+    """(tokens per second, query tokens, expected tokens, depth, nodes per group)."""
     for depth in range(1, max((len(group.acceptance) for group in groups), default=0) + 1):
-        trees = [StaticTrees(group.acceptance[:depth], max_nodes) for group in groups]
-        gains = [np.diff(tree.expected_tokens) for tree in trees]
-        steps = sorted(((gain, g) for g, group in enumerate(groups) if group.sequences for gain in gains[g].tolist() if gain > 1e-12), reverse=True)
+        gains = [path_gains(group.acceptance[:depth], max_nodes) if group.sequences else [] for group in groups]
+        steps = sorted(((gain, g) for g in range(len(groups)) for gain in gains[g]), reverse=True)
         nodes = [0] * len(groups)
-        tokens, queries, drafting = float(live), other_query_tokens + live, draft_seconds(depth)
+        tokens, queries = float(live), other_query_tokens + live
         for gain, g in steps:
             nodes[g] += 1
             tokens += gain * groups[g].sequences
             queries += groups[g].sequences
-            choices.append((tokens / (pass_seconds(queries) + drafting), queries, tokens, trees, nodes.copy()))
+            seconds = pass_seconds(queries) + draft_seconds(depth, queries - other_query_tokens - live) + starting[0] * tokens / starting[1]
+            choices.append((tokens / seconds, queries, tokens, depth, nodes.copy()))
     most = max((rate for rate, *_ in choices), default=0.0)
-    if most <= plain.tokens_per_second * (1 + margin):
+    if most <= plain.tokens_per_second * (1 + least_gain):
         return plain
     # A measured cost is not exact: what a larger tree gains within the margin may be noise, what it costs is sure.
-    rate, _, tokens, trees, nodes = min((choice for choice in choices if choice[0] >= most * (1 - margin)), key=lambda choice: (choice[1], -choice[0]))
-    return Choice(tuple(tree.shape(n) for tree, n in zip(trees, nodes, strict=True)), tokens, tokens / rate)
+    least = max(most * (1 - margin), plain.tokens_per_second)
+    rate, _, tokens, depth, nodes = min((choice for choice in choices if choice[0] >= least), key=lambda choice: (choice[1], -choice[0]))
+    shapes = (StaticTrees(group.acceptance[:depth], count).shape(count) if count else TreeShape() for group, count in zip(groups, nodes, strict=True))
+    return Choice(tuple(shapes), tokens, tokens / rate)

@@ -13,8 +13,9 @@ BUCKETS_PER_DOUBLING = 3
 """Sizes within a quarter are one point of the curve."""
 RECENT = 7
 """Measurements of a size that count, by their median: the context grows and with it the cost, and a busy machine has slow moments."""
-FORGET_PASSES = 200
-"""A size not seen for so long is forgotten: what was too dear once is tried again when acceptance promises a gain."""
+PATIENCE, MAX_PATIENCE = 16, 256
+"""Passes after which a size that was not seen again is doubted: one slow moment must not rule it out for good. Each time it comes back, it is believed
+for twice as long."""
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Point:
     measured: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
     """(query tokens, seconds)."""
     seen: int = 0
+    patience: int = PATIENCE
 
     @property
     def tokens(self) -> float:
@@ -35,49 +37,49 @@ class Point:
 
 
 class MeasuredCosts:
-    """Seconds of a target pass by its query tokens, and of drafting by depth."""
+    """Seconds by query tokens: of a pass of the target, or of one level of drafting."""
 
     def __init__(self) -> None:
         self.points: dict[int, Point] = {}
-        self.levels: deque[float] = deque(maxlen=RECENT)
         self.passes = 0
 
-    def observe_pass(self, query_tokens: int, seconds: float) -> None:
-        """One pass of the target."""
+    def observe(self, query_tokens: int, seconds: float, patience: int = PATIENCE) -> None:
+        """One pass; ``patience`` of a size that is new."""
         self.passes += 1
-        bucket = round(math.log2(max(query_tokens, 1)) * BUCKETS_PER_DOUBLING)
-        point = self.points.setdefault(bucket, Point())
+        point = self.points.setdefault(bucket(query_tokens), Point(seen=self.passes, patience=patience))
+        if self.passes - point.seen > point.patience:
+            point.patience = min(2 * point.patience, MAX_PATIENCE)
         point.measured.append((query_tokens, seconds))
         point.seen = self.passes
-        self.points = {key: point for key, point in self.points.items() if self.passes - point.seen <= FORGET_PASSES}
-
-    def observe_draft(self, levels: int, seconds: float) -> None:
-        """Growing trees of so many levels, for all sequences of the block together."""
-        if levels:
-            self.levels.append(seconds / levels)
 
     @property
     def known(self) -> bool:
         return bool(self.points)
 
-    def pass_seconds(self) -> PiecewiseLinear:
-        """The curve of a pass. Beyond what was seen it is flat up to twice the largest size, then proportional: sizes in reach are tried and then known.
+    def doubted(self, query_tokens: int) -> bool:
+        """Whether passes of this size have not been measured, or not for long."""
+        point = self.points.get(bucket(query_tokens))
+        return point is None or self.passes - point.seen > point.patience
 
-        A larger pass is never cheaper: isotonic regression shares out what contradicts that, by the number of measurements.
+    def curve(self, anchor: int | None = None) -> PiecewiseLinear:
+        """Seconds by query tokens. Beyond what was seen it is flat up to twice the largest size, then proportional: sizes in reach are tried and then known.
+
+        Doubted sizes are left out, but for that of ``anchor`` tokens (every size without one). A larger pass is never cheaper: isotonic regression shares out
+        what contradicts that, by the number of measurements.
         """
         from scipy.optimize import isotonic_regression  # 0.3 s that only an automatic tree needs
 
-        ordered = sorted(self.points.values(), key=lambda point: point.tokens)
+        kept = [point for key, point in self.points.items() if anchor is None or key == bucket(anchor) or self.passes - point.seen <= point.patience]
+        ordered = sorted(kept, key=lambda point: point.tokens)
         seconds = isotonic_regression([point.seconds for point in ordered], weights=[len(point.measured) for point in ordered]).x.tolist()
         curve = {point.tokens: value for point, value in zip(ordered, seconds, strict=True)}
         largest = ordered[-1].tokens
         return PiecewiseLinear((*curve.items(), (2 * largest, seconds[-1]), (4 * largest, 2 * seconds[-1])))
 
-    def draft_seconds(self, depth: float) -> float:
-        """Of growing ``depth`` levels; nothing before the first was measured."""
-        return median(self.levels) * depth if self.levels else 0.0
+    def report(self) -> list[dict[str, float]]:
+        """The latest seconds by size."""
+        return [{"query_tokens": round(point.tokens), "seconds": point.seconds} for _, point in sorted(self.points.items())]
 
-    def report(self) -> dict[str, object]:
-        """What was learned: the latest seconds of a pass by its query tokens, and of one level of drafting."""
-        passes = [{"query_tokens": round(point.tokens), "seconds": point.seconds} for _, point in sorted(self.points.items())]
-        return {"pass_seconds": passes, "draft_level_seconds": self.draft_seconds(1)}
+
+def bucket(query_tokens: int) -> int:
+    return round(math.log2(max(query_tokens, 1)) * BUCKETS_PER_DOUBLING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -79,6 +80,8 @@ class DraftModel:
         self.distributions: dict[RequestState, dict[int, Tensor]] = {}
         """Of the present trees drawn by chance: what the children of each node were drawn from, [vocab]."""
         self.followed: dict[Sequence, Followed] = {}
+        self.levels: list[tuple[int, float]] = []
+        """Tokens read and seconds of every level of the latest trees; the first one reads new prompts too."""
         self.num_pages = 0
         self.cache: KVCache | None = None
         self.executor: Executor | None = None
@@ -102,6 +105,7 @@ class DraftModel:
         """One tree per sequence, grown as its plan says. Children are the likeliest tokens, for sampled requests under the noise that the target will draw
         with: then a draft that agrees with the target's probabilities proposes the very token that the target draws."""
         self.distributions = {}
+        self.levels = []
         trees = [
             GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0), self.drawing_of(sequence))
             for sequence, plan in zip(sequences, plans, strict=True)
@@ -109,10 +113,17 @@ class DraftModel:
         followed = {i: self.follow(sequence) for i, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)) if tree.frontier}
         self.catch_up(list(followed.values()))
         while growing := [i for i, tree in enumerate(trees) if tree.frontier]:
-            offers = self.children({self.level_query(followed[i], trees[i]): i for i in growing}, trees)
+            started = time.perf_counter()
+            queries = {self.level_query(followed[i], trees[i]): i for i in growing}
+            offers = self.children(queries, trees)
             for i in growing:
                 trees[i].extend(offers[i])
+            self.levels.append((sum(query.num_tokens for query in queries), time.perf_counter() - started))
         return [tree.tree() for tree in trees]
+
+    def unread_tokens(self, sequences: Many[Sequence]) -> int:
+        """Committed tokens that are not in the draft's cache yet."""
+        return sum(len(sequence.token_ids) - len(self.followed[sequence].cached if sequence in self.followed else ()) for sequence in sequences)
 
     def drawing_of(self, sequence: Sequence) -> Drawing:
         return Drawing.DETERMINISTIC if sequence.state.params.greedy else self.drawing

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 from torch import Tensor
@@ -16,9 +17,8 @@ from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.sampling import token_logprobs
 from flexbatch.execution.work import QueryTokens, Sequence
 from flexbatch.request import TokenLogprob
-from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, choose_shapes
 from flexbatch.speculative.chance import RequestDraws, target_probabilities
-from flexbatch.speculative.costs import MeasuredCosts
+from flexbatch.speculative.controller import Controller, Situation
 from flexbatch.speculative.growth import TreePlan
 from flexbatch.speculative.lookup import Lookup
 from flexbatch.speculative.shapes import TreeSpec, fixed_widths
@@ -26,10 +26,7 @@ from flexbatch.speculative.tree import Drawing, TokenTree, merge
 from flexbatch.speculative.verify import Verdict, verify
 
 AUTO_NODES = 32
-AUTO_DEPTH, AUTO_RANKS = 8, 4
 BEST_FIRST_DEPTH = 8
-REPLAN_PASSES = 8
-"""Passes between two choices of the tree, unless the number of sequences changed by more than an eighth."""
 
 
 class Source(Protocol):
@@ -43,11 +40,18 @@ class Source(Protocol):
         """Most memory of the gpu tier that it held."""
 
     @property
+    def levels(self) -> Many[tuple[int, float]]:
+        """Tokens read and seconds of every level of the latest trees."""
+
+    @property
     def distributions(self) -> Mapping[RequestState, Mapping[int, Tensor]]:
         """Of the present trees that were drawn by chance: what the children of each node (-1: of the last committed token) were drawn from, [vocab]."""
 
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         """One tree per sequence, no larger or deeper than its plan; possibly empty."""
+
+    def unread_tokens(self, sequences: Many[Sequence]) -> int:
+        """Committed tokens that it has to read before it can draft for these."""
 
     def retire(self, sequence: Sequence) -> None: ...
 
@@ -65,15 +69,22 @@ class LookupSource:
     def __init__(self) -> None:
         self.distributions: dict[RequestState, dict[int, Tensor]] = {}
         self.lookups: dict[Sequence, Lookup] = {}
+        self.levels: list[tuple[int, float]] = []
 
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         trees = []
+        started = time.perf_counter()
         for sequence, plan in zip(sequences, plans, strict=True):
             lookup = self.lookups.setdefault(sequence, Lookup())
             lookup.extend(sequence.token_ids[len(lookup.tokens) :])
             nodes = plan.max_nodes if plan.shape is None else len(plan.shape)
             trees.append(lookup.propose(nodes, plan.num_levels) if nodes and plan.num_levels else TokenTree())
+        levels = max((plan.num_levels for plan in plans), default=0)
+        self.levels = [(len(sequences), (time.perf_counter() - started) / levels)] * levels
         return trees
+
+    def unread_tokens(self, sequences: Many[Sequence]) -> int:
+        return 0
 
     def retire(self, sequence: Sequence) -> None:
         self.lookups.pop(sequence, None)
@@ -98,7 +109,6 @@ class Totals:
     """Sequences that decoded, summed over passes."""
     drafted_tokens: int = 0
     emitted_tokens: int = 0
-    statistics: dict[str, AcceptanceStatistics] = field(default_factory=dict)
 
 
 class Speculator:
@@ -110,54 +120,42 @@ class Speculator:
 
     def __init__(self, sources: Many[Source], spec: TreeSpec, *, max_nodes: int, simulate: float | None = None) -> None:
         self.sources, self.spec, self.max_nodes, self.simulate = list(sources), spec, max_nodes, simulate
-        self.costs = MeasuredCosts()
+        self.controller = Controller(max_nodes)
         self.totals = Totals()
         self.proposed: dict[Sequence, TokenTree] = {}
         self.query_tokens = 0
         self.pass_started = 0.0
-        self.plans: dict[str, TreePlan] = {}
-        self.planned_for: tuple[int, int] = (0, 0)
 
     # Before a pass
 
     def propose(self, sequences: Many[Sequence], max_depths: Many[int], other_query_tokens: int) -> list[TokenTree]:
         """See `proposals.Proposer`."""
         started = time.perf_counter()
-        groups = [group_of(sequence) for sequence in sequences]
-        self.choose(groups, other_query_tokens)
-        plans = [limited(self.plans[group], depth) for group, depth in zip(groups, max_depths, strict=True)]
+        plans = self.plans(sequences, max_depths, other_query_tokens)
         if any(plan.num_levels for plan in plans):
             drafts = [source.draft(sequences, plans) for source in self.sources]
             trees = drafts[0] if len(drafts) == 1 else [merge(several, plan.max_nodes) for *several, plan in zip(*drafts, plans, strict=True)]
+            for level in zip_longest(*(source.levels for source in self.sources), fillvalue=(0, 0.0)):
+                self.controller.drafting.observe(max(tokens for tokens, _ in level), sum(seconds for _, seconds in level))
         else:
             trees = [TokenTree()] * len(sequences)
         self.pass_started = time.perf_counter()
-        seconds = self.pass_started - started
-        self.totals.draft_seconds += seconds
-        self.costs.observe_draft(max((plan.num_levels for plan in plans), default=0), seconds)
+        self.totals.draft_seconds += self.pass_started - started
         self.proposed = dict(zip(sequences, trees, strict=True))
         self.query_tokens = other_query_tokens + len(trees) + sum(map(len, trees))
         return trees
 
-    def choose(self, groups: Many[str], other_query_tokens: int) -> None:
-        """The plan of every group for the coming pass."""
-        for group in set(groups):
-            self.totals.statistics.setdefault(group, AcceptanceStatistics(AUTO_DEPTH, AUTO_RANKS))
-        if self.spec.kind != "auto":
-            self.plans = dict.fromkeys(groups, fixed_plan(self.spec))
-            return
-        passes, live = self.planned_for
-        names = sorted(set(groups))
-        if passes and self.totals.passes < passes + REPLAN_PASSES and abs(len(groups) - live) <= live // 8 and set(names) <= set(self.plans):
-            return
-        if not self.costs.known:
-            # The first pass is plain: without a cost there is nothing to weigh.
-            self.plans = dict.fromkeys(names, TreePlan(0, 0))
-            return
-        counted = [Group(groups.count(name), self.totals.statistics[name].table()) for name in names]
-        choice = choose_shapes(counted, self.costs.pass_seconds(), self.costs.draft_seconds, other_query_tokens=other_query_tokens, max_nodes=self.max_nodes)
-        self.plans = {name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
-        self.planned_for = (self.totals.passes + 1, len(groups))
+    def plans(self, sequences: Many[Sequence], max_depths: Many[int], other_query_tokens: int) -> list[TreePlan]:
+        """The user's tree, or what the controller finds best, cut to what every sequence can commit."""
+        if not sequences:
+            return []
+        groups = tuple(map(group_of, sequences))
+        if self.spec.kind == "auto":
+            unread = sum(source.unread_tokens(sequences) for source in self.sources)
+            plans = self.controller.plan(Situation(groups, other_query_tokens, unread, sum(max_depths) + len(groups)))
+        else:
+            plans = [fixed_plan(self.spec)] * len(groups)
+        return [limited(plan, depth) for plan, depth in zip(plans, max_depths, strict=True)]
 
     # After a pass
 
@@ -193,13 +191,14 @@ class Speculator:
 
     def observe(self, results: Many[tuple[QueryTokens, Drawn]]) -> None:
         """See `proposals.Proposer`."""
-        if not self.proposed:
+        if not self.query_tokens:
             return
         seconds = time.perf_counter() - self.pass_started
         totals = self.totals
-        totals.passes += 1
-        totals.pass_seconds += seconds
-        self.costs.observe_pass(self.query_tokens, seconds)
+        self.controller.observe_pass(self.query_tokens, seconds, decoded=bool(self.proposed))
+        totals.passes += bool(self.proposed)
+        totals.pass_seconds += seconds if self.proposed else 0.0
+        self.query_tokens = 0
         for query, drawn in results:
             tree = self.proposed.pop(query.sequence, None)
             if tree is None:
@@ -207,7 +206,9 @@ class Speculator:
             totals.sequence_passes += 1
             totals.drafted_tokens += len(tree)
             totals.emitted_tokens += len(drawn.token_ids)
-            totals.statistics[group_of(query.sequence)].observe(tree, Verdict(tuple(place - 1 for place in drawn.path), drawn.token_ids[-1]))
+            group = group_of(query.sequence)
+            verdict = Verdict(tuple(place - 1 for place in drawn.path), drawn.token_ids[-1])
+            self.controller.statistics_of(group).observe(tree, verdict)
         self.proposed = {}
 
     def retire(self, sequence: Sequence) -> None:
@@ -239,15 +240,15 @@ class Speculator:
             "draft_seconds": totals.draft_seconds,
             "pass_seconds": totals.pass_seconds,
             "draft_share_of_time": totals.draft_seconds / seconds if seconds else 0.0,
-            "acceptance": {group: statistics.report() for group, statistics in totals.statistics.items()},
-            "costs": self.costs.report(),
+            "acceptance": {group: statistics.report() for group, statistics in self.controller.statistics.items()},
+            "costs": self.controller.report(),
         }
 
     def check(self) -> None:
         """Raises AssertionError when a source, or the statistics, are not consistent."""
         for source in self.sources:
             source.check()
-        for statistics in self.totals.statistics.values():
+        for statistics in self.controller.statistics.values():
             statistics.check()
 
     def close(self) -> None:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, PiecewiseLinear, choose_shapes
+from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, PiecewiseLinear, choose_shapes, path_gains
 from flexbatch.speculative.shapes import StaticTrees, fixed_widths
 from flexbatch.speculative.tree import TokenTree, TreeShape, chain
 from flexbatch.speculative.verify import Verdict
 from tests.speculative.test_shapes import expected_tokens
 
 
-def free(depth: float) -> float:
+def free(depth: float, nodes: float) -> float:
     return 0.0
 
 
@@ -93,9 +93,9 @@ def test_of_trees_about_as_good_the_smallest_is_taken() -> None:
 
 
 def test_a_hopeless_draft_and_a_slow_one_are_left_out() -> None:
-    assert not len(choose_shapes([Group(8, ((0.01, 0.001),) * 4)], lambda q: 1.0, lambda depth: 0.02 * depth).shapes[0])
-    slow = choose_shapes([Group(8, TABLE)], lambda q: 1.0, lambda depth: 1.0 * depth)
-    quick = choose_shapes([Group(8, TABLE)], lambda q: 1.0, lambda depth: 0.1 * depth)
+    assert not len(choose_shapes([Group(8, ((0.01, 0.001),) * 4)], lambda q: 1.0, lambda depth, nodes: 0.02 * depth).shapes[0])
+    slow = choose_shapes([Group(8, TABLE)], lambda q: 1.0, lambda depth, nodes: 1.0 * depth)
+    quick = choose_shapes([Group(8, TABLE)], lambda q: 1.0, lambda depth, nodes: 0.1 * depth)
     assert slow.shapes[0].max_depth < quick.shapes[0].max_depth
     assert quick.tokens / (1.0 + 0.1 * quick.shapes[0].max_depth) >= quick.tokens_per_second - 1e-12
 
@@ -115,7 +115,7 @@ def test_choice_is_the_best_of_all_sizes_for_every_group(live: int, parts, slope
     def pass_seconds(queries: float) -> float:
         return 1 + slope * max(0.0, queries - 6)
 
-    def draft_seconds(depth: float) -> float:
+    def draft_seconds(depth: float, nodes: float) -> float:
         return per_depth * depth
 
     choice = choose_shapes(groups, pass_seconds, draft_seconds, max_nodes=6, margin=0.0)
@@ -124,10 +124,24 @@ def test_choice_is_the_best_of_all_sizes_for_every_group(live: int, parts, slope
         shapes = [StaticTrees(group.acceptance[:depth], 6).shape(size) for group, size in zip(groups, sizes, strict=True)]
         tokens = sum(group.sequences * expected_tokens(shape, group.acceptance) for group, shape in zip(groups, shapes, strict=True))
         seconds = pass_seconds(sum(group.sequences * (1 + len(shape)) for group, shape in zip(groups, shapes, strict=True)))
-        best = max(best, tokens / (seconds + (draft_seconds(depth) if any(map(len, shapes)) else 0)))
+        best = max(best, tokens / (seconds + (draft_seconds(depth, 0) if any(map(len, shapes)) else 0)))
     assert choice.tokens_per_second == pytest.approx(best)
     tokens = sum(group.sequences * expected_tokens(shape, group.acceptance) for group, shape in zip(groups, choice.shapes, strict=True))
     assert choice.tokens == pytest.approx(tokens)
+
+
+@given(st.lists(st.lists(st.floats(0, 0.3), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_gains_of_nodes_are_those_of_the_dynamic_programme(rows) -> None:
+    table = tuple(tuple(sorted(row, reverse=True)) for row in rows)
+    gains = path_gains(table, 20)
+    totals = [1 + sum(gains[:nodes]) for nodes in range(21)]
+    assert totals == pytest.approx(StaticTrees(table, 20).expected_tokens.tolist())
+
+
+def test_what_beginning_costs_is_weighed_against_the_tokens_left() -> None:
+    begin = [len(choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, starting=(20.0, left)).shapes[0]) for left in (50.0, 5000.0)]
+    assert begin[0] == 0 and begin[1] > 10
+    assert not len(choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, least_gain=4.0).shapes[0])
 
 
 def test_a_table_rising_with_rank_is_refused() -> None:

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.speculative.costs import FORGET_PASSES, MeasuredCosts
 from flexbatch.speculative.growth import GrowingTree, TreePlan
 from flexbatch.speculative.shapes import StaticTrees, fixed_widths
 from flexbatch.speculative.tree import TokenTree, TreeShape
@@ -71,27 +70,3 @@ def test_missing_candidates_make_a_smaller_tree() -> None:
     tree.extend([[(4, -0.2), (5, -0.3)]])
     assert tree.tree().parents == (-1, 0, 0) and not tree.frontier
     assert not GrowingTree(TreePlan(0, 0)).frontier and not GrowingTree(TreePlan(3, 0, TreeShape())).frontier
-
-
-def test_costs_are_medians_and_never_fall_with_size() -> None:
-    costs = MeasuredCosts()
-    for seconds in (9.0, 1.0, 1.1, 0.9, 1.0, 30.0, 1.0):
-        costs.observe_pass(8, seconds)
-    assert costs.pass_seconds()(8) == pytest.approx(1.0)
-    for _ in range(7):
-        costs.observe_pass(64, 0.8)
-        costs.observe_pass(256, 3.0)
-    curve = costs.pass_seconds()
-    assert curve(8) == curve(64) == pytest.approx(0.9), "a larger pass measured cheaper: both take the mean"
-    assert curve(256) == curve(512) == pytest.approx(3.0) and curve(1024) == pytest.approx(6.0)
-    costs.observe_draft(4, 0.4)
-    costs.observe_draft(0, 5.0)
-    assert costs.draft_seconds(3) == pytest.approx(0.3)
-
-
-def test_sizes_not_seen_for_long_are_forgotten() -> None:
-    costs = MeasuredCosts()
-    costs.observe_pass(256, 50.0)
-    for _ in range(FORGET_PASSES + 1):
-        costs.observe_pass(8, 1.0)
-    assert costs.pass_seconds()(16) == pytest.approx(1.0)

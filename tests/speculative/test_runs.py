@@ -90,6 +90,6 @@ def test_a_prepared_engine_reports_before_its_first_pass(reference, tmp_path):
         llm.prepare(model.prompts, GREEDY)
         report = llm.report()
         assert report["passes"] == 0 and report["realized_percent"]["activations"] == {"gpu": 0, "cpu": 0, "disk": 0}
-        assert report["speculation"]["costs"] == {"pass_seconds": [], "draft_level_seconds": 0.0}
+        assert report["speculation"]["costs"] == {"pass_seconds": [], "draft_level_seconds": []}
         tokens(llm, model.prompts)
         assert llm.report()["realized_percent"]["activations"]["cpu"] > 0

@@ -1,0 +1,148 @@
+"""Which tree every pass gets: from what passes, drafting and acceptance have been in this run, down to none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flexbatch.speculative.acceptance import AcceptanceStatistics, Choice, Group, choose_shapes
+from flexbatch.speculative.costs import MAX_PATIENCE, PATIENCE, MeasuredCosts
+from flexbatch.speculative.growth import TreePlan
+from flexbatch.speculative.shapes import fixed_widths
+
+AUTO_DEPTH, AUTO_RANKS = 8, 4
+MAX_WAIT = 32
+"""Passes between two choices, at most, while the choice stays the same; the first follow after 1, 2, 4, ... passes."""
+CHOOSING_SHARE = 0.04
+"""Of the time, at most: a choice takes about a millisecond, a pass of a small model hardly more."""
+PROBED_SHARE = 16
+"""Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would cost as much as several passes."""
+START_GAIN = 0.06
+"""Predicted gain from which speculation begins; once begun it goes on as long as it gains anything. What is predicted is not yet measured."""
+NONE = TreePlan(0, 0)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The coming pass. groups: of every sequence that decodes; unread_tokens: that drafts must read before they can propose for all of them;
+    tokens_left: that these sequences may still generate."""
+
+    groups: tuple[str, ...]
+    other_query_tokens: int
+    unread_tokens: int
+    tokens_left: int
+
+    @property
+    def live(self) -> int:
+        return len(self.groups)
+
+    @property
+    def plain_query_tokens(self) -> int:
+        return self.live + self.other_query_tokens
+
+
+class Controller:
+    """Chooses by expected tokens per second. Exploring is bounded: a first plain pass, drafting for a few sequences only, then the tree that is best by
+    all that is known, corrected after every pass at first and ever more rarely later; a plain pass now and then keeps its cost known.
+    """
+
+    def __init__(self, max_nodes: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.max_nodes, self.clock = max_nodes, clock
+        self.costs = MeasuredCosts()
+        """Of passes of the target by query tokens, prompts included."""
+        self.drafting = MeasuredCosts()
+        """Of one level of drafting by the tokens that the draft reads."""
+        self.statistics: dict[str, AcceptanceStatistics] = {}
+        self.plans: dict[str, TreePlan] = {}
+        self.decoded = False
+        """Whether a pass with decoding sequences has been measured."""
+        self.passes = 0
+        self.wait = self.next_choice = self.chosen_for = 0
+        self.chosen_at, self.choosing_seconds = 0.0, 0.0
+
+    def plan(self, now: Situation) -> list[TreePlan]:
+        """One plan per sequence."""
+        self.passes += 1
+        names = sorted(set(now.groups))
+        for name in names:
+            self.statistics_of(name)
+        if not self.decoded:
+            # Without a cost there is nothing to weigh.
+            return [NONE] * now.live
+        if not self.drafting.known and self.due(now, names):
+            started = self.clock()
+            free = self.best(now, names, drafted=False)
+            self.settle(started, now, {name: NONE for name in names}, changed=True)
+            if any(map(len, free.shapes)):
+                probe = TreePlan(2, 2, fixed_widths((1, 1)))
+                return [probe if i < -(-now.live // PROBED_SHARE) else NONE for i in range(now.live)]
+        elif self.due(now, names):
+            self.choose(now, names)
+        return [self.plans.get(group, NONE) for group in now.groups]
+
+    def due(self, now: Situation, names: list[str]) -> bool:
+        """Whether to choose again: the block has changed, or it is time. Never so often that choosing itself costs."""
+        moment = self.clock()
+        if moment - self.chosen_at < self.choosing_seconds / CHOOSING_SHARE:
+            return False
+        changed = abs(now.live - self.chosen_for) > self.chosen_for // 8 or not set(names) <= set(self.plans)
+        return changed or self.passes >= self.next_choice
+
+    def choose(self, now: Situation, names: list[str]) -> None:
+        """New plans for every group."""
+        started = self.clock()
+        if self.speculating(names) and self.costs.doubted(now.plain_query_tokens):
+            self.settle(started, now, dict.fromkeys(names, NONE), changed=True)
+            return
+        choice = self.best(now, names, drafted=True)
+        plans = {name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
+        self.settle(started, now, plans, changed=plans != {name: self.plans.get(name) for name in names})
+
+    def settle(self, started: float, now: Situation, plans: dict[str, TreePlan], changed: bool) -> None:
+        self.plans, self.chosen_for = plans, now.live
+        self.wait = 1 if changed else min(2 * self.wait, MAX_WAIT)
+        self.next_choice = self.passes + self.wait
+        self.chosen_at = self.clock()
+        self.choosing_seconds = self.chosen_at - started
+
+    def speculating(self, names: list[str]) -> bool:
+        return any(self.plans.get(name, NONE).num_levels for name in names)
+
+    def best(self, now: Situation, names: list[str], drafted: bool) -> Choice:
+        """The best trees by what is known. ``drafted=False``: as if drafting cost nothing."""
+        drafting = self.drafting.curve() if drafted else None
+
+        def draft_seconds(levels: int, nodes: float) -> float:
+            if drafting is None:
+                return 0.0
+            # A chain stays in the draft's cache and every level reads one token of each sequence; a wider tree is read anew at every level.
+            reads = now.live + (nodes if nodes <= levels * now.live else nodes * levels / 2)
+            return levels * drafting(reads / levels)
+
+        extra = now.unread_tokens - 4 * now.live
+        # Of the tokens that a sequence may still generate it will generate half, for all one knows: EOS may come.
+        starting = (drafting(extra), max(1.0, now.tokens_left / 2)) if drafting is not None and extra > 0 else (0.0, 1.0)
+        return choose_shapes(
+            [Group(now.groups.count(name), self.statistics[name].table()) for name in names],
+            self.costs.curve(now.plain_query_tokens),
+            draft_seconds,
+            other_query_tokens=now.other_query_tokens,
+            max_nodes=self.max_nodes,
+            least_gain=0.0 if self.speculating(names) else START_GAIN,
+            starting=starting,
+        )
+
+    # What was measured
+
+    def statistics_of(self, group: str) -> AcceptanceStatistics:
+        return self.statistics.setdefault(group, AcceptanceStatistics(AUTO_DEPTH, AUTO_RANKS, weight=4.0))
+
+    def observe_pass(self, query_tokens: int, seconds: float, decoded: bool) -> None:
+        """A pass of the target. decoded: some of its sequences were past their prompts."""
+        self.costs.observe(query_tokens, seconds, PATIENCE if decoded else MAX_PATIENCE)
+        self.decoded = self.decoded or decoded
+
+    def report(self) -> dict[str, object]:
+        """What was learned."""
+        return {"pass_seconds": self.costs.report(), "draft_level_seconds": self.drafting.report()}

@@ -1,0 +1,118 @@
+"""The choice of trees, against machines whose costs are known: time is counted, not measured."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from flexbatch.speculative.controller import Controller, Situation
+from flexbatch.speculative.costs import MAX_PATIENCE, PATIENCE, MeasuredCosts
+from flexbatch.speculative.tree import TokenTree
+from flexbatch.speculative.verify import Verdict
+
+
+def test_costs_are_medians_and_never_fall_with_size() -> None:
+    costs = MeasuredCosts()
+    for seconds in (9.0, 1.0, 1.1, 0.9, 1.0, 30.0, 1.0):
+        costs.observe(8, seconds)
+    assert costs.curve()(8) == pytest.approx(1.0)
+    for _ in range(7):
+        costs.observe(64, 0.8)
+        costs.observe(256, 3.0)
+    curve = costs.curve()
+    assert curve(8) == curve(64) == pytest.approx(0.9), "a larger pass measured cheaper: both take the mean"
+    assert curve(256) == curve(512) == pytest.approx(3.0) and curve(1024) == pytest.approx(6.0)
+
+
+def test_sizes_not_seen_for_long_are_doubted_ever_more_rarely() -> None:
+    costs = MeasuredCosts()
+    for patience in (PATIENCE, 2 * PATIENCE, 4 * PATIENCE):
+        costs.observe(256, 50.0)
+        for _ in range(patience):
+            assert costs.curve(8)(256) == pytest.approx(50.0) and not costs.doubted(256)
+            costs.observe(8, 1.0)
+        costs.observe(8, 1.0)
+        assert costs.curve(8)(16) == pytest.approx(1.0) and costs.doubted(256), "one slow moment does not rule a size out for good"
+        assert costs.curve(256)(256) == pytest.approx(50.0) and costs.curve()(256) == pytest.approx(50.0)
+    for _ in range(10):
+        costs.points[max(costs.points)].seen = -MAX_PATIENCE
+        costs.observe(256, 50.0)
+    assert costs.points[max(costs.points)].patience == MAX_PATIENCE
+
+
+class Machine:
+    """Runs jobs under a controller with counted seconds."""
+
+    def __init__(self, pass_seconds: Callable[[float], float], level_seconds: Callable[[float], float], accept: float, noise: float, seed: int) -> None:
+        self.pass_seconds, self.level_seconds, self.accept, self.noise = pass_seconds, level_seconds, accept, noise
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.controller = Controller(32, clock=lambda: self.now)
+
+    def take(self, seconds: float) -> float:
+        """Time passes: now and then a busy machine takes three times as long."""
+        factor = self.random.lognormvariate(0.0, self.noise) * (3.0 if self.noise and self.random.random() < 0.02 else 1.0)
+        self.now += seconds * factor
+        return seconds * factor
+
+    def job(self, batch: int, prompt: int, new_tokens: int) -> tuple[float, float]:
+        """Seconds of a job with the controller, and of plain decoding without noise."""
+        controller, begun = self.controller, self.now
+        controller.observe_pass(batch * prompt, self.take(self.pass_seconds(batch * prompt)), decoded=False)
+        plain = self.pass_seconds(batch * prompt) + sum(self.pass_seconds(batch) for _ in range(new_tokens - 1))
+        left, unread = [new_tokens - 1] * batch, [prompt + 1] * batch
+        while live := [i for i in range(batch) if left[i]]:
+            plans = controller.plan(Situation(("greedy",) * len(live), 0, sum(unread[i] for i in live), sum(left[i] for i in live)))
+            shapes = [plan.shape.children and plan.shape if plan.shape is not None and left[i] > 1 else None for i, plan in zip(live, plans, strict=True)]
+            depth = max((shape.max_depth for shape in shapes if shape is not None), default=0)
+            for level in range(depth):
+                drafted = [(i, shape) for i, shape in zip(live, shapes, strict=True) if shape is not None and shape.max_depth > level]
+                wide = level and any(len(shape) > shape.max_depth for _, shape in drafted)
+                reads = sum(unread[i] if level == 0 else len(shape) if wide else 1 for i, shape in drafted)
+                for i, _ in drafted:
+                    unread[i] = 0
+                controller.drafting.observe(reads, self.take(self.level_seconds(reads)))
+            queries = sum(1 + (len(shape) if shape is not None else 0) for shape in shapes)
+            seconds = self.take(self.pass_seconds(queries))
+            controller.observe_pass(queries, seconds, decoded=True)
+            for i, shape in zip(live, shapes, strict=True):
+                path: list[int] = []
+                while shape is not None and (children := shape.children[path[-1] + 1 if path else 0]) and self.random.random() < self.accept:
+                    path.append(children[0])
+                if shape is not None:
+                    tree = TokenTree(tuple(range(len(shape))), shape)
+                    controller.statistics_of("greedy").observe(tree, Verdict(tuple(path), 0))
+                tokens = min(len(path) + 1, left[i])
+                left[i], unread[i] = left[i] - tokens, unread[i] + tokens
+        return self.now - begun, plain
+
+
+def work(fixed: float, per_token: float) -> Callable[[float], float]:
+    return lambda tokens: fixed + per_token * tokens
+
+
+DEMO = (work(4e-3, 0.35e-3), work(1.5e-3, 0.06e-3))
+"""About the demo pair in memory on one core: seconds of a pass and of a drafted level by tokens."""
+FROM_DISK = (lambda tokens: max(0.06, 4e-3 + 0.35e-3 * tokens), work(1.5e-3, 0.06e-3))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("accept", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 0.67, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [1, 4, 16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("machine", ["demo", "from disk", "slow draft"])
+def test_speculation_never_costs_more_than_three_per_cent(machine, batch, accept, noise) -> None:
+    costs = {"demo": DEMO, "from disk": FROM_DISK, "slow draft": (DEMO[0], work(2e-3, 0.17e-3))}[machine]
+    spent = plain = 0.0
+    for seed in range(4):
+        runner = Machine(*costs, accept, noise, seed)
+        for _ in range(4):
+            with_trees, without = runner.job(batch, 120, 64)
+            spent, plain = spent + with_trees, plain + without
+    # What noise adds to every pass it would add to plain ones too: exp(0.2**2 / 2) * 1.04.
+    ratio = plain * (1.061 if noise else 1.0) / spent
+    print(f"{machine:10s} batch {batch:2d} accept {accept} noise {noise}: {ratio:.3f}")
+    assert ratio >= 0.97
+    if machine == "from disk" and batch <= 16 and accept >= 0.67:
+        assert ratio > 1.35
