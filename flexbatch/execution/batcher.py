@@ -228,6 +228,11 @@ class Batcher:
         return kept
 
     def retire(self, sequence: Sequence) -> None:
+        self.leave(sequence)
+        self.retired.append(Retired(sequence.state, sequence.output, sequence))
+
+    def leave(self, sequence: Sequence) -> None:
+        """Give back the place and the pages of a sequence."""
         self.micro_batches[sequence.micro_batch].remove(sequence)
         self.homes.remove(sequence.table.tier, 1)
         if sequence.table.tier == "cpu":
@@ -235,7 +240,6 @@ class Batcher:
         self.cache.free(sequence.table)
         if self.proposer is not None:
             self.proposer.retire(sequence)
-        self.retired.append(Retired(sequence.state, sequence.output, sequence))
 
     def take_retired(self) -> list[Retired]:
         retired, self.retired = self.retired, []
@@ -244,14 +248,11 @@ class Batcher:
     def abort(self) -> None:
         """Give back the pages of everything in flight."""
         for batch in self.micro_batches:
-            for sequence in batch:
-                self.cache.free(sequence.table)
-                if self.proposer is not None:
-                    self.proposer.retire(sequence)
-            batch.clear()
+            for sequence in list(batch):
+                self.leave(sequence)
 
     def check(self) -> None:
-        """Invariants: places and homes are counted right, every sequence is consistent."""
+        """Invariants: places, homes and pages are counted right, every sequence is consistent. Only one batcher may use a cache at a time."""
         sequences = [sequence for batch in self.micro_batches for sequence in batch]
         assert len(sequences) <= self.policy.block_size
         for k, batch in enumerate(self.micro_batches):
@@ -261,4 +262,7 @@ class Batcher:
                 sequence.check()
         for tier in TIERS:
             assert self.homes.placed[tier] == sum(sequence.table.tier == tier for sequence in sequences)
-        self.cache.check()
+        on_cpu = [sequence.table.attend_on_cpu for sequence in sequences if sequence.table.tier == "cpu"]
+        assert self.attended.placed == {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}, self.attended.placed
+        self.homes.check()
+        self.cache.check([sequence.table for sequence in sequences])

@@ -59,6 +59,7 @@ class HostBuffers:
     def close(self) -> None:
         for handle in self.free_after:
             handle.synchronize()
+        self.owners.clear()
         self.uploads.close()
         self.buffers.clear()
         for i in range(NUM_BUFFERS):

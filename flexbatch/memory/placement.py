@@ -31,6 +31,10 @@ class Spreader:
     def remove(self, tier: str, size: float) -> None:
         self.placed[tier] -= size
 
+    def check(self) -> None:
+        """Invariant: nothing is removed that was not placed."""
+        assert min(self.placed.values()) >= 0, self.placed
+
 
 def spread(sizes: Iterable[int], split: Split) -> list[str]:
     """The tier of every piece: the realised shares are within one (largest) piece of the split."""

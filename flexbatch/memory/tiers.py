@@ -185,10 +185,16 @@ class DiskFile:
         flags = os.O_RDONLY if num_bytes is None else os.O_RDWR | os.O_CREAT | os.O_TRUNC
         try:
             self.buffered = os.open(path, flags, 0o600)
-            if num_bytes is not None:
-                os.posix_fallocate(self.buffered, 0, max(num_bytes, 1))
         except OSError as error:
             raise offload_error(path.parent, error, num_bytes or 0) from error
+        if num_bytes is not None:
+            try:
+                os.posix_fallocate(self.buffered, 0, max(num_bytes, 1))
+            except OSError as error:
+                # What a full disk could still give would stay taken.
+                os.close(self.buffered)
+                path.unlink()
+                raise offload_error(path.parent, error, num_bytes) from error
         try:
             self.direct = os.open(path, (flags & ~(os.O_CREAT | os.O_TRUNC)) | getattr(os, "O_DIRECT", 0))
         except OSError:
@@ -268,10 +274,13 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
+        # Ctrl-C too: only a process that is killed leaves the dot-file.
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise offload_error(path.parent, error, num_bytes) from error
+        if isinstance(error, OSError):
+            raise offload_error(path.parent, error, num_bytes) from error
+        raise
 
 
 def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
