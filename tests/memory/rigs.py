@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from flexbatch.memory.tiers import Pool, Tiers
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import Lanes, ThreadLane
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import read_arch
+from flexbatch.models.specs import Piece, weight_specs
 from flexbatch.policy.types import Split
 from flexbatch.trace import Tracer
 
@@ -46,3 +50,23 @@ def tiny_arch(num_layers: int = 2, tied: bool = False, **changes: object) -> Arc
     sizes = {"hidden_size": 20, "intermediate_size": 36, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "vocab_size": 37}
     config = {"model_type": "llama", "num_hidden_layers": num_layers, "max_position_embeddings": 128, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
     return read_arch({**config, **sizes, "eos_token_id": 2, "bos_token_id": 1, **changes})
+
+
+def dawdle(lanes: Lanes, seed: int, most: float = 0.002) -> None:
+    """Jobs of every lane start up to ``most`` seconds late: whoever forgets to wait reads what is not there yet."""
+    chance = random.Random(seed)
+    for lane in lanes.all_lanes:
+        assert isinstance(lane, ThreadLane)
+
+        def traced(*arguments: Any, traced: Callable[..., Any] = lane.traced) -> Any:
+            time.sleep(chance.random() * most)
+            return traced(*arguments)
+
+        lane.traced = traced  # type: ignore[method-assign]
+
+
+def pieces(arch: Arch, seed: int = 3) -> Iterator[Piece]:
+    """Random weights, whole tensors, in the order of a pass."""
+    generator = torch.Generator().manual_seed(seed)
+    for spec in weight_specs(arch):
+        yield Piece(spec.layer, spec.role, None, torch.randn(spec.shape, generator=generator))
