@@ -16,7 +16,9 @@ SIZES = st.lists(st.integers(1, 10_000), min_size=1, max_size=60)
 def deviations(sizes: list[int], tiers: list[str], split: Split) -> list[float]:
     """Placed less asked, per tier, of all pieces."""
     total = sum(sizes)
-    return [sum(size for size, tier in zip(sizes, tiers, strict=True) if tier == name) - part * total for name, part in zip(TIERS, split.fractions, strict=True)]
+    return [
+        sum(size for size, tier in zip(sizes, tiers, strict=True) if tier == name) - part * total for name, part in zip(TIERS, split.fractions, strict=True)
+    ]
 
 
 @given(sizes=SIZES, split=splits())

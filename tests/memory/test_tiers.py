@@ -15,7 +15,20 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from flexbatch.config import DoesNotFitError
 from flexbatch.memory import tiers
-from flexbatch.memory.tiers import ALIGNMENT, GIB, DiskFile, Need, OffloadError, Pool, align, check_budgets, chunks, prepare_offload_dir, slices, write_atomically
+from flexbatch.memory.tiers import (
+    ALIGNMENT,
+    GIB,
+    DiskFile,
+    Need,
+    OffloadError,
+    Pool,
+    align,
+    check_budgets,
+    chunks,
+    prepare_offload_dir,
+    slices,
+    write_atomically,
+)
 
 BUDGET = 10_000
 
@@ -185,5 +198,5 @@ def test_an_offload_folder_is_tried_before_it_is_used(tmp_path: Path) -> None:
     prepare_offload_dir(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(OffloadError, match="offload folder .*file"):
+    with pytest.raises(OffloadError, match=r"offload folder .*file"):
         prepare_offload_dir(tmp_path / "file")
