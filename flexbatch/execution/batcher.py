@@ -10,7 +10,7 @@ from flexbatch.detokenize import OutputText
 from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import Drawn
-from flexbatch.execution.work import PassWork, QueryTokens, Sequence
+from flexbatch.execution.work import PassWork, QueryTokens, Sequence, num_unread
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.placement import Spreader
 from flexbatch.policy.types import TIERS, Policy, Split
@@ -136,7 +136,9 @@ class Batcher:
         if tier == "cpu":
             self.attended.place("cpu" if on_cpu else "gpu", 1)
         prompt = candidate.state.request.prompt_token_ids
-        table = self.cache.open(tier, self.room(candidate), prompt, self.shareable(candidate, tier), on_cpu)
+        # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
+        read = prompt[: len(prompt) - num_unread(candidate.output, len(prompt))]
+        table = self.cache.open(tier, self.room(candidate), read, self.shareable(candidate, tier), on_cpu)
         free = [k for k, batch in enumerate(self.micro_batches) if len(batch) < self.policy.gpu_batch_size]
         k = min(free, key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
         self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
