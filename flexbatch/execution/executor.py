@@ -134,7 +134,8 @@ class Executor:
         return (layer * count + micro_batch) % 2
 
     def settle(self) -> None:
-        """Wait for everything that was launched (no overlap)."""
+        """Wait for everything that was launched (no overlap): page gathers, too, of which nobody has asked for the result yet."""
+        self.lanes.settle()
         for claim in self.weights.claims.values():
             for handle in claim.handles:
                 handle.synchronize()
