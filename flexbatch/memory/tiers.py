@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import glob
 import math
 import mmap
 import os
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -262,12 +265,13 @@ def prepare_offload_dir(folder: Path) -> None:
 def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> None:
     """Write ``pieces`` (uint8, host) one after another, padded to ALIGNMENT, under a temporary name; fsync; rename.
 
-    A crash leaves at most a dot-file, which nothing trusts. Raises OffloadError.
+    A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises OffloadError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        remove_leftovers(path)
+        with open_locked(temporary) as file:
             for piece in pieces:
                 file.write(piece.contiguous().view(-1).numpy().data)
             file.write(b"\0" * (align(num_bytes) - file.tell()))
@@ -281,6 +285,25 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
         if isinstance(error, OSError):
             raise offload_error(path.parent, error, num_bytes) from error
         raise
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """Open for writing, with a lock that ends with the process: it tells work in progress from what a killed run has left."""
+    while True:
+        file = open(path, "wb")  # noqa: SIM115 (the caller closes it)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # Removed between opening and locking: taken for a leftover.
+
+
+def remove_leftovers(path: Path) -> None:
+    """Unlink temporary files of ``path`` that nobody is writing."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), open(temporary, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
 
 
 def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:

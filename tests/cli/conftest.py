@@ -1,7 +1,11 @@
-"""A tiny random Llama with a byte-level tokenizer, as a model folder."""
+"""A tiny random Llama with a byte-level tokenizer, as a model folder; and no traces of one command in the next."""
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 96
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting of the developer's shell, and signal handlers and log handlers as before."""
+    for name in list(os.environ):
+        if name.startswith("FLEXBATCH_"):
+            monkeypatch.delenv(name)
+    previous, handlers = signal.getsignal(signal.SIGTERM), logging.getLogger().handlers[:]
+    yield
+    signal.signal(signal.SIGTERM, previous)
+    logging.getLogger().handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")
