@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from flexbatch import run
 
 CONTEXT = 96
 
@@ -40,3 +42,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(vocab_size=259, max_position_embeddings=CONTEXT, bos_token_id=256, eos_token_id=257, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def command(model_folder: Path) -> Callable[..., int]:
+    """Runs the command on the tiny model in this process; returns its exit code."""
+
+    def start(*words: str) -> int:
+        fixed = ["--device", "cpu", "--hardware", "cpu"]
+        return run.main(["--model", str(model_folder), *fixed, "--gpu-memory", "64MiB", "--cpu-memory", "64MiB", "--max-tokens", "6", *words])
+
+    return start

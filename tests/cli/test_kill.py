@@ -103,10 +103,8 @@ def kill_and_repeat(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, 
         assert len(found) < len(wanted)
         torn += sum(path.stat().st_size > 0 for path in leftovers(offload))
     assert torn, "no kill came within a write; the moments are chosen badly"
-    process = start(model, offload)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert tokens(out) == expected
+    assert run.main(words_of(model, offload)) == 0
+    assert tokens(capsys.readouterr().out) == expected
     assert files_of(offload) == wanted and not leftovers(offload)
     assert not [path for path in offload.iterdir() if path.is_file()], "cache or activation files are left"
 

@@ -21,17 +21,6 @@ from flexbatch.request import Completion
 PROMPTS = ["def add(a, b):", "x", "import os\n", "größer 🙂", "while True: pass  # and so on"]
 
 
-@pytest.fixture
-def command(model_folder: Path, tmp_path: Path):
-    """Runs the command on the tiny model in this process; returns its exit code."""
-
-    def start(*words: str) -> int:
-        fixed = ["--device", "cpu", "--hardware", "cpu"]
-        return run.main(["--model", str(model_folder), *fixed, "--gpu-memory", "64MiB", "--cpu-memory", "64MiB", "--max-tokens", "6", *words])
-
-    return start
-
-
 def prompt_file(folder: Path, prompts: list = PROMPTS) -> str:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     return str(folder / "prompts.jsonl")
