@@ -16,6 +16,7 @@ from flexbatch.execution.batcher import Batcher, Candidate
 from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.work import PassWork, QueryTokens, Sequence
 from flexbatch.memory.kvcache import CacheSizes
+from flexbatch.memory.transfer import READY
 from flexbatch.policy.types import TIERS, Policy, Split
 from flexbatch.speculative.tree import TokenTree, TreeShape
 from tests.execution.rigs import EOS, PAGE_TOKENS, candidate, open_cache
@@ -152,7 +153,7 @@ def run(job: Job, chance: Any, drafter: Drafter | None) -> tuple[Batcher, Desk, 
             batcher.check()
             assert batcher.num_sequences <= max(in_flight, batcher.admission_limit)
             assert len(desk.given) <= len(retired) + len(batcher.retired) + batcher.num_sequences + 1, "requests are pulled before there is room"
-            cache.begin_pass()
+            cache.begin_pass(READY)
             work = batcher.next_pass()
             batcher.check()
             check_pass(work, batcher, policy, read)

@@ -100,7 +100,7 @@ class CacheMachine(RuleBasedStateMachine):
     def sweep(self, queries: list[Any], chance: Any) -> None:
         """What the executor does with the cache in one pass of one micro-batch."""
         inputs = self.builder.build(queries)
-        self.cache.begin_pass()
+        self.cache.begin_pass(READY)
         fresh = {query.sequence: self.new_rows(query.sequence, query.start, query.num_tokens) for query in inputs.queries}
         handle = READY if inputs.staged is None else self.cache.gather(inputs.staged.gather, 0, 0)
         for layer in range(LAYERS):
