@@ -187,10 +187,16 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
         assert "needed 0.001 GiB" in str(caught.value) and "GiB free there" in str(caught.value) and "--offload-dir" in str(caught.value)
 
 
-def test_a_cache_file_that_does_not_fit_takes_no_room(tmp_path: Path) -> None:
-    space = os.statvfs(tmp_path)
-    with pytest.raises(OffloadError, match="--offload-dir"):
-        DiskFile(tmp_path / "cache.bin", space.f_blocks * space.f_frsize * 4)
+def test_a_cache_file_that_does_not_fit_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system has given a part of it when it is full (a real one would be full for everybody while this runs)."""
+
+    def give_a_part(descriptor: int, offset: int, num_bytes: int) -> None:
+        os.ftruncate(descriptor, num_bytes // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", give_a_part)
+    with pytest.raises(OffloadError, match=r"No space left on device \(needed 0.001 GiB.*--offload-dir"):
+        DiskFile(tmp_path / "cache.bin", GIB // 1024)
     assert not list(tmp_path.iterdir())
 
 
