@@ -7,6 +7,9 @@ Every pass reads all weights from disk again. The engine reads with O_DIRECT whe
 overlap a pass costs reading plus computing, with it no less than the larger of the two; the block is sized so that the two are of like size, where
 overlap is worth most (a factor of two at best). Medians count.
 
+torch gets all cores but one: where it has all of them, the reading threads take turns with its threads, which wait for each other spinning (on 2 cores
+the same job then took 5 to 30 s with overlap).
+
 ``overlap_figure``, from the trace of each run: seconds in which disk and processor were busy, each for itself, over seconds in which either was. It is 1
 when nothing runs beside anything else and 2 when both are busy all the time.
 """
@@ -123,12 +126,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="opt-125m", help="a public shape (default: opt-125m)")
-    parser.add_argument("--sequences", type=int, default=128, help="sequences of the block (default: 128)")
+    parser.add_argument("--sequences", type=int, default=64, help="sequences of the block (default: 64)")
     parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches of the block (default: 4)")
     parser.add_argument("--prompt-len", type=int, default=2, help="tokens of each prompt (default: 2)")
-    parser.add_argument("--gen-len", type=int, default=10, help="new tokens of each sequence (default: 10)")
+    parser.add_argument("--gen-len", type=int, default=8, help="new tokens of each sequence (default: 8)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, by turns (default: 5)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads (default: all cores)")
+    spare = max(1, len(os.sched_getaffinity(0)) - 1)
+    parser.add_argument("--threads", type=int, default=spare, help="torch threads (default: all cores but one, which the reading threads need)")
     parser.add_argument("--gpu-memory", default="2GiB", help="budget of the gpu tier, plain memory here (default: 2GiB)")
     parser.add_argument("--offload-dir", type=Path, help="folder of the weight files on the disk to be measured (default: a temporary one)")
     parser.add_argument("--output", type=Path, help="JSON file with machine, versions and commit")

@@ -23,7 +23,7 @@ TOKENS = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=3)
 @contextmanager
 def open_store(split: Split, count: int) -> Iterator[ActivationStore]:
     with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, lanes):
-        dawdle(lanes, 4, 0.0006)
+        dawdle(lanes, 4, 0.006)
         store = ActivationStore(split, count, MAX_TOKENS, WIDTH, torch.float32, PAGE_TOKENS, tiers, lanes)
         assert not list(Path(folder).iterdir()), "a killed run would leave the file behind"
         yield store

@@ -52,7 +52,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.context = open_tiers(Path(self.folder.name))
         self.tiers, self.lanes = self.context.__enter__()
-        dawdle(self.lanes, 0, 0.0006)
+        dawdle(self.lanes, 0, 0.006)
         self.layout = layout_of(self.bits)
         self.cache = KVCache(self.layout, SIZES, self.tiers, self.lanes)
         self.builder = InputBuilder(PAGE_TOKENS, Uploads(self.tiers.cpu, self.lanes))

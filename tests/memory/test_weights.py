@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def sweep(store: WeightStore, arch: Arch, bits: int, count: int) -> None:
 @given(split=splits(), layers=st.integers(1, 4), count=st.integers(1, 3), bits=st.sampled_from([16, 8, 4]), tied=st.booleans())
 def test_every_tick_of_every_pass_sees_its_layers_weights(split: Split, layers: int, count: int, bits: int, tied: bool) -> None:
     arch = tiny_arch(layers, tied)
-    with open_store(arch, split, bits, late=0.001) as (store, _):
+    with open_store(arch, split, bits, late=0.006) as (store, _):
         for _ in range(3):
             sweep(store, arch, bits, count)
 
@@ -123,11 +124,13 @@ def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it() -> None:
         store.fetch_rest(1, 1)
         for handle in store.claims[1].handles:
             handle.synchronize()
-        gate = lanes.cpu_attention.submit(lambda: time.sleep(0.1))
+        read = threading.Event()
+        gate = lanes.cpu_attention.submit(lambda: read.wait(10))
         store.release(0, gate)
         store.fetch_rest(2, 1)
+        time.sleep(0.05)
         assert all(torch.equal(now[role], tensor) for role, tensor in reading.items()), "overwritten while it was read"
-        gate.synchronize()
+        read.set()
         store.weights(2, "pre")
         assert not all(torch.equal(now[role], tensor) for role, tensor in reading.items())
         store.drain()
