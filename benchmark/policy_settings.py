@@ -51,7 +51,7 @@ def bits(weights: int, cache: int) -> dict[str, Any]:
 
 SETTINGS |= {
     "opt-1.3b on the GPU": Setting("opt-1.3b", (24, 8), 768, (128, 128), (64, 64), limit_seconds=40),
-    "opt-1.3b": Setting("opt-1.3b", (3.5, 16), 300, (512, 512), (32, 32)),
+    "opt-1.3b": Setting("opt-1.3b", (3, 16), 240, (512, 512), (32, 32)),
     "opt-1.3b no overlap": Setting("opt-1.3b", (4, 8), 96, (256, 256), (32, 32), {"overlap": False, "percent": (50, 50, 0, 100, 100, 0)}),
     "opt-1.3b cache on disk": Setting("opt-1.3b", (5, 6), 96, (256, 256), (16, 16), {"percent": (100, 0, 0, 50, 100, 0)}),
     "opt-6.7b": Setting("opt-6.7b", (8, 24), 180, (512, 512), (16, 16)),

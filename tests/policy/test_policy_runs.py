@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmark import policy_runs
+from benchmark import policy_neighbours, policy_runs
 from benchmark.policy_error import plan_of
 from benchmark.policy_settings import NEIGHBOURHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
@@ -106,7 +106,7 @@ def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
 def test_neighbours_differ_from_the_policy_and_from_each_other():
     for cache in (Split(0.1, 0.8, 0.1), Split(0, 1)):
         policy = Policy(Split(0.4, 0.6), cache, Split(1, 0), 24, 2, cpu_attention=0.5, prefill_budget=1024)
-        found = [other for _, other in policy_runs.neighbours(policy)]
+        found = [other for _, other in policy_neighbours.neighbours(policy)]
         assert len({other for other in found if other != policy}) >= 18
         assert all(other.weights == policy.weights for other in found[:6])
 
@@ -115,7 +115,7 @@ def test_a_neighbourhood_runs_every_policy(monkeypatch, tmp_path):
     tiny = Setting(**{**TINY.__dict__, "memory": (0.003, 0.003), "num_prompts": 4, "gen_len": (2, 2), "fixed": {"device": "cpu", "dtype": "float32"}})
     _, (record,) = run(monkeypatch, tmp_path, ["tiny"], "--neighbours", table={"tiny": tiny})
     tried = record["tried"]
-    assert [each["name"] for each in tried].count("chosen") == 2 and len(tried) == 2 + policy_runs.NUM_NEIGHBOURS
+    assert [each["name"] for each in tried].count("chosen") == 2 and len(tried) == 2 + policy_neighbours.NUM_NEIGHBOURS
     assert len({json.dumps([each[key] for key in ("percent", "gpu_batch_size", "num_gpu_batches", "cpu_attention", "prefill_budget")]) for each in tried}) > 5
 
 
