@@ -59,22 +59,27 @@ def run_neighbourhood(setting: Setting, hardware: str, fixed: dict[str, Any]) ->
     def attempt(llm: ObservedLLM, name: str) -> None:
         record = measure(llm, setting)
         tried.append({"name": name, **{key: record[key] for key in (*fixed_by(llm.policy), "tokens_per_second", "predicted_then", "seconds")}})
+        print(f"  {name}: {record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}", flush=True)
 
-    with open_engine(setting, hardware, fixed) as llm:
-        chosen = llm.policy
-        attempt(llm, "chosen")
-        candidates: dict[Policy, str] = {}
-        for name, policy in neighbours(chosen):
-            if policy != chosen and policy not in candidates and llm.fits(policy) and len(candidates) < NUM_NEIGHBOURS:
-                candidates[policy] = name
+    candidates: dict[Policy, str] = {}
+    try:
+        with open_engine(setting, hardware, fixed) as llm:
+            chosen = llm.policy
+            attempt(llm, "chosen")
+            for name, policy in neighbours(chosen):
+                if policy != chosen and policy not in candidates and llm.fits(policy) and len(candidates) < NUM_NEIGHBOURS:
+                    candidates[policy] = name
+            for policy, name in candidates.items():
+                if policy.weights == chosen.weights:
+                    llm.use(policy)
+                    attempt(llm, name)
+            llm.use(chosen)
+            attempt(llm, "chosen")
         for policy, name in candidates.items():
-            if policy.weights == chosen.weights:
-                llm.use(policy)
-                attempt(llm, name)
-        llm.use(chosen)
-        attempt(llm, "chosen")
-    for policy, name in candidates.items():
-        if policy.weights != chosen.weights:
-            with open_engine(setting, hardware, fixed_by(policy)) as llm:
-                attempt(llm, name)
+            if policy.weights != chosen.weights:
+                with open_engine(setting, hardware, fixed_by(policy)) as llm:
+                    attempt(llm, name)
+    except TimeoutError as error:
+        # What was measured counts.
+        return {"model": setting.model, "tried": tried, "cut": str(error)}
     return {"model": setting.model, "gpu_memory": setting.memory[0], "cpu_memory": setting.memory[1], "tried": tried}
