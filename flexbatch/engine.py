@@ -542,6 +542,7 @@ class LLM:
         if plain.generated_tokens:
             report["plain_seconds"] = plain.seconds
             report["plain_tokens_per_second"] = plain.generated_tokens / plain.seconds
+            report["plain_tokens"] = plain.generated_tokens
             report["plain_passes"] = plain.passes
             report["speed_up"] = (fast.generated_tokens / fast.seconds) / (plain.generated_tokens / plain.seconds)
         return report
