@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 VOCAB_SIZE = 4096
 CONTEXT = 2048
 END = "<|endoftext|>"
 HELD_OUT_ONE_IN = 33
+WORDS = r"^[ \t]+|[\r\n]+| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\r\n]+(?!\S)|\s+"
+"""What a token may span: indentation is apart from the newline before it, so that a prompt may end with a newline, as HumanEval's do, and the model
+goes on with indentation. It costs 6 % more tokens than GPT-2's pattern, which fuses the two."""
 PROMPTS = (
-    "def read_lines(path):\n    with open(path) as f:",
-    "for name in os.listdir(path):",
-    'def is_valid(name):\n    """Return True if the name is valid."""\n    if',
-    "    def test_append(self):\n        a = array.array(self.typecode, self.example)",
+    "def read_lines(path):\n    with open(path) as f:\n",
+    "for name in os.listdir(path):\n",
+    'def is_valid(name):\n    """Return True if the name is valid."""\n',
+    "    def test_append(self):\n        a = array.array(self.typecode, self.example)\n",
 )
 
 
@@ -90,7 +93,8 @@ def read_sources(folder: Path) -> dict[str, str]:
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE: every string can be encoded, and nothing is added to a prompt."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=24, show_progress=False

@@ -72,7 +72,7 @@ class Executor:
         self.uploads.begin_pass()
         inputs = [self.builder.build(queries) for queries in work.micro_batches]
         count, num_layers = len(inputs), self.arch.num_layers + 1
-        self.cache.begin_pass()
+        self.cache.begin_pass(self.lanes.mark())
         self.activations.plan([batch.num_tokens for batch in inputs])
         if self.graphs is not None and count == 1 and (hidden := self.replay(inputs[0])) is not None:
             self.activations.hand_on(0, hidden)

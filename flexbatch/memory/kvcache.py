@@ -68,6 +68,7 @@ class KVCache:
             self.disk = DiskCache(layout, sizes.disk_pages, sizes.disk_sequences, sizes.tail_tokens, tiers.offload_dir, tiers.cpu, tiers.disk)
             if self.device.type == "cuda":
                 self.disk_staging = [tiers.cpu.allocate(f"cache disk staging {i}", staging_bytes) for i in range(2)]
+        self.inputs_sent: Handle = READY
         self.drained: list[Handle] = [READY] * layout.num_layers
         self.draining: list[Handle] = [READY] * layout.num_layers
 
@@ -131,8 +132,9 @@ class KVCache:
     def staging_rows(self, buffer: int) -> Tensor:
         return self.layout.row_view(self.staging[buffer])
 
-    def begin_pass(self) -> None:
-        """What the last pass drained is what this pass's gathers wait for."""
+    def begin_pass(self, inputs_sent: Handle) -> None:
+        """What the last pass drained, and the page ids that ``inputs_sent`` promises, is what this pass's gathers wait for."""
+        self.inputs_sent = inputs_sent
         self.drained, self.draining = self.draining, [READY] * self.layout.num_layers
 
     def gather(self, work: Gather, layer: int, buffer: int) -> Handle:
@@ -140,7 +142,7 @@ class KVCache:
         if not work.num_pages:
             self.staging_free[buffer].wait()
             return READY
-        after = together(self.staging_free[buffer], self.drained[layer])
+        after = together(self.staging_free[buffer], self.drained[layer], self.inputs_sent)
         pages = self.staging[buffer].view(-1, self.layout.page_bytes)
         handles: list[Handle] = []
         num_cpu = len(work.cpu_pages)
@@ -177,6 +179,7 @@ class KVCache:
         target = self.rows("cpu", layer)
         handle = self.lanes.d2h.submit(lambda: ops.scatter_rows(rows, target, slots), after, f"cache {layer}", rows.nbytes)
         self.lanes.d2h.guard(rows)
+        self.lanes.d2h.guard(slots)
         self.draining[layer] = together(self.draining[layer], handle)
 
     def drain_disk(self, layer: int, rows: Tensor, tables: Sequence[tuple[PageTable, int, int, int]], after: Handle) -> None:

@@ -40,6 +40,16 @@ def test_grid_on_the_gpu(family, cell, reference, tmp_path):
     assert [completion.token_ids for completion in completions] == model.token_ids
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("cell", GRID, ids=str)
+def test_whole_grid_on_the_gpu(family, cell, reference, tmp_path_factory):
+    model = reference(family)
+    with engine(model, tmp_path_factory.getbasetemp() / f"offload-{family}", cell) as llm:
+        completions = llm.generate(model.prompts, SamplingParams(max_tokens=NEW_TOKENS, temperature=0))
+    assert [completion.token_ids for completion in completions] == model.token_ids
+
+
 @pytest.mark.parametrize("weight_bits", [16, 4])
 def test_decode_graphs_give_the_same_tokens(weight_bits, reference, tmp_path):
     """Two jobs, so that buckets come again and are captured; sequences end one by one, so that places are padded."""
