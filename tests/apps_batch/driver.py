@@ -1,11 +1,14 @@
 """The batch command as a process of its own: ``python -m tests.apps_batch.driver '{"block": 8}' INPUT OUTPUT ...`` with the fake engine.
 
+``{"config_file": ...}`` appends the settings that the engine gets to a file.
+
 With ``{"real": true, "count_file": ...}`` it runs the real one, and counts every token that is generated there, those of killed processes and of Ray's
 actors included.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -35,4 +38,12 @@ if __name__ == "__main__":
     settings, words = json.loads(sys.argv[1]), sys.argv[2:]
     if settings.pop("real", False):
         sys.exit(main(words, open_engine=functools.partial(open_counted, settings["count_file"])))
-    sys.exit(main(words, open_engine=lambda config, seen: FakeLLM(**settings), identity=lambda config: {"weights": f"fake {config.model}"}))
+    config_file = settings.pop("config_file", None)
+
+    def open_fake(config: EngineConfig, seen: Any) -> FakeLLM:
+        if config_file is not None:
+            with open(config_file, "a") as file:
+                file.write(json.dumps(dataclasses.asdict(config)) + "\n")
+        return FakeLLM(**settings)
+
+    sys.exit(main(words, open_engine=open_fake, identity=lambda config: {"weights": f"fake {config.model}"}))
