@@ -190,8 +190,7 @@ class LLM:
 
     def _decide(self, job: Job, loaded: Policy | None = None) -> None:
         """Policy and plan for a job; with ``loaded``, around weights that are in memory. Raises DoesNotFitError."""
-        stored = max((bits for bits, _ in self._packed.values()), default=None)
-        self.problem = choosing.Problem(self.arch, self.config, job, self.budgets, self.dtype.itemsize, stored, loaded)
+        self.problem = choosing.Problem(self.arch, self.config, job, self.budgets, self.dtype.itemsize, self._packed, loaded)
         choice = choosing.choose_policy(self.problem, lambda: self.hardware, lambda policy: self._needs_of(policy, job))
         self.policy, self.plan_of_run = choice.policy, choice.plan
         self.layout = planning.cache_layout(self.arch, self.policy.cache_bits, self.dtype)
