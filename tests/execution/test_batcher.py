@@ -39,7 +39,8 @@ class Drafter:
             assert depth == sequence.output.max_tokens - len(sequence.output.token_ids) - 1 >= 0
             count = self.chance.randint(0, MAX_NODES) if depth else 0
             parents = tuple(self.chance.randint(-1, i - 1) for i in range(count))
-            trees.append(TokenTree(tuple(EOS if self.chance.random() < 0.2 else 10 + i for i in range(count)), TreeShape(parents)))
+            end = self.chance.randint(0, 4 * MAX_NODES)
+            trees.append(TokenTree(tuple(EOS if i == end else 10 + i for i in range(count)), TreeShape(parents)))
         self.proposed += sequences
         return trees
 
