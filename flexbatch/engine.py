@@ -421,7 +421,7 @@ class LLM:
     def _run(
         self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
     ) -> Iterator[tuple[Request, Completion]]:
-        """All requests, in one block; in another one from where a request is longer than ``job`` said and has outgrown it."""
+        """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has outgrown it."""
         candidates, proposer = self._candidates(requests), self.speculator if speculate else None
         block = self._prepare(job)
         while True:
@@ -429,9 +429,9 @@ class LLM:
             yield from self._run_block(block, batcher, proposer, on_tokens)
             if not batcher.outgrown:
                 return
-            job, candidates = growing.look_ahead(batcher.remaining(), job, PEEKED_BLOCKS * self.policy.block_size)
+            job, candidates = growing.look_ahead(batcher.remaining(), PEEKED_BLOCKS * self.policy.block_size)
             block = growing.prepared(self._prepare, self._holdable(job))
-            logger.info("a block for requests of up to %d tokens instead: what the stream began with was shorter", job.longest)
+            logger.info("made a larger block: a request was longer than those that the stream began with")
 
     def _refusal(self, candidate: Candidate) -> str:
         return growing.refusal(candidate, lambda job: self._needs(self._sizes(job)), self.budgets)

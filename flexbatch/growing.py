@@ -27,11 +27,10 @@ def holdable(job: Job, needs: Callable[[Job], list[Need]], budgets: dict[str, in
     return Job(job.cache_tokens[first:], job.prompt_tokens[first:]) if first < job.num_requests else Job((1,), (1,))
 
 
-def look_ahead(candidates: Iterator[Candidate], known: Job, count: int) -> tuple[Job, Iterator[Candidate]]:
-    """The job of the next ``count`` requests and the longest one of ``known``, which keeps blocks from shrinking and growing by turns; and the requests."""
+def look_ahead(candidates: Iterator[Candidate], count: int) -> tuple[Job, Iterator[Candidate]]:
+    """The job of the next ``count`` requests; and the requests."""
     peeked = list(itertools.islice(candidates, count))
-    ahead, longest = job_of(peeked), known.longest_first().first(1)
-    return Job(ahead.cache_tokens + longest.cache_tokens, ahead.prompt_tokens + longest.prompt_tokens), itertools.chain(peeked, candidates)
+    return job_of(peeked), itertools.chain(peeked, candidates)
 
 
 def prepared(prepare: Callable[[Job], T], job: Job) -> T:
