@@ -403,9 +403,7 @@ class LLM:
             self.speculation.open_block(self.speculator, sizes.sequence_tokens)
         if self.block is not None and self.block.suits(self.policy, sizes):
             return self.block
-        if self.block is not None:
-            self.block.close()
-            self.block = None
+        self._close_block()
         check_budgets(self._needs(sizes), self.budgets)
         policy, arch, tiers, lanes = self.policy, self.arch, self.tiers, self.lanes
         cache = KVCache(self.layout, sizes.cache, tiers, lanes)
@@ -463,6 +461,12 @@ class LLM:
                     yield retired.state.request, self._completion(retired)
             for retired in batcher.take_retired():
                 yield retired.state.request, self._completion(retired)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it.
+            self._close_block()
+            raise
         finally:
             batcher.abort()
             self.weights.drain()
@@ -563,15 +567,19 @@ class LLM:
         if plain.generated_tokens:
             report["plain_seconds"] = plain.seconds
             report["plain_tokens_per_second"] = plain.generated_tokens / plain.seconds
+            report["plain_tokens"] = plain.generated_tokens
             report["plain_passes"] = plain.passes
             report["speed_up"] = (fast.generated_tokens / fast.seconds) / (plain.generated_tokens / plain.seconds)
         return report
 
-    def close(self) -> None:
-        """Free pinned memory, threads and files."""
+    def _close_block(self) -> None:
         if self.block is not None:
             self.block.close()
             self.block = None
+
+    def close(self) -> None:
+        """Free pinned memory, threads and files."""
+        self._close_block()
         self._stack.close()
 
     def __enter__(self) -> LLM:

@@ -11,7 +11,7 @@ from flexbatch.detokenize import OutputText
 from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import Drawn
-from flexbatch.execution.work import PassWork, QueryTokens, Sequence
+from flexbatch.execution.work import PassWork, QueryTokens, Sequence, num_unread
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.placement import Spreader
 from flexbatch.policy.types import TIERS, Policy, Split
@@ -161,7 +161,9 @@ class Batcher:
         if tier == "cpu":
             self.attended.place("cpu" if on_cpu else "gpu", 1)
         prompt = candidate.state.request.prompt_token_ids
-        table = self.cache.open(tier, self.room(candidate), prompt, self.shareable(candidate, tier), on_cpu)
+        # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
+        read = prompt[: len(prompt) - num_unread(candidate.output, len(prompt))]
+        table = self.cache.open(tier, self.room(candidate), read, self.shareable(candidate, tier), on_cpu)
         k = min(self.places(candidate, tier), key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
         self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
 
@@ -252,6 +254,11 @@ class Batcher:
         return kept
 
     def retire(self, sequence: Sequence) -> None:
+        self.leave(sequence)
+        self.retired.append(Retired(sequence.state, sequence.output, sequence))
+
+    def leave(self, sequence: Sequence) -> None:
+        """Give back the place and the pages of a sequence."""
         self.micro_batches[sequence.micro_batch].remove(sequence)
         self.homes.remove(sequence.table.tier, 1)
         if sequence.table.tier == "cpu":
@@ -259,7 +266,6 @@ class Batcher:
         self.cache.free(sequence.table)
         if self.proposer is not None:
             self.proposer.retire(sequence)
-        self.retired.append(Retired(sequence.state, sequence.output, sequence))
 
     def take_retired(self) -> list[Retired]:
         retired, self.retired = self.retired, []
@@ -268,14 +274,11 @@ class Batcher:
     def abort(self) -> None:
         """Give back the pages of everything in flight."""
         for batch in self.micro_batches:
-            for sequence in batch:
-                self.cache.free(sequence.table)
-                if self.proposer is not None:
-                    self.proposer.retire(sequence)
-            batch.clear()
+            for sequence in list(batch):
+                self.leave(sequence)
 
     def check(self) -> None:
-        """Invariants: places and homes are counted right, every sequence is consistent."""
+        """Invariants: places, homes and pages are counted right, every sequence is consistent. Only one batcher may use a cache at a time."""
         sequences = [sequence for batch in self.micro_batches for sequence in batch]
         assert len(sequences) <= self.policy.block_size
         for k, batch in enumerate(self.micro_batches):
@@ -286,4 +289,7 @@ class Batcher:
                 sequence.check()
         for tier in TIERS:
             assert self.homes.placed[tier] == sum(sequence.table.tier == tier for sequence in sequences)
-        self.cache.check()
+        on_cpu = [sequence.table.attend_on_cpu for sequence in sequences if sequence.table.tier == "cpu"]
+        assert self.attended.placed == {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}, self.attended.placed
+        self.homes.check()
+        self.cache.check([sequence.table for sequence in sequences])
