@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from flexbatch.config import DoesNotFitError, EngineConfig
 from flexbatch.memory.tiers import Need, check_budgets
+from flexbatch.memory.weight_plan import StoredTensor, tensor_format
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import weight_specs
-from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job
+from flexbatch.planning import GROUP, MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit, Plan, price
 from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
@@ -49,14 +50,19 @@ class Problem:
     job: Job
     budgets: dict[str, int]
     element_bytes: int
-    stored_bits: int | None = None
-    """Bits of the weights of a checkpoint that is quantised already."""
+    prequantized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(bits, group) by role of a checkpoint that is quantised already."""
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
 
     @property
     def shape(self) -> ModelShape:
-        return model_shape(self.config.model, self.arch, self.element_bytes)
+        return model_shape(self.config.model, self.arch, self.element_bytes, self.config.weight_bits, self.prequantized)
+
+    @property
+    def stored_bits(self) -> int | None:
+        """Bits of the weights of a checkpoint that is quantised already."""
+        return max((bits for bits, _ in self.prequantized.values()), default=None)
 
     @property
     def percent(self) -> tuple[float | None, ...] | None:
@@ -85,9 +91,14 @@ Needs = Callable[[Policy], list[Need]]
 """The engine's exact needs under a policy."""
 
 
-def model_shape(name: str, arch: Arch, element_bytes: int) -> ModelShape:
-    """The sizes of all tensors in placement order. Of tied embeddings the table belongs to the head, which ships it."""
+def model_shape(name: str, arch: Arch, element_bytes: int, bits: int = 16, prequantized: Mapping[str, tuple[int, int]] | None = None) -> ModelShape:
+    """The sizes of all tensors in placement order. Of tied embeddings the table belongs to the head, which ships it.
+
+    ``prequantized`` roles of a checkpoint keep their own (bits, group), and with them every matrix beside them is stored at ``bits`` already.
+    """
     specs = list(weight_specs(arch))
+    block = [spec for spec in specs if spec.layer == 0]
+    stored = [StoredTensor(spec, "gpu", *tensor_format(spec, bits, GROUP, prequantized or {}), element_bytes).num_bytes for spec in block]
 
     def elements(layers: Iterable[int]) -> tuple[int, ...]:
         return tuple(math.prod(spec.shape) for spec in specs if spec.layer in layers and not (spec.role == "embed.weight" and arch.tie_word_embeddings))
@@ -107,6 +118,7 @@ def model_shape(name: str, arch: Arch, element_bytes: int) -> ModelShape:
         embedding_tensors=elements((-1,)),
         mlp_matrices=3 if arch.mlp == "gated" else 2,
         element_bytes=element_bytes,
+        stored_block_bytes=tuple(stored) if prequantized else (),
     )
 
 

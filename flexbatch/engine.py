@@ -57,6 +57,9 @@ class Statistics:
     requests: int = 0
     load_seconds: float = 0.0
     loaded_bytes: int = 0
+    """Read from the checkpoint, in its own dtype."""
+    reused_bytes: int = 0
+    """Taken from what an earlier start left in the offload folder, in place of the checkpoint."""
     moved_bytes: dict[str, int] = field(default_factory=dict)
 
 
@@ -190,8 +193,7 @@ class LLM:
 
     def _decide(self, job: Job, loaded: Policy | None = None) -> None:
         """Policy and plan for a job; with ``loaded``, around weights that are in memory. Raises DoesNotFitError."""
-        stored = max((bits for bits, _ in self._packed.values()), default=None)
-        self.problem = choosing.Problem(self.arch, self.config, job, self.budgets, self.dtype.itemsize, stored, loaded)
+        self.problem = choosing.Problem(self.arch, self.config, job, self.budgets, self.dtype.itemsize, self._packed, loaded)
         choice = choosing.choose_policy(self.problem, lambda: self.hardware, lambda policy: self._needs_of(policy, job))
         self.policy, self.plan_of_run = choice.policy, choice.plan
         self.layout = planning.cache_layout(self.arch, self.policy.cache_bits, self.dtype)
@@ -265,6 +267,7 @@ class LLM:
         loader = Loader(self.weights, files if uses_disk or config.offload_path else None, cache_quantized=config.offload_path is not None)
         with torch.inference_mode():
             self.statistics.loaded_bytes = loader.load(self._pieces)
+            self.statistics.reused_bytes = loader.reused_bytes
         self.weights.check()
         self.speculator: Speculator | None = None
         if self.speculation is not None:
@@ -546,6 +549,8 @@ class LLM:
                 "disk": self.tiers.disk.peak_bytes,
             },
             "load_seconds": s.load_seconds,
+            "loaded_bytes": s.loaded_bytes,
+            "reused_bytes": s.reused_bytes,
             "seconds": s.seconds,
             "passes": s.passes,
             "requests": s.requests,

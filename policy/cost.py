@@ -131,8 +131,7 @@ class PassModel:
 
     def _stage(self, name: str, compute: str, fetch: str, count: int) -> Stage:
         shape, bits = self.shape, self.policy.weight_bits
-        fetched = shape.block_elements if fetch == "layer" else shape.head_elements
-        weights = shape.weight_bytes(fetched, bits if fetch == "layer" else 16)
+        weights = shape.block_bytes(bits) if fetch == "layer" else shape.weight_bytes(shape.head_elements, 16)
         traffic = self._layer_traffic() if compute == "layer" else self._head_traffic()
         traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
         traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
@@ -140,7 +139,7 @@ class PassModel:
         seconds = self._seconds(traffic, gpu_seconds, gpu_bytes)
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for another resource.
-            expansion = self._expanded_bytes(shape.block_elements if compute == "layer" else 0) / self.hardware.expand
+            expansion = (self._expanded_bytes() if compute == "layer" else 0.0) / self.hardware.expand
             first = (gpu_seconds - affine(expansion)) / self.batches + affine(expansion)
             for row in ("h2d", "cpu_attention"):
                 seconds[f"{row} after expansion"] = first + seconds[row] * (1 - 1 / self.batches)
@@ -176,7 +175,7 @@ class PassModel:
     def _layer_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
         shape, hardware, load = self.shape, self.hardware, self.load
-        seconds, flops, moved = self._gemm(shape.block_elements, self.tokens, self._expanded_bytes(shape.block_elements))
+        seconds, flops, moved = self._gemm(shape.block_elements, self.tokens, self._expanded_bytes())
         elementwise = 2.0 * self.tokens * shape.workspace_bytes
         heads = 4.0 * shape.num_heads * shape.head_dim
         prompt_flops = heads * np.asarray(load.prompt_pairs)
@@ -207,10 +206,10 @@ class PassModel:
         seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
-    def _expanded_bytes(self, elements: int) -> float:
-        """Read and written to expand quantised weights to 16 bits; 0 for 16 bits."""
+    def _expanded_bytes(self) -> float:
+        """Read and written to expand a layer's quantised weights to 16 bits; 0 for 16 bits."""
         bits = self.policy.weight_bits
-        return 0.0 if bits == 16 else float(self.shape.weight_bytes(elements, bits) + self.shape.weight_bytes(elements, 16))
+        return 0.0 if bits == 16 else float(self.shape.block_bytes(bits) + self.shape.block_bytes(16))
 
     def _work(self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray) -> dict[str, np.ndarray]:
         h2d, d2h = traffic["h2d"] + traffic["gathered"], traffic["d2h"] + traffic["scattered"]

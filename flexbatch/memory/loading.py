@@ -41,6 +41,8 @@ class Loader:
         self.cache_quantized = cache_quantized and folder is not None
         self.building: dict[Key, tuple[Tensor, Views]] = {}
         self.rows_written: dict[Key, int] = {}
+        self.reused_bytes = 0
+        """Of the tensors that came from files of earlier runs, as they are stored."""
 
     def filed(self, stored: StoredTensor) -> bool:
         """Whether this tensor has a file in the offload folder."""
@@ -57,6 +59,7 @@ class Loader:
             if is_complete(path, stored):
                 self.finish_from_file(key, stored, path)
                 reused.add(key)
+                self.reused_bytes += stored.num_bytes
         return reused
 
     def finish_from_file(self, key: Key, stored: StoredTensor, path: Path) -> None:
