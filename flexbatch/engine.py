@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from flexbatch import adapting, choosing, machines, planning
+from flexbatch import adapting, choosing, growing, machines, planning
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.detokenize import OutputText
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
@@ -215,9 +215,16 @@ class LLM:
 
     def _suit(self, job: Job) -> None:
         """Decide again for a job that is not like the one that the policy was chosen for; the weights stay where they are."""
-        if not choosing.differs(self.problem, self.policy, job) and not choosing.overshoot(self._needs(self._sizes(job)), self.budgets):
+        fits = not choosing.overshoot(self._needs(self._sizes(job)), self.budgets)
+        if fits and not choosing.differs(self.problem, self.policy, job):
             return
-        self._decide(job, self.policy)
+        problem = self.problem
+        try:
+            self._decide(job, self.policy)
+        except DoesNotFitError:
+            self.problem = problem
+            if not fits:
+                raise
 
     def _read_model(self) -> None:
         """Architecture and tokenizer; no weights yet."""
@@ -361,7 +368,7 @@ class LLM:
                 break
             peeked.append(item)
         if peeked:
-            job = self._job((request.prompt_token_ids, request.params) for _, request in peeked)
+            job = self._holdable(self._job((request.prompt_token_ids, request.params) for _, request in peeked))
             pending: dict[int, dict[int, Completion]] = {}
             report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
             for request, completion in self._run(itertools.chain(peeked, source), job, report):
@@ -400,9 +407,7 @@ class LLM:
             self.speculation.open_block(self.speculator, sizes.sequence_tokens)
         if self.block is not None and self.block.suits(self.policy, sizes):
             return self.block
-        if self.block is not None:
-            self.block.close()
-            self.block = None
+        self._close_block()
         check_budgets(self._needs(sizes), self.budgets)
         policy, arch, tiers, lanes = self.policy, self.arch, self.tiers, self.lanes
         cache = KVCache(self.layout, sizes.cache, tiers, lanes)
@@ -418,10 +423,28 @@ class LLM:
     def _run(
         self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
     ) -> Iterator[tuple[Request, Completion]]:
-        """The loop of the engine: compose a pass, run it, commit what it drew."""
+        """All requests, in one block; in another one from where a request is longer than ``job`` said and has outgrown it."""
+        candidates, proposer = self._candidates(requests), self.speculator if speculate else None
         block = self._prepare(job)
-        proposer = self.speculator if speculate else None
-        batcher = Batcher(self.policy, block.cache, self._candidates(requests), block.sizes.max_micro_batch_tokens, proposer)
+        while True:
+            batcher = Batcher(self.policy, block.cache, candidates, block.sizes.max_micro_batch_tokens, self._refusal, proposer)
+            yield from self._run_block(block, batcher, proposer, on_tokens)
+            if not batcher.outgrown:
+                return
+            job, candidates = growing.look_ahead(batcher.remaining(), job, PEEKED_BLOCKS * self.policy.block_size)
+            block = growing.prepared(self._prepare, self._holdable(job))
+            logger.info("a block for requests of up to %d tokens instead: what the stream began with was shorter", job.longest)
+
+    def _refusal(self, candidate: Candidate) -> str:
+        return growing.refusal(candidate, lambda job: self._needs(self._sizes(job)), self.budgets)
+
+    def _holdable(self, job: Job) -> Job:
+        return growing.holdable(job, lambda job: self._needs(self._sizes(job)), self.budgets)
+
+    def _run_block(
+        self, block: Block, batcher: Batcher, proposer: Speculator | None, on_tokens: Callable[[int, str], None] | None
+    ) -> Iterator[tuple[Request, Completion]]:
+        """The loop of the engine: compose a pass, run it, commit what it drew."""
         meter, generated = self._meter(), self.statistics.generated_tokens
         shown: dict[int, int] = {}
         started = time.perf_counter()
@@ -442,6 +465,12 @@ class LLM:
                     yield retired.state.request, self._completion(retired)
             for retired in batcher.take_retired():
                 yield retired.state.request, self._completion(retired)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it.
+            self._close_block()
+            raise
         finally:
             batcher.abort()
             self.weights.drain()
@@ -544,15 +573,19 @@ class LLM:
         if plain.generated_tokens:
             report["plain_seconds"] = plain.seconds
             report["plain_tokens_per_second"] = plain.generated_tokens / plain.seconds
+            report["plain_tokens"] = plain.generated_tokens
             report["plain_passes"] = plain.passes
             report["speed_up"] = (fast.generated_tokens / fast.seconds) / (plain.generated_tokens / plain.seconds)
         return report
 
-    def close(self) -> None:
-        """Free pinned memory, threads and files."""
+    def _close_block(self) -> None:
         if self.block is not None:
             self.block.close()
             self.block = None
+
+    def close(self) -> None:
+        """Free pinned memory, threads and files."""
+        self._close_block()
         self._stack.close()
 
     def __enter__(self) -> LLM:

@@ -42,6 +42,10 @@ class Job:
         """The job of its first requests alone."""
         return Job(self.cache_tokens[:count], self.prompt_tokens[:count])
 
+    def longest_first(self) -> Job:
+        pairs = sorted(zip(self.cache_tokens, self.prompt_tokens, strict=True), reverse=True)
+        return Job(tuple(cache for cache, _ in pairs), tuple(prompt for _, prompt in pairs))
+
     @property
     def num_requests(self) -> int:
         return len(self.cache_tokens)

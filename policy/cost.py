@@ -38,6 +38,9 @@ JOINT = {
 }
 """Rows where resources slow each other, and the resource that is named when such a row limits."""
 ROWS = RESOURCES + tuple(JOINT)
+GRAPHED_SEQUENCES = 512
+"""The executor captures no larger decode pass."""
+RESIDENT = 1e-6
 
 
 def affine(constant: Number = 0.0, **coefficients: Number) -> np.ndarray:
@@ -98,9 +101,19 @@ class PassModel:
         kinds = [("layer", "layer", "layer", layers - 1), ("last layer", "layer", "head", 1), ("head", "head", "layer", 1)]
         return [self._stage(name, compute, fetch, count) for name, compute, fetch, count in kinds if count]
 
+    def launched(self, point: np.ndarray) -> np.ndarray:
+        """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one CUDA graph."""
+        ticks = self.launch_seconds - self.hardware.pass_seconds
+        resident = all(point[1 + VARIABLES.index(f"{kind}_gpu")] >= 1 - RESIDENT for kind in KINDS)
+        one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap and self.policy.query_tokens == 1
+        if not one_graph:
+            return np.asarray(self.launch_seconds)
+        graphed = (np.asarray(self.load.prompt_tokens) == 0) & (np.asarray(self.load.decode_sequences) <= GRAPHED_SEQUENCES)
+        return self.hardware.pass_seconds + np.where(graphed, 0.0, ticks)
+
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""
-        return self.launch_seconds + total(s.count * slowest(s.seconds.values(), point) for s in self.stages())
+        return self.launched(point) + total(s.count * slowest(s.seconds.values(), point) for s in self.stages())
 
     def resource_seconds(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Time that each row needs in one pass, were it alone."""
@@ -167,9 +180,11 @@ class PassModel:
         heads = 4.0 * shape.num_heads * shape.head_dim
         prompt_flops = heads * np.asarray(load.prompt_pairs)
         decode_flops = heads * self.policy.query_tokens * np.asarray(load.decode_context)
-        # Expanding quantised rows inside attention costs instructions: they are not read faster than half the bytes of 16-bit rows would be.
         read = self.row_bytes * np.asarray(load.decode_context)
-        reading = np.maximum(read, 0.5 * self.row_bytes_16 * np.asarray(load.decode_context)) / hardware.attention_decode
+        reading = read / hardware.attention_decode
+        if self.policy.cache_bits != 16:
+            # Expanding rows inside attention costs instructions, more than the bytes that it saves.
+            reading = np.maximum(reading, self.row_bytes_16 * np.asarray(load.decode_context) / hardware.quantized_attention)
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
         flops = flops + prompt_flops + decode_flops

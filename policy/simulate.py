@@ -81,8 +81,9 @@ class _TickCosts:
                 seconds += 4 * shape.num_heads * shape.head_dim * pairs / hardware.attention_prefill
             elif not s.attended_on_cpu:
                 flops = 4 * shape.num_heads * shape.head_dim * s.query_tokens * (s.before + 1)
-                read = max(row, shape.token_bytes(16) / 2) * (s.before + 1)
-                seconds += max(flops / hardware.attention_prefill, read / hardware.attention_decode)
+                expand = 0.0 if self.policy.cache_bits == 16 else shape.token_bytes(16) / hardware.quantized_attention
+                read = max(row / hardware.attention_decode, expand) * (s.before + 1)
+                seconds += max(flops / hardware.attention_prefill, read)
         return seconds
 
 

@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("execution",),
     ("speculative",),
     ("planning",),
-    ("machines", "choosing", "adapting"),
+    ("kernel_rates", "machines", "choosing", "adapting", "growing"),
     ("engine",),
     ("cli", "workload", "progress", "tables"),
     ("run", "__main__"),

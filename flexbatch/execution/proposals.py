@@ -41,10 +41,13 @@ class Proposer(Protocol):
         """
 
     def judges(self, query: QueryTokens) -> bool:
-        """Whether `verify` decides about this tree. Otherwise the path is followed that plain decoding would draw."""
+        """Whether `verify` decides about this tree. Otherwise `follow` does."""
 
     def verify(self, query: QueryTokens, logits: Tensor) -> Drawn:
         """The accepted path and its tokens. logits: [query.num_tokens, vocab] float32."""
+
+    def follow(self, query: QueryTokens, drawn: Drawn) -> Drawn:
+        """The path of a tree, given the token that plain decoding would draw after each of its query tokens."""
 
     def observe(self, results: Many[tuple[QueryTokens, Drawn]]) -> None:
         """What the pass gave every sequence that drew tokens, before EOS, a stop string or a limit cuts their paths. Prompts just read are among them."""

@@ -39,6 +39,8 @@ class Verifier(Protocol):
 
     def verify(self, query: QueryTokens, logits: Tensor) -> Drawn: ...
 
+    def follow(self, query: QueryTokens, drawn: Drawn) -> Drawn: ...
+
 
 def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dict[QueryTokens, Drawn]:
     """Sample the next token of every sequence whose newest token was in the pass, and score prompt tokens where that was asked for.
@@ -65,7 +67,10 @@ def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dic
             drawn = results.setdefault(query, Drawn())
             drawn.token_ids.append(token_id)
             drawn.logprobs.append(entry)
-    return {query: drawn.follow(query) if query.parents is not None and query not in judged else drawn for query, drawn in results.items()}
+    for query, drawn in results.items():
+        if query.parents is not None and query not in judged:
+            results[query] = drawn.follow(query) if verifier is None else verifier.follow(query, drawn)
+    return results
 
 
 def collect(judged: dict[QueryTokens, list[Tensor]], query: QueryTokens, logits: Tensor, results: dict[QueryTokens, Drawn], verifier: Verifier) -> None:

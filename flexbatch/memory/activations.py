@@ -43,6 +43,8 @@ class ActivationStore:
         self.row_bytes = width * dtype.itemsize
         self.stored: dict[int, Stored] = {}
         self.counts: dict[int, tuple[int, int, int]] = {}
+        self.realized = dict.fromkeys(TIERS, 0)
+        """Hidden rows of the last planned pass on each tier."""
         rows = max_tokens + page_tokens
         self.host = [tiers.cpu.allocate(f"activations {k}", rows * self.row_bytes) for k in range(num_micro_batches)] if split.cpu or split.disk else []
         self.files: list[DiskFile] = []
@@ -69,7 +71,7 @@ class ActivationStore:
                 spreader.place(tier, rows)
                 counts[tier] += rows
             self.counts[k] = (counts["gpu"], counts["cpu"], counts["disk"])
-        self.realized = dict(spreader.placed)
+        self.realized = {tier: int(rows) for tier, rows in spreader.placed.items()}
 
     @property
     def realized_percent(self) -> dict[str, float]:
@@ -134,7 +136,7 @@ class ActivationStore:
             assert sum(stored.counts) == stored.num_tokens, (k, stored.counts, stored.num_tokens)
 
     def close(self) -> None:
-        self.synchronize()
+        self.lanes.settle()
         for file in self.files:
             file.close()
         self.stored.clear()

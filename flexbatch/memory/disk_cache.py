@@ -105,8 +105,7 @@ class DiskCache:
 
     def check(self) -> None:
         """Invariants: tails are owned once; flushed counts are whole pages."""
-        assert len(set(self.free_tails)) == len(self.free_tails)
-        assert not set(self.free_tails) & set(self.flushed)
+        assert sorted([*self.free_tails, *self.flushed]) == list(range(self.tails.shape[1])), (self.free_tails, self.flushed.keys())
         for flushed in self.flushed.values():
             assert all(count % self.layout.page_tokens == 0 for count in flushed), flushed
 

@@ -87,6 +87,13 @@ class Loader:
             raise CheckpointError(f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full")
         return taken
 
+    def check(self) -> None:
+        """Invariants: no row is delivered twice; only unfinished tensors of the disk tier are held in memory."""
+        for key, rows in self.rows_written.items():
+            assert rows <= self.stored[key].spec.shape[0], (key, rows)
+        for key in self.building:
+            assert self.stored[key].tier == "disk" and key not in self.store.files, key
+
     def write(self, piece: Piece | QuantizedPiece) -> int:
         key = (piece.layer, piece.role)
         stored = self.stored[key]

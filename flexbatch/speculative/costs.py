@@ -76,3 +76,8 @@ class MeasuredCosts:
     def draft_seconds(self, depth: float) -> float:
         """Of growing ``depth`` levels; nothing before the first was measured."""
         return median(self.levels) * depth if self.levels else 0.0
+
+    def report(self) -> dict[str, object]:
+        """What was learned: the latest seconds of a pass by its query tokens, and of one level of drafting."""
+        passes = [{"query_tokens": round(point.tokens), "seconds": point.seconds} for _, point in sorted(self.points.items())]
+        return {"pass_seconds": passes, "draft_level_seconds": self.draft_seconds(1)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import Drawn
-from flexbatch.execution.sampling import sample, token_logprobs
+from flexbatch.execution.sampling import token_logprobs
 from flexbatch.execution.work import QueryTokens, Sequence
 from flexbatch.request import TokenLogprob
 from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, choose_shapes
@@ -163,13 +163,11 @@ class Speculator:
 
     def judges(self, query: QueryTokens) -> bool:
         """See `proposals.Proposer`."""
-        return self.simulate is not None or self.proposed[query.sequence].drawn is not Drawing.DETERMINISTIC
+        return self.simulate is None and self.proposed[query.sequence].drawn is not Drawing.DETERMINISTIC
 
     def verify(self, query: QueryTokens, logits: Tensor) -> Drawn:
-        """See `proposals.Proposer`: trees drawn by chance, and every tree when acceptance is simulated."""
+        """See `proposals.Proposer`: trees drawn by chance."""
         state, tree = query.sequence.state, self.proposed[query.sequence]
-        if self.simulate is not None:
-            return self.verify_simulated(query, logits, tree, self.simulate)
         (source,) = self.sources
         kept = source.distributions[state]
         verdict = verify(tree, target_probabilities(logits, state, query.paths), RequestDraws(state, logits.device), [kept[parent] for parent in tree.parents])
@@ -177,19 +175,21 @@ class Speculator:
         tokens = list(verdict.tokens(tree))
         return Drawn(tokens, entries(logits[[0, *path]], tokens, state), path=path)
 
-    def verify_simulated(self, query: QueryTokens, logits: Tensor, tree: TokenTree, chance: float) -> Drawn:
-        """A coin of the request's own stream at every depth decides about the likeliest child."""
-        state = query.sequence.state
+    def follow(self, query: QueryTokens, drawn: Drawn) -> Drawn:
+        """See `proposals.Proposer`: the matching path, or a simulated one."""
+        return drawn.follow(query) if self.simulate is None else self.follow_coins(query, drawn, self.simulate)
+
+    def follow_coins(self, query: QueryTokens, drawn: Drawn, chance: float) -> Drawn:
+        """A coin of the request's own stream at every depth decides about the likeliest child. Log-probabilities are those of the tokens drawn there."""
+        state, tree = query.sequence.state, self.proposed[query.sequence]
+        depth = tree.shape.max_depth
+        coins = uniforms([state.key] * depth, [len(state.output_token_ids) + d for d in range(depth)], 1, "cpu", ACCEPT_DRAW)[:, 0].tolist()
         path: list[int] = []
-        while children := tree.shape.children[path[-1] if path else 0]:
-            position = len(state.output_token_ids) + len(path)
-            if uniforms([state.key], [position], 1, "cpu", ACCEPT_DRAW).item() >= chance:
-                break
+        while (children := tree.shape.children[path[-1] if path else 0]) and coins[len(path)] < chance:
             path.append(children[0] + 1)
-        last = path[-1] if path else 0
-        sampled = sample(logits[last : last + 1], [state], [query.paths[last]])
-        tokens = [*query.paths[last], int(sampled.token_ids[0])]
-        return Drawn(tokens, entries(logits[[0, *path]], tokens, state), path=tuple(path))
+        places = (0, *path)
+        tokens = [*query.paths[places[-1]], drawn.token_ids[places[-1]]]
+        return Drawn(tokens, [drawn.logprobs[place] for place in places], drawn.prompt_logprobs, tuple(path))
 
     def observe(self, results: Many[tuple[QueryTokens, Drawn]]) -> None:
         """See `proposals.Proposer`."""
@@ -234,8 +234,13 @@ class Speculator:
             "tokens_per_sequence_pass": totals.emitted_tokens / totals.sequence_passes if totals.sequence_passes else 0.0,
             "drafted_tokens": totals.drafted_tokens,
             "accepted_tokens": totals.emitted_tokens - totals.sequence_passes,
+            "emitted_tokens": totals.emitted_tokens,
+            "sequence_passes": totals.sequence_passes,
+            "draft_seconds": totals.draft_seconds,
+            "pass_seconds": totals.pass_seconds,
             "draft_share_of_time": totals.draft_seconds / seconds if seconds else 0.0,
             "acceptance": {group: statistics.report() for group, statistics in totals.statistics.items()},
+            "costs": self.costs.report(),
         }
 
     def check(self) -> None:

@@ -8,9 +8,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from flexbatch.apps.jobs.journal import HEADER
 from tests.apps_batch.helpers import journal_bytes, parts_of, read_output, shared_prompts, wait_for, write_input
 from tests.apps_batch.helpers import start as start_driver
 
@@ -52,6 +54,32 @@ def test_a_sampled_job_that_was_killed_equals_an_undisturbed_one(tmp_path: Path)
 @pytest.mark.slow
 def test_five_thousand_rows_killed_twenty_times(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, 5000, 20, "--max-tokens", 8)
+
+
+@pytest.mark.slow
+def test_a_ray_job_with_three_engines_survives_the_death_of_one(tmp_path: Path) -> None:
+    """Real actors with the demo model, one killed, against one process. A third of a CPU each: with whole ones Ray would wait for ever on two CPUs."""
+    pytest.importorskip("ray")
+    source, out, flags = write_input(tmp_path / "in.parquet", shared_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
+    finished(start(source, tmp_path / "whole", *flags, count_file=tmp_path / "once"))
+    process = start(source, out, *flags, "--ray", "--ray-actors", "3", "--ray-cpus", "0.3", count_file=tmp_path / "tokens")
+    wait_for(lambda: len(busy_workers(out)) == 3, process, 300)
+    actors = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::Worker" in " ".join(child.cmdline())]
+    assert len(actors) == 3, process.communicate()
+    actors[1].kill()
+    committed = len(parts_of(out))
+    finished(process)
+    assert committed < 27 and len(list((out / ".flexbatch").glob("commits-worker-*.log"))) == 4, "the fourth is the killed actor, started again"
+    assert read_output(out).equals(read_output(tmp_path / "whole"))
+    once, tokens = ((tmp_path / name).stat().st_size for name in ("once", "tokens"))
+    print(f"3 actors, 1 killed after {committed} of 30 parts: {tokens} tokens generated, {once} in one process")
+    assert once <= tokens <= once + 16 * 16, "a death costs what one block of 16 sequences had in flight"
+    assert not list((out / ".flexbatch").glob("journal-*"))
+
+
+def busy_workers(out: Path) -> list[Path]:
+    """Logs of the actors of a Ray job that have committed a part."""
+    return [log for log in (out / ".flexbatch").glob("commits-worker-*.log") if log.stat().st_size > HEADER.size]
 
 
 def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:

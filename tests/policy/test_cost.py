@@ -20,7 +20,7 @@ def free_launch(name: str) -> Hardware:
     hardware = load_hardware(name)
     rate = hardware.cpu_attention.values[0]
     alone = dataclasses.replace(hardware, cpu_attention_during_h2d=rate, h2d_during_cpu_attention=hardware.h2d)
-    return dataclasses.replace(alone, launch_seconds=0.0, pass_seconds=0.0, link_both=1e15, host_bandwidth=1e15)
+    return dataclasses.replace(alone, launch_seconds=0.0, pass_seconds=0.0, link_seconds=0.0, link_both=1e15, host_bandwidth=1e15)
 
 
 def block(policy: Policy, context: int, chunk: int = 0, before: int = 0) -> tuple[list[SimulatedSequence], PassLoad]:

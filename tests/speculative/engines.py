@@ -1,0 +1,56 @@
+"""Engines with drafts, and drafts that say what a test wants them to."""
+
+from __future__ import annotations
+
+from flexbatch import LLM, SamplingParams
+from tests.engine.conftest import NEW_TOKENS
+
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
+PLACES = {
+    "gpu": (100, 0, 100, 0, 100, 0),
+    "cpu": (0, 100, 0, 100, 0, 100),
+    "disk": (0, 0, 0, 0, 100, 0),
+    "mixed": (30, 40, 40, 30, 30, 40),
+}
+
+
+class Scripted:
+    """A draft that proposes whatever ``make(sequence, max_depth)`` says."""
+
+    name = "scripted"
+
+    def __init__(self, make) -> None:
+        self.make = make
+        self.peak_bytes = 0
+        self.distributions: dict = {}
+
+    def draft(self, sequences, plans):
+        return [self.make(sequence, plan.num_levels).cut(plan.num_levels) for sequence, plan in zip(sequences, plans, strict=True)]
+
+    def retire(self, sequence) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def engine(model, tmp_path, place="gpu", **settings) -> LLM:
+    common = {"gpu_batch_size": 3, "num_gpu_batches": 2, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "device": "cpu", "prefill_chunk": 50}
+    return LLM(str(model.folder), percent=PLACES[place], offload_dir=str(tmp_path), **{**common, **settings})
+
+
+def tokens(llm: LLM, prompts, params=GREEDY) -> list[list[int]]:
+    completions = llm.generate(prompts, params)
+    if llm.speculator is not None:
+        llm.speculator.check()
+    llm.block.check()
+    return [completion.token_ids for completion in completions]
+
+
+def continuation(model, sequence) -> list[int]:
+    """What the target will generate next."""
+    index = model.prompts.index(sequence.token_ids[: sequence.num_prompt_tokens])
+    return model.token_ids[index][len(sequence.output.token_ids) :]

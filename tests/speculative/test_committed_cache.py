@@ -1,0 +1,64 @@
+"""What speculation leaves in the cache."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from flexbatch import SamplingParams
+from flexbatch.execution.batcher import Batcher
+from flexbatch.speculative.tree import TokenTree, TreeShape
+from tests.speculative.engines import PLACES, Scripted, continuation, engine, tokens
+from tests.tiny_models import VOCAB
+
+
+def capture(monkeypatch, rows: dict) -> None:
+    """Keep every sequence's cached rows as it retires: tokens -> [layers, tokens, ...]."""
+    retire = Batcher.retire
+
+    def keep(self, sequence) -> None:
+        cache, table, layout = self.cache, sequence.table, self.cache.layout
+        cache.synchronize()
+        found = []
+        for layer in range(layout.num_layers):
+            if table.tier == "disk":
+                pages = torch.zeros(layout.num_pages(table.num_tokens), layout.page_bytes, dtype=torch.uint8)
+                cache.disk.read([(table, table.num_tokens)], layer, pages, cache.lanes.disk_chunks)
+                found.append(layout.row_view(pages.view(-1))[: table.num_tokens].clone())
+            else:
+                found.append(cache.rows(table.tier, layer)[table.slots(0, table.num_tokens, layout.page_tokens)].clone())
+        rows[tuple(sequence.token_ids[: table.num_tokens])] = torch.stack(found)
+        retire(self, sequence)
+
+    monkeypatch.setattr(Batcher, "retire", keep)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_cache_after_commit_equals_a_fresh_prefill(place, reference, tmp_path, monkeypatch):
+    model = reference("llama")
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+    capture(monkeypatch, kept)
+    generator = random.Random(1)
+
+    def branching(sequence, depth):
+        """The truth behind a wrong sibling at every depth, so that every accepted row has to move."""
+        truth = continuation(model, sequence)[: generator.randrange(1, 5)]
+        nodes, parents, last = [], [], -1
+        for token in truth:
+            parents += [last, last]
+            nodes += [(token + 1) % VOCAB, token]
+            last = len(nodes) - 1
+        return TokenTree(tuple(nodes), TreeShape(tuple(parents)))
+
+    with engine(model, tmp_path, place, draft=("ngram",), tree="best-first:20") as llm:
+        llm.speculator.sources = [Scripted(branching)]
+        assert tokens(llm, model.prompts) == model.token_ids
+        assert llm.report()["speculation"]["tokens_per_sequence_pass"] > 2
+    committed, texts = dict(kept), list(kept)
+    kept.clear()
+    with engine(model, tmp_path, place, prefill_chunk=300) as llm:
+        llm.generate([list(text) for text in texts], SamplingParams(max_tokens=1, temperature=0))
+    for text in texts:
+        torch.testing.assert_close(committed[text], kept[text], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,95 @@
+"""Settings, reports and ends of jobs with speculation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.config import ConfigurationError
+from tests.speculative.engines import GREEDY, engine, tokens
+from tests.tiny_models import make_model, make_tokenizer
+
+
+def test_simulated_acceptance_is_labelled(reference, other, tmp_path):
+    model = reference("llama")
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=1)
+    with engine(model, tmp_path, draft=(str(other),), tree="chain:4", simulate_acceptance=0.8) as llm:
+        completions = llm.generate(model.prompts, params)
+        report = llm.report()["speculation"]
+    assert report["simulated_acceptance"] == 0.8
+    assert all(len(completion.token_ids) == len(completion.logprobs) == 40 for completion in completions)
+    # 1 + 0.8 + 0.8^2 + 0.8^3 + 0.8^4 = 3.36, less what the ends cut off.
+    assert 2.7 < report["tokens_per_sequence_pass"] < 3.7
+
+
+def test_compare_plain_measures_both_in_one_run(reference, tmp_path):
+    model = reference("llama")
+    with engine(model, tmp_path, draft=(str(model.folder),), tree="chain:3", compare_plain=True) as llm:
+        assert tokens(llm, model.prompts) == model.token_ids
+        report = llm.report()
+    speculation = report["speculation"]
+    assert speculation["plain_passes"] > report["passes"] and speculation["speed_up"] > 0
+    assert report["requests"] == len(model.prompts), "the plain run is not counted twice"
+
+
+def test_wrong_settings_are_refused_before_anything_is_loaded(reference, tmp_path):
+    model = reference("llama")
+    strange = tmp_path / "strange"
+    make_model("llama", strange, vocab_size=310, seed=1)
+    make_tokenizer(310).save_pretrained(strange)
+    (strange / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ConfigurationError, match=r"different tokenizers \(310 and 307 tokens"):
+        engine(model, tmp_path, draft=(str(strange),))
+    with pytest.raises(ConfigurationError, match="needs a draft"):
+        engine(model, tmp_path, tree="chain:3")
+    with pytest.raises(ConfigurationError, match="needs a draft"):
+        engine(model, tmp_path, simulate_acceptance=0.5)
+    with pytest.raises(ConfigurationError, match="not a tree"):
+        engine(model, tmp_path, draft=("ngram",), tree="bush:3")
+    with pytest.raises(ConfigurationError, match="between 0 and 1"):
+        engine(model, tmp_path, draft=("ngram",), simulate_acceptance=1.5)
+
+
+def test_an_abandoned_job_leaves_nothing_behind(reference, tmp_path):
+    model = reference("llama")
+    with engine(model, tmp_path, draft=(str(model.folder), "ngram"), tree="chain:2") as llm:
+        items = ((i, prompt, GREEDY) for i, prompt in enumerate(model.prompts))
+        stream = llm.stream(items)
+        next(stream)
+        stream.close()
+        assert not llm.speculator.sources[0].followed and not llm.speculator.sources[1].lookups
+        assert tokens(llm, model.prompts) == model.token_ids
+
+
+HUMANEVAL = Path(__file__).parents[3] / "shared" / "data" / "humaneval.jsonl"
+
+
+@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs the shared data")
+@pytest.mark.parametrize("draft", [("demo-draft",), ("ngram",), ("demo-draft", "ngram")], ids=" ".join)
+def test_the_demo_pair_saves_passes_on_real_prompts(draft, tmp_path):
+    """Weights on disk; the ratio of seconds is reported, and asserted nowhere: it belongs to the machine."""
+    prompts = [json.loads(line)["prompt"] for line in HUMANEVAL.read_text().splitlines()[:6]]
+    settings = {"percent": (0, 0, 100, 0, 100, 0), "gpu_batch_size": 6, "num_gpu_batches": 1, "offload_dir": str(tmp_path), "device": "cpu"}
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", draft=draft, tree="chain:4", compare_plain=True, **settings) as llm:
+        fast = [completion.token_ids for completion in llm.generate(prompts, params)]
+        report = llm.report()
+    with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", **settings) as llm:
+        assert [completion.token_ids for completion in llm.generate(prompts, params)] == fast
+    run = report["speculation"]
+    assert run["tokens_per_sequence_pass"] > 1.3 and report["passes"] < 0.9 * run["plain_passes"] and run["speed_up"] > 0
+
+
+def test_a_prepared_engine_reports_before_its_first_pass(reference, tmp_path):
+    """The benchmark asks between the two: whatever was allocated, nothing has run."""
+    model = reference("llama")
+    with engine(model, tmp_path, "mixed", draft=("ngram",)) as llm:
+        llm.prepare(model.prompts, GREEDY)
+        report = llm.report()
+        assert report["passes"] == 0 and report["realized_percent"]["activations"] == {"gpu": 0, "cpu": 0, "disk": 0}
+        assert report["speculation"]["costs"] == {"pass_seconds": [], "draft_level_seconds": 0.0}
+        tokens(llm, model.prompts)
+        assert llm.report()["realized_percent"]["activations"]["cpu"] > 0
