@@ -181,6 +181,7 @@ def paged_attention(
     bits: int = 16,
     group: int = 64,
     alibi_slopes: Tensor | None = None,
+    alibi_scale: float = 0.0,
     window: int = 0,
     soft_cap: float = 0.0,
     tree_masks: Tensor | None = None,
@@ -192,8 +193,9 @@ def paged_attention(
 
     query: [num_tokens, num_heads, head_dim], the query tokens of all sequences one after another. rows: token rows of one layer.
     page_table: [num_sequences, max_pages] int32. query_starts: [num_sequences + 1] int32. context_lens: [num_sequences] int32, keys of each
-    sequence including its own query tokens, which fill the last slots. alibi_slopes: [num_heads] float32. window: keys at a distance of
-    ``window`` or more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
+    sequence including its own query tokens, which fill the last slots. alibi_slopes: [num_heads] float32; with ``alibi_scale`` slopes and key
+    positions and their products are rounded to bfloat16 and then scaled by it, as Falcon does. window: keys at a distance of ``window`` or
+    more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
     word w set when the token sees query token 32 * w + b of its own sequence (itself included); without it the query tokens are causal.
     positions: [num_tokens] int32, needed only with ``tree_masks`` (depths, for ALiBi and window). max_query_len and max_context_len are
     launch hints that this path does not need. Returns [num_tokens, num_heads, head_dim].
@@ -228,7 +230,12 @@ def paged_attention(
         if window:
             visible = visible & (distance < window)
         if alibi_slopes is not None:
-            scores = scores - alibi_slopes.view(num_kv_heads, -1, 1, 1) * distance
+            slopes = alibi_slopes.view(num_kv_heads, -1, 1, 1)
+            if alibi_scale:
+                # The query's own term is the same for all its keys: it only keeps the scores small.
+                scores = scores + alibi_scale * ((slopes.bfloat16() * key_position).float() - slopes * query_position[:, None])
+            else:
+                scores = scores - slopes * distance
         probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
         out[begin:end] = torch.einsum("hgqk,khd->qhgd", probabilities, value.float()).reshape(queries, num_heads, head_dim).to(query.dtype)
     return out
