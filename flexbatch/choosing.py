@@ -13,7 +13,8 @@ from flexbatch.memory.tiers import Need, check_budgets
 from flexbatch.memory.weight_plan import StoredTensor, tensor_format
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import weight_specs
-from flexbatch.planning import GROUP, MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job
+from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job
+from flexbatch.policy.groups import weight_group
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit, Plan, price
 from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
@@ -98,7 +99,8 @@ def model_shape(name: str, arch: Arch, element_bytes: int, bits: int = 16, prequ
     """
     specs = list(weight_specs(arch))
     block = [spec for spec in specs if spec.layer == 0]
-    stored = [StoredTensor(spec, "gpu", *tensor_format(spec, bits, GROUP, prequantized or {}), element_bytes).num_bytes for spec in block]
+    group = weight_group(arch.hidden_size)
+    stored = [StoredTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes for spec in block]
 
     def elements(layers: Iterable[int]) -> tuple[int, ...]:
         return tuple(math.prod(spec.shape) for spec in specs if spec.layer in layers and not (spec.role == "embed.weight" and arch.tie_word_embeddings))

@@ -32,7 +32,8 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint, families, resolve, shapes
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.dummy import dummy
-from flexbatch.planning import GROUP, BlockSizes, Job
+from flexbatch.planning import BlockSizes, Job
+from flexbatch.policy.groups import weight_group
 from flexbatch.policy.replan import Replan
 from flexbatch.policy.types import Hardware, Policy
 from flexbatch.prompts import Prompt, PromptEncoder
@@ -207,7 +208,7 @@ class LLM:
 
     def _weight_plan(self, policy: Policy) -> WeightPlan:
         bits = self.config.weight_bits if self._packed else policy.weight_bits
-        return plan_weights(self.arch, policy.weights, bits, GROUP, self.dtype.itemsize, self._packed)
+        return plan_weights(self.arch, policy.weights, bits, weight_group(self.arch.hidden_size), self.dtype.itemsize, self._packed)
 
     def _needs_of(self, policy: Policy, job: Job) -> list[Need]:
         """Exact needs of a job under any policy."""

@@ -65,6 +65,7 @@ def paged_attention(
     bits: int = 16,
     group: int = 64,
     alibi_slopes: Tensor | None = None,
+    alibi_scale: float = 0.0,
     window: int = 0,
     soft_cap: float = 0.0,
     tree_masks: Tensor | None = None,
@@ -88,6 +89,7 @@ def paged_attention(
     parameters, block_g, block_b = rows, 1, triton.next_power_of_2(max(head_dim, 16))
     if bits != 16:
         parameters, block_g, block_b = quantised_view(rows, query.dtype, num_kv_heads, head_dim, bits, group)
+    alibi = 0 if alibi_slopes is None else 2 if alibi_scale else 1
     launch = launch or choose_launch(query.dtype, head_dim, bits, (max_query_len or num_tokens) * heads_per_group)
     programs = num_kv_heads * (num_tokens * heads_per_group // launch.block_m + num_sequences)
     splits = splits or choose_splits(programs, max_context_len or max_pages * page_tokens, _multiprocessors(query.device))
@@ -99,8 +101,8 @@ def paged_attention(
     attention_kernel[(programs, splits)](
         query, rows, parameters, page_table, query_starts, context_lens, target, statistics, *optional,
         num_sequences, num_tokens, query.stride(0), rows.stride(0), parameters.stride(0), page_table.stride(0),
-        0 if tree_masks is None else tree_masks.stride(0), window, scale, soft_cap or 1.0,
-        BLOCK_M=launch.block_m, SMALL_M=min(SMALL_ROWS, launch.block_m), SPLITS=splits, GROUP=heads_per_group, ALIBI=alibi_slopes is not None,
+        0 if tree_masks is None else tree_masks.stride(0), window, scale, soft_cap or 1.0, alibi_scale,
+        BLOCK_M=launch.block_m, SMALL_M=min(SMALL_ROWS, launch.block_m), SPLITS=splits, GROUP=heads_per_group, ALIBI=alibi,
         WINDOW=window > 0, SOFT_CAP=soft_cap > 0, TREE=tree_masks is not None, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=page_tokens,
         BITS=bits, GROUPS=reference.num_groups(head_dim, group), BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
         num_warps=launch.num_warps, num_stages=launch.num_stages,

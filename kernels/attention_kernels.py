@@ -50,7 +50,14 @@ def _expand(rows, parameters, slot, seen, vector, row_stride, parameter_stride, 
 
 
 @triton.jit
-def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap,
+def _rounded(x):
+    """To the nearest bfloat16, ties to even; the interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
             MASKED: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr):  # fmt: skip
     """Raw products to scores in units of log 2, masked."""
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -61,7 +68,10 @@ def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, posit
     if TREE and MASKED:
         key_place = tl.where(keys < prefix, keys, tl.load(positions + first_token + keys - prefix, mask=(keys >= prefix) & (keys < hi), other=0))
     distance = place[:, None] - key_place[None, :]
-    if ALIBI:
+    if ALIBI == 2:
+        bias = _rounded(_rounded(slopes)[:, None] * _rounded(key_place.to(tl.float32))[None, :]) - slopes[:, None] * place.to(tl.float32)[:, None]
+        score = score + (alibi_scale * LOG2_E) * bias
+    elif ALIBI:
         score = score - (slopes * LOG2_E)[:, None] * distance.to(tl.float32)
     if MASKED:
         visible = (keys < hi)[None, :]
@@ -80,7 +90,7 @@ def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, posit
 
 @triton.jit
 def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
-           slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
+           slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
            MASKED: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr,
            KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
            BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -99,7 +109,7 @@ def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, hea
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if BITS == 4:
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-    score = _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap,
+    score = _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
                     MASKED, ALIBI, WINDOW, SOFT_CAP, TREE)  # fmt: skip
     top = tl.maximum(m, tl.max(score, 1))
     floor = tl.where(top == float("-inf"), 0.0, top) if MASKED else top  # all masked so far: -inf - -inf is no number
@@ -120,7 +130,7 @@ def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, hea
 
 @triton.jit
 def _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out, statistics,
-            num_tokens, slopes_of, positions, tree_masks, mask_words, window, scale, soft_cap, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+            num_tokens, slopes_of, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
             GROUP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr,
             HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
             BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -156,12 +166,12 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
     acc1 = acc0 if BITS == 4 else total
     for start in range(lo, whole, BLOCK_N):
         m, total, acc0, acc1 = _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
-                                      slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
+                                      slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
                                       False, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B,
                                       BLOCK_N)  # fmt: skip
     for start in range(whole, hi, BLOCK_N):
         m, total, acc0, acc1 = _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
-                                      slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
+                                      slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
                                       True, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B,
                                       BLOCK_N)  # fmt: skip
     index = token * NUM_HEADS + query_head
@@ -181,7 +191,7 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
 # Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew (a second each, in the middle of a job).
 @triton.jit(do_not_specialize=["num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
 def attention_kernel(query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, positions, tree_masks,
-                      num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window, scale, soft_cap,
+                      num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window, scale, soft_cap, alibi_scale,
                       BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr,
                       WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                       PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -198,11 +208,11 @@ def attention_kernel(query, rows, parameters, page_table, query_starts, context_
         context = tl.load(context_lens + sequence)
         if num_rows <= SMALL_M:
             _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out,
-                    statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, SMALL_M, SPLITS, GROUP, ALIBI,
+                    statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, SMALL_M, SPLITS, GROUP, ALIBI,
                     WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N)  # fmt: skip
         elif BLOCK_M > SMALL_M:
             _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out,
-                    statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, BLOCK_M, SPLITS, GROUP, ALIBI,
+                    statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M, SPLITS, GROUP, ALIBI,
                     WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N)  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexbatch.policy.groups import cache_group, weight_group
 from flexbatch.policy.rates import Curve, Hardware
 
 __all__ = ["TIERS", "Constraints", "Curve", "Hardware", "ModelShape", "Policy", "Speculation", "Split", "Workload"]
@@ -226,17 +227,17 @@ class ModelShape:
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def weight_bytes(self, elements: int, bits: int, group: int = 64) -> int:
+    def weight_bytes(self, elements: int, bits: int) -> int:
         """Bytes of ``elements`` weights at ``bits``: codes and one (scale, minimum) pair a group."""
         if bits == 16:
             return elements * self.element_bytes
-        return math.ceil(elements * bits / 8) + math.ceil(elements / group) * 2 * self.element_bytes
+        return math.ceil(elements * bits / 8) + math.ceil(elements / weight_group(self.hidden_size)) * 2 * self.element_bytes
 
-    def token_bytes(self, bits: int, group: int = 64) -> int:
+    def token_bytes(self, bits: int) -> int:
         """Bytes of one token row of the cache of one layer, keys and values."""
         if bits == 16:
             return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
-        used = 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / group) * 2 * self.element_bytes)
+        used = 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / cache_group(self.head_dim)) * 2 * self.element_bytes)
         return math.ceil(used / 16) * 16  # quantised rows are padded to what a 16-byte load wants
 
     def block_tensor_bytes(self, bits: int) -> tuple[int, ...]:

@@ -133,11 +133,10 @@ class Batcher:
         return self.cache.layout.num_pages(self.room(candidate)) <= self.most_pages
 
     def too_long(self, candidate: Candidate) -> str:
-        layout = self.cache.layout
+        need, page_tokens = self.cache.layout.num_pages(self.room(candidate)), self.cache.layout.page_tokens
         return (
-            f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {layout.num_pages(self.room(candidate))} cache "
-            f"pages of {layout.page_tokens} tokens; the largest tier has {self.most_pages}. Lower max_tokens, raise the budgets, or move the cache to a larger "
-            "tier with --percent"
+            f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {need} cache pages of {page_tokens} tokens; "
+            f"the largest tier has {self.most_pages}. Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
         )
 
     def room(self, candidate: Candidate) -> int:

@@ -181,6 +181,7 @@ class Executor:
                 bits=layout.bits,
                 group=layout.group,
                 alibi_slopes=self.slopes.get(query.device),
+                alibi_scale=arch.attention_scale if arch.scaled_alibi else 0.0,
                 window=arch.window(layer),
                 soft_cap=arch.soft_cap,
                 tree_masks=group.tree_masks,

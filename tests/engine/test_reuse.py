@@ -57,7 +57,8 @@ def test_quantised_weights_in_memory_come_from_files_too(model, tmp_path, monkey
     before = files(tmp_path / "offload")
     monkeypatch.setattr(loading.ops, "quantize", None)
     second, loaded, reused = start(model, tmp_path / "offload", percent=ON_GPU_AND_CPU, weight_bits=4)
-    assert ((second, files(tmp_path / "offload")) == (first, before) and reused == sum(path.stat().st_size // 4096 * 4096 for path in before)) or reused > 0
+    assert (second, files(tmp_path / "offload")) == (first, before)
+    assert 0 < reused <= sum(path.stat().st_size for path in before)
     matrices = sum(parameter.numel() for name, parameter in parameters(model) if parameter.dim() == 2 and ".layers." in name)
     assert everything - loaded == 4 * matrices
     third, _, _ = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=4)
