@@ -286,7 +286,7 @@ class LLM:
         candidates, proposer = self._candidates(requests), self.speculator if speculate else None
         block = self._prepare(job)
         while True:
-            batcher = Batcher(self.policy, block.cache, candidates, block.sizes.max_micro_batch_tokens, self._refusal, proposer)
+            batcher = Batcher(self.policy, block.cache, candidates, block.sizes.max_micro_batch_tokens, proposer, self._refusal)
             yield from self._run_block(block, batcher, proposer, on_tokens)
             if not batcher.outgrown:
                 return

@@ -50,8 +50,8 @@ class Batcher:
     A sequence is admitted when its home tier has pages for all the tokens that it may reach, so nothing is ever evicted. Homes are chosen by error
     diffusion over the cache split, and a sequence joins the micro-batch with the fewest sequences of its tier, so that micro-batches are alike.
 
-    A request that is longer than the block was made for is refused where ``refusal`` says why no block can hold it. Otherwise nothing is admitted any more;
-    once the rest has run, it stands first in `remaining`, for a larger block.
+    A request that is longer than the block was made for is refused where ``refusal`` says why no block can hold it (without it, always). Else nothing is
+    admitted any more; once the rest has run, it stands first in `remaining`, for a larger block.
     """
 
     def __init__(
@@ -60,10 +60,11 @@ class Batcher:
         cache: KVCache,
         candidates: Iterator[Candidate],
         micro_batch_tokens: int,
-        refusal: Callable[[Candidate], str],
         proposer: Proposer | None = None,
+        refusal: Callable[[Candidate], str] | None = None,
     ) -> None:
-        self.policy, self.cache, self.candidates, self.refusal, self.proposer = policy, cache, candidates, refusal, proposer
+        self.policy, self.cache, self.candidates, self.proposer = policy, cache, candidates, proposer
+        self.refusal = refusal or self.too_long
         self.spare_tokens = 0 if proposer is None else proposer.max_nodes
         """Room for drafted tokens in every sequence's cache."""
         self.micro_batch_tokens = micro_batch_tokens
@@ -121,10 +122,22 @@ class Batcher:
             self.waiting.popleft()
             self.join(candidate, tier)
 
+    @property
+    def most_pages(self) -> int:
+        """Pages that a sequence can have when nothing else runs."""
+        sizes = self.cache.sizes
+        return max(sizes.pages(tier) if tier == "gpu" else min(sizes.pages(tier), sizes.staging_pages) for tier in self.allowed_tiers)
+
     def holds(self, candidate: Candidate) -> bool:
         """Whether the block has pages for a request when nothing else runs."""
-        need, sizes = self.cache.layout.num_pages(self.room(candidate)), self.cache.sizes
-        return any(need <= (sizes.pages(tier) if tier == "gpu" else min(sizes.pages(tier), sizes.staging_pages)) for tier in self.allowed_tiers)
+        return self.cache.layout.num_pages(self.room(candidate)) <= self.most_pages
+
+    def too_long(self, candidate: Candidate) -> str:
+        need, page_tokens = self.cache.layout.num_pages(self.room(candidate)), self.cache.layout.page_tokens
+        return (
+            f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {need} cache pages of {page_tokens} tokens; "
+            f"the largest tier has {self.most_pages}. Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
+        )
 
     def room(self, candidate: Candidate) -> int:
         """Token rows to reserve."""

@@ -64,6 +64,7 @@ class Job:
     requests: tuple[tuple[tuple[int, ...], int], ...]
     policy: Policy
     pages: int
+    staging: int
     drafts: bool
 
 
@@ -81,7 +82,7 @@ def jobs(draw: st.DrawFn) -> Job:
         prefill_budget=draw(st.integers(0, 9)),
         cpu_attention=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
-    return Job(requests, policy, draw(st.integers(2, 14)), draw(st.booleans()))
+    return Job(requests, policy, draw(st.integers(2, 14)), draw(st.integers(1, 30)), draw(st.booleans()))
 
 
 class Desk:
@@ -141,7 +142,7 @@ def check_pass(work: PassWork, batcher: Batcher, policy: Policy, read: dict[int,
 def run(job: Job, chance: Any, drafter: Drafter | None) -> tuple[Batcher, Desk, list[Any]]:
     """Passes until there is no work; everything is checked after each."""
     policy, desk, retired = job.policy, Desk(job), []
-    sizes = CacheSizes(job.pages, job.pages, job.pages, 0, disk_sequences=3, tail_tokens=job.pages * PAGE_TOKENS)
+    sizes = CacheSizes(job.pages, job.pages, job.pages, job.staging, disk_sequences=3, tail_tokens=job.pages * PAGE_TOKENS)
     spare = MAX_NODES if drafter else 0
     tokens = policy.gpu_batch_size * (1 + spare) + max(policy.chunk, policy.prompt_tokens_per_micro_batch)
     with tempfile.TemporaryDirectory() as folder, open_cache(Path(folder), sizes) as cache:
@@ -198,7 +199,7 @@ def test_every_request_is_answered_once_whatever_comes(job: Job, chance: Any) ->
 @given(split=splits(), count=st.integers(1, 12), cpu_attention=st.sampled_from([0.0, 0.3, 1.0]))
 def test_homes_are_within_one_sequence_of_the_split_and_micro_batches_alike(split: Split, count: int, cpu_attention: float) -> None:
     policy = Policy(Split(1, 0), split, Split(1, 0), 4, 3, cpu_attention=cpu_attention)
-    sizes = CacheSizes(60, 60, 60, 0, disk_sequences=12, tail_tokens=8)
+    sizes = CacheSizes(60, 60, 60, 60, disk_sequences=12, tail_tokens=8)
     with tempfile.TemporaryDirectory() as folder, open_cache(Path(folder), sizes) as cache:
         batcher = Batcher(policy, cache, (candidate(i, (2, 3, i + 4)) for i in range(count)), 100)
         assert batcher.has_work()
@@ -223,6 +224,30 @@ def test_what_can_never_run_is_answered_with_the_numbers_and_the_rest_goes_on(tm
         assert batcher.has_work() and batcher.num_sequences == 1
         (done,) = batcher.take_retired()
         assert done.error.startswith("10 prompt and up to 4 generated tokens need 4 cache pages of 4 tokens; the largest tier has 3. Lower max_tokens")
+        batcher.abort()
+
+
+def test_a_request_that_outgrows_the_block_waits_until_it_is_empty(tmp_path: Path) -> None:
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 2, 1)
+    candidates = [candidate(i, (2,) * length, max_tokens=1) for i, length in enumerate((3, 40, 4, 13, 5))]
+    with open_cache(tmp_path, CacheSizes(3, 0, 0, 0)) as cache:
+        batcher = Batcher(policy, cache, iter(candidates), 100, refusal=lambda each: "never" if each.num_prompt_tokens == 40 else "")
+        finished = []
+        while batcher.has_work():
+            work = batcher.next_pass()
+            batcher.commit(work, {query: Drawn([20], [None]) for queries in work.micro_batches for query in queries})
+            finished += [done.state.request.index for done in batcher.take_retired()]
+        assert batcher.outgrown and sorted(finished) == [0, 1, 2]
+        assert [each.state.request.index for each in batcher.remaining()] == [3, 4]
+
+
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+def test_a_micro_batch_has_no_more_pages_off_the_gpu_than_staging(tmp_path: Path, tier: str) -> None:
+    policy = Policy(Split(1, 0), Split(0, 1) if tier == "cpu" else Split(0, 0, 1), Split(1, 0), 3, 2)
+    with open_cache(tmp_path, CacheSizes(0, 20, 20, 5, disk_sequences=6, tail_tokens=8)) as cache:
+        batcher = Batcher(policy, cache, iter([candidate(i, tuple(range(2 + i, 11 + i)), max_tokens=1) for i in range(6)]), 100)
+        assert batcher.has_work() and [len(batch) for batch in batcher.micro_batches] == [1, 1]
+        batcher.check()
         batcher.abort()
 
 
