@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -171,6 +173,8 @@ class LLM:
         self.speculation = plan_speculation(config, self.arch, self.tokenizer, self.layout)
         self._packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
         self.replans: list[str] = []
+        self._shortest_refused = sys.maxsize
+        """Token rows of the shortest request that no policy was found to hold."""
         typical = Job.typical(self.arch.max_positions)
         try:
             self._decide(job or typical)
@@ -368,7 +372,7 @@ class LLM:
                 break
             peeked.append(item)
         if peeked:
-            job = self._holdable(self._job((request.prompt_token_ids, request.params) for _, request in peeked))
+            job = growing.holdable(self._job((request.prompt_token_ids, request.params) for _, request in peeked), self._exceeded)
             pending: dict[int, dict[int, Completion]] = {}
             report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
             for request, completion in self._run(itertools.chain(peeked, source), job, report):
@@ -423,7 +427,7 @@ class LLM:
     def _run(
         self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
     ) -> Iterator[tuple[Request, Completion]]:
-        """All requests, in one block; in another one from where a request is longer than ``job`` said and has outgrown it."""
+        """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has outgrown it."""
         candidates, proposer = self._candidates(requests), self.speculator if speculate else None
         block = self._prepare(job)
         while True:
@@ -431,15 +435,25 @@ class LLM:
             yield from self._run_block(block, batcher, proposer, on_tokens)
             if not batcher.outgrown:
                 return
-            job, candidates = growing.look_ahead(batcher.remaining(), job, PEEKED_BLOCKS * self.policy.block_size)
-            block = growing.prepared(self._prepare, self._holdable(job))
-            logger.info("a block for requests of up to %d tokens instead: what the stream began with was shorter", job.longest)
+            job, candidates = growing.look_ahead(batcher.remaining(), PEEKED_BLOCKS * self.policy.block_size)
+            block = growing.prepared(self._prepare, growing.holdable(job, self._exceeded))
+            logger.info("made a larger block: a request was longer than those that the stream began with")
 
     def _refusal(self, candidate: Candidate) -> str:
-        return growing.refusal(candidate, lambda job: self._needs(self._sizes(job)), self.budgets)
+        return growing.refusal(candidate, self._exceeded, self.budgets)
 
-    def _holdable(self, job: Job) -> Job:
-        return growing.holdable(job, lambda job: self._needs(self._sizes(job)), self.budgets)
+    def _exceeded(self, job: Job) -> dict[str, int]:
+        """Bytes by tier that a block for a job needs beyond the budgets; none where another policy, around the loaded weights, would hold it."""
+        exceeded = choosing.overshoot(self._needs(self._sizes(job)), self.budgets)
+        if not exceeded or self.problem.settled or job.longest >= self._shortest_refused:
+            return exceeded
+        problem = dataclasses.replace(self.problem, job=job, loaded=self.policy)
+        try:
+            choosing.choose_policy(problem, lambda: self.hardware, lambda policy: self._needs_of(policy, job))
+        except DoesNotFitError:
+            self._shortest_refused = job.longest
+            return exceeded
+        return {}
 
     def _run_block(
         self, block: Block, batcher: Batcher, proposer: Speculator | None, on_tokens: Callable[[int, str], None] | None

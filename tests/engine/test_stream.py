@@ -105,7 +105,7 @@ def roomy(tmp_path_factory):
 
 def test_requests_that_no_budget_holds_are_errors_and_drain_nothing(roomy, tmp_path, checked):
     folder, budget = roomy
-    prompts = random_prompts(lengths([SMALL, 1500, SMALL, 700, 950, SMALL]), seed=6)
+    prompts = random_prompts(lengths([SMALL, 1500, SMALL, 700, 950, 690, SMALL]), seed=6)
     bad = [PEEKED + 1, PEEKED + 4]
     with engine(folder, tmp_path) as llm:
         expected = [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
@@ -116,7 +116,7 @@ def test_requests_that_no_budget_holds_are_errors_and_drain_nothing(roomy, tmp_p
     assert sorted(i for i, completion in found.items() if completion.error) == bad
     assert "1500 prompt and up to 6 generated tokens need" in found[bad[0]].error and "GiB more on the gpu tier than its budget of" in found[bad[0]].error
     assert all(found[i].token_ids == expected[i] for i in found if i not in bad)
-    assert len(checked) == 2, "only the request of 700 tokens, which fits, has the block made anew"
+    assert len(checked) == 2, "the request of 700 tokens, which fits, has the block made anew; that of 690, which does not fit beside it, waits"
 
 
 def test_a_refused_request_among_the_first_does_not_refuse_the_stream(roomy, tmp_path):
@@ -127,10 +127,25 @@ def test_a_refused_request_among_the_first_does_not_refuse_the_stream(roomy, tmp
     assert [bool(found[i].error) for i in range(4)] == [False, True, False, True] and alone[0].error
 
 
+def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path, checked):
+    """Nothing is given but little memory: the policy of the short requests has no room for the long one, another has."""
+    folder = reference("llama").folder
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    with LLM(str(folder), device="cpu", offload_dir=str(tmp_path), hardware="cpu", gpu_memory="1MiB", cpu_memory="1MiB") as llm:
+        short = [4] * (PEEKED_BLOCKS * llm.policy.block_size + 1)
+        prompts = random_prompts([*short, 480, *short[:20], 300], seed=9)
+        found = dict(llm.stream(items(prompts, params)))
+        assert llm.tiers.gpu.peak_bytes <= 2**20 and llm.tiers.cpu.peak_bytes <= 2**20
+    assert not any(completion.error for completion in found.values()) and len(checked) > 1
+    with engine(folder, tmp_path) as llm:
+        long = [len(short), len(prompts) - 1]
+        assert [found[i].token_ids for i in long] == [completion.token_ids for completion in llm.generate([prompts[i] for i in long], params)]
+
+
 def test_a_draft_without_room_proposes_nothing(reference, tmp_path, checked):
-    """The draft's cache is sized like the block's; sequences that it cannot hold are decoded plainly."""
+    """The draft's cache is sized by the same requests as the block; with 41 tokens, four fit the block, three the draft: 48 rows and 49."""
     model = reference("llama")
-    prompts = random_prompts(lengths([45 if i % 2 else SMALL for i in range(20)] + [300, SMALL]), seed=8)
+    prompts = random_prompts(lengths([41] * 20 + [300, SMALL]), seed=8)
     with engine(model.folder, tmp_path) as llm:
         expected = [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
     with engine(model.folder, tmp_path, "cpu", draft=(str(model.folder),), tree="chain:2") as llm:

@@ -39,7 +39,8 @@ class Drafter:
             assert depth == sequence.output.max_tokens - len(sequence.output.token_ids) - 1 >= 0
             count = self.chance.randint(0, MAX_NODES) if depth else 0
             parents = tuple(self.chance.randint(-1, i - 1) for i in range(count))
-            trees.append(TokenTree(tuple(range(10, 10 + count)), TreeShape(parents)))
+            end = self.chance.randint(0, 4 * MAX_NODES)
+            trees.append(TokenTree(tuple(EOS if i == end else 10 + i for i in range(count)), TreeShape(parents)))
         self.proposed += sequences
         return trees
 
@@ -183,7 +184,9 @@ def test_every_request_is_answered_once_whatever_comes(job: Job, chance: Any) ->
             assert done.sequence is None and not done.output.token_ids and "cache pages of 4 tokens" in done.error and "--percent" in done.error
             continue
         output, params = done.output, done.state.params
-        assert output.finish is not None and done.sequence is not None
+        assert done.sequence is not None
+        done.sequence.check()
+        assert output.finish is not None
         assert output.finish.reason == ("stop" if EOS in output.token_ids else "length")
         assert output.token_ids.count(EOS) == (output.finish.reason == "stop") and (EOS not in output.token_ids or output.token_ids[-1] == EOS)
         assert len(output.token_ids) <= params.max_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ LENGTHS = [1, 5, 40, 17, 33, 2, 24]
 PARAMS = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
 MIXED = {"percent": (30, 30, 20, 40, 30, 30), "cpu_attention": 0.5}
 DISK = {"percent": (0, 0, 0, 0, 0, 0)}
-HOST = {"percent": (0, 100, 0, 100, 0, 100), "cpu_attention": 1.0}
+HOST = {"percent": (0, 100, 0, 100, 0, 100), "cpu_attention": 1.0, "prefill_chunk": 64}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,21 @@ def test_late_links_change_no_token(folder: Path, expected: list[list[int]], tmp
         assert tokens(llm) == expected
         check(llm)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_cpu_attention_waits_for_the_rows_of_a_prompt_that_was_read_on_the_device(folder: Path, expected: list[list[int]]) -> None:
+    """Chunks over 32 tokens are attended in staging; the pass after that finds their rows on the CPU, or waits."""
+    settings = {"percent": (100, 0, 0, 100, 100, 0), "cpu_attention": 1.0, "prefill_chunk": 64}
+    with engine(folder, None, overlap=True, **settings) as llm:
+        traced = llm.lanes.d2h.traced  # type: ignore[union-attr]
+
+        def late(*arguments: Any) -> Any:
+            time.sleep(0.1)
+            return traced(*arguments)
+
+        llm.lanes.d2h.traced = late  # type: ignore[method-assign, union-attr]
+        assert tokens(llm) == expected
+        check(llm)
 
 
 @pytest.mark.parametrize("place", ["read", "write"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_a_buffer_is_taken_again_only_once_its_readers_are_done(buffers: HostBuf
         *_, output = buffers.take(*tensors(2, turn))
         if turn >= NUM_BUFFERS:
             assert turn - NUM_BUFFERS in read, "taken while it was still read"
-        buffers.give_back(output, lanes.h2d.submit(lambda turn=turn: read.append(turn)))
+        buffers.give_back(output, lanes.h2d.submit(lambda turn=turn: (time.sleep(0.005), read.append(turn))))
         buffers.check()
 
 

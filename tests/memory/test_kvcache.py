@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
 from flexbatch.execution.work import QueryTokens
-from flexbatch.memory.kvcache import CacheSizes, KVCache
+from flexbatch.memory.kvcache import CacheSizes, Gather, KVCache
 from flexbatch.memory.pages import CacheLayout, PageTable
-from flexbatch.memory.transfer import READY
+from flexbatch.memory.transfer import READY, FutureHandle
 from flexbatch.memory.uploads import Uploads
 from tests.memory.rigs import dawdle, open_tiers
 
@@ -189,3 +192,33 @@ CacheMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=2
 QuantizedCacheMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
 TestCache = CacheMachine.TestCase
 TestQuantizedCache = QuantizedCacheMachine.TestCase
+
+
+@pytest.mark.parametrize("late", ["cpu", "disk", "cpu before disk"])
+def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) -> None:
+    """The rows of the last pass are still on their way when the next pass begins."""
+    layout, gate = layout_of(16), threading.Event()
+    rows = {tier: torch.randn(PAGE_TOKENS, 2, 2, 6) for tier in ("cpu", "disk")}
+    with open_tiers(tmp_path) as (tiers, lanes):
+        cache = KVCache(layout, SIZES, tiers, lanes)
+        tables = {tier: cache.open(tier, PAGE_TOKENS) for tier in ("cpu", "disk")}
+        lane = lanes.disk_write if late == "disk" else lanes.d2h
+        lane.submit(lambda: gate.wait(10))
+        cache.begin_pass(READY)
+        if late != "disk":
+            cache.drain_cpu(0, rows["cpu"], torch.tensor(tables["cpu"].slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
+        if late != "cpu":
+            cache.drain_disk(0, rows["disk"], [(tables["disk"], 0, PAGE_TOKENS, 0)], READY)
+        for table in tables.values():
+            cache.commit(table, PAGE_TOKENS)
+        cache.begin_pass(READY)
+        on_disk = late == "disk"
+        pages = torch.tensor([] if on_disk else tables["cpu"].pages, dtype=torch.int32)
+        gathered = cache.gather(Gather(pages, ((tables["disk"], PAGE_TOKENS),) if on_disk else (), int(on_disk)), 0, 0)
+        assert isinstance(gathered, FutureHandle)
+        time.sleep(0.03)
+        assert not gathered.future.done(), "gathered before the rows were there"
+        gate.set()
+        gathered.wait()
+        assert torch.equal(cache.staging_rows(0)[:PAGE_TOKENS], rows["disk" if on_disk else "cpu"])
+        cache.close()
