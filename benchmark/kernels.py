@@ -77,7 +77,8 @@ def main() -> int:
         if "cpu" in arguments.sections:
             add(cpu_rows(arguments.cpu_sequences))
         if cuda and "tune" in arguments.sections:
-            add(tuning_rows())
+            for row in tuning_rows():
+                add([row])
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(row["ok"] for row in result["checks"]) else 1

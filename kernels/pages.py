@@ -50,7 +50,9 @@ def _word_bytes(*tensors: Tensor) -> int:
     return bits & -bits
 
 
-def _copy(source: Tensor, destination: Tensor, indices: Tensor, gather: bool, num_programs: int) -> None:
+def _copy(
+    source: Tensor, destination: Tensor, indices: Tensor, gather: bool, num_programs: int, tile_bytes: int = TILE_BYTES, num_warps: int = NUM_WARPS
+) -> None:
     assert source[:1].is_contiguous() and destination[:1].is_contiguous(), "a row must be contiguous"
     if len(indices) == 0:
         return
@@ -58,17 +60,19 @@ def _copy(source: Tensor, destination: Tensor, indices: Tensor, gather: bool, nu
     source, destination = _as_words(source, width), _as_words(destination, width)
     words = source.shape[1]
     assert words == destination.shape[1], f"rows of {words * width} and {destination.shape[1] * width} bytes"
-    block_words = min(triton.next_power_of_2(words), TILE_BYTES // width)
-    block_rows = TILE_BYTES // width // block_words
+    block_words = min(triton.next_power_of_2(words), tile_bytes // width)
+    block_rows = tile_bytes // width // block_words
     _copy_kernel[(num_programs,)](
         source, destination, indices, len(indices), source.stride(0), destination.stride(0),
-        GATHER=gather, WORDS=words, BLOCK_ROWS=block_rows, BLOCK_WORDS=block_words, num_warps=NUM_WARPS,
+        GATHER=gather, WORDS=words, BLOCK_ROWS=block_rows, BLOCK_WORDS=block_words, num_warps=num_warps,
     )  # fmt: skip
 
 
-def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor, *, num_programs: int = NUM_PROGRAMS) -> None:
-    """`reference.gather_pages`; ``num_programs`` is the share of the GPU that is given up to it."""
-    _copy(source, destination, page_ids, True, num_programs)
+def gather_pages(
+    source: Tensor, page_ids: Tensor, destination: Tensor, *, num_programs: int = NUM_PROGRAMS, tile_bytes: int = TILE_BYTES, num_warps: int = NUM_WARPS
+) -> None:
+    """`reference.gather_pages`; ``num_programs`` is the share of the GPU that is given up to it, each of them with ``tile_bytes`` in flight."""
+    _copy(source, destination, page_ids, True, num_programs, tile_bytes, num_warps)
 
 
 def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor, *, num_programs: int = NUM_PROGRAMS) -> None:
