@@ -90,6 +90,8 @@ CASES = {
     "head of 256": Case((1, 2), (33, 20), num_heads=2, num_kv_heads=1, head_dim=256, dtype=torch.float16),
     "8 bits": Case((2, 13, 1), (10, 60, 70), head_dim=96, bits=8),
     "4 bits": Case((2, 13, 1), (10, 60, 70), head_dim=112, dtype=torch.float16, bits=4),
+    "decode, 4 bits": Case((1, 1, 0, 1), (1, 37, 5, 130), num_heads=3, num_kv_heads=3, dtype=torch.float16, bits=4),
+    "decode, 8 bits, ALiBi": Case((1, 1), (70, 33), num_heads=2, head_dim=128, dtype=torch.float16, bits=8, group=64, alibi=True),
     "4 bits, short group": Case((1, 20), (40, 41), head_dim=34, bits=4),
 }
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -65,7 +65,9 @@ def test_native_on_random_cases(case):
     assert_close(native.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options))
 
 
-@pytest.mark.parametrize(("name", "splits"), [*((name, 1) for name in CASES), *((name, 3) for name in ("decode", "window", "trees", "4 bits"))])
+@pytest.mark.parametrize(
+    ("name", "splits"), [*((name, 1) for name in CASES), *((name, 3) for name in ("decode", "window", "trees", "4 bits", "decode, 4 bits"))]
+)
 def test_triton(name, splits, device):
     from flexbatch.kernels import attention
 
@@ -74,6 +76,16 @@ def test_triton(name, splits, device):
     wanted = reference.paged_attention(*arguments, **options)
     arguments, options = case.build(device)
     assert_close(attention.paged_attention(*arguments, **options, splits=splits), wanted)
+
+
+def test_triton_looks_pages_up_once(device):
+    from flexbatch.kernels import attention
+
+    for name in ("chunks, no groups", "window", "mixed, many heads of one"):
+        arguments, options = CASES[name].build()
+        wanted = reference.paged_attention(*arguments, **options)
+        arguments, options = CASES[name].build(device)
+        assert_close(attention.paged_attention(*arguments, **options, launch=attention.Launch(32, 32, 4, 1, page_slices=True)), wanted)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
