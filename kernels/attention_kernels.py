@@ -36,10 +36,11 @@ def _slots(table, keys, start, seen, MASKED: tl.constexpr, PAGE_TOKENS: tl.const
         PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS
         first = start + tl.arange(0, PAGES) * PAGE_TOKENS
         page = tl.load(table + first // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + first // PAGE_TOKENS)
-        slot = page.to(tl.int64)[:, None] * PAGE_TOKENS + tl.arange(0, PAGE_TOKENS)[None, :]
-        return slot.reshape((BLOCK_N,))
-    page = tl.load(table + keys // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + keys // PAGE_TOKENS)
-    return page.to(tl.int64) * PAGE_TOKENS + keys % PAGE_TOKENS
+        slot = (page.to(tl.int64)[:, None] * PAGE_TOKENS + tl.arange(0, PAGE_TOKENS)[None, :]).reshape((BLOCK_N,))
+    else:
+        page = tl.load(table + keys // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + keys // PAGE_TOKENS)
+        slot = page.to(tl.int64) * PAGE_TOKENS + keys % PAGE_TOKENS
+    return slot
 
 
 @triton.jit
@@ -232,7 +233,7 @@ def attention_kernel(query, rows, parameters, page_table, query_starts, context_
         sequence = _find_sequence(query_starts, tile, num_sequences, GROUP, BLOCK_M)
     first_token = tl.load(query_starts + sequence)
     num_rows = (tl.load(query_starts + sequence + 1) - first_token) * GROUP
-    row0 = 0 if ONE_TILE else (tile - (first_token * GROUP // BLOCK_M + sequence)) * BLOCK_M
+    row0 = tile * 0 if ONE_TILE else (tile - (first_token * GROUP // BLOCK_M + sequence)) * BLOCK_M
     table = page_table + sequence.to(tl.int64) * max_pages
     if row0 < num_rows:
         context = tl.load(context_lens + sequence)
