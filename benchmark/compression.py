@@ -33,6 +33,7 @@ BITS = (16, 8, 4)
 GOAL_PERCENT = 2.0
 """Loss that 4-bit weights and cache together may add."""
 WEIGHT_GROUP, CACHE_GROUP, FIT = "flexbatch.engine.weight_group", "flexbatch.planning.cache_group", "flexbatch.kernels.ops.fit"
+PLAIN: list[tuple[str, int, int, dict[str, Any]]] = [("", weights, cache, {}) for weights in BITS for cache in BITS]
 VARIANTS: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
     ("weights in groups of 64, from least to greatest", 4, 16, {WEIGHT_GROUP: lambda _: 64, FIT: reference.quantize}),
     ("weights in groups of 64, fitted", 4, 16, {WEIGHT_GROUP: lambda _: 64}),
@@ -100,8 +101,7 @@ def nats(llm: LLM, text: Text) -> float:
 def measure(text: Text, settings: dict[str, Any]) -> list[Cell]:
     """A cell for every pair of bits, (16, 16) first, and one for every variant."""
     cells: list[Cell] = []
-    plain: list[tuple[str, int, int, dict[str, Any]]] = [("", weights, cache, {}) for weights in BITS for cache in BITS]
-    for variant, weight_bits, cache_bits, replaced in (*plain, *VARIANTS):
+    for variant, weight_bits, cache_bits, replaced in (*PLAIN, *VARIANTS):
         started = time.perf_counter()
         with contextlib.ExitStack() as stack:
             for name, replacement in replaced.items():

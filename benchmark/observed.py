@@ -9,8 +9,10 @@ from typing import Any, cast
 from benchmark.policy_settings import Setting
 from flexbatch import LLM, SamplingParams, adapting, choosing
 from flexbatch.config import EngineConfig
+from flexbatch.deciding import Decisions
 from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, Job
 from flexbatch.policy.loads import PassLoad
+from flexbatch.policy.plan import Plan
 from flexbatch.policy.types import Policy
 
 WARM_UP_PROMPTS = 8
@@ -37,21 +39,27 @@ class ObservedLLM(LLM):
         return self
 
     def _meter(self) -> adapting.PassMeter:
-        plan = self.plan_of_run or choosing.priced(self.problem, choosing.without_reserves(self.hardware), self.policy)
+        plan = self.decided.plan or self.priced(self.policy)
         self.pass_log = PassLog(plan, adapting.BusySeconds(self.tracer))
         return self.pass_log
 
-    def _suit(self, job: Any) -> None:
-        """The policy that is measured stays, also for the few prompts that warm up."""
+    def priced(self, policy: Policy) -> Plan:
+        return choosing.priced(self.decided.problem, choosing.without_reserves(self.decided.hardware), policy)
 
     def fits(self, policy: Policy) -> bool:
         """By the engine's exact sizes, in its budgets."""
-        return not choosing.overshoot(self._needs_of(policy, self.problem.job), self.budgets)
+        return not choosing.overshoot(self.decided.needs_of(policy, self.decided.problem.job), self.decided.budgets)
 
     def use(self, policy: Policy) -> None:
         """Run the next job by ``policy``, whose weights are where the loaded ones are."""
-        self.policy = policy
-        self.plan_of_run = choosing.priced(self.problem, choosing.without_reserves(self.hardware), policy)
+        self.decided.policy, self.decided.plan = policy, self.priced(policy)
+
+
+class Unchanging(Decisions):
+    """Decided once: the policy that is measured stays, also for the few prompts that warm up."""
+
+    def suit(self, job: Job) -> None:
+        return
 
 
 def fixed_by(policy: Policy) -> dict[str, Any]:
@@ -77,7 +85,7 @@ def job_of(setting: Setting) -> Job:
 
 def open_engine(setting: Setting, hardware: str, fixed: dict[str, Any]) -> ObservedLLM:
     config = EngineConfig(model=setting.model, hardware=hardware, **{**setting.llm_settings, **fixed})
-    return cast("ObservedLLM", ObservedLLM.from_config(config, job=job_of(setting)))
+    return cast("ObservedLLM", ObservedLLM.from_decisions(Unchanging(config, job_of(setting))))
 
 
 def chosen_here(setting: Setting, hardware: str) -> dict[str, Any]:
@@ -103,18 +111,18 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
     assert generated == sum(output for _, output in setting.lengths()), "a request was cut short"
     log = llm.pass_log
     assert log is not None
-    weights = llm.weight_plan.realized_percent
+    weights = llm.decided.weight_plan.realized_percent
     percent = [weights["gpu"], weights["cpu"], *llm.policy.percent[2:]]
     return {
         "model": setting.model,
-        "shape": llm.problem.shape.as_dict(),
+        "shape": llm.decided.problem.shape.as_dict(),
         **fixed_by(llm.policy),
         "prefill_budget": llm.policy.prefill_budget,
         "percent": percent,
         "prompt_lens": [len(prompt) for prompt in prompts],
         "output_lens": [p.max_tokens for p in params],
-        "gpu_memory": llm.budgets["gpu"],
-        "cpu_memory": llm.budgets["cpu"],
+        "gpu_memory": llm.decided.budgets["gpu"],
+        "cpu_memory": llm.decided.budgets["cpu"],
         "seconds": seconds,
         "tokens_per_second": generated / seconds,
         "predicted_then": log.plan.predicted_tokens_per_second,

@@ -22,6 +22,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("speculative",),
     ("planning",),
     ("kernel_rates", "machines", "choosing", "adapting", "growing"),
+    ("deciding", "reports"),
+    ("block",),
     ("engine",),
     ("cli", "workload", "progress", "tables"),
     ("run", "__main__"),

@@ -62,7 +62,8 @@ def same_weights(store: WeightStore, bits: int = 16, seed: int = 3) -> bool:
             if piece.layer != layer:
                 continue
             if bits != 16 and tensor.dim() == 2 and layer < ARCH.num_layers:
-                tensor = reference.dequantize(*reference.quantize(tensor, bits, 8), tensor.shape[1], bits, 8)
+                quantize = reference.fit if bits == 4 else reference.quantize
+                tensor = reference.dequantize(*quantize(tensor, bits, 8), tensor.shape[1], bits, 8)
             if not torch.equal(found[piece.role], tensor):
                 return False
         store.drain()
@@ -103,7 +104,7 @@ def test_bits_and_groups_have_files_of_their_own(tmp_path: Path) -> None:
         with loaded(tmp_path, DISK, bits) as (store, read):
             assert same_weights(store, bits) and (bits == 16 or (0, "qkv.weight") in read)
     names = {path.name for path in tmp_path.rglob("qkv.weight.*")}
-    assert names == {"qkv.weight.dense.bin", "qkv.weight.8bit-g8.bin", "qkv.weight.4bit-g8.bin"}
+    assert names == {"qkv.weight.dense.bin", "qkv.weight.8bit-g8.bin", "qkv.weight.4bit-g8-fit.bin"}
 
 
 def test_another_checkpoint_never_meets_these_files(tmp_path: Path) -> None:

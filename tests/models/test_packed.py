@@ -161,12 +161,12 @@ def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
 
     change(tmp_path, leave_alone)
     with LLM(str(tmp_path), device="cpu", weight_bits=weight_bits, gpu_memory="1GiB", cpu_memory="1GiB", offload_dir=str(tmp_path / "offload")) as llm:
-        stored = llm.weight_plan.all_tensors
+        stored = llm.decided.weight_plan.all_tensors
         assert {tensor.spec.role: tensor.group for tensor in stored}["o.weight"] == group
         assert [tensor.bits for tensor in stored if tensor.spec.role == "down.weight"] == [weight_bits] * 2
-        assert llm.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in stored)
+        assert llm.decided.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in stored)
         assert llm.policy.weight_bits == 4
-        (need,) = (row["num_bytes"] for row in llm.plan(llm.config, llm.problem.job)["memory"] if row["what"] == "weights")
+        (need,) = (row["num_bytes"] for row in llm.plan(llm.config, llm.decided.problem.job)["memory"] if row["what"] == "weights")
         assert need == llm.tiers.gpu.used_bytes["weights"]
 
 
