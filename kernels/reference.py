@@ -138,7 +138,8 @@ def unpack_rows(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group
     for side in range(2):
         codes = rows[:, side * codes_end : (side + 1) * codes_end].reshape(rows.shape[0], num_kv_heads, -1)
         start = 2 * codes_end + side * parameter_bytes
-        parameters = rows[:, start : start + parameter_bytes].contiguous().view(dtype).view(rows.shape[0], num_kv_heads, -1, 2)
+        # A single row's slice is contiguous as it lies, perhaps at no multiple of the parameters' size: a copy starts at one.
+        parameters = rows[:, start : start + parameter_bytes].clone(memory_format=torch.contiguous_format).view(dtype).view(rows.shape[0], num_kv_heads, -1, 2)
         sides.append(dequantize(codes, parameters, head_dim, bits, group))
     return sides[0], sides[1]
 
