@@ -182,6 +182,9 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
     assert generated == scenario.num_prompts * scenario.gen_len, (generated, scenario)
     if trace is not None:
         llm.tracer.write(trace)
+    speculation = speculation_of(before["speculation"], report["speculation"], generated / seconds) if "speculation" in report else {}
+    # The plain run of the same job moves bytes too.
+    moving_seconds = seconds + speculation.get("plain_seconds", 0.0)
     moved = {resource: report["moved_bytes"][resource] - before["moved_bytes"].get(resource, 0) for resource in report["moved_bytes"]}
     return {
         "scenario": name,
@@ -194,10 +197,10 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
         "setup_seconds": ready - started,
         "passes": report["passes"] - before["passes"],
         "moved_bytes": moved,
-        "link_GBps": moved.get("h2d", 0) / seconds / 1e9,
-        "cpu_attention_GBps": moved.get("cpu_attention", 0) / seconds / 1e9,
+        "link_GBps": moved.get("h2d", 0) / moving_seconds / 1e9,
+        "cpu_attention_GBps": moved.get("cpu_attention", 0) / moving_seconds / 1e9,
         "resources": report["resources"],
-        **({"speculation": speculation_of(before["speculation"], report["speculation"], generated / seconds)} if "speculation" in report else {}),
+        **({"speculation": speculation} if speculation else {}),
         "memory": report["memory"],
         "peak_gpu_gib": loaded.peak_gpu_gib(),
     }

@@ -57,7 +57,7 @@ class EngineConfig:
     allow_bits: tuple[int, ...] | None = option(
         None, "bits that may be chosen for weights and cache where --weight-bits and --cache-bits are 16, e.g. 16 8 4 (default: none but those)", nargs="+"
     )
-    overlap: bool = option(True, "overlap transfers with compute; false waits for everything after every tick")
+    overlap: bool = option(True, "overlap transfers with compute; false does one after the other, tick by tick")
     device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
     hardware: str = option(

@@ -7,35 +7,33 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 
-from flexbatch import adapting, choosing, machines, planning
-from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
+from flexbatch import adapting, growing
+from flexbatch.block import Block, make_block
+from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.deciding import Decisions
 from flexbatch.detokenize import OutputText
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
-from flexbatch.execution.executor import Executor
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import draw
-from flexbatch.memory.activations import ActivationStore
-from flexbatch.memory.host_buffers import HostBuffers
-from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.tiers import Need, Pool, Tiers, check_budgets, prepare_offload_dir
+from flexbatch.memory.tiers import Pool, Tiers, check_budgets, prepare_offload_dir
 from flexbatch.memory.transfer import Lanes
-from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.memory.weights import WeightStore
-from flexbatch.models import checkpoint, families, resolve, shapes
+from flexbatch.models import checkpoint, resolve
+from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.dummy import dummy
-from flexbatch.planning import GROUP, BlockSizes, Job
+from flexbatch.planning import Job
 from flexbatch.policy.replan import Replan
-from flexbatch.policy.types import Hardware, Policy
-from flexbatch.prompts import Prompt, PromptEncoder
+from flexbatch.policy.types import Policy
+from flexbatch.prompts import Prompt
+from flexbatch.reports import Statistics, against_plain, completion_of, report_text, with_samples
 from flexbatch.request import Completion, Request, SamplingParams
-from flexbatch.speculative.setup import plan_speculation
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import RecordingTracer, Tracer
 
@@ -43,52 +41,6 @@ logger = logging.getLogger("flexbatch")
 
 PEEKED_BLOCKS = 4
 """Blocks of requests that `stream` looks ahead to size the cache, when the job's lengths are not known."""
-
-
-@dataclass
-class Statistics:
-    """What the runs of an engine measured."""
-
-    seconds: float = 0.0
-    passes: int = 0
-    prompt_tokens: int = 0
-    prefilled_tokens: int = 0
-    generated_tokens: int = 0
-    requests: int = 0
-    load_seconds: float = 0.0
-    loaded_bytes: int = 0
-    moved_bytes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Block:
-    """Everything that lives as long as the sizes of the block fit the jobs: cache, activations, buffers, executor."""
-
-    policy: Policy
-    sizes: BlockSizes
-    cache: KVCache
-    activations: ActivationStore
-    host_buffers: HostBuffers
-    executor: Executor
-
-    def suits(self, policy: Policy, sizes: BlockSizes) -> bool:
-        """Whether a job of these sizes can run in this block."""
-        mine, wanted = asdict(self.sizes.cache), asdict(sizes.cache)
-        return (
-            self.policy == policy
-            and all(mine[name] >= wanted[name] for name in wanted)
-            and self.sizes.max_cpu_attention_tokens >= sizes.max_cpu_attention_tokens
-        )
-
-    def check(self) -> None:
-        self.cache.check()
-        self.activations.check()
-        self.host_buffers.check()
-
-    def close(self) -> None:
-        self.cache.close()
-        self.activations.close()
-        self.host_buffers.close()
 
 
 class LLM:
@@ -102,13 +54,18 @@ class LLM:
         for name in ("percent", "draft", "allow_bits"):
             if isinstance(settings.get(name), list):
                 settings[name] = tuple(settings[name])
-        self._start(EngineConfig(model=model, **settings), trace, None)
+        self._start(Decisions(EngineConfig(model=model, **settings)), trace)
 
     @classmethod
     def from_config(cls, config: EngineConfig, trace: bool = False, job: Job | None = None) -> LLM:
         """An engine from a ready configuration; ``job`` tells the planner what will be run."""
+        return cls.from_decisions(Decisions(config, job), trace)
+
+    @classmethod
+    def from_decisions(cls, decided: Decisions, trace: bool = False) -> LLM:
+        """An engine as decided."""
         engine = cls.__new__(cls)
-        engine._start(config, trace, job)
+        engine._start(decided, trace)
         return engine
 
     @classmethod
@@ -118,162 +75,81 @@ class LLM:
         With a named machine (--hardware) and the default device, it is planned for that machine and its memory; nothing is measured.
         Raises DoesNotFitError when the job does not fit the budgets.
         """
-        engine = cls.__new__(cls)
-        engine._choose(config, False, job, dry=True)
-        needs = engine._needs(engine._sizes(job))
-        check_budgets(needs, engine.budgets)
-        plan = engine.plan_of_run or choosing.priced(engine.problem, choosing.without_reserves(engine.hardware), engine.policy)
-        return {
-            "plan": plan,
-            "model": config.model,
-            "device": str(engine.device),
-            "dtype": str(engine.dtype).removeprefix("torch."),
-            "policy": asdict(engine.policy),
-            "percent": list(engine.policy.percent),
-            "realized_percent": {"weights": engine.weight_plan.realized_percent},
-            "memory": [asdict(need) for need in needs],
-            "budgets": engine.budgets,
-        }
+        return Decisions(config, job, dry=True).describe_plan(job)
 
-    def _start(self, config: EngineConfig, trace: bool, job: Job | None) -> None:
-        self._choose(config, trace, job)
+    def _start(self, decided: Decisions, trace: bool) -> None:
+        self.decided, self.config = decided, decided.config
+        self.statistics = Statistics()
+        self.plain_statistics = Statistics()
+        """Of the runs without speculation that --compare-plain asks for."""
+        self.block: Block | None = None
+        self.speculator: Speculator | None = None
+        self.prediction: dict[str, Any] = {}
+        """Predicted against measured, of the last run that had a plan."""
+        self.replans: list[str] = []
+        device = decided.device
+        self.tracer: Tracer = RecordingTracer(device) if trace else adapting.UsageTracer(device) if decided.plan is not None else Tracer()
+        self._stack = contextlib.ExitStack()
         try:
             self._load()
         except BaseException:
             self._stack.close()
             raise
 
-    def _choose(self, config: EngineConfig, trace: bool, job: Job | None, dry: bool = False) -> None:
-        """Everything that is decided before any weight is loaded."""
-        self.config = config
-        self.statistics = Statistics()
-        self.plain_statistics = Statistics()
-        """Of the runs without speculation that --compare-plain asks for."""
-        self.block: Block | None = None
-        self.prediction: dict[str, Any] = {}
-        """Predicted against measured, of the last run that had a plan."""
-        self._stack = contextlib.ExitStack()
-        self._read_model()
-        named = machines.named(config.hardware)
-        elsewhere = dry and named is not None and config.device == "auto"
-        self.device = torch.device(named.device) if elsewhere and named else planning.resolve_device(config.device)
-        self.dtype = planning.resolve_dtype(config.dtype, self.arch, self.device)
-        self.budgets = planning.resolve_budgets(config, self.device, named if elsewhere else None)
-        self._hardware, self._dry = named, dry
-        folder = config.offload_path or planning.default_offload_dir()
-        self._profile = machines.profile_path(config.hardware, self.device, folder, machines.default_profile_dir()) if config.recalibrate else None
-        self.layout = planning.cache_layout(self.arch, config.cache_bits, self.dtype)
-        self.encoder = PromptEncoder(self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size)
-        self.speculation = plan_speculation(config, self.arch, self.tokenizer, self.layout)
-        self._packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
-        self.replans: list[str] = []
-        typical = Job.typical(self.arch.max_positions)
-        try:
-            self._decide(job or typical)
-        except DoesNotFitError:
-            # The jobs to come may be smaller than a typical one: one sequence has to fit.
-            if job is not None:
-                raise
-            self._decide(typical.first(1))
-        self.weight_plan = self._weight_plan(self.policy)
-        check_budgets(self._needs(self._sizes((job or typical).first(1))), self.budgets)
-        metered = not dry and self.plan_of_run is not None
-        self.tracer: Tracer = RecordingTracer(self.device) if trace else adapting.UsageTracer(self.device) if metered else Tracer()
+    @property
+    def policy(self) -> Policy:
+        """As decided for the latest job."""
+        return self.decided.policy
 
     @property
-    def hardware(self) -> Hardware:
-        """The machine that plans are made for; measured at first use."""
-        if self._hardware is None:
-            folder = self.config.offload_path or planning.default_offload_dir()
-            self._hardware = machines.this_machine(self.device, folder, machines.default_profile_dir(), measure=not self._dry)
-        return self._hardware
+    def arch(self) -> Arch:
+        return self.decided.arch
 
-    def _decide(self, job: Job, loaded: Policy | None = None) -> None:
-        """Policy and plan for a job; with ``loaded``, around weights that are in memory. Raises DoesNotFitError."""
-        stored = max((bits for bits, _ in self._packed.values()), default=None)
-        self.problem = choosing.Problem(self.arch, self.config, job, self.budgets, self.dtype.itemsize, stored, loaded)
-        choice = choosing.choose_policy(self.problem, lambda: self.hardware, lambda policy: self._needs_of(policy, job))
-        self.policy, self.plan_of_run = choice.policy, choice.plan
-        self.layout = planning.cache_layout(self.arch, self.policy.cache_bits, self.dtype)
-        if self.plan_of_run is not None:
-            predicted = self.plan_of_run.predicted_tokens_per_second
-            logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(self.policy), predicted, self.plan_of_run.limiting_resource)
-
-    def _weight_plan(self, policy: Policy) -> WeightPlan:
-        bits = self.config.weight_bits if self._packed else policy.weight_bits
-        return plan_weights(self.arch, policy.weights, bits, GROUP, self.dtype.itemsize, self._packed)
-
-    def _needs_of(self, policy: Policy, job: Job) -> list[Need]:
-        """Exact needs of a job under any policy."""
-        layout = planning.cache_layout(self.arch, policy.cache_bits, self.dtype)
-        sizes = planning.block_sizes(policy, layout, job, self.speculation.max_nodes if self.speculation else 0)
-        drafts = self.speculation.needs(sizes.sequence_tokens) if self.speculation else []
-        return planning.needs(self._weight_plan(policy), policy, layout, sizes, self.dtype, self.device.type == "cuda") + drafts
-
-    def _suit(self, job: Job) -> None:
-        """Decide again for a job that is not like the one that the policy was chosen for; the weights stay where they are."""
-        if not choosing.differs(self.problem, self.policy, job) and not choosing.overshoot(self._needs(self._sizes(job)), self.budgets):
-            return
-        self._decide(job, self.policy)
-
-    def _read_model(self) -> None:
-        """Architecture and tokenizer; no weights yet."""
-        self.tokenizer: Any = None
-        if self.config.dummy_weights:
-            self.folder = None
-            self.arch = shapes.shape(self.config.model)
-            return
-        self.folder = resolve.resolve(self.config.model)
-        self.arch = families.read_arch(checkpoint.read_config(self.folder))
-        self.tokenizer = resolve.load_tokenizer(self.folder)
-
-    def _sizes(self, job: Job) -> BlockSizes:
-        return planning.block_sizes(self.policy, self.layout, job, self.speculation.max_nodes if self.speculation else 0)
-
-    def _needs(self, sizes: BlockSizes) -> list[Any]:
-        drafts = self.speculation.needs(sizes.sequence_tokens) if self.speculation else []
-        return planning.needs(self.weight_plan, self.policy, self.layout, sizes, self.dtype, self.device.type == "cuda") + drafts
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer; None for dummy weights."""
+        return self.decided.tokenizer
 
     def _load(self) -> None:
         """Weights to their homes."""
         started = time.perf_counter()
-        config, cuda = self.config, self.device.type == "cuda"
-        offload_dir = config.offload_path or planning.default_offload_dir()
+        decided, config = self.decided, self.config
+        offload_dir, budgets = decided.offload_dir, decided.budgets
         uses_disk = any(split.disk > 0 for split in (self.policy.weights, self.policy.cache, self.policy.activations))
         if uses_disk or config.offload_path is not None:
             prepare_offload_dir(offload_dir)
         self.tiers = Tiers(
-            gpu=Pool("gpu", self.budgets["gpu"], device=self.device),
-            cpu=Pool("cpu", self.budgets["cpu"], pinned=cuda),
-            disk=Pool("disk", self.budgets["disk"]),
+            gpu=Pool("gpu", budgets["gpu"], device=decided.device),
+            cpu=Pool("cpu", budgets["cpu"], pinned=decided.device.type == "cuda"),
+            disk=Pool("disk", budgets["disk"]),
             offload_dir=offload_dir,
         )
         self._stack.callback(self.tiers.close)
-        self.lanes = Lanes(self.device, self.tracer)
+        self.lanes = Lanes(decided.device, self.tracer)
         self._stack.callback(self.lanes.close)
-        self.weights = WeightStore(self.weight_plan, self.tiers, self.lanes, self.dtype)
+        self.weights = WeightStore(decided.weight_plan, self.tiers, self.lanes, decided.dtype)
         self._stack.callback(self.weights.close)
-        identity = f"dummy-{config.model}-{config.seed}" if self.folder is None else resolve.fingerprint(self.folder)
-        files = offload_dir / f"{identity}-{str(self.dtype).removeprefix('torch.')}"
+        identity = f"dummy-{config.model}-{config.seed}" if decided.folder is None else resolve.fingerprint(decided.folder)
+        files = offload_dir / f"{identity}-{str(decided.dtype).removeprefix('torch.')}"
         loader = Loader(self.weights, files if uses_disk or config.offload_path else None, cache_quantized=config.offload_path is not None)
         with torch.inference_mode():
             self.statistics.loaded_bytes = loader.load(self._pieces)
+            self.statistics.reused_bytes = loader.reused_bytes
         self.weights.check()
-        self.speculator: Speculator | None = None
-        if self.speculation is not None:
-            self.speculator = self.speculation.load(self.lanes, self.dtype, offload_dir)
+        if decided.speculation is not None:
+            self.speculator = decided.speculation.load(self.lanes, decided.dtype, offload_dir)
             self._stack.callback(self.speculator.close)
             if config.simulate_acceptance is not None:
                 logger.warning("SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing", config.simulate_acceptance)
         self.statistics.load_seconds = time.perf_counter() - started
-        logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(self.weight_plan.realized_percent))
+        logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(decided.weight_plan.realized_percent))
 
     def _pieces(self, skip: set[tuple[int, str]]) -> Iterator[Piece | QuantizedPiece]:
         """The checkpoint's stream, or random weights, without the (layer, role) pairs in ``skip``."""
-        if self.folder is not None:
-            yield from checkpoint.stream(self.folder, self.arch, skip, packed=True)
+        if self.decided.folder is not None:
+            yield from checkpoint.stream(self.decided.folder, self.arch, skip, packed=True)
             return
-        for piece in dummy(self.arch, self.config.seed, self.dtype):
+        for piece in dummy(self.arch, self.config.seed, self.decided.dtype):
             if (piece.layer, piece.role) not in skip:
                 yield piece
 
@@ -324,7 +200,7 @@ class LLM:
             params = list(sampling_params)
             if len(params) != len(prompts):
                 raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
-        encoded = [self.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        encoded = [self.decided.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
         return prompts, params, encoded
 
     def stream(
@@ -341,7 +217,7 @@ class LLM:
         def encoded() -> Iterator[tuple[int, Request]]:
             for index, (key, prompt, params) in enumerate(items):
                 try:
-                    token_ids = self.encoder.encode(index, prompt, params.max_tokens)
+                    token_ids = self.decided.encoder.encode(index, prompt, params.max_tokens)
                 except ValueError as error:
                     failed.append((key, Completion((), finish_reason="error", error=str(error), index=index)))
                     continue
@@ -357,7 +233,7 @@ class LLM:
                 break
             peeked.append(item)
         if peeked:
-            job = self._job((request.prompt_token_ids, request.params) for _, request in peeked)
+            job = growing.holdable(self._job((request.prompt_token_ids, request.params) for _, request in peeked), self.decided.exceeded)
             pending: dict[int, dict[int, Completion]] = {}
             report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
             for request, completion in self._run(itertools.chain(peeked, source), job, report):
@@ -389,35 +265,42 @@ class LLM:
 
     def _prepare(self, job: Job) -> Block:
         """A block whose sizes suit the job."""
-        self._suit(job)
-        sizes = self._sizes(job)
-        if self.speculation is not None and self.speculator is not None:
-            check_budgets(self._needs(sizes), self.budgets)
-            self.speculation.open_block(self.speculator, sizes.sequence_tokens)
+        decided = self.decided
+        decided.suit(job)
+        sizes = decided.sizes(job)
+        if decided.speculation is not None and self.speculator is not None:
+            check_budgets(decided.needs(sizes), decided.budgets)
+            decided.speculation.open_block(self.speculator, sizes.sequence_tokens)
         if self.block is not None and self.block.suits(self.policy, sizes):
             return self.block
-        if self.block is not None:
-            self.block.close()
-            self.block = None
-        check_budgets(self._needs(sizes), self.budgets)
-        policy, arch, tiers, lanes = self.policy, self.arch, self.tiers, self.lanes
-        cache = KVCache(self.layout, sizes.cache, tiers, lanes)
-        activations = ActivationStore(
-            policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, self.dtype, self.layout.page_tokens, tiers, lanes
-        )
-        host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, self.dtype, tiers.cpu, lanes)
-        executor = Executor(arch, self.weights, cache, activations, lanes, host_buffers, self.dtype, self.config.overlap)
-        self.block = Block(policy, sizes, cache, activations, host_buffers, executor)
+        self._close_block()
+        check_budgets(decided.needs(sizes), decided.budgets)
+        self.block = make_block(decided, sizes, self.weights, self.tiers, self.lanes)
         return self.block
 
     @torch.inference_mode()
     def _run(
         self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
     ) -> Iterator[tuple[Request, Completion]]:
-        """The loop of the engine: compose a pass, run it, commit what it drew."""
+        """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has outgrown it."""
+        candidates, proposer = self._candidates(requests), self.speculator if speculate else None
         block = self._prepare(job)
-        proposer = self.speculator if speculate else None
-        batcher = Batcher(self.policy, block.cache, self._candidates(requests), block.sizes.max_micro_batch_tokens, proposer)
+        while True:
+            batcher = Batcher(self.policy, block.cache, candidates, block.sizes.max_micro_batch_tokens, proposer, self._refusal)
+            yield from self._run_block(block, batcher, proposer, on_tokens)
+            if not batcher.outgrown:
+                return
+            job, candidates = growing.look_ahead(batcher.remaining(), PEEKED_BLOCKS * self.policy.block_size)
+            block = growing.prepared(self._prepare, growing.holdable(job, self.decided.exceeded))
+            logger.info("made a larger block: a request was longer than those that the stream began with")
+
+    def _refusal(self, candidate: Candidate) -> str:
+        return growing.refusal(candidate, self.decided.exceeded, self.decided.budgets)
+
+    def _run_block(
+        self, block: Block, batcher: Batcher, proposer: Speculator | None, on_tokens: Callable[[int, str], None] | None
+    ) -> Iterator[tuple[Request, Completion]]:
+        """The loop of the engine: compose a pass, run it, commit what it drew."""
         meter, generated = self._meter(), self.statistics.generated_tokens
         shown: dict[int, int] = {}
         started = time.perf_counter()
@@ -438,6 +321,12 @@ class LLM:
                     yield retired.state.request, self._completion(retired)
             for retired in batcher.take_retired():
                 yield retired.state.request, self._completion(retired)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it.
+            self._close_block()
+            raise
         finally:
             batcher.abort()
             self.weights.drain()
@@ -446,16 +335,15 @@ class LLM:
             self.statistics.moved_bytes = self.lanes.moved_bytes()
             if meter is not None:
                 self.prediction = meter.report((self.statistics.generated_tokens - generated) / seconds)
-                if self._profile is not None and meter.passes:
-                    self._hardware = meter.recalibrated(self.hardware)
-                    machines.save(self._hardware, self._profile)
-                    logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, self._profile)
+                if self.decided.profile_path is not None and meter.passes:
+                    self.decided.recalibrate(meter.recalibrated(self.decided.hardware))
+                    logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, self.decided.profile_path)
 
     def _meter(self) -> adapting.PassMeter | None:
         """Compares the passes of a run with its plan; None where nothing was planned, or drafts change what a pass is."""
-        if self.plan_of_run is None or self.speculator is not None:
+        if self.decided.plan is None or self.speculator is not None:
             return None
-        return adapting.PassMeter(self.plan_of_run, adapting.BusySeconds(self.tracer))
+        return adapting.PassMeter(self.decided.plan, adapting.BusySeconds(self.tracer))
 
     def _adjust(self, batcher: Batcher, block: Block, change: Replan) -> None:
         """Settings that may change between passes. Without buffers for CPU attention there is none, whatever the re-plan says."""
@@ -476,78 +364,44 @@ class LLM:
             yield Candidate(RequestState(request, self.config.seed), output)
 
     def _completion(self, retired: Retired) -> Completion:
-        request, output, sequence = retired.state.request, retired.output, retired.sequence
-        self.statistics.requests += 1
-        self.statistics.prompt_tokens += len(request.prompt_token_ids)
-        self.statistics.generated_tokens += len(output.token_ids)
-        completion = Completion(request.prompt_token_ids, prompt=request.prompt, index=request.index, error=retired.error, finish_reason="error")
-        if sequence is None or output.finish is None:
-            return completion
-        completion.token_ids, completion.text = list(output.token_ids), output.text
-        completion.finish_reason, completion.stop_reason = output.finish.reason, output.finish.stop_reason
-        if request.params.logprobs is not None:
-            completion.logprobs = sequence.logprobs
-        if request.params.prompt_logprobs is not None:
-            unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
-            completion.prompt_logprobs = [*[None] * unscored, *sequence.prompt_logprobs]
-        return completion
+        self.statistics.count(retired)
+        return completion_of(retired)
 
     # Report and end
 
     def report(self) -> dict[str, Any]:
         """Plan, realised placement, throughput and bytes per resource of what was run so far."""
-        s = self.statistics
-        cache = self.block.cache if self.block else None
-        return {
-            "model": self.config.model,
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "policy": asdict(self.policy),
-            "percent": list(self.policy.percent),
+        decided, block, tiers, speculator = self.decided, self.block, self.tiers, self.speculator
+        report = {
+            **decided.describe(),
             "realized_percent": {
-                "weights": self.weight_plan.realized_percent,
+                "weights": decided.weight_plan.realized_percent,
                 "cache": dict(zip(("gpu", "cpu", "disk"), (100 * f for f in self.policy.cache.fractions), strict=True)),
-                "activations": self.block.activations.realized_percent if self.block and cache else {},
+                "activations": block.activations.realized_percent if block else {},
             },
-            "memory": [asdict(need) for need in self._needs(self.block.sizes)] if self.block else [],
-            "budgets": self.budgets,
+            "memory": [asdict(need) for need in decided.needs(block.sizes)] if block else [],
             "peak_bytes": {
-                "gpu": self.tiers.gpu.peak_bytes + (self.speculator.peak_bytes if self.speculator is not None else 0),
-                "cpu": self.tiers.cpu.peak_bytes,
-                "disk": self.tiers.disk.peak_bytes,
+                "gpu": tiers.gpu.peak_bytes + (speculator.peak_bytes if speculator is not None else 0),
+                "cpu": tiers.cpu.peak_bytes,
+                "disk": tiers.disk.peak_bytes,
             },
-            "load_seconds": s.load_seconds,
-            "seconds": s.seconds,
-            "passes": s.passes,
-            "requests": s.requests,
-            "prompt_tokens": s.prompt_tokens,
-            "prefilled_tokens": s.prefilled_tokens,
-            "generated_tokens": s.generated_tokens,
-            "generated_tokens_per_second": s.generated_tokens / s.seconds if s.seconds else 0.0,
-            "total_tokens_per_second": (s.prompt_tokens + s.generated_tokens) / s.seconds if s.seconds else 0.0,
-            "moved_bytes": s.moved_bytes,
-            **({"prediction": {**self.prediction, "replans": list(self.replans)}} if self.prediction else {}),
+            **self.statistics.describe(),
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
-            **({"speculation": self._speculation_report()} if self.speculator is not None else {}),
         }
-
-    def _speculation_report(self) -> dict[str, Any]:
-        """Of the speculator; with --compare-plain also the plain runs of the same jobs in this engine."""
-        assert self.speculator is not None
-        report, plain, fast = self.speculator.report(), self.plain_statistics, self.statistics
-        if plain.generated_tokens:
-            report["plain_seconds"] = plain.seconds
-            report["plain_tokens_per_second"] = plain.generated_tokens / plain.seconds
-            report["plain_tokens"] = plain.generated_tokens
-            report["plain_passes"] = plain.passes
-            report["speed_up"] = (fast.generated_tokens / fast.seconds) / (plain.generated_tokens / plain.seconds)
+        if self.prediction:
+            report["prediction"] = {**self.prediction, "replans": list(self.replans)}
+        if speculator is not None:
+            report["speculation"] = {**speculator.report(), **against_plain(self.statistics, self.plain_statistics)}
         return report
 
-    def close(self) -> None:
-        """Free pinned memory, threads and files."""
+    def _close_block(self) -> None:
         if self.block is not None:
             self.block.close()
             self.block = None
+
+    def close(self) -> None:
+        """Free pinned memory, threads and files."""
+        self._close_block()
         self._stack.close()
 
     def __enter__(self) -> LLM:
@@ -557,28 +411,5 @@ class LLM:
         self.close()
 
 
-def described(policy: Policy) -> str:
-    percent = " ".join(f"{share:.4g}" for share in policy.percent)
-    return f"--percent {percent}, {policy.num_gpu_batches} micro-batches of {policy.gpu_batch_size}, {policy.cpu_attention:.0%} CPU attention"
-
-
 def realized(percent: dict[str, float]) -> str:
     return ", ".join(f"{value:.1f} % {tier}" for tier, value in percent.items())
-
-
-def with_samples(completions: dict[int, Completion]) -> Completion:
-    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in any order."""
-    first = completions[0]
-    if len(completions) > 1:
-        first.samples = [completions[sample] for sample in sorted(completions)]
-    return first
-
-
-def report_text(batcher: Batcher, shown: dict[int, int], on_tokens: Callable[[int, str], None]) -> None:
-    """Hand on the new text of every sequence."""
-    running = [(s.state.request.index, s.output) for batch in batcher.micro_batches for s in batch]
-    for index, output in [*running, *((r.state.request.index, r.output) for r in batcher.retired)]:
-        text = output.text
-        if len(text) > shown.get(index, 0):
-            on_tokens(index, text[shown.get(index, 0) :])
-            shown[index] = len(text)

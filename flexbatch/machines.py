@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flexbatch.config import ConfigurationError
+from flexbatch.kernel_rates import kernel_rates
 from flexbatch.policy.rates import Hardware, load_hardware
 
 logger = logging.getLogger("flexbatch")
@@ -45,7 +46,7 @@ def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, me
     expected = IDLE_SECONDS * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
         logger.info("measuring this machine once for the policy optimizer; --hardware %s skips it", shipped_for(device))
-        hardware = cached(cache_folder, str(device), disk_folder)
+        hardware = cached(cache_folder, str(device), disk_folder, kernel_rates(str(device)))
         logger.info("measured %s -> %s", hardware.name, path)
         return hardware
     why = f"measuring would take about {expected:.0f} s at a load of {os.getloadavg()[0]:.1f}" if measure else "nothing is measured for a dry run"

@@ -16,11 +16,10 @@ from flexbatch.memory.tiers import Need, align
 from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
+from flexbatch.policy.groups import cache_group
 from flexbatch.policy.types import TIERS, Hardware, Policy
 
 PAGE_TOKENS = 16
-GROUP = 64
-"""Elements that share a scale and a minimum when weights or cache are quantised."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_MICRO_BATCH_TOKENS = 8192
 """Prompt tokens of a micro-batch in a pass where the policy sets no budget: compute is efficient from 1,024 on, and its workspace grows with them."""
@@ -42,6 +41,10 @@ class Job:
     def first(self, count: int) -> Job:
         """The job of its first requests alone."""
         return Job(self.cache_tokens[:count], self.prompt_tokens[:count])
+
+    def longest_first(self) -> Job:
+        pairs = sorted(zip(self.cache_tokens, self.prompt_tokens, strict=True), reverse=True)
+        return Job(tuple(cache for cache, _ in pairs), tuple(prompt for _, prompt in pairs))
 
     @property
     def num_requests(self) -> int:
@@ -119,7 +122,7 @@ def default_offload_dir() -> Path:
 
 
 def cache_layout(arch: Arch, bits: int, dtype: torch.dtype) -> CacheLayout:
-    return CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, bits, GROUP, PAGE_TOKENS, dtype)
+    return CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, bits, cache_group(arch.head_dim), PAGE_TOKENS, dtype)
 
 
 def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:

@@ -16,15 +16,31 @@ import triton.language as tl
 
 @triton.jit
 def _find_sequence(query_starts, tile, num_sequences, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The last sequence whose first tile is not after ``tile``. First tiles are bounded from below, rows // BLOCK_M + s, without a prefix sum."""
-    low = 0
-    high = num_sequences
-    while low < high:
-        middle = (low + high) // 2
-        before = tl.load(query_starts + middle) * GROUP // BLOCK_M + middle <= tile
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(before, high, middle)
-    return low - 1
+    """The last sequence whose first tile is not after ``tile``. First tiles are bounded from below, rows // BLOCK_M + s, without a prefix sum.
+
+    One wide load in place of a binary search, whose loads wait for each other: ten of them took as long as the work of a short tile.
+    """
+    count = 0
+    for first in range(0, num_sequences, 256):
+        sequence = first + tl.arange(0, 256)
+        start = tl.load(query_starts + sequence, mask=sequence < num_sequences, other=0)
+        before = (sequence < num_sequences) & (start * GROUP // BLOCK_M + sequence <= tile)
+        count += tl.sum(before.to(tl.int32), 0)
+    return count - 1
+
+
+@triton.jit
+def _slots(table, keys, start, seen, MASKED: tl.constexpr, PAGE_TOKENS: tl.constexpr, PAGE_SLICES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Token rows of the keys. PAGE_SLICES: one load a page instead of one a key; ``start`` lies on a page's boundary."""
+    if PAGE_SLICES:
+        PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS
+        first = start + tl.arange(0, PAGES) * PAGE_TOKENS
+        page = tl.load(table + first // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + first // PAGE_TOKENS)
+        slot = (page.to(tl.int64)[:, None] * PAGE_TOKENS + tl.arange(0, PAGE_TOKENS)[None, :]).reshape((BLOCK_N,))
+    else:
+        page = tl.load(table + keys // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + keys // PAGE_TOKENS)
+        slot = page.to(tl.int64) * PAGE_TOKENS + keys % PAGE_TOKENS
+    return slot
 
 
 @triton.jit
@@ -50,18 +66,29 @@ def _expand(rows, parameters, slot, seen, vector, row_stride, parameter_stride, 
 
 
 @triton.jit
-def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap,
+def _rounded(x):
+    """To the nearest bfloat16, ties to even; the interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
             MASKED: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr):  # fmt: skip
-    """Raw products to scores in units of log 2, masked."""
+    """Raw products to masked scores in units of log 2; without ALiBi and soft cap the caller folds the scale into the exponent."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     if SOFT_CAP:  # tanh(x) = 2 sigmoid(2 x) - 1
         score = 2.0 * tl.sigmoid(2.0 * score * (scale / soft_cap)) - 1.0
-    score = score * ((soft_cap if SOFT_CAP else scale) * LOG2_E)
+    if SOFT_CAP or ALIBI:
+        score = score * ((soft_cap if SOFT_CAP else scale) * LOG2_E)
     key_place = keys
     if TREE and MASKED:
         key_place = tl.where(keys < prefix, keys, tl.load(positions + first_token + keys - prefix, mask=(keys >= prefix) & (keys < hi), other=0))
     distance = place[:, None] - key_place[None, :]
-    if ALIBI:
+    if ALIBI == 2:
+        bias = _rounded(_rounded(slopes)[:, None] * _rounded(key_place.to(tl.float32))[None, :]) - slopes[:, None] * place.to(tl.float32)[:, None]
+        score = score + (alibi_scale * LOG2_E) * bias
+    elif ALIBI:
         score = score - (slopes * LOG2_E)[:, None] * distance.to(tl.float32)
     if MASKED:
         visible = (keys < hi)[None, :]
@@ -80,36 +107,43 @@ def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, posit
 
 @triton.jit
 def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
-           slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
+           slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
            MASKED: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr,
            KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
-           BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+           BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr):  # fmt: skip
     """One step of the online softmax: keys [start, start + BLOCK_N)."""
     keys = start + tl.arange(0, BLOCK_N)
     seen = keys < hi
-    page = tl.load(table + keys // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + keys // PAGE_TOKENS)
-    slot = page.to(tl.int64) * PAGE_TOKENS + keys % PAGE_TOKENS
+    if PAGE_SLICES:
+        slot = _slots(table, keys, start, start + tl.arange(0, BLOCK_N // PAGE_TOKENS) * PAGE_TOKENS < hi, MASKED, PAGE_TOKENS, True, BLOCK_N)
+    else:
+        slot = _slots(table, keys, start, seen, MASKED, PAGE_TOKENS, False, BLOCK_N)
     element = tl.arange(0, BLOCK_G * BLOCK_B)[None, :]
     base = rows + (slot * row_stride + head * HEAD_DIM)[:, None] + element
+    BARE: tl.constexpr = not MASKED and HEAD_DIM == BLOCK_G * BLOCK_B
     within = (element < HEAD_DIM) & seen[:, None] if MASKED else element < HEAD_DIM
     if BITS == 16:
-        score = tl.dot(q0, tl.trans(tl.load(base, mask=within, other=0.0)), input_precision="ieee")
+        k = tl.load(base) if BARE else tl.load(base, mask=within, other=0.0)
+        score = tl.dot(q0, tl.trans(k), input_precision="ieee")
     else:
         k0, k1 = _expand(rows, parameters, slot, seen, head, row_stride, parameter_stride, 2 * KV_HEADS, HEAD_DIM, BITS, GROUPS, BLOCK_G, BLOCK_B)
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if BITS == 4:
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
-    score = _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap,
+    score = _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
                     MASKED, ALIBI, WINDOW, SOFT_CAP, TREE)  # fmt: skip
-    top = tl.maximum(m, tl.max(score, 1))
+    FOLDED: tl.constexpr = not ALIBI and not SOFT_CAP
+    step = scale * 1.4426950408889634
+    top = tl.maximum(m, tl.max(score, 1) * step if FOLDED else tl.max(score, 1))
     floor = tl.where(top == float("-inf"), 0.0, top) if MASKED else top  # all masked so far: -inf - -inf is no number
-    weight = tl.exp2(score - floor[:, None])
+    weight = tl.exp2(score * step - floor[:, None] if FOLDED else score - floor[:, None])
     shrink = tl.exp2(m - floor)
     total = total * shrink + tl.sum(weight, 1)
     weight = weight.to(q0.dtype)
     acc0 = acc0 * shrink[:, None]
     if BITS == 16:
-        acc0 = tl.dot(weight, tl.load(base + KV_HEADS * HEAD_DIM, mask=within, other=0.0), acc0, input_precision="ieee")
+        v = tl.load(base + KV_HEADS * HEAD_DIM) if BARE else tl.load(base + KV_HEADS * HEAD_DIM, mask=within, other=0.0)
+        acc0 = tl.dot(weight, v, acc0, input_precision="ieee")
     else:
         v0, v1 = _expand(rows, parameters, slot, seen, KV_HEADS + head, row_stride, parameter_stride, 2 * KV_HEADS, HEAD_DIM, BITS, GROUPS, BLOCK_G, BLOCK_B)
         acc0 = tl.dot(weight, v0, acc0, input_precision="ieee")
@@ -120,10 +154,10 @@ def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, hea
 
 @triton.jit
 def _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out, statistics,
-            num_tokens, slopes_of, positions, tree_masks, mask_words, window, scale, soft_cap, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+            num_tokens, slopes_of, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
             GROUP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr,
             HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
-            BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+            BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr):  # fmt: skip
     """A tile of BLOCK_M query rows from ``row0`` of one sequence, against this program's split of the keys."""
     PIECES: tl.constexpr = 2 if BITS == 4 else 1
     NUM_HEADS: tl.constexpr = KV_HEADS * GROUP
@@ -156,14 +190,14 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
     acc1 = acc0 if BITS == 4 else total
     for start in range(lo, whole, BLOCK_N):
         m, total, acc0, acc1 = _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
-                                      slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
+                                      slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
                                       False, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B,
-                                      BLOCK_N)  # fmt: skip
+                                      BLOCK_N, PAGE_SLICES)  # fmt: skip
     for start in range(whole, hi, BLOCK_N):
         m, total, acc0, acc1 = _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
-                                      slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
+                                      slopes, place, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
                                       True, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B,
-                                      BLOCK_N)  # fmt: skip
+                                      BLOCK_N, PAGE_SLICES)  # fmt: skip
     index = token * NUM_HEADS + query_head
     if SPLITS > 1:
         index += tl.program_id(1).to(tl.int64) * num_tokens * NUM_HEADS
@@ -181,29 +215,38 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
 # Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew (a second each, in the middle of a job).
 @triton.jit(do_not_specialize=["num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
 def attention_kernel(query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, positions, tree_masks,
-                      num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window, scale, soft_cap,
+                      num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window, scale, soft_cap, alibi_scale,
                       BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr,
                       WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                       PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr,
-                      BLOCK_N: tl.constexpr):  # fmt: skip
-    """Grid (KV heads x tiles, splits). Heads vary fastest: programs running together read neighbouring memory."""
+                      BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
+    """Grid (KV heads x tiles, splits). Heads vary fastest: programs running together read neighbouring memory.
+
+    Later tiles of a prompt see more keys and start first, so that the last programs to finish are short. ONE_TILE: no sequence has more rows than a tile.
+    """
     head = tl.program_id(0) % KV_HEADS
     tile = tl.program_id(0) // KV_HEADS
-    sequence = _find_sequence(query_starts, tile, num_sequences, GROUP, BLOCK_M)
+    if ONE_TILE:
+        sequence = tile
+    else:
+        tile = tl.num_programs(0) // KV_HEADS - 1 - tile
+        sequence = _find_sequence(query_starts, tile, num_sequences, GROUP, BLOCK_M)
     first_token = tl.load(query_starts + sequence)
     num_rows = (tl.load(query_starts + sequence + 1) - first_token) * GROUP
-    row0 = (tile - (first_token * GROUP // BLOCK_M + sequence)) * BLOCK_M
+    row0 = tile * 0 if ONE_TILE else (tile - (first_token * GROUP // BLOCK_M + sequence)) * BLOCK_M
     table = page_table + sequence.to(tl.int64) * max_pages
     if row0 < num_rows:
         context = tl.load(context_lens + sequence)
-        if num_rows <= SMALL_M:
-            _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out,
-                    statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, SMALL_M, SPLITS, GROUP, ALIBI,
-                    WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N)  # fmt: skip
-        elif BLOCK_M > SMALL_M:
-            _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out,
-                    statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, BLOCK_M, SPLITS, GROUP, ALIBI,
-                    WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N)  # fmt: skip
+        if SMALL_M > 0:  # noqa: SIM102 (a compile-time condition: joined with the next one it would be taken at run time)
+            if num_rows <= SMALL_M:
+                _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out,
+                        statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, SMALL_M, SPLITS, GROUP, ALIBI,
+                        WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N, PAGE_SLICES)  # fmt: skip
+        if BLOCK_M > SMALL_M:  # noqa: SIM102
+            if num_rows > SMALL_M:
+                _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out,
+                        statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M, SPLITS, GROUP, ALIBI,
+                        WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N, PAGE_SLICES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])

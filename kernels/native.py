@@ -39,7 +39,7 @@ class _Attention(ctypes.Structure):
         ("cache", _Cache),
         *((name, ctypes.c_void_p) for name in ("query", "out", "page_table", "query_starts", "context_lens", "tree_masks", "positions", "alibi_slopes")),
         *((name, ctypes.c_int64) for name in ("num_sequences", "max_pages", "num_heads", "page_tokens", "mask_words", "window", "threads")),
-        *((name, ctypes.c_float) for name in ("scale", "soft_cap")),
+        *((name, ctypes.c_float) for name in ("scale", "soft_cap", "alibi_scale")),
     ]
 
 
@@ -132,6 +132,7 @@ def paged_attention(
     bits: int = 16,
     group: int = 64,
     alibi_slopes: Tensor | None = None,
+    alibi_scale: float = 0.0,
     window: int = 0,
     soft_cap: float = 0.0,
     tree_masks: Tensor | None = None,
@@ -153,7 +154,7 @@ def paged_attention(
         _cache(rows, num_kv_heads, head_dim, bits, group, query.dtype),
         query32.data_ptr(), out.data_ptr(), *(_pointer(x) for x in integers), _pointer(slopes),
         page_table.shape[0], page_table.shape[1], num_heads, page_tokens, 0 if tree_masks is None else tree_masks.shape[1],
-        window, threads or torch.get_num_threads(), scale, soft_cap,
+        window, threads or torch.get_num_threads(), scale, soft_cap, alibi_scale,
     )  # fmt: skip
     if loaded.flexbatch_paged_attention(ctypes.byref(attention)):
         raise MemoryError(f"no memory for the work list of CPU attention over {page_table.shape[0]} sequences")

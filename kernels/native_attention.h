@@ -8,7 +8,8 @@
 
 #define KEYS 32          /* keys taken together */
 #define TILE 64          /* query rows of one tile */
-#define SPLIT_KEYS 512   /* keys of one item when a context is cut */
+#define SPLIT_ELEMENTS (1 << 19) /* of keys and values in one item when a context is cut, within KEYS * 2 and SPLIT_KEYS keys */
+#define SPLIT_KEYS 512
 #define SPLIT_QUERIES 32 /* sequences with more query tokens have enough tiles to share out */
 
 typedef struct {
@@ -18,7 +19,7 @@ typedef struct {
     const int32_t *page_table, *query_starts, *context_lens, *tree_masks, *positions;
     const float *alibi_slopes;
     int64_t num_sequences, max_pages, num_heads, page_tokens, mask_words, window, threads;
-    float scale, soft_cap;
+    float scale, soft_cap, alibi_scale;
 } attention_t;
 
 typedef struct { /* rows [row_begin, row_end) of heads [head_begin, head_end) against keys [key_begin, key_end); row = query * group + g */
@@ -63,9 +64,17 @@ static inline int needs_bias(const attention_t *a, const span_t *s, int32_t firs
     return a->window && query_position(a, s, last) - (float)key >= (float)a->window;
 }
 
-/* Scores at `distance` (query minus key position) after ALiBi, window and, without a tree, causality. */
-static inline vec biased_scores(const attention_t *a, vec score, vec distance, vec slope) {
-    if (a->alibi_slopes) score -= slope * distance;
+static inline vec rounded_to_bfloat16(vec x) {
+    const uvec bits = (uvec)x;
+    return (vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+}
+
+/* Scores of queries at `place` for keys at `key_place`, after ALiBi, window and, without a tree, causality. */
+static inline vec biased_scores(const attention_t *a, vec score, vec place, vec key_place, vec slope) {
+    const vec distance = place - key_place;
+    if (a->alibi_slopes && a->alibi_scale != 0.0f)
+        score += a->alibi_scale * (rounded_to_bfloat16(rounded_to_bfloat16(slope) * rounded_to_bfloat16(key_place)) - slope * place);
+    else if (a->alibi_slopes) score -= slope * distance;
     if (a->window) score = choose(distance < splat((float)a->window), score, splat(-INFINITY));
     return a->tree_masks ? score : choose(distance >= splat(0.0f), score, splat(-INFINITY));
 }

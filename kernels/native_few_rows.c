@@ -76,7 +76,7 @@ static void soften_few(const attention_t *a, const span_t *s, const item_t *item
         float *row_scores = scores + i * KEYS;
         for (int t = 0; t < KEYS; t += LANES) {
             vec score = scaled(a, load(row_scores + t));
-            store(row_scores + t, biased ? biased_scores(a, score, place - load(places + t), slope) : score);
+            store(row_scores + t, biased ? biased_scores(a, score, place, load(places + t), slope) : score);
         }
         for (int32_t t = s->prefix > key ? s->prefix - key : 0; a->tree_masks && t < end - key; t++)
             if (!is_ancestor(a, s, q, key + t)) row_scores[t] = -INFINITY;

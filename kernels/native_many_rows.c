@@ -56,7 +56,7 @@ static void mask_tile(const attention_t *a, const span_t *s, const item_t *item,
         for (int64_t lane = 0; lane < lanes; lane += LANES) {
             vec score = scaled(a, load(row + lane));
             if (key + t >= end) score = splat(-INFINITY);
-            else if (biased) score = biased_scores(a, score, load(places + lane) - place, load(slopes + lane));
+            else if (biased) score = biased_scores(a, score, load(places + lane), splat(place), load(slopes + lane));
             store(row + lane, score);
         }
         const int in_tree = a->tree_masks && key + t >= s->prefix && key + t < end;

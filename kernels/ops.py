@@ -49,6 +49,11 @@ def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, T
     return reference.quantize(x, bits, group, dim)
 
 
+def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """`reference.fit`: once per load, and plain torch reaches it on either device."""
+    return reference.fit(x, bits, group)
+
+
 def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1, out: Tensor | None = None) -> Tensor:
     """`reference.dequantize`, into ``out`` [..., size] where it is given."""
     if codes.is_cuda:

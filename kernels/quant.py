@@ -9,6 +9,8 @@ along: a row of a weight (or a column, dim=0), one head of one key or value. Til
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,11 @@ TILE_BYTES = 2048  # code bytes of a tile
 def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_token, x_step, code_token, code_step, parameter_token, parameter_step,
                      code_side, parameter_base, parameter_side, HEADS: tl.constexpr, HEAD_CODES: tl.constexpr, HEAD_PARAMETERS: tl.constexpr,
                      SLOTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr,
-                     BLOCK_B: tl.constexpr):  # fmt: skip
-    """Grid (vectors, groups, sides). Vector = token * HEADS + head; ``x1``: what the second side (values) reads. Steps: between elements."""
+                     BLOCK_B: tl.constexpr, WHOLE: tl.constexpr, RECIPROCAL: tl.constexpr):  # fmt: skip
+    """Grid (vectors, groups, sides). Vector = token * HEADS + head; ``x1``: what the second side (values) reads. Steps: between elements.
+
+    WHOLE: every group fills its part of the tile, so only the tile's edges are masked. RECIPROCAL: see `_code`.
+    """
     PIECES: tl.constexpr = 8 // BITS
     LEVELS: tl.constexpr = (1 << BITS) - 1
     side = tl.program_id(2)
@@ -38,34 +43,48 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
     if side == 1:
         x = x1
     dtype: tl.constexpr = x0.dtype.element_ty
-    inside = (vector < num_vectors) & (within < GROUP) & (group * GROUP + within < size)
+    has_group = (vector < num_vectors) & (group * GROUP < size)
+    inside = has_group if WHOLE else has_group & (within < GROUP) & (group * GROUP + within < size)
     value = tl.load(x + token * x_token + (head * size + group * GROUP + within) * x_step, mask=inside, other=0.0).to(tl.float32)
-    minimum = tl.min(tl.where(inside, value, float("inf")), 2).expand_dims(2).to(dtype)
+    minimum = tl.min(value if WHOLE else tl.where(inside, value, float("inf")), 2).expand_dims(2).to(dtype)
     floor = minimum.to(tl.float32)
-    reach = tl.max(tl.where(inside, value, float("-inf")), 2).expand_dims(2) - floor
+    reach = tl.max(value if WHOLE else tl.where(inside, value, float("-inf")), 2).expand_dims(2) - floor
     scale = tl.div_rn(reach, tl.full(reach.shape, LEVELS, tl.float32))
     scale = tl.where(scale < 0, 0.0, scale).to(dtype)  # unlike a maximum it keeps NaN: an overflow must stay visible
     place = tl.load(slots + token, mask=vector < num_vectors, other=0).to(tl.int64) if SLOTS else token
     pair = parameters + place * parameter_token + parameter_base + side * parameter_side + head * HEAD_PARAMETERS + group * 2 * parameter_step
-    has_group = (vector < num_vectors) & (group * GROUP < size)
     tl.store(pair, scale, mask=has_group)
     tl.store(pair + parameter_step, minimum, mask=has_group)
-    packed = tl.where(inside, _code(value, floor, tl.broadcast_to(scale.to(tl.float32), value.shape), LEVELS), 0)
+    packed = _code(value, floor, scale.to(tl.float32), LEVELS, RECIPROCAL)
+    if not WHOLE:
+        packed = tl.where(inside, packed, 0)
     if BITS == 4:
         even, odd = tl.split(packed.reshape(BLOCK_V, BLOCK_G, BLOCK_B, 2))
         packed = even | (odd << 4)
     target = codes + place * code_token + side * code_side + head * HEAD_CODES + (group * (GROUP // PIECES) + byte) * code_step
-    has_byte = (vector < num_vectors) & (byte * PIECES < GROUP) & (group * GROUP + byte * PIECES < size)
+    has_byte = has_group if WHOLE else (vector < num_vectors) & (byte * PIECES < GROUP) & (group * GROUP + byte * PIECES < size)
     tl.store(target, packed.to(tl.uint8), mask=has_byte)
 
 
 @triton.jit
-def _code(value, floor, step, LEVELS: tl.constexpr):
-    """Nearest code, ties to even: adding 1.5 * 2^23 leaves no fraction bits."""
-    code = tl.div_rn(value - floor, tl.where(step > 0, step, 1.0))
+def _code(value, floor, step, LEVELS: tl.constexpr, RECIPROCAL: tl.constexpr):
+    """Nearest code, ties to even: adding 1.5 * 2^23 leaves no fraction bits and the code in the lowest ones.
+
+    RECIPROCAL: the quotient from one reciprocal a group and a fused correction (Markstein 1990, "Computation of elementary functions on the IBM RISC
+    System/6000 processor"): a division an element costs more than the memory traffic.
+    """
+    if RECIPROCAL:
+        inverse = tl.where(step > 0, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), tl.where(step > 0, step, 1.0)), 0.0)
+        inverse = tl.broadcast_to(inverse, value.shape)
+        reach = value - floor
+        code = reach * inverse
+        rest = tl.fma(-code, tl.broadcast_to(step, value.shape), reach)
+        code = tl.fma(rest, inverse, code)
+    else:
+        wide = tl.broadcast_to(step, value.shape)
+        code = tl.where(wide > 0, tl.div_rn(value - floor, tl.where(wide > 0, wide, 1.0)), 0.0)
     code = tl.minimum(tl.maximum(code, 0.0), LEVELS)
-    code = (code + 12582912.0) - 12582912.0
-    return tl.where(step > 0, code, 0.0).to(tl.int32)
+    return (code + 12582912.0).to(tl.int32, bitcast=True) & LEVELS
 
 
 @triton.jit
@@ -132,13 +151,30 @@ def _linear_kernel(x, codes, parameters, out, num_tokens, num_outputs, size, x_t
     tl.store(target, acc.to(out.dtype.element_ty), mask=(token < num_tokens)[:, None] & (output < num_outputs)[None, :])
 
 
-def _tile(size: int, bits: int, group: int, across: bool) -> tuple[int, int, int]:
-    """Vectors, groups and code bytes of a tile of about TILE_BYTES; ``across``: neighbouring vectors are neighbours in memory."""
+@dataclass(frozen=True)
+class Launch:
+    """Code bytes of a tile, warps of a program, and whether quotients come from a reciprocal (`_code`)."""
+
+    tile_bytes: int = TILE_BYTES
+    num_warps: int = 2
+    reciprocal: bool = True
+
+
+LAUNCHES = {8: Launch(2048), 4: Launch(1024)}
+"""By bits. On the H200 3,115 and 2,479 GB/s; with divisions and four warps 1,900 and 1,470."""
+
+
+def _whole(size: int, bits: int, group: int, block_b: int) -> bool:
+    return size % group == 0 and block_b * 8 // bits == group
+
+
+def _tile(size: int, bits: int, group: int, across: bool, tile_bytes: int = TILE_BYTES) -> tuple[int, int, int]:
+    """Vectors, groups and code bytes of a tile of about ``tile_bytes``; ``across``: neighbouring vectors are neighbours in memory."""
     if bits == 4 and group % 2:
         raise ValueError(f"4-bit codes on the GPU need groups of an even number of elements, got {group}: two codes share a byte")
     block_b = triton.next_power_of_2(-(-min(group, size) * bits // 8))
-    block_g = 1 if across else min(triton.next_power_of_2(reference.num_groups(size, group)), max(1, TILE_BYTES // block_b))
-    return max(1, TILE_BYTES // (block_b * block_g)), block_g, block_b
+    block_g = 1 if across else min(triton.next_power_of_2(reference.num_groups(size, group)), max(1, tile_bytes // block_b))
+    return max(1, tile_bytes // (block_b * block_g)), block_g, block_b
 
 
 def _strides(codes: Tensor, parameters: Tensor, across: bool) -> tuple[int, int, int, int]:
@@ -148,20 +184,22 @@ def _strides(codes: Tensor, parameters: Tensor, across: bool) -> tuple[int, int,
     return codes.stride(0), 1, parameters.stride(0), 1
 
 
-def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """`reference.quantize`. Raises ValueError for 4 bits in groups of an odd number of elements."""
+def quantize(x: Tensor, bits: int, group: int, dim: int = -1, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    """`reference.quantize`; ``launch`` is that of `LAUNCHES` unless given. Raises ValueError for 4 bits in groups of an odd number of elements."""
+    launch = launch or LAUNCHES[bits]
     across = dim == 0 and x.dim() == 2
     flat = x if across else x.reshape(-1, x.shape[-1])
     size, vectors = (flat.shape[0], flat.shape[1]) if across else (flat.shape[1], flat.shape[0])
     groups, code_bytes = reference.num_groups(size, group), reference.code_bytes(size, bits)
     codes = torch.empty((code_bytes, vectors) if across else (vectors, code_bytes), dtype=torch.uint8, device=x.device)
     parameters = torch.empty((groups, 2, vectors) if across else (vectors, groups, 2), dtype=x.dtype, device=x.device)
-    block_v, block_g, block_b = _tile(size, bits, group, across)
+    block_v, block_g, block_b = _tile(size, bits, group, across, launch.tile_bytes)
     code_vector, code_step, parameter_vector, parameter_step = _strides(codes, parameters, across)
     _quantize_kernel[(triton.cdiv(vectors, block_v), triton.cdiv(groups, block_g), 1)](
         flat, flat, codes, parameters, codes, vectors, size, flat.stride(1 if across else 0), flat.stride(0 if across else 1),
         code_vector, code_step, parameter_vector, parameter_step, 0, 0, 0,
         HEADS=1, HEAD_CODES=0, HEAD_PARAMETERS=0, SLOTS=False, BITS=bits, GROUP=group, BLOCK_V=block_v, BLOCK_G=block_g, BLOCK_B=block_b,
+        WHOLE=_whole(size, bits, group, block_b), RECIPROCAL=launch.reciprocal, num_warps=launch.num_warps,
     )  # fmt: skip
     if across:
         return codes, parameters
@@ -204,7 +242,7 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
         key, value, rows, rows.view(key.dtype), slots, num_tokens * heads, head_dim, key.stride(0), 1, rows.stride(0), 1, rows.stride(0) // width, 1,
         heads * codes, 2 * heads * codes // width, heads * groups * 2,
         HEADS=heads, HEAD_CODES=codes, HEAD_PARAMETERS=groups * 2, SLOTS=True, BITS=bits, GROUP=group,
-        BLOCK_V=block_v, BLOCK_G=block_g, BLOCK_B=block_b,
+        BLOCK_V=block_v, BLOCK_G=block_g, BLOCK_B=block_b, WHOLE=_whole(head_dim, bits, group, block_b), RECIPROCAL=LAUNCHES[bits].reciprocal,
     )  # fmt: skip
 
 

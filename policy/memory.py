@@ -32,7 +32,7 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     row = shape.token_bytes(policy.cache_bits)
     weights = shape.total_bytes(bits)
     slab = 2.0 * shape.largest_layer_bytes(bits)
-    expansion = 0.0 if bits == 16 else shape.weight_bytes(shape.block_elements, 16)
+    expansion = 0.0 if bits == 16 else shape.block_bytes(16)
     cache = batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into place.
@@ -75,10 +75,8 @@ def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[S
     Tensors are dealt to the tiers by error diffusion over the whole model: each goes to the tier that is furthest behind its share.
     """
     asked = np.array(weights.fractions)
-    embedding, block, head = (
-        [shape.weight_bytes(elements, stored) for elements in tensors]
-        for tensors, stored in ((shape.embedding_tensors, 16), (shape.block_tensors, bits), (shape.head_tensors, 16))
-    )
+    embedding, head = ([shape.weight_bytes(elements, 16) for elements in tensors] for tensors in (shape.embedding_tensors, shape.head_tensors))
+    block = shape.block_tensor_bytes(bits)
     layers = [embedding, *[block] * shape.num_layers, head]
     placed, total, largest = np.zeros(3), 0.0, 0.0
     for index, tensors in enumerate(layers):
@@ -114,7 +112,7 @@ def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     point = point_of(policy)
     point[1:4] = split.fractions
     peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
-    expansion = 0 if policy.weight_bits == 16 else shape.weight_bytes(shape.block_elements, 16)
+    expansion = 0 if policy.weight_bits == 16 else shape.block_bytes(16)
     peak["gpu"]["weight slabs"] = expansion + 2 * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
     staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)

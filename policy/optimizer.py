@@ -35,6 +35,7 @@ POLISHED = 4
 GOOD_ENOUGH = 0.995
 """Of the machine's bound: nothing is left to search for."""
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
+ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
 ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
 
 
@@ -89,13 +90,15 @@ class Search:
             return
         phases, tokens = self.phases(policy)
         # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
-        least = sum(count * (m.launch_seconds + sum(s.count * max(0.0, s.seconds["gpu_compute"] @ ALL_ATTENDED) for s in m.stages())) for m, count in phases)
+        least = sum(count * (float(m.launched(ON_GPU)) + least_compute(m)) for m, count in phases)
         if tokens / least < (self.top if least_rate is None else least_rate):
             return
         self.linear_programs += 1
         solution = solve(phases, memory, room, self.constraints)
         if solution is not None:
-            self.tried[policy] = Candidate(policy, solution, tokens / solution.seconds)
+            # A block that is on the GPU whole launches less than the program, which cannot know, counts.
+            saved = sum(count * (m.launch_seconds - float(m.launched(solution.point))) for m, count in phases)
+            self.tried[policy] = Candidate(policy, solution, tokens / (solution.seconds - saved))
 
     def finish(self, candidate: Candidate) -> Plan | None:
         """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""
@@ -116,6 +119,11 @@ class Search:
             self.linear_programs += 1
             solution = solve(phases, memory, room, self.constraints)
         return None
+
+
+def least_compute(model: PassModel) -> float:
+    """GPU seconds of a pass at the placement that takes the least: with all attention on the CPU."""
+    return sum(stage.count * max(0.0, float(stage.seconds["gpu_compute"] @ ALL_ATTENDED)) for stage in model.stages())
 
 
 def chunk_of(workload: Workload, constraints: Constraints) -> int:

@@ -109,6 +109,6 @@ def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Pol
         pass_seconds=total / passes,
         row_seconds={name: float(np.sum(counts * value)) / passes for name, value in model.resource_seconds(point).items()},
         work={name: float(np.sum(counts * value)) / passes for name, value in model.resource_work(point).items()},
-        launch_seconds=model.launch_seconds,
+        launch_seconds=float(np.sum(counts * model.launched(point))) / passes,
         memory=peak_memory(shape, hardware, workload, policy),
     )

@@ -78,6 +78,8 @@ class Hardware:
     """Fixed cost of one disk request, per layer and micro-batch."""
     link_seconds: float = 0.0
     """Fixed cost of one copy, per layer and micro-batch."""
+    attention_expand: float = 0.0
+    """Bytes a second, counted at 16 bits, of quantised cache that attention expands as it reads; 0: half of ``attention_decode``'s time is enough."""
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
@@ -91,8 +93,14 @@ class Hardware:
             raise ValueError(f'hardware {self.name!r}: device {self.device!r} must be "cuda" or "cpu"')
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, int | float) and (value < 0 or (f.type == "float" and value == 0 and not f.name.endswith("_seconds"))):
+            may_be_zero = f.type != "float" or f.default is not dataclasses.MISSING or f.name.endswith("_seconds")
+            if isinstance(value, int | float) and (value < 0 or (value == 0 and not may_be_zero)):
                 raise ValueError(f"hardware {self.name!r}: {f.name}={value} must be positive")
+
+    @property
+    def quantized_attention(self) -> float:
+        """`attention_expand`, or the stand-in where it was not measured."""
+        return self.attention_expand or 2 * self.attention_decode
 
     def gemm_seconds(self, elements: float, tokens: float | np.ndarray, element_bytes: int = 2) -> np.ndarray:
         """Time to multiply ``tokens`` rows with weights of ``elements``. Time, not rate, is interpolated, so that it never falls with tokens.

@@ -81,8 +81,9 @@ class _TickCosts:
                 seconds += 4 * shape.num_heads * shape.head_dim * pairs / hardware.attention_prefill
             elif not s.attended_on_cpu:
                 flops = 4 * shape.num_heads * shape.head_dim * s.query_tokens * (s.before + 1)
-                read = max(row, shape.token_bytes(16) / 2) * (s.before + 1)
-                seconds += max(flops / hardware.attention_prefill, read / hardware.attention_decode)
+                expand = 0.0 if self.policy.cache_bits == 16 else shape.token_bytes(16) / hardware.quantized_attention
+                read = max(row / hardware.attention_decode, expand) * (s.before + 1)
+                seconds += max(flops / hardware.attention_prefill, read)
         return seconds
 
 
@@ -107,7 +108,7 @@ class _Walk:
         """Weights of a stage as they are stored: the head keeps 16 bits."""
         if stage % (self.shape.num_layers + 1) == self.shape.num_layers:
             return self.shape.weight_bytes(self.shape.head_elements, 16)
-        return self.shape.weight_bytes(self.shape.block_elements, self.policy.weight_bits)
+        return self.shape.block_bytes(self.policy.weight_bits)
 
     def serve(self, queue: str, ready: float, seconds: float) -> float:
         """When a task is done; nothing to do is done at once."""
@@ -130,7 +131,7 @@ class _Walk:
         expand = 0.0
         head = layer == shape.num_layers
         if batch == 0 and bits != 16 and not head:
-            expand = (self.stored_bytes(stage) + shape.weight_bytes(shape.block_elements, 16)) / self.hardware.expand
+            expand = (self.stored_bytes(stage) + shape.block_bytes(16)) / self.hardware.expand
         end = self.queues["gpu"].serve(start, expand + (cost.head if head else cost.gpu))
         self.ends.append(end)
         self.attention_done.append(0.0 if head else self.serve("cpu_attention", end, cost.cpu_attention))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexbatch.policy.groups import cache_group, weight_group
 from flexbatch.policy.rates import Curve, Hardware
 
 __all__ = ["TIERS", "Constraints", "Curve", "Hardware", "ModelShape", "Policy", "Speculation", "Split", "Workload"]
@@ -182,6 +183,8 @@ class ModelShape:
     """Tables that stay where they live; empty where the head's matrix is the table."""
     mlp_matrices: int = 2
     element_bytes: int = 2
+    stored_block_bytes: tuple[int, ...] = ()
+    """Bytes of each of ``block_tensors`` in a checkpoint that is quantised already, whatever its bits and groups; empty: the policy's bits decide."""
 
     @classmethod
     def from_sizes(
@@ -224,18 +227,26 @@ class ModelShape:
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def weight_bytes(self, elements: int, bits: int, group: int = 64) -> int:
+    def weight_bytes(self, elements: int, bits: int) -> int:
         """Bytes of ``elements`` weights at ``bits``: codes and one (scale, minimum) pair a group."""
         if bits == 16:
             return elements * self.element_bytes
-        return math.ceil(elements * bits / 8) + math.ceil(elements / group) * 2 * self.element_bytes
+        return math.ceil(elements * bits / 8) + math.ceil(elements / weight_group(self.hidden_size)) * 2 * self.element_bytes
 
-    def token_bytes(self, bits: int, group: int = 64) -> int:
+    def token_bytes(self, bits: int) -> int:
         """Bytes of one token row of the cache of one layer, keys and values."""
         if bits == 16:
             return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
-        used = 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / group) * 2 * self.element_bytes)
+        used = 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / cache_group(self.head_dim)) * 2 * self.element_bytes)
         return math.ceil(used / 16) * 16  # quantised rows are padded to what a 16-byte load wants
+
+    def block_tensor_bytes(self, bits: int) -> tuple[int, ...]:
+        """Each tensor of one layer as it is stored."""
+        plain = tuple(self.weight_bytes(elements, bits) for elements in self.block_tensors)
+        return self.stored_block_bytes or plain if bits != 16 else plain
+
+    def block_bytes(self, bits: int) -> int:
+        return sum(self.block_tensor_bytes(bits))
 
     @property
     def block_elements(self) -> int:
@@ -252,11 +263,11 @@ class ModelShape:
     def total_bytes(self, bits: int) -> int:
         """All weights as they are stored: blocks at ``bits``, head and tables at 16 bits whatever the blocks have."""
         outside = self.weight_bytes(self.head_elements + sum(self.embedding_tensors), 16)
-        return self.num_layers * self.weight_bytes(self.block_elements, bits) + outside
+        return self.num_layers * self.block_bytes(bits) + outside
 
     def largest_layer_bytes(self, bits: int) -> int:
         """Of the largest layer as it is stored, the head included: the working slab is sized by it."""
-        return max(self.weight_bytes(self.block_elements, bits), self.weight_bytes(self.head_elements, 16))
+        return max(self.block_bytes(bits), self.weight_bytes(self.head_elements, 16))
 
     @property
     def hidden_bytes(self) -> int:

@@ -132,6 +132,10 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon",
         {**FALCON_SIZES, "hidden_size": 64, "num_attention_heads": 8, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
     ),
+    "falcon-alibi-many": (
+        "falcon",
+        {**FALCON_SIZES, "hidden_size": 96, "num_attention_heads": 12, "multi_query": False, "parallel_attn": False, "alibi": True},
+    ),
     "gpt_bigcode": ("gpt_bigcode", GPT_SIZES),
     "gpt_bigcode-heads": ("gpt_bigcode", {**GPT_SIZES, "multi_query": False, "n_inner": 92, "activation_function": "gelu"}),
     "gpt_neox": ("gpt_neox", {**NEOX_SIZES, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000.0}}),

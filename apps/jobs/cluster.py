@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -156,7 +157,9 @@ def run_on_ray(job: Job, open_engine: OpenEngine, resume: str) -> int:
         if started_here:
             ray.init(address=job.config.ray_address, log_to_driver=False, configure_logging=False)
         try:
-            return _drive(shard, counts, open_engine, resume)
+            # Ray prints what it says of dead actors to sys.stdout, which is for data only.
+            with contextlib.redirect_stdout(sys.stderr):
+                return _drive(shard, counts, open_engine, resume)
         finally:
             if started_here:
                 ray.shutdown()

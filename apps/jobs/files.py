@@ -19,6 +19,8 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSED = (".gz", ".bz2", ".zst")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+URI_OPTIONS = re.compile(r"\?\w+=[^&?/]*(&\w+=[^&?/]*)*$")
+"""Options of a file system at the end of a URI, ``?endpoint_override=host:9000&scheme=http``. A question mark elsewhere belongs to a glob."""
 
 
 class SourceError(RuntimeError):
@@ -56,12 +58,15 @@ def resolve(location: str) -> tuple[pafs.FileSystem, str]:
     """File system and path of a local path or a URI (``s3://``, ``gs://``, ``file://``, and what fsspec knows). Raises ConfigurationError."""
     if "://" not in location:
         return pafs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    given = URI_OPTIONS.search(location)
+    options = "" if given is None else given[0]
+    location = location.removesuffix(options)
     wild = re.search(r"[*?\[]", location)
     head = location if wild is None else location[: location.rindex("/", 0, wild.start())]
     try:
-        filesystem, path = pafs.FileSystem.from_uri(head)
+        filesystem, path = pafs.FileSystem.from_uri(head + options)
     except (pa.ArrowException, ValueError, OSError):
-        filesystem, path = _fsspec(location, head)
+        filesystem, path = _fsspec(location + options, head + options)
     return filesystem, path.rstrip("/") + location[len(head) :]
 
 

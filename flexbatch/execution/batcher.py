@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flexbatch.detokenize import OutputText
 from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import Drawn
-from flexbatch.execution.work import PassWork, QueryTokens, Sequence
+from flexbatch.execution.work import PassWork, QueryTokens, Sequence, num_unread
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.placement import Spreader
 from flexbatch.policy.types import TIERS, Policy, Split
@@ -48,10 +49,22 @@ class Batcher:
 
     A sequence is admitted when its home tier has pages for all the tokens that it may reach, so nothing is ever evicted. Homes are chosen by error
     diffusion over the cache split, and a sequence joins the micro-batch with the fewest sequences of its tier, so that micro-batches are alike.
+
+    A request that is longer than the block was made for is refused where ``refusal`` says why no block can hold it (without it, always). Else nothing is
+    admitted any more; once the rest has run, it stands first in `remaining`, for a larger block.
     """
 
-    def __init__(self, policy: Policy, cache: KVCache, candidates: Iterator[Candidate], micro_batch_tokens: int, proposer: Proposer | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        cache: KVCache,
+        candidates: Iterator[Candidate],
+        micro_batch_tokens: int,
+        proposer: Proposer | None = None,
+        refusal: Callable[[Candidate], str] | None = None,
+    ) -> None:
         self.policy, self.cache, self.candidates, self.proposer = policy, cache, candidates, proposer
+        self.refusal = refusal or self.too_long
         self.spare_tokens = 0 if proposer is None else proposer.max_nodes
         """Room for drafted tokens in every sequence's cache."""
         self.micro_batch_tokens = micro_batch_tokens
@@ -64,7 +77,7 @@ class Batcher:
         self.homes = Spreader(policy.cache)
         self.cpu_attention = policy.cpu_attention
         self.attended = Spreader(Split(gpu=1 - policy.cpu_attention, cpu=policy.cpu_attention))
-        self.exhausted = False
+        self.exhausted = self.outgrown = False
 
     # Admission
 
@@ -87,10 +100,18 @@ class Batcher:
                 self.waiting.append(candidate)
         return self.waiting[0] if self.waiting else None
 
+    def remaining(self) -> Iterator[Candidate]:
+        """Requests that were not admitted: none, unless one of them has outgrown the block."""
+        return itertools.chain(self.waiting, self.candidates)
+
     def admit(self) -> None:
         """Fill the free places of the block, in the order of the requests."""
-        while self.num_sequences < self.admission_limit and (candidate := self.peek()) is not None:
-            if problem := self.impossible(candidate):
+        while not self.outgrown and self.num_sequences < self.admission_limit and (candidate := self.peek()) is not None:
+            if not self.holds(candidate):
+                problem = self.refusal(candidate)
+                if not problem:
+                    self.outgrown = True
+                    return
                 self.waiting.popleft()
                 self.retired.append(Retired(candidate.state, candidate.output, None, problem))
                 continue
@@ -101,16 +122,21 @@ class Batcher:
             self.waiting.popleft()
             self.join(candidate, tier)
 
-    def impossible(self, candidate: Candidate) -> str:
-        """Why a request can never run, or an empty string."""
-        need = self.cache.layout.num_pages(self.room(candidate))
-        most = max(self.cache.pools[tier].num_pages for tier in self.allowed_tiers)
-        if need <= most:
-            return ""
-        page_tokens = self.cache.layout.page_tokens
+    @property
+    def most_pages(self) -> int:
+        """Pages that a sequence can have when nothing else runs."""
+        sizes = self.cache.sizes
+        return max(sizes.pages(tier) if tier == "gpu" else min(sizes.pages(tier), sizes.staging_pages) for tier in self.allowed_tiers)
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether the block has pages for a request when nothing else runs."""
+        return self.cache.layout.num_pages(self.room(candidate)) <= self.most_pages
+
+    def too_long(self, candidate: Candidate) -> str:
+        need, page_tokens = self.cache.layout.num_pages(self.room(candidate)), self.cache.layout.page_tokens
         return (
             f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {need} cache pages of {page_tokens} tokens; "
-            f"the largest tier has {most}. Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
+            f"the largest tier has {self.most_pages}. Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
         )
 
     def room(self, candidate: Candidate) -> int:
@@ -122,8 +148,20 @@ class Batcher:
         return [tier for tier, fraction in zip(TIERS, self.policy.cache.fractions, strict=True) if fraction > 0]
 
     def choose_home(self, candidate: Candidate) -> str | None:
-        roomy = [tier for tier in self.allowed_tiers if self.cache.can_open(tier, self.room(candidate), self.shareable(candidate, tier))]
+        roomy = [
+            tier
+            for tier in self.allowed_tiers
+            if self.cache.can_open(tier, self.room(candidate), self.shareable(candidate, tier)) and self.places(candidate, tier)
+        ]
         return self.homes.choose(1, roomy) if roomy else None
+
+    def places(self, candidate: Candidate, tier: str) -> list[int]:
+        """Micro-batches with a free place, and room in staging for all their sequences that are not on the gpu tier."""
+        free = [k for k, batch in enumerate(self.micro_batches) if len(batch) < self.policy.gpu_batch_size]
+        if tier == "gpu":
+            return free
+        room = self.cache.sizes.staging_pages - self.cache.layout.num_pages(self.room(candidate))
+        return [k for k in free if sum(len(s.table.pages) for s in self.micro_batches[k] if s.table.tier != "gpu") <= room]
 
     def shareable(self, candidate: Candidate, tier: str) -> list[int]:
         """Pages that already hold the beginning of the prompt, as far as its logits are not wanted."""
@@ -136,9 +174,10 @@ class Batcher:
         if tier == "cpu":
             self.attended.place("cpu" if on_cpu else "gpu", 1)
         prompt = candidate.state.request.prompt_token_ids
-        table = self.cache.open(tier, self.room(candidate), prompt, self.shareable(candidate, tier), on_cpu)
-        free = [k for k, batch in enumerate(self.micro_batches) if len(batch) < self.policy.gpu_batch_size]
-        k = min(free, key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
+        # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
+        read = prompt[: len(prompt) - num_unread(candidate.output, len(prompt))]
+        table = self.cache.open(tier, self.room(candidate), read, self.shareable(candidate, tier), on_cpu)
+        k = min(self.places(candidate, tier), key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
         self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
 
     def adjust(self, admission_limit: int, prefill_budget: int, cpu_attention: float) -> None:
@@ -228,6 +267,11 @@ class Batcher:
         return kept
 
     def retire(self, sequence: Sequence) -> None:
+        self.leave(sequence)
+        self.retired.append(Retired(sequence.state, sequence.output, sequence))
+
+    def leave(self, sequence: Sequence) -> None:
+        """Give back the place and the pages of a sequence."""
         self.micro_batches[sequence.micro_batch].remove(sequence)
         self.homes.remove(sequence.table.tier, 1)
         if sequence.table.tier == "cpu":
@@ -235,7 +279,6 @@ class Batcher:
         self.cache.free(sequence.table)
         if self.proposer is not None:
             self.proposer.retire(sequence)
-        self.retired.append(Retired(sequence.state, sequence.output, sequence))
 
     def take_retired(self) -> list[Retired]:
         retired, self.retired = self.retired, []
@@ -244,21 +287,22 @@ class Batcher:
     def abort(self) -> None:
         """Give back the pages of everything in flight."""
         for batch in self.micro_batches:
-            for sequence in batch:
-                self.cache.free(sequence.table)
-                if self.proposer is not None:
-                    self.proposer.retire(sequence)
-            batch.clear()
+            for sequence in list(batch):
+                self.leave(sequence)
 
     def check(self) -> None:
-        """Invariants: places and homes are counted right, every sequence is consistent."""
+        """Invariants: places, homes and pages are counted right, every sequence is consistent. Only one batcher may use a cache at a time."""
         sequences = [sequence for batch in self.micro_batches for sequence in batch]
         assert len(sequences) <= self.policy.block_size
         for k, batch in enumerate(self.micro_batches):
             assert len(batch) <= self.policy.gpu_batch_size
+            assert sum(len(sequence.table.pages) for sequence in batch if sequence.table.tier != "gpu") <= self.cache.sizes.staging_pages
             for sequence in batch:
                 assert sequence.micro_batch == k
                 sequence.check()
         for tier in TIERS:
             assert self.homes.placed[tier] == sum(sequence.table.tier == tier for sequence in sequences)
-        self.cache.check()
+        on_cpu = [sequence.table.attend_on_cpu for sequence in sequences if sequence.table.tier == "cpu"]
+        assert self.attended.placed == {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}, self.attended.placed
+        self.homes.check()
+        self.cache.check([sequence.table for sequence in sequences])

@@ -41,7 +41,7 @@ class Begun:
 class Executor:
     """Runs passes of one model. State is in the stores it is given; the executor itself holds none between passes.
 
-    ``overlap=False`` waits for everything after every tick: the same ticks, the same tokens.
+    ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same ticks, the same tokens.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class Executor:
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
                 if deferred is None:
                     self.fetch_ahead(tick)
+                if not self.overlap:
+                    self.settle()
                 if tick.layer == num_layers - 1:
                     yield from self.head(inputs[tick.micro_batch], tick.layer, tick.micro_batch, count)
                 else:
@@ -134,7 +136,8 @@ class Executor:
         return (layer * count + micro_batch) % 2
 
     def settle(self) -> None:
-        """Wait for everything that was launched (no overlap)."""
+        """Wait for everything that was launched (no overlap): page gathers, too, of which nobody has asked for the result yet."""
+        self.lanes.settle()
         for claim in self.weights.claims.values():
             for handle in claim.handles:
                 handle.synchronize()
@@ -178,6 +181,7 @@ class Executor:
                 bits=layout.bits,
                 group=layout.group,
                 alibi_slopes=self.slopes.get(query.device),
+                alibi_scale=arch.attention_scale if arch.scaled_alibi else 0.0,
                 window=arch.window(layer),
                 soft_cap=arch.soft_cap,
                 tree_masks=group.tree_masks,

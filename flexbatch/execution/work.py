@@ -14,6 +14,11 @@ from flexbatch.memory.pages import PageTable
 from flexbatch.request import TokenLogprob
 
 
+def num_unread(output: OutputText, num_prompt_tokens: int) -> int:
+    """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It may stand past the context's end."""
+    return int(output.max_tokens == 0 and num_prompt_tokens > 1)
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request in flight: its tokens, its cache, and the micro-batch it belongs to for life."""
@@ -38,8 +43,8 @@ class Sequence:
 
     @property
     def num_unread(self) -> int:
-        """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It may stand past the context's end."""
-        return int(self.output.max_tokens == 0 and self.num_prompt_tokens > 1)
+        """Tokens of the prompt that are never read; see `num_unread`."""
+        return num_unread(self.output, self.num_prompt_tokens)
 
     @property
     def num_uncached(self) -> int:

@@ -136,7 +136,7 @@ class ActivationStore:
             assert sum(stored.counts) == stored.num_tokens, (k, stored.counts, stored.num_tokens)
 
     def close(self) -> None:
-        self.synchronize()
+        self.lanes.settle()
         for file in self.files:
             file.close()
         self.stored.clear()

@@ -33,6 +33,8 @@ class HostBuffers:
             return query, key, value, torch.empty_like(query)
         assert len(query) <= self.max_tokens, f"{len(query)} query tokens for CPU attention, buffers hold {self.max_tokens}"
         index, self.next = self.next, (self.next + 1) % NUM_BUFFERS
+        # By buffer, not by place: where the output lies in a buffer depends on the number of tokens.
+        assert index not in self.owners.values(), "a host buffer is taken before it was given back"
         self.free_after[index].synchronize()
         cursor, parts = 0, []
         for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads):
@@ -42,7 +44,6 @@ class HostBuffers:
         for target, source in zip(parts, (query, key, value), strict=False):
             target.copy_(source, non_blocking=True)
         output = parts[3]
-        assert output.data_ptr() not in self.owners, "a host buffer is taken before it was given back"
         self.owners[output.data_ptr()] = index
         return parts[0], parts[1], parts[2], output
 
@@ -59,6 +60,7 @@ class HostBuffers:
     def close(self) -> None:
         for handle in self.free_after:
             handle.synchronize()
+        self.owners.clear()
         self.uploads.close()
         self.buffers.clear()
         for i in range(NUM_BUFFERS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -224,18 +225,30 @@ class KVCache:
                 for layer in range(self.layout.num_layers):
                     self.disk.move(table, layer, sources, start)
 
-    def check(self) -> None:
+    def check(self, tables: Sequence[PageTable] | None = None) -> None:
+        """Invariants of pools, of the disk, and with ``tables`` (all that are open) that every page has as many holders as it counts."""
         for pool in self.pools.values():
             pool.check()
         if self.disk is not None:
             self.disk.check()
+        if tables is None:
+            return
+        for tier, pool in self.pools.items():
+            holders = Counter(page for table in tables if table.tier == tier for page in table.pages)
+            assert pool.references == [holders[page] for page in range(pool.num_pages)], (tier, pool.references, holders)
+        tails = [table.tail_slot for table in tables if table.tier == "disk"]
+        assert sorted(tails) == sorted(self.disk.flushed if self.disk is not None else []), tails
+        for table in tables:
+            table.check(self.layout.page_tokens)
 
     def synchronize(self) -> None:
         """Wait until everything drained is home."""
         together(*self.draining, *self.drained).synchronize()
 
     def close(self) -> None:
-        self.synchronize()
+        """Let go of everything, also after a transfer that failed."""
+        self.lanes.settle()
+        self.drained = self.draining = [READY] * self.layout.num_layers
         if self.disk is not None:
             self.disk.close()
         self.storage.clear()

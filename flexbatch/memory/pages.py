@@ -99,12 +99,19 @@ class PagePool:
                 self.free_pages.append(page)
 
     def check(self) -> None:
-        """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free."""
+        """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free; who holds a page holds those before it."""
         assert len(set(self.free_pages)) == len(self.free_pages)
         free = set(self.free_pages)
         for page, references in enumerate(self.references):
             assert (references > 0) + (page in free) + (page in self.kept) == 1 and references >= 0, (self.tier, page, references)
+        assert len(free) + len(self.kept) + sum(references > 0 for references in self.references) == self.num_pages
         assert not free & set(self.prefixes.keys)
+        assert self.kept.keys() <= self.prefixes.ready, (self.tier, self.kept.keys() - self.prefixes.ready)
+        followers = [0] * self.num_pages
+        for page, (before, _) in self.prefixes.keys.items():
+            if before >= 0:
+                followers[before] += self.references[page]
+        assert all(count <= references for count, references in zip(followers, self.references, strict=True)), (self.tier, followers, self.references)
         self.prefixes.check()
 
 
@@ -127,3 +134,10 @@ class PageTable:
     def slots(self, start: int, end: int, page_tokens: int) -> list[int]:
         """Token-row slots of tokens [start, end)."""
         return [self.pages[t // page_tokens] * page_tokens + t % page_tokens for t in range(start, end)]
+
+    def check(self, page_tokens: int) -> None:
+        """Invariants: no page twice, valid tokens have a page, shared pages are full, and only a disk sequence has a tail."""
+        assert len(set(self.pages)) == len(self.pages), self.pages
+        assert self.num_shared * page_tokens <= self.num_tokens <= len(self.pages) * page_tokens, (self.num_shared, self.num_tokens, len(self.pages))
+        assert (self.tail_slot >= 0) == (self.tier == "disk" and bool(self.pages)), (self.tier, self.tail_slot)
+        assert not self.attend_on_cpu or self.tier == "cpu", self.tier

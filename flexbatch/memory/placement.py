@@ -10,8 +10,8 @@ from flexbatch.policy.types import TIERS, Split
 class Spreader:
     """Assigns pieces to tiers one after another by error diffusion.
 
-    Every piece goes to the tier that is furthest behind its share of all that was placed so far, this piece included; so at any moment,
-    and over any run of pieces, each tier holds its share to within the largest piece.
+    Every piece goes to the tier that is furthest behind its share of all that was placed so far, this piece included; so at any moment each tier
+    holds its share to within the largest piece, and of any run of pieces to within two of them (1.26 was seen with three tiers).
     """
 
     def __init__(self, split: Split) -> None:
@@ -30,6 +30,10 @@ class Spreader:
 
     def remove(self, tier: str, size: float) -> None:
         self.placed[tier] -= size
+
+    def check(self) -> None:
+        """Invariant: nothing is removed that was not placed."""
+        assert min(self.placed.values()) >= 0, self.placed
 
 
 def spread(sizes: Iterable[int], split: Split) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import glob
 import math
 import mmap
 import os
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -185,10 +188,16 @@ class DiskFile:
         flags = os.O_RDONLY if num_bytes is None else os.O_RDWR | os.O_CREAT | os.O_TRUNC
         try:
             self.buffered = os.open(path, flags, 0o600)
-            if num_bytes is not None:
-                os.posix_fallocate(self.buffered, 0, max(num_bytes, 1))
         except OSError as error:
             raise offload_error(path.parent, error, num_bytes or 0) from error
+        if num_bytes is not None:
+            try:
+                os.posix_fallocate(self.buffered, 0, max(num_bytes, 1))
+            except OSError as error:
+                # What a full disk could still give would stay taken.
+                os.close(self.buffered)
+                path.unlink()
+                raise offload_error(path.parent, error, num_bytes) from error
         try:
             self.direct = os.open(path, (flags & ~(os.O_CREAT | os.O_TRUNC)) | getattr(os, "O_DIRECT", 0))
         except OSError:
@@ -225,6 +234,13 @@ class DiskFile:
             os.close(descriptor)
 
 
+def aligned_empty(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] on the host at a multiple of ALIGNMENT, as direct transfers need it; torch aligns to 64 bytes."""
+    buffer = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
+    start = -buffer.data_ptr() % ALIGNMENT
+    return buffer[start : start + num_bytes]
+
+
 def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[int, int]]:
     """(start, end) byte ranges of at most ``chunk_bytes``."""
     return [(start, min(start + chunk_bytes, num_bytes)) for start in range(0, num_bytes, chunk_bytes)]
@@ -256,22 +272,45 @@ def prepare_offload_dir(folder: Path) -> None:
 def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> None:
     """Write ``pieces`` (uint8, host) one after another, padded to ALIGNMENT, under a temporary name; fsync; rename.
 
-    A crash leaves at most a dot-file, which nothing trusts. Raises OffloadError.
+    A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises OffloadError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        remove_leftovers(path)
+        with open_locked(temporary) as file:
             for piece in pieces:
                 file.write(piece.contiguous().view(-1).numpy().data)
             file.write(b"\0" * (align(num_bytes) - file.tell()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
+        # Ctrl-C too: only a process that is killed leaves the dot-file.
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise offload_error(path.parent, error, num_bytes) from error
+        if isinstance(error, OSError):
+            raise offload_error(path.parent, error, num_bytes) from error
+        raise
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """Open for writing, with a lock that ends with the process: it tells work in progress from what a killed run has left."""
+    while True:
+        file = open(path, "wb")  # noqa: SIM115 (the caller closes it)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # Removed between opening and locking: taken for a leftover.
+
+
+def remove_leftovers(path: Path) -> None:
+    """Unlink temporary files of ``path`` that nobody is writing."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), open(temporary, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
 
 
 def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:

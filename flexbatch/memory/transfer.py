@@ -96,15 +96,20 @@ class ThreadLane:
     def __init__(self, resource: str, tracer: Tracer, stream: torch.cuda.Stream | None = None) -> None:
         self.resource, self.tracer, self.stream = resource, tracer, stream
         self.num_bytes = 0
+        self.num_submitted = self.num_ended = 0
         self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"flexbatch {resource}")
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
         """Run ``job`` on the worker once ``after`` is done."""
         self.num_bytes += num_bytes
+        self.num_submitted += 1
 
         def work() -> Any:
-            with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-                return self.traced(job, after, name, num_bytes)
+            try:
+                with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+                    return self.traced(job, after, name, num_bytes)
+            finally:
+                self.num_ended += 1
 
         return FutureHandle(self.pool.submit(work))
 
@@ -115,6 +120,14 @@ class ThreadLane:
 
     def guard(self, tensor: Tensor) -> None:
         """The job holds the tensor itself: nothing to do on a thread."""
+
+    def settle(self) -> None:
+        """Wait until the worker is idle, whatever became of its jobs: their errors are the waiters' on their handles."""
+        self.pool.submit(lambda: None).result()
+
+    def check(self) -> None:
+        """Invariant: no job ends that was not submitted, and none ends twice."""
+        assert 0 <= self.num_ended <= self.num_submitted, (self.resource, self.num_ended, self.num_submitted)
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -145,6 +158,14 @@ class StreamLane:
     def guard(self, tensor: Tensor) -> None:
         """Keep the allocator from handing out the memory of ``tensor`` before the jobs submitted so far are done with it."""
         tensor.record_stream(self.stream)
+
+    def settle(self) -> None:
+        """Wait until the stream is idle."""
+        self.stream.synchronize()
+
+    def check(self) -> None:
+        """Invariant: bytes are only added to."""
+        assert self.num_bytes >= 0, (self.resource, self.num_bytes)
 
     def close(self) -> None:
         self.stream.synchronize()
@@ -187,6 +208,15 @@ class Lanes:
         for lane in self.all_lanes:
             moved[lane.resource] = moved.get(lane.resource, 0) + lane.num_bytes
         return moved
+
+    def settle(self) -> None:
+        """Wait until nothing is on its way any more, whatever became of it."""
+        for lane in self.all_lanes:
+            lane.settle()
+
+    def check(self) -> None:
+        for lane in self.all_lanes:
+            lane.check()
 
     def close(self) -> None:
         for lane in self.all_lanes:

@@ -61,8 +61,8 @@ class Uploads:
             target.copy_(source, non_blocking=True)
 
     def check(self) -> None:
-        """Invariant: the cursor lies inside the half."""
-        assert 0 <= self.cursor <= HALF_BYTES
+        """Invariant: the cursor lies inside the half, at a whole row."""
+        assert 0 <= self.cursor <= HALF_BYTES and self.cursor % ROW_BYTES == 0, self.cursor
 
     def close(self) -> None:
         for handle in self.read:

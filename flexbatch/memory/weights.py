@@ -240,17 +240,21 @@ class WeightStore:
         return {stored.spec.role: dense for stored in self.plan.resident if (dense := self.homes[-1, stored.spec.role].dense) is not None}
 
     def check(self) -> None:
-        """Invariants: no two layers own a slab; every tensor has exactly one home."""
+        """Invariants: no two layers own a slab; streamed weights in use have one; every tensor has exactly one home."""
         owners = [claim.slab for claim in self.claims.values()]
         assert len(owners) == len(set(owners)), self.claims
+        assert all(0 <= slab < len(self.slabs) for slab in owners), (owners, len(self.slabs))
+        assert all(layer in self.claims or not self.plan.streamed_bytes(layer) for layer in self.ready), (self.ready.keys(), self.claims.keys())
         for stored in self.plan.all_tensors:
             key = (stored.spec.layer, stored.spec.role)
             assert (key in self.homes) != (key in self.files), (key, stored.tier)
 
     def drain(self) -> None:
-        """Wait for everything that is on its way and forget it (end of a job, or a failed pass)."""
-        for claim in self.claims.values():
-            together(*claim.handles).synchronize()
+        """Wait for everything that is on its way and forget it (end of a job, or a failed pass).
+
+        The error of a fetch is its user's: here nobody uses it any more, and whoever needs the layer later fetches it again.
+        """
+        self.lanes.settle()
         for layer in list(self.claims):
             self.release(layer, self.lanes.mark())
 

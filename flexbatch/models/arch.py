@@ -143,13 +143,13 @@ class Arch:
         """Slope of the linear bias of every head, None without ALiBi.
 
         Powers of one base for the largest power of two of heads; the remaining heads take every other power of the base for twice as many
-        (Press et al. 2022, "Train Short, Test Long", section 3 and its released code). With ``scaled_alibi`` the bias is scaled
-        like the scores (Falcon). transformers rounds slope times key position to bfloat16 there, in every dtype; that product is exact here. So logits agree
-        to 1e-5 where its rounding does nothing (up to 8 heads and 256 tokens); at 16 heads and 400 tokens they differ by up to 1.5.
+        (Press et al. 2022, "Train Short, Test Long", section 3 and its released code). With ``scaled_alibi`` the bias is rounded to
+        bfloat16 in every dtype, by key position, and scaled like the scores: so Falcon was published. Unrounded, logits differ by up to 1.5 at 16 heads and
+        400 tokens.
         """
         if self.position != "alibi":
             return None
         whole = 2 ** int(math.log2(self.num_heads))
         slopes = [2.0 ** (-8.0 * (i + 1) / whole) for i in range(whole)]
         slopes += [2.0 ** (-4.0 * (2 * i + 1) / whole) for i in range(self.num_heads - whole)]
-        return [slope * self.attention_scale for slope in slopes] if self.scaled_alibi else slopes
+        return slopes

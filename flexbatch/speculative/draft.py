@@ -106,11 +106,11 @@ class DraftModel:
         with: then a draft that agrees with the target's probabilities proposes the very token that the target draws."""
         self.distributions = {}
         self.levels = []
-        trees = [
-            GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0), self.drawing_of(sequence))
-            for sequence, plan in zip(sequences, plans, strict=True)
-        ]
-        followed = {i: self.follow(sequence) for i, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)) if tree.frontier}
+        trees, followed = [], {}
+        for i, (sequence, plan) in enumerate(zip(sequences, plans, strict=True)):
+            trees.append(GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0), self.drawing_of(sequence)))
+            if trees[i].frontier:
+                followed[i] = self.follow(sequence)
         self.catch_up(list(followed.values()))
         while growing := [i for i, tree in enumerate(trees) if tree.frontier]:
             started = time.perf_counter()
@@ -138,8 +138,11 @@ class DraftModel:
         return followed
 
     def reaches(self, sequence: Sequence, plan: TreePlan) -> bool:
-        """Whether the draft's context, which may be shorter than the target's, holds the sequence and a tree."""
-        return len(sequence.token_ids) + plan.max_depth <= self.arch.max_positions
+        """Whether the draft's context, which may be shorter than the target's, holds the sequence and a tree, and its cache has room for it: a stream may
+        bring requests that are longer than those that the cache was sized for."""
+        if len(sequence.token_ids) + plan.max_depth > self.arch.max_positions:
+            return False
+        return sequence in self.followed or (self.cache is not None and self.cache.can_open("gpu", self.room(sequence)))
 
     def room(self, sequence: Sequence) -> int:
         """Token rows that the sequence may need in the draft's cache."""

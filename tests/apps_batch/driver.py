@@ -1,20 +1,27 @@
 """The batch command as a process of its own: ``python -m tests.apps_batch.driver '{"block": 8}' INPUT OUTPUT ...`` with the fake engine.
 
-With ``{"real": true, "count_file": ...}`` it runs the real one, and counts every token that is generated there, those of killed processes included.
+``{"config_file": ...}`` appends the settings that the engine gets to a file.
+
+With ``{"real": true, "count_file": ...}`` it runs the real one, and counts every token that is generated there, those of killed processes and of Ray's
+actors included.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import sys
 from typing import Any
 
-from flexbatch.apps.batch import main
+from flexbatch.apps.batch import main, open_llm
+from flexbatch.config import EngineConfig
 from tests.apps_batch.fake import FakeLLM
 
 
-def count_real_tokens(count_file: str) -> None:
+def open_counted(count_file: str, config: EngineConfig, seen: Any) -> Any:
+    """The real engine of this process, be it an actor, with its tokens counted."""
     from flexbatch.execution.batcher import Batcher
 
     descriptor, extend = os.open(count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), Batcher.extend
@@ -24,11 +31,19 @@ def count_real_tokens(count_file: str) -> None:
         return extend(self, sequence, result)
 
     Batcher.extend = counted  # type: ignore[method-assign]
+    return open_llm(config, seen)
 
 
 if __name__ == "__main__":
     settings, words = json.loads(sys.argv[1]), sys.argv[2:]
     if settings.pop("real", False):
-        count_real_tokens(**settings)
-        sys.exit(main(words))
-    sys.exit(main(words, open_engine=lambda config, seen: FakeLLM(**settings), identity=lambda config: {"weights": f"fake {config.model}"}))
+        sys.exit(main(words, open_engine=functools.partial(open_counted, settings["count_file"])))
+    config_file = settings.pop("config_file", None)
+
+    def open_fake(config: EngineConfig, seen: Any) -> FakeLLM:
+        if config_file is not None:
+            with open(config_file, "a") as file:
+                file.write(json.dumps(dataclasses.asdict(config)) + "\n")
+        return FakeLLM(**settings)
+
+    sys.exit(main(words, open_engine=open_fake, identity=lambda config: {"weights": f"fake {config.model}"}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from datetime import datetime, timezone
@@ -162,6 +161,19 @@ def test_a_finished_job_does_not_load_the_model_again(tmp_path: Path) -> None:
     assert run_here(source, tmp_path / "out", fake=engine) == 0 and engine.prompts_seen == 0
 
 
+def test_another_job_is_refused_with_its_differences_until_it_may_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (write_input(tmp_path / "in.parquet", ["a", "b"]), tmp_path / "out", "--temperature", 0)
+    assert run_here(*words) == 0
+    first = read_output(tmp_path / "out")
+    other = (*words, "--max-tokens", 3, "--seed", 5)
+    assert run_here(*other) == 2
+    err = capsys.readouterr().err
+    assert "generation.max_tokens: 16 in the output, 3 now" in err and "seed: 0 in the output, 5 now" in err and "generation.temperature" not in err
+    assert read_output(tmp_path / "out").equals(first)
+    assert run_here(*words, "--window-rows", 1, "--gpu-batch-size", 3) == 0, "placement, window and block are not part of a job"
+    assert run_here(*other, "--overwrite") == 0 and max(read_output(tmp_path / "out")["num_generated_tokens"].to_pylist()) <= 3
+
+
 def test_an_engine_failure_keeps_what_is_finished_and_prints_the_resume_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(100)])
     assert run_here(source, tmp_path / "out", fail_after=40) == 1
@@ -275,38 +287,6 @@ def test_shards_write_the_same_parts_as_one_process(tmp_path: Path) -> None:
     assert [path.name for path in one] == [path.name for path in three]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, three, strict=True))
     assert run_here(source, tmp_path / "three", "--part-rows", 9) == 0
-
-
-def test_openai_batch_files(tmp_path: Path) -> None:
-    def request(name: object, url: str, **body: object) -> str:
-        return json.dumps({"custom_id": name, "method": "POST", "url": f"/v1/{url}", "body": {"model": "m", **body}})
-
-    lines = [
-        request("a", "completions", prompt="hello", max_tokens=5, temperature=0),
-        request("b", "chat/completions", messages=[{"role": "user", "content": "hi"}], max_completion_tokens=7, logprobs=True, top_logprobs=1),
-        request("c", "chat/completions", messages=[]),
-        request("d", "completions", prompt="x", tools=[{"type": "function"}]),
-        request("e", "embeddings", input="x"),
-        request("f", "completions", prompt="x", temperature=-1),
-        request("g", "completions", prompt="x" * 1000),
-        "not json",
-        request("h", "completions", prompt=[5, 6, 7], max_tokens=4, logprobs=1, stream=False, stop=None),
-        request(7, "completions", prompt="x"),
-    ]
-    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
-    assert run_here(tmp_path / "in.jsonl", tmp_path / "out", "--input-format", "openai", "--part-rows", 4) == 3
-    out = [json.loads(line) for path in sorted((tmp_path / "out").glob("part-*.jsonl")) for line in path.read_text().splitlines()]
-    assert [row["custom_id"] for row in out] == ["a", "b", "c", "d", "e", "f", "g", None, "h", None]
-    assert all(set(row) == {"id", "custom_id", "response", "error"} and (row["response"] is None) != (row["error"] is None) for row in out)
-    assert [row["error"]["code"] for row in out if row["error"]] == [
-        "invalid_value", "unsupported_parameter", "invalid_url", "invalid_value", "invalid_request", "invalid_json_line", "missing_required_parameter",
-    ]  # fmt: skip
-    text, chat, ids = (out[i]["response"]["body"] for i in (0, 1, 8))
-    assert text["object"] == "text_completion" and len(text["choices"][0]["text"]) <= 5 and text["usage"]["prompt_tokens"] == 6
-    assert chat["choices"][0]["message"]["role"] == "assistant" and chat["usage"]["completion_tokens"] <= 7
-    assert len(chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 1
-    assert ids["usage"]["prompt_tokens"] == 3 and len(ids["choices"][0]["logprobs"]["token_logprobs"]) == ids["usage"]["completion_tokens"]
-    assert len({row["id"] for row in out}) == 10
 
 
 def test_the_planner_sees_the_lengths_of_the_job(tmp_path: Path) -> None:

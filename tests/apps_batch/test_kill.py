@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shlex
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
@@ -88,11 +90,16 @@ def test_two_shards_killed_and_resumed_independently(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_of_torchrun_take_their_shards(tmp_path: Path) -> None:
     source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(90)])
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", *command(source, tmp_path / "out", "--part-rows", 10)[1:]]
+    budgets = ("--cpu-memory", "6GiB", "--gpu-memory", "3GiB", "--offload-dir", tmp_path / "offload", "--device", "cpu")
+    job = command(source, tmp_path / "out", "--part-rows", 10, *budgets, config_file=str(tmp_path / "configs"))
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", *job[1:]]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert read_output(tmp_path / "out")["id"].to_pylist() == list(range(90))
     assert len(list((tmp_path / "out" / ".flexbatch").glob("commits-*-of-3.log"))) == 3
+    configs = [json.loads(line) for line in (tmp_path / "configs").read_text().splitlines()]
+    assert {(config["cpu_memory"], config["gpu_memory"]) for config in configs} == {(2 * 2**30, 2**30)}
+    assert sorted(config["offload_dir"] for config in configs) == [str(tmp_path / "offload" / f"rank-{rank}") for rank in range(3)]
 
 
 def begun(tmp_path: Path, rows: int = 400, **settings: float) -> tuple[subprocess.Popen[str], Path]:
@@ -206,12 +213,17 @@ def test_a_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
 
 
 def test_readers_see_whole_parts_during_the_job(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
     process, out = begun(tmp_path)
     looked = 0
     while process.poll() is None:
         if parts_of(out):
             table = pds.dataset(out).to_table()
             assert len(table) % 25 == 0 and pa.types.is_string(table.schema.field("generated_text").type)
+            assert len(table) <= len(pd.read_parquet(out)) <= 400
+            if not looked:
+                loaded = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "cache"))["train"]
+                assert len(table) <= len(loaded) and len(loaded) % 25 == 0 and process.poll() is None
             looked += 1
         time.sleep(0.05)
     process.communicate()

@@ -124,7 +124,6 @@ def test_ray_data_keeps_order_with_an_actor_pool() -> None:
     assert out == whole
 
 
-@pytest.mark.slow
 def test_a_ray_job_with_three_actors_survives_the_death_of_one(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     source, out = write_input(tmp_path / "in.parquet", shared_prompts(900)), tmp_path / "out"
@@ -135,8 +134,8 @@ def test_a_ray_job_with_three_actors_survives_the_death_of_one(tmp_path: Path) -
     actors = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::Worker" in " ".join(child.cmdline())]
     assert len(actors) == 3, process.communicate()
     actors[1].kill()
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    printed, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and printed == "", err
     assert read_output(out).equals(read_output(tmp_path / "whole"))
     assert (tmp_path / "tokens").stat().st_size < 1.15 * (tmp_path / "once").stat().st_size
     assert not list((out / ".flexbatch").glob("journal-*"))

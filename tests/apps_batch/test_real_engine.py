@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from flexbatch.apps.jobs.journal import HEADER
 from tests.apps_batch.helpers import journal_bytes, parts_of, read_output, shared_prompts, wait_for, write_input
 from tests.apps_batch.helpers import start as start_driver
 
@@ -54,6 +57,32 @@ def test_five_thousand_rows_killed_twenty_times(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, 5000, 20, "--max-tokens", 8)
 
 
+@pytest.mark.slow
+def test_a_ray_job_with_three_engines_survives_the_death_of_one(tmp_path: Path) -> None:
+    """Real actors with the demo model, one killed, against one process. A third of a CPU each: with whole ones Ray would wait for ever on two CPUs."""
+    pytest.importorskip("ray")
+    source, out, flags = write_input(tmp_path / "in.parquet", shared_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
+    finished(start(source, tmp_path / "whole", *flags, count_file=tmp_path / "once"))
+    process = start(source, out, *flags, "--ray", "--ray-actors", "3", "--ray-cpus", "0.3", count_file=tmp_path / "tokens")
+    wait_for(lambda: len(busy_workers(out)) == 3, process, 300)
+    actors = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::Worker" in " ".join(child.cmdline())]
+    assert len(actors) == 3, process.communicate()
+    actors[1].kill()
+    committed = len(parts_of(out))
+    finished(process)
+    assert committed < 27 and len(list((out / ".flexbatch").glob("commits-worker-*.log"))) == 4, "the fourth is the killed actor, started again"
+    assert read_output(out).equals(read_output(tmp_path / "whole"))
+    once, tokens = ((tmp_path / name).stat().st_size for name in ("once", "tokens"))
+    print(f"3 actors, 1 killed after {committed} of 30 parts: {tokens} tokens generated, {once} in one process")
+    assert once <= tokens <= once + 16 * 16, "a death costs what one block of 16 sequences had in flight"
+    assert not list((out / ".flexbatch").glob("journal-*"))
+
+
+def busy_workers(out: Path) -> list[Path]:
+    """Logs of the actors of a Ray job that have committed a part."""
+    return [log for log in (out / ".flexbatch").glob("commits-worker-*.log") if log.stat().st_size > HEADER.size]
+
+
 def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:
     from flexbatch import LLM, SamplingParams
 
@@ -69,6 +98,22 @@ def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:
         row = rows[place]
         assert (row["generated_text"], row["generated_tokens"]) == (completion.text, completion.token_ids)
         assert row["logprobs"][0][0]["rank"] == 1 and row["logprobs"][0][0]["token_id"] == row["generated_tokens"][0]
+
+
+def test_a_rare_long_prompt_is_not_lost(tmp_path: Path) -> None:
+    """It comes long after the block was sized; what came before and comes after is as it would be without it."""
+    from flexbatch import LLM, SamplingParams
+
+    prompts = [f"x_{i} = {i}" for i in range(40)]
+    prompts[29] = "\n".join(f"value_{i} = {i}" for i in range(120))
+    source, flags = write_input(tmp_path / "in.parquet", prompts), ("--temperature", "0", "--max-tokens", "4", "--window-rows", "4", "--part-rows", "10")
+    words = (source, tmp_path / "out", *flags, "--model", "demo", "--gpu-batch-size", "2", "--num-gpu-batches", "1", "--device", "cpu")
+    out, err = (process := start_driver(*words, real=True, count_file=str(tmp_path / "tokens"))).communicate(timeout=300)
+    assert process.returncode == 0 and out == "" and "made a larger block" in err, err
+    with LLM("demo", device="cpu", gpu_batch_size=2, num_gpu_batches=1) as llm:
+        expected = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4))
+    table = read_output(tmp_path / "out")
+    assert table["generated_text"].to_pylist() == [completion.text for completion in expected] and table["num_input_tokens"][29].as_py() > 400
 
 
 @pytest.mark.slow
@@ -90,19 +135,27 @@ def test_the_job_is_as_fast_as_generate_in_memory(tmp_path: Path) -> None:
         def __exit__(self, *exc: object) -> None:
             return None
 
-    ratios, passes = [], []
     with LLM("demo", device="cpu", gpu_batch_size=32, num_gpu_batches=2) as llm:
-        llm.generate(prompts[:64], SamplingParams(temperature=0, max_tokens=4))
-        for turn in range(3):
-            marks = [(time.process_time(), llm.statistics.passes)]
+
+        def in_memory(turn: int) -> None:
             llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16))
-            marks.append((time.process_time(), llm.statistics.passes))
+
+        def as_job(turn: int) -> None:
             words = [str(source), str(tmp_path / f"out{turn}"), "--temperature", "0", "--max-tokens", "16", "--device", "cpu"]
             assert main(words, open_engine=lambda config, seen: Shared(llm), identity=model_identity) == 0
-            marks.append((time.process_time(), llm.statistics.passes))
-            (memory, memory_passes), (job, job_passes) = ((b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks))
-            ratios.append(job / memory)
-            passes.append(job_passes / memory_passes)
-    print("job / generate: CPU time", ratios, "passes", passes)
+
+        def measured(run: Callable[[int], None], turn: int) -> np.ndarray:
+            """CPU seconds, wall seconds, passes."""
+            before = np.array([time.process_time(), time.perf_counter(), llm.statistics.passes])
+            run(turn)
+            return np.array([time.process_time(), time.perf_counter(), llm.statistics.passes]) - before
+
+        in_memory(-1)
+        ratios = []
+        for turn in range(4):
+            found = {run: measured(run, turn) for run in ((in_memory, as_job), (as_job, in_memory))[turn % 2]}
+            ratios.append(found[as_job] / found[in_memory])
+    print("job / generate: CPU seconds, wall seconds, passes:", *(np.round(ratio, 3).tolist() for ratio in ratios))
     assert len(pq.read_table(tmp_path / "out0")) == 1500 and parts_of(tmp_path / "out0")
-    assert max(passes) < 1.05 and min(ratios) < 1.05, (passes, ratios)
+    cpu, _, passes = np.array(ratios).T
+    assert passes.max() < 1.05 and np.median(cpu) < 1.05, ratios

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,29 +19,6 @@ from flexbatch.progress import Progress
 from flexbatch.request import Completion
 
 PROMPTS = ["def add(a, b):", "x", "import os\n", "größer 🙂", "while True: pass  # and so on"]
-
-
-@pytest.fixture(autouse=True)
-def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting of the developer's shell, and signal handlers and log handlers as before."""
-    for name in list(os.environ):
-        if name.startswith("FLEXBATCH_"):
-            monkeypatch.delenv(name)
-    previous, handlers = signal.getsignal(signal.SIGTERM), logging.getLogger().handlers[:]
-    yield
-    signal.signal(signal.SIGTERM, previous)
-    logging.getLogger().handlers[:] = handlers
-
-
-@pytest.fixture
-def command(model_folder: Path, tmp_path: Path):
-    """Runs the command on the tiny model in this process; returns its exit code."""
-
-    def start(*words: str) -> int:
-        fixed = ["--device", "cpu", "--hardware", "cpu"]
-        return run.main(["--model", str(model_folder), *fixed, "--gpu-memory", "64MiB", "--cpu-memory", "64MiB", "--max-tokens", "6", *words])
-
-    return start
 
 
 def prompt_file(folder: Path, prompts: list = PROMPTS) -> str:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from flexbatch import LLM, choosing, planning
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
-from flexbatch.kernels.reference import num_groups
 from flexbatch.memory.tiers import check_budgets
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.models import families, shapes
-from flexbatch.planning import GROUP, Job
+from flexbatch.planning import Job
+from flexbatch.policy.groups import weight_group
 from flexbatch.policy.rates import load_hardware
 from flexbatch.policy.types import Split
 
@@ -36,7 +36,7 @@ def plan(model="opt-6.7b", job=JOB, **given):
 def exact_needs(arch, dtype, job, cuda=False):
     def needs(policy):
         layout = planning.cache_layout(arch, policy.cache_bits, dtype)
-        weights = plan_weights(arch, policy.weights, policy.weight_bits, GROUP, dtype.itemsize)
+        weights = plan_weights(arch, policy.weights, policy.weight_bits, weight_group(arch.hidden_size), dtype.itemsize)
         return planning.needs(weights, policy, layout, planning.block_sizes(policy, layout, job), dtype, cuda)
 
     return needs
@@ -46,10 +46,9 @@ def exact_needs(arch, dtype, job, cuda=False):
 @pytest.mark.parametrize("name", ["opt-125m", "llama-3-8b", "falcon-7b", "opt-350m"])
 def test_shapes_weigh_what_the_engine_stores(name, bits):
     arch = shapes.shape(name)
-    stored = sum(tensor.num_bytes for tensor in plan_weights(arch, Split(1, 0), bits, GROUP, 2).all_tensors)
+    stored = sum(tensor.num_bytes for tensor in plan_weights(arch, Split(1, 0), bits, weight_group(arch.hidden_size), 2).all_tensors)
     shape = choosing.model_shape(name, arch, 2)
     assert shape.total_bytes(bits) == pytest.approx(stored, rel=1e-3 if bits == 16 else 0.01)
-    assert num_groups(arch.hidden_size, GROUP) >= 1
     if bits == 16:
         assert sum(math.prod(spec.shape) for spec in families.weight_specs(arch)) == shape.total_elements
 

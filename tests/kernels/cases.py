@@ -24,6 +24,7 @@ class Case:
     group: int = 32
     page_tokens: int = 8
     alibi: bool = False
+    alibi_scale: float = 0.0
     window: int = 0
     soft_cap: float = 0.0
     tree: bool = False
@@ -43,7 +44,7 @@ class Case:
         options: dict[str, Any] = {"num_kv_heads": self.num_kv_heads, "page_tokens": self.page_tokens, "scale": self.head_dim**-0.5, "bits": self.bits}
         options |= {"group": self.group, "window": self.window, "soft_cap": self.soft_cap, "max_query_len": max(self.queries)}
         if self.alibi:
-            options["alibi_slopes"] = torch.rand(self.num_heads, generator=random) / 4
+            options |= {"alibi_slopes": torch.rand(self.num_heads, generator=random) / 4, "alibi_scale": self.alibi_scale}
         if self.tree:
             options |= self.random_trees(random)
         options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
@@ -82,11 +83,15 @@ CASES = {
     "window shorter than a block": Case((1, 3), (100, 37), head_dim=16, window=3),
     "soft cap": Case((1, 20), (70, 41), head_dim=112, soft_cap=3.0),
     "trees": Case((9, 37, 1), (10, 80, 60), num_heads=6, head_dim=64, tree=True),
+    "ALiBi rounded as Falcon does": Case((1, 40, 3), (300, 400, 520), num_heads=6, num_kv_heads=6, head_dim=16, alibi=True, alibi_scale=0.25),
+    "trees with rounded ALiBi": Case((9, 34), (30, 380), num_heads=6, head_dim=24, tree=True, alibi=True, alibi_scale=0.2),
     "trees, ALiBi and window": Case((9, 34), (30, 80), num_heads=6, head_dim=24, tree=True, alibi=True, window=6),
     "half precision": Case((2, 13, 1), (10, 60, 130), head_dim=128, dtype=torch.float16),
     "head of 256": Case((1, 2), (33, 20), num_heads=2, num_kv_heads=1, head_dim=256, dtype=torch.float16),
     "8 bits": Case((2, 13, 1), (10, 60, 70), head_dim=96, bits=8),
     "4 bits": Case((2, 13, 1), (10, 60, 70), head_dim=112, dtype=torch.float16, bits=4),
+    "decode, 4 bits": Case((1, 1, 0, 1), (1, 37, 5, 130), num_heads=3, num_kv_heads=3, dtype=torch.float16, bits=4),
+    "decode, 8 bits, ALiBi": Case((1, 1), (70, 33), num_heads=2, head_dim=128, dtype=torch.float16, bits=8, group=64, alibi=True),
     "4 bits, short group": Case((1, 20), (40, 41), head_dim=34, bits=4),
 }
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -53,6 +53,7 @@ class DenseModel:
                 page_tokens=PAGE_TOKENS,
                 scale=self.arch.attention_scale,
                 alibi_slopes=self.slopes,
+                alibi_scale=self.arch.attention_scale if self.arch.scaled_alibi else 0.0,
                 window=self.arch.window(layer),
                 soft_cap=self.arch.soft_cap,
             )

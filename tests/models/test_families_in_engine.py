@@ -18,7 +18,7 @@ GRID = [(case, placement) for case in FAMILY_CASES for placement in PLACEMENTS i
 def check(case, placement, folder):
     percent, micro_batches, chunk = placement
     model = make_model(case, folder)
-    prompts = random_prompts([1, 5, 33, 90], seed=3)
+    prompts = random_prompts([1, 5, 33, 300 if "alibi" in case else 90], seed=3)
     settings = {"percent": percent, "gpu_batch_size": 2, "num_gpu_batches": micro_batches, "prefill_chunk": chunk, "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
     with LLM(str(folder), device="cpu", offload_dir=str(folder / "offload"), **settings) as llm:
         completions = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True))

@@ -148,6 +148,28 @@ def test_roles_that_are_packed_everywhere(tmp_path):
     assert "down.weight" not in checkpoint.prequantized(tmp_path, arch)
 
 
+@pytest.mark.parametrize("group", [32, 8])
+@pytest.mark.parametrize("weight_bits", [16, 4])
+def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
+    """Its own groups, a matrix that one layer has unquantised and so all have at --weight-bits, norms: as stored, byte for byte."""
+    make(tmp_path, "gptq", group=group, tokenizer=True, **SIZES)
+
+    def leave_alone(tensors):
+        for suffix in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors.pop(f"model.layers.1.mlp.down_proj.{suffix}")
+        tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(64, 96)
+
+    change(tmp_path, leave_alone)
+    with LLM(str(tmp_path), device="cpu", weight_bits=weight_bits, gpu_memory="1GiB", cpu_memory="1GiB", offload_dir=str(tmp_path / "offload")) as llm:
+        stored = llm.decided.weight_plan.all_tensors
+        assert {tensor.spec.role: tensor.group for tensor in stored}["o.weight"] == group
+        assert [tensor.bits for tensor in stored if tensor.spec.role == "down.weight"] == [weight_bits] * 2
+        assert llm.decided.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in stored)
+        assert llm.policy.weight_bits == 4
+        (need,) = (row["num_bytes"] for row in llm.plan(llm.config, llm.decided.problem.job)["memory"] if row["what"] == "weights")
+        assert need == llm.tiers.gpu.used_bytes["weights"]
+
+
 def packed_pieces(folder):
     arch = families.read_arch(checkpoint.read_config(folder))
     return [piece for piece in checkpoint.stream(folder, arch, packed=True) if isinstance(piece, QuantizedPiece)]

@@ -36,6 +36,18 @@ def test_logits_equal_transformers(tiny):
         torch.testing.assert_close(b, w, atol=5e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["falcon-alibi", "falcon-alibi-many", "bloom"])
+@torch.no_grad()
+def test_linear_biases_of_long_prompts_equal_transformers(case, tmp_path):
+    """Falcon's are rounded to bfloat16: positions from 257 on, and the slopes of more than 8 heads."""
+    model = make_model(case, tmp_path, tokenizer=False)
+    arch = families.read_arch(checkpoint.read_config(tmp_path))
+    prompts = random_prompts([450, 300])
+    found = DenseModel(arch, checkpoint.load(tmp_path, arch, torch.float32), len(prompts), 450).step(prompts)
+    for prompt, logits in zip(prompts, found, strict=True):
+        torch.testing.assert_close(logits, model(torch.tensor([prompt])).logits[0], atol=1e-4, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_greedy_tokens_equal_generate(tiny):
     model, arch, stages = tiny

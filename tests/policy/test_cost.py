@@ -20,7 +20,7 @@ def free_launch(name: str) -> Hardware:
     hardware = load_hardware(name)
     rate = hardware.cpu_attention.values[0]
     alone = dataclasses.replace(hardware, cpu_attention_during_h2d=rate, h2d_during_cpu_attention=hardware.h2d)
-    return dataclasses.replace(alone, launch_seconds=0.0, pass_seconds=0.0, link_both=1e15, host_bandwidth=1e15)
+    return dataclasses.replace(alone, launch_seconds=0.0, pass_seconds=0.0, link_seconds=0.0, link_both=1e15, host_bandwidth=1e15)
 
 
 def block(policy: Policy, context: int, chunk: int = 0, before: int = 0) -> tuple[list[SimulatedSequence], PassLoad]:
@@ -184,5 +184,6 @@ def test_gemm_seconds_never_fall_with_tokens():
     seconds = hardware.gemm_seconds(10**9, tokens)
     assert np.all(np.diff(seconds) >= -1e-15)
     assert hardware.gemm_seconds(10**9, 0) == 0
-    assert seconds[47] == pytest.approx(2 * 48e9 / 184e12)
-    assert hardware.gemm_seconds(10**9, 8192) == pytest.approx(2 * 8192e9 / 738e12)
+    for tokens, rate in zip(hardware.gemm.points, hardware.gemm.values, strict=True):
+        assert hardware.gemm_seconds(10**9, tokens) == pytest.approx(2e9 * tokens / rate)
+    assert hardware.gemm_seconds(10**9, 8192) == pytest.approx(2 * 8192e9 / hardware.gemm.values[-1])

@@ -23,6 +23,10 @@ class Scripted:
         self.make = make
         self.peak_bytes = 0
         self.distributions: dict = {}
+        self.levels: list = []
+
+    def unread_tokens(self, sequences) -> int:
+        return 0
 
     def draft(self, sequences, plans):
         return [self.make(sequence, plan.num_levels).cut(plan.num_levels) for sequence, plan in zip(sequences, plans, strict=True)]

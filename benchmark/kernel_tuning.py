@@ -1,0 +1,211 @@
+"""Launch shapes of the kernels tried on this GPU: each checked, timed and written at once, so that a crash keeps what came before.
+
+    python -m benchmark.kernel_tuning --output tune.jsonl          # about two minutes, compilation by several processes included
+
+Errors are against the oracle (prefill: torch's attention), of quantisation the number of different codes and parameters. Ceilings come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
+from benchmark.kernel_timings import attention_flops, ceilings
+from flexbatch.kernels import attention, pages, quant, reference
+
+SHORT, LONG = "OPT-30B shape, 16 prompts of 512", "Llama-3-8B shape, one prompt of 8192"
+PREFILL_LAUNCHES = [  # query rows, keys, warps, stages, registers
+    *((64, 64, 4, stages, 0) for stages in (2, 3)), (64, 32, 4, 3, 0), (64, 128, 4, 2, 0),
+    *((128, 64, 8, stages, registers) for stages in (2, 3) for registers in (0, 128)), (128, 64, 4, 2, 0), (128, 64, 4, 3, 0), (128, 32, 4, 3, 0),
+    (128, 32, 8, 3, 128), (128, 128, 8, 2, 0), (128, 128, 4, 2, 0),
+]  # fmt: skip
+DECODE_LAUNCHES = [(keys, warps, stages) for keys, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8)) for stages in (1, 3)]
+EXPANDING_LAUNCHES = [(64, 4, 3), (32, 4, 3), (128, 4, 2), (128, 8, 3), (64, 2, 3)]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration: ``work`` is timed, ``error`` compares its result with a reference, ``rate`` turns seconds into the fields of a row."""
+
+    row: Row
+    work: Callable[[], Any]
+    error: Callable[[Any], float]
+    rate: Callable[[float], Row]
+
+
+def difference(wanted: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    return lambda got: (got.float() - wanted.float()).abs().max().item()
+
+
+def sdpa(call: tuple[torch.Tensor, ...], options: Row) -> torch.Tensor:
+    """Causal attention of whole prompts of one length by torch's own kernels."""
+    query, rows, table = call[:3]
+    length = len(query) // len(table)
+    slots = (table.long()[:, :, None] * options["page_tokens"] + torch.arange(options["page_tokens"], device=query.device)).flatten(1)[:, :length]
+    key, value = (rows[slots, side].transpose(1, 2) for side in range(2))
+    q = query.view(len(table), length, *query.shape[1:]).transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).reshape(query.shape)
+
+
+def prefill_trials() -> Iterator[Trial]:
+    for name in (SHORT, LONG):
+        queries, contexts, heads, kv_heads, head_dim = PREFILL[name]
+        call, options = attention_call(queries, contexts, heads, kv_heads, head_dim)
+        wanted, flops = sdpa(call, options), attention_flops(queries, contexts, heads, head_dim)
+        rate = lambda took, flops=flops: {"tflops": flops / took / 1e12}  # noqa: E731
+        yield Trial({"kernel": "torch sdpa", "case": name}, lambda c=call, o=options: sdpa(c, o), difference(wanted), rate)
+        for launch in [*PREFILL_LAUNCHES, *((*PREFILL_LAUNCHES[i], True) for i in (0, 5))]:
+            shape = attention.Launch(*launch)
+            work = lambda c=call, o=options, s=shape: attention.paged_attention(*c, **o, launch=s)  # noqa: E731
+            yield Trial({"kernel": "prefill", "case": name, "launch": launch}, work, difference(wanted), rate)
+
+
+def decode_trials() -> Iterator[Trial]:
+    for name, launches in (("OPT-30B shape, 64 x 512", DECODE_LAUNCHES), ("Llama-3-8B shape, 64 x 4096", EXPANDING_LAUNCHES)):
+        for bits in (8, 4):
+            queries, contexts, heads, kv_heads, head_dim = DECODE[name]
+            call, options = attention_call(queries, contexts, heads, kv_heads, head_dim, bits=bits)
+            num_bytes = sum(contexts) * call[1].stride(0)
+            wanted = reference.paged_attention(*call, **options)
+            rate = lambda took, n=num_bytes: {"gbps": n / took / 1e9}  # noqa: E731
+            first = 1 if launches is DECODE_LAUNCHES else 16
+            tried = [(first, *launch) for launch in launches] + ([(16, 64, 4, 3)] if first == 1 else [])
+            for launch in tried:
+                for splits in (0, 1) if launch[:2] == (1, 32) else (0,):
+                    shape = attention.Launch(*launch)
+                    work = lambda c=call, o=options, s=shape, n=splits: attention.paged_attention(*c, **o, launch=s, splits=n)  # noqa: E731
+                    yield Trial({"kernel": "decode", "case": name, "bits": bits, "launch": launch, "splits": splits}, work, difference(wanted), rate)
+
+
+def quant_trials() -> Iterator[Trial]:
+    weight = torch.randn(28672, 8192, device="cuda", dtype=torch.bfloat16)
+    for bits in (8, 4):
+        wanted = reference.quantize(weight[:1024].cpu(), bits, 64)  # torch divides by a constant inexactly on a GPU
+        moved = weight.nbytes + len(weight) // 1024 * sum(x.nbytes for x in wanted)
+        for tile in (1024, 2048, 4096, 8192):
+            for warps in (2, 4, 8):
+                for reciprocal in (False, True):
+                    launch = quant.Launch(tile, warps, reciprocal)
+                    yield Trial(
+                        {"kernel": "quantize", "bits": bits, "launch": [tile, warps, reciprocal]},
+                        lambda b=bits, s=launch: quant.quantize(weight, b, 64, launch=s),
+                        lambda got, w=wanted: float(sum((x[:1024].cpu() != y).sum().item() for x, y in zip(got, w, strict=True))),
+                        lambda took, m=moved: {"gbps": m / took / 1e9},
+                    )
+
+
+def page_trials() -> Iterator[Trial]:
+    host = torch.ones(512 * MIB, dtype=torch.uint8).pin_memory()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    alone = seconds(lambda: a @ b)
+    for page_bytes in (65536, 448 * 1024):
+        source = host[: host.numel() // page_bytes * page_bytes].view(-1, page_bytes)
+        ids = torch.randperm(source.shape[0], device="cuda")[: source.shape[0] // 2].int()
+        staging = torch.empty(len(ids), page_bytes, dtype=torch.uint8, device="cuda")
+        for programs, tile, warps in [(p, t, w) for p in (8, 16, 24, 32) for t, w in ((8192, 4), (16384, 4), (16384, 8), (32768, 8))]:
+
+            def work(p: int = programs, t: int = tile, w: int = warps, s: Any = source, i: Any = ids, d: Any = staging) -> torch.Tensor:
+                pages.gather_pages(s, i, d, num_programs=p, tile_bytes=t, num_warps=w)
+                return d
+
+            def beside(took: float, work: Callable[[], Any] = work, n: int = staging.numel()) -> Row:
+                side = torch.cuda.Stream()
+                with torch.cuda.stream(side):
+                    for _ in range(5):
+                        work()
+                slowed = seconds(lambda: a @ b, 8, 1)
+                outlasted = not side.query()
+                torch.cuda.synchronize()
+                return {"gbps": n / took / 1e9, "gemm_slowdown": slowed / alone - 1, "outlasted": outlasted}
+
+            row = {"kernel": "gather", "page_bytes": page_bytes, "launch": [programs, tile, warps]}
+            yield Trial(row, work, lambda got: float((got != 1).sum().item()), beside)
+
+
+SECTIONS = {"prefill": prefill_trials, "decode": decode_trials, "quant": quant_trials, "pages": page_trials}
+
+
+COMPILED_AHEAD = ("prefill", "decode", "quant")
+
+
+def compile_ahead(parts: int, sections: Iterable[str]) -> None:
+    """Every trial once, shared out over processes: the compiler's cache on disk hands its work on."""
+    command = [sys.executable, "-m", "benchmark.kernel_tuning", "--sections", *sections, "--part"]
+    workers = [subprocess.Popen([*command, f"{part}/{parts}"]) for part in range(parts)]
+    for worker in workers:
+        worker.wait()
+
+
+def compile_part(part: int, parts: int, sections: Iterable[str]) -> None:
+    number = 0
+    for name in set(COMPILED_AHEAD).intersection(sections):
+        for trial in SECTIONS[name]():
+            number += 1
+            if number % parts == part:
+                try:
+                    trial.work()
+                    torch.cuda.synchronize()
+                except Exception as error:
+                    print(f"{trial.row}: {str(error)[:100]}", file=sys.stderr)
+        torch.cuda.empty_cache()
+
+
+def measure(trial: Trial) -> Row:
+    try:
+        error = trial.error(trial.work())
+        took = seconds(trial.work, 7, 2)
+        return trial.row | {"us": round(took * 1e6, 1), "error": round(error, 5)} | {k: round(v, 3) for k, v in trial.rate(took).items()}
+    except Exception as error:  # a tile may want more shared memory than there is
+        return trial.row | {"failed": str(error)[:160]}
+
+
+def tuning_rows(sections: Iterable[str] = tuple(SECTIONS), limit_s: float = 130.0, processes: int = 8) -> Iterator[Row]:
+    """Ceilings, then a row of every trial that starts within ``limit_s``; ``processes`` compile ahead (0: none)."""
+    begun = time.monotonic()
+    if processes:
+        compile_ahead(processes, sections)
+    yield {"kernel": "ceilings", "compiled_s": round(time.monotonic() - begun, 1)} | ceilings()
+    for name in sections:
+        for trial in SECTIONS[name]():
+            if time.monotonic() - begun < limit_s:
+                yield measure(trial)
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("tune.jsonl"))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--seconds", type=float, default=130.0, help="start no configuration after this time")
+    parser.add_argument("--processes", type=int, default=8, help="compile ahead in so many processes (0: not)")
+    parser.add_argument("--part", help="internal: compile part i/n and stop")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.part:
+        part, parts = map(int, arguments.part.split("/"))
+        compile_part(part, parts, arguments.sections)
+        return 0
+    begun = time.monotonic()
+    lines: list[str] = []
+    with arguments.output.open("w") as file:
+        for row in tuning_rows(arguments.sections, arguments.seconds, arguments.processes):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            lines.append(" | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    print(*lines, f"{len(lines)} rows in {time.monotonic() - begun:.0f} s", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

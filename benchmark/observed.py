@@ -1,0 +1,131 @@
+"""An engine whose passes are logged and whose policy stays as it is told: what `benchmark.policy_runs` measures with."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, cast
+
+from benchmark.policy_settings import Setting
+from flexbatch import LLM, SamplingParams, adapting, choosing
+from flexbatch.config import EngineConfig
+from flexbatch.deciding import Decisions
+from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, Job
+from flexbatch.policy.loads import PassLoad
+from flexbatch.policy.plan import Plan
+from flexbatch.policy.types import Policy
+
+WARM_UP_PROMPTS = 8
+
+
+class PassLog(adapting.PassMeter):
+    """Keeps every pass and changes nothing: the policy that was planned is the one that is measured."""
+
+    def __init__(self, plan: Any, busy: Any) -> None:
+        super().__init__(plan, busy)
+        self.log: list[dict[str, Any]] = []
+
+    def record(self, load: PassLoad, seconds: float) -> None:
+        self.log.append({"load": [round(value, 1) for value in dataclasses.astuple(load)], "seconds": seconds, "busy": self.busy()})
+
+
+class ObservedLLM(LLM):
+    """An engine that logs its passes, and runs the policy that it is told to."""
+
+    pass_log: PassLog | None = None
+    num_measured = 0
+
+    def __enter__(self) -> ObservedLLM:
+        return self
+
+    def _meter(self) -> adapting.PassMeter:
+        plan = self.decided.plan or self.priced(self.policy)
+        self.pass_log = PassLog(plan, adapting.BusySeconds(self.tracer))
+        return self.pass_log
+
+    def priced(self, policy: Policy) -> Plan:
+        return choosing.priced(self.decided.problem, choosing.without_reserves(self.decided.hardware), policy)
+
+    def fits(self, policy: Policy) -> bool:
+        """By the engine's exact sizes, in its budgets."""
+        return not choosing.overshoot(self.decided.needs_of(policy, self.decided.problem.job), self.decided.budgets)
+
+    def use(self, policy: Policy) -> None:
+        """Run the next job by ``policy``, whose weights are where the loaded ones are."""
+        self.decided.policy, self.decided.plan = policy, self.priced(policy)
+
+
+class Unchanging(Decisions):
+    """Decided once: the policy that is measured stays, also for the few prompts that warm up."""
+
+    def suit(self, job: Job) -> None:
+        return
+
+
+def fixed_by(policy: Policy) -> dict[str, Any]:
+    """The settings of `LLM` that leave nothing to choose."""
+    budget = policy.prefill_budget or min(policy.prompt_tokens_per_micro_batch, MAX_MICRO_BATCH_TOKENS)
+    return {
+        "percent": policy.percent,
+        "gpu_batch_size": policy.gpu_batch_size,
+        "num_gpu_batches": policy.num_gpu_batches,
+        "cpu_attention": policy.cpu_attention,
+        "prefill_chunk": policy.prefill_chunk,
+        "prefill_budget": budget,
+        "weight_bits": policy.weight_bits,
+        "cache_bits": policy.cache_bits,
+        "overlap": policy.overlap,
+    }
+
+
+def job_of(setting: Setting) -> Job:
+    lengths = setting.lengths()
+    return Job(tuple(prompt + output - 1 for prompt, output in lengths), tuple(prompt for prompt, _ in lengths))
+
+
+def open_engine(setting: Setting, hardware: str, fixed: dict[str, Any]) -> ObservedLLM:
+    config = EngineConfig(model=setting.model, hardware=hardware, **{**setting.llm_settings, **fixed})
+    return cast("ObservedLLM", ObservedLLM.from_decisions(Unchanging(config, job_of(setting))))
+
+
+def chosen_here(setting: Setting, hardware: str) -> dict[str, Any]:
+    """The settings that the optimizer chooses, by sizes alone: so that a borrowed machine need not wait for the search."""
+    plan = LLM.plan(EngineConfig(model=setting.model, hardware=hardware, **setting.llm_settings), job_of(setting))["plan"]
+    return {**fixed_by(plan.policy), "predicted_tokens_per_second": plan.predicted_tokens_per_second, "predicted_seconds": plan.seconds}
+
+
+def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
+    """One job: its policy, lengths, time and every pass; a line of the file."""
+    llm.num_measured += 1
+    warm_up, prompts = (setting.prompts(llm.arch.vocab_size, f"{what} {llm.num_measured}") for what in ("warm-up", "measured"))
+    params = [SamplingParams(max_tokens=output, temperature=0, ignore_eos=True) for _, output in setting.lengths()]
+    llm.prepare(prompts, params)
+    # Kernels compile, the link wakes up; of a block on the GPU also the graphs are captured, which takes the whole job.
+    resident = all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache, llm.policy.activations))
+    some = len(prompts) if resident else min(len(prompts), WARM_UP_PROMPTS * llm.policy.num_gpu_batches)
+    llm.generate(warm_up[:some], params[:some] if resident else SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    started = time.perf_counter()
+    completions = llm.generate(prompts, params)
+    seconds = time.perf_counter() - started
+    generated = sum(len(completion.token_ids) for completion in completions)
+    assert generated == sum(output for _, output in setting.lengths()), "a request was cut short"
+    log = llm.pass_log
+    assert log is not None
+    weights = llm.decided.weight_plan.realized_percent
+    percent = [weights["gpu"], weights["cpu"], *llm.policy.percent[2:]]
+    return {
+        "model": setting.model,
+        "shape": llm.decided.problem.shape.as_dict(),
+        **fixed_by(llm.policy),
+        "prefill_budget": llm.policy.prefill_budget,
+        "percent": percent,
+        "prompt_lens": [len(prompt) for prompt in prompts],
+        "output_lens": [p.max_tokens for p in params],
+        "gpu_memory": llm.decided.budgets["gpu"],
+        "cpu_memory": llm.decided.budgets["cpu"],
+        "seconds": seconds,
+        "tokens_per_second": generated / seconds,
+        "predicted_then": log.plan.predicted_tokens_per_second,
+        "load_seconds": llm.statistics.load_seconds,
+        "passes": log.log,
+    }

@@ -1,0 +1,156 @@
+"""Runs the settings of `benchmark.policy_settings` on this machine and writes one JSON line each: what `benchmark.policy_error` compares.
+
+    python -m benchmark.policy_runs runs.jsonl --hardware h200
+    python -m benchmark.policy_runs neighbours.jsonl --hardware h200 --neighbours
+
+Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A child process runs them; after an error of
+the GPU, which no later setting would survive, another child goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmark.observed import chosen_here, measure, open_engine
+from benchmark.policy_neighbours import run_neighbourhood
+from benchmark.policy_settings import NEIGHBOURHOODS, SETTINGS, Setting
+from benchmark.suite import machine
+
+GRACE_SECONDS = 30.0
+"""After a setting's limit: then its process is taken to hang, and is ended."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the main thread after ``seconds``."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took longer than its limit of {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_setting(setting: Setting, hardware: str, fixed: dict[str, Any]) -> dict[str, Any]:
+    with open_engine(setting, hardware, fixed) as llm:
+        return measure(llm, setting)
+
+
+def recorded(path: Path) -> list[str]:
+    """Names in the file."""
+    return [json.loads(line)["name"] for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def run_here(names: list[str], arguments: argparse.Namespace) -> int:
+    """In this process. Returns 1 after an error that the next setting may not survive."""
+    import torch
+
+    plans = json.loads(arguments.plans.read_text()) if arguments.plans else {}
+    plans = {name: {key: value for key, value in plan.items() if not key.startswith("predicted")} for name, plan in plans.items()}
+    table, run = (NEIGHBOURHOODS, run_neighbourhood) if arguments.neighbours else (SETTINGS, run_setting)
+    for name in names:
+        started = time.perf_counter()
+        fatal = False
+        try:
+            with time_limit(arguments.limit or table[name].limit_seconds):
+                record = run(table[name], arguments.hardware, plans.get(name, {}))
+        except Exception as error:  # the remaining settings still count
+            fatal = "CUDA" in f"{type(error).__name__} {error}"
+            record = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        append(arguments.runs, {"name": name, "total_seconds": time.perf_counter() - started, **record})
+        measured = f"{record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}" if "tokens_per_second" in record else "done"
+        print(f"{name}: {record.get('error', measured)} ({time.perf_counter() - started:.0f} s in all)", flush=True)
+        if fatal:
+            return 1
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return 0
+
+
+def drive(names: list[str], arguments: argparse.Namespace) -> None:
+    """Child processes until every setting is in the file or the time is up."""
+    table = NEIGHBOURHOODS if arguments.neighbours else SETTINGS
+    deadline = time.monotonic() + arguments.seconds
+    while pending := [name for name in names if name not in recorded(arguments.runs)]:
+        command = [sys.executable, "-m", "benchmark.policy_runs", *sys.argv[1:], "--child", "--only", *pending]
+        child = subprocess.Popen(command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+        since, done = time.monotonic(), len(recorded(arguments.runs))
+        while child.poll() is None:
+            time.sleep(0.5)
+            now = recorded(arguments.runs)
+            if len(now) > done:
+                since, done = time.monotonic(), len(now)
+            current = next((name for name in pending if name not in now), pending[-1])
+            hangs = time.monotonic() > since + (arguments.limit or table[current].limit_seconds) + GRACE_SECONDS
+            if hangs or time.monotonic() > deadline:
+                child.kill()
+                child.wait()
+                append(arguments.runs, {"name": current, "error": "hangs" if hangs else "the time for all settings was up"})
+                break
+        if time.monotonic() > deadline:
+            break
+        if child.returncode and not [name for name in pending if name in recorded(arguments.runs)]:
+            append(arguments.runs, {"name": pending[0], "error": f"its process ended with code {child.returncode}"})
+
+
+def write_plans(path: Path, settings: dict[str, Setting], hardware: str) -> int:
+    plans = json.loads(path.read_text()) if path.is_file() else {}
+    for name, setting in settings.items():
+        plans[name] = chosen_here(setting, hardware)
+        path.write_text(json.dumps(plans, indent=1) + "\n")
+        print(f"{name}: {plans[name]['predicted_tokens_per_second']:.1f} tok/s, {plans[name]['predicted_seconds']:.1f} s predicted", flush=True)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m benchmark.policy_runs", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("runs", type=Path, help="JSON lines, appended to")
+    parser.add_argument("--hardware", default="auto", help="the machine's profile that policies are chosen by: auto, a shipped name or a JSON file")
+    parser.add_argument("--neighbours", action="store_true", help="compare the chosen policy with its neighbours in the shorter jobs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings, also when the file has them already under an error")
+    parser.add_argument("--seconds", type=float, default=540.0, help="time for all of them (default: 540)")
+    parser.add_argument("--limit", type=float, help="time for each, instead of the setting's own")
+    parser.add_argument("--plan", type=Path, metavar="JSON", help="run nothing: add what the optimizer chooses for each setting to this file")
+    parser.add_argument("--plans", type=Path, metavar="JSON", help="run what --plan has written; settings that it lacks are chosen for now")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    table = NEIGHBOURHOODS if arguments.neighbours else SETTINGS
+    names = arguments.only or list(table)
+    if unknown := set(names) - set(table):
+        parser.error(f"unknown settings {sorted(unknown)}; known: {', '.join(table)}")
+    if arguments.plan:
+        return write_plans(arguments.plan, {name: table[name] for name in names}, arguments.hardware)
+    if arguments.child:
+        return run_here(names, arguments)
+    arguments.runs.parent.mkdir(parents=True, exist_ok=True)
+    arguments.runs.with_suffix(".machine.json").write_text(json.dumps(machine()) + "\n")
+    drive(names, arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

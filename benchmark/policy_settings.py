@@ -1,0 +1,75 @@
+"""The settings of `benchmark.policy_error`: model, memory budgets, bits and lengths of a job on the H200 machine (16 cores, 125 GiB host memory).
+
+Budgets are capped so that every job offloads in its own way, and sized so that all of them together run in about eight minutes. What a setting
+does not fix, the optimizer chooses. Weights are random, prompts random and all different, the end of a sequence is ignored.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One job. ``memory``: GiB of the gpu and of the cpu tier. Lengths: least and greatest, drawn evenly between."""
+
+    model: str
+    memory: tuple[float, float]
+    num_prompts: int
+    prompt_len: tuple[int, int]
+    gen_len: tuple[int, int]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Settings of `LLM` that are not left to the optimizer."""
+    limit_seconds: float = 60.0
+    """Loading, warming up and running; what takes longer is recorded as an error."""
+
+    @property
+    def llm_settings(self) -> dict[str, Any]:
+        gpu, cpu = self.memory
+        return {"gpu_memory": f"{gpu}GiB", "cpu_memory": f"{cpu}GiB", "dummy_weights": True, "dtype": "bfloat16", **self.fixed}
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """(prompt tokens, generated tokens) of every request, the same ones every time."""
+        generator = random.Random(f"{self.model} {self.num_prompts}")
+        return [(generator.randint(*self.prompt_len), generator.randint(*self.gen_len)) for _ in range(self.num_prompts)]
+
+    def prompts(self, vocab_size: int, seed: object) -> list[list[int]]:
+        """Of these lengths; other tokens for another ``seed``, so that no run finds its prompts in the cache of the run before."""
+        generator = random.Random(f"tokens {self.model} {seed}")
+        return [generator.choices(range(10, vocab_size), k=length) for length, _ in self.lengths()]
+
+
+SETTINGS: dict[str, Setting] = {}
+"""Filled below: the fast ones first, so that a cut run has measured the most settings."""
+
+
+def bits(weights: int, cache: int) -> dict[str, Any]:
+    return {"weight_bits": weights, "cache_bits": cache}
+
+
+SETTINGS |= {
+    "opt-1.3b on the GPU": Setting("opt-1.3b", (24, 8), 768, (128, 128), (64, 64), limit_seconds=40),
+    "opt-1.3b": Setting("opt-1.3b", (3, 16), 240, (512, 512), (32, 32)),
+    "opt-1.3b no overlap": Setting("opt-1.3b", (4, 8), 96, (256, 256), (32, 32), {"overlap": False, "percent": (50, 50, 0, 100, 100, 0)}),
+    "opt-1.3b cache on disk": Setting("opt-1.3b", (5, 6), 96, (256, 256), (16, 16), {"percent": (100, 0, 0, 50, 100, 0)}),
+    "opt-6.7b": Setting("opt-6.7b", (8, 24), 180, (512, 512), (16, 16)),
+    "opt-6.7b short": Setting("opt-6.7b", (8, 16), 320, (32, 32), (48, 48)),
+    "opt-6.7b 16/4 bit": Setting("opt-6.7b", (8, 20), 360, (512, 512), (16, 16), bits(16, 4)),
+    "opt-6.7b 4/4 bit": Setting("opt-6.7b", (5, 16), 480, (256, 256), (32, 32), bits(4, 4)),
+    "opt-6.7b 8/8 bit, ragged": Setting("opt-6.7b", (6, 24), 160, (32, 1024), (16, 48), bits(8, 8)),
+    "opt-6.7b weights on disk": Setting("opt-6.7b", (13, 8), 96, (128, 128), (16, 16), {"percent": (30, 50, 100, 0, 100, 0)}, limit_seconds=75),
+    "llama-3-8b on the GPU, ragged": Setting("llama-3-8b", (48, 8), 512, (32, 1024), (16, 64)),
+    "llama-3-8b, ragged": Setting("llama-3-8b", (12, 24), 320, (32, 1024), (16, 48), limit_seconds=75),
+    "llama-3-8b 8/8 bit": Setting("llama-3-8b", (8, 16), 480, (256, 256), (32, 32), bits(8, 8)),
+    "opt-13b long": Setting("opt-13b", (16, 32), 72, (1024, 1024), (16, 16), limit_seconds=75),
+    "opt-13b 4/16 bit": Setting("opt-13b", (10, 24), 144, (256, 256), (32, 32), bits(4, 16), limit_seconds=75),
+    "opt-30b 16/4 bit": Setting("opt-30b", (24, 72), 200, (512, 512), (16, 16), bits(16, 4), limit_seconds=120),
+}
+NEIGHBOURHOODS = {
+    "opt-1.3b": Setting("opt-1.3b", (3.5, 16), 300, (512, 512), (16, 16), limit_seconds=200),
+    "opt-6.7b 16/4 bit": Setting("opt-6.7b", (8, 10), 160, (256, 256), (16, 16), bits(16, 4), limit_seconds=200),
+    "llama-3-8b, ragged": Setting("llama-3-8b", (12, 12), 144, (32, 512), (16, 24), limit_seconds=200),
+}
+"""Jobs in which the chosen policy is compared with its neighbours: short, because each runs eleven times."""

@@ -1,0 +1,59 @@
+"""The block: everything that lives as long as the jobs fit it, and how it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from flexbatch.deciding import Decisions
+from flexbatch.execution.executor import Executor
+from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.host_buffers import HostBuffers
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.tiers import Tiers
+from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.weights import WeightStore
+from flexbatch.planning import BlockSizes
+from flexbatch.policy.types import Policy
+
+
+@dataclass
+class Block:
+    """Cache, activations, buffers and executor of one policy and one set of sizes."""
+
+    policy: Policy
+    sizes: BlockSizes
+    cache: KVCache
+    activations: ActivationStore
+    host_buffers: HostBuffers
+    executor: Executor
+
+    def suits(self, policy: Policy, sizes: BlockSizes) -> bool:
+        """Whether a job of these sizes can run in this block."""
+        mine, wanted = asdict(self.sizes.cache), asdict(sizes.cache)
+        return (
+            self.policy == policy
+            and all(mine[name] >= wanted[name] for name in wanted)
+            and self.sizes.max_cpu_attention_tokens >= sizes.max_cpu_attention_tokens
+        )
+
+    def check(self) -> None:
+        self.cache.check()
+        self.activations.check()
+        self.host_buffers.check()
+
+    def close(self) -> None:
+        self.cache.close()
+        self.activations.close()
+        self.host_buffers.close()
+
+
+def make_block(decided: Decisions, sizes: BlockSizes, weights: WeightStore, tiers: Tiers, lanes: Lanes) -> Block:
+    """A block for the decided policy; the caller has checked the budgets."""
+    policy, arch, dtype, layout = decided.policy, decided.arch, decided.dtype, decided.layout
+    cache = KVCache(layout, sizes.cache, tiers, lanes)
+    activations = ActivationStore(
+        policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, lanes
+    )
+    host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
+    executor = Executor(arch, weights, cache, activations, lanes, host_buffers, dtype, decided.config.overlap)
+    return Block(policy, sizes, cache, activations, host_buffers, executor)

@@ -1,0 +1,154 @@
+"""Streams whose later requests are longer than those that the block was sized for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.config import EngineConfig
+from flexbatch.engine import PEEKED_BLOCKS
+from flexbatch.execution.batcher import Batcher
+from flexbatch.planning import Job
+from tests.tiny_models import make_model, random_prompts
+
+PLACES = {
+    "gpu": (100, 0, 100, 0, 100, 0),
+    "cpu": (100, 0, 0, 100, 100, 0),
+    "disk": (100, 0, 0, 0, 100, 0),
+    "mixed": (50, 30, 30, 40, 50, 20),
+}
+BLOCK = {"gpu_batch_size": 3, "num_gpu_batches": 2}
+PEEKED = PEEKED_BLOCKS * 6
+PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+SMALL, LARGE = 20, 90
+SETTLED = {"prefill_chunk": 64, "prefill_budget": 64, "cpu_attention": 0.0}
+BUDGETS = {"gpu_memory": "1GiB", "cpu_memory": "1GiB"}
+
+
+@pytest.fixture
+def checked(monkeypatch) -> list[Batcher]:
+    """Every batcher of the test, each checked after every admission."""
+    found: list[Batcher] = []
+
+    def admit(self: Batcher, plain=Batcher.admit) -> None:
+        found.extend([self] if self not in found else [])
+        plain(self)
+        self.check()
+
+    monkeypatch.setattr(Batcher, "admit", admit)
+    return found
+
+
+def engine(folder, tmp_path, place: str = "gpu", **settings) -> LLM:
+    return LLM(str(folder), percent=PLACES[place], device="cpu", offload_dir=str(tmp_path), **{**BLOCK, **BUDGETS, **settings})
+
+
+def items(prompts: list[list[int]], params: SamplingParams = PARAMS) -> Iterator[tuple[int, list[int], SamplingParams]]:
+    return ((i, prompt, params) for i, prompt in enumerate(prompts))
+
+
+def lengths(rest: list[int]) -> list[int]:
+    """What the engine looks at before it makes its block is short."""
+    return [SMALL] * PEEKED + rest
+
+
+@pytest.mark.parametrize("settings", [{}, {"cpu_attention": 0.5}, {"draft": ("ngram",), "tree": "chain:3"}, {"cache_bits": 8}], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_longer_requests_share_the_block_as_far_as_pages_and_staging_go(place, settings, reference, tmp_path, checked):
+    """Twice as long as the first ones: the pools hold them, and staging holds one or two in each micro-batch."""
+    folder = reference("llama").folder
+    prompts = random_prompts(lengths([45 if i % 3 == 0 else SMALL for i in range(30)]), seed=3)
+    with engine(folder, tmp_path) as llm:
+        expected = [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
+    with engine(folder, tmp_path, place, **settings) as llm:
+        found = dict(llm.stream(items(prompts)))
+        llm.block.check()
+    assert not any(completion.error for completion in found.values())
+    if "cache_bits" not in settings:
+        assert [found[i].token_ids for i in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_request_that_outgrows_the_block_gets_a_larger_one(place, reference, tmp_path, checked):
+    folder = reference("llama").folder
+    rest = [SMALL, 400, SMALL, SMALL, LARGE, 490, *[SMALL] * 20, 400, SMALL]
+    prompts = random_prompts(lengths(rest), seed=4)
+    with engine(folder, tmp_path) as llm:
+        expected = [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
+    checked.clear()
+    with engine(folder, tmp_path, place) as llm:
+        found = dict(llm.stream(items(prompts)))
+        llm.block.check()
+        assert llm.report()["requests"] == len(prompts)
+    assert [found[i].token_ids for i in range(len(prompts))] == expected
+    assert len(checked) == 2, "one larger block: what lay ahead was looked at when it was made"
+
+
+def test_blocks_grow_and_do_not_shrink_by_turns(reference, tmp_path, checked):
+    waves = [250] + [SMALL] * PEEKED * 2 + [250] + [SMALL] * PEEKED * 2 + [490] + [SMALL] * PEEKED * 2 + [250, 490]
+    prompts = random_prompts(lengths(waves), seed=5)
+    with engine(reference("llama").folder, tmp_path) as llm:
+        found = dict(llm.stream(items(prompts, SamplingParams(temperature=0, max_tokens=2))))
+    assert len(checked) == 3 and not any(completion.error for completion in found.values())
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory):
+    """A model with a context of 2048 tokens, and the GPU bytes of a block for one request of 900."""
+    folder = tmp_path_factory.mktemp("roomy")
+    make_model("llama", folder, max_position_embeddings=2048)
+    memory = LLM.plan(EngineConfig(model=str(folder), percent=PLACES["gpu"], device="cpu", **BLOCK, **SETTLED, **BUDGETS), Job((900,), (900,)))["memory"]
+    return folder, sum(need["num_bytes"] for need in memory if need["tier"] == "gpu")
+
+
+def test_requests_that_no_budget_holds_are_errors_and_drain_nothing(roomy, tmp_path, checked):
+    folder, budget = roomy
+    prompts = random_prompts(lengths([SMALL, 1500, SMALL, 700, 950, 690, SMALL]), seed=6)
+    bad = [PEEKED + 1, PEEKED + 4]
+    with engine(folder, tmp_path) as llm:
+        expected = [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
+    checked.clear()
+    with engine(folder, tmp_path, gpu_memory=budget, **SETTLED) as llm:
+        found = dict(llm.stream(items(prompts)))
+        assert llm.tiers.gpu.peak_bytes <= budget
+    assert sorted(i for i, completion in found.items() if completion.error) == bad
+    assert "1500 prompt and up to 6 generated tokens need" in found[bad[0]].error and "GiB more on the gpu tier than its budget of" in found[bad[0]].error
+    assert all(found[i].token_ids == expected[i] for i in found if i not in bad)
+    assert len(checked) == 2, "the request of 700 tokens, which fits, has the block made anew; that of 690, which does not fit beside it, waits"
+
+
+def test_a_refused_request_among_the_first_does_not_refuse_the_stream(roomy, tmp_path):
+    folder, budget = roomy
+    with engine(folder, tmp_path, gpu_memory=budget, **SETTLED) as llm:
+        found = dict(llm.stream(items(random_prompts([SMALL, 1500, SMALL, 1400], seed=7))))
+        alone = dict(llm.stream(items(random_prompts([1500], seed=7))))
+    assert [bool(found[i].error) for i in range(4)] == [False, True, False, True] and alone[0].error
+
+
+def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path, checked):
+    """Nothing is given but little memory: the policy of the short requests has no room for the long one, another has."""
+    folder = reference("llama").folder
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    with LLM(str(folder), device="cpu", offload_dir=str(tmp_path), hardware="cpu", gpu_memory="1MiB", cpu_memory="1MiB") as llm:
+        short = [4] * (PEEKED_BLOCKS * llm.policy.block_size + 1)
+        prompts = random_prompts([*short, 480, *short[:20], 300], seed=9)
+        found = dict(llm.stream(items(prompts, params)))
+        assert llm.tiers.gpu.peak_bytes <= 2**20 and llm.tiers.cpu.peak_bytes <= 2**20
+    assert not any(completion.error for completion in found.values()) and len(checked) > 1
+    with engine(folder, tmp_path) as llm:
+        long = [len(short), len(prompts) - 1]
+        assert [found[i].token_ids for i in long] == [completion.token_ids for completion in llm.generate([prompts[i] for i in long], params)]
+
+
+def test_a_draft_without_room_proposes_nothing(reference, tmp_path, checked):
+    """The draft's cache is sized by the same requests as the block; with 41 tokens, four fit the block, three the draft: 48 rows and 49."""
+    model = reference("llama")
+    prompts = random_prompts(lengths([41] * 20 + [300, SMALL]), seed=8)
+    with engine(model.folder, tmp_path) as llm:
+        expected = [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
+    with engine(model.folder, tmp_path, "cpu", draft=(str(model.folder),), tree="chain:2") as llm:
+        found = dict(llm.stream(items(prompts)))
+        llm.speculator.check()
+    assert [found[i].token_ids for i in range(len(prompts))] == expected

@@ -1,0 +1,182 @@
+"""The executor over links that are late: it waits for what a tick needs, whatever the order in which things arrive, and survives what fails."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.execution.executor import Executor
+from flexbatch.memory.tiers import DiskFile
+from flexbatch.trace import RecordingTracer
+from tests.memory.rigs import dawdle
+from tests.tiny_models import make_model, random_prompts
+
+LENGTHS = [1, 5, 40, 17, 33, 2, 24]
+PARAMS = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+MIXED = {"percent": (30, 30, 20, 40, 30, 30), "cpu_attention": 0.5}
+DISK = {"percent": (0, 0, 0, 0, 0, 0)}
+HOST = {"percent": (0, 100, 0, 100, 0, 100), "cpu_attention": 1.0, "prefill_chunk": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("llama")
+    make_model("llama", made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[int]]:
+    """Everything on the gpu tier, every prompt alone."""
+    with engine(folder, None, percent=(100, 0, 100, 0, 100, 0), gpu_batch_size=1, num_gpu_batches=1) as llm:
+        return tokens(llm)
+
+
+def engine(folder: Path, offload_dir: Path | None, **settings: Any) -> LLM:
+    sizes = {"gpu_batch_size": 2, "num_gpu_batches": 3, "prefill_chunk": 7, "gpu_memory": "256MiB", "cpu_memory": "256MiB"}
+    return LLM(str(folder), device="cpu", hardware="cpu", offload_dir=offload_dir and str(offload_dir), **{**sizes, **settings})
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [completion.token_ids for completion in llm.generate(random_prompts(LENGTHS), PARAMS)]
+
+
+def check(llm: LLM) -> None:
+    llm.weights.check()
+    llm.tiers.check()
+    llm.lanes.check()
+    if llm.block is not None:
+        llm.block.check()
+        llm.block.cache.check([])
+        assert not llm.block.activations.stored and not llm.block.host_buffers.owners
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("settings", [MIXED, DISK, HOST], ids=["mixed", "disk", "host"])
+def test_late_links_change_no_token(folder: Path, expected: list[list[int]], tmp_path: Path, settings: dict[str, Any], overlap: bool) -> None:
+    with engine(folder, tmp_path, overlap=overlap, **settings) as llm:
+        dawdle(llm.lanes, seed=5, most=0.02)
+        assert tokens(llm) == expected
+        check(llm)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_cpu_attention_waits_for_the_rows_of_a_prompt_that_was_read_on_the_device(folder: Path, expected: list[list[int]]) -> None:
+    """Chunks over 32 tokens are attended in staging; the pass after that finds their rows on the CPU, or waits."""
+    settings = {"percent": (100, 0, 0, 100, 100, 0), "cpu_attention": 1.0, "prefill_chunk": 64}
+    with engine(folder, None, overlap=True, **settings) as llm:
+        traced = llm.lanes.d2h.traced  # type: ignore[union-attr]
+
+        def late(*arguments: Any) -> Any:
+            time.sleep(0.1)
+            return traced(*arguments)
+
+        llm.lanes.d2h.traced = late  # type: ignore[method-assign, union-attr]
+        assert tokens(llm) == expected
+        check(llm)
+
+
+@pytest.mark.parametrize("place", ["read", "write"])
+@pytest.mark.parametrize("settings", [MIXED, DISK], ids=["mixed", "disk"])
+def test_a_failed_transfer_ends_its_job_and_no_other(
+    folder: Path, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], place: str
+) -> None:
+    """The error of a background thread is raised in the job that needed the transfer; the next job starts afresh, and closing raises nothing."""
+    work = getattr(DiskFile, place)
+    with engine(folder, tmp_path, overlap=True, **settings) as llm:
+        for after in (3, 40):
+            calls = Counter[str]()
+
+            def fail(self: DiskFile, *arguments: Any, calls: Counter[str] = calls, after: int = after) -> None:
+                calls["made"] += 1
+                if calls["made"] >= after:
+                    raise OSError(5, "Input/output error")
+                work(self, *arguments)
+
+            monkeypatch.setattr(DiskFile, place, fail)
+            with pytest.raises(OSError, match="Input/output error"):
+                tokens(llm)
+            check(llm)
+        monkeypatch.setattr(DiskFile, place, fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            tokens(llm)
+        monkeypatch.setattr(DiskFile, place, work)
+        assert tokens(llm) == expected
+        check(llm)
+
+
+def test_a_write_that_fails_behind_the_last_pass_is_not_forgotten(
+    folder: Path, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No attention waits for it any more, but the next job begins with the same prompts and must not find pages that never arrived."""
+    write, calls = DiskFile.write, Counter[str]()
+    first = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    prompts = random_prompts(LENGTHS)
+
+    def count(self: DiskFile, *arguments: Any) -> None:
+        calls["made"] += 1
+        if calls["made"] == calls["last"]:
+            raise OSError(5, "Input/output error")
+        write(self, *arguments)
+
+    monkeypatch.setattr(DiskFile, "write", count)
+    settings = {"percent": (100, 0, 0, 0, 100, 0), "gpu_batch_size": 7, "num_gpu_batches": 1, "prefill_chunk": 64}
+    with engine(folder, tmp_path, overlap=True, **settings) as llm:
+        llm.generate(prompts, first)
+        calls["last"], calls["made"] = calls["made"], 0
+    with engine(folder, tmp_path, overlap=True, **settings) as llm:
+        with pytest.raises(OSError, match="Input/output error"):
+            llm.generate(prompts, first)
+        assert calls["made"] == calls["last"]
+        assert tokens(llm) == expected
+
+
+def test_a_stream_that_is_left_early_leaves_nothing_behind(folder: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    with engine(folder, tmp_path, overlap=True, **MIXED) as llm:
+        items = ((i, prompt, PARAMS) for i, prompt in enumerate(random_prompts(LENGTHS)))
+        stream = llm.stream(items)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        check(llm)
+        assert not llm.weights.claims
+        assert tokens(llm) == expected
+
+
+def test_without_overlap_nothing_runs_beside_a_tick(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every tick all lanes are idle: what `--overlap false` is for."""
+    settled = Executor.settle
+    seen = []
+
+    def settle(self: Executor) -> None:
+        settled(self)
+        seen.append(all(lane.num_ended == lane.num_submitted for lane in self.lanes.all_lanes))  # type: ignore[union-attr]
+
+    monkeypatch.setattr(Executor, "settle", settle)
+    with engine(folder, tmp_path, overlap=False, **MIXED) as llm:
+        dawdle(llm.lanes, seed=6, most=0.01)
+        tokens(llm)
+    assert len(seen) > 50 and all(seen)
+
+
+def test_logits_come_in_blocks_that_fit(folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexbatch.execution.executor.LOGITS_BLOCK_BYTES", 1)
+    with engine(folder, None, percent=(100, 0, 100, 0, 100, 0)) as llm:
+        assert tokens(llm) == expected
+
+
+def test_a_trace_has_a_span_for_every_tick(folder: Path, tmp_path: Path) -> None:
+    with engine(folder, tmp_path, overlap=True, trace=True, **DISK) as llm:
+        tokens(llm)
+        assert isinstance(llm.tracer, RecordingTracer)
+        ticks = [span.name for span in llm.tracer.spans() if span.resource == "tick"]
+        passes = llm.statistics.passes
+        assert {name.split(" ")[1] for name in ticks} == {"0", "1", "2", "3"}
+        assert len(ticks) % 4 == 0 and passes * 4 <= len(ticks) <= passes * 12
+        assert {"disk_read", "disk_write", "compute"} <= set(llm.tracer.summary())
+        assert torch.is_inference_mode_enabled() is False

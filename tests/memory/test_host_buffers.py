@@ -1,0 +1,134 @@
+"""Pinned host buffers. On the CPU nothing is copied, so their path of a GPU runs here on tensors of the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from flexbatch.memory import uploads
+from flexbatch.memory.host_buffers import NUM_BUFFERS, HostBuffers
+from flexbatch.memory.tiers import Pool
+from flexbatch.memory.transfer import READY, Lanes
+from flexbatch.memory.uploads import ROW_BYTES, Uploads
+from flexbatch.trace import Tracer
+from tests.memory.rigs import MIB, open_tiers
+
+MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM = 6, 4, 2, 3
+
+
+@pytest.fixture
+def lanes(tmp_path: Path) -> Iterator[Lanes]:
+    with open_tiers(tmp_path) as (_, made):
+        yield made
+
+
+@pytest.fixture
+def buffers(lanes: Lanes) -> Iterator[HostBuffers]:
+    pool = Pool("cpu", 64 * MIB)
+    made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, pool, lanes)
+    made.copies = True
+    size = MAX_TOKENS * (2 * HEADS + 2 * KV_HEADS) * HEAD_DIM * 4
+    made.buffers = [pool.allocate(f"attention buffer {i}", size) for i in range(NUM_BUFFERS)]
+    yield made
+    made.check()
+    made.close()
+    assert not pool.used_bytes
+
+
+def tensors(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(count, heads, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))  # type: ignore[return-value]
+
+
+def test_buffers_in_flight_do_not_touch_each_other(buffers: HostBuffers) -> None:
+    taken = []
+    for seed in range(NUM_BUFFERS):
+        given_in = tensors(MAX_TOKENS - seed, seed)
+        query, key, value, output = buffers.take(*given_in)
+        output.fill_(seed)
+        taken.append((given_in, (query, key, value), output))
+        buffers.check()
+    for seed, (given_in, copies, output) in enumerate(taken):
+        assert all(torch.equal(copy, source) for copy, source in zip(copies, given_in, strict=True))
+        assert output.shape == given_in[0].shape and torch.all(output == seed)
+    with pytest.raises(AssertionError, match="taken before it was given back"):
+        buffers.take(*tensors(1, 9))
+
+
+def test_a_buffer_is_taken_again_only_once_its_readers_are_done(buffers: HostBuffers, lanes: Lanes) -> None:
+    read = []
+    for turn in range(3 * NUM_BUFFERS):
+        *_, output = buffers.take(*tensors(2, turn))
+        if turn >= NUM_BUFFERS:
+            assert turn - NUM_BUFFERS in read, "taken while it was still read"
+        buffers.give_back(output, lanes.h2d.submit(lambda turn=turn: (time.sleep(0.005), read.append(turn))))
+        buffers.check()
+
+
+def test_more_query_tokens_than_a_buffer_holds_is_an_error(buffers: HostBuffers) -> None:
+    with pytest.raises(AssertionError, match="7 query tokens for CPU attention, buffers hold 6"):
+        buffers.take(*tensors(7, 0))
+
+
+def test_without_a_gpu_nothing_is_copied(lanes: Lanes) -> None:
+    made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, Pool("cpu", 0), lanes)
+    query, key, value = tensors(3, 0)
+    taken = made.take(query, key, value)
+    assert all(a is b for a, b in zip(taken, (query, key, value), strict=False)) and taken[3] is not query
+    made.give_back(taken[3], READY)
+    made.check()
+    made.close()
+
+
+ARRAYS = arrays.arrays(st.sampled_from([np.int32, np.int64]), arrays.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=7), elements=st.integers(0, 99))
+
+
+@settings(max_examples=40, deadline=None)
+@given(passes=st.lists(st.lists(ARRAYS, max_size=6), min_size=1, max_size=5), half_bytes=st.sampled_from([64, 256, 4096]))
+def test_inputs_arrive_as_they_were_sent_whether_they_fit_or_not(passes: list[list[np.ndarray]], half_bytes: int) -> None:
+    lanes = Lanes(torch.device("cpu"), Tracer())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploads, "HALF_BYTES", half_bytes)
+        sender = Uploads(Pool("cpu", 0), lanes)
+        sender.copies, sender.halves = True, list(torch.zeros(2, half_bytes, dtype=torch.uint8))
+        sender.ids = torch.arange(half_bytes // ROW_BYTES, dtype=torch.int32)
+        for sent in passes:
+            sender.begin_pass()
+            received = []
+            for array in sent:
+                received.append(sender.send(array))
+                sender.check()
+            for array, tensor in zip(sent, received, strict=True):
+                assert tensor.shape == array.shape and torch.equal(tensor, torch.from_numpy(array))
+        sender.close()
+    lanes.close()
+
+
+def test_a_half_is_filled_again_only_when_the_device_has_read_it(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = Uploads(Pool("cpu", 0), lanes)
+    sender.copies = True
+    marks: list[list[str]] = []
+
+    class Mark:
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+            marks.append(self.seen)
+
+        def wait(self) -> None:
+            self.seen.append("wait")
+
+        def synchronize(self) -> None:
+            self.seen.append("synchronize")
+
+    monkeypatch.setattr(lanes, "mark", Mark)
+    for _ in range(4):
+        sender.begin_pass()
+    assert marks == [["synchronize"], ["synchronize"], ["synchronize"], []]

@@ -1,0 +1,224 @@
+"""The cache over the tiers, driven as a pass drives it: every sequence finds its own rows again, wherever they live and however late they arrive."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
+from flexbatch.execution.work import QueryTokens
+from flexbatch.memory.kvcache import CacheSizes, Gather, KVCache
+from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.transfer import READY, FutureHandle
+from flexbatch.memory.uploads import Uploads
+from tests.memory.rigs import dawdle, open_tiers
+
+LAYERS, PAGE_TOKENS, MAX_NODES = 2, 4, 5
+SIZES = CacheSizes(gpu_pages=10, cpu_pages=10, disk_pages=10, staging_pages=40, disk_sequences=3, tail_tokens=2 * PAGE_TOKENS + MAX_NODES)
+
+
+def layout_of(bits: int) -> CacheLayout:
+    return CacheLayout(LAYERS, 2, 6, bits, 64, PAGE_TOKENS, torch.float32)
+
+
+@dataclass(eq=False)
+class Text:
+    """A sequence in the model: its prompt, its table, its room and the rows [layers, tokens, token_bytes] that it must find."""
+
+    prompt: tuple[int, ...]
+    table: PageTable
+    room: int
+    rows: torch.Tensor
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Rows are random bytes but for prompts, whose rows follow from the prompt's beginning, so that a shared page holds what its sharers would write."""
+
+    bits = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.context = open_tiers(Path(self.folder.name))
+        self.tiers, self.lanes = self.context.__enter__()
+        dawdle(self.lanes, 0, 0.006)
+        self.layout = layout_of(self.bits)
+        self.cache = KVCache(self.layout, SIZES, self.tiers, self.lanes)
+        self.builder = InputBuilder(PAGE_TOKENS, Uploads(self.tiers.cpu, self.lanes))
+        self.texts: list[Text] = []
+        self.generator = torch.Generator().manual_seed(0)
+
+    def new_rows(self, text: Text, start: int, count: int) -> torch.Tensor:
+        """[layers, count, token_bytes] uint8."""
+        rows = torch.randint(0, 256, (LAYERS, count, self.layout.token_bytes), generator=self.generator, dtype=torch.uint8)
+        for i in range(count):
+            if start + i < text.num_prompt_tokens:
+                rows[:, i] = hash(text.prompt[: start + i + 1]) % 251
+        return rows
+
+    @rule(tier=st.sampled_from(["gpu", "cpu", "disk"]), prompt=st.lists(st.integers(0, 1), min_size=1, max_size=10).map(tuple), more=st.integers(0, 8))
+    def open(self, tier: str, prompt: tuple[int, ...], more: int) -> None:
+        room = len(prompt) + more
+        shared = self.cache.shareable(tier, prompt)
+        if not self.cache.can_open(tier, room + MAX_NODES, shared):
+            return
+        table = self.cache.open(tier, room + MAX_NODES, prompt, shared)
+        text = Text(prompt, table, room, torch.empty(0))
+        text.rows = self.new_rows(text, 0, table.num_tokens)
+        self.texts.append(text)
+
+    @precondition(lambda self: self.texts)
+    @rule(chance=st.randoms(use_true_random=False))
+    def run_pass(self, chance: Any) -> None:
+        queries = []
+        for text in self.texts:
+            start = text.table.num_tokens
+            left = text.room - start
+            if not self.cache.prefix_ready(text.table) or left == 0 or chance.random() < 0.2:
+                continue
+            count = chance.randint(1, left)
+            parents = None
+            if start >= text.num_prompt_tokens and chance.random() < 0.7:
+                nodes = chance.randint(1, MAX_NODES)
+                parents = (-1, *(chance.randrange(i) for i in range(1, nodes + 1)))
+                count = len(parents)
+            queries.append(QueryTokens(text, (0,) * count, start, count, parents))  # type: ignore[arg-type]
+        if queries:
+            self.sweep(queries, chance)
+
+    def sweep(self, queries: list[Any], chance: Any) -> None:
+        """What the executor does with the cache in one pass of one micro-batch."""
+        inputs = self.builder.build(queries)
+        self.cache.begin_pass(READY)
+        fresh = {query.sequence: self.new_rows(query.sequence, query.start, query.num_tokens) for query in inputs.queries}
+        handle = READY if inputs.staged is None else self.cache.gather(inputs.staged.gather, 0, 0)
+        for layer in range(LAYERS):
+            following = READY
+            if inputs.staged is not None and layer + 1 < LAYERS:
+                following = self.cache.gather(inputs.staged.gather, layer + 1, (layer + 1) % 2)
+            new = torch.cat([fresh[query.sequence][layer] for query in inputs.queries])
+            self.compute(inputs, layer, handle, new)
+            handle = following
+        self.commit(inputs.queries, fresh, chance)
+
+    def compute(self, inputs: MicroBatchInputs, layer: int, gathered: Any, new: torch.Tensor) -> None:
+        """Look for the rows that are in the cache, and write the new ones [num_tokens, token_bytes]."""
+        if inputs.gpu is not None:
+            group = inputs.gpu
+            rows = self.as_bytes(self.cache.rows("gpu", layer))
+            self.look(group, rows, [q for q in inputs.queries if q.sequence.table.tier == "gpu"], layer)
+            rows[group.slots] = new[group.start : group.end]
+        if inputs.staged is not None:
+            staged, group = inputs.staged, inputs.staged.attention
+            gathered.wait()
+            rows = self.as_bytes(self.cache.staging_rows(layer % 2))
+            self.look(group, rows, [q for q in inputs.queries if q.sequence.table.tier != "gpu"], layer)
+            leaving = self.layout.row_view(new[group.start : group.end].clone().view(-1))
+            if staged.num_cpu_tokens:
+                self.cache.drain_cpu(layer, leaving[: staged.num_cpu_tokens], staged.cpu_slots, READY)
+            if staged.disk_tables:
+                self.cache.drain_disk(layer, leaving[staged.num_cpu_tokens :], staged.disk_tables, READY)
+            self.cache.release_staging(layer % 2, READY)
+
+    def as_bytes(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.reshape(len(rows), -1).view(torch.uint8)
+
+    def look(self, group: Any, rows: torch.Tensor, queries: list[Any], layer: int) -> None:
+        for table, query in zip(group.page_table, queries, strict=True):
+            slots = (table.long()[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()[: query.start]
+            assert torch.equal(rows[slots], query.sequence.rows[layer, : query.start]), (query.sequence.table.tier, layer)
+
+    def commit(self, queries: tuple[Any, ...], fresh: dict[Any, torch.Tensor], chance: Any) -> None:
+        """Accept a random path of every tree."""
+        accepted = []
+        for query in queries:
+            text, rows = query.sequence, fresh[query.sequence]
+            kept = range(query.num_tokens)
+            if query.parents is not None:
+                path, place = [], 0
+                while (below := [i for i, parent in enumerate(query.parents) if parent == place]) and chance.random() < 0.8:
+                    place = chance.choice(below)
+                    path.append(place)
+                path = path[: max(0, text.room - query.start - 1)]
+                accepted.append((text.table, query.start + 1, [query.start + place for place in path]))
+                kept = (0, *path)
+            text.rows = torch.cat([text.rows, rows[:, list(kept)]], dim=1)
+        self.cache.keep(accepted)
+        for query in queries:
+            self.cache.commit(query.sequence.table, query.sequence.rows.shape[1])
+
+    @precondition(lambda self: any(text.table.num_tokens >= text.num_prompt_tokens for text in self.texts))
+    @rule(chance=st.randoms(use_true_random=False))
+    def free(self, chance: Any) -> None:
+        text = chance.choice([text for text in self.texts if text.table.num_tokens >= text.num_prompt_tokens])
+        self.texts.remove(text)
+        self.cache.free(text.table)
+
+    @invariant()
+    def holds(self) -> None:
+        self.cache.check([text.table for text in self.texts])
+        self.tiers.check()
+        self.lanes.check()
+
+    def teardown(self) -> None:
+        for text in self.texts:
+            self.cache.free(text.table)
+        self.cache.check([])
+        self.cache.close()
+        assert not any(self.tiers.gpu.used_bytes.values()) and not self.tiers.disk.used_bytes
+        self.context.__exit__(None, None, None)
+        self.folder.cleanup()
+
+
+class QuantizedCacheMachine(CacheMachine):
+    bits = 4
+
+
+CacheMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+QuantizedCacheMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
+TestCache = CacheMachine.TestCase
+TestQuantizedCache = QuantizedCacheMachine.TestCase
+
+
+@pytest.mark.parametrize("late", ["cpu", "disk", "cpu before disk"])
+def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) -> None:
+    """The rows of the last pass are still on their way when the next pass begins."""
+    layout, gate = layout_of(16), threading.Event()
+    rows = {tier: torch.randn(PAGE_TOKENS, 2, 2, 6) for tier in ("cpu", "disk")}
+    with open_tiers(tmp_path) as (tiers, lanes):
+        cache = KVCache(layout, SIZES, tiers, lanes)
+        tables = {tier: cache.open(tier, PAGE_TOKENS) for tier in ("cpu", "disk")}
+        lane = lanes.disk_write if late == "disk" else lanes.d2h
+        lane.submit(lambda: gate.wait(10))
+        cache.begin_pass(READY)
+        if late != "disk":
+            cache.drain_cpu(0, rows["cpu"], torch.tensor(tables["cpu"].slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
+        if late != "cpu":
+            cache.drain_disk(0, rows["disk"], [(tables["disk"], 0, PAGE_TOKENS, 0)], READY)
+        for table in tables.values():
+            cache.commit(table, PAGE_TOKENS)
+        cache.begin_pass(READY)
+        on_disk = late == "disk"
+        pages = torch.tensor([] if on_disk else tables["cpu"].pages, dtype=torch.int32)
+        gathered = cache.gather(Gather(pages, ((tables["disk"], PAGE_TOKENS),) if on_disk else (), int(on_disk)), 0, 0)
+        assert isinstance(gathered, FutureHandle)
+        time.sleep(0.03)
+        assert not gathered.future.done(), "gathered before the rows were there"
+        gate.set()
+        gathered.wait()
+        assert torch.equal(cache.staging_rows(0)[:PAGE_TOKENS], rows["disk" if on_disk else "cpu"])
+        cache.close()

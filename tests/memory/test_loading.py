@@ -1,0 +1,165 @@
+"""Files of the offload folder: written once, reused by later runs, and trusted only when they are whole and of the same kind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexbatch.kernels import reference
+from flexbatch.memory import loading
+from flexbatch.memory.loading import Loader, is_complete, layer_file
+from flexbatch.memory.tiers import OffloadError
+from flexbatch.memory.weight_plan import plan_weights
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models.checkpoint import CheckpointError
+from flexbatch.models.resolve import fingerprint
+from flexbatch.models.specs import Piece
+from flexbatch.policy.types import Split
+from tests.memory.rigs import open_tiers, pieces, tiny_arch
+from tests.tiny_models import make_model
+
+ARCH = tiny_arch(2)
+DISK, CPU, MIXED = Split(0, 0, 1), Split(0, 1, 0), Split(0.4, 0.2, 0.4)
+
+
+@contextmanager
+def loaded(folder: Path, split: Split = DISK, bits: int = 16, seed: int = 3, stream=None) -> Iterator[tuple[WeightStore, set[tuple[int, str]]]]:
+    """A store loaded from random weights by way of ``folder``, and which tensors were read from the checkpoint."""
+    read: set[tuple[int, str]] = set()
+
+    def source(skip: set[tuple[int, str]]) -> Iterator[Piece]:
+        for piece in pieces(ARCH, seed):
+            if (piece.layer, piece.role) not in skip:
+                read.add((piece.layer, piece.role))
+                yield piece
+
+    folder.mkdir(exist_ok=True, parents=True)
+    with open_tiers(folder) as (tiers, lanes):
+        store = WeightStore(plan_weights(ARCH, split, bits, 8, 4), tiers, lanes, torch.float32)
+        try:
+            loader = Loader(store, folder, cache_quantized=True)
+            loader.load(stream or source)
+            loader.check()
+            store.check()
+            yield store, read
+        finally:
+            store.close()
+
+
+def same_weights(store: WeightStore, bits: int = 16, seed: int = 3) -> bool:
+    """Whether every layer computes with the weights of the seed."""
+    for layer in range(ARCH.num_layers + 1):
+        store.fetch_rest(layer, 1)
+        found = {**store.weights(layer, "pre")}
+        found = {**store.weights(layer, "post"), **{role: tensor for role, tensor in found.items() if role == "qkv.weight"}}
+        for piece in pieces(ARCH, seed):
+            tensor = piece.tensor
+            if piece.layer != layer:
+                continue
+            if bits != 16 and tensor.dim() == 2 and layer < ARCH.num_layers:
+                quantize = reference.fit if bits == 4 else reference.quantize
+                tensor = reference.dequantize(*quantize(tensor, bits, 8), tensor.shape[1], bits, 8)
+            if not torch.equal(found[piece.role], tensor):
+                return False
+        store.drain()
+    return True
+
+
+@pytest.mark.parametrize(("split", "bits"), [(DISK, 16), (MIXED, 16), (DISK, 4), (CPU, 8), (MIXED, 8)])
+def test_a_second_run_reads_the_files_of_the_first(tmp_path: Path, split: Split, bits: int) -> None:
+    with loaded(tmp_path, split, bits) as (store, read):
+        assert len(read) == len(store.plan.all_tensors) and same_weights(store, bits)
+        filed = {(t.spec.layer, t.spec.role) for t in store.plan.all_tensors if t.tier == "disk" or t.quantized}
+    with loaded(tmp_path, split, bits) as (store, read):
+        assert same_weights(store, bits) and not read & filed
+    with loaded(tmp_path, DISK, bits) as (store, read):  # another split finds the same files
+        assert same_weights(store, bits) and not read & filed
+
+
+@pytest.mark.parametrize("harm", ["empty", "short", "long", "dot-file", "missing"])
+def test_a_file_that_is_not_whole_is_written_again(tmp_path: Path, harm: str) -> None:
+    with loaded(tmp_path) as (store, _):
+        stored = next(t for t in store.plan.all_tensors if (t.spec.layer, t.spec.role) == (1, "down.weight"))
+    path = layer_file(tmp_path, stored)
+    content = path.read_bytes()
+    if harm == "dot-file":
+        path.rename(path.with_name(f".{path.name}.123.tmp"))
+    elif harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "short": content[:-4096], "long": content + bytes(4096)}[harm])
+    assert not is_complete(path, stored)
+    with loaded(tmp_path) as (store, read):
+        assert read == {(1, "down.weight")} and same_weights(store)
+    assert path.read_bytes() == content and is_complete(path, stored)
+
+
+def test_bits_and_groups_have_files_of_their_own(tmp_path: Path) -> None:
+    for bits in (16, 8, 4):
+        with loaded(tmp_path, DISK, bits) as (store, read):
+            assert same_weights(store, bits) and (bits == 16 or (0, "qkv.weight") in read)
+    names = {path.name for path in tmp_path.rglob("qkv.weight.*")}
+    assert names == {"qkv.weight.dense.bin", "qkv.weight.8bit-g8.bin", "qkv.weight.4bit-g8-fit.bin"}
+
+
+def test_another_checkpoint_never_meets_these_files(tmp_path: Path) -> None:
+    """The folder is named by the checkpoint's fingerprint: one changed number in the weights, and it is another."""
+    make_model("llama", tmp_path / "one", seed=1, tokenizer=False)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    make_model("llama", tmp_path / "two", seed=2, tokenizer=False)
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "copy") != fingerprint(tmp_path / "two")
+    config = (tmp_path / "copy" / "config.json").read_text()
+    (tmp_path / "copy" / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 14])
+def test_a_load_that_breaks_off_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The disk fills up after ``count`` files; the next run takes what is there and writes the rest."""
+    written: list[Path] = []
+    write = loading.write_atomically
+
+    def fill_up(path: Path, tensors, num_bytes: int) -> None:
+        if len(written) == count:
+            raise OffloadError(28, "No space left on device")
+        write(path, tensors, num_bytes)
+        written.append(path)
+
+    monkeypatch.setattr(loading, "write_atomically", fill_up)
+    with pytest.raises(OffloadError), loaded(tmp_path):
+        pass
+    monkeypatch.setattr(loading, "write_atomically", write)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(files) == sorted(written)
+    with loaded(tmp_path) as (store, read):
+        assert same_weights(store) and len(read) == len(store.plan.all_tensors) - count
+
+
+def test_a_tensor_that_is_not_delivered_in_full_is_named_and_not_filed(tmp_path: Path) -> None:
+    def torn(skip: set[tuple[int, str]]) -> Iterator[Piece]:
+        for piece in pieces(ARCH):
+            half = piece.tensor.shape[0] // 2
+            torn_one = (piece.layer, piece.role) == (0, "o.weight")
+            yield Piece(piece.layer, piece.role, slice(0, half), piece.tensor[:half]) if torn_one else piece
+
+    with pytest.raises(CheckpointError, match=r"incomplete weights: \[\(0, 'o.weight'\)\] were not delivered"), loaded(tmp_path, stream=torn):
+        pass
+    assert not list((tmp_path / "layer-0000").glob("*o.weight*"))
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_pieces_of_rows_come_in_any_order(tmp_path: Path, bits: int) -> None:
+    def cut(skip: set[tuple[int, str]]) -> Iterator[Piece]:
+        for piece in pieces(ARCH):
+            half = piece.tensor.shape[0] // 2
+            if half:
+                yield Piece(piece.layer, piece.role, slice(half, len(piece.tensor)), piece.tensor[half:])
+            yield Piece(piece.layer, piece.role, slice(0, half or 1), piece.tensor[: half or 1])
+
+    with loaded(tmp_path, MIXED, bits, stream=cut) as (store, _):
+        assert same_weights(store, bits)

@@ -1,0 +1,142 @@
+"""Lanes and handles: jobs in order, after what they depend on, with their errors where somebody waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexbatch.memory.transfer import READY, FutureHandle, Handle, Lanes, ThreadLane, together
+from flexbatch.trace import RecordingTracer, Tracer
+from tests.memory.rigs import dawdle
+
+
+@pytest.fixture
+def lanes() -> Iterator[Lanes]:
+    made = Lanes(torch.device("cpu"), Tracer())
+    yield made
+    made.check()
+    made.close()
+
+
+JOBS = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 30), max_size=3), st.booleans()), min_size=1, max_size=16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(JOBS)
+def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(jobs: list[tuple[int, list[int], bool]]) -> None:
+    """Any graph of jobs over the lanes: (lane, earlier jobs it waits for, whether it fails)."""
+    lanes, ended, handles, doomed = Lanes(torch.device("cpu"), Tracer()), [], [], []
+    dawdle(lanes, 2, 0.004)
+    try:
+        for number, (lane, wanted, fails) in enumerate(jobs):
+            before = sorted({place % number for place in wanted} if number else set())
+            doomed.append(fails or any(doomed[place] for place in before))
+
+            def job(number: int = number, before: list[int] = before, fails: bool = fails) -> None:
+                assert all(place in ended for place in before), "a job runs before what it waits for"
+                if fails:
+                    raise ValueError(f"job {number}")
+                ended.append(number)
+
+            handles.append(lanes.all_lanes[lane].submit(job, together(*(handles[place] for place in before))))
+        for number, handle in enumerate(handles):
+            for waiting in (handle.wait, handle.synchronize):
+                if doomed[number]:
+                    with pytest.raises(ValueError, match="job"):
+                        waiting()
+                else:
+                    waiting()
+                    assert number in ended
+        for lane in range(6):
+            mine = [number for number in ended if jobs[number][0] == lane]
+            assert mine == sorted(mine)
+        lanes.settle()
+        lanes.check()
+        assert all(lane.num_ended == lane.num_submitted for lane in lanes.all_lanes if isinstance(lane, ThreadLane))
+    finally:
+        lanes.close()
+
+
+def test_waiting_waits_for_one_job_and_not_for_those_behind_it(lanes: Lanes) -> None:
+    gate = threading.Event()
+    first = lanes.h2d.submit(lambda: None)
+    blocked = lanes.h2d.submit(gate.wait)
+    other = lanes.disk_read.submit(lambda: None)
+    first.wait()
+    other.synchronize()
+    assert isinstance(blocked, FutureHandle) and not blocked.future.done()
+    gate.set()
+    blocked.synchronize()
+
+
+def test_a_job_may_end_in_another_handle(lanes: Lanes) -> None:
+    """A disk read whose last part is a copy on another lane: waiting for the read waits for the copy."""
+    done = []
+
+    def slow() -> None:
+        time.sleep(0.02)
+        done.append("copy")
+
+    for waiting in ("wait", "synchronize"):
+        done.clear()
+        getattr(lanes.disk_read.submit(lambda: lanes.d2h.submit(slow)), waiting)()
+        assert done == ["copy"]
+
+
+def test_together_is_as_small_as_it_can_be(lanes: Lanes) -> None:
+    one, two = lanes.h2d.submit(lambda: None), lanes.d2h.submit(lambda: None)
+    assert together() is READY and together(READY, READY) is READY and together(READY, one, READY) is one
+    both: Handle = together(one, READY, two)
+    both.wait()
+    both.synchronize()
+    assert lanes.mark() is READY
+
+
+def test_bytes_and_spans_are_counted_by_resource() -> None:
+    tracer = RecordingTracer()
+    lanes = Lanes(torch.device("cpu"), tracer)
+    try:
+        lanes.h2d.submit(lambda: None, name="a", num_bytes=3)
+        lanes.pages.submit(lambda: None, name="b", num_bytes=4)
+        lanes.disk_write.submit(lambda: None, num_bytes=5)
+        lanes.settle()
+        assert lanes.moved_bytes() == {"h2d": 7, "d2h": 0, "disk_read": 0, "disk_write": 5, "cpu_attention": 0}
+        uses = tracer.summary()
+        assert {name: (use.spans, use.num_bytes) for name, use in uses.items()} == {"h2d": (2, 7), "disk_write": (1, 5)}
+    finally:
+        lanes.close()
+
+
+def test_settling_waits_for_everything_and_raises_nothing(lanes: Lanes) -> None:
+    done = []
+
+    def fail() -> None:
+        raise OSError("lost")
+
+    failed = lanes.disk_write.submit(fail)
+    lanes.h2d.submit(lambda: (time.sleep(0.02), done.append(1)), failed)
+    lanes.d2h.submit(lambda: (time.sleep(0.02), done.append(2)))
+    lanes.settle()
+    assert done == [2], "what depends on a failed job does not run; what does not, does"
+    with pytest.raises(OSError, match="lost"):
+        failed.wait()
+
+
+def test_jobs_compute_without_gradients_and_closing_ends_the_threads() -> None:
+    before = threading.active_count()
+    lanes = Lanes(torch.device("cpu"), Tracer())
+    modes: list[bool] = []
+    for lane in lanes.all_lanes:
+        lane.submit(lambda: modes.append(torch.is_inference_mode_enabled()))
+    lanes.settle()
+    assert modes == [True] * 6
+    lanes.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="shutdown"):
+        lanes.h2d.submit(lambda: None)

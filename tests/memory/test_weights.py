@@ -1,0 +1,168 @@
+"""Weights on their way: each layer computes with its own weights, however late they come, and no slab is overwritten while it is read."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexbatch.execution.schedule import zigzag
+from flexbatch.kernels import reference
+from flexbatch.memory import tiers as tiers_module
+from flexbatch.memory.loading import Loader
+from flexbatch.memory.tiers import DiskFile
+from flexbatch.memory.transfer import READY, Lanes
+from flexbatch.memory.weight_plan import plan_weights
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models.arch import Arch
+from flexbatch.policy.types import Split
+from tests.memory.rigs import dawdle, open_tiers, pieces, splits, tiny_arch
+
+MIXED = Split(0.3, 0.3, 0.4)
+
+
+@contextmanager
+def open_store(arch: Arch, split: Split, bits: int = 16, late: float = 0.0) -> Iterator[tuple[WeightStore, Lanes]]:
+    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, lanes):
+        store = WeightStore(plan_weights(arch, split, bits, 8, 4), tiers, lanes, torch.float32)
+        loader = Loader(store, Path(folder) / "files", cache_quantized=False)
+        loader.load(lambda skip: (piece for piece in pieces(arch) if (piece.layer, piece.role) not in skip))
+        loader.check()
+        store.check()
+        if late:
+            dawdle(lanes, 1, late)
+        try:
+            yield store, lanes
+            store.check()
+        finally:
+            store.close()
+
+
+def expected(arch: Arch, bits: int) -> dict[int, dict[str, torch.Tensor]]:
+    """Layer -> role -> tensor as `WeightStore.weights` should give it."""
+    found: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in range(-1, arch.num_layers + 1)}
+    for piece in pieces(arch):
+        tensor = piece.tensor
+        if bits != 16 and tensor.dim() == 2 and 0 <= piece.layer < arch.num_layers:
+            codes, parameters = (reference.fit if bits == 4 else reference.quantize)(tensor, bits, 8)
+            tensor = reference.dequantize(codes, parameters, tensor.shape[1], bits, 8)
+        found[piece.layer][piece.role] = tensor
+    if arch.tie_word_embeddings:
+        found[arch.num_layers]["head.weight"] = found[-1]["embed.weight"]
+    return found
+
+
+def sweep(store: WeightStore, arch: Arch, bits: int, count: int) -> None:
+    """One pass as the executor runs it; every role of every layer is compared in every micro-batch."""
+    wanted, num_layers = expected(arch, bits), arch.num_layers + 1
+    store.fetch_rest(0, count)
+    for tick in zigzag(num_layers, count):
+        if tick.fetch_weights is not None:
+            store.fetch(*tick.fetch_weights)
+        store.check()
+        for stage in ("pre", "post"):
+            weights = store.weights(tick.layer, stage)
+            for role, tensor in wanted[tick.layer].items():
+                if role in weights:
+                    quantised = bits != 16 and role in ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
+                    if not quantised or (stage == "pre") == (role == "qkv.weight"):
+                        assert torch.equal(weights[role], tensor), (tick, stage, role)
+        assert set(wanted[tick.layer]) <= set(store.weights(tick.layer, "post")), tick
+        if tick.micro_batch == count - 1:
+            store.release(tick.layer, READY)
+    store.check()
+
+
+@settings(max_examples=25, deadline=None)
+@given(split=splits(), layers=st.integers(1, 4), count=st.integers(1, 3), bits=st.sampled_from([16, 8, 4]), tied=st.booleans())
+def test_every_tick_of_every_pass_sees_its_layers_weights(split: Split, layers: int, count: int, bits: int, tied: bool) -> None:
+    arch = tiny_arch(layers, tied)
+    with open_store(arch, split, bits, late=0.006) as (store, _):
+        for _ in range(3):
+            sweep(store, arch, bits, count)
+
+
+@settings(max_examples=15, deadline=None)
+@given(split=splits(), tied=st.booleans(), ids=st.lists(st.integers(0, 36), min_size=1, max_size=9))
+def test_embedding_rows_are_gathered_where_the_table_lives(split: Split, tied: bool, ids: list[int]) -> None:
+    arch = tiny_arch(1, tied)
+    row_ids = torch.tensor(ids)
+    with open_store(arch, split) as (store, _):
+        table = expected(arch, 16)[-1]["embed.weight"]
+        assert torch.equal(store.gather_rows("embed.weight", row_ids, row_ids), table[row_ids])
+
+
+def test_a_slab_is_not_claimed_while_a_layer_holds_it() -> None:
+    arch = tiny_arch(4)
+    with open_store(arch, MIXED) as (store, _):
+        store.fetch_rest(0, 1)
+        store.fetch_rest(1, 1)
+        with pytest.raises(AssertionError, match="slab 0 is still layer 0's, layer 2 wants it"):
+            store.fetch(2, 0, 1)
+        store.release(0, READY)
+        store.fetch(2, 0, 1)
+        store.check()
+        store.drain()
+        assert not store.claims
+
+
+def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it() -> None:
+    """The handle of the release orders the next fetch: nothing lands in the slab before it is done."""
+    arch = tiny_arch(4)
+    with open_store(arch, Split(0, 0.5, 0.5)) as (store, lanes):
+        store.fetch_rest(0, 1)
+        reading = {role: tensor.clone() for role, tensor in store.weights(0, "pre").items()}
+        now = store.weights(0, "pre")
+        store.fetch_rest(1, 1)
+        for handle in store.claims[1].handles:
+            handle.synchronize()
+        read = threading.Event()
+        gate = lanes.cpu_attention.submit(lambda: read.wait(10))
+        store.release(0, gate)
+        store.fetch_rest(2, 1)
+        time.sleep(0.05)
+        assert all(torch.equal(now[role], tensor) for role, tensor in reading.items()), "overwritten while it was read"
+        read.set()
+        store.weights(2, "pre")
+        assert not all(torch.equal(now[role], tensor) for role, tensor in reading.items())
+        store.drain()
+
+
+def test_weights_are_not_used_before_they_were_fetched() -> None:
+    with open_store(tiny_arch(2), MIXED) as (store, _), pytest.raises(AssertionError, match="layer 0 is used before it was fetched"):
+        store.weights(0, "pre")
+
+
+def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = tiny_arch(3)
+    with open_store(arch, Split(0, 0, 1)) as (store, _):
+        read = DiskFile.read
+
+        def fail(self: DiskFile, buffer: torch.Tensor, offset: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(tiers_module.DiskFile, "read", fail)
+        store.fetch_rest(0, 2)
+        with pytest.raises(OSError, match="Input/output error"):
+            store.weights(0, "pre")
+        monkeypatch.setattr(tiers_module.DiskFile, "read", read)
+        store.drain()
+        store.check()
+        sweep(store, arch, 16, 2)
+
+
+def test_resident_weights_need_no_slab() -> None:
+    arch = tiny_arch(2)
+    with open_store(arch, Split(1, 0, 0)) as (store, _):
+        assert store.resident and not store.slabs
+        store.fetch_rest(0, 1)
+        assert not store.claims
+        sweep(store, arch, 16, 1)

@@ -1,0 +1,132 @@
+"""The runner of the settings: what it writes can be priced, a cut run goes on, neighbours are distinct and fit."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from benchmark import policy_neighbours, policy_runs
+from benchmark.policy_error import plan_of
+from benchmark.policy_settings import NEIGHBOURHOODS, SETTINGS, Setting
+from flexbatch.models.shapes import SHAPES
+from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.types import Policy, Split
+
+TINY = Setting("tiny", (0.003, 0.003), 6, (20, 40), (3, 6), {"device": "cpu", "dtype": "float32", "gpu_batch_size": 2, "num_gpu_batches": 2})
+
+
+def run(monkeypatch, tmp_path, names, *extra, table=None):
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512}
+    monkeypatch.setitem(SHAPES, "tiny", SHAPES["opt-125m"] | sizes)
+    monkeypatch.setattr(policy_runs, "SETTINGS", table or {"tiny": TINY})
+    monkeypatch.setattr(policy_runs, "NEIGHBOURHOODS", table or {"tiny": TINY})
+    monkeypatch.setattr("sys.argv", ["policy_runs", str(tmp_path / "runs.jsonl"), "--hardware", "cpu", "--child", "--only", *names, *extra])
+    code = policy_runs.main()
+    return code, [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
+    code, (record,) = run(monkeypatch, tmp_path, ["tiny"])
+    assert code == 0 and "error" not in record
+    assert record["prompt_lens"] == [prompt for prompt, _ in TINY.lengths()] and len(set(record["prompt_lens"])) > 1
+    plan = plan_of(record, load_hardware("cpu"))
+    assert plan.policy.block_size == 4 and not plan.missing
+    assert plan.predicted_tokens_per_second == pytest.approx(record["predicted_then"], rel=0.02)
+    passes = record["passes"]
+    # Every prompt token went in once, and every generated token but the first of each request came from a decode pass.
+    assert sum(each["load"][2] for each in passes) == sum(record["prompt_lens"])
+    assert sum(each["load"][0] for each in passes) == sum(record["output_lens"]) - len(record["output_lens"])
+    assert sum(each["seconds"] for each in passes) == pytest.approx(record["seconds"], rel=0.2)
+    assert all(each["busy"]["gpu_compute"] > 0 for each in passes)
+
+
+def test_an_error_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
+    table = {"unknown": Setting("no-such-model", (1, 1), 2, (8, 8), (2, 2)), "slow": Setting(**{**TINY.__dict__, "limit_seconds": 0.05}), "tiny": TINY}
+    code, records = run(monkeypatch, tmp_path, list(table), table=table)
+    assert code == 0 and [record["name"] for record in records] == list(table)
+    assert "no-such-model" in records[0]["error"] and "limit" in records[1]["error"] and records[2]["tokens_per_second"] > 0
+
+
+def test_a_cut_run_goes_on_with_what_is_missing(monkeypatch, tmp_path):
+    asked = []
+
+    class Child:
+        returncode = 0
+
+        def __init__(self, command, env):
+            names = command[command.index("--only") + 1 :]
+            asked.append(names)
+            policy_runs.append(tmp_path / "runs.jsonl", {"name": names[0]})
+
+        def poll(self):
+            return 0
+
+    policy_runs.append(tmp_path / "runs.jsonl", {"name": next(iter(SETTINGS))})
+    monkeypatch.setattr(policy_runs.subprocess, "Popen", Child)
+    monkeypatch.setattr(policy_runs, "machine", dict)
+    monkeypatch.setattr("sys.argv", ["policy_runs", str(tmp_path / "runs.jsonl")])
+    assert policy_runs.main() == 0
+    assert asked[0] == list(SETTINGS)[1:] and asked[1] == list(SETTINGS)[2:]
+    assert sorted(policy_runs.recorded(tmp_path / "runs.jsonl")) == sorted(SETTINGS)
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
+    killed = []
+
+    class Child:
+        returncode = -9
+
+        def __init__(self, command, env):
+            self.code = None
+
+        def poll(self):
+            return self.code
+
+        def kill(self):
+            killed.append(1)
+            self.code = -9
+
+        def wait(self):
+            return -9
+
+    clock = iter(range(0, 100000, 40))
+    monkeypatch.setattr(policy_runs.subprocess, "Popen", Child)
+    monkeypatch.setattr(policy_runs, "machine", dict)
+    monkeypatch.setattr(policy_runs.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(policy_runs.time, "sleep", lambda seconds: None)
+    names = list(SETTINGS)[:2]
+    monkeypatch.setattr("sys.argv", ["policy_runs", str(tmp_path / "runs.jsonl"), "--seconds", "2000", "--only", *names])
+    assert policy_runs.main() == 0
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(record["name"], record["error"]) for record in records] == [(name, "hangs") for name in names] and len(killed) == 2
+
+
+def test_neighbours_differ_from_the_policy_and_from_each_other():
+    for cache in (Split(0.1, 0.8, 0.1), Split(0, 1)):
+        policy = Policy(Split(0.4, 0.6), cache, Split(1, 0), 24, 2, cpu_attention=0.5, prefill_budget=1024)
+        found = [other for _, other in policy_neighbours.neighbours(policy)]
+        assert len({other for other in found if other != policy}) >= 18
+        assert all(other.weights == policy.weights for other in found[:6])
+
+
+def test_a_neighbourhood_runs_every_policy(monkeypatch, tmp_path):
+    tiny = Setting(**{**TINY.__dict__, "memory": (0.003, 0.003), "num_prompts": 4, "gen_len": (2, 2), "fixed": {"device": "cpu", "dtype": "float32"}})
+    _, (record,) = run(monkeypatch, tmp_path, ["tiny"], "--neighbours", table={"tiny": tiny})
+    tried = record["tried"]
+    assert [each["name"] for each in tried].count("chosen") == 2 and len(tried) == 2 + policy_neighbours.NUM_NEIGHBOURS
+    assert len({json.dumps([each[key] for key in ("percent", "gpu_batch_size", "num_gpu_batches", "cpu_attention", "prefill_budget")]) for each in tried}) > 5
+
+
+def test_settings_cover_what_the_model_distinguishes():
+    settings = SETTINGS.values()
+    assert len(settings) >= 12 and len(NEIGHBOURHOODS) == 3
+    assert {s.fixed.get("weight_bits", 16) for s in settings} == {s.fixed.get("cache_bits", 16) for s in settings} == {16, 8, 4}
+    assert min(s.prompt_len[0] for s in settings) == 32 and max(s.prompt_len[1] for s in settings) == 1024
+    assert max(s.memory[1] for s in settings) < 100
+
+
+def test_a_time_limit_ends_what_takes_longer():
+    with pytest.raises(TimeoutError, match="limit"), policy_runs.time_limit(0.05):
+        time.sleep(2)
