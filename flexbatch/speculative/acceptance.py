@@ -6,6 +6,7 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -87,12 +88,15 @@ class PiecewiseLinear:
     points: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
-        counts = [count for count, _ in self.points]
-        if not counts or any(a >= b for a, b in pairwise(counts)):
-            raise ValueError(f"points need rising counts, got {counts}")
+        if not self.counts or any(a >= b for a, b in pairwise(self.counts)):
+            raise ValueError(f"points need rising counts, got {self.counts}")
+
+    @cached_property
+    def counts(self) -> list[float]:
+        return [count for count, _ in self.points]
 
     def __call__(self, count: float) -> float:
-        counts = [point[0] for point in self.points]
+        counts = self.counts
         if count <= counts[0] or len(counts) == 1:
             return self.points[0][1]
         right = min(bisect_right(counts, count), len(counts) - 1)

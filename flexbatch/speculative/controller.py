@@ -14,7 +14,7 @@ from flexbatch.speculative.shapes import fixed_widths
 AUTO_DEPTH, AUTO_RANKS = 8, 4
 MAX_WAIT = 32
 """Passes between two choices, at most, while the choice stays the same; the first follow after 1, 2, 4, ... passes."""
-CHOOSING_SHARE = 0.04
+CHOOSING_SHARE = 0.02
 """Of the time, at most: a choice takes about a millisecond, a pass of a small model hardly more."""
 PROBED_SHARE = 16
 """Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would cost as much as several passes."""
@@ -72,9 +72,9 @@ class Controller:
             return [NONE] * now.live
         if not self.drafting.known and self.due(now, names):
             started = self.clock()
-            free = self.best(now, names, drafted=False)
-            self.settle(started, now, {name: NONE for name in names}, changed=True)
-            if any(map(len, free.shapes)):
+            promising = any(map(len, self.best(now, names, drafted=False).shapes))
+            self.settle(started, now, dict.fromkeys(names, NONE), changed=promising)
+            if promising:
                 probe = TreePlan(2, 2, fixed_widths((1, 1)))
                 return [probe if i < -(-now.live // PROBED_SHARE) else NONE for i in range(now.live)]
         elif self.due(now, names):

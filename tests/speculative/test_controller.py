@@ -6,9 +6,11 @@ import random
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexbatch.speculative.controller import Controller, Situation
-from flexbatch.speculative.costs import MAX_PATIENCE, PATIENCE, MeasuredCosts
+from flexbatch.speculative.costs import MAX_PATIENCE, PATIENCE, MeasuredCosts, rising
 from flexbatch.speculative.tree import TokenTree
 from flexbatch.speculative.verify import Verdict
 
@@ -40,6 +42,14 @@ def test_sizes_not_seen_for_long_are_doubted_ever_more_rarely() -> None:
         costs.points[max(costs.points)].seen = -MAX_PATIENCE
         costs.observe(256, 50.0)
     assert costs.points[max(costs.points)].patience == MAX_PATIENCE
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 9)), min_size=1, max_size=12))
+def test_rising_costs_are_isotonic_regression(values) -> None:
+    from scipy.optimize import isotonic_regression
+
+    wanted = isotonic_regression([value for value, _ in values], weights=[weight for _, weight in values]).x.tolist()
+    assert rising(values) == pytest.approx(wanted)
 
 
 class Machine:
