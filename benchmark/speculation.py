@@ -2,18 +2,21 @@
 
     python -m benchmark.speculation --prompts ../shared/data/humaneval.jsonl --output benchmark/results/speculation-cpu.json
 
-Every job runs plainly and then with trees (`compare_plain`); the ratio is of the sums over all jobs, those in which costs and acceptance are still unknown
-included. Tokens are checked to be the same.
+Every job runs plainly and then with trees (`compare_plain`), neither finding the other's prompts in the cache. The ratio is of the sums over all jobs, those in which
+costs and acceptance are still unknown included. A table is written next to the JSON file. Rows of other settings that the file holds are kept, so that a long table can be measured in parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ def measure(place: str, batch: int, tree: str, draft: list[str], prompts: list[s
     tokens = report["generated_tokens"] - start["generated_tokens"]
     result = speculation_of(start["speculation"], report["speculation"], tokens / report["seconds"])
     return {
+        "commit": machine()["commit"],
         "weights": place,
         "batch": batch,
         "gen_len": gen_len,
@@ -61,16 +65,65 @@ def measure(place: str, batch: int, tree: str, draft: list[str], prompts: list[s
         "tokens_per_sequence_pass": result["emitted_tokens"] / result["sequence_passes"],
         "draft_share_of_time": result["draft_seconds"] / (result["draft_seconds"] + result["pass_seconds"]),
         "speed_up_by_job": ratios,
+        "median_speed_up": statistics.median(ratios),
         **result,
     }
+
+
+HEADER = (
+    "| weights | batch | tree | jobs | plain tok/s | with trees tok/s | ratio | median of jobs (least to most) | tokens a pass | drafting | first child accepted at depth 1, 2, ... |\n"
+    "| --- | ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |"
+)
 
 
 def row(result: dict[str, Any]) -> str:
     """One line of the table."""
     by_job = result["speed_up_by_job"]
-    figures = (f"{result[name]:.4g}" for name in ("plain_tokens_per_second", "tokens_per_second", "speed_up"))
-    shares = f"{result['tokens_per_sequence_pass']:.2f} | {result['draft_share_of_time']:.0%} | {min(by_job):.2f} to {max(by_job):.2f}"
-    return f"| {result['weights']} | {result['batch']} | {result['tree']} | {' | '.join(figures)} | {shares} |"
+    speeds = f"{result['plain_tokens_per_second']:.4g} | {result['tokens_per_second']:.4g} | **{result['speed_up']:.2f}**"
+    spread = f"{result['median_speed_up']:.2f} ({min(by_job):.2f} to {max(by_job):.2f})"
+    shares = f"{result['tokens_per_sequence_pass']:.2f} | {result['draft_share_of_time']:.0%}"
+    (group,) = result["acceptance"].values()
+    accepted = " ".join(f"{depth[0]:.2f}" for depth in group["by_position"] if depth[0] is not None)
+    return f"| {result['weights']} | {result['batch']} | {result['tree']} | {result['jobs']} | {speeds} | {spread} | {shares} | {accepted} |"
+
+
+def document(report: dict[str, Any]) -> str:
+    """The table with what is needed to make it again."""
+    host = report["machine"]
+    commits = ", ".join(sorted({result["commit"][:7] for result in report["results"]}))
+    lengths = ", ".join(sorted({str(result["gen_len"]) for result in report["results"]}))
+    drafts = ", ".join(sorted({" + ".join(result["drafts"]) for result in report["results"]}))
+    return f"""# Speculation on the CPU: demo and {drafts}
+
+{host["date"]}; {host["cpu"]}, {host["cpus"]} cores, {host["threads"]} threads, torch {host["torch"]}, Python {host["python"]}, commit {commits}. Numbers in
+[speculation-cpu.json](speculation-cpu.json). HumanEval prompts, {lengths} new tokens each, greedy, EOS ignored. The cache is on the gpu tier, which on the CPU is
+plain memory with a budget; `gpu` weights lie there too, `disk` weights are read in every pass. Every job runs plainly and then with trees in the same engine; the
+ratio is of the summed seconds of all jobs, exploration included.
+
+{chr(10).join([HEADER, *map(row, report["results"])])}
+
+Made by
+
+{chr(10).join(f"    {command}" for command in dict.fromkeys(result["command"] for result in report["results"]))}
+"""
+
+
+def cpu_name() -> str:
+    """As /proc/cpuinfo has it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(output: Path, results: list[dict[str, Any]]) -> None:
+    """JSON and table; earlier rows of other settings are kept."""
+    kept = json.loads(output.read_text())["results"] if output.exists() else []
+    rows = {tuple(str(row[name]) for name in ("weights", "batch", "tree", "drafts", "temperature")): row for row in [*kept, *results]}
+    ratios = [row["speed_up"] for row in rows.values()]
+    host = {**machine(), "date": f"{datetime.date.today()}", "cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    report = {"machine": host, "lowest_ratio": min(ratios), "median_ratio": statistics.median(ratios), "results": list(rows.values())}
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    output.with_suffix(".md").write_text(document(report))
 
 
 def main() -> int:
@@ -81,22 +134,22 @@ def main() -> int:
     parser.add_argument("--places", nargs="+", default=["gpu", "disk"], choices=list(PLACES), help="where the weights are")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--gen-len", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=8192, help="generated in every row, about; at least three jobs")
+    parser.add_argument("--tokens", type=int, default=4096, help="generated in every row, about")
+    parser.add_argument("--jobs", type=int, default=8, help="of every row, at least")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     prompts = read_prompts(arguments.prompts)
-    results = []
-    print("| weights | batch | tree | plain tok/s | tok/s | ratio | tokens/pass | draft share | ratio by job |\n" + "| --- " * 9 + "|")
+    command = f"python -m benchmark.speculation {shlex.join(sys.argv[1:])}"
+    results: list[dict[str, Any]] = []
+    print(HEADER)
     for place, batch, tree in itertools.product(arguments.places, arguments.batches, arguments.trees):
-        jobs = max(3, arguments.tokens // (batch * arguments.gen_len))
-        results.append(measure(place, batch, tree, arguments.draft, prompts, arguments.gen_len, jobs, arguments.temperature))
+        jobs = max(arguments.jobs, arguments.tokens // (batch * arguments.gen_len))
+        result = measure(place, batch, tree, arguments.draft, prompts, arguments.gen_len, jobs, arguments.temperature)
+        results.append({**result, "command": command})
         print(row(results[-1]), flush=True)
         if arguments.output:
-            host = {**machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
-            worst = min(result["speed_up"] for result in results)
-            summary = {"lowest_ratio": worst, "median_ratio": statistics.median(result["speed_up"] for result in results)}
-            arguments.output.write_text(json.dumps({"machine": host, **summary, "results": results}, indent=1))
+            write(arguments.output, results)
     return 0
 
 

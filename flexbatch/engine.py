@@ -246,11 +246,13 @@ class LLM:
         yield from failed
 
     def _run_plainly(self, requests: list[tuple[int, Request]], job: Job) -> None:
-        """The same job without speculation, for the report alone."""
+        """The same job without speculation, for the report alone. Neither run finds prompts in the cache that an earlier one has read."""
         statistics, self.statistics = self.statistics, self.plain_statistics
         try:
+            self._prepare(job).cache.forget_prefixes()
             for _ in self._run(requests, job, speculate=False):
                 pass
+            self._prepare(job).cache.forget_prefixes()
         finally:
             self.plain_statistics, self.statistics = self.statistics, statistics
 

@@ -126,6 +126,11 @@ class KVCache:
 
     # Rows
 
+    def forget_prefixes(self) -> None:
+        """Forget prompts of sequences that are gone: what runs next reads its prompts itself."""
+        for pool in self.pools.values():
+            pool.forget_kept()
+
     def rows(self, tier: str, layer: int) -> Tensor:
         """Token rows of one layer on the gpu or cpu tier."""
         return self.layout.row_view(self.storage[tier][layer])

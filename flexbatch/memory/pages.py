@@ -98,6 +98,13 @@ class PagePool:
                 self.prefixes.forget(page)
                 self.free_pages.append(page)
 
+    def forget_kept(self) -> None:
+        """Free the pages that nobody holds: a prompt that comes again is read again."""
+        for page in self.kept:
+            self.prefixes.forget(page)
+        self.free_pages += self.kept
+        self.kept.clear()
+
     def check(self) -> None:
         """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free; who holds a page holds those before it."""
         assert len(set(self.free_pages)) == len(self.free_pages)

@@ -18,6 +18,8 @@ CHOOSING_SHARE = 0.02
 """Of the time, at most: a choice takes about a millisecond, a pass of a small model hardly more."""
 PROBED_SHARE = 16
 """Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would cost as much as several passes."""
+PROBING_SHARE = 0.01
+"""Of the time, at most, goes to drafting only to measure it again where plain decoding has won."""
 START_GAIN = 0.06
 """Predicted gain from which speculation begins; once begun it goes on as long as it gains anything. What is predicted is not yet measured."""
 NONE = TreePlan(0, 0)
@@ -44,7 +46,8 @@ class Situation:
 
 class Controller:
     """Chooses by expected tokens per second. Exploring is bounded: a first plain pass, drafting for a few sequences only, then the tree that is best by
-    all that is known, corrected after every pass at first and ever more rarely later; a plain pass now and then keeps its cost known.
+    all that is known, corrected after every pass at first and ever more rarely later. A plain pass now and then keeps its cost known, and where
+    plain decoding has won, a few sequences are drafted for now and then: a slow moment must not decide for good.
     """
 
     def __init__(self, max_nodes: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -60,6 +63,9 @@ class Controller:
         self.passes = 0
         self.wait = self.next_choice = self.chosen_for = 0
         self.chosen_at, self.choosing_seconds = 0.0, 0.0
+        self.probed_at: float | None = None
+        """When the present probe of drafting began."""
+        self.next_probe = 0.0
 
     def plan(self, now: Situation) -> list[TreePlan]:
         """One plan per sequence."""
@@ -67,19 +73,24 @@ class Controller:
         names = sorted(set(now.groups))
         for name in names:
             self.statistics_of(name)
-        if not self.decoded:
-            # Without a cost there is nothing to weigh.
-            return [NONE] * now.live
-        if not self.drafting.known and self.due(now, names):
-            started = self.clock()
-            promising = any(map(len, self.best(now, names, drafted=False).shapes))
-            self.settle(started, now, dict.fromkeys(names, NONE), changed=promising)
-            if promising:
-                probe = TreePlan(2, 2, fixed_widths((1, 1)))
-                return [probe if i < -(-now.live // PROBED_SHARE) else NONE for i in range(now.live)]
-        elif self.due(now, names):
-            self.choose(now, names)
+        # Without the cost of a pass there is nothing to weigh.
+        if self.decoded and self.due(now, names):
+            if not self.drafting.known and self.clock() >= self.next_probe:
+                if self.promising(now, names):
+                    probe = TreePlan(2, 2, fixed_widths((1, 1)))
+                    return [probe if i < -(-now.live // PROBED_SHARE) else NONE for i in range(now.live)]
+            elif self.drafting.points:
+                self.choose(now, names)
         return [self.plans.get(group, NONE) for group in now.groups]
+
+    def promising(self, now: Situation, names: list[str]) -> bool:
+        """Whether drafting is worth measuring: whether trees would gain anything if it cost nothing. Plain decoding until that is known."""
+        started = self.clock()
+        promising = any(map(len, self.best(now, names, drafted=False).shapes))
+        self.settle(started, now, dict.fromkeys(names, NONE), changed=promising)
+        if promising:
+            self.probed_at = started
+        return promising
 
     def due(self, now: Situation, names: list[str]) -> bool:
         """Whether to choose again: the block has changed, or it is time. Never so often that choosing itself costs."""
@@ -140,6 +151,12 @@ class Controller:
 
     def observe_pass(self, query_tokens: int, seconds: float, decoded: bool) -> None:
         """A pass of the target. decoded: some of its sequences were past their prompts."""
+        if self.probed_at is not None:
+            drafting = self.clock() - self.probed_at - seconds
+            self.next_probe = self.clock() + drafting / PROBING_SHARE
+            self.probed_at = None
+        self.costs.elapse()
+        self.drafting.elapse()
         self.costs.observe(query_tokens, seconds, PATIENCE if decoded else MAX_PATIENCE)
         self.decoded = self.decoded or decoded
 

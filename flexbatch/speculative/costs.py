@@ -17,6 +17,8 @@ RECENT = 7
 PATIENCE, MAX_PATIENCE = 16, 256
 """Passes after which a size that was not seen again is doubted: one slow moment must not rule it out for good. Each time it comes back, it is believed
 for twice as long."""
+DISCOUNT = 0.75
+"""A size that comes back from doubt and takes less of what it took says that the machine was busy then. Less than that is noise."""
 
 
 @dataclass
@@ -44,23 +46,37 @@ class MeasuredCosts:
         self.points: dict[int, Point] = {}
         self.passes = 0
 
-    def observe(self, query_tokens: int, seconds: float, patience: int = PATIENCE) -> None:
-        """One pass; ``patience`` of a size that is new."""
+    def elapse(self) -> None:
+        """A pass of the target has gone by."""
         self.passes += 1
+
+    def observe(self, query_tokens: int, seconds: float, patience: int = PATIENCE) -> None:
+        """One measurement; ``patience`` of a size that is new."""
         point = self.points.setdefault(bucket(query_tokens), Point(seen=self.passes, patience=patience))
-        if self.passes - point.seen > point.patience:
+        if self.stale(point):
+            if seconds < DISCOUNT * point.seconds:
+                self.discount(seconds / point.seconds)
             point.patience = min(2 * point.patience, MAX_PATIENCE)
         point.measured.append((query_tokens, seconds))
         point.seen = self.passes
 
+    def discount(self, factor: float) -> None:
+        """All doubted sizes were measured too slow by so much."""
+        for point in filter(self.stale, self.points.values()):
+            point.measured = deque([(tokens, seconds * factor) for tokens, seconds in point.measured], maxlen=RECENT)
+
+    def stale(self, point: Point) -> bool:
+        return self.passes - point.seen > point.patience
+
     @property
     def known(self) -> bool:
-        return bool(self.points)
+        """Whether anything has been measured that is not in doubt."""
+        return not all(map(self.stale, self.points.values()))
 
     def doubted(self, query_tokens: int) -> bool:
         """Whether passes of this size have not been measured, or not for long."""
         point = self.points.get(bucket(query_tokens))
-        return point is None or self.passes - point.seen > point.patience
+        return point is None or self.stale(point)
 
     def curve(self, anchor: int | None = None) -> PiecewiseLinear:
         """Seconds by query tokens. Beyond what was seen it is flat up to twice the largest size, then proportional: sizes in reach are tried and then known.
@@ -68,7 +84,7 @@ class MeasuredCosts:
         Doubted sizes are left out, but for that of ``anchor`` tokens (every size without one). A larger pass is never cheaper: what contradicts that is
         shared out by the number of measurements.
         """
-        kept = [point for key, point in self.points.items() if anchor is None or key == bucket(anchor) or self.passes - point.seen <= point.patience]
+        kept = [point for key, point in self.points.items() if anchor is None or key == bucket(anchor) or not self.stale(point)]
         ordered = sorted(kept, key=lambda point: point.tokens)
         seconds = rising([(point.seconds, len(point.measured)) for point in ordered])
         curve = {point.tokens: value for point, value in zip(ordered, seconds, strict=True)}

@@ -91,6 +91,11 @@ class PagesMachine(RuleBasedStateMachine):
             self.pool.release(self.holders.pop().pages)
         assert self.pool.num_available == NUM_PAGES
 
+    @rule()
+    def forget(self) -> None:
+        self.pool.forget_kept()
+        assert not self.pool.kept
+
     @invariant()
     def agrees(self) -> None:
         self.pool.check()
