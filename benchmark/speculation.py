@@ -2,8 +2,9 @@
 
     python -m benchmark.speculation --prompts ../shared/data/humaneval.jsonl --output benchmark/results/speculation-cpu.json
 
-Every job runs plainly and then with trees (`compare_plain`), neither finding the other's prompts in the cache. The ratio is of the sums over all jobs, those in which
-costs and acceptance are still unknown included. A table is written next to the JSON file. Rows of other settings that the file holds are kept, so that a long table can be measured in parts.
+Every job runs plainly and then with trees (`compare_plain`), neither finding the other's prompts in the cache. The ratio is of the sums over all jobs, those in
+which costs and acceptance are still unknown included. A table is written next to the JSON file. Rows of other settings that the file holds are kept, so that a
+long table can be measured in parts.
 """
 
 from __future__ import annotations
@@ -70,10 +71,11 @@ def measure(place: str, batch: int, tree: str, draft: list[str], prompts: list[s
     }
 
 
-HEADER = (
-    "| weights | batch | tree | jobs | plain tok/s | with trees tok/s | ratio | median of jobs (least to most) | tokens a pass | drafting | first child accepted at depth 1, 2, ... |\n"
-    "| --- | ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |"
+COLUMNS = (
+    *("weights", "batch", "tree", "jobs", "plain tok/s", "with trees tok/s", "ratio", "median of jobs (least to most)", "tokens a pass", "drafting"),
+    "first child accepted at depth 1, 2, ...",
 )
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
 def row(result: dict[str, Any]) -> str:
@@ -96,9 +98,9 @@ def document(report: dict[str, Any]) -> str:
     return f"""# Speculation on the CPU: demo and {drafts}
 
 {host["date"]}; {host["cpu"]}, {host["cpus"]} cores, {host["threads"]} threads, torch {host["torch"]}, Python {host["python"]}, commit {commits}. Numbers in
-[speculation-cpu.json](speculation-cpu.json). HumanEval prompts, {lengths} new tokens each, greedy, EOS ignored. The cache is on the gpu tier, which on the CPU is
-plain memory with a budget; `gpu` weights lie there too, `disk` weights are read in every pass. Every job runs plainly and then with trees in the same engine; the
-ratio is of the summed seconds of all jobs, exploration included.
+[speculation-cpu.json](speculation-cpu.json). HumanEval prompts, {lengths} new tokens each, greedy, EOS ignored. The cache is on the gpu tier, which on the
+CPU is plain memory with a budget; `gpu` weights lie there too, `disk` weights are read in every pass. Every job runs plainly and then with trees in the same
+engine; the ratio is of the summed seconds of all jobs, exploration included.
 
 {chr(10).join([HEADER, *map(row, report["results"])])}
 
