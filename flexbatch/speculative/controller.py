@@ -136,7 +136,7 @@ class Controller:
         starting = (drafting(extra), max(1.0, now.tokens_left / 2)) if drafting is not None and extra > 0 else (0.0, 1.0)
         return choose_shapes(
             [Group(now.groups.count(name), self.statistics[name].table()) for name in names],
-            self.costs.curve(now.plain_query_tokens),
+            self.costs.hopeful_curve(now.plain_query_tokens),
             draft_seconds,
             other_query_tokens=now.other_query_tokens,
             max_nodes=self.max_nodes,

@@ -15,10 +15,10 @@ BUCKETS_PER_DOUBLING = 3
 RECENT = 7
 """Measurements of a size that count, by their median: the context grows and with it the cost, and a busy machine has slow moments."""
 PATIENCE, MAX_PATIENCE = 16, 256
-"""Passes after which a size that was not seen again is doubted: one slow moment must not rule it out for good. Each time it comes back, it is believed
-for twice as long."""
-DISCOUNT = 0.75
-"""A size that comes back from doubt and takes less of what it took says that the machine was busy then. Less than that is noise."""
+"""Passes after which a size that was not seen again is doubted: one slow moment must not rule it out for good. When it comes back, it is believed for twice
+as long."""
+KEPT = 2
+"""Measurements of a size that still count when it comes back from doubt: one slow pass is then no new cost, two are."""
 
 
 @dataclass
@@ -54,16 +54,10 @@ class MeasuredCosts:
         """One measurement; ``patience`` of a size that is new."""
         point = self.points.setdefault(bucket(query_tokens), Point(seen=self.passes, patience=patience))
         if self.stale(point):
-            if seconds < DISCOUNT * point.seconds:
-                self.discount(seconds / point.seconds)
+            point.measured = deque(list(point.measured)[-KEPT:], maxlen=RECENT)
             point.patience = min(2 * point.patience, MAX_PATIENCE)
         point.measured.append((query_tokens, seconds))
         point.seen = self.passes
-
-    def discount(self, factor: float) -> None:
-        """All doubted sizes were measured too slow by so much."""
-        for point in filter(self.stale, self.points.values()):
-            point.measured = deque([(tokens, seconds * factor) for tokens, seconds in point.measured], maxlen=RECENT)
 
     def stale(self, point: Point) -> bool:
         return self.passes - point.seen > point.patience
@@ -79,17 +73,20 @@ class MeasuredCosts:
         return point is None or self.stale(point)
 
     def curve(self, anchor: int | None = None) -> PiecewiseLinear:
-        """Seconds by query tokens. Beyond what was seen it is flat up to twice the largest size, then proportional: sizes in reach are tried and then known.
+        """Seconds by query tokens, linear between sizes that are not in doubt, and beyond the last two; of all sizes where all are in doubt.
 
-        Doubted sizes are left out, but for that of ``anchor`` tokens (every size without one). A larger pass is never cheaper: what contradicts that is
-        shared out by the number of measurements.
+        anchor: a size that counts in any case. A larger pass is never cheaper: what contradicts that is shared out by the number of measurements.
         """
-        kept = [point for key, point in self.points.items() if anchor is None or key == bucket(anchor) or not self.stale(point)]
-        ordered = sorted(kept, key=lambda point: point.tokens)
+        kept = [point for key, point in self.points.items() if key == (None if anchor is None else bucket(anchor)) or not self.stale(point)]
+        ordered = sorted(kept or self.points.values(), key=lambda point: point.tokens)
         seconds = rising([(point.seconds, len(point.measured)) for point in ordered])
-        curve = {point.tokens: value for point, value in zip(ordered, seconds, strict=True)}
-        largest = ordered[-1].tokens
-        return PiecewiseLinear((*curve.items(), (2 * largest, seconds[-1]), (4 * largest, 2 * seconds[-1])))
+        return PiecewiseLinear(tuple((point.tokens, value) for point, value in zip(ordered, seconds, strict=True)))
+
+    def hopeful_curve(self, anchor: int) -> PiecewiseLinear:
+        """`curve`, but flat up to twice the largest size and proportional from there: sizes in reach are tried and then known."""
+        points = self.curve(anchor).points
+        tokens, seconds = points[-1]
+        return PiecewiseLinear((*points, (2 * tokens, seconds), (4 * tokens, 2 * seconds)))
 
     def report(self) -> list[dict[str, float]]:
         """The latest seconds by size."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,9 +36,21 @@ def capture(monkeypatch, rows: dict) -> None:
     monkeypatch.setattr(Batcher, "retire", keep)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_the_cache_after_commit_equals_a_fresh_prefill(place, reference, tmp_path, monkeypatch):
+CASES = [
+    *((place, {}) for place in PLACES),
+    *((place, {"cache_bits": bits}) for place, bits in (("gpu", 4), ("cpu", 8), ("cpu", 4), ("disk", 4))),
+    ("cpu", {"cpu_attention": 1.0}),
+    ("cpu", {"cpu_attention": 0.5, "cache_bits": 4}),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "settings"), CASES, ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) and value else str(value)
+)
+def test_the_cache_after_commit_equals_a_fresh_prefill(place, settings, reference, tmp_path, monkeypatch):
     model = reference("llama")
+    with engine(model, tmp_path, place, **settings) as llm:
+        model = replace(model, token_ids=tokens(llm, model.prompts))
     kept: dict[tuple[int, ...], torch.Tensor] = {}
     capture(monkeypatch, kept)
     generator = random.Random(1)
@@ -52,13 +65,17 @@ def test_the_cache_after_commit_equals_a_fresh_prefill(place, reference, tmp_pat
             last = len(nodes) - 1
         return TokenTree(tuple(nodes), TreeShape(tuple(parents)))
 
-    with engine(model, tmp_path, place, draft=("ngram",), tree="best-first:20") as llm:
+    with engine(model, tmp_path, place, draft=("ngram",), tree="best-first:20", **settings) as llm:
         llm.speculator.sources = [Scripted(branching)]
         assert tokens(llm, model.prompts) == model.token_ids
         assert llm.report()["speculation"]["tokens_per_sequence_pass"] > 2
     committed, texts = dict(kept), list(kept)
     kept.clear()
-    with engine(model, tmp_path, place, prefill_chunk=300) as llm:
+    with engine(model, tmp_path, place, prefill_chunk=300, **settings) as llm:
         llm.generate([list(text) for text in texts], SamplingParams(max_tokens=1, temperature=0))
     for text in texts:
-        torch.testing.assert_close(committed[text], kept[text], rtol=1e-4, atol=1e-4)
+        if settings.get("cache_bits", 16) == 16:
+            torch.testing.assert_close(committed[text], kept[text], rtol=1e-4, atol=1e-4)
+        else:
+            # Codes: where a value lies between two, rounding may go either way. Rows of another token differ nearly everywhere.
+            assert (committed[text] == kept[text]).float().mean() > 0.98

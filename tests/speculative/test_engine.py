@@ -27,6 +27,18 @@ def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, 
         assert report["tokens_per_sequence_pass"] > 1.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["other", "target", "both"])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_every_tree_on_every_tier(family, place, tree, draft, reference, other, tmp_path):
+    model = reference(family)
+    drafts = {"other": (str(other),), "target": (str(model.folder),), "both": (str(other), str(model.folder), "ngram")}[draft]
+    with engine(model, tmp_path, place, draft=drafts, tree=tree, overlap=tree != "<3,2>") as llm:
+        assert tokens(llm, model.prompts) == model.token_ids
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_trees_attended_on_the_cpu(share, family, reference, tmp_path):

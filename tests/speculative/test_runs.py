@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.config import ConfigurationError
-from tests.speculative.engines import GREEDY, engine, tokens
+from flexbatch.config import ConfigurationError, DoesNotFitError
+from flexbatch.speculative.tree import TokenTree
+from tests.speculative.engines import GREEDY, Scripted, engine, tokens
 from tests.tiny_models import make_model, make_tokenizer
 
 
@@ -53,6 +54,43 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(reference, tmp_pat
         engine(model, tmp_path, draft=("ngram",), tree="bush:3")
     with pytest.raises(ConfigurationError, match="between 0 and 1"):
         engine(model, tmp_path, draft=("ngram",), simulate_acceptance=1.5)
+
+
+def test_random_weights_need_vocabularies_of_one_size(tmp_path):
+    """Without tokenizers, and before any of the 30 billion weights are made."""
+    settings = {"dummy_weights": True, "device": "cpu", "offload_dir": str(tmp_path), "gpu_memory": "1GiB"}
+    with pytest.raises(ConfigurationError, match="draft llama-2-7b has 32000 tokens and opt-30b has 50272"):
+        LLM("opt-30b", draft=("llama-2-7b",), **settings)
+
+
+def test_drafts_count_towards_the_budget_of_the_gpu(reference, other, tmp_path):
+    """The target alone fits; with a draft the plan is refused with the draft's rows in the table."""
+    model = reference("llama")
+    with engine(model, tmp_path, gpu_memory="32MiB") as llm:
+        assert tokens(llm, model.prompts) == model.token_ids
+    with (
+        pytest.raises(DoesNotFitError, match=r"(?s)draft weights .*draft workspace .*does not fit"),
+        engine(model, tmp_path, gpu_memory="32MiB", draft=(str(other),)) as llm,
+    ):
+        llm.generate(model.prompts, GREEDY)
+    with engine(model, tmp_path, draft=(str(other),), tree="chain:2") as llm:
+        assert tokens(llm, model.prompts) == model.token_ids
+        assert llm.report()["peak_bytes"]["gpu"] > llm.speculator.peak_bytes > 0
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_the_first_layers_travel_while_the_draft_works(place, reference, tmp_path):
+    model = reference("llama")
+    fetched = []
+
+    def looking(sequence, depth):
+        fetched.append(sorted(llm.weights.claims))
+        return TokenTree()
+
+    with engine(model, tmp_path, place, draft=("ngram",), tree="chain:2") as llm:
+        llm.speculator.sources = [Scripted(looking)]
+        assert tokens(llm, model.prompts) == model.token_ids
+    assert fetched and all(layers == [0, 1] for layers in fetched)
 
 
 def test_an_abandoned_job_leaves_nothing_behind(reference, tmp_path):
