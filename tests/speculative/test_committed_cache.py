@@ -10,13 +10,14 @@ import torch
 
 from flexbatch import SamplingParams
 from flexbatch.execution.batcher import Batcher
+from flexbatch.kernels.reference import unpack_rows
 from flexbatch.speculative.tree import TokenTree, TreeShape
 from tests.speculative.engines import PLACES, Scripted, continuation, engine, tokens
 from tests.tiny_models import VOCAB
 
 
 def capture(monkeypatch, rows: dict) -> None:
-    """Keep every sequence's cached rows as it retires: tokens -> [layers, tokens, ...]."""
+    """Keep every sequence's cached keys and values as it retires: tokens -> [layers, tokens, 2, num_kv_heads, head_dim]."""
     retire = Batcher.retire
 
     def keep(self, sequence) -> None:
@@ -27,9 +28,11 @@ def capture(monkeypatch, rows: dict) -> None:
             if table.tier == "disk":
                 pages = torch.zeros(layout.num_pages(table.num_tokens), layout.page_bytes, dtype=torch.uint8)
                 cache.disk.read([(table, table.num_tokens)], layer, pages, cache.lanes.disk_chunks)
-                found.append(layout.row_view(pages.view(-1))[: table.num_tokens].clone())
+                rows_of_layer = layout.row_view(pages.view(-1))[: table.num_tokens]
             else:
-                found.append(cache.rows(table.tier, layer)[table.slots(0, table.num_tokens, layout.page_tokens)].clone())
+                rows_of_layer = cache.rows(table.tier, layer)[table.slots(0, table.num_tokens, layout.page_tokens)]
+            values = unpack_rows(rows_of_layer, layout.num_kv_heads, layout.head_dim, layout.bits, layout.group, layout.dtype)
+            found.append(torch.stack(values, dim=1))
         rows[tuple(sequence.token_ids[: table.num_tokens])] = torch.stack(found)
         retire(self, sequence)
 
@@ -44,9 +47,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("place", "settings"), CASES, ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) and value else str(value)
-)
+@pytest.mark.parametrize(("place", "settings"), CASES, ids=str)
 def test_the_cache_after_commit_equals_a_fresh_prefill(place, settings, reference, tmp_path, monkeypatch):
     model = reference("llama")
     with engine(model, tmp_path, place, **settings) as llm:
@@ -77,5 +78,5 @@ def test_the_cache_after_commit_equals_a_fresh_prefill(place, settings, referenc
         if settings.get("cache_bits", 16) == 16:
             torch.testing.assert_close(committed[text], kept[text], rtol=1e-4, atol=1e-4)
         else:
-            # Codes: where a value lies between two, rounding may go either way. Rows of another token differ nearly everywhere.
-            assert (committed[text] == kept[text]).float().mean() > 0.98
+            # Where a value lies halfway between two codes, rounding may go either way. Rows of another token differ nearly everywhere.
+            assert ((committed[text] - kept[text]).abs() < 1e-4).float().mean() > 0.99

@@ -90,7 +90,7 @@ def test_the_first_layers_travel_while_the_draft_works(place, reference, tmp_pat
     with engine(model, tmp_path, place, draft=("ngram",), tree="chain:2") as llm:
         llm.speculator.sources = [Scripted(looking)]
         assert tokens(llm, model.prompts) == model.token_ids
-    assert fetched and all(layers == [0, 1] for layers in fetched)
+    assert len(fetched) > 5 and all(layers == [0, 1] for layers in fetched[1:])
 
 
 def test_an_abandoned_job_leaves_nothing_behind(reference, tmp_path):
