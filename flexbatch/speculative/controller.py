@@ -13,7 +13,9 @@ from flexbatch.speculative.shapes import fixed_widths
 
 AUTO_DEPTH, AUTO_RANKS = 8, 4
 MAX_WAIT = 32
-"""Passes between two choices, at most, while the choice stays the same; the first follow after 1, 2, 4, ... passes."""
+"""Passes between two choices, at most, while the choice stays the same; after a change they begin few and double."""
+TRIED_PASSES = 3
+"""That a new tree is tried, at least, before it is judged: one slow pass says little."""
 CHOOSING_SHARE = 0.02
 """Of the time, at most: a choice takes about a millisecond, a pass of a small model hardly more."""
 PROBED_SHARE = 16
@@ -112,7 +114,8 @@ class Controller:
 
     def settle(self, started: float, now: Situation, plans: dict[str, TreePlan], changed: bool) -> None:
         self.plans, self.chosen_for = plans, now.live
-        self.wait = 1 if changed else min(2 * self.wait, MAX_WAIT)
+        trees = any(plan.num_levels for plan in plans.values())
+        self.wait = (TRIED_PASSES if trees else 1) if changed else min(2 * self.wait, MAX_WAIT)
         self.next_choice = self.passes + self.wait
         self.chosen_at = self.clock()
         self.choosing_seconds = self.chosen_at - started
