@@ -83,7 +83,11 @@ class Stage:
 
 
 class PassModel:
-    """Demands of the passes ``load`` of a model on a machine for a policy's sizes and bits; the policy's splits play no part."""
+    """Demands of the passes ``load`` of a model on a machine for a policy's sizes and bits.
+
+    Of the policy's placement one thing counts: whether any sequence is attended on the CPU (``cpu_attention`` above 0), which has fixed costs, however few
+    they are.
+    """
 
     def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad):
         self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
@@ -160,6 +164,7 @@ class PassModel:
         prompt = self.row_bytes * np.asarray(load.prompt_context, dtype=float)
         fresh = self.row_bytes * self.tokens
         calls = np.where(self.decode_tokens > 0, self.batches, 0.0)
+        attending = calls if self.policy.cpu_attention > 0 else 0.0 * calls
         exchanged = self.decode_tokens * shape.num_heads * shape.head_dim * shape.element_bytes
         return {
             "h2d": affine(activations_cpu=activations, activations_disk=activations, attended=exchanged),
@@ -170,8 +175,8 @@ class PassModel:
             "disk_write": affine(cache_disk=fresh, activations_disk=activations),
             "attended": affine(attended=self.row_bytes * np.asarray(load.decode_context, dtype=float)),
             "attended_16": affine(attended=self.row_bytes_16 * np.asarray(load.decode_context, dtype=float)),
-            # Counts, not bytes; in proportion to the shares, so that they stay linear. On disk every sequence is a request.
-            "calls": affine(attended=calls),
+            # Counts, not bytes. On disk every sequence is a request; in proportion to the disk's share, so that they stay linear.
+            "calls": affine(attending),
             "requests": affine(cache_disk=calls + np.asarray(load.decode_sequences) / DISK_THREADS),
         }
 
