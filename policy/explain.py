@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from flexbatch.policy.cost import RESOURCES
+from collections.abc import Mapping
+
 from flexbatch.policy.memory import KIND_LABELS
 from flexbatch.policy.plan import GIB, Plan
 from flexbatch.policy.types import TIERS
+
+BINARY = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
+
+
+def fitting_unit(largest: float, units: Mapping[str, float]) -> tuple[str, float]:
+    """The largest unit in which the value is at least 1, so that a small model's numbers are not all zero."""
+    return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
 
 
 def summary(plan: Plan) -> dict:
@@ -53,7 +62,8 @@ def explain(plan: Plan) -> str:
     percent = " ".join(f"{x:.4g}" for x in policy.percent)
     lines.append(f"policy: percent {percent}, micro-batches {policy.gpu_batch_size} x {policy.num_gpu_batches}" + extras(plan))
     lines += ["", *memory_table(plan), "", *resource_table(plan), ""]
-    lines.append(f"limited by {plan.limiting_resource}; launching ticks {plan.launch_seconds:.4g} s of a pass of {plan.pass_seconds:.4g} s")
+    slowed = f" ({plan.limiting_row})" if plan.limiting_row != plan.limiting_resource else ""
+    lines.append(f"limited by {plan.limiting_resource}{slowed}; launching ticks {plan.launch_seconds:.4g} s of a pass of {plan.pass_seconds:.4g} s")
     over = "the job" if plan.seconds is not None else "a job without end"
     bound = f"bound {plan.bound_tokens_per_second:.4g} ({plan.fraction_of_bound:.1%} of bound)"
     lines.append(f"predicted {plan.predicted_tokens_per_second:.4g} tok/s over {over}, {bound}")
@@ -82,25 +92,27 @@ def extras(plan: Plan) -> str:
 
 
 def memory_table(plan: Plan) -> list[str]:
-    """Kinds x tiers in GiB, with what stays free."""
-    lines = [f"{'peak memory, GiB':18s}" + "".join(f"{tier:>10s}" for tier in TIERS)]
-    for kind in KIND_LABELS:
-        sizes = [plan.memory[tier].get(kind, 0) for tier in TIERS]
-        if any(sizes):
-            lines.append(f"{kind:18s}" + "".join(f"{size / GIB:10.2f}" for size in sizes))
+    """Kinds x tiers, with what stays free."""
     totals = {tier: sum(plan.memory[tier].values()) for tier in TIERS}
-    lines.append(f"{'free':18s}" + "".join(f"{(plan.room[tier] - totals[tier]) / GIB:10.2f}" for tier in TIERS))
-    lines.append(f"{'budget':18s}" + "".join(f"{plan.room[tier] / GIB:10.2f}" for tier in TIERS))
-    return lines
+    unit, size = fitting_unit(max(totals.values()), BINARY)
+
+    def line(name: str, num_bytes: Mapping[str, int]) -> str:
+        return f"{name:18s}" + "".join(f"{num_bytes[tier] / size:12,.2f}" for tier in TIERS)
+
+    kinds = {kind: {tier: plan.memory[tier].get(kind, 0) for tier in TIERS} for kind in KIND_LABELS}
+    lines = [f"{'peak memory, ' + unit:18s}" + "".join(f"{tier:>12s}" for tier in TIERS)]
+    lines += [line(kind, sizes) for kind, sizes in kinds.items() if any(sizes.values())]
+    return [*lines, line("free", {tier: plan.room[tier] - totals[tier] for tier in TIERS}), line("budget", plan.room)]
 
 
 def resource_table(plan: Plan) -> list[str]:
     """Demand, time and share of the pass for every resource, in the average pass."""
-    lines = [f"{'average pass':18s}{'demand':>16s}{'seconds':>10s}{'busy':>8s}"]
-    for name in RESOURCES:
-        work, seconds = plan.work[name], plan.row_seconds[name]
-        demand = f"{work / 1e12:.3f} TFLOP" if name == "gpu_compute" else f"{work / GIB:.3f} GiB"
-        lines.append(f"{name:18s}{demand:>16s}{seconds:10.4f}{seconds / plan.pass_seconds:8.0%}")
+    lines = [f"{'average pass':28s}{'demand':>16s}{'seconds':>10s}{'busy':>8s}"]
+    for name in plan.told_rows:
+        work, seconds = plan.work.get(name), plan.row_seconds[name]
+        unit, size = fitting_unit(work or 0, FLOPS if name == "gpu_compute" else BINARY)
+        demand = f"{work / size:.3f} {unit}" if work else "-"
+        lines.append(f"{name:28s}{demand:>16s}{seconds:10.4f}{seconds / plan.pass_seconds:8.0%}")
     return lines
 
 
