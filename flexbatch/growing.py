@@ -7,9 +7,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from flexbatch.config import DoesNotFitError
+from flexbatch.config import GIB, DoesNotFitError
 from flexbatch.execution.batcher import Candidate
-from flexbatch.memory.tiers import GIB
 from flexbatch.planning import Job
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("kernel_rates", "machines", "choosing", "adapting", "growing"),
     ("deciding", "reports"),
-    ("block",),
+    ("block", "intake", "loaded"),
     ("engine",),
     ("cli", "workload", "progress", "tables"),
     ("run", "__main__"),

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexbatch.memory.files import DiskFile
 from flexbatch.memory.pages import CacheLayout, PageTable
-from flexbatch.memory.tiers import DiskFile, Pool
+from flexbatch.memory.tiers import Pool
 
 
 class DiskCache:

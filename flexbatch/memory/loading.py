@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.tiers import align, write_atomically
+from flexbatch.memory.files import align, write_atomically
 from flexbatch.memory.weight_plan import StoredTensor
 from flexbatch.memory.weights import Views, WeightStore, views_of
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece

@@ -12,7 +12,7 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.executor import Executor
-from flexbatch.memory.tiers import DiskFile
+from flexbatch.memory.files import DiskFile
 from flexbatch.trace import RecordingTracer
 from tests.memory.rigs import dawdle
 from tests.tiny_models import make_model, random_prompts
