@@ -15,9 +15,10 @@ import pulp
 
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel, total
 from flexbatch.policy.loads import Lengths, steady_load
-from flexbatch.policy.lp import GIB, fixed_fractions, solver
+from flexbatch.policy.lp import fixed_fractions, solver
 from flexbatch.policy.memory import capacity
 from flexbatch.policy.types import TIERS, Constraints, Curve, Hardware, ModelShape, Policy, Speculation, Split, Workload
+from flexbatch.policy.units import GIB
 
 IDEAL = 1e30
 

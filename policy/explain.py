@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexbatch.policy.memory import KIND_LABELS
-from flexbatch.policy.plan import GIB, Plan
+from flexbatch.policy.plan import Plan
 from flexbatch.policy.types import TIERS
-
-BINARY = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
-FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
-
-
-def fitting_unit(largest: float, units: Mapping[str, float]) -> tuple[str, float]:
-    """The largest unit in which the value is at least 1, so that a small model's numbers are not all zero."""
-    return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
+from flexbatch.policy.units import BINARY, FLOPS, fitting_unit, size_text
 
 
 def summary(plan: Plan) -> dict:
@@ -73,7 +66,7 @@ def explain(plan: Plan) -> str:
         lines.append(f"no policy on this machine can exceed {plan.machine_bound_tokens_per_second:.4g} tok/s with these bits and lengths")
     lines += what_more_memory_buys(plan)
     if plan.missing:
-        lines.append("DOES NOT FIT: missing " + ", ".join(f"{size / GIB:.2f} GiB on {tier}" for tier, size in plan.missing.items()))
+        lines.append("DOES NOT FIT: missing " + ", ".join(f"{size_text(size)} on {tier}" for tier, size in plan.missing.items()))
     if plan.linear_programs:
         lines.append(f"search: {plan.linear_programs} linear programs in {plan.search_seconds:.1f} s")
     return "\n".join(lines)

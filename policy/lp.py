@@ -11,8 +11,7 @@ import pulp
 
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
 from flexbatch.policy.types import TIERS, Constraints
-
-GIB = 2**30
+from flexbatch.policy.units import GIB
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from flexbatch.policy.loads import PassLoad, steady_load, trajectory
 from flexbatch.policy.memory import capacity, peak_memory, shortfall
 from flexbatch.policy.types import Hardware, ModelShape, Policy, Workload
 
-GIB = 2**30
-
 
 class DoesNotFit(RuntimeError):
     """No policy fits the memory budgets; the message holds a table of what is missing and the remedies."""

@@ -11,10 +11,9 @@ from typing import Any
 
 from flexbatch.policy.memory import KIND_LABELS
 from flexbatch.policy.optimizer import choose
-from flexbatch.policy.plan import GIB, DoesNotFit, Plan
+from flexbatch.policy.plan import DoesNotFit, Plan
 from flexbatch.policy.types import TIERS, Constraints, Hardware, ModelShape, Workload
-
-MIB = 2**20
+from flexbatch.policy.units import BINARY, GIB, fitting_unit
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
             bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
     for tier, top in zip(TIERS, bottom, strict=True):
         used = sum(plan.memory[tier].values())
-        text = f"{used / GIB:.1f} of {plan.room[tier] / GIB:.1f} GiB" if used >= GIB or not used else f"{used / MIB:.1f} MiB of {plan.room[tier] / GIB:.1f} GiB"
+        unit, size = fitting_unit(used, BINARY)
+        text = f"{used / size:.1f} {unit} of {plan.room[tier] / GIB:.1f} GiB" if used else f"nothing of {plan.room[tier] / GIB:.1f} GiB"
         right.annotate(text, (tier, top), (0, 3), textcoords="offset points", ha="center", va="bottom", bbox={"fc": "white", "ec": "none", "pad": 1.0})
     right.axhline(100, color="black", linestyle="--", zorder=0.5)
     right.set_ylabel("% of the budget")

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from flexbatch.config import GIB
+from flexbatch.policy.units import size_text
 
 ALIGNMENT = 4096
 """Bytes. Offsets and lengths of O_DIRECT transfers, and of every tensor in a slab that the disk fills."""
@@ -94,14 +94,11 @@ def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[in
 
 def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
     """One clear error for a disk tier that is read-only, full, or not a folder."""
-    free = ""
+    room = ""
     with contextlib.suppress(OSError):
         space = os.statvfs(folder)
-        free = f"; {space.f_bavail * space.f_frsize / GIB:.2f} GiB free there"
-    return OffloadError(
-        error.errno,
-        f"offload folder {folder}: {error.strerror or error} (needed {num_bytes / GIB:.3f} GiB{free}); name a writable folder with room in --offload-dir",
-    )
+        room = f" (needed {size_text(num_bytes)}; {size_text(space.f_bavail * space.f_frsize)} free there)" if num_bytes else ""
+    return OffloadError(error.errno, f"offload folder {folder}: {error.strerror or error}{room}; name a writable folder with room in --offload-dir")
 
 
 def prepare_offload_dir(folder: Path) -> None:

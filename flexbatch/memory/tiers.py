@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexbatch.config import GIB, DoesNotFitError
+from flexbatch.config import DoesNotFitError
 from flexbatch.memory.files import ALIGNMENT, align
+from flexbatch.policy.units import BINARY, GIB, fitting_unit, size_text
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ def check_budgets(needs: Iterable[Need], budgets: dict[str, int]) -> None:
     short = [tier for tier, budget in budgets.items() if totals[tier] > budget]
     if not short:
         return
-    rows = [f"  {need.what:<28} {need.tier:<5} {need.num_bytes / GIB:>10.3f} GiB" for need in needs if need.num_bytes]
+    unit, size = fitting_unit(max(totals.values()), BINARY)
+    rows = [f"  {need.what:<28} {need.tier:<5} {need.num_bytes / size:>10.3f} {unit}" for need in needs if need.num_bytes]
     sums = [
-        f"  {'total':<28} {tier:<5} {totals[tier] / GIB:>10.3f} GiB of {budgets[tier] / GIB:.3f} GiB" + ("   <- does not fit" if tier in short else "")
+        f"  {'total':<28} {tier:<5} {totals[tier] / size:>10.3f} {unit} of {size_text(budgets[tier])}" + ("   <- does not fit" if tier in short else "")
         for tier in budgets
     ]
     remedy = {

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.config import GIB
 from flexbatch.memory.files import ALIGNMENT, DiskFile, OffloadError, align, chunks, prepare_offload_dir, write_atomically
 from flexbatch.memory.tiers import HostArena
 from flexbatch.memory.weights import slices
+from flexbatch.policy.units import MIB
 
 
 @given(num_bytes=st.integers(0, 100_000), count=st.integers(1, 40), chunk=st.integers(1, 5000))
@@ -85,11 +85,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, operation, fail)
     with pytest.raises(OffloadError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
-        write_atomically(path, [torch.ones(GIB // 1024, dtype=torch.uint8)], GIB // 1024)
+        write_atomically(path, [torch.ones(MIB, dtype=torch.uint8)], MIB)
     assert path.read_bytes() == bytes(ALIGNMENT) and list(tmp_path.iterdir()) == [path]
     if isinstance(error, OSError):
         assert caught.value.errno == errno.ENOSPC
-        assert "needed 0.001 GiB" in str(caught.value) and "GiB free there" in str(caught.value) and "--offload-dir" in str(caught.value)
+        assert "needed 1.000 MiB" in str(caught.value) and "iB free there" in str(caught.value) and "--offload-dir" in str(caught.value)
 
 
 def test_a_cache_file_that_does_not_fit_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +100,8 @@ def test_a_cache_file_that_does_not_fit_takes_no_room(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", give_a_part)
-    with pytest.raises(OffloadError, match=r"No space left on device \(needed 0.001 GiB.*--offload-dir"):
-        DiskFile(tmp_path / "cache.bin", GIB // 1024)
+    with pytest.raises(OffloadError, match=r"No space left on device \(needed 1.000 MiB.*--offload-dir"):
+        DiskFile(tmp_path / "cache.bin", MIB)
     assert not list(tmp_path.iterdir())
 
 

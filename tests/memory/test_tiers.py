@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from flexbatch.config import GIB, DoesNotFitError
+from flexbatch.config import DoesNotFitError
 from flexbatch.memory.tiers import Need, Pool, check_budgets
+from flexbatch.policy.units import GIB
 
 BUDGET = 10_000
 
