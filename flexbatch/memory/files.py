@@ -9,11 +9,12 @@ import glob
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
-
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from flexbatch.policy.units import size_text
+
+if TYPE_CHECKING:
+    from torch import Tensor  # the command line writes its output by way of this module, and must not wait for torch
 
 ALIGNMENT = 4096
 """Bytes. Offsets and lengths of O_DIRECT transfers, and of every tensor in a slab that the disk fills."""
@@ -117,7 +118,7 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
 
     A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises OffloadError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -135,6 +136,11 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
         if isinstance(error, OSError):
             raise offload_error(path.parent, error, num_bytes) from error
         raise
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes ``path`` until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def open_locked(path: Path) -> BinaryIO:
