@@ -11,7 +11,7 @@ from flexbatch.kernels import reference
 from flexbatch.memory.files import ALIGNMENT, align
 from flexbatch.memory.placement import spread
 from flexbatch.models.arch import Arch
-from flexbatch.models.families import WeightSpec, weight_specs
+from flexbatch.models.specs import WeightSpec, weight_specs
 from flexbatch.policy.types import TIERS, Split
 
 SLAB_ALIGNMENT = 256
