@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 
 from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
 from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
+from flexbatch.memory.files import align
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
-from flexbatch.memory.tiers import Need, align
+from flexbatch.memory.tiers import Need
 from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
@@ -31,6 +33,12 @@ class Job:
 
     cache_tokens: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
+        """Of requests by (prompt tokens, max_tokens). The context may end one earlier, and the last token that it generates needs no row."""
+        pairs = [(prompt, prompt + max(0, min(max_tokens, max_positions - prompt) - 1)) for prompt, max_tokens in lengths] or [(1, 1)]
+        return cls(tuple(cache for _, cache in pairs), tuple(prompt for prompt, _ in pairs))
 
     @classmethod
     def typical(cls, max_positions: int) -> Job:

@@ -11,7 +11,7 @@ over the resources; launching its ticks comes on top.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -267,9 +267,3 @@ class PassModel:
         if hardware.device == "cpu":
             seconds["cores"] = seconds["h2d"] + seconds["d2h"] + seconds["gpu_compute"] + traffic["attended_16"] / attention_rate
         return seconds
-
-
-def limiting_resource(seconds: Mapping[str, float]) -> str:
-    """The resource of the row that takes longest."""
-    name = max(seconds, key=lambda row: seconds[row])
-    return JOINT.get(name, name)

@@ -96,7 +96,7 @@ class Search:
         solution = self.solve(policy, phases, memory, room)
         if solution is not None:
             # A block that is on the GPU whole launches less than the program, which cannot know, counts.
-            saved = sum(count * (m.launch_seconds - float(m.launched(solution.point))) for m, count in phases)
+            saved = sum(count * float(m.launch_seconds - m.launched(solution.point)) for m, count in phases)
             self.tried[policy] = Candidate(policy, solution, tokens / (solution.seconds - saved))
 
     def finish(self, candidate: Candidate) -> Plan | None:

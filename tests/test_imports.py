@@ -24,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("host_rates",),
     ("kernel_rates", "machines", "choosing", "adapting", "growing"),
     ("deciding", "reports"),
-    ("block",),
+    ("block", "intake", "loaded"),
     ("engine",),
     ("cli", "workload", "progress", "tables"),
     ("run", "__main__"),

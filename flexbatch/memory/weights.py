@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.tiers import DiskFile, Tiers, align, chunks, slices
+from flexbatch.memory.files import DiskFile, align, chunks
+from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, Lanes, together
 from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, StoredTensor, WeightPlan, slab_alignment, stage_of
 
@@ -41,6 +42,12 @@ def views_of(slab: Tensor, stored: StoredTensor, start: int, dtype: torch.dtype)
     codes = slab[start : start + math.prod(stored.codes_shape)].view(stored.codes_shape)
     parameters = slab[start + stored.codes_bytes : start + stored.num_bytes].view(dtype).view(stored.parameters_shape)
     return Views(stored, codes=codes, parameters=parameters)
+
+
+def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
+    """The ``index``-th of ``count`` contiguous byte ranges, cut at multiples of ``alignment``."""
+    step = align(math.ceil(num_bytes / count), alignment)
+    return min(index * step, num_bytes), min((index + 1) * step, num_bytes)
 
 
 class WeightStore:

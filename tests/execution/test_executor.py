@@ -12,7 +12,7 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.executor import Executor
-from flexbatch.memory.tiers import DiskFile
+from flexbatch.memory.files import DiskFile
 from flexbatch.memory.transfer import Handle
 from flexbatch.memory.weights import WeightStore
 from flexbatch.trace import RecordingTracer
