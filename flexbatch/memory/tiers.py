@@ -234,6 +234,13 @@ class DiskFile:
             os.close(descriptor)
 
 
+def aligned_empty(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] on the host at a multiple of ALIGNMENT, as direct transfers need it; torch aligns to 64 bytes."""
+    buffer = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
+    start = -buffer.data_ptr() % ALIGNMENT
+    return buffer[start : start + num_bytes]
+
+
 def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[int, int]]:
     """(start, end) byte ranges of at most ``chunk_bytes``."""
     return [(start, min(start + chunk_bytes, num_bytes)) for start in range(0, num_bytes, chunk_bytes)]
