@@ -126,6 +126,6 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": generated / seconds,
         "predicted_then": log.plan.predicted_tokens_per_second,
-        "load_seconds": llm.statistics.load_seconds,
+        "load_seconds": llm.report()["load_seconds"],
         "passes": log.log,
     }

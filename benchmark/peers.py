@@ -4,9 +4,9 @@
 
 transformers pads a batch to its longest prompt; prompts are sorted by length for it, which is the order that wastes least, and every batch size
 of ``--batch-sizes`` is tried, its best one counts. FlexBatch gets the prompts as they come, everything on the gpu tier (plain memory here). Both
-decode greedily in fp32 and neither may stop early, so that both generate the same number of tokens. The runs alternate, and the
-least time of each counts, so that a passing disturbance of the machine favours neither. ``cpu_ratio`` compares processor seconds likewise: it stays
-meaningful where other work shares the cores.
+tokenize, decode greedily in fp32, neither stops at EOS, and detokenize. The runs alternate, and the least time of each counts, so that a passing
+disturbance of the machine favours neither. ``cpu_ratio`` compares processor seconds likewise: it stays meaningful where other work shares the cores.
+``equal_rows`` counts the prompts whose tokens are the same.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def padded_generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: 
         part = order[begin : begin + batch_size]
         batch = tokenizer.pad({"input_ids": [ids[index] for index in part]}, padding_side="left", return_tensors="pt")
         with torch.inference_mode():
-            out = model.generate(**batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+            out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
         for index, row in zip(part, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             results[index] = row
     tokenizer.batch_decode(results)
@@ -118,9 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "transformers_tokens_per_second": count / best_seconds,
         "prompts": len(prompts),
         "new_tokens_each": arguments.new_tokens,
-        # min_new_tokens bars EOS from transformers, ignore_eos lets FlexBatch pass over it: only rows without EOS can be compared.
-        "rows_without_eos": sum(tokenizer.eos_token_id not in row for row in tokens),
-        "equal_rows_without_eos": sum(row == other for row, other in zip(tokens, expected, strict=True) if tokenizer.eos_token_id not in row),
+        "equal_rows": sum(row == other for row, other in zip(tokens, expected, strict=True)),
         "threads": arguments.threads,
         "load_average": os.getloadavg()[0],
     }

@@ -18,10 +18,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flexbatch.policy.explain import summary
-from flexbatch.policy.plan import GIB, Plan, price
+from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.rates import Hardware, load_hardware
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.types import ModelShape, Policy, Split, Workload
+from flexbatch.policy.units import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 MEDIAN_LIMIT, WORST_LIMIT = 0.10, 0.25

@@ -13,10 +13,11 @@ from pathlib import Path
 from flexbatch.policy.bound import machine_bound
 from flexbatch.policy.explain import explain, summary
 from flexbatch.policy.optimizer import choose
-from flexbatch.policy.plan import GIB, Plan, price
+from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.rates import Hardware, load_hardware
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.types import Constraints, Policy, Split, Workload
+from flexbatch.policy.units import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, OUTPUT = 512, 32

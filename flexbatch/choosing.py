@@ -12,7 +12,7 @@ from flexbatch.config import DoesNotFitError, EngineConfig
 from flexbatch.memory.tiers import Need, check_budgets
 from flexbatch.memory.weight_plan import StoredTensor, tensor_format
 from flexbatch.models.arch import Arch
-from flexbatch.models.families import weight_specs
+from flexbatch.models.specs import weight_specs
 from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS, Job
 from flexbatch.policy.groups import weight_group
 from flexbatch.policy.optimizer import choose

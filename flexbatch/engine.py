@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -16,23 +16,19 @@ from flexbatch import adapting, growing
 from flexbatch.block import Block, make_block
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.deciding import Decisions
-from flexbatch.detokenize import OutputText
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
-from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import draw
-from flexbatch.memory.loading import Loader
-from flexbatch.memory.tiers import Pool, Tiers, check_budgets, prepare_offload_dir
+from flexbatch.intake import Gathering, Intake, Item, candidates_of, requests_of
+from flexbatch.loaded import load_model
+from flexbatch.memory.tiers import Tiers, check_budgets
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
-from flexbatch.models import checkpoint, resolve
 from flexbatch.models.arch import Arch
-from flexbatch.models.checkpoint import Piece, QuantizedPiece
-from flexbatch.models.dummy import dummy
 from flexbatch.planning import Job
 from flexbatch.policy.replan import Replan
 from flexbatch.policy.types import Policy
 from flexbatch.prompts import Prompt
-from flexbatch.reports import Statistics, against_plain, completion_of, report_text, with_samples
+from flexbatch.reports import Statistics, against_plain, completion_of, report_text
 from flexbatch.request import Completion, Request, SamplingParams
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import RecordingTracer, Tracer
@@ -83,7 +79,6 @@ class LLM:
         self.plain_statistics = Statistics()
         """Of the runs without speculation that --compare-plain asks for."""
         self.block: Block | None = None
-        self.speculator: Speculator | None = None
         self.prediction: dict[str, Any] = {}
         """Predicted against measured, of the last run that had a plan."""
         self.replans: list[str] = []
@@ -91,10 +86,12 @@ class LLM:
         self.tracer: Tracer = RecordingTracer(device) if trace else adapting.UsageTracer(device) if decided.plan is not None else Tracer()
         self._stack = contextlib.ExitStack()
         try:
-            self._load()
+            self._loaded = load_model(decided, self.tracer, self._stack)
         except BaseException:
             self._stack.close()
             raise
+        if self.config.simulate_acceptance is not None:
+            logger.warning("SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing", self.config.simulate_acceptance)
 
     @property
     def policy(self) -> Policy:
@@ -110,48 +107,22 @@ class LLM:
         """The transformers tokenizer; None for dummy weights."""
         return self.decided.tokenizer
 
-    def _load(self) -> None:
-        """Weights to their homes."""
-        started = time.perf_counter()
-        decided, config = self.decided, self.config
-        offload_dir, budgets = decided.offload_dir, decided.budgets
-        uses_disk = any(split.disk > 0 for split in (self.policy.weights, self.policy.cache, self.policy.activations))
-        if uses_disk or config.offload_path is not None:
-            prepare_offload_dir(offload_dir)
-        self.tiers = Tiers(
-            gpu=Pool("gpu", budgets["gpu"], device=decided.device),
-            cpu=Pool("cpu", budgets["cpu"], pinned=decided.device.type == "cuda"),
-            disk=Pool("disk", budgets["disk"]),
-            offload_dir=offload_dir,
-        )
-        self._stack.callback(self.tiers.close)
-        self.lanes = Lanes(decided.device, self.tracer)
-        self._stack.callback(self.lanes.close)
-        self.weights = WeightStore(decided.weight_plan, self.tiers, self.lanes, decided.dtype)
-        self._stack.callback(self.weights.close)
-        identity = f"dummy-{config.model}-{config.seed}" if decided.folder is None else resolve.fingerprint(decided.folder)
-        files = offload_dir / f"{identity}-{str(decided.dtype).removeprefix('torch.')}"
-        loader = Loader(self.weights, files if uses_disk or config.offload_path else None, cache_quantized=config.offload_path is not None)
-        with torch.inference_mode():
-            self.statistics.loaded_bytes = loader.load(self._pieces)
-            self.statistics.reused_bytes = loader.reused_bytes
-        self.weights.check()
-        if decided.speculation is not None:
-            self.speculator = decided.speculation.load(self.lanes, decided.dtype, offload_dir)
-            self._stack.callback(self.speculator.close)
-            if config.simulate_acceptance is not None:
-                logger.warning("SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing", config.simulate_acceptance)
-        self.statistics.load_seconds = time.perf_counter() - started
-        logger.info("loaded %s in %.1f s: %s", config.model, self.statistics.load_seconds, realized(decided.weight_plan.realized_percent))
+    @property
+    def tiers(self) -> Tiers:
+        return self._loaded.tiers
 
-    def _pieces(self, skip: set[tuple[int, str]]) -> Iterator[Piece | QuantizedPiece]:
-        """The checkpoint's stream, or random weights, without the (layer, role) pairs in ``skip``."""
-        if self.decided.folder is not None:
-            yield from checkpoint.stream(self.decided.folder, self.arch, skip, packed=True)
-            return
-        for piece in dummy(self.arch, self.config.seed, self.decided.dtype):
-            if (piece.layer, piece.role) not in skip:
-                yield piece
+    @property
+    def lanes(self) -> Lanes:
+        return self._loaded.lanes
+
+    @property
+    def weights(self) -> WeightStore:
+        return self._loaded.weights
+
+    @property
+    def speculator(self) -> Speculator | None:
+        """None without a draft."""
+        return self._loaded.speculator
 
     # Jobs
 
@@ -166,86 +137,42 @@ class LLM:
         ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
         """
-        prompts, params, encoded = self._encode(prompts, sampling_params)
-        job = self._job(zip(encoded, params, strict=True))
-        requests = [
-            (i, Request(i, token_ids, p, sample, prompt if isinstance(prompt, str) else None))
-            for i, (token_ids, prompt, p) in enumerate(zip(encoded, prompts, params, strict=True))
-            for sample in range(p.n)
-        ]
+        requests = requests_of(prompts, sampling_params, self.decided.encoder)
+        job = self._job(requests)
         if self.config.compare_plain and self.speculator is not None:
             self._run_plainly(requests, job)
-        results: dict[int, dict[int, Completion]] = {i: {} for i in range(len(prompts))}
+        gathering, results = Gathering(), {}
         for request, completion in self._run(requests, job):
             if completion.error:
                 raise ConfigurationError(f"prompt {request.index}: {completion.error}")
-            results[request.index][request.sample] = completion
             if on_finished is not None:
                 on_finished(completion)
-        return [with_samples(results[i]) for i in range(len(prompts))]
+            whole = gathering.add(request, completion)
+            if whole is not None:
+                results[request.index] = whole
+        return [results[index] for index in sorted(results)]
 
     def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
         """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
-        _, params, encoded = self._encode(prompts, sampling_params)
-        self._prepare(self._job(zip(encoded, params, strict=True)))
+        self._prepare(self._job(requests_of(prompts, sampling_params, self.decided.encoder)))
 
-    def _encode(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> tuple[list[Prompt], list[SamplingParams], list[tuple[int, ...]]]:
-        """Prompts as a list, sampling parameters and token ids for each."""
-        prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling_params)
-            if len(params) != len(prompts):
-                raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
-        encoded = [self.decided.encoder.encode(i, prompt, p.max_tokens) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
-        return prompts, params, encoded
-
-    def stream(
-        self, items: Iterable[tuple[Hashable, Prompt, SamplingParams]], on_tokens: Callable[[Hashable, str], None] | None = None
-    ) -> Iterator[tuple[Hashable, Completion]]:
+    def stream(self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None) -> Iterator[tuple[Hashable, Completion]]:
         """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
 
         Items are pulled whenever the block has room, so it never drains between them. An item that cannot be run yields a completion with
         ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text that will not change any more.
         """
-        failed: list[tuple[Hashable, Completion]] = []
-        keys: dict[int, tuple[Hashable, int]] = {}
-
-        def encoded() -> Iterator[tuple[int, Request]]:
-            for index, (key, prompt, params) in enumerate(items):
-                try:
-                    token_ids = self.decided.encoder.encode(index, prompt, params.max_tokens)
-                except ValueError as error:
-                    failed.append((key, Completion((), finish_reason="error", error=str(error), index=index)))
-                    continue
-                keys[index] = (key, params.n)
-                for sample in range(params.n):
-                    yield index, Request(index, token_ids, params, sample, prompt if isinstance(prompt, str) else None)
-
-        source = encoded()
-        peeked: list[tuple[int, Request]] = []
-        for _ in range(PEEKED_BLOCKS * self.policy.block_size):
-            item = next(source, None)
-            if item is None:
-                break
-            peeked.append(item)
+        intake = Intake(items, self.decided.encoder)
+        source = intake.requests()
+        peeked = list(itertools.islice(source, PEEKED_BLOCKS * self.policy.block_size))
         if peeked:
-            job = growing.holdable(self._job((request.prompt_token_ids, request.params) for _, request in peeked), self.decided.exceeded)
-            pending: dict[int, dict[int, Completion]] = {}
-            report = (lambda index, text: on_tokens(keys[index][0], text)) if on_tokens else None
+            job = growing.holdable(self._job(peeked), self.decided.exceeded)
+            report = (lambda index, text: on_tokens(intake.key(index), text)) if on_tokens else None
             for request, completion in self._run(itertools.chain(peeked, source), job, report):
-                yield from failed
-                failed.clear()
-                index = request.index
-                pending.setdefault(index, {})[request.sample] = completion
-                if len(pending[index]) == keys[index][1]:
-                    yield keys.pop(index)[0], with_samples(pending.pop(index))
-        yield from failed
+                yield from intake.finished(request, completion)
+        yield from intake.take_failed()
 
-    def _run_plainly(self, requests: list[tuple[int, Request]], job: Job) -> None:
+    def _run_plainly(self, requests: Sequence[Request], job: Job) -> None:
         """The same job without speculation, for the report alone. Neither run finds prompts in the cache that an earlier one has read."""
         statistics, self.statistics = self.statistics, self.plain_statistics
         try:
@@ -256,14 +183,8 @@ class LLM:
         finally:
             self.plain_statistics, self.statistics = self.statistics, statistics
 
-    def _job(self, requests: Iterable[tuple[Sequence[int], SamplingParams]]) -> Job:
-        """Lengths of a job's requests."""
-        cache_tokens, prompt_tokens = [], []
-        for token_ids, params in requests:
-            room = min(params.max_tokens, self.arch.max_positions - len(token_ids))
-            cache_tokens += [len(token_ids) + max(0, room - 1)] * params.n
-            prompt_tokens += [len(token_ids)] * params.n
-        return Job(tuple(cache_tokens) or (1,), tuple(prompt_tokens) or (1,))
+    def _job(self, requests: Iterable[Request]) -> Job:
+        return Job.of(((len(request.prompt_token_ids), request.params.max_tokens) for request in requests), self.arch.max_positions)
 
     def _prepare(self, job: Job) -> Block:
         """A block whose sizes suit the job."""
@@ -282,10 +203,11 @@ class LLM:
 
     @torch.inference_mode()
     def _run(
-        self, requests: Iterable[tuple[int, Request]], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
+        self, requests: Iterable[Request], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
     ) -> Iterator[tuple[Request, Completion]]:
         """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has outgrown it."""
-        candidates, proposer = self._candidates(requests), self.speculator if speculate else None
+        candidates = candidates_of(requests, self.tokenizer, self.arch, self.config.seed)
+        proposer = self.speculator if speculate else None
         block = self._prepare(job)
         while True:
             batcher = Batcher(self.policy, block.cache, candidates, block.sizes.max_micro_batch_tokens, proposer, self._refusal)
@@ -354,17 +276,6 @@ class LLM:
         logger.info("re-planned: %s", change.reason)
         self.replans.append(change.reason)
 
-    def _candidates(self, requests: Iterable[tuple[int, Request]]) -> Iterator[Candidate]:
-        for _, request in requests:
-            output = OutputText(
-                self.tokenizer,
-                request.params,
-                eos_token_ids=self.arch.eos_token_ids,
-                prompt_tokens=len(request.prompt_token_ids),
-                max_context=self.arch.max_positions,
-            )
-            yield Candidate(RequestState(request, self.config.seed), output)
-
     def _completion(self, retired: Retired) -> Completion:
         self.statistics.count(retired)
         return completion_of(retired)
@@ -387,6 +298,9 @@ class LLM:
                 "cpu": tiers.cpu.peak_bytes,
                 "disk": tiers.disk.peak_bytes,
             },
+            "load_seconds": self._loaded.seconds,
+            "loaded_bytes": self._loaded.loaded_bytes,
+            "reused_bytes": self._loaded.reused_bytes,
             **self.statistics.describe(),
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
         }
@@ -411,7 +325,3 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def realized(percent: dict[str, float]) -> str:
-    return ", ".join(f"{value:.1f} % {tier}" for tier, value in percent.items())

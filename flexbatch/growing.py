@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from flexbatch.config import DoesNotFitError
 from flexbatch.execution.batcher import Candidate
-from flexbatch.memory.tiers import GIB
 from flexbatch.planning import Job
+from flexbatch.policy.units import size_text
 
 T = TypeVar("T")
 Exceeded = Callable[[Job], dict[str, int]]
@@ -51,7 +51,7 @@ def refusal(candidate: Candidate, exceeded: Exceeded, budgets: dict[str, int]) -
     missing = exceeded(job_of([candidate]))
     if not missing:
         return ""
-    short = ", ".join(f"{size / GIB:.3f} GiB more on the {tier} tier than its budget of {budgets[tier] / GIB:.3f} GiB" for tier, size in missing.items())
+    short = ", ".join(f"{size_text(size)} more on the {tier} tier than its budget of {size_text(budgets[tier])}" for tier, size in missing.items())
     return (
         f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {short}, in a block of their own. "
         "Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 
 from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
 from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
+from flexbatch.memory.files import align
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
-from flexbatch.memory.tiers import Need, align
+from flexbatch.memory.tiers import Need
 from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
@@ -31,6 +33,12 @@ class Job:
 
     cache_tokens: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
+        """Of requests by (prompt tokens, max_tokens). The context may end one earlier, and the last token that it generates needs no row."""
+        pairs = [(prompt, prompt + max(0, min(max_tokens, max_positions - prompt) - 1)) for prompt, max_tokens in lengths] or [(1, 1)]
+        return cls(tuple(cache for _, cache in pairs), tuple(prompt for prompt, _ in pairs))
 
     @classmethod
     def typical(cls, max_positions: int) -> Job:
@@ -191,7 +199,7 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
         Need("weights", "gpu", plan.tier_bytes("gpu")),
         Need("weights", "cpu", plan.tier_bytes("cpu")),
         Need("weights", "disk", plan.tier_bytes("disk")),
-        Need("weight slabs (2)", "gpu", 2 * plan.slab_bytes),
+        Need(f"weight slabs ({plan.num_slabs})", "gpu", plan.num_slabs * plan.slab_bytes),
         Need("weight expansion", "gpu", expansion),
         Need("cache", "gpu", layout.num_layers * cache.gpu_pages * layout.page_bytes),
         Need("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
@@ -205,7 +213,7 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
     ]
     if cuda:
         rows += [
-            Need("disk staging (2)", "cpu", 2 * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
+            Need("disk staging", "cpu", plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
             Need("inputs", "cpu", 2 * HALF_BYTES),
             Need("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]

@@ -20,11 +20,6 @@ class Statistics:
     prefilled_tokens: int = 0
     generated_tokens: int = 0
     requests: int = 0
-    load_seconds: float = 0.0
-    loaded_bytes: int = 0
-    """Read from the checkpoint, in its own dtype."""
-    reused_bytes: int = 0
-    """Taken from what an earlier start left in the offload folder, in place of the checkpoint."""
     moved_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -42,9 +37,6 @@ class Statistics:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "load_seconds": self.load_seconds,
-            "loaded_bytes": self.loaded_bytes,
-            "reused_bytes": self.reused_bytes,
             "seconds": self.seconds,
             "passes": self.passes,
             "requests": self.requests,

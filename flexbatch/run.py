@@ -90,8 +90,7 @@ class Work:
         """What the planner needs to know of it."""
         from flexbatch.planning import Job
 
-        cache = [len(ids) + max(0, min(self.params.max_tokens, self.max_context - len(ids)) - 1) for ids in self.token_ids]
-        return Job(tuple(cache) * self.params.n, tuple(map(len, self.token_ids)) * self.params.n)
+        return Job.of([(len(ids), self.params.max_tokens) for ids in self.token_ids] * self.params.n, self.max_context)
 
 
 def make_parser() -> argparse.ArgumentParser:

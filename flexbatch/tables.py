@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flexbatch.policy.units import BINARY, DECIMAL, fitting_unit
 from flexbatch.trace import RESOURCES
 
 TIERS = ("gpu", "cpu", "disk")
-BINARY = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
-DECIMAL = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,11 +50,6 @@ def memory(report: Mapping[str, Any]) -> str:
     rows = [line(name, total(name)) for name in dict.fromkeys(need["what"] for need in needs)]
     rows += [line("needed", total(None)), *([line("peak", peaks)] if peaks else []), line("budget", budgets)]
     return table([unit, *TIERS], rows)
-
-
-def fitting_unit(largest: float, units: Mapping[str, int]) -> tuple[str, int]:
-    """The largest unit in which the largest value is at least 1, so that a tiny model's table is not all zeros."""
-    return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
 
 
 def throughput(report: Mapping[str, Any]) -> str:

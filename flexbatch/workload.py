@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flexbatch.config import ConfigurationError
+from flexbatch.memory.files import open_locked, remove_leftovers, temporary_name
 from flexbatch.request import Completion
 
 BUNDLED_PROMPTS = Path(__file__).parent / "data" / "prompts.jsonl"
@@ -118,11 +120,13 @@ def _logprobs(entry: dict[int, Any]) -> list[dict[str, Any]]:
 def whole_file(path: str | Path) -> Iterator[IO[str]]:
     """A text file that appears under its name when the body ends, whole, and not at all when it fails.
 
-    Opened at once, so that a folder that cannot be written to is found before hours of work. Raises ConfigurationError for that.
+    Opened at once, so that a folder that cannot be written to is found before hours of work. Raises ConfigurationError for that. What a killed run
+    has left of the same file is removed.
     """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = temporary_name(Path(path))
     try:
-        stream = temporary.open("w", encoding="utf-8")
+        remove_leftovers(Path(path))
+        stream = io.TextIOWrapper(open_locked(temporary), encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"output {path}: cannot be written: {error.strerror}") from error
     try:

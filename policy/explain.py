@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from flexbatch.policy.cost import RESOURCES
+from collections.abc import Mapping
+
 from flexbatch.policy.memory import KIND_LABELS
-from flexbatch.policy.plan import GIB, Plan
+from flexbatch.policy.plan import Plan
 from flexbatch.policy.types import TIERS
+from flexbatch.policy.units import BINARY, FLOPS, fitting_unit, size_text
 
 
 def summary(plan: Plan) -> dict:
@@ -53,7 +55,8 @@ def explain(plan: Plan) -> str:
     percent = " ".join(f"{x:.4g}" for x in policy.percent)
     lines.append(f"policy: percent {percent}, micro-batches {policy.gpu_batch_size} x {policy.num_gpu_batches}" + extras(plan))
     lines += ["", *memory_table(plan), "", *resource_table(plan), ""]
-    lines.append(f"limited by {plan.limiting_resource}; launching ticks {plan.launch_seconds:.4g} s of a pass of {plan.pass_seconds:.4g} s")
+    slowed = f" ({plan.limiting_row})" if plan.limiting_row != plan.limiting_resource else ""
+    lines.append(f"limited by {plan.limiting_resource}{slowed}; launching ticks {plan.launch_seconds:.4g} s of a pass of {plan.pass_seconds:.4g} s")
     over = "the job" if plan.seconds is not None else "a job without end"
     bound = f"bound {plan.bound_tokens_per_second:.4g} ({plan.fraction_of_bound:.1%} of bound)"
     lines.append(f"predicted {plan.predicted_tokens_per_second:.4g} tok/s over {over}, {bound}")
@@ -63,7 +66,7 @@ def explain(plan: Plan) -> str:
         lines.append(f"no policy on this machine can exceed {plan.machine_bound_tokens_per_second:.4g} tok/s with these bits and lengths")
     lines += what_more_memory_buys(plan)
     if plan.missing:
-        lines.append("DOES NOT FIT: missing " + ", ".join(f"{size / GIB:.2f} GiB on {tier}" for tier, size in plan.missing.items()))
+        lines.append("DOES NOT FIT: missing " + ", ".join(f"{size_text(size)} on {tier}" for tier, size in plan.missing.items()))
     if plan.linear_programs:
         lines.append(f"search: {plan.linear_programs} linear programs in {plan.search_seconds:.1f} s")
     return "\n".join(lines)
@@ -82,25 +85,27 @@ def extras(plan: Plan) -> str:
 
 
 def memory_table(plan: Plan) -> list[str]:
-    """Kinds x tiers in GiB, with what stays free."""
-    lines = [f"{'peak memory, GiB':18s}" + "".join(f"{tier:>10s}" for tier in TIERS)]
-    for kind in KIND_LABELS:
-        sizes = [plan.memory[tier].get(kind, 0) for tier in TIERS]
-        if any(sizes):
-            lines.append(f"{kind:18s}" + "".join(f"{size / GIB:10.2f}" for size in sizes))
+    """Kinds x tiers, with what stays free."""
     totals = {tier: sum(plan.memory[tier].values()) for tier in TIERS}
-    lines.append(f"{'free':18s}" + "".join(f"{(plan.room[tier] - totals[tier]) / GIB:10.2f}" for tier in TIERS))
-    lines.append(f"{'budget':18s}" + "".join(f"{plan.room[tier] / GIB:10.2f}" for tier in TIERS))
-    return lines
+    unit, size = fitting_unit(max(totals.values()), BINARY)
+
+    def line(name: str, num_bytes: Mapping[str, int]) -> str:
+        return f"{name:18s}" + "".join(f"{num_bytes[tier] / size:12,.2f}" for tier in TIERS)
+
+    kinds = {kind: {tier: plan.memory[tier].get(kind, 0) for tier in TIERS} for kind in KIND_LABELS}
+    lines = [f"{'peak memory, ' + unit:18s}" + "".join(f"{tier:>12s}" for tier in TIERS)]
+    lines += [line(kind, sizes) for kind, sizes in kinds.items() if any(sizes.values())]
+    return [*lines, line("free", {tier: plan.room[tier] - totals[tier] for tier in TIERS}), line("budget", plan.room)]
 
 
 def resource_table(plan: Plan) -> list[str]:
     """Demand, time and share of the pass for every resource, in the average pass."""
-    lines = [f"{'average pass':18s}{'demand':>16s}{'seconds':>10s}{'busy':>8s}"]
-    for name in RESOURCES:
-        work, seconds = plan.work[name], plan.row_seconds[name]
-        demand = f"{work / 1e12:.3f} TFLOP" if name == "gpu_compute" else f"{work / GIB:.3f} GiB"
-        lines.append(f"{name:18s}{demand:>16s}{seconds:10.4f}{seconds / plan.pass_seconds:8.0%}")
+    lines = [f"{'average pass':28s}{'demand':>16s}{'seconds':>10s}{'busy':>8s}"]
+    for name in plan.told_rows:
+        work, seconds = plan.work.get(name), plan.row_seconds[name]
+        unit, size = fitting_unit(work or 0, FLOPS if name == "gpu_compute" else BINARY)
+        demand = f"{work / size:.3f} {unit}" if work else "-"
+        lines.append(f"{name:28s}{demand:>16s}{seconds:10.4f}{seconds / plan.pass_seconds:8.0%}")
     return lines
 
 

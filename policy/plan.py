@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexbatch.policy.cost import RESOURCES, PassModel, limiting_resource, point_of
+from flexbatch.policy.cost import JOINT, RESOURCES, PassModel, point_of
 from flexbatch.policy.loads import PassLoad, steady_load, trajectory
 from flexbatch.policy.memory import capacity, peak_memory, shortfall
 from flexbatch.policy.types import Hardware, ModelShape, Policy, Workload
-
-GIB = 2**30
 
 
 class DoesNotFit(RuntimeError):
@@ -60,9 +58,20 @@ class Plan:
         return {name: self.row_seconds[name] for name in RESOURCES}
 
     @property
+    def limiting_row(self) -> str:
+        """The row of `cost.ROWS` that takes longest, or "launch" when launching ticks takes longer than any."""
+        row = max(self.row_seconds, key=lambda name: self.row_seconds[name])
+        return "launch" if self.launch_seconds > self.row_seconds[row] else row
+
+    @property
+    def told_rows(self) -> tuple[str, ...]:
+        """The rows that a reader is shown: every resource, and what limits where that is two of them that slow each other."""
+        return RESOURCES + ((self.limiting_row,) if self.limiting_row in JOINT else ())
+
+    @property
     def limiting_resource(self) -> str:
-        """The busiest resource, or "launch" when launching ticks takes longer than any."""
-        return "launch" if self.launch_seconds > max(self.row_seconds.values()) else limiting_resource(self.row_seconds)
+        """The busiest resource, or "launch"; of a row where resources slow each other, the one that is slowed."""
+        return JOINT.get(self.limiting_row, self.limiting_row)
 
     @property
     def room(self) -> dict[str, int]:

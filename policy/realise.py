@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from flexbatch.policy.cost import KINDS, VARIABLES
-from flexbatch.policy.lp import GIB, fixed_fractions, least_shortage
+from flexbatch.policy.lp import fixed_fractions, least_shortage
 from flexbatch.policy.memory import capacity, memory_rows, round_cache, spread_weights
 from flexbatch.policy.plan import DoesNotFit
 from flexbatch.policy.types import TIERS, Constraints, Hardware, ModelShape, Policy, Split, Workload
+from flexbatch.policy.units import BINARY, fitting_unit, size_text
 
 NOISE = 1e-6
 
@@ -43,15 +45,16 @@ def does_not_fit(shape: ModelShape, hardware: Hardware, workload: Workload, cons
     point = least_shortage({tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}, room, constraints)
     sizes = f"micro-batch {policy.gpu_batch_size} x {policy.num_gpu_batches}, weights at {policy.weight_bits} bits, cache at {policy.cache_bits}"
     lines = [f"{shape.name} does not fit: {sizes}"]
-    lines.append(f"{'GiB':16s}" + "".join(f"{tier:>10s}" for tier in TIERS))
     kinds = list(dict.fromkeys(kind for tier in TIERS for kind in rows[tier]))
-    need = {tier: {kind: float(row @ point) for kind, row in rows[tier].items()} for tier in TIERS}
-    for kind in kinds:
-        lines.append(f"{kind:16s}" + "".join(f"{need[tier].get(kind, 0.0) / GIB:10.2f}" for tier in TIERS))
-    totals = {tier: sum(need[tier].values()) for tier in TIERS}
+    need = {kind: {tier: float(rows[tier][kind] @ point) if kind in rows[tier] else 0.0 for tier in TIERS} for kind in kinds}
+    totals = {tier: sum(sizes[tier] for sizes in need.values()) for tier in TIERS}
     missing = {tier: max(0.0, totals[tier] - room[tier]) for tier in TIERS}
-    for label, values in (("needed", totals), ("budget", room), ("missing", missing)):
-        lines.append(f"{label:16s}" + "".join(f"{values[tier] / GIB:10.2f}" for tier in TIERS))
+    unit, size = fitting_unit(max(totals.values()), BINARY)
+    lines.append(f"{unit:16s}" + "".join(f"{tier:>12s}" for tier in TIERS))
+    table: dict[str, Mapping[str, float]] = {**need, "needed": totals, "budget": room, "missing": missing}
+    for label, values in table.items():
+        if any(values.values()):
+            lines.append(f"{label:16s}" + "".join(f"{values[tier] / size:12,.2f}" for tier in TIERS))
     lines.append("remedies: " + "; ".join(remedies(missing, constraints, policy)))
     return DoesNotFit("\n".join(lines))
 
@@ -59,7 +62,7 @@ def does_not_fit(shape: ModelShape, hardware: Hardware, workload: Workload, cons
 def remedies(missing: dict[str, float], constraints: Constraints, policy: Policy) -> list[str]:
     """What the user can change, most direct first."""
     flags = {"gpu": "--gpu-memory", "cpu": "--cpu-memory", "disk": "a larger disk for --offload-dir, that is"}
-    found = [f"{flags[tier]} {size / GIB:.2f} GiB more" for tier, size in missing.items() if size > 0]
+    found = [f"{flags[tier]} {size_text(size)} more" for tier, size in missing.items() if size > 0]
     if constraints.percent is not None:
         found.append("leave --percent out")
     if policy.block_size > 1:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexbatch.policy.cost import RESOURCES
 from flexbatch.policy.memory import KIND_LABELS
 from flexbatch.policy.optimizer import choose
-from flexbatch.policy.plan import GIB, DoesNotFit, Plan
+from flexbatch.policy.plan import DoesNotFit, Plan
 from flexbatch.policy.types import TIERS, Constraints, Hardware, ModelShape, Workload
+from flexbatch.policy.units import BINARY, GIB, fitting_unit
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,12 @@ def sweep_table(request: SweepRequest, plans: list[tuple[int, Plan | None]]) -> 
 def plot_plan(plan: Plan, path: str | Path) -> None:
     """Time per resource in the average pass, and memory per tier, as an image. Raises ImportError that names the extra."""
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    names = [*RESOURCES, "launch"]
-    seconds = [*plan.resource_seconds.values(), plan.launch_seconds]
-    left.barh(names, seconds, color=["tab:red" if name == plan.limiting_resource else "tab:blue" for name in names])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), constrained_layout=True)
+    seconds = {**plan.row_seconds, "launch": plan.launch_seconds}
+    names = [*plan.told_rows, "launch"]
+    left.barh(names, [seconds[name] for name in names], color=["tab:red" if name == plan.limiting_row else "tab:blue" for name in names])
     left.axvline(plan.pass_seconds, color="black", linestyle="--", label=f"pass: {plan.pass_seconds:.3g} s")
+    left.set_xlim(0, 1.08 * max(plan.pass_seconds, *seconds.values()))
     left.invert_yaxis()
     left.set_xlabel("seconds in the average pass")
     left.legend()
@@ -99,9 +100,12 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
             bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
     for tier, top in zip(TIERS, bottom, strict=True):
         used = sum(plan.memory[tier].values())
-        right.annotate(f"{used / GIB:.1f} of {plan.room[tier] / GIB:.1f} GiB", (tier, top), ha="center", va="bottom")
-    right.axhline(100, color="black", linestyle="--")
-    right.set_ylabel("peak memory, per cent of the budget")
+        unit, size = fitting_unit(used, BINARY)
+        text = f"{used / size:.1f} {unit} of {plan.room[tier] / GIB:.1f} GiB" if used else f"nothing of {plan.room[tier] / GIB:.1f} GiB"
+        right.annotate(text, (tier, top), (0, 3), textcoords="offset points", ha="center", va="bottom", bbox={"fc": "white", "ec": "none", "pad": 1.0})
+    right.axhline(100, color="black", linestyle="--", zorder=0.5)
+    right.set_ylabel("% of the budget")
+    right.set_title("peak memory")
     right.set_ylim(0, 1.2 * max(100, *bottom))
     right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
@@ -115,9 +119,11 @@ def plot_sweep(request: SweepRequest, plans: list[tuple[int, Plan | None]], path
     figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
     axes.plot([x for x, _ in fitting], [p.predicted_tokens_per_second for _, p in fitting], "o-", label="predicted")
     axes.plot([x for x, _ in fitting], [p.bound_tokens_per_second for _, p in fitting], "--", label="bound")
-    axes.set_xlabel(f"{request.kind}, GiB")
+    axes.set_xlabel(f"{request.kind.replace('_memory', '').upper()} memory, GiB")
     axes.set_ylabel("generated tokens per second")
     axes.set_ylim(bottom=0)
+    axes.set_title(fitting[0][1].shape.name if fitting else "nothing fits")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

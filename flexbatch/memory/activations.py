@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexbatch.memory.files import DiskFile, align
 from flexbatch.memory.placement import Spreader
-from flexbatch.memory.tiers import DiskFile, Tiers, align
+from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, Lanes, together
 from flexbatch.policy.types import TIERS, Split
 

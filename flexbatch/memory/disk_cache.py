@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES, DiskFile
 from flexbatch.memory.pages import CacheLayout, PageTable
-from flexbatch.memory.tiers import ALIGNMENT, READ_CHUNK_BYTES, DiskFile, Pool, aligned_empty
+from flexbatch.memory.tiers import Pool
 
 
 class DiskCache:
@@ -131,3 +132,10 @@ class DiskCache:
         self.file.close()
         self.host.free("cache tails")
         self.disk.free("cache")
+
+
+def aligned_empty(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] on the host at a multiple of ALIGNMENT, as direct transfers need it; torch aligns to 64 bytes."""
+    buffer = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
+    start = -buffer.data_ptr() % ALIGNMENT
+    return buffer[start : start + num_bytes]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.tiers import align, write_atomically
+from flexbatch.memory.files import align, write_atomically
 from flexbatch.memory.weight_plan import StoredTensor
 from flexbatch.memory.weights import Views, WeightStore, views_of
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
@@ -74,14 +74,13 @@ class Loader:
         home.codes.copy_(source.codes)
         home.parameters.copy_(source.parameters)
 
-    def load(self, stream: Callable[[set[Key]], Iterator[Piece | QuantizedPiece]], progress: Callable[[int], None] = lambda num_bytes: None) -> int:
+    def load(self, stream: Callable[[set[Key]], Iterator[Piece | QuantizedPiece]]) -> int:
         """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes that came from the checkpoint."""
         reused = self.reuse()
         taken = 0
         if len(reused) < len(self.stored):
             for piece in stream(reused):
                 taken += self.write(piece)
-                progress(taken)
         missing = [key for key, stored in self.stored.items() if key not in reused and self.rows_written.get(key, 0) < stored.spec.shape[0]]
         if missing:
             raise CheckpointError(f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import reference
+from flexbatch.memory.files import align
 from flexbatch.memory.prefix import PrefixIndex
-from flexbatch.memory.tiers import align
 
 
 @dataclass(frozen=True)

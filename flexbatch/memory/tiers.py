@@ -1,39 +1,23 @@
-"""Pools of the three tiers: budgets, exact-size (pinned) host arenas, and aligned files on disk."""
+"""Pools of the three tiers: budgets, and exact-size (pinned) host arenas."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
-import glob
-import math
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from flexbatch.config import DoesNotFitError
-
-ALIGNMENT = 4096
-"""Bytes. Offsets and lengths of O_DIRECT transfers, and of every tensor in a slab that the disk fills."""
-GIB = 1 << 30
-READ_CHUNK_BYTES = 8 << 20
-"""Bytes of one disk request: 8 MiB reads reach the device's rate with 4 to 8 threads."""
-
-
-def align(num_bytes: int, alignment: int = ALIGNMENT) -> int:
-    return -(-num_bytes // alignment) * alignment
-
-
-class OffloadError(OSError):
-    """The disk tier cannot be used: the message names the folder, the cause and the remedy."""
+from flexbatch.memory.files import ALIGNMENT, align
+from flexbatch.policy.units import BINARY, GIB, fitting_unit, size_text
 
 
 @dataclass(frozen=True)
@@ -52,9 +36,10 @@ def check_budgets(needs: Iterable[Need], budgets: dict[str, int]) -> None:
     short = [tier for tier, budget in budgets.items() if totals[tier] > budget]
     if not short:
         return
-    rows = [f"  {need.what:<28} {need.tier:<5} {need.num_bytes / GIB:>10.3f} GiB" for need in needs if need.num_bytes]
+    unit, size = fitting_unit(max(totals.values()), BINARY)
+    rows = [f"  {need.what:<28} {need.tier:<5} {need.num_bytes / size:>10.3f} {unit}" for need in needs if need.num_bytes]
     sums = [
-        f"  {'total':<28} {tier:<5} {totals[tier] / GIB:>10.3f} GiB of {budgets[tier] / GIB:.3f} GiB" + ("   <- does not fit" if tier in short else "")
+        f"  {'total':<28} {tier:<5} {totals[tier] / size:>10.3f} {unit} of {size_text(budgets[tier])}" + ("   <- does not fit" if tier in short else "")
         for tier in budgets
     ]
     remedy = {
@@ -174,146 +159,3 @@ class Tiers:
     def close(self) -> None:
         for pool in (self.gpu, self.cpu, self.disk):
             pool.close()
-
-
-class DiskFile:
-    """A file of the disk tier, read and written in place with O_DIRECT where the file system allows it.
-
-    Offsets, lengths and buffers are multiples of ALIGNMENT for direct transfers; others go through the page cache.
-    """
-
-    def __init__(self, path: Path, num_bytes: int | None = None) -> None:
-        """Open ``path`` for reading, or with ``num_bytes`` create it for reading and writing at that size."""
-        self.path = path
-        flags = os.O_RDONLY if num_bytes is None else os.O_RDWR | os.O_CREAT | os.O_TRUNC
-        try:
-            self.buffered = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise offload_error(path.parent, error, num_bytes or 0) from error
-        if num_bytes is not None:
-            try:
-                os.posix_fallocate(self.buffered, 0, max(num_bytes, 1))
-            except OSError as error:
-                # What a full disk could still give would stay taken.
-                os.close(self.buffered)
-                path.unlink()
-                raise offload_error(path.parent, error, num_bytes) from error
-        try:
-            self.direct = os.open(path, (flags & ~(os.O_CREAT | os.O_TRUNC)) | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            self.direct = self.buffered
-
-    def read(self, buffer: Tensor, offset: int) -> None:
-        """Fill ``buffer`` (uint8, host) from ``offset``. Raises OffloadError on a short or failed read."""
-        self.transfer(buffer, offset, os.preadv, "read")
-
-    def write(self, buffer: Tensor, offset: int) -> None:
-        self.transfer(buffer, offset, os.pwritev, "write")
-
-    def transfer(self, buffer: Tensor, offset: int, operation: Callable[..., int], verb: str) -> None:
-        done, size = 0, buffer.numel()
-        view = memoryview((ctypes.c_uint8 * size).from_address(buffer.data_ptr())).cast("B") if size else memoryview(b"")
-        aligned = offset % ALIGNMENT == 0 and size % ALIGNMENT == 0 and buffer.data_ptr() % ALIGNMENT == 0
-        descriptor = self.direct if aligned else self.buffered
-        while done < size:
-            try:
-                count = operation(descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                if descriptor == self.direct and descriptor != self.buffered:
-                    descriptor = self.buffered
-                    continue
-                raise offload_error(self.path.parent, error, size) from error
-            if count == 0:
-                raise OffloadError(f"{self.path}: {verb} of {size} bytes at {offset} ended after {done}; delete the file, it will be written again")
-            done += count
-            if done % ALIGNMENT:
-                descriptor = self.buffered
-
-    def close(self) -> None:
-        for descriptor in {self.buffered, self.direct}:
-            os.close(descriptor)
-
-
-def aligned_empty(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] on the host at a multiple of ALIGNMENT, as direct transfers need it; torch aligns to 64 bytes."""
-    buffer = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
-    start = -buffer.data_ptr() % ALIGNMENT
-    return buffer[start : start + num_bytes]
-
-
-def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[int, int]]:
-    """(start, end) byte ranges of at most ``chunk_bytes``."""
-    return [(start, min(start + chunk_bytes, num_bytes)) for start in range(0, num_bytes, chunk_bytes)]
-
-
-def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
-    """One clear error for a disk tier that is read-only, full, or not a folder."""
-    free = ""
-    with contextlib.suppress(OSError):
-        space = os.statvfs(folder)
-        free = f"; {space.f_bavail * space.f_frsize / GIB:.2f} GiB free there"
-    return OffloadError(
-        error.errno,
-        f"offload folder {folder}: {error.strerror or error} (needed {num_bytes / GIB:.3f} GiB{free}); name a writable folder with room in --offload-dir",
-    )
-
-
-def prepare_offload_dir(folder: Path) -> None:
-    """Create the folder and show that it can be written. Raises OffloadError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise offload_error(folder, error, 0) from error
-
-
-def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> None:
-    """Write ``pieces`` (uint8, host) one after another, padded to ALIGNMENT, under a temporary name; fsync; rename.
-
-    A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises OffloadError.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        with open_locked(temporary) as file:
-            for piece in pieces:
-                file.write(piece.contiguous().view(-1).numpy().data)
-            file.write(b"\0" * (align(num_bytes) - file.tell()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        # Ctrl-C too: only a process that is killed leaves the dot-file.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise offload_error(path.parent, error, num_bytes) from error
-        raise
-
-
-def open_locked(path: Path) -> BinaryIO:
-    """Open for writing, with a lock that ends with the process: it tells work in progress from what a killed run has left."""
-    while True:
-        file = open(path, "wb")  # noqa: SIM115 (the caller closes it)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # Removed between opening and locking: taken for a leftover.
-
-
-def remove_leftovers(path: Path) -> None:
-    """Unlink temporary files of ``path`` that nobody is writing."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError), open(temporary, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temporary.unlink()
-
-
-def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
-    """The ``index``-th of ``count`` contiguous byte ranges, cut at multiples of ``alignment``."""
-    step = align(math.ceil(num_bytes / count), alignment)
-    return min(index * step, num_bytes), min((index + 1) * step, num_bytes)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.tiers import Pool, align
+from flexbatch.memory.files import align
+from flexbatch.memory.tiers import Pool
 from flexbatch.memory.transfer import READY, Handle, Lanes
 
 ROW_BYTES = 16

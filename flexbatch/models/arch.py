@@ -13,8 +13,8 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
     kind: "linear", "dynamic" (NTK), "llama3", "yarn" or "longrope". original_positions: tokens of the trained context that the formula refers to.
-    attention_factor multiplies both tables; None derives it from the factor where the kind has one. short_factor and long_factor: "longrope" only,
-    one number per rotated pair.
+    attention_factor multiplies both tables; None derives it from the factor where the kind has one. short_factor: "longrope" only, one number per
+    rotated pair.
     """
 
     kind: str
@@ -29,7 +29,6 @@ class RopeScaling:
     mscale_all_dim: float | None = None
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ class Arch:
     # tokens and storage
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
-    pad_token_id: int | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import Assignment, assign
-from flexbatch.models.dummy import dummy
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing, unpack
-from flexbatch.models.resolve import fingerprint, load_tokenizer, resolve
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
 
-__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "dummy", "fingerprint", "load", "load_tokenizer", "prequantized", "read_config", "resolve", "stream"]
+__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "load", "prequantized", "read_config", "stream"]
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
         generation = read_json(folder / "generation_config.json")
-        names = ("eos_token_id", "bos_token_id", "pad_token_id")
+        names = ("eos_token_id", "bos_token_id")
         config = {**config, **{name: generation[name] for name in names if generation.get(name) is not None}}
     return config
 

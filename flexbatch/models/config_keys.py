@@ -54,7 +54,6 @@ def read_tokens(config: Config) -> dict[str, Any]:
         "family": config["model_type"],
         "eos_token_ids": tuple(stop) if isinstance(stop, list | tuple) else () if stop is None else (stop,),
         "bos_token_id": config.get("bos_token_id"),
-        "pad_token_id": config.get("pad_token_id"),
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": optional(config, "tie_word_embeddings", False),
     }
@@ -85,8 +84,8 @@ def _scaling(rope: Config, config: Config, positions: int) -> RopeScaling | None
         original = positions  # transformers refers to the context of the file here, whatever else the entry says
     names = ("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
     given: Config = {name: rope[name] for name in names if rope.get(name) is not None}
-    factors: Config = {name: tuple(rope.get(name) or ()) for name in ("short_factor", "long_factor")}
-    return RopeScaling("longrope" if kind == "su" else kind, rope.get("factor") or positions / original, original, **given, **factors)
+    short = tuple(rope.get("short_factor") or ())
+    return RopeScaling("longrope" if kind == "su" else kind, rope.get("factor") or positions / original, original, short_factor=short, **given)
 
 
 def read_rope(config: Config, head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0, entry: Config | None = None) -> dict[str, Any]:

@@ -14,9 +14,6 @@ from typing import Any
 from flexbatch.models import readers, readers_layer_norm
 from flexbatch.models.arch import Arch
 from flexbatch.models.errors import CheckpointError
-from flexbatch.models.specs import WeightSpec, weight_specs
-
-__all__ = ["FAMILIES", "Family", "Row", "WeightSpec", "family_of", "read_arch", "source_names", "weight_specs"]
 
 # Buffers that older versions of transformers stored with the weights: frequencies, causal masks. They are computed here.
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bias|causal_mask)|attention\.(bias|masked_bias|rotary_emb\.inv_freq))$")
@@ -73,17 +70,17 @@ LLAMA_OUTER = _rows(("embed_tokens", "embed"), ("norm", "final_norm"), ("lm_head
 LLAMA_ROWS = SEPARATE_QKV + OUTPUT + GATED_MLP + TWO_NORMS
 
 
-def _special(eos: int | list[int] | None, bos: int | None, pad: int | None = None, **more: Any) -> dict[str, Any]:
-    return {"eos_token_id": eos, "bos_token_id": bos, "pad_token_id": pad, **more}
+def _special(eos: int | list[int] | None, bos: int | None, **more: Any) -> dict[str, Any]:
+    return {"eos_token_id": eos, "bos_token_id": bos, **more}
 
 
 def _llama_family(read: Callable[[dict[str, Any]], Arch], defaults: dict[str, Any], rows: tuple[Row, ...] = LLAMA_ROWS, **changes: Any) -> Family:
     return Family(read, **{"defaults": defaults, "prefixes": ("model.", ""), "blocks": "layers", "block_rows": rows, "outer_rows": LLAMA_OUTER, **changes})
 
 
-PHI3_DEFAULTS = _special(32000, 1, 32000, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
-GLM_DEFAULTS = _special([151329, 151336, 151338], None, 151329, head_dim=128, rms_norm_eps=1.5625e-7)
-GEMMA_DEFAULTS = _special(1, 2, 0, head_dim=256, tie_word_embeddings=True)
+PHI3_DEFAULTS = _special(32000, 1, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
+GLM_DEFAULTS = _special([151329, 151336, 151338], None, head_dim=128, rms_norm_eps=1.5625e-7)
+GEMMA_DEFAULTS = _special(1, 2, head_dim=256, tie_word_embeddings=True)
 GEMMA3_DEFAULTS = {**GEMMA_DEFAULTS, "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
 FAMILIES: dict[str, Family] = {
@@ -101,7 +98,7 @@ FAMILIES: dict[str, Family] = {
             ("final_layer_norm", "final_norm"),
             ("lm_head", "head"),
         ),
-        _special(2, 2, 1, tie_word_embeddings=True),
+        _special(2, 2, tie_word_embeddings=True),
     ),
     "llama": _llama_family(readers.llama, _special(2, 1)),
     "mistral": _llama_family(readers.mistral, _special(2, 1, sliding_window=4096)),

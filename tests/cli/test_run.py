@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -135,6 +136,20 @@ def test_what_goes_wrong_says_so_and_exits_with_its_code(
     assert command(*(named.get(word, word) for word in words)) == code
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+
+def test_another_process_draws_the_same_tokens(command, model_folder: Path, tmp_path: Path) -> None:
+    """Random streams and penalties after a restart: another placement, another block, other hashes."""
+    words = ["--prompts", prompt_file(tmp_path), "--temperature", "1", "--n", "2", "--frequency-penalty", "0.5", "--repetition-penalty", "1.2", "--seed", "5"]
+    assert command(*words, "--output", str(tmp_path / "first.jsonl"), "--percent", "100", "0", "100", "0", "100", "0") == 0
+    again = [sys.executable, "-m", "flexbatch.run", "--model", str(model_folder), "--device", "cpu", "--hardware", "cpu", "--max-tokens", "6", *words]
+    again += ["--percent", "30", "30", "50", "25", "50", "50", "--gpu-batch-size", "2", "--num-gpu-batches", "2", "--offload-dir", str(tmp_path / "offload")]
+    done = subprocess.run([*again, "--output", str(tmp_path / "second.jsonl")], capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert done.returncode == 0, done.stderr
+    first = (tmp_path / "first.jsonl").read_text()
+    assert first == (tmp_path / "second.jsonl").read_text()
+    assert command(*words[:-1], "6", "--output", str(tmp_path / "other.jsonl")) == 0
+    assert first != (tmp_path / "other.jsonl").read_text()
 
 
 def test_help_answers_in_under_a_second_without_torch() -> None:

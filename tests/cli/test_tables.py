@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexbatch import tables
+from flexbatch.policy.units import BINARY, fitting_unit
 
 SPLIT = {"gpu": 0.2, "cpu": 0.5, "disk": 0.3}
 SIZES = {"gpu_batch_size": 4, "num_gpu_batches": 2, "weight_bits": 16, "cache_bits": 8, "prefill_chunk": 64, "cpu_attention": 0.5, "overlap": True}
@@ -64,4 +65,4 @@ def test_resources_only_with_a_trace() -> None:
 
 
 def test_units_fit_the_largest_value() -> None:
-    assert [tables.fitting_unit(count, tables.BINARY)[0] for count in (0, 5, 2**20, 2**30, 2**40)] == ["KiB", "KiB", "MiB", "GiB", "GiB"]
+    assert [fitting_unit(count, BINARY)[0] for count in (0, 5, 2**20, 2**30, 2**40)] == ["KiB", "KiB", "MiB", "GiB", "GiB"]

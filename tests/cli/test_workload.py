@@ -11,6 +11,7 @@ import pytest
 
 from flexbatch import workload
 from flexbatch.config import ConfigurationError
+from flexbatch.memory.files import remove_leftovers
 from flexbatch.request import Completion, TokenLogprob
 
 PROMPTS = ["first\nwith two lines", "zweiter größer 🙂", "third\u2028still third"]
@@ -107,6 +108,15 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
         stream.write("half a li")
         raise KeyboardInterrupt
     assert path.read_text() == "old\n" and [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    written(tmp_path, ".out.jsonl.12345.tmp", "half a li")
+    with workload.whole_file(tmp_path / "out.jsonl") as first:
+        assert [entry.name for entry in tmp_path.iterdir()] == [Path(first.name).name]
+        remove_leftovers(tmp_path / "out.jsonl")
+        first.write("whole\n")
+    assert (tmp_path / "out.jsonl").read_text() == "whole\n" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_at_once(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.memory.tiers import check_budgets
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.models import families, shapes
+from flexbatch.models.specs import weight_specs
 from flexbatch.planning import Job
 from flexbatch.policy.groups import weight_group
 from flexbatch.policy.rates import load_hardware
@@ -50,7 +51,7 @@ def test_shapes_weigh_what_the_engine_stores(name, bits):
     shape = choosing.model_shape(name, arch, 2)
     assert shape.total_bytes(bits) == pytest.approx(stored, rel=1e-3 if bits == 16 else 0.01)
     if bits == 16:
-        assert sum(math.prod(spec.shape) for spec in families.weight_specs(arch)) == shape.total_elements
+        assert sum(math.prod(spec.shape) for spec in weight_specs(arch)) == shape.total_elements
 
 
 def test_workload_counts_the_token_that_needs_no_row():

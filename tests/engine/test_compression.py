@@ -38,8 +38,8 @@ def test_table_has_weights_down_and_cache_across():
 
 @pytest.mark.slow
 def test_four_bits_of_both_cost_less_than_the_goal(tokenizer, monkeypatch):
-    """About a minute: 16,384 tokens at 16 bits, and at 8 and 4 bits of both."""
+    """A minute or two: 32,768 tokens at 16 bits, and at 8 and 4 bits of both. Half as many differ too much from the whole: 16,384 gave 2.06 %."""
     monkeypatch.setattr(compression, "PLAIN", [("", bits, bits, {}) for bits in (16, 8, 4)])
     monkeypatch.setattr(compression, "VARIANTS", ())
-    cells = compression.measure(held_out_text(STDLIB, tokenizer, 8 * CONTEXT), {"device": "cpu", "gpu_batch_size": 4, "num_gpu_batches": 1})
+    cells = compression.measure(held_out_text(STDLIB, tokenizer, 16 * CONTEXT), {"device": "cpu", "gpu_batch_size": 4, "num_gpu_batches": 1})
     assert abs(cells[1].added_percent) < 0.1 and 0 < cells[2].added_percent < GOAL_PERCENT

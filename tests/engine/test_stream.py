@@ -114,7 +114,7 @@ def test_requests_that_no_budget_holds_are_errors_and_drain_nothing(roomy, tmp_p
         found = dict(llm.stream(items(prompts)))
         assert llm.tiers.gpu.peak_bytes <= budget
     assert sorted(i for i, completion in found.items() if completion.error) == bad
-    assert "1500 prompt and up to 6 generated tokens need" in found[bad[0]].error and "GiB more on the gpu tier than its budget of" in found[bad[0]].error
+    assert "1500 prompt and up to 6 generated tokens need" in found[bad[0]].error and "iB more on the gpu tier than its budget of" in found[bad[0]].error
     assert all(found[i].token_ids == expected[i] for i in found if i not in bad)
     assert len(checked) == 2, "the request of 700 tokens, which fits, has the block made anew; that of 690, which does not fit beside it, waits"
 

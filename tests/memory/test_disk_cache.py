@@ -14,9 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexbatch.memory import disk_cache
-from flexbatch.memory.disk_cache import DiskCache
+from flexbatch.memory.disk_cache import DiskCache, aligned_empty
 from flexbatch.memory.pages import CacheLayout, PageTable
-from flexbatch.memory.tiers import aligned_empty
 from flexbatch.memory.transfer import Lanes
 from tests.memory.rigs import open_tiers
 

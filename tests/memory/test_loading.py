@@ -12,8 +12,8 @@ import torch
 
 from flexbatch.kernels import reference
 from flexbatch.memory import loading
+from flexbatch.memory.files import OffloadError
 from flexbatch.memory.loading import Loader, is_complete, layer_file
-from flexbatch.memory.tiers import OffloadError
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError

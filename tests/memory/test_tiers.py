@@ -1,11 +1,6 @@
-"""Budgets, arenas and files: what is accounted for, what an error says, and what a crash may leave behind."""
+"""Budgets and arenas: what is accounted for, and what an error says."""
 
 from __future__ import annotations
-
-import errno
-import os
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,21 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from flexbatch.config import DoesNotFitError
-from flexbatch.memory import tiers
-from flexbatch.memory.tiers import (
-    ALIGNMENT,
-    GIB,
-    DiskFile,
-    Need,
-    OffloadError,
-    Pool,
-    align,
-    check_budgets,
-    chunks,
-    prepare_offload_dir,
-    slices,
-    write_atomically,
-)
+from flexbatch.memory.tiers import Need, Pool, check_budgets
+from flexbatch.policy.units import GIB
 
 BUDGET = 10_000
 
@@ -111,98 +93,3 @@ def test_budgets_are_checked_to_the_byte(needs: list[tuple[str, int]], limits: t
         assert short and [tier for tier in budgets if f" {tier}: " in remedy] == short
     else:
         assert not short
-
-
-@given(num_bytes=st.integers(0, 100_000), count=st.integers(1, 40), chunk=st.integers(1, 5000))
-def test_slices_and_chunks_cover_every_byte_once(num_bytes: int, count: int, chunk: int) -> None:
-    cut = [slices(num_bytes, index, count) for index in range(count)]
-    assert all(start % 256 == 0 or start == num_bytes for start, _ in cut)
-    for parts in (cut, chunks(num_bytes, chunk)):
-        covered = [position for start, end in parts for position in (start, end)]
-        assert covered == sorted(covered) and sum(end - start for start, end in parts) == num_bytes
-        assert not covered or (covered[0], covered[-1]) == (0, num_bytes)
-    assert all(end - start <= chunk for start, end in chunks(num_bytes, chunk))
-
-
-@settings(max_examples=40, deadline=None)
-@given(writes=st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 9000), st.booleans()), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_a_disk_file_holds_what_was_written_wherever_it_was(writes: list[tuple[int, int, bool]], seed: int) -> None:
-    """Aligned requests go past the page cache, others through it: they see each other's bytes."""
-    size = 32_768
-    expected = torch.zeros(size, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        file = DiskFile(Path(folder) / "cache.bin", size)
-        try:
-            for offset, count, aligned in writes:
-                if aligned:
-                    offset, count = align(offset), align(count)
-                count = min(count, size - offset)
-                buffer = tiers.HostArena(count, False).tensor
-                buffer.copy_(torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8))
-                file.write(buffer, offset)
-                expected[offset : offset + count] = buffer
-                there = torch.empty(count + min(3, offset), dtype=torch.uint8)
-                file.read(there, offset - min(3, offset))
-                assert torch.equal(there, expected[offset - min(3, offset) : offset + count])
-            whole = tiers.HostArena(size, False).tensor
-            file.read(whole, 0)
-            assert torch.equal(whole, expected)
-        finally:
-            file.close()
-
-
-def test_a_read_past_the_end_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "w.bin", [torch.ones(ALIGNMENT, dtype=torch.uint8)], ALIGNMENT)
-    os.truncate(tmp_path / "w.bin", 1000)
-    file = DiskFile(tmp_path / "w.bin")
-    with pytest.raises(OffloadError, match=r"w\.bin: read of 4096 bytes at 0 ended after 1000; delete the file"):
-        file.read(tiers.HostArena(ALIGNMENT, False).tensor, 0)
-    file.close()
-
-
-def test_a_file_appears_whole_padded_and_alone(tmp_path: Path) -> None:
-    path, pieces = tmp_path / "layer" / "w.bin", [torch.arange(100, dtype=torch.uint8), torch.arange(200, dtype=torch.uint8)]
-    for _ in range(2):  # again over a file that is there
-        write_atomically(path, pieces, 300)
-        assert path.read_bytes() == bytes(range(100)) + bytes(range(200)) + bytes(ALIGNMENT - 300)
-    assert [entry.name for entry in path.parent.iterdir()] == ["w.bin"]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("operation", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, error: BaseException) -> None:
-    path = tmp_path / "w.bin"
-    write_atomically(path, [torch.zeros(10, dtype=torch.uint8)], 10)
-
-    def fail(*arguments: object) -> None:
-        raise error
-
-    monkeypatch.setattr(os, operation, fail)
-    with pytest.raises(OffloadError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
-        write_atomically(path, [torch.ones(GIB // 1024, dtype=torch.uint8)], GIB // 1024)
-    assert path.read_bytes() == bytes(ALIGNMENT) and list(tmp_path.iterdir()) == [path]
-    if isinstance(error, OSError):
-        assert caught.value.errno == errno.ENOSPC
-        assert "needed 0.001 GiB" in str(caught.value) and "GiB free there" in str(caught.value) and "--offload-dir" in str(caught.value)
-
-
-def test_a_cache_file_that_does_not_fit_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file system has given a part of it when it is full (a real one would be full for everybody while this runs)."""
-
-    def give_a_part(descriptor: int, offset: int, num_bytes: int) -> None:
-        os.ftruncate(descriptor, num_bytes // 2)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", give_a_part)
-    with pytest.raises(OffloadError, match=r"No space left on device \(needed 0.001 GiB.*--offload-dir"):
-        DiskFile(tmp_path / "cache.bin", GIB // 1024)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_offload_folder_is_tried_before_it_is_used(tmp_path: Path) -> None:
-    prepare_offload_dir(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
-    (tmp_path / "file").touch()
-    with pytest.raises(OffloadError, match=r"offload folder .*file"):
-        prepare_offload_dir(tmp_path / "file")

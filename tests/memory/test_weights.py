@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from flexbatch.execution.schedule import zigzag
 from flexbatch.kernels import reference
-from flexbatch.memory import tiers as tiers_module
+from flexbatch.memory import files
+from flexbatch.memory.files import DiskFile
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.tiers import DiskFile
 from flexbatch.memory.transfer import READY, Lanes
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore
@@ -149,11 +149,11 @@ def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(monkeypa
         def fail(self: DiskFile, buffer: torch.Tensor, offset: int) -> None:
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(tiers_module.DiskFile, "read", fail)
+        monkeypatch.setattr(files.DiskFile, "read", fail)
         store.fetch_rest(0, 2)
         with pytest.raises(OSError, match="Input/output error"):
             store.weights(0, "pre")
-        monkeypatch.setattr(tiers_module.DiskFile, "read", read)
+        monkeypatch.setattr(files.DiskFile, "read", read)
         store.drain()
         store.check()
         sweep(store, arch, 16, 2)

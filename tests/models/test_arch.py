@@ -12,6 +12,7 @@ from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 from flexbatch.models import checkpoint, families, layers
 from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import CheckpointError
+from flexbatch.models.dummy import dummy
 from flexbatch.models.shapes import SHAPES, shape
 from flexbatch.models.specs import weight_specs
 from tests.models.dense import DenseModel
@@ -174,10 +175,10 @@ def test_shape_names():
 @pytest.mark.parametrize("case", ["opt-postnorm", "gemma2", "falcon-40b"])
 def test_dummy_weights_fill_everything_with_different_numbers(case):
     arch = families.read_arch(configuration(case).to_dict())
-    pieces = list(checkpoint.dummy(arch, seed=3))
+    pieces = list(dummy(arch, seed=3))
     assert [(piece.layer, piece.role, tuple(piece.tensor.shape)) for piece in pieces] == [(spec.layer, spec.role, spec.shape) for spec in weight_specs(arch)]
     assert len({tuple(piece.tensor.flatten()[:4].tolist()) for piece in pieces}) == len(pieces)
-    again, other = list(checkpoint.dummy(arch, seed=3)), list(checkpoint.dummy(arch, seed=4))
+    again, other = list(dummy(arch, seed=3)), list(dummy(arch, seed=4))
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(pieces, again, strict=True))
     assert not any(torch.equal(a.tensor, b.tensor) for a, b in zip(pieces, other, strict=True))
     for piece in pieces:
@@ -188,7 +189,7 @@ def test_dummy_weights_fill_everything_with_different_numbers(case):
 
 
 def test_large_dummy_tensors_come_in_row_pieces_that_differ():
-    pieces = [piece for piece in checkpoint.dummy(shape("opt-125m"), dtype=torch.float16) if piece.role == "embed.weight"]
+    pieces = [piece for piece in dummy(shape("opt-125m"), dtype=torch.float16) if piece.role == "embed.weight"]
     assert len(pieces) > 1 and pieces[0].rows.start == 0 and pieces[-1].rows.stop == 50272
     assert all(a.rows.stop == b.rows.start for a, b in pairwise(pieces))
     assert not torch.equal(pieces[0].tensor[0], pieces[1].tensor[0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexbatch.models import checkpoint, families, source
+from flexbatch.models import checkpoint, families, resolve, source
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.specs import weight_specs
 from tests.tiny_models import make_model
@@ -181,11 +181,11 @@ def test_hub_repositories_are_fetched_with_safetensors_or_bin(pristine, tmp_path
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     local.mkdir()
-    assert load(checkpoint.resolve("some/llama")) and calls == ["some/llama"]
+    assert load(resolve.resolve("some/llama")) and calls == ["some/llama"]
     shutil.rmtree(local)
     local.mkdir()
     to_bin(remote, 2)
-    assert load(checkpoint.resolve("some/llama")) and len(calls) == 3
+    assert load(resolve.resolve("some/llama")) and len(calls) == 3
 
 
 def lack(name):
@@ -279,7 +279,7 @@ def test_code_beside_the_weights_is_never_executed(folder, tmp_path):
     }
     (folder / "config.json").write_text(json.dumps(config))
     load(folder)
-    checkpoint.load_tokenizer(folder)
+    resolve.load_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
     with pytest.raises(CheckpointError, match=r"model_type 'evil' is unknown; known: bloom, .*never executed"):
         load(folder)
@@ -290,14 +290,14 @@ def test_folders_that_are_no_models(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, message in (("absent/at/all", "does not exist"), ("./absent", "does not exist"), (str(folder / "config.json"), "is a file")):
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.resolve(name)
+            resolve.resolve(name)
     with pytest.raises(CheckpointError, match=r"'nobody/nothing' is no local folder and cannot be fetched .*--model demo"):
-        checkpoint.resolve("nobody/nothing")
+        resolve.resolve("nobody/nothing")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        checkpoint.resolve(str(tmp_path))
+        resolve.resolve(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         checkpoint.read_config(tmp_path)
-    assert checkpoint.resolve(str(folder)) == folder
+    assert resolve.resolve(str(folder)) == folder
     (folder / "config.json").write_text("{broken")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
         checkpoint.read_config(folder)
@@ -306,12 +306,12 @@ def test_folders_that_are_no_models(folder, tmp_path, monkeypatch):
 def test_folder_without_weights_or_tokenizer(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no weights; looked for model\.safetensors"):
-        checkpoint.fingerprint(folder)
-    assert checkpoint.load_tokenizer(folder).decode([5, 6, 7])
+        resolve.fingerprint(folder)
+    assert resolve.load_tokenizer(folder).decode([5, 6, 7])
     for file in folder.glob("*token*"):
         file.unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer"):
-        checkpoint.load_tokenizer(folder)
+        resolve.load_tokenizer(folder)
 
 
 def test_stop_tokens_of_the_generation_config_win(folder):
@@ -320,14 +320,14 @@ def test_stop_tokens_of_the_generation_config_win(folder):
 
 
 def test_fingerprint_follows_the_content(folder, tmp_path):
-    first = checkpoint.fingerprint(folder)
+    first = resolve.fingerprint(folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
     os.utime(copy / "model.safetensors", (1, 1))
-    assert checkpoint.fingerprint(copy) == first
+    assert resolve.fingerprint(copy) == first
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-4:] = b"\0\0\0\0"  # the same size, another value
     (copy / "model.safetensors").write_bytes(weights)
-    assert checkpoint.fingerprint(copy) != first
+    assert resolve.fingerprint(copy) != first
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert checkpoint.fingerprint(folder) != first
+    assert resolve.fingerprint(folder) != first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,24 @@ def test_text_names_what_matters(capsys):
     text = capsys.readouterr().out
     for words in ("weights", "free", "budget", "limited by", "of bound", "1 GiB more on", "h2d", "cpu_attention"):
         assert words in text
+
+
+def test_a_resource_that_is_slowed_by_another_is_told_with_the_time_of_both(capsys):
+    """It limits, though the resources, each alone, all have time left."""
+    percent = ["--percent", "20", "80", "0", "100", "100", "0", "--cpu-attention", "1"]
+    assert main([*ARGUMENTS[:2], "--model-shape", "opt-30b", "--gpu-memory", "16GiB", *percent]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    busy = {line[:28].strip(): float(line.split()[-1].rstrip("%")) for line in lines if line.endswith("%")}
+    limit = re.match(r"limited by (\w+) \((.*)\);", next(line for line in lines if line.startswith("limited by")))
+    assert limit is not None and "beside" in limit[2]
+    assert busy[limit[2]] == max(busy.values()) > busy[limit[1]]
+
+
+def test_small_models_are_told_in_small_units(capsys):
+    words = ["--gpu-batch-size", "2", "--num-gpu-batches", "1", "--prompt-len", "8", "--gen-len", "4"]
+    assert main(["--hardware", "cpu", "--model-shape", "opt-125m", *words]) == 0
+    text = capsys.readouterr().out
+    assert "peak memory, MiB" in text and " GFLOP" in text and "0.000 GiB" not in text
 
 
 def test_json_has_the_promised_names(capsys):
@@ -123,7 +142,8 @@ def test_peak_memory_by_hand():
     row = 2 * 2 * 7168
     assert peak["cpu"]["cache"] == 144 * 544 * 48 * row
     assert peak["cpu"]["weights"] == 2 * shape.total_elements
-    assert peak["gpu"]["weight slabs"] == 2 * 2 * 12 * 7168 * 7168
+    # A third slab, because CPU attention puts the second half of a layer's last tick off.
+    assert peak["gpu"]["weight slabs"] == 3 * 2 * 12 * 7168 * 7168
     assert peak["gpu"]["cache staging"] == 2 * 48 * 544 * row
     assert peak["gpu"]["logits"] == 3 * 4 * 48 * 50272
     assert peak["gpu"]["activations"] == 3 * (48 + 48 * 512) * 7168 * 2

@@ -38,7 +38,8 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     # Every prompt token went in once, and every generated token but the first of each request came from a decode pass.
     assert sum(each["load"][2] for each in passes) == sum(record["prompt_lens"])
     assert sum(each["load"][0] for each in passes) == sum(record["output_lens"]) - len(record["output_lens"])
-    assert sum(each["seconds"] for each in passes) == pytest.approx(record["seconds"], rel=0.2)
+    # On a busy machine the process may be held up between passes, too.
+    assert 0.3 * record["seconds"] < sum(each["seconds"] for each in passes) <= record["seconds"]
     assert all(each["busy"]["gpu_compute"] > 0 for each in passes)
 
 

@@ -1,0 +1,162 @@
+"""Files of the disk tier: aligned, read and written in place without the page cache, and trusted only when they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import glob
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from flexbatch.policy.units import size_text
+
+if TYPE_CHECKING:
+    from torch import Tensor  # the command line writes its output by way of this module, and must not wait for torch
+
+ALIGNMENT = 4096
+"""Bytes. Offsets and lengths of O_DIRECT transfers, and of every tensor in a slab that the disk fills."""
+READ_CHUNK_BYTES = 8 << 20
+"""Bytes of one disk request: 8 MiB reads reach the device's rate with 4 to 8 threads."""
+
+
+def align(num_bytes: int, alignment: int = ALIGNMENT) -> int:
+    return -(-num_bytes // alignment) * alignment
+
+
+class OffloadError(OSError):
+    """The disk tier cannot be used: the message names the folder, the cause and the remedy."""
+
+
+class DiskFile:
+    """A file of the disk tier, read and written in place with O_DIRECT where the file system allows it.
+
+    Offsets, lengths and buffers are multiples of ALIGNMENT for direct transfers; others go through the page cache.
+    """
+
+    def __init__(self, path: Path, num_bytes: int | None = None) -> None:
+        """Open ``path`` for reading, or with ``num_bytes`` create it for reading and writing at that size."""
+        self.path = path
+        flags = os.O_RDONLY if num_bytes is None else os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        try:
+            self.buffered = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise offload_error(path.parent, error, num_bytes or 0) from error
+        if num_bytes is not None:
+            try:
+                os.posix_fallocate(self.buffered, 0, max(num_bytes, 1))
+            except OSError as error:
+                # What a full disk could still give would stay taken.
+                os.close(self.buffered)
+                path.unlink()
+                raise offload_error(path.parent, error, num_bytes) from error
+        try:
+            self.direct = os.open(path, (flags & ~(os.O_CREAT | os.O_TRUNC)) | getattr(os, "O_DIRECT", 0))
+        except OSError:
+            self.direct = self.buffered
+
+    def read(self, buffer: Tensor, offset: int) -> None:
+        """Fill ``buffer`` (uint8, host) from ``offset``. Raises OffloadError on a short or failed read."""
+        self.transfer(buffer, offset, os.preadv, "read")
+
+    def write(self, buffer: Tensor, offset: int) -> None:
+        self.transfer(buffer, offset, os.pwritev, "write")
+
+    def transfer(self, buffer: Tensor, offset: int, operation: Callable[..., int], verb: str) -> None:
+        done, size = 0, buffer.numel()
+        view = memoryview((ctypes.c_uint8 * size).from_address(buffer.data_ptr())).cast("B") if size else memoryview(b"")
+        aligned = offset % ALIGNMENT == 0 and size % ALIGNMENT == 0 and buffer.data_ptr() % ALIGNMENT == 0
+        descriptor = self.direct if aligned else self.buffered
+        while done < size:
+            try:
+                count = operation(descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                if descriptor == self.direct and descriptor != self.buffered:
+                    descriptor = self.buffered
+                    continue
+                raise offload_error(self.path.parent, error, size) from error
+            if count == 0:
+                raise OffloadError(f"{self.path}: {verb} of {size} bytes at {offset} ended after {done}; delete the file, it will be written again")
+            done += count
+            if done % ALIGNMENT:
+                descriptor = self.buffered
+
+    def close(self) -> None:
+        for descriptor in {self.buffered, self.direct}:
+            os.close(descriptor)
+
+
+def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[int, int]]:
+    """(start, end) byte ranges of at most ``chunk_bytes``."""
+    return [(start, min(start + chunk_bytes, num_bytes)) for start in range(0, num_bytes, chunk_bytes)]
+
+
+def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
+    """One clear error for a disk tier that is read-only, full, or not a folder."""
+    room = ""
+    with contextlib.suppress(OSError):
+        space = os.statvfs(folder)
+        room = f" (needed {size_text(num_bytes)}; {size_text(space.f_bavail * space.f_frsize)} free there)" if num_bytes else ""
+    return OffloadError(error.errno, f"offload folder {folder}: {error.strerror or error}{room}; name a writable folder with room in --offload-dir")
+
+
+def prepare_offload_dir(folder: Path) -> None:
+    """Create the folder and show that it can be written. Raises OffloadError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise offload_error(folder, error, 0) from error
+
+
+def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> None:
+    """Write ``pieces`` (uint8, host) one after another, padded to ALIGNMENT, under a temporary name; fsync; rename.
+
+    A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises OffloadError.
+    """
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        with open_locked(temporary) as file:
+            for piece in pieces:
+                file.write(piece.contiguous().view(-1).numpy().data)
+            file.write(b"\0" * (align(num_bytes) - file.tell()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        # Ctrl-C too: only a process that is killed leaves the dot-file.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise offload_error(path.parent, error, num_bytes) from error
+        raise
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes ``path`` until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """Open for writing, with a lock that ends with the process: it tells work in progress from what a killed run has left."""
+    while True:
+        file = open(path, "wb")  # noqa: SIM115 (the caller closes it)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # Removed between opening and locking: taken for a leftover.
+
+
+def remove_leftovers(path: Path) -> None:
+    """Unlink temporary files of ``path`` that nobody is writing."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), open(temporary, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()

@@ -1,0 +1,21 @@
+"""Numbers for a reader: the unit in which they are not all zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+MIB, GIB = 2**20, 2**30
+BINARY = {"GiB": GIB, "MiB": MIB, "KiB": 2**10}
+DECIMAL = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
+FLOPS = {"TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
+
+
+def fitting_unit(largest: float, units: Mapping[str, int]) -> tuple[str, int]:
+    """The largest unit in which the largest value is at least 1, else the smallest; and what it counts."""
+    return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
+
+
+def size_text(num_bytes: float) -> str:
+    """ "1.500 GiB", "12.000 MiB": bytes with three decimals."""
+    unit, size = fitting_unit(num_bytes, BINARY)
+    return f"{num_bytes / size:.3f} {unit}"
