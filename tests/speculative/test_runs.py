@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch import LLM, SamplingParams
+from flexbatch import LLM, SamplingParams, tables
 from flexbatch.config import ConfigurationError, DoesNotFitError
 from flexbatch.speculative.tree import TokenTree
 from tests.speculative.engines import GREEDY, Scripted, engine, tokens
@@ -19,8 +19,9 @@ def test_simulated_acceptance_is_labelled(reference, other, tmp_path):
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=1)
     with engine(model, tmp_path, draft=(str(other),), tree="chain:4", simulate_acceptance=0.8) as llm:
         completions = llm.generate(model.prompts, params)
+        text = tables.speculation(llm.report())
         report = llm.report()["speculation"]
-    assert report["simulated_acceptance"] == 0.8
+    assert report["simulated_acceptance"] == 0.8 and "SIMULATED acceptance 0.8" in text.splitlines()[0]
     assert all(len(completion.token_ids) == len(completion.logprobs) == 40 for completion in completions)
     # 1 + 0.8 + 0.8^2 + 0.8^3 + 0.8^4 = 3.36, less what the ends cut off.
     assert 2.7 < report["tokens_per_sequence_pass"] < 3.7
@@ -31,7 +32,10 @@ def test_compare_plain_measures_both_in_one_run(reference, tmp_path):
     with engine(model, tmp_path, draft=(str(model.folder),), tree="chain:3", compare_plain=True) as llm:
         assert tokens(llm, model.prompts) == model.token_ids
         report = llm.report()
-    speculation = report["speculation"]
+    speculation, text = report["speculation"], tables.speculation(report)
+    assert 0 < speculation["draft_share_of_time"] < 1
+    for words in ("accepted, greedy", "child 1", "depth 3", "tokens per sequence and pass", "drafting, % of time", "speed-up over plain"):
+        assert words in text
     assert speculation["plain_passes"] > report["passes"] and speculation["speed_up"] > 0
     assert report["requests"] == len(model.prompts), "the plain run is not counted twice"
     read = sum(len(prompt) for prompt in model.prompts)
