@@ -20,8 +20,8 @@ CHOOSING_SHARE = 0.02
 """Of the time, at most: a choice takes about a millisecond, a pass of a small model hardly more."""
 PROBED_SHARE = 16
 """Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would cost as much as several passes."""
-PROBING_SHARE = 0.01
-"""Of the time, at most, goes to drafting only to measure it again where plain decoding has won."""
+MEASURING_SHARE = 0.01
+"""Of the time, at most, goes to measuring again what has lost: drafting where plain decoding has won, and plain decoding where trees have."""
 START_GAIN = 0.06
 """Predicted gain from which speculation begins; once begun it goes on as long as it gains anything. What is predicted is not yet measured."""
 NONE = TreePlan(0, 0)
@@ -68,6 +68,10 @@ class Controller:
         self.probed_at: float | None = None
         """When the present probe of drafting began."""
         self.next_probe = 0.0
+        self.winning = False
+        """Whether the last choice was trees."""
+        self.plain_loss = self.next_plain = 0.0
+        """What a plain pass costs where trees win, in seconds; and the earliest time of the next one."""
 
     def plan(self, now: Situation) -> list[TreePlan]:
         """One plan per sequence."""
@@ -105,12 +109,20 @@ class Controller:
     def choose(self, now: Situation, names: list[str]) -> None:
         """New plans for every group."""
         started = self.clock()
-        if self.speculating(names) and self.costs.doubted(now.plain_query_tokens):
+        if self.winning and started >= self.next_plain and self.costs.doubted(now.plain_query_tokens):
+            self.next_plain = started + self.plain_loss / MEASURING_SHARE
             self.settle(started, now, dict.fromkeys(names, NONE), changed=True)
             return
         choice = self.best(now, names, drafted=True)
         plans = {name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
         self.settle(started, now, plans, changed=plans != {name: self.plans.get(name) for name in names})
+        won = any(map(len, choice.shapes))
+        if won:
+            plain_seconds = self.costs.curve(now.plain_query_tokens)(now.plain_query_tokens)
+            self.plain_loss = max(0.0, plain_seconds - now.live / choice.tokens_per_second)
+            if not self.winning:
+                self.next_plain = started + self.plain_loss / MEASURING_SHARE
+        self.winning = won
 
     def settle(self, started: float, now: Situation, plans: dict[str, TreePlan], changed: bool) -> None:
         self.plans, self.chosen_for = plans, now.live
@@ -119,9 +131,6 @@ class Controller:
         self.next_choice = self.passes + self.wait
         self.chosen_at = self.clock()
         self.choosing_seconds = self.chosen_at - started
-
-    def speculating(self, names: list[str]) -> bool:
-        return any(self.plans.get(name, NONE).num_levels for name in names)
 
     def best(self, now: Situation, names: list[str], drafted: bool) -> Choice:
         """The best trees by what is known. ``drafted=False``: as if drafting cost nothing."""
@@ -143,7 +152,7 @@ class Controller:
             draft_seconds,
             other_query_tokens=now.other_query_tokens,
             max_nodes=self.max_nodes,
-            least_gain=0.0 if self.speculating(names) else START_GAIN,
+            least_gain=0.0 if self.winning else START_GAIN,
             starting=starting,
         )
 
@@ -156,7 +165,7 @@ class Controller:
         """A pass of the target. decoded: some of its sequences were past their prompts."""
         if self.probed_at is not None:
             drafting = self.clock() - self.probed_at - seconds
-            self.next_probe = self.clock() + drafting / PROBING_SHARE
+            self.next_probe = self.clock() + drafting / MEASURING_SHARE
             self.probed_at = None
         self.costs.elapse()
         self.drafting.elapse()
