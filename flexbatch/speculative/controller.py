@@ -22,8 +22,11 @@ PROBED_SHARE = 16
 """Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would cost as much as several passes."""
 MEASURING_SHARE = 0.01
 """Of the time, at most, goes to measuring again what has lost: drafting where plain decoding has won, and plain decoding where trees have."""
-START_GAIN = 0.06
-"""Predicted gain from which speculation begins; once begun it goes on as long as it gains anything. What is predicted is not yet measured."""
+START_GAIN, WARY_GAIN = 0.06, 0.25
+"""Predicted gain from which speculation begins; once begun it goes on as long as it gains anything. What is predicted is not yet measured, and every job has
+prompts that the draft must read first: where speculation has lost more than it saved, it must promise more."""
+LOSING_SHARE = 0.01
+"""Of the time, that may be lost before that."""
 NONE = TreePlan(0, 0)
 
 
@@ -65,17 +68,21 @@ class Controller:
         self.passes = 0
         self.wait = self.next_choice = self.chosen_for = 0
         self.chosen_at, self.choosing_seconds = 0.0, 0.0
-        self.probed_at: float | None = None
-        """When the present probe of drafting began."""
+        self.probing = False
+        """Whether the present pass drafts only to measure that."""
         self.next_probe = 0.0
         self.winning = False
         """Whether the last choice was trees."""
         self.plain_loss = self.next_plain = 0.0
         """What a plain pass costs where trees win, in seconds; and the earliest time of the next one."""
+        self.seconds = self.saved = 0.0
+        """Of all passes with their drafting; and what those with trees have saved against plain decoding (below 0: lost), by measured costs."""
+        self.situation: Situation | None = None
 
     def plan(self, now: Situation) -> list[TreePlan]:
         """One plan per sequence."""
         self.passes += 1
+        self.situation = now
         names = sorted(set(now.groups))
         for name in names:
             self.statistics_of(name)
@@ -95,8 +102,15 @@ class Controller:
         promising = any(map(len, self.best(now, names, drafted=False).shapes))
         self.settle(started, now, dict.fromkeys(names, NONE), changed=promising)
         if promising:
-            self.probed_at = started
+            self.probing = True
         return promising
+
+    @property
+    def least_gain(self) -> float:
+        """That trees must promise."""
+        if self.winning:
+            return 0.0
+        return WARY_GAIN if self.saved < -LOSING_SHARE * self.seconds else START_GAIN
 
     def due(self, now: Situation, names: list[str]) -> bool:
         """Whether to choose again: the block has changed, or it is time. Never so often that choosing itself costs."""
@@ -114,9 +128,9 @@ class Controller:
             self.settle(started, now, dict.fromkeys(names, NONE), changed=True)
             return
         choice = self.best(now, names, drafted=True)
+        won = any(map(len, choice.shapes))
         plans = {name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
         self.settle(started, now, plans, changed=plans != {name: self.plans.get(name) for name in names})
-        won = any(map(len, choice.shapes))
         if won:
             plain_seconds = self.costs.curve(now.plain_query_tokens)(now.plain_query_tokens)
             self.plain_loss = max(0.0, plain_seconds - now.live / choice.tokens_per_second)
@@ -152,7 +166,7 @@ class Controller:
             draft_seconds,
             other_query_tokens=now.other_query_tokens,
             max_nodes=self.max_nodes,
-            least_gain=0.0 if self.winning else START_GAIN,
+            least_gain=self.least_gain,
             starting=starting,
         )
 
@@ -161,15 +175,21 @@ class Controller:
     def statistics_of(self, group: str) -> AcceptanceStatistics:
         return self.statistics.setdefault(group, AcceptanceStatistics(AUTO_DEPTH, AUTO_RANKS, weight=4.0))
 
-    def observe_pass(self, query_tokens: int, seconds: float, decoded: bool) -> None:
-        """A pass of the target. decoded: some of its sequences were past their prompts."""
-        if self.probed_at is not None:
-            drafting = self.clock() - self.probed_at - seconds
-            self.next_probe = self.clock() + drafting / MEASURING_SHARE
-            self.probed_at = None
+    def observe_pass(self, query_tokens: int, seconds: float, decoded: bool, drafting_seconds: float = 0.0, new_tokens: int = 0) -> None:
+        """A pass of the target. decoded: some of its sequences were past their prompts, and drew ``new_tokens`` tokens."""
+        if self.probing:
+            self.next_probe = self.clock() + drafting_seconds / MEASURING_SHARE
+            self.probing = False
         self.costs.elapse()
         self.drafting.elapse()
         self.costs.observe(query_tokens, seconds, PATIENCE if decoded else MAX_PATIENCE)
+        self.seconds += seconds + drafting_seconds
+        now = self.situation
+        if now is not None and decoded and query_tokens > now.plain_query_tokens:
+            curve = self.costs.curve(now.plain_query_tokens)
+            plain_seconds = curve(now.plain_query_tokens) + (new_tokens / now.live - 1) * curve(now.live)
+            # Not the seconds of this very pass: plain decoding would have had its slow moments, too.
+            self.saved += plain_seconds - curve(query_tokens) - drafting_seconds
         self.decoded = self.decoded or decoded
 
     def report(self) -> dict[str, object]:

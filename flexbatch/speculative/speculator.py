@@ -124,7 +124,7 @@ class Speculator:
         self.totals = Totals()
         self.proposed: dict[Sequence, TokenTree] = {}
         self.query_tokens = 0
-        self.pass_started = 0.0
+        self.pass_started = self.drafting_seconds = 0.0
 
     # Before a pass
 
@@ -140,7 +140,8 @@ class Speculator:
         else:
             trees = [TokenTree()] * len(sequences)
         self.pass_started = time.perf_counter()
-        self.totals.draft_seconds += self.pass_started - started
+        self.drafting_seconds = self.pass_started - started
+        self.totals.draft_seconds += self.drafting_seconds
         self.proposed = dict(zip(sequences, trees, strict=True))
         self.query_tokens = other_query_tokens + len(trees) + sum(map(len, trees))
         return trees
@@ -195,7 +196,8 @@ class Speculator:
             return
         seconds = time.perf_counter() - self.pass_started
         totals = self.totals
-        self.controller.observe_pass(self.query_tokens, seconds, decoded=bool(self.proposed))
+        new_tokens = sum(len(drawn.token_ids) for query, drawn in results if query.sequence in self.proposed)
+        self.controller.observe_pass(self.query_tokens, seconds, bool(self.proposed), self.drafting_seconds, new_tokens)
         totals.passes += bool(self.proposed)
         totals.pass_seconds += seconds if self.proposed else 0.0
         self.query_tokens = 0

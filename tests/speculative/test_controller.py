@@ -93,6 +93,7 @@ class Machine:
         while live := [i for i in range(batch) if left[i]]:
             plans = controller.plan(Situation(("greedy",) * len(live), 0, sum(unread[i] for i in live), sum(left[i] for i in live)))
             shapes = [plan.shape.children and plan.shape if plan.shape is not None and left[i] > 1 else None for i, plan in zip(live, plans, strict=True)]
+            drafting, new_tokens = self.now, 0
             depth = max((shape.max_depth for shape in shapes if shape is not None), default=0)
             for level in range(depth):
                 drafted = [(i, shape) for i, shape in zip(live, shapes, strict=True) if shape is not None and shape.max_depth > level]
@@ -102,8 +103,8 @@ class Machine:
                     unread[i] = 0
                 controller.drafting.observe(reads, self.take(self.level_seconds(reads)))
             queries = sum(1 + (len(shape) if shape is not None else 0) for shape in shapes)
+            drafting = self.now - drafting
             seconds = self.take(self.pass_seconds(queries))
-            controller.observe_pass(queries, seconds, decoded=True)
             for i, shape in zip(live, shapes, strict=True):
                 path: list[int] = []
                 while shape is not None and (children := shape.children[path[-1] + 1 if path else 0]) and self.random.random() < self.accept:
@@ -113,6 +114,8 @@ class Machine:
                     controller.statistics_of("greedy").observe(tree, Verdict(tuple(path), 0))
                 tokens = min(len(path) + 1, left[i])
                 left[i], unread[i] = left[i] - tokens, unread[i] + tokens
+                new_tokens += len(path) + 1
+            controller.observe_pass(queries, seconds, True, drafting, new_tokens)
         return self.now - begun, plain
 
 
@@ -122,15 +125,17 @@ def work(fixed: float, per_token: float) -> Callable[[float], float]:
 
 DEMO = (work(4e-3, 0.35e-3), work(1.5e-3, 0.06e-3))
 """About the demo pair in memory on one core: seconds of a pass and of a drafted level by tokens."""
+STEP = (lambda tokens: 4e-3 + 0.2e-3 * tokens + 2.5e-3 * (tokens > 24), DEMO[1])
+"""Larger passes cost more than smaller ones let expect."""
 FROM_DISK = (lambda tokens: max(0.06, 4e-3 + 0.35e-3 * tokens), work(1.5e-3, 0.06e-3))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 @pytest.mark.parametrize("accept", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 0.67, pytest.param(0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("batch", [1, 4, 16, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("machine", ["demo", "from disk", "slow draft"])
+@pytest.mark.parametrize("machine", ["demo", "from disk", "slow draft", "step"])
 def test_speculation_never_costs_more_than_three_per_cent(machine, batch, accept, noise) -> None:
-    costs = {"demo": DEMO, "from disk": FROM_DISK, "slow draft": (DEMO[0], work(2e-3, 0.17e-3))}[machine]
+    costs = {"demo": DEMO, "from disk": FROM_DISK, "slow draft": (DEMO[0], work(2e-3, 0.17e-3)), "step": STEP}[machine]
     spent = plain = 0.0
     for seed in range(4):
         runner = Machine(*costs, accept, noise, seed)
