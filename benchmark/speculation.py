@@ -57,6 +57,7 @@ def measure(place: str, batch: int, tree: str, draft: list[str], prompts: list[s
     result = speculation_of(start["speculation"], report["speculation"], tokens / report["seconds"])
     return {
         "commit": machine()["commit"],
+        "threads": torch.get_num_threads(),
         "weights": place,
         "batch": batch,
         "gen_len": gen_len,
@@ -94,10 +95,11 @@ def document(report: dict[str, Any]) -> str:
     host = report["machine"]
     commits = ", ".join(sorted({result["commit"][:7] for result in report["results"]}))
     lengths = ", ".join(sorted({str(result["gen_len"]) for result in report["results"]}))
+    threads = ", ".join(sorted({str(result["threads"]) for result in report["results"]}))
     drafts = ", ".join(sorted({" + ".join(result["drafts"]) for result in report["results"]}))
     return f"""# Speculation on the CPU: demo and {drafts}
 
-{host["date"]}; {host["cpu"]}, {host["cpus"]} cores, {host["threads"]} threads, torch {host["torch"]}, Python {host["python"]}, commit {commits}. Numbers in
+{host["date"]}; {host["cpu"]}, {host["cpus"]} cores, {threads} thread(s) of torch, torch {host["torch"]}, Python {host["python"]}, commit {commits}. Numbers in
 [speculation-cpu.json](speculation-cpu.json). HumanEval prompts, {lengths} new tokens each, greedy, EOS ignored. The cache is on the gpu tier, which on the
 CPU is plain memory with a budget; `gpu` weights lie there too, `disk` weights are read in every pass. Every job runs plainly and then with trees in the same
 engine; the ratio is of the summed seconds of all jobs, exploration included.
@@ -122,7 +124,7 @@ def write(output: Path, results: list[dict[str, Any]]) -> None:
     kept = json.loads(output.read_text())["results"] if output.exists() else []
     rows = {tuple(str(row[name]) for name in ("weights", "batch", "tree", "drafts", "temperature")): row for row in [*kept, *results]}
     ratios = [row["speed_up"] for row in rows.values()]
-    host = {**machine(), "date": f"{datetime.date.today()}", "cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    host = {**machine(), "date": f"{datetime.date.today()}", "cpu": cpu_name(), "cpus": os.cpu_count()}
     report = {"machine": host, "lowest_ratio": min(ratios), "median_ratio": statistics.median(ratios), "results": list(rows.values())}
     output.write_text(json.dumps(report, indent=1) + "\n")
     output.with_suffix(".md").write_text(document(report))
@@ -139,8 +141,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="generated in every row, about")
     parser.add_argument("--jobs", type=int, default=8, help="of every row, at least")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; with several, whatever else runs on the machine stalls small operations")
+    parser.add_argument("--output", type=Path, help="JSON file; a table is written next to it")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     prompts = read_prompts(arguments.prompts)
     command = f"python -m benchmark.speculation {shlex.join(sys.argv[1:])}"
     results: list[dict[str, Any]] = []
