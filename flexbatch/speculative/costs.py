@@ -6,19 +6,18 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean
 
 from flexbatch.speculative.acceptance import PiecewiseLinear
 
 BUCKETS_PER_DOUBLING = 3
 """Sizes within a quarter are one point of the curve."""
 RECENT = 7
-"""Measurements of a size that count, by their median: the context grows and with it the cost, and a busy machine has slow moments."""
+"""Measurements of a size that count, by the fastest: the context grows and with it the cost, while slow moments and caches that another size has left cold only
+ever add. A single plain pass among passes with trees took up to a third longer than many in a row."""
 PATIENCE, MAX_PATIENCE = 16, 256
 """Passes after which a size that was not seen again is doubted: one slow moment must not rule it out for good. When it comes back, it is believed for twice
 as long."""
-KEPT = 2
-"""Measurements of a size that still count when it comes back from doubt: one slow pass is then no new cost, two are."""
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Point:
 
     @property
     def seconds(self) -> float:
-        return median(seconds for _, seconds in self.measured)
+        return min(seconds for _, seconds in self.measured)
 
 
 class MeasuredCosts:
@@ -54,7 +53,6 @@ class MeasuredCosts:
         """One measurement; ``patience`` of a size that is new."""
         point = self.points.setdefault(bucket(query_tokens), Point(seen=self.passes, patience=patience))
         if self.stale(point):
-            point.measured = deque(list(point.measured)[-KEPT:], maxlen=RECENT)
             point.patience = min(2 * point.patience, MAX_PATIENCE)
         point.measured.append((query_tokens, seconds))
         point.seen = self.passes

@@ -133,10 +133,10 @@ class Speculator:
         started = time.perf_counter()
         plans = self.plans(sequences, max_depths, other_query_tokens)
         if any(plan.num_levels for plan in plans):
+            begun = time.perf_counter()
             drafts = [source.draft(sequences, plans) for source in self.sources]
             trees = drafts[0] if len(drafts) == 1 else [merge(several, plan.max_nodes) for *several, plan in zip(*drafts, plans, strict=True)]
-            for level in zip_longest(*(source.levels for source in self.sources), fillvalue=(0, 0.0)):
-                self.controller.drafting.observe(max(tokens for tokens, _ in level), sum(seconds for _, seconds in level))
+            self.observe_levels(time.perf_counter() - begun)
         else:
             trees = [TokenTree()] * len(sequences)
         self.pass_started = time.perf_counter()
@@ -157,6 +157,13 @@ class Speculator:
         else:
             plans = [fixed_plan(self.spec)] * len(groups)
         return [limited(plan, depth) for plan, depth in zip(plans, max_depths, strict=True)]
+
+    def observe_levels(self, seconds: float) -> None:
+        """What each level of the latest trees cost, with its share of what was spent between the levels. seconds: of all drafting."""
+        levels = list(zip_longest(*(source.levels for source in self.sources), fillvalue=(0, 0.0)))
+        share = seconds / (sum(seconds for level in levels for _, seconds in level) or 1.0)
+        for level in levels:
+            self.controller.drafting.observe(max(tokens for tokens, _ in level), share * sum(seconds for _, seconds in level))
 
     # After a pass
 
