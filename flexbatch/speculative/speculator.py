@@ -215,9 +215,9 @@ class Speculator:
             totals.sequence_passes += 1
             totals.drafted_tokens += len(tree)
             totals.emitted_tokens += len(drawn.token_ids)
-            group = group_of(query.sequence)
-            verdict = Verdict(tuple(place - 1 for place in drawn.path), drawn.token_ids[-1])
-            self.controller.statistics_of(group).observe(tree, verdict)
+            if len(tree):
+                verdict = Verdict(tuple(place - 1 for place in drawn.path), drawn.token_ids[-1])
+                self.controller.statistics_of(group_of(query.sequence)).observe(tree, verdict)
         self.proposed = {}
 
     def retire(self, sequence: Sequence) -> None:
