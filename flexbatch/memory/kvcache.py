@@ -65,6 +65,8 @@ class KVCache:
         self.staging_free: list[Handle] = [READY, READY]
         self.disk: DiskCache | None = None
         self.disk_staging: list[Tensor] = []
+        self.disk_copied: list[Handle] = [READY, READY]
+        """When the host's staging buffers have been read by the device."""
         if sizes.disk_pages:
             self.disk = DiskCache(layout, sizes.disk_pages, sizes.disk_sequences, sizes.tail_tokens, tiers.offload_dir, tiers.cpu, tiers.disk)
             if self.device.type == "cuda":
@@ -119,7 +121,7 @@ class KVCache:
         if table.tier == "disk":
             assert self.disk is not None
             # Its last rows may still be on their way to the tail, which the next sequence takes over.
-            together(*self.draining).synchronize()
+            self.synchronize()
             self.disk.close_tail(table.tail_slot)
         self.pools[table.tier].release(table.pages)
         table.pages = []
@@ -134,7 +136,11 @@ class KVCache:
         return self.layout.row_view(self.staging[buffer])
 
     def begin_pass(self, inputs_sent: Handle) -> None:
-        """What the last pass drained, and the page ids that ``inputs_sent`` promises, is what this pass's gathers wait for."""
+        """What the last pass drained, and the page ids that ``inputs_sent`` promises, is what this pass's gathers wait for.
+
+        What was drained before that has to be home: a sequence that had no room in the last pass is read in this one.
+        """
+        together(*self.drained).synchronize()
         self.inputs_sent = inputs_sent
         self.drained, self.draining = self.draining, [READY] * self.layout.num_layers
 
@@ -161,16 +167,16 @@ class KVCache:
         return together(*handles)
 
     def read_disk(self, work: Gather, layer: int, buffer: int, target: Tensor) -> Handle:
-        """Runs on the disk lane."""
+        """Runs on the disk lane, which does not wait for its copy: that queues behind slices of weights, and the next read need not."""
         assert self.disk is not None
+        self.disk_copied[buffer].synchronize()
         host = self.disk_staging[buffer].view(-1, self.layout.page_bytes)[: work.num_disk_pages] if self.disk_staging else target
         self.disk.read(work.disk_tables, layer, host, self.lanes.disk_chunks)
         if host is target:
             return READY
         target.copy_(host, non_blocking=True)
-        handle = self.lanes.mark()
-        handle.synchronize()
-        return handle
+        self.disk_copied[buffer] = self.lanes.mark()
+        return self.disk_copied[buffer]
 
     def release_staging(self, buffer: int, done: Handle) -> None:
         self.staging_free[buffer] = done
@@ -249,6 +255,7 @@ class KVCache:
         """Let go of everything, also after a transfer that failed."""
         self.lanes.settle()
         self.drained = self.draining = [READY] * self.layout.num_layers
+        self.disk_copied = [READY, READY]
         if self.disk is not None:
             self.disk.close()
         self.storage.clear()

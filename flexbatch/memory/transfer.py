@@ -122,8 +122,10 @@ class ThreadLane:
         """The job holds the tensor itself: nothing to do on a thread."""
 
     def settle(self) -> None:
-        """Wait until the worker is idle, whatever became of its jobs: their errors are the waiters' on their handles."""
+        """Wait until the worker and its stream are idle, whatever became of the jobs: their errors are the waiters' on their handles."""
         self.pool.submit(lambda: None).result()
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def check(self) -> None:
         """Invariant: no job ends that was not submitted, and none ends twice."""
@@ -131,6 +133,8 @@ class ThreadLane:
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
 class StreamLane:
