@@ -60,6 +60,7 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         raise ConfigurationError("--dummy-weights cannot be evaluated: there is no tokenizer")
     try:
         from helm.benchmark.run import build_parser, helm_run
+        from helm.benchmark.run_spec import get_run_spec_function
         from helm.benchmark.runner import RunnerError
         from helm.common.hierarchical_logger import setup_default_logging
     except ModuleNotFoundError as problem:
@@ -71,7 +72,13 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     deployment = f"{PREFIX}/{model}"
     helm_args = build_parser().parse_args(helm_arguments(args, rest, deployment))
     setup_default_logging(helm_args.log_config)
-    register(deployment, apply_chat_template=args.chat_template, logprobs=args.logprobs, **changed_settings(config))
+    unknown = [entry for entry in args.description if get_run_spec_function(entry.partition(":")[0]) is None]
+    if unknown:
+        raise ConfigurationError(f"--description {' '.join(unknown)}: HELM has no run of this name")
+    try:
+        register(deployment, apply_chat_template=args.chat_template, logprobs=args.logprobs, **changed_settings(config))
+    except OSError as problem:
+        raise ConfigurationError(f"--model {config.model}: {problem}") from problem
     began = time.time()
     try:
         helm_run(helm_args)

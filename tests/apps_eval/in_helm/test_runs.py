@@ -148,6 +148,15 @@ def test_a_run_that_fails_is_told_last_and_loses_no_other(folder, model):
     assert list(runs(folder, "nowhere", "stats.json")) == ["simple_mcqa:"]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["-r", "nosuch:model=text"], "HELM has no run of this name"), (["-r", "simple_mcqa:model=text", "--model", "no/where"], "--model no/where")],
+)
+def test_mistakes_in_the_command_are_exit_code_2_without_a_traceback(folder, words, told):
+    done = ran([sys.executable, "-m", "flexbatch.apps.helm_run", *words], folder, "mistake")
+    assert done.returncode == 2 and told in done.stdout and "Traceback" not in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_bad_request_is_an_error_and_loses_nothing(folder, model, method):
     """A deployment that claims more context than the model has, so that HELM does not cut the one long question."""
