@@ -123,7 +123,11 @@ class ThreadLane:
 
     def settle(self) -> None:
         """Wait until the worker is idle, whatever became of its jobs: their errors are the waiters' on their handles."""
-        self.pool.submit(lambda: None).result()
+        try:
+            last = self.pool.submit(lambda: None)
+        except RuntimeError:  # the pool is closed, or the interpreter ends: Python waits for the workers, then runs finalizers that close an engine
+            return
+        last.result()
 
     def check(self) -> None:
         """Invariant: no job ends that was not submitted, and none ends twice."""
