@@ -123,7 +123,11 @@ class ThreadLane:
 
     def settle(self) -> None:
         """Wait until the worker and its stream are idle, whatever became of the jobs: their errors are the waiters' on their handles."""
-        self.pool.submit(lambda: None).result()
+        # A pool that is closed takes nothing; at the interpreter's end Python waits for the workers, then runs finalizers that close an engine.
+        try:
+            self.pool.submit(lambda: None).result()
+        except RuntimeError:
+            return
         if self.stream is not None:
             self.stream.synchronize()
 
