@@ -24,7 +24,7 @@ ALL_INSTANCES = 10**9
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flexbatch.apps.helm_run",
+        prog="flexbatch helm",
         description="Runs HELM scenarios on FlexBatch, the requests of a scenario in one block. Every option of helm-run (helm-run --help) is passed on. "
         "Needs the HELM environment, see docs/evaluation.md. Exit code 3: some requests failed, see flexbatch_errors.json in the run's folder.",
         allow_abbrev=False,

@@ -199,8 +199,12 @@ def _closest(name: str, known: Mapping[str, Any]) -> str:
 
 
 def set_up_logging(level: str = "INFO") -> None:
-    """Log lines to stderr: stdout is for data only."""
-    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
+    """Log lines of this package from `level` on, and warnings of libraries, to stderr: stdout is for data only.
+
+    Libraries say at level INFO what concerns no user of a command: every request over HTTP, every version that was found.
+    """
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logger.setLevel(level.upper())
 
 
 def run_command(main: Callable[[], int | None], resume: str | None = None) -> int:

@@ -50,6 +50,8 @@ class Decisions:
         self._packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
         self._shortest_refused = sys.maxsize
         """Token rows of the shortest request that no policy was found to hold."""
+        self._num_slabs: int | None = None
+        """Working slabs of the loaded weights."""
         typical = Job.typical(self.arch.max_positions)
         try:
             self._decide(job or typical)
@@ -59,6 +61,7 @@ class Decisions:
                 raise
             self._decide(typical.first(1))
         self.weight_plan = self._weight_plan(self.policy)
+        self._num_slabs = self.weight_plan.num_slabs
         check_budgets(self.needs(self.sizes((job or typical).first(1))), self.budgets)
 
     def _read_model(self) -> None:
@@ -151,7 +154,8 @@ class Decisions:
 
     def _weight_plan(self, policy: Policy) -> WeightPlan:
         bits = self.config.weight_bits if self._packed else policy.weight_bits
-        return plan_weights(self.arch, policy.weights, bits, weight_group(self.arch.hidden_size), self.dtype.itemsize, self._packed)
+        slabs = self._num_slabs or policy.num_weight_slabs
+        return plan_weights(self.arch, policy.weights, bits, weight_group(self.arch.hidden_size), self.dtype.itemsize, self._packed, slabs)
 
     # Told to the user
 

@@ -1,10 +1,11 @@
-"""Rates of the engine's own kernels on this machine, for the profile that the policy optimizer plans by.
+"""Rates of the engine's own kernels on this machine, for the profile that the policy optimizer plans by; `host_rates` adds what its Python costs.
 
 `policy.profile` measures links, GEMMs and disks with torch alone; what runs in kernels of this project is measured here, by the calls that the engine makes.
 """
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import ops
+from flexbatch.host_rates import host_rates
+from flexbatch.kernels import ops, reference
 from flexbatch.policy.fits import fit_curve
 from flexbatch.policy.types import Curve
 
@@ -63,7 +65,8 @@ def attention_call(
     rows = normal((num_sequences * context, 2, kv_heads, HEAD_DIM), dtype, device)
     num_bytes = rows.numel() * rows.element_size()
     if bits != 16:
-        packed = torch.zeros(rows.shape[0], -(-2 * kv_heads * (HEAD_DIM * bits // 8 + HEAD_DIM // GROUP * 4) // 16) * 16, dtype=torch.uint8, device=device)
+        row_bytes = reference.token_bytes(kv_heads, HEAD_DIM, bits, GROUP, dtype.itemsize)
+        packed = torch.zeros(rows.shape[0], row_bytes, dtype=torch.uint8, device=device)
         ops.append_rows(packed, torch.arange(rows.shape[0], device=device), rows[:, 0].contiguous(), rows[:, 1].contiguous(), bits, GROUP)
         rows = packed
     table = torch.randperm(num_sequences * pages_each).view(num_sequences, pages_each).int().to(device)
@@ -127,13 +130,29 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
         alone.append(num_bytes / seconds(call, host, 3))
     # More query heads do not read the cache faster: the regression runs from the most to one.
     falling, _ = fit_curve(QUERY_HEADS, alone[::-1])
+    few, _ = attention_call(16, 1, PAGE_TOKENS, (kv_heads, kv_heads), dtype, host)
     assert first is not None
     attention, link = beside(device, *first)
     return {
         "cpu_attention": Curve(falling.points, falling.values[::-1]),
+        "cpu_attention_seconds": call_seconds(few),
         "cpu_attention_during_h2d": min(attention, max(alone)),
         "h2d_during_cpu_attention": link,
     }
+
+
+def call_seconds(call: Callable[[], object], calls: int = 25) -> float:
+    """Of one call now and then, as ticks make them: threads that were idle for two milliseconds sleep and have to be woken.
+
+    The lower quartile: on a machine with other users the slower calls wait for these.
+    """
+    seconds = []
+    for _ in range(calls):
+        time.sleep(0.002)
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.quantiles(seconds, n=4)[0]
 
 
 def beside(device: torch.device, attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tuple[float, float]:
@@ -182,4 +201,5 @@ def kernel_rates(device: str) -> dict[str, Any]:
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
     with torch.no_grad():
         rates = attention_rates(dev, dtype) | cpu_attention_rates(dev, dtype)
+        rates |= host_rates(dev)
         return rates | page_rates(dev) if dev.type == "cuda" else rates

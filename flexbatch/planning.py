@@ -199,7 +199,7 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
         Need("weights", "gpu", plan.tier_bytes("gpu")),
         Need("weights", "cpu", plan.tier_bytes("cpu")),
         Need("weights", "disk", plan.tier_bytes("disk")),
-        Need("weight slabs (2)", "gpu", 2 * plan.slab_bytes),
+        Need(f"weight slabs ({plan.num_slabs})", "gpu", plan.num_slabs * plan.slab_bytes),
         Need("weight expansion", "gpu", expansion),
         Need("cache", "gpu", layout.num_layers * cache.gpu_pages * layout.page_bytes),
         Need("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
@@ -213,7 +213,7 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
     ]
     if cuda:
         rows += [
-            Need("disk staging (2)", "cpu", 2 * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
+            Need("disk staging", "cpu", plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
             Need("inputs", "cpu", 2 * HALF_BYTES),
             Need("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexbatch.kernels.reference import token_bytes
+
 SOURCES = ("native_rows.h", "native_attention.h", "native_attention.c", "native_few_rows.c", "native_many_rows.c", "native_append.c")
 # Infinities and NaN keep their meaning (masked scores are -inf): of -ffast-math only the harmless parts.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -116,7 +118,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> _Cache:
     assert rows[:1].is_contiguous(), f"a token row must be contiguous, got strides {rows.stride()}"
-    return _Cache(rows.data_ptr(), rows.stride(0) * rows.element_size(), num_kv_heads, head_dim, bits, group, DTYPES[dtype])
+    row_bytes, needed = rows.stride(0) * rows.element_size(), token_bytes(num_kv_heads, head_dim, bits, group, dtype.itemsize)
+    assert row_bytes >= needed, f"a token row of {num_kv_heads} heads of {head_dim} at {bits} bits takes {needed} bytes, these have {row_bytes}"
+    return _Cache(rows.data_ptr(), row_bytes, num_kv_heads, head_dim, bits, group, DTYPES[dtype])
 
 
 def paged_attention(

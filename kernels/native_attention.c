@@ -3,7 +3,7 @@
  * Two ways through the same keys. A sequence with few query rows (query tokens x heads of a group) is limited by memory: all heads are
  * taken in one sweep over the token rows, which is how they lie, and the other side (values, next keys) is prefetched meanwhile. One with
  * many rows is limited by arithmetic: a tile of rows lies across the vector lanes, so keys and values are read as scalars, nothing is
- * transposed and the softmax needs no reduction across lanes. Long contexts of few query tokens are cut at fixed places, whatever
+ * transposed and the softmax needs no reduction across lanes. Contexts of few query tokens are cut at fixed places, whatever
  * the number of threads and whatever else is in the batch: a sequence's result depends on its own keys alone. */
 #include <stdlib.h>
 
@@ -20,11 +20,20 @@ static void narrow(const attention_t *a, const span_t *s, item_t *item) {
     if (item->key_end < item->key_begin) item->key_end = item->key_begin;
 }
 
+/* Keys of one item of a cut context: a millisecond's tenth of work for a thread (a megabyte at 16 bits). With whole contexts of 512 keys three sequences
+ * kept three of 16 threads busy, and 17 items took as long as 32 (0.7 ms each on an H200's host, OPT-13B). */
+static int32_t split_keys(const attention_t *a) {
+    const int64_t keys = round_up(SPLIT_ELEMENTS / (2 * a->cache.num_kv_heads * a->cache.head_dim), KEYS);
+    return (int32_t)(keys < 2 * KEYS ? 2 * KEYS : keys > SPLIT_KEYS ? SPLIT_KEYS : keys);
+}
+
+static int is_cut(const attention_t *a, const span_t *s) { return s->queries <= SPLIT_QUERIES && s->context > split_keys(a); }
+
 /* Items of one sequence into `items` (null: only counted); `partial` moves on by what its partial results take. */
 static int64_t share_out(const attention_t *a, int32_t sequence, item_t *items, int64_t *partial) {
     const span_t s = span_of(a, sequence);
     const int32_t rows = s.queries * s.heads_per_group, kv_heads = (int32_t)a->cache.num_kv_heads, heads = is_few(&s) ? kv_heads : 1;
-    const int32_t step = s.queries <= SPLIT_QUERIES && s.context > SPLIT_KEYS ? SPLIT_KEYS : s.context;
+    const int32_t step = is_cut(a, &s) ? split_keys(a) : s.context;
     int64_t count = 0;
     if (s.queries <= 0) return 0;
     for (int32_t first = 0; first < s.context; first += step) {
@@ -56,9 +65,17 @@ static void merge(const float *partial, int64_t parts, int64_t stride, int64_t s
 
 static void merge_sequence(const attention_t *a, int32_t sequence, const float *partial) {
     const span_t s = span_of(a, sequence);
-    const int64_t size = a->cache.head_dim, rows = s.queries * a->num_heads;
-    for (int64_t r = 0; r < rows; r++)
-        merge(partial + r * (size + 2), (s.context + SPLIT_KEYS - 1) / SPLIT_KEYS, rows * (size + 2), size, a->out + (s.begin * a->num_heads + r) * size);
+    const int64_t size = a->cache.head_dim, rows = s.queries * a->num_heads, parts = (s.context + split_keys(a) - 1) / split_keys(a);
+    for (int64_t r = 0; r < rows; r++) merge(partial + r * (size + 2), parts, rows * (size + 2), size, a->out + (s.begin * a->num_heads + r) * size);
+}
+
+/* One item; who finishes the last of a cut sequence merges its partial results, so that the threads meet once, at the end: on a busy machine each
+ * meeting costs a time slice. */
+static void work_on(const attention_t *a, const item_t *item, float *scratch, float *partials, const int64_t *partial_of, int32_t *left) {
+    const span_t s = span_of(a, item->sequence);
+    (is_few(&s) ? flexbatch_few_rows : flexbatch_many_rows)(a, item, scratch, partials);
+    if (item->partial >= 0 && __atomic_sub_fetch(left + item->sequence, 1, __ATOMIC_ACQ_REL) == 0)
+        merge_sequence(a, item->sequence, partials + partial_of[item->sequence]);
 }
 
 static int64_t scratch_floats(const attention_t *a) {
@@ -72,18 +89,19 @@ static int64_t scratch_floats(const attention_t *a) {
 int flexbatch_paged_attention(const attention_t *a) {
     int64_t count = 0, floats = 0, filled = 0;
     int64_t *partial_of = malloc((a->num_sequences + 1) * sizeof *partial_of);
+    int32_t *left = malloc((a->num_sequences + 1) * sizeof *left);
     for (int32_t q = 0; q < a->num_sequences; q++) count += share_out(a, q, NULL, &floats);
     item_t *items = malloc((count + 1) * sizeof *items);
     float *partials = malloc((floats + 1) * sizeof *partials), *scratch = NULL;
     const int64_t each = scratch_floats(a);
-    const int failed = !partial_of || !items || !partials || posix_memalign((void **)&scratch, 64, each * a->threads * sizeof *scratch);
+    const int failed = !partial_of || !left || !items || !partials || posix_memalign((void **)&scratch, 64, each * a->threads * sizeof *scratch);
     if (!failed) {
         floats = 0;
         for (int32_t q = 0; q < a->num_sequences; q++) {
             partial_of[q] = floats;
-            filled += share_out(a, q, items + filled, &floats);
+            left[q] = (int32_t)share_out(a, q, items + filled, &floats);
+            filled += left[q];
         }
-        partial_of[a->num_sequences] = floats;
         const int threads = (int)(count < a->threads ? (count > 0 ? count : 1) : a->threads);
 #pragma omp parallel num_threads(threads)
         {
@@ -94,18 +112,9 @@ int flexbatch_paged_attention(const attention_t *a) {
             float *own = scratch;
 #endif
 #pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t i = 0; i < count; i++) {
-                const span_t s = span_of(a, items[i].sequence);
-                (is_few(&s) ? flexbatch_few_rows : flexbatch_many_rows)(a, items + i, own, partials);
-            }
-            if (floats) { /* without partial results the threads meet once, at the end: on a busy machine each meeting costs a time slice */
-#pragma omp barrier
-#pragma omp for schedule(dynamic, 1) nowait
-                for (int32_t q = 0; q < (int32_t)a->num_sequences; q++)
-                    if (partial_of[q + 1] > partial_of[q]) merge_sequence(a, q, partials + partial_of[q]);
-            }
+            for (int64_t i = 0; i < count; i++) work_on(a, items + i, own, partials, partial_of, left);
         }
     }
-    free(partial_of), free(items), free(partials), free(scratch);
+    free(partial_of), free(left), free(items), free(partials), free(scratch);
     return failed;
 }

@@ -8,7 +8,8 @@
 
 #define KEYS 32          /* keys taken together */
 #define TILE 64          /* query rows of one tile */
-#define SPLIT_KEYS 512   /* keys of one item when a context is cut */
+#define SPLIT_ELEMENTS (1 << 19) /* of keys and values in one item when a context is cut, within KEYS * 2 and SPLIT_KEYS keys */
+#define SPLIT_KEYS 512
 #define SPLIT_QUERIES 32 /* sequences with more query tokens have enough tiles to share out */
 
 typedef struct {

@@ -38,6 +38,8 @@ JOINT = {
 }
 """Rows where resources slow each other, and the resource that is named when such a row limits."""
 ROWS = RESOURCES + tuple(JOINT)
+DISK_THREADS = 4
+"""Requests that the executor's disk lane has under way together."""
 GRAPHED_SEQUENCES = 512
 """The executor captures no larger decode pass."""
 RESIDENT = 1e-6
@@ -81,7 +83,11 @@ class Stage:
 
 
 class PassModel:
-    """Demands of the passes ``load`` of a model on a machine for a policy's sizes and bits; the policy's splits play no part."""
+    """Demands of the passes ``load`` of a model on a machine for a policy's sizes and bits.
+
+    Of the policy's placement one thing counts: whether any sequence is attended on the CPU (``cpu_attention`` above 0), which has fixed costs, however few
+    they are.
+    """
 
     def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad):
         self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
@@ -92,9 +98,14 @@ class PassModel:
         self.row_bytes_16 = shape.token_bytes(16)
 
     @property
-    def launch_seconds(self) -> float:
-        """Of one pass: launching every tick, and what happens once a pass."""
-        return (self.shape.num_layers + 1) * self.batches * self.hardware.launch_seconds + self.hardware.pass_seconds
+    def host_seconds(self) -> np.ndarray:
+        """Composing a pass, sampling, committing."""
+        return self.hardware.pass_seconds + self.hardware.sequence_seconds * np.asarray(self.load.decode_sequences + self.load.finished_prompts)
+
+    @property
+    def launch_seconds(self) -> np.ndarray:
+        """Of one pass: launching every tick, and what happens once a pass and for every sequence."""
+        return (self.shape.num_layers + 1) * self.batches * self.hardware.launch_seconds + self.host_seconds
 
     def stages(self) -> list[Stage]:
         layers = self.shape.num_layers
@@ -103,13 +114,12 @@ class PassModel:
 
     def launched(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one CUDA graph."""
-        ticks = self.launch_seconds - self.hardware.pass_seconds
         resident = all(point[1 + VARIABLES.index(f"{kind}_gpu")] >= 1 - RESIDENT for kind in KINDS)
         one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap and self.policy.query_tokens == 1
         if not one_graph:
-            return np.asarray(self.launch_seconds)
+            return self.launch_seconds
         graphed = (np.asarray(self.load.prompt_tokens) == 0) & (np.asarray(self.load.decode_sequences) <= GRAPHED_SEQUENCES)
-        return self.hardware.pass_seconds + np.where(graphed, 0.0, ticks)
+        return np.where(graphed, self.host_seconds, self.launch_seconds)
 
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""
@@ -146,13 +156,15 @@ class PassModel:
         return Stage(name, count, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
     def _layer_traffic(self) -> dict[str, np.ndarray]:
-        """Bytes of one layer but for weights; ``gathered`` and ``scattered`` cross the link by kernel, ``attended`` is read by the CPU."""
+        """Bytes of one layer but for weights, and counts; ``gathered`` and ``scattered`` cross the link by kernel, ``attended`` is read by the CPU."""
         shape, load = self.shape, self.load
         activations = self.tokens * shape.hidden_bytes
         # Whole pages cross: half a page more than the context of every sequence.
         decode = self.row_bytes * (load.decode_context + np.asarray(load.decode_sequences) * (PAGE_TOKENS - 1) / 2)
         prompt = self.row_bytes * np.asarray(load.prompt_context, dtype=float)
         fresh = self.row_bytes * self.tokens
+        calls = np.where(self.decode_tokens > 0, self.batches, 0.0)
+        attending = calls if self.policy.cpu_attention > 0 else 0.0 * calls
         exchanged = self.decode_tokens * shape.num_heads * shape.head_dim * shape.element_bytes
         return {
             "h2d": affine(activations_cpu=activations, activations_disk=activations, attended=exchanged),
@@ -163,13 +175,16 @@ class PassModel:
             "disk_write": affine(cache_disk=fresh, activations_disk=activations),
             "attended": affine(attended=self.row_bytes * np.asarray(load.decode_context, dtype=float)),
             "attended_16": affine(attended=self.row_bytes_16 * np.asarray(load.decode_context, dtype=float)),
+            # Counts, not bytes. On disk every sequence is a request; in proportion to the disk's share, so that they stay linear.
+            "calls": affine(attending),
+            "requests": affine(cache_disk=calls + np.asarray(load.decode_sequences) / DISK_THREADS),
         }
 
     def _head_traffic(self) -> dict[str, np.ndarray]:
         """The embedding rows of the next pass are gathered where the table lives."""
         zero = affine(0.0 * self.tokens)
         rows = self.tokens * self.shape.hidden_bytes
-        names = ("d2h", "gathered", "scattered", "disk_read", "disk_write", "attended", "attended_16")
+        names = ("d2h", "gathered", "scattered", "disk_read", "disk_write", "attended", "attended_16", "calls", "requests")
         return {"h2d": affine(weights_cpu=rows, weights_disk=rows), **dict.fromkeys(names, zero)}
 
     def _layer_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -230,7 +245,7 @@ class PassModel:
         work = self._work(traffic, gpu_seconds, gpu_bytes)
         attention_rate = hardware.cpu_attention_rate(policy.query_tokens * self.shape.num_heads / self.shape.num_kv_heads)
         copies = affine(weights_cpu=self.batches, weights_disk=self.batches) * hardware.link_seconds
-        requests = affine(weights_disk=1.0, cache_disk=self.batches) * hardware.disk_read_seconds
+        requests = (traffic["requests"] + affine(weights_disk=1.0)) * hardware.disk_read_seconds
         seconds = {
             "h2d": traffic["h2d"] / hardware.h2d + traffic["gathered"] / hardware.gather + copies,
             "d2h": traffic["d2h"] / hardware.d2h + traffic["scattered"] / hardware.scatter,
@@ -238,17 +253,17 @@ class PassModel:
             "disk_write": traffic["disk_write"] / hardware.disk_write,
             "gpu_compute": gpu_seconds,
             "gpu_memory": work["gpu_memory"] / hardware.gpu_bandwidth,
-            "cpu_attention": traffic["attended_16"] / attention_rate,
+            "cpu_attention": traffic["attended_16"] / attention_rate + traffic["calls"] * hardware.cpu_attention_seconds,
             "host_memory": work["host_memory"] / hardware.host_bandwidth,
         }
         if not policy.overlap:
-            return {**seconds, "no overlap": total(seconds[name] for name in SERIAL)}
+            return {**seconds, "no overlap": total(seconds[name] for name in SERIAL) + traffic["calls"] * hardware.exchange_seconds}
         seconds["h2d + d2h"] = (work["h2d"] + work["d2h"]) / hardware.link_both
         seconds["h2d beside cpu_attention"] = seconds["h2d"] + traffic["attended"] * hardware.link_slowdown / hardware.h2d
         seconds["cpu_attention beside h2d"] = seconds["cpu_attention"] + work["h2d"] * hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]
         if self.batches == 1:
             # Nothing is left to compute while the only micro-batch's attention runs on the CPU.
-            seconds["one micro-batch"] = seconds["cpu_attention"] + gpu_seconds
+            seconds["one micro-batch"] = seconds["cpu_attention"] + gpu_seconds + traffic["calls"] * hardware.exchange_seconds
         if hardware.device == "cpu":
             seconds["cores"] = seconds["h2d"] + seconds["d2h"] + seconds["gpu_compute"] + traffic["attended_16"] / attention_rate
         return seconds

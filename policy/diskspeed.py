@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BLOCKS = (2**20, 2**22, 2**24)
+SMALL = 2**14
 THREADS = 8
 
 
@@ -46,8 +47,18 @@ def _requests(descriptor: int, block: int, num_bytes: int, offset: int, write: b
     return (time.perf_counter() - start) / count
 
 
-def measure_disk(folder: Path, size: int, seconds: float) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(reads, writes): lists of (block bytes, seconds of one request) in a temporary file of ``size`` bytes in ``folder``, within about ``seconds``.
+def _latency(descriptor: int, requests: int = 64) -> float:
+    """Seconds of one small read after another: what a request costs whatever its size."""
+    with mmap.mmap(-1, SMALL) as buffer, memoryview(buffer) as view:
+        start = time.perf_counter()
+        for request in range(requests):
+            os.preadv(descriptor, [view], request * BLOCKS[0])
+        return (time.perf_counter() - start) / requests
+
+
+def measure_disk(folder: Path, size: int, seconds: float) -> tuple[list[tuple[int, float]], list[tuple[int, float]], float]:
+    """(reads, writes, latency): lists of (block bytes, seconds of one request) in a temporary file of ``size`` bytes in ``folder``, within about
+    ``seconds``; and the seconds of a small read.
 
     Raises OSError when the folder cannot be written.
     """
@@ -64,10 +75,11 @@ def measure_disk(folder: Path, size: int, seconds: float) -> tuple[list[tuple[in
             writes = [(BLOCKS[1], _requests(descriptor, BLOCKS[1], part * len(BLOCKS), 0, write=True))]
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            latency = _latency(descriptor, min(64, part // BLOCKS[0]))
             reads: list[tuple[int, float]] = []
             for index, block in enumerate(reversed(BLOCKS)):
                 if not reads or time.perf_counter() < deadline:
                     reads.append((block, _requests(descriptor, block, part, index * part, write=False)))
         finally:
             os.close(descriptor)
-    return reads, writes
+    return reads, writes, latency

@@ -42,7 +42,7 @@ def time_rows(phases: Iterable[tuple[PassModel, float]]) -> tuple[list[tuple[flo
     """([(weight of the stage, its rows [rows, 1 + variables])], constant seconds): the objective is the weighted sum of the stages' maxima."""
     stages, constant = [], 0.0
     for model, count in phases:
-        constant += count * model.launch_seconds
+        constant += count * float(model.launch_seconds)
         stages += [(count * stage.count, dominating(np.stack(list(stage.seconds.values())))) for stage in model.stages()]
     return stages, constant
 

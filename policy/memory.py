@@ -23,7 +23,7 @@ def prompt_tokens_per_pass(workload: Workload, policy: Policy) -> float:
 def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> dict[str, dict[str, np.ndarray]]:
     """``rows[tier][kind]``: peak bytes as an affine function of the placement (see `cost.affine`), for the policy's sizes and bits.
 
-    Buffers that the executor keeps: two working slabs of the largest layer's non-resident weights, one 16-bit expansion slab for quantised
+    Buffers that the executor keeps: the working slabs of the largest layer's non-resident weights, one 16-bit expansion slab for quantised
     weights, two staging areas of the largest micro-batch's non-resident cache of one layer (prompts of sequences that the CPU attends pass
     through them too), two staged micro-batches of hidden states.
     """
@@ -31,7 +31,7 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     reserved = reserved_tokens(workload, policy)
     row = shape.token_bytes(policy.cache_bits)
     weights = shape.total_bytes(bits)
-    slab = 2.0 * shape.largest_layer_bytes(bits)
+    slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
     expansion = 0.0 if bits == 16 else shape.block_bytes(16)
     cache = batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
@@ -113,7 +113,7 @@ def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     point[1:4] = split.fractions
     peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
     expansion = 0 if policy.weight_bits == 16 else shape.block_bytes(16)
-    peak["gpu"]["weight slabs"] = expansion + 2 * int(away)
+    peak["gpu"]["weight slabs"] = expansion + policy.num_weight_slabs * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
     staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)
     per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk)

@@ -93,11 +93,10 @@ class Search:
         least = sum(count * (float(m.launched(ON_GPU)) + least_compute(m)) for m, count in phases)
         if tokens / least < (self.top if least_rate is None else least_rate):
             return
-        self.linear_programs += 1
-        solution = solve(phases, memory, room, self.constraints)
+        solution = self.solve(policy, phases, memory, room)
         if solution is not None:
             # A block that is on the GPU whole launches less than the program, which cannot know, counts.
-            saved = sum(count * (m.launch_seconds - float(m.launched(solution.point))) for m, count in phases)
+            saved = sum(count * float(m.launch_seconds - m.launched(solution.point)) for m, count in phases)
             self.tried[policy] = Candidate(policy, solution, tokens / (solution.seconds - saved))
 
     def finish(self, candidate: Candidate) -> Plan | None:
@@ -116,14 +115,24 @@ class Search:
                 return dataclasses.replace(plan, tokens_per_second_per_gib=saved)
             for tier, size in missing.items():
                 room[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
-            self.linear_programs += 1
-            solution = solve(phases, memory, room, self.constraints)
+            solution = self.solve(candidate.policy, phases, memory, room)
         return None
+
+    def solve(self, policy: Policy, phases: list[tuple[PassModel, float]], memory: dict[str, np.ndarray], room: dict[str, int]) -> Solution | None:
+        """The best placement; one without CPU attention where ``policy`` has none."""
+        self.linear_programs += 1
+        constraints = self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
+        return solve(phases, memory, room, constraints)
 
 
 def least_compute(model: PassModel) -> float:
     """GPU seconds of a pass at the placement that takes the least: with all attention on the CPU."""
     return sum(stage.count * max(0.0, float(stage.seconds["gpu_compute"] @ ALL_ATTENDED)) for stage in model.stages())
+
+
+def attention_shares(constraints: Constraints) -> tuple[float, ...]:
+    """What a searched policy has for CPU attention: the user's share, or once some, which the program finds, and once none."""
+    return (1.0, 0.0) if constraints.cpu_attention is None else (constraints.cpu_attention,)
 
 
 def chunk_of(workload: Workload, constraints: Constraints) -> int:
@@ -229,7 +238,7 @@ def polish(search: Search, best: Plan) -> Plan:
 
 
 def same_family(policy: Policy, template: Policy) -> bool:
-    return (policy.weight_bits, policy.cache_bits, policy.speculation) == (template.weight_bits, template.cache_bits, template.speculation)
+    return all(getattr(policy, name) == getattr(template, name) for name in ("weight_bits", "cache_bits", "speculation", "cpu_attention"))
 
 
 def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints | None = None) -> Plan:
@@ -248,7 +257,7 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
         template = dataclasses.replace(template, speculation=speculation)
         bound = machine_bound(shape, hardware, workload, constraints, weight_bits, cache_bits, speculation)
         if bound is not None:
-            bounds.append((bound, template))
+            bounds += [(bound, dataclasses.replace(template, cpu_attention=share)) for share in attention_shares(constraints)]
     for bound, template in sorted(bounds, key=lambda pair: -pair[0].tokens_per_second):
         if search.top < bound.tokens_per_second:
             explore(search, template, bound)

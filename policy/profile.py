@@ -88,7 +88,8 @@ def measure(device: str, disk_folder: Path, overrides: Mapping[str, Any] | None 
         _compute(values, errors, dev, dtype, timer)
         if "cpu_attention" not in (overrides or {}):
             _cpu_attention(values, errors, dev, dtype, timer)
-        _overheads(values, dev, timer)
+        if "launch_seconds" not in (overrides or {}):
+            _overheads(values, dev, timer)
     _disk(values, errors, disk_folder, 1024 * MIB if dev.type == "cuda" else 128 * MIB)
     values |= _capacities(dev, disk_folder)
     given = dict(overrides or {})
@@ -240,16 +241,15 @@ def _overheads(values: dict, dev: torch.device, timer: Timer) -> None:
 
 
 def _disk(values: dict, errors: dict[str, float], folder: Path, size: int) -> None:
-    reads, writes = measure_disk(folder, size, seconds=8.0 if size > 256 * MIB else 4.0)
+    reads, writes, latency = measure_disk(folder, size, seconds=8.0 if size > 256 * MIB else 4.0)
     for name, results in (("disk_read", reads), ("disk_write", writes)):
         blocks, seconds = zip(*results, strict=True)
         if len(blocks) > 1:
             fit = fit_rate(blocks, seconds)
             values[name], errors[name] = fit.rate, fit.error
-            if name == "disk_read":
-                values["disk_read_seconds"] = fit.fixed_seconds
         else:
             values[name] = blocks[0] / seconds[0]
+    values["disk_read_seconds"] = latency
 
 
 def _capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:

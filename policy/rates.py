@@ -74,8 +74,14 @@ class Hardware:
     """Per tick: what the host needs to launch a tick and no resource hides."""
     pass_seconds: float = 0.0
     """Per pass: composing it, sampling, committing."""
+    sequence_seconds: float = 0.0
+    """Per pass and sequence: its share of composing, sampling and committing."""
+    cpu_attention_seconds: float = 0.0
+    """Fixed cost of one call of CPU attention, per layer and micro-batch: its threads start and meet."""
+    exchange_seconds: float = 0.0
+    """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and nothing hides it."""
     disk_read_seconds: float = 0.0
-    """Fixed cost of one disk request, per layer and micro-batch."""
+    """Fixed cost of one disk request."""
     link_seconds: float = 0.0
     """Fixed cost of one copy, per layer and micro-batch."""
     attention_expand: float = 0.0

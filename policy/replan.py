@@ -104,24 +104,24 @@ def admission_limit(plan: Plan, mean_context: float | None) -> int:
     return max(plan.policy.num_gpu_batches, math.floor(room))
 
 
-def model_for(plan: Plan, hardware: Hardware, limit: int, mean_context: float | None) -> PassModel:
-    """The steady pass of ``limit`` sequences with the contexts that were met."""
+def model_for(plan: Plan, hardware: Hardware, limit: int, share: float, mean_context: float | None) -> tuple[PassModel, np.ndarray]:
+    """The steady pass of ``limit`` sequences with the contexts that were met, and the plan's placement with ``share`` of CPU attention."""
+    policy = dataclasses.replace(plan.policy, cpu_attention=share)
     load, _ = steady_load(plan.workload, plan.policy, in_flight=limit)
     if mean_context is not None:
         load = dataclasses.replace(load, decode_context=float(load.decode_sequences) * mean_context)
-    return PassModel(plan.shape, hardware, plan.policy, load)
+    return PassModel(plan.shape, hardware, policy, load), point_of(policy)
 
 
 def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float | None) -> tuple[float, float]:
     """(share of the CPU's sequences to attend there, seconds of the pass). Staging was sized by the plan: the share may rise, not fall below it."""
-    model = model_for(plan, hardware, limit, mean_context)
     # Two staging areas hold the planned share of a micro-batch; a smaller share would need larger ones, unless fewer sequences are in flight.
     staged = plan.policy.cache.cpu * (1 - plan.policy.cpu_attention)
     room = staged * plan.policy.block_size / limit
     least = max(0.0, 1 - room / plan.policy.cache.cpu) if plan.policy.cache.cpu else 0.0
     shares = sorted({plan.policy.cpu_attention, *(share for share in SHARES if share >= least - 1e-9)}) if plan.policy.cache.cpu else [0.0]
-    points = {share: point_of(dataclasses.replace(plan.policy, cpu_attention=share)) for share in shares}
-    seconds = {share: float(model.pass_seconds(point)) for share, point in points.items()}
+    models = {share: model_for(plan, hardware, limit, share, mean_context) for share in shares}
+    seconds = {share: float(model.pass_seconds(point)) for share, (model, point) in models.items()}
     best = min(shares, key=lambda share: (seconds[share], abs(share - plan.policy.cpu_attention)))
     return best, seconds[best]
 
@@ -129,7 +129,7 @@ def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float |
 def chunk_budget(plan: Plan, hardware: Hardware, limit: int, share: float, mean_context: float | None) -> int:
     """The largest budget, up to the planned one, whose prompts still hide under the pass's other traffic; never below what keeps the block full."""
     policy = plan.policy
-    model, point = model_for(plan, hardware, limit, mean_context), point_of(dataclasses.replace(policy, cpu_attention=share))
+    model, point = model_for(plan, hardware, limit, share, mean_context)
     seconds = model.resource_seconds(point)
     hidden_under = max(value for name, value in seconds.items() if not name.startswith("gpu") and name not in ("cores", "no overlap", "one micro-batch"))
     paced = float(np.ceil(model.load.prompt_tokens / policy.num_gpu_batches))

@@ -21,6 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("execution",),
     ("speculative",),
     ("planning",),
+    ("host_rates",),
     ("kernel_rates", "machines", "choosing", "adapting", "growing"),
     ("deciding", "reports"),
     ("block", "intake", "loaded"),

@@ -86,7 +86,11 @@ def _decode(value: bytes, name: str) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as error:
-        raise RowError(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise _not_utf8(name, error) from None
+
+
+def _not_utf8(name: str, error: UnicodeDecodeError) -> RowError:
+    return RowError(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}")
 
 
 def text_prompt(value: Any, name: str) -> str:
@@ -161,14 +165,16 @@ class RowReader:
         fixed = partition_values(folder)
         offset = 0
         for batch in table.select(self._names).to_batches(max_chunksize=256) if self._names else [None] * len(table):
-            values = [fixed] if batch is None else ({**fixed, **row} for row in batch.to_pylist())
-            for row in values:
+            for row in [{}] if batch is None else _python_rows(batch):
                 if not skip(offset):
-                    yield self._row(row, part, offset, first_row + offset)
+                    yield self._row(fixed, row, part, offset, first_row + offset)
                 offset += 1
 
-    def _row(self, values: dict[str, Any], part: int, offset: int, index: int) -> Row:
+    def _row(self, fixed: dict[str, Any], row: dict[str, Any] | RowError, part: int, offset: int, index: int) -> Row:
         try:
+            if isinstance(row, RowError):
+                raise row
+            values = {**fixed, **row}
             params, prompt = self._params, self._prompt(values)
             changes = {name: _setting(name, values[column]) for name, column in self._columns.items() if values[column] is not None}
             if params.seed is None and "seed" not in changes and changes.get("temperature", params.temperature) > 0:
@@ -178,6 +184,26 @@ class RowReader:
             return Row(part, offset, index, prompt, params)
         except ValueError as error:
             return Row(part, offset, index, error=str(error))
+
+
+def _python_rows(batch: pa.RecordBatch) -> Sequence[dict[str, Any] | RowError]:
+    """The rows as Python values; RowError in the place of a row with a value that Python cannot hold, such as text that is not UTF-8 or the year 10000."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, LookupError):  # so rare that only then each row is tried by itself
+        return [_python_row(batch, place) for place in range(len(batch))]
+
+
+def _python_row(batch: pa.RecordBatch, place: int) -> dict[str, Any] | RowError:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[place].as_py()
+        except UnicodeDecodeError as error:
+            return _not_utf8(name, error)
+        except (ValueError, OverflowError, LookupError) as error:
+            return RowError(f"{name!r} cannot be read: {error}")
+    return row
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -18,7 +18,7 @@ from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.shares import Share
 from flexbatch.apps.jobs.store import OutputStore
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 
 logger = logging.getLogger("flexbatch")
 DONE, CRASH, ROW_ERRORS = 0, 1, 3
@@ -136,7 +136,7 @@ def stopped(error: Exception, resume: str) -> int:
         logger.error("%s", error)
     else:
         logger.error("the job failed: %s", error, exc_info=error)
-    logger.error("resume with: %s", resume)
+    logger.error("%s: %s", "after one of the remedies, resume with" if isinstance(error, DoesNotFitError) else "resume with", resume)
     return code
 
 

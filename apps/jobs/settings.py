@@ -37,7 +37,7 @@ class JobConfig:
     stop_column: str | None = option(None, "column with stop texts per row")
     logprobs: int | None = option(None, "write the log-probabilities of the K most likely tokens and the chosen one", metavar="K")
     generated_tokens: bool = option(False, "write the generated token ids too")
-    output_prefix: str = option("", "put this before the names of the result columns")
+    output_prefix: str = option("", "put this before the names of the result columns (default: nothing)")
     part_rows: int | None = option(None, "rows of one output part at most (default: about 64 parts of 100 to 10,000 rows)")
     window_rows: int = option(1024, "rows that are ordered among each other, for balance and shared prefixes")
     retry_failed: bool = option(False, "run the rows that ended in an error again")

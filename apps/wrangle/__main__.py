@@ -15,7 +15,7 @@ from flexbatch.config import ConfigurationError
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flexbatch.apps.wrangle",
+        prog="flexbatch wrangle",
         description='Entity matching, data imputation, error detection and schema matching, as in "Can Foundation Models Wrangle Your Data?". '
         "Scores go to stdout as JSON. Exit code 3: some prompts could not be run and are left out of the scores.",
     )
@@ -59,16 +59,16 @@ def command(args: argparse.Namespace) -> int:
     config = WrangleConfig(**same, separator=args.separator, missing=args.missing, max_tokens=args.max_tokens, seed=args.example_seed)
     try:
         data = find_data_set(args.folder, args.task, args.column)
+        if args.dry_run and args.select == "clusters":
+            raise ConfigurationError("--dry-run cannot show clusters: the model's mistakes choose them")
+        plans = plan(config, data) if args.select != "clusters" else None  # data that is wrong is told before the model loads
         if args.dry_run:
-            if args.select == "clusters":
-                raise ConfigurationError("--dry-run cannot show clusters: the model's mistakes choose them")
-            (prompts, _), *_ = plan(config, data, None)
-            print(prompts[0] if prompts else "")
+            print(plans[0][0][0] if plans and plans[0][0] else "")
             return 0
         from flexbatch.engine import LLM
 
         with LLM.from_config(engine) as llm:
-            trials = run(config, data, llm)
+            trials = run(config, data, llm, plans)
     except TableError as problem:
         raise ConfigurationError(str(problem)) from problem
     results = summary(config, data, trials)

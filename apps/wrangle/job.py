@@ -74,10 +74,14 @@ def ask(llm: Any, prompts: Sequence[str], max_tokens: int) -> tuple[list[str | N
     return answers, errors
 
 
-def run(config: WrangleConfig, data: DataSet, llm: Any) -> list[Trial]:
-    """All trials. Raises TableError for data that is absent or wrong, and when every prompt fails."""
+Plan = list[tuple[list[str], list[Example]]]
+"""Prompts and examples of every trial."""
+
+
+def run(config: WrangleConfig, data: DataSet, llm: Any, plans: Plan | None = None) -> list[Trial]:
+    """All trials, as they are planned or as `plan` makes them. Raises TableError for data that is absent or wrong, and when every prompt fails."""
     trials = []
-    for prompts, examples in plan(config, data, llm):
+    for prompts, examples in plan(config, data, llm) if plans is None else plans:
         answers, errors = ask(llm, prompts, config.max_tokens or data.max_tokens)
         if examples and all(errors):
             raise TableError(f"none of the {len(prompts)} prompts could be run; the first: {errors[0]}")
@@ -85,8 +89,8 @@ def run(config: WrangleConfig, data: DataSet, llm: Any) -> list[Trial]:
     return trials
 
 
-def plan(config: WrangleConfig, data: DataSet, llm: Any) -> list[tuple[list[str], list[Example]]]:
-    """Prompts and examples of every trial. With clusters the model first answers the validation split, whose mistakes are the shots."""
+def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> Plan:
+    """Prompts and examples of every trial. With clusters the model first answers the validation split, whose mistakes are the shots; else it is not needed."""
     wording = Wording(config.separator, config.missing)
     instruction = data.instruction if config.instruction else ""
     examples = read_examples(config.folder, data, config.split, wording)[: config.limit]

@@ -90,6 +90,9 @@ class Executor:
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
                 if deferred is None:
                     self.fetch_ahead(tick)
+                elif tick.fetch_weights is not None and self.weights.has_free_slab:
+                    # A third slab: the link need not wait for the second half of the layer before.
+                    self.weights.fetch(*tick.fetch_weights)
                 if not self.overlap:
                     self.settle()
                 if tick.layer == num_layers - 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexbatch.memory.files import DiskFile
+from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES, DiskFile
 from flexbatch.memory.pages import CacheLayout, PageTable
 from flexbatch.memory.tiers import Pool
 
@@ -59,18 +59,33 @@ class DiskCache:
         """
         layout, tail = self.layout, self.tails[layer, table.tail_slot]
         flushed = self.flushed[table.tail_slot][layer]
-        known = torch.cat([tail[: start - flushed], rows])
-        end = start + len(rows)
+        end, open_rows = start + len(rows), start - flushed
         full_until = max(flushed, (end - keep) // layout.page_tokens * layout.page_tokens)
-        page = torch.zeros(layout.disk_page_bytes, dtype=torch.uint8)
-        for first in range(flushed, full_until, layout.page_tokens):
-            content = known[first - flushed : first - flushed + layout.page_tokens]
-            page[: layout.page_bytes].copy_(content.reshape(-1))
-            self.file.write(page, self.offset(layer, table.pages[first // layout.page_tokens]))
+        assert end - full_until <= self.tail_tokens, f"{end - full_until} open tokens do not fit a tail of {self.tail_tokens}"
+        if full_until == flushed:
+            # A decode pass completes a page once in page_tokens times; otherwise nothing moves but the new rows.
+            tail[open_rows : open_rows + len(rows)].copy_(rows)
+            return
+        known = torch.cat([tail[:open_rows], rows])
+        complete = known[: full_until - flushed].view(-1, layout.page_bytes)
+        for place, page, count in self.runs(table.pages[flushed // layout.page_tokens : full_until // layout.page_tokens]):
+            buffer = aligned_empty(count * layout.disk_page_bytes)
+            buffer.view(count, -1)[:, : layout.page_bytes].copy_(complete[place : place + count])
+            self.file.write(buffer, self.offset(layer, page))
         rest = known[full_until - flushed :]
-        assert len(rest) <= self.tail_tokens, f"{len(rest)} open tokens do not fit a tail of {self.tail_tokens}"
         tail[: len(rest)].copy_(rest)
         self.flushed[table.tail_slot][layer] = full_until
+
+    def runs(self, pages: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(place in ``pages``, first page, number of pages) of neighbours in the file, at most READ_CHUNK_BYTES each: one request instead of many."""
+        longest, runs = max(1, READ_CHUNK_BYTES // self.layout.disk_page_bytes), list[tuple[int, int, int]]()
+        for place, page in enumerate(pages):
+            first, start, count = runs[-1] if runs else (0, -1, 0)
+            if page == start + count and 0 < count < longest:
+                runs[-1] = (first, start, count + 1)
+            else:
+                runs.append((place, page, 1))
+        return runs
 
     def read(self, tables: Sequence[tuple[PageTable, int]], layer: int, pages_out: Tensor, threads: ThreadPoolExecutor) -> None:
         """Fill ``pages_out`` [total pages, page_bytes] (uint8, host) with the pages of every (table, num_tokens), one sequence after another."""
@@ -78,24 +93,27 @@ class DiskCache:
         jobs, cursor = [], 0
         for table, num_tokens in tables:
             flushed = self.flushed[table.tail_slot][layer]
-            for index in range(flushed // layout.page_tokens):
-                jobs.append((self.offset(layer, table.pages[index]), cursor + index))
+            full_pages = flushed // layout.page_tokens
+            jobs += [(cursor + place, page, count) for place, page, count in self.runs(table.pages[:full_pages])]
             count = layout.num_pages(num_tokens)
             open_rows = num_tokens - flushed
             if open_rows > 0:
-                first = cursor + flushed // layout.page_tokens
-                flat = pages_out[first : cursor + count].view(-1, layout.token_bytes)
+                flat = pages_out[cursor + full_pages : cursor + count].view(-1, layout.token_bytes)
                 flat[:open_rows].copy_(self.tails[layer, table.tail_slot, :open_rows])
             cursor += count
 
         @torch.inference_mode()  # worker threads have a mode of their own
-        def read_page(job: tuple[int, int]) -> None:
-            offset, place = job
-            page = torch.empty(layout.disk_page_bytes, dtype=torch.uint8)
-            self.file.read(page, offset)
-            pages_out[place].copy_(page[: layout.page_bytes])
+        def read_run(job: tuple[int, int, int]) -> None:
+            place, page, count = job
+            target = pages_out[place : place + count]
+            if layout.page_bytes == layout.disk_page_bytes and target.data_ptr() % ALIGNMENT == 0:
+                self.file.read(target.view(-1), self.offset(layer, page))
+                return
+            buffer = aligned_empty(count * layout.disk_page_bytes)
+            self.file.read(buffer, self.offset(layer, page))
+            target.copy_(buffer.view(count, -1)[:, : layout.page_bytes])
 
-        list(threads.map(read_page, jobs))
+        list(threads.map(read_run, jobs))
 
     def move(self, table: PageTable, layer: int, sources: Sequence[int], destination: int) -> None:
         """Within the tail: rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ... (the accepted path of a tree)."""
@@ -114,3 +132,10 @@ class DiskCache:
         self.file.close()
         self.host.free("cache tails")
         self.disk.free("cache")
+
+
+def aligned_empty(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] on the host at a multiple of ALIGNMENT, as direct transfers need it; torch aligns to 64 bytes."""
+    buffer = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
+    start = -buffer.data_ptr() % ALIGNMENT
+    return buffer[start : start + num_bytes]

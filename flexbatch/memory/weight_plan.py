@@ -76,6 +76,8 @@ class WeightPlan:
     gathered: tuple[StoredTensor, ...]
     resident: tuple[StoredTensor, ...]
     """Small tensors of the embedding stage (norm, projection) that stay on the compute device, whatever the split."""
+    num_slabs: int = 2
+    """Working slabs: layers that are in use or on their way together."""
 
     @cached_property
     def all_tensors(self) -> tuple[StoredTensor, ...]:
@@ -122,7 +124,9 @@ def stage_of(role: str) -> str:
     return "pre" if role == "qkv.weight" else "post"
 
 
-def plan_weights(arch: Arch, split: Split, bits: int, group: int, element_bytes: int, prequantized: Mapping[str, tuple[int, int]] | None = None) -> WeightPlan:
+def plan_weights(
+    arch: Arch, split: Split, bits: int, group: int, element_bytes: int, prequantized: Mapping[str, tuple[int, int]] | None = None, num_slabs: int = 2
+) -> WeightPlan:
     """Spread all tensors of the model over the tiers by error diffusion (DESIGN section 5).
 
     ``prequantized`` maps roles of a checkpoint that is quantised already to their (bits, group), which then win over ``bits``.
@@ -142,7 +146,7 @@ def plan_weights(arch: Arch, split: Split, bits: int, group: int, element_bytes:
         offsets[layer, tier] = offset + align(tensor.num_bytes, slab_alignment(tier))
         groups[layer].append(StoredTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
     resident = tuple(StoredTensor(spec, "gpu", 16, group, element_bytes) for spec in specs if spec.layer < 0 and spec.role not in GATHERED_ROLES)
-    return WeightPlan(arch, split, tuple(tuple(groups[layer]) for layer in range(head + 1)), tuple(groups[-1]), resident)
+    return WeightPlan(arch, split, tuple(tuple(groups[layer]) for layer in range(head + 1)), tuple(groups[-1]), resident, num_slabs)
 
 
 def tensor_format(spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

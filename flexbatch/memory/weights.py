@@ -56,7 +56,7 @@ class WeightStore:
     ``homes`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once they have their name).
     """
 
-    def __init__(self, plan: WeightPlan, tiers: Tiers, lanes: Lanes, dtype: torch.dtype, num_slabs: int = 2) -> None:
+    def __init__(self, plan: WeightPlan, tiers: Tiers, lanes: Lanes, dtype: torch.dtype) -> None:
         self.plan, self.tiers, self.lanes, self.dtype = plan, tiers, lanes, dtype
         self.device = lanes.device
         self.homes: dict[tuple[int, str], Views] = {}
@@ -64,10 +64,10 @@ class WeightStore:
         self.cpu_slabs: dict[int, Tensor] = {}
         self.allocate_homes()
         streamed = plan.slab_bytes
-        self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(num_slabs)] if streamed else []
+        self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
         staged = self.device.type == "cuda" and disk_bytes
-        self.disk_staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(num_slabs)] if staged else []
+        self.disk_staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
         self.free_after: list[Handle] = [READY] * len(self.slabs)
         self.claims: dict[int, Claim] = {}
         self.next_slab = 0
@@ -82,6 +82,11 @@ class WeightStore:
     def resident(self) -> bool:
         """Whether everything that a pass reads is on the compute device."""
         return not self.slabs and all(tensor.tier == "gpu" for tensor in self.plan.gathered)
+
+    @property
+    def has_free_slab(self) -> bool:
+        """Whether the next layer can be fetched before another is released."""
+        return len(self.claims) < len(self.slabs)
 
     def allocate_homes(self) -> None:
         """One allocation per tier for all resident tensors."""

@@ -14,7 +14,7 @@ import pytest
 
 from tests.apps_batch.helpers import read_output, run_here, write_input
 
-ROWS = [{"prompt": f"row {i}: ünï, \"quoted\"\nsecond line", "number": i} for i in range(60)]
+ROWS = [{"prompt": f'row {i}: ünï, "quoted"\nsecond line', "number": i} for i in range(60)]
 SETTINGS = ("--temperature", 0, "--part-rows", 25)
 
 

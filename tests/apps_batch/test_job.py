@@ -69,6 +69,12 @@ def test_odd_rows_become_errors_and_the_rest_goes_on(tmp_path: Path, capsys: pyt
     assert [text is None for text in table["generated_text"].to_pylist()] == [bool(error) for error in errors]
     assert table["finish_reason"].to_pylist()[1] == "error"
     assert "2 of 6 rows have an error" in capsys.readouterr().err
+    torn = pq.read_table(source).append_column("torn", pa.array([b"a", b"\xff", b"", b"b", b"c", b"\x80"]).view(pa.string()))
+    pq.write_table(torn, tmp_path / "torn.parquet")
+    assert run_here(tmp_path / "torn.parquet", tmp_path / "out-torn", "--prompt-column", "torn") == 3
+    table = read_output(tmp_path / "out-torn")
+    assert ["is not UTF-8" in error for error in table["error"].to_pylist()] == [False, True, False, False, False, True]
+    assert table["torn"].equals(torn["torn"])
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", "END"), ("right", "BEGIN")])

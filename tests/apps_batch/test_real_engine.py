@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -98,6 +99,46 @@ def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:
         row = rows[place]
         assert (row["generated_text"], row["generated_tokens"]) == (completion.text, completion.token_ids)
         assert row["logprobs"][0][0]["rank"] == 1 and row["logprobs"][0][0]["token_id"] == row["generated_tokens"][0]
+
+
+def test_odd_prompts_through_the_real_tokenizer_and_engine(tmp_path: Path) -> None:
+    """Null, empty, 100,000 words, emoji, a null byte, bytes that are no text: an error of the row, or its text, alone as among the others."""
+    prompts = [b"fine", None, b"", b"word " * 100_000, "\U0001f600 \U0001f468\u200d\U0001f469".encode(), b"a\x00b", b"\xff\xfe", b"also fine"]
+    flags = ("--max-tokens", "4", "--part-rows", "3")
+    rows: dict[int, dict] = {}
+    for name, chosen in (("all", list(range(8))), ("good", [0, 4, 5, 7])):
+        pq.write_table(pa.table({"id": chosen, "prompt": pa.array([prompts[i] for i in chosen], pa.binary()), "seed": chosen}), tmp_path / f"{name}.parquet")
+        out = tmp_path / name
+        words = (tmp_path / f"{name}.parquet", out, *flags, "--seed-column", "seed")
+        finished(start(*words, count_file=tmp_path / "tokens"), 3 if name == "all" else 0)
+        found = {row["id"]: row for row in read_output(out).to_pylist()}
+        assert all(rows.get(number, row) == row for number, row in found.items())
+        rows.update(found)
+    told = {1: "is null", 2: "is empty", 3: "200000 tokens", 6: "is not UTF-8"}
+    assert {number for number, row in rows.items() if row["error"]} == told.keys()
+    assert all(message in rows[number]["error"] for number, message in told.items())
+
+
+@pytest.mark.slow
+def test_two_shards_with_real_engines_killed_and_resumed_independently(tmp_path: Path) -> None:
+    source, out, flags = write_input(tmp_path / "in.parquet", shared_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
+    finished(start(source, tmp_path / "whole", *flags, count_file=tmp_path / "once"))
+    for turn, shards in enumerate([(0, 1), (1, 0)]):
+        processes = [start(source, out, *flags, "--shard", f"{shard}/2", count_file=tmp_path / "tokens") for shard in shards]
+        goal = 5 * (turn + 1)
+        wait_for(lambda goal=goal: len(parts_of(out)) >= goal, processes[0], 300)
+        processes[0].kill()
+        processes[0].communicate()
+        wait_for(lambda goal=goal: len(parts_of(out)) >= goal + 3, processes[1], 300)
+        processes[1].kill()
+        processes[1].communicate()
+    committed = len(parts_of(out))
+    for process in [start(source, out, *flags, "--shard", f"{shard}/2", count_file=tmp_path / "tokens") for shard in (0, 1)]:
+        finished(process)
+    assert committed < 30 and read_output(out).equals(read_output(tmp_path / "whole"))
+    once, tokens = ((tmp_path / name).stat().st_size for name in ("once", "tokens"))
+    print(f"2 shards, each killed twice, {committed} of 30 parts before the last start: {tokens} tokens generated, {once} in one process")
+    assert once <= tokens <= once + 4 * 16 * 16, "a death costs what one block of 16 sequences had in flight"
 
 
 def test_a_rare_long_prompt_is_not_lost(tmp_path: Path) -> None:

@@ -51,6 +51,24 @@ def test_bytes_that_are_no_text_are_an_error_of_their_row() -> None:
     assert rows[0].prompt == "ok" and rows[1].error == "'p' is not UTF-8: invalid start byte at byte 0"
 
 
+def torn_text(*values: bytes) -> pa.Array:
+    """A text column of bytes that nobody has checked, as a careless writer leaves them."""
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+def test_text_that_is_not_utf8_is_an_error_of_its_row() -> None:
+    rows = rows_of(pa.table({"p": torn_text(b"a", b"\xff\xfe", b"", b"b\x80")}), prompt_column="p")
+    assert [row.prompt for row in rows] == ["a", None, "", None]
+    assert [row.error for row in rows] == ["", "'p' is not UTF-8: invalid start byte at byte 0", "", "'p' is not UTF-8: invalid start byte at byte 1"]
+
+
+def test_a_time_that_python_cannot_hold_is_an_error_of_its_row() -> None:
+    at = pa.array([0, 10**18], pa.int64())
+    first, second = rows_of(pa.table({"at": at.view(pa.timestamp("us"))}), template="{at}")
+    assert first.prompt == "1970-01-01 00:00:00" and second.error == "'at' cannot be read: date value out of range"
+    assert rows_of(pa.table({"at": at.view(pa.timestamp("s", "No/Where"))}), template="{at}")[0].error.startswith("'at' cannot be read: ")
+
+
 def test_a_prompt_column_of_numbers_or_an_unknown_one_is_refused_with_the_columns() -> None:
     with pytest.raises(ConfigurationError, match="int64, not text"):
         rows_of(pa.table({"p": [1]}), prompt_column="p")

@@ -315,6 +315,13 @@ def test_too_long_rows_are_errors_and_exit_code_3(tmp_path, tiny, capsys):
     assert [row["row"] for row in failed] == [1] and "tokens" in failed[0]["error"] and failed[0]["right"] is None
 
 
+def test_wrong_data_is_told_before_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("flexbatch.engine.LLM.from_config", lambda config: pytest.fail("the model was loaded"))
+    folder = make_imputation(tmp_path)
+    assert main([str(folder), "--select", "manual"]) == 2
+    assert main([str(folder), "--task", "data_imputation", "--column", "town"]) == 2
+
+
 def test_usage_errors_are_exit_code_2(tmp_path, capsys):
     assert main([str(tmp_path / "Beer")]) == 2
     assert main([str(make_matching(tmp_path)), "--trials", "0"]) == 2

@@ -210,6 +210,15 @@ def test_sigterm_ends_a_command_as_an_interruption() -> None:
     assert process.returncode == 130 and "interrupted; resume with: again" in errors
 
 
+def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> None:
+    script = (
+        "import logging\nfrom flexbatch import cli\ncli.set_up_logging()\n"
+        "for name in ('flexbatch', 'httpx'):\n    logging.getLogger(name).info('info of %s', name)\n    logging.getLogger(name).warning('warning of %s', name)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert [line.split(" ", 1)[1] for line in done.stderr.splitlines()] == ["INFO info of flexbatch", "WARNING warning of flexbatch", "WARNING warning of httpx"]
+
+
 def test_a_reader_that_goes_away_is_no_crash_report() -> None:
     script = "import sys\nfrom flexbatch import cli\ndef main():\n    for i in range(100000): print(i)\nsys.exit(cli.run_command(main))"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

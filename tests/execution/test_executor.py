@@ -13,6 +13,8 @@ import torch
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.executor import Executor
 from flexbatch.memory.files import DiskFile
+from flexbatch.memory.transfer import Handle
+from flexbatch.memory.weights import WeightStore
 from flexbatch.trace import RecordingTracer
 from tests.memory.rigs import dawdle
 from tests.tiny_models import make_model, random_prompts
@@ -80,6 +82,34 @@ def test_cpu_attention_waits_for_the_rows_of_a_prompt_that_was_read_on_the_devic
         llm.lanes.d2h.traced = late  # type: ignore[method-assign, union-attr]
         assert tokens(llm) == expected
         check(llm)
+
+
+def test_the_link_does_not_wait_for_a_half_that_is_put_off(folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CPU attention the last half of a layer runs in the next one; a third slab takes the layer after that meanwhile."""
+    events: list[tuple[str, int]] = []
+    fetch, release = WeightStore.fetch, WeightStore.release
+
+    def fetched(self: WeightStore, layer: int, index: int, count: int) -> None:
+        if layer not in self.claims:
+            events.append(("fetch", layer))
+        fetch(self, layer, index, count)
+        self.check()
+
+    def released(self: WeightStore, layer: int, done: Handle) -> None:
+        events.append(("release", layer))
+        release(self, layer, done)
+
+    monkeypatch.setattr(WeightStore, "fetch", fetched)
+    monkeypatch.setattr(WeightStore, "release", released)
+    before = {}
+    for attended in (0.0, 1.0):
+        events.clear()
+        with engine(folder, None, **{**HOST, "cpu_attention": attended}) as llm:
+            assert len(llm.weights.slabs) == llm.policy.num_weight_slabs == 2 + (attended > 0)
+            assert tokens(llm) == expected
+            check(llm)
+        before[attended] = any(event == ("fetch", 2) and ("release", 0) in events[i : i + 2] for i, event in enumerate(events))
+    assert before == {0.0: False, 1.0: True}
 
 
 @pytest.mark.parametrize("place", ["read", "write"])

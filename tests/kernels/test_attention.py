@@ -28,6 +28,15 @@ def test_native(case, dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"tree": True}, {"bits": 4}, {"num_heads": 32}], ids=str)
+def test_native_cuts_shorter_where_rows_are_wider(options):
+    """16 heads of 128 elements: 128 keys in one piece, not 512."""
+    case = replace(Case((1, 3, 1, 1, 33), (300, 131, 128, 129, 400), num_heads=16, num_kv_heads=16, head_dim=128), **options)
+    arguments, others = case.build()
+    assert_close(native.paged_attention(*arguments, **others), reference.paged_attention(*arguments, **others))
+
+
+@needs_compiler
 @pytest.mark.parametrize("window", [0, 300])
 def test_native_cuts_long_contexts(window):
     arguments, options = Case((1, 4, 17, 1), (1025, 600, 1600, 512), num_heads=6, num_kv_heads=2, head_dim=40, window=window).build()
@@ -35,9 +44,10 @@ def test_native_cuts_long_contexts(window):
 
 
 @needs_compiler
-def test_native_result_depends_on_the_sequence_alone():
+@pytest.mark.parametrize("heads", [{"head_dim": 32}, {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128}], ids=["narrow", "wide"])
+def test_native_result_depends_on_the_sequence_alone(heads):
     """Bit for bit, whatever the number of threads and the neighbours in the batch."""
-    (query, rows, table, starts, lens), options = Case((1, 3, 1), (700, 90, 1100), head_dim=32).build()
+    (query, rows, table, starts, lens), options = Case((1, 3, 1), (700, 90, 1100), **heads).build()
     together = [native.paged_attention(query, rows, table, starts, lens, **options, threads=threads) for threads in (1, 3)]
     alone = native.paged_attention(query[4:], rows, table[2:], torch.tensor([0, 1]), lens[2:], **options)
     assert torch.equal(together[0], together[1])

@@ -43,6 +43,14 @@ def test_append_rows_takes_slices_of_a_fused_projection():
 
 
 @needs_compiler
+def test_rows_that_are_too_narrow_are_refused():
+    """They would be written beyond their end."""
+    key, rows = torch.ones(1, 8, 128), torch.zeros(4, 1088, dtype=torch.uint8)
+    with pytest.raises(AssertionError, match=r"8 heads of 128 at 4 bits takes 1280 bytes, these have 1088"):
+        native.append_rows(rows, torch.zeros(1, dtype=torch.int64), key, key, 4, 64)
+
+
+@needs_compiler
 def test_built_once(tmp_path):
     first = native.build(tmp_path)
     written = first.stat().st_mtime_ns

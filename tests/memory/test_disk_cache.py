@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flexbatch.memory.disk_cache import DiskCache
+from flexbatch.memory import disk_cache
+from flexbatch.memory.disk_cache import DiskCache, aligned_empty
 from flexbatch.memory.pages import CacheLayout, PageTable
 from flexbatch.memory.transfer import Lanes
 from tests.memory.rigs import open_tiers
@@ -54,11 +56,12 @@ CHUNKS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, MAX_NODES)), min_s
 
 
 @settings(max_examples=60, deadline=None)
-@given(chunks=CHUNKS, other=CHUNKS, accept=st.randoms(use_true_random=False))
-def test_rows_are_read_as_they_were_appended(chunks: list[tuple[int, int]], other: list[tuple[int, int]], accept) -> None:
-    """Two sequences by turns, in chunks of any size, some with drafted tokens of which a part is taken back."""
+@given(chunks=CHUNKS, other=CHUNKS, pages=st.permutations(range(PAGES)), accept=st.randoms(use_true_random=False))
+@example(chunks=[(9, 0)], other=[(9, 2)], pages=list(range(PAGES)), accept=random.Random(0))
+def test_rows_are_read_as_they_were_appended(chunks: list[tuple[int, int]], other: list[tuple[int, int]], pages: list[int], accept) -> None:
+    """Two sequences by turns, in chunks of any size, some with drafted tokens of which a part is taken back; pages next to each other or not."""
     with open_cache() as (cache, lanes):
-        tables = [PageTable("disk", [0, 5, 1, 7], tail_slot=cache.open()), PageTable("disk", [6, 2, 4, 3], tail_slot=cache.open())]
+        tables = [PageTable("disk", pages[:4], tail_slot=cache.open()), PageTable("disk", pages[4:], tail_slot=cache.open())]
         known = [torch.empty(LAYERS, 0, LAYOUT.token_bytes, dtype=torch.uint8)] * 2
         for turn, (first, second) in enumerate(zip(chunks, other, strict=False)):
             for i, (count, drafted) in enumerate((first, second)):
@@ -89,6 +92,30 @@ def test_a_shared_prefix_is_read_from_the_pages_of_another() -> None:
         cache.adopt(second.tail_slot, PAGE_TOKENS)
         cache.append(second, 0, PAGE_TOKENS, end, 0)
         assert torch.equal(read(cache, lanes, [(second, PAGE_TOKENS + 2)], 0)[0], torch.cat([prompt, end]))
+
+
+def test_neighbours_in_the_file_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_cache() as (cache, _):
+        assert cache.runs([4, 5, 6, 2, 1, 3]) == [(0, 4, 3), (3, 2, 1), (4, 1, 1), (5, 3, 1)]
+        assert cache.runs([]) == []
+        monkeypatch.setattr(disk_cache, "READ_CHUNK_BYTES", 2 * LAYOUT.disk_page_bytes)
+        assert cache.runs([0, 1, 2, 3, 4]) == [(0, 0, 2), (2, 2, 2), (4, 4, 1)]
+
+
+def test_pages_that_are_whole_blocks_go_straight_to_their_place() -> None:
+    """Without a copy: the layout of most models at 16 bits."""
+    layout = CacheLayout(1, 4, 32, 16, 64, PAGE_TOKENS, torch.float32)
+    assert layout.page_bytes == layout.disk_page_bytes == 4096
+    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, lanes):
+        cache = DiskCache(layout, PAGES, 1, PAGE_TOKENS, Path(folder), tiers.cpu, tiers.disk)
+        table = PageTable("disk", [2, 3, 4, 0], tail_slot=cache.open())
+        rows = torch.randint(0, 256, (14, layout.token_bytes), dtype=torch.uint8)
+        cache.append(table, 0, 0, rows, 0)
+        for pages_out in (aligned_empty(4 * layout.page_bytes), aligned_empty(4 * layout.page_bytes + 64)[64:]):
+            pages = pages_out.view(4, -1)
+            cache.read([(table, 14)], 0, pages, lanes.disk_chunks)
+            assert torch.equal(pages.view(-1, layout.token_bytes)[:14], rows)
+        cache.close()
 
 
 def test_a_tail_that_overflows_is_noticed() -> None:

@@ -20,7 +20,8 @@ def free_launch(name: str) -> Hardware:
     hardware = load_hardware(name)
     rate = hardware.cpu_attention.values[0]
     alone = dataclasses.replace(hardware, cpu_attention_during_h2d=rate, h2d_during_cpu_attention=hardware.h2d)
-    return dataclasses.replace(alone, launch_seconds=0.0, pass_seconds=0.0, link_seconds=0.0, link_both=1e15, host_bandwidth=1e15)
+    fixed = ("launch_seconds", "pass_seconds", "sequence_seconds", "cpu_attention_seconds", "exchange_seconds", "link_seconds", "disk_read_seconds")
+    return dataclasses.replace(alone, **dict.fromkeys(fixed, 0.0), link_both=1e15, host_bandwidth=1e15)
 
 
 def block(policy: Policy, context: int, chunk: int = 0, before: int = 0) -> tuple[list[SimulatedSequence], PassLoad]:
@@ -147,6 +148,33 @@ def test_launch_cost_counts_every_tick():
     base = float(PassModel(shape, small(), policy, load).pass_seconds(point_of(policy)))
     with_launch = PassModel(shape, small(launch_seconds=1e-3, pass_seconds=0.5), policy, load)
     assert float(with_launch.pass_seconds(point_of(policy))) == pytest.approx(base + 33 * 3 * 1e-3 + 0.5)
+
+
+def test_every_sequence_costs_the_host():
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 3)
+    load, shape = PassLoad.decode(24, 500) + PassLoad.prefill(2, 100), public_shape("opt-6.7b")
+    base = float(PassModel(shape, small(), policy, load).pass_seconds(point_of(policy)))
+    assert float(PassModel(shape, small(sequence_seconds=1e-4), policy, load).pass_seconds(point_of(policy))) == pytest.approx(base + 26e-4)
+
+
+def test_fixed_costs_of_cpu_attention_and_of_disk_pages():
+    """By calls and requests of the layers; a pass of prompts alone has none, and the head neither."""
+    shape, load = public_shape("opt-6.7b"), PassLoad.decode(24, 500)
+    two = Policy(Split(1, 0), Split(0, 0.5, 0.5), Split(1, 0), 12, 2, cpu_attention=1.0)
+    one = dataclasses.replace(two, gpu_batch_size=24, num_gpu_batches=1)
+    slow = small(cpu_attention_seconds=1.0, exchange_seconds=10.0, disk_read_seconds=100.0)
+    for policy in (one, two):
+        point, calls = point_of(policy), 32 * policy.num_gpu_batches * 0.5
+        base, costly = (PassModel(shape, hardware, policy, load).resource_seconds(point) for hardware in (small(), slow))
+        # As many with a few sequences attended as with all.
+        assert costly["cpu_attention"] - base["cpu_attention"] == pytest.approx(2 * calls)
+        assert costly["disk_read"] - base["disk_read"] == pytest.approx(100 * (calls + 32 * 24 / 4 * 0.5))
+        if policy is one:
+            assert costly["one micro-batch"] - base["one micro-batch"] == pytest.approx(22 * calls)
+        staged = PassModel(shape, slow, dataclasses.replace(policy, cpu_attention=0.0), load).resource_seconds(point)
+        assert staged["cpu_attention"] == base["cpu_attention"]
+        prompts = PassModel(shape, slow, policy, PassLoad.prefill(24, 100)).resource_seconds(point)
+        assert prompts["cpu_attention"] == 0 and prompts["disk_read"] < 1
 
 
 def test_one_micro_batch_cannot_hide_cpu_attention():

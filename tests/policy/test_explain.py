@@ -142,7 +142,8 @@ def test_peak_memory_by_hand():
     row = 2 * 2 * 7168
     assert peak["cpu"]["cache"] == 144 * 544 * 48 * row
     assert peak["cpu"]["weights"] == 2 * shape.total_elements
-    assert peak["gpu"]["weight slabs"] == 2 * 2 * 12 * 7168 * 7168
+    # A third slab, because CPU attention puts the second half of a layer's last tick off.
+    assert peak["gpu"]["weight slabs"] == 3 * 2 * 12 * 7168 * 7168
     assert peak["gpu"]["cache staging"] == 2 * 48 * 544 * row
     assert peak["gpu"]["logits"] == 3 * 4 * 48 * 50272
     assert peak["gpu"]["activations"] == 3 * (48 + 48 * 512) * 7168 * 2

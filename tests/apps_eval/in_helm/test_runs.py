@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from oracle import make_model
 
 ROOT = Path(__file__).resolve().parents[3]
 HELM_RUN = [str(Path(sys.executable).parent / "helm-run")]
+INSTALLED = any(point.value == "flexbatch.apps.helm" for point in entry_points(group="helm"))
+PLUGIN = () if INSTALLED else ("--plugins", "flexbatch.apps.helm")
+"""An installed FlexBatch is found through its entry point, as users have it; a checkout that is not installed is named."""
 SCENARIOS = (
     "simple_mcqa",
     "simple_classification",
@@ -97,7 +101,7 @@ def test_every_metric_equals_the_hugging_face_client(folder, model, reference):
 def test_the_ordinary_command_gives_the_models_logprobs_and_whole_batches(folder, model, reference):
     """``helm-run`` itself, with the plug-in and no YAML: everything but the metrics of generated log-probabilities is as with HELM's client."""
     command = [*HELM_RUN, *entries(f"flexbatch/{model}", folder / "questions.jsonl"), "-m", "10"]
-    helm(command, folder, "plain", "--plugins", "flexbatch.apps.helm", "--runner-class-name", "flexbatch.apps.helm.FlexBatchRunner")
+    helm(command, folder, "plain", *PLUGIN, "--runner-class-name", "flexbatch.apps.helm.FlexBatchRunner")
     mine = runs(folder, "plain", "stats.json")
     for name, stats in reference.items():
         without = OURS + (() if "separate" in name else LOGPROBS)
@@ -115,7 +119,7 @@ def test_the_ordinary_command_gives_the_models_logprobs_and_whole_batches(folder
 
 def test_the_ordinary_runner_gathers_the_threads_requests(folder, model, reference):
     command = [*HELM_RUN, *entries(f"flexbatch/{model}", folder / "questions.jsonl", scenarios=SCENARIOS[2:3], methods=()), "-m", "10", "-n", "10"]
-    helm(command, folder, "threads", "--plugins", "flexbatch.apps.helm")
+    helm(command, folder, "threads", *PLUGIN)
     ((name, stats),) = runs(folder, "threads", "stats.json").items()
     assert metrics(stats, without=OURS + LOGPROBS) == pytest.approx(metrics(reference[name], without=OURS + LOGPROBS), rel=1e-4, abs=1e-6)
     (state,) = runs(folder, "threads", "scenario_state.json").values()
@@ -125,7 +129,7 @@ def test_the_ordinary_runner_gathers_the_threads_requests(folder, model, referen
 def test_a_dry_run_loads_nothing(folder, model):
     command = [*HELM_RUN, *entries(f"flexbatch/{model}", folder / "questions.jsonl", scenarios=(), methods=METHODS[:1]), "-m", "4", "--dry-run"]
     write_questions(folder / "questions.jsonl", 12)
-    helm(command, folder, "dry", "--plugins", "flexbatch.apps.helm", "--runner-class-name", "flexbatch.apps.helm.FlexBatchRunner", FLEXBATCH_GPU_MEMORY="1KiB")
+    helm(command, folder, "dry", *PLUGIN, "--runner-class-name", "flexbatch.apps.helm.FlexBatchRunner", FLEXBATCH_GPU_MEMORY="1KiB")
     (state,) = runs(folder, "dry", "scenario_state.json").values()
     assert len(state["request_states"]) == 4 and all("result" not in each for each in state["request_states"])
 
@@ -145,7 +149,7 @@ def test_a_bad_request_is_an_error_and_loses_nothing(folder, model, method):
     }
     (config / "model_deployments.yaml").write_text(json.dumps({"model_deployments": [deployment]}))
     command = [*HELM_RUN, *entries("flexbatch/llama", questions, scenarios=(), methods=[method]), "-m", "100"]
-    helm(command, folder, suite, "--plugins", "flexbatch.apps.helm", "--runner-class-name", "flexbatch.apps.helm.FlexBatchRunner")
+    helm(command, folder, suite, *PLUGIN, "--runner-class-name", "flexbatch.apps.helm.FlexBatchRunner")
     (state,) = runs(folder, suite, "scenario_state.json").values()
     (errors,) = runs(folder, suite, "flexbatch_errors.json").values()
     (stats,) = runs(folder, suite, "stats.json").values()

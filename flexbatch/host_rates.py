@@ -1,0 +1,130 @@
+"""What the engine's own Python costs on this machine: per pass, per sequence and per tick.
+
+Small models and blocks that live on the GPU are limited by it (512 sequences of OPT-1.3B on an H200: 9 of 15 milliseconds a pass are the GPU's), and so
+is a single micro-batch that waits for CPU attention at every layer. Passes of a model too small to compute anything leave only these costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from flexbatch.detokenize import OutputText
+from flexbatch.execution.batcher import Batcher, Candidate
+from flexbatch.execution.executor import Executor
+from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampler import draw
+from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.host_buffers import HostBuffers
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.loading import Loader
+from flexbatch.memory.tiers import Pool, Tiers
+from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.weight_plan import plan_weights
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models.arch import Arch
+from flexbatch.models.dummy import dummy
+from flexbatch.models.families import read_arch
+from flexbatch.planning import Job, block_sizes, cache_layout
+from flexbatch.policy.types import Policy, Split
+from flexbatch.request import Request, SamplingParams
+from flexbatch.trace import Tracer
+
+MIB = 2**20
+ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
+PROMPT_TOKENS = 4
+FEW, MANY = 2, 10
+"""Layers."""
+SHAPES = ((FEW, 8), (FEW, 128), (MANY, 8), (MANY, 128))
+"""(layers, sequences of a micro-batch)."""
+WARM_UP, PASSES = 3, 6
+
+
+def small_arch(num_layers: int, head_dim: int) -> Arch:
+    sizes = {"hidden_size": head_dim, "intermediate_size": head_dim, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 64}
+    config = {"model_type": "llama", "num_hidden_layers": num_layers, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    return read_arch({**config, **sizes, "eos_token_id": 2, "bos_token_id": 1})
+
+
+def resident(sequences: int) -> Policy:
+    """Two micro-batches: one alone on the GPU is a graph, whose ticks cost the host nothing."""
+    return Policy(ON_GPU, ON_GPU, ON_GPU, sequences, 2, prefill_chunk=PROMPT_TOKENS)
+
+
+def attended(sequences: int) -> Policy:
+    """One micro-batch, whose cache the CPU attends."""
+    return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, 1, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
+
+
+@contextlib.contextmanager
+def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Executor, KVCache, int]]:
+    """Executor, cache and the tokens of a micro-batch, with random weights."""
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        pinned = device.type == "cuda"
+        tiers = Tiers(Pool("gpu", 256 * MIB, device=device), Pool("cpu", 64 * MIB, pinned=pinned), Pool("disk", MIB), Path(folder))
+        stack.callback(tiers.close)
+        lanes = Lanes(device, Tracer(), disk_threads=1)
+        stack.callback(lanes.close)
+        weights = WeightStore(plan_weights(arch, policy.weights, 16, 64, dtype.itemsize), tiers, lanes, dtype)
+        stack.callback(weights.close)
+        Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
+        layout = cache_layout(arch, 16, dtype)
+        sizes = block_sizes(policy, layout, job)
+        cache = KVCache(layout, sizes.cache, tiers, lanes)
+        stack.callback(cache.close)
+        tokens = sizes.max_micro_batch_tokens
+        activations = ActivationStore(policy.activations, policy.num_gpu_batches, tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, lanes)
+        stack.callback(activations.close)
+        buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
+        stack.callback(buffers.close)
+        yield Executor(arch, weights, cache, activations, lanes, buffers, dtype, overlap=True), cache, tokens
+
+
+def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
+    """Of a decode pass of a full block: the fastest, since what is above it is the machine's other users."""
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    arch = small_arch(num_layers, 128 if gpu else 8)
+    params = SamplingParams(max_tokens=1 + WARM_UP + PASSES, temperature=0, ignore_eos=True)
+    chance = random.Random(0)
+    requests = [Request(i, tuple(chance.choices(range(3, 64), k=PROMPT_TOKENS)), params) for i in range(policy.block_size)]
+    job = Job((PROMPT_TOKENS + params.max_tokens,) * len(requests), (PROMPT_TOKENS,) * len(requests))
+    seconds = []
+    with open_block(arch, policy, job, device, dtype) as (executor, cache, tokens):
+        batcher = Batcher(policy, cache, (Candidate(RequestState(request), OutputText(None, params)) for request in requests), tokens)
+        while batcher.has_work():
+            start = time.perf_counter()
+            work = batcher.next_pass()
+            batcher.commit(work, draw(executor.run(work)))
+            seconds.append(time.perf_counter() - start)
+    return min(seconds[1 + WARM_UP : -1])
+
+
+@torch.inference_mode()
+def host_rates(device: torch.device) -> dict[str, float]:
+    """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` of `policy.rates.Hardware`, by non-negative least squares over a few shapes, and
+    ``exchange_seconds``, from how passes of one micro-batch grow with the layers.
+    """
+    threads = torch.get_num_threads()
+    # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
+    torch.set_num_threads(1)
+    try:
+        measured = [decode_seconds(layers, resident(sequences), device) for layers, sequences in SHAPES]
+        few, many = (decode_seconds(layers, attended(8), device) for layers in (FEW, MANY))
+    finally:
+        torch.set_num_threads(threads)
+    ticks = [2 * (layers + 1) for layers, _ in SHAPES]
+    sequences = [2 * each for _, each in SHAPES]
+    terms = np.column_stack([np.ones(len(SHAPES)), sequences, ticks])
+    # Relative errors: a pass of ten layers is not five times as important as one of two.
+    found, _ = nnls(terms / np.array(measured)[:, None], np.ones(len(SHAPES)))
+    rates = dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
+    return {**rates, "exchange_seconds": max(0.0, (many - few) / (MANY - FEW) - rates["launch_seconds"])}
