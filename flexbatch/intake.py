@@ -35,6 +35,7 @@ def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingPar
 
 def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:
     """The n requests of one prompt. Raises PromptError."""
+    encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
     text = prompt if isinstance(prompt, str) else None
     return [Request(index, token_ids, params, sample, text) for sample in range(params.n)]

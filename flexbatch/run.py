@@ -152,6 +152,7 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
         count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
         prompts = workload.synthetic_prompts(count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed)
     encoder = PromptEncoder(tokenizer, max_context=arch.max_positions, vocab_size=arch.vocab_size)
+    encoder.check_params(0, params)
     token_ids = [encoder.encode(index, prompt, params.max_tokens) for index, prompt in enumerate(prompts)]
     return Work(prompts, token_ids, params, arch.max_positions)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.engine import PEEKED_BLOCKS
 from flexbatch.execution.batcher import Batcher
 from flexbatch.planning import Job
+from flexbatch.prompts import PromptError
 from tests.tiny_models import make_model, random_prompts
 
 PLACES = {
@@ -125,6 +127,17 @@ def test_a_refused_request_among_the_first_does_not_refuse_the_stream(roomy, tmp
         found = dict(llm.stream(items(random_prompts([SMALL, 1500, SMALL, 1400], seed=7))))
         alone = dict(llm.stream(items(random_prompts([1500], seed=7))))
     assert [bool(found[i].error) for i in range(4)] == [False, True, False, True] and alone[0].error
+
+
+def test_parameters_that_the_model_cannot_follow_fail_their_item_alone(roomy, tmp_path):
+    prompts = random_prompts([SMALL] * 3, seed=8)
+    with engine(roomy[0], tmp_path) as llm:
+        biased = dataclasses.replace(PARAMS, logit_bias={10**6: 1.0})
+        found = dict(llm.stream((i, prompt, biased if i == 1 else PARAMS) for i, prompt in enumerate(prompts)))
+        with pytest.raises(PromptError, match="prompt 1: logit_bias names token id 1000000"):
+            llm.generate(prompts, [PARAMS, biased, PARAMS])
+    assert found[1].finish_reason == "error" and "logit_bias names token id 1000000" in found[1].error
+    assert len(found[0].token_ids) == len(found[2].token_ids) > 0
 
 
 def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path, checked):
