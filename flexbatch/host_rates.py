@@ -11,6 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype
         stack.callback(activations.close)
         buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
         stack.callback(buffers.close)
-        yield Executor(arch, weights, cache, activations, lanes, buffers, dtype, overlap=True), cache, tokens
+        yield Executor(arch, weights, cache, activations, lanes, buffers, dtype, policy.overlap), cache, tokens
 
 
 def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
@@ -108,17 +109,23 @@ def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> flo
     return min(seconds[1 + WARM_UP : -1])
 
 
+def layer_seconds(policy: Policy, device: torch.device) -> float:
+    """Of a layer more."""
+    few, many = (decode_seconds(layers, policy, device) for layers in (FEW, MANY))
+    return (many - few) / (MANY - FEW)
+
+
 @torch.inference_mode()
 def host_rates(device: torch.device) -> dict[str, float]:
     """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` of `policy.rates.Hardware`, by non-negative least squares over a few shapes, and
-    ``exchange_seconds``, from how passes of one micro-batch grow with the layers.
+    ``exchange_seconds`` and ``settle_seconds``, from how passes of one micro-batch grow with the layers.
     """
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
     torch.set_num_threads(1)
     try:
         measured = [decode_seconds(layers, resident(sequences), device) for layers, sequences in SHAPES]
-        few, many = (decode_seconds(layers, attended(8), device) for layers in (FEW, MANY))
+        layer, in_turn = (layer_seconds(policy, device) for policy in (attended(8), replace(attended(8), overlap=False)))
     finally:
         torch.set_num_threads(threads)
     ticks = [2 * (layers + 1) for layers, _ in SHAPES]
@@ -127,4 +134,4 @@ def host_rates(device: torch.device) -> dict[str, float]:
     # Relative errors: a pass of ten layers is not five times as important as one of two.
     found, _ = nnls(terms / np.array(measured)[:, None], np.ones(len(SHAPES)))
     rates = dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
-    return {**rates, "exchange_seconds": max(0.0, (many - few) / (MANY - FEW) - rates["launch_seconds"])}
+    return {**rates, "exchange_seconds": max(0.0, layer - rates["launch_seconds"]), "settle_seconds": max(0.0, in_turn - layer)}

@@ -257,7 +257,8 @@ class PassModel:
             "host_memory": work["host_memory"] / hardware.host_bandwidth,
         }
         if not policy.overlap:
-            return {**seconds, "no overlap": total(seconds[name] for name in SERIAL) + traffic["calls"] * hardware.exchange_seconds}
+            waits = affine(self.batches * hardware.settle_seconds)
+            return {**seconds, "no overlap": total(seconds[name] for name in SERIAL) + traffic["calls"] * hardware.exchange_seconds + waits}
         seconds["h2d + d2h"] = (work["h2d"] + work["d2h"]) / hardware.link_both
         seconds["h2d beside cpu_attention"] = seconds["h2d"] + traffic["attended"] * hardware.link_slowdown / hardware.h2d
         seconds["cpu_attention beside h2d"] = seconds["cpu_attention"] + work["h2d"] * hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]

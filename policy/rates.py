@@ -80,6 +80,8 @@ class Hardware:
     """Fixed cost of one call of CPU attention, per layer and micro-batch: its threads start and meet."""
     exchange_seconds: float = 0.0
     """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and nothing hides it."""
+    settle_seconds: float = 0.0
+    """Per tick without overlap: waiting until nothing is under way, twice."""
     disk_read_seconds: float = 0.0
     """Fixed cost of one disk request."""
     link_seconds: float = 0.0

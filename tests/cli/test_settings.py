@@ -216,8 +216,11 @@ def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> Non
         "for name in ('flexbatch', 'httpx'):\n    logging.getLogger(name).info('info of %s', name)\n    logging.getLogger(name).warning('warning of %s', name)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    said = [line.split(" ", 1)[1] for line in done.stderr.splitlines()]
-    assert said == ["INFO info of flexbatch", "WARNING warning of flexbatch", "WARNING warning of httpx"]
+    assert [line.split(" ", 1)[1] for line in done.stderr.splitlines()] == [
+        "INFO info of flexbatch",
+        "WARNING warning of flexbatch",
+        "WARNING warning of httpx",
+    ]
 
 
 def test_a_reader_that_goes_away_is_no_crash_report() -> None:

@@ -20,7 +20,16 @@ def free_launch(name: str) -> Hardware:
     hardware = load_hardware(name)
     rate = hardware.cpu_attention.values[0]
     alone = dataclasses.replace(hardware, cpu_attention_during_h2d=rate, h2d_during_cpu_attention=hardware.h2d)
-    fixed = ("launch_seconds", "pass_seconds", "sequence_seconds", "cpu_attention_seconds", "exchange_seconds", "link_seconds", "disk_read_seconds")
+    fixed = (
+        "launch_seconds",
+        "pass_seconds",
+        "sequence_seconds",
+        "cpu_attention_seconds",
+        "exchange_seconds",
+        "settle_seconds",
+        "link_seconds",
+        "disk_read_seconds",
+    )
     return dataclasses.replace(alone, **dict.fromkeys(fixed, 0.0), link_both=1e15, host_bandwidth=1e15)
 
 
@@ -139,7 +148,10 @@ def test_no_overlap_costs_the_sum():
     model = PassModel(public_shape("opt-6.7b"), small(), policy, load)
     serial = PassModel(public_shape("opt-6.7b"), small(), dataclasses.replace(policy, overlap=False), load)
     seconds = model.resource_seconds(point_of(policy))
-    assert float(serial.pass_seconds(point_of(policy))) == pytest.approx(sum(seconds[n] for n in ("h2d", "d2h", "gpu_compute")))
+    in_turn = sum(seconds[n] for n in ("h2d", "d2h", "gpu_compute"))
+    assert float(serial.pass_seconds(point_of(policy))) == pytest.approx(in_turn)
+    settled = PassModel(public_shape("opt-6.7b"), small(settle_seconds=1e-3), dataclasses.replace(policy, overlap=False), load)
+    assert float(settled.pass_seconds(point_of(policy))) == pytest.approx(in_turn + 33 * 2 * 1e-3)
 
 
 def test_launch_cost_counts_every_tick():
