@@ -139,15 +139,14 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
         raise ConfigurationError(str(error)) from error
 
     from flexbatch.models import resolve, shapes
-    from flexbatch.models.checkpoint import read_config
-    from flexbatch.models.families import read_arch
+    from flexbatch.models.checkpoint import read_arch
     from flexbatch.prompts import PromptEncoder
 
     if engine.dummy_weights:
         arch, tokenizer = shapes.shape(engine.model), None
     else:
         folder = resolve.resolve(engine.model)
-        arch, tokenizer = read_arch(read_config(folder)), None if synthetic else resolve.load_tokenizer(folder)
+        arch, tokenizer = read_arch(folder), None if synthetic else resolve.load_tokenizer(folder)
     if synthetic:
         count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
         prompts = workload.synthetic_prompts(count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.models import checkpoint, families
+from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
 from flexbatch.models.specs import weight_specs
 from tests.models.dense import DenseModel
@@ -79,7 +79,7 @@ def change(folder, edit):
 
 
 def read(folder, packed=False):
-    arch = families.read_arch(checkpoint.read_config(folder))
+    arch = checkpoint.read_arch(folder)
     stages = {}
     for spec in weight_specs(arch):
         stages.setdefault(spec.layer, {})[spec.role] = torch.full(spec.shape, float("nan"))
@@ -136,7 +136,7 @@ def test_engine_runs_packed_weights_as_they_are(weight_bits, tmp_path):
 
 def test_roles_that_are_packed_everywhere(tmp_path):
     make(tmp_path, "awq", **SIZES)
-    arch = families.read_arch(checkpoint.read_config(tmp_path))
+    arch = checkpoint.read_arch(tmp_path)
     assert checkpoint.prequantized(tmp_path, arch) == dict.fromkeys(("qkv.weight", "o.weight", "gate_up.weight", "down.weight"), (4, GROUP))
 
     def leave_alone(tensors):
@@ -171,7 +171,7 @@ def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
 
 
 def packed_pieces(folder):
-    arch = families.read_arch(checkpoint.read_config(folder))
+    arch = checkpoint.read_arch(folder)
     return [piece for piece in checkpoint.stream(folder, arch, packed=True) if isinstance(piece, QuantizedPiece)]
 
 
@@ -199,7 +199,7 @@ def test_activation_order_is_refused_and_a_regular_order_is_not(tmp_path):
 def test_other_quantisations_are_refused(tmp_path, quantization):
     make(tmp_path, "gptq", **SIZES)
     configure(tmp_path, quantization_config=quantization)
-    with pytest.raises(CheckpointError, match=r"is not supported; supported: awq and gptq with 4 bits"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: .* is not supported; supported: awq and gptq with 4 bits"):
         packed_pieces(tmp_path)
 
 
