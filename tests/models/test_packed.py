@@ -121,17 +121,26 @@ def test_one_group_for_a_whole_row(tmp_path):
     assert {piece.group for piece in packed_pieces(tmp_path)} == {64}
 
 
-@pytest.mark.parametrize("weight_bits", [16, 4])
+@pytest.mark.parametrize(
+    ("method", "weight_bits", "percent"),
+    [("awq", 16, None), ("awq", 4, (0, 0, 100, 0, 100, 0)), ("gptq", 16, (0, 100, 30, 40, 50, 50)), ("gptq_v2", 4, (30, 40, 0, 100, 100, 0))],
+    ids=str,
+)
 @torch.no_grad()
-def test_engine_runs_packed_weights_as_they_are(weight_bits, tmp_path):
-    """Their own bits win over --weight-bits; in float32 the parameters are exact, so the tokens are those of the meant matrices."""
-    model = make(tmp_path, "awq", tokenizer=True, **SIZES)
-    with LLM(str(tmp_path), device="cpu", weight_bits=weight_bits, gpu_memory="1GiB", cpu_memory="1GiB", offload_dir=str(tmp_path / "offload")) as llm:
-        prompts = random_prompts([3, 20])
-        completions = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
-    for prompt, completion in zip(prompts, completions, strict=True):
-        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
-        assert completion.token_ids == wanted[0, len(prompt) :].tolist()
+def test_engine_runs_packed_weights_as_they_are(method, weight_bits, percent, tmp_path):
+    """Their own bits win over --weight-bits; in float32 the parameters are exact, so the tokens are those of the meant matrices. A second start reuses them."""
+    model = make(tmp_path, method, tokenizer=True, **SIZES)
+    prompts, read = random_prompts([3, 20]), []
+    for _ in range(2):
+        settings = {"weight_bits": weight_bits, "percent": percent, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path / "offload")}
+        with LLM(str(tmp_path), device="cpu", gpu_batch_size=1, num_gpu_batches=2, **settings) as llm:
+            completions = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+            assert {t.bits for t in llm.decided.weight_plan.all_tensors if t.spec.role in ("qkv.weight", "down.weight")} == {4}
+            read.append(llm.report()["loaded_bytes"])
+        for prompt, completion in zip(prompts, completions, strict=True):
+            wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+            assert completion.token_ids == wanted[0, len(prompt) :].tolist()
+    assert read[1] < read[0]
 
 
 def test_roles_that_are_packed_everywhere(tmp_path):
