@@ -132,7 +132,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_finished: Callable[[Completion], None] | None = None,
     ) -> list[Completion]:
-        """Complete prompts (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
+        """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
 
         ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.

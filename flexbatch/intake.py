@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 from flexbatch.config import ConfigurationError
@@ -19,11 +20,11 @@ Item = tuple[Hashable, Prompt, SamplingParams]
 
 
 def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, encoder: PromptEncoder) -> list[Request]:
-    """One request for every sample of every prompt, in the order of the prompts. A text alone is one prompt, one SamplingParams is for all.
+    """One request for every sample of every prompt, in the order of the prompts. One SamplingParams is for all.
 
     Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters as prompts.
     """
-    prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
+    prompts = cast("list[Prompt]", [prompts] if is_prompt(prompts) else list(prompts))
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         params = [sampling_params or SamplingParams()] * len(prompts)
     else:
@@ -31,6 +32,11 @@ def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingPar
         if len(params) != len(prompts):
             raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
     return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)) for request in samples_of(i, prompt, p, encoder)]
+
+
+def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is one prompt (text, token ids, chat messages) and not a sequence of them."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(part, Integral | Mapping) for part in prompts))
 
 
 def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:
