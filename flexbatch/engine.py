@@ -287,7 +287,7 @@ class LLM:
             **decided.describe(),
             "realized_percent": {
                 "weights": decided.weight_plan.realized_percent,
-                "cache": dict(zip(("gpu", "cpu", "disk"), (100 * f for f in self.policy.cache.fractions), strict=True)),
+                "cache": block.cache.realized_percent if block else {},
                 "activations": block.activations.realized_percent if block else {},
             },
             "memory": [asdict(need) for need in decided.needs(block.sizes)] if block else [],
