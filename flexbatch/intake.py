@@ -24,7 +24,8 @@ def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingPar
 
     Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters as prompts.
     """
-    prompts = cast("list[Prompt]", [prompts] if is_prompt(prompts) else list(prompts))
+    parts = prompts if isinstance(prompts, str) else list(prompts)
+    prompts = cast("list[Prompt]", [parts] if is_prompt(parts) else parts)
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         params = [sampling_params or SamplingParams()] * len(prompts)
     else:
@@ -34,9 +35,9 @@ def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingPar
     return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)) for request in samples_of(i, prompt, p, encoder)]
 
 
-def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+def is_prompt(parts: str | Sequence[Any]) -> bool:
     """Whether it is one prompt (text, token ids, chat messages) and not a sequence of them."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(part, Integral | Mapping) for part in prompts))
+    return isinstance(parts, str) or (len(parts) > 0 and all(isinstance(part, Integral | Mapping) for part in parts))
 
 
 def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:

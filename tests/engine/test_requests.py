@@ -82,7 +82,7 @@ def test_one_prompt_and_several_of_every_kind(folder, tmp_path):
     with start(tmp_path / "model", tmp_path, PLACEMENTS[0]) as llm:
         together = tokens(llm.generate(kinds, params))
         assert [tokens(llm.generate(kind, params)) for kind in kinds] == [[found] for found in together]
-        assert llm.generate([], params) == []
+        assert llm.generate([], params) == [] and tokens(llm.generate(iter(kinds), params)) == together
         assert llm.generate(kinds[-1], params)[0].prompt_token_ids == tuple(tokenizer("<system>x<user>y")["input_ids"])
 
 
