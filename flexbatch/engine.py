@@ -160,7 +160,8 @@ class LLM:
         """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
 
         Items are pulled whenever the block has room, so it never drains between them. An item that cannot be run yields a completion with
-        ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text that will not change any more.
+        ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text of the item's first sample
+        that will not change any more.
         """
         intake = Intake(items, self.decided.encoder)
         source = intake.requests()

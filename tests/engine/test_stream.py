@@ -129,6 +129,22 @@ def test_a_refused_request_among_the_first_does_not_refuse_the_stream(roomy, tmp
     assert [bool(found[i].error) for i in range(4)] == [False, True, False, True] and alone[0].error
 
 
+@pytest.mark.parametrize("settings", [{}, {"draft": ("ngram",), "tree": "chain:3"}], ids=str)
+def test_text_is_handed_on_once_and_never_taken_back(settings, roomy, tmp_path):
+    """Of the first sample of every item, with stop strings that the text begins again and again."""
+    prompts = random_prompts([SMALL + i for i in range(7)], seed=9)
+    drawn = SamplingParams(temperature=0.9, max_tokens=24, ignore_eos=True)
+    with engine(roomy[0], tmp_path, **settings) as llm:
+        plain = [completion.text for completion in llm.generate(prompts, drawn)]
+        stops = [(text[9:12], text[4:8] + "~", text[11:] + "~") for text in plain]
+        params = [dataclasses.replace(drawn, stop=stop, n=1 + i % 3) for i, stop in enumerate(stops)]
+        heard: dict[int, list[str]] = {i: [] for i in range(len(prompts))}
+        found = dict(llm.stream(((i, prompt, params[i]) for i, prompt in enumerate(prompts)), lambda key, text: heard[key].append(text)))
+    assert {i: "".join(texts) for i, texts in heard.items()} == {i: completion.text for i, completion in found.items()}
+    assert all(texts and all(texts) for texts in heard.values()) and sum(map(len, heard.values())) > 2 * len(prompts)
+    assert any(completion.stop_reason for completion in found.values())
+
+
 def test_parameters_that_the_model_cannot_follow_fail_their_item_alone(roomy, tmp_path):
     prompts = random_prompts([SMALL] * 3, seed=8)
     with engine(roomy[0], tmp_path) as llm:
