@@ -71,6 +71,10 @@ class KVCache:
             self.disk = DiskCache(layout, sizes.disk_pages, sizes.disk_sequences, sizes.tail_tokens, tiers.offload_dir, tiers.cpu, tiers.disk)
             if self.device.type == "cuda":
                 self.disk_staging = [tiers.cpu.allocate(f"cache disk staging {i}", staging_bytes) for i in range(2)]
+        self.num_open = dict.fromkeys(self.pools, 0)
+        """Sequences by home tier."""
+        self.most_open = dict(self.num_open)
+        """The same when there were most of them: what the split came to."""
         self.inputs_sent: Handle = READY
         self.drained: list[Handle] = [READY] * layout.num_layers
         self.draining: list[Handle] = [READY] * layout.num_layers
@@ -79,6 +83,12 @@ class KVCache:
     def resident(self) -> bool:
         """Whether every sequence has its cache on the compute device."""
         return not self.sizes.cpu_pages and not self.sizes.disk_pages
+
+    @property
+    def realized_percent(self) -> dict[str, float]:
+        """Per cent of the sequences on each tier, when the block held most of them."""
+        total = sum(self.most_open.values()) or 1
+        return {tier: 100 * count / total for tier, count in self.most_open.items()}
 
     # Tables
 
@@ -97,6 +107,9 @@ class KVCache:
             assert self.disk is not None
             table.tail_slot = self.disk.open()
             self.disk.adopt(table.tail_slot, table.num_tokens)
+        self.num_open[tier] += 1
+        if sum(self.num_open.values()) >= sum(self.most_open.values()):
+            self.most_open = dict(self.num_open)
         return table
 
     def can_open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = ()) -> bool:
@@ -125,6 +138,7 @@ class KVCache:
             self.disk.close_tail(table.tail_slot)
         self.pools[table.tier].release(table.pages)
         table.pages = []
+        self.num_open[table.tier] -= 1
 
     # Rows
 
@@ -242,6 +256,7 @@ class KVCache:
         for tier, pool in self.pools.items():
             holders = Counter(page for table in tables if table.tier == tier for page in table.pages)
             assert pool.references == [holders[page] for page in range(pool.num_pages)], (tier, pool.references, holders)
+            assert self.num_open[tier] == sum(table.tier == tier for table in tables), (tier, self.num_open)
         tails = [table.tail_slot for table in tables if table.tier == "disk"]
         assert sorted(tails) == sorted(self.disk.flushed if self.disk is not None else []), tails
         for table in tables:
