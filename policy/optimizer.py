@@ -31,7 +31,7 @@ FINALISTS = 12
 CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
 POLISHED = 4
-"""Smaller blocks that are compared with the best after rounding."""
+"""Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 GOOD_ENOUGH = 0.995
 """Of the machine's bound: nothing is left to search for."""
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
@@ -298,7 +298,9 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
     plans = [plan for _, template in bounds for plan in finals(search, template)]
     if not plans:
         raise does_not_fit(shape, hardware, workload, constraints, block_policy(search, template, 1, 1, 1.0))
-    best = with_best_budget(search, polish(search, max(plans, key=lambda plan: plan.predicted_tokens_per_second)))
+    first = sorted(plans, key=lambda plan: -plan.predicted_tokens_per_second)[:POLISHED]
+    polished = [with_best_budget(search, plan) for plan in (*first[1:], polish(search, first[0]))]
+    best = max(polished, key=lambda plan: plan.predicted_tokens_per_second)
     limit = max(bound.tokens_per_second for bound, _ in bounds)
     elapsed = time.perf_counter() - start
     return dataclasses.replace(best, machine_bound_tokens_per_second=limit, linear_programs=search.linear_programs + len(bounds), search_seconds=elapsed)
