@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flexbatch.cli import ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
+from flexbatch.cli import CRASH, ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
 from flexbatch.config import ConfigurationError
 
 RUNNER = "flexbatch.apps.helm.FlexBatchRunner"
@@ -60,6 +60,8 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         raise ConfigurationError("--dummy-weights cannot be evaluated: there is no tokenizer")
     try:
         from helm.benchmark.run import build_parser, helm_run
+        from helm.benchmark.run_spec import get_run_spec_function
+        from helm.benchmark.runner import RunnerError
         from helm.common.hierarchical_logger import setup_default_logging
     except ModuleNotFoundError as problem:
         raise ConfigurationError(f"HELM is not installed here ({problem}); set up its environment with apps/helm_env.sh, see docs/evaluation.md") from problem
@@ -70,9 +72,19 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     deployment = f"{PREFIX}/{model}"
     helm_args = build_parser().parse_args(helm_arguments(args, rest, deployment))
     setup_default_logging(helm_args.log_config)
-    register(deployment, apply_chat_template=args.chat_template, logprobs=args.logprobs, **changed_settings(config))
+    unknown = [entry for entry in args.description if get_run_spec_function(entry.partition(":")[0]) is None]
+    if unknown:
+        raise ConfigurationError(f"--description {' '.join(unknown)}: HELM has no run of this name")
+    try:
+        register(deployment, apply_chat_template=args.chat_template, logprobs=args.logprobs, **changed_settings(config))
+    except OSError as problem:
+        raise ConfigurationError(f"--model {config.model}: {problem}") from problem
     began = time.time()
-    helm_run(helm_args)
+    try:
+        helm_run(helm_args)
+    except RunnerError as problem:  # HELM goes on with the other runs, and has logged why each of these failed
+        print(f"{problem}; the reasons are above, and finished runs are in {args.output_path}/runs/{args.suite}", file=sys.stderr)
+        return CRASH
     errors = [path for path in Path(args.output_path).glob(f"runs/{args.suite}/**/{ERRORS_FILE}") if path.stat().st_mtime >= began - 1]
     for path in errors:
         print(f"some requests failed: {path}", file=sys.stderr)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 
+from flexbatch.cli import run_command
+
 MODEL = "flexbatch.apps.lm_eval_model:FlexBatchLM"
 
 
@@ -27,8 +29,7 @@ def main() -> int:
         print("lm-evaluation-harness is not installed: pip install 'flexbatch[lm-eval]'", file=sys.stderr)
         return 2
     register()
-    cli_evaluate()
-    return 0
+    return run_command(cli_evaluate)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,21 @@ a request is longer than the context, and what a result holds.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.request import Completion, SamplingParams
 
 Scoring = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -205,8 +208,15 @@ def score(completion: Completion, tokens: Sequence[int], count: int) -> tuple[fl
 
 
 def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``, ``draft=small medium``; None means unset."""
+    """Keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``, ``draft=small medium``; None means unset.
+
+    Raises ConfigurationError for a keyword that `LLM` does not have.
+    """
+    if unknown := engine.keys() - {field.name for field in dataclasses.fields(EngineConfig)}:
+        raise ConfigurationError(f"--model_args: FlexBatch has no {', '.join(sorted(unknown))}; engine settings are the flags of flexbatch run --help")
     given = {name: value for name, value in engine.items() if value is not None}
+    if str(given.get("device")).startswith("cuda") and not torch.cuda.is_available():
+        del given["device"]  # the harness gives cuda:0 where the user gives nothing; its hf takes the CPU then
     if isinstance(given.get("percent"), str):
         given["percent"] = tuple(float(number) for number in re.split(r"[\s/:;]+", given["percent"].strip()))
     if isinstance(given.get("draft"), str):

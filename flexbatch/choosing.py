@@ -241,13 +241,28 @@ def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
         policy = executable(problem, plan.policy)
         exceeded = overshoot(needs(policy), problem.budgets)
         if not exceeded:
-            return Choice(policy, plan if policy == plan.policy else with_search(priced(problem, hardware, policy), plan))
+            found = Choice(policy, plan if policy == plan.policy else with_search(priced(problem, hardware, policy), plan))
+            # A block that was kept while rounding was mended may have lost more than another one would.
+            return found if block is None else faster(found, problem, hardware, needs, room)
         # Rounding is mended within the block; what is missing by more calls for another block, and so does rounding that cannot be mended.
         small = all(size <= ROUNDING * problem.budgets[tier] for tier, size in exceeded.items())
         block = (policy.gpu_batch_size, policy.num_gpu_batches) if small and left > ROUNDS // 2 else None
         for tier, size in exceeded.items():
             room[tier] = max(1, room[tier] - size - size // 20 - PAGE_TOKENS)
     raise DoesNotFit(f"{shape.name}: no policy was found in {ROUNDS} rounds whose exact sizes fit the budgets; give any tier one layer's weights more")
+
+
+def faster(found: Choice, problem: Problem, hardware: Hardware, needs: Needs, room: dict[str, int]) -> Choice:
+    """``found``, or what the optimizer chooses in ``room`` with any block where that fits and is faster."""
+    try:
+        plan = choose(problem.shape, hardware, workload_of(problem.job), constraints_of(problem, room))
+    except DoesNotFit:
+        return found
+    policy = executable(problem, plan.policy)
+    if overshoot(needs(policy), problem.budgets):
+        return found
+    other = plan if policy == plan.policy else with_search(priced(problem, hardware, policy), plan)
+    return max(found, Choice(policy, other), key=lambda choice: choice.plan.predicted_tokens_per_second if choice.plan else 0.0)
 
 
 def differs(problem: Problem, policy: Policy, job: Job) -> bool:

@@ -15,7 +15,7 @@ from flexbatch import choosing, machines, planning
 from flexbatch.config import DoesNotFitError, EngineConfig
 from flexbatch.memory.tiers import Need, check_budgets
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
-from flexbatch.models import checkpoint, families, resolve, shapes
+from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.planning import BlockSizes, Job
 from flexbatch.policy.groups import weight_group
 from flexbatch.policy.types import Hardware, Policy
@@ -72,7 +72,7 @@ class Decisions:
             self.arch = shapes.shape(self.config.model)
             return
         self.folder = resolve.resolve(self.config.model)
-        self.arch = families.read_arch(checkpoint.read_config(self.folder))
+        self.arch = checkpoint.read_arch(self.folder)
         self.tokenizer = resolve.load_tokenizer(self.folder)
 
     @property

@@ -116,7 +116,7 @@ class OutputText:
 
     @property
     def text(self) -> str:
-        """The text so far, or the final text; empty where the model has no tokenizer.
+        """The final text, or of it what no later token can change; empty where the model has no tokenizer.
 
         The final text is ``tokenizer.decode(token_ids, skip_special_tokens=True)``, less an EOS or stop token, cut at a stop string.
         """
@@ -127,12 +127,18 @@ class OutputText:
             token_ids = token_ids[:-1]
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         if self.finish is None:
-            return text.rstrip(REPLACEMENT)
+            text = text.rstrip(REPLACEMENT)
+            return text[: len(text) - begun_stop(text, self._stops)]
         if isinstance(self.finish.stop_reason, str):
             # Where a tokenizer tidies up spaces over the whole text, the stop string may only be there as it was seen.
             text = text if self.finish.stop_reason in text else self._visible()
             return text[: first_stop(text, self._stops)[0]]
         return text
+
+
+def begun_stop(text: str, stops: Iterable[str]) -> int:
+    """Characters at the end of `text` that may turn out to be the beginning of a stop string."""
+    return max((length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])), default=0)
 
 
 def first_stop(text: str, stops: Iterable[str], known: int = 0) -> tuple[int, str | None]:

@@ -132,7 +132,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_finished: Callable[[Completion], None] | None = None,
     ) -> list[Completion]:
-        """Complete prompts (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
+        """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
 
         ``on_finished`` is called with every completion as it ends, in any order.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
@@ -160,7 +160,8 @@ class LLM:
         """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
 
         Items are pulled whenever the block has room, so it never drains between them. An item that cannot be run yields a completion with
-        ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text that will not change any more.
+        ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text of the item's first sample
+        that will not change any more.
         """
         intake = Intake(items, self.decided.encoder)
         source = intake.requests()
@@ -289,7 +290,7 @@ class LLM:
             **decided.describe(),
             "realized_percent": {
                 "weights": decided.weight_plan.realized_percent,
-                "cache": dict(zip(("gpu", "cpu", "disk"), (100 * f for f in self.policy.cache.fractions), strict=True)),
+                "cache": block.cache.realized_percent if block else {},
                 "activations": block.activations.realized_percent if block else {},
             },
             "memory": [asdict(need) for need in decided.needs(block.sizes)] if block else [],

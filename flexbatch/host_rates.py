@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import quantiles
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from flexbatch.models.families import read_arch
 from flexbatch.planning import Job, block_sizes, cache_layout
 from flexbatch.policy.types import Policy, Split
 from flexbatch.request import Request, SamplingParams
-from flexbatch.trace import Tracer
+from flexbatch.trace import RecordingTracer, Tracer
 
 MIB = 2**20
 ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
@@ -60,19 +61,19 @@ def resident(sequences: int) -> Policy:
     return Policy(ON_GPU, ON_GPU, ON_GPU, sequences, 2, prefill_chunk=PROMPT_TOKENS)
 
 
-def attended(sequences: int) -> Policy:
-    """One micro-batch, whose cache the CPU attends."""
-    return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, 1, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
+def attended(sequences: int, num_gpu_batches: int = 1) -> Policy:
+    """Micro-batches whose cache the CPU attends."""
+    return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, num_gpu_batches, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
 
 
 @contextlib.contextmanager
-def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Executor, KVCache, int]]:
+def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer) -> Iterator[tuple[Executor, KVCache, int]]:
     """Executor, cache and the tokens of a micro-batch, with random weights."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         pinned = device.type == "cuda"
         tiers = Tiers(Pool("gpu", 256 * MIB, device=device), Pool("cpu", 64 * MIB, pinned=pinned), Pool("disk", MIB), Path(folder))
         stack.callback(tiers.close)
-        lanes = Lanes(device, Tracer(), disk_threads=1)
+        lanes = Lanes(device, tracer, disk_threads=1)
         stack.callback(lanes.close)
         weights = WeightStore(plan_weights(arch, policy.weights, 16, 64, dtype.itemsize), tiers, lanes, dtype)
         stack.callback(weights.close)
@@ -89,8 +90,8 @@ def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype
         yield Executor(arch, weights, cache, activations, lanes, buffers, dtype, policy.overlap), cache, tokens
 
 
-def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
-    """Of a decode pass of a full block: the fastest, since what is above it is the machine's other users."""
+def run_passes(num_layers: int, policy: Policy, device: torch.device, tracer: Tracer) -> list[float]:
+    """Seconds of the decode passes of a full block, after some that warm up."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     arch = small_arch(num_layers, 128 if gpu else 8)
@@ -99,14 +100,29 @@ def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> flo
     requests = [Request(i, tuple(chance.choices(range(3, 64), k=PROMPT_TOKENS)), params) for i in range(policy.block_size)]
     job = Job((PROMPT_TOKENS + params.max_tokens,) * len(requests), (PROMPT_TOKENS,) * len(requests))
     seconds = []
-    with open_block(arch, policy, job, device, dtype) as (executor, cache, tokens):
+    with open_block(arch, policy, job, device, dtype, tracer) as (executor, cache, tokens):
         batcher = Batcher(policy, cache, (Candidate(RequestState(request), OutputText(None, params)) for request in requests), tokens)
         while batcher.has_work():
             start = time.perf_counter()
             work = batcher.next_pass()
             batcher.commit(work, draw(executor.run(work)))
             seconds.append(time.perf_counter() - start)
-    return min(seconds[1 + WARM_UP : -1])
+    return seconds[1 + WARM_UP : -1]
+
+
+def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
+    """Of a decode pass: the fastest, since what is above it is the machine's other users."""
+    return min(run_passes(num_layers, policy, device, Tracer()))
+
+
+def attention_seconds(device: torch.device) -> float:
+    """Of a call of CPU attention that has next to nothing to attend to, while the host launches the other micro-batch: the lower quartile.
+
+    On an H200's host (16 cores) 0.15 ms alone, and 0.5 ms in a pass: threads have to be woken, and the interpreter is busy launching kernels.
+    """
+    tracer = RecordingTracer(device)
+    run_passes(MANY, attended(16, 2), device, tracer)
+    return quantiles([span.end - span.start for span in tracer.spans() if span.resource == "cpu_attention"], n=4)[0]
 
 
 def layer_seconds(policy: Policy, device: torch.device) -> float:
@@ -118,7 +134,7 @@ def layer_seconds(policy: Policy, device: torch.device) -> float:
 @torch.inference_mode()
 def host_rates(device: torch.device) -> dict[str, float]:
     """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` of `policy.rates.Hardware`, by non-negative least squares over a few shapes, and
-    ``exchange_seconds`` and ``settle_seconds``, from how passes of one micro-batch grow with the layers.
+    ``exchange_seconds`` and ``settle_seconds``, from how passes of one micro-batch grow with the layers; ``cpu_attention_seconds``.
     """
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
@@ -128,10 +144,12 @@ def host_rates(device: torch.device) -> dict[str, float]:
         layer, in_turn = (layer_seconds(policy, device) for policy in (attended(8), replace(attended(8), overlap=False)))
     finally:
         torch.set_num_threads(threads)
+    attention = attention_seconds(device)
     ticks = [2 * (layers + 1) for layers, _ in SHAPES]
     sequences = [2 * each for _, each in SHAPES]
     terms = np.column_stack([np.ones(len(SHAPES)), sequences, ticks])
     # Relative errors: a pass of ten layers is not five times as important as one of two.
     found, _ = nnls(terms / np.array(measured)[:, None], np.ones(len(SHAPES)))
     rates = dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
-    return {**rates, "exchange_seconds": max(0.0, layer - rates["launch_seconds"]), "settle_seconds": max(0.0, in_turn - layer)}
+    exchange, settle = max(0.0, layer - rates["launch_seconds"]), max(0.0, in_turn - layer)
+    return {**rates, "exchange_seconds": exchange, "settle_seconds": settle, "cpu_attention_seconds": attention}

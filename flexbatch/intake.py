@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 from flexbatch.config import ConfigurationError
@@ -19,11 +20,12 @@ Item = tuple[Hashable, Prompt, SamplingParams]
 
 
 def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, encoder: PromptEncoder) -> list[Request]:
-    """One request for every sample of every prompt, in the order of the prompts. A text alone is one prompt, one SamplingParams is for all.
+    """One request for every sample of every prompt, in the order of the prompts. One SamplingParams is for all.
 
     Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters as prompts.
     """
-    prompts = cast("list[Prompt]", [prompts] if isinstance(prompts, str) else list(prompts))
+    parts = prompts if isinstance(prompts, str) else list(prompts)
+    prompts = cast("list[Prompt]", [parts] if is_prompt(parts) else parts)
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         params = [sampling_params or SamplingParams()] * len(prompts)
     else:
@@ -33,8 +35,14 @@ def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingPar
     return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)) for request in samples_of(i, prompt, p, encoder)]
 
 
+def is_prompt(parts: str | Sequence[Any]) -> bool:
+    """Whether it is one prompt (text, token ids, chat messages) and not a sequence of them."""
+    return isinstance(parts, str) or (len(parts) > 0 and all(isinstance(part, Integral | Mapping) for part in parts))
+
+
 def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:
     """The n requests of one prompt. Raises PromptError."""
+    encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
     text = prompt if isinstance(prompt, str) else None
     return [Request(index, token_ids, params, sample, text) for sample in range(params.n)]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -130,29 +129,13 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
         alone.append(num_bytes / seconds(call, host, 3))
     # More query heads do not read the cache faster: the regression runs from the most to one.
     falling, _ = fit_curve(QUERY_HEADS, alone[::-1])
-    few, _ = attention_call(16, 1, PAGE_TOKENS, (kv_heads, kv_heads), dtype, host)
     assert first is not None
     attention, link = beside(device, *first)
     return {
         "cpu_attention": Curve(falling.points, falling.values[::-1]),
-        "cpu_attention_seconds": call_seconds(few),
         "cpu_attention_during_h2d": min(attention, max(alone)),
         "h2d_during_cpu_attention": link,
     }
-
-
-def call_seconds(call: Callable[[], object], calls: int = 25) -> float:
-    """Of one call now and then, as ticks make them: threads that were idle for two milliseconds sleep and have to be woken.
-
-    The lower quartile: on a machine with other users the slower calls wait for these.
-    """
-    seconds = []
-    for _ in range(calls):
-        time.sleep(0.002)
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.quantiles(seconds, n=4)[0]
 
 
 def beside(device: torch.device, attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
+from flexbatch.execution.executor import LOGITS_BLOCK_BYTES
 from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
 from flexbatch.memory.files import align
 from flexbatch.memory.kvcache import CacheSizes
@@ -142,7 +143,7 @@ def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
 def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
     """Intermediate results of one tick: hidden states, projections, MLP, and the float32 logits of one block with their sampling copies."""
     width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
-    logits = 3 * min(64 << 20, 4 * arch.vocab_size * policy.gpu_batch_size * (1 + max_query_nodes))
+    logits = 3 * min(LOGITS_BLOCK_BYTES, 4 * arch.vocab_size * policy.gpu_batch_size * (1 + max_query_nodes))
     return micro_batch_tokens(policy, max_query_nodes) * width * dtype.itemsize + logits
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexbatch.config import ConfigurationError
+from flexbatch.request import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids (taken as they are; an array will do), or chat messages with "role" and "content"."""
@@ -53,6 +54,14 @@ class PromptEncoder:
         if len(token_ids) > longest:
             raise PromptError(index, f"has {len(token_ids)} tokens; the model's context of {self._max_context} allows {longest}. Shorten it")
         return token_ids
+
+    def check_params(self, index: int, params: SamplingParams) -> None:
+        """Raises PromptError where prompt number `index` asks for what this model does not have: biased tokens, or text to look for stop strings in."""
+        wrong = [token for token in params.logit_bias or {} if not 0 <= token < self._vocab_size]
+        if wrong:
+            raise PromptError(index, f"logit_bias names token id {wrong[0]}, outside the model's vocabulary of {self._vocab_size}")
+        if params.stop and self._tokenizer is None:
+            raise PromptError(index, "has stop strings, but the model has no tokenizer; use stop_token_ids")
 
     def _tokenize(self, index: int, text: str, *, special: bool) -> tuple[int, ...]:
         if self._tokenizer is None:

@@ -87,10 +87,10 @@ def with_samples(completions: dict[int, Completion]) -> Completion:
 
 
 def report_text(batcher: Batcher, shown: dict[int, int], on_tokens: Callable[[int, str], None]) -> None:
-    """Hand on the new text of every sequence."""
-    running = [(s.state.request.index, s.output) for batch in batcher.micro_batches for s in batch]
-    for index, output in [*running, *((r.state.request.index, r.output) for r in batcher.retired)]:
-        text = output.text
-        if len(text) > shown.get(index, 0):
-            on_tokens(index, text[shown.get(index, 0) :])
-            shown[index] = len(text)
+    """Hand on the new text of every prompt's first sample; ``shown`` counts the characters that were handed on."""
+    running = [(sequence.state.request, sequence.output) for batch in batcher.micro_batches for sequence in batch]
+    for request, output in [*running, *((retired.state.request, retired.output) for retired in batcher.retired)]:
+        text = output.text if request.sample == 0 else ""
+        if len(text) > shown.get(request.index, 0):
+            on_tokens(request.index, text[shown.get(request.index, 0) :])
+            shown[request.index] = len(text)

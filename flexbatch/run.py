@@ -139,19 +139,19 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
         raise ConfigurationError(str(error)) from error
 
     from flexbatch.models import resolve, shapes
-    from flexbatch.models.checkpoint import read_config
-    from flexbatch.models.families import read_arch
+    from flexbatch.models.checkpoint import read_arch
     from flexbatch.prompts import PromptEncoder
 
     if engine.dummy_weights:
         arch, tokenizer = shapes.shape(engine.model), None
     else:
         folder = resolve.resolve(engine.model)
-        arch, tokenizer = read_arch(read_config(folder)), None if synthetic else resolve.load_tokenizer(folder)
+        arch, tokenizer = read_arch(folder), None if synthetic else resolve.load_tokenizer(folder)
     if synthetic:
         count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
         prompts = workload.synthetic_prompts(count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed)
     encoder = PromptEncoder(tokenizer, max_context=arch.max_positions, vocab_size=arch.vocab_size)
+    encoder.check_params(0, params)
     token_ids = [encoder.encode(index, prompt, params.max_tokens) for index, prompt in enumerate(prompts)]
     return Work(prompts, token_ids, params, arch.max_positions)
 

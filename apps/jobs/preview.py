@@ -58,11 +58,11 @@ def preview(job: Job, parts: Sequence[Part]) -> Preview:
 
 def planner_job(config: EngineConfig, seen: Preview) -> Any:
     """The planner's `Job` of what was seen; None where nothing was, or where random weights come without a tokenizer. Raises CheckpointError."""
-    from flexbatch.models import checkpoint, families, resolve
+    from flexbatch.models import checkpoint, resolve
     from flexbatch.planning import Job as PlannerJob
 
     if config.dummy_weights:
         return None
     folder = resolve.resolve(config.model)
-    cache_tokens, prompt_tokens = seen.lengths(resolve.load_tokenizer(folder), families.read_arch(checkpoint.read_config(folder)))
+    cache_tokens, prompt_tokens = seen.lengths(resolve.load_tokenizer(folder), checkpoint.read_arch(folder))
     return PlannerJob(cache_tokens, prompt_tokens) if cache_tokens else None

@@ -45,7 +45,7 @@ class ActivationStore:
         self.stored: dict[int, Stored] = {}
         self.counts: dict[int, tuple[int, int, int]] = {}
         self.realized = dict.fromkeys(TIERS, 0)
-        """Hidden rows of the last planned pass on each tier."""
+        """Hidden rows on each tier in the pass that had most of them: what the split came to."""
         rows = max_tokens + page_tokens
         self.host = [tiers.cpu.allocate(f"activations {k}", rows * self.row_bytes) for k in range(num_micro_batches)] if split.cpu or split.disk else []
         self.files: list[DiskFile] = []
@@ -72,11 +72,12 @@ class ActivationStore:
                 spreader.place(tier, rows)
                 counts[tier] += rows
             self.counts[k] = (counts["gpu"], counts["cpu"], counts["disk"])
-        self.realized = {tier: int(rows) for tier, rows in spreader.placed.items()}
+        if sum(spreader.placed.values()) >= sum(self.realized.values()):
+            self.realized = {tier: int(rows) for tier, rows in spreader.placed.items()}
 
     @property
     def realized_percent(self) -> dict[str, float]:
-        """Per cent of the last pass's hidden rows on each tier."""
+        """Per cent of the hidden rows on each tier, in the pass that had most of them."""
         total = sum(self.realized.values()) or 1
         return {tier: 100 * rows / total for tier, rows in self.realized.items()}
 

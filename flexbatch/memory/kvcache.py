@@ -65,10 +65,16 @@ class KVCache:
         self.staging_free: list[Handle] = [READY, READY]
         self.disk: DiskCache | None = None
         self.disk_staging: list[Tensor] = []
+        self.disk_copied: list[Handle] = [READY, READY]
+        """When the host's staging buffers have been read by the device."""
         if sizes.disk_pages:
             self.disk = DiskCache(layout, sizes.disk_pages, sizes.disk_sequences, sizes.tail_tokens, tiers.offload_dir, tiers.cpu, tiers.disk)
             if self.device.type == "cuda":
                 self.disk_staging = [tiers.cpu.allocate(f"cache disk staging {i}", staging_bytes) for i in range(2)]
+        self.num_open = dict.fromkeys(self.pools, 0)
+        """Sequences by home tier."""
+        self.most_open = dict(self.num_open)
+        """The same when there were most of them: what the split came to."""
         self.inputs_sent: Handle = READY
         self.drained: list[Handle] = [READY] * layout.num_layers
         self.draining: list[Handle] = [READY] * layout.num_layers
@@ -77,6 +83,12 @@ class KVCache:
     def resident(self) -> bool:
         """Whether every sequence has its cache on the compute device."""
         return not self.sizes.cpu_pages and not self.sizes.disk_pages
+
+    @property
+    def realized_percent(self) -> dict[str, float]:
+        """Per cent of the sequences on each tier, when the block held most of them."""
+        total = sum(self.most_open.values()) or 1
+        return {tier: 100 * count / total for tier, count in self.most_open.items()}
 
     # Tables
 
@@ -95,6 +107,9 @@ class KVCache:
             assert self.disk is not None
             table.tail_slot = self.disk.open()
             self.disk.adopt(table.tail_slot, table.num_tokens)
+        self.num_open[tier] += 1
+        if sum(self.num_open.values()) >= sum(self.most_open.values()):
+            self.most_open = dict(self.num_open)
         return table
 
     def can_open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = ()) -> bool:
@@ -119,10 +134,11 @@ class KVCache:
         if table.tier == "disk":
             assert self.disk is not None
             # Its last rows may still be on their way to the tail, which the next sequence takes over.
-            together(*self.draining).synchronize()
+            self.synchronize()
             self.disk.close_tail(table.tail_slot)
         self.pools[table.tier].release(table.pages)
         table.pages = []
+        self.num_open[table.tier] -= 1
 
     # Rows
 
@@ -139,7 +155,11 @@ class KVCache:
         return self.layout.row_view(self.staging[buffer])
 
     def begin_pass(self, inputs_sent: Handle) -> None:
-        """What the last pass drained, and the page ids that ``inputs_sent`` promises, is what this pass's gathers wait for."""
+        """What the last pass drained, and the page ids that ``inputs_sent`` promises, is what this pass's gathers wait for.
+
+        What was drained before that has to be home: a sequence that had no room in the last pass is read in this one.
+        """
+        together(*self.drained).synchronize()
         self.inputs_sent = inputs_sent
         self.drained, self.draining = self.draining, [READY] * self.layout.num_layers
 
@@ -166,16 +186,16 @@ class KVCache:
         return together(*handles)
 
     def read_disk(self, work: Gather, layer: int, buffer: int, target: Tensor) -> Handle:
-        """Runs on the disk lane."""
+        """Runs on the disk lane, which does not wait for its copy: that queues behind slices of weights, and the next read need not."""
         assert self.disk is not None
+        self.disk_copied[buffer].synchronize()
         host = self.disk_staging[buffer].view(-1, self.layout.page_bytes)[: work.num_disk_pages] if self.disk_staging else target
         self.disk.read(work.disk_tables, layer, host, self.lanes.disk_chunks)
         if host is target:
             return READY
         target.copy_(host, non_blocking=True)
-        handle = self.lanes.mark()
-        handle.synchronize()
-        return handle
+        self.disk_copied[buffer] = self.lanes.mark()
+        return self.disk_copied[buffer]
 
     def release_staging(self, buffer: int, done: Handle) -> None:
         self.staging_free[buffer] = done
@@ -241,6 +261,7 @@ class KVCache:
         for tier, pool in self.pools.items():
             holders = Counter(page for table in tables if table.tier == tier for page in table.pages)
             assert pool.references == [holders[page] for page in range(pool.num_pages)], (tier, pool.references, holders)
+            assert self.num_open[tier] == sum(table.tier == tier for table in tables), (tier, self.num_open)
         tails = [table.tail_slot for table in tables if table.tier == "disk"]
         assert sorted(tails) == sorted(self.disk.flushed if self.disk is not None else []), tails
         for table in tables:
@@ -254,6 +275,7 @@ class KVCache:
         """Let go of everything, also after a transfer that failed."""
         self.lanes.settle()
         self.drained = self.draining = [READY] * self.layout.num_layers
+        self.disk_copied = [READY, READY]
         if self.disk is not None:
             self.disk.close()
         self.storage.clear()

@@ -122,8 +122,14 @@ class ThreadLane:
         """The job holds the tensor itself: nothing to do on a thread."""
 
     def settle(self) -> None:
-        """Wait until the worker is idle, whatever became of its jobs: their errors are the waiters' on their handles."""
-        self.pool.submit(lambda: None).result()
+        """Wait until the worker and its stream are idle, whatever became of the jobs: their errors are the waiters' on their handles."""
+        # A pool that is closed takes nothing; at the interpreter's end Python waits for the workers, then runs finalizers that close an engine.
+        try:
+            self.pool.submit(lambda: None).result()
+        except RuntimeError:
+            return
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def check(self) -> None:
         """Invariant: no job ends that was not submitted, and none ends twice."""
@@ -131,6 +137,8 @@ class ThreadLane:
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
 class StreamLane:

@@ -68,6 +68,8 @@ class WeightStore:
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
         staged = self.device.type == "cuda" and disk_bytes
         self.disk_staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
+        self.disk_copied: list[Handle] = [READY] * len(self.disk_staging)
+        """When the staging buffers have been read by the device."""
         self.free_after: list[Handle] = [READY] * len(self.slabs)
         self.claims: dict[int, Claim] = {}
         self.next_slab = 0
@@ -141,8 +143,10 @@ class WeightStore:
         return claim
 
     def read_disk(self, layer: int, slab_index: int) -> Handle:
-        """Read a layer's disk tensors with several threads; on CUDA through pinned staging. Runs on the disk lane."""
+        """Read a layer's disk tensors with several threads; on CUDA through pinned staging. Runs on the disk lane, which does not wait for its copies."""
         slab = self.slabs[slab_index]
+        if self.disk_staging:
+            self.disk_copied[slab_index].synchronize()
         host = self.disk_staging[slab_index] if self.disk_staging else slab
         jobs = []
         for stored in self.disk_homed[layer]:
@@ -160,10 +164,8 @@ class WeightStore:
                 slab[begin:end].copy_(host[begin:end], non_blocking=True)
         if host is slab:
             return READY
-        handle = self.lanes.mark()
-        # The staging buffer belongs to this job until its copies are done: the next read into it is two layers away on this same lane.
-        handle.synchronize()
-        return handle
+        self.disk_copied[slab_index] = self.lanes.mark()
+        return self.disk_copied[slab_index]
 
     # Using
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -10,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from flexbatch.models import families
 from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import Assignment, assign
 from flexbatch.models.errors import CheckpointError
@@ -17,7 +19,7 @@ from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing,
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
 
-__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "load", "prequantized", "read_config", "stream"]
+__all__ = ["CheckpointError", "Piece", "QuantizedPiece", "load", "prequantized", "read_arch", "read_config", "stream"]
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -31,6 +33,28 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         names = ("eos_token_id", "bos_token_id")
         config = {**config, **{name: generation[name] for name in names if generation.get(name) is not None}}
     return config
+
+
+def read_arch(folder: Path | str) -> Arch:
+    """What the folder's config.json describes. Raises CheckpointError that names the folder and the key."""
+    config = read_config(folder)
+    with _saying(folder):
+        return families.read_arch(config)
+
+
+@contextmanager
+def _saying(folder: Path | str) -> Iterator[None]:
+    """What is wrong with a config is said with the folder that it lies in."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _packing(folder: Path) -> Packing | None:
+    config = read_config(folder)
+    with _saying(folder):
+        return read_packing(config)
 
 
 @overload
@@ -50,7 +74,7 @@ def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (
     Raises CheckpointError, on the call and not at the first piece, for missing, extra and mis-shaped tensors and damaged files.
     """
     folder = Path(folder)
-    packing = read_packing(read_config(folder))
+    packing = _packing(folder)
     assignments = assign(list_tensors(folder), arch, folder, packing)
     return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, packing, packed)
 
@@ -58,7 +82,7 @@ def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (
 def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:
     """(bits, group) of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an ordinary checkpoint. Reads headers only."""
     folder = Path(folder)
-    packing = read_packing(read_config(folder))
+    packing = _packing(folder)
     if packing is None:
         return {}
     formats: dict[str, set[tuple[int, int]]] = {}

@@ -16,7 +16,7 @@ from flexbatch.memory.tiers import Need, Pool, Tiers
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.memory.weights import WeightStore
-from flexbatch.models import checkpoint, families, resolve, shapes
+from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
 from flexbatch.policy.types import Split
@@ -132,7 +132,7 @@ def plan_draft(name: str, config: EngineConfig, target: Arch, tokenizer: Any, ta
             )
     else:
         folder = resolve.resolve(name)
-        arch = families.read_arch(checkpoint.read_config(folder))
+        arch = checkpoint.read_arch(folder)
         check_tokenizers(name, resolve.load_tokenizer(folder), config.model, tokenizer)
     layout = CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, 16, target_layout.group, target_layout.page_tokens, target_layout.dtype)
     weights = plan_weights(arch, Split(1, 0), 16, target_layout.group, target_layout.dtype.itemsize)

@@ -128,6 +128,22 @@ def test_engine_arguments_from_a_command_line():
     assert given == {"percent": (20.0, 80.0, 0.0, 100.0, 50.0, 50.0), "draft": ("small", "medium"), "gpu_batch_size": 4}
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_harness_device_is_taken_where_it_is(monkeypatch, cuda):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    assert engine_arguments({"device": "cuda:0"}) == ({"device": "cuda:0"} if cuda else {})
+    assert engine_arguments({"device": "cpu"}) == {"device": "cpu"}
+
+
+@pytest.mark.parametrize(("arguments", "told"), [("pretrained=demo,percnt=1", "FlexBatch has no percnt"), ("pretrained=no/where", "model 'no/where'")])
+def test_mistakes_in_model_args_are_exit_code_2_without_a_traceback(tmp_path, arguments, told):
+    command = [sys.executable, "-m", "flexbatch", "lm-eval", "run", "--model", "flexbatch", "--model_args", arguments]
+    command += ["--tasks", *write_tasks(tmp_path, 2)[:1], "--include_path", str(tmp_path)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=tmp_path, timeout=300)
+    assert done.returncode == 2 and told in done.stdout and "Traceback" not in done.stdout, done.stdout
+
+
 @pytest.mark.slow
 def test_the_command_equals_hf_caches_and_is_timed(tiny, tmp_path):
     """``lm_eval run`` as a user types it, for both models; the second FlexBatch run is answered by --use_cache."""
@@ -140,7 +156,7 @@ def test_the_command_equals_hf_caches_and_is_timed(tiny, tmp_path):
         command = [sys.executable, "-m", module, "run", "--model", model, "--model_args", arguments, *common, "--output_path", str(tmp_path / output), *options]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=tmp_path, timeout=900)
-        assert done.returncode == 0, done.stdout[-4000:]
+        assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout[-4000:]
         return time.perf_counter() - began
 
     def logged(output: str) -> dict[str, list]:

@@ -17,8 +17,16 @@ def test_every_cost_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
         return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + 5e-4 * num_layers * policy.cpu_attention + 7e-4 * num_layers * (not policy.overlap)
 
     monkeypatch.setattr(host_rates, "decode_seconds", seconds)
+    monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 4e-4)
     found = host_rates.host_rates(CPU)
-    wanted = {"pass_seconds": 2e-3, "sequence_seconds": 1e-5, "launch_seconds": 3e-4, "exchange_seconds": 5e-4, "settle_seconds": 7e-4}
+    wanted = {
+        "pass_seconds": 2e-3,
+        "sequence_seconds": 1e-5,
+        "launch_seconds": 3e-4,
+        "exchange_seconds": 5e-4,
+        "settle_seconds": 7e-4,
+        "cpu_attention_seconds": 4e-4,
+    }
     assert found == {name: pytest.approx(value) for name, value in wanted.items()}
 
 
@@ -28,4 +36,5 @@ def test_costs_of_this_machine() -> None:
     found = host_rates.host_rates(CPU)
     assert torch.get_num_threads() == threads
     assert 1e-6 < found["sequence_seconds"] < 1e-3 and 1e-5 < found["launch_seconds"] < 1e-2
+    assert 1e-5 < found["cpu_attention_seconds"] < 0.1
     assert 0 <= found["pass_seconds"] < 0.05 and 0 <= found["exchange_seconds"] < 0.05 and 0 <= found["settle_seconds"] < 0.05

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.planning import PAGE_TOKENS
 from tests.engine.conftest import NEW_TOKENS
 
 WEIGHTS = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (30, 40)}
@@ -37,10 +38,23 @@ def run(reference, offload_dir, cell, cpu_attention=0.0, **settings):
     ) as llm:
         completions = llm.generate(reference.prompts, GREEDY)
         assert llm.block is not None
+        assert_realized(llm.report(), llm.block)
         llm.block.check()
         llm.weights.check()
         llm.tiers.check()
     return [completion.token_ids for completion in completions]
+
+
+def assert_realized(report, block):
+    """What is printed is what was: within one tensor, one sequence and one page of what was asked."""
+    asked, found = report["policy"], report["realized_percent"]
+    rows, sequences = sum(block.activations.realized.values()), sum(block.cache.most_open.values())
+    largest = max(tensor.num_bytes for tensor in block.executor.weights.plan.all_tensors)
+    total = sum(tensor.num_bytes for tensor in block.executor.weights.plan.all_tensors)
+    units = {"weights": 100 * largest / total, "cache": 100 / sequences, "activations": 100 * PAGE_TOKENS / rows}
+    for kind, unit in units.items():
+        for tier in ("gpu", "cpu", "disk"):
+            assert abs(found[kind][tier] - 100 * asked[kind][tier]) <= unit + 1e-6, (kind, tier, found[kind], asked[kind])
 
 
 def sampled(count: int, seed: int) -> list:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -66,6 +69,21 @@ def test_logprobs_of_generated_tokens_equal_transformers(percent, folder, tmp_pa
             best = wanted[place].topk(4 if place >= len(prompt) - 1 else 2).indices.tolist()
             assert set(entries) == {token, *best}
             assert all(entry.logprob == pytest.approx(wanted[place, name].item(), abs=1e-4) for name, entry in entries.items())
+
+
+def test_one_prompt_and_several_of_every_kind(folder, tmp_path):
+    """What is given alone is what is given in a list of one; the model's tokenizer has a template for chats."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    kinds = ["def f():", PROMPTS[1], np.array(PROMPTS[2]), tuple(PROMPTS[4]), [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]]
+    params = SamplingParams(max_tokens=4, temperature=0)
+    with start(tmp_path / "model", tmp_path, PLACEMENTS[0]) as llm:
+        together = tokens(llm.generate(kinds, params))
+        assert [tokens(llm.generate(kind, params)) for kind in kinds] == [[found] for found in together]
+        assert llm.generate([], params) == [] and tokens(llm.generate(iter(kinds), params)) == together
+        assert llm.generate(kinds[-1], params)[0].prompt_token_ids == tuple(tokenizer("<system>x<user>y")["input_ids"])
 
 
 def test_logits_of_a_long_prompt_never_exist_at_once(folder, tmp_path, monkeypatch):

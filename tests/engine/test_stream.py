@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.engine import PEEKED_BLOCKS
 from flexbatch.execution.batcher import Batcher
 from flexbatch.planning import Job
+from flexbatch.prompts import PromptError
 from tests.tiny_models import make_model, random_prompts
 
 PLACES = {
@@ -125,6 +127,33 @@ def test_a_refused_request_among_the_first_does_not_refuse_the_stream(roomy, tmp
         found = dict(llm.stream(items(random_prompts([SMALL, 1500, SMALL, 1400], seed=7))))
         alone = dict(llm.stream(items(random_prompts([1500], seed=7))))
     assert [bool(found[i].error) for i in range(4)] == [False, True, False, True] and alone[0].error
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft": ("ngram",), "tree": "chain:3"}], ids=str)
+def test_text_is_handed_on_once_and_never_taken_back(settings, roomy, tmp_path):
+    """Of the first sample of every item, with stop strings that the text begins again and again."""
+    prompts = random_prompts([SMALL + i for i in range(7)], seed=9)
+    drawn = SamplingParams(temperature=0.9, max_tokens=24, ignore_eos=True)
+    with engine(roomy[0], tmp_path, **settings) as llm:
+        plain = [completion.text for completion in llm.generate(prompts, drawn)]
+        stops = [(text[9:12], text[4:8] + "~", text[11:] + "~") for text in plain]
+        params = [dataclasses.replace(drawn, stop=stop, n=1 + i % 3) for i, stop in enumerate(stops)]
+        heard: dict[int, list[str]] = {i: [] for i in range(len(prompts))}
+        found = dict(llm.stream(((i, prompt, params[i]) for i, prompt in enumerate(prompts)), lambda key, text: heard[key].append(text)))
+    assert {i: "".join(texts) for i, texts in heard.items()} == {i: completion.text for i, completion in found.items()}
+    assert all(texts and all(texts) for texts in heard.values()) and sum(map(len, heard.values())) > 2 * len(prompts)
+    assert any(completion.stop_reason for completion in found.values())
+
+
+def test_parameters_that_the_model_cannot_follow_fail_their_item_alone(roomy, tmp_path):
+    prompts = random_prompts([SMALL] * 3, seed=8)
+    with engine(roomy[0], tmp_path) as llm:
+        biased = dataclasses.replace(PARAMS, logit_bias={10**6: 1.0})
+        found = dict(llm.stream((i, prompt, biased if i == 1 else PARAMS) for i, prompt in enumerate(prompts)))
+        with pytest.raises(PromptError, match="prompt 1: logit_bias names token id 1000000"):
+            llm.generate(prompts, [PARAMS, biased, PARAMS])
+    assert found[1].finish_reason == "error" and "logit_bias names token id 1000000" in found[1].error
+    assert len(found[0].token_ids) == len(found[2].token_ids) > 0
 
 
 def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path, checked):

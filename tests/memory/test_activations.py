@@ -43,6 +43,9 @@ def test_the_rows_of_a_pass_are_within_one_page_of_the_split(split: Split, token
             assert abs(rows - part * total) <= PAGE_TOKENS + 1e-6
             assert store.realized_percent[tier] == pytest.approx(100 * rows / total)
         assert [sum(store.counts[k]) for k in range(len(tokens))] == tokens
+        largest = dict(store.realized_percent)
+        store.plan([1])
+        assert total == 1 or store.realized_percent == largest, "the end of a job says nothing about the split"
 
 
 @settings(max_examples=40, deadline=None)

@@ -222,3 +222,26 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
         gathered.wait()
         assert torch.equal(cache.staging_rows(0)[:PAGE_TOKENS], rows["disk" if on_disk else "cpu"])
         cache.close()
+
+
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+def test_rows_of_a_sequence_that_sat_out_a_pass_are_waited_for(tmp_path: Path, tier: str) -> None:
+    """A prompt that finds no room in a pass: what it drained in the pass before may still be under way when the pass after reads it."""
+    rows = torch.randn(PAGE_TOKENS, 2, 2, 6)
+    with open_tiers(tmp_path) as (tiers, lanes):
+        cache = KVCache(layout_of(16), SIZES, tiers, lanes)
+        table = cache.open(tier, PAGE_TOKENS)
+        (lanes.disk_write if tier == "disk" else lanes.d2h).submit(lambda: time.sleep(0.2))
+        cache.begin_pass(READY)
+        if tier == "cpu":
+            cache.drain_cpu(0, rows, torch.tensor(table.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
+        else:
+            cache.drain_disk(0, rows, [(table, 0, PAGE_TOKENS, 0)], READY)
+        cache.commit(table, PAGE_TOKENS)
+        cache.begin_pass(READY)
+        cache.begin_pass(READY)
+        pages = torch.tensor(table.pages if tier == "cpu" else [], dtype=torch.int32)
+        cache.gather(Gather(pages, ((table, PAGE_TOKENS),) if tier == "disk" else (), int(tier == "disk")), 0, 0).wait()
+        assert torch.equal(cache.staging_rows(0)[:PAGE_TOKENS], rows)
+        cache.free(table)
+        cache.close()

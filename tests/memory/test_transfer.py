@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -126,6 +128,31 @@ def test_settling_waits_for_everything_and_raises_nothing(lanes: Lanes) -> None:
     assert done == [2], "what depends on a failed job does not run; what does not, does"
     with pytest.raises(OSError, match="lost"):
         failed.wait()
+
+
+def test_settling_after_the_end_of_the_workers_is_done_at_once() -> None:
+    """A finalizer that closes an engine when the interpreter ends comes after Python's wait for all threads."""
+    lanes = Lanes(torch.device("cpu"), Tracer())
+    lanes.close()
+    lanes.settle()
+    script = """
+import torch, weakref
+from flexbatch.memory.transfer import Lanes
+from flexbatch.trace import Tracer
+lanes = Lanes(torch.device("cpu"), Tracer())
+for lane in lanes.all_lanes:
+    lane.submit(lambda: None)
+def close():
+    lanes.settle()
+    lanes.check()
+    lanes.close()
+    print("closed", *(lane.num_ended for lane in lanes.all_lanes))
+class Owner: pass
+owner = Owner()
+weakref.finalize(owner, close)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed 1 1 1 1 1 1\n", "")
 
 
 def test_jobs_compute_without_gradients_and_closing_ends_the_threads() -> None:

@@ -101,7 +101,7 @@ def test_special_tokens_beside_a_text_config_win():
 def test_dynamic_rope_past_the_trained_context_equals_generate(tmp_path):
     """One sequence alone: the prompt fits the trained context, the generated tokens do not."""
     model = make_model("llama-dynamic", tmp_path, max_position_embeddings=40, tokenizer=False)
-    arch = families.read_arch(checkpoint.read_config(tmp_path))
+    arch = checkpoint.read_arch(tmp_path)
     assert arch.max_positions == 120
     (prompt,), new = random_prompts([38]), 30
     wanted = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexbatch.models import checkpoint, families, resolve, source
+from flexbatch.models import checkpoint, resolve, source
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.specs import weight_specs
 from tests.tiny_models import make_model
@@ -32,7 +32,7 @@ def folder(pristine, tmp_path):
 
 
 def load(folder):
-    arch = families.read_arch(checkpoint.read_config(folder))
+    arch = checkpoint.read_arch(folder)
     return arch, checkpoint.load(folder, arch, torch.float32)
 
 
@@ -142,13 +142,13 @@ def test_buffers_of_old_versions_are_skipped(folder, pristine):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pieces_keep_the_dtype_of_the_file(folder, dtype):
     change(folder, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
-    arch = families.read_arch(checkpoint.read_config(folder))
+    arch = checkpoint.read_arch(folder)
     assert {piece.tensor.dtype for piece in checkpoint.stream(folder, arch)} == {dtype}
 
 
 def test_pieces_cover_every_row_once(pristine):
     for case in ("llama", "opt", "falcon-40b", "codegen"):
-        arch = families.read_arch(checkpoint.read_config(pristine / case))
+        arch = checkpoint.read_arch(pristine / case)
         rows = {(spec.layer, spec.role): torch.zeros(spec.shape[0]) for spec in weight_specs(arch)}
         for piece in checkpoint.stream(pristine / case, arch):
             rows[piece.layer, piece.role][slice(None) if piece.rows is None else piece.rows] += 1
@@ -221,7 +221,7 @@ def test_spoiled_weights_are_named(folder, kind):
 
 
 def test_errors_come_before_the_first_piece(folder):
-    arch = families.read_arch(checkpoint.read_config(folder))
+    arch = checkpoint.read_arch(folder)
     change(folder, lack("model.norm.weight"))
     with pytest.raises(CheckpointError):
         checkpoint.stream(folder, arch)
@@ -301,6 +301,9 @@ def test_folders_that_are_no_models(folder, tmp_path, monkeypatch):
     (folder / "config.json").write_text("{broken")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
         checkpoint.read_config(folder)
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(CheckpointError, match=f"{folder}: config.json: model_type 'mamba' is unknown"):
+        checkpoint.read_arch(folder)
 
 
 def test_folder_without_weights_or_tokenizer(folder):
@@ -316,7 +319,7 @@ def test_folder_without_weights_or_tokenizer(folder):
 
 def test_stop_tokens_of_the_generation_config_win(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
-    assert families.read_arch(checkpoint.read_config(folder)).eos_token_ids == (5, 7)
+    assert checkpoint.read_arch(folder).eos_token_ids == (5, 7)
 
 
 def test_fingerprint_follows_the_content(folder, tmp_path):

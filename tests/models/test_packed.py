@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.models import checkpoint, families
+from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
 from flexbatch.models.specs import weight_specs
 from tests.models.dense import DenseModel
@@ -79,7 +79,7 @@ def change(folder, edit):
 
 
 def read(folder, packed=False):
-    arch = families.read_arch(checkpoint.read_config(folder))
+    arch = checkpoint.read_arch(folder)
     stages = {}
     for spec in weight_specs(arch):
         stages.setdefault(spec.layer, {})[spec.role] = torch.full(spec.shape, float("nan"))
@@ -121,22 +121,31 @@ def test_one_group_for_a_whole_row(tmp_path):
     assert {piece.group for piece in packed_pieces(tmp_path)} == {64}
 
 
-@pytest.mark.parametrize("weight_bits", [16, 4])
+@pytest.mark.parametrize(
+    ("method", "weight_bits", "percent"),
+    [("awq", 16, None), ("awq", 4, (0, 0, 100, 0, 100, 0)), ("gptq", 16, (0, 100, 30, 40, 50, 50)), ("gptq_v2", 4, (30, 40, 0, 100, 100, 0))],
+    ids=str,
+)
 @torch.no_grad()
-def test_engine_runs_packed_weights_as_they_are(weight_bits, tmp_path):
-    """Their own bits win over --weight-bits; in float32 the parameters are exact, so the tokens are those of the meant matrices."""
-    model = make(tmp_path, "awq", tokenizer=True, **SIZES)
-    with LLM(str(tmp_path), device="cpu", weight_bits=weight_bits, gpu_memory="1GiB", cpu_memory="1GiB", offload_dir=str(tmp_path / "offload")) as llm:
-        prompts = random_prompts([3, 20])
-        completions = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
-    for prompt, completion in zip(prompts, completions, strict=True):
-        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
-        assert completion.token_ids == wanted[0, len(prompt) :].tolist()
+def test_engine_runs_packed_weights_as_they_are(method, weight_bits, percent, tmp_path):
+    """Their own bits win over --weight-bits; in float32 the parameters are exact, so the tokens are those of the meant matrices. A second start reuses them."""
+    model = make(tmp_path, method, tokenizer=True, **SIZES)
+    prompts, read = random_prompts([3, 20]), []
+    for _ in range(2):
+        settings = {"weight_bits": weight_bits, "percent": percent, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path / "offload")}
+        with LLM(str(tmp_path), device="cpu", gpu_batch_size=1, num_gpu_batches=2, **settings) as llm:
+            completions = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+            assert {t.bits for t in llm.decided.weight_plan.all_tensors if t.spec.role in ("qkv.weight", "down.weight")} == {4}
+            read.append(llm.report()["loaded_bytes"])
+        for prompt, completion in zip(prompts, completions, strict=True):
+            wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+            assert completion.token_ids == wanted[0, len(prompt) :].tolist()
+    assert read[1] < read[0]
 
 
 def test_roles_that_are_packed_everywhere(tmp_path):
     make(tmp_path, "awq", **SIZES)
-    arch = families.read_arch(checkpoint.read_config(tmp_path))
+    arch = checkpoint.read_arch(tmp_path)
     assert checkpoint.prequantized(tmp_path, arch) == dict.fromkeys(("qkv.weight", "o.weight", "gate_up.weight", "down.weight"), (4, GROUP))
 
     def leave_alone(tensors):
@@ -171,7 +180,7 @@ def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
 
 
 def packed_pieces(folder):
-    arch = families.read_arch(checkpoint.read_config(folder))
+    arch = checkpoint.read_arch(folder)
     return [piece for piece in checkpoint.stream(folder, arch, packed=True) if isinstance(piece, QuantizedPiece)]
 
 
@@ -199,7 +208,7 @@ def test_activation_order_is_refused_and_a_regular_order_is_not(tmp_path):
 def test_other_quantisations_are_refused(tmp_path, quantization):
     make(tmp_path, "gptq", **SIZES)
     configure(tmp_path, quantization_config=quantization)
-    with pytest.raises(CheckpointError, match=r"is not supported; supported: awq and gptq with 4 bits"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: .* is not supported; supported: awq and gptq with 4 bits"):
         packed_pieces(tmp_path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexbatch.models import checkpoint, families
+from flexbatch.models import checkpoint
 from tests.models.dense import DenseModel
 from tests.tiny_models import FAMILY_CASES, make_model, random_prompts
 
@@ -17,7 +17,7 @@ def tiny(request, tmp_path_factory):
     """The model of transformers and ours, of one case."""
     folder = tmp_path_factory.mktemp(request.param)
     model = make_model(request.param, folder, tokenizer=False)
-    arch = families.read_arch(checkpoint.read_config(folder))
+    arch = checkpoint.read_arch(folder)
     return model, arch, checkpoint.load(folder, arch, torch.float32)
 
 
@@ -41,7 +41,7 @@ def test_logits_equal_transformers(tiny):
 def test_linear_biases_of_long_prompts_equal_transformers(case, tmp_path):
     """Falcon's are rounded to bfloat16: positions from 257 on, and the slopes of more than 8 heads."""
     model = make_model(case, tmp_path, tokenizer=False)
-    arch = families.read_arch(checkpoint.read_config(tmp_path))
+    arch = checkpoint.read_arch(tmp_path)
     prompts = random_prompts([450, 300])
     found = DenseModel(arch, checkpoint.load(tmp_path, arch, torch.float32), len(prompts), 450).step(prompts)
     for prompt, logits in zip(prompts, found, strict=True):

@@ -45,6 +45,14 @@ def test_a_transformers_model_is_built_from_the_root() -> None:
     assert done.stdout.strip() == "64"
 
 
+def test_the_layout_in_contributing_is_that_of_the_repository() -> None:
+    layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Layout")[2].partition("\n## ")[0]
+    files = set(re.findall(r"`(?:flexbatch/)?(\w+\.py)`", layout.partition("`tests/test_imports.py`")[0]))
+    assert files == {path.name for path in (ROOT / "flexbatch").glob("*.py")} - {"__init__.py"}
+    folders = set(re.findall(r"`flexbatch/(\w+)/`", layout))
+    assert folders == {path.parent.name for path in (ROOT / "flexbatch").glob("*/__init__.py") if not path.parent.is_symlink()}
+
+
 @pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
 def test_every_subcommand_has_its_module(module: str) -> None:
     assert importlib.util.find_spec(module) is not None

@@ -161,6 +161,16 @@ def test_text_so_far_holds_back_half_a_character(tokenizer) -> None:
     assert result.text == "a" and result.finish is None
 
 
+def test_text_so_far_holds_back_what_may_become_a_stop_string(tokenizer) -> None:
+    result = output(tokenizer, stop=["abcd", "bx"])
+    shown = []
+    for token in byte_ids(tokenizer, "yabzabcbabcd"):
+        result.append(token)
+        shown.append(result.text)
+    assert shown == ["y", "y", "y", "yabz", "yabz", "yabz", "yabz", "yabzabc", "yabzabcb", "yabzabcb", "yabzabcb", "yabzabcb"]
+    assert result.finish == Finish("stop", "abcd")
+
+
 def test_no_token_after_the_end(tokenizer) -> None:
     result = output(tokenizer)
     result.append(EOS)

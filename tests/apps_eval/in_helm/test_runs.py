@@ -49,10 +49,9 @@ def write_questions(path: Path, count: int, **texts: str) -> Path:
     return path
 
 
-def helm(command: list[str], folder: Path, suite: str, *options: str, **environ: str) -> float:
-    """Runs HELM in the folder; seconds. Its output is shown when it fails."""
-    began = time.perf_counter()
-    done = subprocess.run(
+def ran(command: list[str], folder: Path, suite: str, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs HELM in the folder, with all that it prints in ``stdout``."""
+    return subprocess.run(
         [*command, "--suite", suite, "-o", str(folder / "out"), "--local-path", str(folder / f"config-{suite}"), *options],
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FLEXBATCH_DTYPE": "float32", **environ},
@@ -61,7 +60,13 @@ def helm(command: list[str], folder: Path, suite: str, *options: str, **environ:
         text=True,
         timeout=1200,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def helm(command: list[str], folder: Path, suite: str, *options: str, **environ: str) -> float:
+    """Runs HELM in the folder; seconds. Its output is shown when it fails."""
+    began = time.perf_counter()
+    done = ran(command, folder, suite, *options, **environ)
+    assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout[-6000:]
     return time.perf_counter() - began
 
 
@@ -132,6 +137,24 @@ def test_a_dry_run_loads_nothing(folder, model):
     helm(command, folder, "dry", *PLUGIN, "--runner-class-name", "flexbatch.apps.helm.FlexBatchRunner", FLEXBATCH_GPU_MEMORY="1KiB")
     (state,) = runs(folder, "dry", "scenario_state.json").values()
     assert len(state["request_states"]) == 4 and all("result" not in each for each in state["request_states"])
+
+
+def test_a_run_that_fails_is_told_last_and_loses_no_other(folder, model):
+    (folder / "nowhere.jsonl").unlink(missing_ok=True)
+    chosen = entries("text", folder / "nowhere.jsonl", scenarios=SCENARIOS[:1], methods=METHODS[:1])
+    done = ran([sys.executable, "-m", "flexbatch.apps.helm_run", *chosen, "-m", "4", "--model", str(model)], folder, "nowhere")
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("Failed runs: ") and "custom_mcqa" in last and "simple_mcqa" not in last, done.stdout[-4000:]
+    assert list(runs(folder, "nowhere", "stats.json")) == ["simple_mcqa:"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["-r", "nosuch:model=text"], "HELM has no run of this name"), (["-r", "simple_mcqa:model=text", "--model", "no/where"], "--model no/where")],
+)
+def test_mistakes_in_the_command_are_exit_code_2_without_a_traceback(folder, words, told):
+    done = ran([sys.executable, "-m", "flexbatch.apps.helm_run", *words], folder, "mistake")
+    assert done.returncode == 2 and told in done.stdout and "Traceback" not in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("method", METHODS)
