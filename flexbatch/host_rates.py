@@ -56,9 +56,9 @@ def small_arch(num_layers: int, head_dim: int) -> Arch:
     return read_arch({**config, **sizes, "eos_token_id": 2, "bos_token_id": 1})
 
 
-def resident(sequences: int) -> Policy:
+def resident(sequences: int, num_gpu_batches: int = 2) -> Policy:
     """Two micro-batches: one alone on the GPU is a graph, whose ticks cost the host nothing."""
-    return Policy(ON_GPU, ON_GPU, ON_GPU, sequences, 2, prefill_chunk=PROMPT_TOKENS)
+    return Policy(ON_GPU, ON_GPU, ON_GPU, sequences, num_gpu_batches, prefill_chunk=PROMPT_TOKENS)
 
 
 def attended(sequences: int, num_gpu_batches: int = 1) -> Policy:
@@ -134,7 +134,8 @@ def layer_seconds(policy: Policy, device: torch.device) -> float:
 @torch.inference_mode()
 def host_rates(device: torch.device) -> dict[str, float]:
     """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` of `policy.rates.Hardware`, by non-negative least squares over a few shapes, and
-    ``exchange_seconds`` and ``settle_seconds``, from how passes of one micro-batch grow with the layers; ``cpu_attention_seconds``.
+    ``graph_seconds`` (0 without a GPU, where there are no graphs), ``exchange_seconds`` and ``settle_seconds``, from how passes of one micro-batch grow with
+    the layers; ``cpu_attention_seconds``.
     """
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
@@ -142,6 +143,7 @@ def host_rates(device: torch.device) -> dict[str, float]:
     try:
         measured = [decode_seconds(layers, resident(sequences), device) for layers, sequences in SHAPES]
         layer, in_turn = (layer_seconds(policy, device) for policy in (attended(8), replace(attended(8), overlap=False)))
+        in_graph = layer_seconds(resident(8, 1), device) if device.type == "cuda" else 0.0
     finally:
         torch.set_num_threads(threads)
     attention = attention_seconds(device)
@@ -152,4 +154,4 @@ def host_rates(device: torch.device) -> dict[str, float]:
     found, _ = nnls(terms / np.array(measured)[:, None], np.ones(len(SHAPES)))
     rates = dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
     exchange, settle = max(0.0, layer - rates["launch_seconds"]), max(0.0, in_turn - layer)
-    return {**rates, "exchange_seconds": exchange, "settle_seconds": settle, "cpu_attention_seconds": attention}
+    return {**rates, "graph_seconds": max(0.0, in_graph), "exchange_seconds": exchange, "settle_seconds": settle, "cpu_attention_seconds": attention}

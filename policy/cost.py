@@ -113,13 +113,14 @@ class PassModel:
         return [self._stage(name, compute, fetch, count) for name, compute, fetch, count in kinds if count]
 
     def launched(self, point: np.ndarray) -> np.ndarray:
-        """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one CUDA graph."""
+        """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one CUDA graph, launched by the GPU."""
         resident = all(point[1 + VARIABLES.index(f"{kind}_gpu")] >= 1 - RESIDENT for kind in KINDS)
         one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap and self.policy.query_tokens == 1
         if not one_graph:
             return self.launch_seconds
         graphed = (np.asarray(self.load.prompt_tokens) == 0) & (np.asarray(self.load.decode_sequences) <= GRAPHED_SEQUENCES)
-        return np.where(graphed, self.host_seconds, self.launch_seconds)
+        in_graph = self.host_seconds + (self.shape.num_layers + 1) * self.hardware.graph_seconds
+        return np.where(graphed, in_graph, self.launch_seconds)
 
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""

@@ -72,6 +72,8 @@ class Hardware:
     """Host memory, bytes read or written, all users together."""
     launch_seconds: float
     """Per tick: what the host needs to launch a tick and no resource hides."""
+    graph_seconds: float = 0.0
+    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they compute."""
     pass_seconds: float = 0.0
     """Per pass: composing it, sampling, committing."""
     sequence_seconds: float = 0.0

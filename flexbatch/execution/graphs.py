@@ -5,7 +5,7 @@ Without them such a pass costs what Python needs to launch it: 30 ms for the 32 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,11 @@ def bucket_of(num_sequences: int) -> int:
     return -(-num_sequences // 32) * 32
 
 
+def smallest_covering(keys: Iterable[tuple[int, int]], key: tuple[int, int]) -> tuple[int, int] | None:
+    """The least of ``keys`` (sequences, longest context) with room for ``key``, None when there is none."""
+    return min((other for other in keys if other[0] >= key[0] and other[1] >= key[1]), default=None)
+
+
 @dataclass
 class Captured:
     """A graph with the tensors that it reads and writes."""
@@ -39,6 +44,9 @@ class Captured:
 
 class DecodeGraphs:
     """Captured decode passes by (sequences, longest context), sharing one memory pool; a bucket is captured when it comes for the second time.
+
+    The first time it runs in the smallest graph that covers it: at the end of a job, where sequences leave with every pass, most sizes come only once
+    (OPT-1.3B on the H200 machine: 17 to 22 ms launched one by one, 14 in the graph for 512).
 
     Places beyond the real sequences repeat the first one: they compute the same keys and values and write them to the same slot.
     """
@@ -57,12 +65,13 @@ class DecodeGraphs:
         if inputs.num_tokens > MAX_SEQUENCES:
             return None
         key = (bucket_of(inputs.num_tokens), min(-(-group.max_context_len // CONTEXT_STEP) * CONTEXT_STEP, self.max_positions))
-        if key not in self.seen:
-            self.seen.add(key)
-            return None
-        if key not in self.captured:
+        if key not in self.captured and key in self.seen:
             self.captured[key] = self.capture(*key, inputs, layers)
-        captured = self.captured[key]
+        self.seen.add(key)
+        covering = smallest_covering(self.captured, key)
+        if covering is None:
+            return None
+        captured = self.captured[covering]
         fill(captured.inputs, inputs)
         captured.graph.replay()
         return captured.hidden[: inputs.num_tokens]

@@ -11,18 +11,22 @@ from flexbatch.policy.types import Policy
 CPU = torch.device("cpu")
 
 
-def test_every_cost_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
         ticks = (num_layers + 1) * policy.num_gpu_batches
+        if device.type == "cuda" and policy.cache.gpu == 1 and policy.num_gpu_batches == 1:
+            return 1e-3 + 4e-5 * ticks
         return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + 5e-4 * num_layers * policy.cpu_attention + 7e-4 * num_layers * (not policy.overlap)
 
     monkeypatch.setattr(host_rates, "decode_seconds", seconds)
     monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 4e-4)
-    found = host_rates.host_rates(CPU)
+    found = host_rates.host_rates(torch.device(device))
     wanted = {
         "pass_seconds": 2e-3,
         "sequence_seconds": 1e-5,
         "launch_seconds": 3e-4,
+        "graph_seconds": 4e-5 if device == "cuda" else 0.0,
         "exchange_seconds": 5e-4,
         "settle_seconds": 7e-4,
         "cpu_attention_seconds": 4e-4,

@@ -22,6 +22,7 @@ def free_launch(name: str) -> Hardware:
     alone = dataclasses.replace(hardware, cpu_attention_during_h2d=rate, h2d_during_cpu_attention=hardware.h2d)
     fixed = (
         "launch_seconds",
+        "graph_seconds",
         "pass_seconds",
         "sequence_seconds",
         "cpu_attention_seconds",
@@ -160,6 +161,17 @@ def test_launch_cost_counts_every_tick():
     base = float(PassModel(shape, small(), policy, load).pass_seconds(point_of(policy)))
     with_launch = PassModel(shape, small(launch_seconds=1e-3, pass_seconds=0.5), policy, load)
     assert float(with_launch.pass_seconds(point_of(policy))) == pytest.approx(base + 33 * 3 * 1e-3 + 0.5)
+
+
+def test_a_graph_launches_by_layer():
+    """A decode pass of a block that is on the GPU whole; with a prompt in it, it is launched tick by tick."""
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 24, 1)
+    shape = public_shape("opt-6.7b")
+    hardware = dataclasses.replace(load_hardware("h200"), launch_seconds=1e-3, graph_seconds=0.0)
+    for load, seconds in ((PassLoad.decode(24, 500), 33 * 2e-4), (PassLoad.decode(24, 500) + PassLoad.prefill(1, 64), 0.0)):
+        base = PassModel(shape, hardware, policy, load).pass_seconds(point_of(policy))
+        found = PassModel(shape, dataclasses.replace(hardware, graph_seconds=2e-4), policy, load).pass_seconds(point_of(policy))
+        assert float(found) == pytest.approx(float(base) + seconds)
 
 
 def test_every_sequence_costs_the_host():
