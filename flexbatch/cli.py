@@ -214,6 +214,8 @@ def run_command(main: Callable[[], int | None], resume: str | None = None) -> in
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Forked helpers, such as the pool in which lm_eval computes errors, have nothing to put in order: ended, they would print a traceback.
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         code = main() or DONE
         sys.stdout.flush()

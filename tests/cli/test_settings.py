@@ -210,6 +210,17 @@ def test_sigterm_ends_a_command_as_an_interruption() -> None:
     assert process.returncode == 130 and "interrupted; resume with: again" in errors
 
 
+def test_a_forked_helper_ends_without_a_traceback() -> None:
+    """lm_eval ends its pool of processes so; a handler that raises would print one of each that waits for work."""
+    script = (
+        "import multiprocessing, sys, time\nfrom flexbatch import cli\n"
+        "def main():\n    helper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(30,))\n    helper.start()\n    time.sleep(0.5)\n"
+        "    helper.terminate()\n    helper.join()\n    print(helper.exitcode)\nsys.exit(cli.run_command(main))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{-signal.SIGTERM}\n", "")
+
+
 def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> None:
     script = (
         "import logging\nfrom flexbatch import cli\ncli.set_up_logging()\n"
