@@ -127,12 +127,14 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
         call, num_bytes = attention_call(sequences, 1, CONTEXT, (group * kv_heads, kv_heads), dtype, host)
         first = first or (call, num_bytes)
         alone.append(num_bytes / seconds(call, host, 3))
+    quantized, _ = attention_call(sequences, 1, CONTEXT, (kv_heads, kv_heads), dtype, host, bits=8)
     # More query heads do not read the cache faster: the regression runs from the most to one.
     falling, _ = fit_curve(QUERY_HEADS, alone[::-1])
     assert first is not None
     attention, link = beside(device, *first)
     return {
         "cpu_attention": Curve(falling.points, falling.values[::-1]),
+        "cpu_attention_expand": num_bytes / seconds(quantized, host, 3),
         "cpu_attention_during_h2d": min(attention, max(alone)),
         "h2d_during_cpu_attention": link,
     }
@@ -185,4 +187,5 @@ def kernel_rates(device: str) -> dict[str, Any]:
     with torch.no_grad():
         rates = attention_rates(dev, dtype) | cpu_attention_rates(dev, dtype)
         rates |= host_rates(dev)
+        rates["cpu_attention_during_h2d"] = min(rates["cpu_attention_during_h2d"], rates["cpu_attention"].values[0])
         return rates | page_rates(dev) if dev.type == "cuda" else rates

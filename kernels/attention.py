@@ -83,6 +83,7 @@ def paged_attention(
     positions: Tensor | None = None,
     max_query_len: int = 0,
     max_context_len: int = 0,
+    out: Tensor | None = None,
     splits: int = 0,
     launch: Launch | None = None,
 ) -> Tensor:
@@ -92,7 +93,8 @@ def paged_attention(
     num_tokens, num_heads, head_dim = query.shape
     num_sequences, max_pages = page_table.shape
     heads_per_group = num_heads // num_kv_heads
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+    assert out.is_contiguous(), f"the result must be dense, got strides {out.stride()}"
     if num_tokens == 0:
         return out
     if query.stride()[1:] != (head_dim, 1):

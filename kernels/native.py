@@ -143,26 +143,29 @@ def paged_attention(
     positions: Tensor | None = None,
     max_query_len: int = 0,
     max_context_len: int = 0,
+    out: Tensor | None = None,
     threads: int = 0,
 ) -> Tensor:
-    """`reference.paged_attention` on ``threads`` processor threads (0: torch's number). Raises MemoryError."""
+    """`reference.paged_attention` on ``threads`` processor threads (0: torch's number), which meet once: each meeting of 16 sleeping threads costs 50 to 100
+    microseconds, so that queries and results are converted where they are used. Raises MemoryError."""
     loaded = library()
     assert loaded is not None, "no compiled kernels on this machine"
     assert tree_masks is None or positions is not None, "a tree needs the depth of every query token"
     num_heads, head_dim = query.shape[1:]
     integers = [None if x is None else x.to(torch.int32).contiguous() for x in (page_table, query_starts, context_lens, tree_masks, positions)]
-    query32 = query.float().contiguous()
+    query = query.contiguous()
     slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
-    out = torch.empty(query.shape, dtype=torch.float32)
+    result = torch.empty_like(query) if out is None else out
+    assert result.is_contiguous() and result.dtype == query.dtype and result.shape == query.shape, "out must be dense and like the query"
     attention = _Attention(
         _cache(rows, num_kv_heads, head_dim, bits, group, query.dtype),
-        query32.data_ptr(), out.data_ptr(), *(_pointer(x) for x in integers), _pointer(slopes),
+        query.data_ptr(), result.data_ptr(), *(_pointer(x) for x in integers), _pointer(slopes),
         page_table.shape[0], page_table.shape[1], num_heads, page_tokens, 0 if tree_masks is None else tree_masks.shape[1],
         window, threads or torch.get_num_threads(), scale, soft_cap, alibi_scale,
     )  # fmt: skip
     if loaded.flexbatch_paged_attention(ctypes.byref(attention)):
         raise MemoryError(f"no memory for the work list of CPU attention over {page_table.shape[0]} sequences")
-    return out.to(query.dtype)
+    return result
 
 
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64, *, threads: int = 0) -> None:

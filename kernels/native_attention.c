@@ -66,7 +66,11 @@ static void merge(const float *partial, int64_t parts, int64_t stride, int64_t s
 static void merge_sequence(const attention_t *a, int32_t sequence, const float *partial) {
     const span_t s = span_of(a, sequence);
     const int64_t size = a->cache.head_dim, rows = s.queries * a->num_heads, parts = (s.context + split_keys(a) - 1) / split_keys(a);
-    for (int64_t r = 0; r < rows; r++) merge(partial + r * (size + 2), parts, rows * (size + 2), size, a->out + (s.begin * a->num_heads + r) * size);
+    float merged[size];
+    for (int64_t r = 0; r < rows; r++) {
+        merge(partial + r * (size + 2), parts, rows * (size + 2), size, merged);
+        write_row(a, s.begin * a->num_heads + r, merged, 1, 1.0f);
+    }
 }
 
 /* One item; who finishes the last of a cut sequence merges its partial results, so that the threads meet once, at the end: on a busy machine each

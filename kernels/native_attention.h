@@ -14,8 +14,8 @@
 
 typedef struct {
     cache_t cache;
-    const float *query;
-    float *out;
+    const char *query; /* of the cache's dtype, as the result */
+    char *out;
     const int32_t *page_table, *query_starts, *context_lens, *tree_masks, *positions;
     const float *alibi_slopes;
     int64_t num_sequences, max_pages, num_heads, page_tokens, mask_words, window, threads;
@@ -64,6 +64,22 @@ static inline int needs_bias(const attention_t *a, const span_t *s, int32_t firs
     return a->window && query_position(a, s, last) - (float)key >= (float)a->window;
 }
 
+static inline void read_query(const attention_t *a, int64_t token, int64_t head, float *to) {
+    const int64_t size = a->cache.head_dim, width = element_bytes(a->cache.dtype);
+    const char *from = a->query + (token * a->num_heads + head) * size * width;
+    if (a->cache.dtype == FLOAT32) memcpy(to, from, size * width);
+    else expand_16(from, to, size, a->cache.dtype);
+}
+
+/* One row of the result; `row`: token times heads plus head, the elements of `x` are `stride` floats apart. */
+static inline void write_row(const attention_t *a, int64_t row, const float *x, int64_t stride, float factor) {
+    const int64_t size = a->cache.head_dim;
+    char *to = a->out + row * size * element_bytes(a->cache.dtype);
+    for (int64_t d = 0; d < size && a->cache.dtype == FLOAT32; d++) ((float *)to)[d] = x[d * stride] * factor;
+    for (int64_t d = 0; d < size && a->cache.dtype == BFLOAT16; d++) ((uint16_t *)to)[d] = to_bfloat16(x[d * stride] * factor);
+    for (int64_t d = 0; d < size && a->cache.dtype == FLOAT16; d++) ((uint16_t *)to)[d] = to_float16(x[d * stride] * factor);
+}
+
 static inline vec rounded_to_bfloat16(vec x) {
     const uvec bits = (uvec)x;
     return (vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
@@ -98,8 +114,7 @@ static inline void finish(const attention_t *a, const span_t *s, const item_t *i
     const int64_t size = a->cache.head_dim;
     const int64_t index = (int64_t)(row / s->heads_per_group) * a->num_heads + head * s->heads_per_group + row % s->heads_per_group;
     if (item->partial < 0) {
-        float *out = a->out + (s->begin * a->num_heads + index) * size, inverse = 1.0f / sum;
-        for (int64_t d = 0; d < size; d++) out[d] = acc[d * stride] * inverse;
+        write_row(a, s->begin * a->num_heads + index, acc, stride, 1.0f / sum);
     } else {
         float *out = partials + item->partial + index * (size + 2);
         for (int64_t d = 0; d < size; d++) out[d] = acc[d * stride];

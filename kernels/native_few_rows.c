@@ -108,13 +108,13 @@ static void find_rows(const attention_t *a, const item_t *item, int32_t key, con
 void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch, float *partials) {
     const span_t s = span_of(a, item->sequence);
     const int32_t rows = item->row_end - item->row_begin;
-    const int64_t all = rows * a->cache.num_kv_heads, size = a->cache.head_dim;
+    const int64_t all = rows * a->cache.num_kv_heads;
     float *query = scratch, *acc = query + all * s.width, *scores = acc + all * s.width, *maxima = scores + all * KEYS;
     float *sums = maxima + all, *buffer = scratch + round_up(sums + all - scratch, LANES);
     memset(scratch, 0, (buffer + 4 * s.width - scratch) * sizeof(float));
     for (int64_t i = 0; i < all; i++) {
         int64_t row = item->row_begin + i % rows, head = i / rows * s.heads_per_group + row % s.heads_per_group;
-        memcpy(query + i * s.width, a->query + ((s.begin + row / s.heads_per_group) * a->num_heads + head) * size, size * sizeof(float));
+        read_query(a, s.begin + row / s.heads_per_group, head, query + i * s.width);
         maxima[i] = -INFINITY;
     }
     const char *now[KEYS], *next[KEYS];

@@ -66,10 +66,11 @@ static void mask_tile(const attention_t *a, const span_t *s, const item_t *item,
 }
 
 static void load_tile(const attention_t *a, const span_t *s, const item_t *item, int64_t lanes, float *query, float *places, float *slopes) {
+    float source[a->cache.head_dim];
     for (int64_t lane = 0; lane < lanes; lane++) {
         const int32_t row = item->row_begin + (lane < item->row_end - item->row_begin ? (int32_t)lane : 0), q = row / s->heads_per_group;
         const int64_t head = item->head_begin * s->heads_per_group + row % s->heads_per_group;
-        const float *source = a->query + ((s->begin + q) * a->num_heads + head) * a->cache.head_dim;
+        read_query(a, s->begin + q, head, source);
         for (int64_t d = 0; d < a->cache.head_dim; d++) query[d * TILE + lane] = source[d];
         places[lane] = query_position(a, s, q);
         slopes[lane] = a->alibi_slopes ? a->alibi_slopes[head] : 0.0f;

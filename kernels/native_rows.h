@@ -61,6 +61,32 @@ static inline float scalar(const char *p, int64_t dtype) {
     return x;
 }
 
+static inline uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Round half to even: a carry out of the mantissa moves into the exponent, as it should. */
+static inline uint16_t to_float16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x47800000) return sign | 0x7c00; /* 65536 and more */
+    if (bits < 0x38800000) {                       /* subnormal: adding 0.5 leaves units of 2^-24 in the mantissa */
+        float shifted;
+        memcpy(&shifted, &bits, 4);
+        shifted += 0.5f;
+        memcpy(&bits, &shifted, 4);
+        return sign | (uint16_t)(bits - 0x3f000000);
+    }
+    bits -= 112u << 23;
+    return sign | (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
 typedef float four __attribute__((vector_size(16)));
 static inline float horizontal_sum(vec v) {
     four parts[LANES / 4], sum;

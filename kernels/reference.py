@@ -189,6 +189,7 @@ def paged_attention(
     positions: Tensor | None = None,
     max_query_len: int = 0,
     max_context_len: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of ragged query tokens over a paged cache that already holds their own keys and values.
 
@@ -199,10 +200,10 @@ def paged_attention(
     more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
     word w set when the token sees query token 32 * w + b of its own sequence (itself included); without it the query tokens are causal.
     positions: [num_tokens] int32, needed only with ``tree_masks`` (depths, for ALiBi and window). max_query_len and max_context_len are
-    launch hints that this path does not need. Returns [num_tokens, num_heads, head_dim].
+    launch hints that this path does not need. Returns [num_tokens, num_heads, head_dim]: ``out``, dense, where it is given.
     """
     num_heads, head_dim = query.shape[1:]
-    out = torch.empty_like(query)
+    out = torch.empty_like(query) if out is None else out
     starts, lens = query_starts.tolist(), context_lens.tolist()
     for s, context in enumerate(lens):
         begin, end = starts[s], starts[s + 1]

@@ -244,7 +244,7 @@ class PassModel:
     def _seconds(self, traffic: dict[str, np.ndarray], gpu_seconds: np.ndarray, gpu_bytes: np.ndarray) -> dict[str, np.ndarray]:
         hardware, policy = self.hardware, self.policy
         work = self._work(traffic, gpu_seconds, gpu_bytes)
-        attention_rate = hardware.cpu_attention_rate(policy.query_tokens * self.shape.num_heads / self.shape.num_kv_heads)
+        attention_rate = hardware.cpu_attention_rate(policy.query_tokens * self.shape.num_heads / self.shape.num_kv_heads, policy.cache_bits)
         copies = affine(weights_cpu=self.batches, weights_disk=self.batches) * hardware.link_seconds
         requests = (traffic["requests"] + affine(weights_disk=1.0)) * hardware.disk_read_seconds
         seconds = {

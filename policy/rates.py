@@ -90,6 +90,8 @@ class Hardware:
     """Fixed cost of one copy, per layer and micro-batch."""
     attention_expand: float = 0.0
     """Bytes a second, counted at 16 bits, of quantised cache that attention expands as it reads; 0: half of ``attention_decode``'s time is enough."""
+    cpu_attention_expand: float = 0.0
+    """The same for CPU attention; 0: as fast as 16 bits, counted so."""
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
@@ -126,10 +128,11 @@ class Hardware:
         inside = np.interp(tokens, points, seconds)
         return elements * np.where(tokens <= 0, 0.0, np.where(tokens > points[-1], seconds[-1] * tokens / points[-1], inside))
 
-    def cpu_attention_rate(self, queries_per_kv_head: float) -> float:
-        """Bytes a second, link idle; beyond the last measured point attention is bound by compute, and time grows with the queries."""
+    def cpu_attention_rate(self, queries_per_kv_head: float, cache_bits: int = 16) -> float:
+        """Bytes a second, counted at 16 bits, link idle; beyond the last measured point attention is bound by compute, and time grows with the queries."""
         last = self.cpu_attention.points[-1]
-        return self.cpu_attention.at(queries_per_kv_head) * min(1.0, last / queries_per_kv_head)
+        rate = self.cpu_attention.at(queries_per_kv_head) * min(1.0, last / queries_per_kv_head)
+        return min(rate, self.cpu_attention_expand) if cache_bits != 16 and self.cpu_attention_expand else rate
 
     @property
     def cpu_attention_slowdown(self) -> float:

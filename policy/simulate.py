@@ -66,7 +66,7 @@ class _TickCosts:
         self.d2h = fresh / hardware.scatter + (hidden + exchanged) / hardware.d2h
         self.disk_read = (disk_pages + hidden_disk) / hardware.disk_read
         self.disk_write = (row * sum(s.query_tokens for s in sequences if s.home == "disk") + hidden_disk) / hardware.disk_write
-        rate = hardware.cpu_attention_rate(policy.query_tokens * shape.num_heads / shape.num_kv_heads)
+        rate = hardware.cpu_attention_rate(policy.query_tokens * shape.num_heads / shape.num_kv_heads, policy.cache_bits)
         self.cpu_attention = sum(shape.token_bytes(16) * (s.before + 1) for s in attended) / rate
         self.gpu = self._gpu(sequences, tokens, row)
         rows = sum((s.query_tokens if not s.prompt else 1) for s in sequences if s.needs_logits)

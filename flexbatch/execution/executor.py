@@ -171,27 +171,26 @@ class Executor:
     def attend(self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, positions: Tensor) -> None:
         """Attention of one group over token rows that already hold its own keys and values."""
         arch, layout = self.arch, self.cache.layout
-        out.copy_(
-            ops.paged_attention(
-                query,
-                rows,
-                group.page_table,
-                group.query_starts,
-                group.context_lens,
-                num_kv_heads=arch.num_kv_heads,
-                page_tokens=layout.page_tokens,
-                scale=arch.attention_scale,
-                bits=layout.bits,
-                group=layout.group,
-                alibi_slopes=self.slopes.get(query.device),
-                alibi_scale=arch.attention_scale if arch.scaled_alibi else 0.0,
-                window=arch.window(layer),
-                soft_cap=arch.soft_cap,
-                tree_masks=group.tree_masks,
-                positions=None if group.tree_masks is None else positions.to(torch.int32),
-                max_query_len=group.max_query_len,
-                max_context_len=group.max_context_len,
-            )
+        ops.paged_attention(
+            query,
+            rows,
+            group.page_table,
+            group.query_starts,
+            group.context_lens,
+            num_kv_heads=arch.num_kv_heads,
+            page_tokens=layout.page_tokens,
+            scale=arch.attention_scale,
+            bits=layout.bits,
+            group=layout.group,
+            alibi_slopes=self.slopes.get(query.device),
+            alibi_scale=arch.attention_scale if arch.scaled_alibi else 0.0,
+            window=arch.window(layer),
+            soft_cap=arch.soft_cap,
+            tree_masks=group.tree_masks,
+            positions=None if group.tree_masks is None else positions.to(torch.int32),
+            max_query_len=group.max_query_len,
+            max_context_len=group.max_context_len,
+            out=out,
         )
 
     def attend_staged(self, begun: Begun, staged: StagedGroup, gathered: Handle, buffer: int, query: Tensor, key: Tensor, value: Tensor) -> None:

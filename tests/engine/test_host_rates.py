@@ -21,6 +21,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(host_rates, "decode_seconds", seconds)
     monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 4e-4)
+    monkeypatch.setattr(host_rates, "streamed_attention", lambda *_: {"cpu_attention_seconds": 6e-4, "cpu_attention_during_h2d": 1e11})
     found = host_rates.host_rates(torch.device(device))
     wanted = {
         "pass_seconds": 2e-3,
@@ -29,7 +30,8 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "graph_seconds": 4e-5 if device == "cuda" else 0.0,
         "exchange_seconds": 5e-4,
         "settle_seconds": 7e-4,
-        "cpu_attention_seconds": 4e-4,
+        "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
+        **({"cpu_attention_during_h2d": 1e11} if device == "cuda" else {}),
     }
     assert found == {name: pytest.approx(value) for name, value in wanted.items()}
 
@@ -42,3 +44,10 @@ def test_costs_of_this_machine() -> None:
     assert 1e-6 < found["sequence_seconds"] < 1e-3 and 1e-5 < found["launch_seconds"] < 1e-2
     assert 1e-5 < found["cpu_attention_seconds"] < 0.1
     assert 0 <= found["pass_seconds"] < 0.05 and 0 <= found["exchange_seconds"] < 0.05 and 0 <= found["settle_seconds"] < 0.05
+
+
+def test_attention_beside_streaming_weights() -> None:
+    """Calls of longer contexts take longer, at a rate that this machine's memory does not exceed."""
+    found = host_rates.streamed_attention(CPU, sequences=4, num_heads=8, contexts=(16, 256))
+    assert 0 <= found["cpu_attention_seconds"] < 0.1
+    assert 1e7 < found["cpu_attention_during_h2d"] < 1e12

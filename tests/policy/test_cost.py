@@ -163,6 +163,17 @@ def test_launch_cost_counts_every_tick():
     assert float(with_launch.pass_seconds(point_of(policy))) == pytest.approx(base + 33 * 3 * 1e-3 + 0.5)
 
 
+def test_quantised_rows_are_expanded_at_their_own_rate():
+    hardware = dataclasses.replace(load_hardware("h200"), cpu_attention_expand=5e10)
+    assert hardware.cpu_attention_rate(1) == hardware.cpu_attention.values[0]
+    assert hardware.cpu_attention_rate(1, cache_bits=8) == 5e10
+    assert dataclasses.replace(hardware, cpu_attention_expand=0.0).cpu_attention_rate(1, cache_bits=8) == hardware.cpu_attention.values[0]
+    policy = Policy(Split(1, 0), Split(0, 1), Split(1, 0), 8, 2, cache_bits=8, cpu_attention=1.0)
+    model = PassModel(public_shape("opt-6.7b"), dataclasses.replace(hardware, cpu_attention_seconds=0.0), policy, PassLoad.decode(16, 500))
+    seconds = model.resource_seconds(point_of(policy))["cpu_attention"]
+    assert float(seconds) == pytest.approx(32 * 16 * 500 * 2 * 4096 * 2 / 5e10)
+
+
 def test_a_graph_launches_by_layer():
     """A decode pass of a block that is on the GPU whole; with a prompt in it, it is launched tick by tick."""
     policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 24, 1)
