@@ -224,7 +224,7 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Nee
 
 def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
     """The optimizer's choice. While exact sizes exceed a budget, it chooses again with less room. Raises DoesNotFit."""
-    room, block, before = dict(problem.budgets), None, 0.0
+    room, block, before, last, cut = dict(problem.budgets), None, 0.0, None, 1
     shape, workload = problem.shape, workload_of(problem.job)
     for left in reversed(range(ROUNDS)):
         try:
@@ -247,8 +247,10 @@ def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
         # Rounding is mended within the block; what is missing by more calls for another block, and so does rounding that cannot be mended.
         small = all(size <= ROUNDING * problem.budgets[tier] for tier, size in exceeded.items())
         block = (policy.gpu_batch_size, policy.num_gpu_batches) if small and left > ROUNDS // 2 else None
+        # The same policy again: the optimizer still counts on bytes that the exact sizes do not leave, and more has to go than what is missing.
+        last, cut = policy, 2 * cut if policy == last else 1
         for tier, size in exceeded.items():
-            room[tier] = max(1, room[tier] - size - size // 20 - PAGE_TOKENS)
+            room[tier] = max(1, room[tier] - cut * (size + size // 20) - PAGE_TOKENS)
     raise DoesNotFit(f"{shape.name}: no policy was found in {ROUNDS} rounds whose exact sizes fit the budgets; give any tier one layer's weights more")
 
 

@@ -53,7 +53,7 @@ def machine_bound(
     # Two micro-batches of half a sequence: with one, CPU attention would not overlap.
     policy = dataclasses.replace(policy, num_gpu_batches=2)
     load, finished = steady_load(workload, policy, in_flight=1.0)
-    stages = PassModel(shape, ideal, policy, load).stages()
+    stages = PassModel(shape, ideal, policy, load).stages
     rows = [total(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds]
     lengths = Lengths.of(workload, policy)
     occupied = lengths.prompt + lengths.output / 2

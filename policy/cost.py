@@ -23,6 +23,7 @@ Number = float | np.ndarray
 KINDS = ("weights", "cache", "activations")
 VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "attended")
 """The nine fractions, and the share of all sequences that is attended on the CPU."""
+COLUMNS = {name: 1 + i for i, name in enumerate(VARIABLES)}
 RESOURCES = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory", "cpu_attention", "host_memory")
 SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention")
 """What adds up when nothing overlaps; the memories are used by these, not beside them."""
@@ -47,8 +48,11 @@ RESIDENT = 1e-6
 
 def affine(constant: Number = 0.0, **coefficients: Number) -> np.ndarray:
     """[..., 1 + len(VARIABLES)]: a constant and coefficients by variable, each a number or an array over passes."""
-    parts = np.broadcast_arrays(constant, *(coefficients.get(name, 0.0) for name in VARIABLES))
-    return np.stack([np.asarray(part, dtype=float) for part in parts], axis=-1)
+    row = np.zeros((*np.broadcast_shapes(*(np.shape(value) for value in (constant, *coefficients.values()))), 1 + len(VARIABLES)))
+    row[..., 0] = constant
+    for name, value in coefficients.items():
+        row[..., COLUMNS[name]] = value
+    return row
 
 
 def evaluate(row: np.ndarray, point: np.ndarray) -> np.ndarray:
@@ -107,6 +111,7 @@ class PassModel:
         """Of one pass: launching every tick, and what happens once a pass and for every sequence."""
         return (self.shape.num_layers + 1) * self.batches * self.hardware.launch_seconds + self.host_seconds
 
+    @functools.cached_property
     def stages(self) -> list[Stage]:
         layers = self.shape.num_layers
         kinds = [("layer", "layer", "layer", layers - 1), ("last layer", "layer", "head", 1), ("head", "head", "layer", 1)]
@@ -124,16 +129,16 @@ class PassModel:
 
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""
-        return self.launched(point) + total(s.count * slowest(s.seconds.values(), point) for s in self.stages())
+        return self.launched(point) + total(s.count * slowest(s.seconds.values(), point) for s in self.stages)
 
     def resource_seconds(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Time that each row needs in one pass, were it alone."""
-        stages = self.stages()
+        stages = self.stages
         return {name: total(s.count * evaluate(s.seconds[name], point) for s in stages) for name in stages[0].seconds}
 
     def resource_work(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Bytes (FLOPs for gpu_compute) of each resource in one pass."""
-        stages = self.stages()
+        stages = self.stages
         return {name: total(s.count * evaluate(s.work[name], point) for s in stages) for name in RESOURCES}
 
     def bound_seconds(self, point: np.ndarray) -> np.ndarray:

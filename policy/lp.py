@@ -43,18 +43,16 @@ def time_rows(phases: Iterable[tuple[PassModel, float]]) -> tuple[list[tuple[flo
     stages, constant = [], 0.0
     for model, count in phases:
         constant += count * float(model.launch_seconds)
-        stages += [(count * stage.count, dominating(np.stack(list(stage.seconds.values())))) for stage in model.stages()]
+        stages += [(count * stage.count, dominating(np.stack(list(stage.seconds.values())))) for stage in model.stages]
     return stages, constant
 
 
 def dominating(rows: np.ndarray) -> np.ndarray:
     """Without the rows that another row exceeds at every placement (coefficient by coefficient)."""
-    keep: list[int] = []
-    for i, row in enumerate(rows):
-        beaten = any(np.all(rows[j] >= row) and (np.any(rows[j] > row) or j < i) for j in range(len(rows)) if j != i)
-        if not beaten:
-            keep.append(i)
-    return rows[keep]
+    no_less = np.all(rows[:, None] >= rows[None, :], axis=-1)
+    # Of equal rows the first stays.
+    beats = no_less & (~no_less.T | np.triu(np.ones(no_less.shape, dtype=bool), 1))
+    return rows[~beats.any(axis=0)]
 
 
 def add_splits(problem: pulp.LpProblem, named: dict, constraints: Constraints) -> None:
@@ -67,9 +65,9 @@ def add_splits(problem: pulp.LpProblem, named: dict, constraints: Constraints) -
         problem += named["attended"] == constraints.cpu_attention * named["cache_cpu"]
 
 
-def placement_variables(problem: pulp.LpProblem, constraints: Constraints) -> list[pulp.LpVariable]:
+def placement_variables(problem: pulp.LpProblem, constraints: Constraints, cache_on_disk: bool = True) -> list[pulp.LpVariable]:
     """One variable for each of ``VARIABLES``, pinned where the user's percentages say."""
-    fixed = fixed_fractions(constraints)
+    fixed = ({} if cache_on_disk else {"cache_disk": 0.0}) | fixed_fractions(constraints)
     return [problem.add_variable(name, fixed.get(name, 0.0), fixed.get(name, 1.0)) for name in VARIABLES]
 
 
@@ -99,13 +97,14 @@ def solve(
     memory: dict[str, np.ndarray],
     room: Mapping[str, float],
     constraints: Constraints,
+    cache_on_disk: bool = True,
 ) -> Solution | None:
     """The placement that minimises the sum over (pass, how often) of its time; None when nothing fits.
 
-    memory: peak bytes per tier, affine. room: bytes per tier.
+    memory: peak bytes per tier, affine. room: bytes per tier. cache_on_disk: whether sequences may be there.
     """
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
-    variables = placement_variables(problem, constraints)
+    variables = placement_variables(problem, constraints, cache_on_disk)
     named = dict(zip(VARIABLES, variables, strict=True))
     phases = list(phases)
     stages, constant = time_rows(phases)

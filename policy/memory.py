@@ -11,6 +11,9 @@ from flexbatch.policy.loads import PAGE_TOKENS, reserved_tokens
 from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy, Split, Workload
 
 LOGITS_BLOCK_BYTES = 64 << 20
+INPUT_BYTES = 16 << 20
+CPU_ATTENTION_TOKENS = 32
+"""Query tokens of a sequence that the CPU attends at most."""
 KIND_LABELS = ("weights", "weight slabs", "cache", "cache staging", "activations", "workspace", "logits", "draft", "reserved")
 
 
@@ -40,7 +43,8 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     decode_tokens = batch * policy.query_tokens
     tokens = decode_tokens + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
-    exchange = 4.0 * decode_tokens * shape.num_heads * shape.head_dim * shape.element_bytes
+    attended_tokens = min(tokens, batch * max(CPU_ATTENTION_TOKENS, policy.query_tokens)) if policy.cpu_attention > 0 else 0
+    exchange = 8.0 * attended_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
     open_pages = batch * batches * PAGE_TOKENS * row * shape.num_layers
     speculation = policy.speculation
     draft = speculation.draft_bytes + batch * batches * reserved * speculation.draft_token_bytes if speculation else 0.0
@@ -60,9 +64,11 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
         "weights": affine(weights_cpu=weights),
         "weight slabs": affine(weights_disk=stopover * slab),
         "cache": affine(cache_cpu=cache, cache_disk=open_pages),
-        "cache staging": affine(cache_disk=stopover * staged),
+        # However few sequences are on the disk, a micro-batch may hold all of them.
+        "cache staging": affine(cache_cpu=stopover * staged, cache_disk=stopover * staged) if policy.cache.disk else affine(),
         "activations": affine(activations_cpu=hidden, activations_disk=two_hidden),
-        "workspace": affine(attended=exchange),
+        # Inputs on their way up; four buffers of queries, keys, values and results of CPU attention, which takes the ends of prompts too.
+        "workspace": affine(stopover * (INPUT_BYTES + exchange)),
         "reserved": affine(hardware.cpu_reserved_bytes),
     }
     disk = {"weights": affine(weights_disk=weights), "cache": affine(cache_disk=cache), "activations": affine(activations_disk=hidden)}

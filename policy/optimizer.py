@@ -14,7 +14,7 @@ import numpy as np
 from flexbatch.policy.bound import MachineBound, machine_bound
 from flexbatch.policy.cost import PassModel
 from flexbatch.policy.loads import PAGE_TOKENS, Lengths, job_phases, steady_load
-from flexbatch.policy.lp import Solution, solve
+from flexbatch.policy.lp import Solution, fixed_fractions, solve
 from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.plan import Plan, mean_output, price
 from flexbatch.policy.realise import does_not_fit, placed
@@ -64,7 +64,7 @@ class Search:
         return sorted((c for c in self.tried.values() if c), key=lambda c: -c.tokens_per_second)
 
     def family(self, template: Policy) -> list[Candidate]:
-        """The ranking among candidates with the same bits, tree, and CPU attention or none.
+        """The ranking among candidates with the same bits, tree, CPU attention or none, and cache on the disk or none.
 
         Of another family nothing follows: the linear program's average passes flatter some more than others.
         """
@@ -128,17 +128,24 @@ class Search:
         """The best placement; one without CPU attention where ``policy`` has none."""
         self.linear_programs += 1
         constraints = self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
-        return solve(phases, memory, room, constraints)
+        return solve(phases, memory, room, constraints, cache_on_disk=policy.cache.disk > 0)
 
 
 def least_compute(model: PassModel) -> float:
     """GPU seconds of a pass at the placement that takes the least: with all attention on the CPU."""
-    return sum(stage.count * max(0.0, float(stage.seconds["gpu_compute"] @ ALL_ATTENDED)) for stage in model.stages())
+    return sum(stage.count * max(0.0, float(stage.seconds["gpu_compute"] @ ALL_ATTENDED)) for stage in model.stages)
 
 
 def attention_shares(constraints: Constraints) -> tuple[float, ...]:
     """What a searched policy has for CPU attention: the user's share, or once some, which the program finds, and once none."""
     return (1.0, 0.0) if constraints.cpu_attention is None else (constraints.cpu_attention,)
+
+
+def cache_places(constraints: Constraints) -> tuple[Split, ...]:
+    """What a searched policy has for its cache: once none of it may be on the disk, and once some, which the program finds; as far as the user's percentages
+    leave open. The first sequence there takes host memory to stop over, as much as a micro-batch of them."""
+    on_disk = fixed_fractions(constraints).get("cache_disk")
+    return (Split(1.0, 0.0), Split(0.0, 0.0, 1.0)) if on_disk is None else (Split(0.0, 0.0, 1.0),) if on_disk else (Split(1.0, 0.0),)
 
 
 def chunk_of(workload: Workload, constraints: Constraints) -> int:
@@ -262,7 +269,7 @@ def with_best_budget(search: Search, best: Plan) -> Plan:
 
 
 def finals(search: Search, template: Policy) -> list[Plan]:
-    """The best candidates with CPU attention, and those without, as whole tensors and sequences meet them, and priced pass by pass.
+    """The best candidates of a family as whole tensors and sequences meet them, and priced pass by pass.
 
     The linear program sees a job as four average passes, so that its order among candidates is not the last word.
     """
@@ -272,7 +279,8 @@ def finals(search: Search, template: Policy) -> list[Plan]:
 
 
 def same_family(policy: Policy, template: Policy) -> bool:
-    return all(getattr(policy, name) == getattr(template, name) for name in ("weight_bits", "cache_bits", "speculation", "cpu_attention"))
+    names = ("weight_bits", "cache_bits", "speculation", "cpu_attention", "cache")
+    return all(getattr(policy, name) == getattr(template, name) for name in names)
 
 
 def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints | None = None) -> Plan:
@@ -291,9 +299,14 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
         template = dataclasses.replace(template, speculation=speculation)
         bound = machine_bound(shape, hardware, workload, constraints, weight_bits, cache_bits, speculation)
         if bound is not None:
-            bounds += [(bound, dataclasses.replace(template, cpu_attention=share)) for share in attention_shares(constraints)]
+            families = itertools.product(cache_places(constraints), attention_shares(constraints))
+            bounds += [(bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in families]
     for bound, template in sorted(bounds, key=lambda pair: -pair[0].tokens_per_second):
-        if all(search.top(other) < bound.tokens_per_second for _, other in bounds if other.cpu_attention == template.cpu_attention):
+        if all(
+            search.top(other) < bound.tokens_per_second
+            for _, other in bounds
+            if other.cpu_attention == template.cpu_attention and other.cache == template.cache
+        ):
             explore(search, template, bound)
     plans = [plan for _, template in bounds for plan in finals(search, template)]
     if not plans:

@@ -90,7 +90,7 @@ def test_no_grid_point_is_better(options):
     points = np.array([[1.0, *w, *c, *a, c[1] * share] for w in splits for c in splits for a in ((1, 0, 0), (0, 1, 0)) for share in np.linspace(0, 1, 6)])
     fits = np.all([points @ memory[tier] <= room[tier] for tier in room], axis=0)
     assert fits.any()
-    times = sum(stage.count * np.max([points @ row for row in stage.seconds.values()], axis=0) for stage in model.stages())
+    times = sum(stage.count * np.max([points @ row for row in stage.seconds.values()], axis=0) for stage in model.stages)
     best = float(times[fits].min()) + model.launch_seconds
     assert found.seconds <= best * 1.0001
 
