@@ -58,7 +58,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def choose_splits(programs: int, max_context_len: int, multiprocessors: int) -> int:
-    """Splits of the context that fill the chip about four programs deep, none shorter than 256 keys; a power of two, as each number is compiled anew."""
+    """Splits of the context that fill the chip about four programs deep, none shorter than 256 keys; a power of two: `combine_kernel` is compiled for each."""
     wanted = max(1, min(-(-4 * multiprocessors // programs), -(-max_context_len // 256), MAX_SPLITS))
     return 1 << (wanted.bit_length() - 1)
 
@@ -115,7 +115,7 @@ def paged_attention(
     if direct and launch.block_m == 1:
         decode_kernel[(programs, splits)](
             query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics, slopes, num_tokens, query.stride(0),
-            rows.stride(0) // 16, page_table.stride(0), scale, SPLITS=splits, ALIBI=alibi_slopes is not None, HEADS=num_kv_heads, HEAD_DIM=head_dim,
+            rows.stride(0) // 16, page_table.stride(0), scale, SPLIT=splits > 1, ALIBI=alibi_slopes is not None, HEADS=num_kv_heads, HEAD_DIM=head_dim,
             PAGE_TOKENS=page_tokens, BITS=bits, BLOCK_G=max(1, head_dim // group), BLOCK_W=min(group, head_dim) * bits // 32, BLOCK_N=launch.block_n,
             STAGES=launch.num_stages, num_warps=launch.num_warps, maxnreg=launch.max_registers or None,
         )  # fmt: skip
@@ -130,7 +130,7 @@ def paged_attention(
             query, rows, parameters, page_table, query_starts, context_lens, target, statistics, slopes, positions_or_none, masks,
             num_sequences, num_tokens, query.stride(0), rows.stride(0), parameters.stride(0), page_table.stride(0),
             0 if tree_masks is None else tree_masks.stride(0), window, scale, soft_cap or 1.0, alibi_scale,
-            BLOCK_M=launch.block_m, SMALL_M=small, SPLITS=splits, GROUP=heads_per_group, ALIBI=alibi,
+            BLOCK_M=launch.block_m, SMALL_M=small, SPLIT=splits > 1, GROUP=heads_per_group, ALIBI=alibi,
             WINDOW=window > 0, SOFT_CAP=soft_cap > 0, TREE=tree_masks is not None, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=page_tokens,
             BITS=bits, GROUPS=reference.num_groups(head_dim, group), BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
             PAGE_SLICES=launch.page_slices and launch.block_n % page_tokens == 0 and page_tokens & (page_tokens - 1) == 0, ONE_TILE=one_tile,

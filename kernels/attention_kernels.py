@@ -154,7 +154,7 @@ def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, hea
 
 @triton.jit
 def _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out, statistics,
-            num_tokens, slopes_of, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+            num_tokens, slopes_of, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
             GROUP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr,
             HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
             BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr):  # fmt: skip
@@ -178,7 +178,7 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
     begin = 0
     if WINDOW:
         begin = tl.maximum(tl.min(tl.where(valid, place, context)) - window + 1, 0) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), SPLITS) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     lo = begin + tl.program_id(1) * share
     hi = tl.minimum(lo + share, end)
     whole = lo  # keys before this need no mask: every row of the tile sees them
@@ -199,7 +199,7 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
                                       True, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B,
                                       BLOCK_N, PAGE_SLICES)  # fmt: skip
     index = token * NUM_HEADS + query_head
-    if SPLITS > 1:
+    if SPLIT:
         index += tl.program_id(1).to(tl.int64) * num_tokens * NUM_HEADS
         tl.store(statistics + index * 2, m, mask=valid)
         tl.store(statistics + index * 2 + 1, total, mask=valid)
@@ -212,11 +212,12 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
         tl.store(target + 1, acc1.to(out.dtype.element_ty), mask=valid[:, None] & (element + 1 < HEAD_DIM)[None, :])
 
 
-# Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew (a second each, in the middle of a job).
+# Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew, and so every number of splits as a constant (a
+# second each, in the middle of a job).
 @triton.jit(do_not_specialize=["num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
 def attention_kernel(query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, positions, tree_masks,
                       num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window, scale, soft_cap, alibi_scale,
-                      BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr,
+                      BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr,
                       WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                       PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr,
                       BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
@@ -240,12 +241,12 @@ def attention_kernel(query, rows, parameters, page_table, query_starts, context_
         if SMALL_M > 0:  # noqa: SIM102 (a compile-time condition: joined with the next one it would be taken at run time)
             if num_rows <= SMALL_M:
                 _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out,
-                        statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, SMALL_M, SPLITS, GROUP, ALIBI,
+                        statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, SMALL_M, SPLIT, GROUP, ALIBI,
                         WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N, PAGE_SLICES)  # fmt: skip
         if BLOCK_M > SMALL_M:  # noqa: SIM102
             if num_rows > SMALL_M:
                 _attend(row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride, parameter_stride, out,
-                        statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M, SPLITS, GROUP, ALIBI,
+                        statistics, num_tokens, slopes, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M, SPLIT, GROUP, ALIBI,
                         WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N, PAGE_SLICES)  # fmt: skip
 
 

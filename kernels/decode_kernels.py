@@ -39,7 +39,7 @@ def _parameters(pair, dtype: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "max_pages"])
 def decode_kernel(query, words, page_table, query_starts, context_lens, out, statistics, slopes, num_tokens, query_stride, row_quads, max_pages, scale,
-                  SPLITS: tl.constexpr, ALIBI: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr,
+                  SPLIT: tl.constexpr, ALIBI: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr,
                   BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Grid (heads x sequences, splits). words: token rows as int32, ``row_quads`` times four of them apart; heads of BLOCK_G groups of BLOCK_W words."""
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -59,7 +59,7 @@ def decode_kernel(query, words, page_table, query_starts, context_lens, out, sta
         slope = tl.load(slopes + head) * LOG2_E if ALIBI else scale
         group = tl.arange(0, BLOCK_G)[None, :]
         word = tl.arange(0, BLOCK_G)[None, :, None] * BLOCK_W + tl.arange(0, BLOCK_W)[None, None, :]
-        share = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
+        share = tl.cdiv(tl.cdiv(context, BLOCK_N), tl.num_programs(1)) * BLOCK_N
         lo = tl.program_id(1) * share
         hi = tl.minimum(lo + share, context)
         m = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -96,7 +96,7 @@ def decode_kernel(query, words, page_table, query_starts, context_lens, out, sta
         sum_of_weights = tl.sum(total * rescale, 0)
         result = tl.sum(acc * rescale[:, None, None], 0) + tl.sum(base * rescale[:, None], 0)[:, None]
         index = token * HEADS + head
-        if SPLITS > 1:
+        if SPLIT:
             index += tl.program_id(1).to(tl.int64) * num_tokens * HEADS
             tl.store(statistics + index * 2, top)
             tl.store(statistics + index * 2 + 1, sum_of_weights)
