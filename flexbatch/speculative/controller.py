@@ -20,6 +20,9 @@ CHOOSING_SHARE = 0.02
 """Of the time, at most: a choice takes about a millisecond, a pass of a small model hardly more."""
 PROBED_SHARE = 16
 """Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would cost as much as several passes."""
+FIRST_PROBES, COLD_SECONDS = 2, 0.05
+"""Before drafting is found too dear, each of other sequences, where every level took that long: the first probe loads and compiles the draft's kernels (1.65 s
+on an H200, where a level takes 2 ms), and a job of 8 sequences that believed it was decoded plainly to the end, at half the speed."""
 MEASURING_SHARE = 0.01
 """Of the time, at most, goes to measuring again what has lost: drafting where plain decoding has won, and plain decoding where trees have."""
 START_GAIN, KEPT_GAIN, WARY_GAIN = 0.2, 0.1, 0.4
@@ -72,6 +75,8 @@ class Controller:
         self.chosen_at, self.choosing_seconds = 0.0, 0.0
         self.probing = False
         """Whether the present pass drafts only to measure that."""
+        self.probes = 0
+        """Such passes so far."""
         self.next_probe = 0.0
         self.winning = False
         """Whether the last choice was trees."""
@@ -90,13 +95,19 @@ class Controller:
             self.statistics_of(name)
         # Without the cost of a pass there is nothing to weigh.
         if self.decoded and self.due(now, names):
-            if not self.drafting.known and self.clock() >= self.next_probe:
+            if (not self.drafting.known or self.may_be_cold(now, names)) and self.clock() >= self.next_probe:
                 if self.promising(now, names):
-                    probe = TreePlan(2, 2, fixed_widths((1, 1)))
-                    return [probe if i < -(-now.live // PROBED_SHARE) else NONE for i in range(now.live)]
+                    probe, count = TreePlan(2, 2, fixed_widths((1, 1))), -(-now.live // PROBED_SHARE)
+                    first = self.probes * count % now.live
+                    return [probe if (i - first) % now.live < count else NONE for i in range(now.live)]
             elif self.drafting.points:
                 self.choose(now, names)
         return [self.plans.get(group, NONE) for group in now.groups]
+
+    def may_be_cold(self, now: Situation, names: list[str]) -> bool:
+        """Whether drafting has been measured once only, took as long as kernels take to load, and looks too dear."""
+        long = 0 < self.probes < FIRST_PROBES and min(point.seconds for point in self.drafting.points.values()) > COLD_SECONDS
+        return long and not any(map(len, self.best(now, names, drafted=True).shapes))
 
     def promising(self, now: Situation, names: list[str]) -> bool:
         """Whether drafting is worth measuring: whether trees would gain anything if it cost nothing. Plain decoding until that is known."""
@@ -180,8 +191,9 @@ class Controller:
     def observe_pass(self, query_tokens: int, seconds: float, decoded: bool, drafting_seconds: float = 0.0, new_tokens: int = 0) -> None:
         """A pass of the target. decoded: some of its sequences were past their prompts, and drew ``new_tokens`` tokens."""
         if self.probing:
-            self.next_probe = self.clock() + drafting_seconds / MEASURING_SHARE
-            self.probing = False
+            self.probing, self.probes = False, self.probes + 1
+            if self.probes >= FIRST_PROBES:
+                self.next_probe = self.clock() + drafting_seconds / MEASURING_SHARE
         self.costs.elapse()
         self.drafting.elapse()
         self.costs.observe(query_tokens, seconds, PATIENCE if decoded else MAX_PATIENCE)
