@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,12 +100,14 @@ def mean_output(workload: Workload) -> float:
 def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> Plan:
     """Predict everything for a given policy, whether it fits or not (see `Plan.missing`)."""
     load, counts, tokens = passes_of(workload, policy)
-    model, point = PassModel(shape, hardware, policy, load), point_of(policy)
+    # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
+    met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
+    model, point = PassModel(shape, hardware, met, load), point_of(met)
     total = float(np.sum(counts * model.pass_seconds(point)))
     bound = float(np.sum(counts * model.bound_seconds(point)))
     passes = float(counts.sum())
     steady, finished = steady_load(workload, policy)
-    steady_seconds = float(PassModel(shape, hardware, policy, steady).pass_seconds(point))
+    steady_seconds = float(PassModel(shape, hardware, met, steady).pass_seconds(point))
     return Plan(
         policy=policy,
         shape=shape,
@@ -119,5 +122,5 @@ def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Pol
         row_seconds={name: float(np.sum(counts * value)) / passes for name, value in model.resource_seconds(point).items()},
         work={name: float(np.sum(counts * value)) / passes for name, value in model.resource_work(point).items()},
         launch_seconds=float(np.sum(counts * model.launched(point))) / passes,
-        memory=peak_memory(shape, hardware, workload, policy),
+        memory=peak_memory(shape, hardware, workload, met),
     )

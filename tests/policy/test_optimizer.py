@@ -99,9 +99,9 @@ def test_dual_is_what_a_gib_buys():
     _, hardware, _, phases, memory = instance()
     room = capacity(hardware)
     base = solve(phases, memory, room, Constraints())
-    more = solve(phases, memory, {**room, "gpu": room["gpu"] + GIB // 16}, Constraints())
+    more = solve(phases, memory, {**room, "gpu": room["gpu"] + GIB // 256}, Constraints())
     assert base.seconds_per_gib["gpu"] > 0
-    assert (base.seconds - more.seconds) * 16 == pytest.approx(base.seconds_per_gib["gpu"], rel=0.01)
+    assert (base.seconds - more.seconds) * 256 == pytest.approx(base.seconds_per_gib["gpu"], rel=0.01)
 
 
 def test_whole_search_for_the_largest_model_is_quick():
@@ -205,6 +205,14 @@ def test_refusal_says_what_is_missing():
     with pytest.raises(DoesNotFit) as refusal:
         choose(public_shape("opt-30b"), load_hardware("h200"), WORKLOAD, Constraints(percent=(100, 0, 100, 0, 100, 0), gpu_batch_size=4000, num_gpu_batches=1))
     assert "--percent" in str(refusal.value)
+
+
+def test_cpu_attention_costs_nothing_without_a_cache_on_the_cpu():
+    hardware, shape = load_hardware("h200"), public_shape("opt-1.3b")
+    policies = [Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 1, cpu_attention=share) for share in (0.0, 1.0)]
+    without, with_share = (price(shape, hardware, WORKLOAD, policy) for policy in policies)
+    assert with_share.policy.cpu_attention == 1.0, "the plan says what was asked for"
+    assert with_share.predicted_tokens_per_second == without.predicted_tokens_per_second and with_share.memory == without.memory
 
 
 @pytest.mark.parametrize("sequences", [64, None])
