@@ -35,7 +35,7 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
 from flexbatch.models.families import read_arch
-from flexbatch.planning import Job, block_sizes, cache_layout
+from flexbatch.planning import Job, block_sizes, cache_layout, host_memory_bytes
 from flexbatch.policy.types import Policy, Split
 from flexbatch.request import Request, SamplingParams
 from flexbatch.trace import RecordingTracer, Tracer
@@ -51,6 +51,8 @@ WARM_UP, PASSES = 3, 6
 STREAMED_SEQUENCES, STREAMED_HEADS, STREAMED_CONTEXTS = 64, 16, (128, 512)
 """Sequences of a micro-batch, heads and prompt tokens of passes in which weights stream beside CPU attention: calls of 67 and 268 MB, ten of them a pass, so
 that the processor's caches keep little of it (0.67 GB a pass: 154 GB/s on an H200's host, where the passes of models of 7 and 13 billion saw 105 to 120)."""
+STREAMED_BYTES = 60 * MIB
+"""Of host memory that such a sequence takes, weights included; a quarter of what is free has to do."""
 
 
 def small_arch(num_layers: int, head_dim: int, num_heads: int = 1) -> Arch:
@@ -175,7 +177,8 @@ def host_rates(device: torch.device) -> dict[str, float]:
     finally:
         torch.set_num_threads(threads)
     if device.type == "cuda":
-        attention = streamed_attention(device, STREAMED_SEQUENCES, STREAMED_HEADS, STREAMED_CONTEXTS)
+        spared = max(2, min(STREAMED_SEQUENCES, host_memory_bytes() // 4 // STREAMED_BYTES))
+        attention = streamed_attention(device, spared, STREAMED_HEADS, STREAMED_CONTEXTS)
     else:
         attention = {"cpu_attention_seconds": attention_seconds(device)}
     ticks = [2 * (layers + 1) for layers, _ in SHAPES]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexbatch.host_rates import host_rates
 from flexbatch.kernels import ops, reference
+from flexbatch.planning import host_memory_bytes
 from flexbatch.policy.fits import fit_curve
 from flexbatch.policy.types import Curve
 
@@ -120,7 +121,7 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
     159 GB/s, where engines with 9 GiB saw 120.
     """
     host = torch.device("cpu")
-    size = 2 * GIB if device.type == "cuda" else 128 * MIB
+    size = min(2 * GIB, host_memory_bytes() // 8) if device.type == "cuda" else 128 * MIB
     kv_heads = 8
     sequences = size // (CONTEXT * 2 * kv_heads * HEAD_DIM * dtype.itemsize)
     alone, first = [], None
