@@ -164,6 +164,11 @@ def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
     return budget if budget < policy.gpu_batch_size * policy.prefill_chunk else 0
 
 
+def effort(template: Policy, whole: int) -> int:
+    """Of the ``whole`` effort: a third for caches that reach to the disk, which seldom win and then by far."""
+    return whole // 3 if template.cache.disk else whole
+
+
 def block_policy(search: Search, template: Policy, batch: int, count: int, fill: float) -> Policy:
     """``template`` with the sizes of a block; what the user fixed stays."""
     constraints = search.constraints
@@ -207,7 +212,7 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
     good = GOOD_ENOUGH * bound.tokens_per_second
     for batch, count in grid(bound.sequences):
         search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
-    limit = search.linear_programs + CLIMB
+    limit = search.linear_programs + effort(template, CLIMB)
 
     def climb(sizes: Iterable[Policy]) -> bool:
         before = search.top(template)
@@ -274,8 +279,9 @@ def finals(search: Search, template: Policy) -> list[Plan]:
     The linear program sees a job as four average passes, so that its order among candidates is not the last word.
     """
     family = search.family(template)
-    plans = [plan for plan in map(search.finish, family[:FINALISTS]) if plan]
-    return plans or [plan for plan in map(search.finish, family[FINALISTS : 3 * FINALISTS]) if plan]
+    count = effort(template, FINALISTS)
+    plans = [plan for plan in map(search.finish, family[:count]) if plan]
+    return plans or [plan for plan in map(search.finish, family[count : 3 * FINALISTS]) if plan]
 
 
 def same_family(policy: Policy, template: Policy) -> bool:

@@ -85,10 +85,10 @@ def test_what_is_given_stays(given_settings):
 
 def test_bits_change_only_where_they_are_allowed():
     base = {"gpu_batch_size": 16, "num_gpu_batches": 2}
-    assert plan(**base)["policy"]["weight_bits"] == 16
-    freed = plan(allow_bits=(16, 4), **base)
+    kept, freed = plan(**base), plan(allow_bits=(16, 4), **base)
+    assert kept["policy"]["weight_bits"] == 16
     assert freed["policy"]["weight_bits"] == 4
-    assert freed["plan"].predicted_tokens_per_second > plan(**base)["plan"].predicted_tokens_per_second
+    assert freed["plan"].predicted_tokens_per_second > kept["plan"].predicted_tokens_per_second
     assert plan(allow_bits=(16, 4), weight_bits=8, **base)["policy"]["weight_bits"] == 8
 
 
@@ -130,7 +130,7 @@ def test_unknown_machine_is_a_configuration_error(tmp_path):
         plan(hardware=str(tmp_path / "broken.json"))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     gpu=st.integers(50_000, 3_000_000),
     cpu=st.integers(20_000, 3_000_000),
@@ -152,7 +152,7 @@ def test_what_is_chosen_fits_on_a_tiny_shape(gpu, cpu, lengths, micro_batches, w
     assert choice.policy.num_gpu_batches == micro_batches and choice.policy.weight_bits == weight_bits
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(
     model=st.sampled_from(["opt-1.3b", "llama-3-8b", "opt-30b"]),
     hardware=st.sampled_from(["cpu", "h200"]),
