@@ -64,13 +64,13 @@ def test_workload_counts_the_token_that_needs_no_row():
     [
         {"percent": (10.0, 90.0, 0.0, 100.0, 100.0, 0.0)},
         {"gpu_batch_size": 7},
-        {"num_gpu_batches": 3},
+        pytest.param({"num_gpu_batches": 3}, id="num_gpu_batches", marks=pytest.mark.slow),
         {"cpu_attention": 0.25},
         {"prefill_chunk": 48},
         {"prefill_budget": 600},
-        {"weight_bits": 4},
-        {"cache_bits": 8},
-        {"overlap": False},
+        pytest.param({"weight_bits": 4}, id="weight_bits", marks=pytest.mark.slow),
+        pytest.param({"cache_bits": 8}, id="cache_bits", marks=pytest.mark.slow),
+        pytest.param({"overlap": False}, id="overlap", marks=pytest.mark.slow),
     ],
     ids=lambda given: next(iter(given)),
 )
@@ -130,7 +130,7 @@ def test_unknown_machine_is_a_configuration_error(tmp_path):
         plan(hardware=str(tmp_path / "broken.json"))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     gpu=st.integers(50_000, 3_000_000),
     cpu=st.integers(20_000, 3_000_000),
@@ -152,7 +152,7 @@ def test_what_is_chosen_fits_on_a_tiny_shape(gpu, cpu, lengths, micro_batches, w
     assert choice.policy.num_gpu_batches == micro_batches and choice.policy.weight_bits == weight_bits
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(
     model=st.sampled_from(["opt-1.3b", "llama-3-8b", "opt-30b"]),
     hardware=st.sampled_from(["cpu", "h200"]),

@@ -128,7 +128,7 @@ def test_choice_beats_its_neighbours(model, gpu, cpu):
         assert other.predicted_tokens_per_second <= plan.predicted_tokens_per_second * 1.01, (batch, count)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     model=st.sampled_from(["opt-1.3b", "opt-6.7b", "llama-3-8b", "opt-30b"]),
     gpu=st.floats(6, 40),

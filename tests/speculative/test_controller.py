@@ -136,7 +136,7 @@ FROM_DISK = (lambda tokens: max(0.06, 4e-3 + 0.35e-3 * tokens), work(1.5e-3, 0.0
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 @pytest.mark.parametrize("accept", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 0.67, pytest.param(0.9, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("batch", [1, 4, 16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("machine", ["demo", "from disk", "slow draft", "step"])
 def test_speculation_never_costs_more_than_three_per_cent(machine, batch, accept, noise) -> None:
     costs = {"demo": DEMO, "from disk": FROM_DISK, "slow draft": (DEMO[0], work(2e-3, 0.17e-3)), "step": STEP}[machine]
