@@ -219,7 +219,7 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Nee
             smallest = plain_policy(problem, most_sequences=1)
             check_budgets(needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or CRUMB)), problem.budgets)
         raise DoesNotFitError(str(refusal)) from refusal
-    return max(found, key=lambda choice: choice.plan.predicted_tokens_per_second if choice.plan else 0.0)
+    return max(found, key=predicted)
 
 
 def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
@@ -236,12 +236,12 @@ def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
             continue
         if block is not None and plan.predicted_tokens_per_second < MENDED * before:
             # The block lost more than rounding: another one suits the smaller room better.
-            plan = choose(shape, hardware, workload, constraints_of(problem, room))
+            plan, block = choose(shape, hardware, workload, constraints_of(problem, room)), None
         before = plan.predicted_tokens_per_second
-        policy = executable(problem, plan.policy)
+        found = choice_of(plan, problem, hardware)
+        policy = found.policy
         exceeded = overshoot(needs(policy), problem.budgets)
         if not exceeded:
-            found = Choice(policy, plan if policy == plan.policy else with_search(priced(problem, hardware, policy), plan))
             # A block that was kept while rounding was mended may have lost more than another one would.
             return found if block is None else faster(found, problem, hardware, needs, room)
         # Rounding is mended within the block; what is missing by more calls for another block, and so does rounding that cannot be mended.
@@ -254,17 +254,27 @@ def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
     raise DoesNotFit(f"{shape.name}: no policy was found in {ROUNDS} rounds whose exact sizes fit the budgets; give any tier one layer's weights more")
 
 
+def choice_of(plan: Plan, problem: Problem, hardware: Hardware) -> Choice:
+    """The policy of ``plan`` as the engine runs it, priced anew where that differs."""
+    policy = executable(problem, plan.policy)
+    return Choice(policy, plan if policy == plan.policy else with_search(priced(problem, hardware, policy), plan))
+
+
+def predicted(choice: Choice) -> float:
+    """Tokens per second; 0 where nothing was weighed."""
+    return choice.plan.predicted_tokens_per_second if choice.plan else 0.0
+
+
 def faster(found: Choice, problem: Problem, hardware: Hardware, needs: Needs, room: dict[str, int]) -> Choice:
     """``found``, or what the optimizer chooses in ``room`` with any block where that fits and is faster."""
     try:
         plan = choose(problem.shape, hardware, workload_of(problem.job), constraints_of(problem, room))
     except DoesNotFit:
         return found
-    policy = executable(problem, plan.policy)
-    if overshoot(needs(policy), problem.budgets):
+    other = choice_of(plan, problem, hardware)
+    if overshoot(needs(other.policy), problem.budgets):
         return found
-    other = plan if policy == plan.policy else with_search(priced(problem, hardware, policy), plan)
-    return max(found, Choice(policy, other), key=lambda choice: choice.plan.predicted_tokens_per_second if choice.plan else 0.0)
+    return max(found, other, key=predicted)
 
 
 def differs(problem: Problem, policy: Policy, job: Job) -> bool:

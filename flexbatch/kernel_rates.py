@@ -138,7 +138,7 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
     return {
         "cpu_attention": Curve(falling.points, falling.values[::-1]),
         "cpu_attention_expand": quantized_bytes / seconds(quantized, host, 3),
-        "cpu_attention_during_h2d": min(attention, max(alone)),
+        "cpu_attention_during_h2d": attention,
         "h2d_during_cpu_attention": link,
     }
 

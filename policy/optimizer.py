@@ -59,19 +59,16 @@ class Search:
     linear_programs: int = 0
     tried: dict[Policy, Candidate | None] = field(default_factory=dict)
 
-    @property
-    def ranking(self) -> list[Candidate]:
-        return sorted((c for c in self.tried.values() if c), key=lambda c: -c.tokens_per_second)
-
     def family(self, template: Policy) -> list[Candidate]:
-        """The ranking among candidates with the same bits, tree, CPU attention or none, and cache on the disk or none.
+        """The candidates, the best first, with the same bits, tree, CPU attention or none, and cache on the disk or none.
 
         Of another family nothing follows: the linear program's average passes flatter some more than others.
         """
-        return [candidate for candidate in self.ranking if same_family(candidate.policy, template)]
+        found = (c for c in self.tried.values() if c and same_family(c.policy, template))
+        return sorted(found, key=lambda candidate: -candidate.tokens_per_second)
 
     def top(self, template: Policy) -> float:
-        return max((candidate.tokens_per_second for candidate in self.family(template)), default=0.0)
+        return max((c.tokens_per_second for c in self.tried.values() if c and same_family(c.policy, template)), default=0.0)
 
     def phases(self, policy: Policy) -> tuple[list[tuple[PassModel, float]], float]:
         """(models with how often each counts, generated tokens in all of them)."""

@@ -95,7 +95,7 @@ class Controller:
             self.statistics_of(name)
         # Without the cost of a pass there is nothing to weigh.
         if self.decoded and self.due(now, names):
-            if (not self.drafting.known or self.may_be_cold(now, names)) and self.clock() >= self.next_probe:
+            if self.may_be_cold(now, names) or (not self.drafting.known and self.clock() >= self.next_probe):
                 if self.promising(now, names):
                     probe, count = TreePlan(2, 2, fixed_widths((1, 1))), -(-now.live // PROBED_SHARE)
                     first = self.probes * count % now.live
@@ -192,8 +192,7 @@ class Controller:
         """A pass of the target. decoded: some of its sequences were past their prompts, and drew ``new_tokens`` tokens."""
         if self.probing:
             self.probing, self.probes = False, self.probes + 1
-            if self.probes >= FIRST_PROBES:
-                self.next_probe = self.clock() + drafting_seconds / MEASURING_SHARE
+            self.next_probe = self.clock() + drafting_seconds / MEASURING_SHARE
         self.costs.elapse()
         self.drafting.elapse()
         self.costs.observe(query_tokens, seconds, PATIENCE if decoded else MAX_PATIENCE)

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 
 from flexbatch import LLM, choosing, planning
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
+from flexbatch.execution.executor import LOGITS_BLOCK_BYTES
+from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
 from flexbatch.memory.tiers import check_budgets
+from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.models import families, shapes
 from flexbatch.models.specs import weight_specs
 from flexbatch.planning import Job
+from flexbatch.policy import memory
 from flexbatch.policy.groups import weight_group
 from flexbatch.policy.rates import load_hardware
 from flexbatch.policy.types import Split
@@ -169,3 +173,10 @@ def test_what_is_chosen_fits_on_public_shapes(model, hardware, gpu, cpu, batch):
         return
     for tier, budget in report["budgets"].items():
         assert sum(need["num_bytes"] for need in report["memory"] if need["tier"] == tier) <= budget
+
+
+def test_the_optimizer_counts_with_the_engines_own_buffers():
+    """`policy` imports nothing of ours, so that it repeats their sizes."""
+    assert memory.INPUT_BYTES == 2 * HALF_BYTES
+    assert memory.CPU_ATTENTION_TOKENS == CPU_ATTENTION_MAX_QUERY_TOKENS
+    assert memory.LOGITS_BLOCK_BYTES == LOGITS_BLOCK_BYTES
