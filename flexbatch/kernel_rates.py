@@ -124,20 +124,24 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
     size = min(2 * GIB, host_memory_bytes() // 8) if device.type == "cuda" else 128 * MIB
     kv_heads = 8
     sequences = size // (CONTEXT * 2 * kv_heads * HEAD_DIM * dtype.itemsize)
-    alone, first = [], None
-    for group in QUERY_HEADS:
-        call, num_bytes = attention_call(sequences, 1, CONTEXT, (group * kv_heads, kv_heads), dtype, host)
-        first = first or (call, num_bytes)
-        alone.append(num_bytes / seconds(call, host, 3))
-    # What is quantised takes the memory of both while it is made.
-    quantized, quantized_bytes = attention_call(sequences // 2, 1, CONTEXT, (kv_heads, kv_heads), dtype, host, bits=8)
-    # More query heads do not read the cache faster: the regression runs from the most to one.
-    falling, _ = fit_curve(QUERY_HEADS, alone[::-1])
-    assert first is not None
-    attention, link = beside(device, *first)
+
+    def call_of(query_heads: int, bits: int = 16) -> tuple[Callable[[], object], int]:
+        # What is quantised takes the memory of both while it is made.
+        return attention_call(sequences if bits == 16 else sequences // 2, 1, CONTEXT, (query_heads * kv_heads, kv_heads), dtype, host, bits)
+
+    def curve_of(bits: int) -> Curve:
+        rates = []
+        for query_heads in QUERY_HEADS:
+            call, num_bytes = call_of(query_heads, bits)
+            rates.append(num_bytes / seconds(call, host, 3))
+        # More query heads do not read the cache faster: the regression runs from the most to one.
+        falling, _ = fit_curve(QUERY_HEADS, rates[::-1])
+        return Curve(falling.points, falling.values[::-1])
+
+    attention, link = beside(device, *call_of(QUERY_HEADS[0]))
     return {
-        "cpu_attention": Curve(falling.points, falling.values[::-1]),
-        "cpu_attention_expand": quantized_bytes / seconds(quantized, host, 3),
+        "cpu_attention": curve_of(16),
+        "cpu_attention_expand": curve_of(8),
         "cpu_attention_during_h2d": attention,
         "h2d_during_cpu_attention": link,
     }

@@ -11,7 +11,7 @@ import torch
 
 from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
 from flexbatch.execution.executor import LOGITS_BLOCK_BYTES
-from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
+from flexbatch.execution.inputs import CPU_ATTENTION_MAX_TREE_TOKENS
 from flexbatch.memory.files import align
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
@@ -182,7 +182,7 @@ def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: 
         tail_tokens=2 * layout.page_tokens + max_query_nodes if on_disk else 0,
     )
     tokens = micro_batch_tokens(policy, max_query_nodes)
-    attended = min(tokens, off_gpu * max(CPU_ATTENTION_MAX_QUERY_TOKENS, max_query_nodes + 1)) if policy.cpu_attention > 0 else 0
+    attended = off_gpu * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1) if policy.cpu_attention > 0 else 0
     return BlockSizes(cache, tokens, attended, max_query_nodes, sequence_tokens)
 
 

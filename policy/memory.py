@@ -13,7 +13,7 @@ from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy, Split, W
 LOGITS_BLOCK_BYTES = 64 << 20
 INPUT_BYTES = 16 << 20
 CPU_ATTENTION_TOKENS = 32
-"""Query tokens of a sequence that the CPU attends at most."""
+"""Query tokens of a tree that the CPU attends at most."""
 KIND_LABELS = ("weights", "weight slabs", "cache", "cache staging", "activations", "workspace", "logits", "draft", "reserved")
 
 
@@ -43,7 +43,7 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     decode_tokens = batch * policy.query_tokens
     tokens = decode_tokens + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
-    attended_tokens = min(tokens, batch * max(CPU_ATTENTION_TOKENS, policy.query_tokens)) if policy.cpu_attention > 0 else 0
+    attended_tokens = batch * (CPU_ATTENTION_TOKENS if policy.speculation else 1) if policy.cpu_attention > 0 else 0
     exchange = 8.0 * attended_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
     open_pages = batch * batches * PAGE_TOKENS * row * shape.num_layers
     speculation = policy.speculation
@@ -67,7 +67,7 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
         # However few sequences are on the disk, a micro-batch may hold all of them.
         "cache staging": affine(cache_cpu=stopover * staged, cache_disk=stopover * staged) if policy.cache.disk else affine(),
         "activations": affine(activations_cpu=hidden, activations_disk=two_hidden),
-        # Inputs on their way up; four buffers of queries, keys, values and results of CPU attention, which takes the ends of prompts too.
+        # Inputs on their way up; four buffers of queries, keys, values and results of CPU attention.
         "workspace": affine(stopover * (INPUT_BYTES + exchange)),
         "reserved": affine(hardware.cpu_reserved_bytes),
     }

@@ -90,8 +90,8 @@ class Hardware:
     """Fixed cost of one copy, per layer and micro-batch."""
     attention_expand: float = 0.0
     """Bytes a second, counted at 16 bits, of quantised cache that attention expands as it reads; 0: half of ``attention_decode``'s time is enough."""
-    cpu_attention_expand: float = 0.0
-    """The same for CPU attention; 0: as fast as 16 bits, counted so."""
+    cpu_attention_expand: Curve | None = None
+    """``cpu_attention`` of quantised cache, counted at 16 bits; None: as fast as 16 bits."""
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
@@ -130,9 +130,8 @@ class Hardware:
 
     def cpu_attention_rate(self, queries_per_kv_head: float, cache_bits: int = 16) -> float:
         """Bytes a second, counted at 16 bits, link idle; beyond the last measured point attention is bound by compute, and time grows with the queries."""
-        last = self.cpu_attention.points[-1]
-        rate = self.cpu_attention.at(queries_per_kv_head) * min(1.0, last / queries_per_kv_head)
-        return min(rate, self.cpu_attention_expand) if cache_bits != 16 and self.cpu_attention_expand else rate
+        curve = self.cpu_attention if cache_bits == 16 else self.cpu_attention_expand or self.cpu_attention
+        return curve.at(queries_per_kv_head) * min(1.0, curve.points[-1] / queries_per_kv_head)
 
     @property
     def cpu_attention_slowdown(self) -> float:
@@ -166,8 +165,9 @@ class Hardware:
             raise ValueError(f"hardware JSON: unknown fields {sorted(unknown)}")
         if missing := needed - data.keys():
             raise ValueError(f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with python -m flexbatch.policy.profile")
-        for name in ("gemm", "cpu_attention"):
-            data[name] = Curve(tuple(data[name]["points"]), tuple(data[name]["values"]))
+        for name in ("gemm", "cpu_attention", "cpu_attention_expand"):
+            if data.get(name) is not None:
+                data[name] = Curve(tuple(data[name]["points"]), tuple(data[name]["values"]))
         return cls(**data)
 
 

@@ -94,7 +94,7 @@ class _Walk:
         count = policy.num_gpu_batches
         self.shape, self.hardware, self.policy, self.count = shape, hardware, policy, count
         self.costs = [_TickCosts(shape, hardware, policy, [s for s in sequences if s.micro_batch == k]) for k in range(count)]
-        self.queues = {name: _Queue() for name in ("h2d", "d2h", "disk_read", "disk_write", "gpu", "cpu_attention")}
+        self.queues = {name: _Queue() for name in ("h2d", "d2h", "disk", "gpu", "cpu_attention")}
         self.ticks = [(number, layer, batch) for number in range(passes) for layer, batch in zigzag(shape.num_layers, count)]
         self.weights_ready, self.weights_read = {0: 0.0}, {0: 0.0, 1: 0.0}
         self.data_ready, self.data_read = [0.0], [0.0, 0.0]
@@ -117,11 +117,11 @@ class _Walk:
     def fetch(self, index: int, stage: int, start: float) -> None:
         """What starts with tick ``index``: disk reads for two ticks and layers on, copies for one."""
         later, following = self.cost_of(index + 2), self.cost_of(index + 1)
-        self.data_read.append(self.serve("disk_read", start, later.disk_read if later else 0.0))
+        self.data_read.append(self.serve("disk", start, later.disk_read if later else 0.0))
         self.data_ready.append(self.serve("h2d", max(start, self.data_read[index + 1]), following.h2d if following else 0.0))
         weights = self.policy.weights
         on_disk = self.stored_bytes(stage + 2) / self.count * weights.disk / self.hardware.disk_read
-        self.weights_read[stage + 2] = self.serve("disk_read", start, on_disk)
+        self.weights_read[stage + 2] = self.serve("disk", start, on_disk)
         away = self.stored_bytes(stage + 1) / self.count * (1 - weights.gpu) / self.hardware.h2d
         self.weights_ready[stage + 1] = self.serve("h2d", max(start, self.weights_read[stage + 1]), away)
 
@@ -136,7 +136,7 @@ class _Walk:
         self.ends.append(end)
         self.attention_done.append(0.0 if head else self.serve("cpu_attention", end, cost.cpu_attention))
         if not head:
-            self.serve("disk_write", max(end, self.serve("d2h", end, cost.d2h)), cost.disk_write)
+            self.serve("disk", max(end, self.serve("d2h", end, cost.d2h)), cost.disk_write)
 
 
 def simulate(shape: ModelShape, hardware: Hardware, policy: Policy, sequences: Sequence[SimulatedSequence], passes: int = 4) -> float:

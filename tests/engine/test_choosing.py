@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexbatch import LLM, choosing, planning
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.execution.executor import LOGITS_BLOCK_BYTES
-from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS
+from flexbatch.execution.inputs import CPU_ATTENTION_MAX_TREE_TOKENS
 from flexbatch.memory.tiers import check_budgets
 from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import plan_weights
@@ -178,5 +178,5 @@ def test_what_is_chosen_fits_on_public_shapes(model, hardware, gpu, cpu, batch):
 def test_the_optimizer_counts_with_the_engines_own_buffers():
     """`policy` imports nothing of ours, so that it repeats their sizes."""
     assert memory.INPUT_BYTES == 2 * HALF_BYTES
-    assert memory.CPU_ATTENTION_TOKENS == CPU_ATTENTION_MAX_QUERY_TOKENS
+    assert memory.CPU_ATTENTION_TOKENS == CPU_ATTENTION_MAX_TREE_TOKENS
     assert memory.LOGITS_BLOCK_BYTES == LOGITS_BLOCK_BYTES

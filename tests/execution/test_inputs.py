@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.execution.inputs import CPU_ATTENTION_MAX_QUERY_TOKENS, InputBuilder, ancestor_masks, place_of
+from flexbatch.execution.inputs import CPU_ATTENTION_MAX_TREE_TOKENS, InputBuilder, ancestor_masks, place_of
 from flexbatch.execution.work import PassWork, QueryTokens
 from flexbatch.memory.pages import PageTable
 from flexbatch.memory.tiers import Pool
@@ -18,7 +17,6 @@ from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.uploads import Uploads
 from flexbatch.trace import Tracer
 from tests.execution.rigs import PAGE_TOKENS, sequence
-from tests.memory.rigs import open_tiers
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def queries(draw: st.DrawFn) -> list[QueryTokens]:
     for number in range(draw(st.integers(1, 6))):
         tier = draw(st.sampled_from(["gpu", "cpu", "disk"]))
         start, kind = draw(st.integers(0, 13)), draw(st.sampled_from(["chunk", "decode", "tree"]))
-        count = draw(st.sampled_from([1, 2, 5, CPU_ATTENTION_MAX_QUERY_TOKENS, CPU_ATTENTION_MAX_QUERY_TOKENS + 1])) if kind == "chunk" else 1
+        count = draw(st.sampled_from([1, 2, 5, 33])) if kind == "chunk" else 1
         parents = None
         if kind == "tree":
             parents = (-1, *(draw(st.integers(0, i)) for i in range(draw(st.integers(1, 40)))))
@@ -139,12 +137,13 @@ def test_masks_hold_the_ancestors_beyond_one_word(below: tuple[int, ...]) -> Non
     assert [bits(torch.from_numpy(row)) for row in masks] == paths_of(parents)
 
 
-def test_long_chunks_of_cpu_sequences_are_attended_on_the_device(tmp_path: Path) -> None:
-    with open_tiers(tmp_path):
-        for count, place in ((1, "cpu"), (CPU_ATTENTION_MAX_QUERY_TOKENS, "cpu"), (CPU_ATTENTION_MAX_QUERY_TOKENS + 1, "staged")):
-            prompt = tuple(range(count))
-            query = QueryTokens(sequence(prompt, PageTable("cpu", list(range(20)), attend_on_cpu=True)), prompt, 0, count)
-            assert place_of(query) == place
+def test_prompts_and_large_trees_of_cpu_sequences_are_attended_on_the_device() -> None:
+    most = CPU_ATTENTION_MAX_TREE_TOKENS
+    for count, tree, place in ((1, False, "cpu"), (2, False, "staged"), (2, True, "cpu"), (most, True, "cpu"), (most + 1, True, "staged")):
+        prompt = tuple(range(count))
+        parents = tuple(range(-1, count - 1)) if tree else None
+        query = QueryTokens(sequence(prompt, PageTable("cpu", list(range(20)), attend_on_cpu=True)), prompt, 0, count, parents)
+        assert place_of(query) == place
 
 
 def test_a_pass_counts_its_prompt_tokens() -> None:

@@ -12,7 +12,7 @@ from flexbatch.policy.loads import PassLoad
 from flexbatch.policy.rates import load_hardware
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.simulate import SimulatedSequence, simulate
-from flexbatch.policy.types import Hardware, ModelShape, Policy, Split
+from flexbatch.policy.types import Curve, Hardware, ModelShape, Policy, Split
 
 
 def free_launch(name: str) -> Hardware:
@@ -131,6 +131,13 @@ def test_weights_on_disk_cross_both_the_disk_and_the_link():
     assert work["h2d"] == pytest.approx(weights + 2 * 64 * 2)
 
 
+def test_a_disk_reads_and_writes_in_turn():
+    policy = Policy(Split(1, 0), Split(0, 0, 1), Split(1, 0), 2, 2)
+    seconds = PassModel(TINY, small(), policy, PassLoad.decode(4, 100) + PassLoad.prefill(4, 50)).resource_seconds(point_of(policy))
+    assert min(seconds["disk_read"], seconds["disk_write"]) > 0
+    assert seconds["disk_read + disk_write"] == pytest.approx(seconds["disk_read"] + seconds["disk_write"])
+
+
 def test_cache_traffic_by_hand():
     policy = Policy(Split(1, 0), Split(0, 0.5, 0.5), Split(1, 0), 2, 2, cpu_attention=1.0)
     work = PassModel(TINY, small(), policy, PassLoad.decode(4, 100)).resource_work(point_of(policy))
@@ -164,10 +171,10 @@ def test_launch_cost_counts_every_tick():
 
 
 def test_quantised_rows_are_expanded_at_their_own_rate():
-    hardware = dataclasses.replace(load_hardware("h200"), cpu_attention_expand=5e10)
+    hardware = dataclasses.replace(load_hardware("h200"), cpu_attention_expand=Curve((1.0, 4.0), (5e10, 3e10)))
     assert hardware.cpu_attention_rate(1) == hardware.cpu_attention.values[0]
-    assert hardware.cpu_attention_rate(1, cache_bits=8) == 5e10
-    assert dataclasses.replace(hardware, cpu_attention_expand=0.0).cpu_attention_rate(1, cache_bits=8) == hardware.cpu_attention.values[0]
+    assert [hardware.cpu_attention_rate(heads, cache_bits=8) for heads in (1, 4, 8)] == [5e10, 3e10, 1.5e10]
+    assert dataclasses.replace(hardware, cpu_attention_expand=None).cpu_attention_rate(1, cache_bits=8) == hardware.cpu_attention.values[0]
     policy = Policy(Split(1, 0), Split(0, 1), Split(1, 0), 8, 2, cache_bits=8, cpu_attention=1.0)
     model = PassModel(public_shape("opt-6.7b"), dataclasses.replace(hardware, cpu_attention_seconds=0.0), policy, PassLoad.decode(16, 500))
     seconds = model.resource_seconds(point_of(policy))["cpu_attention"]
