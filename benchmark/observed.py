@@ -99,10 +99,12 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
     params = [SamplingParams(max_tokens=output, temperature=0, ignore_eos=True) for _, output in setting.lengths()]
     llm.prepare(prompts, params)
     # Kernels compile or are loaded when a shape comes for the first time (0.5 to 2 s each on a fresh machine, 3 of 13 s in a job of OPT-6.7B), the link wakes
-    # up; of a block on the GPU also the graphs are captured, which takes the whole job.
-    resident = all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache, llm.policy.activations))
-    some = len(prompts) if resident else min(len(prompts), llm.policy.block_size)
-    llm.generate(warm_up[:some], params[:some])
+    # up: a block's prompts and its first passes. Of a block on the GPU also the graphs are captured, which takes the whole job, and new ones for every policy.
+    if all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache, llm.policy.activations)):
+        llm.generate(warm_up, params)
+    elif llm.num_measured == 1:
+        few = [dataclasses.replace(each, max_tokens=min(4, each.max_tokens)) for each in params[: llm.policy.block_size]]
+        llm.generate(warm_up[: len(few)], few)
     started = time.perf_counter()
     completions = llm.generate(prompts, params)
     seconds = time.perf_counter() - started

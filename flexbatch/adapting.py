@@ -104,13 +104,14 @@ class PassMeter:
     @staticmethod
     def load(work: PassWork) -> PassLoad:
         """What a composed pass carries, as the cost model counts it; to be asked before the pass is committed."""
-        total = [0.0] * len(fields(PassLoad))
+        decoding, context, prompts = 0, 0, PassLoad()
         for query in (query for queries in work.micro_batches for query in queries):
             before, count, prompt = query.start, query.num_tokens, query.sequence.num_prompt_tokens
-            one = PassLoad.decode(1, before + 1) if before >= prompt else PassLoad.prefill(1, count, before, before + count >= prompt)
-            for i, field in enumerate(fields(PassLoad)):
-                total[i] += float(getattr(one, field.name))
-        return PassLoad(*total)
+            if before >= prompt:
+                decoding, context = decoding + 1, context + before + 1
+            else:
+                prompts += PassLoad.prefill(1, count, before, before + count >= prompt)
+        return prompts + PassLoad(decoding, context)
 
     def record(self, load: PassLoad, seconds: float) -> Replan | None:
         """Count a pass; other settings when the last passes of its kind are further from the plan than the tolerance."""

@@ -166,7 +166,7 @@ def layer_seconds(policy: Policy, device: torch.device) -> float:
 def host_rates(device: torch.device) -> dict[str, float]:
     """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` of `policy.rates.Hardware`, by non-negative least squares over a few shapes, and
     ``graph_seconds`` (0 without a GPU, where there are no graphs), ``exchange_seconds`` and ``settle_seconds``, from how passes of one micro-batch grow with
-    the layers; ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``.
+    the layers, ``staging_seconds`` and ``fetch_seconds`` from how those of two do; ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``.
     """
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
@@ -175,6 +175,8 @@ def host_rates(device: torch.device) -> dict[str, float]:
         measured = [decode_seconds(layers, resident(sequences), device) for layers, sequences in SHAPES]
         layer, in_turn = (layer_seconds(policy, device) for policy in (attended(8), replace(attended(8), overlap=False)))
         in_graph = layer_seconds(resident(8, 1), device) if device.type == "cuda" else 0.0
+        pair = attended(8, 2)
+        alone, staged, fetched = (layer_seconds(policy, device) for policy in (pair, replace(pair, cpu_attention=0.5), replace(pair, weights=ON_CPU)))
     finally:
         torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -188,5 +190,11 @@ def host_rates(device: torch.device) -> dict[str, float]:
     # Relative errors: a pass of ten layers is not five times as important as one of two.
     found, _ = nnls(terms / np.array(measured)[:, None], np.ones(len(SHAPES)))
     rates = dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
-    exchange, settle = max(0.0, layer - rates["launch_seconds"]), max(0.0, in_turn - layer)
-    return {**rates, "graph_seconds": max(0.0, in_graph), "exchange_seconds": exchange, "settle_seconds": settle, **attention}
+    differences = {
+        "graph_seconds": in_graph,
+        "exchange_seconds": layer - rates["launch_seconds"],
+        "settle_seconds": in_turn - layer,
+        "staging_seconds": (staged - alone) / 2,
+        "fetch_seconds": (fetched - alone) / 2,
+    }
+    return {**rates, **{name: max(0.0, seconds) for name, seconds in differences.items()}, **attention}

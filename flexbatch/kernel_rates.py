@@ -189,7 +189,7 @@ def beside(device: torch.device, attend: Callable[[], object], num_bytes: int, r
 
 def kernel_rates(device: str) -> dict[str, Any]:
     """Fields of `policy.rates.Hardware`, for `policy.profile.measure`. Takes about 20 seconds with a GPU, most of it compilation, and 5 without."""
-    dev = torch.device(device)
+    dev = torch.empty(0, device=device).device  # with its number
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
     with torch.no_grad():
         rates = attention_rates(dev, dtype) | cpu_attention_rates(dev, dtype)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +32,7 @@ RESOURCES = {
 class Event(Protocol):
     """What is needed of torch.cuda.Event(enable_timing=True)."""
 
-    def record(self) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
     def synchronize(self) -> None: ...
     def query(self) -> bool: ...
     def elapsed_time(self, end_event: Any) -> float: ...
@@ -109,10 +110,10 @@ class DeviceSpan:
     def __init__(self, tracer: RecordingTracer, resource: str, name: str, num_bytes: int) -> None:
         self._tracer, self.resource, self.name, self.num_bytes = tracer, resource, name, num_bytes
         self.begin, self.finish = tracer.event(), tracer.event()
-        self.begin.record()
+        self.begin.record(tracer.stream())
 
     def end(self) -> None:
-        self.finish.record()
+        self.finish.record(self._tracer.stream())
         self._tracer.pending.append(self)
 
     def __enter__(self) -> None:
@@ -149,7 +150,12 @@ class RecordingTracer(Tracer):
         self.clock = clock
         self.pending: deque[DeviceSpan] = deque()
         self._spans: deque[Span] = deque()
-        self._event = event or (_cuda_event if device is not None and device.type == "cuda" else None)
+        self._event = event
+        self.stream: Callable[[], Any] = no_stream
+        if device is not None and device.type == "cuda":
+            from flexbatch.streams import current_stream
+
+            self._event, self.stream = event or _cuda_event, partial(current_stream, device)
         if self._event is not None:
             self._anchor = self._event()
             self._anchor.record()
@@ -222,6 +228,10 @@ def _cuda_event() -> Event:
     import torch
 
     return torch.cuda.Event(enable_timing=True)
+
+
+def no_stream() -> None:
+    """In the place of a device's current stream."""
 
 
 def covered(spans: Iterable[Span]) -> float:

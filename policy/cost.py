@@ -123,10 +123,18 @@ class PassModel:
         resident = all(point[1 + VARIABLES.index(f"{kind}_gpu")] >= 1 - RESIDENT for kind in KINDS)
         one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap and self.policy.query_tokens == 1
         if not one_graph:
-            return self.launch_seconds
+            return self.launch_seconds + self.shape.num_layers * self.batches * self._extra_launch_seconds(point)
         graphed = (np.asarray(self.load.prompt_tokens) == 0) & (np.asarray(self.load.decode_sequences) <= GRAPHED_SEQUENCES)
         in_graph = self.host_seconds + (self.shape.num_layers + 1) * self.hardware.graph_seconds
         return np.where(graphed, in_graph, self.launch_seconds)
+
+    def _extra_launch_seconds(self, point: np.ndarray) -> np.ndarray:
+        """Per tick: what a placement with streamed weights, or cache that is attended from staging, has the host launch besides."""
+        weights_gpu, cache_gpu, attended = (point[COLUMNS[name]] for name in ("weights_gpu", "cache_gpu", "attended"))
+        staged = 1 - cache_gpu > RESIDENT and (
+            (np.asarray(self.load.prompt_tokens) > 0) | ((np.asarray(self.load.decode_sequences) > 0) & (1 - cache_gpu - attended > RESIDENT))
+        )
+        return np.where(staged, self.hardware.staging_seconds, 0.0) + (self.hardware.fetch_seconds if 1 - weights_gpu > RESIDENT else 0.0)
 
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""

@@ -74,6 +74,10 @@ class Hardware:
     """Per tick: what the host needs to launch a tick and no resource hides."""
     graph_seconds: float = 0.0
     """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they compute."""
+    staging_seconds: float = 0.0
+    """Per tick that attends cache from another tier on the GPU, on top of ``launch_seconds``: gathering, appending and draining are launched, too."""
+    fetch_seconds: float = 0.0
+    """Per tick while weights stream, on top of ``launch_seconds``: a slice of the next layer is put on the link."""
     pass_seconds: float = 0.0
     """Per pass: composing it, sampling, committing."""
     sequence_seconds: float = 0.0

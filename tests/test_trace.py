@@ -31,7 +31,7 @@ class FakeEvent:
     def __init__(self, clock: Clock) -> None:
         self.clock, self.done = clock, True
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         self.at = self.clock.now + 7
 
     def query(self) -> bool:

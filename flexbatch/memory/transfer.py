@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flexbatch.streams import current_stream
 from flexbatch.trace import Tracer
 
 
@@ -43,11 +44,11 @@ READY = Ready()
 class EventHandle:
     """A CUDA event on the stream that ran the job."""
 
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self.event, self.device = event, device
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
+        current_stream(self.device).wait_event(self.event)
 
     def synchronize(self) -> None:
         self.event.synchronize()
@@ -145,7 +146,7 @@ class StreamLane:
     """A CUDA stream for one direction of the link. ``num_bytes`` counts what its jobs moved."""
 
     def __init__(self, resource: str, tracer: Tracer, device: torch.device) -> None:
-        self.resource, self.tracer = resource, tracer
+        self.resource, self.tracer, self.device = resource, tracer, device
         self.num_bytes = 0
         # Kernels that read or write host memory need few multiprocessors but must not queue behind a GEMM's thread blocks.
         self.stream = torch.cuda.Stream(device, priority=-1)
@@ -153,15 +154,19 @@ class StreamLane:
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
         """Enqueue ``job`` on the stream, ordered after ``after``."""
         self.num_bytes += num_bytes
-        with torch.cuda.stream(self.stream):
+        outer = current_stream(self.device)
+        torch.cuda.set_stream(self.stream)
+        try:
             after.wait()
             span = self.tracer.device_span(self.resource, name, num_bytes)
             job()
             if span is not None:
                 span.end()
             event = torch.cuda.Event()
-            event.record()
-        return EventHandle(event)
+            event.record(self.stream)
+        finally:
+            torch.cuda.set_stream(outer)
+        return EventHandle(event, self.device)
 
     def guard(self, tensor: Tensor) -> None:
         """Keep the allocator from handing out the memory of ``tensor`` before the jobs submitted so far are done with it."""
@@ -203,8 +208,8 @@ class Lanes:
         if self.device.type != "cuda":
             return READY
         event = torch.cuda.Event()
-        event.record()
-        return EventHandle(event)
+        event.record(current_stream(self.device))
+        return EventHandle(event, self.device)
 
     @property
     def all_lanes(self) -> tuple[Lane, ...]:

@@ -85,8 +85,15 @@ class WeightPlan:
 
     def layer_bytes(self, layer: int, tier: str) -> int:
         """Length of the slab of one layer on one tier."""
-        alignment = slab_alignment(tier)
-        return sum(align(tensor.num_bytes, alignment) for tensor in self.layers[layer] if tensor.tier == tier)
+        return self.slab_lengths[tier][layer]
+
+    @cached_property
+    def slab_lengths(self) -> dict[str, tuple[int, ...]]:
+        """`layer_bytes` of every layer by tier: every fetch asks, several times a tick."""
+        return {
+            tier: tuple(sum(align(tensor.num_bytes, slab_alignment(tier)) for tensor in layer if tensor.tier == tier) for layer in self.layers)
+            for tier in TIERS
+        }
 
     def streamed_bytes(self, layer: int) -> int:
         """What crosses the link for one layer of one pass: the disk part comes first in the working slab, then the cpu part."""

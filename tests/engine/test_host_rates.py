@@ -17,7 +17,9 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         ticks = (num_layers + 1) * policy.num_gpu_batches
         if device.type == "cuda" and policy.cache.gpu == 1 and policy.num_gpu_batches == 1:
             return 1e-3 + 4e-5 * ticks
-        return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + 5e-4 * num_layers * policy.cpu_attention + 7e-4 * num_layers * (not policy.overlap)
+        more = 5e-4 * (policy.cpu_attention > 0) + 7e-4 * (not policy.overlap)
+        more += policy.num_gpu_batches * (8e-4 * (0 < policy.cpu_attention < 1) + 9e-4 * policy.weights.cpu)
+        return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + more * num_layers
 
     monkeypatch.setattr(host_rates, "decode_seconds", seconds)
     monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 4e-4)
@@ -30,6 +32,8 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "graph_seconds": 4e-5 if device == "cuda" else 0.0,
         "exchange_seconds": 5e-4,
         "settle_seconds": 7e-4,
+        "staging_seconds": 8e-4,
+        "fetch_seconds": 9e-4,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
         **({"cpu_attention_during_h2d": 1e11} if device == "cuda" else {}),
     }

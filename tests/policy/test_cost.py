@@ -28,6 +28,8 @@ def free_launch(name: str) -> Hardware:
         "cpu_attention_seconds",
         "exchange_seconds",
         "settle_seconds",
+        "staging_seconds",
+        "fetch_seconds",
         "link_seconds",
         "disk_read_seconds",
     )
@@ -168,6 +170,24 @@ def test_launch_cost_counts_every_tick():
     base = float(PassModel(shape, small(), policy, load).pass_seconds(point_of(policy)))
     with_launch = PassModel(shape, small(launch_seconds=1e-3, pass_seconds=0.5), policy, load)
     assert float(with_launch.pass_seconds(point_of(policy))) == pytest.approx(base + 33 * 3 * 1e-3 + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "cache", "share", "load", "staged", "fetched"),
+    [
+        (Split(1, 0), Split(1, 0), 0.0, PassLoad.decode(16, 500), 0, 0),
+        (Split(0.5, 0.5), Split(1, 0), 0.0, PassLoad.decode(16, 500), 0, 1),
+        (Split(1, 0), Split(0, 1), 0.0, PassLoad.decode(16, 500), 1, 0),
+        (Split(1, 0), Split(0, 1), 0.5, PassLoad.decode(16, 500), 1, 0),
+        (Split(1, 0), Split(0, 1), 1.0, PassLoad.decode(16, 500), 0, 0),
+        (Split(1, 0), Split(0.5, 0.5), 1.0, PassLoad.decode(16, 500), 0, 0),
+        (Split(1, 0), Split(0, 1), 1.0, PassLoad.prefill(16, 500), 1, 0),
+    ],
+)
+def test_what_is_staged_or_fetched_is_launched_too(weights, cache, share, load, staged, fetched):
+    policy = Policy(weights, cache, Split(1, 0), 8, 2, cpu_attention=share)
+    model = PassModel(public_shape("opt-6.7b"), small(staging_seconds=1e-3, fetch_seconds=1e-5), policy, load)
+    assert float(model.launched(point_of(policy))) == pytest.approx(32 * 2 * (staged * 1e-3 + fetched * 1e-5))
 
 
 def test_quantised_rows_are_expanded_at_their_own_rate():
