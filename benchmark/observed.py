@@ -15,6 +15,9 @@ from flexbatch.policy.loads import PassLoad
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.types import Policy
 
+CHUNKS = (12, 48, 200)
+"""Prompt tokens of short chunks: one for each height of tile that attention is compiled for."""
+
 
 class PassLog(adapting.PassMeter):
     """Keeps every pass and changes nothing: the policy that was planned is the one that is measured."""
@@ -99,12 +102,16 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
     params = [SamplingParams(max_tokens=output, temperature=0, ignore_eos=True) for _, output in setting.lengths()]
     llm.prepare(prompts, params)
     # Kernels compile or are loaded when a shape comes for the first time (0.5 to 2 s each on a fresh machine, 3 of 13 s in a job of OPT-6.7B), the link wakes
-    # up: a block's prompts and its first passes. Of a block on the GPU also the graphs are captured, which takes the whole job, and new ones for every policy.
-    if all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache, llm.policy.activations)):
-        llm.generate(warm_up, params)
-    elif llm.num_measured == 1:
+    # up: a block's prompts and its first passes, and short chunks alone, of which few programs split their context. Of a block on the GPU also the graphs are
+    # captured, which takes the whole job, and new ones for every policy.
+    if llm.num_measured == 1:
         few = [dataclasses.replace(each, max_tokens=min(4, each.max_tokens)) for each in params[: llm.policy.block_size]]
         llm.generate(warm_up[: len(few)], few)
+        shortly = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+        for size in CHUNKS:
+            llm.generate([max(setting.prompts(llm.arch.vocab_size, f"chunk {size}"), key=len)[:size]], shortly)
+    if all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache, llm.policy.activations)):
+        llm.generate(warm_up, params)
     started = time.perf_counter()
     completions = llm.generate(prompts, params)
     seconds = time.perf_counter() - started

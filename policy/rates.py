@@ -94,8 +94,10 @@ class Hardware:
     """Fixed cost of one copy, per layer and micro-batch."""
     attention_expand: float = 0.0
     """Bytes a second, counted at 16 bits, of quantised cache that attention expands as it reads; 0: half of ``attention_decode``'s time is enough."""
-    cpu_attention_expand: Curve | None = None
-    """``cpu_attention`` of quantised cache, counted at 16 bits; None: as fast as 16 bits."""
+    cpu_attention_8: Curve | None = None
+    """``cpu_attention`` of 8-bit cache, counted at 16 bits; None: as fast as 16 bits."""
+    cpu_attention_4: Curve | None = None
+    """The same for 4 bits."""
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
@@ -134,7 +136,7 @@ class Hardware:
 
     def cpu_attention_rate(self, queries_per_kv_head: float, cache_bits: int = 16) -> float:
         """Bytes a second, counted at 16 bits, link idle; beyond the last measured point attention is bound by compute, and time grows with the queries."""
-        curve = self.cpu_attention if cache_bits == 16 else self.cpu_attention_expand or self.cpu_attention
+        curve = {8: self.cpu_attention_8, 4: self.cpu_attention_4}.get(cache_bits) or self.cpu_attention
         return curve.at(queries_per_kv_head) * min(1.0, curve.points[-1] / queries_per_kv_head)
 
     @property
@@ -169,7 +171,7 @@ class Hardware:
             raise ValueError(f"hardware JSON: unknown fields {sorted(unknown)}")
         if missing := needed - data.keys():
             raise ValueError(f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with python -m flexbatch.policy.profile")
-        for name in ("gemm", "cpu_attention", "cpu_attention_expand"):
+        for name in ("gemm", "cpu_attention", "cpu_attention_8", "cpu_attention_4"):
             if data.get(name) is not None:
                 data[name] = Curve(tuple(data[name]["points"]), tuple(data[name]["values"]))
         return cls(**data)

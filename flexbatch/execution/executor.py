@@ -232,7 +232,7 @@ class Executor:
         if begun.cpu_output is not None:
             assert begun.inputs.cpu is not None
             begun.cpu_done.wait()
-            self.uploads.bring(begun.cpu_output, begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end])
+            self.lanes.bring(begun.cpu_output, begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end])
             self.host_buffers.give_back(begun.cpu_output, self.lanes.mark())
         weights = self.weights.weights(tick.layer, "post")
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):

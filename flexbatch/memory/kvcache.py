@@ -193,7 +193,7 @@ class KVCache:
         self.disk.read(work.disk_tables, layer, host, self.lanes.disk_chunks)
         if host is target:
             return READY
-        target.copy_(host, non_blocking=True)
+        self.lanes.bring(host, target)
         self.disk_copied[buffer] = self.lanes.mark()
         return self.disk_copied[buffer]
 

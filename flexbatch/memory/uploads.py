@@ -1,8 +1,4 @@
-"""Small tensors from the host to the compute device, past the copy engine.
-
-The copy engine serves its queue in order, and the next layer's weights stand in it for up to 20 ms: a page table or an attention output of a few
-hundred KiB that waits behind them stalls a whole tick. So a kernel reads them from pinned memory instead.
-"""
+"""Small tensors from the host to the compute device, past the copy engine (`Lanes.bring`)."""
 
 from __future__ import annotations
 
@@ -10,12 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import ops
 from flexbatch.memory.files import align
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, Handle, Lanes
+from flexbatch.memory.transfer import READY, ROW_BYTES, Handle, Lanes
 
-ROW_BYTES = 16
 HALF_BYTES = 8 << 20
 """Inputs of one pass: 8 MiB hold the page tables, slots and masks of 100,000 query tokens; what does not fit goes by the copy engine."""
 
@@ -27,7 +21,6 @@ class Uploads:
         self.lanes, self.device, self.host = lanes, lanes.device, host
         self.copies = self.device.type == "cuda"
         self.halves = list(host.allocate("inputs", 2 * HALF_BYTES).view(2, HALF_BYTES)) if self.copies else []
-        self.ids = torch.arange(HALF_BYTES // ROW_BYTES, dtype=torch.int32, device=self.device) if self.copies else torch.empty(0)
         self.read: list[Handle] = [READY, READY]
         self.half, self.cursor = 0, 0
 
@@ -50,16 +43,8 @@ class Uploads:
         self.cursor += num_bytes
         place[: array.nbytes].copy_(source.view(-1).view(torch.uint8))
         target = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        self.bring(place.view(-1, ROW_BYTES), target.view(-1, ROW_BYTES))
+        self.lanes.bring(place.view(-1, ROW_BYTES), target.view(-1, ROW_BYTES))
         return target[: array.nbytes].view(source.dtype).view(source.shape)
-
-    def bring(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows of pinned host memory into ``target`` of the same shape on the compute device, on the current stream."""
-        row_bytes = source[0].numel() * source.element_size()
-        if self.copies and row_bytes % ROW_BYTES == 0 and len(source) <= len(self.ids):
-            ops.gather_pages(source, self.ids[: len(source)], target)
-        else:
-            target.copy_(source, non_blocking=True)
 
     def check(self) -> None:
         """Invariant: the cursor lies inside the half, at a whole row."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.files import DiskFile, align, chunks
+from flexbatch.memory.files import ALIGNMENT, DiskFile, align, chunks
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, Lanes, together
 from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, StoredTensor, WeightPlan, slab_alignment, stage_of
@@ -163,7 +163,7 @@ class WeightStore:
 
         for begin, end in self.lanes.disk_chunks.map(read, jobs):
             if host is not slab:
-                slab[begin:end].copy_(host[begin:end], non_blocking=True)
+                self.lanes.bring(host[begin:end].view(-1, ALIGNMENT), slab[begin:end].view(-1, ALIGNMENT))
         if host is slab:
             return READY
         self.disk_copied[slab_index] = self.lanes.mark()

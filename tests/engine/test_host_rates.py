@@ -15,14 +15,13 @@ CPU = torch.device("cpu")
 def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
         ticks = (num_layers + 1) * policy.num_gpu_batches
-        if device.type == "cuda" and policy.cache.gpu == 1 and policy.num_gpu_batches == 1:
-            return 1e-3 + 4e-5 * ticks
         more = 5e-4 * (policy.cpu_attention > 0) + 7e-4 * (not policy.overlap)
-        more += policy.num_gpu_batches * (8e-4 * (0 < policy.cpu_attention < 1) + 9e-4 * policy.weights.cpu)
+        more += policy.num_gpu_batches * (8e-4 * (policy.cache.cpu - policy.cpu_attention) + 9e-4 * policy.weights.cpu)
         return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + more * num_layers
 
     monkeypatch.setattr(host_rates, "decode_seconds", seconds)
     monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 4e-4)
+    monkeypatch.setattr(host_rates, "graph_seconds", lambda device: 4e-5)
     monkeypatch.setattr(host_rates, "streamed_attention", lambda *_: {"cpu_attention_seconds": 6e-4, "cpu_attention_during_h2d": 1e11})
     found = host_rates.host_rates(torch.device(device))
     wanted = {

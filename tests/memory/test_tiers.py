@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from flexbatch.config import DoesNotFitError
-from flexbatch.memory.tiers import Need, Pool, check_budgets
+from flexbatch.memory.tiers import HostArena, Need, Pool, check_budgets
 from flexbatch.policy.units import GIB
 
 BUDGET = 10_000
@@ -93,3 +97,16 @@ def test_budgets_are_checked_to_the_byte(needs: list[tuple[str, int]], limits: t
         assert short and [tier for tier in budgets if f" {tier}: " in remedy] == short
     else:
         assert not short
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells of mappings in /proc")
+def test_host_memory_is_private_and_stays_out_of_children() -> None:
+    """Shared memory has no huge pages, and a page that a fork shares may move away under a transfer."""
+    arena = HostArena(8 << 20, pinned=False)
+    arena.tensor.fill_(1)
+    blocks = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    place = arena.tensor.data_ptr()
+    block = next(block for block in blocks[1:] if int(block.split("-")[0], 16) <= place < int(block.split("-")[1].split()[0], 16))
+    assert block.split()[1] == "rw-p"
+    flags = block.split("VmFlags:")[1].split("\n")[0].split()
+    assert "dc" in flags and ("hg" in flags or not hasattr(mmap, "MADV_HUGEPAGE"))

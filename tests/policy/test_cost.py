@@ -191,10 +191,12 @@ def test_what_is_staged_or_fetched_is_launched_too(weights, cache, share, load, 
 
 
 def test_quantised_rows_are_expanded_at_their_own_rate():
-    hardware = dataclasses.replace(load_hardware("h200"), cpu_attention_expand=Curve((1.0, 4.0), (5e10, 3e10)))
+    eight, four = Curve((1.0, 4.0), (5e10, 3e10)), Curve((1.0, 4.0), (4e10, 2e10))
+    hardware = dataclasses.replace(load_hardware("h200"), cpu_attention_8=eight, cpu_attention_4=four)
     assert hardware.cpu_attention_rate(1) == hardware.cpu_attention.values[0]
     assert [hardware.cpu_attention_rate(heads, cache_bits=8) for heads in (1, 4, 8)] == [5e10, 3e10, 1.5e10]
-    assert dataclasses.replace(hardware, cpu_attention_expand=None).cpu_attention_rate(1, cache_bits=8) == hardware.cpu_attention.values[0]
+    assert hardware.cpu_attention_rate(4, cache_bits=4) == 2e10
+    assert dataclasses.replace(hardware, cpu_attention_8=None).cpu_attention_rate(1, cache_bits=8) == hardware.cpu_attention.values[0]
     policy = Policy(Split(1, 0), Split(0, 1), Split(1, 0), 8, 2, cache_bits=8, cpu_attention=1.0)
     model = PassModel(public_shape("opt-6.7b"), dataclasses.replace(hardware, cpu_attention_seconds=0.0), policy, PassLoad.decode(16, 500))
     seconds = model.resource_seconds(point_of(policy))["cpu_attention"]
