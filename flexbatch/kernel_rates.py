@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexbatch.execution.executor import cpu_attention_threads
 from flexbatch.host_rates import host_rates
 from flexbatch.kernels import ops, reference
 from flexbatch.memory.tiers import HostArena
@@ -64,7 +65,7 @@ def as_in_the_engine(rows: Tensor) -> Tensor:
 
 
 def attention_call(
-    num_sequences: int, query_tokens: int, context: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device, bits: int = 16
+    num_sequences: int, query_tokens: int, context: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device, bits: int = 16, threads: int = 0
 ) -> Any:
     """(a call of `ops.paged_attention` over pages in random order, bytes of its cache). ``heads``: query heads, key-value heads."""
     num_heads, kv_heads = heads
@@ -86,7 +87,7 @@ def attention_call(
     def call() -> Tensor:
         return ops.paged_attention(
             query, rows, table, starts, lens, num_kv_heads=kv_heads, page_tokens=PAGE_TOKENS, scale=HEAD_DIM**-0.5, bits=bits, group=GROUP,
-            max_query_len=query_tokens, max_context_len=context,
+            max_query_len=query_tokens, max_context_len=context, threads=threads,
         )  # fmt: skip
 
     return call, num_bytes
@@ -133,10 +134,11 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
     size = min(2 * GIB, host_memory_bytes() // 8) if device.type == "cuda" else 128 * MIB
     kv_heads = 8
     sequences = size // (CONTEXT * 2 * kv_heads * HEAD_DIM * dtype.itemsize)
+    threads = cpu_attention_threads(device)
 
     def call_of(query_heads: int, bits: int = 16) -> tuple[Callable[[], object], int]:
         # What is quantised takes the memory of both while it is made.
-        return attention_call(sequences if bits == 16 else sequences // 2, 1, CONTEXT, (query_heads * kv_heads, kv_heads), dtype, host, bits)
+        return attention_call(sequences if bits == 16 else sequences // 2, 1, CONTEXT, (query_heads * kv_heads, kv_heads), dtype, host, bits, threads)
 
     def curve_of(bits: int) -> Curve:
         rates = []
