@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.execution.executor import cpu_attention_threads
 from flexbatch.host_rates import host_rates
 from flexbatch.kernels import ops, reference
 from flexbatch.memory.tiers import HostArena
@@ -59,13 +58,13 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def as_in_the_engine(rows: Tensor) -> Tensor:
-    """A copy in host memory of the engine's own kind: with small pages the processor reads a large cache at two thirds of the rate."""
+    """A copy in host memory of the engine's own kind, huge pages and all."""
     arena = HostArena(rows.numel() * rows.element_size(), pinned=False)
     return arena.tensor.view(rows.dtype).view(rows.shape).copy_(rows)
 
 
 def attention_call(
-    num_sequences: int, query_tokens: int, context: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device, bits: int = 16, threads: int = 0
+    num_sequences: int, query_tokens: int, context: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device, bits: int = 16
 ) -> Any:
     """(a call of `ops.paged_attention` over pages in random order, bytes of its cache). ``heads``: query heads, key-value heads."""
     num_heads, kv_heads = heads
@@ -87,7 +86,7 @@ def attention_call(
     def call() -> Tensor:
         return ops.paged_attention(
             query, rows, table, starts, lens, num_kv_heads=kv_heads, page_tokens=PAGE_TOKENS, scale=HEAD_DIM**-0.5, bits=bits, group=GROUP,
-            max_query_len=query_tokens, max_context_len=context, threads=threads,
+            max_query_len=query_tokens, max_context_len=context,
         )  # fmt: skip
 
     return call, num_bytes
@@ -134,11 +133,10 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
     size = min(2 * GIB, host_memory_bytes() // 8) if device.type == "cuda" else 128 * MIB
     kv_heads = 8
     sequences = size // (CONTEXT * 2 * kv_heads * HEAD_DIM * dtype.itemsize)
-    threads = cpu_attention_threads(device)
 
     def call_of(query_heads: int, bits: int = 16) -> tuple[Callable[[], object], int]:
         # What is quantised takes the memory of both while it is made.
-        return attention_call(sequences if bits == 16 else sequences // 2, 1, CONTEXT, (query_heads * kv_heads, kv_heads), dtype, host, bits, threads)
+        return attention_call(sequences if bits == 16 else sequences // 2, 1, CONTEXT, (query_heads * kv_heads, kv_heads), dtype, host, bits)
 
     def curve_of(bits: int) -> Curve:
         rates = []

@@ -28,14 +28,14 @@ def paged_attention(query: Tensor, rows: Tensor, page_table: Tensor, query_start
     return reference.paged_attention(query, rows, page_table, query_starts, context_lens, **options)
 
 
-def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64, *, threads: int = 0) -> None:
-    """`reference.append_rows`. ``threads``: as in `paged_attention`."""
+def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
+    """`reference.append_rows`."""
     if key.is_cuda:
         from flexbatch.kernels import quant
 
         quant.append_rows(rows, slots, key, value, bits, group)
     elif _compiled(key.dtype):
-        native.append_rows(rows, slots, key, value, bits, group, threads=threads)
+        native.append_rows(rows, slots, key, value, bits, group)
     else:
         reference.append_rows(rows, slots, key, value, bits, group)
 

@@ -26,17 +26,6 @@ LOGITS_BLOCK_BYTES = 64 << 20
 """float32 logits that exist at one time: rows of a long prompt go through the head in blocks."""
 
 
-def cpu_attention_threads(device: torch.device) -> int:
-    """Processor threads of CPU attention; 0: torch's number.
-
-    Beside a GPU one core in eight stays free, of four and more one at least. The thread that launches ticks, and those that read the disk, are woken
-    thousands of times a second, and where attention holds every core each waits for a time slice: passes of OPT-6.7B with 1 % of the weights on disk
-    took the time of attention and of reading one after the other on 16 cores.
-    """
-    threads = torch.get_num_threads()
-    return threads - max(threads // 8, int(threads >= 4)) if device.type == "cuda" else 0
-
-
 @dataclass
 class Begun:
     """A tick between its two halves: attention is done, but for the CPU's share, which may still be running."""
@@ -75,7 +64,6 @@ class Executor:
         slopes = arch.alibi_slopes()
         self.slopes = {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in {self.device, torch.device("cpu")}} if slopes else {}
         self.host_buffers = host_buffers
-        self.attention_threads = cpu_attention_threads(self.device)
         resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
         self.graphs = DecodeGraphs(self.device, cache.layout.page_tokens, arch.max_positions) if resident and overlap else None
 
@@ -180,7 +168,7 @@ class Executor:
                 self.attend_staged(begun, inputs.staged, gathered, buffer, query, key, value)
         return begun
 
-    def attend(self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, positions: Tensor, threads: int = 0) -> None:
+    def attend(self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, positions: Tensor) -> None:
         """Attention of one group over token rows that already hold its own keys and values."""
         arch, layout = self.arch, self.cache.layout
         ops.paged_attention(
@@ -203,7 +191,6 @@ class Executor:
             max_query_len=group.max_query_len,
             max_context_len=group.max_context_len,
             out=out,
-            threads=threads,
         )
 
     def attend_staged(self, begun: Begun, staged: StagedGroup, gathered: Handle, buffer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -232,8 +219,8 @@ class Executor:
 
         def attend() -> None:
             drained.synchronize()
-            ops.append_rows(rows, group.slots, host_key, host_value, layout.bits, layout.group, threads=self.attention_threads)
-            self.attend(output, layer, host_query, rows, group, positions, self.attention_threads)
+            ops.append_rows(rows, group.slots, host_key, host_value, layout.bits, layout.group)
+            self.attend(output, layer, host_query, rows, group, positions)
 
         num_bytes = int(group.context_lens.sum()) * layout.token_bytes
         begun.cpu_done = self.lanes.cpu_attention.submit(attend, arrived, f"cache {layer}.{begun.tick.micro_batch}", num_bytes)

@@ -55,7 +55,8 @@ class HostArena:
     """One exact-size block of host memory, pinned when a CUDA device will read it.
 
     torch's own pinned allocator rounds up to powers of two, which wastes 20 to 30 % of the host for the sizes that matter here. The mapping is private
-    because Linux gives shared memory no huge pages unless told to: CPU attention over 5 to 10 GiB of 4 KiB pages ran at two thirds of the rate.
+    because Linux gives shared memory no huge pages unless told to. With them 4.5 GiB are touched and pinned in 0.2 s instead of 1.3 (H200's host), and CPU
+    attention reads 5 % faster.
     """
 
     def __init__(self, num_bytes: int, pinned: bool) -> None:

@@ -66,6 +66,11 @@ class FutureHandle:
     def __init__(self, future: Future[Any]) -> None:
         self.future = future
 
+    @property
+    def done(self) -> bool:
+        """Whether the job has ended; what its result promises may still be on its way."""
+        return self.future.done()
+
     def wait(self) -> None:
         result = self.future.result()
         if hasattr(result, "wait"):
@@ -106,7 +111,7 @@ class ThreadLane:
         self.num_submitted = self.num_ended = 0
         self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"flexbatch {resource}")
 
-    def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
+    def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> FutureHandle:
         """Run ``job`` on the worker once ``after`` is done."""
         self.num_bytes += num_bytes
         self.num_submitted += 1
@@ -202,6 +207,8 @@ class Lanes:
         self.h2d: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
         # Pages ride on a stream of their own: the gather kernel and the copy engine share the link and neither waits for the other.
         self.pages: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
+        # So does what was read ahead from the disk: a copy may wait for a slab, and no page should wait for the copy.
+        self.staged: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
         self.d2h: Lane = StreamLane("d2h", tracer, device) if cuda else ThreadLane("d2h", tracer)
         disk_stream = torch.cuda.Stream(device, priority=-1) if cuda else None
         self.disk_read = ThreadLane("disk_read", tracer, disk_stream)
@@ -222,8 +229,7 @@ class Lanes:
         """Copy rows of pinned host memory into ``target`` of the same shape on the compute device, on the current stream and past the copy engine.
 
         The engine serves its queue in order, and the next layer's weights stand in it for up to 20 ms. What a tick waits for must not wait behind them: a
-        page table, an attention output, or what has come from the disk (a 1 % share of OPT-6.7B's weights there cost 5 ms a layer, as long as the engine
-        needed for the share of the CPU). So a kernel reads it.
+        page table, an attention output, or what has come from the disk. So a kernel reads it.
         """
         row_bytes = source[0].numel() * source.element_size() if len(source) else 0
         if self.device.type == "cuda" and row_bytes and row_bytes % ROW_BYTES == 0 and len(source) <= len(self.row_ids):
@@ -233,7 +239,7 @@ class Lanes:
 
     @property
     def all_lanes(self) -> tuple[Lane, ...]:
-        return (self.h2d, self.pages, self.d2h, self.disk_read, self.disk_write, self.cpu_attention)
+        return (self.h2d, self.pages, self.staged, self.d2h, self.disk_read, self.disk_write, self.cpu_attention)
 
     def moved_bytes(self) -> dict[str, int]:
         """Bytes per resource since the start."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.files import ALIGNMENT, DiskFile, align, chunks
+from flexbatch.memory.files import DiskFile, align, chunks
+from flexbatch.memory.read_ahead import ReadAhead
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, Lanes, together
 from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, StoredTensor, WeightPlan, slab_alignment, stage_of
@@ -23,6 +25,8 @@ class Claim:
     slab: int
     handles: list[Handle] = field(default_factory=list)
     slices_fetched: int = 0
+    waits_for_disk: bool = False
+    """Its part from the disk has not been sent on from staging yet."""
 
 
 @dataclass
@@ -56,7 +60,8 @@ class WeightStore:
     ``homes`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once they have their name).
     """
 
-    def __init__(self, plan: WeightPlan, tiers: Tiers, lanes: Lanes, dtype: torch.dtype) -> None:
+    def __init__(self, plan: WeightPlan, tiers: Tiers, lanes: Lanes, dtype: torch.dtype, staged: bool | None = None) -> None:
+        """``staged``: whether disk tensors stop over in host memory, as they do on their way to a GPU (None: if there is one)."""
         self.plan, self.tiers, self.lanes, self.dtype = plan, tiers, lanes, dtype
         self.device = lanes.device
         self.homes: dict[tuple[int, str], Views] = {}
@@ -66,10 +71,12 @@ class WeightStore:
         streamed = plan.slab_bytes
         self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
-        staged = self.device.type == "cuda" and disk_bytes
-        self.disk_staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
-        self.disk_copied: list[Handle] = [READY] * len(self.disk_staging)
-        """When the staging buffers have been read by the device."""
+        staged = bool(disk_bytes) and (self.device.type == "cuda" if staged is None else staged)
+        staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
+        self.disk_homed = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
+        on_disk = {layer: plan.layer_bytes(layer, "disk") for layer, tensors in enumerate(self.disk_homed) if tensors}
+        self.read_ahead = ReadAhead(on_disk, staging, self.read_disk, lanes) if staging else None
+        """None: disk tensors are read straight into slabs."""
         self.free_after: list[Handle] = [READY] * len(self.slabs)
         self.claims: dict[int, Claim] = {}
         self.next_slab = 0
@@ -80,7 +87,6 @@ class WeightStore:
         self.ready: dict[int, dict[str, Tensor]] = {}
         self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
         """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
-        self.disk_homed = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
 
     @property
     def resident(self) -> bool:
@@ -125,11 +131,25 @@ class WeightStore:
         slab, after = self.slabs[claim.slab], self.free_after[claim.slab]
         disk_bytes = self.plan.layer_bytes(layer, "disk")
         if index == 0 and disk_bytes:
-            claim.handles.append(self.lanes.disk_read.submit(lambda: self.read_disk(layer, claim.slab), after, f"weights {layer}", disk_bytes))
+            if self.read_ahead is None:
+                job = partial(self.read_disk, layer, slab[:disk_bytes])
+                claim.handles.append(self.lanes.disk_read.submit(job, after, f"weights {layer}", disk_bytes))
+            else:
+                self.read_ahead.expect(layer)
+                claim.waits_for_disk = True
+        if self.read_ahead is not None and claim.waits_for_disk and self.read_ahead.arrived(layer):
+            self.send_on(layer, claim)
         start, end = slices(self.plan.layer_bytes(layer, "cpu"), index, count)
         if end > start:
             target, source = slab[disk_bytes + start : disk_bytes + end], self.cpu_slabs[layer][start:end]
             claim.handles.append(self.lanes.h2d.submit(lambda: target.copy_(source, non_blocking=True), after, f"weights {layer}.{index}", end - start))
+
+    def send_on(self, layer: int, claim: Claim) -> None:
+        """Copy the part of a layer that the disk has from staging to its slab; waits for the disk."""
+        assert self.read_ahead is not None
+        target = self.slabs[claim.slab][: self.plan.layer_bytes(layer, "disk")]
+        claim.handles.append(self.read_ahead.bring(layer, target, self.free_after[claim.slab]))
+        claim.waits_for_disk = False
 
     def fetch_rest(self, layer: int, count: int) -> None:
         """Fetch what is not yet fetched of a layer, as ``count`` slices."""
@@ -144,30 +164,20 @@ class WeightStore:
         self.next_slab = (self.next_slab + 1) % len(self.slabs)
         return claim
 
-    def read_disk(self, layer: int, slab_index: int) -> Handle:
-        """Read a layer's disk tensors with several threads; on CUDA through pinned staging. Runs on the disk lane, which does not wait for its copies."""
-        slab = self.slabs[slab_index]
-        if self.disk_staging:
-            self.disk_copied[slab_index].synchronize()
-        host = self.disk_staging[slab_index] if self.disk_staging else slab
+    def read_disk(self, layer: int, host: Tensor) -> None:
+        """Read a layer's disk tensors with several threads. host: [bytes on disk] uint8."""
         jobs = []
         for stored in self.disk_homed[layer]:
             file = self.files[stored.spec.layer, stored.spec.role]
             for start, end in chunks(align(stored.num_bytes)):
                 jobs.append((file, stored.offset + start, stored.offset + end, start))
 
-        def read(job: tuple[DiskFile, int, int, int]) -> tuple[int, int]:
+        def read(job: tuple[DiskFile, int, int, int]) -> None:
             file, begin, end, file_offset = job
             file.read(host[begin:end], file_offset)
-            return begin, end
 
-        for begin, end in self.lanes.disk_chunks.map(read, jobs):
-            if host is not slab:
-                self.lanes.bring(host[begin:end].view(-1, ALIGNMENT), slab[begin:end].view(-1, ALIGNMENT))
-        if host is slab:
-            return READY
-        self.disk_copied[slab_index] = self.lanes.mark()
-        return self.disk_copied[slab_index]
+        for _ in self.lanes.disk_chunks.map(read, jobs):
+            pass
 
     # Using
 
@@ -184,6 +194,8 @@ class WeightStore:
     def collect(self, layer: int) -> dict[str, Tensor]:
         claim = self.claims.get(layer)
         if claim is not None:
+            if claim.waits_for_disk:
+                self.send_on(layer, claim)
             together(*claim.handles).wait()
         else:
             assert not self.plan.streamed_bytes(layer), f"layer {layer} is used before it was fetched"
@@ -260,6 +272,8 @@ class WeightStore:
         assert len(owners) == len(set(owners)), self.claims
         assert all(0 <= slab < len(self.slabs) for slab in owners), (owners, len(self.slabs))
         assert all(layer in self.claims or not self.plan.streamed_bytes(layer) for layer in self.ready), (self.ready.keys(), self.claims.keys())
+        if self.read_ahead is not None:
+            self.read_ahead.check()
         for stored in self.plan.all_tensors:
             key = (stored.spec.layer, stored.spec.role)
             assert (key in self.homes) != (key in self.files), (key, stored.tier)
@@ -275,7 +289,9 @@ class WeightStore:
 
     def close(self) -> None:
         self.drain()
+        if self.read_ahead is not None:
+            self.read_ahead.close()
         for file in self.files.values():
             file.close()
-        for views in (self.files, self.homes, self.cpu_slabs, self.slabs, self.disk_staging, self.expansion, self.ready, self.dense_views):
+        for views in (self.files, self.homes, self.cpu_slabs, self.slabs, self.expansion, self.ready, self.dense_views):
             views.clear()

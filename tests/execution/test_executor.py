@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.execution.executor import Executor, cpu_attention_threads
+from flexbatch.execution.executor import Executor
 from flexbatch.memory.files import DiskFile
 from flexbatch.memory.transfer import Handle
 from flexbatch.memory.weights import WeightStore
@@ -210,10 +210,3 @@ def test_a_trace_has_a_span_for_every_tick(folder: Path, tmp_path: Path) -> None
         assert len(ticks) % 4 == 0 and passes * 4 <= len(ticks) <= passes * 12
         assert {"disk_read", "disk_write", "compute"} <= set(llm.tracer.summary())
         assert torch.is_inference_mode_enabled() is False
-
-
-@pytest.mark.parametrize(("cores", "beside_gpu"), [(1, 1), (2, 2), (4, 3), (8, 7), (16, 14), (64, 56)])
-def test_attention_beside_a_gpu_leaves_cores_to_those_who_launch(cores: int, beside_gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    assert cpu_attention_threads(torch.device("cuda", 0)) == beside_gpu
-    assert cpu_attention_threads(torch.device("cpu")) == 0

@@ -30,9 +30,9 @@ MIXED = Split(0.3, 0.3, 0.4)
 
 
 @contextmanager
-def open_store(arch: Arch, split: Split, bits: int = 16, late: float = 0.0) -> Iterator[tuple[WeightStore, Lanes]]:
+def open_store(arch: Arch, split: Split, bits: int = 16, late: float = 0.0, staged: bool = False) -> Iterator[tuple[WeightStore, Lanes]]:
     with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, lanes):
-        store = WeightStore(plan_weights(arch, split, bits, 8, 4), tiers, lanes, torch.float32)
+        store = WeightStore(plan_weights(arch, split, bits, 8, 4), tiers, lanes, torch.float32, staged)
         loader = Loader(store, Path(folder) / "files", cache_quantized=False)
         loader.load(lambda skip: (piece for piece in pieces(arch) if (piece.layer, piece.role) not in skip))
         loader.check()
@@ -82,10 +82,10 @@ def sweep(store: WeightStore, arch: Arch, bits: int, count: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(split=splits(), layers=st.integers(1, 4), count=st.integers(1, 3), bits=st.sampled_from([16, 8, 4]), tied=st.booleans())
-def test_every_tick_of_every_pass_sees_its_layers_weights(split: Split, layers: int, count: int, bits: int, tied: bool) -> None:
+@given(split=splits(), layers=st.integers(1, 4), count=st.integers(1, 3), bits=st.sampled_from([16, 8, 4]), tied=st.booleans(), staged=st.booleans())
+def test_every_tick_of_every_pass_sees_its_layers_weights(split: Split, layers: int, count: int, bits: int, tied: bool, staged: bool) -> None:
     arch = tiny_arch(layers, tied)
-    with open_store(arch, split, bits, late=0.006) as (store, _):
+    with open_store(arch, split, bits, late=0.006, staged=staged) as (store, _):
         for _ in range(3):
             sweep(store, arch, bits, count)
 
@@ -114,10 +114,11 @@ def test_a_slab_is_not_claimed_while_a_layer_holds_it() -> None:
         assert not store.claims
 
 
-def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it() -> None:
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it(staged: bool) -> None:
     """The handle of the release orders the next fetch: nothing lands in the slab before it is done."""
     arch = tiny_arch(4)
-    with open_store(arch, Split(0, 0.5, 0.5)) as (store, lanes):
+    with open_store(arch, Split(0, 0.5, 0.5), staged=staged) as (store, lanes):
         store.fetch_rest(0, 1)
         reading = {role: tensor.clone() for role, tensor in store.weights(0, "pre").items()}
         now = store.weights(0, "pre")
@@ -141,9 +142,10 @@ def test_weights_are_not_used_before_they_were_fetched() -> None:
         store.weights(0, "pre")
 
 
-def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(staged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arch = tiny_arch(3)
-    with open_store(arch, Split(0, 0, 1)) as (store, _):
+    with open_store(arch, Split(0, 0, 1), staged=staged) as (store, _):
         read = DiskFile.read
 
         def fail(self: DiskFile, buffer: torch.Tensor, offset: int) -> None:
@@ -157,6 +159,22 @@ def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(monkeypa
         store.drain()
         store.check()
         sweep(store, arch, 16, 2)
+
+
+def test_staging_is_filled_before_any_slab_is_free() -> None:
+    """A share of the disk is a few whole tensors: what reads them must not wait for the slab, which is free one layer before."""
+    arch = tiny_arch(6)
+    with open_store(arch, Split(0, 0.5, 0.5), staged=True) as (store, lanes):
+        ahead = store.read_ahead
+        assert ahead is not None and len(ahead.layers) > 2
+        store.fetch_rest(0, 1)
+        store.fetch_rest(ahead.layers[0], 1) if ahead.layers[0] != 0 else None
+        lanes.disk_read.settle()
+        assert [ahead.arrived(layer) for layer in ahead.layers[:3]].count(True) == len(ahead.buffers)
+        store.drain()
+        # A job that ends leaves what was read; the next one begins again with the first layer.
+        for _ in range(2):
+            sweep(store, arch, 16, 2)
 
 
 def test_resident_weights_need_no_slab() -> None:
