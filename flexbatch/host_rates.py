@@ -7,11 +7,12 @@ is a single micro-batch that waits for CPU attention at every layer. Passes of a
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -35,6 +36,7 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
 from flexbatch.models.families import read_arch
+from flexbatch.models.specs import weight_specs
 from flexbatch.planning import Job, block_sizes, cache_layout, host_memory_bytes
 from flexbatch.policy.types import Policy, Split
 from flexbatch.request import Request, SamplingParams
@@ -48,17 +50,22 @@ FEW, MANY = 2, 10
 SHAPES = ((FEW, 8), (FEW, 128), (MANY, 8), (MANY, 128))
 """(layers, sequences of a micro-batch)."""
 WARM_UP, PASSES = 3, 6
-STREAMED_SEQUENCES, STREAMED_HEADS, STREAMED_CONTEXTS = 64, 16, (128, 512)
-"""Sequences of a micro-batch, heads and prompt tokens of passes in which weights stream beside CPU attention: calls of 67 and 268 MB, ten of them a pass, so
-that the processor's caches keep little of it (0.67 GB a pass: 154 GB/s on an H200's host, where the passes of models of 7 and 13 billion saw 105 to 120)."""
-STREAMED_BYTES = 60 * MIB
-"""Of host memory that such a sequence takes, weights included; a quarter of what is free has to do."""
+ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 8, (128, 512)
+"""Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with layers as wide as those of models of 7
+billion: calls of 67 and 268 MB, sixteen of them a pass. Of 0.67 GB a pass with half as wide layers the processor's caches kept a part: 130 to 154 GB/s on
+H200's hosts, where the passes of models of 7 and 13 billion saw 95 to 120."""
+ATTENDED_BYTES = 144 * MIB
+"""Of host memory that such a sequence takes with its counterpart in the other micro-batch; with the weights a quarter of what is free has to do."""
+
+
+ALONE = "cpu_attention_alone"
+"""Of what `host_rates` finds: bytes a second in passes whose weights stay on the GPU. `cpu_attention` of `Hardware` starts with it."""
 
 
 def small_arch(num_layers: int, head_dim: int, num_heads: int = 1) -> Arch:
-    """With several heads an MLP as wide as those of models are: its weights keep the link busy."""
+    """With several heads an MLP wide enough that its weights keep the link busy."""
     hidden_size = num_heads * head_dim
-    sizes = {"hidden_size": hidden_size, "intermediate_size": hidden_size * (4 if num_heads > 1 else 1), "vocab_size": 64}
+    sizes = {"hidden_size": hidden_size, "intermediate_size": hidden_size * min(2, num_heads), "vocab_size": 64}
     config = {"model_type": "llama", "num_hidden_layers": num_layers, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5}
     return read_arch({**config, **sizes, "num_attention_heads": num_heads, "num_key_value_heads": num_heads, "eos_token_id": 2, "bos_token_id": 1})
 
@@ -78,7 +85,7 @@ def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype
     """Executor, cache and the tokens of a micro-batch, with random weights."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         pinned = device.type == "cuda"
-        tiers = Tiers(Pool("gpu", 2048 * MIB, device=device), Pool("cpu", 4096 * MIB, pinned=pinned), Pool("disk", MIB), Path(folder))
+        tiers = Tiers(Pool("gpu", 8192 * MIB, device=device), Pool("cpu", 16384 * MIB, pinned=pinned), Pool("disk", MIB), Path(folder))
         stack.callback(tiers.close)
         lanes = Lanes(device, tracer, disk_threads=1)
         stack.callback(lanes.close)
@@ -131,17 +138,35 @@ def attention_seconds(device: torch.device) -> float:
     return quantiles([span.end - span.start for span in tracer.spans() if span.resource == "cpu_attention"], n=4)[0]
 
 
-def streamed_attention(device: torch.device, sequences: int, num_heads: int, contexts: tuple[int, int]) -> dict[str, float]:
-    """What a call of CPU attention costs in passes that stream weights: fixed seconds, and bytes a second beside them.
+@dataclass(frozen=True)
+class AttentionCalls:
+    """Sizes of the passes that CPU attention is measured in."""
+
+    sequences: int
+    num_heads: int
+    num_layers: int
+    contexts: tuple[int, int]
+
+    @classmethod
+    def for_memory(cls, free_bytes: int) -> AttentionCalls:
+        """As large as a quarter of the host's free memory allows."""
+        arch = small_arch(ATTENDED_LAYERS, 128, ATTENDED_HEADS)
+        weights = sum(math.prod(spec.shape) for spec in weight_specs(arch)) * 2
+        sequences = max(2, min(ATTENDED_SEQUENCES, (free_bytes // 4 - weights) // ATTENDED_BYTES))
+        return cls(sequences, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS)
+
+
+def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCalls) -> tuple[float, float]:
+    """What a call of CPU attention costs in passes of a model with ``weights``: fixed seconds, and bytes a second beside them.
 
     Measured alone, beside nothing but copies, a call looked 0.3 to 0.5 ms cheaper and a third faster than it was in the passes of OPT-6.7B on an H200's host:
     the interpreter launches kernels meanwhile, threads have to be woken, and the engine takes a core.
     """
     sizes, seconds = [], []
-    arch = small_arch(MANY // 2, head_dim(device), num_heads)
-    for context in contexts:
+    arch = small_arch(calls.num_layers, head_dim(device), calls.num_heads)
+    for context in calls.contexts:
         tracer = RecordingTracer(device)
-        policy = replace(attended(sequences, 2), weights=ON_CPU, prefill_chunk=context, prefill_budget=8 * context)
+        policy = replace(attended(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context)
         run_passes(arch, policy, device, tracer, context)
         spans = [span for span in tracer.spans() if span.resource == "cpu_attention"]
         # While prompts still come in, calls are smaller.
@@ -152,8 +177,8 @@ def streamed_attention(device: torch.device, sequences: int, num_heads: int, con
     slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
     if slope <= 0:
         # On a busy machine the shorter calls may take longer.
-        return {"cpu_attention_seconds": 0.0, "cpu_attention_during_h2d": sizes[1] / seconds[1]}
-    return {"cpu_attention_seconds": max(0.0, seconds[0] - slope * sizes[0]), "cpu_attention_during_h2d": 1 / slope}
+        return 0.0, sizes[1] / seconds[1]
+    return max(0.0, seconds[0] - slope * sizes[0]), 1 / slope
 
 
 def layer_seconds(policy: Policy, device: torch.device) -> float:
@@ -178,7 +203,8 @@ def graph_seconds(device: torch.device) -> float:
 def host_rates(device: torch.device) -> dict[str, float]:
     """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` of `policy.rates.Hardware`, by non-negative least squares over a few shapes, and
     ``graph_seconds`` (0 without a GPU, where there are no graphs), ``exchange_seconds`` and ``settle_seconds``, from how passes of one micro-batch grow with
-    the layers, ``staging_seconds`` and ``fetch_seconds`` from how those of two do; ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``.
+    the layers, ``staging_seconds`` and ``fetch_seconds`` from how those of two do; ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d`` and
+    ALONE.
     """
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
@@ -191,8 +217,10 @@ def host_rates(device: torch.device) -> dict[str, float]:
     finally:
         torch.set_num_threads(threads)
     if device.type == "cuda":
-        spared = max(2, min(STREAMED_SEQUENCES, host_memory_bytes() // 4 // STREAMED_BYTES))
-        attention = streamed_attention(device, spared, STREAMED_HEADS, STREAMED_CONTEXTS)
+        calls = AttentionCalls.for_memory(host_memory_bytes())
+        fixed, beside_link = attention_in_passes(device, ON_CPU, calls)
+        _, link_idle = attention_in_passes(device, ON_GPU, calls)
+        attention = {"cpu_attention_seconds": fixed, "cpu_attention_during_h2d": min(beside_link, link_idle), ALONE: link_idle}
     else:
         attention = {"cpu_attention_seconds": attention_seconds(device)}
     ticks = [2 * (layers + 1) for layers, _ in SHAPES]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.host_rates import host_rates
+from flexbatch.host_rates import ALONE, host_rates
 from flexbatch.kernels import ops, reference
 from flexbatch.memory.tiers import HostArena
 from flexbatch.planning import host_memory_bytes
@@ -205,5 +206,9 @@ def kernel_rates(device: str) -> dict[str, Any]:
     with torch.no_grad():
         rates = attention_rates(dev, dtype) | cpu_attention_rates(dev, dtype)
         rates |= host_rates(dev)
+        # As in passes of the engine, where less of the machine is left to attention than beside nothing.
+        share = min(1.0, rates.pop(ALONE, math.inf) / rates["cpu_attention"].values[0])
+        for name in ("cpu_attention", "cpu_attention_8", "cpu_attention_4"):
+            rates[name] = Curve(rates[name].points, tuple(share * rate for rate in rates[name].values))
         rates["cpu_attention_during_h2d"] = min(rates["cpu_attention_during_h2d"], rates["cpu_attention"].values[0])
         return rates | page_rates(dev) if dev.type == "cuda" else rates

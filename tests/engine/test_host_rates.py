@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexbatch import host_rates
-from flexbatch.policy.types import Policy
+from flexbatch.policy.types import Policy, Split
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(host_rates, "decode_seconds", seconds)
     monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 4e-4)
     monkeypatch.setattr(host_rates, "graph_seconds", lambda device: 4e-5)
-    monkeypatch.setattr(host_rates, "streamed_attention", lambda *_: {"cpu_attention_seconds": 6e-4, "cpu_attention_during_h2d": 1e11})
+    monkeypatch.setattr(host_rates, "attention_in_passes", lambda device, weights, calls: (6e-4, 1e11 + 2e10 * weights.gpu))
     found = host_rates.host_rates(torch.device(device))
     wanted = {
         "pass_seconds": 2e-3,
@@ -34,7 +34,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "staging_seconds": 8e-4,
         "fetch_seconds": 9e-4,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
-        **({"cpu_attention_during_h2d": 1e11} if device == "cuda" else {}),
+        **({"cpu_attention_during_h2d": 1e11, host_rates.ALONE: 1.2e11} if device == "cuda" else {}),
     }
     assert found == {name: pytest.approx(value) for name, value in wanted.items()}
 
@@ -49,8 +49,16 @@ def test_costs_of_this_machine() -> None:
     assert 0 <= found["pass_seconds"] < 0.05 and 0 <= found["exchange_seconds"] < 0.05 and 0 <= found["settle_seconds"] < 0.05
 
 
-def test_attention_beside_streaming_weights() -> None:
+@pytest.mark.parametrize("weights", [host_rates.ON_CPU, host_rates.ON_GPU])
+def test_attention_in_passes(weights: Split) -> None:
     """Calls of longer contexts take longer, at a rate that this machine's memory does not exceed."""
-    found = host_rates.streamed_attention(CPU, sequences=4, num_heads=8, contexts=(16, 256))
-    assert 0 <= found["cpu_attention_seconds"] < 0.1
-    assert 1e7 < found["cpu_attention_during_h2d"] < 1e12
+    fixed, rate = host_rates.attention_in_passes(CPU, weights, host_rates.AttentionCalls(4, 8, 3, (16, 256)))
+    assert 0 <= fixed < 0.1
+    assert 1e7 < rate < 1e12
+
+
+def test_attention_is_measured_with_what_memory_there_is() -> None:
+    """Weights of 2.7 GB and 0.15 GB for each pair of sequences, within a quarter."""
+    sequences = [host_rates.AttentionCalls.for_memory(gib << 30).sequences for gib in (8, 16, 24, 32, 128)]
+    assert sequences == sorted(sequences) and sequences[0] == 2 and sequences[-1] == host_rates.ATTENDED_SEQUENCES
+    assert 2 < sequences[2] < sequences[-1]
