@@ -204,15 +204,16 @@ class Batcher:
 
     def counts(self, batch: list[Sequence]) -> dict[Sequence, int]:
         """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for room in the budget are left out."""
-        budget = self.micro_batch_tokens - sum((1 + self.spare_tokens) * (sequence.num_uncached == 1) for sequence in batch)
+        uncached = {sequence: sequence.num_uncached for sequence in batch}
+        budget = self.micro_batch_tokens - (1 + self.spare_tokens) * sum(count == 1 for count in uncached.values())
         budget = min(budget, self.prefill_budget)
         counts = {}
-        for sequence in batch:
+        for sequence, unread in uncached.items():
             if not self.cache.prefix_ready(sequence.table):
                 continue
             count = 1
-            if sequence.num_uncached > 1:
-                count = min(sequence.num_uncached, self.prefill_chunk, budget)
+            if unread > 1:
+                count = min(unread, self.prefill_chunk, budget)
                 budget -= count
             if count > 0:
                 counts[sequence] = count
@@ -220,9 +221,9 @@ class Batcher:
 
     def propose(self, sequences: list[Sequence], num_prompt_tokens: int) -> dict[Sequence, Tree]:
         """The trees of those that decode in this pass."""
-        decoding = [sequence for sequence in sequences if sequence.num_uncached == 1 and sequence.output.finish is None]
         if self.proposer is None:
             return {}
+        decoding = [sequence for sequence in sequences if sequence.num_uncached == 1 and sequence.output.finish is None]
         depths = [sequence.output.max_tokens - len(sequence.output.token_ids) - 1 for sequence in decoding]
         return dict(zip(decoding, self.proposer.propose(decoding, depths, num_prompt_tokens), strict=True))
 

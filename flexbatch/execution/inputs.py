@@ -79,11 +79,6 @@ def place_of(query: QueryTokens) -> str:
     return "cpu" if table.attend_on_cpu and query.num_tokens <= most else "staged"
 
 
-def order_of(query: QueryTokens) -> tuple[int, int]:
-    """Groups are consecutive: resident sequences, staged ones (cpu before disk), then those attended on the CPU."""
-    return ("gpu", "staged", "cpu").index(place_of(query)), query.sequence.table.tier == "disk"
-
-
 def ancestor_masks(parents: Many[int]) -> np.ndarray:
     """Bit masks [n, ceil(n / 32)] int32: bit b of word w is set when token i continues token 32 * w + b (itself included)."""
     count = len(parents)
@@ -102,13 +97,15 @@ class InputBuilder:
         self.page_tokens, self.uploads, self.device = page_tokens, uploads, uploads.device
 
     def build(self, queries: Many[QueryTokens]) -> MicroBatchInputs:
-        ordered = sorted(queries, key=order_of)
-        token_ids = np.concatenate([np.asarray(query.token_ids, dtype=np.int64) for query in ordered])
-        positions = np.concatenate([query.start + np.asarray(query.depths, dtype=np.int64) for query in ordered])
-        places = [place_of(query) for query in ordered]
+        # Groups are consecutive: resident sequences, staged ones (cpu before disk), then those attended on the CPU.
         groups: dict[str, list[QueryTokens]] = {"gpu": [], "staged": [], "cpu": []}
-        for query, place in zip(ordered, places, strict=True):
-            groups[place].append(query)
+        for query in queries:
+            groups[place_of(query)].append(query)
+        groups["staged"].sort(key=lambda query: query.sequence.table.tier == "disk")
+        ordered = [query for group in groups.values() for query in group]
+        # Flat, not array by array: of 512 decode tokens each array of one takes longer to make than to fill.
+        token_ids = np.fromiter((token for query in ordered for token in query.token_ids), dtype=np.int64)
+        positions = np.fromiter((query.start + depth for query in ordered for depth in query.depths), dtype=np.int64)
         staged_start = sum(query.num_tokens for query in groups["gpu"])
         cpu_start = staged_start + sum(query.num_tokens for query in groups["staged"])
         rows: list[tuple[QueryTokens, int]] = []
@@ -136,20 +133,18 @@ class InputBuilder:
 
     def pool_group(self, queries: list[QueryTokens], start: int, device: torch.device) -> AttentionGroup:
         """Sequences attended in their own pool."""
-        tables = [np.asarray(query.sequence.table.pages, dtype=np.int32) for query in queries]
-        return self.group(queries, tables, start, device)
+        return self.group(queries, [query.sequence.table.page_ids for query in queries], start, device)
 
     def group(self, queries: list[QueryTokens], tables: list[np.ndarray], start: int, device: torch.device) -> AttentionGroup:
-        lengths = np.array([query.num_tokens for query in queries], dtype=np.int32)
-        contexts = np.array([query.start + query.num_tokens for query in queries], dtype=np.int32)
-        width = -(-int(contexts.max()) // self.page_tokens)
-        table = np.zeros((len(queries), width), dtype=np.int32)
-        for row, pages, context in zip(table, tables, contexts, strict=True):
-            used = -(-int(context) // self.page_tokens)
-            row[:used] = pages[:used]
+        lengths = np.array([len(query.token_ids) for query in queries], dtype=np.int32)
+        before = np.array([query.start for query in queries], dtype=np.int32)
+        contexts = before + lengths
+        used = -(-contexts // self.page_tokens)
+        table = np.zeros((len(queries), used.max()), dtype=np.int32)
+        table[np.arange(table.shape[1]) < used[:, None]] = np.concatenate([pages[:count] for pages, count in zip(tables, used.tolist(), strict=True)])
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        where = np.concatenate([np.arange(query.start, query.start + query.num_tokens) for query in queries])
         owner = np.repeat(np.arange(len(queries)), lengths)
+        where = np.arange(starts[-1]) + (before - starts[:-1])[owner]
         slots = table[owner, where // self.page_tokens].astype(np.int64) * self.page_tokens + where % self.page_tokens
         return AttentionGroup(
             start=start,
@@ -182,7 +177,7 @@ class InputBuilder:
             cursor += count - old
         on_cpu = [query for query in queries if query.sequence.table.tier == "cpu"]
         on_disk = queries[len(on_cpu) :]
-        cpu_pages = [np.asarray(query.sequence.table.pages[:old], dtype=np.int32) for query, old in zip(on_cpu, existing, strict=False)]
+        cpu_pages = [query.sequence.table.page_ids[:old] for query, old in zip(on_cpu, existing, strict=False)]
         home = [query.sequence.table.slots(query.start, query.start + query.num_tokens, page_tokens) for query in on_cpu]
         gather = Gather(
             cpu_pages=self.upload(np.concatenate([np.zeros(0, dtype=np.int32), *cpu_pages])),

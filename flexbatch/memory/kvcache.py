@@ -120,8 +120,9 @@ class KVCache:
 
     def commit(self, table: PageTable, num_tokens: int) -> None:
         """The first ``num_tokens`` tokens of the sequence are in the cache and stay; full pages may be shared from now on."""
-        full = num_tokens // self.layout.page_tokens
-        self.pools[table.tier].prefixes.mark_ready(table.pages[table.num_tokens // self.layout.page_tokens : full])
+        before, full = table.num_tokens // self.layout.page_tokens, num_tokens // self.layout.page_tokens
+        if full > before:
+            self.pools[table.tier].prefixes.mark_ready(table.pages[before:full])
         table.num_tokens = num_tokens
 
     def prefix_ready(self, table: PageTable) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,6 +139,11 @@ class PageTable:
     tail_slot: int = -1
     attend_on_cpu: bool = False
     """A cpu sequence whose decode tokens are attended where the cache lies."""
+
+    @cached_property
+    def page_ids(self) -> np.ndarray:
+        """``pages`` as int32: they are the same until the sequence is gone."""
+        return np.asarray(self.pages, dtype=np.int32)
 
     def slots(self, start: int, end: int, page_tokens: int) -> list[int]:
         """Token-row slots of tokens [start, end)."""
