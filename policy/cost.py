@@ -120,7 +120,7 @@ class PassModel:
 
     def launched(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one CUDA graph, launched by the GPU."""
-        resident = all(point[1 + VARIABLES.index(f"{kind}_gpu")] >= 1 - RESIDENT for kind in KINDS)
+        resident = all(point[COLUMNS[f"{kind}_gpu"]] >= 1 - RESIDENT for kind in KINDS)
         one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap and self.policy.query_tokens == 1
         if not one_graph:
             return self.launch_seconds + self.shape.num_layers * self.batches * self._extra_launch_seconds(point)

@@ -176,8 +176,7 @@ class WeightStore:
             file, begin, end, file_offset = job
             file.read(host[begin:end], file_offset)
 
-        for _ in self.lanes.disk_chunks.map(read, jobs):
-            pass
+        list(self.lanes.disk_chunks.map(read, jobs))
 
     # Using
 

@@ -168,7 +168,8 @@ def test_staging_is_filled_before_any_slab_is_free() -> None:
         ahead = store.read_ahead
         assert ahead is not None and len(ahead.layers) > 2
         store.fetch_rest(0, 1)
-        store.fetch_rest(ahead.layers[0], 1) if ahead.layers[0] != 0 else None
+        if ahead.layers[0] != 0:
+            store.fetch_rest(ahead.layers[0], 1)
         lanes.disk_read.settle()
         assert [ahead.arrived(layer) for layer in ahead.layers[:3]].count(True) == len(ahead.buffers)
         store.drain()
