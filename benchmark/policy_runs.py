@@ -33,18 +33,32 @@ GRACE_SECONDS = 30.0
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the main thread after ``seconds``."""
+    """Raises TimeoutError after ``seconds``, in the main thread.
+
+    Compiled code that calls back into Python may make another error of it (a HiGHS call: TypeError) and a log handler swallows it, so that the end of the
+    block tells what happened, not the error that arrives there.
+    """
+    message = f"took longer than its limit of {seconds:.3g} s"
+    expired = False
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"took longer than its limit of {seconds:.0f} s")
+        nonlocal expired
+        expired = True
+        raise TimeoutError(message)
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except Exception as error:
+        if expired:
+            raise TimeoutError(message) from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    if expired:
+        raise TimeoutError(message)
 
 
 def run_setting(setting: Setting, hardware: str, fixed: dict[str, Any]) -> dict[str, Any]:

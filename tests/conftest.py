@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,14 @@ with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
 def no_profiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """No engine of a test measures the machine it runs on, nor reads what its user's cache folder holds."""
     monkeypatch.setattr("flexbatch.machines.this_machine", lambda *arguments, **options: load_hardware("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process sets up logging to the stderr of that test, which is closed after it."""
+    root, package = logging.getLogger(), logging.getLogger("flexbatch")
+    handlers, levels = root.handlers[:], (root.level, package.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])

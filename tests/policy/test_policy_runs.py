@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import time
 
 import pytest
@@ -129,5 +131,24 @@ def test_settings_cover_what_the_model_distinguishes():
 
 
 def test_a_time_limit_ends_what_takes_longer():
-    with pytest.raises(TimeoutError, match="limit"), policy_runs.time_limit(0.05):
+    with pytest.raises(TimeoutError, match=r"limit of 0\.05 s"), policy_runs.time_limit(0.05):
         time.sleep(2)
+
+
+def test_a_time_limit_is_seen_through_code_that_changes_errors():
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"limit of 0\.05 s") as found, policy_runs.time_limit(0.05):
+        try:
+            time.sleep(2)
+        except TimeoutError:
+            raise TypeError("addRow(): incompatible function arguments") from None
+    assert isinstance(found.value.__cause__, TypeError)
+    with pytest.raises(TimeoutError, match=r"limit of 0\.05 s"), policy_runs.time_limit(0.05), contextlib.suppress(TimeoutError):
+        time.sleep(2)
+    assert time.monotonic() < started + 2
+
+
+def test_a_time_limit_leaves_other_errors_and_the_timer_alone():
+    with pytest.raises(ValueError, match="other"), policy_runs.time_limit(60):
+        raise ValueError("other")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
