@@ -12,7 +12,7 @@ from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
-from flexbatch.planning import BlockSizes
+from flexbatch.planning import BlockSizes, logits_block_bytes
 from flexbatch.policy.types import Policy
 
 
@@ -55,5 +55,6 @@ def make_block(decided: Decisions, sizes: BlockSizes, weights: WeightStore, tier
         policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, lanes
     )
     host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
-    executor = Executor(arch, weights, cache, activations, lanes, host_buffers, dtype, decided.config.overlap)
+    logits_bytes = logits_block_bytes(arch, policy, sizes.max_query_nodes)
+    executor = Executor(arch, weights, cache, activations, lanes, host_buffers, dtype, decided.config.overlap, logits_bytes)
     return Block(policy, sizes, cache, activations, host_buffers, executor)

@@ -20,12 +20,15 @@ from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
 from flexbatch.policy.groups import cache_group
+from flexbatch.policy.memory import logits_bytes
 from flexbatch.policy.types import TIERS, Hardware, Policy
 
 PAGE_TOKENS = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_MICRO_BATCH_TOKENS = 8192
 """Prompt tokens of a micro-batch in a pass where the policy sets no budget: compute is efficient from 1,024 on, and its workspace grows with them."""
+MIN_LOGIT_ROWS = 64
+"""Rows of scored prompts that go through the head together, however small the micro-batch: fewer would read the head's weights too often."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,16 @@ def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
 
 
 def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
-    """Intermediate results of one tick: hidden states, projections, MLP, and the float32 logits of one block with their sampling copies."""
+    """Intermediate results of one tick: hidden states, projections, MLP, and one block of logits with what sampling makes of them."""
     width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
-    logits = 3 * min(LOGITS_BLOCK_BYTES, 4 * arch.vocab_size * policy.gpu_batch_size * (1 + max_query_nodes))
-    return micro_batch_tokens(policy, max_query_nodes) * width * dtype.itemsize + logits
+    logits = logits_bytes(logits_block_bytes(arch, policy, max_query_nodes) // 4)
+    return micro_batch_tokens(policy, max_query_nodes) * width * dtype.itemsize + int(logits)
+
+
+def logits_block_bytes(arch: Arch, policy: Policy, max_query_nodes: int = 0) -> int:
+    """float32 logits that exist at one time: of all decode tokens of a micro-batch, as far as they fit the largest block."""
+    rows = max(MIN_LOGIT_ROWS, policy.gpu_batch_size * (1 + max_query_nodes))
+    return min(LOGITS_BLOCK_BYTES, 4 * arch.vocab_size * rows)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,10 @@ from flexbatch.policy.loads import PAGE_TOKENS, reserved_tokens
 from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy, Split, Workload
 
 LOGITS_BLOCK_BYTES = 64 << 20
+MIN_LOGIT_ROWS = 64
+SAMPLED_ELEMENTS = 1 << 21
+"""Logits that are sampled from at one time."""
+SAMPLING_BYTES_PER_LOGIT = 40
 INPUT_BYTES = 16 << 20
 CPU_ATTENTION_TOKENS = 32
 """Query tokens of a tree that the CPU attends at most."""
@@ -21,6 +25,12 @@ def prompt_tokens_per_pass(workload: Workload, policy: Policy) -> float:
     """Prompt tokens of one micro-batch in one pass at the peak: its budget, or all its sequences' chunks."""
     longest = max(prompt for prompt, _ in workload.lengths)
     return min(policy.prompt_tokens_per_micro_batch, policy.gpu_batch_size * math.ceil(longest))
+
+
+def logits_bytes(num_logits: float) -> float:
+    """A block of float32 logits, and the copies that random sampling or log-probabilities make of a part of it at a time."""
+    block = min(LOGITS_BLOCK_BYTES, 4.0 * num_logits)
+    return block + SAMPLING_BYTES_PER_LOGIT * min(SAMPLED_ELEMENTS, block / 4)
 
 
 def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> dict[str, dict[str, np.ndarray]]:
@@ -55,8 +65,7 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
         "cache staging": affine(cache_cpu=staged, cache_disk=staged),
         "activations": affine(activations_gpu=hidden, activations_cpu=two_hidden, activations_disk=two_hidden),
         "workspace": affine(tokens * shape.peak_workspace_bytes),
-        # Float32, with what sampling makes of them; long ones go through the head in blocks.
-        "logits": affine(3.0 * min(LOGITS_BLOCK_BYTES, 4 * decode_tokens * shape.vocab_size)),
+        "logits": affine(logits_bytes(max(MIN_LOGIT_ROWS, decode_tokens) * shape.vocab_size)),
         "draft": affine(draft),
         "reserved": affine(hardware.gpu_reserved_bytes),
     }

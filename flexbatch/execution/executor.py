@@ -23,7 +23,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.trace import Tracer
 
 LOGITS_BLOCK_BYTES = 64 << 20
-"""float32 logits that exist at one time: rows of a long prompt go through the head in blocks."""
+"""float32 logits that exist at one time, at most: rows of a long prompt go through the head in blocks."""
 
 
 @dataclass
@@ -54,9 +54,11 @@ class Executor:
         host_buffers: HostBuffers,
         dtype: torch.dtype,
         overlap: bool,
+        logits_block_bytes: int = LOGITS_BLOCK_BYTES,
     ) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
         self.lanes, self.dtype, self.overlap = lanes, dtype, overlap
+        self.logits_block_bytes = logits_block_bytes
         self.device, self.tracer = lanes.device, lanes.tracer
         self.uploads = host_buffers.uploads
         self.builder = InputBuilder(cache.layout.page_tokens, self.uploads)
@@ -257,7 +259,7 @@ class Executor:
         """Logits of the rows that were asked for, in blocks."""
         weights = self.weights.weights(layer, "head")
         hidden = self.activations.get(micro_batch)
-        step = max(1, LOGITS_BLOCK_BYTES // (4 * self.arch.vocab_size))
+        step = max(1, self.logits_block_bytes // (4 * self.arch.vocab_size))
         for start in range(0, len(hidden), step):
             with self.tracer.compute_span(f"head {micro_batch}"):
                 logits = layers.head(self.arch, weights, hidden[start : start + step])

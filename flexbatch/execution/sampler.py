@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -49,15 +50,13 @@ def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dic
     would draw there, and the path of matching tokens is the result; trees that ``verifier`` judges are handed to it whole.
     """
     results: dict[QueryTokens, Drawn] = {}
-    judged: dict[QueryTokens, list[Tensor]] = {}
+    judged: set[QueryTokens] = set()
+    begun: dict[QueryTokens, Tensor] = {}
     for block in blocks:
         score_prompts(block, results)
-        rows = []
-        for r, (query, token) in enumerate(block.rows):
-            if query.parents is not None and verifier is not None and verifier.judges(query):
-                collect(judged, query, block.logits[r], results, verifier)
-            elif draws(query, token):
-                rows.append(r)
+        if verifier is not None:
+            judged |= judge_trees(block, begun, results, verifier)
+        rows = [r for r, (query, token) in enumerate(block.rows) if query not in judged and draws(query, token)]
         if not rows:
             continue
         queries = [block.rows[r][0] for r in rows]
@@ -73,13 +72,25 @@ def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dic
     return results
 
 
-def collect(judged: dict[QueryTokens, list[Tensor]], query: QueryTokens, logits: Tensor, results: dict[QueryTokens, Drawn], verifier: Verifier) -> None:
-    """Keep the logits of a judged tree until its last query token's have come, then let it be judged."""
-    rows = judged.setdefault(query, [])
-    rows.append(logits)
-    if len(rows) == query.num_tokens:
-        results[query] = verifier.verify(query, torch.stack(rows))
-        rows.clear()
+def judge_trees(block: LogitsBlock, begun: dict[QueryTokens, Tensor], results: dict[QueryTokens, Drawn], verifier: Verifier) -> set[QueryTokens]:
+    """Have every tree judged whose last query token is in the block, and return all that are judged, now or later.
+
+    begun: logits of a tree that goes on in the next block. They are copied: a view would keep the whole block beside the next one.
+    """
+    judged = set()
+    for query, rows in groupby(range(len(block.rows)), key=lambda r: block.rows[r][0]):
+        if query.parents is None or not verifier.judges(query):
+            continue
+        judged.add(query)
+        start, *_ = places = list(rows)
+        logits = block.logits[start : start + len(places)]
+        if query in begun:
+            logits = torch.cat((begun.pop(query), logits))
+        if len(logits) == query.num_tokens:
+            results[query] = verifier.verify(query, logits)
+        else:
+            begun[query] = logits.clone()
+    return judged
 
 
 def select(logits: Tensor, rows: list[int]) -> Tensor:

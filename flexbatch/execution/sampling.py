@@ -17,8 +17,10 @@ from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.request_state import RequestState
 from flexbatch.request import TokenLogprob
 
-CHUNK_ELEMENTS = 1 << 22
-"""Logits processed at one time: sorting and noise take about 40 bytes each, so that the workspace stays below 200 MB."""
+CHUNK_ELEMENTS = 1 << 21
+"""Logits processed at one time."""
+SAMPLING_BYTES_PER_LOGIT = 40
+"""Workspace of each of them, at most, beside the logits themselves: top-p sorts (12 bytes) and adds up in float64 (16), noise is made of 64-bit words."""
 
 Drafted = Sequence[tuple[int, ...]]
 """Per row, the tokens after the committed output that the row has seen: the path of a tree node, () for an ordinary row."""
@@ -73,9 +75,12 @@ def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Draf
         chunk, index = _take(logits, rows)
         chosen = [states[r] for r in rows]
         chunk = adjust(chunk, chosen, [paths[r] for r in rows])
-        greedy = torch.tensor([state.params.greedy for state in chosen], device=logits.device)
-        best = torch.zeros_like(chunk).scatter_(1, chunk.argmax(-1, keepdim=True), 1.0)
-        probabilities[index] = torch.where(greedy[:, None], best, restrict(chunk, chosen).softmax(-1))
+        best = chunk.argmax(-1)
+        drawn = restrict(chunk, chosen).softmax(-1)
+        greedy = torch.tensor([r for r, state in enumerate(chosen) if state.params.greedy], dtype=torch.int64, device=logits.device)
+        drawn[greedy] = 0.0
+        drawn[greedy, best[greedy]] = 1.0
+        probabilities[index] = drawn
     return probabilities
 
 
@@ -133,11 +138,13 @@ def _restrict_mass(logits: Tensor, top_p: list[float]) -> Tensor:
     nucleus = [r for r, p in enumerate(top_p) if p < 1]
     part, index = _take(logits, nucleus)
     ordered, order = part.sort(dim=-1, descending=True, stable=True)
-    mass = ordered.to(torch.float64).softmax(-1)
     # In float64, so that the result does not depend on the order in which a device adds up rows of different counts.
-    before = mass.cumsum(-1) - mass
+    mass = ordered.softmax(-1, dtype=torch.float64)
+    before = mass.cumsum(-1).sub_(mass)
+    del mass
     wanted = torch.tensor([top_p[r] for r in nucleus], dtype=torch.float64, device=logits.device)
-    ordered = ordered.masked_fill(before >= wanted[:, None], -torch.inf)
+    ordered.masked_fill_(before >= wanted[:, None], -torch.inf)
+    del before
     return logits.index_put((index,), torch.empty_like(part).scatter_(1, order, ordered))
 
 

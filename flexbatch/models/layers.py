@@ -73,7 +73,9 @@ def head(arch: Arch, weights: Weights, hidden: Tensor) -> Tensor:
     if arch.projects_embedding:
         hidden = F.linear(hidden, weights["project_out.weight"])
     logits = F.linear(hidden, weights["head.weight"], weights.get("head.bias")).float()
-    return torch.tanh(logits / arch.final_soft_cap) * arch.final_soft_cap if arch.final_soft_cap else logits
+    if arch.final_soft_cap:
+        logits.div_(arch.final_soft_cap).tanh_().mul_(arch.final_soft_cap)
+    return logits
 
 
 def _norm(arch: Arch, weights: Weights, name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -29,13 +29,13 @@ def draft_key(state: RequestState, node: int) -> int:
 
 
 def drawn_children(logits: Tensor, state: RequestState, path: tuple[int, ...], node: int, count: int, drawing: Drawing) -> tuple[Candidates, Tensor]:
-    """Up to ``count`` children of one node in draw order, and the distribution [vocab] float64 that they were drawn from.
+    """Up to ``count`` children of one node in draw order, and the distribution [vocab] float32, to be normalised, that they were drawn from.
 
     logits: [vocab] of the draft, processed as the target's will be. Without replacement there are no more children than tokens with a probability: the
     order of log q + Gumbel noise is a draw without replacement (Vieira, 2014; Kool et al., "Stochastic beams", ICML 2019).
     """
-    probabilities = process_logits(logits[None], [state], [path])[0].double()
-    probabilities = probabilities / probabilities.sum()
+    distribution = process_logits(logits[None], [state], [path])[0]
+    probabilities = distribution.double() / distribution.double().sum()
     position, vocab = len(state.output_token_ids) + len(path), len(probabilities)
     key, scores = draft_key(state, node), probabilities.log()
     if drawing is Drawing.INDEPENDENT:
@@ -44,7 +44,7 @@ def drawn_children(logits: Tensor, state: RequestState, path: tuple[int, ...], n
     else:
         possible = int((probabilities > 0).sum())
         tokens = (scores + gumbel([key], [position], vocab, logits.device)[0]).topk(min(count, possible)).indices.tolist()
-    return [(token, float(scores[token])) for token in tokens], probabilities
+    return [(token, float(scores[token])) for token in tokens], distribution
 
 
 class RequestDraws:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from flexbatch.execution.executor import Executor
 from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampling import adjust, restrict
-from flexbatch.execution.work import PassWork, QueryTokens, Sequence
+from flexbatch.execution.work import LogitsBlock, PassWork, QueryTokens, Sequence
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import CacheSizes, KVCache
@@ -29,9 +31,13 @@ from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan
 from flexbatch.speculative.tree import ROOT, Drawing, TokenTree
 
 PASS_TOKENS = 4096
-"""Query tokens of one micro-batch of a draft pass, about."""
-SCORED_ELEMENTS = 1 << 22
-"""Logits scored at one time; noise takes about 40 bytes each."""
+"""Query tokens of a draft pass, about."""
+SCORED_ELEMENTS = 1 << 21
+"""Logits scored at one time."""
+SCORING_BYTES_PER_LOGIT = 48
+"""Workspace of each of them, at most: a copy of the row, and what sampling makes of it."""
+LOGITS_BLOCK_BYTES = 32 << 20
+"""float32 logits of a draft that exist at one time."""
 
 
 @dataclass
@@ -50,6 +56,17 @@ class Followed:
         keep = next((i for i in range(self.num_known, end) if self.cached[i] != tokens[i]), end)
         del self.cached[keep:]
         self.num_known = keep
+
+
+class Wanted(NamedTuple):
+    """A row of logits from which children of a tree's node are chosen."""
+
+    row: int
+    tree: int
+    place: int
+    """Of the node in the tree's frontier."""
+    state: RequestState
+    path: tuple[int, ...]
 
 
 class DraftModel:
@@ -96,7 +113,7 @@ class DraftModel:
         self.cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), self.tiers, self.lanes)
         activations = ActivationStore(Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, self.tiers, self.lanes)
         self.host_buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, self.tiers.cpu, self.lanes)
-        self.executor = Executor(arch, self.weights, self.cache, activations, self.lanes, self.host_buffers, dtype, overlap=True)
+        self.executor = Executor(arch, self.weights, self.cache, activations, self.lanes, self.host_buffers, dtype, True, LOGITS_BLOCK_BYTES)
         self.num_pages = num_pages
 
     # Drafting
@@ -155,7 +172,8 @@ class DraftModel:
     def catch_up(self, followed: Many[Followed]) -> None:
         """Read long stretches of committed text (prompts), a chunk per pass, until each sequence has at most one chunk left."""
         while long := [item for item in followed if len(item.sequence.token_ids) - len(item.cached) > PASS_TOKENS]:
-            self.run([self.text_query(item, PASS_TOKENS, logits=False) for item in long])
+            for _ in self.run([self.text_query(item, PASS_TOKENS, logits=False) for item in long]):
+                pass
 
     def text_query(self, followed: Followed, count: int, logits: bool = True) -> QueryTokens:
         start = len(followed.cached)
@@ -181,30 +199,28 @@ class DraftModel:
         """Run one level; candidates for every node of every frontier. owner: which tree every query reads."""
         width = max(trees[i].width for i in owner.values())
         offers: dict[int, list[Candidates]] = {i: [()] * len(trees[i].frontier) for i in owner.values()}
-        for rows, logits in self.run(list(owner)):
-            wanted, states, paths = [], [], []
-            for r, (query, token) in enumerate(rows):
+        for block in self.run(list(owner)):
+            wanted: list[Wanted] = []
+            for r, (query, token) in enumerate(block.rows):
                 tree = trees[owner[query]]
                 node = ROOT if not tree.token_ids else len(tree.token_ids) - query.num_tokens + token
                 if node in tree.frontier:
-                    wanted.append((r, owner[query], tree.frontier.index(node)))
-                    states.append(query.sequence.state)
-                    paths.append(tree.paths[node])
-            if not wanted:
-                continue
-            fitted = self.fitted(logits[[r for r, _, _ in wanted]])
-            by_chance = [trees[i].drawing is not Drawing.DETERMINISTIC for _, i, _ in wanted]
-            scored = likeliest(fitted, states, paths, width) if not all(by_chance) else [()] * len(wanted)
-            for row, (r, i, place) in enumerate(wanted):
-                offers[i][place] = self.draw(fitted[row], rows[r][0], trees[i], place) if by_chance[row] else scored[row]
+                    wanted.append(Wanted(r, owner[query], tree.frontier.index(node), query.sequence.state, tree.paths[node]))
+            step = max(1, SCORED_ELEMENTS // self.vocab_size)
+            for part in (wanted[start : start + step] for start in range(0, len(wanted), step)):
+                logits = self.fitted(block.logits[[row.row for row in part]])
+                by_chance = [trees[row.tree].drawing is not Drawing.DETERMINISTIC for row in part]
+                scored = likeliest(logits, [row.state for row in part], [row.path for row in part], width) if not all(by_chance) else []
+                for i, row in enumerate(part):
+                    offers[row.tree][row.place] = self.draw(logits[i], row.state, trees[row.tree], row.place) if by_chance[i] else scored[i]
         return offers
 
-    def draw(self, logits: Tensor, query: QueryTokens, tree: GrowingTree, place: int) -> Candidates:
+    def draw(self, logits: Tensor, state: RequestState, tree: GrowingTree, place: int) -> Candidates:
         """Children by chance of one node of a tree's frontier; what they were drawn from is kept for verification."""
         node = tree.frontier[place]
         count = tree.num_children(node)
-        children, distribution = drawn_children(logits, query.sequence.state, tree.paths[node], node, count, tree.drawing)
-        self.distributions.setdefault(query.sequence.state, {})[node] = distribution
+        children, distribution = drawn_children(logits, state, tree.paths[node], node, count, tree.drawing)
+        self.distributions.setdefault(state, {})[node] = distribution
         return children
 
     def fitted(self, logits: Tensor) -> Tensor:
@@ -212,18 +228,18 @@ class DraftModel:
         missing = self.vocab_size - logits.shape[1]
         return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, : self.vocab_size]
 
-    def run(self, queries: list[QueryTokens]) -> list[tuple[tuple[tuple[QueryTokens, int], ...], Tensor]]:
-        """One pass of the draft; the rows of logits that were asked for."""
+    def run(self, queries: list[QueryTokens]) -> Iterator[LogitsBlock]:
+        """The rows of logits that were asked for. Weights and cache are on the GPU, so that a pass of each ``PASS_TOKENS`` costs no more than one of all."""
         assert self.executor is not None
-        batches: list[list[QueryTokens]] = [[]]
+        batch: list[QueryTokens] = []
         room = PASS_TOKENS
         for query in queries:
-            if batches[-1] and query.num_tokens > room:
-                batches.append([])
-                room = PASS_TOKENS
-            batches[-1].append(query)
+            if batch and query.num_tokens > room:
+                yield from self.executor.run(PassWork((tuple(batch),)))
+                batch, room = [], PASS_TOKENS
+            batch.append(query)
             room -= query.num_tokens
-        return [(block.rows, block.logits) for block in self.executor.run(PassWork(tuple(map(tuple, batches))))]
+        yield from self.executor.run(PassWork((tuple(batch),)))
 
     # Lifetime
 
@@ -266,25 +282,26 @@ def likeliest(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int,
     Bias, penalties, temperature and cuts apply as in plain decoding; a sampled request adds the noise of that place in its stream, the same that the target
     adds, so that of two equal distributions the same token comes first. Tokens that cannot be drawn are left out.
     """
-    results: list[Candidates] = []
-    step = max(1, SCORED_ELEMENTS // logits.shape[1])
-    for start in range(0, len(states), step):
-        scores = noisy(logits[start : start + step], states[start : start + step], paths[start : start + step]).log_softmax(-1)
-        values, tokens = scores.topk(min(count, logits.shape[1]), dim=-1)
-        for row_tokens, row_values in zip(tokens.tolist(), values.tolist(), strict=True):
-            results.append([(token, value) for token, value in zip(row_tokens, row_values, strict=True) if value > -torch.inf])
-    return results
+    scores = noisy(logits, states, paths).log_softmax(-1)
+    values, tokens = scores.topk(min(count, logits.shape[1]), dim=-1)
+    return [
+        [(token, value) for token, value in zip(row_tokens, row_values, strict=True) if value > -torch.inf]
+        for row_tokens, row_values in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def noisy(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int, ...]]) -> Tensor:
     """Scores [N, vocab] whose largest is the token that plain decoding would draw from these logits."""
     if all(state.params.greedy and state.adjustments is None for state in states):
         return logits
-    scores = adjust(logits, states, paths).double()
+    adjusted = adjust(logits, states, paths)
     rows = [r for r, state in enumerate(states) if not state.params.greedy]
-    if rows:
-        chosen = [states[r] for r in rows]
-        positions = [len(states[r].output_token_ids) + len(paths[r]) for r in rows]
-        noise = gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)
-        scores[rows] = restrict(scores[rows].float(), chosen) + noise
+    if not rows:
+        return adjusted.double()
+    chosen = [states[r] for r in rows]
+    positions = [len(states[r].output_token_ids) + len(paths[r]) for r in rows]
+    restricted = restrict(adjusted[rows], chosen)
+    noise = gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)
+    scores = adjusted.double()
+    scores[rows] = noise.add_(restricted)
     return scores

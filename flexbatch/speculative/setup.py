@@ -20,7 +20,7 @@ from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
 from flexbatch.policy.types import Split
-from flexbatch.speculative.draft import PASS_TOKENS, DraftModel
+from flexbatch.speculative.draft import LOGITS_BLOCK_BYTES, PASS_TOKENS, SCORED_ELEMENTS, SCORING_BYTES_PER_LOGIT, DraftModel
 from flexbatch.speculative.shapes import TreeSpec, parse_tree
 from flexbatch.speculative.speculator import AUTO_NODES, LookupSource, Source, Speculator, fixed_plan
 from flexbatch.speculative.tree import Drawing
@@ -43,10 +43,10 @@ class DraftPlan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Intermediate results of one draft pass."""
+        """Intermediate results of one draft pass, and one block of its logits with what scoring makes of them."""
         arch = self.arch
         width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
-        return PASS_TOKENS * width * self.layout.dtype.itemsize + (64 << 20)
+        return PASS_TOKENS * width * self.layout.dtype.itemsize + LOGITS_BLOCK_BYTES + SCORING_BYTES_PER_LOGIT * SCORED_ELEMENTS
 
     def pages(self, tokens: Iterable[int], grown_nodes: int) -> int:
         """For sequences of so many tokens each, and their largest tree; the newest token of a sequence is read too."""
@@ -79,6 +79,10 @@ class Speculation:
             pages = draft.pages(longest, self.grown_nodes)
             rows.append(Need(f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers))
             rows.append(Need(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
+        if self.drawing is not Drawing.DETERMINISTIC:
+            # What the children of every inner node were drawn from, float32 until the trees are verified, and the noise of all children of one node.
+            num_bytes = 4 * len(longest) * self.max_nodes + 28 * self.max_nodes + 40
+            rows.append(Need("draft distributions", "gpu", self.target.vocab_size * num_bytes))
         return rows
 
     def load(self, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> Speculator:

@@ -13,12 +13,13 @@ from flexbatch import LLM, choosing, planning
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.execution.executor import LOGITS_BLOCK_BYTES
 from flexbatch.execution.inputs import CPU_ATTENTION_MAX_TREE_TOKENS
+from flexbatch.execution.sampling import CHUNK_ELEMENTS, SAMPLING_BYTES_PER_LOGIT
 from flexbatch.memory.tiers import check_budgets
 from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.models import families, shapes
 from flexbatch.models.specs import weight_specs
-from flexbatch.planning import Job
+from flexbatch.planning import MIN_LOGIT_ROWS, Job
 from flexbatch.policy import memory
 from flexbatch.policy.groups import weight_group
 from flexbatch.policy.rates import load_hardware
@@ -112,7 +113,7 @@ def test_small_jobs_are_not_searched_for():
 def test_disk_only_when_memory_is_short_and_more_sequences_when_it_grows():
     fixed = {"hardware": "cpu", "device": "cpu", "num_gpu_batches": 2, "prefill_budget": 512}
     job = Job((160,) * 128, (128,) * 128)
-    plans = [plan("opt-125m", job, gpu_memory="400MiB", cpu_memory=cpu, **fixed) for cpu in ("330MiB", "700MiB", "3GiB")]
+    plans = [plan("opt-125m", job, gpu_memory="480MiB", cpu_memory=cpu, **fixed) for cpu in ("330MiB", "700MiB", "3GiB")]
     disk = [p["policy"]["weights"]["disk"] + p["policy"]["cache"]["disk"] for p in plans]
     assert disk[0] > 0 and disk[2] == 0 and disk == sorted(disk, reverse=True)
     blocks = [p["policy"]["gpu_batch_size"] for p in plans]
@@ -179,4 +180,5 @@ def test_the_optimizer_counts_with_the_engines_own_buffers():
     """`policy` imports nothing of ours, so that it repeats their sizes."""
     assert memory.INPUT_BYTES == 2 * HALF_BYTES
     assert memory.CPU_ATTENTION_TOKENS == CPU_ATTENTION_MAX_TREE_TOKENS
-    assert memory.LOGITS_BLOCK_BYTES == LOGITS_BLOCK_BYTES
+    assert (memory.LOGITS_BLOCK_BYTES, memory.MIN_LOGIT_ROWS) == (LOGITS_BLOCK_BYTES, MIN_LOGIT_ROWS)
+    assert (memory.SAMPLED_ELEMENTS, memory.SAMPLING_BYTES_PER_LOGIT) == (CHUNK_ELEMENTS, SAMPLING_BYTES_PER_LOGIT)

@@ -25,7 +25,7 @@ def open_tiny(reference, folder, **settings):
     return LLM(str(reference.folder), device="cpu", offload_dir=str(folder), **{"hardware": "cpu", **settings})
 
 
-@pytest.mark.parametrize(("gpu", "cpu", "on_disk"), [("2MiB", "2MiB", False), ("1MiB", "1MiB", False), ("700KiB", "250KiB", True)])
+@pytest.mark.parametrize(("gpu", "cpu", "on_disk"), [("4MiB", "2MiB", False), ("2400KiB", "1MiB", False), ("1600KiB", "100KiB", True)])
 def test_tokens_do_not_depend_on_the_memory(gpu, cpu, on_disk, reference, tmp_path):
     model = reference("llama")
     with open_tiny(model, tmp_path, gpu_memory=gpu, cpu_memory=cpu) as llm:
@@ -37,7 +37,7 @@ def test_tokens_do_not_depend_on_the_memory(gpu, cpu, on_disk, reference, tmp_pa
 
 def test_report_compares_the_run_with_its_plan(reference, tmp_path):
     model = reference("llama")
-    with open_tiny(model, tmp_path, gpu_memory="1MiB", cpu_memory="1MiB") as llm:
+    with open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB") as llm:
         llm.generate(model.prompts, dataclasses.replace(GREEDY, max_tokens=24, ignore_eos=True))
         report = llm.report()
     prediction = report["prediction"]
@@ -59,7 +59,7 @@ def test_small_models_have_no_plan_and_say_nothing(reference, tmp_path):
 def test_a_later_job_is_decided_for_again_around_the_loaded_weights(reference, tmp_path):
     """Planned for a typical job; the prompts that come are many and short."""
     model = reference("llama")
-    with open_tiny(model, tmp_path, gpu_memory="1MiB", cpu_memory="1MiB") as llm:
+    with open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB") as llm:
         before = llm.policy
         many = [prompt for prompt in model.prompts if len(prompt) < 20] * 4
         llm.generate(many, GREEDY)
@@ -71,11 +71,11 @@ def test_recalibration_writes_the_users_profile_and_refuses_a_shipped_one(refere
     model, path = reference("llama"), tmp_path / "mine.json"
     path.write_text((SHIPPED / "cpu.json").read_text())
     sampling = dataclasses.replace(GREEDY, max_tokens=24, ignore_eos=True)
-    with open_tiny(model, tmp_path, gpu_memory="1MiB", cpu_memory="1MiB", hardware=str(path), recalibrate=True) as llm:
+    with open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB", hardware=str(path), recalibrate=True) as llm:
         llm.generate(model.prompts, sampling)
     assert json.loads(path.read_text())["gemm"] != json.loads((SHIPPED / "cpu.json").read_text())["gemm"]
     with pytest.raises(ConfigurationError, match="shipped"):
-        open_tiny(model, tmp_path, gpu_memory="1MiB", cpu_memory="1MiB", hardware="cpu", recalibrate=True)
+        open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB", hardware="cpu", recalibrate=True)
 
 
 # What the meter decides

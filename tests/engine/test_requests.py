@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution import executor
-from tests.tiny_models import VOCAB, make_model, make_tokenizer, random_prompts
+from flexbatch.planning import MIN_LOGIT_ROWS
+from tests.tiny_models import make_model, make_tokenizer, random_prompts
 
 PLACEMENTS = ((100, 0, 100, 0, 100, 0), (30, 40, 40, 30, 50, 50), (0, 0, 0, 0, 0, 100))
 PARAMS = (
@@ -87,14 +88,13 @@ def test_one_prompt_and_several_of_every_kind(folder, tmp_path):
 
 
 def test_logits_of_a_long_prompt_never_exist_at_once(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "LOGITS_BLOCK_BYTES", 8 * 4 * VOCAB)
     head, rows = executor.layers.head, []
     monkeypatch.setattr(executor.layers, "head", lambda arch, weights, hidden: rows.append(len(hidden)) or head(arch, weights, hidden))
     (prompt,) = random_prompts([500])
     with start(folder, tmp_path, PLACEMENTS[0], prefill_chunk=512) as llm:
         (completion,) = llm.generate([prompt], SamplingParams(max_tokens=0, prompt_logprobs=1))
         assert llm.report()["passes"] == 1 and completion.token_ids == []
-    assert len(completion.prompt_logprobs) == 500 and sum(rows) == 499 and max(rows) == 8
+    assert len(completion.prompt_logprobs) == 500 and sum(rows) == 499 and max(rows) == MIN_LOGIT_ROWS
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16], ids=str)
