@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexbatch.policy.bound import MachineBound, machine_bound
-from flexbatch.policy.cost import PassModel
+from flexbatch.policy.cost import KINDS, PassModel
 from flexbatch.policy.loads import PAGE_TOKENS, Lengths, job_phases, steady_load
 from flexbatch.policy.lp import Solution, fixed_fractions, solve
 from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
@@ -32,6 +32,8 @@ CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
 POLISHED = 4
 """Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
+DISK_GAIN = 0.01
+"""What the disk must gain over the best plan without it: it is the resource that is predicted worst, and all that lies there is written first."""
 GOOD_ENOUGH = 0.995
 """Of the machine's bound: nothing is left to search for."""
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
@@ -295,15 +297,54 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
     constraints = constraints or Constraints()
     hardware = hardware.with_memory(constraints.gpu_memory, constraints.cpu_memory, constraints.disk)
     search = Search(shape, hardware, workload, constraints)
+    bounds = families(search)
+    best = best_plan(search, bounds)
+    if best is None:
+        raise does_not_fit(shape, hardware, workload, constraints, block_policy(search, templates(workload, constraints)[-1], 1, 1, 1.0))
+    best = without_disk(search, bounds, best)
+    limit = max(bound.tokens_per_second for bound, _ in bounds)
+    elapsed = time.perf_counter() - start
+    return dataclasses.replace(best, machine_bound_tokens_per_second=limit, linear_programs=search.linear_programs + len(bounds), search_seconds=elapsed)
+
+
+def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best: Plan) -> Plan:
+    """The best plan that leaves the disk alone, where it costs next to nothing; else ``best``."""
+    fixed = fixed_fractions(search.constraints)
+    on_disk = any(split.disk for split in (best.policy.weights, best.policy.cache, best.policy.activations))
+    if not on_disk or any(fixed.get(f"{kind}_disk") for kind in KINDS):
+        return best
+    dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0), tried={})
+    plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
+    search.linear_programs = dry.linear_programs
+    if plan is None or plan.predicted_tokens_per_second < (1 - DISK_GAIN) * best.predicted_tokens_per_second:
+        return best
+    return dataclasses.replace(plan, hardware=search.hardware)
+
+
+def templates(workload: Workload, constraints: Constraints) -> list[Policy]:
+    """Bits and trees that the constraints leave open, sizes and places still to be found."""
     anywhere = Split(1.0, 0.0)
-    bounds = []
-    for weight_bits, cache_bits, speculation in itertools.product(constraints.weight_bits, constraints.cache_bits, constraints.speculations):
-        template = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, 0.0, chunk_of(workload, constraints), constraints.overlap)
-        template = dataclasses.replace(template, speculation=speculation)
-        bound = machine_bound(shape, hardware, workload, constraints, weight_bits, cache_bits, speculation)
+    plain = Policy(anywhere, anywhere, anywhere, 1, 1, prefill_chunk=chunk_of(workload, constraints), overlap=constraints.overlap)
+    return [
+        dataclasses.replace(plain, weight_bits=weight_bits, cache_bits=cache_bits, speculation=speculation)
+        for weight_bits, cache_bits, speculation in itertools.product(constraints.weight_bits, constraints.cache_bits, constraints.speculations)
+    ]
+
+
+def families(search: Search) -> list[tuple[MachineBound, Policy]]:
+    """A template of each family of policies (see `Search.family`) with the machine's bound for it."""
+    found = []
+    for template in templates(search.workload, search.constraints):
+        settings = template.weight_bits, template.cache_bits, template.speculation
+        bound = machine_bound(search.shape, search.hardware, search.workload, search.constraints, *settings)
         if bound is not None:
-            families = itertools.product(cache_places(constraints), attention_shares(constraints))
-            bounds += [(bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in families]
+            kinds = itertools.product(cache_places(search.constraints), attention_shares(search.constraints))
+            found += [(bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in kinds]
+    return found
+
+
+def best_plan(search: Search, bounds: list[tuple[MachineBound, Policy]]) -> Plan | None:
+    """The plan with the highest predicted throughput of all families; None when nothing fits."""
     for bound, template in sorted(bounds, key=lambda pair: -pair[0].tokens_per_second):
         if all(
             search.top(other) < bound.tokens_per_second
@@ -313,10 +354,7 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
             explore(search, template, bound)
     plans = [plan for _, template in bounds for plan in finals(search, template)]
     if not plans:
-        raise does_not_fit(shape, hardware, workload, constraints, block_policy(search, template, 1, 1, 1.0))
+        return None
     first = sorted(plans, key=lambda plan: -plan.predicted_tokens_per_second)[:POLISHED]
     polished = [with_best_budget(search, plan) for plan in (*first[1:], polish(search, first[0]))]
-    best = max(polished, key=lambda plan: plan.predicted_tokens_per_second)
-    limit = max(bound.tokens_per_second for bound, _ in bounds)
-    elapsed = time.perf_counter() - start
-    return dataclasses.replace(best, machine_bound_tokens_per_second=limit, linear_programs=search.linear_programs + len(bounds), search_seconds=elapsed)
+    return max(polished, key=lambda plan: plan.predicted_tokens_per_second)

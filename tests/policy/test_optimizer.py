@@ -181,6 +181,22 @@ def test_disk_only_when_memory_is_short():
     assert short.predicted_tokens_per_second < plenty.predicted_tokens_per_second
 
 
+@pytest.mark.parametrize(("model", "bits", "cpu"), [("llama-3-70b", 4, 200), ("opt-30b", 16, 200), ("opt-6.7b", 16, 14)])
+def test_the_disk_is_used_for_a_gain_or_not_at_all(model, bits, cpu):
+    """Where compute limits, a block that is a little larger on the disk is predicted as little faster, and writes tens of GiB first."""
+    machine, shape = load_hardware("t4").with_memory(cpu=cpu * GIB), public_shape(model)
+    given = Constraints(weight_bits=(bits,), cache_bits=(bits,))
+    plan = choose(shape, machine, WORKLOAD, given)
+    assert plan.hardware == machine
+    on_disk = any(split.disk for split in (plan.policy.weights, plan.policy.cache, plan.policy.activations))
+    try:
+        without = choose(shape, machine.with_memory(disk=0), WORKLOAD, given).predicted_tokens_per_second
+    except DoesNotFit:
+        without = 0.0
+    assert on_disk == (without < 0.99 * plan.predicted_tokens_per_second), (plan.policy, without)
+    assert on_disk == (cpu < 200)
+
+
 def test_more_sequences_when_host_memory_grows():
     blocks = [choose(public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=16 * GIB, cpu=cpu * GIB), WORKLOAD).policy.block_size for cpu in (60, 120)]
     assert blocks[0] < blocks[1]
