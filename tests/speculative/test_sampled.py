@@ -6,7 +6,9 @@ import pytest
 
 from flexbatch import SamplingParams
 from flexbatch.config import ConfigurationError
+from flexbatch.speculative.speculator import Speculator
 from tests.speculative.engines import engine, tokens
+from tests.tiny_models import VOCAB
 
 SAMPLED = [
     SamplingParams(max_tokens=14, temperature=0.8, seed=1),
@@ -55,3 +57,22 @@ def test_trees_drawn_by_chance_do_not_depend_on_the_batch(drawing, reference, ot
         assert tokens(llm, model.prompts) == model.token_ids
     with pytest.raises(ConfigurationError, match="fixed shape"):
         engine(model, tmp_path, draft=(str(other),), tree="best-first:8", draft_sampling=drawing)
+
+
+@pytest.mark.parametrize("drawing", ["matched", "independent"])
+def test_trees_that_blocks_of_logits_cut_are_judged_whole(drawing, reference, other, tmp_path, monkeypatch):
+    """A block holds seven rows of the target's logits, a tree has ten; the draft scores three rows at a time, in blocks of five, and reads 40 tokens a pass."""
+    model = reference("llama")
+    settings = {"draft": (str(other),), "tree": "<3,2>", "draft_sampling": drawing}
+    with engine(model, tmp_path, **settings) as llm:
+        expected = [completion.token_ids for completion in llm.generate(model.prompts, SAMPLED)]
+    monkeypatch.setattr("flexbatch.planning.LOGITS_BLOCK_BYTES", 7 * 4 * VOCAB)
+    for name, value in {"LOGITS_BLOCK_BYTES": 5 * 4 * VOCAB, "SCORED_ELEMENTS": 3 * VOCAB, "PASS_TOKENS": 40}.items():
+        monkeypatch.setattr(f"flexbatch.speculative.draft.{name}", value)
+    judged = []
+    judge = Speculator.verify
+    monkeypatch.setattr(Speculator, "verify", lambda self, query, logits: judged.append(len(logits)) or judge(self, query, logits))
+    with engine(model, tmp_path, **settings) as llm:
+        assert [completion.token_ids for completion in llm.generate(model.prompts, SAMPLED)] == expected
+        llm.speculator.check()
+    assert (max(judged, default=0) > 7) == (drawing == "independent")
