@@ -76,7 +76,7 @@ class Controller:
         self.probing = False
         """Whether the present pass drafts only to measure that."""
         self.probes = 0
-        """Such passes so far."""
+        """Such passes so far, without those in which no sequence could be drafted for."""
         self.next_probe = 0.0
         self.winning = False
         """Whether the last choice was trees."""
@@ -191,7 +191,7 @@ class Controller:
     def observe_pass(self, query_tokens: int, seconds: float, decoded: bool, drafting_seconds: float = 0.0, new_tokens: int = 0) -> None:
         """A pass of the target. decoded: some of its sequences were past their prompts, and drew ``new_tokens`` tokens."""
         if self.probing:
-            self.probing, self.probes = False, self.probes + 1
+            self.probing, self.probes = False, self.probes + bool(self.drafting.points)
             self.next_probe = self.clock() + drafting_seconds / MEASURING_SHARE
         self.costs.elapse()
         self.drafting.elapse()

@@ -192,3 +192,20 @@ def test_kernels_that_are_loaded_at_first_do_not_decide(batch) -> None:
     runner.job(4, 64, 6)
     seconds, plain = runner.job(batch, 64, 64)
     assert plain / seconds > 2
+
+
+def test_a_probe_that_could_draft_for_nobody_says_nothing_of_the_cost() -> None:
+    """No sequence that was to be drafted for had a token left to draft, or one that the draft's cache had room for."""
+    machine = Machine(*FROM_DISK, accept=0.7, noise=0.0, seed=1)
+    controller, now = machine.controller, Situation(("greedy",) * 4, 0, 400, 400)
+    controller.observe_pass(400, machine.take(1.0), decoded=False)
+    probed = []
+    for _ in range(40):
+        probed.append(any(plan.num_levels for plan in controller.plan(now)))
+        controller.observe_pass(4, machine.take(0.06), decoded=True, drafting_seconds=machine.take(1e-4), new_tokens=4)
+    assert sum(probed) > 1 and controller.probes == 0
+    while not any(plan.num_levels for plan in controller.plan(now)):
+        controller.observe_pass(4, machine.take(0.06), decoded=True, new_tokens=4)
+    controller.drafting.observe(5, machine.take(2e-3))
+    controller.observe_pass(12, machine.take(0.06), decoded=True, drafting_seconds=2e-3, new_tokens=6)
+    assert controller.probes == 1 and controller.drafting.known
