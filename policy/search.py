@@ -1,0 +1,121 @@
+"""What the search for a policy has tried: sizes of a block, the linear program's placement for them, and the plan that whole tensors make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flexbatch.policy.cost import PassModel
+from flexbatch.policy.loads import job_phases, steady_load
+from flexbatch.policy.lp import Solution, solve
+from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
+from flexbatch.policy.plan import Plan, mean_output, price
+from flexbatch.policy.realise import placed
+from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Workload
+
+ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
+ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
+ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The sizes of a block with their best placement."""
+
+    policy: Policy
+    solution: Solution
+    tokens_per_second: float
+
+
+@dataclass
+class Search:
+    """One run of `choose`: what was tried and what it gave."""
+
+    shape: ModelShape
+    hardware: Hardware
+    workload: Workload
+    constraints: Constraints
+    least_rate: float = 0.0
+    """Tokens a second below which no size leads to a plan that is of use."""
+    linear_programs: int = 0
+    tried: dict[Policy, Candidate | None] = field(default_factory=dict)
+
+    def family(self, template: Policy) -> list[Candidate]:
+        """The candidates, the best first, with the same bits, tree, CPU attention or none, and cache on the disk or none.
+
+        Of another family nothing follows: the linear program's average passes flatter some more than others.
+        """
+        found = (c for c in self.tried.values() if c and same_family(c.policy, template))
+        return sorted(found, key=lambda candidate: -candidate.tokens_per_second)
+
+    def top(self, template: Policy) -> float:
+        return max((c.tokens_per_second for c in self.tried.values() if c and same_family(c.policy, template)), default=0.0)
+
+    def phases(self, policy: Policy) -> tuple[list[tuple[PassModel, float]], float]:
+        """(models with how often each counts, generated tokens in all of them)."""
+        if self.workload.num_sequences is None:
+            load, finished = steady_load(self.workload, policy)
+            return [(PassModel(self.shape, self.hardware, policy, load), 1.0)], finished * mean_output(self.workload)
+        models = [(PassModel(self.shape, self.hardware, policy, load), count) for load, count in job_phases(self.workload, policy)]
+        return models, self.workload.num_sequences * mean_output(self.workload)
+
+    def memory(self, policy: Policy) -> dict[str, np.ndarray]:
+        """Peak bytes per tier, affine."""
+        rows = memory_rows(self.shape, self.hardware, self.workload, policy)
+        return {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}
+
+    def attempt(self, policy: Policy, least_rate: float | None = None) -> None:
+        """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best (or ``least_rate``), which needs no linear program to see."""
+        if policy in self.tried and (least_rate is None or self.tried[policy]):
+            return
+        self.tried[policy] = None
+        memory, room = self.memory(policy), capacity(self.hardware)
+        if min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK)) > room["gpu"]:
+            return
+        phases, tokens = self.phases(policy)
+        # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
+        least = sum(count * (float(m.launched(ON_GPU)) + least_compute(m)) for m, count in phases)
+        if tokens / least < (max(self.least_rate, self.top(policy)) if least_rate is None else least_rate):
+            return
+        solution = self.solve(policy, phases, memory, room)
+        if solution is not None:
+            # A block that is on the GPU whole launches less than the program, which cannot know, counts.
+            saved = sum(count * float(m.launch_seconds - m.launched(solution.point)) for m, count in phases)
+            self.tried[policy] = Candidate(policy, solution, tokens / (solution.seconds - saved))
+
+    def finish(self, candidate: Candidate) -> Plan | None:
+        """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""
+        phases, _ = self.phases(candidate.policy)
+        memory, room = self.memory(candidate.policy), dict(capacity(self.hardware))
+        solution: Solution | None = candidate.solution
+        for _ in range(8):
+            if solution is None:
+                return None
+            policy = placed(self.shape, candidate.policy, solution.point, self.constraints)
+            missing = shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
+            if not missing:
+                plan = price(self.shape, self.hardware, self.workload, policy)
+                saved = {tier: seconds / solution.seconds * plan.predicted_tokens_per_second for tier, seconds in solution.seconds_per_gib.items()}
+                return dataclasses.replace(plan, tokens_per_second_per_gib=saved)
+            for tier, size in missing.items():
+                room[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
+            solution = self.solve(candidate.policy, phases, memory, room)
+        return None
+
+    def solve(self, policy: Policy, phases: list[tuple[PassModel, float]], memory: dict[str, np.ndarray], room: dict[str, int]) -> Solution | None:
+        """The best placement; one without CPU attention where ``policy`` has none."""
+        self.linear_programs += 1
+        constraints = self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
+        return solve(phases, memory, room, constraints, cache_on_disk=policy.cache.disk > 0)
+
+
+def least_compute(model: PassModel) -> float:
+    """GPU seconds of a pass at the placement that takes the least: with all attention on the CPU."""
+    return sum(stage.count * max(0.0, float(stage.seconds["gpu_compute"] @ ALL_ATTENDED)) for stage in model.stages)
+
+
+def same_family(policy: Policy, template: Policy) -> bool:
+    names = ("weight_bits", "cache_bits", "speculation", "cpu_attention", "cache")
+    return all(getattr(policy, name) == getattr(template, name) for name in names)
