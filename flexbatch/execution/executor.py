@@ -42,6 +42,7 @@ class Executor:
     """Runs passes of one model. State is in the stores it is given; the executor itself holds none between passes.
 
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same ticks, the same tokens.
+    ``logits_block_bytes``: float32 logits that are given at one time.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def test_workload_counts_the_token_that_needs_no_row():
         {"gpu_batch_size": 7},
         pytest.param({"num_gpu_batches": 3}, id="num_gpu_batches", marks=pytest.mark.slow),
         {"cpu_attention": 0.25},
-        {"prefill_chunk": 48},
+        pytest.param({"prefill_chunk": 48}, id="prefill_chunk", marks=pytest.mark.slow),
         {"prefill_budget": 600},
         pytest.param({"weight_bits": 4}, id="weight_bits", marks=pytest.mark.slow),
         pytest.param({"cache_bits": 8}, id="cache_bits", marks=pytest.mark.slow),

@@ -50,7 +50,7 @@ def test_trees_attended_on_the_cpu(share, family, reference, tmp_path):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("cache_bits", [4, 8])
+@pytest.mark.parametrize("cache_bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_compressed_cache_gives_its_own_plain_tokens(place, cache_bits, reference, tmp_path):
     """Tokens change with the bits, but not with speculation: drafted rows are read as they will be read back."""
     model = reference("llama")
