@@ -145,9 +145,8 @@ def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
 
 def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
     """Intermediate results of one tick: hidden states, projections, MLP, and one block of logits with what sampling makes of them."""
-    width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
     logits = logits_bytes(logits_block_bytes(arch, policy, max_query_nodes) // 4)
-    return micro_batch_tokens(policy, max_query_nodes) * width * dtype.itemsize + int(logits)
+    return micro_batch_tokens(policy, max_query_nodes) * arch.workspace_elements * dtype.itemsize + int(logits)
 
 
 def logits_block_bytes(arch: Arch, policy: Policy, max_query_nodes: int = 0) -> int:

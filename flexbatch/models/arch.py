@@ -126,6 +126,11 @@ class Arch:
         return self.norm == "layer"
 
     @property
+    def workspace_elements(self) -> int:
+        """Intermediate results of one token in a layer, at most: hidden states, projections, MLP."""
+        return 6 * self.hidden_size + 2 * sum(self.qkv_sections) + 3 * self.intermediate_size
+
+    @property
     def attention_scale(self) -> float:
         """Factor of the query-key products."""
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale

@@ -35,7 +35,8 @@ def drawn_children(logits: Tensor, state: RequestState, path: tuple[int, ...], n
     order of log q + Gumbel noise is a draw without replacement (Vieira, 2014; Kool et al., "Stochastic beams", ICML 2019).
     """
     distribution = process_logits(logits[None], [state], [path])[0]
-    probabilities = distribution.double() / distribution.double().sum()
+    probabilities = distribution.double()
+    probabilities /= probabilities.sum()
     position, vocab = len(state.output_token_ids) + len(path), len(probabilities)
     key, scores = draft_key(state, node), probabilities.log()
     if drawing is Drawing.INDEPENDENT:

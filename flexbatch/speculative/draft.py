@@ -172,8 +172,7 @@ class DraftModel:
     def catch_up(self, followed: Many[Followed]) -> None:
         """Read long stretches of committed text (prompts), a chunk per pass, until each sequence has at most one chunk left."""
         while long := [item for item in followed if len(item.sequence.token_ids) - len(item.cached) > PASS_TOKENS]:
-            for _ in self.run([self.text_query(item, PASS_TOKENS, logits=False) for item in long]):
-                pass
+            list(self.run([self.text_query(item, PASS_TOKENS, logits=False) for item in long]))
 
     def text_query(self, followed: Followed, count: int, logits: bool = True) -> QueryTokens:
         start = len(followed.cached)

@@ -44,9 +44,8 @@ class DraftPlan:
     @property
     def workspace_bytes(self) -> int:
         """Intermediate results of one draft pass, and one block of its logits with what scoring makes of them."""
-        arch = self.arch
-        width = 6 * arch.hidden_size + 2 * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim + 3 * arch.intermediate_size
-        return PASS_TOKENS * width * self.layout.dtype.itemsize + LOGITS_BLOCK_BYTES + SCORING_BYTES_PER_LOGIT * SCORED_ELEMENTS
+        layers = PASS_TOKENS * self.arch.workspace_elements * self.layout.dtype.itemsize
+        return layers + LOGITS_BLOCK_BYTES + SCORING_BYTES_PER_LOGIT * SCORED_ELEMENTS
 
     def pages(self, tokens: Iterable[int], grown_nodes: int) -> int:
         """For sequences of so many tokens each, and their largest tree; the newest token of a sequence is read too."""

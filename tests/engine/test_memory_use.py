@@ -20,6 +20,7 @@ from flexbatch.request import Request
 from flexbatch.speculative.chance import drawn_children
 from flexbatch.speculative.draft import SCORING_BYTES_PER_LOGIT, DraftModel, likeliest
 from flexbatch.speculative.tree import Drawing
+from tests.tiny_models import random_prompts
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 RANDOM: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 1e-4, "repetition_penalty": 1.1}
@@ -56,9 +57,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= num_bytes
 
 
-def random_prompts(count: int) -> list[list[int]]:
+def prompts(count: int) -> list[list[int]]:
     rng = random.Random(3)
-    return [[rng.randrange(5, VOCAB) for _ in range(rng.randint(16, 40))] for _ in range(count)]
+    return random_prompts([rng.randint(16, 40) for _ in range(count)], VOCAB, seed=3)
 
 
 def needs_beside_weights(llm: LLM) -> int:
@@ -90,7 +91,7 @@ def test_a_run_stays_within_its_plan(params, draft, monkeypatch, tmp_path):
         **tree,
     ) as llm:
         with LiveBytes() as bytes_:
-            completions = llm.generate(random_prompts(64), SamplingParams(max_tokens=4, ignore_eos=True, **params))
+            completions = llm.generate(prompts(64), SamplingParams(max_tokens=4, ignore_eos=True, **params))
         assert bytes_.peak <= needs_beside_weights(llm)
         assert [len(completion.token_ids) for completion in completions] == [4] * 64
 
@@ -148,6 +149,6 @@ def test_what_children_were_drawn_from_is_planned(monkeypatch, tmp_path):
     monkeypatch.setattr(DraftModel, "draft", watched)
     settings = {"draft": ("d",), "tree": "<2,2,1>", "draft_sampling": "without-replacement", "gpu_batch_size": 8, "num_gpu_batches": 2}
     with LLM("t", dummy_weights=True, device="cpu", dtype="float32", percent=RESIDENT, gpu_memory="4GiB", **settings) as llm:
-        llm.generate(random_prompts(20), SamplingParams(max_tokens=5, ignore_eos=True, temperature=1.0))
+        llm.generate(prompts(20), SamplingParams(max_tokens=5, ignore_eos=True, temperature=1.0))
         (planned,) = [row["num_bytes"] for row in llm.report()["memory"] if row["what"] == "draft distributions"]
     assert planned / 3 < max(kept) <= planned
