@@ -57,7 +57,7 @@ SETTINGS |= {
     "opt-6.7b": Setting("opt-6.7b", (8, 24), 180, (512, 512), (16, 16)),
     "opt-6.7b short": Setting("opt-6.7b", (8, 16), 256, (32, 32), (48, 48)),
     "opt-6.7b 16/4 bit": Setting("opt-6.7b", (8, 20), 360, (512, 512), (16, 16), bits(16, 4)),
-    "opt-6.7b 4/4 bit": Setting("opt-6.7b", (5, 16), 480, (256, 256), (32, 32), bits(4, 4)),
+    "opt-6.7b 4/4 bit": Setting("opt-6.7b", (5, 16), 480, (256, 256), (32, 32), bits(4, 4), limit_seconds=90),
     "opt-6.7b 8/8 bit, ragged": Setting("opt-6.7b", (6, 24), 160, (32, 1024), (16, 48), bits(8, 8)),
     "opt-6.7b weights on disk": Setting("opt-6.7b", (13, 8), 96, (128, 128), (16, 16), {"percent": (30, 50, 100, 0, 100, 0)}, limit_seconds=75),
     "llama-3-8b on the GPU, ragged": Setting("llama-3-8b", (48, 8), 512, (32, 1024), (16, 64)),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,16 +41,19 @@ from flexbatch.models.specs import weight_specs
 from flexbatch.planning import Job, block_sizes, cache_layout, host_memory_bytes
 from flexbatch.policy.types import Policy, Split
 from flexbatch.request import Request, SamplingParams
-from flexbatch.trace import RecordingTracer, Tracer
+from flexbatch.trace import RecordingTracer, Span, Tracer
 
 MIB = 2**20
 ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
 PROMPT_TOKENS = 4
 FEW, MANY = 2, 10
 """Layers."""
-SHAPES = ((FEW, 8), (FEW, 128), (MANY, 8), (MANY, 128))
-"""(layers, sequences of a micro-batch)."""
+GRAPHED = (16, 512)
+"""Sequences of passes that are one graph each, whose layers cost the host nothing: they tell what a pass and a sequence cost from what a tick does. Without
+them the same three numbers fitted four passes of an H200's host at 0.5 or 1.2 ms a pass and 0.37 or 0.5 ms a tick."""
 WARM_UP, PASSES = 3, 6
+ROUNDS = 2
+"""Of all measurements of the host, one after the other, the faster counts: its other users come and go within seconds."""
 ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 8, (128, 512)
 """Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with layers as wide as those of models of 7
 billion: calls of 67 and 268 MB, sixteen of them a pass. Of 0.67 GB a pass with half as wide layers the processor's caches kept a part: 130 to 154 GB/s on
@@ -156,35 +160,65 @@ class AttentionCalls:
         return cls(sequences, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS)
 
 
-def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCalls) -> tuple[float, float]:
-    """What a call of CPU attention costs in passes of a model with ``weights``: fixed seconds, and bytes a second beside them.
+class AttentionInPasses(NamedTuple):
+    """What CPU attention and a link beside it do in the passes of a model."""
+
+    call_seconds: float
+    """Fixed cost of a call."""
+    rate: float
+    """Bytes attended a second beside it."""
+    link_rate: float
+    """Bytes a second of the copies of weights, those counted most that attention ran beside; infinite without copies."""
+
+
+def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCalls) -> AttentionInPasses:
+    """Measured in passes of a model with ``weights``.
 
     Measured alone, beside nothing but copies, a call looked 0.3 to 0.5 ms cheaper and a third faster than it was in the passes of OPT-6.7B on an H200's host:
-    the interpreter launches kernels meanwhile, threads have to be woken, and the engine takes a core.
+    the interpreter launches kernels meanwhile, threads have to be woken, and the engine takes a core. The link gave up 0.15 bytes there for each byte attended
+    by the one measurement and 0.09 by the other.
     """
     sizes, seconds = [], []
+    link_rate = math.inf
     arch = small_arch(calls.num_layers, head_dim(device), calls.num_heads)
     for context in calls.contexts:
         tracer = RecordingTracer(device)
         policy = replace(attended(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context)
         run_passes(arch, policy, device, tracer, context)
-        spans = [span for span in tracer.spans() if span.resource == "cpu_attention"]
+        spans = tracer.spans()
+        attention = [span for span in spans if span.resource == "cpu_attention"]
         # While prompts still come in, calls are smaller.
-        most = max(span.num_bytes for span in spans)
-        full = [span for span in spans if span.num_bytes > 0.95 * most]
+        most = max(span.num_bytes for span in attention)
+        full = [span for span in attention if span.num_bytes > 0.95 * most]
         sizes.append(median(span.num_bytes for span in full))
         seconds.append(median(span.end - span.start for span in full))
+        link_rate = rate_beside([span for span in spans if span.resource == "h2d" and span.start > full[0].start], full)
     slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
     if slope <= 0:
         # On a busy machine the shorter calls may take longer.
-        return 0.0, sizes[1] / seconds[1]
-    return max(0.0, seconds[0] - slope * sizes[0]), 1 / slope
+        return AttentionInPasses(0.0, sizes[1] / seconds[1], link_rate)
+    return AttentionInPasses(max(0.0, seconds[0] - slope * sizes[0]), 1 / slope, link_rate)
 
 
-def layer_seconds(policy: Policy, device: torch.device) -> float:
-    """Of a layer more."""
-    few, many = (decode_seconds(layers, policy, device) for layers in (FEW, MANY))
-    return (many - few) / (MANY - FEW)
+def rate_beside(copies: list[Span], others: list[Span]) -> float:
+    """Bytes a second of ``copies``, each counted by how much of it one of ``others``, which do not overlap each other, ran beside; infinite for none."""
+    beside = [sum(max(0.0, min(copy.end, other.end) - max(copy.start, other.start)) for other in others) for copy in copies]
+    shares = [seconds / (copy.end - copy.start) if copy.end > copy.start else 0.0 for seconds, copy in zip(beside, copies, strict=True)]
+    moved = sum(share * copy.num_bytes for share, copy in zip(shares, copies, strict=True))
+    return moved / sum(beside) if moved > 0 else math.inf
+
+
+class HostPasses:
+    """Decode passes of a few policies, measured in rounds: of each the fastest counts, and the machine's other users come and go between rounds."""
+
+    def __init__(self, policies: dict[str, Policy], device: torch.device) -> None:
+        cells = [(name, layers) for name in policies for layers in (FEW, MANY)]
+        rounds = [[decode_seconds(layers, policies[name], device) for name, layers in cells] for _ in range(ROUNDS)]
+        self.seconds = {cell: min(times) for cell, times in zip(cells, zip(*rounds, strict=True), strict=True)}
+
+    def layer_seconds(self, name: str) -> float:
+        """Of a layer more."""
+        return (self.seconds[name, MANY] - self.seconds[name, FEW]) / (MANY - FEW)
 
 
 def graph_seconds(device: torch.device) -> float:
@@ -199,41 +233,61 @@ def graph_seconds(device: torch.device) -> float:
     return (replay(MANY) - replay(FEW)) / (MANY - FEW)
 
 
+def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) -> dict[str, float]:
+    """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` by non-negative least squares over ``policies``; a graph's ticks cost the host nothing."""
+    terms, seconds = [], []
+    for name, policy in policies.items():
+        for layers in (FEW, MANY):
+            one_graph = policy.num_gpu_batches == 1
+            terms.append([1, policy.block_size, 0 if one_graph else policy.num_gpu_batches * (layers + 1)])
+            seconds.append(passes.seconds[name, layers] - (layers + 1) * graph * one_graph)
+    # Relative errors: a pass of ten layers is not five times as important as one of two.
+    found, _ = nnls(np.array(terms) / np.array(seconds)[:, None], np.ones(len(seconds)))
+    return dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
+
+
 @torch.inference_mode()
 def host_rates(device: torch.device) -> dict[str, float]:
-    """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` of `policy.rates.Hardware`, by non-negative least squares over a few shapes, and
-    ``graph_seconds`` (0 without a GPU, where there are no graphs), ``exchange_seconds`` and ``settle_seconds``, from how passes of one micro-batch grow with
-    the layers, ``staging_seconds`` and ``fetch_seconds`` from how those of two do; ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d`` and
-    ALONE.
+    """What passes of small models tell, as fields of `policy.rates.Hardware`.
+
+    ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``: 0 without a GPU, where there are no
+    graphs. ``exchange_seconds`` and ``settle_seconds``: from how passes of one micro-batch grow with the layers; ``staging_seconds`` and ``fetch_seconds``:
+    from how those of two do. ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
     """
+    gpu = device.type == "cuda"
+    plain = {"few": resident(8), "many": resident(128)}
+    if gpu:
+        plain |= {f"graph of {sequences}": resident(sequences, 1) for sequences in GRAPHED}
+    others = {
+        "staged": replace(plain["few"], cache=ON_CPU),
+        "fetched": replace(plain["few"], weights=ON_CPU),
+        "attended": attended(8),
+        "in turn": replace(attended(8), overlap=False),
+    }
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
     torch.set_num_threads(1)
     try:
-        measured = [decode_seconds(layers, resident(sequences), device) for layers, sequences in SHAPES]
-        layer, in_turn = (layer_seconds(policy, device) for policy in (attended(8), replace(attended(8), overlap=False)))
-        pair = resident(8)
-        alone, staged, fetched = (layer_seconds(policy, device) for policy in (pair, replace(pair, cache=ON_CPU), replace(pair, weights=ON_CPU)))
+        passes = HostPasses(plain | others, device)
     finally:
         torch.set_num_threads(threads)
-    if device.type == "cuda":
-        calls = AttentionCalls.for_memory(host_memory_bytes())
-        fixed, beside_link = attention_in_passes(device, ON_CPU, calls)
-        _, link_idle = attention_in_passes(device, ON_GPU, calls)
-        attention = {"cpu_attention_seconds": fixed, "cpu_attention_during_h2d": min(beside_link, link_idle), ALONE: link_idle}
-    else:
-        attention = {"cpu_attention_seconds": attention_seconds(device)}
-    ticks = [2 * (layers + 1) for layers, _ in SHAPES]
-    sequences = [2 * each for _, each in SHAPES]
-    terms = np.column_stack([np.ones(len(SHAPES)), sequences, ticks])
-    # Relative errors: a pass of ten layers is not five times as important as one of two.
-    found, _ = nnls(terms / np.array(measured)[:, None], np.ones(len(SHAPES)))
-    rates = dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
+    rates = {"graph_seconds": max(0.0, graph_seconds(device)) if gpu else 0.0}
+    rates |= python_rates(passes, plain, rates["graph_seconds"])
+    layer = {name: passes.layer_seconds(name) for name in ("few", *others)}
     differences = {
-        "graph_seconds": graph_seconds(device) if device.type == "cuda" else 0.0,
-        "exchange_seconds": layer - rates["launch_seconds"],
-        "settle_seconds": in_turn - layer,
-        "staging_seconds": (staged - alone) / 2,
-        "fetch_seconds": (fetched - alone) / 2,
+        "exchange_seconds": layer["attended"] - rates["launch_seconds"],
+        "settle_seconds": layer["in turn"] - layer["attended"],
+        "staging_seconds": (layer["staged"] - layer["few"]) / 2,
+        "fetch_seconds": (layer["fetched"] - layer["few"]) / 2,
     }
-    return {**rates, **{name: max(0.0, seconds) for name, seconds in differences.items()}, **attention}
+    rates |= {name: max(0.0, seconds) for name, seconds in differences.items()}
+    if not gpu:
+        return rates | {"cpu_attention_seconds": attention_seconds(device)}
+    calls = AttentionCalls.for_memory(host_memory_bytes())
+    beside, alone = (attention_in_passes(device, weights, calls) for weights in (ON_CPU, ON_GPU))
+    return rates | {
+        "cpu_attention_seconds": beside.call_seconds,
+        "cpu_attention_during_h2d": min(beside.rate, alone.rate),
+        "h2d_during_cpu_attention": beside.link_rate,
+        ALONE: alone.rate,
+    }

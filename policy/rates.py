@@ -75,9 +75,10 @@ class Hardware:
     graph_seconds: float = 0.0
     """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they compute."""
     staging_seconds: float = 0.0
-    """Per tick that attends cache from another tier on the GPU, on top of ``launch_seconds``: gathering, appending and draining are launched, too."""
+    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched, too, with several micro-batches while
+    another resource is busy."""
     fetch_seconds: float = 0.0
-    """Per tick while weights stream, on top of ``launch_seconds``: a slice of the next layer is put on the link."""
+    """Per tick while weights stream: a slice of the next layer is put on the link, likewise."""
     pass_seconds: float = 0.0
     """Per pass: composing it, sampling, committing."""
     sequence_seconds: float = 0.0

@@ -81,9 +81,9 @@ class Search:
             return
         solution = self.solve(policy, phases, memory, room)
         if solution is not None:
-            # A block that is on the GPU whole launches less than the program, which cannot know, counts.
-            saved = sum(count * float(m.launch_seconds - m.launched(solution.point)) for m, count in phases)
-            self.tried[policy] = Candidate(policy, solution, tokens / (solution.seconds - saved))
+            # The program cannot know that a block on the GPU launches less and staged cache more.
+            seconds = sum(count * float(m.pass_seconds(solution.point)) for m, count in phases)
+            self.tried[policy] = Candidate(policy, solution, tokens / seconds)
 
     def finish(self, candidate: Candidate) -> Plan | None:
         """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""

@@ -185,9 +185,17 @@ def test_launch_cost_counts_every_tick():
     ],
 )
 def test_what_is_staged_or_fetched_is_launched_too(weights, cache, share, load, staged, fetched):
-    policy = Policy(weights, cache, Split(1, 0), 8, 2, cpu_attention=share)
-    model = PassModel(public_shape("opt-6.7b"), small(staging_seconds=1e-3, fetch_seconds=1e-5), policy, load)
-    assert float(model.launched(point_of(policy))) == pytest.approx(32 * 2 * (staged * 1e-3 + fetched * 1e-5))
+    """A single micro-batch has nothing ahead to launch: it comes on top. With two it matters where it takes longer than the busiest resource."""
+    shape, slow, fast = public_shape("opt-6.7b"), small(staging_seconds=10.0, fetch_seconds=1e-2), small(staging_seconds=1e-9, fetch_seconds=1e-9)
+    one = Policy(weights, cache, Split(1, 0), 16, 1, cpu_attention=share)
+    two = Policy(weights, cache, Split(1, 0), 8, 2, cpu_attention=share)
+    each = staged * 10.0 + fetched * 1e-2
+    for policy in (one, dataclasses.replace(two, overlap=False)):
+        assert float(PassModel(shape, slow, policy, load).launched(point_of(policy))) == pytest.approx(32 * policy.num_gpu_batches * each)
+    assert float(PassModel(shape, slow, two, load).launched(point_of(two))) == 0
+    hidden, shown, none = (float(PassModel(shape, hardware, two, load).pass_seconds(point_of(two))) for hardware in (fast, slow, small()))
+    assert hidden == none
+    assert max(none, 32 * 2 * each) <= shown <= none + 32 * 2 * each
 
 
 def test_quantised_rows_are_expanded_at_their_own_rate():
