@@ -27,7 +27,7 @@ class PassLog(adapting.PassMeter):
         self.log: list[dict[str, Any]] = []
 
     def record(self, load: PassLoad, seconds: float) -> None:
-        self.log.append({"load": [round(value, 1) for value in dataclasses.astuple(load)], "seconds": seconds, "busy": self.busy()})
+        self.log.append({"load": [round(value, 1) for value in dataclasses.astuple(load)], "seconds": seconds, "busy": self.busy() or {}})
 
 
 class ObservedLLM(LLM):

@@ -232,6 +232,7 @@ class LLM:
         try:
             while batcher.has_work():
                 begun = time.perf_counter()
+                self.tracer.begin_pass()
                 work = batcher.next_pass()
                 logits = block.executor.run(work)
                 load = None if meter is None else meter.load(work)

@@ -118,7 +118,7 @@ def speculation(report: Mapping[str, Any]) -> str:
 
 
 def resources(report: Mapping[str, Any]) -> str:
-    """What the trace measured of every resource; empty without a trace."""
+    """What every resource did, by the passes that were timed; empty without a trace."""
     uses = report.get("resources") or {}
     unit, size = fitting_unit(max((use["num_bytes"] for use in uses.values()), default=0), DECIMAL)
     rows = []

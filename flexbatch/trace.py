@@ -75,6 +75,9 @@ class Tracer:
     on = False
     _nothing: AbstractContextManager[None] = nullcontext()
 
+    def begin_pass(self) -> None:
+        """Says that what follows belongs to another pass."""
+
     def span(self, resource: str, name: str, num_bytes: int = 0) -> AbstractContextManager[Any]:
         """Times the body of a with statement on the host."""
         return self._nothing
@@ -89,9 +92,6 @@ class Tracer:
 
     def add(self, resource: str, name: str, start: float, end: float, num_bytes: int = 0) -> None:
         """A span that the caller has timed with the tracer's clock."""
-
-    def resolve(self) -> None:
-        """Lets go of device events that have happened; worth calling once a pass."""
 
     def summary(self) -> dict[str, Use]:
         """What each resource that did anything did."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import random
 
 import pytest
 
 from flexbatch import LLM, SamplingParams, tables
-from flexbatch.adapting import WARM_UP, WINDOW, PassMeter, UsageTracer
+from flexbatch.adapting import TIMED_EVERY, TIMED_FIRST, WARM_UP, WINDOW, BusySeconds, PassMeter, UsageTracer
 from flexbatch.config import ConfigurationError
 from flexbatch.policy.cost import PassModel, point_of
 from flexbatch.policy.loads import PassLoad
@@ -109,13 +111,58 @@ def test_meter_moves_attention_once_when_the_link_is_slow():
     assert meter.recalibrated(meter.plan.hardware).h2d < meter.plan.hardware.h2d / 3
 
 
+def test_passes_that_are_not_timed_do_not_count_against_the_plan():
+    """Of the resources only what was timed is compared; without any the meter leaves the settings alone."""
+    plan = price(public_shape("opt-30b"), load_hardware("h200"), Workload.uniform(512, 32), POLICY)
+    load = PassLoad.decode(80, 528)
+    model = PassModel(plan.shape, plan.hardware, POLICY, load)
+    seconds, busy = float(model.pass_seconds(point_of(POLICY))), {name: float(value) for name, value in model.resource_seconds(point_of(POLICY)).items()}
+    chance = random.Random(0)
+    meter = PassMeter(plan, lambda: busy if chance.random() < 0.3 else None)
+    assert [meter.record(load, seconds) for _ in range(WARM_UP + 4 * WINDOW)] == [None] * (WARM_UP + 4 * WINDOW)
+    link = meter.report(1.0)["resources"]["h2d"]
+    assert link["measured_seconds"] == pytest.approx(link["predicted_seconds"])
+    assert 0 < link["measured_seconds"] < 0.9 * meter.passes * busy["h2d"]
+    blind = PassMeter(plan, lambda: None)
+    assert [blind.record(load, 3 * seconds) for _ in range(WARM_UP + WINDOW)] == [None] * (WARM_UP + WINDOW)
+
+
 def test_usage_tracer_keeps_sums_and_no_spans():
     tracer = UsageTracer()
     for start in range(3):
         tracer.add("h2d", "copy", start, start + 0.5, 10)
-        tracer.add("tick", "tick", start, start + 1)
-        assert len(tracer.take()) == 1
+        with tracer.span("tick", "tick"):
+            pass
+        assert tracer.take() == {"h2d": 0.5} and not tracer._spans
     use = tracer.summary()["h2d"]
     assert (use.spans, use.busy, use.num_bytes, use.wall) == (3, 1.5, 30, 2.5)
     with pytest.raises(ValueError, match="trace is off"):
         tracer.write("x")
+
+
+def test_usage_tracer_times_one_late_pass_in_four_and_counts_it_as_four():
+    now = itertools.count()
+    tracer, timed = UsageTracer(clock=lambda: float(next(now))), 0
+    busy = BusySeconds(tracer)
+    for _ in range(TIMED_FIRST + 100 * TIMED_EVERY):
+        tracer.begin_pass()
+        with tracer.span("h2d", "copy", 10):
+            next(now)
+        seconds = busy()
+        assert seconds == ({"h2d": 2} if tracer.on else None)
+        timed += tracer.on
+        assert not tracer._spans
+    assert timed == TIMED_FIRST + 100
+    use = tracer.summary()["h2d"]
+    assert (use.spans, use.busy, use.num_bytes) == (TIMED_FIRST + 100 * TIMED_EVERY, 2 * use.spans, 10 * use.spans)
+
+
+def test_spans_that_end_late_count_as_the_pass_that_they_belong_to():
+    """A drain of a pass that was timed as one of four is there when the next is composed, which was not timed."""
+    tracer = UsageTracer()
+    for _ in range(TIMED_FIRST + TIMED_EVERY):
+        tracer.begin_pass()
+        if tracer.on and tracer.num_passes > TIMED_FIRST:
+            tracer.add("d2h", "drain", 0.0, 1.0, 7)
+    use = tracer.summary()["d2h"]
+    assert (use.busy, use.num_bytes) == (TIMED_EVERY, 7 * TIMED_EVERY)

@@ -42,7 +42,9 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     assert sum(each["load"][0] for each in passes) == sum(record["output_lens"]) - len(record["output_lens"])
     # On a busy machine the process may be held up between passes, too.
     assert 0.3 * record["seconds"] < sum(each["seconds"] for each in passes) <= record["seconds"]
-    assert all(each["busy"]["gpu_compute"] > 0 for each in passes)
+    # Of late passes one in four is timed.
+    timed = [each["busy"] for each in passes if each["busy"]]
+    assert timed and all(busy["gpu_compute"] > 0 for busy in timed)
 
 
 def test_an_error_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
