@@ -29,16 +29,18 @@ def neighbours(policy: Policy) -> Iterator[tuple[str, Policy]]:
     yield sizes(2 * b, k)
     yield sizes(b, k + 1)
     yield sizes(b, k - 1)
-    yield attention(0.0)
-    yield attention(1.0)
+    if c.cpu:
+        yield attention(0.0)
+        yield attention(1.0)
     moved = min(0.1, w.gpu)
     yield f"weights on the GPU {w.gpu - moved:.0%}", dataclasses.replace(policy, weights=Split(w.gpu - moved, w.cpu + moved, w.disk))
     moved = min(0.05, w.cpu)
     yield f"weights on the GPU {w.gpu + moved:.0%}", dataclasses.replace(policy, weights=Split(w.gpu + moved, w.cpu - moved, w.disk))
     yield sizes(b / 2, 2 * k)
     yield sizes(0.75 * b, k)
-    yield attention(policy.cpu_attention - 0.25)
-    yield attention(policy.cpu_attention + 0.25)
+    if c.cpu:
+        yield attention(policy.cpu_attention - 0.25)
+        yield attention(policy.cpu_attention + 0.25)
     moved = min(0.1, c.cpu)
     yield f"cache on the GPU {c.gpu + moved:.0%}", dataclasses.replace(policy, cache=Split(c.gpu + moved, c.cpu - moved, c.disk))
     moved = min(0.1, c.gpu)
@@ -48,6 +50,8 @@ def neighbours(policy: Policy) -> Iterator[tuple[str, Policy]]:
     budget = policy.prompt_tokens_per_micro_batch
     yield f"prompt budget {budget // 2}", dataclasses.replace(policy, prefill_budget=max(32, budget // 2))
     yield f"prompt budget {2 * budget}", dataclasses.replace(policy, prefill_budget=2 * budget)
+    yield f"prompt chunk {policy.prefill_chunk // 2}", dataclasses.replace(policy, prefill_chunk=max(16, policy.prefill_chunk // 2))
+    yield f"prompt budget {budget // 4}", dataclasses.replace(policy, prefill_budget=max(32, budget // 4))
     for factor in (0.9, 1.1, 0.6, 1.25):
         yield sizes(factor * b, k)
 
