@@ -130,6 +130,8 @@ class PassMeter:
         self.point = point_of(plan.policy)
         self.passes, self.measured_pass_seconds, self.predicted_pass_seconds = 0, 0.0, 0.0
         self.measured, self.predicted = dict.fromkeys(MEASURED, 0.0), dict.fromkeys(RESOURCES, 0.0)
+        self.work, self.ceilings = dict.fromkeys(MEASURED, 0.0), dict.fromkeys(MEASURED, 0.0)
+        """Bytes (FLOPs of gpu_compute) of the passes that ``measured`` counts, and the rates that the machine was measured at."""
         self.seen = {"decode": 0, "mixed": 0}
         self.windows: dict[str, deque[tuple[PassLoad, float, dict[str, float] | None]]] = {kind: deque() for kind in self.seen}
         self.accepted = dict.fromkeys(self.seen, 1.0)
@@ -187,6 +189,7 @@ class PassMeter:
         resources = {name: value for name, value in model.resource_seconds(self.point).items() if name in RESOURCES}
         predicted = {name: float(np.sum(np.broadcast_to(value, len(loads)), where=timed)) for name, value in resources.items()}
         measured = {name: sum(each.get(name, 0.0) for each in busy if each is not None) for name in MEASURED}
+        work, self.ceilings = model.resource_work(self.point), model.ceilings
         self.passes += len(loads)
         self.measured_pass_seconds += sum(seconds)
         self.predicted_pass_seconds += predicted_seconds
@@ -194,6 +197,7 @@ class PassMeter:
             self.predicted[name] += predicted[name]
         for name in MEASURED:
             self.measured[name] += measured[name]
+            self.work[name] += float(np.sum(np.broadcast_to(work[name], len(loads)), where=timed))
         return sum(seconds), predicted_seconds, measured, predicted
 
     def finish(self) -> None:
@@ -203,9 +207,18 @@ class PassMeter:
                 self.fold(kind)
 
     def report(self, tokens_per_second: float) -> dict[str, Any]:
-        """Predicted against measured, of the passes after warm-up."""
+        """Predicted against measured, of the passes after warm-up; resources by those of them that were timed."""
         self.finish()
         plan = self.plan
+        resources = {
+            name: {
+                "predicted_seconds": self.predicted[name],
+                "measured_seconds": self.measured[name],
+                "work": self.work[name],
+                "ceiling": self.ceilings[name],
+            }
+            for name in MEASURED
+        }
         return {
             "predicted_tokens_per_second": plan.predicted_tokens_per_second,
             "measured_tokens_per_second": tokens_per_second,
@@ -214,7 +227,7 @@ class PassMeter:
             "passes": self.passes,
             "predicted_pass_seconds": self.predicted_pass_seconds,
             "measured_pass_seconds": self.measured_pass_seconds,
-            "resources": {name: {"predicted_seconds": self.predicted[name], "measured_seconds": self.measured[name]} for name in MEASURED},
+            "resources": resources,
         }
 
     def recalibrated(self, hardware: Hardware) -> Hardware:

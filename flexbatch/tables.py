@@ -9,6 +9,7 @@ from flexbatch.policy.units import BINARY, DECIMAL, fitting_unit
 from flexbatch.trace import RESOURCES
 
 TIERS = ("gpu", "cpu", "disk")
+EMPTY = ("", "", "")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -73,7 +74,8 @@ def throughput(report: Mapping[str, Any]) -> str:
 
 
 def prediction(report: Mapping[str, Any]) -> str:
-    """The plan beside the run: tokens per second, seconds of the passes and of every resource in them; empty where nothing was planned."""
+    """The plan beside the run: tokens per second, seconds of the passes, and of every resource in them its time, work, rate and share of the rate that the
+    machine was measured at; empty where nothing was planned."""
     run = report.get("prediction")
     if not run:
         return ""
@@ -81,14 +83,25 @@ def prediction(report: Mapping[str, Any]) -> str:
     def line(name: str, predicted: float, measured: float) -> list[str]:
         return [name, f"{predicted:,.4g}", f"{measured:,.4g}", f"{100 * (measured / predicted - 1):+.0f} %" if predicted and measured else "-"]
 
-    rows = [line("tokens/s of the job", run["predicted_tokens_per_second"], run["measured_tokens_per_second"])]
-    rows.append(line(f"seconds of {run['passes']:,} passes", run["predicted_pass_seconds"], run["measured_pass_seconds"]))
+    rows = [[*line("tokens/s of the job", run["predicted_tokens_per_second"], run["measured_tokens_per_second"]), *EMPTY]]
+    rows.append([*line(f"seconds of {run['passes']:,} passes", run["predicted_pass_seconds"], run["measured_pass_seconds"]), *EMPTY])
     for name, use in run["resources"].items():
         if use["predicted_seconds"] or use["measured_seconds"]:
-            rows.append(line(f"{RESOURCES.get(name, name.replace('_', ' '))}, busy s", use["predicted_seconds"], use["measured_seconds"]))
-    head = f"plan and run (limited by {run['limiting_resource']}; bound of this policy {run['bound_tokens_per_second']:,.4g} tokens/s)"
+            rows.append([*line(f"{RESOURCES.get(name, name.replace('_', ' '))}, busy s", use["predicted_seconds"], use["measured_seconds"]), *_done(name, use)])
+    bound = run["bound_tokens_per_second"]
+    share = f"; the run reached {100 * run['measured_tokens_per_second'] / bound:.0f} % of it" if bound else ""
+    head = f"plan and run (limited by {run['limiting_resource']}; bound of this policy {bound:,.4g} tokens/s{share})"
     changes = "".join(f"\n  re-planned: {reason}" for reason in run["replans"])
-    return f"{head}\n{table(['', 'predicted', 'measured', 'off'], rows)}{changes}"
+    return f"{head}\n{table(['', 'predicted', 'measured', 'off', 'work', 'while busy', '% of its best'], rows)}{changes}"
+
+
+def _done(name: str, use: Mapping[str, float]) -> tuple[str, str, str]:
+    """Work, rate while busy, and the rate's share of what the machine was measured at."""
+    if not use["work"] or not use["measured_seconds"]:
+        return ("-", "-", "-")
+    unit, size = ("TFLOP", 1e12) if name == "gpu_compute" else ("GB", 1e9)
+    rate = use["work"] / use["measured_seconds"]
+    return (f"{use['work'] / size:,.4g} {unit}", f"{rate / size:,.4g} {unit}/s", f"{100 * rate / use['ceiling']:.0f}")
 
 
 def _rate(count: float, seconds: float) -> str:

@@ -161,6 +161,14 @@ class PassModel:
         stages = self.stages
         return {name: total(s.count * evaluate(s.work[name], point) for s in stages) for name in RESOURCES}
 
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """What the machine was measured at, each resource alone: bytes a second, FLOP/s of gpu_compute, bytes of rows as they are stored of cpu_attention."""
+        hardware, shape = self.hardware, self.shape
+        attention = hardware.cpu_attention_rate(self.policy.query_tokens * shape.num_heads / shape.num_kv_heads, self.policy.cache_bits)
+        rates = {name: getattr(hardware, name) for name in ("h2d", "d2h", "disk_read", "disk_write")}
+        return {**rates, "gpu_compute": max(hardware.gemm.values), "cpu_attention": attention * self.row_bytes / self.row_bytes_16}
+
     def bound_seconds(self, point: np.ndarray) -> np.ndarray:
         """The least time of a pass at a placement: the busiest row, everything else hidden, nothing launched."""
         return functools.reduce(np.maximum, self.resource_seconds(point).values())

@@ -48,6 +48,21 @@ def test_report_compares_the_run_with_its_plan(reference, tmp_path):
     assert 0 < compute["measured_seconds"] <= prediction["measured_pass_seconds"] * 1.01 and compute["predicted_seconds"] > 0
     text = tables.prediction(report)
     assert "predicted" in text and "gpu compute" in text and "tokens/s of the job" in text
+    share = prediction["measured_tokens_per_second"] / prediction["bound_tokens_per_second"]
+    assert share > 0 and f"the run reached {100 * share:.0f} % of it" in text
+    assert {name for name, use in prediction["resources"].items() if use["work"]} >= {"h2d", "gpu_compute"}
+    assert f"{100 * compute['work'] / compute['measured_seconds'] / compute['ceiling']:.0f}" in text and " TFLOP/s" in text and " GB/s" in text
+
+
+def test_work_and_ceilings_of_the_report_are_those_of_the_passes():
+    """Weights and gathered pages of every timed pass, at the rates of the machine's profile."""
+    meter, _ = metered(1.0)
+    resources, hardware = meter.report(1.0)["resources"], meter.plan.hardware
+    weights = 48 * meter.plan.shape.block_bytes(16) * 0.8
+    assert resources["h2d"]["work"] > 2 * WINDOW * weights
+    assert resources["cpu_attention"]["work"] == pytest.approx(2 * WINDOW * 48 * 80 * 0.4 * 528 * meter.plan.shape.token_bytes(16))
+    assert resources["h2d"]["ceiling"] == hardware.h2d and resources["cpu_attention"]["ceiling"] == hardware.cpu_attention.values[0]
+    assert 0.8 < resources["h2d"]["work"] / resources["h2d"]["measured_seconds"] / hardware.h2d <= 1.0
 
 
 def test_small_models_have_no_plan_and_say_nothing(reference, tmp_path):
