@@ -249,7 +249,7 @@ class Batcher:
         if self.proposer is not None:
             self.proposer.observe([(query, drawn[query]) for query in queries if query in drawn and drawn[query].token_ids])
         for query in queries:
-            sequence, result = query.sequence, drawn.get(query, Drawn())
+            sequence, result = query.sequence, drawn.get(query) or Drawn()
             kept = self.extend(sequence, result)
             # Of a tree, the rows of its root and of the kept part of its path; the token after the path has none yet.
             cached = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)

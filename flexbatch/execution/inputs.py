@@ -105,7 +105,7 @@ class InputBuilder:
         ordered = [query for group in groups.values() for query in group]
         # Flat, not array by array: of 512 decode tokens each array of one takes longer to make than to fill.
         token_ids = np.fromiter((token for query in ordered for token in query.token_ids), dtype=np.int64)
-        positions = np.fromiter((query.start + depth for query in ordered for depth in query.depths), dtype=np.int64)
+        positions = np.fromiter((position for query in ordered for position in query.positions), dtype=np.int64)
         staged_start = sum(query.num_tokens for query in groups["gpu"])
         cpu_start = staged_start + sum(query.num_tokens for query in groups["staged"])
         rows: list[tuple[QueryTokens, int]] = []

@@ -107,11 +107,11 @@ def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None
     """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``."""
     rows, targets, counts = [], [], []
     for r, (query, token) in enumerate(block.rows):
-        sequence, following = query.sequence, query.start + token + 1
-        if sequence.state.params.prompt_logprobs is not None and following < sequence.num_prompt_tokens:
+        sequence = query.sequence
+        if (wanted := sequence.state.request.params.prompt_logprobs) is not None and (following := query.start + token + 1) < sequence.num_prompt_tokens:
             rows.append(r)
             targets.append(sequence.token_ids[following])
-            counts.append(sequence.state.params.prompt_logprobs)
+            counts.append(wanted)
     if rows:
         for r, entry in zip(rows, token_logprobs(block.logits, targets, counts, rows=rows), strict=True):
             results.setdefault(block.rows[r][0], Drawn()).prompt_logprobs.append(entry)

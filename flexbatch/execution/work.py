@@ -31,6 +31,14 @@ class Sequence:
     """Prompt and generated tokens."""
     logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, TokenLogprob] | None] = field(default_factory=list)
+    # Attributes, as they never change and are asked for several times a pass by every sequence.
+    num_prompt_tokens: int = field(init=False)
+    num_unread: int = field(init=False)
+    """Tokens of the prompt that are never read; see `num_unread`."""
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.state.request.prompt_token_ids)
+        self.num_unread = num_unread(self.output, self.num_prompt_tokens)
 
     @property
     def num_cached(self) -> int:
@@ -38,18 +46,9 @@ class Sequence:
         return self.table.num_tokens
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.state.request.prompt_token_ids)
-
-    @property
-    def num_unread(self) -> int:
-        """Tokens of the prompt that are never read; see `num_unread`."""
-        return num_unread(self.output, self.num_prompt_tokens)
-
-    @property
     def num_uncached(self) -> int:
         """Tokens that still have to be read."""
-        return len(self.token_ids) - self.num_unread - self.num_cached
+        return len(self.token_ids) - self.num_unread - self.table.num_tokens
 
     def check(self) -> None:
         """Invariants: the cache never holds more than the tokens, and never the newest one."""
@@ -78,14 +77,14 @@ class QueryTokens:
         return len(self.token_ids)
 
     @property
-    def depths(self) -> tuple[int, ...]:
-        """Position of every query token relative to ``start``."""
+    def positions(self) -> Many[int]:
+        """Of every query token in the text; those of a tree that continue the same token stand at the same place."""
         if self.parents is None:
-            return tuple(range(len(self.token_ids)))
-        depths: list[int] = []
+            return range(self.start, self.start + len(self.token_ids))
+        positions: list[int] = []
         for parent in self.parents:
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        return tuple(depths)
+            positions.append(self.start if parent < 0 else positions[parent] + 1)
+        return positions
 
     def follow(self, token_ids: Many[int]) -> tuple[int, ...]:
         """The path that plain decoding takes through the tree: query tokens from below token 0 down, given the token drawn after every query token."""

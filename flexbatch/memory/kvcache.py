@@ -127,6 +127,8 @@ class KVCache:
 
     def prefix_ready(self, table: PageTable) -> bool:
         """Whether the pages that a sequence shares are filled: before, it has to wait."""
+        if not table.num_shared:
+            return True
         prefixes = self.pools[table.tier].prefixes
         return all(prefixes.is_ready(page) for page in table.pages[: table.num_shared])
 

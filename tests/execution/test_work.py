@@ -23,15 +23,15 @@ def tree(below: tuple[int, ...], tokens: list[int]) -> QueryTokens:
 
 
 @given(TREES)
-def test_depths_and_paths_of_a_tree(made: tuple[tuple[int, ...], list[int]]) -> None:
+def test_positions_and_paths_of_a_tree(made: tuple[tuple[int, ...], list[int]]) -> None:
     query = tree(*made)
     assert query.parents is not None and query.tentative == query.num_tokens - 1
-    for i, (depth, path) in enumerate(zip(query.depths, query.paths, strict=True)):
+    for i, (position, path) in enumerate(zip(query.positions, query.paths, strict=True)):
         place, tokens = i, []
         while place:
             tokens.append(query.token_ids[place])
             place = query.parents[place]
-        assert depth == len(path) == len(tokens) and list(path) == tokens[::-1]
+        assert position - query.start == len(path) == len(tokens) and list(path) == tokens[::-1]
 
 
 @given(TREES, st.lists(st.integers(0, 3), min_size=31, max_size=31))
@@ -47,7 +47,7 @@ def test_following_a_tree_goes_where_the_drawn_tokens_lead_and_no_further(made: 
 
 def test_a_chunk_has_no_tree() -> None:
     query = QueryTokens(None, (4, 5, 6), 2, 1)  # type: ignore[arg-type]
-    assert (query.num_tokens, query.depths, query.tentative) == (3, (0, 1, 2), 0)
+    assert (query.num_tokens, list(query.positions), query.tentative) == (3, [2, 3, 4], 0)
 
 
 def test_a_sequence_that_disagrees_with_its_output_is_noticed() -> None:
