@@ -106,7 +106,10 @@ class BusySeconds:
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer, self.seen = tracer, 0
-        self()
+        if isinstance(tracer, UsageTracer):
+            tracer.take()
+        else:
+            self()
 
     def __call__(self) -> dict[str, float] | None:
         if not self.tracer.on:

@@ -143,7 +143,7 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
         rates = []
         for query_heads in QUERY_HEADS:
             call, num_bytes = call_of(query_heads, bits)
-            rates.append(num_bytes / seconds(call, host, 3))
+            rates.append(num_bytes / seconds(call, host, 6))
             del call  # with its cache: the next one takes as much
         # More query heads do not read the cache faster: the regression runs from the most to one.
         falling, _ = fit_curve(QUERY_HEADS, rates[::-1])

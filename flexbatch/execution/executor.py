@@ -71,9 +71,10 @@ class Executor:
         slopes = arch.alibi_slopes()
         self.slopes = {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in {self.device, torch.device("cpu")}} if slopes else {}
         self.host_buffers = host_buffers
-        resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
         threads = torch.get_num_threads()
-        self.attention_threads = threads - 1 if self.device.type == "cuda" and threads >= SPARE_FROM_THREADS else threads
+        self.attention_threads = threads - 1 if self.device.type == "cuda" and threads >= SPARE_FROM_THREADS else 0
+        """Of CPU attention; 0: torch's number."""
+        resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
         self.graphs = DecodeGraphs(self.device, cache.layout.page_tokens, arch.max_positions) if resident and overlap else None
 
     def run(self, work: PassWork) -> Iterator[LogitsBlock]:

@@ -172,6 +172,18 @@ def test_usage_tracer_times_one_late_pass_in_four_and_counts_it_as_four():
     assert (use.spans, use.busy, use.num_bytes) == (TIMED_FIRST + 100 * TIMED_EVERY, 2 * use.spans, 10 * use.spans)
 
 
+def test_a_new_job_does_not_count_what_the_last_one_left():
+    """Also when its meter begins while passes are not timed."""
+    tracer = UsageTracer()
+    tracer.add("h2d", "copy", 0.0, 5.0, 10)
+    tracer.on = False
+    busy = BusySeconds(tracer)
+    assert busy() is None
+    tracer.on = True
+    tracer.add("h2d", "copy", 6.0, 7.0, 10)
+    assert busy() == {"h2d": 1.0}
+
+
 def test_spans_that_end_late_count_as_the_pass_that_they_belong_to():
     """A drain of a pass that was timed as one of four is there when the next is composed, which was not timed."""
     tracer = UsageTracer()

@@ -84,7 +84,8 @@ def test_attention_in_passes(weights: Split) -> None:
     found = host_rates.attention_in_passes(CPU, weights, host_rates.AttentionCalls(4, 8, 3, (16, 256)))
     assert 0 <= found.call_seconds < 0.1
     assert 1e7 < found.rate < 1e12
-    assert 1e7 < found.link_rate < 1e12 if weights.gpu == 0 else found.link_rate == math.inf
+    # On two cores no copy may run beside attention.
+    assert found.link_rate > 1e7 and (weights.gpu == 0 or found.link_rate == math.inf)
 
 
 def test_attention_is_measured_with_what_memory_there_is() -> None:
