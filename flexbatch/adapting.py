@@ -106,23 +106,21 @@ class BusySeconds:
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer, self.seen = tracer, 0
-        if isinstance(tracer, UsageTracer):
-            tracer.take()
-        else:
-            self()
+        self.take()
 
     def __call__(self) -> dict[str, float] | None:
-        if not self.tracer.on:
-            return None
+        return {RESOURCE_OF_SPAN[name]: seconds for name, seconds in self.take().items() if name in RESOURCE_OF_SPAN} if self.tracer.on else None
+
+    def take(self) -> dict[str, float]:
+        """By the tracer's names."""
         if isinstance(self.tracer, UsageTracer):
-            busy = self.tracer.take()
-        else:
-            assert isinstance(self.tracer, RecordingTracer)
-            self.tracer.resolve()
-            spans = list(islice(self.tracer._spans, self.seen, None))
-            self.seen += len(spans)
-            busy = {name: covered(own) for name, own in by_resource(sorted(spans, key=lambda span: span.start)).items()}
-        return {RESOURCE_OF_SPAN[name]: seconds for name, seconds in busy.items() if name in RESOURCE_OF_SPAN}
+            return self.tracer.take()
+        if not isinstance(self.tracer, RecordingTracer):
+            return {}
+        self.tracer.resolve()
+        spans = list(islice(self.tracer._spans, self.seen, None))
+        self.seen += len(spans)
+        return {name: covered(own) for name, own in by_resource(sorted(spans, key=lambda span: span.start)).items()}
 
 
 class PassMeter:
@@ -133,8 +131,8 @@ class PassMeter:
         self.point = point_of(plan.policy)
         self.passes, self.measured_pass_seconds, self.predicted_pass_seconds = 0, 0.0, 0.0
         self.measured, self.predicted = dict.fromkeys(MEASURED, 0.0), dict.fromkeys(RESOURCES, 0.0)
-        self.work, self.ceilings = dict.fromkeys(MEASURED, 0.0), dict.fromkeys(MEASURED, 0.0)
-        """Bytes (FLOPs of gpu_compute) of the passes that ``measured`` counts, and the rates that the machine was measured at."""
+        self.work = dict.fromkeys(MEASURED, 0.0)
+        """Bytes (FLOPs of gpu_compute) of the passes that ``measured`` counts."""
         self.seen = {"decode": 0, "mixed": 0}
         self.windows: dict[str, deque[tuple[PassLoad, float, dict[str, float] | None]]] = {kind: deque() for kind in self.seen}
         self.accepted = dict.fromkeys(self.seen, 1.0)
@@ -192,7 +190,7 @@ class PassMeter:
         resources = {name: value for name, value in model.resource_seconds(self.point).items() if name in RESOURCES}
         predicted = {name: float(np.sum(np.broadcast_to(value, len(loads)), where=timed)) for name, value in resources.items()}
         measured = {name: sum(each.get(name, 0.0) for each in busy if each is not None) for name in MEASURED}
-        work, self.ceilings = model.resource_work(self.point), model.ceilings
+        work = model.resource_work(self.point)
         self.passes += len(loads)
         self.measured_pass_seconds += sum(seconds)
         self.predicted_pass_seconds += predicted_seconds
@@ -213,12 +211,13 @@ class PassMeter:
         """Predicted against measured, of the passes after warm-up; resources by those of them that were timed."""
         self.finish()
         plan = self.plan
+        ceilings = PassModel(plan.shape, plan.hardware, plan.policy, PassLoad()).ceilings
         resources = {
             name: {
                 "predicted_seconds": self.predicted[name],
                 "measured_seconds": self.measured[name],
                 "work": self.work[name],
-                "ceiling": self.ceilings[name],
+                "ceiling": ceilings[name],
             }
             for name in MEASURED
         }

@@ -179,7 +179,6 @@ def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCa
     measurement, and at 51 to 54 in passes.
     """
     sizes, seconds = [], []
-    link_rate = math.inf
     arch = small_arch(calls.num_layers, head_dim(device), calls.num_heads)
     for context in calls.contexts:
         tracer = RecordingTracer(device)
@@ -192,7 +191,7 @@ def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCa
         full = [span for span in attention if span.num_bytes > 0.95 * most]
         sizes.append(median(span.num_bytes for span in full))
         seconds.append(median(span.end - span.start for span in full))
-        link_rate = rate_beside([span for span in spans if span.resource == "h2d" and span.start > full[0].start], full)
+    link_rate = rate_beside([span for span in spans if span.resource == "h2d" and span.start > full[0].start], full)
     slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
     if slope <= 0:
         # On a busy machine the shorter calls may take longer.

@@ -9,11 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flexbatch.policy.cost import DISK_THREADS
+
 BLOCKS = (2**20, 2**22, 2**23)
 """Up to what the executor asks for in one request."""
 SMALL = 2**14
-THREADS = 4
-"""As many as the executor reads with."""
 
 
 def _open(path: Path, flags: int) -> int:
@@ -34,7 +34,7 @@ def _requests(descriptor: int, block: int, num_bytes: int, write: bool) -> float
             if write:
                 buffer.write(os.urandom(4096) * (block // 4096))
             view = memoryview(buffer)
-            for request in range(index, count, THREADS):
+            for request in range(index, count, DISK_THREADS):
                 if write:
                     os.pwritev(descriptor, [view], request * block)
                 else:
@@ -42,8 +42,8 @@ def _requests(descriptor: int, block: int, num_bytes: int, write: bool) -> float
             view.release()
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(one_thread, range(THREADS)))
+    with ThreadPoolExecutor(DISK_THREADS) as pool:
+        list(pool.map(one_thread, range(DISK_THREADS)))
     if write:
         os.fsync(descriptor)
     return (time.perf_counter() - start) / count
