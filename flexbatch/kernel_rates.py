@@ -99,6 +99,10 @@ def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     sequences, heads = (128, (32, 32)) if gpu else (16, (8, 8))
     call, size = attention_call(sequences, 1, CONTEXT, heads, dtype, device)
     rates = {"attention_decode": size / seconds(call, device)}
+    if gpu:
+        from flexbatch.kernels import attention
+
+        rates["attention_tile_keys"] = float(attention.choose_launch(dtype, HEAD_DIM, 16, 1).block_n)
     call, size = attention_call(sequences, 1, CONTEXT, heads, dtype, device, bits=4)
     rates["attention_expand"] = size / seconds(call, device)
     prompts = 8 if gpu else 1

@@ -46,9 +46,8 @@ def machine_bound(
     best = float(max(hardware.gemm.values))
     # The curve starts below one token: a sequence brings a fraction of a token to each micro-batch of the head.
     ideal = dataclasses.replace(hardware, gemm=Curve((1e-9,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0)
-    no_fixed_costs: dict[str, Any] = dict.fromkeys(
-        ("graph_seconds", "sequence_seconds", "cpu_attention_seconds", "exchange_seconds", "settle_seconds", "link_seconds", "disk_read_seconds"), 0.0
-    )
+    fixed_costs = ("graph_seconds", "sequence_seconds", "cpu_attention_seconds", "exchange_seconds", "settle_seconds", "link_seconds", "disk_read_seconds")
+    no_fixed_costs: dict[str, Any] = dict.fromkeys((*fixed_costs, "attention_tile_keys"), 0.0)
     ideal = dataclasses.replace(ideal, **no_fixed_costs)
     # Two micro-batches of half a sequence: with one, CPU attention would not overlap.
     policy = dataclasses.replace(policy, num_gpu_batches=2)

@@ -231,10 +231,11 @@ class PassModel:
         prompt_flops = heads * np.asarray(load.prompt_pairs)
         decode_flops = heads * self.policy.query_tokens * np.asarray(load.decode_context)
         read = self.row_bytes * np.asarray(load.decode_context)
-        reading = read / hardware.attention_decode
+        keys = np.asarray(load.decode_context) + hardware.attention_tile_keys / 2 * np.asarray(load.decode_sequences)
+        reading = self.row_bytes * keys / hardware.attention_decode
         if self.policy.cache_bits != 16:
             # Expanding rows inside attention costs instructions, more than the bytes that it saves.
-            reading = np.maximum(reading, self.row_bytes_16 * np.asarray(load.decode_context) / hardware.quantized_attention)
+            reading = np.maximum(reading, self.row_bytes_16 * keys / hardware.quantized_attention)
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
         flops = flops + prompt_flops + decode_flops

@@ -82,7 +82,7 @@ class _TickCosts:
             elif not s.attended_on_cpu:
                 flops = 4 * shape.num_heads * shape.head_dim * s.query_tokens * (s.before + 1)
                 expand = 0.0 if self.policy.cache_bits == 16 else shape.token_bytes(16) / hardware.quantized_attention
-                read = max(row / hardware.attention_decode, expand) * (s.before + 1)
+                read = max(row / hardware.attention_decode, expand) * (s.before + 1 + hardware.attention_tile_keys / 2)
                 seconds += max(flops / hardware.attention_prefill, read)
         return seconds
 

@@ -72,6 +72,7 @@ CASES = {
     "activations on the CPU": ("t4", "opt-6.7b", 16, 16, (50, 50, 50, 50, 0, 100), 40, 4, 0.0),
     "disk": ("t4", "opt-175b", 16, 16, (0, 50, 0, 0, 0, 100), 32, 8, 0.0),
     "all on the GPU": ("h200", "llama-3-8b", 16, 16, (100, 0, 100, 0, 100, 0), 64, 2, 0.0),
+    "attention on the GPU": ("h200", "opt-6.7b", 16, 16, (100, 0, 100, 0, 100, 0), 256, 2, 0.0),
     "quantised": ("h200", "llama-3-70b", 4, 4, (30, 70, 0, 100, 100, 0), 40, 4, 0.5),
     "three tiers": ("t4", "llama-3-70b", 4, 16, (10, 60, 20, 60, 20, 60), 40, 2, 0.0),
 }
@@ -209,6 +210,17 @@ def test_quantised_rows_are_expanded_at_their_own_rate():
     model = PassModel(public_shape("opt-6.7b"), dataclasses.replace(hardware, cpu_attention_seconds=0.0), policy, PassLoad.decode(16, 500))
     seconds = model.resource_seconds(point_of(policy))["cpu_attention"]
     assert float(seconds) == pytest.approx(32 * 16 * 500 * 2 * 4096 * 2 / 5e10)
+
+
+def test_half_of_a_last_tile_is_empty():
+    """Of sequences that the GPU attends."""
+    shape, load = public_shape("opt-6.7b"), PassLoad.decode(24, 500)
+    exact, tiled = (dataclasses.replace(load_hardware("h200"), attention_tile_keys=keys) for keys in (0.0, 64.0))
+    for bits, rate in ((16, exact.attention_decode), (4, exact.quantized_attention)):
+        for attended, read in ((0.0, 24), (0.25, 18)):
+            policy = Policy(Split(1, 0), Split(0, 1), Split(1, 0), 12, 2, cache_bits=bits, cpu_attention=attended)
+            before, after = (float(PassModel(shape, hardware, policy, load).resource_seconds(point_of(policy))["gpu_compute"]) for hardware in (exact, tiled))
+            assert after - before == pytest.approx(32 * read * 32 * 2 * 4096 * 2 / rate)
 
 
 def test_a_graph_launches_by_layer():

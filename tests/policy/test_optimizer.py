@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from flexbatch.policy.bound import machine_bound
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
 from flexbatch.policy.loads import steady_load
 from flexbatch.policy.lp import solve, time_rows
@@ -233,6 +234,13 @@ def test_cpu_attention_costs_nothing_without_a_cache_on_the_cpu():
     without, with_share = (price(shape, hardware, WORKLOAD, policy) for policy in policies)
     assert with_share.policy.cpu_attention == 1.0, "the plan says what was asked for"
     assert with_share.predicted_tokens_per_second == without.predicted_tokens_per_second and with_share.memory == without.memory
+
+
+def test_the_machines_bound_knows_no_tiles():
+    shape, workload = public_shape("opt-1.3b"), Workload.uniform(256, 512)
+    machines = [dataclasses.replace(load_hardware("h200"), attention_tile_keys=keys) for keys in (0.0, 64.0)]
+    exact, tiled = (machine_bound(shape, machine, workload, Constraints(), 16, 16, None) for machine in machines)
+    assert exact is not None and tiled == exact
 
 
 @pytest.mark.parametrize("sequences", [64, None])
