@@ -70,8 +70,11 @@ def run_neighbourhood(setting: Setting, hardware: str, fixed: dict[str, Any]) ->
         with open_engine(setting, hardware, fixed) as llm:
             chosen = llm.policy
             attempt(llm, "chosen")
+            # A block of more sequences than the job has is the block of them all.
+            largest = max(chosen.block_size, setting.num_prompts)
             for name, policy in neighbours(chosen):
-                if policy != chosen and policy not in candidates and llm.fits(policy) and len(candidates) < NUM_NEIGHBOURS:
+                new = policy != chosen and policy not in candidates and policy.block_size <= largest
+                if new and llm.fits(policy) and len(candidates) < NUM_NEIGHBOURS:
                     candidates[policy] = name
             for policy, name in candidates.items():
                 if policy.weights == chosen.weights:

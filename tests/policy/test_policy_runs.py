@@ -121,6 +121,7 @@ def test_a_neighbourhood_runs_every_policy(monkeypatch, tmp_path):
     _, (record,) = run(monkeypatch, tmp_path, ["tiny"], "--neighbours", table={"tiny": tiny})
     tried = record["tried"]
     assert [each["name"] for each in tried].count("chosen") == 2 and len(tried) == 2 + policy_neighbours.NUM_NEIGHBOURS
+    assert all(each["gpu_batch_size"] * each["num_gpu_batches"] <= tiny.num_prompts for each in tried), "blocks that no job of so many sequences fills"
     assert len({json.dumps([each[key] for key in ("percent", "gpu_batch_size", "num_gpu_batches", "cpu_attention", "prefill_budget")]) for each in tried}) > 5
 
 
