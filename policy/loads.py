@@ -81,7 +81,7 @@ class Lengths:
         decodes = (output - 1) / gain
         stay = chunks + decodes
         slots = np.ceil((prompt + output + policy.query_tokens - 1) / PAGE_TOKENS) * PAGE_TOKENS
-        mean = {
+        values = {
             "prompt": prompt,
             "output": output,
             "prompt_passes": chunks,
@@ -93,7 +93,7 @@ class Lengths:
             "reserved": slots * stay / stay.mean(),
             "reserved_plain": slots,
         }
-        return cls(**{name: float(np.mean(value)) for name, value in mean.items()})
+        return cls(**dict(zip(values, np.stack(list(values.values())).mean(axis=1).tolist(), strict=True)))
 
 
 def reserved_tokens(workload: Workload, policy: Policy) -> float:

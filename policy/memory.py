@@ -89,21 +89,21 @@ def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[S
 
     Tensors are dealt to the tiers by error diffusion over the whole model: each goes to the tier that is furthest behind its share.
     """
-    asked = np.array(weights.fractions)
+    asked = weights.fractions
     embedding, head = ([shape.weight_bytes(elements, 16) for elements in tensors] for tensors in (shape.embedding_tensors, shape.head_tensors))
     block = shape.block_tensor_bytes(bits)
     layers = [embedding, *[block] * shape.num_layers, head]
-    placed, total, largest = np.zeros(3), 0.0, 0.0
+    placed, total, largest = [0.0] * len(TIERS), 0.0, 0.0
+    tiers = [tier for tier, share in enumerate(asked) if share > 0]
     for index, tensors in enumerate(layers):
         away = 0.0
         for num_bytes in tensors:
             total += num_bytes
-            tier = int(np.argmax(np.where(asked > 0, asked * total - placed, -np.inf)))
+            tier = max(tiers, key=lambda tier: asked[tier] * total - placed[tier])
             placed[tier] += num_bytes
             away += num_bytes * (tier != 0)
         largest = max(largest, away if index else 0.0)
-    realised = placed / placed.sum()
-    return Split(*(float(x) for x in realised)), largest
+    return Split(*(num_bytes / total for num_bytes in placed)), largest
 
 
 def round_cache(policy: Policy) -> Split:

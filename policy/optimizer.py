@@ -213,7 +213,7 @@ def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best
     if not on_disk or any(fixed.get(f"{kind}_disk") for kind in KINDS):
         return best
     least = (1 - DISK_GAIN) * best.predicted_tokens_per_second
-    dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0), least_rate=WITHIN_REACH * least, tried={})
+    dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0), least_rate=WITHIN_REACH * least)
     plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
     search.linear_programs = dry.linear_programs
     if plan is None or plan.predicted_tokens_per_second < least:
@@ -232,7 +232,7 @@ def templates(workload: Workload, constraints: Constraints) -> list[Policy]:
 
 
 def families(search: Search) -> list[tuple[MachineBound, Policy]]:
-    """A template of each family of policies (see `Search.family`) with the machine's bound for it."""
+    """A template of each family of policies (see `search.family_of`) with the machine's bound for it."""
     found = []
     for template in templates(search.workload, search.constraints):
         settings = template.weight_bits, template.cache_bits, template.speculation

@@ -13,8 +13,9 @@ from flexbatch.policy.lp import Solution, solve
 from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.plan import Plan, mean_output, price
 from flexbatch.policy.realise import placed
-from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Workload
+from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Speculation, Split, Workload
 
+Family = tuple[int, int, Speculation | None, float, Split]
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
 ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
 ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
@@ -40,18 +41,16 @@ class Search:
     least_rate: float = 0.0
     """Tokens a second below which no size leads to a plan that is of use."""
     linear_programs: int = 0
-    tried: dict[Policy, Candidate | None] = field(default_factory=dict)
+    tried: dict[Policy, Candidate | None] = field(default_factory=dict, init=False)
+    found: dict[Family, list[Candidate]] = field(default_factory=dict, init=False)
+    """The candidates of ``tried`` by family, in the order in which they were found."""
 
     def family(self, template: Policy) -> list[Candidate]:
-        """The candidates, the best first, with the same bits, tree, CPU attention or none, and cache on the disk or none.
-
-        Of another family nothing follows: the linear program's average passes flatter some more than others.
-        """
-        found = (c for c in self.tried.values() if c and same_family(c.policy, template))
-        return sorted(found, key=lambda candidate: -candidate.tokens_per_second)
+        """The candidates of ``template``'s family, the best first."""
+        return sorted(self.found.get(family_of(template), ()), key=lambda candidate: -candidate.tokens_per_second)
 
     def top(self, template: Policy) -> float:
-        return max((c.tokens_per_second for c in self.tried.values() if c and same_family(c.policy, template)), default=0.0)
+        return max((candidate.tokens_per_second for candidate in self.found.get(family_of(template), ())), default=0.0)
 
     def phases(self, policy: Policy) -> tuple[list[tuple[PassModel, float]], float]:
         """(models with how often each counts, generated tokens in all of them)."""
@@ -83,7 +82,8 @@ class Search:
         if solution is not None:
             # The program cannot know that a block on the GPU launches less and staged cache more.
             seconds = sum(count * float(m.pass_seconds(solution.point)) for m, count in phases)
-            self.tried[policy] = Candidate(policy, solution, tokens / seconds)
+            candidate = self.tried[policy] = Candidate(policy, solution, tokens / seconds)
+            self.found.setdefault(family_of(policy), []).append(candidate)
 
     def finish(self, candidate: Candidate) -> Plan | None:
         """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""
@@ -116,6 +116,9 @@ def least_compute(model: PassModel) -> float:
     return sum(stage.count * max(0.0, float(stage.seconds["gpu_compute"] @ ALL_ATTENDED)) for stage in model.stages)
 
 
-def same_family(policy: Policy, template: Policy) -> bool:
-    names = ("weight_bits", "cache_bits", "speculation", "cpu_attention", "cache")
-    return all(getattr(policy, name) == getattr(template, name) for name in names)
+def family_of(policy: Policy) -> Family:
+    """Bits, tree, CPU attention or none, and cache on the disk or none.
+
+    Of another family nothing follows: the linear program's average passes flatter some more than others.
+    """
+    return policy.weight_bits, policy.cache_bits, policy.speculation, policy.cpu_attention, policy.cache
