@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from flexbatch.config import ConfigurationError
-from flexbatch.kernel_rates import kernel_rates
 from flexbatch.policy.rates import Hardware, load_hardware
 
 logger = logging.getLogger("flexbatch")
@@ -45,6 +44,8 @@ def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, me
         return Hardware.from_json(path.read_text())
     expected = IDLE_SECONDS * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
+        from flexbatch.kernel_rates import kernel_rates  # with SciPy 0.4 s that only measuring needs
+
         logger.info("measuring this machine once for the policy optimizer; --hardware %s skips it", shipped_for(device))
         hardware = cached(cache_folder, str(device), disk_folder, kernel_rates(str(device)))
         logger.info("measured %s -> %s", hardware.name, path)

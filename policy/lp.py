@@ -72,7 +72,8 @@ def placement_variables(problem: pulp.LpProblem, constraints: Constraints, cache
 
 
 def expression_of(variables: list[pulp.LpVariable], row: np.ndarray) -> pulp.LpAffineExpression:
-    return pulp.LpAffineExpression([(v, float(c)) for v, c in zip(variables, row[1:], strict=True) if c], float(row[0]))
+    constant, *coefficients = row.tolist()
+    return pulp.LpAffineExpression([(v, c) for v, c in zip(variables, coefficients, strict=True) if c], constant)
 
 
 def point_from(variables: list[pulp.LpVariable]) -> np.ndarray:
@@ -114,8 +115,11 @@ def solve(
     distance = pulp.lpSum(slower * (1 if tier == "cpu" else 2) * named[f"{kind}_{tier}"] for kind in KINDS for tier in ("cpu", "disk"))
     problem += pulp.lpSum(weight * t for (weight, _), t in zip(stages, times, strict=True)) + distance + slower * named["attended"]
     for t, (_, rows) in zip(times, stages, strict=True):
-        for row in rows:
-            problem += t >= expression_of(variables, row)
+        for row in -rows:
+            # t >= row; subtracting one expression from the other would copy both.
+            slack = expression_of(variables, row)
+            slack[t] = 1.0
+            problem += slack >= 0
     add_splits(problem, named, constraints)
     for tier in TIERS:
         # In GiB, so that the program is well scaled and the duals are seconds per GiB.
