@@ -56,15 +56,20 @@ def lengths(rest: list[int]) -> list[int]:
     return [SMALL] * PEEKED + rest
 
 
+@pytest.fixture(scope="module")
+def longer(reference, tmp_path_factory) -> tuple[list[list[int]], list[list[int]]]:
+    """Requests of which some are twice as long as the first ones, and their tokens."""
+    prompts = random_prompts(lengths([45 if i % 3 == 0 else SMALL for i in range(30)]), seed=3)
+    with engine(reference("llama").folder, tmp_path_factory.mktemp("longer")) as llm:
+        return prompts, [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
+
+
 @pytest.mark.parametrize("settings", [{}, {"cpu_attention": 0.5}, {"draft": ("ngram",), "tree": "chain:3"}, {"cache_bits": 8}], ids=str)
 @pytest.mark.parametrize("place", PLACES)
-def test_longer_requests_share_the_block_as_far_as_pages_and_staging_go(place, settings, reference, tmp_path, checked):
-    """Twice as long as the first ones: the pools hold them, and staging holds one or two in each micro-batch."""
-    folder = reference("llama").folder
-    prompts = random_prompts(lengths([45 if i % 3 == 0 else SMALL for i in range(30)]), seed=3)
-    with engine(folder, tmp_path) as llm:
-        expected = [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
-    with engine(folder, tmp_path, place, **settings) as llm:
+def test_longer_requests_share_the_block_as_far_as_pages_and_staging_go(place, settings, longer, reference, tmp_path, checked):
+    """The pools hold them, and staging holds one or two in each micro-batch."""
+    prompts, expected = longer
+    with engine(reference("llama").folder, tmp_path, place, **settings) as llm:
         found = dict(llm.stream(items(prompts)))
         llm.block.check()
     assert not any(completion.error for completion in found.values())

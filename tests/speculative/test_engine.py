@@ -11,10 +11,11 @@ from tests.speculative.engines import PLACES, Scripted, continuation, engine, to
 from tests.tiny_models import EOS, VOCAB, random_prompts
 
 TREES = ("chain:1", "chain:4", "<1,1,3,1,1>", "<3,2>", "best-first:100", "auto")
+DRAFTS = ("other", "target", "both")
+CELLS = [(place, TREES[(i + 2 * j) % 6], draft) for i, place in enumerate(PLACES) for j, draft in enumerate(DRAFTS)]
 
 
-@pytest.mark.parametrize(("place", "tree"), [(place, tree) for i, place in enumerate(PLACES) for tree in (TREES[i % 6], TREES[(i + 3) % 6])])
-@pytest.mark.parametrize("draft", ["other", "target", "both"])
+@pytest.mark.parametrize(("place", "tree", "draft"), CELLS)
 def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, other, tmp_path):
     model = reference("llama")
     drafts = {"other": (str(other),), "target": (str(model.folder),), "both": (str(other), str(model.folder), "ngram")}[draft]
@@ -28,7 +29,7 @@ def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draft", ["other", "target", "both"])
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["opt", "llama"])
