@@ -147,8 +147,7 @@ def polish(search: Search, best: Plan) -> Plan:
     for batch in range(policy.gpu_batch_size - 1, max(0, policy.gpu_batch_size - 1 - POLISHED), -1):
         other = block_policy(search, dataclasses.replace(policy, prefill_budget=0), batch, policy.num_gpu_batches, first_fill(search, policy.block_size))
         # The best of the linear programs' values stands for a placement that rounding may have made slower: it must not prune here.
-        search.attempt(other, best.predicted_tokens_per_second)
-        candidate = search.tried[other]
+        candidate = search.attempt(other, best.predicted_tokens_per_second)
         plan = search.finish(candidate) if candidate else None
         if plan is not None and plan.predicted_tokens_per_second > best.predicted_tokens_per_second:
             best = plan

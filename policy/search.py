@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,16 +42,15 @@ class Search:
     least_rate: float = 0.0
     """Tokens a second below which no size leads to a plan that is of use."""
     linear_programs: int = 0
-    tried: dict[Policy, Candidate | None] = field(default_factory=dict, init=False)
-    found: dict[Family, list[Candidate]] = field(default_factory=dict, init=False)
-    """The candidates of ``tried`` by family, in the order in which they were found."""
+    tried: dict[Family, dict[Policy, Candidate | None]] = field(default_factory=lambda: defaultdict(dict), init=False)
 
     def family(self, template: Policy) -> list[Candidate]:
         """The candidates of ``template``'s family, the best first."""
-        return sorted(self.found.get(family_of(template), ()), key=lambda candidate: -candidate.tokens_per_second)
+        found = (candidate for candidate in self.tried[family_of(template)].values() if candidate)
+        return sorted(found, key=lambda candidate: -candidate.tokens_per_second)
 
     def top(self, template: Policy) -> float:
-        return max((candidate.tokens_per_second for candidate in self.found.get(family_of(template), ())), default=0.0)
+        return max((candidate.tokens_per_second for candidate in self.tried[family_of(template)].values() if candidate), default=0.0)
 
     def phases(self, policy: Policy) -> tuple[list[tuple[PassModel, float]], float]:
         """(models with how often each counts, generated tokens in all of them)."""
@@ -65,25 +65,26 @@ class Search:
         rows = memory_rows(self.shape, self.hardware, self.workload, policy)
         return {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}
 
-    def attempt(self, policy: Policy, least_rate: float | None = None) -> None:
+    def attempt(self, policy: Policy, least_rate: float | None = None) -> Candidate | None:
         """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best (or ``least_rate``), which needs no linear program to see."""
-        if policy in self.tried and (least_rate is None or self.tried[policy]):
-            return
-        self.tried[policy] = None
+        tried = self.tried[family_of(policy)]
+        if policy in tried and (least_rate is None or tried[policy]):
+            return tried[policy]
+        tried[policy] = None
         memory, room = self.memory(policy), capacity(self.hardware)
         if min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK)) > room["gpu"]:
-            return
+            return None
         phases, tokens = self.phases(policy)
         # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
         least = sum(count * (float(m.launched(ON_GPU)) + least_compute(m)) for m, count in phases)
         if tokens / least < (max(self.least_rate, self.top(policy)) if least_rate is None else least_rate):
-            return
+            return None
         solution = self.solve(policy, phases, memory, room)
         if solution is not None:
             # The program cannot know that a block on the GPU launches less and staged cache more.
             seconds = sum(count * float(m.pass_seconds(solution.point)) for m, count in phases)
-            candidate = self.tried[policy] = Candidate(policy, solution, tokens / seconds)
-            self.found.setdefault(family_of(policy), []).append(candidate)
+            tried[policy] = Candidate(policy, solution, tokens / seconds)
+        return tried[policy]
 
     def finish(self, candidate: Candidate) -> Plan | None:
         """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""
