@@ -22,16 +22,17 @@ from flexbatch.apps.jobs.journal import HEADER
 from tests.apps_batch.helpers import journal_bytes, parts_of, read_output, shared_prompts, wait_for, write_input
 from tests.apps_batch.helpers import start as start_driver
 
+DEMO = ("--model", "demo", "--device", "cpu")
 SMALL_BLOCK = ("--gpu-batch-size", 8, "--num-gpu-batches", 2)
 
 
 def start(*words: object, count_file: Path) -> subprocess.Popen[str]:
-    return start_driver(*words, "--model", "demo", "--device", "cpu", *SMALL_BLOCK, real=True, count_file=str(count_file))
+    return start_driver(*words, *DEMO, *SMALL_BLOCK, real=True, count_file=str(count_file))
 
 
-def run_here(*words: object) -> int:
+def run_demo(*words: object) -> int:
     """In this process, which has loaded torch and transformers already: 3 seconds instead of 10."""
-    return main([*map(str, words), "--model", "demo", "--device", "cpu"])
+    return main([*map(str, words), *DEMO])
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> None:
 def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> None:
     source, out = write_input(tmp_path / "in.parquet", shared_prompts(rows, 120), row_group_size=97), tmp_path / "out"
     with one_thread():
-        assert run_here(source, tmp_path / "whole", *flags, *SMALL_BLOCK) == 0
+        assert run_demo(source, tmp_path / "whole", *flags, *SMALL_BLOCK) == 0
     size = (tmp_path / "whole" / ".flexbatch" / "commits-0-of-1.log").stat().st_size
     chance, committed = random.Random(3), out / ".flexbatch" / "commits-0-of-1.log"
     for kill in range(kills):
@@ -64,8 +65,9 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> No
         process.kill()
         process.communicate()
     finished(start(source, out, *flags, count_file=tmp_path / "tokens"))
-    assert read_output(out).equals(read_output(tmp_path / "whole"))
-    once, tokens = pc.sum(read_output(out)["num_generated_tokens"]).as_py(), (tmp_path / "tokens").stat().st_size
+    whole = read_output(tmp_path / "whole")
+    assert read_output(out).equals(whole)
+    once, tokens = pc.sum(whole["num_generated_tokens"]).as_py(), (tmp_path / "tokens").stat().st_size
     print(f"{rows} rows, {kills} kills: {tokens} tokens generated, {once} in one run")
     assert once <= tokens <= 1.15 * once + 16 * 6 * (rows < 1000)
 
@@ -111,7 +113,7 @@ def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:
     prompts = ["def add(a, b):", "import os\n", "x" * 9000, "class A:"]
     source = write_input(tmp_path / "in.parquet", prompts)
     flags = ("--temperature", 0, "--max-tokens", 5, "--logprobs", 2, "--generated-tokens", *SMALL_BLOCK)
-    assert run_here(source, tmp_path / "out", *flags) == 3
+    assert run_demo(source, tmp_path / "out", *flags) == 3
     rows = read_output(tmp_path / "out").to_pylist()
     assert "2048" in rows[2]["error"] and rows[2]["generated_text"] is None
     with LLM("demo", device="cpu", gpu_batch_size=8, num_gpu_batches=2) as llm:
@@ -131,7 +133,7 @@ def test_odd_prompts_through_the_real_tokenizer_and_engine(tmp_path: Path) -> No
     for name, chosen in (("all", list(range(8))), ("good", [0, 4, 5, 7])):
         pq.write_table(pa.table({"id": chosen, "prompt": pa.array([prompts[i] for i in chosen], pa.binary()), "seed": chosen}), tmp_path / f"{name}.parquet")
         out = tmp_path / name
-        assert run_here(tmp_path / f"{name}.parquet", out, *flags, "--seed-column", "seed") == (3 if name == "all" else 0)
+        assert run_demo(tmp_path / f"{name}.parquet", out, *flags, "--seed-column", "seed") == (3 if name == "all" else 0)
         found = {row["id"]: row for row in read_output(out).to_pylist()}
         assert all(rows.get(number, row) == row for number, row in found.items())
         rows.update(found)
@@ -169,7 +171,7 @@ def test_a_rare_long_prompt_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFi
     prompts = [f"x_{i} = {i}" for i in range(40)]
     prompts[29] = "\n".join(f"value_{i} = {i}" for i in range(120))
     source, flags = write_input(tmp_path / "in.parquet", prompts), ("--temperature", 0, "--max-tokens", 4, "--window-rows", 4, "--part-rows", 10)
-    assert run_here(source, tmp_path / "out", *flags, "--gpu-batch-size", 2, "--num-gpu-batches", 1) == 0
+    assert run_demo(source, tmp_path / "out", *flags, "--gpu-batch-size", 2, "--num-gpu-batches", 1) == 0
     printed = capsys.readouterr()
     assert printed.out == "" and "made a larger block" in printed.err
     with LLM("demo", device="cpu", gpu_batch_size=2, num_gpu_batches=1) as llm:

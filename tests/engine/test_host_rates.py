@@ -85,7 +85,7 @@ def test_attention_in_passes(weights: Split) -> None:
     assert 0 <= found.call_seconds < 0.1
     assert 1e7 < found.rate < 1e12
     # On two cores no copy may run beside attention.
-    assert found.link_rate > 1e7 and (weights.gpu == 0 or found.link_rate == math.inf)
+    assert found.link_rate == math.inf or (weights.gpu == 0 and 1e7 < found.link_rate < 1e12)
 
 
 def test_attention_is_measured_with_what_memory_there_is() -> None:

@@ -15,11 +15,14 @@ DRAFTS = ("other", "target", "both")
 CELLS = [(place, TREES[(i + 2 * j) % 6], draft) for i, place in enumerate(PLACES) for j, draft in enumerate(DRAFTS)]
 
 
+def drafts_of(name: str, model, other) -> tuple[str, ...]:
+    return {"other": (str(other),), "target": (str(model.folder),), "both": (str(other), str(model.folder), "ngram")}[name]
+
+
 @pytest.mark.parametrize(("place", "tree", "draft"), CELLS)
 def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, other, tmp_path):
     model = reference("llama")
-    drafts = {"other": (str(other),), "target": (str(model.folder),), "both": (str(other), str(model.folder), "ngram")}[draft]
-    with engine(model, tmp_path, place, draft=drafts, tree=tree) as llm:
+    with engine(model, tmp_path, place, draft=drafts_of(draft, model, other), tree=tree) as llm:
         assert tokens(llm, model.prompts) == model.token_ids
         report = llm.report()["speculation"]
     if draft == "target" and tree != "auto":
@@ -35,8 +38,7 @@ def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, 
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_every_tree_on_every_tier(family, place, tree, draft, reference, other, tmp_path):
     model = reference(family)
-    drafts = {"other": (str(other),), "target": (str(model.folder),), "both": (str(other), str(model.folder), "ngram")}[draft]
-    with engine(model, tmp_path, place, draft=drafts, tree=tree, overlap=tree != "<3,2>") as llm:
+    with engine(model, tmp_path, place, draft=drafts_of(draft, model, other), tree=tree, overlap=tree != "<3,2>") as llm:
         assert tokens(llm, model.prompts) == model.token_ids
 
 
