@@ -24,6 +24,7 @@ from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments,
 from flexbatch.config import ConfigurationError, EngineConfig, option
 from flexbatch.request import Completion, SamplingParams
 from flexbatch.run import SamplingConfig
+from flexbatch.text_files import MARK
 
 if TYPE_CHECKING:
     from flexbatch import LLM
@@ -165,13 +166,16 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
 
 
 def lines_of(stream: IO[str], question: str = "") -> Iterable[str]:
-    """Lines without empty ones, as they are typed; ``question`` is asked on stderr before each."""
+    """Lines without empty ones, as they are typed; ``question`` is asked on stderr before each. A file that is piped in may begin with a byte order mark."""
+    first = True
     while True:
         if question:
             print(question, end="", file=sys.stderr, flush=True)
         line = stream.readline()
         if not line:
             return
+        if first:
+            line, first = line.removeprefix(MARK), False
         if line.strip():
             yield line.rstrip("\n")
 

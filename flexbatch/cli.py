@@ -14,11 +14,11 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.models.errors import CheckpointError
+from flexbatch.text_files import read_text
 
 DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 ENVIRONMENT_PREFIX = "FLEXBATCH_"
@@ -185,8 +185,8 @@ def _read_yaml(config_file: str | None) -> dict[Any, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(config_file))
+    except (OSError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{config_file}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict | None):
         raise ConfigurationError(f"{config_file}: needs a mapping of settings, e.g. gpu_batch_size: 32; it holds a {type(content).__name__}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flexbatch.apps.wrangle.examples import Example
 from flexbatch.apps.wrangle.tables import TableError
+from flexbatch.text_files import read_text
 
 Manual = str | dict[str, str]
 """The examples as text; or for every value of the data set's group column, its text."""
@@ -80,7 +81,7 @@ def read_manual(path: Path, data_set: str) -> Manual:
     The Python file is parsed, never executed: its ``PREFIXES`` dictionary holds the paper's shots by data set. Raises TableError.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_text(path).replace("\r\n", "\n")
     except OSError as problem:
         raise TableError(f"hand-written shots cannot be read: {problem}; give --manual FILE") from problem
     if path.suffix == ".py":

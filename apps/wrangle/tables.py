@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from flexbatch.text_files import read_text
 
 Row = dict[str, str | None]
 """Column -> printed value; None where a value is missing."""
@@ -30,16 +33,17 @@ def read_table(path: Path) -> list[Row]:
     """All rows of a CSV or Parquet file. Raises TableError for a file that is neither, or has rows of another length than its header."""
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
-        header = next(lines, None)
-        if not header:
-            raise TableError(f"{path} is empty; it needs a line of column names")
-        rows = []
-        for number, line in enumerate(lines):
-            if line and len(line) != len(header):
-                raise TableError(f"{path}, line {lines.line_num} (row {number}): {len(line)} values for {len(header)} columns")
-            rows += [line] if line else []
+    lines = csv.reader(io.StringIO(read_text(path), newline=""))
+    header = next(lines, None)
+    if not header:
+        raise TableError(f"{path} is empty; it needs a line of column names")
+    if repeated := {name for name in header if header.count(name) > 1}:
+        raise TableError(f"{path}: column names repeat: {', '.join(sorted(repeated))}")
+    rows = []
+    for number, line in enumerate(lines):
+        if line and len(line) != len(header):
+            raise TableError(f"{path}, line {lines.line_num} (row {number}): {len(line)} values for {len(header)} columns")
+        rows += [line] if line else []
     columns = [_printed([None if line[place] in MISSING else line[place] for line in rows]) for place in range(len(header))]
     return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)] if rows else []
 
