@@ -185,7 +185,9 @@ class LLM:
             self.plain_statistics, self.statistics = self.statistics, statistics
 
     def _job(self, requests: Iterable[Request]) -> Job:
-        return Job.of(((len(request.prompt_token_ids), request.params.max_tokens) for request in requests), self.arch.max_positions)
+        context = self.arch.max_positions
+        lengths = ((len(ids), request.params.tokens_within(context - len(ids))) for request in requests for ids in [request.prompt_token_ids])
+        return Job.of(lengths, context)
 
     def _prepare(self, job: Job) -> Block:
         """A block whose sizes suit the job."""

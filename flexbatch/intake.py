@@ -41,9 +41,10 @@ def is_prompt(parts: str | Sequence[Any]) -> bool:
 
 
 def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:
-    """The n requests of one prompt. Raises PromptError."""
+    """The n requests of one prompt, with a number for ``max_tokens``. Raises PromptError."""
     encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
+    params = params.within(encoder.room(token_ids))
     text = prompt if isinstance(prompt, str) else None
     return [Request(index, token_ids, params, sample, text) for sample in range(params.n)]
 

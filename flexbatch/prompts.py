@@ -31,7 +31,7 @@ class PromptEncoder:
         self._max_context = max_context
         self._vocab_size = vocab_size
 
-    def encode(self, index: int, prompt: Prompt, max_tokens: int = 1) -> tuple[int, ...]:
+    def encode(self, index: int, prompt: Prompt, max_tokens: int | None = 1) -> tuple[int, ...]:
         """Token ids of prompt number `index`. With max_tokens=0 (scoring) it may be one token longer than the context, as its last token is
         predicted and never read; else it must leave room for one token.
 
@@ -54,6 +54,10 @@ class PromptEncoder:
         if len(token_ids) > longest:
             raise PromptError(index, f"has {len(token_ids)} tokens; the model's context of {self._max_context} allows {longest}. Shorten it")
         return token_ids
+
+    def room(self, token_ids: Sequence[int]) -> int:
+        """Tokens that the context holds behind these."""
+        return max(0, self._max_context - len(token_ids))
 
     def check_params(self, index: int, params: SamplingParams) -> None:
         """Raises PromptError where prompt number `index` asks for what this model does not have: biased tokens, or text to look for stop strings in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 
@@ -11,14 +11,15 @@ from math import inf
 class SamplingParams:
     """How the tokens of one request are drawn; names and meaning as vLLM users know them.
 
-    ``max_tokens=0`` scores the prompt without generating. ``temperature=0`` is greedy. ``top_k`` 0 or -1 keeps every token.
+    ``max_tokens=0`` scores the prompt without generating, None takes the rest of the model's context. ``temperature=0`` is greedy.
+    ``top_k`` 0 or -1 keeps every token.
     ``seed=None`` derives the request's own random stream from the engine's seed and the request's index.
     ``logprobs=k`` returns the k most likely tokens and the chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt,
     from token ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common prefix.
     Raises ValueError that names the field for values out of range.
     """
 
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -40,7 +41,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         checks = (
-            ("max_tokens", self.max_tokens >= 0, ">= 0"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 0, ">= 0, or None for the rest of the context"),
             ("temperature", 0 <= self.temperature < inf, ">= 0 and finite"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= -1, ">= -1"),
@@ -62,6 +63,14 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    def tokens_within(self, room: int) -> int:
+        """Tokens to generate where the context has ``room`` left behind the prompt."""
+        return max(0, room if self.max_tokens is None else min(self.max_tokens, room))
+
+    def within(self, room: int) -> SamplingParams:
+        """These parameters with a number for ``max_tokens``: None is the ``room`` that the context has left behind the prompt."""
+        return self if self.max_tokens is not None else replace(self, max_tokens=self.tokens_within(room))
 
 
 @dataclass(frozen=True)

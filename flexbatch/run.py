@@ -90,7 +90,8 @@ class Work:
         """What the planner needs to know of it."""
         from flexbatch.planning import Job
 
-        return Job.of([(len(ids), self.params.max_tokens) for ids in self.token_ids] * self.params.n, self.max_context)
+        lengths = [(len(ids), self.params.tokens_within(self.max_context - len(ids))) for ids in self.token_ids]
+        return Job.of(lengths * self.params.n, self.max_context)
 
 
 def make_parser() -> argparse.ArgumentParser:

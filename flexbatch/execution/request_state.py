@@ -56,4 +56,5 @@ class RequestState:
     def check(self) -> None:
         """Raises AssertionError when the counts do not match the output, or there are more tokens than were asked for."""
         assert self.adjustments is None or self.adjustments.counts() == Counter(self.output_token_ids), "token counts do not match the output"
-        assert len(self.output_token_ids) <= self.params.max_tokens, f"{len(self.output_token_ids)} tokens for max_tokens={self.params.max_tokens}"
+        limit = self.params.max_tokens
+        assert limit is None or len(self.output_token_ids) <= limit, f"{len(self.output_token_ids)} tokens for max_tokens={limit}"
