@@ -14,8 +14,9 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from flexbatch.apps.jobs.secrets import redact_logs, redacted, redacted_word, secrets_of
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
 from flexbatch.config import ConfigurationError, EngineConfig
@@ -26,8 +27,15 @@ if TYPE_CHECKING:
     from flexbatch.apps.jobs.shares import Share
 
 
+class Parser(argparse.ArgumentParser):
+    """Its usage errors quote words of the command, which may be URIs with credentials."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted(message))
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flexbatch batch", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, epilog=(__doc__ or "").split("\n\n", 2)[2]
     )
     parser.add_argument("input", metavar="INPUT", help="what to read")
@@ -65,8 +73,8 @@ def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
 
 
 def resume_command(command: Sequence[str]) -> str:
-    """The command line that goes on: the same one, without what would discard the output."""
-    return shlex.join(word for word in command if word not in ("--overwrite", "--overwrite=true"))
+    """The command line that goes on: the same one, without what would discard the output, and without credentials."""
+    return shlex.join(redacted_word(word) for word in command if word not in ("--overwrite", "--overwrite=true"))
 
 
 def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_engine: OpenEngine, identity: Any) -> int:
@@ -101,6 +109,7 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_ll
     """The command; returns its exit code."""
     args = make_parser().parse_args(argv)
     set_up_logging()
+    redact_logs(secrets_of([args.input, args.output]))
     resume = resume_command(sys.orig_argv)
     return run_command(lambda: run(args, os.environ, resume, open_engine, identity), resume)
 

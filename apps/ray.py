@@ -35,7 +35,7 @@ from flexbatch.apps.batch import open_llm
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.plan import choose_prompt, make_encode
 from flexbatch.apps.jobs.results import ParquetOutput, Record
-from flexbatch.apps.jobs.rows import Row, RowReader
+from flexbatch.apps.jobs.rows import Row, RowError, RowReader
 from flexbatch.apps.jobs.runner import OpenEngine
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.config import ConfigurationError, EngineConfig
@@ -99,9 +99,9 @@ class GenerateText:
             for row in output.rows(pa.Table.from_batches([batch]), Part(0, "", 0, ()), lambda offset: False):
                 try:
                     if row.error:
-                        raise ValueError(row.error)
-                    token_ids = self._encode(row)
-                except ValueError as error:
+                        raise RowError(row.error)
+                    row, token_ids = self._encode(row)
+                except RowError as error:
                     records[row.offset] = output.failure(row, str(error))
                     continue
                 flying[key] = (records, row)

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from flexbatch.apps.jobs.secrets import hide_uri, redacted, secrets_of
 from flexbatch.config import ConfigurationError
 
 FORMATS = {
@@ -76,8 +77,13 @@ def _fsspec(location: str, head: str) -> tuple[pafs.FileSystem, str]:
 
         found, path = url_to_fs(head)
     except (ImportError, ValueError) as error:
-        raise ConfigurationError(f"{location}: no file system for this URI: {error}") from None
+        raise ConfigurationError(f"{hide_uri(location)}: no file system for this URI: {_plain(error, location)}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
+
+
+def _plain(error: Exception, location: str) -> str:
+    """What a library says, without the credentials of the location in any spelling."""
+    return redacted(str(error) or type(error).__name__, secrets_of([location]))
 
 
 def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
@@ -96,17 +102,17 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
         if info.type == pafs.FileType.File:
             return filesystem, [InputFile(info.path, PurePosixPath(info.path).name, info.size)]
         if info.type == pafs.FileType.NotFound:
-            raise ConfigurationError(f"input {location} does not exist")
+            raise ConfigurationError(f"input {hide_uri(location)} does not exist")
         infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
-    except OSError as error:
-        raise ConfigurationError(f"input {location} cannot be listed: {error}") from None
+    except Exception as error:  # every file system has errors of its own, fsspec's those of HTTP clients too
+        raise ConfigurationError(f"input {hide_uri(location)} cannot be listed: {_plain(error, location)}") from None
     root = info.path.rstrip("/") + "/"
     names = ((entry, entry.path.removeprefix(root)) for entry in infos if entry.type == pafs.FileType.File)
     visible = [(entry, name) for entry, name in names if not re.search(r"(^|/)[._]", name) and (pattern is None or pattern.fullmatch(name))]
     files = [InputFile(entry.path, name, entry.size) for entry, name in sorted(visible, key=lambda pair: pair[1])]
     files = files if pattern else [file for file in files if file.format]
     if not files:
-        raise ConfigurationError(f"input {location} holds no Parquet, CSV or JSONL file")
+        raise ConfigurationError(f"input {hide_uri(location)} holds no Parquet, CSV or JSONL file")
     return filesystem, files
 
 

@@ -20,7 +20,7 @@ from flexbatch.apps.jobs.interrupt import Interrupts
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.progress import Counts
 from flexbatch.apps.jobs.results import Output, Record
-from flexbatch.apps.jobs.rows import Row
+from flexbatch.apps.jobs.rows import Row, RowError
 from flexbatch.apps.jobs.sources import Source, read_parts
 from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.apps.jobs.window import order_rows
@@ -30,8 +30,8 @@ SYNC_S = 5.0
 """Journal records reach the disk within this time; until then a machine that loses power may lose them, a process that dies may not."""
 OUTCOMES_WAITING = 4096
 
-Encode = Callable[[Row], list[int]]
-"""Token ids of a row's prompt. Raises ValueError with the reason why it cannot be run."""
+Encode = Callable[[Row], tuple[Row, list[int]]]
+"""A row with a number for max_tokens, and the token ids of its prompt. Raises RowError with the reason why it cannot be run."""
 
 
 class Engine(Protocol):
@@ -171,15 +171,15 @@ class Pipeline:
         for row in self.output.rows(table, part, finished.__contains__):
             if not row.error:
                 try:
-                    yield open_part, row, self.encode(row)
+                    yield open_part, *self.encode(row)
                     continue
-                except ValueError as error:
+                except RowError as error:
                     row = dataclasses.replace(row, error=str(error))
             self._outcomes.put(Outcome(open_part, row))
 
     @staticmethod
     def _ordered(window: list[tuple[OpenPart, Row, list[int]]]) -> list[tuple[OpenPart, Row, list[int]]]:
-        return [window[place] for place in order_rows([ids for _, _, ids in window], [row.params.max_tokens for _, row, _ in window])]
+        return [window[place] for place in order_rows([ids for _, _, ids in window], [row.params.max_tokens or 0 for _, row, _ in window])]
 
     def _items(self, flying: dict[int, tuple[OpenPart, Row]]) -> Iterator[tuple[int, list[int], SamplingParams]]:
         """What the engine draws. An input that fails ends it like an input that is over, so that the sequences in flight are finished."""

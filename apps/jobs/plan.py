@@ -10,16 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from flexbatch.apps.jobs.columns import ROW_ERROR, parse_types
+from flexbatch.apps.jobs.csv_source import CsvSource
 from flexbatch.apps.jobs.files import list_files, partition_values
 from flexbatch.apps.jobs.layout import Part, default_part_rows, plan_parts
-from flexbatch.apps.jobs.openai import OpenAIOutput
+from flexbatch.apps.jobs.openai import OpenAIOutput, custom_id_of
 from flexbatch.apps.jobs.pipeline import Encode
 from flexbatch.apps.jobs.results import Output, ParquetOutput
-from flexbatch.apps.jobs.rows import Row, RowReader
+from flexbatch.apps.jobs.rows import Row, RowReader, row_error
+from flexbatch.apps.jobs.secrets import redacted_word
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
 from flexbatch.apps.jobs.store import fingerprint_digest
-from flexbatch.apps.jobs.text_sources import CsvSource, LinesSource
+from flexbatch.apps.jobs.text_sources import LinesSource
 from flexbatch.config import ConfigurationError, EngineConfig
 
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -41,6 +46,14 @@ class Job:
 
 def open_source(location: str, config: JobConfig) -> Source:
     """The source behind an input. Raises ConfigurationError."""
+    types = parse_types(config.column_types)
+    source = _open_source(location, config, types)
+    if types and source.identity["format"] not in ("csv", "jsonl"):
+        raise ConfigurationError(f"column_types is for CSV and JSON lines; {source.identity['format']} input brings types of its own")
+    return source
+
+
+def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]) -> Source:
     kind, path = config.input_format, Path(location).expanduser()
     if "://" not in location:
         saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
@@ -52,11 +65,13 @@ def open_source(location: str, config: JobConfig) -> Source:
         kinds = {file.format for file in files}
         if len(kinds) > 1 or None in kinds:
             raise ConfigurationError(
-                f"input {location} holds files of several or unknown kinds ({files[0].name}, ...): choose one with a glob, or --input-format"
+                f"input {redacted_word(location)} holds files of several or unknown kinds ({files[0].name}, ...): choose one with a glob, or --input-format"
             )
         kind = str(kinds.pop())
-    if kind in ("csv", "jsonl", "openai"):
-        return CsvSource(filesystem, files) if kind == "csv" else LinesSource(filesystem, files, raw=kind == "openai")
+    if kind == "openai":
+        return LinesSource(filesystem, files, key=custom_id_of)
+    if kind in ("csv", "jsonl"):
+        return (CsvSource if kind == "csv" else LinesSource)(filesystem, files, types)
     return ParquetSource(filesystem, files)
 
 
@@ -71,10 +86,16 @@ def choose_prompt(config: JobConfig, names: Sequence[str]) -> JobConfig:
     raise ConfigurationError(f"which column holds the prompts? Give --prompt-column, --messages-column or --prompt-template; columns are: {', '.join(names)}")
 
 
+def without_errors(schema: pa.Schema) -> pa.Schema:
+    """The columns of the input, without what its source says of its rows."""
+    place = schema.get_field_index(ROW_ERROR)
+    return schema if place < 0 else schema.remove(place)
+
+
 def check_folders(location: str, folder: str) -> None:
     """The output must be a local folder that is not part of the input. Raises ConfigurationError."""
     if "://" in folder:
-        raise ConfigurationError(f"output {folder}: parts are committed by renaming, which object stores lack; give a local or shared folder")
+        raise ConfigurationError(f"output {redacted_word(folder)}: parts are committed by renaming, which object stores lack; give a local or shared folder")
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise ConfigurationError(f"output {folder} is a file; give a folder")
@@ -92,8 +113,10 @@ def plan_job(
     source = open_source(location, config)
     partitions = sorted({name for unit in source.units for name in partition_values(unit.folder)})
     openai = source.identity["format"] == "openai"
+    schema = without_errors(source.schema)
     if not openai:
-        config = choose_prompt(config, [*source.schema.names, *partitions])
+        config = choose_prompt(config, [*schema.names, *partitions])
+        config = dataclasses.replace(config, max_tokens=config.params().max_tokens)
     part_rows = config.part_rows or default_part_rows(source.units)
     identity = config.identity()
     identity["output"]["part_rows"] = part_rows
@@ -102,33 +125,43 @@ def plan_job(
     fingerprint = {"input": source.identity, "model": {**model_identity(engine), **precision}, **identity}
     output: Output
     if openai:
-        output = OpenAIOutput(config.params(), engine.seed, fingerprint_digest(fingerprint).hex()[:12], created)
+        repeated = source.repeated if isinstance(source, LinesSource) else {}
+        digest = fingerprint_digest(fingerprint).hex()[:12]
+        output = OpenAIOutput(config.params(), engine.seed, digest, created, config.max_tokens, repeated)
     else:
         reader = RowReader(
-            source.schema, partitions, config.params(), engine.seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+            schema, partitions, config.params(), engine.seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
             template=config.prompt_template, columns=config.setting_columns(),
         )  # fmt: skip
         output = ParquetOutput(
-            reader, source.schema, partitions, prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None
+            reader, schema, partitions, prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None
         )
     return Job(config, engine, folder, source, output, plan_parts(source.units, part_rows), fingerprint)
 
 
 def make_encode(llm: Any, truncate: str | None) -> Encode:
-    """Token ids of a row's prompt by the engine's tokenizer. It works on a copy: the engine decodes with its own in another thread meanwhile."""
+    """Makes rows ready for the engine. It works on a copy of the tokenizer: the engine decodes with its own in another thread meanwhile."""
     from flexbatch.prompts import PromptEncoder
 
     tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.max_positions
     encoder = PromptEncoder(tokenizer, max_context=NO_LIMIT if truncate else context, vocab_size=llm.arch.vocab_size)
 
-    def encode(row: Row) -> list[int]:
-        token_ids = list(encoder.encode(row.index, row.prompt, row.params.max_tokens))
-        limit = max(context - row.params.max_tokens, 1)
+    def cut(token_ids: list[int], limit: int) -> list[int]:
         if not truncate or len(token_ids) <= limit:
             return token_ids
         if truncate == "right":
             return token_ids[:limit]
         start = token_ids[:1] if token_ids[0] == getattr(tokenizer, "bos_token_id", None) and limit > 1 else []
         return start + token_ids[len(token_ids) - limit + len(start) :]
+
+    def encode(row: Row) -> tuple[Row, list[int]]:
+        try:
+            wanted = row.params.max_tokens
+            encoder.check_params(row.index, row.params)
+            # Without a limit of its own a row that is cut leaves room for one token, as one that just fits does.
+            token_ids = cut(list(encoder.encode(row.index, row.prompt, wanted)), max(context - (1 if wanted is None else wanted), 1))
+            return dataclasses.replace(row, params=row.params.within(context - len(token_ids))), token_ids
+        except Exception as error:
+            raise row_error(error) from error
 
     return encode

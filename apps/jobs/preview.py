@@ -11,7 +11,7 @@ from typing import Any
 from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.plan import Job, make_encode
-from flexbatch.apps.jobs.rows import Row
+from flexbatch.apps.jobs.rows import Row, RowError
 from flexbatch.apps.jobs.sources import read_parts
 from flexbatch.config import EngineConfig
 
@@ -32,12 +32,13 @@ class Preview:
         """(tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job has, by repeating the rows seen."""
         encode = make_encode(SimpleNamespace(tokenizer=tokenizer, arch=arch), self.truncate)
         pairs = []
-        for row in self.rows:
+        for seen in self.rows:
             try:
-                prompt = len(encode(row))
-            except ValueError:
+                row, token_ids = encode(seen)
+            except RowError:
                 continue
-            room = min(row.params.max_tokens, arch.max_positions - prompt)
+            prompt = len(token_ids)
+            room = row.params.tokens_within(arch.max_positions - prompt)
             pairs += [(prompt + max(0, room - 1), prompt)] * row.params.n
         count = min(self.num_rows, PLANNED_ROWS)
         repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flexbatch.apps.jobs.columns import ROW_ERROR
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.rows import Row, RowReader
+from flexbatch.apps.jobs.secrets import redacted
 from flexbatch.config import ConfigurationError
 from flexbatch.request import Completion, TokenLogprob
 
@@ -75,6 +77,11 @@ def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, nam
     return pa.schema([*schema, *fields], metadata or None)
 
 
+def failure_text(message: str) -> str:
+    """The error of a row as every file can hold it: a reason, in Unicode, without credentials."""
+    return redacted(message.encode("utf-8", "backslashreplace").decode()) or "failed without a message"
+
+
 def plain_logprobs(completion: Completion) -> list[list[list[float]]] | None:
     """Per generated token, its candidates as [token id, natural-log probability, rank], most likely first."""
     if completion.logprobs is None:
@@ -112,7 +119,7 @@ class ParquetOutput:
         ]
 
     def failure(self, row: Row, message: str, input_tokens: int = 0) -> Record:
-        return [None, "error", input_tokens, 0, message or "failed without a message", None, None]
+        return [None, "error", input_tokens, 0, failure_text(message), None, None]
 
     def error_of(self, record: Record) -> str:
         return record[4]
@@ -130,7 +137,8 @@ class ParquetOutput:
             if name == "logprobs":
                 values = [v and [[dict(zip(("token_id", "logprob", "rank"), entry, strict=True)) for entry in step] for step in v] for v in values]
             results.append(pa.array(values, kind))
-        return pa.Table.from_arrays([*table.columns, *results], schema=self.schema)
+        columns = [column for name, column in zip(table.column_names, table.columns, strict=True) if name != ROW_ERROR]
+        return pa.Table.from_arrays([*columns, *results], schema=self.schema)
 
     def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:
         with path.open("wb") as file:
@@ -153,9 +161,13 @@ class ParquetOutput:
 
 
 def write_lines(path: Path, values: Sequence[Any]) -> None:
-    """JSON lines, durable."""
-    with path.open("w", encoding="utf-8") as file:
+    """JSON lines, durable. What a text cannot hold as it is, half of a surrogate pair, is escaped as it was."""
+    with path.open("wb") as file:
         for value in values:
-            file.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
+            try:
+                line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+            except UnicodeEncodeError:
+                line = json.dumps(value, separators=(",", ":")).encode()
+            file.write(line + b"\n")
         file.flush()
         os.fsync(file.fileno())

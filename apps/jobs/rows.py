@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 
+from flexbatch.apps.jobs.columns import ROW_ERROR, Unfit, check_text, holds_json, json_text
 from flexbatch.apps.jobs.files import partition_values
 from flexbatch.config import ConfigurationError
 from flexbatch.request import SamplingParams
+from flexbatch.text_files import MARK, parse_json, short
 
 SETTINGS: dict[str, type] = {"max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int, "stop": str}
 """Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list."""
@@ -50,7 +53,7 @@ class Template:
     def __init__(self, text: str) -> None:
         self._pieces: list[tuple[str, tuple[str, ...] | None]] = []
         try:
-            for literal, name, form, conversion in string.Formatter().parse(text):
+            for literal, name, form, conversion in string.Formatter().parse(text.removeprefix(MARK)):
                 if name is not None and (form or conversion or not name or any(mark in name for mark in "[]()")):
                     raise ConfigurationError(f"prompt template: {{{name}}} must be the name of a column; write {{{{ and }}}} for braces")
                 self._pieces.append((literal, None if name is None else tuple(name.split("."))))
@@ -79,7 +82,7 @@ def _text(value: Any, name: str) -> str:
         raise RowError(f"template field {name!r} is missing or null")
     if isinstance(value, bytes):
         return _decode(value, name)
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
+    return unicode_text(json_text(value) if isinstance(value, list | dict) else str(value), name)
 
 
 def _decode(value: bytes, name: str) -> str:
@@ -93,11 +96,32 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> RowError:
     return RowError(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}")
 
 
+def row_error(error: Exception) -> RowError:
+    """Whatever went wrong with one row, as the reason that its error column gives."""
+    if isinstance(error, RowError):
+        return error
+    known = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+    return RowError(str(error) if known and str(error) else f"{type(error).__name__}: {error}")
+
+
 def text_prompt(value: Any, name: str) -> str:
-    """A string, or bytes that are UTF-8. Raises RowError."""
+    """A text, or bytes that are UTF-8. Raises RowError."""
     if value is None:
         raise RowError(f"{name!r} is null")
-    return _decode(value, name) if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return _decode(value, name)
+    if not isinstance(value, str):
+        raise RowError(f"{name!r} is {short(value)}, not text")
+    return unicode_text(value, name)
+
+
+def unicode_text(value: Any, name: str) -> Any:
+    """The value. Raises RowError where a text in it holds half of a surrogate pair."""
+    try:
+        check_text(value, name)
+    except Unfit as error:
+        raise RowError(str(error)) from None
+    return value
 
 
 def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
@@ -106,9 +130,9 @@ def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
         raise RowError(f"{name!r} is null")
     if isinstance(value, str | bytes):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
-            raise RowError(f"{name!r} is not JSON: {error}") from None
+            raise RowError(f"{name!r} holds what is {error}") from None
     if not isinstance(value, list) or not value:
         raise RowError(f"{name!r} holds no list of messages")
     messages = []
@@ -116,7 +140,7 @@ def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message.get("content") is None:
             raise RowError(f'{name!r}: message {place} needs "role" and "content"')
         messages.append({key: item for key, item in message.items() if item is not None})
-    return messages
+    return unicode_text(messages, name)
 
 
 class RowReader:
@@ -159,12 +183,14 @@ class RowReader:
                 f"column {prompt_column!r} holds {schema.field(prompt_column).type}, not text; --prompt-template '{{{prompt_column}}}' writes it as text"
             )
         self._names = [name for name in dict.fromkeys(wanted) if name in schema.names]
+        self._json = [name for name in self._names if holds_json(schema.field(name))]
 
     def rows(self, table: pa.Table, part: int, first_row: int, folder: str, skip: Callable[[int], bool]) -> Iterator[Row]:
         """The rows of one part in order, without those that ``skip`` names by their place in it."""
         fixed = partition_values(folder)
         offset = 0
-        for batch in table.select(self._names).to_batches(max_chunksize=256) if self._names else [None] * len(table):
+        names = [*self._names, *([ROW_ERROR] if ROW_ERROR in table.schema.names else [])]
+        for batch in table.select(names).to_batches(max_chunksize=256) if names else [None] * len(table):
             for row in [{}] if batch is None else _python_rows(batch):
                 if not skip(offset):
                     yield self._row(fixed, row, part, offset, first_row + offset)
@@ -174,16 +200,19 @@ class RowReader:
         try:
             if isinstance(row, RowError):
                 raise row
-            values = {**fixed, **row}
+            if row.get(ROW_ERROR):
+                raise RowError(row[ROW_ERROR])
+            values = {**fixed, **row, **{name: parse_json(row[name], exact=True, constants=True) for name in self._json if row[name] is not None}}
             params, prompt = self._params, self._prompt(values)
-            changes = {name: _setting(name, values[column]) for name, column in self._columns.items() if values[column] is not None}
+            settings = ((name, _setting(name, values[column])) for name, column in self._columns.items())
+            changes = {name: value for name, value in settings if value is not None}
             if params.seed is None and "seed" not in changes and changes.get("temperature", params.temperature) > 0:
                 changes["seed"] = row_seed(self._seed, repr(prompt) if self._seed_by_prompt else index)
             if changes:
                 params = dataclasses.replace(params, **changes)
             return Row(part, offset, index, prompt, params)
-        except ValueError as error:
-            return Row(part, offset, index, error=str(error))
+        except Exception as error:
+            return Row(part, offset, index, error=str(row_error(error)))
 
 
 def _python_rows(batch: pa.RecordBatch) -> Sequence[dict[str, Any] | RowError]:
@@ -216,13 +245,23 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _setting(name: str, value: Any) -> Any:
-    """A per-row value as its setting's type. Raises RowError for values that are not of this type."""
+    """A per-row value as its setting's type, from text too (cells of CSV); None where there is none. Raises RowError for values that are not of this type."""
     kind = SETTINGS[name]
+    if value is None or value == "":
+        return None
     if name == "stop":
         if isinstance(value, str):
-            return value
+            return unicode_text(value, "stop")
         if isinstance(value, list) and all(isinstance(text, str) for text in value):
-            return tuple(value)
-    elif isinstance(value, int | float) and not isinstance(value, bool) and kind(value) == value:
-        return kind(value)
-    raise RowError(f"setting {name} is {value!r}, wanted {'text or a list of texts' if name == 'stop' else 'a number' if kind is float else 'a whole number'}")
+            return tuple(unicode_text(value, "stop"))
+    else:
+        with contextlib.suppress(ValueError, ArithmeticError):
+            number = Decimal(value.strip()) if isinstance(value, str) else value
+            # A number such as 1e999999999 would fill the memory as an int.
+            small = not isinstance(number, Decimal) or number.adjusted() < 30
+            good = isinstance(number, int | float | Decimal) and not isinstance(number, bool) and small
+            if good and number == number and (kind is float or kind(number) == number):
+                return kind(number)
+    raise RowError(
+        f"setting {name} is {short(value)}, wanted {'text or a list of texts' if name == 'stop' else 'a number' if kind is float else 'a whole number'}"
+    )

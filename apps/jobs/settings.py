@@ -20,11 +20,16 @@ class JobConfig:
     input_format: str = option("auto", "form of the input; auto looks at file names", choices=FORMATS)
     dataset_config: str | None = option(None, "configuration of a data set of the datasets library")
     split: str | None = option(None, "split of a data set of the datasets library")
+    column_types: tuple[str, ...] = option(
+        (), "types of columns of CSV (default: text) or JSON lines (default: what holds all values), e.g. id=int64", nargs="+", metavar="COLUMN=TYPE"
+    )
     prompt_column: str | None = option(None, 'column that holds the prompts (default: "prompt", else "messages", where there is one)')
     messages_column: str | None = option(None, "column that holds chat messages, as a list of {role, content} or as JSON")
     prompt_template: str | None = option(None, "prompt made of columns, e.g. 'Summarise: {text}'; {{ and }} are braces")
     truncate: str | None = option(None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right"))
-    max_tokens: int = option(SamplingParams.max_tokens, "tokens to generate per row at most")
+    max_tokens: int | None = option(
+        None, f"tokens to generate per row at most (default: {SamplingParams.max_tokens}; chat requests of the OpenAI API: the rest of the context)"
+    )
     temperature: float = option(SamplingParams.temperature, "0 is greedy")
     top_p: float = option(SamplingParams.top_p, "sample among the most likely tokens that sum to this probability")
     top_k: int = option(SamplingParams.top_k, "sample among this many tokens; 0 for all")
@@ -71,7 +76,12 @@ class JobConfig:
         """Sampling parameters of the rows that bring none of their own."""
         try:
             return SamplingParams(
-                max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, stop=self.stop, logprobs=self.logprobs
+                max_tokens=SamplingParams.max_tokens if self.max_tokens is None else self.max_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                stop=self.stop,
+                logprobs=self.logprobs,
             )
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
@@ -103,5 +113,6 @@ class JobConfig:
         """The settings that change what is in the output."""
         settings = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
         prompt = {name: getattr(self, name) for name in ("prompt_column", "messages_column", "prompt_template", "truncate")}
+        prompt["column_types"] = sorted(self.column_types)
         output = {name: getattr(self, name) for name in ("output_prefix", "generated_tokens", "logprobs")}
         return {"generation": {**settings, "stop": list(self.stop), "columns": self.setting_columns()}, "prompt": prompt, "output": output}

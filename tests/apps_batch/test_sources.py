@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -149,33 +150,21 @@ def test_a_damaged_row_group_and_a_file_that_is_gone_are_named(tmp_path: Path) -
         next(read_parts(source, plan_parts(source.units, 100)))
 
 
-def test_csv_types_quoted_line_ends_and_empty_values(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text('n,f,b,t,zip,empty\n1,1,true,"a\nb",007,\n2,2.5,False,,x1,\n')
+def test_csv_cells_are_text_unless_the_user_types_them(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('n,f,b,t,zip,empty\n1,1,true,"a\nb",02139,\n2,1.10,False,,x1,""\n')
     source = source_of(tmp_path / "x.csv")
-    assert dict(zip(source.schema.names, map(str, source.schema.types), strict=True)) == {
-        "n": "int64", "f": "double", "b": "bool", "t": "string", "zip": "string", "empty": "null",
-    }  # fmt: skip
+    assert set(source.schema.types) == {pa.string()}
     assert rows_in_parts(source, 1) == [
-        {"n": 1, "f": 1.0, "b": True, "t": "a\nb", "zip": "007", "empty": None},
-        {"n": 2, "f": 2.5, "b": False, "t": "", "zip": "x1", "empty": None},
+        {"n": "1", "f": "1", "b": "true", "t": "a\nb", "zip": "02139", "empty": ""},
+        {"n": "2", "f": "1.10", "b": "False", "t": "", "zip": "x1", "empty": ""},
+    ]
+    types = ("n=int64", "f=decimal(5,2)", "b=bool", "empty=float64")
+    assert rows_in_parts(source_of(tmp_path / "x.csv", column_types=types), 1) == [
+        {"n": 1, "f": Decimal("1.00"), "b": True, "t": "a\nb", "zip": "02139", "empty": None},
+        {"n": 2, "f": Decimal("1.10"), "b": False, "t": "", "zip": "x1", "empty": None},
     ]
     (tmp_path / "y.tsv").write_text("a\tb\n")
     assert source_of(tmp_path / "y.tsv").units[0].rows == 0
-
-
-def test_csv_rows_may_cross_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexbatch.apps.jobs.text_sources.CSV_BLOCK_BYTES", 64)
-    rows = [{"a": "x\ny" * (i % 7), "n": i} for i in range(60)]
-    (tmp_path / "x.csv").write_text("a,n\n" + "".join(f'"{row["a"]}",{row["n"]}\n' for row in rows))
-    assert rows_in_parts(source_of(tmp_path / "x.csv"), 7) == rows
-
-
-def test_csv_types_look_at_every_row_and_bad_lines_are_named(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("n\n" + "1\n" * 5000 + "no number\n")
-    assert source_of(tmp_path / "x.csv").schema.field("n").type == pa.string()
-    (tmp_path / "x.csv").write_text("a,b\n1,2\n1,2,3\n")
-    with pytest.raises(ConfigurationError, match=r"x\.csv: not a readable CSV file: .*Expected 2 columns, got 3"):
-        source_of(tmp_path / "x.csv")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -191,11 +180,8 @@ def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.
     assert rows_in_parts(source, 7, every=3) == [row for i, row in enumerate(rows) if i // 7 % 3 == 0]
 
 
-def test_bad_json_is_named_and_a_changed_file_is_noticed(tmp_path: Path) -> None:
+def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(ConfigurationError, match=r"x\.jsonl: lines 1 and on: JSON parse error"):
-        source_of(path)
     path.write_text('{"a": 1}\n{"a": 2}\n')
     source = source_of(path)
     path.write_text('{"a": 100000000}\n')

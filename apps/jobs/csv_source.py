@@ -1,0 +1,161 @@
+"""CSV: cells are text, as they were written, unless the user gives their column a type."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from flexbatch.apps.jobs.columns import ROW_ERROR, check_names, text_column
+from flexbatch.apps.jobs.files import InputFile, SourceError
+from flexbatch.apps.jobs.layout import Unit
+from flexbatch.apps.jobs.text_sources import CHUNK_BYTES, MAX_LINE, UNREADABLE, Scanned, record_batch
+from flexbatch.config import ConfigurationError
+from flexbatch.text_files import lone_surrogate
+
+BATCH_ROWS = 1024
+NUL = "\udc00"
+"""Stands for a zero byte while a line is taken apart: Python 3.10 refuses it. No byte that is not UTF-8 is escaped as this one."""
+
+
+class Records:
+    """The rows of a CSV file: (number of the first line, cells). Bytes that are not UTF-8 are surrogate escapes.
+
+    A line ends with ``\\n``, ``\\r\\n`` or ``\\r``; ends of lines inside quotes belong to the cell. Blank lines are no rows. Raises ConfigurationError
+    for what cannot be taken apart: a quote that is never closed, which would swallow the rest of the file, and a line or cell that is too long.
+    """
+
+    def __init__(self, stream: io.TextIOBase, name: str, delimiter: str) -> None:
+        self._stream, self._name, self._ended = stream, name, False
+        # The module's limit of 131,072 characters holds for the whole process; prompts are longer.
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
+        self._reader = csv.reader(self._lines(), delimiter=delimiter)
+
+    def _lines(self) -> Iterator[str]:
+        while line := self._stream.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise ConfigurationError(
+                    f"{self._name}: line {self._reader.line_num + 1} is longer than {MAX_LINE:,} characters: is it CSV?"
+                )
+            yield line.replace("\x00", NUL) if "\x00" in line else line
+        self._ended = True
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        while True:
+            number = self._reader.line_num + 1
+            try:
+                cells = next(self._reader, None)
+            except csv.Error as error:
+                raise ConfigurationError(
+                    f"{self._name}: the row that begins in line {number}: {error}. Is a quote never closed?"
+                ) from None
+            if cells is None:
+                return
+            if self._ended:  # the reader only asks for another line while a quote is open
+                raise ConfigurationError(
+                    f"{self._name}: the row that begins in line {number} opens a quote that is never closed"
+                )
+            if cells:
+                yield number, [_with_zero_bytes(cell) for cell in cells]
+
+
+def _with_zero_bytes(cell: str) -> str:
+    return cell.replace(NUL, "\x00") if NUL in cell else cell
+
+
+class CsvSource:
+    """CSV (``.tsv``: tabs) in UTF-8 with a header line. ``types`` are those of columns that are not text.
+
+    A row with more or fewer cells than the header, or with one that is not of its type, keeps the cells that fit and has an error.
+    Raises ConfigurationError for a header without names or with one twice, and for what no row can be told from.
+    """
+
+    def __init__(
+        self, filesystem: pafs.FileSystem, files: Sequence[InputFile], types: Mapping[str, pa.DataType] | None = None
+    ) -> None:
+        self._filesystem, self._files = filesystem, list(files)
+        headers: dict[str, None] = {}
+        for file in files:
+            with self._open(file) as (records, _):
+                headers.update(dict.fromkeys(_header(records, file.name)))
+        given = dict(types or {})
+        check_names(given, headers)
+        columns = [pa.field(name, given.get(name, pa.string())) for name in headers]
+        self.units: list[Unit] = []
+        self.identity: dict[str, Any] = {"format": "csv", "files": {}}
+        self.schema, wrong = pa.schema([*columns, pa.field(ROW_ERROR, pa.string())]), False
+        for file in files:
+            rows, errors, digest = self._scan(file)
+            wrong = wrong or errors > 0
+            self.units.append(Unit(file.name, rows, file.size, file.folder))
+            self.identity["files"][file.name] = f"{rows} rows, sha256 {digest}"
+        if not wrong:
+            self.schema = pa.schema(columns)
+
+    @contextlib.contextmanager
+    def _open(self, file: InputFile) -> Iterator[tuple[Iterator[tuple[int, list[str]]], Scanned]]:
+        """The rows of a file, its header first. Raises ConfigurationError for what is no CSV file or cannot be read."""
+        try:
+            with contextlib.closing(Scanned(self._filesystem, file)) as stream:
+                text = io.TextIOWrapper(
+                    io.BufferedReader(stream, CHUNK_BYTES), encoding="utf-8-sig", errors="surrogateescape", newline=""
+                )
+                yield iter(Records(text, file.name, "\t" if ".tsv" in file.path.lower() else ",")), stream
+        except UNREADABLE as error:
+            raise ConfigurationError(f"{file.name}: cannot be read: {error}") from None
+
+    def _scan(self, file: InputFile) -> tuple[int, int, str]:
+        """Rows, rows with an error, digest of the file."""
+        rows = errors = 0
+        with self._open(file) as (records, stream):
+            for batch in self._batches(records, file.name):
+                rows += len(batch)
+                errors += len(batch) - batch.column(ROW_ERROR).null_count
+            return rows, errors, stream.digest()
+
+    def _batches(self, records: Iterator[tuple[int, list[str]]], name: str) -> Iterator[pa.RecordBatch]:
+        header = _header(records, name)
+        while group := list(itertools.islice(records, BATCH_ROWS)):
+            errors: list[str | None] = [
+                None
+                if len(cells) == len(header)
+                else f"{name}: line {number} has {len(cells)} cells, the header has {len(header)}"
+                for number, cells in group
+            ]
+            columns = []
+            for kind in self.schema:
+                if kind.name != ROW_ERROR:
+                    place = header.index(kind.name) if kind.name in header else None
+                    values = [None if place is None or place >= len(cells) else cells[place] for _, cells in group]
+                    columns.append(text_column(values, kind, errors))
+            yield record_batch(columns, errors, self.schema)
+
+    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
+        row = 0
+        try:
+            with self._open(self._files[unit]) as (records, _):
+                for batch in self._batches(records, self.units[unit].file):
+                    skip = min(max(start - row, 0), len(batch))
+                    row += len(batch)
+                    if skip < len(batch):
+                        yield batch.slice(skip)
+        except ConfigurationError as error:
+            raise SourceError(f"{self.units[unit].file}: row {row} and on cannot be read: {error}") from error
+
+
+def _header(records: Iterator[tuple[int, list[str]]], name: str) -> list[str]:
+    _, header = next(records, (1, []))
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if not header:
+        raise ConfigurationError(f"{name} is empty: it needs a line with the names of its columns")
+    if repeated:
+        raise ConfigurationError(f"{name}: column names repeat: {', '.join(repeated)}")
+    if wrong := [column for column in header if lone_surrogate(column) >= 0]:
+        raise ConfigurationError(f"{name}: the name of column {header.index(wrong[0]) + 1} is not UTF-8")
+    return header
