@@ -155,7 +155,7 @@ class FlexBatchLM(TemplateLM):
         for place, request in enumerate(requests):
             context, gen_kwargs = request.args
             params = self._sampling_params(place, gen_kwargs)
-            room = self.max_length - params.max_tokens
+            room = self.max_length - (params.max_tokens or 0)
             if room <= 0:
                 raise ValueError(f"request {place}: max_gen_toks={params.max_tokens} leaves no room for a prompt in {self.max_length} positions; lower it")
             items.append((place, self.tok_encode(context)[-room:], params))

@@ -111,10 +111,11 @@ def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype
 def run_passes(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS) -> list[float]:
     """Seconds of the decode passes of a full block, after some that warm up."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    params = SamplingParams(max_tokens=1 + WARM_UP + PASSES, temperature=0, ignore_eos=True)
+    new_tokens = 1 + WARM_UP + PASSES
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     chance = random.Random(0)
     requests = [Request(i, tuple(chance.choices(range(3, 64), k=prompt_tokens)), params) for i in range(policy.block_size)]
-    job = Job((prompt_tokens + params.max_tokens,) * len(requests), (prompt_tokens,) * len(requests))
+    job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
     seconds = []
     with open_block(arch, policy, job, device, dtype, tracer) as (executor, cache, tokens):
         batcher = Batcher(policy, cache, (Candidate(RequestState(request), OutputText(None, params)) for request in requests), tokens)

@@ -6,7 +6,6 @@ Lines end with ``\\n`` or ``\\r\\n`` and nothing else: U+2028, U+2029, U+0085 an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,10 +71,14 @@ def parse_json(text: str | bytes, *, exact: bool = False, constants: bool = Fals
             text = text.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-    options: dict[str, Callable[[str], Any]] = {} if constants else {"parse_constant": _refuse_constant}
+    constant = float if constants else _refuse_constant
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_int=_whole, parse_float=Decimal if exact else float, **options
+            text,
+            object_pairs_hook=_object,
+            parse_int=_whole,
+            parse_float=Decimal if exact else float,
+            parse_constant=constant,
         )
     except RecursionError:
         raise _too_deep() from None

@@ -20,7 +20,7 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSED = (".gz", ".bz2", ".zst")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-URI_OPTIONS = re.compile(r"\?\w+=[^&?/]*(&\w+=[^&?/]*)*$")
+URI_OPTIONS = re.compile(r"\?[\w.%-]+=[^&?/]*(&[\w.%-]+=[^&?/]*)*$")
 """Options of a file system at the end of a URI, ``?endpoint_override=host:9000&scheme=http``. A question mark elsewhere belongs to a glob."""
 
 
@@ -100,10 +100,14 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
         if wild is not None and filesystem.get_file_info(path).type == pafs.FileType.File:
             info, base, pattern = filesystem.get_file_info(path), path, None
         if info.type == pafs.FileType.File:
-            return filesystem, [InputFile(info.path, PurePosixPath(info.path).name, info.size)]
+            # Over HTTP the path is the whole address; its options, such as a signature that runs out, are not part of the file's name.
+            address = URI_OPTIONS.sub("", info.path) if "://" in location else info.path
+            return filesystem, [InputFile(info.path, PurePosixPath(address).name, info.size)]
         if info.type == pafs.FileType.NotFound:
             raise ConfigurationError(f"input {hide_uri(location)} does not exist")
         infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
+    except ConfigurationError:
+        raise
     except Exception as error:  # every file system has errors of its own, fsspec's those of HTTP clients too
         raise ConfigurationError(f"input {hide_uri(location)} cannot be listed: {_plain(error, location)}") from None
     root = info.path.rstrip("/") + "/"

@@ -231,7 +231,16 @@ def test_what_is_no_table_is_refused_before_the_job(tmp_path: Path, name: str, d
 
 
 def test_lines_that_cannot_be_read_are_errors_of_their_rows(tmp_path: Path) -> None:
-    lines = [b'{"prompt": "a", "n": 1}', b'{"prompt": ', b"[1]", b'{"prompt": "\xff"}', b"[" * 100_000, b'{"n": 1, "n": 2}', b'{"prompt": "b", "n": "\\ud800"}', b'{"prompt": "\\ud800", "n": 7}']
+    lines = [
+        b'{"prompt": "a", "n": 1}',
+        b'{"prompt": ',
+        b"[1]",
+        b'{"prompt": "\xff"}',
+        b"[" * 100_000,
+        b'{"n": 1, "n": 2}',
+        b'{"prompt": "b", "n": "\\ud800"}',
+        b'{"prompt": "\\ud800", "n": 7}',
+    ]
     (tmp_path / "in.jsonl").write_bytes(b"\n\n".join(lines))
     words = (tmp_path / "in.jsonl", tmp_path / "out", "--part-rows", 3)
     assert run_here(*words) == 3 and run_here(*words, "--retry-failed") == 3

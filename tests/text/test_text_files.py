@@ -15,7 +15,10 @@ from flexbatch.text_files import decode_text, lone_surrogate, parse_json, read_t
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\r\n", codec="utf-8") | st.sampled_from(SEPARATORS[:-1])), max_size=6), st.sampled_from(["\n", "\r\n"]))
+parts_of_lines = st.characters(exclude_characters="\r\n", codec="utf-8") | st.sampled_from(SEPARATORS[:-1])
+
+
+@given(st.lists(st.text(parts_of_lines), max_size=6), st.sampled_from(["\n", "\r\n"]))
 def test_lines_end_with_line_feeds_and_nothing_else(lines: list[str], end: str) -> None:
     assert split_lines("".join(line + end for line in lines)) == lines
     assert split_lines(end.join([*lines, "last"])) == [*lines, "last"]
