@@ -166,7 +166,9 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
 
 
 def lines_of(stream: IO[str], question: str = "") -> Iterable[str]:
-    """Lines without empty ones, as they are typed; ``question`` is asked on stderr before each. A file that is piped in may begin with a byte order mark."""
+    """Lines without empty ones, as they are typed; ``question`` is asked on stderr before each. A file that is piped
+    in may begin with a byte order mark.
+    """
     first = True
     while True:
         if question:

@@ -70,7 +70,8 @@ class OutputText:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         if max_context is None and params.max_tokens is None:
             raise ValueError("max_tokens=None is the rest of the context: it needs max_context")
-        self.max_tokens = params.tokens_within((params.max_tokens or 0) if max_context is None else max_context - prompt_tokens)
+        room = (params.max_tokens or 0) if max_context is None else max_context - prompt_tokens
+        self.max_tokens = params.tokens_within(room)
         self._stops = tuple(params.stop)
         # Decoding as tokens come costs ten microseconds a token: only where text decides the end.
         self._detokenizer = Detokenizer(tokenizer) if self._stops else None

@@ -186,8 +186,8 @@ class LLM:
 
     def _job(self, requests: Iterable[Request]) -> Job:
         context = self.arch.max_positions
-        lengths = ((len(ids), request.params.tokens_within(context - len(ids))) for request in requests for ids in [request.prompt_token_ids])
-        return Job.of(lengths, context)
+        pairs = ((len(request.prompt_token_ids), request.params) for request in requests)
+        return Job.of(((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs), context)
 
     def _prepare(self, job: Job) -> Block:
         """A block whose sizes suit the job."""

@@ -11,7 +11,8 @@ from math import inf
 class SamplingParams:
     """How the tokens of one request are drawn; names and meaning as vLLM users know them.
 
-    ``max_tokens=0`` scores the prompt without generating, None takes the rest of the model's context. ``temperature=0`` is greedy.
+    ``max_tokens=0`` scores the prompt without generating, None takes the rest of the model's context. ``temperature=0``
+    is greedy.
     ``top_k`` 0 or -1 keeps every token.
     ``seed=None`` derives the request's own random stream from the engine's seed and the request's index.
     ``logprobs=k`` returns the k most likely tokens and the chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt,
@@ -69,7 +70,9 @@ class SamplingParams:
         return max(0, room if self.max_tokens is None else min(self.max_tokens, room))
 
     def within(self, room: int) -> SamplingParams:
-        """These parameters with a number for ``max_tokens``: None is the ``room`` that the context has left behind the prompt."""
+        """These parameters with a number for ``max_tokens``: None is the ``room`` that the context has left behind
+        the prompt.
+        """
         return self if self.max_tokens is not None else replace(self, max_tokens=self.tokens_within(room))
 
 

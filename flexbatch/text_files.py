@@ -1,6 +1,7 @@
 """Text from outside: byte order marks, encodings, ends of lines, and JSON that is read strictly.
 
-Lines end with ``\\n`` or ``\\r\\n`` and nothing else: U+2028, U+2029, U+0085 and a lone ``\\r`` are characters of a line, though `str.splitlines` cuts there.
+Lines end with ``\\n`` or ``\\r\\n`` and nothing else: U+2028, U+2029, U+0085 and a lone ``\\r`` are characters of a
+line, though `str.splitlines` cuts there.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ OTHER_MARKS = (
 )
 """What text in other encodings begins with; the longer ones first, as UTF-32 begins like UTF-16."""
 DEEPEST = 200
-"""Levels of lists and objects in a JSON value. Whatever walks a value recursively is safe below this on every Python, and no request needs so many."""
+"""Levels of lists and objects in a JSON value. Whatever walks a value recursively is safe below this on every
+Python, and no request needs so many."""
 LONGEST_INT = 4000
 """Digits up to which a whole number becomes an int: Python refuses to print, or to read, more than 4,300."""
 
 
 def without_mark(data: bytes, name: object) -> bytes:
-    """The beginning of a text file without its byte order mark. Raises ConfigurationError that names the encoding where it is not UTF-8."""
+    """The beginning of a text file without its byte order mark. Raises ConfigurationError that names the encoding
+    where it is not UTF-8.
+    """
     for mark, encoding in OTHER_MARKS:
         if data.startswith(mark):
             raise ConfigurationError(
@@ -63,8 +67,10 @@ def split_lines(text: str) -> list[str]:
 def parse_json(text: str | bytes, *, exact: bool = False, constants: bool = False) -> Any:
     """The value of a JSON text. Raises ValueError with a reason, whatever is wrong with it.
 
-    Refused too: a key that stands twice in one object, of which every parser would drop another, more than `DEEPEST` levels, and NaN and Infinity
-    unless ``constants`` allows them. With ``exact`` a number with a point or an exponent is a Decimal, so that no digit of it is lost.
+    Refused too: a key that stands twice in one object, of which every parser would drop another, more than `DEEPEST`
+    levels, and NaN and Infinity
+    unless ``constants`` allows them. With ``exact`` a number with a point or an exponent is a Decimal, so that no digit
+    of it is lost.
     """
     if isinstance(text, bytes):
         try:
@@ -128,7 +134,9 @@ def _too_deep() -> ValueError:
 
 
 def short(value: Any, characters: int = 80) -> str:
-    """``repr`` for a message, cut to so many characters. What stands in a row may be a megabyte, or a number that Python will not print."""
+    """``repr`` for a message, cut to so many characters. What stands in a row may be a megabyte, or a number that
+    Python will not print.
+    """
     try:
         text = repr(value)
     except (ValueError, RecursionError):
@@ -137,7 +145,9 @@ def short(value: Any, characters: int = 80) -> str:
 
 
 def lone_surrogate(text: str) -> int:
-    """Where the first half of a surrogate pair without its other half stands; -1 where there is none. Such a text has no UTF-8 form."""
+    """Where the first half of a surrogate pair without its other half stands; -1 where there is none. Such a text
+    has no UTF-8 form.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,10 @@
-"""Values of text files as Arrow columns: the types of JSON values over all lines, the types that the user gives, and what no type holds.
+"""Values of text files as Arrow columns: the types of JSON values over all lines, the types that the user gives, and
+what no type holds.
 
-Nothing is rounded. A whole number is int64, uint64 or a decimal, whichever is the first to hold all of its column. A number with a point is a double where
-the double, printed with as many digits, gives the same number; otherwise its column is a decimal. A column whose values are of several kinds, or fit no
+Nothing is rounded. A whole number is int64, uint64 or a decimal, whichever is the first to hold all of its column. A
+number with a point is a double where
+the double, printed with as many digits, gives the same number; otherwise its column is a decimal. A column whose values
+are of several kinds, or fit no
 type, holds the JSON text of each value, and its field says so (`JSON_FIELD`).
 """
 
@@ -22,7 +25,8 @@ from flexbatch.text_files import lone_surrogate, short
 JSON_FIELD = {b"flexbatch.json": b"1"}
 """Metadata of a string column that holds JSON texts."""
 ROW_ERROR = "\x00row error"
-"""Column of a source beside those of the input: why a row could not be read, null for the others. It is there only where such rows are."""
+"""Column of a source beside those of the input: why a row could not be read, null for the others. It is there only
+where such rows are."""
 MOST_DIGITS, MOST_FIELDS, DEEPEST_TYPE = 76, 1000, 30
 DECIMAL = re.compile(r"decimal(?:128|256)?\((\d+),\s*(\d+)\)")
 
@@ -82,7 +86,9 @@ def _is_double(value: Decimal) -> bool:
 
 @dataclass
 class Seen:
-    """The values of one column, or of one place in nested ones, that were seen so far: from them follows a type that holds them all."""
+    """The values of one column, or of one place in nested ones, that were seen so far: from them follows a type that
+    holds them all.
+    """
 
     plain: set[type] = field(default_factory=set)
     numbers: Numbers | None = None
@@ -142,7 +148,9 @@ def holds_json(column: pa.Field) -> bool:
 
 
 def json_text(value: Any) -> str:
-    """JSON of a value whose numbers may be Decimals, digit by digit as they were. What JSON does not have, such as a date, is its text."""
+    """JSON of a value whose numbers may be Decimals, digit by digit as they were. What JSON does not have, such as a
+    date, is its text.
+    """
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json_text(str(key))}: {json_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -154,19 +162,28 @@ def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
+def _sizable(value: Any) -> Any:
+    """The value. Raises Unfit for a number that no type holds: Arrow would write out every digit of 1e999999999."""
+    if isinstance(value, Decimal) and not -MOST_DIGITS <= value.adjusted() <= MOST_DIGITS and value:
+        raise Unfit(f"{value} has more digits than any type holds")
+    return value
+
+
 def plain_value(kind: pa.DataType) -> Callable[[Any], Any]:
-    """Makes of a parsed JSON value what Arrow takes for this type: doubles of Decimals where the column is one of doubles."""
+    """Makes of a parsed JSON value what Arrow takes for this type: doubles of Decimals where the column is one of
+    doubles.
+    """
     if pa.types.is_floating(kind):
         return float
     if pa.types.is_decimal(kind):
-        return Decimal
+        return lambda value: _sizable(Decimal(value))
     if pa.types.is_list(kind):
         inner = plain_value(kind.value_type)
         return lambda value: [None if item is None else inner(item) for item in value]
     if pa.types.is_struct(kind):
         fields = [(entry.name, plain_value(entry.type)) for entry in kind]
         return lambda value: {name: None if value.get(name) is None else make(value[name]) for name, make in fields}
-    return lambda value: value
+    return _sizable
 
 
 def check_text(value: Any, name: str) -> None:
@@ -214,7 +231,9 @@ def _decimal(precision: int, scale: int) -> pa.DataType:
 def column(
     values: Sequence[Any], kind: pa.Field, errors: list[str | None], make: Callable[[Sequence[Any]], pa.Array]
 ) -> pa.Array:
-    """``make`` of all values. One that does not fit is null, and the reason goes to its place in ``errors`` unless there is one already."""
+    """``make`` of all values. One that does not fit is null, and the reason goes to its place in ``errors`` unless
+    there is one already.
+    """
     try:
         return make(values)
     except (pa.ArrowException, ValueError, TypeError, ArithmeticError):

@@ -21,14 +21,17 @@ from flexbatch.text_files import lone_surrogate
 
 BATCH_ROWS = 1024
 NUL = "\udc00"
-"""Stands for a zero byte while a line is taken apart: Python 3.10 refuses it. No byte that is not UTF-8 is escaped as this one."""
+"""Stands for a zero byte while a line is taken apart: Python 3.10 refuses it. No byte that is not UTF-8 is escaped
+as this one."""
 
 
 class Records:
     """The rows of a CSV file: (number of the first line, cells). Bytes that are not UTF-8 are surrogate escapes.
 
-    A line ends with ``\\n``, ``\\r\\n`` or ``\\r``; ends of lines inside quotes belong to the cell. Blank lines are no rows. Raises ConfigurationError
-    for what cannot be taken apart: a quote that is never closed, which would swallow the rest of the file, and a line or cell that is too long.
+    A line ends with ``\\n``, ``\\r\\n`` or ``\\r``; ends of lines inside quotes belong to the cell. Blank lines are no
+    rows. Raises ConfigurationError
+    for what cannot be taken apart: a quote that is never closed, which would swallow the rest of the file, and a line
+    or cell that is too long.
     """
 
     def __init__(self, stream: io.TextIOBase, name: str, delimiter: str) -> None:
@@ -72,7 +75,8 @@ def _with_zero_bytes(cell: str) -> str:
 class CsvSource:
     """CSV (``.tsv``: tabs) in UTF-8 with a header line. ``types`` are those of columns that are not text.
 
-    A row with more or fewer cells than the header, or with one that is not of its type, keeps the cells that fit and has an error.
+    A row with more or fewer cells than the header, or with one that is not of its type, keeps the cells that fit and
+    has an error.
     Raises ConfigurationError for a header without names or with one twice, and for what no row can be told from.
     """
 

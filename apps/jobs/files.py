@@ -77,7 +77,8 @@ def _fsspec(location: str, head: str) -> tuple[pafs.FileSystem, str]:
 
         found, path = url_to_fs(head)
     except (ImportError, ValueError) as error:
-        raise ConfigurationError(f"{hide_uri(location)}: no file system for this URI: {_plain(error, location)}") from None
+        reason = _plain(error, location)
+        raise ConfigurationError(f"{hide_uri(location)}: no file system for this URI: {reason}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
 
 
@@ -100,7 +101,8 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
         if wild is not None and filesystem.get_file_info(path).type == pafs.FileType.File:
             info, base, pattern = filesystem.get_file_info(path), path, None
         if info.type == pafs.FileType.File:
-            # Over HTTP the path is the whole address; its options, such as a signature that runs out, are not part of the file's name.
+            # Over HTTP the path is the whole address; its options, such as a signature that runs out, are no part of the
+            # file's name.
             address = URI_OPTIONS.sub("", info.path) if "://" in location else info.path
             return filesystem, [InputFile(info.path, PurePosixPath(address).name, info.size)]
         if info.type == pafs.FileType.NotFound:

@@ -50,7 +50,9 @@ class Call:
 
 
 class RequestError(RowError):
-    """A request that cannot be served; ``code`` is the word that the response carries, ``call`` what was read of the request."""
+    """A request that cannot be served; ``code`` is the word that the response carries, ``call`` what was read of the
+    request.
+    """
 
     def __init__(self, code: str, message: str, call: Call | None = None) -> None:
         super().__init__(message)
@@ -67,8 +69,11 @@ def custom_id_of(line: bytes) -> str | None:
     return custom_id if isinstance(custom_id, str) else None
 
 
-def parse_request(line: bytes | str, defaults: SamplingParams, chat_limit: int | None = None) -> tuple[Call, Any, SamplingParams]:
-    """Call, prompt and sampling parameters of one line. ``chat_limit`` is for chat requests without a limit: None is the rest of the context.
+def parse_request(
+    line: bytes | str, defaults: SamplingParams, chat_limit: int | None = None
+) -> tuple[Call, Any, SamplingParams]:
+    """Call, prompt and sampling parameters of one line. ``chat_limit`` is for chat requests without a limit: None is
+    the rest of the context.
 
     Raises RequestError, with the call as far as it was read in ``call``, whatever the line holds.
     """
@@ -79,14 +84,18 @@ def parse_request(line: bytes | str, defaults: SamplingParams, chat_limit: int |
             raise RequestError("invalid_json_line", f"not a JSON object but a {type(value).__name__}")
         call = _call(value)
         body = _checked_body(value, call)
-        params = _params(body, call.url, dataclasses.replace(defaults, max_tokens=chat_limit) if call.url == CHAT else defaults)
+        if call.url == CHAT:
+            defaults = dataclasses.replace(defaults, max_tokens=chat_limit)
+        params = _params(body, call.url, defaults)
         prompt = messages_prompt(body.get("messages"), "messages") if call.url == CHAT else _prompt(body.get("prompt"))
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise RequestError("invalid_type", f"model is {short(model)}, not text")
-        return dataclasses.replace(call, model=unicode_text(model or "", "model"), logprobs=params.logprobs), prompt, params
+        call = dataclasses.replace(call, model=unicode_text(model or "", "model"), logprobs=params.logprobs)
+        return call, prompt, params
     except Exception as error:
-        code = error.code if isinstance(error, RequestError) else "invalid_json_line" if call is None else "invalid_value"
+        known = "invalid_json_line" if call is None else "invalid_value"
+        code = error.code if isinstance(error, RequestError) else known
         raise RequestError(code, str(row_error(error)), call) from None
 
 
@@ -192,14 +201,21 @@ def _logprobs(body: Mapping[str, Any], url: str) -> int | None:
 class OpenAIOutput:
     """JSON-lines parts of a batch file.
 
-    ``identity`` (a digest) makes the ids, ``created`` is the job's unix time; ``decode`` turns one token id into text. ``chat_limit`` as in `parse_request`;
+    ``identity`` (a digest) makes the ids, ``created`` is the job's unix time; ``decode`` turns one token id into text.
+    ``chat_limit`` as in `parse_request`;
     ``repeated`` has the rows whose custom_id is that of an earlier one, which it has too.
     """
 
     suffix = ".jsonl"
 
     def __init__(
-        self, params: SamplingParams, seed: int, identity: str, created: int, chat_limit: int | None = None, repeated: Mapping[int, int] | None = None
+        self,
+        params: SamplingParams,
+        seed: int,
+        identity: str,
+        created: int,
+        chat_limit: int | None = None,
+        repeated: Mapping[int, int] | None = None,
     ) -> None:
         self._params, self._seed, self._identity, self.created = params, seed, identity, created
         self._chat_limit, self._repeated = chat_limit, dict(repeated or {})
@@ -221,7 +237,8 @@ class OpenAIOutput:
     def _request(self, line: bytes, index: int) -> tuple[Call, Any, SamplingParams]:
         call, prompt, params = parse_request(line, self._params, self._chat_limit)
         if index in self._repeated:
-            raise RequestError("duplicate_custom_id", f"custom_id {short(call.custom_id)} is that of row {self._repeated[index]} already", call)
+            told = f"custom_id {short(call.custom_id)} is that of row {self._repeated[index]} already"
+            raise RequestError("duplicate_custom_id", told, call)
         if params.seed is None and params.temperature > 0:
             params = dataclasses.replace(params, seed=row_seed(self._seed, index))
         return call, prompt, params

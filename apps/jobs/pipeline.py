@@ -31,7 +31,8 @@ SYNC_S = 5.0
 OUTCOMES_WAITING = 4096
 
 Encode = Callable[[Row], tuple[Row, list[int]]]
-"""A row with a number for max_tokens, and the token ids of its prompt. Raises RowError with the reason why it cannot be run."""
+"""A row with a number for max_tokens, and the token ids of its prompt. Raises RowError with the reason why it cannot
+be run."""
 
 
 class Engine(Protocol):
@@ -179,7 +180,8 @@ class Pipeline:
 
     @staticmethod
     def _ordered(window: list[tuple[OpenPart, Row, list[int]]]) -> list[tuple[OpenPart, Row, list[int]]]:
-        return [window[place] for place in order_rows([ids for _, _, ids in window], [row.params.max_tokens or 0 for _, row, _ in window])]
+        limits = [row.params.max_tokens or 0 for _, row, _ in window]
+        return [window[place] for place in order_rows([ids for _, _, ids in window], limits)]
 
     def _items(self, flying: dict[int, tuple[OpenPart, Row]]) -> Iterator[tuple[int, list[int], SamplingParams]]:
         """What the engine draws. An input that fails ends it like an input that is over, so that the sequences in flight are finished."""

@@ -49,7 +49,8 @@ def open_source(location: str, config: JobConfig) -> Source:
     types = parse_types(config.column_types)
     source = _open_source(location, config, types)
     if types and source.identity["format"] not in ("csv", "jsonl"):
-        raise ConfigurationError(f"column_types is for CSV and JSON lines; {source.identity['format']} input brings types of its own")
+        form = source.identity["format"]
+        raise ConfigurationError(f"column_types is for CSV and JSON lines; {form} input brings types of its own")
     return source
 
 
@@ -140,7 +141,9 @@ def plan_job(
 
 
 def make_encode(llm: Any, truncate: str | None) -> Encode:
-    """Makes rows ready for the engine. It works on a copy of the tokenizer: the engine decodes with its own in another thread meanwhile."""
+    """Makes rows ready for the engine. It works on a copy of the tokenizer: the engine decodes with its own in
+    another thread meanwhile.
+    """
     from flexbatch.prompts import PromptEncoder
 
     tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.max_positions
@@ -159,7 +162,8 @@ def make_encode(llm: Any, truncate: str | None) -> Encode:
             wanted = row.params.max_tokens
             encoder.check_params(row.index, row.params)
             # Without a limit of its own a row that is cut leaves room for one token, as one that just fits does.
-            token_ids = cut(list(encoder.encode(row.index, row.prompt, wanted)), max(context - (1 if wanted is None else wanted), 1))
+            limit = max(context - (1 if wanted is None else wanted), 1)
+            token_ids = cut(list(encoder.encode(row.index, row.prompt, wanted)), limit)
             return dataclasses.replace(row, params=row.params.within(context - len(token_ids))), token_ids
         except Exception as error:
             raise row_error(error) from error

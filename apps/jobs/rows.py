@@ -202,7 +202,8 @@ class RowReader:
                 raise row
             if row.get(ROW_ERROR):
                 raise RowError(row[ROW_ERROR])
-            values = {**fixed, **row, **{name: parse_json(row[name], exact=True, constants=True) for name in self._json if row[name] is not None}}
+            texts = {name: row[name] for name in self._json if row[name] is not None}
+            values = {**fixed, **row, **{name: parse_json(texts[name], exact=True, constants=True) for name in texts}}
             params, prompt = self._params, self._prompt(values)
             settings = ((name, _setting(name, values[column])) for name, column in self._columns.items())
             changes = {name: value for name, value in settings if value is not None}
@@ -245,7 +246,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _setting(name: str, value: Any) -> Any:
-    """A per-row value as its setting's type, from text too (cells of CSV); None where there is none. Raises RowError for values that are not of this type."""
+    """A per-row value as its setting's type, from text too (cells of CSV); None where there is none. Raises RowError
+    for values that are not of this type.
+    """
     kind = SETTINGS[name]
     if value is None or value == "":
         return None
@@ -262,6 +265,5 @@ def _setting(name: str, value: Any) -> Any:
             good = isinstance(number, int | float | Decimal) and not isinstance(number, bool) and small
             if good and number == number and (kind is float or kind(number) == number):
                 return kind(number)
-    raise RowError(
-        f"setting {name} is {short(value)}, wanted {'text or a list of texts' if name == 'stop' else 'a number' if kind is float else 'a whole number'}"
-    )
+    wanted = "text or a list of texts" if name == "stop" else "a number" if kind is float else "a whole number"
+    raise RowError(f"setting {name} is {short(value)}, wanted {wanted}")

@@ -1,4 +1,5 @@
-"""Credentials in URIs (``s3://KEY:SECRET@bucket``, ``?sig=...``): shown nowhere, be it a message, a log line, a traceback or a file of the job."""
+"""Credentials in URIs (``s3://KEY:SECRET@bucket``, ``?sig=...``): shown nowhere, be it a message, a log line, a
+traceback or a file of the job."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ HARMLESS = frozenset(
         "tls_ca_file_path", "tls_verify_certificates", "version", "versionId",
     }
 )  # fmt: skip
-"""Options of file systems that are shown with their values. There is no telling what a file system calls its secrets, so all others are hidden."""
+"""Options of file systems that are shown with their values. There is no telling what a file system calls its
+secrets, so all others are hidden."""
 URI = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+")
 USER = re.compile(r"(?<=://)(?:(?!anonymous@)(?P<name>[^/@:?#]*)(?::(?!\d+(?:[/?#]|$))(?P<password>[^@]*))?)@")
-"""User and password in front of a host. A password may hold slashes, as AWS keys do; what follows the colon is no password where it is a port."""
+"""User and password in front of a host. A password may hold slashes, as AWS keys do; what follows the colon is no
+password where it is a port."""
 OPTION = re.compile(r"(?P<start>[?&;#])(?P<name>[\w.%-]+)=(?P<value>[^&;#]*)")
 CONTAINER = ("abfs://", "abfss://", "wasb://", "wasbs://")
 """In these a name without a password is that of a container: ``abfss://container@account.dfs.core.windows.net``."""
@@ -53,7 +56,9 @@ def redacted_word(word: str) -> str:
 
 
 def secrets_of(words: Iterable[str]) -> tuple[str, ...]:
-    """Every credential in the URIs among the words of a command, in the spellings that libraries may show: as given, decoded, encoded; longest first."""
+    """Every credential in the URIs among the words of a command, in the spellings that libraries may show: as given,
+    decoded, encoded; longest first.
+    """
     found: set[str] = set()
     for word in words:
         if "://" not in word:

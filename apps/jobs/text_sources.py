@@ -1,6 +1,8 @@
-"""JSON lines, and what they share with CSV. One pass before the job finds the types, the row counts and a digest; the job then streams them like Parquet.
+"""JSON lines, and what they share with CSV. One pass before the job finds the types, the row counts and a digest; the
+job then streams them like Parquet.
 
-A row that cannot be read, such as a line that is not JSON, is null in every column, and the column `ROW_ERROR` says why.
+A row that cannot be read, such as a line that is not JSON, is null in every column, and the column `ROW_ERROR` says
+why.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ UNREADABLE = (pa.ArrowException, OSError, EOFError, zlib.error)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of a file: bytes [start, stop) of its uncompressed text, beginning with line ``first_line`` (from 0); or one line that is too long."""
+    """Whole lines of a file: bytes [start, stop) of its uncompressed text, beginning with line ``first_line`` (from
+    0); or one line that is too long.
+    """
 
     path: str
     start: int
@@ -46,7 +50,9 @@ class Chunk:
 def chunks_of(
     stream: BinaryIO, path: str, chunk_bytes: int = CHUNK_BYTES, max_line: int = MAX_LINE
 ) -> Iterator[tuple[Chunk, bytes]]:
-    """Cuts a file at line ends, about ``chunk_bytes`` at a time; a longer line is one chunk, and one longer than ``max_line`` is a chunk without data."""
+    """Cuts a file at line ends, about ``chunk_bytes`` at a time; a longer line is one chunk, and one longer than
+    ``max_line`` is a chunk without data.
+    """
     start, line, pending = 0, 0, bytearray()
     while True:
         data = stream.read(chunk_bytes)
@@ -114,8 +120,10 @@ def record_batch(columns: Sequence[pa.Array], errors: Sequence[str | None], sche
 class LinesSource:
     """JSON lines, either parsed into columns or, with ``key``, as one binary column ``line`` (OpenAI batch files).
 
-    Types follow from all the values (see `columns`), or are given by ``types``. ``key`` finds in a line what no other line should have: ``repeated`` has
-    the place of every line whose key was there before, with the place where it was. Raises ConfigurationError where no row can be read.
+    Types follow from all the values (see `columns`), or are given by ``types``. ``key`` finds in a line what no other
+    line should have: ``repeated`` has
+    the place of every line whose key was there before, with the place where it was. Raises ConfigurationError where no
+    row can be read.
     """
 
     def __init__(
@@ -269,7 +277,9 @@ class LinesSource:
 
 
 def _object(line: bytes, problems: list[str]) -> dict[str, Any]:
-    """The cells of a line as far as they can be read; what is wrong with the others, or with the line, is added to ``problems``."""
+    """The cells of a line as far as they can be read; what is wrong with the others, or with the line, is added to
+    ``problems``.
+    """
     try:
         value = parse_json(line, exact=True, constants=True)
     except ValueError as error:

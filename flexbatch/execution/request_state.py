@@ -57,4 +57,5 @@ class RequestState:
         """Raises AssertionError when the counts do not match the output, or there are more tokens than were asked for."""
         assert self.adjustments is None or self.adjustments.counts() == Counter(self.output_token_ids), "token counts do not match the output"
         limit = self.params.max_tokens
-        assert limit is None or len(self.output_token_ids) <= limit, f"{len(self.output_token_ids)} tokens for max_tokens={limit}"
+        made = len(self.output_token_ids)
+        assert limit is None or made <= limit, f"{made} tokens for max_tokens={limit}"

@@ -1,4 +1,5 @@
-"""Whatever a line of a batch file holds is an answer or an error of that line: made-up requests, and files that were damaged byte by byte."""
+"""Whatever a line of a batch file holds is an answer or an error of that line: made-up requests, and files that were
+damaged byte by byte."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from tests.apps_batch.helpers import run_here
 
 LONE, PAIR = "\ud83d", "\U0001f600"
 BODY: dict[str, Any] = {"model": "m", "prompt": "hello", "max_tokens": 3, "temperature": 0}
-CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 3, "temperature": 0.5, "seed": 1}
+CHAT = {
+    "model": "m",
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_completion_tokens": 3,
+    "temperature": 0.5,
+    "seed": 1,
+}
 FIELDS = (
     "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty",
     "ignore_eos", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "logit_bias", "prompt", "messages",
@@ -134,7 +141,9 @@ def test_null_is_as_good_as_absent(field: str) -> None:
 
 
 def test_a_job_of_nothing_but_bad_lines_among_good_ones(tmp_path: Path) -> None:
-    """Every bad line once, between good ones, and once more after the job was stopped half-way; then what failed is tried again."""
+    """Every bad line once, between good ones, and once more after the job was stopped half-way; then what failed is
+    tried again.
+    """
     good = [line_of(request(custom_id=f"good {i}")) for i in range(len(BAD_LINES))]
     lines = [line for pair in zip(good, BAD_LINES.values(), strict=True) for line in pair]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
@@ -181,7 +190,9 @@ def test_chat_requests_without_a_limit_get_the_rest_of_the_context(tmp_path: Pat
         ({"prompt": "hi", "max_tokens": None}, "/v1/completions"),
         ({"prompt": "hi", "max_tokens": 9}, "/v1/completions"),
     ]
-    (tmp_path / "in.jsonl").write_bytes(b"\n".join(line_of(request(*each, custom_id=str(i))) for i, each in enumerate(bodies)))
+    (tmp_path / "in.jsonl").write_bytes(
+        b"\n".join(line_of(request(*each, custom_id=str(i))) for i, each in enumerate(bodies))
+    )
     words = (tmp_path / "in.jsonl", tmp_path / "out", "--input-format", "openai")
     assert run_here(*words, fake=Watching(max_positions=100)) == 0
     prompt = len("<user>hi")
@@ -203,7 +214,10 @@ values = st.recursive(
 def lines(draw: st.DrawFn) -> bytes:
     """A valid request with some of its fields replaced by anything, and now and then some of its bytes."""
     chat = draw(st.booleans())
-    body: dict[str, Any] = {**(CHAT if chat else BODY), **draw(st.dictionaries(st.sampled_from(FIELDS), values, max_size=3))}
+    body: dict[str, Any] = {
+        **(CHAT if chat else BODY),
+        **draw(st.dictionaries(st.sampled_from(FIELDS), values, max_size=3)),
+    }
     found = request(body, "/v1/chat/completions" if chat else "/v1/completions")
     found.update(draw(st.dictionaries(st.sampled_from(["custom_id", "method", "url", "body"]), values, max_size=1)))
     data = bytearray(line_of(found))
@@ -233,7 +247,9 @@ def test_every_odd_value_in_every_field(field: str) -> None:
 
 
 def check_job(folder: Path, data: bytes, form: str, number: int) -> None:
-    """Exit 0 or 3, every row there, and resuming and trying again say the same; or a refusal before the job, which says why."""
+    """Exit 0 or 3, every row there, and resuming and trying again say the same; or a refusal before the job, which
+    says why.
+    """
     path, out = folder / f"{number}.{'csv' if form == 'csv' else 'jsonl'}", folder / f"out{number}"
     path.write_bytes(data)
     words = (path, out, "--input-format", form, "--part-rows", 3, "--max-tokens", 3, "--gpu-batch-size", 2)
@@ -251,7 +267,23 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
     found = bytearray(data)
     for _ in range(chance.choice([1, 1, 2, 5, 20])):
         place = chance.randrange(len(found))
-        piece = chance.choice([b"\x00", b"\xff", b"\n", b"\r", b'"', b"\\", b"{", b"]", b",", b"\xed\xa0\x80", b"\\ud800", b"\xe2\x80\xa8", b"\xef\xbb\xbf"])
+        piece = chance.choice(
+            [
+                b"\x00",
+                b"\xff",
+                b"\n",
+                b"\r",
+                b'"',
+                b"\\",
+                b"{",
+                b"]",
+                b",",
+                b"\xed\xa0\x80",
+                b"\\ud800",
+                b"\xe2\x80\xa8",
+                b"\xef\xbb\xbf",
+            ]
+        )
         size = chance.choice([0, 1, len(piece), 7])
         found[place : place + size] = piece
     return bytes(found)
@@ -259,7 +291,10 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 def original(form: str) -> bytes:
     if form == "openai":
-        return b"\n".join(line_of(request(CHAT if i % 2 else BODY, f"/v1/{'chat/' * (i % 2)}completions", custom_id=f"{i}")) for i in range(12))
+        return b"\n".join(
+            line_of(request(CHAT if i % 2 else BODY, f"/v1/{'chat/' * (i % 2)}completions", custom_id=f"{i}"))
+            for i in range(12)
+        )
     if form == "jsonl":
         return b"\n".join(line_of({"id": 2**60 + i, "prompt": f"p{i} ü", "meta": {"a": [i, 1.5]}}) for i in range(12))
     return b"id,prompt,note\r\n" + b"".join(b'%d,"p%d, x\nsecond",n%d\r\n' % (i, i, i) for i in range(12))
@@ -268,7 +303,9 @@ def original(form: str) -> bytes:
 @pytest.mark.parametrize("form", ["openai", "jsonl", "csv"])
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_damaged_files_are_jobs_that_end_and_resume(tmp_path_factory: pytest.TempPathFactory, form: str, seed: int) -> None:
+def test_damaged_files_are_jobs_that_end_and_resume(
+    tmp_path_factory: pytest.TempPathFactory, form: str, seed: int
+) -> None:
     check_job(tmp_path_factory.mktemp("job"), damaged(original(form), random.Random(seed)), form, seed)
 
 

@@ -47,7 +47,11 @@ URIS = (
 
 @pytest.mark.parametrize("uri", URIS)
 def test_a_uri_is_shown_without_its_credentials(uri: str) -> None:
-    for shown in (hide_uri(uri), redacted(f"cannot read '{uri}' (see {uri}): no"), resume_command(["flexbatch", uri, f"--x={uri}", "--overwrite"])):
+    for shown in (
+        hide_uri(uri),
+        redacted(f"cannot read '{uri}' (see {uri}): no"),
+        resume_command(["flexbatch", uri, f"--x={uri}", "--overwrite"]),
+    ):
         assert MARKER not in shown and "***" in shown
     assert MARKER not in redacted(f"bad key AKIA{MARKER}/{MARKER}", [MARKER])
 
@@ -70,7 +74,9 @@ def test_what_is_no_secret_is_shown(uri: str) -> None:
 
 def test_secrets_are_known_in_every_spelling() -> None:
     found = secrets_of(["in", "s3://AKIAEXAMPLEEXAMPLE00:a%2Fb%2Bc%3D@bucket/x?token=t%20ken&region=x"])
-    assert {"AKIAEXAMPLEEXAMPLE00", "a%2Fb%2Bc%3D", "a/b+c=", "t%20ken", "t ken", "t+ken"} <= set(found) and "x" not in found
+    assert {"AKIAEXAMPLEEXAMPLE00", "a%2Fb%2Bc%3D", "a/b+c=", "t%20ken", "t ken", "t+ken"} <= set(
+        found
+    ) and "x" not in found
     assert list(found) == sorted(found, key=lambda value: (-len(value), value))
 
 
@@ -91,11 +97,17 @@ def test_logs_and_tracebacks_show_no_credentials() -> None:
     finally:
         logger.removeHandler(handler)
         handler.close()
-    assert MARKER not in sink.getvalue() and "Traceback" in sink.getvalue() and "***@host/x cannot be opened" in sink.getvalue()
+    assert (
+        MARKER not in sink.getvalue()
+        and "Traceback" in sink.getvalue()
+        and "***@host/x cannot be opened" in sink.getvalue()
+    )
 
 
 @pytest.mark.parametrize("uri", URIS)
-def test_a_refused_input_shows_no_credentials(uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_input_shows_no_credentials(
+    uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """File systems that cannot be reached say so in words of their own."""
 
     class Unreachable:
@@ -115,7 +127,9 @@ def test_a_refused_input_shows_no_credentials(uri: str, tmp_path: Path, capfd: p
     assert MARKER not in capfd.readouterr().err
 
 
-def test_an_unknown_scheme_and_a_remote_output_show_no_credentials(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_scheme_and_a_remote_output_show_no_credentials(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run_here(f"nonsense://u:{MARKER}@x/y?key={MARKER}", tmp_path / "out") == 2
     assert run_here(tmp_path / "in.parquet", f"s3://k:{MARKER}@bucket/out") == 2
     err = capfd.readouterr().err
@@ -124,7 +138,9 @@ def test_an_unknown_scheme_and_a_remote_output_show_no_credentials(tmp_path: Pat
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
-    """Address of an HTTP server that wants a signature, and fails with 500 from the third range on when ``fail`` is there."""
+    """Address of an HTTP server that wants a signature, and fails with 500 from the third range on when ``fail`` is
+    there.
+    """
     sink = io.BytesIO()
     pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(40)] + [None]}), sink, row_group_size=10)
     data = sink.getvalue()
@@ -143,7 +159,11 @@ def served(tmp_path: Path) -> Iterator[str]:
                 self.send_error(403)
                 return
             wanted = self.headers.get("Range", "")
-            first, last = (int(part or len(data) - 1) for part in wanted.removeprefix("bytes=").split("-")) if wanted else (0, len(data) - 1)
+            first, last = (
+                (int(part or len(data) - 1) for part in wanted.removeprefix("bytes=").split("-"))
+                if wanted
+                else (0, len(data) - 1)
+            )
             body = data[first : last + 1]
             self.send_response(206 if wanted else 200)
             self.send_header("Accept-Ranges", "bytes")
@@ -166,13 +186,19 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 def traces(folder: Path) -> list[str]:
     """Files that hold the marker, in their names or contents."""
-    return [str(path) for path in folder.rglob("*") if MARKER in str(path) or (path.is_file() and MARKER.encode() in path.read_bytes())]
+    return [
+        str(path)
+        for path in folder.rglob("*")
+        if MARKER in str(path) or (path.is_file() and MARKER.encode() in path.read_bytes())
+    ]
 
 
 def test_a_job_that_fails_and_resumes_leaves_no_credentials(
     tmp_path: Path, served: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signed address, with a row that fails, an engine that fails with the address in its message, an input that goes away, and a new signature."""
+    """A signed address, with a row that fails, an engine that fails with the address in its message, an input that
+    goes away, and a new signature.
+    """
     pytest.importorskip("aiohttp")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     uri, out = f"http://{served}/in.parquet?sig={MARKER}%3D&x=1", tmp_path / "out"
@@ -200,7 +226,9 @@ def test_a_job_that_fails_and_resumes_leaves_no_credentials(
     assert run_here(uri.replace("sig=", "sig=new"), out, "--part-rows", 10, "--retry-failed") == 3
     printed = capfd.readouterr()
     assert MARKER not in printed.out + printed.err and "sig=***" in printed.err and "lost while reading" in printed.err
-    assert traces(out) == [] and pq.read_table(out, partitioning=None)["prompt"].to_pylist()[:40] == [f"p{i}" for i in range(40)]
+    assert traces(out) == [] and pq.read_table(out, partitioning=None)["prompt"].to_pylist()[:40] == [
+        f"p{i}" for i in range(40)
+    ]
 
 
 def test_parameters_of_rows_are_no_place_for_credentials(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,9 @@ from flexbatch.planning import Job
 from flexbatch.request import Request
 
 
-@pytest.mark.parametrize(("wanted", "room", "tokens"), [(None, 9, 9), (None, 0, 0), (None, -1, 0), (4, 9, 4), (16, 9, 9), (0, 9, 0)])
+@pytest.mark.parametrize(
+    ("wanted", "room", "tokens"), [(None, 9, 9), (None, 0, 0), (None, -1, 0), (4, 9, 4), (16, 9, 9), (0, 9, 0)]
+)
 def test_tokens_within_the_context(wanted: int | None, room: int, tokens: int) -> None:
     params = SamplingParams(max_tokens=wanted, temperature=0.5, stop="x")
     assert params.tokens_within(room) == tokens
@@ -25,7 +27,9 @@ def test_without_a_context_there_is_no_rest_of_it() -> None:
 
 
 def test_generation_goes_to_the_end_of_the_context_and_the_plan_counts_it() -> None:
-    """Prompts just below the context, so that the rest is short; `generate`, `stream`, several samples, and beside requests with a limit."""
+    """Prompts just below the context, so that the rest is short; `generate`, `stream`, several samples, and beside
+    requests with a limit.
+    """
     with LLM("demo", device="cpu", gpu_batch_size=4, num_gpu_batches=1) as llm:
         context = llm.arch.max_positions
         prompts = [[5 + i] * (context - rest) for i, rest in enumerate((1, 4, 9))]
@@ -39,13 +43,27 @@ def test_generation_goes_to_the_end_of_the_context_and_the_plan_counts_it() -> N
 
         llm._prepare = watched  # type: ignore[method-assign]
         found = llm.generate(prompts, rest)
-        assert [(len(one.token_ids), one.finish_reason) for one in found] == [(1, "length"), (4, "length"), (9, "length")]
+        assert [(len(one.token_ids), one.finish_reason) for one in found] == [
+            (1, "length"),
+            (4, "length"),
+            (9, "length"),
+        ]
         assert jobs[-1] == Job((context - 1,) + (context - 1,) * 2, tuple(map(len, prompts)))
-        named = llm.generate(prompts, [SamplingParams(max_tokens=len(one.token_ids), temperature=0, ignore_eos=True) for one in found])
+        named = llm.generate(
+            prompts, [SamplingParams(max_tokens=len(one.token_ids), temperature=0, ignore_eos=True) for one in found]
+        )
         assert [one.token_ids for one in named] == [one.token_ids for one in found]
-        mixed = [(0, prompts[1], rest), (1, prompts[1], SamplingParams(max_tokens=2, temperature=0)), (2, [7] * (context + 5), rest)]
+        mixed = [
+            (0, prompts[1], rest),
+            (1, prompts[1], SamplingParams(max_tokens=2, temperature=0)),
+            (2, [7] * (context + 5), rest),
+        ]
         streamed = dict(llm.stream(mixed))
-        assert streamed[0].token_ids == found[1].token_ids and len(streamed[1].token_ids) <= 2 and "context" in streamed[2].error
+        assert (
+            streamed[0].token_ids == found[1].token_ids
+            and len(streamed[1].token_ids) <= 2
+            and "context" in streamed[2].error
+        )
         two = llm.generate([prompts[1]], SamplingParams(max_tokens=None, n=2, seed=1, ignore_eos=True))[0]
         assert [len(sample.token_ids) for sample in two.samples] == [4, 4]
 

@@ -39,7 +39,9 @@ def test_a_byte_order_mark_is_no_text(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 def test_other_encodings_are_refused_by_name_with_the_remedy(form: str) -> None:
     text = "a" if form in ("utf-16", "utf-32") else "\ufeffa"
-    with pytest.raises(ConfigurationError, match=rf"x\.txt is {form[:6].upper()}, .* iconv -f {form[:6].upper()} -t UTF-8"):
+    with pytest.raises(
+        ConfigurationError, match=rf"x\.txt is {form[:6].upper()}, .* iconv -f {form[:6].upper()} -t UTF-8"
+    ):
         decode_text(text.encode(form), "x.txt")
 
 
