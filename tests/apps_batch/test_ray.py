@@ -73,13 +73,13 @@ def test_parts_of_a_worker_that_died_go_out_again_with_what_it_finished(tmp_path
     dispenser = Dispenser(job, store.digest, {number: {} for number in range(4)})
     for worker in (0, 1):
         dispenser.register(worker)
-    assert [dispenser.take(0), dispenser.take(0), dispenser.take(1)] == [(0, {}), (1, {}), (2, {})]
+    assert [dispenser.take(0), dispenser.take(0), dispenser.take(1)] == [(0, {}, 1), (1, {}, 2), (2, {}, 3)]
     record = ["text", "stop", 1, 2, "", None, None]
     store.journal.append(1, 5, record)
     part = job.parts[0]
     store.commit(part, next(iter_tables(job)), [record] * 10, job.output)
     dispenser.register(0)
-    assert dispenser.take(1) == (1, {5: record}) and dispenser.take(1) == (3, {}) and dispenser.take(0) is None
+    assert dispenser.take(1) == (1, {5: record}, 4) and dispenser.take(1) == (3, {}, 5) and dispenser.take(0) is None
     commits = dispenser.take_commits()
     assert commits == [dataclasses.asdict(store.commits[0])] and dispenser.take_commits() == []
     store.close()
