@@ -18,9 +18,10 @@ from flexbatch.apps.jobs.results import Output, ParquetOutput
 from flexbatch.apps.jobs.rows import Row, RowReader
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
-from flexbatch.apps.jobs.store import fingerprint_digest
+from flexbatch.apps.jobs.store import FORMAT, fingerprint_digest
 from flexbatch.apps.jobs.text_sources import CsvSource, LinesSource
 from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.request import SAMPLING_RULES
 
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NO_LIMIT = 2**62
@@ -100,6 +101,7 @@ def plan_job(
     identity["seed"] = engine.seed
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
     fingerprint = {"input": source.identity, "model": {**model_identity(engine), **precision}, **identity}
+    fingerprint["versions"] = {"sampling": SAMPLING_RULES, "output folder": FORMAT}
     output: Output
     if openai:
         output = OpenAIOutput(config.params(), engine.seed, fingerprint_digest(fingerprint).hex()[:12], created)
