@@ -34,8 +34,8 @@ def wanted_whole(sizes: Iterable[int]) -> bool:
 
 
 def content(filesystem: pafs.FileSystem, file: InputFile, handle: pa.NativeFile, whole: bool) -> dict[str, str]:
-    """JSON value that changes when the content does: the same for a copy of a file, or one that was only touched, unless
-    it is too large to be read whole. ``handle`` is the open file. Raises OSError, ConfigurationError."""
+    """JSON value that changes when the content does: the same for a copy of a file, or one that was only touched,
+    unless it is too large to be read whole. ``handle`` is the open file. Raises OSError, ConfigurationError."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         if whole:
             return {"content": local_digest(file.path)}
@@ -66,8 +66,8 @@ def local_digest(path: str) -> str:
 
 
 def _version(filesystem: pafs.FileSystem, path: str, handle: pa.NativeFile) -> str:
-    """What the store says of the object; empty where it says nothing that every change of the content changes, as a weak
-    ETag or a time would not."""
+    """What the store says of the object; empty where it says nothing that every change of the content changes, as a
+    weak ETag or a time would not."""
     found: Mapping[str, Any] = {}
     if isinstance(filesystem, pafs.PyFileSystem) and isinstance(filesystem.handler, pafs.FSSpecHandler):
         found = filesystem.handler.fs.info(path)

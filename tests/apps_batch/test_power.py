@@ -10,7 +10,7 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
-from tests.apps_batch.helpers import parts_of, read_output, run_here, shared_prompts, start, wait_for, write_input
+from tests.apps_batch.helpers import parts_of, read_output, run_here, start, wait_for, write_input
 from tests.apps_batch.power import POINTS, lose_power
 
 
@@ -21,7 +21,8 @@ def bytes_of(path: Path) -> int:
 def kill_lose_and_resume(tmp_path: Path, rows: int, kills: int, seed: int) -> None:
     """Kills in turns after some finished row, at a chosen point, and from outside; in a job of several partition
     folders."""
-    prompts, chance, languages = shared_prompts(rows, 90), random.Random(seed), 3
+    chance, languages = random.Random(seed), 3
+    prompts = [f"{row}: " + "word " * chance.randrange(18) for row in range(rows)]
     for place in range(languages):
         write_input(tmp_path / "in" / f"lang={place}" / "x.parquet", prompts[place::languages])
     source, out, side, counted = tmp_path / "in", tmp_path / "out", tmp_path / "syncs", tmp_path / "tokens"

@@ -50,7 +50,9 @@ CHANGES: dict[str, Callable[[list[str]], list[str]]] = {"swapped": swapped, "one
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("settings", [{}, {"write_page_checksum": True}, {"write_statistics": False}, {"data_page_version": "2.0"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"write_page_checksum": True}, {"write_statistics": False}, {"data_page_version": "2.0"}]
+)
 def test_a_rewritten_file_of_equal_size_statistics_and_time_is_refused(
     tmp_path: Path, change: str, settings: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,7 +76,7 @@ def test_a_rewritten_file_of_equal_size_statistics_and_time_is_refused(
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "openai", "dataset"])
 def test_other_inputs_of_equal_size_are_refused(tmp_path: Path, kind: str) -> None:
-    source, out = tmp_path / ("in" if kind == "dataset" else "in.csv" if kind == "csv" else "in.jsonl"), tmp_path / "out"
+    source, out = tmp_path / {"dataset": "in", "csv": "in.csv"}.get(kind, "in.jsonl"), tmp_path / "out"
 
     def write(prompts: list[str]) -> None:
         if kind == "csv":
@@ -135,11 +137,16 @@ def test_an_input_too_large_to_be_read_whole_is_known_by_samples_and_its_time(
 @pytest.mark.parametrize(
     ("says", "known_by"),
     [
-        ({"ETag": '"abc"'}, {"version": "etag abc"}), ({"etag": "abc", "VersionId": "7"}, {"version": "etag abc, versionid 7"}),
-        ({"generation": 12}, {"version": "generation 12"}), ({"ETag": 'W/"abc"'}, None), ({"ETag": None}, None), ({"VersionId": "null"}, None),
-        ({"created": 1, "mtime": 5}, None), ({}, None),
+        ({"ETag": '"abc"'}, {"version": "etag abc"}),
+        ({"etag": "abc", "VersionId": "7"}, {"version": "etag abc, versionid 7"}),
+        ({"generation": 12}, {"version": "generation 12"}),
+        ({"ETag": 'W/"abc"'}, None),
+        ({"ETag": None}, None),
+        ({"VersionId": "null"}, None),
+        ({"created": 1, "mtime": 5}, None),
+        ({}, None),
     ],
-)  # fmt: skip
+)
 def test_object_stores_say_which_version_they_serve_and_others_are_read(says: dict, known_by: dict | None) -> None:
     import fsspec
 
@@ -175,13 +182,14 @@ def test_a_file_that_is_written_meanwhile_is_an_error_that_names_it(tmp_path: Pa
 
 
 NOT_ANSWERS = {
-    "window_rows", "retry_failed", "max_errors", "overwrite", "metrics_file", "shard", "ray", "ray_actors", "ray_address", "ray_cpus",
+    "window_rows", "retry_failed", "max_errors", "overwrite", "metrics_file", "shard", "ray", "ray_actors",
+    "ray_address", "ray_cpus",
 }  # fmt: skip
 BY_THE_INPUT = {"input_format", "dataset_config", "split"}
 BY_THE_LAYOUT = {"part_rows"}
 OTHER_VALUES: dict[str, Any] = {
-    "max_tokens": 3, "temperature": 0.5, "top_p": 0.5, "top_k": 7, "stop": ("x",), "logprobs": 2, "generated_tokens": True,
-    "truncate": "left", "output_prefix": "y_",
+    "max_tokens": 3, "temperature": 0.5, "top_p": 0.5, "top_k": 7, "stop": ("x",), "logprobs": 2, "truncate": "left",
+    "generated_tokens": True, "output_prefix": "y_",
 }  # fmt: skip
 
 
