@@ -51,6 +51,7 @@ class Dispenser:
         self._waiting = deque(parts)
         self._held: dict[int, set[int]] = {}
         self._commits: list[dict[str, int]] = []
+        self._done: set[int] = set()
         self._stopped = False
 
     def job(self) -> tuple[Job, Preview | None, Path | None]:
@@ -70,7 +71,7 @@ class Dispenser:
             for number in sorted(lost):
                 found = identity(state.parent / job.parts[number].file_name(job.output.suffix))
                 if found is not None and (commit := known.get(number, {}).get(found)) is not None:
-                    self._commits.append(dataclasses.asdict(commit))
+                    self._add(dataclasses.asdict(commit))
                     lost.discard(number)
         for number, records in Journal(state, "dispenser", self._digest).recover(lost.__contains__).items():
             self._finished[number] = {
@@ -91,7 +92,13 @@ class Dispenser:
 
     def done(self, worker: int, commit: dict[str, int]) -> None:
         self._held[worker].discard(commit["part"])
-        self._commits.append(commit)
+        self._add(commit)
+
+    def _add(self, commit: dict[str, int]) -> None:
+        """A worker that was only thought dead tells of a part once more."""
+        if commit["part"] not in self._done:
+            self._done.add(commit["part"])
+            self._commits.append(commit)
 
     def stop(self) -> None:
         """No more parts: workers finish what they have."""

@@ -6,6 +6,7 @@ A source knows its schema, its units (row groups) and its identity before the fi
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,10 +162,11 @@ class DatasetSource:
             Unit(name, min(DATASET_UNIT_ROWS, len(found) - row), min(DATASET_UNIT_ROWS, len(found) - row) * row_bytes, group=row // DATASET_UNIT_ROWS)
             for row in range(0, len(found), DATASET_UNIT_ROWS)
         ]
-        self.identity = {"format": "dataset", "files": {name: {"rows": len(found), "fingerprint": found._fingerprint}}}
+        identity: dict[str, Any] = {"rows": len(found), "fingerprint": found._fingerprint}
         if Path(name).is_dir():
             # A fingerprint is what the folder says of itself; what is at its place may have been written since.
-            self.identity["files"][name] |= _saved_content(Path(name), [entry["filename"] for entry in found.cache_files])
+            identity |= _saved_content(Path(name), [entry["filename"] for entry in found.cache_files])
+        self.identity = {"format": "dataset", "files": {name: identity}}
 
     def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
         first, rows = unit * DATASET_UNIT_ROWS, self.units[unit].rows
@@ -177,10 +179,8 @@ class DatasetSource:
 
 
 def _saved_content(folder: Path, paths: Sequence[str]) -> dict[str, Any]:
-    filesystem, files = pafs.LocalFileSystem(), []
-    for path in paths:
-        name = str(Path(path).resolve().relative_to(folder.resolve())) if Path(path).resolve().is_relative_to(folder.resolve()) else path
-        files.append(InputFile(path, name, Path(path).stat().st_size))
+    filesystem = pafs.LocalFileSystem()
+    files = [InputFile(path, os.path.relpath(path, folder), os.path.getsize(path)) for path in paths]
     whole, found = wanted_whole(file.size for file in files), {}
     for file in files:
         with filesystem.open_input_file(file.path) as handle:
