@@ -206,6 +206,19 @@ def test_leases_order_the_writers_of_one_part(tmp_path: Path) -> None:
     assert Journal(tmp_path, "x", JOB).recover(lambda part: True) == {5: {0: "of the second lease"}}
 
 
+def test_sweeping_keeps_the_rows_of_parts_that_are_not_finished(tmp_path: Path) -> None:
+    for owner, part in (("0-of-2", 0), ("worker-a", 1)):
+        journal = Journal(tmp_path, owner, JOB)
+        journal.append(part, 0, "row")
+        journal.close()
+    mine = Journal(tmp_path, "0-of-1", JOB)
+    mine.append(0, 1, "row")
+    mine.sweep({0}.__contains__)
+    mine.check()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal-0-of-1.000000.log", "journal-worker-a.000000.log"]
+    mine.close()
+
+
 def test_files_that_are_no_segments_of_this_job_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "journal-notes.log").write_text("mine")
     foreign = RecordLog(tmp_path / "journal-0-of-1.000000.log", OTHER)
