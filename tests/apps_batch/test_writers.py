@@ -63,7 +63,9 @@ def race(tmp_path: Path, rounds: int) -> None:
     starting, tried, won = context.Barrier(4), context.Barrier(4), context.Queue()
     pairs = [[SHARDS[(number + place) % 6] for number in range(rounds)] for place in (0, 1, 2, 3)]
     shards = [list(zip(*pairs[place : place + 2], strict=True)) for place in (0, 2)]
-    racers = [context.Process(target=open_at_once, args=(folders, pair, starting, tried, won)) for pair in shards]
+    racers = [
+        context.Process(target=open_at_once, args=(folders, pair, starting, tried, won), daemon=True) for pair in shards
+    ]
     for racer in racers:
         racer.start()
     owners: dict[str, list[tuple[int, int]]] = {folder.name: [] for folder in folders}
