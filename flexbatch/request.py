@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
+SAMPLING_RULES = 1
+"""Version of how tokens follow from logits, sampling parameters, seeds and places in a job. A change that gives the same
+request other tokens raises it, and jobs that were begun before are not resumed with two kinds of answers.
+"""
+
 
 @dataclass(frozen=True)
 class SamplingParams:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -46,14 +47,27 @@ class Channel(Generic[T]):
             self._changed.notify_all()
 
     def __iter__(self) -> Iterator[T]:
+        for value in self.until(lambda: None):
+            assert value is not None
+            yield value[0]
+
+    def until(self, deadline: Callable[[], float | None]) -> Iterator[tuple[T] | None]:
+        """The values, each in a tuple, and None whenever the deadline (of `time.monotonic`, None for never; asked again
+        for every value) has passed without one."""
         while True:
+            end = deadline()
             with self._changed:
                 while not self._values and not self._closed and not self._cancelled:
-                    self._changed.wait()
-                if not self._values:
+                    left = None if end is None else end - time.monotonic()
+                    if left is not None and left <= 0:
+                        break
+                    self._changed.wait(left)
+                item: tuple[T] | None = None
+                if self._values:
+                    item = (self._values.popleft(),)
+                    self._changed.notify_all()
+                elif self._closed or self._cancelled:
                     if self._error is not None:
                         raise self._error
                     return
-                value = self._values.popleft()
-                self._changed.notify_all()
-            yield value
+            yield item

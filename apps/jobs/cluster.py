@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flexbatch.apps.jobs.commits import Commit, identity, read_commits
 from flexbatch.apps.jobs.interrupt import Interrupts
-from flexbatch.apps.jobs.journal import Journal, read_log
+from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.openai import OpenAIOutput
 from flexbatch.apps.jobs.pipeline import Pipeline, TooManyErrors
@@ -35,20 +36,27 @@ POLL_S = 0.5
 class Dispenser:
     """Hands out the parts of a job to workers, one at a time and in order; a Ray actor, as all workers must see the same list.
 
-    ``parts``: number -> records of rows that are finished; ``seen`` is for the workers' planners. What a worker held when it died goes to the front
-    again, with what its journal says.
+    ``parts``: number -> records of rows that are finished; ``seen`` is for the workers' planners, ``grant`` is the
+    driver's, in whose name they write. What a worker held when it died goes to the front again, with what its journal
+    says. Every hand-out has a number of its own, so that what a worker still records that was only thought dead counts
+    as older than what its successor does.
     """
 
-    def __init__(self, job: Job, digest: bytes, parts: dict[int, dict[int, Record]], seen: Preview | None = None) -> None:
-        self._job, self._digest, self._finished, self._seen = job, digest, parts, seen
+    def __init__(
+        self, job: Job, digest: bytes, parts: dict[int, dict[int, Record]], seen: Preview | None = None,
+        grant: Path | None = None,
+    ) -> None:  # fmt: skip
+        self._job, self._digest, self._finished, self._seen, self._grant = job, digest, parts, seen, grant
+        self._leases = 0
         self._waiting = deque(parts)
         self._held: dict[int, set[int]] = {}
         self._commits: list[dict[str, int]] = []
+        self._done: set[int] = set()
         self._stopped = False
 
-    def job(self) -> tuple[Job, Preview | None]:
+    def job(self) -> tuple[Job, Preview | None, Path | None]:
         """What the workers do. A restarted actor cannot count on large arguments of its own, which Ray may have lost with their node."""
-        return self._job, self._seen
+        return self._job, self._seen, self._grant
 
     def register(self, worker: int) -> None:
         """A worker begins, perhaps again."""
@@ -59,10 +67,12 @@ class Dispenser:
         job, retry = self._job, self._job.config.retry_failed
         state = Path(job.folder).expanduser() / STATE
         if not retry:
-            known = {commit["part"]: commit for path in state.glob("commits-*.log") for commit in read_log(path, self._digest) if commit["part"] in lost}
-            there = {number for number in known if (state.parent / job.parts[number].file_name(job.output.suffix)).exists()}
-            self._commits += [known[number] for number in sorted(there)]
-            lost -= there
+            known = read_commits(state, self._digest)
+            for number in sorted(lost):
+                found = identity(state.parent / job.parts[number].file_name(job.output.suffix))
+                if found is not None and (commit := known.get(number, {}).get(found)) is not None:
+                    self._add(dataclasses.asdict(commit))
+                    lost.discard(number)
         for number, records in Journal(state, "dispenser", self._digest).recover(lost.__contains__).items():
             self._finished[number] = {
                 **self._finished[number],
@@ -70,17 +80,25 @@ class Dispenser:
             }
         self._waiting.extendleft(sorted(lost, reverse=True))
 
-    def take(self, worker: int) -> tuple[int, dict[int, Record]] | None:
-        """The next part, or None when there is none, or no more are wanted."""
+    def take(self, worker: int) -> tuple[int, dict[int, Record], int] | None:
+        """The next part, its finished rows and the number of this hand-out; None when there is none, or no more are
+        wanted."""
         if self._stopped or not self._waiting:
             return None
         part = self._waiting.popleft()
         self._held[worker].add(part)
-        return part, self._finished[part]
+        self._leases += 1
+        return part, self._finished[part], self._leases
 
     def done(self, worker: int, commit: dict[str, int]) -> None:
         self._held[worker].discard(commit["part"])
-        self._commits.append(commit)
+        self._add(commit)
+
+    def _add(self, commit: dict[str, int]) -> None:
+        """A worker that was only thought dead tells of a part once more."""
+        if commit["part"] not in self._done:
+            self._done.add(commit["part"])
+            self._commits.append(commit)
 
     def stop(self) -> None:
         """No more parts: workers finish what they have."""
@@ -104,16 +122,18 @@ class Worker:
 
         number = self._number
         ray.get(dispenser.register.remote(number))
-        job, seen = ray.get(dispenser.job.remote())
+        job, seen, grant = ray.get(dispenser.job.remote())
         finished: dict[int, dict[int, Record]] = {}
 
         def parts() -> Iterator[Part]:
             while (task := ray.get(dispenser.take.remote(number))) is not None:
                 finished[task[0]] = task[1]
+                store.begin(job.parts[task[0]], job.output, task[2])
                 yield job.parts[task[0]]
 
         with contextlib.ExitStack() as stack:
-            store = OutputStore(job.folder, job.fingerprint, worker=f"worker-{number}-{uuid.uuid4().hex[:8]}")
+            name = f"worker-{number}-{uuid.uuid4().hex}"
+            store = OutputStore(job.folder, job.fingerprint, worker=name, grant=grant)
             stack.callback(store.close)
             llm = stack.enter_context(self._open_engine(job.engine, seen))
             if isinstance(job.output, OpenAIOutput):
@@ -188,7 +208,10 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
     rows = sum(part.rows for part in shard.left)
     job = dataclasses.replace(job, config=dataclasses.replace(config, window_rows=max(1, min(config.window_rows, rows // (8 * actors)))))
     waiting = {part.number: shard.finished.get(part.number, {}) for part in shard.left}
-    dispenser: Any = ray.remote(num_cpus=0)(Dispenser).remote(job, shard.store.digest, waiting, preview(job, shard.left))
+    assert shard.store.grant is not None
+    dispenser: Any = ray.remote(num_cpus=0)(Dispenser).remote(
+        job, shard.store.digest, waiting, preview(job, shard.left), shard.store.grant.path
+    )
     kind: Any = ray.remote(num_cpus=config.ray_cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
     workers = [kind.remote(number, open_engine) for number in range(actors)]
     interrupts, progress = Interrupts(), Progress(counts, metrics_file=config.metrics_file)
@@ -221,6 +244,7 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
 def _count(counts: Counts, commit: dict[str, int], before: dict[int, Record], shard: Shard) -> None:
     """Adds a committed part, less what was counted of it when the job began."""
     output = shard.job.output
+    shard.store.commits[commit["part"]] = Commit(**commit)
     counts.parts_committed += 1
     counts.rows_done += commit["rows"] - len(before)
     counts.row_errors += commit["errors"] - sum(bool(output.error_of(record)) for record in before.values())

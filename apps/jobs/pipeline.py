@@ -27,7 +27,8 @@ from flexbatch.apps.jobs.window import order_rows
 from flexbatch.request import Completion, SamplingParams
 
 SYNC_S = 5.0
-"""Journal records reach the disk within this time; until then a machine that loses power may lose them, a process that dies may not."""
+"""Journal records reach the disk within this time, whether another row comes or not, plus the time in which a part is
+written; until then a machine that loses power may lose them, a process that dies may not."""
 OUTCOMES_WAITING = 4096
 
 Encode = Callable[[Row], tuple[Row, list[int]]]
@@ -92,11 +93,12 @@ class Pipeline:
     _windows: Channel[list[tuple[OpenPart, Row, list[int]]]] = field(default_factory=lambda: Channel(2))
     _outcomes: Channel[Outcome] = field(default_factory=lambda: Channel(OUTCOMES_WAITING))
     _failure: BaseException | None = None
+    _sync_due: float | None = None
     _open: dict[int, OpenPart] = field(default_factory=dict)
 
     def run(self, engine: Engine) -> None:
-        """Raises SourceError (input gone or damaged; what was in flight is finished first), OutputError, TooManyErrors, KeyboardInterrupt, and what the
-        engine raises. In every case the finished rows are in the journal and the whole parts are committed."""
+        """Raises SourceError (input gone or damaged; what was in flight is finished first), OutputError, TakenOver,
+        TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the finished rows are in the journal and the whole parts are committed."""
         threads = [threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True) for target in (self._read, self._prepare, self._write)]
         for thread in threads:
             thread.start()
@@ -200,12 +202,13 @@ class Pipeline:
 
     def _write(self) -> None:
         try:
-            synced = time.monotonic()
-            for outcome in self._outcomes:
-                self._settle(outcome)
-                if time.monotonic() - synced > SYNC_S:
-                    self.store.journal.sync()
-                    synced = time.monotonic()
+            for outcome in self._outcomes.until(lambda: self._sync_due):
+                if outcome is not None:
+                    self._settle(outcome[0])
+                    self._sync_due = self._sync_due or time.monotonic() + SYNC_S
+                if self._sync_due is not None and time.monotonic() >= self._sync_due:
+                    self.store.sync()
+                    self._sync_due = None
             self.store.journal.sync()
         except BaseException as error:
             self._failure = OutputError(error.errno, error.strerror, error.filename or str(self.store.folder)) if isinstance(error, OSError) else error

@@ -23,9 +23,10 @@ from flexbatch.apps.jobs.rows import Row, RowReader, row_error
 from flexbatch.apps.jobs.secrets import redacted_word
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
-from flexbatch.apps.jobs.store import fingerprint_digest
+from flexbatch.apps.jobs.store import FORMAT, fingerprint_digest
 from flexbatch.apps.jobs.text_sources import LinesSource
 from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.request import SAMPLING_RULES
 
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NO_LIMIT = 2**62
@@ -124,6 +125,7 @@ def plan_job(
     identity["seed"] = engine.seed
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
     fingerprint = {"input": source.identity, "model": {**model_identity(engine), **precision}, **identity}
+    fingerprint["versions"] = {"sampling": SAMPLING_RULES, "output folder": FORMAT}
     output: Output
     if openai:
         repeated = source.repeated if isinstance(source, LinesSource) else {}

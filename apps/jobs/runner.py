@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexbatch.apps.jobs.files import SourceError
+from flexbatch.apps.jobs.grants import TakenOver
 from flexbatch.apps.jobs.interrupt import INTERRUPTED, Interrupts
 from flexbatch.apps.jobs.layout import Part, shard_parts
 from flexbatch.apps.jobs.openai import OpenAIOutput
@@ -132,7 +133,7 @@ def stopped(error: Exception, resume: str) -> int:
     code = exit_code(error)
     if isinstance(error, OutputError):
         logger.error("the output cannot be written: %s. Committed parts and finished rows are kept: make room, or mend it, and resume", error)
-    elif isinstance(error, (SourceError, TooManyErrors)) or code != CRASH:
+    elif isinstance(error, (SourceError, TakenOver, TooManyErrors)) or code != CRASH:
         logger.error("%s", error)
     else:
         logger.error("the job failed: %s", error, exc_info=error)
@@ -144,7 +145,7 @@ def close_shard(shard: Shard, share: Share) -> None:
     """A disk that is full must not hide why the job stopped."""
     try:
         if share.shards == 1:
-            shard.store.sweep(shard.parts, shard.job.output)
+            shard.store.sweep()
         shard.store.close()
     except OSError as error:
         logger.error("output %s: %s", shard.store.folder, error)

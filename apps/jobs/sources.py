@@ -6,6 +6,7 @@ A source knows its schema, its units (row groups) and its identity before the fi
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from flexbatch.apps.jobs.content import content, wanted_whole
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import Part, Unit
 from flexbatch.config import ConfigurationError
@@ -62,13 +64,14 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 class ParquetSource:
     """Parquet files by row group. Page checksums are verified where the files have them.
 
-    A file's identity is its size and its footer, which holds sizes and statistics of every column chunk; the data itself is not hashed.
+    A file's identity is its content (`content`).
     """
 
     def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile]) -> None:
         self._filesystem, self._files = filesystem, files
+        whole = wanted_whole(file.size for file in files)
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(self._footer, files))
+            found = list(pool.map(lambda file: self._footer(file, whole), files))
         for file, (_, schema, _) in zip(files, found, strict=True):
             repeated = {name for name in schema.names if schema.names.count(name) > 1}
             if not schema.names:
@@ -87,17 +90,20 @@ class ParquetSource:
         self.identity = {
             "format": "parquet",
             "files": {
-                file.name: f"{metadata.num_rows} rows, {file.size} bytes, footer {digest}" for file, (metadata, _, digest) in zip(files, found, strict=True)
+                file.name: {"rows": metadata.num_rows, "bytes": file.size, **identity}
+                for file, (metadata, _, identity) in zip(files, found, strict=True)
             },
         }
 
-    def _footer(self, file: InputFile) -> tuple[pq.FileMetaData, pa.Schema, str]:
+    def _footer(self, file: InputFile, whole: bool) -> tuple[pq.FileMetaData, pa.Schema, dict[str, str]]:
         try:
             with self._filesystem.open_input_file(file.path) as handle:
                 parquet = pq.ParquetFile(handle)
-                handle.seek(file.size - parquet.metadata.serialized_size - 8)
-                digest = hashlib.sha256(handle.read()).hexdigest()[:16]
-                return parquet.metadata, parquet.schema_arrow, digest
+                identity = content(self._filesystem, file, handle, whole)
+                if "samples" in identity:
+                    footer = handle.read_at(file.size, file.size - parquet.metadata.serialized_size - 8)
+                    identity["footer"] = f"sha256 {hashlib.sha256(footer).hexdigest()[:32]}"
+                return parquet.metadata, parquet.schema_arrow, identity
         except (pa.ArrowException, OSError) as error:
             raise ConfigurationError(f"{file.name}: not a readable Parquet file: {error}") from None
 
@@ -156,7 +162,11 @@ class DatasetSource:
             Unit(name, min(DATASET_UNIT_ROWS, len(found) - row), min(DATASET_UNIT_ROWS, len(found) - row) * row_bytes, group=row // DATASET_UNIT_ROWS)
             for row in range(0, len(found), DATASET_UNIT_ROWS)
         ]
-        self.identity = {"format": "dataset", "files": {name: f"{len(found)} rows, fingerprint {found._fingerprint}"}}
+        identity: dict[str, Any] = {"rows": len(found), "fingerprint": found._fingerprint}
+        if Path(name).is_dir():
+            # A fingerprint is what the folder says of itself; what is at its place may have been written since.
+            identity |= _saved_content(Path(name), [entry["filename"] for entry in found.cache_files])
+        self.identity = {"format": "dataset", "files": {name: identity}}
 
     def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
         first, rows = unit * DATASET_UNIT_ROWS, self.units[unit].rows
@@ -166,6 +176,16 @@ class DatasetSource:
                 yield conform(batch, self.schema)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise SourceError(f"{self._name}: rows {first} to {first + rows - 1} cannot be read: {error}") from error
+
+
+def _saved_content(folder: Path, paths: Sequence[str]) -> dict[str, Any]:
+    filesystem = pafs.LocalFileSystem()
+    files = [InputFile(path, os.path.relpath(path, folder), os.path.getsize(path)) for path in paths]
+    whole, found = wanted_whole(file.size for file in files), {}
+    for file in files:
+        with filesystem.open_input_file(file.path) as handle:
+            found[file.name] = {"bytes": file.size, **content(filesystem, file, handle, whole)}
+    return found
 
 
 def read_parts(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, pa.Table]]:

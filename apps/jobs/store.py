@@ -1,43 +1,46 @@
 """The output folder and its state: which parts are committed, who writes, and what a restart finds.
 
-A part is committed when its file carries its final name; renaming is the only step that commits. ``.flexbatch/manifest.json`` says what the job is,
-``.flexbatch/commits-*.log`` how many rows, errors and tokens each part holds, ``.flexbatch/journal-*.log`` the finished rows of other parts.
+A part is committed when its file carries its final name. It gets it in one step, which succeeds only if this process
+may still write (`grants`) and the name is as free, or the file to replace is as old, as it was when the part was begun:
+whoever comes second finds the part of the first. ``.flexbatch/manifest.json`` says what the job is,
+``.flexbatch/commits-*.log`` how many rows, errors and tokens each part holds, ``.flexbatch/journal-*.log`` the finished
+rows of other parts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 
-from flexbatch.apps.jobs.journal import Journal, RecordLog, read_log
+from flexbatch.apps.jobs.commits import Commit, Identity, identity, read_commits
+from flexbatch.apps.jobs.durable import make_folder, rename_if_absent, sync_folder, temporary_name
+from flexbatch.apps.jobs.grants import Grant, gate, refuse_other_writers
+from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.records import RecordLog
 from flexbatch.apps.jobs.results import Output, Record
 from flexbatch.config import ConfigurationError
 
+logger = logging.getLogger("flexbatch")
 STATE = ".flexbatch"
-PART_FILE = re.compile(r"\.?part-\d{5,}\.(parquet|jsonl)(\.tmp)?")
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What one committed part holds."""
-
-    part: int
-    rows: int
-    errors: int
-    input_tokens: int
-    generated_tokens: int
+FORMAT = 2
+"""Version of what lies in the output folder. It is part of a job's fingerprint, so a job is never resumed by a program
+that would read its logs differently."""
+PART_FILE = re.compile(r"part-\d{5,}\.(parquet|jsonl)|\.part-\d{5,}\.(parquet|jsonl)(\.[0-9a-f]{32})?\.tmp")
+TERM_BITS = 32
+"""A record's term is its writer's, times 2 to this power, plus the count of the lease where a writer leases parts on."""
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> bytes:
@@ -53,66 +56,65 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {old if isinstance(old, str) else json.dumps(old)} in the output, {new if isinstance(new, str) else json.dumps(new)} now"
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class OutputStore:
     """The parts of one shard of one job in one output folder.
 
     Opening it creates or compares the manifest: ConfigurationError lists the differences to another job, or says why the folder cannot be written.
-    ``created`` is the unix time at which the job began, kept over restarts. With ``worker``, a name, this process works for another one that holds the
-    lock and hands out the parts.
+    ``created`` is the unix time at which the job began, kept over restarts. With ``worker``, a name, this process works
+    for another one that hands out the parts and holds ``grant`` (`Grant.path`).
     """
 
     def __init__(
-        self, folder: str | Path, fingerprint: dict[str, Any], shard: tuple[int, int] = (0, 1), *, overwrite: bool = False, worker: str | None = None
-    ) -> None:
+        self, folder: str | Path, fingerprint: dict[str, Any], shard: tuple[int, int] = (0, 1), *, overwrite: bool = False,
+        worker: str | None = None, grant: Path | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.state = Path(folder).expanduser(), Path(folder).expanduser() / STATE
         self._owner = worker or f"{shard[0]}-of-{shard[1]}"
-        self._lock: IO[str] | None = None
         self.digest = fingerprint_digest(fingerprint)
+        self.grant: Grant | None = None
         try:
-            self.state.mkdir(parents=True, exist_ok=True)
-            if worker is None:
-                self._take_lock(shard)
-            ours = overwrite and self._discard()
-            self.created = self._manifest(fingerprint, ours)
-            self._commits_log = RecordLog(self.state / f"commits-{self._owner}.log", self.digest)
+            make_folder(self.state)
+            sync_folder(self.folder)
+            sync_folder(self.folder.parent)
+            with gate(self.state):
+                if worker is None:
+                    self.created = self._open_shard(fingerprint, shard, overwrite)
+                else:
+                    self.grant = None if grant is None else Grant(grant)
+                    self.check_writer()
+                    self.created = self._manifest(fingerprint, False)
+                self._commits_log = RecordLog(self.state / f"commits-{self._owner}.log", self.digest)
         except OSError as error:
-            self._unlock()
+            self._release()
             raise ConfigurationError(f"output {self.folder} cannot be written: {error}") from None
-        except (ConfigurationError, ValueError):
-            self._unlock()
-            raise
-        self.journal = Journal(self.state, self._owner, self.digest)
+        except ValueError as error:
+            self._release()
+            if isinstance(error, ConfigurationError):
+                raise
+            raise ConfigurationError(f"{error}, though its manifest is: remove that file") from None
+        self.term = self.grant.term << TERM_BITS if self.grant is not None else 0
+        self.journal = Journal(self.state, self._owner, self.digest, term=self.term)
         self.commits: dict[int, Commit] = {}
+        self._replaced: dict[int, Identity | None] = {}
+        self._folders = {self.folder}
 
-    def _take_lock(self, shard: tuple[int, int]) -> None:
-        """One process per shard, and only shards of one and the same count, at one time."""
-        for path in {*self.state.glob("lock-*"), self.state / f"lock-{self._owner}"}:
-            mine = path.name == f"lock-{self._owner}"
-            if not mine and path.name.endswith(f"-of-{shard[1]}"):
-                continue
-            file = path.open("a")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise ConfigurationError(f"output {self.folder} is being written by another process, as shard {path.name[5:]}") from None
-            if mine:
-                self._lock = file
-            else:
-                file.close()
+    def _open_shard(self, fingerprint: dict[str, Any], shard: tuple[int, int], overwrite: bool) -> int:
+        """Under the gate. A job that is refused takes nothing from anybody."""
+        refuse_other_writers(self.state, shard)
+        created = None if overwrite else self._manifest(fingerprint, False)
+        self.grant = Grant.take(self.state, shard)
+        for path in self.state.glob(".*.tmp"):  # written under the gate alone: of processes that died there
+            path.unlink(missing_ok=True)
+        return self._manifest(fingerprint, self._discard()) if created is None else created
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+    def _release(self) -> None:
+        if self.grant is not None:
+            self.grant.release()
+
+    def check_writer(self) -> None:
+        """Raises TakenOver when this process should write no more."""
+        if self.grant is not None:
+            self.grant.check()
 
     def _manifest(self, fingerprint: dict[str, Any], ours: bool) -> int:
         path = self.state / "manifest.json"
@@ -120,22 +122,18 @@ class OutputStore:
             others = [entry.name for entry in self.folder.iterdir() if entry.name != STATE]
             if others and not ours:
                 raise ConfigurationError(f"output {self.folder} already holds {', '.join(sorted(others)[:3])} and no job of FlexBatch: choose an empty folder")
-            temporary = self.state / f".manifest-{os.getpid()}-{self._owner}.tmp"
+            temporary = temporary_name(path)
             with temporary.open("w") as file:
-                json.dump({"format": 1, "created": int(time.time()), "fingerprint": fingerprint}, file, indent=1, sort_keys=True)
+                json.dump({"format": FORMAT, "created": int(time.time()), "fingerprint": fingerprint}, file, indent=1, sort_keys=True)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(temporary, path)  # unlike a rename it never replaces the manifest that another shard has just written
-            except FileExistsError:
-                pass
-            except OSError:
-                os.replace(temporary, path)
-            temporary.unlink(missing_ok=True)
-            sync_folder(self.state)
+            if not rename_if_absent(temporary, path):
+                temporary.unlink(missing_ok=True)
+        sync_folder(self.state)
         try:
             found = json.loads(path.read_text())
             changes = list(differences(found["fingerprint"], fingerprint))
+            created = int(found["created"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is damaged ({error}): restore it, or start over with --overwrite") from None
         if changes:
@@ -143,7 +141,7 @@ class OutputStore:
             raise ConfigurationError(
                 f"output {self.folder} belongs to another job:\n  {listing}\nUse those settings, another output folder, or --overwrite to start over"
             )
-        return int(found["created"])
+        return created
 
     def _discard(self) -> bool:
         """Removes parts and state of whatever job wrote here, if one did; other files stay. The manifest goes last, so that it can be repeated."""
@@ -159,33 +157,41 @@ class OutputStore:
                 path.rmdir()
         return True
 
+    def begin(self, part: Part, output: Output, lease: int = 0) -> None:
+        """A worker was given this part, perhaps after another one that may still believe that it has it; ``lease``
+        counts what is handed out. What the part's file is by now is what its commit may replace."""
+        self._replaced[part.number] = identity(self.folder / part.file_name(output.suffix))
+        self.journal.lease(part.number, self.term + lease)
+
     def recover(self, parts: Sequence[Part], output: Output, retry_failed: bool = False) -> tuple[list[Part], dict[int, dict[int, Record]]]:
         """What is left to do: the parts without a committed file, and per part the records of the rows that are finished already.
 
         With ``retry_failed`` rows that ended in an error count as not finished, also those of committed parts: such a part is written anew, and
         replaced in one step when it is whole again. Raises ConfigurationError for a part file that this job did not write.
         """
-        known = {record["part"]: Commit(**record) for path in self.state.glob("commits-*.log") for record in read_log(path, self.digest)}
+        known = read_commits(self.state, self.digest)
+        self._remove_temporary(parts, output)
         open_parts: list[Part] = []
         kept: dict[int, dict[int, Record]] = {}
         for part in parts:
             path = self.folder / part.file_name(output.suffix)
-            path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
-            if not path.exists():
+            found = identity(path)
+            if found is None:
                 open_parts.append(part)
                 continue
-            commit = known.get(part.number)
+            commit = known.get(part.number, {}).get(found)
             if commit is None or (retry_failed and commit.errors):
-                try:
-                    records = output.read(path, part.rows)
-                except ValueError as error:
-                    raise ConfigurationError(f"{error}. Remove it to have it written again") from None
-                commit = self._commit(part, records, output)
+                records = self._read(path, part, output)
+                if commit is None:
+                    commit = self._commit(part, records, output)
+                    self._record(commit, found)
                 if retry_failed and commit.errors:
                     open_parts.append(part)
+                    self._replaced[part.number] = found
                     kept[part.number] = {row: record for row, record in enumerate(records) if not output.error_of(record)}
                     continue
             self.commits[part.number] = commit
+        self._commits_log.sync()
         wanted = {part.number for part in open_parts}
         for number, records_of in self.journal.recover(wanted.__contains__).items():
             kept.setdefault(number, {}).update({row: record for row, record in records_of.items() if not (retry_failed and output.error_of(record))})
@@ -194,6 +200,25 @@ class OutputStore:
                 self.journal.committed(part.number)
         return open_parts, kept
 
+    def _remove_temporary(self, parts: Sequence[Part], output: Output) -> None:
+        """What processes that died had begun to write of these parts."""
+        for folder in {part.folder for part in parts}:
+            mine = {Path(part.file_name(output.suffix)).name for part in parts if part.folder == folder}
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(self.folder / folder):
+                    if PART_FILE.fullmatch(name) and name.endswith(".tmp") and name[1:].split(output.suffix)[0] + output.suffix in mine:
+                        (self.folder / folder / name).unlink(missing_ok=True)
+
+    @staticmethod
+    def _read(path: Path, part: Part, output: Output) -> list[Record]:
+        try:
+            return output.read(path, part.rows)
+        except ValueError as error:
+            raise ConfigurationError(f"{error}. Remove it to have it written again") from None
+
+    def _record(self, commit: Commit, found: Identity) -> None:
+        self._commits_log.append({**asdict(commit), "bytes": found[0], "mtime_ns": found[1]})
+
     @staticmethod
     def _commit(part: Part, records: Sequence[Record], output: Output) -> Commit:
         tokens = [output.tokens_of(record) for record in records]
@@ -201,45 +226,95 @@ class OutputStore:
         return Commit(part.number, part.rows, errors, sum(used for used, _ in tokens), sum(made for _, made in tokens))
 
     def commit(self, part: Part, table: pa.Table, records: Sequence[Record], output: Output) -> Commit:
-        """Writes a part, makes it durable and renames it into place. Raises OSError; then nothing of it is visible and its journal stays."""
+        """Writes a part, makes it durable and gives it its name; where another process has committed it meanwhile, that
+        one counts. Raises OSError or TakenOver; then nothing of it is visible and its journal stays."""
         path = self.folder / part.file_name(output.suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+        self._make_folder(path.parent)
+        temporary = temporary_name(path)
         commit = self._commit(part, records, output)
         try:
             output.write(temporary, table, records)
-            self._commits_log.append(asdict(commit))
+            written = identity(temporary)
+            if written is None:
+                raise FileNotFoundError(errno.ENOENT, "it was removed while it was written", str(temporary))
+            self._record(commit, written)
             self._commits_log.sync()
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+            with gate(self.state):
+                self.check_writer()
+                ours = self._publish(temporary, path, self._replaced.get(part.number))
+        except FileNotFoundError:  # a successor removes what its predecessors had begun
+            self.check_writer()
             raise
+        finally:
+            temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+        if not ours:
+            commit = self._adopt(path, part, output)
+        self._replaced.pop(part.number, None)
         self.commits[part.number] = commit
         self.journal.committed(part.number)
         return commit
 
-    def sweep(self, parts: Sequence[Part], output: Output) -> None:
+    def _make_folder(self, folder: Path) -> None:
+        """Also a folder that is there was perhaps made by a process that died before it was durable."""
+        if folder not in self._folders:
+            make_folder(folder)
+            for path in (folder, *folder.parents[: len(folder.relative_to(self.folder).parts) - 1]):
+                sync_folder(path.parent)
+            self._folders.add(folder)
+
+    @staticmethod
+    def _publish(temporary: Path, path: Path, before: Identity | None) -> bool:
+        """Under the gate: gives the file its name if the part is what it was when it was begun."""
+        if before is None or not path.exists():
+            return rename_if_absent(temporary, path)
+        if identity(path) != before:
+            return False
+        os.replace(temporary, path)
+        return True
+
+    def _adopt(self, path: Path, part: Part, output: Output) -> Commit:
+        logger.warning("%s: another process has committed this part meanwhile; its rows stay", path)
+        found = identity(path)
+        known = read_commits(self.state, self.digest).get(part.number, {})
+        if found in known:
+            return known[found]
+        try:
+            commit = self._commit(part, output.read(path, part.rows), output)
+        except ValueError as error:
+            raise OSError(errno.EEXIST, f"a file lies in the way that is no part of this job ({error})", str(path)) from None
+        if found is not None:
+            self._record(commit, found)
+        return commit
+
+    def sync(self) -> None:
+        """Makes what is in the journal durable. Raises OSError, and TakenOver when nobody needs it any more."""
+        self.journal.sync()
+        self.check_writer()
+
+    def sweep(self) -> None:
         """Removes journals of other owners (shards of another count, workers) once all their parts are committed. Only where nobody else writes."""
-        open_parts = {part.number for part in parts if not (self.folder / part.file_name(output.suffix)).exists()}
-        for path in self.state.glob("journal-*.log"):
-            if not any(part in open_parts for part, _, _ in read_log(path, self.digest)):
-                path.unlink()
+        if self.grant is not None and self.grant.path.exists():
+            self.journal.sweep(self.commits.__contains__)
 
     def close(self) -> None:
         try:
             self.journal.close()
         finally:
             self._commits_log.close()
-            self._unlock()
+            self._release()
 
     def check(self, parts: Sequence[Part], output: Output) -> None:
         """Asserts that every committed part holds its rows and that nothing temporary lies about."""
         self.journal.check()
         self._commits_log.check()
+        known = read_commits(self.state, self.digest)
         for part in parts:
             path = self.folder / part.file_name(output.suffix)
             assert path.exists() == (part.number in self.commits), f"{path}: committed and present disagree"
-            if path.exists():
-                assert self._commit(part, output.read(path, part.rows), output) == self.commits[part.number], f"{path} is not what was committed"
-            assert not path.with_name(f".{path.name}.tmp").exists(), f"{path}: a temporary file was left behind"
+            found = identity(path)
+            if found is not None:
+                commit = self.commits[part.number]
+                assert self._commit(part, output.read(path, part.rows), output) == commit, f"{path} is not what was committed"
+                assert known.get(part.number, {}).get(found) == commit, f"{path} is not what the log of commits says"
+            assert not list(path.parent.glob(f".{path.name}.*tmp")), f"{path}: a temporary file was left behind"

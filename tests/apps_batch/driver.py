@@ -2,6 +2,9 @@
 
 ``{"config_file": ...}`` appends the settings that the engine gets to a file.
 
+``{"syncs": folder}`` notes there what every fsync makes durable, ``{"signal_at": [function, count, signal]}`` sends this
+process a signal at a chosen point, ``{"locks": false}`` takes its file locks away (`tests.apps_batch.power`).
+
 With ``{"real": true, "count_file": ...}`` it runs the real one, and counts every token that is generated there, those of killed processes and of Ray's
 actors included.
 """
@@ -13,11 +16,13 @@ import functools
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from flexbatch.apps.batch import main, open_llm
 from flexbatch.config import EngineConfig
 from tests.apps_batch.fake import FakeLLM
+from tests.apps_batch.power import record_syncs, signal_at, without_locks
 
 
 def open_counted(count_file: str, config: EngineConfig, seen: Any) -> Any:
@@ -39,6 +44,12 @@ if __name__ == "__main__":
     if settings.pop("real", False):
         sys.exit(main(words, open_engine=functools.partial(open_counted, settings["count_file"])))
     config_file = settings.pop("config_file", None)
+    if not settings.pop("locks", True):
+        without_locks()
+    if (syncs := settings.pop("syncs", None)) is not None:
+        record_syncs(Path(syncs))
+    if (point := settings.pop("signal_at", None)) is not None:
+        signal_at(*point)
 
     def open_fake(config: EngineConfig, seen: Any) -> FakeLLM:
         if config_file is not None:

@@ -248,10 +248,19 @@ def test_a_damaged_row_group_stops_the_job_after_what_was_in_flight(tmp_path: Pa
     table = pa.table({"prompt": [f"prompt {i}" for i in range(90)]})
     pq.write_table(table, source, row_group_size=30, write_page_checksum=True, compression="none", use_dictionary=False)
     data = source.read_bytes()
-    source.write_bytes(data.replace(b"prompt 45", b"PROMPT 45", 1))
-    assert run_here(source, tmp_path / "out", "--part-rows", 10) == 1
+
+    class Damages(FakeLLM):
+        """The disk fails when the job has begun."""
+
+        def __enter__(self) -> FakeLLM:
+            source.write_bytes(data.replace(b"prompt 45", b"PROMPT 45", 1))
+            return self
+
+    assert run_here(source, tmp_path / "out", "--part-rows", 10, fake=Damages()) == 1
     assert "in.parquet: row group 1 cannot be read" in capsys.readouterr().err
     assert read_output(tmp_path / "out")["prompt"].to_pylist() == [f"prompt {i}" for i in range(30)]
+    assert run_here(source, tmp_path / "out", "--part-rows", 10) == 2
+    assert "input.files.in.parquet.content: sha256 " in capsys.readouterr().err
     source.write_bytes(data)
     assert run_here(source, tmp_path / "out", "--part-rows", 10) == 0
     assert read_output(tmp_path / "out")["prompt"].to_pylist() == table["prompt"].to_pylist()

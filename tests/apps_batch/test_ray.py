@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow as pa
 import pytest
 
-from flexbatch.apps.jobs.cluster import Dispenser, check_cluster
+from flexbatch.apps.jobs.cluster import Dispenser, Worker, check_cluster
 from flexbatch.apps.jobs.plan import Job, plan_job
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.store import OutputStore
@@ -73,13 +76,13 @@ def test_parts_of_a_worker_that_died_go_out_again_with_what_it_finished(tmp_path
     dispenser = Dispenser(job, store.digest, {number: {} for number in range(4)})
     for worker in (0, 1):
         dispenser.register(worker)
-    assert [dispenser.take(0), dispenser.take(0), dispenser.take(1)] == [(0, {}), (1, {}), (2, {})]
+    assert [dispenser.take(0), dispenser.take(0), dispenser.take(1)] == [(0, {}, 1), (1, {}, 2), (2, {}, 3)]
     record = ["text", "stop", 1, 2, "", None, None]
     store.journal.append(1, 5, record)
     part = job.parts[0]
     store.commit(part, next(iter_tables(job)), [record] * 10, job.output)
     dispenser.register(0)
-    assert dispenser.take(1) == (1, {5: record}) and dispenser.take(1) == (3, {}) and dispenser.take(0) is None
+    assert dispenser.take(1) == (1, {5: record}, 4) and dispenser.take(1) == (3, {}, 5) and dispenser.take(0) is None
     commits = dispenser.take_commits()
     assert commits == [dataclasses.asdict(store.commits[0])] and dispenser.take_commits() == []
     store.close()
@@ -89,6 +92,67 @@ def iter_tables(job: Job):  # type: ignore[no-untyped-def]
     from flexbatch.apps.jobs.sources import read_parts
 
     return (table for _, table in read_parts(job.source, job.parts))
+
+
+class Remote:
+    """An actor's handle in this process: ``handle.method.remote(...)`` calls the method, one call at one time."""
+
+    def __init__(self, actor: object) -> None:
+        self._actor, self._lock = actor, threading.Lock()
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        def call(*words: object) -> object:
+            with self._lock:
+                return getattr(self._actor, name)(*words)
+
+        return SimpleNamespace(remote=call)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_worker_that_was_thought_dead_counts_nothing_twice(
+    tmp_path: Path, retry: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is held up in the middle of its first part; another one does all of them; then it goes on."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda value: value))
+    job = planned(tmp_path, retry_failed=retry)
+    driver = OutputStore(job.folder, job.fingerprint)
+    if retry:
+        for part, table in zip(job.parts, iter_tables(job), strict=True):
+            driver.commit(part, table, [[None, "error", 0, 0, "an error", None, None]] * 10, job.output)
+    left, finished = driver.recover(job.parts, job.output, retry)
+    waiting = {part.number: finished.get(part.number, {}) for part in left}
+    assert len(waiting) == 4 and driver.grant is not None
+    dispenser = Dispenser(job, driver.digest, waiting, None, driver.grant.path)
+    held, go_on = threading.Event(), threading.Event()
+
+    class HeldUp(FakeLLM):
+        def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
+            for place, pair in enumerate(super().stream(items)):
+                if place == 3:
+                    held.set()
+                    assert go_on.wait(60)
+                yield pair
+
+    handle = Remote(dispenser)
+    first = threading.Thread(target=Worker(0, lambda config, seen: HeldUp(block=4)).run, args=(handle,))
+    first.start()
+    assert held.wait(60)
+    Worker(0, lambda config, seen: FakeLLM(block=4)).run(handle)
+    sizes = {path: path.stat().st_mtime_ns for path in parts_of(tmp_path / "out")}
+    go_on.set()
+    first.join(60)
+    assert not first.is_alive() and len(sizes) == 4
+    assert {path: path.stat().st_mtime_ns for path in parts_of(tmp_path / "out")} == sizes
+    assert sorted(commit["part"] for commit in dispenser.take_commits()) == [0, 1, 2, 3]
+    table = read_output(tmp_path / "out")
+    assert table["id"].to_pylist() == list(range(40)) and set(table["error"].to_pylist()) == {""}
+    driver.close()
+    again = OutputStore(job.folder, job.fingerprint)
+    assert again.recover(job.parts, job.output)[0] == []
+    again.check(job.parts, job.output)
+    again.sweep()
+    again.close()
+    assert not list(tmp_path.rglob("journal-*")) and not list(tmp_path.rglob(".part-*"))
 
 
 def test_a_stopped_dispenser_hands_out_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from flexbatch.apps.batch import main
-from flexbatch.apps.jobs.journal import HEADER
+from flexbatch.apps.jobs.records import HEADER
 from tests.apps_batch.helpers import journal_bytes, parts_of, read_output, shared_prompts, wait_for, write_input
 from tests.apps_batch.helpers import start as start_driver
 

@@ -70,3 +70,17 @@ def test_a_job_on_a_bucket_resumes_and_names_an_object_that_is_gone(server: str,
     assert "x.parquet: row group" in err and "cannot be read" in err and "resume with: " in err
     assert run_here(*words) == 2
     assert "holds no Parquet" in capsys.readouterr().err
+
+
+def test_an_object_that_was_rewritten_is_refused(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its size and statistics are equal, so is perhaps its time: the server says that it is another version."""
+    prompts = [f"p{i:02d}" for i in range(20)]
+    words = (uri(server, "in/*.parquet"), tmp_path / "out")
+    put(server, "in/x.parquet", prompts)
+    assert run_here(*words) == 0
+    put(server, "in/x.parquet", [prompts[0], *prompts[2:0:-1], *prompts[3:]])
+    capsys.readouterr()
+    assert run_here(*words) == 2
+    assert "input.files.x.parquet.version: etag " in capsys.readouterr().err
+    put(server, "in/x.parquet", prompts)
+    assert run_here(*words) == 0

@@ -1,0 +1,50 @@
+"""What each committed part holds: one log of records per writer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from flexbatch.apps.jobs.records import read_log
+
+logger = logging.getLogger("flexbatch")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one committed part holds."""
+
+    part: int
+    rows: int
+    errors: int
+    input_tokens: int
+    generated_tokens: int
+
+
+Identity = tuple[int, int]
+"""Size and time of the last change, in ns, of a part's file. Copying a folder may change the time: then the part is
+read."""
+
+
+def identity(path: Path) -> Identity | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def read_commits(state: Path, digest: bytes) -> dict[int, dict[Identity, Commit]]:
+    """Part -> what the files that were ever written for it hold. A record says what one file holds, not that it is the
+    one in place: a process may have died between writing the record and giving the file its name."""
+    found: dict[int, dict[Identity, Commit]] = {}
+    names = [field.name for field in fields(Commit)]
+    for path in sorted(state.glob("commits-*.log")):
+        try:
+            for record in read_log(path, digest):
+                commit = Commit(**{name: record[name] for name in names})
+                found.setdefault(commit.part, {})[record["bytes"], record["mtime_ns"]] = commit
+        except ValueError as error:
+            logger.warning("%s: left alone", error)
+    return found
