@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    # Imported only now: --help answers without NumPy and PuLP.
+    # Imported only now: --help answers without NumPy and SciPy.
     from flexbatch.policy.explain import explain, summary
     from flexbatch.policy.optimizer import choose
     from flexbatch.policy.plan import DoesNotFit
