@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
 from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.policy.stdout import run_process
 
 if TYPE_CHECKING:
     from flexbatch.apps.jobs.preview import Preview
@@ -102,8 +103,8 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_ll
     args = make_parser().parse_args(argv)
     set_up_logging()
     resume = resume_command(sys.orig_argv)
-    return run_command(lambda: run(args, os.environ, resume, open_engine, identity), resume)
+    return run_command(lambda data: run(args, os.environ, resume, open_engine, identity), resume)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

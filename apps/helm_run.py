@@ -17,6 +17,7 @@ from pathlib import Path
 
 from flexbatch.cli import CRASH, ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
 from flexbatch.config import ConfigurationError
+from flexbatch.policy.stdout import run_process
 
 RUNNER = "flexbatch.apps.helm.FlexBatchRunner"
 ALL_INSTANCES = 10**9
@@ -94,8 +95,8 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
 def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = make_parser().parse_known_args(arguments)
     set_up_logging()
-    return run_command(lambda: command(args, rest, os.environ))
+    return run_command(lambda data: command(args, rest, os.environ))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.suite import machine
+from flexbatch.policy.stdout import data_apart, run_process
 
 ROOT = Path(__file__).parents[1]
 HUMANEVAL = ROOT.parent / "shared" / "data" / "humaneval.jsonl"
@@ -134,19 +135,20 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads (default: all cores)")
     parser.add_argument("--output", type=Path, help="JSON file with machine, versions and commit")
     arguments = parser.parse_args()
-    if not arguments.prompts.is_file():
-        parser.error(f"{arguments.prompts} does not exist; name a file with --prompts")
-    results = measure(arguments)
-    import transformers
+    with data_apart() as data:
+        if not arguments.prompts.is_file():
+            parser.error(f"{arguments.prompts} does not exist; name a file with --prompts")
+        results = measure(arguments)
+        import transformers
 
-    versions = {**machine(), "transformers": transformers.__version__, "cores": str(len(os.sched_getaffinity(0)))}
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"machine": versions, "results": results}, indent=1) + "\n", encoding="utf-8")
-    size, ratio, cpu_ratio = results["transformers_best_batch_size"], results["ratio"], results["cpu_ratio"]
-    print(f"FlexBatch is {ratio:.2f}x as fast as transformers at its best padded batch size, {size}; by processor seconds {cpu_ratio:.2f}x")
-    return 0
+        versions = {**machine(), "transformers": transformers.__version__, "cores": str(len(os.sched_getaffinity(0)))}
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps({"machine": versions, "results": results}, indent=1) + "\n", encoding="utf-8")
+        size, ratio, cpu_ratio = results["transformers_best_batch_size"], results["ratio"], results["cpu_ratio"]
+        print(f"FlexBatch is {ratio:.2f}x as fast as transformers at its best padded batch size, {size}; by processor seconds {cpu_ratio:.2f}x", file=data)
+        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -17,7 +17,6 @@ from flexbatch.policy.cost import COLUMNS, KINDS, VARIABLES, PassModel
 from flexbatch.policy.types import TIERS, Constraints
 from flexbatch.policy.units import GIB
 
-
 Row = Mapping[int, float] | np.ndarray
 
 

@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("deciding", "reports"),
     ("block", "intake", "loaded"),
     ("engine",),
-    ("cli", "workload", "progress", "tables"),
+    ("cli", "workload", "progress", "tables", "result_file"),
     ("run", "__main__"),
     ("apps",),
 )

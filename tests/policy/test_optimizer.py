@@ -109,9 +109,10 @@ def test_dual_is_what_a_gib_buys():
     assert (base.seconds - more.seconds) * 256 == pytest.approx(base.seconds_per_gib["gpu"], rel=0.01)
 
 
-def test_whole_search_for_the_largest_model_is_quick():
+def test_whole_search_for_the_largest_model_is_short():
+    """Counted, not timed: 394 programs took 3 seconds, and 13 on a busy machine."""
     plan = choose(public_shape("opt-175b"), load_hardware("t4"), WORKLOAD)
-    assert plan.search_seconds < 10
+    assert plan.linear_programs < 600
     assert not plan.missing
 
 
