@@ -1,6 +1,6 @@
 """FlexBatch against transformers' `generate` on the CPU: same demo model, same prompts, same number of new tokens, same process.
 
-    python -m benchmark.peers --output benchmark/results/peers-cpu.json
+    python -m benchmark.peers --prompts humaneval.jsonl --output benchmark/results/peers-cpu.json
 
 transformers pads a batch to its longest prompt; prompts are sorted by length for it, which is the order that wastes least, and every batch size
 of ``--batch-sizes`` is tried, its best one counts. FlexBatch gets the prompts as they come, everything on the gpu tier (plain memory here). Both
@@ -25,7 +25,6 @@ from benchmark.suite import machine
 from flexbatch.policy.stdout import data_apart, run_process
 
 ROOT = Path(__file__).parents[1]
-HUMANEVAL = ROOT.parent / "shared" / "data" / "humaneval.jsonl"
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -127,7 +126,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, default=HUMANEVAL, help="JSON lines with a field prompt (default: ../shared/data/humaneval.jsonl)")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a field prompt, such as those of HumanEval")
     parser.add_argument("--num-prompts", type=int, help="only the first prompts (for a quick look)")
     parser.add_argument("--new-tokens", type=int, default=64, help="new tokens for each prompt (default: 64)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 164], help="padded batch sizes that transformers may choose from")

@@ -1,6 +1,6 @@
 """Speculation with the bundled demo pair on the CPU: the engine's own plain decoding and speculation by turns, in the same engine.
 
-    python -m benchmark.speculation --prompts ../shared/data/humaneval.jsonl --output benchmark/results/speculation-cpu.json
+    python -m benchmark.speculation --prompts humaneval.jsonl --output benchmark/results/speculation-cpu.json
 
 Every job runs plainly and then with trees (`compare_plain`), neither finding the other's prompts in the cache. The ratio is of the sums over all jobs, those in
 which costs and acceptance are still unknown included. A table is written next to the JSON file. Rows of other settings that the file holds are kept, so that a
