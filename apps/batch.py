@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
+from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, refuse_measurements, run_command, set_up_logging
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.policy.stdout import run_process
 
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_
     from flexbatch.apps.jobs.shares import find_share
 
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
+    refuse_measurements(engine)
     share = find_share(config.shard_of(), environ)
     if share.shards > 1 and config.overwrite:
         raise ConfigurationError("--overwrite with several processes would discard the others' parts: remove the output folder, then start them")

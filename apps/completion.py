@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from flexbatch import workload
-from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
+from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments, read_settings, refuse_measurements, run_command, set_up_logging
 from flexbatch.config import ConfigurationError, EngineConfig, option
 from flexbatch.policy.stdout import run_process
 from flexbatch.request import Completion, SamplingParams
@@ -180,6 +180,7 @@ def lines_of(stream: IO[str], question: str = "") -> Iterable[str]:
 
 def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str], stdout: IO[str]) -> int:
     config, sampling, engine = read_settings([CompletionConfig, SamplingConfig, EngineConfig], args, environ, getattr(args, "config", None))
+    refuse_measurements(engine)
     if args.words and config.prompts is not None:
         raise ConfigurationError("prompts come from the arguments or from --prompts FILE; leave one out")
     if config.chat and (config.prompts is not None or config.output_file is not None or sampling.n > 1):

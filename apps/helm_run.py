@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flexbatch.cli import CRASH, ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
+from flexbatch.cli import CRASH, ROW_ERRORS, add_engine_arguments, engine_config, refuse_measurements, run_command, set_up_logging
 from flexbatch.config import ConfigurationError
 from flexbatch.policy.stdout import run_process
 
@@ -57,8 +57,7 @@ def helm_arguments(args: argparse.Namespace, rest: Sequence[str], deployment: st
 
 def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
     config = engine_config(args, environ)
-    if config.dummy_weights:
-        raise ConfigurationError("--dummy-weights cannot be evaluated: there is no tokenizer")
+    refuse_measurements(config)
     try:
         from helm.benchmark.run import build_parser, helm_run
         from helm.benchmark.run_spec import get_run_spec_function

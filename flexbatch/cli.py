@@ -180,6 +180,17 @@ def engine_config(args: argparse.Namespace, environ: Mapping[str, str] = os.envi
     return config
 
 
+def refuse_measurements(config: EngineConfig) -> None:
+    """For commands whose text counts, and which take prompts as they come. Raises ConfigurationError for settings that only measure an engine."""
+    remedy = "measure with flexbatch run"
+    if config.simulate_acceptance is not None:
+        raise ConfigurationError(f"--simulate-acceptance {config.simulate_acceptance:g} makes text that means nothing: leave it out here, or {remedy}")
+    if config.compare_plain:
+        raise ConfigurationError(f"--compare-plain runs a whole job twice, and here prompts come one by one: leave it out here, or {remedy}")
+    if config.dummy_weights:
+        raise ConfigurationError(f"--dummy-weights has no tokenizer, so that prompts of text cannot be read: leave it out here, or {remedy}")
+
+
 def _read_yaml(config_file: str | None) -> dict[Any, Any]:
     if config_file is None:
         return {}

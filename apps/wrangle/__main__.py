@@ -10,7 +10,7 @@ from typing import TextIO
 
 from flexbatch.apps.wrangle.datasets import TASKS, find_data_set
 from flexbatch.apps.wrangle.tables import TableError
-from flexbatch.cli import ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
+from flexbatch.cli import ROW_ERRORS, add_engine_arguments, engine_config, refuse_measurements, run_command, set_up_logging
 from flexbatch.config import ConfigurationError
 from flexbatch.policy.stdout import run_process
 
@@ -57,6 +57,7 @@ def command(args: argparse.Namespace, data_out: TextIO) -> int:
         if value is not None and value < least:
             raise ConfigurationError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     engine = engine_config(args)
+    refuse_measurements(engine)
     same = {name: getattr(args, name) for name in ("folder", "split", "select", "shots", "trials", "limit", "balanced", "instruction", "manual")}
     config = WrangleConfig(**same, separator=args.separator, missing=args.missing, max_tokens=args.max_tokens, seed=args.example_seed)
     try:

@@ -67,7 +67,7 @@ def test_every_command_keeps_noise_from_its_data(start: list[str], tmp_path: Pat
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "def a():"}\n')
     assert noisy_run([*start, "batch", str(rows), str(tmp_path / "out"), *SMALL, "--max-tokens", "2"]) == ""
-    words = ["wrangle", str(write_table(tmp_path / "table")), "--task", "imputation", "--column", "city", "--shots", "1"]
+    words = ["wrangle", str(write_table(tmp_path / "table")), "--task", "data_imputation", "--column", "city", "--shots", "1"]
     assert json.loads(noisy_run([*start, *words, "--limit", "1", *SMALL]))["failed_prompts"] == 0
 
 
