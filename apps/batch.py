@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flexbatch.apps.jobs.secrets import redact_logs, redacted, redacted_word, secrets_of
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
+from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, refuse_measurements, run_command, set_up_logging
 from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.policy.stdout import run_process
 
 if TYPE_CHECKING:
     from flexbatch.apps.jobs.preview import Preview
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_
     from flexbatch.apps.jobs.shares import find_share
 
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
+    refuse_measurements(engine)
     share = find_share(config.shard_of(), environ)
     if share.shards > 1 and config.overwrite:
         raise ConfigurationError("--overwrite with several processes would discard the others' parts: remove the output folder, then start them")
@@ -111,8 +113,8 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_ll
     set_up_logging()
     redact_logs(secrets_of([args.input, args.output]))
     resume = resume_command(sys.orig_argv)
-    return run_command(lambda: run(args, os.environ, resume, open_engine, identity), resume)
+    return run_command(lambda data: run(args, os.environ, resume, open_engine, identity), resume)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

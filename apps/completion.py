@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from flexbatch import workload
-from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
+from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments, read_settings, refuse_measurements, run_command, set_up_logging
 from flexbatch.config import ConfigurationError, EngineConfig, option
+from flexbatch.policy.stdout import run_process
 from flexbatch.request import Completion, SamplingParams
 from flexbatch.run import SamplingConfig
 from flexbatch.text_files import MARK
+from flexbatch.workload import PromptRow
 
 if TYPE_CHECKING:
     from flexbatch import LLM
@@ -134,7 +136,7 @@ def complete(llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: C
         if output:
             output.finish(number, text)
         else:
-            print_json({"index": number, **(failure if completion.error else workload.output_line(prompts[number], completion))}, stdout)
+            print_json({"index": number, **(failure if completion.error else workload.output_line(PromptRow(prompts[number]), completion))}, stdout)
     if output:
         output.check()
     if config.output_file is not None:
@@ -161,7 +163,7 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
         if output:
             output.finish(0, completion.text)
         else:
-            print_json(workload.output_line(list(messages[:-1]), completion), stdout)
+            print_json(workload.output_line(PromptRow(list(messages[:-1])), completion), stdout)
     return ROW_ERRORS if failed else DONE
 
 
@@ -184,6 +186,7 @@ def lines_of(stream: IO[str], question: str = "") -> Iterable[str]:
 
 def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str], stdout: IO[str]) -> int:
     config, sampling, engine = read_settings([CompletionConfig, SamplingConfig, EngineConfig], args, environ, getattr(args, "config", None))
+    refuse_measurements(engine)
     if args.words and config.prompts is not None:
         raise ConfigurationError("prompts come from the arguments or from --prompts FILE; leave one out")
     if config.chat and (config.prompts is not None or config.output_file is not None or sampling.n > 1):
@@ -194,7 +197,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
         params = SamplingParams(**dataclasses.asdict(sampling))
     except ValueError as problem:
         raise ConfigurationError(str(problem)) from problem
-    given = workload.read_prompts(config.prompts) if config.prompts else args.words
+    given = [row.prompt for row in workload.read_prompts(config.prompts)] if config.prompts else args.words
     if not given and not config.chat:
         given = list(lines_of(stdin))
     if not given and not config.chat:
@@ -212,8 +215,8 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
 def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     set_up_logging("WARNING")
-    return run_command(lambda: command(args, os.environ, sys.stdin, sys.stdout))
+    return run_command(lambda data: command(args, os.environ, sys.stdin, data))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -15,8 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flexbatch.cli import CRASH, ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
+from flexbatch.cli import CRASH, ROW_ERRORS, add_engine_arguments, engine_config, refuse_measurements, run_command, set_up_logging
 from flexbatch.config import ConfigurationError
+from flexbatch.policy.stdout import run_process
 
 RUNNER = "flexbatch.apps.helm.FlexBatchRunner"
 ALL_INSTANCES = 10**9
@@ -56,8 +57,7 @@ def helm_arguments(args: argparse.Namespace, rest: Sequence[str], deployment: st
 
 def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
     config = engine_config(args, environ)
-    if config.dummy_weights:
-        raise ConfigurationError("--dummy-weights cannot be evaluated: there is no tokenizer")
+    refuse_measurements(config)
     try:
         from helm.benchmark.run import build_parser, helm_run
         from helm.benchmark.run_spec import get_run_spec_function
@@ -94,8 +94,8 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
 def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = make_parser().parse_known_args(arguments)
     set_up_logging()
-    return run_command(lambda: command(args, rest, os.environ))
+    return run_command(lambda data: command(args, rest, os.environ))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -6,9 +6,14 @@ The command is the harness's own (0.4.13, extra ``flexbatch[lm-eval]``) with one
 
 from __future__ import annotations
 
+import functools
+import pkgutil
 import sys
+from importlib import import_module
+from typing import TextIO
 
-from flexbatch.cli import run_command
+from flexbatch.cli import USAGE, run_command
+from flexbatch.policy.stdout import run_process
 
 MODEL = "flexbatch.apps.lm_eval_model:FlexBatchLM"
 
@@ -22,15 +27,28 @@ def register() -> None:
         model_registry.register("flexbatch", target=MODEL)
 
 
-def main() -> int:
+def print_to(data: TextIO) -> None:
+    """What the modules of the harness's command line print are its results and lists; what the rest of it prints is not."""
+    import lm_eval._cli as commands
+
+    for module in pkgutil.iter_modules(commands.__path__, f"{commands.__name__}."):
+        import_module(module.name).print = functools.partial(print, file=data)  # type: ignore[attr-defined]
+
+
+def command(data: TextIO) -> int | None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError:
         print("lm-evaluation-harness is not installed: pip install 'flexbatch[lm-eval]'", file=sys.stderr)
-        return 2
+        return USAGE
     register()
-    return run_command(cli_evaluate)
+    print_to(data)
+    return cli_evaluate()
+
+
+def main() -> int:
+    return run_command(command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -38,6 +38,7 @@ from flexbatch.apps.jobs.results import ParquetOutput, Record
 from flexbatch.apps.jobs.rows import Row, RowError, RowReader
 from flexbatch.apps.jobs.runner import OpenEngine
 from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.cli import refuse_measurements
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.request import SamplingParams
 
@@ -58,6 +59,7 @@ class GenerateText:
             raise ConfigurationError(f"unknown settings: {', '.join(unknown)}")
         self._config = JobConfig(**{name: value for name, value in settings.items() if name in names})
         engine = EngineConfig(**{name: value for name, value in settings.items() if name not in names})
+        refuse_measurements(engine)
         self._seed, self._llm = engine.seed, open_engine(engine, None)
         self._encode = make_encode(self._llm, self._config.truncate)
         self._output: ParquetOutput | None = None

@@ -28,6 +28,7 @@ from benchmark.suite import machine
 from flexbatch import LLM, SamplingParams
 from flexbatch.kernels import reference
 from flexbatch.models import resolve
+from flexbatch.policy.stdout import data_apart, run_process
 
 BITS = (16, 8, 4)
 GOAL_PERCENT = 2.0
@@ -134,17 +135,18 @@ def main() -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
-    folder = resolve.resolve("demo")
-    text = held_out_text(arguments.corpus, Tokenizer.from_file(str(folder / "tokenizer.json")), arguments.held_out_tokens)
-    settings = {"device": arguments.device, "dtype": arguments.dtype, "percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 4, "num_gpu_batches": 1}
-    cells = measure(text, settings)
-    print(table(cells))
-    if arguments.output:
-        scored = {"files": text.files, "held_out_tokens": text.num_tokens, "held_out_bytes": text.num_bytes, "scored_tokens": text.scored_tokens}
-        facts = {"machine": machine(), "model": resolve.fingerprint(folder), "corpus": scored, "settings": settings}
-        write_json(arguments.output, {**facts, "cells": [asdict(cell) for cell in cells]})
-    return 0 if cells[len(BITS) ** 2 - 1].added_percent < GOAL_PERCENT else 1
+    with data_apart() as data:
+        folder = resolve.resolve("demo")
+        text = held_out_text(arguments.corpus, Tokenizer.from_file(str(folder / "tokenizer.json")), arguments.held_out_tokens)
+        settings = {"device": arguments.device, "dtype": arguments.dtype, "percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 4, "num_gpu_batches": 1}
+        cells = measure(text, settings)
+        print(table(cells), file=data)
+        if arguments.output:
+            scored = {"files": text.files, "held_out_tokens": text.num_tokens, "held_out_bytes": text.num_bytes, "scored_tokens": text.scored_tokens}
+            facts = {"machine": machine(), "model": resolve.fingerprint(folder), "corpus": scored, "settings": settings}
+            write_json(arguments.output, {**facts, "cells": [asdict(cell) for cell in cells]})
+        return 0 if cells[len(BITS) ** 2 - 1].added_percent < GOAL_PERCENT else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -22,6 +22,7 @@ import torch
 from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
 from benchmark.kernel_timings import attention_flops, ceilings
 from flexbatch.kernels import attention, pages, quant, reference
+from flexbatch.policy.stdout import data_apart, run_process
 
 SHORT, LONG = "OPT-30B shape, 16 prompts of 512", "Llama-3-8B shape, one prompt of 8192"
 PREFILL_LAUNCHES = [  # query rows, keys, warps, stages, registers
@@ -191,21 +192,22 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=8, help="compile ahead in so many processes (0: not)")
     parser.add_argument("--part", help="internal: compile part i/n and stop")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    if arguments.part:
-        part, parts = map(int, arguments.part.split("/"))
-        compile_part(part, parts, arguments.sections)
+    with data_apart() as data:
+        torch.manual_seed(0)
+        if arguments.part:
+            part, parts = map(int, arguments.part.split("/"))
+            compile_part(part, parts, arguments.sections)
+            return 0
+        begun = time.monotonic()
+        lines: list[str] = []
+        with arguments.output.open("w") as file:
+            for row in tuning_rows(arguments.sections, arguments.seconds, arguments.processes):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                lines.append(" | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+        print(*lines, f"{len(lines)} rows in {time.monotonic() - begun:.0f} s", sep="\n", file=data)
         return 0
-    begun = time.monotonic()
-    lines: list[str] = []
-    with arguments.output.open("w") as file:
-        for row in tuning_rows(arguments.sections, arguments.seconds, arguments.processes):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            lines.append(" | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    print(*lines, f"{len(lines)} rows in {time.monotonic() - begun:.0f} s", sep="\n")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_process(main))

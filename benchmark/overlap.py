@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.suite import machine
+from flexbatch.policy.stdout import data_apart, run_process
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,20 @@ def main() -> int:
     parser.add_argument("--offload-dir", type=Path, help="folder of the weight files on the disk to be measured (default: a temporary one)")
     parser.add_argument("--output", type=Path, help="JSON file with machine, versions and commit")
     arguments = parser.parse_args()
-    started = time.time()
-    with tempfile.TemporaryDirectory(dir=arguments.offload_dir, prefix="flexbatch-overlap-") as folder:
-        results = measure(arguments, Path(folder))
-    if arguments.output:
-        info = {**machine(), "cores": str(len(os.sched_getaffinity(0)))}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"machine": info, "results": results}, indent=1) + "\n", encoding="utf-8")
-    on, off = results["on"], results["off"]
-    print(f"overlap on {on['seconds']:.2f} s, off {off['seconds']:.2f} s: on is {results['off_over_on']:.2f}x as fast")
-    print(f"overlap figure of the trace: on {on['overlap_figure']:.2f}, off {off['overlap_figure']:.2f}; measured in {time.time() - started:.0f} s")
-    return 0
+    with data_apart() as data:
+        started = time.time()
+        with tempfile.TemporaryDirectory(dir=arguments.offload_dir, prefix="flexbatch-overlap-") as folder:
+            results = measure(arguments, Path(folder))
+        if arguments.output:
+            info = {**machine(), "cores": str(len(os.sched_getaffinity(0)))}
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps({"machine": info, "results": results}, indent=1) + "\n", encoding="utf-8")
+        on, off = results["on"], results["off"]
+        print(f"overlap on {on['seconds']:.2f} s, off {off['seconds']:.2f} s: on is {results['off_over_on']:.2f}x as fast", file=data)
+        figures = f"on {on['overlap_figure']:.2f}, off {off['overlap_figure']:.2f}"
+        print(f"overlap figure of the trace: {figures}; measured in {time.time() - started:.0f} s", file=data)
+        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -1,6 +1,6 @@
 """FlexBatch against transformers' `generate` on the CPU: same demo model, same prompts, same number of new tokens, same process.
 
-    python -m benchmark.peers --output benchmark/results/peers-cpu.json
+    python -m benchmark.peers --prompts humaneval.jsonl --output benchmark/results/peers-cpu.json
 
 transformers pads a batch to its longest prompt; prompts are sorted by length for it, which is the order that wastes least, and every batch size
 of ``--batch-sizes`` is tried, its best one counts. FlexBatch gets the prompts as they come, everything on the gpu tier (plain memory here). Both
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.suite import machine
+from flexbatch.policy.stdout import data_apart, run_process
 
 ROOT = Path(__file__).parents[1]
-HUMANEVAL = ROOT.parent / "shared" / "data" / "humaneval.jsonl"
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -126,7 +126,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, default=HUMANEVAL, help="JSON lines with a field prompt (default: ../shared/data/humaneval.jsonl)")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a field prompt, such as those of HumanEval")
     parser.add_argument("--num-prompts", type=int, help="only the first prompts (for a quick look)")
     parser.add_argument("--new-tokens", type=int, default=64, help="new tokens for each prompt (default: 64)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 164], help="padded batch sizes that transformers may choose from")
@@ -134,19 +134,20 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads (default: all cores)")
     parser.add_argument("--output", type=Path, help="JSON file with machine, versions and commit")
     arguments = parser.parse_args()
-    if not arguments.prompts.is_file():
-        parser.error(f"{arguments.prompts} does not exist; name a file with --prompts")
-    results = measure(arguments)
-    import transformers
+    with data_apart() as data:
+        if not arguments.prompts.is_file():
+            parser.error(f"{arguments.prompts} does not exist; name a file with --prompts")
+        results = measure(arguments)
+        import transformers
 
-    versions = {**machine(), "transformers": transformers.__version__, "cores": str(len(os.sched_getaffinity(0)))}
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"machine": versions, "results": results}, indent=1) + "\n", encoding="utf-8")
-    size, ratio, cpu_ratio = results["transformers_best_batch_size"], results["ratio"], results["cpu_ratio"]
-    print(f"FlexBatch is {ratio:.2f}x as fast as transformers at its best padded batch size, {size}; by processor seconds {cpu_ratio:.2f}x")
-    return 0
+        versions = {**machine(), "transformers": transformers.__version__, "cores": str(len(os.sched_getaffinity(0)))}
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps({"machine": versions, "results": results}, indent=1) + "\n", encoding="utf-8")
+        size, ratio, cpu_ratio = results["transformers_best_batch_size"], results["ratio"], results["cpu_ratio"]
+        print(f"FlexBatch is {ratio:.2f}x as fast as transformers at its best padded batch size, {size}; by processor seconds {cpu_ratio:.2f}x", file=data)
+        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -21,6 +21,7 @@ from flexbatch.policy.explain import summary
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.rates import Hardware, load_hardware
 from flexbatch.policy.shapes import public_shape
+from flexbatch.policy.stdout import data_apart, run_process
 from flexbatch.policy.types import ModelShape, Policy, Split, Workload
 from flexbatch.policy.units import GIB
 
@@ -85,25 +86,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hardware", required=True, help="a shipped machine or a JSON file of python -m flexbatch.policy.profile")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results", help="folder of the results")
     options = parser.parse_args(arguments)
-    runs = [json.loads(line) for line in options.runs.read_text().splitlines() if line.strip()]
-    if not runs:
-        print(f"error: {options.runs} holds no runs", file=sys.stderr)
-        return 2
-    hardware = load_hardware(options.hardware)
-    records = compare(runs, hardware)
-    errors = [abs(r["error"]) for r in records]
-    verdict = f"{len(records)} settings: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}"
-    options.output.mkdir(parents=True, exist_ok=True)
-    text = [f"# Predicted against measured on {hardware.name}", "", verdict, "", *table(records), ""]
-    (options.output / "policy_error.md").write_text("\n".join(text))
-    (options.output / "policy_error.json").write_text(json.dumps(records, indent=1) + "\n")
-    try:
-        plot(records, options.output / "policy_error.png")
-    except ImportError as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    print(verdict)
-    return int(statistics.median(errors) > MEDIAN_LIMIT or max(errors) > WORST_LIMIT)
+    with data_apart() as data:
+        runs = [json.loads(line) for line in options.runs.read_text().splitlines() if line.strip()]
+        if not runs:
+            print(f"error: {options.runs} holds no runs", file=sys.stderr)
+            return 2
+        hardware = load_hardware(options.hardware)
+        records = compare(runs, hardware)
+        errors = [abs(r["error"]) for r in records]
+        verdict = f"{len(records)} settings: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}"
+        options.output.mkdir(parents=True, exist_ok=True)
+        text = [f"# Predicted against measured on {hardware.name}", "", verdict, "", *table(records), ""]
+        (options.output / "policy_error.md").write_text("\n".join(text))
+        (options.output / "policy_error.json").write_text(json.dumps(records, indent=1) + "\n")
+        try:
+            plot(records, options.output / "policy_error.png")
+        except ImportError as error:
+            print(f"no plot: {error}", file=sys.stderr)
+        print(verdict, file=data)
+        return int(statistics.median(errors) > MEDIAN_LIMIT or max(errors) > WORST_LIMIT)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

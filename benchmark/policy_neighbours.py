@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,7 +64,7 @@ def run_neighbourhood(setting: Setting, hardware: str, fixed: dict[str, Any]) ->
     def attempt(llm: ObservedLLM, name: str) -> None:
         record = measure(llm, setting)
         tried.append({"name": name, **{key: record[key] for key in (*fixed_by(llm.policy), "tokens_per_second", "predicted_then", "seconds")}})
-        print(f"  {name}: {record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}", flush=True)
+        print(f"  {name}: {record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}", file=sys.stderr, flush=True)
 
     candidates: dict[Policy, str] = {}
     try:

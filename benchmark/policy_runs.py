@@ -96,7 +96,7 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
             record = {"error": f"{type(error).__name__}: {error}"[:2000]}
         append(arguments.runs, {"name": name, "total_seconds": time.perf_counter() - started, **record})
         measured = f"{record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}" if "tokens_per_second" in record else "done"
-        print(f"{name}: {record.get('error', measured)} ({time.perf_counter() - started:.0f} s in all)", flush=True)
+        print(f"{name}: {record.get('error', measured)} ({time.perf_counter() - started:.0f} s in all)", file=sys.stderr, flush=True)
         if fatal:
             return 1
         gc.collect()
@@ -136,7 +136,8 @@ def write_plans(path: Path, settings: dict[str, Setting], hardware: str) -> int:
     for name, setting in settings.items():
         plans[name] = chosen_here(setting, hardware)
         path.write_text(json.dumps(plans, indent=1) + "\n")
-        print(f"{name}: {plans[name]['predicted_tokens_per_second']:.1f} tok/s, {plans[name]['predicted_seconds']:.1f} s predicted", flush=True)
+        rate, seconds = (plans[name][f"predicted_{key}"] for key in ("tokens_per_second", "seconds"))
+        print(f"{name}: {rate:.1f} tok/s, {seconds:.1f} s predicted", file=sys.stderr, flush=True)
     return 0
 
 

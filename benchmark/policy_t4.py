@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from flexbatch.policy.bound import machine_bound
 from flexbatch.policy.explain import explain, summary
@@ -16,6 +17,7 @@ from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.rates import Hardware, load_hardware
 from flexbatch.policy.shapes import public_shape
+from flexbatch.policy.stdout import data_apart, run_process
 from flexbatch.policy.types import Constraints, Policy, Split, Workload
 from flexbatch.policy.units import GIB
 
@@ -106,7 +108,7 @@ def choices_table(hardware: Hardware) -> tuple[list[str], list[dict], list[str]]
     return lines, records, texts
 
 
-def main() -> None:
+def compare(data: TextIO) -> None:
     hardware = load_hardware("t4")
     first, published = published_table(hardware)
     second, chosen, texts = choices_table(hardware)
@@ -146,8 +148,13 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / "policy_t4.md").write_text("\n".join(text))
     (results / "policy_t4.json").write_text(json.dumps({"hardware": json.loads(hardware.to_json()), "published": published, "chosen": chosen}, indent=1) + "\n")
-    print("\n".join([*first, "", *second]))
+    print("\n".join([*first, "", *second]), file=data)
+
+
+def main() -> None:
+    with data_apart() as data:
+        compare(data)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_process(main))

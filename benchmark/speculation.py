@@ -1,6 +1,6 @@
 """Speculation with the bundled demo pair on the CPU: the engine's own plain decoding and speculation by turns, in the same engine.
 
-    python -m benchmark.speculation --prompts ../shared/data/humaneval.jsonl --output benchmark/results/speculation-cpu.json
+    python -m benchmark.speculation --prompts humaneval.jsonl --output benchmark/results/speculation-cpu.json
 
 Every job runs plainly and then with trees (`compare_plain`), neither finding the other's prompts in the cache. The ratio is of the sums over all jobs, those in
 which costs and acceptance are still unknown included. A table is written next to the JSON file. Rows of other settings that the file holds are kept, so that a
@@ -26,6 +26,7 @@ import torch
 
 from benchmark.suite import machine, speculation_of
 from flexbatch import LLM, SamplingParams
+from flexbatch.policy.stdout import data_apart, run_process
 
 PLACES = {"gpu": (100, 0, 100, 0, 100, 0), "cpu": (0, 100, 0, 100, 100, 0), "disk": (0, 0, 100, 0, 100, 0)}
 """Where the weights are; the cache is on the gpu tier, with weights on the cpu tier there too."""
@@ -144,20 +145,21 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch; with several, whatever else runs on the machine stalls small operations")
     parser.add_argument("--output", type=Path, help="JSON file; a table is written next to it")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    prompts = read_prompts(arguments.prompts)
-    command = f"python -m benchmark.speculation {shlex.join(sys.argv[1:])}"
-    results: list[dict[str, Any]] = []
-    print(HEADER)
-    for place, batch, tree in itertools.product(arguments.places, arguments.batches, arguments.trees):
-        jobs = max(arguments.jobs, arguments.tokens // (batch * arguments.gen_len))
-        result = measure(place, batch, tree, arguments.draft, prompts, arguments.gen_len, jobs, arguments.temperature)
-        results.append({**result, "command": command})
-        print(row(results[-1]), flush=True)
-        if arguments.output:
-            write(arguments.output, results)
-    return 0
+    with data_apart() as data:
+        torch.set_num_threads(arguments.threads)
+        prompts = read_prompts(arguments.prompts)
+        command = f"python -m benchmark.speculation {shlex.join(sys.argv[1:])}"
+        results: list[dict[str, Any]] = []
+        print(HEADER, file=data)
+        for place, batch, tree in itertools.product(arguments.places, arguments.batches, arguments.trees):
+            jobs = max(arguments.jobs, arguments.tokens // (batch * arguments.gen_len))
+            result = measure(place, batch, tree, arguments.draft, prompts, arguments.gen_len, jobs, arguments.temperature)
+            results.append({**result, "command": command})
+            print(row(results[-1]), file=data, flush=True)
+            if arguments.output:
+                write(arguments.output, results)
+        return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_process(main))

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flexbatch.policy.stdout import data_apart, run_process
+
 GIB = 1 << 30
 
 
@@ -247,25 +249,26 @@ def main() -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="engine settings instead of the scenario's")
     parser.add_argument("--model", help="shape of public weights instead of the scenario's own (for a quick look)")
     arguments = parser.parse_args()
-    # Chunks of different prompts differ in size; without it the allocator near the cap frees and asks the driver again, which stalls every stream.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    overrides = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
-    changes = {name: value for name, value in (("num_prompts", arguments.num_prompts), ("model", arguments.model)) if value}
-    results, loaded = [], Loaded()
-    for name in arguments.scenarios:
-        trace = arguments.trace / f"{name}.json" if arguments.trace else None
-        try:
-            results.append(run(name, replace(SCENARIOS[name], **changes), loaded, overrides, trace))
-        except Exception as error:  # the remaining scenarios still count
-            results.append({"scenario": name, "error": f"{type(error).__name__}: {error}"})
-            loaded.close()
-        shown = {key: value for key, value in results[-1].items() if key not in ("memory", "resources", "settings")}
-        print(json.dumps(shown), flush=True)
-        if arguments.output:
-            arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
-    loaded.close()
-    return 1 if any("error" in result for result in results) else 0
+    with data_apart() as data:
+        # Chunks of different prompts differ in size; without it the allocator near the cap frees and asks the driver again, which stalls every stream.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        overrides = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
+        changes = {name: value for name, value in (("num_prompts", arguments.num_prompts), ("model", arguments.model)) if value}
+        results, loaded = [], Loaded()
+        for name in arguments.scenarios:
+            trace = arguments.trace / f"{name}.json" if arguments.trace else None
+            try:
+                results.append(run(name, replace(SCENARIOS[name], **changes), loaded, overrides, trace))
+            except Exception as error:  # the remaining scenarios still count
+                results.append({"scenario": name, "error": f"{type(error).__name__}: {error}"})
+                loaded.close()
+            shown = {key: value for key, value in results[-1].items() if key not in ("memory", "resources", "settings")}
+            print(json.dumps(shown), file=data, flush=True)
+            if arguments.output:
+                arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+        loaded.close()
+        return 1 if any("error" in result for result in results) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

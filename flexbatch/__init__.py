@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from flexbatch import threads
 
 if TYPE_CHECKING:
     from flexbatch.engine import LLM
@@ -10,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Completion", "SamplingParams"]
 __version__ = "0.1.0"
+
+# Here and not in the commands, because it has to precede the import of torch, for those who import this package from Python as well.
+threads.be_a_good_neighbour(os.environ)
 
 
 def __getattr__(name: str) -> Any:

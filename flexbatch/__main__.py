@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from flexbatch.policy.stdout import run_process
+
 COMMANDS = {
     "run": ("flexbatch.run", "the main job: prompts from a file through a model over the tiers"),
     "batch": ("flexbatch.apps.batch", "a resumable job from Parquet, JSON lines or CSV to Parquet"),
@@ -22,11 +24,13 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the subcommand; returns its exit code (DESIGN section 9), 2 for an unknown one.
+    """Runs the subcommand; returns its exit code, 2 for an unknown one. Without `arguments` it is the main function of the process.
 
     Only the subcommand's module is imported, because importing torch takes seconds that ``--help`` must not.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        return run_process(lambda: main(sys.argv[1:]))
+    words = arguments
     if words and words[0] in ("-h", "--help"):
         print(usage())
         return 0

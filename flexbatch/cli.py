@@ -14,10 +14,11 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.models.errors import CheckpointError
+from flexbatch.policy.stdout import READER_GONE, data_apart
 from flexbatch.text_files import read_text
 
 DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -179,6 +180,17 @@ def engine_config(args: argparse.Namespace, environ: Mapping[str, str] = os.envi
     return config
 
 
+def refuse_measurements(config: EngineConfig) -> None:
+    """For commands whose text counts, and which take prompts as they come. Raises ConfigurationError for settings that only measure an engine."""
+    remedy = "measure with flexbatch run"
+    if config.simulate_acceptance is not None:
+        raise ConfigurationError(f"--simulate-acceptance {config.simulate_acceptance:g} makes text that means nothing: leave it out here, or {remedy}")
+    if config.compare_plain:
+        raise ConfigurationError(f"--compare-plain runs a whole job twice, and here prompts come one by one: leave it out here, or {remedy}")
+    if config.dummy_weights:
+        raise ConfigurationError(f"--dummy-weights has no tokenizer, so that prompts of text cannot be read: leave it out here, or {remedy}")
+
+
 def _read_yaml(config_file: str | None) -> dict[Any, Any]:
     if config_file is None:
         return {}
@@ -207,9 +219,10 @@ def set_up_logging(level: str = "INFO") -> None:
     logger.setLevel(level.upper())
 
 
-def run_command(main: Callable[[], int | None], resume: str | None = None) -> int:
-    """Runs a command and maps how it ended to the exit code; see DESIGN section 9. `main` returns 0, 3 for row errors, or None for 0.
+def run_command(main: Callable[[TextIO], int | None], resume: str | None = None) -> int:
+    """Runs a command and maps how it ended to the exit code. `main` returns 0, 3 for row errors, or None for 0.
 
+    `main` gets the stream for data; whatever else is printed to stdout meanwhile goes to stderr.
     `resume`: the command line that goes on after an interruption. SIGTERM ends the command as Ctrl-C does, so that it can put things in order.
     """
     if threading.current_thread() is threading.main_thread():
@@ -217,16 +230,14 @@ def run_command(main: Callable[[], int | None], resume: str | None = None) -> in
         # Forked helpers, such as the pool in which lm_eval computes errors, have nothing to put in order: ended, they would print a traceback.
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
-        code = main() or DONE
-        sys.stdout.flush()
-        return code
+        with data_apart() as data:
+            return main(data) or DONE
     except KeyboardInterrupt:
         logger.error("interrupted%s", f"; resume with: {resume}" if resume else "")
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read stdout has gone. The interpreter would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CRASH
+        # Whoever read stdout, or stderr, has gone: nobody is there to be told.
+        return READER_GONE
     except Exception as error:
         code = exit_code(error)
         if code == CRASH:

@@ -131,13 +131,17 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_finished: Callable[[Completion], None] | None = None,
+        *,
+        on_prompt: Callable[[int, Completion], None] | None = None,
+        first_index: int = 0,
     ) -> list[Completion]:
         """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
 
-        ``on_finished`` is called with every completion as it ends, in any order.
+        ``on_finished`` is called with every completion as it ends, in any order; ``on_prompt`` with every prompt's index and its completion, all samples in it,
+        when the last of them ends. ``first_index`` is the index of the first prompt, so that the rest of a job draws the tokens that it would have drawn.
         Raises PromptError for the first prompt that cannot be run, before anything is generated.
         """
-        requests = requests_of(prompts, sampling_params, self.decided.encoder)
+        requests = requests_of(prompts, sampling_params, self.decided.encoder, first_index)
         job = self._job(requests)
         if self.config.compare_plain and self.speculator is not None:
             self._run_plainly(requests, job)
@@ -150,6 +154,8 @@ class LLM:
             whole = gathering.add(request, completion)
             if whole is not None:
                 results[request.index] = whole
+                if on_prompt is not None:
+                    on_prompt(request.index, whole)
         return [results[index] for index in sorted(results)]
 
     def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:

@@ -19,8 +19,10 @@ Item = tuple[Hashable, Prompt, SamplingParams]
 """Of a stream: the caller's key, a prompt, how to complete it."""
 
 
-def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, encoder: PromptEncoder) -> list[Request]:
-    """One request for every sample of every prompt, in the order of the prompts. One SamplingParams is for all.
+def requests_of(
+    prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, encoder: PromptEncoder, first_index: int = 0
+) -> list[Request]:
+    """One request for every sample of every prompt, in the order of the prompts, which are counted from ``first_index``. One SamplingParams is for all.
 
     Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters as prompts.
     """
@@ -32,7 +34,7 @@ def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingPar
         params = list(sampling_params)
         if len(params) != len(prompts):
             raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
-    return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)) for request in samples_of(i, prompt, p, encoder)]
+    return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), first_index) for request in samples_of(i, prompt, p, encoder)]
 
 
 def is_prompt(parts: str | Sequence[Any]) -> bool:

@@ -4,28 +4,33 @@
     python -m flexbatch.run --model MODEL --prompts prompts.jsonl --output out.jsonl --percent 20 80 0 100 0 100
     python -m flexbatch.run --model opt-30b --dummy-weights --prompt-len 512 --gen-len 32 --gpu-memory 16GiB
 
-Completions go to stdout, or to --output as JSON lines; tables and progress go to stderr. With --json, stdout is one JSON document.
+Completions go to stdout, or to --output as JSON lines, in the order of the prompts and as they finish; tables and progress go to stderr. The other fields of
+the input come along. A run with --output that was interrupted goes on when the same command is given again. With --json, stdout is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch import tables, workload
 from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
 from flexbatch.config import ConfigurationError, EngineConfig, option
+from flexbatch.policy.stdout import run_process
 from flexbatch.progress import Progress
 from flexbatch.request import Completion, SamplingParams
+from flexbatch.result_file import ResultFile, ResultStream, results
+from flexbatch.workload import PromptRow
 
 if TYPE_CHECKING:
     from flexbatch.engine import LLM
@@ -43,7 +48,9 @@ class RunConfig:
     prompts: str | None = option(
         None, "prompts: .txt (one a line), .json (a list), .jsonl or .parquet (field prompt) (default: bundled Python code)", metavar="FILE"
     )
-    output: str | None = option(None, "write completions as JSON lines, in the order of the prompts, instead of printing them", metavar="FILE")
+    output: str | None = option(
+        None, "write completions as JSON lines as they finish, in the order of the prompts; goes on where an interrupted run stopped", metavar="FILE"
+    )
     num_prompts: int | None = option(None, "run only the first N prompts; of made-up prompts, make N (default: one block)")
     prompt_len: int | None = option(None, f"make up prompts of N random tokens; with --dummy-weights and no --prompts, {SYNTHETIC_PROMPT_LEN}")
     json: bool = option(False, "print completions and report as one JSON document")
@@ -79,19 +86,47 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Work:
-    """The prompts as given, their token ids, and how to complete them."""
+    """The rows as given, the token ids of their prompts, and how to complete them."""
 
-    prompts: list[Any]
+    rows: list[PromptRow]
     token_ids: list[tuple[int, ...]]
     params: SamplingParams
     max_context: int
+    folder: Path | None
+    """Of the model; None with random weights."""
 
-    def job(self) -> Job:
-        """What the planner needs to know of it."""
+    def job(self, first: int = 0) -> Job:
+        """What the planner needs to know of it, from prompt number ``first`` on."""
         from flexbatch.planning import Job
 
-        lengths = [(len(ids), self.params.tokens_within(self.max_context - len(ids))) for ids in self.token_ids]
+        rest = self.token_ids[first:]
+        lengths = [(len(ids), self.params.tokens_within(self.max_context - len(ids))) for ids in rest]
         return Job.of(lengths * self.params.n, self.max_context)
+
+    def facts(self, engine: EngineConfig) -> dict[str, Any]:
+        """What the completions depend on, by the names of the flags: where tensors lie and in which blocks prompts run
+        may change from run to run."""
+        settings = (
+            *("weight_bits", "cache_bits", "allow_bits", "dtype", "device", "seed"),
+            *("draft", "draft_sampling", "simulate_acceptance", "dummy_weights"),
+        )
+        rows = [[row.prompt, row.fields, ids] for row, ids in zip(self.rows, self.token_ids, strict=True)]
+        facts = {
+            "prompts": f"{len(self.rows)} with digest {digest(rows)}",
+            "model": engine.model if self.folder is None else digest(self.model_files(self.folder)),
+            **dataclasses.asdict(self.params),
+        }
+        return {**facts, **{name: getattr(engine, name) for name in settings}}
+
+    @staticmethod
+    def model_files(folder: Path) -> dict[str, str]:
+        from flexbatch.models.fingerprint import model_files_digest
+
+        return model_files_digest(folder)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -132,7 +167,7 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     if run.prompts is not None and run.prompt_len is not None:
         raise ConfigurationError("--prompts reads prompts and --prompt-len makes them up; leave one out")
     synthetic = run.prompts is None and (run.prompt_len is not None or engine.dummy_weights)
-    prompts = [] if synthetic else workload.read_prompts(run.prompts or workload.BUNDLED_PROMPTS)[: run.num_prompts]
+    rows = [] if synthetic else workload.read_prompts(run.prompts or workload.BUNDLED_PROMPTS)[: run.num_prompts]
     values = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(sampling)}
     try:
         params = SamplingParams(**{**values, "ignore_eos": sampling.ignore_eos or synthetic})
@@ -143,21 +178,22 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     from flexbatch.models.checkpoint import read_arch
     from flexbatch.prompts import PromptEncoder
 
-    if engine.dummy_weights:
+    folder = None if engine.dummy_weights else resolve.resolve(engine.model)
+    if folder is None:
         arch, tokenizer = shapes.shape(engine.model), None
     else:
-        folder = resolve.resolve(engine.model)
         arch, tokenizer = read_arch(folder), None if synthetic else resolve.load_tokenizer(folder)
     if synthetic:
         count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
-        prompts = workload.synthetic_prompts(count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed)
+        made_up = workload.synthetic_prompts(count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed)
+        rows = [PromptRow(prompt) for prompt in made_up]
     encoder = PromptEncoder(tokenizer, max_context=arch.max_positions, vocab_size=arch.vocab_size)
     encoder.check_params(0, params)
-    token_ids = [encoder.encode(index, prompt, params.max_tokens) for index, prompt in enumerate(prompts)]
-    return Work(prompts, token_ids, params, arch.max_positions)
+    token_ids = [encoder.encode(index, row.prompt, params.max_tokens) for index, row in enumerate(rows)]
+    return Work(rows, token_ids, params, arch.max_positions, folder)
 
 
-def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None) -> int:
+def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None, data: TextIO) -> int:
     """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
     from flexbatch.engine import LLM
     from flexbatch.policy.explain import explain, summary
@@ -166,9 +202,9 @@ def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None
     report = LLM.plan(engine, work.job())
     plan = report.pop("plan")
     if as_json:
-        print(json.dumps({**report, **summary(plan)}, indent=2, default=str))
+        print(json.dumps({**report, **summary(plan)}, indent=2, default=str), file=data)
     else:
-        print(f"{explain(plan)}\n\n{tables.placement(report)}")
+        print(f"{explain(plan)}\n\n{tables.placement(report)}", file=data)
     if plot is not None:
         try:
             plot_plan(plan, plot)
@@ -177,61 +213,102 @@ def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None
     return DONE
 
 
-def complete(llm: LLM, work: Work) -> list[Completion]:
-    total = len(work.prompts) * work.params.n
-    with Progress(total) as progress:
-        return llm.generate(work.token_ids, work.params, on_finished=progress.finished)
+class Printed:
+    """Completions on stdout, in the order of the prompts and as they finish."""
 
+    def __init__(self, work: Work, data: TextIO) -> None:
+        self._work, self._data = work, data
+        self._waiting: dict[int, Completion] = {}
+        self._next = 0
 
-def print_results(run: RunConfig, work: Work, completions: list[Completion], report: Mapping[str, Any]) -> None:
-    """Data to stdout, tables to stderr."""
-    lines = [] if run.output else [workload.output_line(prompt, completion) for prompt, completion in zip(work.prompts, completions, strict=True)]
-    if run.json:
-        print(json.dumps({"completions": lines, "report": report}, ensure_ascii=False, default=str))
-    else:
-        for index, (prompt, completion) in enumerate(zip(work.prompts, completions, strict=True) if lines else ()):
+    def add(self, index: int, completion: Completion) -> None:
+        self._waiting[index] = completion
+        while self._next in self._waiting:
+            completion = self._waiting.pop(self._next)
             for sample in completion.samples or [completion]:
-                print_completion(index, prompt, sample)
+                print_completion(self._next, self._work.rows[self._next].prompt, sample, self._data)
+            self._next += 1
+        self._data.flush()
+
+
+def complete(llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Completion], None]) -> list[Completion]:
+    """The completions of all prompts from number ``first`` on."""
+    with Progress((len(work.rows) - first) * work.params.n) as progress:
+        return llm.generate(work.token_ids[first:], work.params, on_finished=progress.finished, on_prompt=on_prompt, first_index=first)
+
+
+def print_tables(report: Mapping[str, Any]) -> None:
     for text in (tables.placement(report), tables.throughput(report), tables.prediction(report), tables.speculation(report), tables.resources(report)):
         if text:
             print(f"\n{text}", file=sys.stderr)
 
 
-def print_completion(index: int, prompt: Any, completion: Completion) -> None:
+def print_completion(index: int, prompt: Any, completion: Completion, data: TextIO) -> None:
     """The prompt and its continuation, as text where the model has a tokenizer."""
     ending = f"prompt {index}: {len(completion.token_ids)} tokens, {completion.finish_reason}"
-    print(f"----- {ending} -----")
+    print(f"----- {ending} -----", file=data)
     if isinstance(prompt, str):
-        print(prompt + completion.text)
+        print(prompt + completion.text, file=data)
     else:
-        print(completion.text or " ".join(map(str, completion.token_ids)))
+        print(completion.text or " ".join(map(str, completion.token_ids)), file=data)
 
 
-def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) -> int:
     """Everything after parsing; returns the exit code."""
     engine, config, sampling = read_settings([EngineConfig, RunConfig, SamplingConfig], args, environ, args.config)
     engine = with_flexgen_flags(engine, config)
-    with contextlib.ExitStack() as stack:
-        output: IO[str] | None = stack.enter_context(workload.whole_file(config.output)) if config.output and not config.dry_run else None
-        if config.plot and not config.dry_run:
-            raise ConfigurationError("--plot draws the plan of a --dry-run; add --dry-run")
-        if config.trace and not Path(config.trace).absolute().parent.is_dir():
-            raise ConfigurationError(f"--trace {config.trace}: its folder does not exist")
+    if config.plot and not config.dry_run:
+        raise ConfigurationError("--plot draws the plan of a --dry-run; add --dry-run")
+    if config.trace and not Path(config.trace).absolute().parent.is_dir():
+        raise ConfigurationError(f"--trace {config.trace}: its folder does not exist")
+    if config.dry_run:
+        return print_plan(engine, make_work(engine, config, sampling), config.json, config.plot, data)
+    if config.output is None:
         work = make_work(engine, config, sampling)
-        if config.dry_run:
-            return print_plan(engine, work, config.json, config.plot)
-        from flexbatch.engine import LLM
+        return run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)
+    with results(config.output, data) as out:
+        work = make_work(engine, config, sampling)
+        return run_into(out, engine, config, work, data)
 
-        llm = stack.enter_context(LLM.from_config(engine, trace=config.trace is not None, job=work.job()))
-        completions = complete(llm, work)
-        if output is not None:
-            workload.write_lines(output, work.prompts, completions)
+
+def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunConfig, work: Work, data: TextIO) -> int:
+    """A run whose rows go to --output, from the first row on that is not there yet."""
+    first = out.begin(work.facts(engine), [row.prompt for row in work.rows])
+    code = ROW_ERRORS if any(row.get("finish_reason") == "error" for row in out.done) else DONE
+    if first:
+        logger.info("%d of %d rows are in %s already", first, len(work.rows), config.output)
+    if first == len(work.rows):
+        return code
+
+    def add(index: int, completion: Completion) -> None:
+        out.add(index, workload.output_line(work.rows[index], completion))
+
+    try:
+        code = max(code, run_work(engine, config, work, first, add, data))
+    except BaseException:
+        if out.written:
+            logger.error("%d of %d rows are in %s; the same command goes on after them", out.written, len(work.rows), config.output)
+        raise
+    out.check()
+    logger.info("wrote %d completions to %s", len(work.rows) - first, config.output)
+    return code
+
+
+def run_work(
+    engine: EngineConfig, config: RunConfig, work: Work, first: int, on_prompt: Callable[[int, Completion], None] | None, data: TextIO
+) -> int:
+    """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
+    from flexbatch.engine import LLM
+
+    with LLM.from_config(engine, trace=config.trace is not None, job=work.job(first)) as llm:
+        completions = complete(llm, work, first, on_prompt or (lambda index, completion: None))
         if config.trace:
             llm.tracer.write(config.trace)
         report = llm.report()
-    print_results(config, work, completions, report)
-    if config.output:
-        logger.info("wrote %d completions to %s", len(completions), config.output)
+    if config.json:
+        lines = [] if config.output else [workload.output_line(row, completion) for row, completion in zip(work.rows, completions, strict=True)]
+        print(json.dumps({"completions": lines, "report": report}, ensure_ascii=False, default=str), file=data)
+    print_tables(report)
     return ROW_ERRORS if any(completion.finish_reason == "error" for completion in completions) else DONE
 
 
@@ -239,8 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = make_parser().parse_args(argv)
     set_up_logging()
-    return run_command(lambda: run(args, os.environ))
+    writes = hasattr(args, "output")
+    return run_command(lambda data: run(args, os.environ, data), shlex.join(sys.orig_argv) if writes else None)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

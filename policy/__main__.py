@@ -10,6 +10,9 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import TextIO
+
+from flexbatch.policy.stdout import data_apart, run_process
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -48,7 +51,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    # Imported only now: --help answers without NumPy and PuLP.
+    with data_apart() as data:
+        return command(options, data)
+
+
+def command(options: argparse.Namespace, data: TextIO) -> int:
+    """Everything after parsing; returns the exit code."""
+    # Imported only now: --help answers without NumPy and SciPy.
     from flexbatch.policy.explain import explain, summary
     from flexbatch.policy.optimizer import choose
     from flexbatch.policy.plan import DoesNotFit
@@ -80,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     if request is not None:
         plans = sweep(shape, hardware, workload, constraints, request)
         rows = [{"bytes": size, "plan": summary(plan) if plan else None} for size, plan in plans]
-        print(json.dumps(rows, indent=1) if options.json else sweep_table(request, plans))
+        print(json.dumps(rows, indent=1) if options.json else sweep_table(request, plans), file=data)
         if options.plot:
             plot_sweep(request, plans, options.plot)
         return 0
@@ -89,11 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     except DoesNotFit as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
-    print(json.dumps(summary(plan), indent=1) if options.json else explain(plan))
+    print(json.dumps(summary(plan), indent=1) if options.json else explain(plan), file=data)
     if options.plot:
         plot_plan(plan, options.plot)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pulp
 
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel, total
 from flexbatch.policy.loads import Lengths, steady_load
-from flexbatch.policy.lp import fixed_fractions, solver
+from flexbatch.policy.lp import LinearProgram, add_attention, column, fixed_fractions
 from flexbatch.policy.memory import capacity
 from flexbatch.policy.types import TIERS, Constraints, Curve, Hardware, ModelShape, Policy, Speculation, Split, Workload
 from flexbatch.policy.units import GIB
@@ -72,27 +71,33 @@ def _solve(
     cache_bytes: float,
 ) -> tuple[float, float] | None:
     """(seconds of a pass for each sequence in flight, sequences in flight)."""
-    problem = pulp.LpProblem("bound", pulp.LpMinimize)
-    per_sequence = problem.add_variable("seconds", 0)
-    inverse = problem.add_variable("inverse", 1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
-    named = {name: problem.add_variable(name, 0, 1) for name in VARIABLES}
-    fixed = fixed_fractions(constraints)
-    problem += per_sequence
+    program = LinearProgram()
+    for _ in VARIABLES:
+        program.add(0.0, 1.0)
+    per_sequence = program.add()
+    inverse = program.add(1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
+    program.cost[per_sequence] = 1.0
     weights = shape.total_bytes(policy.weight_bits)
-    problem += per_sequence >= weights / hardware.gpu_bandwidth * inverse
+    program.at_most.append(({inverse: weights / hardware.gpu_bandwidth, per_sequence: -1.0}, 0.0))
     for row in rows:
-        problem += per_sequence >= float(row[0]) + pulp.lpSum(float(c) * named[name] for name, c in zip(VARIABLES, row[1:], strict=True) if c)
+        program.at_most.append(({**dict(enumerate(row[1:])), per_sequence: -1.0}, -float(row[0])))
+    fixed = fixed_fractions(constraints)
     for kind in KINDS:
-        scale = inverse if kind == "weights" else 1
-        problem += pulp.lpSum(named[f"{kind}_{tier}"] for tier in TIERS) == scale
+        # The whole of a kind: v for the weights, which are read once for all sequences, and 1 for what each sequence has.
+        def share(part: float, of_weights: bool = kind == "weights") -> tuple[dict[int, float], float]:
+            return ({inverse: -part}, 0.0) if of_weights else ({}, part)
+
+        scaled, limit = share(1.0)
+        program.equal.append((dict.fromkeys((column(f"{kind}_{tier}") for tier in TIERS), 1.0) | scaled, limit))
         for tier in TIERS:
             if f"{kind}_{tier}" in fixed:
-                problem += named[f"{kind}_{tier}"] == fixed[f"{kind}_{tier}"] * scale
-    problem += named["attended"] <= named["cache_cpu"]
-    if constraints.cpu_attention is not None:
-        problem += named["attended"] == constraints.cpu_attention * named["cache_cpu"]
+                scaled, limit = share(fixed[f"{kind}_{tier}"])
+                program.equal.append(({column(f"{kind}_{tier}"): 1.0} | scaled, limit))
+    add_attention(program, constraints)
     for tier, room in capacity(hardware).items():
-        problem += weights / GIB * named[f"weights_{tier}"] + cache_bytes / GIB * named[f"cache_{tier}"] <= room / GIB * inverse
-    if problem.solve(solver()) != pulp.LpStatusOptimal:
+        needed = {column(f"weights_{tier}"): weights / GIB, column(f"cache_{tier}"): cache_bytes / GIB}
+        program.at_most.append((needed | {inverse: -room / GIB}, 0.0))
+    solution = program.solved()
+    if solution is None:
         return None
-    return float(per_sequence.varValue), 1.0 / max(float(inverse.varValue), 1e-9)
+    return float(solution.x[per_sequence]), 1.0 / max(float(solution.x[inverse]), 1e-9)

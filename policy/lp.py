@@ -1,17 +1,23 @@
-"""The linear program over the splits and the CPU-attention share, for fixed micro-batch sizes, bits and tree (PuLP; HiGHS, else CBC)."""
+"""The linear program over the splits and the CPU-attention share, for fixed micro-batch sizes, bits and tree.
+
+HiGHS solves it, as SciPy brings it. A modeling layer with solvers of its own (PuLP) was dropped: its releases removed the solver that
+came with it, and the package of HiGHS beside it prints to stdout at the first solve. SciPy's interface has been the same since 1.7.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import pulp
+from scipy.optimize import linprog
 
-from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
+from flexbatch.policy.cost import COLUMNS, KINDS, VARIABLES, PassModel
 from flexbatch.policy.types import TIERS, Constraints
 from flexbatch.policy.units import GIB
+
+Row = Mapping[int, float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,51 @@ def fixed_fractions(constraints: Constraints) -> dict[str, float]:
     return fixed
 
 
-def solver():
-    """HiGHS in this process where highspy is installed, else the CBC that PuLP brings."""
-    return pulp.HiGHS(msg=False) if importlib.util.find_spec("highspy") else pulp.PULP_CBC_CMD(msg=False)
+@dataclass
+class LinearProgram:
+    """The least ``cost @ x`` for x within bounds, with rows ``coefficients @ x`` that are at most, or equal to, a limit.
+
+    A column is the number of a variable; rows are mappings from columns to coefficients, or arrays over the first columns.
+    """
+
+    lower: list[float] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+    cost: dict[int, float] = field(default_factory=dict)
+    at_most: list[tuple[Row, float]] = field(default_factory=list)
+    equal: list[tuple[Row, float]] = field(default_factory=list)
+
+    def add(self, lower: float = 0.0, upper: float = np.inf) -> int:
+        """A variable; returns its column."""
+        self.lower.append(lower)
+        self.upper.append(upper)
+        return len(self.lower) - 1
+
+    def solved(self) -> LinearSolution | None:
+        """None where no x meets every row, or where none is the best."""
+        cost = self._dense([(self.cost, 0.0)])[0][0]
+        upper_rows, upper_limits = self._dense(self.at_most)
+        equal_rows, equal_limits = self._dense(self.equal)
+        bounds = np.column_stack((self.lower, self.upper))
+        result: Any = linprog(cost, upper_rows, upper_limits, equal_rows, equal_limits, bounds, method="highs")
+        return LinearSolution(result.x, float(result.fun), result.ineqlin.marginals) if result.status == 0 else None
+
+    def _dense(self, rows: list[tuple[Row, float]]) -> tuple[np.ndarray, np.ndarray]:
+        matrix = np.zeros((len(rows), len(self.lower)))
+        for place, (row, _) in enumerate(rows):
+            if isinstance(row, np.ndarray):
+                matrix[place, : len(row)] = row
+            else:
+                matrix[place, list(row)] = list(row.values())
+        return matrix, np.array([limit for _, limit in rows])
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """``duals``: what one more of the limit of each row of ``at_most`` adds to the cost."""
+
+    x: np.ndarray
+    cost: float
+    duals: np.ndarray
 
 
 def time_rows(phases: Iterable[tuple[PassModel, float]]) -> tuple[list[tuple[float, np.ndarray]], float]:
@@ -55,42 +103,47 @@ def dominating(rows: np.ndarray) -> np.ndarray:
     return rows[~beats.any(axis=0)]
 
 
-def add_splits(problem: pulp.LpProblem, named: dict, constraints: Constraints) -> None:
-    """Every split sums to 1; only what is on the CPU can be attended there."""
-    for kind in KINDS:
-        problem += pulp.lpSum(named[f"{kind}_{tier}"] for tier in TIERS) == 1
-    if constraints.cpu_attention is None:
-        problem += named["attended"] <= named["cache_cpu"]
-    else:
-        problem += named["attended"] == constraints.cpu_attention * named["cache_cpu"]
+def column(name: str) -> int:
+    """Of a placement variable: they are a program's first columns, in the order of ``VARIABLES``."""
+    return COLUMNS[name] - 1
 
 
-def placement_variables(problem: pulp.LpProblem, constraints: Constraints, cache_on_disk: bool = True) -> list[pulp.LpVariable]:
-    """One variable for each of ``VARIABLES``, pinned where the user's percentages say."""
+def placement_program(constraints: Constraints, cache_on_disk: bool = True) -> LinearProgram:
+    """Every split sums to 1, only what is on the CPU can be attended there, and what the user's percentages say is pinned."""
+    program = LinearProgram()
     fixed = ({} if cache_on_disk else {"cache_disk": 0.0}) | fixed_fractions(constraints)
-    return [problem.add_variable(name, fixed.get(name, 0.0), fixed.get(name, 1.0)) for name in VARIABLES]
+    for name in VARIABLES:
+        program.add(fixed.get(name, 0.0), fixed.get(name, 1.0))
+    for kind in KINDS:
+        program.equal.append(({column(f"{kind}_{tier}"): 1.0 for tier in TIERS}, 1.0))
+    add_attention(program, constraints)
+    return program
 
 
-def expression_of(variables: list[pulp.LpVariable], row: np.ndarray) -> pulp.LpAffineExpression:
-    constant, *coefficients = row.tolist()
-    return pulp.LpAffineExpression([(v, c) for v, c in zip(variables, coefficients, strict=True) if c], constant)
+def add_attention(program: LinearProgram, constraints: Constraints) -> None:
+    """The CPU attends at most what is there, or just the share of it that the user gave."""
+    attended, there = column("attended"), column("cache_cpu")
+    if constraints.cpu_attention is None:
+        program.at_most.append(({attended: 1.0, there: -1.0}, 0.0))
+    else:
+        program.equal.append(({attended: 1.0, there: -constraints.cpu_attention}, 0.0))
 
 
-def point_from(variables: list[pulp.LpVariable]) -> np.ndarray:
-    return np.array([1.0, *(min(1.0, max(0.0, v.varValue or 0.0)) for v in variables)])
+def point_from(solution: LinearSolution) -> np.ndarray:
+    return np.array([1.0, *np.clip(solution.x[: len(VARIABLES)], 0.0, 1.0)])
 
 
 def least_shortage(memory: dict[str, np.ndarray], room: Mapping[str, float], constraints: Constraints) -> np.ndarray:
     """The placement that lacks the fewest bytes over all tiers, for the message that says what is missing."""
-    problem = pulp.LpProblem("shortage", pulp.LpMinimize)
-    variables = placement_variables(problem, constraints)
-    lacking = [problem.add_variable(f"lacking_{tier}", 0) for tier in TIERS]
-    problem += pulp.lpSum(lacking)
-    add_splits(problem, dict(zip(VARIABLES, variables, strict=True)), constraints)
-    for tier, short in zip(TIERS, lacking, strict=True):
-        problem += expression_of(variables, memory[tier] / GIB) <= room[tier] / GIB + short
-    problem.solve(solver())
-    return point_from(variables)
+    program = placement_program(constraints)
+    for tier in TIERS:
+        constant, *coefficients = memory[tier] / GIB
+        lacking = program.add()
+        program.cost[lacking] = 1.0
+        program.at_most.append(({**dict(enumerate(coefficients)), lacking: -1.0}, room[tier] / GIB - constant))
+    solution = program.solved()
+    assert solution is not None, "any placement lacks something finite"
+    return point_from(solution)
 
 
 def solve(
@@ -104,28 +157,25 @@ def solve(
 
     memory: peak bytes per tier, affine. room: bytes per tier. cache_on_disk: whether sequences may be there.
     """
-    problem = pulp.LpProblem("placement", pulp.LpMinimize)
-    variables = placement_variables(problem, constraints, cache_on_disk)
-    named = dict(zip(VARIABLES, variables, strict=True))
+    program = placement_program(constraints, cache_on_disk)
     phases = list(phases)
     stages, constant = time_rows(phases)
-    times = [problem.add_variable(f"stage_{i}", 0) for i in range(len(stages))]
     # Among equal placements the faster tier: a microsecond a pass decides ties and nothing else.
     slower = sum(count for _, count in phases) * 1e-6
-    distance = pulp.lpSum(slower * (1 if tier == "cpu" else 2) * named[f"{kind}_{tier}"] for kind in KINDS for tier in ("cpu", "disk"))
-    problem += pulp.lpSum(weight * t for (weight, _), t in zip(stages, times, strict=True)) + distance + slower * named["attended"]
-    for t, (_, rows) in zip(times, stages, strict=True):
-        for row in -rows:
-            # t >= row; subtracting one expression from the other would copy both.
-            slack = expression_of(variables, row)
-            slack[t] = 1.0
-            problem += slack >= 0
-    add_splits(problem, named, constraints)
-    for tier in TIERS:
-        # In GiB, so that the program is well scaled and the duals are seconds per GiB.
-        problem.addConstraint(expression_of(variables, memory[tier] / GIB) <= room[tier] / GIB, f"room_{tier}")
-    if problem.solve(solver()) != pulp.LpStatusOptimal:
+    for kind in KINDS:
+        program.cost |= {column(f"{kind}_cpu"): slower, column(f"{kind}_disk"): 2 * slower}
+    program.cost[column("attended")] = slower
+    # In GiB, so that the program is well scaled and the duals are seconds per GiB.
+    rooms = [len(program.at_most) + place for place in range(len(TIERS))]
+    program.at_most += [(memory[tier][1:] / GIB, (room[tier] - memory[tier][0]) / GIB) for tier in TIERS]
+    for weight, rows in stages:
+        seconds = program.add()
+        program.cost[seconds] = weight
+        for row in rows:
+            # row <= seconds
+            program.at_most.append(({**dict(enumerate(row[1:])), seconds: -1.0}, -row[0]))
+    solution = program.solved()
+    if solution is None:
         return None
-    point = point_from(variables)
-    saved = {tier: -float(problem.get_constraint_by_name(f"room_{tier}").pi or 0.0) for tier in TIERS}
-    return Solution(point, constant + float(pulp.value(problem.objective) or 0.0), saved)
+    saved = {tier: -float(solution.duals[place]) for tier, place in zip(TIERS, rooms, strict=True)}
+    return Solution(point_from(solution), constant + solution.cost, saved)

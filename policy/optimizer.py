@@ -217,7 +217,8 @@ def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best
     search.linear_programs = dry.linear_programs
     if plan is None or plan.predicted_tokens_per_second < least:
         return best
-    return dataclasses.replace(plan, hardware=search.hardware)
+    # The program's dual is that of a machine without a disk; here there is room on it that the plan leaves.
+    return dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib={**plan.tokens_per_second_per_gib, "disk": 0.0})
 
 
 def templates(workload: Workload, constraints: Constraints) -> list[Policy]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from flexbatch.policy.diskspeed import measure_disk
 from flexbatch.policy.fits import fit_curve, fit_rate
 from flexbatch.policy.rates import Hardware
+from flexbatch.policy.stdout import data_apart, run_process
 
 MIB = 2**20
 TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}
@@ -325,6 +326,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="measures the kernels that the engine runs; none takes torch's in their place (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
+    with data_apart():
+        return _write_profile(options)
+
+
+def _write_profile(options: argparse.Namespace) -> int:
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()
     hardware = measure(device, options.offload_dir, kernels_of(options.kernels, device))
@@ -336,4 +342,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

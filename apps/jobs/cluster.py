@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import sys
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -177,9 +176,7 @@ def run_on_ray(job: Job, open_engine: OpenEngine, resume: str) -> int:
         if started_here:
             ray.init(address=job.config.ray_address, log_to_driver=False, configure_logging=False)
         try:
-            # Ray prints what it says of dead actors to sys.stdout, which is for data only.
-            with contextlib.redirect_stdout(sys.stderr):
-                return _drive(shard, counts, open_engine, resume)
+            return _drive(shard, counts, open_engine, resume)
         finally:
             if started_here:
                 ray.shutdown()

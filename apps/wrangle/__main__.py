@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from flexbatch.apps.wrangle.datasets import TASKS, find_data_set
 from flexbatch.apps.wrangle.tables import TableError
-from flexbatch.cli import ROW_ERRORS, add_engine_arguments, engine_config, run_command, set_up_logging
+from flexbatch.cli import ROW_ERRORS, add_engine_arguments, engine_config, refuse_measurements, run_command, set_up_logging
 from flexbatch.config import ConfigurationError
+from flexbatch.policy.stdout import run_process
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,10 +46,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     set_up_logging()
-    return run_command(lambda: command(args))
+    return run_command(lambda data: command(args, data))
 
 
-def command(args: argparse.Namespace) -> int:
+def command(args: argparse.Namespace, data_out: TextIO) -> int:
     from flexbatch.apps.wrangle.job import WrangleConfig, plan, run, summary, write
 
     for name in ("shots", "trials", "limit", "max_tokens"):
@@ -55,6 +57,7 @@ def command(args: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise ConfigurationError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     engine = engine_config(args)
+    refuse_measurements(engine)
     same = {name: getattr(args, name) for name in ("folder", "split", "select", "shots", "trials", "limit", "balanced", "instruction", "manual")}
     config = WrangleConfig(**same, separator=args.separator, missing=args.missing, max_tokens=args.max_tokens, seed=args.example_seed)
     try:
@@ -63,7 +66,7 @@ def command(args: argparse.Namespace) -> int:
             raise ConfigurationError("--dry-run cannot show clusters: the model's mistakes choose them")
         plans = plan(config, data) if args.select != "clusters" else None  # data that is wrong is told before the model loads
         if args.dry_run:
-            print(plans[0][0][0] if plans and plans[0][0] else "")
+            print(plans[0][0][0] if plans and plans[0][0] else "", file=data_out)
             return 0
         from flexbatch.engine import LLM
 
@@ -74,9 +77,9 @@ def command(args: argparse.Namespace) -> int:
     results = summary(config, data, trials)
     if args.output is not None:
         write(args.output, results, data, trials)
-    print(json.dumps(results, indent=2))
+    print(json.dumps(results, indent=2), file=data_out)
     return ROW_ERRORS if results["failed_prompts"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))

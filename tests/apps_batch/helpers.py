@@ -12,24 +12,19 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from flexbatch.apps.batch import main
 from tests.apps_batch.fake import FakeLLM
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = ROOT.parent / "shared" / "data"
-if not PROMPTS.exists():
-    PROMPTS = ROOT.parents[1] / "shared" / "data"
+PROMPTS = ROOT / "tests" / "data"
 RESULTS = ("generated_text", "finish_reason", "num_input_tokens", "num_generated_tokens", "error")
 
 
-def shared_prompts(rows: int, longest: int = 200) -> list[str]:
-    """Different prompts made of the shared prompt data; skips the test where it is absent."""
+def benchmark_prompts(rows: int, longest: int = 200) -> list[str]:
+    """Different prompts made of those of public benchmarks."""
     names = ("gsm8k_test.jsonl", "humaneval.jsonl", "mt_bench.jsonl")
-    if not all((PROMPTS / name).exists() for name in names):
-        pytest.skip("needs ../shared/data")
-    texts = [json.loads(line)["prompt"] for name in names for line in (PROMPTS / name).read_text().splitlines()]
+    texts = [json.loads(line)["prompt"] for name in names for line in (PROMPTS / name).read_text(encoding="utf-8").splitlines()]
     return [f"{row}: {texts[row % len(texts)]}"[:longest] for row in range(rows)]
 
 

@@ -19,7 +19,7 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
-from tests.apps_batch.helpers import ROOT, command, journal_bytes, parts_of, read_output, run_here, shared_prompts, start, wait_for, write_input
+from tests.apps_batch.helpers import ROOT, benchmark_prompts, command, journal_bytes, parts_of, read_output, run_here, start, wait_for, write_input
 
 
 def size_of(path: Path) -> int:
@@ -28,7 +28,7 @@ def size_of(path: Path) -> int:
 
 def kill_and_resume(tmp_path: Path, rows: int, kills: int, step_s: float, *flags: object) -> None:
     """A job killed at random moments, resumed each time, against an undisturbed one."""
-    source, out, counted = write_input(tmp_path / "in.parquet", shared_prompts(rows)), tmp_path / "out", tmp_path / "tokens"
+    source, out, counted = write_input(tmp_path / "in.parquet", benchmark_prompts(rows)), tmp_path / "out", tmp_path / "tokens"
     assert run_here(source, tmp_path / "whole", *flags, count_file=str(tmp_path / "once")) == 0
     once = size_of(tmp_path / "once")
     settings = {"block": 16, "step_s": step_s, "count_file": str(counted)}
@@ -68,7 +68,7 @@ def test_five_thousand_rows_killed_twenty_times(tmp_path: Path) -> None:
 
 
 def test_two_shards_killed_and_resumed_independently(tmp_path: Path) -> None:
-    source, out = write_input(tmp_path / "in.parquet", shared_prompts(300)), tmp_path / "out"
+    source, out = write_input(tmp_path / "in.parquet", benchmark_prompts(300)), tmp_path / "out"
     flags = ("--part-rows", 20, "--window-rows", 50)
     assert run_here(source, tmp_path / "whole", *flags) == 0
     first, second = (start(source, out, *flags, "--shard", f"{shard}/2", block=8, step_s=0.005) for shard in (0, 1))
@@ -185,7 +185,7 @@ def test_a_full_disk_costs_no_committed_part(tmp_path: Path, small_disk: Path) -
 
 def test_a_disk_without_room_for_a_journal(tmp_path: Path, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(b"x" * (2 * 2**20 - 20 * 4096))
-    source = write_input(tmp_path / "in.parquet", shared_prompts(400))
+    source = write_input(tmp_path / "in.parquet", benchmark_prompts(400))
     process = start(source, small_disk / "out", "--max-tokens", 300, "--part-rows", 400)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 4 and "No space left on device" in err, err

@@ -18,7 +18,7 @@ from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.apps.ray import GenerateText
 from flexbatch.config import ConfigurationError, EngineConfig
 from tests.apps_batch.fake import FakeLLM
-from tests.apps_batch.helpers import RESULTS, parts_of, read_output, run_here, shared_prompts, start, wait_for, write_input
+from tests.apps_batch.helpers import RESULTS, benchmark_prompts, parts_of, read_output, run_here, start, wait_for, write_input
 
 
 def generate_text(**settings: object) -> GenerateText:
@@ -190,7 +190,7 @@ def test_ray_data_keeps_order_with_an_actor_pool() -> None:
 
 def test_a_ray_job_with_three_actors_survives_the_death_of_one(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    source, out = write_input(tmp_path / "in.parquet", shared_prompts(900)), tmp_path / "out"
+    source, out = write_input(tmp_path / "in.parquet", benchmark_prompts(900)), tmp_path / "out"
     flags = ("--part-rows", 20)
     assert run_here(source, tmp_path / "whole", *flags, count_file=str(tmp_path / "once")) == 0
     process = start(source, out, *flags, "--ray", "--ray-actors", 3, "--ray-cpus", 0.5, block=8, step_s=0.01, count_file=str(tmp_path / "tokens"))

@@ -19,7 +19,7 @@ import torch
 
 from flexbatch.apps.batch import main
 from flexbatch.apps.jobs.records import HEADER
-from tests.apps_batch.helpers import journal_bytes, parts_of, read_output, shared_prompts, wait_for, write_input
+from tests.apps_batch.helpers import benchmark_prompts, journal_bytes, parts_of, read_output, wait_for, write_input
 from tests.apps_batch.helpers import start as start_driver
 
 DEMO = ("--model", "demo", "--device", "cpu")
@@ -52,7 +52,7 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> None:
 
 
 def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> None:
-    source, out = write_input(tmp_path / "in.parquet", shared_prompts(rows, 120), row_group_size=97), tmp_path / "out"
+    source, out = write_input(tmp_path / "in.parquet", benchmark_prompts(rows, 120), row_group_size=97), tmp_path / "out"
     with one_thread():
         assert run_demo(source, tmp_path / "whole", *flags, *SMALL_BLOCK) == 0
     size = (tmp_path / "whole" / ".flexbatch" / "commits-0-of-1.log").stat().st_size
@@ -85,7 +85,7 @@ def test_five_thousand_rows_killed_twenty_times(tmp_path: Path) -> None:
 def test_a_ray_job_with_three_engines_survives_the_death_of_one(tmp_path: Path) -> None:
     """Real actors with the demo model, one killed, against one process. A third of a CPU each: with whole ones Ray would wait for ever on two CPUs."""
     pytest.importorskip("ray")
-    source, out, flags = write_input(tmp_path / "in.parquet", shared_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
+    source, out, flags = write_input(tmp_path / "in.parquet", benchmark_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
     finished(start(source, tmp_path / "whole", *flags, count_file=tmp_path / "once"))
     process = start(source, out, *flags, "--ray", "--ray-actors", "3", "--ray-cpus", "0.3", count_file=tmp_path / "tokens")
     wait_for(lambda: len(busy_workers(out)) == 3, process, 300)
@@ -144,7 +144,7 @@ def test_odd_prompts_through_the_real_tokenizer_and_engine(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_shards_with_real_engines_killed_and_resumed_independently(tmp_path: Path) -> None:
-    source, out, flags = write_input(tmp_path / "in.parquet", shared_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
+    source, out, flags = write_input(tmp_path / "in.parquet", benchmark_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
     finished(start(source, tmp_path / "whole", *flags, count_file=tmp_path / "once"))
     for turn, shards in enumerate([(0, 1), (1, 0)]):
         processes = [start(source, out, *flags, "--shard", f"{shard}/2", count_file=tmp_path / "tokens") for shard in shards]
@@ -186,7 +186,7 @@ def test_the_job_is_as_fast_as_generate_in_memory(tmp_path: Path) -> None:
     from flexbatch import LLM, SamplingParams
     from flexbatch.apps.batch import model_identity
 
-    prompts = shared_prompts(1500, 150)
+    prompts = benchmark_prompts(1500, 150)
     source = write_input(tmp_path / "in.parquet", prompts, row_group_size=200)
 
     class Shared:

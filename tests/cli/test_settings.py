@@ -182,7 +182,7 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_exit_codes(outcome, code: int, caplog: pytest.LogCaptureFixture) -> None:
-    def main() -> int | None:
+    def main(data) -> int | None:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -201,7 +201,7 @@ def test_exit_codes(outcome, code: int, caplog: pytest.LogCaptureFixture) -> Non
 def test_sigterm_ends_a_command_as_an_interruption() -> None:
     script = (
         "import sys, time\nfrom flexbatch import cli\ncli.set_up_logging()\n"
-        "def main():\n    print('ready', flush=True)\n    time.sleep(30)\nsys.exit(cli.run_command(main, 'again'))"
+        "def main(data):\n    print('ready', file=data, flush=True)\n    time.sleep(30)\nsys.exit(cli.run_command(main, 'again'))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -214,8 +214,8 @@ def test_a_forked_helper_ends_without_a_traceback() -> None:
     """lm_eval ends its pool of processes so; a handler that raises would print one of each that waits for work."""
     script = (
         "import multiprocessing, sys, time\nfrom flexbatch import cli\n"
-        "def main():\n    helper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(30,))\n    helper.start()\n    time.sleep(0.5)\n"
-        "    helper.terminate()\n    helper.join()\n    print(helper.exitcode)\nsys.exit(cli.run_command(main))"
+        "def main(data):\n    helper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(30,))\n    helper.start()\n    time.sleep(0.5)\n"
+        "    helper.terminate()\n    helper.join()\n    print(helper.exitcode, file=data)\nsys.exit(cli.run_command(main))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{-signal.SIGTERM}\n", "")
@@ -235,7 +235,7 @@ def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> Non
 
 
 def test_a_reader_that_goes_away_is_no_crash_report() -> None:
-    script = "import sys\nfrom flexbatch import cli\ndef main():\n    for i in range(100000): print(i)\nsys.exit(cli.run_command(main))"
+    script = "import sys\nfrom flexbatch import cli\ndef main(data):\n    for i in range(100000): print(i, file=data)\nsys.exit(cli.run_command(main))"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()

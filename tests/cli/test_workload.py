@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 from pathlib import Path
 
@@ -13,8 +15,13 @@ from flexbatch import workload
 from flexbatch.config import ConfigurationError
 from flexbatch.memory.files import remove_leftovers
 from flexbatch.request import Completion, TokenLogprob
+from flexbatch.workload import RESULTS, PromptRow
 
 PROMPTS = ["first\nwith two lines", "zweiter größer 🙂", "third\u2028still third"]
+
+
+def prompts_of(path: Path) -> list:
+    return [row.prompt for row in workload.read_prompts(path)]
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -24,23 +31,23 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
 
 def test_every_kind_of_file_gives_the_same_prompts(tmp_path: Path) -> None:
     objects = [{"id": i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
-    assert workload.read_prompts(written(tmp_path, "a.json", json.dumps(PROMPTS))) == PROMPTS
-    assert workload.read_prompts(written(tmp_path, "b.json", json.dumps(objects))) == PROMPTS
+    assert prompts_of(written(tmp_path, "a.json", json.dumps(PROMPTS))) == PROMPTS
+    assert prompts_of(written(tmp_path, "b.json", json.dumps(objects))) == PROMPTS
     lines = "\n".join(json.dumps(value, ensure_ascii=False) for value in objects)
-    assert workload.read_prompts(written(tmp_path, "c.jsonl", lines + "\n\n")) == PROMPTS
+    assert prompts_of(written(tmp_path, "c.jsonl", lines + "\n\n")) == PROMPTS
     pyarrow.parquet.write_table(pyarrow.table({"prompt": PROMPTS, "other": [1, 2, 3]}), tmp_path / "d.parquet")
-    assert workload.read_prompts(tmp_path / "d.parquet") == PROMPTS
-    assert workload.read_prompts(written(tmp_path, "e.TXT", "one\n\n  two\n")) == ["one", "  two"]
+    assert prompts_of(tmp_path / "d.parquet") == PROMPTS
+    assert prompts_of(written(tmp_path, "e.TXT", "one\n\n  two\n")) == ["one", "  two"]
 
 
 def test_prompts_may_be_token_ids_or_chats(tmp_path: Path) -> None:
     values = [[1, 2, 3], [{"role": "user", "content": "hi"}]]
     lines = "\n".join(json.dumps({"prompt": value}) for value in values)
-    assert workload.read_prompts(written(tmp_path, "a.jsonl", lines)) == values
+    assert prompts_of(written(tmp_path, "a.jsonl", lines)) == values
 
 
 def test_bundled_prompts_are_a_dozen_different_ones() -> None:
-    prompts = workload.read_prompts(workload.BUNDLED_PROMPTS)
+    prompts = prompts_of(workload.BUNDLED_PROMPTS)
     assert len(set(prompts)) == 12
 
 
@@ -88,18 +95,51 @@ def test_synthetic_prompts_differ_and_repeat() -> None:
     assert prompts != workload.synthetic_prompts(50, 20, 300, seed=4)
 
 
-def test_output_lines_hold_what_was_promised(tmp_path: Path) -> None:
+def test_output_lines_hold_what_was_promised() -> None:
     one = Completion((1, 2, 3), [7, 8], " größer", "length", logprobs=[{7: TokenLogprob(7, -0.5, 1)}, {8: TokenLogprob(8, -2.0, 3)}])
     two = Completion((4,), [9], "x", "stop", prompt_logprobs=[None])
     two.samples = [two, Completion((4,), [5], "y", "stop")]
-    with workload.whole_file(tmp_path / "out.jsonl") as stream:
-        workload.write_lines(stream, ["größer", [4]], [one, two])
-        assert not (tmp_path / "out.jsonl").exists()
-    first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    first, second = (workload.output_line(PromptRow(prompt), answer) for prompt, answer in (("größer", one), ([4], two)))
     expected = {"prompt": "größer", "text": " größer", "token_ids": [7, 8], "finish_reason": "length", "num_input_tokens": 3, "num_generated_tokens": 2}
     assert {key: first[key] for key in expected} == expected
     assert first["logprobs"][1] == [{"token_id": 8, "logprob": -2.0, "rank": 3}]
     assert [sample["text"] for sample in second["samples"]] == ["x", "y"] and second["prompt_logprobs"] == [None]
+
+
+FIELDS = {"id": 2**63 - 1, "größe": 1.5, "tags": ["a", {"b": None}], "": True, "input_text": "x"}
+
+
+def test_the_other_fields_of_the_input_come_along(tmp_path: Path) -> None:
+    for name in ("a.json", "a.jsonl"):
+        content = json.dumps({**FIELDS, "prompt": "p"})
+        (row,) = workload.read_prompts(written(tmp_path, name, f"[{content}]" if name == "a.json" else content))
+        assert row == PromptRow("p", FIELDS)
+        line = workload.output_line(row, Completion((1,), [2], "t", "stop"))
+        assert {name: line[name] for name in FIELDS} == FIELDS and line["prompt"] == "p" and line["text"] == "t"
+
+
+def test_no_field_is_lost_to_a_result_of_the_same_name() -> None:
+    fields = {**{name: f"given {name}" for name in RESULTS if name != "prompt"}, "input_text": "given already", "input_input_text": "and this"}
+    line = workload.output_line(PromptRow("p", fields), Completion((1,), [2], "t", "error", error="why"))
+    assert line["text"] == "t" and line["error"] == "why"
+    assert set(fields.values()) <= {value for value in line.values() if isinstance(value, str)}
+    assert line["input_token_ids"] == "given token_ids"
+
+
+def test_columns_of_every_type_come_along_as_json(tmp_path: Path) -> None:
+    columns = {
+        "day": pyarrow.array([datetime.date(2026, 1, 2)]),
+        "price": pyarrow.array([decimal.Decimal("1.10")]),
+        "raw": pyarrow.array([b"\x00\xff"]),
+        "rate": pyarrow.array([float("nan")]),
+        "nested": pyarrow.array([{"a": [1, None], "b": b"x"}]),
+        "big": pyarrow.array([2**63 - 1]),
+    }
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p"], **columns}), tmp_path / "a.parquet")
+    (row,) = workload.read_prompts(tmp_path / "a.parquet")
+    nested = {"a": [1, None], "b": "eA=="}
+    assert row.fields == {"day": "2026-01-02", "price": "1.10", "raw": "AP8=", "rate": None, "nested": nested, "big": 2**63 - 1}
+    json.dumps(row.fields, allow_nan=False)
 
 
 def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -69,23 +70,53 @@ def test_the_rate_of_copies_beside_attention() -> None:
 
 
 def test_costs_of_this_machine() -> None:
-    """Positive and below what any compute would take; the number of threads is as before."""
+    """Finite and not negative, whoever else uses the machine: a busy one gives any of them 0. The number of threads is as before."""
     threads = torch.get_num_threads()
     found = host_rates.host_rates(CPU)
     assert torch.get_num_threads() == threads
-    assert 1e-6 < found["sequence_seconds"] < 1e-3 and 1e-5 < found["launch_seconds"] < 1e-2
-    assert 1e-5 < found["cpu_attention_seconds"] < 0.1
-    assert 0 <= found["pass_seconds"] < 0.05 and 0 <= found["exchange_seconds"] < 0.05 and 0 <= found["settle_seconds"] < 0.05
+    names = {"sequence_seconds", "launch_seconds", "pass_seconds", "exchange_seconds", "settle_seconds", "staging_seconds", "fetch_seconds"}
+    assert found.keys() == {*names, "graph_seconds", "cpu_attention_seconds"}
+    assert all(0 <= seconds < math.inf for seconds in found.values()) and found["cpu_attention_seconds"] > 0
+    # Sequences and ticks together cost something: passes of 128 sequences and ten layers take longer than none.
+    assert found["sequence_seconds"] + found["launch_seconds"] + found["pass_seconds"] > 0
+
+
+@pytest.mark.parametrize("noise", range(20))
+def test_costs_of_a_noisy_machine(noise: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that take up to fifty times as long as they should, by chance: what is found is still finite and not negative."""
+    chance = random.Random(noise)
+
+    def seconds(num_layers: int, policy, device) -> float:
+        work = 1e-3 + 2e-5 * policy.block_size + 1e-4 * policy.num_gpu_batches * (num_layers + 1)
+        return work * chance.choice((1, 1, 2, 50 * chance.random() + 1))
+
+    monkeypatch.setattr(host_rates, "decode_seconds", seconds)
+    monkeypatch.setattr(host_rates, "attention_seconds", lambda device: chance.random())
+    found = host_rates.host_rates(CPU)
+    assert all(0 <= value < math.inf for value in found.values())
+
+
+def test_costs_of_a_quiet_machine_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes are made of comes out again, where nothing disturbs them."""
+
+    def seconds(num_layers: int, policy, device) -> float:
+        return 1e-3 + 2e-5 * policy.block_size + 1e-4 * policy.num_gpu_batches * (num_layers + 1)
+
+    monkeypatch.setattr(host_rates, "decode_seconds", seconds)
+    monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 1e-4)
+    found = host_rates.host_rates(CPU)
+    assert (found["pass_seconds"], found["sequence_seconds"]) == (pytest.approx(1e-3), pytest.approx(2e-5))
+    assert found["launch_seconds"] == pytest.approx(1e-4) and found["exchange_seconds"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("weights", [host_rates.ON_CPU, host_rates.ON_GPU])
 def test_attention_in_passes(weights: Split) -> None:
     """Calls of longer contexts take longer, at a rate that this machine's memory does not exceed."""
     found = host_rates.attention_in_passes(CPU, weights, host_rates.AttentionCalls(4, 8, 3, (16, 256)))
-    assert 0 <= found.call_seconds < 0.1
-    assert 1e7 < found.rate < 1e12
+    assert 0 <= found.call_seconds < math.inf
+    assert 0 < found.rate < 1e12
     # On two cores no copy may run beside attention.
-    assert found.link_rate == math.inf or (weights.gpu == 0 and 1e7 < found.link_rate < 1e12)
+    assert found.link_rate == math.inf or (weights.gpu == 0 and 0 < found.link_rate < 1e12)
 
 
 def test_attention_is_measured_with_what_memory_there_is() -> None:

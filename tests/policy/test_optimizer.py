@@ -1,4 +1,4 @@
-"""The linear program against SciPy and brute force; what the search chooses, and what it refuses."""
+"""The linear program against another algorithm and brute force; what the search chooses, and what it refuses."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ INSTANCES = [
 ]
 
 
-def by_linprog(phases, memory, room) -> float:
-    """The same program, written down a second time for another solver."""
+def by_interior_points(phases, memory, room) -> float:
+    """The same program, written down a second time for another algorithm: interior points instead of the simplex method."""
     stages, constant = time_rows(phases)
     n = len(VARIABLES)
     cost = np.r_[np.zeros(n), [weight for weight, _ in stages]]
@@ -67,17 +67,17 @@ def by_linprog(phases, memory, room) -> float:
     attended = np.zeros(n + len(stages))
     attended[VARIABLES.index("attended")], attended[VARIABLES.index("cache_cpu")] = 1, -1
     sums = [np.r_[[float(name.startswith(kind)) for name in VARIABLES], np.zeros(len(stages))] for kind in KINDS]
-    result = linprog(cost, np.array([*upper, attended]), [*limits, 0.0], np.array(sums), np.ones(3), [(0, 1)] * n + [(0, None)] * len(stages))
+    result = linprog(cost, np.array([*upper, attended]), [*limits, 0.0], np.array(sums), np.ones(3), [(0, 1)] * n + [(0, None)] * len(stages), "highs-ipm")
     assert result.status == 0
     return constant + result.fun
 
 
 @pytest.mark.parametrize("options", INSTANCES)
-def test_program_agrees_with_scipy(options):
+def test_program_agrees_with_interior_points(options):
     _, hardware, _, phases, memory = instance(**options)
     found = solve(phases, memory, capacity(hardware), Constraints())
     assert found is not None
-    assert found.seconds == pytest.approx(by_linprog(phases, memory, capacity(hardware)), rel=1e-4)
+    assert found.seconds == pytest.approx(by_interior_points(phases, memory, capacity(hardware)), rel=1e-4)
     # What the program promises is what the cost model says of its point, but for what a placement launches, which it cannot know.
     model = phases[0][0]
     launched = float(model.launched(found.point) - model.launch_seconds)
@@ -109,9 +109,10 @@ def test_dual_is_what_a_gib_buys():
     assert (base.seconds - more.seconds) * 256 == pytest.approx(base.seconds_per_gib["gpu"], rel=0.01)
 
 
-def test_whole_search_for_the_largest_model_is_quick():
+def test_whole_search_for_the_largest_model_is_short():
+    """Counted, not timed: 394 programs took 3 seconds, and 13 on a busy machine."""
     plan = choose(public_shape("opt-175b"), load_hardware("t4"), WORKLOAD)
-    assert plan.search_seconds < 10
+    assert plan.linear_programs < 600
     assert not plan.missing
 
 

@@ -108,10 +108,9 @@ def test_an_abandoned_job_leaves_nothing_behind(reference, tmp_path):
         assert tokens(llm, model.prompts) == model.token_ids
 
 
-HUMANEVAL = Path(__file__).parents[3] / "shared" / "data" / "humaneval.jsonl"
+HUMANEVAL = Path(__file__).parents[1] / "data" / "humaneval.jsonl"
 
 
-@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs the shared data")
 @pytest.mark.parametrize("draft", [("demo-draft",), ("ngram",), ("demo-draft", "ngram")], ids=" ".join)
 def test_the_demo_pair_saves_passes_on_real_prompts(draft, tmp_path):
     """Weights on disk; the ratio of seconds is reported, and asserted nowhere: it belongs to the machine."""

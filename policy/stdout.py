@@ -1,0 +1,107 @@
+"""Data on stdout and nothing else: what libraries print there, in Python or in C, at import or at exit, goes to stderr.
+
+Two layers. `run_process` moves file descriptor 1 of a command's process to stderr for good, so that nothing that a library does until the very end reaches
+the data. `data_apart` keeps `sys.stdout` from libraries while a command works, and hands the stream for data to it; called in a program's own process, it
+puts everything back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+READER_GONE = 1
+"""Exit code where data could not be written, as whoever read it has gone."""
+
+
+def run_process(main: Callable[[], int | None]) -> int:
+    """Runs the main function of a process, whose `sys.stdout` is then a stream of its own, and returns its exit code.
+
+    A reader that has gone (``| head``) ends the process without a traceback. Where stdout is moved already, or is no file, ``main`` just runs.
+    """
+    _open_standard_streams()
+    if _descriptor(sys.stdout) != 1:
+        return main() or 0
+    sys.stdout.flush()
+    data = _text_stream(os.dup(1), sys.stdout)
+    os.dup2(2, 1)
+    sys.stdout = data
+    try:
+        code = main() or 0
+    except BrokenPipeError:
+        code = READER_GONE
+    except SystemExit as end:  # of argparse, after --help
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else READER_GONE
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    finally:
+        sys.stdout = sys.stderr
+        failure = _close(data)
+    if failure is None or code:
+        return code
+    if not isinstance(failure, BrokenPipeError):
+        print(f"stdout: {failure.strerror}", file=sys.stderr)
+    return READER_GONE
+
+
+@contextlib.contextmanager
+def data_apart() -> Iterator[TextIO]:
+    """The stream for data. Meanwhile `sys.stdout` and file descriptor 1, which processes that are started inherit, are stderr."""
+    given = sys.stdout
+    given.flush()
+    kept = os.dup(1)
+    data = _text_stream(os.dup(kept), given) if _descriptor(given) == 1 else given
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield data
+        data.flush()
+    finally:
+        sys.stdout = given
+        # What C has in its buffers would otherwise follow when stdout is stdout again.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        if data is not given:
+            _close(data)
+
+
+def _open_standard_streams() -> None:
+    """A process may be started without them (``>&-``): the next file that is opened would take their numbers, and get what libraries print."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    sys.stdout = sys.stdout or _text_stream(os.dup(1), None)
+    sys.stderr = sys.stderr or _text_stream(os.dup(2), None)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _text_stream(descriptor: int, like: TextIO | None) -> TextIO:
+    """A stream with the encoding of another. Half a surrogate pair, which no encoding has, is written as JSON writes it."""
+    encoding = getattr(like, "encoding", None) or "utf-8"
+    return io.TextIOWrapper(open(descriptor, "wb"), encoding=encoding, errors="backslashreplace", line_buffering=os.isatty(descriptor))
+
+
+def _close(stream: TextIO) -> OSError | None:
+    """Close; why what was left could not be written: its reader has gone, say, or the disk is full."""
+    try:
+        stream.close()
+    except OSError as error:
+        return error
+    return None
