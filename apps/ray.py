@@ -39,6 +39,7 @@ from flexbatch.apps.jobs.rows import Row, RowReader
 from flexbatch.apps.jobs.runner import OpenEngine
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.models.generation_config import generation_of
 from flexbatch.request import SamplingParams
 
 
@@ -58,6 +59,7 @@ class GenerateText:
             raise ConfigurationError(f"unknown settings: {', '.join(unknown)}")
         self._config = JobConfig(**{name: value for name, value in settings.items() if name in names})
         engine = EngineConfig(**{name: value for name, value in settings.items() if name not in names})
+        self._params = generation_of(engine).params(self._config.given(), sample=True)
         self._seed, self._llm = engine.seed, open_engine(engine, None)
         self._encode = make_encode(self._llm, self._config.truncate)
         self._output: ParquetOutput | None = None
@@ -112,7 +114,7 @@ class GenerateText:
         if self._output is None:
             config = choose_prompt(self._config, schema.names)
             reader = RowReader(
-                schema, (), config.params(), self._seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+                schema, (), self._params, self._seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
                 template=config.prompt_template, columns=config.setting_columns(), seed_by_prompt=True,
             )  # fmt: skip
             self._output = ParquetOutput(reader, schema, (), prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None)

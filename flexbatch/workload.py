@@ -104,6 +104,8 @@ def output_line(prompt: Any, completion: Completion) -> dict[str, Any]:
 
 def _sample(completion: Completion) -> dict[str, Any]:
     values: dict[str, Any] = {"text": completion.text, "token_ids": completion.token_ids, "finish_reason": completion.finish_reason}
+    if completion.error:
+        values["error"] = completion.error
     if completion.logprobs is not None:
         values["logprobs"] = [_logprobs(entry) for entry in completion.logprobs]
     if completion.prompt_logprobs is not None:

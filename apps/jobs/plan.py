@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
 from flexbatch.apps.jobs.store import fingerprint_digest
 from flexbatch.apps.jobs.text_sources import CsvSource, LinesSource
 from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.models.generation_config import generation_of
+from flexbatch.request import SamplingParams
 
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NO_LIMIT = 2**62
@@ -84,6 +87,13 @@ def check_folders(location: str, folder: str) -> None:
             raise ConfigurationError(f"output {folder} lies in the input {location}: its parts would be read as input")
 
 
+def plain_settings(params: SamplingParams) -> dict[str, Any]:
+    """Sampling parameters as JSON has them, for the manifest: those that a job without any settings would not have, and those that it shows always."""
+    neutral, shown = dataclasses.asdict(SamplingParams()), ("max_tokens", "temperature", "top_p", "top_k", "stop")
+    values = {name: value for name, value in dataclasses.asdict(params).items() if name in shown or value != neutral[name]}
+    return json.loads(json.dumps(values))
+
+
 def plan_job(
     location: str, folder: str, config: JobConfig, engine: EngineConfig, model_identity: Callable[[EngineConfig], dict[str, Any]], created: int = 0
 ) -> Job:
@@ -94,18 +104,20 @@ def plan_job(
     openai = source.identity["format"] == "openai"
     if not openai:
         config = choose_prompt(config, [*source.schema.names, *partitions])
+    params = generation_of(engine).params(config.given(), sample=True)
     part_rows = config.part_rows or default_part_rows(source.units)
     identity = config.identity()
     identity["output"]["part_rows"] = part_rows
     identity["seed"] = engine.seed
+    identity["generation"] |= {name: value for name, value in plain_settings(params).items() if name != "logprobs"}
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
     fingerprint = {"input": source.identity, "model": {**model_identity(engine), **precision}, **identity}
     output: Output
     if openai:
-        output = OpenAIOutput(config.params(), engine.seed, fingerprint_digest(fingerprint).hex()[:12], created)
+        output = OpenAIOutput(params, engine.seed, fingerprint_digest(fingerprint).hex()[:12], created)
     else:
         reader = RowReader(
-            source.schema, partitions, config.params(), engine.seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+            source.schema, partitions, params, engine.seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
             template=config.prompt_template, columns=config.setting_columns(),
         )  # fmt: skip
         output = ParquetOutput(
