@@ -27,8 +27,10 @@ from flexbatch.request import Completion, SamplingParams
 Scoring = tuple[tuple[str, str] | None, list[int], list[int]]
 """Cache key (None: not kept), context tokens, continuation tokens."""
 SAMPLING_KEYS = (
-    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "no_repeat_ngram_size", "min_new_tokens", "min_length",
-    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias",
+    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "no_repeat_ngram_size", "min_new_tokens", "min_length",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "sequence_bias",
 )  # fmt: skip
 
 
@@ -177,7 +179,8 @@ class FlexBatchLM(TemplateLM):
         return texts
 
     def _sampling_params(self, place: int, gen_kwargs: dict[str, Any]) -> SamplingParams:
-        """What the request says, else the model's generation_config.json, as with ``hf``. Raises ValueError for what the engine does not have, such as
+        """What the request says, else the model's generation_config.json, as with ``hf``. Raises ValueError for what
+        the engine does not have, such as
         ``num_beams``."""
         options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         until, max_tokens = options.pop("until"), options.pop("max_gen_toks")
@@ -190,7 +193,9 @@ class FlexBatchLM(TemplateLM):
         given = {"max_tokens": max_tokens, "temperature": temperature if sample else 0.0, "stop": stop, **known}
         generation: GenerationDefaults = getattr(self.llm, "generation", None) or GenerationDefaults()
         if "max_new_tokens" in generation.settings:
-            del given["max_tokens"]  # of max_new_tokens in the file and the max_length that hf gives, transformers takes the first
+            del given[
+                "max_tokens"
+            ]  # of max_new_tokens in the file and the max_length that hf gives, transformers takes the first
         return generation.params(given)
 
     def _run(

@@ -114,7 +114,8 @@ class GenerateText:
         if self._output is None:
             config = choose_prompt(self._config, schema.names)
             reader = RowReader(
-                schema, (), self._params, self._seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+                schema, (), self._params, self._seed, prompt_column=config.prompt_column,
+                messages_column=config.messages_column,
                 template=config.prompt_template, columns=config.setting_columns(), seed_by_prompt=True,
             )  # fmt: skip
             self._output = ParquetOutput(reader, schema, (), prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None)

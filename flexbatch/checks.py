@@ -1,4 +1,5 @@
-"""Checks of single values by type and range: each returns the value in its plain Python type, or says what is wanted instead."""
+"""Checks of single values by type and range: each returns the value in its plain Python type, or says what is wanted
+instead."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Check = Callable[[Any], Any]
 
 
 class Unfit(ValueError):
-    """A value that a field cannot take; the message completes "must be ...", ``place`` names the part of it that is wrong."""
+    """A value that a field cannot take; the message completes "must be ...", ``place`` names the part of it that is
+    wrong."""
 
     def __init__(self, wanted: str, place: str = "", part: Any = None) -> None:
         super().__init__(wanted)
@@ -148,7 +150,9 @@ def table(key: Check, entry: Check, most: int, wanted: str) -> Check:
             raise Unfit(f"a dict of {wanted}")
         if len(value) > most:
             raise Unfit(f"a dict of at most {most:,} {wanted}, not {len(value):,}")
-        return {_part(key, name, "a key"): _part(entry, item, f"the value of {short(name)}") for name, item in value.items()}
+        return {
+            _part(key, name, "a key"): _part(entry, item, f"the value of {short(name)}") for name, item in value.items()
+        }
 
     return check
 
@@ -157,11 +161,16 @@ def _part(check: Check, part: Any, place: str) -> Any:
     try:
         return check(part)
     except Unfit as problem:
-        raise Unfit(str(problem), f"{place}, {problem.place}" if problem.place else place, problem.part if problem.place else part) from None
+        raise Unfit(
+            str(problem),
+            f"{place}, {problem.place}" if problem.place else place,
+            problem.part if problem.place else part,
+        ) from None
 
 
 def checked(what: str, name: str, value: Any, check: Check) -> Any:
-    """The value as the check keeps it. Raises ConfigurationError that names the field, what it was given and what is wanted."""
+    """The value as the check keeps it. Raises ConfigurationError that names the field, what it was given and what is
+    wanted."""
     try:
         return check(value)
     except Unfit as problem:

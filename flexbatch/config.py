@@ -77,7 +77,8 @@ class EngineConfig:
     compare_plain: bool = option(False, "run every job without speculation first, and report the speed-up")
     generation_config: str = option(
         "auto",
-        "sampling settings where none are given: auto (those of the model's generation_config.json) or none (the commands' and SamplingParams' own defaults)",
+        "sampling settings where none are given: auto (those of the model's generation_config.json) "
+        "or none (the commands' and SamplingParams' own defaults)",
         choices=("auto", "none"),
     )
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")

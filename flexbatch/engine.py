@@ -140,8 +140,10 @@ class LLM:
     # Jobs
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What holds where no SamplingParams are given: the model's generation_config.json, read as transformers reads it. Greedy, unless the file says
-        ``"do_sample": true`` or names a temperature. `dataclasses.replace` changes some of it. Raises ConfigurationError for what cannot be followed."""
+        """What holds where no SamplingParams are given: the model's generation_config.json, read as transformers reads
+        it. Greedy, unless the file says
+        ``"do_sample": true`` or names a temperature. `dataclasses.replace` changes some of it. Raises
+        ConfigurationError for what cannot be followed."""
         return self.generation.params()
 
     def generate(
@@ -152,9 +154,11 @@ class LLM:
     ) -> list[Completion]:
         """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
 
-        Without SamplingParams those of `get_default_sampling_params` hold; with them, nothing of the model's generation_config.json but its EOS tokens.
+        Without SamplingParams those of `get_default_sampling_params` hold; with them, nothing of the model's
+        generation_config.json but its EOS tokens.
         ``on_finished`` is called with every completion as it ends, in any order.
-        Raises PromptError for the first prompt that cannot be run, before anything is generated. One that fails on the way, as the model's logits are no
+        Raises PromptError for the first prompt that cannot be run, before anything is generated. One that fails on the
+        way, as the model's logits are no
         finite numbers or every token is barred, has a completion with ``finish_reason`` "error" and the rest goes on.
         """
         requests = requests_of(prompts, sampling_params, self.decided.encoder, self._defaults)
@@ -304,7 +308,9 @@ class LLM:
             if retired.error and not retired.refused:
                 self._num_failed += 1
                 if self._num_failed <= LOGGED_FAILURES:
-                    more = "; more failures are only in their completions" if self._num_failed == LOGGED_FAILURES else ""
+                    more = (
+                        "; more failures are only in their completions" if self._num_failed == LOGGED_FAILURES else ""
+                    )
                     logger.error("%s%s", completion_of(retired).error, more)
             yield retired
 

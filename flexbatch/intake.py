@@ -26,10 +26,13 @@ Params = SamplingParams | Sequence[SamplingParams | None] | None
 """Of a job: for all prompts, or one each."""
 
 
-def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: Params, encoder: PromptEncoder, defaults: Defaults) -> list[Request]:
+def requests_of(
+    prompts: Prompt | Sequence[Prompt], sampling_params: Params, encoder: PromptEncoder, defaults: Defaults
+) -> list[Request]:
     """One request for every sample of every prompt, in the order of the prompts. One SamplingParams is for all.
 
-    Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters as prompts, or others than those.
+    Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters
+    as prompts, or others than those.
     """
     parts = prompts if isinstance(prompts, str) else list(prompts)
     prompts = cast("list[Prompt]", [parts] if is_prompt(parts) else parts)
@@ -37,8 +40,12 @@ def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: Params, enc
         params = [defaults.instead_of(sampling_params)] * len(prompts)
     else:
         if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Iterable):
-            raise ConfigurationError(f"sampling_params {not_params(sampling_params)}, or a list of them, one for each prompt")
-        params = [defaults.instead_of(entry, f"sampling_params[{place}]") for place, entry in enumerate(sampling_params)]
+            raise ConfigurationError(
+                f"sampling_params {not_params(sampling_params)}, or a list of them, one for each prompt"
+            )
+        params = [
+            defaults.instead_of(entry, f"sampling_params[{place}]") for place, entry in enumerate(sampling_params)
+        ]
         if len(params) != len(prompts):
             raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
     return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)) for request in samples_of(i, prompt, p, encoder)]
@@ -51,14 +58,16 @@ def not_params(value: Any) -> str:
 
 
 class Defaults:
-    """What holds for requests without sampling parameters, and one line in the log about what of it those with parameters do without."""
+    """What holds for requests without sampling parameters, and one line in the log about what of it those with
+    parameters do without."""
 
     def __init__(self, generation: GenerationDefaults) -> None:
         self._generation = generation
         self._told: set[tuple[str, ...]] = set()
 
     def instead_of(self, params: SamplingParams | None, what: str = "sampling_params") -> SamplingParams:
-        """The parameters as given, the model's where there are none. Raises ConfigurationError for what is neither, or cannot be followed."""
+        """The parameters as given, the model's where there are none. Raises ConfigurationError for what is neither, or
+        cannot be followed."""
         if params is None:
             return self._generation.params()
         if not isinstance(params, SamplingParams):
@@ -67,7 +76,8 @@ class Defaults:
         if missing and missing not in self._told:
             self._told.add(missing)
             logger.warning(
-                "%s: not applied, as the given SamplingParams leave it out: %s. LLM.get_default_sampling_params() has what the file says",
+                "%s: not applied, as the given SamplingParams leave it out: %s. "
+                "LLM.get_default_sampling_params() has what the file says",
                 self._generation.source, ", ".join(missing),
             )  # fmt: skip
         return params

@@ -67,7 +67,9 @@ def completion_of(retired: Retired) -> Completion:
     request, output, sequence = retired.state.request, retired.output, retired.sequence
     sample = f", sample {request.sample}" if request.params.n > 1 else ""
     error = f"prompt {request.index}{sample}: {retired.error}" if retired.error else ""
-    completion = Completion(request.prompt_token_ids, prompt=request.prompt, index=request.index, error=error, finish_reason="error")
+    completion = Completion(
+        request.prompt_token_ids, prompt=request.prompt, index=request.index, error=error, finish_reason="error"
+    )
     if sequence is None or output.finish is None or retired.error:
         return completion
     completion.token_ids, completion.text = list(output.token_ids), output.text
@@ -81,7 +83,8 @@ def completion_of(retired: Retired) -> Completion:
 
 
 def with_samples(completions: dict[int, Completion]) -> Completion:
-    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in any order. One that failed comes before
+    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in
+    any order. One that failed comes before
     the first, so that nobody takes the rest for the whole."""
     first = next((completions[sample] for sample in sorted(completions) if completions[sample].error), completions[0])
     if len(completions) > 1:

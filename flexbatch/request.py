@@ -9,11 +9,25 @@ from math import inf
 from numbers import Integral
 from typing import Any
 
-from flexbatch.checks import Check, Unfit, check_keywords, checked, number, one_or_several, optional, several, table, text, truth, whole
+from flexbatch.checks import (
+    Check,
+    Unfit,
+    check_keywords,
+    checked,
+    number,
+    one_or_several,
+    optional,
+    several,
+    table,
+    text,
+    truth,
+    whole,
+)
 from flexbatch.config import ConfigurationError
 
 MOST_SAMPLES = 16_384
-"""Completions of one prompt, as in vLLM. Every one is a request of its own before anything runs: 64 bytes each and its share of lists, 6.4 GiB for 100 million."""
+"""Completions of one prompt, as in vLLM. Every one is a request of its own before anything runs: 64 bytes each and its
+share of lists, 6.4 GiB for 100 million."""
 MOST_LOGPROBS = 10_000
 """Candidates at one place. Each is an object of 0.2 kB in the result: 2 MB a token at this bound."""
 MOST_STOPS, LONGEST_STOP = 1_024, 4_096
@@ -34,8 +48,10 @@ class SamplingParams:
     ``seed=None`` derives the request's own random stream from the engine's seed and the request's index.
     ``logprobs=k`` returns the k most likely tokens and the chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt,
     from token ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common prefix.
-    ``min_tokens``: generated before EOS or a stop token may come. The fields below it are those of transformers' generation_config.json, and mean the same.
-    Raises ConfigurationError, a ValueError, that names the field for values of a wrong type or out of range, and for a keyword that does not exist.
+    ``min_tokens``: generated before EOS or a stop token may come. The fields below it are those of transformers'
+    generation_config.json, and mean the same.
+    Raises ConfigurationError, a ValueError, that names the field for values of a wrong type or out of range, and for a
+    keyword that does not exist.
     """
 
     max_tokens: int = 16
@@ -79,13 +95,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
             value = getattr(self, name)
-            if value is not getattr(SamplingParams, name):  # defaults are as they should be: 20 of 25 in every row of a job
+            if value is not getattr(
+                SamplingParams, name
+            ):  # defaults are as they should be: 20 of 25 in every row of a job
                 object.__setattr__(self, name, checked("sampling parameter", name, value, check))
         if self.min_tokens > self.max_tokens:
-            raise ConfigurationError(f"sampling parameter min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
+            raise ConfigurationError(
+                f"sampling parameter min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}"
+            )
         if self.n * len(self.logit_bias or ()) > MOST_BIASES:
             raise ConfigurationError(
-                f"sampling parameter n={self.n} must be at most {MOST_BIASES // len(self.logit_bias or ())} with a logit_bias of {len(self.logit_bias or ()):,} "
+                f"sampling parameter n={self.n} must be at most {MOST_BIASES // len(self.logit_bias or ())} "
+                f"with a logit_bias of {len(self.logit_bias or ()):,} "
                 "tokens: every completion keeps a table of them"
             )
 
@@ -99,7 +120,8 @@ class SamplingParams:
         return any(getattr(self, name) not in (0, (), None) for name in CONSTRAINTS)
 
     def named_tokens(self) -> Iterator[tuple[str, int]]:
-        """(field, token id) of every token that the model must have. Suppressed ones that it lacks are never drawn, and passed over as in transformers."""
+        """(field, token id) of every token that the model must have. Suppressed ones that it lacks are never drawn, and
+        passed over as in transformers."""
         for token in self.logit_bias or ():
             yield "logit_bias", token
         for token in self.forced_eos_token_id:  # type: ignore[union-attr]  # a tuple since __post_init__
@@ -131,7 +153,8 @@ _token = whole(0)
 _bias = number(lambda bias: -1e30 <= bias <= 1e30 or bias == -inf, "between -1e30 and 1e30, or -inf to bar a token")
 _penalty = number(lambda penalty: -2 <= penalty <= 2, "in [-2, 2]")
 CONSTRAINTS = (
-    "min_tokens", "min_length", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "min_tokens", "min_length", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id",
     "forced_eos_token_id", "sequence_bias",
 )  # fmt: skip
 """Fields that follow the text so far: `execution.constraints`."""

@@ -61,18 +61,35 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """SamplingParams of all prompts. What is None or empty the model's generation_config.json says; greedy unless either asks for more, so that a run can be
+    """SamplingParams of all prompts. What is None or empty the model's generation_config.json says; greedy unless
+    either asks for more, so that a run can be
     repeated."""
 
     max_tokens: int | None = option(
-        None, "tokens to generate for every prompt; 0 scores the prompts (default: as the model's generation_config.json says, else 64)", aliases=("--gen-len",)
+        None,
+        "tokens to generate for every prompt; 0 scores the prompts "
+        "(default: as the model's generation_config.json says, else 64)",
+        aliases=("--gen-len",),
     )
-    temperature: float | None = option(None, "0 takes the most likely token (default: as generation_config.json says, else 0)")
-    top_p: float | None = option(None, "draw from the most likely tokens that together have this probability (default: as generation_config.json says, else 1)")
-    top_k: int | None = option(None, "draw from the N most likely tokens; 0 keeps all (default: as generation_config.json says, else 0)")
-    min_p: float | None = option(None, "drop tokens less likely than this share of the most likely one (default: as generation_config.json says, else 0)")
+    temperature: float | None = option(
+        None, "0 takes the most likely token (default: as generation_config.json says, else 0)"
+    )
+    top_p: float | None = option(
+        None,
+        "draw from the most likely tokens that together have this probability "
+        "(default: as generation_config.json says, else 1)",
+    )
+    top_k: int | None = option(
+        None, "draw from the N most likely tokens; 0 keeps all (default: as generation_config.json says, else 0)"
+    )
+    min_p: float | None = option(
+        None,
+        "drop tokens less likely than this share of the most likely one "
+        "(default: as generation_config.json says, else 0)",
+    )
     repetition_penalty: float | None = option(
-        None, "divide the logits of tokens in prompt or output by this (default: as generation_config.json says, else 1)"
+        None,
+        "divide the logits of tokens in prompt or output by this (default: as generation_config.json says, else 1)",
     )
     presence_penalty: float = option(0.0, "subtract this from the logits of tokens in the output (default: 0)")
     frequency_penalty: float = option(0.0, "subtract this once for every occurrence in the output (default: 0)")
@@ -210,7 +227,8 @@ def print_results(run: RunConfig, work: Work, completions: list[Completion], rep
 
 
 def print_completion(index: int, prompt: Any, completion: Completion) -> None:
-    """The prompt and its continuation, as text where the model has a tokenizer. Of one that failed, the log says why."""
+    """The prompt and its continuation, as text where the model has a tokenizer. Of one that failed, the log says
+    why."""
     ending = f"prompt {index}: {len(completion.token_ids)} tokens, {completion.finish_reason}"
     print(f"----- {ending} -----")
     if isinstance(prompt, str):

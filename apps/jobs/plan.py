@@ -88,9 +88,12 @@ def check_folders(location: str, folder: str) -> None:
 
 
 def plain_settings(params: SamplingParams) -> dict[str, Any]:
-    """Sampling parameters as JSON has them, for the manifest: those that a job without any settings would not have, and those that it shows always."""
+    """Sampling parameters as JSON has them, for the manifest: those that a job without any settings would not have, and
+    those that it shows always."""
     neutral, shown = dataclasses.asdict(SamplingParams()), ("max_tokens", "temperature", "top_p", "top_k", "stop")
-    values = {name: value for name, value in dataclasses.asdict(params).items() if name in shown or value != neutral[name]}
+    values = {
+        name: value for name, value in dataclasses.asdict(params).items() if name in shown or value != neutral[name]
+    }
     return json.loads(json.dumps(values))
 
 
@@ -117,7 +120,8 @@ def plan_job(
         output = OpenAIOutput(params, engine.seed, fingerprint_digest(fingerprint).hex()[:12], created)
     else:
         reader = RowReader(
-            source.schema, partitions, params, engine.seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+            source.schema, partitions, params, engine.seed, prompt_column=config.prompt_column,
+            messages_column=config.messages_column,
             template=config.prompt_template, columns=config.setting_columns(),
         )  # fmt: skip
         output = ParquetOutput(

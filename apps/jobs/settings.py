@@ -23,11 +23,21 @@ class JobConfig:
     prompt_column: str | None = option(None, 'column that holds the prompts (default: "prompt", else "messages", where there is one)')
     messages_column: str | None = option(None, "column that holds chat messages, as a list of {role, content} or as JSON")
     prompt_template: str | None = option(None, "prompt made of columns, e.g. 'Summarise: {text}'; {{ and }} are braces")
-    truncate: str | None = option(None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right"))
-    max_tokens: int | None = option(None, "tokens to generate per row at most (default: as the model's generation_config.json says, else 16)")
+    truncate: str | None = option(
+        None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right")
+    )
+    max_tokens: int | None = option(
+        None, "tokens to generate per row at most (default: as the model's generation_config.json says, else 16)"
+    )
     temperature: float | None = option(None, "0 is greedy (default: as generation_config.json says, else 1)")
-    top_p: float | None = option(None, "sample among the most likely tokens that sum to this probability (default: as generation_config.json says, else 1)")
-    top_k: int | None = option(None, "sample among this many tokens; 0 for all (default: as generation_config.json says, else 0)")
+    top_p: float | None = option(
+        None,
+        "sample among the most likely tokens that sum to this probability "
+        "(default: as generation_config.json says, else 1)",
+    )
+    top_k: int | None = option(
+        None, "sample among this many tokens; 0 for all (default: as generation_config.json says, else 0)"
+    )
     stop: tuple[str, ...] = option((), "texts that end the output and are not part of it", nargs="+")
     max_tokens_column: str | None = option(None, "column with max_tokens per row; null means --max-tokens")
     temperature_column: str | None = option(None, "column with temperature per row")
@@ -69,7 +79,9 @@ class JobConfig:
 
     def given(self) -> dict[str, Any]:
         """What the user has set, of the sampling parameters of the rows that bring none of their own."""
-        values = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "stop", "logprobs")}
+        values = {
+            name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "stop", "logprobs")
+        }
         return {name: value for name, value in values.items() if value is not None and value != ()}
 
     def setting_columns(self) -> dict[str, str]:
@@ -96,7 +108,8 @@ class JobConfig:
         return int(match[1]), int(match[2])
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change what is in the output, without the sampling parameters: those depend on the model, too."""
+        """The settings that change what is in the output, without the sampling parameters: those depend on the model,
+        too."""
         prompt = {name: getattr(self, name) for name in ("prompt_column", "messages_column", "prompt_template", "truncate")}
         output = {name: getattr(self, name) for name in ("output_prefix", "generated_tokens", "logprobs")}
         return {"generation": {"columns": self.setting_columns()}, "prompt": prompt, "output": output}

@@ -232,7 +232,14 @@ class Batcher:
         """The trees of those that decode in this pass."""
         if self.proposer is None:
             return {}
-        decoding = [sequence for sequence in sequences if sequence.num_uncached == 1 and sequence.output.finish is None and not sequence.plain and sequence.fault is None]
+        decoding = [
+            sequence
+            for sequence in sequences
+            if sequence.num_uncached == 1
+            and sequence.output.finish is None
+            and not sequence.plain
+            and sequence.fault is None
+        ]
         depths = [sequence.output.max_tokens - len(sequence.output.token_ids) - 1 for sequence in decoding]
         return dict(zip(decoding, self.proposer.propose(decoding, depths, num_prompt_tokens), strict=True))
 
@@ -260,7 +267,8 @@ class Batcher:
         for query in queries:
             sequence, result = query.sequence, drawn.get(query) or Drawn()
             if query.parents is not None and result.fault is not None and result.fault.in_model:
-                # Attention multiplies masked values by 0, which leaves NaN: a drafted token that plain decoding never reads may have done this.
+                # Attention multiplies masked values by 0, which leaves NaN: a drafted token that plain decoding never
+                # reads may have done this.
                 sequence.plain = True
                 continue
             sequence.fault = sequence.fault or result.fault
@@ -268,15 +276,23 @@ class Batcher:
             # Of a tree, the rows of its root and of the kept part of its path; the token after the path has none yet.
             cached = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)
             self.cache.commit(sequence.table, query.start + cached)
-            if (sequence.output.finish is not None or sequence.fault is not None) and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:
+            if (
+                sequence.output.finish is not None or sequence.fault is not None
+            ) and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:
                 if self.may_be_others(sequence):
                     self.restart(sequence)
                 else:
                     self.retire(sequence)
 
     def may_be_others(self, sequence: Sequence) -> bool:
-        """Whether a fault may come from the sequence that filled the shared pages: a token of its own after them makes NaN of them too, as above."""
-        return sequence.fault is not None and sequence.fault.in_model and sequence.table.num_shared > 0 and not sequence.output.token_ids
+        """Whether a fault may come from the sequence that filled the shared pages: a token of its own after them makes
+        NaN of them too, as above."""
+        return (
+            sequence.fault is not None
+            and sequence.fault.in_model
+            and sequence.table.num_shared > 0
+            and not sequence.output.token_ids
+        )
 
     def restart(self, sequence: Sequence) -> None:
         """Read a prompt once more, next, in pages of its own."""
@@ -295,7 +311,9 @@ class Batcher:
 
     def retire(self, sequence: Sequence) -> None:
         self.leave(sequence)
-        self.retired.append(Retired(sequence.state, sequence.output, sequence, "" if sequence.fault is None else sequence.fault.problem))
+        self.retired.append(
+            Retired(sequence.state, sequence.output, sequence, "" if sequence.fault is None else sequence.fault.problem)
+        )
 
     def leave(self, sequence: Sequence) -> None:
         """Give back the place and the pages of a sequence."""

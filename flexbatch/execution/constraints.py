@@ -1,4 +1,5 @@
-"""What may come next in one request, by the tokens that came before: the processors of transformers' generation_config.json, kept up to date token by token."""
+"""What may come next in one request, by the tokens that came before: the processors of transformers'
+generation_config.json, kept up to date token by token."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from flexbatch.request import Request
 
 @dataclass(frozen=True)
 class Effect:
-    """At one place of a text. ``bias`` is added to the model's logits, before penalties; then ``forced`` tokens have all of the probability, if there are
+    """At one place of a text. ``bias`` is added to the model's logits, before penalties; then ``forced`` tokens have
+    all of the probability, if there are
     any, and ``barred`` ones none."""
 
     bias: dict[int, float]
@@ -20,7 +22,8 @@ class Effect:
 
 
 class Following:
-    """Things by the tokens that they follow: asked with a text, gives all that follow its end. () is the end of every text."""
+    """Things by the tokens that they follow: asked with a text, gives all that follow its end. () is the end of every
+    text."""
 
     def __init__(self, pairs: Iterable[tuple[Sequence[int], float]]) -> None:
         self._found: dict[tuple[int, ...], list[tuple[int, float]]] = defaultdict(list)
@@ -40,16 +43,20 @@ class Following:
 
 
 class Constraints:
-    """Of one request with any of `request.CONSTRAINTS`. A drafted path counts like text: every node of a token tree has what plain decoding would have there."""
+    """Of one request with any of `request.CONSTRAINTS`. A drafted path counts like text: every node of a token tree has
+    what plain decoding would have there."""
 
     def __init__(self, request: Request, eos_token_ids: Collection[int]) -> None:
         params = request.params
         self._params, self._num_prompt = params, len(request.prompt_token_ids)
         self._eos = tuple(eos_token_ids)
         self._ends = tuple(dict.fromkeys((*eos_token_ids, *(params.stop_token_ids or ()))))
-        # The bias of a sequence that is named twice is the last one, as in transformers. Nothing can keep an output from ending: a bad word that is EOS is none.
+        # The bias of a sequence that is named twice is the last one, as in transformers. Nothing can keep an output
+        # from ending: a bad word that is EOS is none.
         self._biases = Following({tuple(tokens): bias for tokens, bias in params.sequence_bias}.items())
-        self._bad_words = Following((tokens, 0.0) for tokens in params.bad_words_ids if len(tokens) > 1 or tokens[0] not in self._eos)
+        self._bad_words = Following(
+            (tokens, 0.0) for tokens in params.bad_words_ids if len(tokens) > 1 or tokens[0] not in self._eos
+        )
         self._ngrams: dict[tuple[int, ...], list[int]] = defaultdict(list)
         self._tokens: list[int] = []
         for token in request.prompt_token_ids:

@@ -1,6 +1,8 @@
-"""Where a model stops giving finite numbers: sequences that failed are read once more, by themselves, and the hidden states looked at after every layer.
+"""Where a model stops giving finite numbers: sequences that failed are read once more, by themselves, and the hidden
+states looked at after every layer.
 
-Looked for afterwards alone, as a look at the hidden states of every layer would cost each good pass a launch and a read of them.
+Looked for afterwards alone, as a look at the hidden states of every layer would cost each good pass a launch and a read
+of them.
 """
 
 from __future__ import annotations
@@ -31,9 +33,14 @@ class Reading:
 
 
 def explained(retired: Iterable[Retired], batcher: Batcher, executor: Executor) -> list[Retired]:
-    """The same, with the layer of doubt in the errors of those whose logits are not finite. The batcher has given back their pages."""
+    """The same, with the layer of doubt in the errors of those whose logits are not finite. The batcher has given back
+    their pages."""
     retired = list(retired)
-    faulty = [item.sequence for item in retired if item.sequence is not None and item.sequence.fault is not None and item.sequence.fault.in_model]
+    faulty = [
+        item.sequence
+        for item in retired
+        if item.sequence is not None and item.sequence.fault is not None and item.sequence.fault.in_model
+    ]
     layers: dict[Sequence, int | None] = {}
     while faulty:
         readings = opened(faulty, batcher)
@@ -44,7 +51,9 @@ def explained(retired: Iterable[Retired], batcher: Batcher, executor: Executor) 
         finally:
             for reading in readings:
                 batcher.cache.free(reading.copy.table)
-        layers |= {reading.failed: executor.arch.num_layers if reading.layer is None else reading.layer for reading in readings}
+        layers |= {
+            reading.failed: executor.arch.num_layers if reading.layer is None else reading.layer for reading in readings
+        }
         faulty = [sequence for sequence in faulty if sequence not in layers]
     return [
         replace(item, error=f"{item.error}; {described(layers.get(item.sequence), executor)}")
@@ -60,13 +69,15 @@ def described(layer: int | None, executor: Executor) -> str:
     remedy = "the weights there hold NaN or infinity, or lead to numbers that float32 cannot hold"
     if executor.dtype != torch.float32:
         most = "65504" if executor.dtype == torch.float16 else "3.4e38"
-        remedy = f"the weights there hold NaN or infinity, or their products exceed the {most} of {dtype}: try --dtype {wider(executor.dtype)}"
+        remedy = f"the weights there hold NaN or infinity, or their products exceed the {most} of {dtype}: "
+        remedy += f"try --dtype {wider(executor.dtype)}"
     if layer is None:
-        return f"no cache pages were free to look for the layer. Either the weights hold NaN or infinity, or {dtype} overflows"
+        return f"no cache pages were free to find the layer. Weights hold NaN or infinity, or {dtype} overflows"
     if layer == EMBEDDING:
         return f"the embedding of its tokens is not finite already, before layer 0: {remedy}"
     if layer == count:
-        return f"hidden states are finite after each of the {count} layers, so it is the final norm or the output head: {remedy}"
+        where = "the final norm or the output head"
+        return f"hidden states are finite after each of the {count} layers, so it is {where}: {remedy}"
     return f"hidden states stop being finite in layer {layer} (the first is 0, the last {count - 1}): {remedy}"
 
 
@@ -88,7 +99,8 @@ def opened(sequences: list[Sequence], batcher: Batcher) -> list[Reading]:
 
 
 def read(readings: list[Reading], batcher: Batcher, executor: Executor) -> None:
-    """Read their tokens from the first on, a chunk of each in a pass, until the layer of every one is known or its text at its end."""
+    """Read their tokens from the first on, a chunk of each in a pass, until the layer of every one is known or its text
+    at its end."""
     by_copy = {reading.copy: reading for reading in readings}
 
     def watch(layer: int, inputs: MicroBatchInputs, hidden: Tensor) -> None:
@@ -98,7 +110,14 @@ def read(readings: list[Reading], batcher: Batcher, executor: Executor) -> None:
             if not all(finite[rows]) and (reading.layer is None or layer < reading.layer):
                 reading.layer = layer
 
-    chunk = max(1, min(batcher.policy.prefill_chunk, batcher.prefill_budget // len(readings), batcher.micro_batch_tokens // len(readings)))
+    chunk = max(
+        1,
+        min(
+            batcher.policy.prefill_chunk,
+            batcher.prefill_budget // len(readings),
+            batcher.micro_batch_tokens // len(readings),
+        ),
+    )
     while unread := [item for item in readings if item.layer is None and item.copy.num_cached < len(item.token_ids)]:
         queries = []
         for item in unread:

@@ -31,7 +31,8 @@ took 231 to 265 ms with 15 of 16 threads and 253 to 268 with 16."""
 
 
 Watch = Callable[[int, MicroBatchInputs, Tensor], None]
-"""Is shown the hidden states of a micro-batch after every layer, and first what the layers are given, as those of layer -1."""
+"""Is shown the hidden states of a micro-batch after every layer, and first what the layers are given, as those of layer
+-1."""
 
 
 @dataclass
@@ -114,7 +115,13 @@ class Executor:
                     yield from self.head(inputs[tick.micro_batch], tick.layer, tick.micro_batch, count)
                 else:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
-                    begun = self.begin(tick, inputs[tick.micro_batch], gathered, self.staging_buffer(tick.layer, tick.micro_batch, count), watch)
+                    begun = self.begin(
+                        tick,
+                        inputs[tick.micro_batch],
+                        gathered,
+                        self.staging_buffer(tick.layer, tick.micro_batch, count),
+                        watch,
+                    )
                     if deferred:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
@@ -165,7 +172,9 @@ class Executor:
 
     # The two halves of a tick
 
-    def begin(self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None) -> Begun:
+    def begin(
+        self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None
+    ) -> Begun:
         """Up to and including attention; the CPU's share is only started."""
         weights = self.weights.weights(tick.layer, "pre")
         hidden = self.embed(inputs) if tick.layer == 0 else self.activations.get(tick.micro_batch)

@@ -37,7 +37,7 @@ class Drawn:
         if mark == NOT_FINITE:
             problem = f"the model's logits for generated token {place} are not finite numbers"
         else:
-            problem = f"bias, suppressed words and other constraints bar every token of the vocabulary as generated token {place}"
+            problem = f"bias, suppressed words and other constraints bar every token as generated token {place}"
         self.fault = Fault(problem, mark == NOT_FINITE)
         self.token_ids, self.logprobs, self.path = [], [], ()
 
@@ -45,7 +45,13 @@ class Drawn:
         """From a token after every query token of a tree to the path that plain decoding takes."""
         path = query.follow(self.token_ids)
         places = (0, *path)
-        return Drawn([self.token_ids[place] for place in places], [self.logprobs[place] for place in places], self.prompt_logprobs, path, self.fault)
+        return Drawn(
+            [self.token_ids[place] for place in places],
+            [self.logprobs[place] for place in places],
+            self.prompt_logprobs,
+            path,
+            self.fault,
+        )
 
 
 class Verifier(Protocol):
@@ -120,7 +126,8 @@ def draws(query: QueryTokens, token: int) -> bool:
 
 
 def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None:
-    """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``, or a fault where a row has none."""
+    """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``, or a fault
+    where a row has none."""
     rows, targets, counts = [], [], []
     for r, (query, token) in enumerate(block.rows):
         sequence = query.sequence
@@ -135,5 +142,6 @@ def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None
             drawn = results.setdefault(query, Drawn())
             drawn.prompt_logprobs.append(entry)
             if not finite[r]:
-                problem = f"the model's logits for prompt token {query.start + token + 1} (the first is 0) are not finite numbers"
+                place = query.start + token + 1
+                problem = f"the model's logits for prompt token {place} (the first is 0) are not finite numbers"
                 drawn.fault = drawn.fault or Fault(problem)

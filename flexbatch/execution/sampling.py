@@ -1,7 +1,9 @@
 """Logits to tokens. Every row is treated by itself: its token does not depend on what else is in the micro-batch.
 
-Order of processing, as vLLM documents it: logit bias, repetition, frequency and presence penalty, temperature, min-p, top-k, top-p, draw. What transformers'
-generation_config.json adds comes where transformers has it: biases of sequences first, forced and barred tokens between penalties and temperature.
+Order of processing, as vLLM documents it: logit bias, repetition, frequency and presence penalty, temperature, min-p,
+top-k, top-p, draw. What transformers'
+generation_config.json adds comes where transformers has it: biases of sequences first, forced and barred tokens between
+penalties and temperature.
 Log-probabilities are those of the model (before any processing), vLLM's default.
 """
 
@@ -25,7 +27,8 @@ SAMPLING_BYTES_PER_LOGIT = 40
 """Workspace of each of them, at most, beside the logits themselves: top-p sorts (12 bytes) and adds up in float64 (16), noise is made of 64-bit words."""
 
 NOT_FINITE, ALL_BARRED = -1, -2
-"""In the place of a token id: the model's logits are NaN or infinite; bias and constraints leave no token that can be drawn."""
+"""In the place of a token id: the model's logits are NaN or infinite; bias and constraints leave no token that can be
+drawn."""
 
 Drafted = Sequence[tuple[int, ...]]
 """Per row, the tokens after the committed output that the row has seen: the path of a tree node, () for an ordinary row."""
@@ -33,7 +36,8 @@ Drafted = Sequence[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Sampled:
-    """token_ids: [N] int64 on the device of the logits, NOT_FINITE or ALL_BARRED where there is none. logprobs[r]: None for rows that did not ask."""
+    """token_ids: [N] int64 on the device of the logits, NOT_FINITE or ALL_BARRED where there is none. logprobs[r]: None
+    for rows that did not ask."""
 
     token_ids: Tensor
     logprobs: list[dict[int, TokenLogprob] | None]
@@ -47,7 +51,8 @@ def sample(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | No
     """
     _check_shapes(logits, states, drafted)
     if all(state.plain_greedy for state in states):
-        # The maximum comes with its place: NaN and infinity, which it would be, are seen without another look at the logits.
+        # The maximum comes with its place: NaN and infinity, which it would be, are seen without another look at the
+        # logits.
         peaks, token_ids = logits.max(-1)
         return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE), [None] * len(states))
     paths = drafted or [()] * len(states)
@@ -60,7 +65,9 @@ def sample(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | No
         chosen = [states[r] for r in rows]
         chunk = restrict(adjust(chunk, chosen, [paths[r] for r in rows]), chosen)
         positions = [len(states[r].output_token_ids) + len(paths[r]) for r in rows]
-        token_ids[index] = _best(chunk + gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device))
+        token_ids[index] = _best(
+            chunk + gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)
+        )
     token_ids = torch.where(finite_rows(logits), token_ids, NOT_FINITE)
     logprobs: list[dict[int, TokenLogprob] | None] = [None] * len(states)
     wanting = [r for r, state in enumerate(states) if state.params.logprobs is not None]
@@ -80,12 +87,14 @@ def _best(scores: Tensor) -> Tensor:
 
 
 def finite_rows(logits: Tensor) -> Tensor:
-    """[N] bool: no NaN or +inf among a row's logits, and not -inf alone. A model may rule out tokens of its own by -inf."""
+    """[N] bool: no NaN or +inf among a row's logits, and not -inf alone. A model may rule out tokens of its own by
+    -inf."""
     return logits.amax(-1).isfinite()
 
 
 def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None = None) -> Tensor:
-    """The distribution each row draws from, as probabilities [N, vocab] float32; a greedy row has all mass on its argmax. Of a row from which nothing can be
+    """The distribution each row draws from, as probabilities [N, vocab] float32; a greedy row has all mass on its
+    argmax. Of a row from which nothing can be
     drawn (see `Sampled`) they are NaN, also where it is greedy.
 
     For verifying drafted tokens: one row per tree node, `drafted` gives the path that leads to it, penalties count that path.
@@ -109,11 +118,18 @@ def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Draf
 
 
 def adjust(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> Tensor:
-    """Bias, penalties and constraints, which can change the argmax. logits [N, vocab] is returned as it is when no row asks for any, else a copy."""
+    """Bias, penalties and constraints, which can change the argmax. logits [N, vocab] is returned as it is when no row
+    asks for any, else a copy."""
     if not any(state.adjusted for state in states):
         return logits
-    effects = {row: state.constraints.effect(path) for row, (state, path) in enumerate(zip(states, drafted, strict=True)) if state.constraints is not None}
-    logits = _biased(logits, [(row, token, bias) for row, effect in effects.items() for token, bias in effect.bias.items()])
+    effects = {
+        row: state.constraints.effect(path)
+        for row, (state, path) in enumerate(zip(states, drafted, strict=True))
+        if state.constraints is not None
+    }
+    logits = _biased(
+        logits, [(row, token, bias) for row, effect in effects.items() for token, bias in effect.bias.items()]
+    )
     return _confined(_penalized(logits, states, drafted), effects)
 
 
@@ -122,7 +138,10 @@ def _biased(logits: Tensor, biases: Sequence[tuple[int, int, float]]) -> Tensor:
     if not biases:
         return logits
     rows, tokens, values = zip(*biases, strict=True)
-    where = (torch.tensor(rows, device=logits.device), torch.tensor(_in_vocabulary(np.array(tokens), logits.shape[1]), device=logits.device))
+    where = (
+        torch.tensor(rows, device=logits.device),
+        torch.tensor(_in_vocabulary(np.array(tokens), logits.shape[1]), device=logits.device),
+    )
     return logits.index_put(where, logits[where] + torch.tensor(values, dtype=logits.dtype, device=logits.device))
 
 
@@ -168,7 +187,10 @@ def _confined(logits: Tensor, effects: Mapping[int, Effect]) -> Tensor:
 
 def _in_vocabulary(tokens: np.ndarray, vocab: int) -> np.ndarray:
     if tokens.max() >= vocab or tokens.min() < 0:
-        raise ValueError(f"a token id of a bias, a constraint or a history is outside the vocabulary of {vocab}: {tokens.min()} to {tokens.max()}")
+        raise ValueError(
+            f"a token id of a bias, a constraint or a history is outside the vocabulary of {vocab}: "
+            f"{tokens.min()} to {tokens.max()}"
+        )
     return tokens
 
 
@@ -178,7 +200,8 @@ def restrict(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
     At least the most likely token stays. Tokens tied with the k-th stay, as in vLLM and transformers.
     """
     vocab, device = logits.shape[1], logits.device
-    # Within what float32 holds: infinity would make a number of -inf, and 0 none of the maximum. Subtracting that first keeps a tiny one from inf - inf.
+    # Within what float32 holds: infinity would make a number of -inf, and 0 none of the maximum. Subtracting that first
+    # keeps a tiny one from inf - inf.
     limits = torch.finfo(logits.dtype)
     temperatures = [min(max(state.params.temperature or 1.0, limits.tiny), limits.max) for state in states]
     temperature = torch.tensor(temperatures, dtype=logits.dtype, device=device)

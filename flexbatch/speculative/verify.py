@@ -20,7 +20,8 @@ from torch import Tensor
 from flexbatch.speculative.tree import Drawing, TokenTree
 
 UNDRAWN = -1
-"""In the place of the one more token, where the target has no probabilities: `sampling.NOT_FINITE`, for the caller to tell from what is barred."""
+"""In the place of the one more token, where the target has no probabilities: `sampling.NOT_FINITE`, for the caller to
+tell from what is barred."""
 
 
 class Draws(Protocol):

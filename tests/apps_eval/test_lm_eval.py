@@ -196,14 +196,22 @@ def number(text):
 
 GENERATION = (
     {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
-    {"suppress_tokens": [40, 50, 60], "min_new_tokens": 4, "bad_words_ids": [[41], [42, 43]], "temperature": 0.3, "top_k": 4, "do_sample": True},
+    {
+        "suppress_tokens": [40, 50, 60],
+        "min_new_tokens": 4,
+        "bad_words_ids": [[41], [42, 43]],
+        "temperature": 0.3,
+        "top_k": 4,
+        "do_sample": True,
+    },
     {"max_new_tokens": 5, "sequence_bias": [[[45], 3.0], [[45, 46], 4.0]]},
 )
 
 
 @pytest.mark.parametrize("content", GENERATION, ids=lambda content: ",".join(content))
 def test_generate_until_follows_the_models_generation_config_as_hf(content, tiny, tmp_path):
-    """Greedy answers, request by request: the file's settings count for both, and what a request says itself comes before them."""
+    """Greedy answers, request by request: the file's settings count for both, and what a request says itself comes
+    before them."""
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
     file = folder / "generation_config.json"

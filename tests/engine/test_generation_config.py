@@ -1,4 +1,5 @@
-"""generation_config.json: without sampling settings of the user, greedy tokens are those of transformers' `generate` with that file; the rest is refused."""
+"""generation_config.json: without sampling settings of the user, greedy tokens are those of transformers' `generate`
+with that file; the rest is refused."""
 
 from __future__ import annotations
 
@@ -23,11 +24,19 @@ from tests.tiny_models import make_model, random_prompts
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 NEW_TOKENS = 14
 PROMPTS = [prompt * 3 for prompt in random_prompts([1, 2, 6, 11], seed=3)]
-SETTINGS = {"gpu_batch_size": 2, "num_gpu_batches": 2, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "device": "cpu", "percent": (100, 0, 100, 0, 100, 0)}
+SETTINGS = {
+    "gpu_batch_size": 2,
+    "num_gpu_batches": 2,
+    "gpu_memory": "1GiB",
+    "cpu_memory": "1GiB",
+    "device": "cpu",
+    "percent": (100, 0, 100, 0, 100, 0),
+}
 
 
 class Model:
-    """A tiny model that ends answers at tokens which it likes, transformers' answers, and engines without and with speculation."""
+    """A tiny model that ends answers at tokens which it likes, transformers' answers, and engines without and with
+    speculation."""
 
     def __init__(self, folder) -> None:
         self.folder = folder
@@ -39,14 +48,20 @@ class Model:
         self.write({})
 
     def write(self, content: dict) -> None:
-        (self.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": self.eos, "pad_token_id": 0, **content}))
+        (self.folder / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": self.eos, "pad_token_id": 0, **content})
+        )
 
     @torch.no_grad()
     def generate(self, content: dict, prompt: list[int]) -> list[int]:
         ids, config = torch.tensor([prompt]), dict(content)
         config.pop("do_sample", None)
-        made = GenerationConfig(**{"max_new_tokens": NEW_TOKENS, "eos_token_id": getattr(self, "eos", None), "pad_token_id": 0, **config})
-        return self.reference.generate(ids, attention_mask=torch.ones_like(ids), generation_config=made, do_sample=False)[0, len(prompt) :].tolist()
+        made = GenerationConfig(
+            **{"max_new_tokens": NEW_TOKENS, "eos_token_id": getattr(self, "eos", None), "pad_token_id": 0, **config}
+        )
+        return self.reference.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=made, do_sample=False
+        )[0, len(prompt) :].tolist()
 
     def wanted(self, content: dict) -> list[list[int]]:
         return [self.generate(content, prompt) for prompt in PROMPTS]
@@ -60,9 +75,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engines(model):
     """Plain, with n-gram lookup, and with trees that hold the right tokens beside wrong ones."""
-    with LLM(str(model.folder), **SETTINGS) as plain, LLM(str(model.folder), draft=("ngram",), tree="<2,2,1>", **SETTINGS) as looking, LLM(
-        str(model.folder), draft=("ngram",), tree="<2,2,1>", **SETTINGS
-    ) as scripted:
+    with (
+        LLM(str(model.folder), **SETTINGS) as plain,
+        LLM(str(model.folder), draft=("ngram",), tree="<2,2,1>", **SETTINGS) as looking,
+        LLM(str(model.folder), draft=("ngram",), tree="<2,2,1>", **SETTINGS) as scripted,
+    ):
         yield plain, looking, scripted
 
 
@@ -108,10 +125,15 @@ def cases(model) -> dict[str, dict]:
         "forced_eos_token_id of several": {"forced_eos_token_id": [7, 2], "min_new_tokens": 50},
         "sequence_bias": {"sequence_bias": [[[a], -9.0], [[b, c], -30.0], [[5], 1.5]]},
         "max_new_tokens": {"max_new_tokens": 3},
-        "temperature and the like": {"temperature": 0.3, "top_k": 3, "top_p": 0.4, "min_p": 0.2, "do_sample": False, "typical_p": 0.5, "renormalize_logits": True},
+        "temperature and the like": {
+            "temperature": 0.3, "top_k": 3, "top_p": 0.4, "min_p": 0.2, "do_sample": False, "typical_p": 0.5,
+            "renormalize_logits": True,
+        },
         "everything": {
-            "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [c], "begin_suppress_tokens": [a], "bad_words_ids": [[b, d], [d]],
-            "min_new_tokens": 8, "forced_eos_token_id": 2, "sequence_bias": [[[b], 2.0], [[a, b], 3.0]], "max_new_tokens": 11,
+            "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [c], "begin_suppress_tokens": [a],
+            "bad_words_ids": [[b, d], [d]],
+            "min_new_tokens": 8, "forced_eos_token_id": 2, "sequence_bias": [[[b], 2.0], [[a, b], 3.0]],
+            "max_new_tokens": 11,
         },
     }  # fmt: skip
 
@@ -157,7 +179,11 @@ def _drawn(data, model, engines) -> None:
         "min_new_tokens": st.integers(0, 20),
         "min_length": st.integers(0, 40),
         "forced_eos_token_id": st.one_of(st.just(2), st.just([2, 8])),
-        "sequence_bias": words.flatmap(lambda found: st.tuples(*(st.tuples(st.just(word), st.floats(-8, 8, width=16)).map(list) for word in found)).map(list)),
+        "sequence_bias": words.flatmap(
+            lambda found: st.tuples(
+                *(st.tuples(st.just(word), st.floats(-8, 8, width=16)).map(list) for word in found)
+            ).map(list)
+        ),
         "max_new_tokens": st.integers(1, 18),
         "temperature": st.floats(0.1, 3),
         "top_k": st.integers(1, 60),
@@ -166,7 +192,9 @@ def _drawn(data, model, engines) -> None:
     content = {name: data.draw(keys[name], label=name) for name in chosen}
     if forced := content.get("forced_eos_token_id"):
         # Forced and suppressed tokens leave nothing: transformers goes on with token 0, the engine says so.
-        content["suppress_tokens"] = [t for t in content.get("suppress_tokens", []) if t not in (forced if isinstance(forced, list) else [forced])] or [301]
+        content["suppress_tokens"] = [
+            t for t in content.get("suppress_tokens", []) if t not in (forced if isinstance(forced, list) else [forced])
+        ] or [301]
         content.pop("begin_suppress_tokens", None)
     if "temperature" in content:
         content["do_sample"] = False
@@ -180,18 +208,57 @@ def test_the_file_counts_where_nothing_is_given(model, tmp_path, capsys):
     wanted = model.wanted(content)
     try:
         with LLM(str(model.folder), **SETTINGS) as llm:
-            assert llm.get_default_sampling_params() == SamplingParams(max_tokens=7, temperature=0, repetition_penalty=1.6, no_repeat_ngram_size=2)
+            assert llm.get_default_sampling_params() == SamplingParams(
+                max_tokens=7, temperature=0, repetition_penalty=1.6, no_repeat_ngram_size=2
+            )
             assert tokens(llm, None) == wanted
-            assert {key: completion.token_ids for key, completion in llm.stream((i, p, None) for i, p in enumerate(PROMPTS))} == dict(enumerate(wanted))
+            assert {
+                key: completion.token_ids for key, completion in llm.stream((i, p, None) for i, p in enumerate(PROMPTS))
+            } == dict(enumerate(wanted))
             longer = replace(llm.get_default_sampling_params(), max_tokens=9)
             assert tokens(llm, [None, longer, None, None])[0::2] == wanted[0::2]
         prompts = tmp_path / "prompts.json"
         prompts.write_text(json.dumps(PROMPTS))
-        flags = ["--model", str(model.folder), "--prompts", str(prompts), "--json", "--device", "cpu", "--gpu-memory", "1GiB", "--cpu-memory", "1GiB"]
-        assert run([*flags, "--percent", "100", "0", "100", "0", "100", "0", "--gpu-batch-size", "2", "--num-gpu-batches", "2"]) == 0
+        flags = [
+            "--model",
+            str(model.folder),
+            "--prompts",
+            str(prompts),
+            "--json",
+            "--device",
+            "cpu",
+            "--gpu-memory",
+            "1GiB",
+            "--cpu-memory",
+            "1GiB",
+        ]
+        assert (
+            run(
+                [
+                    *flags,
+                    "--percent",
+                    "100",
+                    "0",
+                    "100",
+                    "0",
+                    "100",
+                    "0",
+                    "--gpu-batch-size",
+                    "2",
+                    "--num-gpu-batches",
+                    "2",
+                ]
+            )
+            == 0
+        )
         assert [line["token_ids"] for line in json.loads(capsys.readouterr().out)["completions"]] == wanted
-        assert run([*flags, "--percent", "100", "0", "100", "0", "100", "0", "--gpu-batch-size", "2", "--max-tokens", "5"]) == 0
-        assert [line["token_ids"] for line in json.loads(capsys.readouterr().out)["completions"]] == model.wanted({**content, "max_new_tokens": 5})
+        assert (
+            run([*flags, "--percent", "100", "0", "100", "0", "100", "0", "--gpu-batch-size", "2", "--max-tokens", "5"])
+            == 0
+        )
+        assert [line["token_ids"] for line in json.loads(capsys.readouterr().out)["completions"]] == model.wanted(
+            {**content, "max_new_tokens": 5}
+        )
         with LLM(str(model.folder), generation_config="none", **SETTINGS) as llm:
             assert llm.get_default_sampling_params() == SamplingParams(temperature=0)
     finally:
@@ -201,7 +268,8 @@ def test_the_file_counts_where_nothing_is_given(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "temperature"),
     [
-        ({}, 0.0), ({"top_k": 5}, 0.0), ({"do_sample": True}, 1.0), ({"do_sample": True, "temperature": 0.6}, 0.6), ({"temperature": 0.6}, 0.6),
+        ({}, 0.0), ({"top_k": 5}, 0.0), ({"do_sample": True}, 1.0), ({"do_sample": True, "temperature": 0.6}, 0.6),
+        ({"temperature": 0.6}, 0.6),
         ({"do_sample": False, "temperature": 0.6}, 0.0), ({"do_sample": True, "temperature": 0.0}, 0.0),
     ],
 )  # fmt: skip
@@ -212,13 +280,27 @@ def test_what_is_drawn(content, temperature):
 
 
 def test_what_params_leave_out_is_told_once(model, caplog):
-    model.write({"repetition_penalty": 1.6, "temperature": 0.7, "do_sample": True, "num_beams": 2, "max_new_tokens": 7, "use_cache": True})
+    model.write(
+        {
+            "repetition_penalty": 1.6,
+            "temperature": 0.7,
+            "do_sample": True,
+            "num_beams": 2,
+            "max_new_tokens": 7,
+            "use_cache": True,
+        }
+    )
     try:
         with LLM(str(model.folder), **SETTINGS) as llm, caplog.at_level(logging.WARNING, "flexbatch"):
             for _ in range(2):
                 llm.generate(PROMPTS, SamplingParams(max_tokens=3, temperature=0))
             (line,) = [record.getMessage() for record in caplog.records if "not applied" in record.getMessage()]
-            assert line.count("=") == 2 and "repetition_penalty=1.6" in line and "num_beams=2" in line and str(model.folder) in line
+            assert (
+                line.count("=") == 2
+                and "repetition_penalty=1.6" in line
+                and "num_beams=2" in line
+                and str(model.folder) in line
+            )
             caplog.clear()
             llm.generate(PROMPTS, SamplingParams(max_tokens=0))
             assert not caplog.records
@@ -229,9 +311,12 @@ def test_what_params_leave_out_is_told_once(model, caplog):
 
 
 ASKING = {
-    "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "constraints": [1], "force_words_ids": [[1]], "guidance_scale": 1.5,
-    "encoder_repetition_penalty": 1.1, "encoder_no_repeat_ngram_size": 2, "exponential_decay_length_penalty": [5, 1.1], "token_healing": True,
-    "dola_layers": "high", "watermarking_config": {}, "penalty_alpha": 0.6, "top_h": 0.4, "typical_p": 0.9, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01,
+    "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "constraints": [1], "force_words_ids": [[1]],
+    "guidance_scale": 1.5,
+    "encoder_repetition_penalty": 1.1, "encoder_no_repeat_ngram_size": 2, "exponential_decay_length_penalty": [5, 1.1],
+    "token_healing": True,
+    "dola_layers": "high", "watermarking_config": {}, "penalty_alpha": 0.6, "top_h": 0.4, "typical_p": 0.9,
+    "epsilon_cutoff": 0.01, "eta_cutoff": 0.01,
 }  # fmt: skip
 
 
@@ -250,8 +335,10 @@ def test_what_cannot_be_followed_is_refused_by_name(key, tmp_path):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ({"repetition_penalty": "much"}, "repetition_penalty='much'"), ({"do_sample": "yes"}, "do_sample='yes'"), ({"suppress_tokens": 5}, "suppress_tokens=5"),
-        ({"bad_words_ids": [5]}, "bad_words_ids="), ({"sequence_bias": {"5": 1.0}}, "sequence_bias="), ({"max_new_tokens": 2.5}, "max_tokens=2.5"),
+        ({"repetition_penalty": "much"}, "repetition_penalty='much'"), ({"do_sample": "yes"}, "do_sample='yes'"),
+        ({"suppress_tokens": 5}, "suppress_tokens=5"),
+        ({"bad_words_ids": [5]}, "bad_words_ids="), ({"sequence_bias": {"5": 1.0}}, "sequence_bias="),
+        ({"max_new_tokens": 2.5}, "max_tokens=2.5"),
         ({"min_new_tokens": -1}, "min_tokens=-1"), ([1], "holds a list"),
     ],
 )  # fmt: skip
@@ -272,13 +359,29 @@ def test_a_token_outside_the_vocabulary_is_named(model, engines):
 
 
 def test_samples_seeds_and_logprobs_keep_to_the_rules(model, engines):
-    """Drawn tokens never break a rule, log-probabilities stay the model's, and speculation with matched noise changes nothing."""
+    """Drawn tokens never break a rule, log-probabilities stay the model's, and speculation with matched noise changes
+    nothing."""
     barred = list(range(0, 300, 2))
-    params = SamplingParams(max_tokens=8, temperature=1.5, seed=5, n=3, logprobs=2, suppress_tokens=barred, no_repeat_ngram_size=1, bad_words_ids=[[3, 5]])
-    engines[2].speculator.sources = [Scripted(lambda sequence, depth: TokenTree((7, 9, 11), TreeShape((ROOT, ROOT, 0))))]
+    params = SamplingParams(
+        max_tokens=8,
+        temperature=1.5,
+        seed=5,
+        n=3,
+        logprobs=2,
+        suppress_tokens=barred,
+        no_repeat_ngram_size=1,
+        bad_words_ids=[[3, 5]],
+    )
+    engines[2].speculator.sources = [
+        Scripted(lambda sequence, depth: TokenTree((7, 9, 11), TreeShape((ROOT, ROOT, 0))))
+    ]
     found = [llm.generate(PROMPTS, params) for llm in engines]
     for plain, *others in zip(*found, strict=True):
         for place, sample in enumerate(plain.samples):
-            assert all(token % 2 for token in sample.token_ids if token < 300) and len(set(sample.token_ids)) == len(sample.token_ids)
-            assert any(set(entry) & set(barred) for entry in sample.logprobs), "log-probabilities are those of the model"
+            assert all(token % 2 for token in sample.token_ids if token < 300) and len(set(sample.token_ids)) == len(
+                sample.token_ids
+            )
+            assert any(set(entry) & set(barred) for entry in sample.logprobs), (
+                "log-probabilities are those of the model"
+            )
             assert all(other.samples[place].token_ids == sample.token_ids for other in others)
