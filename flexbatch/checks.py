@@ -53,23 +53,18 @@ def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> Non
 
 def whole(low: int | None = None, high: int | None = None) -> Check:
     """A whole number; numpy's will do, bool and 2.0 will not."""
-    wanted = f"a whole number{span(low, high)}"
 
     def check(value: Any) -> int:
         if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
-            raise Unfit(wanted)
+            raise Unfit("a whole number")
         number = int(value)
-        if (low is not None and number < low) or (high is not None and number > high):
-            raise Unfit(wanted)
+        if low is not None and number < low:
+            raise Unfit(f">= {low}")
+        if high is not None and number > high:
+            raise Unfit(f"<= {high:,}")
         return number
 
     return check
-
-
-def span(low: int | None, high: int | None) -> str:
-    if low is None and high is None:
-        return ""
-    return f" >= {low}" if high is None else f" from {low} to {high:,}"
 
 
 def number(fits: Callable[[float], bool], wanted: str) -> Check:

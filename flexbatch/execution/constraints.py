@@ -50,7 +50,7 @@ class Constraints:
         params = request.params
         self._params, self._num_prompt = params, len(request.prompt_token_ids)
         self._eos = tuple(eos_token_ids)
-        self._ends = tuple(dict.fromkeys((*eos_token_ids, *(params.stop_token_ids or ()))))
+        self._ends = tuple(dict.fromkeys((*eos_token_ids, *params.stop_token_ids)))
         # The bias of a sequence that is named twice is the last one, as in transformers. Nothing can keep an output
         # from ending: a bad word that is EOS is none.
         self._biases = Following({tuple(tokens): bias for tokens, bias in params.sequence_bias}.items())
