@@ -10,7 +10,6 @@ Prompts come from the arguments, from --prompts FILE, or from standard input (on
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -129,7 +128,7 @@ def complete(llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: C
         text = "\n".join(sample.text for sample in completion.samples or [completion])
         if completion.error:
             failed += 1
-            failure = {"prompt": prompts[number], "error": completion.error.removeprefix(f"prompt {number}: ")}
+            failure = {"prompt": prompts[number], "error": completion.bare_error}
             print(f"prompt {number}: {failure['error']}", file=sys.stderr)
         else:
             records[number] = flexflow_record(completion, time.perf_counter() - began, shown[number], text)
@@ -157,7 +156,7 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
         if completion.error:
             failed += 1
             messages.pop()
-            print(f"{completion.error.removeprefix('prompt 0: ')}; this turn is taken back", file=sys.stderr)
+            print(f"{completion.bare_error}; this turn is taken back", file=sys.stderr)
             continue
         messages.append({"role": "assistant", "content": completion.text})
         if output:
@@ -189,19 +188,19 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
     refuse_measurements(engine)
     if args.words and config.prompts is not None:
         raise ConfigurationError("prompts come from the arguments or from --prompts FILE; leave one out")
-    if config.chat and (config.prompts is not None or config.output_file is not None or sampling.n > 1):
+    if config.chat and (config.prompts is not None or config.output_file is not None or (sampling.n or 1) > 1):
         raise ConfigurationError("--chat takes what the user says from the arguments or standard input; leave out --prompts, --output-file and --n")
     if config.system is not None and not config.chat:
         raise ConfigurationError("--system is for --chat")
-    try:
-        params = SamplingParams(**dataclasses.asdict(sampling))
-    except ValueError as problem:
-        raise ConfigurationError(str(problem)) from problem
+    from flexbatch.models.generation_config import GenerationDefaults, generation_of
+
+    sampling.params(GenerationDefaults())
     given = [row.prompt for row in workload.read_prompts(config.prompts)] if config.prompts else args.words
     if not given and not config.chat:
         given = list(lines_of(stdin))
     if not given and not config.chat:
         raise ConfigurationError("no prompts: give some as arguments, with --prompts FILE, or on standard input, one a line")
+    params = sampling.params(generation_of(engine))
     from flexbatch.engine import LLM
 
     with LLM.from_config(engine) as llm:

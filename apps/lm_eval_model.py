@@ -21,11 +21,17 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.models.generation_config import FIELDS, GenerationDefaults
 from flexbatch.request import Completion, SamplingParams
 
 Scoring = tuple[tuple[str, str] | None, list[int], list[int]]
 """Cache key (None: not kept), context tokens, continuation tokens."""
-SAMPLING_KEYS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+SAMPLING_KEYS = (
+    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "no_repeat_ngram_size", "min_new_tokens", "min_length",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "sequence_bias",
+)  # fmt: skip
 
 
 class FlexBatchLM(TemplateLM):
@@ -173,16 +179,24 @@ class FlexBatchLM(TemplateLM):
         return texts
 
     def _sampling_params(self, place: int, gen_kwargs: dict[str, Any]) -> SamplingParams:
-        """Raises ValueError for an option that the engine does not have, such as ``num_beams``."""
+        """What the request says, else the model's generation_config.json, as with ``hf``. Raises ValueError for what
+        the engine does not have, such as
+        ``num_beams``."""
         options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         until, max_tokens = options.pop("until"), options.pop("max_gen_toks")
         sample, temperature = options.pop("do_sample"), float(options.pop("temperature", 0.0))
-        known = {name: options.pop(name) for name in SAMPLING_KEYS if name in options}
+        known = {FIELDS.get(name, name): options.pop(name) for name in SAMPLING_KEYS if name in options}
         if options:
             raise ValueError(f"request {place}: generation options {sorted(options)} are not available; the engine has {', '.join(SAMPLING_KEYS)}")
         # a reasoning model's stop sequences are for its answer and may occur in its thoughts
         stop = () if self.think_end_token else tuple(text for text in until if text)
-        return SamplingParams(max_tokens=max_tokens, temperature=temperature if sample else 0.0, stop=stop, **known)
+        given = {"max_tokens": max_tokens, "temperature": temperature if sample else 0.0, "stop": stop, **known}
+        generation: GenerationDefaults = getattr(self.llm, "generation", None) or GenerationDefaults()
+        if "max_new_tokens" in generation.settings:
+            del given[
+                "max_tokens"
+            ]  # of max_new_tokens in the file and the max_length that hf gives, transformers takes the first
+        return generation.params(given)
 
     def _run(
         self, items: Iterable[tuple[Any, list[int], SamplingParams]], finish: Callable[[Any, Completion], None], total: int, name: str, quiet: bool

@@ -40,6 +40,7 @@ from flexbatch.apps.jobs.runner import OpenEngine
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli import refuse_measurements
 from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.models.generation_config import generation_of
 from flexbatch.request import SamplingParams
 
 
@@ -60,6 +61,7 @@ class GenerateText:
         self._config = JobConfig(**{name: value for name, value in settings.items() if name in names})
         engine = EngineConfig(**{name: value for name, value in settings.items() if name not in names})
         refuse_measurements(engine)
+        self._params = generation_of(engine).params(self._config.given(), sample=True)
         self._seed, self._llm = engine.seed, open_engine(engine, None)
         self._encode = make_encode(self._llm, self._config.truncate)
         self._output: ParquetOutput | None = None
@@ -114,7 +116,8 @@ class GenerateText:
         if self._output is None:
             config = choose_prompt(self._config, schema.names)
             reader = RowReader(
-                schema, (), config.params(), self._seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+                schema, (), self._params, self._seed, prompt_column=config.prompt_column,
+                messages_column=config.messages_column,
                 template=config.prompt_template, columns=config.setting_columns(), seed_by_prompt=True,
             )  # fmt: skip
             self._output = ParquetOutput(reader, schema, (), prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import logging
 import os
@@ -16,6 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from flexbatch.checks import closest
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.models.errors import CheckpointError
 from flexbatch.policy.stdout import READER_GONE, data_apart
@@ -160,7 +160,7 @@ def read_settings(classes: Sequence[type], args: argparse.Namespace, environ: Ma
     for key, value in _read_yaml(config_file).items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise ConfigurationError(f"{config_file}: unknown setting {key!r}{_closest(name, known)}")
+            raise ConfigurationError(f"{config_file}: unknown setting {key!r}{closest(name, known)}")
         values[name] = known[name].from_yaml(value, f"{config_file}: {key}")
     for setting in known.values():
         if setting.variable in environ:
@@ -203,11 +203,6 @@ def _read_yaml(config_file: str | None) -> dict[Any, Any]:
     if not isinstance(content, dict | None):
         raise ConfigurationError(f"{config_file}: needs a mapping of settings, e.g. gpu_batch_size: 32; it holds a {type(content).__name__}")
     return content or {}
-
-
-def _closest(name: str, known: Mapping[str, Any]) -> str:
-    matches = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(sorted(known))}"
 
 
 def set_up_logging(level: str = "INFO") -> None:

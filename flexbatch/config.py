@@ -75,6 +75,12 @@ class EngineConfig:
         None, "for timing only: accept each drafted token with this probability, whatever the model says; the text is meaningless"
     )
     compare_plain: bool = option(False, "run every job without speculation first, and report the speed-up")
+    generation_config: str = option(
+        "auto",
+        "sampling settings where none are given: auto (those of the model's generation_config.json) "
+        "or none (the commands' and SamplingParams' own defaults)",
+        choices=("auto", "none"),
+    )
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")
     seed: int = option(0, "seed of the engine: random streams of requests without a seed, dummy weights")
 
@@ -96,6 +102,8 @@ class EngineConfig:
             refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
         if self.draft_sampling not in ("matched", "independent", "without-replacement"):
             refuse(f"draft_sampling={self.draft_sampling!r} must be matched, independent or without-replacement")
+        if self.generation_config not in ("auto", "none"):
+            refuse(f"generation_config={self.generation_config!r} must be auto or none")
         if self.simulate_acceptance is not None and not 0 <= self.simulate_acceptance <= 1:
             refuse(f"simulate_acceptance={self.simulate_acceptance} must be between 0 and 1")
         for name in ("weight_bits", "cache_bits"):

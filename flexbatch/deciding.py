@@ -16,6 +16,7 @@ from flexbatch.config import DoesNotFitError, EngineConfig
 from flexbatch.memory.tiers import Need, check_budgets
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.models import checkpoint, resolve, shapes
+from flexbatch.models.generation_config import generation_of
 from flexbatch.planning import BlockSizes, Job
 from flexbatch.policy.groups import weight_group
 from flexbatch.policy.types import Hardware, Policy
@@ -65,8 +66,9 @@ class Decisions:
         check_budgets(self.needs(self.sizes((job or typical).first(1))), self.budgets)
 
     def _read_model(self) -> None:
-        """Architecture and tokenizer; no weights yet."""
+        """Architecture, tokenizer and sampling defaults; no weights yet."""
         self.tokenizer: Any = None
+        self.generation = generation_of(self.config)
         if self.config.dummy_weights:
             self.folder = None
             self.arch = shapes.shape(self.config.model)

@@ -14,16 +14,19 @@ import torch
 
 from flexbatch import adapting, growing
 from flexbatch.block import Block, make_block
+from flexbatch.checks import check_keywords
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.deciding import Decisions
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
+from flexbatch.execution.diagnosis import explained
 from flexbatch.execution.sampler import draw
-from flexbatch.intake import Gathering, Intake, Item, candidates_of, requests_of
+from flexbatch.intake import Defaults, Gathering, Intake, Item, Params, candidates_of, requests_of
 from flexbatch.loaded import load_model
 from flexbatch.memory.tiers import Tiers, check_budgets
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
+from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.planning import Job
 from flexbatch.policy.replan import Replan
 from flexbatch.policy.types import Policy
@@ -38,6 +41,8 @@ logger = logging.getLogger("flexbatch")
 PEEKED_BLOCKS = 4
 """Blocks of requests that `stream` looks ahead to size the cache, when the job's lengths are not known."""
 
+LOGGED_FAILURES = 3
+
 
 class LLM:
     """A model whose weights, KV cache and activations are spread over GPU, CPU and disk.
@@ -47,6 +52,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
+        check_keywords("LLM", settings, ["trace", *EngineConfig.__dataclass_fields__])
         for name in ("percent", "draft", "allow_bits"):
             if isinstance(settings.get(name), list):
                 settings[name] = tuple(settings[name])
@@ -75,6 +81,8 @@ class LLM:
 
     def _start(self, decided: Decisions, trace: bool) -> None:
         self.decided, self.config = decided, decided.config
+        self._defaults = Defaults(decided.generation)
+        self._num_failed = 0
         self.statistics = Statistics()
         self.plain_statistics = Statistics()
         """Of the runs without speculation that --compare-plain asks for."""
@@ -120,16 +128,28 @@ class LLM:
         return self._loaded.weights
 
     @property
+    def generation(self) -> GenerationDefaults:
+        """What the model's generation_config.json says."""
+        return self.decided.generation
+
+    @property
     def speculator(self) -> Speculator | None:
         """None without a draft."""
         return self._loaded.speculator
 
     # Jobs
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds where no SamplingParams are given: the model's generation_config.json, read as transformers reads
+        it. Greedy, unless the file says
+        ``"do_sample": true`` or names a temperature. `dataclasses.replace` changes some of it. Raises
+        ConfigurationError for what cannot be followed."""
+        return self.generation.params()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         on_finished: Callable[[Completion], None] | None = None,
         *,
         on_prompt: Callable[[int, Completion], None] | None = None,
@@ -137,18 +157,24 @@ class LLM:
     ) -> list[Completion]:
         """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
 
-        ``on_finished`` is called with every completion as it ends, in any order; ``on_prompt`` with every prompt's index and its completion, all samples in it,
-        when the last of them ends. ``first_index`` is the index of the first prompt, so that the rest of a job draws the tokens that it would have drawn.
-        Raises PromptError for the first prompt that cannot be run, before anything is generated.
+        Without SamplingParams those of `get_default_sampling_params` hold; with them, nothing of the model's
+        generation_config.json but its EOS tokens.
+        ``on_finished`` is called with every completion as it ends, in any order; ``on_prompt`` with every prompt's
+        index and its completion, all samples in it, when the last of them ends. ``first_index`` is the index of the
+        first prompt, so that the rest of a job draws the tokens that it would have drawn.
+        Raises PromptError for the first prompt that cannot be run, before anything is generated. One that fails on the
+        way, as the model's logits are no
+        finite numbers or every token is barred, has a completion with ``finish_reason`` "error" and the rest goes on.
         """
-        requests = requests_of(prompts, sampling_params, self.decided.encoder, first_index)
+        requests = requests_of(prompts, sampling_params, self.decided.encoder, self._defaults, first_index)
         job = self._job(requests)
         if self.config.compare_plain and self.speculator is not None:
             self._run_plainly(requests, job)
         gathering, results = Gathering(), {}
-        for request, completion in self._run(requests, job):
-            if completion.error:
-                raise ConfigurationError(f"prompt {request.index}: {completion.error}")
+        for retired in self._run(requests, job):
+            request, completion = retired.state.request, completion_of(retired)
+            if retired.refused:
+                raise ConfigurationError(completion.error)
             if on_finished is not None:
                 on_finished(completion)
             whole = gathering.add(request, completion)
@@ -158,9 +184,9 @@ class LLM:
                     on_prompt(request.index, whole)
         return [results[index] for index in sorted(results)]
 
-    def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
+    def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> None:
         """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
-        self._prepare(self._job(requests_of(prompts, sampling_params, self.decided.encoder)))
+        self._prepare(self._job(requests_of(prompts, sampling_params, self.decided.encoder, self._defaults)))
 
     def stream(self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None) -> Iterator[tuple[Hashable, Completion]]:
         """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
@@ -169,14 +195,14 @@ class LLM:
         ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text of the item's first sample
         that will not change any more.
         """
-        intake = Intake(items, self.decided.encoder)
+        intake = Intake(items, self.decided.encoder, self._defaults)
         source = intake.requests()
         peeked = list(itertools.islice(source, PEEKED_BLOCKS * self.policy.block_size))
         if peeked:
             job = growing.holdable(self._job(peeked), self.decided.exceeded)
             report = (lambda index, text: on_tokens(intake.key(index), text)) if on_tokens else None
-            for request, completion in self._run(itertools.chain(peeked, source), job, report):
-                yield from intake.finished(request, completion)
+            for retired in self._run(itertools.chain(peeked, source), job, report):
+                yield from intake.finished(retired.state.request, completion_of(retired))
         yield from intake.take_failed()
 
     def _run_plainly(self, requests: Sequence[Request], job: Job) -> None:
@@ -213,7 +239,7 @@ class LLM:
     @torch.inference_mode()
     def _run(
         self, requests: Iterable[Request], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
-    ) -> Iterator[tuple[Request, Completion]]:
+    ) -> Iterator[Retired]:
         """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has outgrown it."""
         candidates = candidates_of(requests, self.tokenizer, self.arch, self.config.seed)
         proposer = self.speculator if speculate else None
@@ -232,7 +258,7 @@ class LLM:
 
     def _run_block(
         self, block: Block, batcher: Batcher, proposer: Speculator | None, on_tokens: Callable[[int, str], None] | None
-    ) -> Iterator[tuple[Request, Completion]]:
+    ) -> Iterator[Retired]:
         """The loop of the engine: compose a pass, run it, commit what it drew."""
         meter, generated = self._meter(), self.statistics.generated_tokens
         shown: dict[int, int] = {}
@@ -251,10 +277,8 @@ class LLM:
                 self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
                     report_text(batcher, shown, on_tokens)
-                for retired in batcher.take_retired():
-                    yield retired.state.request, self._completion(retired)
-            for retired in batcher.take_retired():
-                yield retired.state.request, self._completion(retired)
+                yield from self._taken(batcher, block)
+            yield from self._taken(batcher, block)
         except GeneratorExit:
             raise
         except BaseException:
@@ -286,9 +310,18 @@ class LLM:
         logger.info("re-planned: %s", change.reason)
         self.replans.append(change.reason)
 
-    def _completion(self, retired: Retired) -> Completion:
-        self.statistics.count(retired)
-        return completion_of(retired)
+    def _taken(self, batcher: Batcher, block: Block) -> Iterator[Retired]:
+        """What has ended since the last time, counted; failures say in the log, too, why."""
+        for retired in explained(batcher.take_retired(), batcher, block.executor):
+            self.statistics.count(retired)
+            if retired.error and not retired.refused:
+                self._num_failed += 1
+                if self._num_failed <= LOGGED_FAILURES:
+                    more = (
+                        "; more failures are only in their completions" if self._num_failed == LOGGED_FAILURES else ""
+                    )
+                    logger.error("%s%s", completion_of(retired).error, more)
+            yield retired
 
     # Report and end
 

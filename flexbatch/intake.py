@@ -2,39 +2,86 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, cast
 
+from flexbatch.checks import short
 from flexbatch.config import ConfigurationError
 from flexbatch.detokenize import OutputText
 from flexbatch.execution.batcher import Candidate
 from flexbatch.execution.request_state import RequestState
 from flexbatch.models.arch import Arch
+from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.prompts import Prompt, PromptEncoder
 from flexbatch.reports import with_samples
 from flexbatch.request import Completion, Request, SamplingParams
 
-Item = tuple[Hashable, Prompt, SamplingParams]
-"""Of a stream: the caller's key, a prompt, how to complete it."""
+logger = logging.getLogger("flexbatch")
+
+Item = tuple[Hashable, Prompt, SamplingParams | None]
+"""Of a stream: the caller's key, a prompt, how to complete it (None: as the model's generation_config.json says)."""
+Params = SamplingParams | Sequence[SamplingParams | None] | None
+"""Of a job: for all prompts, or one each."""
 
 
 def requests_of(
-    prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, encoder: PromptEncoder, first_index: int = 0
+    prompts: Prompt | Sequence[Prompt], sampling_params: Params, encoder: PromptEncoder, defaults: Defaults, first_index: int = 0
 ) -> list[Request]:
-    """One request for every sample of every prompt, in the order of the prompts, which are counted from ``first_index``. One SamplingParams is for all.
+    """One request for every sample of every prompt, in the order of the prompts, which are counted from
+    ``first_index``. One SamplingParams is for all.
 
-    Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters as prompts.
+    Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters
+    as prompts, or others than those.
     """
     parts = prompts if isinstance(prompts, str) else list(prompts)
     prompts = cast("list[Prompt]", [parts] if is_prompt(parts) else parts)
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        params = [sampling_params or SamplingParams()] * len(prompts)
+        params = [defaults.instead_of(sampling_params)] * len(prompts)
     else:
-        params = list(sampling_params)
+        if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Iterable):
+            raise ConfigurationError(
+                f"sampling_params {not_params(sampling_params)}, or a list of them, one for each prompt"
+            )
+        params = [
+            defaults.instead_of(entry, f"sampling_params[{place}]") for place, entry in enumerate(sampling_params)
+        ]
         if len(params) != len(prompts):
             raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
     return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), first_index) for request in samples_of(i, prompt, p, encoder)]
+
+
+def not_params(value: Any) -> str:
+    """What is wrong with a value that is given for SamplingParams."""
+    remedy = "SamplingParams(**settings)" if isinstance(value, Mapping) else "SamplingParams(...)"
+    return f"is {short(value)}, a {type(value).__name__}; give {remedy}"
+
+
+class Defaults:
+    """What holds for requests without sampling parameters, and one line in the log about what of it those with
+    parameters do without."""
+
+    def __init__(self, generation: GenerationDefaults) -> None:
+        self._generation = generation
+        self._told: set[tuple[str, ...]] = set()
+
+    def instead_of(self, params: SamplingParams | None, what: str = "sampling_params") -> SamplingParams:
+        """The parameters as given, the model's where there are none. Raises ConfigurationError for what is neither, or
+        cannot be followed."""
+        if params is None:
+            return self._generation.params()
+        if not isinstance(params, SamplingParams):
+            raise ConfigurationError(f"{what} {not_params(params)}")
+        missing = tuple(self._generation.left_out(params))
+        if missing and missing not in self._told:
+            self._told.add(missing)
+            logger.warning(
+                "%s: not applied, as the given SamplingParams leave it out: %s. "
+                "LLM.get_default_sampling_params() has what the file says",
+                self._generation.source, ", ".join(missing),
+            )  # fmt: skip
+        return params
 
 
 def is_prompt(parts: str | Sequence[Any]) -> bool:
@@ -56,7 +103,7 @@ def candidates_of(requests: Iterable[Request], tokenizer: Any, arch: Arch, engin
     for request in requests:
         prompt_tokens = len(request.prompt_token_ids)
         output = OutputText(tokenizer, request.params, eos_token_ids=arch.eos_token_ids, prompt_tokens=prompt_tokens, max_context=arch.max_positions)
-        yield Candidate(RequestState(request, engine_seed), output)
+        yield Candidate(RequestState(request, engine_seed, arch.eos_token_ids), output)
 
 
 class Gathering:
@@ -80,8 +127,8 @@ class Intake:
     ``failed`` collects the items that cannot be run, as completions that say why.
     """
 
-    def __init__(self, items: Iterable[Item], encoder: PromptEncoder) -> None:
-        self._items, self._encoder = items, encoder
+    def __init__(self, items: Iterable[Item], encoder: PromptEncoder, defaults: Defaults) -> None:
+        self._items, self._encoder, self._defaults = items, encoder, defaults
         self._keys: dict[int, Hashable] = {}
         self._gathering = Gathering()
         self.failed: list[tuple[Hashable, Completion]] = []
@@ -89,7 +136,7 @@ class Intake:
     def requests(self) -> Iterator[Request]:
         for index, (key, prompt, params) in enumerate(self._items):
             try:
-                samples = samples_of(index, prompt, params, self._encoder)
+                samples = samples_of(index, prompt, self._defaults.instead_of(params), self._encoder)
             except ValueError as error:
                 self.failed.append((key, Completion((), finish_reason="error", error=str(error), index=index)))
                 continue

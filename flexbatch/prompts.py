@@ -60,10 +60,13 @@ class PromptEncoder:
         return max(0, self._max_context - len(token_ids))
 
     def check_params(self, index: int, params: SamplingParams) -> None:
-        """Raises PromptError where prompt number `index` asks for what this model does not have: biased tokens, or text to look for stop strings in."""
-        wrong = [token for token in params.logit_bias or {} if not 0 <= token < self._vocab_size]
-        if wrong:
-            raise PromptError(index, f"logit_bias names token id {wrong[0]}, outside the model's vocabulary of {self._vocab_size}")
+        """Raises PromptError where prompt number `index` asks for what this model does not have: tokens to bias or bar,
+        or text to look for stop strings in."""
+        for name, token in params.named_tokens():
+            if not 0 <= token < self._vocab_size:
+                raise PromptError(
+                    index, f"{name} names token id {token}, outside the model's vocabulary of {self._vocab_size}"
+                )
         if params.stop and self._tokenizer is None:
             raise PromptError(index, "has stop strings, but the model has no tokenizer; use stop_token_ids")
 

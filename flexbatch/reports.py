@@ -65,8 +65,12 @@ def against_plain(fast: Statistics, plain: Statistics) -> dict[str, Any]:
 def completion_of(retired: Retired) -> Completion:
     """Of a sequence that ended, or of a request that failed."""
     request, output, sequence = retired.state.request, retired.output, retired.sequence
-    completion = Completion(request.prompt_token_ids, prompt=request.prompt, index=request.index, error=retired.error, finish_reason="error")
-    if sequence is None or output.finish is None:
+    sample = f", sample {request.sample}" if request.params.n > 1 else ""
+    error = f"prompt {request.index}{sample}: {retired.error}" if retired.error else ""
+    completion = Completion(
+        request.prompt_token_ids, prompt=request.prompt, index=request.index, error=error, finish_reason="error"
+    )
+    if sequence is None or output.finish is None or retired.error:
         return completion
     completion.token_ids, completion.text = list(output.token_ids), output.text
     completion.finish_reason, completion.stop_reason = output.finish.reason, output.finish.stop_reason
@@ -79,8 +83,10 @@ def completion_of(retired: Retired) -> Completion:
 
 
 def with_samples(completions: dict[int, Completion]) -> Completion:
-    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in any order."""
-    first = completions[0]
+    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in
+    any order. One that failed comes before
+    the first, so that nobody takes the rest for the whole."""
+    first = next((completions[sample] for sample in sorted(completions) if completions[sample].error), completions[0])
     if len(completions) > 1:
         first.samples = [completions[sample] for sample in sorted(completions)]
     return first

@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from numbers import Integral
+from typing import Any
+
+from flexbatch.checks import (
+    Check,
+    Unfit,
+    check_keywords,
+    checked,
+    number,
+    one_or_several,
+    optional,
+    several,
+    table,
+    text,
+    truth,
+    whole,
+)
+from flexbatch.config import ConfigurationError
+
+MOST_SAMPLES = 16_384
+"""Completions of one prompt, as in vLLM. Every one is a request of its own before anything runs: 64 bytes each and its
+share of lists, 6.4 GiB for 100 million."""
+MOST_LOGPROBS = 10_000
+"""Candidates at one place. Each is an object of 0.2 kB in the result: 2 MB a token at this bound."""
+MOST_STOPS, LONGEST_STOP = 1_024, 4_096
+"""Stop strings and characters of one: all are looked for after every token."""
+MOST_TOKENS = 2**31 - 1
+"""Of lengths: more than the context of any model, which cuts them."""
+MOST_IDS = 2**20
+"""Token ids in one list: more than any vocabulary has."""
+MOST_BIASES = 2**22
+"""Biased tokens times samples: every sample in flight keeps a table of 150 bytes an entry, 600 MB at this bound."""
 
 SAMPLING_RULES = 1
 """Version of how tokens follow from logits, sampling parameters, seeds and places in a job. A change that gives the same
@@ -22,7 +55,10 @@ class SamplingParams:
     ``seed=None`` derives the request's own random stream from the engine's seed and the request's index.
     ``logprobs=k`` returns the k most likely tokens and the chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt,
     from token ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common prefix.
-    Raises ValueError that names the field for values out of range.
+    ``min_tokens``: generated before EOS or a stop token may come. The fields below it are those of transformers'
+    generation_config.json, and mean the same.
+    Raises ConfigurationError, a ValueError, that names the field for values of a wrong type or out of range, and for a
+    keyword that does not exist.
     """
 
     max_tokens: int | None = 16
@@ -42,29 +78,44 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 1
+    min_tokens: int = 0
+    min_length: int = 0
+    """As min_tokens, of prompt and output together; bars EOS alone."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of so many tokens comes twice in prompt and output; 0: any may."""
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    """Sequences of tokens of which the last is never drawn after the others."""
+    suppress_tokens: Sequence[int] = ()
+    begin_suppress_tokens: Sequence[int] = ()
+    """Not drawn as the first token."""
+    forced_bos_token_id: int | None = None
+    """The first token after a prompt of one token."""
+    forced_eos_token_id: int | Sequence[int] = ()
+    """What the last token of max_tokens is."""
+    sequence_bias: Sequence[tuple[Sequence[int], float]] = ()
+    """(tokens, bias): added to the logit of the last of them where the others come before."""
+
+    def __new__(cls, *args: Any, **keywords: Any) -> SamplingParams:
+        check_keywords("SamplingParams", keywords, cls.__dataclass_fields__)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        checks = (
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 0, ">= 0, or None for the rest of the context"),
-            ("temperature", 0 <= self.temperature < inf, ">= 0 and finite"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= -1, ">= -1"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < inf, "> 0 and finite"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("logit_bias", all(bias < inf for bias in (self.logit_bias or {}).values()), "of finite numbers, or -inf to bar a token"),
-            ("n", self.n >= 1, ">= 1"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, ">= 0"),
-            ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, ">= 0"),
-            ("prompt_logprobs_start", self.prompt_logprobs_start >= 1, ">= 1"),
-            ("stop", all(self.stop), "without empty strings"),
-        )
-        for name, good, wanted in checks:
-            if not good:
-                raise ValueError(f"sampling parameter {name}={getattr(self, name)!r} must be {wanted}")
+        for name, check in CHECKS.items():
+            value = getattr(self, name)
+            if value is not getattr(
+                SamplingParams, name
+            ):  # defaults are as they should be: 20 of 25 in every row of a job
+                object.__setattr__(self, name, checked("sampling parameter", name, value, check))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigurationError(
+                f"sampling parameter min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}"
+            )
+        if self.n * len(self.logit_bias or ()) > MOST_BIASES:
+            raise ConfigurationError(
+                f"sampling parameter n={self.n} must be at most {MOST_BIASES // len(self.logit_bias or ())} "
+                f"with a logit_bias of {len(self.logit_bias or ()):,} "
+                "tokens: every completion keeps a table of them"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -79,6 +130,79 @@ class SamplingParams:
         the prompt.
         """
         return self if self.max_tokens is not None else replace(self, max_tokens=self.tokens_within(room))
+
+    @property
+    def constrained(self) -> bool:
+        """Whether any of the fields from ``min_tokens`` on says something."""
+        return any(getattr(self, name) not in (0, (), None) for name in CONSTRAINTS)
+
+    def named_tokens(self) -> Iterator[tuple[str, int]]:
+        """(field, token id) of every token that the model must have. Suppressed ones that it lacks are never drawn, and
+        passed over as in transformers."""
+        for token in self.logit_bias or ():
+            yield "logit_bias", token
+        for token in self.forced_eos_token_id:  # type: ignore[union-attr]  # a tuple since __post_init__
+            yield "forced_eos_token_id", token
+        for tokens in self.bad_words_ids:
+            for token in tokens:
+                yield "bad_words_ids", token
+        for tokens, _ in self.sequence_bias:
+            for token in tokens:
+                yield "sequence_bias", token
+        if self.forced_bos_token_id is not None:
+            yield "forced_bos_token_id", self.forced_bos_token_id
+
+
+def _biased_sequence(value: Any) -> tuple[tuple[int, ...], float]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
+        raise Unfit("a list of pairs: token ids and the bias of the last of them")
+    return _token_sequence(value[0]), _bias(value[1])
+
+
+def _token_sequence(value: Any) -> tuple[int, ...]:
+    tokens = several(_token, MOST_IDS, "token ids")(value)
+    if not tokens:
+        raise Unfit("a list of lists of at least one token id")
+    return tokens
+
+
+_token = whole(0)
+_bias = number(lambda bias: -1e30 <= bias <= 1e30 or bias == -inf, "between -1e30 and 1e30, or -inf to bar a token")
+_penalty = number(lambda penalty: -2 <= penalty <= 2, "in [-2, 2]")
+CONSTRAINTS = (
+    "min_tokens", "min_length", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id", "sequence_bias",
+)  # fmt: skip
+"""Fields that follow the text so far: `execution.constraints`."""
+CHECKS: dict[str, Check] = {
+    "max_tokens": optional(whole(0, MOST_TOKENS)),
+    "temperature": number(lambda temperature: 0 <= temperature < inf, ">= 0 and finite"),
+    "top_p": number(lambda share: 0 < share <= 1, "in (0, 1]"),
+    "top_k": whole(-1, MOST_TOKENS),
+    "min_p": number(lambda share: 0 <= share <= 1, "in [0, 1]"),
+    "repetition_penalty": number(lambda penalty: 0 < penalty < inf, "> 0 and finite"),
+    "presence_penalty": _penalty,
+    "frequency_penalty": _penalty,
+    "logit_bias": optional(table(whole(), _bias, MOST_IDS, "token ids to biases")),
+    "stop": one_or_several(str, text(LONGEST_STOP), MOST_STOPS, "texts"),
+    "stop_token_ids": several(whole(), MOST_IDS, "token ids"),
+    "ignore_eos": truth,
+    "seed": optional(whole()),
+    "n": whole(1, MOST_SAMPLES),
+    "logprobs": optional(whole(0, MOST_LOGPROBS)),
+    "prompt_logprobs": optional(whole(0, MOST_LOGPROBS)),
+    "prompt_logprobs_start": whole(1, MOST_TOKENS),
+    "min_tokens": whole(0, MOST_TOKENS),
+    "min_length": whole(0, MOST_TOKENS),
+    "no_repeat_ngram_size": whole(0, MOST_TOKENS),
+    "bad_words_ids": several(_token_sequence, MOST_IDS, "lists of token ids"),
+    "suppress_tokens": several(whole(), MOST_IDS, "token ids"),
+    "begin_suppress_tokens": several(whole(), MOST_IDS, "token ids"),
+    "forced_bos_token_id": optional(_token),
+    "forced_eos_token_id": one_or_several(Integral, _token, MOST_IDS, "token ids"),
+    "sequence_bias": several(_biased_sequence, MOST_IDS, "pairs of token ids and a bias"),
+}
 
 
 @dataclass(frozen=True)
@@ -123,4 +247,9 @@ class Completion:
     """Why it failed, with ``finish_reason`` "error"; empty when fine."""
     index: int = 0
     samples: list[Completion] = field(default_factory=list)
-    """With n > 1: all n completions of the prompt, this one first."""
+    """With n > 1: all n completions of the prompt. This one is the first of them, or one that failed."""
+
+    @property
+    def bare_error(self) -> str:
+        """``error`` without the number of the prompt, for those who count in another way: a job its rows."""
+        return re.sub(r"^prompt \d+(, sample \d+)?: ", "", self.error)

@@ -34,11 +34,13 @@ from flexbatch.workload import PromptRow
 
 if TYPE_CHECKING:
     from flexbatch.engine import LLM
+    from flexbatch.models.generation_config import GenerationDefaults
     from flexbatch.planning import Job
 
 logger = logging.getLogger("flexbatch")
 SYNTHETIC_PROMPT_LEN = 512
 SYNTHETIC_PROMPTS = 16
+MAX_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,53 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """SamplingParams of all prompts; greedy unless asked otherwise, so that a run can be repeated."""
+    """SamplingParams of all prompts. What is None or empty the model's generation_config.json says; greedy unless
+    either asks for more, so that a run can be
+    repeated."""
 
-    max_tokens: int = option(64, "tokens to generate for every prompt; 0 scores the prompts", aliases=("--gen-len",))
-    temperature: float = option(0.0, "0 takes the most likely token (default: 0)")
-    top_p: float = option(1.0, "draw from the most likely tokens that together have this probability")
-    top_k: int = option(0, "draw from the N most likely tokens; 0 keeps all (default: 0)")
-    min_p: float = option(0.0, "drop tokens less likely than this share of the most likely one (default: 0)")
-    repetition_penalty: float = option(1.0, "divide the logits of tokens in prompt or output by this")
+    max_tokens: int | None = option(
+        None,
+        "tokens to generate for every prompt; 0 scores the prompts "
+        "(default: as the model's generation_config.json says, else 64)",
+        aliases=("--gen-len",),
+    )
+    temperature: float | None = option(
+        None, "0 takes the most likely token (default: as generation_config.json says, else 0)"
+    )
+    top_p: float | None = option(
+        None,
+        "draw from the most likely tokens that together have this probability "
+        "(default: as generation_config.json says, else 1)",
+    )
+    top_k: int | None = option(
+        None, "draw from the N most likely tokens; 0 keeps all (default: as generation_config.json says, else 0)"
+    )
+    min_p: float | None = option(
+        None,
+        "drop tokens less likely than this share of the most likely one "
+        "(default: as generation_config.json says, else 0)",
+    )
+    repetition_penalty: float | None = option(
+        None,
+        "divide the logits of tokens in prompt or output by this (default: as generation_config.json says, else 1)",
+    )
     presence_penalty: float = option(0.0, "subtract this from the logits of tokens in the output (default: 0)")
     frequency_penalty: float = option(0.0, "subtract this once for every occurrence in the output (default: 0)")
     stop: tuple[str, ...] = option((), "end at any of these texts, which are cut off", nargs="+", metavar="TEXT")
     stop_token_ids: tuple[int, ...] = option((), "end at any of these tokens", nargs="+", metavar="ID")
     ignore_eos: bool = option(False, "go on after the end-of-sequence token; made-up prompts always do")
-    n: int = option(1, "completions of every prompt")
+    n: int | None = option(None, "completions of every prompt (default: 1)")
     logprobs: int | None = option(None, "return log-probabilities of the N most likely tokens at every generated place")
     prompt_logprobs: int | None = option(None, "return log-probabilities of the N most likely tokens at every place of the prompt")
+
+    def given(self) -> dict[str, Any]:
+        """What the user has set."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in values if value is not None and value != ()}
+
+    def params(self, generation: GenerationDefaults, **more: Any) -> SamplingParams:
+        """With the model's own settings where the user has none. Raises ConfigurationError."""
+        return generation.params({**self.given(), **more}, max_tokens=MAX_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -168,16 +201,13 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
         raise ConfigurationError("--prompts reads prompts and --prompt-len makes them up; leave one out")
     synthetic = run.prompts is None and (run.prompt_len is not None or engine.dummy_weights)
     rows = [] if synthetic else workload.read_prompts(run.prompts or workload.BUNDLED_PROMPTS)[: run.num_prompts]
-    values = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(sampling)}
-    try:
-        params = SamplingParams(**{**values, "ignore_eos": sampling.ignore_eos or synthetic})
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
-
     from flexbatch.models import resolve, shapes
     from flexbatch.models.checkpoint import read_arch
+    from flexbatch.models.generation_config import GenerationDefaults, generation_of
     from flexbatch.prompts import PromptEncoder
 
+    sampling.params(GenerationDefaults())  # what is wrong with it comes before what is wrong with the model
+    params = sampling.params(generation_of(engine), ignore_eos=sampling.ignore_eos or synthetic)
     folder = None if engine.dummy_weights else resolve.resolve(engine.model)
     if folder is None:
         arch, tokenizer = shapes.shape(engine.model), None
@@ -244,7 +274,8 @@ def print_tables(report: Mapping[str, Any]) -> None:
 
 
 def print_completion(index: int, prompt: Any, completion: Completion, data: TextIO) -> None:
-    """The prompt and its continuation, as text where the model has a tokenizer."""
+    """The prompt and its continuation, as text where the model has a tokenizer. Of one that failed, the log says
+    why."""
     ending = f"prompt {index}: {len(completion.token_ids)} tokens, {completion.finish_reason}"
     print(f"----- {ending} -----", file=data)
     if isinstance(prompt, str):

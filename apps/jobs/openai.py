@@ -245,7 +245,7 @@ class OpenAIOutput:
 
     def record(self, row: Row, completion: Completion) -> Record:
         if completion.finish_reason == "error":
-            return self.failure(row, completion.error)
+            return self.failure(row, completion.bare_error)
         call: Call = row.extra
         samples = completion.samples or [completion]
         used, made = len(completion.prompt_token_ids), sum(len(sample.token_ids) for sample in samples)

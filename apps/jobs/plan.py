@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
 from flexbatch.apps.jobs.store import FORMAT, fingerprint_digest
 from flexbatch.apps.jobs.text_sources import LinesSource
 from flexbatch.config import ConfigurationError, EngineConfig
-from flexbatch.request import SAMPLING_RULES
+from flexbatch.models.generation_config import generation_of
+from flexbatch.request import SAMPLING_RULES, SamplingParams
 
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NO_LIMIT = 2**62
@@ -107,6 +109,16 @@ def check_folders(location: str, folder: str) -> None:
             raise ConfigurationError(f"output {folder} lies in the input {location}: its parts would be read as input")
 
 
+def plain_settings(params: SamplingParams) -> dict[str, Any]:
+    """Sampling parameters as JSON has them, for the manifest: those that a job without any settings would not have, and
+    those that it shows always."""
+    neutral, shown = dataclasses.asdict(SamplingParams()), ("max_tokens", "temperature", "top_p", "top_k", "stop")
+    values = {
+        name: value for name, value in dataclasses.asdict(params).items() if name in shown or value != neutral[name]
+    }
+    return json.loads(json.dumps(values))
+
+
 def plan_job(
     location: str, folder: str, config: JobConfig, engine: EngineConfig, model_identity: Callable[[EngineConfig], dict[str, Any]], created: int = 0
 ) -> Job:
@@ -118,11 +130,12 @@ def plan_job(
     schema = without_errors(source.schema)
     if not openai:
         config = choose_prompt(config, [*schema.names, *partitions])
-        config = dataclasses.replace(config, max_tokens=config.params().max_tokens)
+    params = generation_of(engine).params(config.given(), sample=True)
     part_rows = config.part_rows or default_part_rows(source.units)
     identity = config.identity()
     identity["output"]["part_rows"] = part_rows
     identity["seed"] = engine.seed
+    identity["generation"] |= {name: value for name, value in plain_settings(params).items() if name != "logprobs"}
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
     fingerprint = {"input": source.identity, "model": {**model_identity(engine), **precision}, **identity}
     fingerprint["versions"] = {"sampling": SAMPLING_RULES, "output folder": FORMAT}
@@ -130,10 +143,11 @@ def plan_job(
     if openai:
         repeated = source.repeated if isinstance(source, LinesSource) else {}
         digest = fingerprint_digest(fingerprint).hex()[:12]
-        output = OpenAIOutput(config.params(), engine.seed, digest, created, config.max_tokens, repeated)
+        output = OpenAIOutput(params, engine.seed, digest, created, config.max_tokens, repeated)
     else:
         reader = RowReader(
-            schema, partitions, config.params(), engine.seed, prompt_column=config.prompt_column, messages_column=config.messages_column,
+            schema, partitions, params, engine.seed, prompt_column=config.prompt_column,
+            messages_column=config.messages_column,
             template=config.prompt_template, columns=config.setting_columns(),
         )  # fmt: skip
         output = ParquetOutput(

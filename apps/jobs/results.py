@@ -110,7 +110,7 @@ class ParquetOutput:
 
     def record(self, row: Row, completion: Completion) -> Record:
         if completion.finish_reason == "error":
-            return self.failure(row, completion.error, len(completion.prompt_token_ids))
+            return self.failure(row, completion.bare_error, len(completion.prompt_token_ids))
         record = [completion.text, completion.finish_reason, len(completion.prompt_token_ids), len(completion.token_ids), ""]
         return [
             *record,

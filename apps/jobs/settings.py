@@ -26,13 +26,23 @@ class JobConfig:
     prompt_column: str | None = option(None, 'column that holds the prompts (default: "prompt", else "messages", where there is one)')
     messages_column: str | None = option(None, "column that holds chat messages, as a list of {role, content} or as JSON")
     prompt_template: str | None = option(None, "prompt made of columns, e.g. 'Summarise: {text}'; {{ and }} are braces")
-    truncate: str | None = option(None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right"))
-    max_tokens: int | None = option(
-        None, f"tokens to generate per row at most (default: {SamplingParams.max_tokens}; chat requests of the OpenAI API: the rest of the context)"
+    truncate: str | None = option(
+        None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right")
     )
-    temperature: float = option(SamplingParams.temperature, "0 is greedy")
-    top_p: float = option(SamplingParams.top_p, "sample among the most likely tokens that sum to this probability")
-    top_k: int = option(SamplingParams.top_k, "sample among this many tokens; 0 for all")
+    max_tokens: int | None = option(
+        None,
+        "tokens to generate per row at most (default: as the model's generation_config.json says, else 16; "
+        "chat requests of the OpenAI API: the rest of the context)",
+    )
+    temperature: float | None = option(None, "0 is greedy (default: as generation_config.json says, else 1)")
+    top_p: float | None = option(
+        None,
+        "sample among the most likely tokens that sum to this probability "
+        "(default: as generation_config.json says, else 1)",
+    )
+    top_k: int | None = option(
+        None, "sample among this many tokens; 0 for all (default: as generation_config.json says, else 0)"
+    )
     stop: tuple[str, ...] = option((), "texts that end the output and are not part of it", nargs="+")
     max_tokens_column: str | None = option(None, "column with max_tokens per row; null means --max-tokens")
     temperature_column: str | None = option(None, "column with temperature per row")
@@ -70,21 +80,14 @@ class JobConfig:
             raise ConfigurationError("--overwrite discards what --retry-failed would keep: give one of them")
         self.error_limit(1)
         self.shard_of()
-        self.params()
+        SamplingParams(**self.given())
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters of the rows that bring none of their own."""
-        try:
-            return SamplingParams(
-                max_tokens=SamplingParams.max_tokens if self.max_tokens is None else self.max_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                stop=self.stop,
-                logprobs=self.logprobs,
-            )
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from None
+    def given(self) -> dict[str, Any]:
+        """What the user has set, of the sampling parameters of the rows that bring none of their own."""
+        values = {
+            name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "stop", "logprobs")
+        }
+        return {name: value for name, value in values.items() if value is not None and value != ()}
 
     def setting_columns(self) -> dict[str, str]:
         """Setting -> column that holds it per row."""
@@ -110,9 +113,9 @@ class JobConfig:
         return int(match[1]), int(match[2])
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change what is in the output."""
-        settings = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
+        """The settings that change what is in the output, without the sampling parameters: those depend on the model,
+        too."""
         prompt = {name: getattr(self, name) for name in ("prompt_column", "messages_column", "prompt_template", "truncate")}
         prompt["column_types"] = sorted(self.column_types)
         output = {name: getattr(self, name) for name in ("output_prefix", "generated_tokens", "logprobs")}
-        return {"generation": {**settings, "stop": list(self.stop), "columns": self.setting_columns()}, "prompt": prompt, "output": output}
+        return {"generation": {"columns": self.setting_columns()}, "prompt": prompt, "output": output}

@@ -8,6 +8,8 @@ import numpy as np
 
 from flexbatch.request import Request, SamplingParams
 
+SMALLEST_PENALTY = 1e-30
+
 
 class Adjustments:
     """For every token that a bias or a penalty concerns: bias, whether repetition counts it, and how often the output holds it.
@@ -57,7 +59,9 @@ class Adjustments:
         """[n, 3] float32: bias to add, repetition penalty, frequency and presence penalty to subtract."""
         size, params = len(self._place), self._params
         counts = self._counts[:size]
-        repetition = np.where(self._repeated[:size], params.repetition_penalty, 1.0)
+        # Within float32, whose 0 would divide.
+        penalty = min(max(params.repetition_penalty, SMALLEST_PENALTY), 1 / SMALLEST_PENALTY)
+        repetition = np.where(self._repeated[:size], penalty, 1.0)
         subtract = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
         return np.stack([self._bias[:size], repetition, subtract], axis=1).astype(np.float32)
 

@@ -23,6 +23,8 @@ class Candidate:
 
     state: RequestState
     output: OutputText
+    alone: bool = False
+    """Shares no pages with others."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -36,12 +38,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Retired:
-    """A request that is done; ``error`` says why it could not be run."""
+    """A request that is done; ``error`` says why it could not be run, or why it could not go on."""
 
     state: RequestState
     output: OutputText
     sequence: Sequence | None
     error: str = ""
+
+    @property
+    def refused(self) -> bool:
+        """Whether it never ran."""
+        return self.sequence is None
 
 
 class Batcher:
@@ -165,6 +172,8 @@ class Batcher:
 
     def shareable(self, candidate: Candidate, tier: str) -> list[int]:
         """Pages that already hold the beginning of the prompt, as far as its logits are not wanted."""
+        if candidate.alone:
+            return []
         prompt, params = candidate.state.request.prompt_token_ids, candidate.state.params
         return self.cache.shareable(tier, prompt if params.prompt_logprobs is None else prompt[: params.prompt_logprobs_start])
 
@@ -175,7 +184,7 @@ class Batcher:
             self.attended.place("cpu" if on_cpu else "gpu", 1)
         prompt = candidate.state.request.prompt_token_ids
         # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
-        read = prompt[: len(prompt) - num_unread(candidate.output, len(prompt))]
+        read = () if candidate.alone else prompt[: len(prompt) - num_unread(candidate.output, len(prompt))]
         table = self.cache.open(tier, self.room(candidate), read, self.shareable(candidate, tier), on_cpu)
         k = min(self.places(candidate, tier), key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
         self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
@@ -223,7 +232,14 @@ class Batcher:
         """The trees of those that decode in this pass."""
         if self.proposer is None:
             return {}
-        decoding = [sequence for sequence in sequences if sequence.num_uncached == 1 and sequence.output.finish is None]
+        decoding = [
+            sequence
+            for sequence in sequences
+            if sequence.num_uncached == 1
+            and sequence.output.finish is None
+            and not sequence.plain
+            and sequence.fault is None
+        ]
         depths = [sequence.output.max_tokens - len(sequence.output.token_ids) - 1 for sequence in decoding]
         return dict(zip(decoding, self.proposer.propose(decoding, depths, num_prompt_tokens), strict=True))
 
@@ -250,12 +266,38 @@ class Batcher:
             self.proposer.observe([(query, drawn[query]) for query in queries if query in drawn and drawn[query].token_ids])
         for query in queries:
             sequence, result = query.sequence, drawn.get(query) or Drawn()
-            kept = self.extend(sequence, result)
+            if query.parents is not None and result.fault is not None and result.fault.in_model:
+                # Attention multiplies masked values by 0, which leaves NaN: a drafted token that plain decoding never
+                # reads may have done this.
+                sequence.plain = True
+                continue
+            sequence.fault = sequence.fault or result.fault
+            kept = 0 if sequence.fault is not None else self.extend(sequence, result)
             # Of a tree, the rows of its root and of the kept part of its path; the token after the path has none yet.
             cached = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)
             self.cache.commit(sequence.table, query.start + cached)
-            if sequence.output.finish is not None and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:
-                self.retire(sequence)
+            if (
+                sequence.output.finish is not None or sequence.fault is not None
+            ) and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:
+                if self.may_be_others(sequence):
+                    self.restart(sequence)
+                else:
+                    self.retire(sequence)
+
+    def may_be_others(self, sequence: Sequence) -> bool:
+        """Whether a fault may come from the sequence that filled the shared pages: a token of its own after them makes
+        NaN of them too, as above."""
+        return (
+            sequence.fault is not None
+            and sequence.fault.in_model
+            and sequence.table.num_shared > 0
+            and not sequence.output.token_ids
+        )
+
+    def restart(self, sequence: Sequence) -> None:
+        """Read a prompt once more, next, in pages of its own."""
+        self.leave(sequence)
+        self.waiting.appendleft(Candidate(sequence.state, sequence.output, alone=True))
 
     def extend(self, sequence: Sequence, result: Drawn) -> int:
         """Append new tokens up to the end of the output; returns how many were kept."""
@@ -269,7 +311,9 @@ class Batcher:
 
     def retire(self, sequence: Sequence) -> None:
         self.leave(sequence)
-        self.retired.append(Retired(sequence.state, sequence.output, sequence))
+        self.retired.append(
+            Retired(sequence.state, sequence.output, sequence, "" if sequence.fault is None else sequence.fault.problem)
+        )
 
     def leave(self, sequence: Sequence) -> None:
         """Give back the place and the pages of a sequence."""

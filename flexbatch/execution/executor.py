@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,11 @@ SPARE_FROM_THREADS = 8
 took 231 to 265 ms with 15 of 16 threads and 253 to 268 with 16."""
 
 
+Watch = Callable[[int, MicroBatchInputs, Tensor], None]
+"""Is shown the hidden states of a micro-batch after every layer, and first what the layers are given, as those of layer
+-1."""
+
+
 @dataclass
 class Begun:
     """A tick between its two halves: attention is done, but for the CPU's share, which may still be running."""
@@ -40,6 +45,7 @@ class Begun:
     attention: Tensor
     cpu_output: Tensor | None = None
     cpu_done: Handle = READY
+    watch: Watch | None = None
 
 
 class Executor:
@@ -77,14 +83,14 @@ class Executor:
         resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
         self.graphs = DecodeGraphs(self.device, cache.layout.page_tokens, arch.max_positions) if resident and overlap else None
 
-    def run(self, work: PassWork) -> Iterator[LogitsBlock]:
+    def run(self, work: PassWork, watch: Watch | None = None) -> Iterator[LogitsBlock]:
         """One sweep through all layers. Yields logits by blocks of rows; the pass is complete when the iterator is exhausted."""
         self.uploads.begin_pass()
         inputs = [self.builder.build(queries) for queries in work.micro_batches]
         count, num_layers = len(inputs), self.arch.num_layers + 1
         self.cache.begin_pass(self.lanes.mark())
         self.activations.plan([batch.num_tokens for batch in inputs])
-        if self.graphs is not None and count == 1 and (hidden := self.replay(inputs[0])) is not None:
+        if self.graphs is not None and count == 1 and watch is None and (hidden := self.replay(inputs[0])) is not None:
             self.activations.hand_on(0, hidden)
             yield from self.head(inputs[0], num_layers - 1, 0, count)
             return
@@ -109,7 +115,13 @@ class Executor:
                     yield from self.head(inputs[tick.micro_batch], tick.layer, tick.micro_batch, count)
                 else:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
-                    begun = self.begin(tick, inputs[tick.micro_batch], gathered, self.staging_buffer(tick.layer, tick.micro_batch, count))
+                    begun = self.begin(
+                        tick,
+                        inputs[tick.micro_batch],
+                        gathered,
+                        self.staging_buffer(tick.layer, tick.micro_batch, count),
+                        watch,
+                    )
                     if deferred:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
@@ -160,13 +172,17 @@ class Executor:
 
     # The two halves of a tick
 
-    def begin(self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int) -> Begun:
+    def begin(
+        self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None
+    ) -> Begun:
         """Up to and including attention; the CPU's share is only started."""
         weights = self.weights.weights(tick.layer, "pre")
         hidden = self.embed(inputs) if tick.layer == 0 else self.activations.get(tick.micro_batch)
+        if watch is not None and tick.layer == 0:
+            watch(-1, inputs, hidden)
         with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
             query, key, value = layers.pre_attention(self.arch, tick.layer, weights, hidden, inputs.positions, self.rope)
-            begun = Begun(tick, inputs, hidden, torch.empty_like(query))
+            begun = Begun(tick, inputs, hidden, torch.empty_like(query), watch=watch)
             if inputs.cpu is not None:
                 self.start_cpu_attention(begun, inputs.cpu, query, key, value)
             if inputs.gpu is not None:
@@ -248,6 +264,8 @@ class Executor:
         weights = self.weights.weights(tick.layer, "post")
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             hidden = layers.post_attention(self.arch, tick.layer, weights, begun.hidden, begun.attention)
+        if begun.watch is not None:
+            begun.watch(tick.layer, begun.inputs, hidden)
         if tick.layer == self.arch.num_layers - 1:
             # Only the rows that the head reads go on.
             hidden = hidden.index_select(0, begun.inputs.logit_index)

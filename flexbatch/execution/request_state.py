@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 
 from flexbatch.execution.adjustments import Adjustments
+from flexbatch.execution.constraints import Constraints
 from flexbatch.request import Request, SamplingParams
 
 
@@ -29,14 +31,17 @@ def _word(seed: int) -> int:
 class RequestState:
     """One request in flight: what it has generated, and what drawing its next token depends on besides the logits."""
 
-    def __init__(self, request: Request, engine_seed: int = 0) -> None:
+    def __init__(self, request: Request, engine_seed: int = 0, eos_token_ids: Collection[int] = ()) -> None:
         params = request.params
         penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
         self.request = request
         self.output_token_ids: list[int] = []
         self.key = stream_key(request, engine_seed)
         self.adjustments = Adjustments(request) if penalised or params.logit_bias else None
-        self.plain_greedy = params.greedy and self.adjustments is None and params.logprobs is None
+        self.constraints = Constraints(request, eos_token_ids) if params.constrained else None
+        self.adjusted = self.adjustments is not None or self.constraints is not None
+        """Whether anything changes the model's logits before a token is drawn."""
+        self.plain_greedy = params.greedy and not self.adjusted and params.logprobs is None
 
     @property
     def params(self) -> SamplingParams:
@@ -52,10 +57,14 @@ class RequestState:
         self.output_token_ids.append(token_id)
         if self.adjustments is not None:
             self.adjustments.add(token_id)
+        if self.constraints is not None:
+            self.constraints.add(token_id)
 
     def check(self) -> None:
         """Raises AssertionError when the counts do not match the output, or there are more tokens than were asked for."""
         assert self.adjustments is None or self.adjustments.counts() == Counter(self.output_token_ids), "token counts do not match the output"
+        text = [*self.request.prompt_token_ids, *self.output_token_ids]
+        assert self.constraints is None or self.constraints.follows(text), "constraints do not follow the text"
         limit = self.params.max_tokens
         made = len(self.output_token_ids)
         assert limit is None or made <= limit, f"{made} tokens for max_tokens={limit}"

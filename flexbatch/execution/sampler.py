@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexbatch.execution.sampling import sample, token_logprobs
-from flexbatch.execution.work import LogitsBlock, QueryTokens
+from flexbatch.execution.sampling import NOT_FINITE, finite_rows, sample, token_logprobs
+from flexbatch.execution.work import Fault, LogitsBlock, QueryTokens
 from flexbatch.request import TokenLogprob
 
 
@@ -25,12 +25,33 @@ class Drawn:
     """Of the prompt tokens after each row's own, in order."""
     path: tuple[int, ...] = ()
     """Of a tree: the accepted query tokens below token 0, to which all but the last of `token_ids` belong."""
+    fault: Fault | None = None
+    """With one there are no new tokens."""
+
+    def settle(self, query: QueryTokens) -> None:
+        """Turn a mark in the place of the last token (`sampling.NOT_FINITE`, `sampling.ALL_BARRED`) into a fault."""
+        if self.fault is not None or not self.token_ids or self.token_ids[-1] >= 0:
+            return
+        *path, mark = self.token_ids
+        place = len(query.sequence.state.output_token_ids) + len(path) + 1
+        if mark == NOT_FINITE:
+            problem = f"the model's logits for generated token {place} are not finite numbers"
+        else:
+            problem = f"bias, suppressed words and other constraints bar every token as generated token {place}"
+        self.fault = Fault(problem, mark == NOT_FINITE)
+        self.token_ids, self.logprobs, self.path = [], [], ()
 
     def follow(self, query: QueryTokens) -> Drawn:
         """From a token after every query token of a tree to the path that plain decoding takes."""
         path = query.follow(self.token_ids)
         places = (0, *path)
-        return Drawn([self.token_ids[place] for place in places], [self.logprobs[place] for place in places], self.prompt_logprobs, path)
+        return Drawn(
+            [self.token_ids[place] for place in places],
+            [self.logprobs[place] for place in places],
+            self.prompt_logprobs,
+            path,
+            self.fault,
+        )
 
 
 class Verifier(Protocol):
@@ -69,6 +90,7 @@ def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dic
     for query, drawn in results.items():
         if query.parents is not None and query not in judged:
             results[query] = drawn.follow(query) if verifier is None else verifier.follow(query, drawn)
+        results[query].settle(query)
     return results
 
 
@@ -104,7 +126,8 @@ def draws(query: QueryTokens, token: int) -> bool:
 
 
 def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None:
-    """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``."""
+    """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``, or a fault
+    where a row has none."""
     rows, targets, counts = [], [], []
     for r, (query, token) in enumerate(block.rows):
         sequence = query.sequence
@@ -113,5 +136,12 @@ def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None
             targets.append(sequence.token_ids[following])
             counts.append(wanted)
     if rows:
+        finite = finite_rows(block.logits).tolist()
         for r, entry in zip(rows, token_logprobs(block.logits, targets, counts, rows=rows), strict=True):
-            results.setdefault(block.rows[r][0], Drawn()).prompt_logprobs.append(entry)
+            query, token = block.rows[r]
+            drawn = results.setdefault(query, Drawn())
+            drawn.prompt_logprobs.append(entry)
+            if not finite[r]:
+                place = query.start + token + 1
+                problem = f"the model's logits for prompt token {place} (the first is 0) are not finite numbers"
+                drawn.fault = drawn.fault or Fault(problem)

@@ -1,18 +1,22 @@
 """Logits to tokens. Every row is treated by itself: its token does not depend on what else is in the micro-batch.
 
-Order of processing, as vLLM documents it: logit bias, repetition, frequency and presence penalty, temperature, min-p, top-k, top-p, draw.
+Order of processing, as vLLM documents it: logit bias, repetition, frequency and presence penalty, temperature, min-p,
+top-k, top-p, draw. What transformers'
+generation_config.json adds comes where transformers has it: biases of sequences first, forced and barred tokens between
+penalties and temperature.
 Log-probabilities are those of the model (before any processing), vLLM's default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexbatch.execution.constraints import Effect
 from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.request_state import RequestState
 from flexbatch.request import TokenLogprob
@@ -22,13 +26,18 @@ CHUNK_ELEMENTS = 1 << 21
 SAMPLING_BYTES_PER_LOGIT = 40
 """Workspace of each of them, at most, beside the logits themselves: top-p sorts (12 bytes) and adds up in float64 (16), noise is made of 64-bit words."""
 
+NOT_FINITE, ALL_BARRED = -1, -2
+"""In the place of a token id: the model's logits are NaN or infinite; bias and constraints leave no token that can be
+drawn."""
+
 Drafted = Sequence[tuple[int, ...]]
 """Per row, the tokens after the committed output that the row has seen: the path of a tree node, () for an ordinary row."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """token_ids: [N] int64 on the device of the logits. logprobs[r]: None for rows that did not ask."""
+    """token_ids: [N] int64 on the device of the logits, NOT_FINITE or ALL_BARRED where there is none. logprobs[r]: None
+    for rows that did not ask."""
 
     token_ids: Tensor
     logprobs: list[dict[int, TokenLogprob] | None]
@@ -42,29 +51,51 @@ def sample(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | No
     """
     _check_shapes(logits, states, drafted)
     if all(state.plain_greedy for state in states):
-        return Sampled(logits.argmax(-1), [None] * len(states))
+        # The maximum comes with its place: NaN and infinity, which it would be, are seen without another look at the
+        # logits.
+        peaks, token_ids = logits.max(-1)
+        return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE), [None] * len(states))
     paths = drafted or [()] * len(states)
     token_ids = torch.empty(len(states), dtype=torch.int64, device=logits.device)
     for rows in _chunks([r for r, state in enumerate(states) if state.params.greedy], logits.shape[1]):
         chunk, index = _take(logits, rows)
-        token_ids[index] = adjust(chunk, [states[r] for r in rows], [paths[r] for r in rows]).argmax(-1)
+        token_ids[index] = _best(adjust(chunk, [states[r] for r in rows], [paths[r] for r in rows]))
     for rows in _chunks([r for r, state in enumerate(states) if not state.params.greedy], logits.shape[1]):
         chunk, index = _take(logits, rows)
         chosen = [states[r] for r in rows]
         chunk = restrict(adjust(chunk, chosen, [paths[r] for r in rows]), chosen)
         positions = [len(states[r].output_token_ids) + len(paths[r]) for r in rows]
-        token_ids[index] = (chunk + gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)).argmax(-1)
+        token_ids[index] = _best(
+            chunk + gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)
+        )
+    token_ids = torch.where(finite_rows(logits), token_ids, NOT_FINITE)
     logprobs: list[dict[int, TokenLogprob] | None] = [None] * len(states)
     wanting = [r for r, state in enumerate(states) if state.params.logprobs is not None]
     if wanting:
-        chosen_tokens, counts = token_ids[wanting].tolist(), [states[r].params.logprobs or 0 for r in wanting]
+        drawn = dict(zip(wanting, token_ids[wanting].tolist(), strict=True))
+        wanting = [r for r in wanting if drawn[r] >= 0]
+        chosen_tokens, counts = [drawn[r] for r in wanting], [states[r].params.logprobs or 0 for r in wanting]
         for r, entry in zip(wanting, token_logprobs(logits, chosen_tokens, counts, rows=wanting), strict=True):
             logprobs[r] = entry
     return Sampled(token_ids, logprobs)
 
 
+def _best(scores: Tensor) -> Tensor:
+    """The token of the largest score of each row, ALL_BARRED where none is finite."""
+    peaks, token_ids = scores.max(-1)
+    return torch.where(peaks.isfinite(), token_ids, ALL_BARRED)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """[N] bool: no NaN or +inf among a row's logits, and not -inf alone. A model may rule out tokens of its own by
+    -inf."""
+    return logits.amax(-1).isfinite()
+
+
 def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None = None) -> Tensor:
-    """The distribution each row draws from, as probabilities [N, vocab] float32; a greedy row has all mass on its argmax.
+    """The distribution each row draws from, as probabilities [N, vocab] float32; a greedy row has all mass on its
+    argmax. Of a row from which nothing can be
+    drawn (see `Sampled`) they are NaN, also where it is greedy.
 
     For verifying drafted tokens: one row per tree node, `drafted` gives the path that leads to it, penalties count that path.
     """
@@ -74,18 +105,48 @@ def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Draf
     for rows in _chunks(list(range(len(states))), logits.shape[1]):
         chunk, index = _take(logits, rows)
         chosen = [states[r] for r in rows]
+        finite = finite_rows(chunk)
         chunk = adjust(chunk, chosen, [paths[r] for r in rows])
-        best = chunk.argmax(-1)
+        peaks, best = chunk.max(-1)
         drawn = restrict(chunk, chosen).softmax(-1)
         greedy = torch.tensor([r for r, state in enumerate(chosen) if state.params.greedy], dtype=torch.int64, device=logits.device)
         drawn[greedy] = 0.0
         drawn[greedy, best[greedy]] = 1.0
+        drawn.masked_fill_(~(finite & peaks.isfinite())[:, None], torch.nan)
         probabilities[index] = drawn
     return probabilities
 
 
 def adjust(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> Tensor:
-    """Bias and penalties, which can change the argmax. logits [N, vocab] is returned as it is when no row asks for any, else a copy.
+    """Bias, penalties and constraints, which can change the argmax. logits [N, vocab] is returned as it is when no row
+    asks for any, else a copy."""
+    if not any(state.adjusted for state in states):
+        return logits
+    effects = {
+        row: state.constraints.effect(path)
+        for row, (state, path) in enumerate(zip(states, drafted, strict=True))
+        if state.constraints is not None
+    }
+    logits = _biased(
+        logits, [(row, token, bias) for row, effect in effects.items() for token, bias in effect.bias.items()]
+    )
+    return _confined(_penalized(logits, states, drafted), effects)
+
+
+def _biased(logits: Tensor, biases: Sequence[tuple[int, int, float]]) -> Tensor:
+    """biases: (row, token, what to add), every token of a row once."""
+    if not biases:
+        return logits
+    rows, tokens, values = zip(*biases, strict=True)
+    where = (
+        torch.tensor(rows, device=logits.device),
+        torch.tensor(_in_vocabulary(np.array(tokens), logits.shape[1]), device=logits.device),
+    )
+    return logits.index_put(where, logits[where] + torch.tensor(values, dtype=logits.dtype, device=logits.device))
+
+
+def _penalized(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> Tensor:
+    """Logit bias and penalties.
 
     Repetition penalty (Keskar et al., "CTRL", 2019): logits of tokens in prompt or output are divided by it when positive, multiplied when negative.
     """
@@ -97,9 +158,7 @@ def adjust(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> 
     rows = np.repeat([row for row, _ in pieces], [len(piece.token_ids) for _, piece in pieces])
     if not len(rows):
         return logits
-    tokens = np.concatenate([piece.token_ids for _, piece in pieces])
-    if tokens.max() >= logits.shape[1] or tokens.min() < 0:
-        raise ValueError(f"a token id of a logit bias or a history is outside the vocabulary of {logits.shape[1]}: {tokens.min()} to {tokens.max()}")
+    tokens = _in_vocabulary(np.concatenate([piece.token_ids for _, piece in pieces]), logits.shape[1])
     where = (torch.from_numpy(rows).to(logits.device), torch.from_numpy(tokens).to(logits.device))
     terms = torch.from_numpy(np.concatenate([piece.terms for _, piece in pieces])).to(logits.device)
     bias, repetition, subtract = terms.unbind(1)
@@ -108,14 +167,44 @@ def adjust(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> 
     return logits.index_put(where, value)
 
 
+def _confined(logits: Tensor, effects: Mapping[int, Effect]) -> Tensor:
+    """Forced tokens alone, and no barred ones."""
+    vocab = logits.shape[1]
+    forced = [(row, token) for row, effect in effects.items() for token in effect.forced]
+    barred = [(row, token) for row, effect in effects.items() for token in effect.barred if 0 <= token < vocab]
+    if not forced and not barred:
+        return logits
+    logits = logits.clone()
+    for pairs, value in ((forced, 0.0), (barred, -torch.inf)):
+        if pairs:
+            rows, tokens = torch.tensor(pairs, device=logits.device).unbind(1)
+            _in_vocabulary(np.array([token for _, token in pairs]), vocab)
+            if pairs is forced:
+                logits[rows] = -torch.inf
+            logits[rows, tokens] = value
+    return logits
+
+
+def _in_vocabulary(tokens: np.ndarray, vocab: int) -> np.ndarray:
+    if tokens.max() >= vocab or tokens.min() < 0:
+        raise ValueError(
+            f"a token id of a bias, a constraint or a history is outside the vocabulary of {vocab}: "
+            f"{tokens.min()} to {tokens.max()}"
+        )
+    return tokens
+
+
 def restrict(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
     """Temperature, min-p, top-k, top-p: scaled logits [N, vocab] float32 with -inf for every token that may not be drawn. Greedy rows pass with temperature 1.
 
     At least the most likely token stays. Tokens tied with the k-th stay, as in vLLM and transformers.
     """
     vocab, device = logits.shape[1], logits.device
-    temperature = torch.tensor([state.params.temperature or 1.0 for state in states], dtype=logits.dtype, device=device)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing to inf - inf.
+    # Within what float32 holds: infinity would make a number of -inf, and 0 none of the maximum. Subtracting that first
+    # keeps a tiny one from inf - inf.
+    limits = torch.finfo(logits.dtype)
+    temperatures = [min(max(state.params.temperature or 1.0, limits.tiny), limits.max) for state in states]
+    temperature = torch.tensor(temperatures, dtype=logits.dtype, device=device)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
     min_p = [state.params.min_p for state in states]
     if any(min_p):

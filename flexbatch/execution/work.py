@@ -19,6 +19,14 @@ def num_unread(output: OutputText, num_prompt_tokens: int) -> int:
     return int(output.max_tokens == 0 and num_prompt_tokens > 1)
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Why a sequence cannot go on. ``in_model``: the model's own logits are not finite, whatever was asked of them."""
+
+    problem: str
+    in_model: bool = True
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request in flight: its tokens, its cache, and the micro-batch it belongs to for life."""
@@ -31,6 +39,10 @@ class Sequence:
     """Prompt and generated tokens."""
     logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, TokenLogprob] | None] = field(default_factory=list)
+    fault: Fault | None = None
+    """Why it cannot go on. It stays until its prompt is read: others may wait for the pages that they share with it."""
+    plain: bool = False
+    """Nothing is drafted for it any more."""
     # Attributes, as they never change and are asked for several times a pass by every sequence.
     num_prompt_tokens: int = field(init=False)
     num_unread: int = field(init=False)

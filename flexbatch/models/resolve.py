@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexbatch.models.errors import CheckpointError
-from flexbatch.models.source import weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,6 +71,8 @@ def fingerprint(folder: Path | str) -> str:
     Hashes config.json whole and of every weight file its name, size, and 64 samples of 4 KiB spread evenly from first to last byte; the first holds the
     header of a safetensors file. A change that touches none of the samples and no size goes unnoticed: a training step changes them all.
     """
+    from flexbatch.models.source import weight_files  # brings torch, which finding a model does without
+
     folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):

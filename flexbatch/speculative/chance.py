@@ -36,6 +36,8 @@ def drawn_children(logits: Tensor, state: RequestState, path: tuple[int, ...], n
     """
     distribution = process_logits(logits[None], [state], [path])[0]
     probabilities = distribution.double()
+    if not bool(probabilities.sum() > 0):  # NaN: nothing is drawn from a draft that has no logits here
+        return [], distribution
     probabilities /= probabilities.sum()
     position, vocab = len(state.output_token_ids) + len(path), len(probabilities)
     key, scores = draft_key(state, node), probabilities.log()

@@ -291,7 +291,7 @@ def likeliest(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int,
 
 def noisy(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int, ...]]) -> Tensor:
     """Scores [N, vocab] whose largest is the token that plain decoding would draw from these logits."""
-    if all(state.params.greedy and state.adjustments is None for state in states):
+    if all(state.params.greedy and not state.adjusted for state in states):
         return logits
     adjusted = adjust(logits, states, paths)
     rows = [r for r, state in enumerate(states) if not state.params.greedy]

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import Drawn
-from flexbatch.execution.sampling import token_logprobs
+from flexbatch.execution.sampling import ALL_BARRED, NOT_FINITE, finite_rows, token_logprobs
 from flexbatch.execution.work import QueryTokens, Sequence
 from flexbatch.request import TokenLogprob
 from flexbatch.speculative.chance import RequestDraws, target_probabilities
@@ -23,7 +23,7 @@ from flexbatch.speculative.growth import TreePlan
 from flexbatch.speculative.lookup import Lookup
 from flexbatch.speculative.shapes import TreeSpec, fixed_widths
 from flexbatch.speculative.tree import Drawing, TokenTree, merge
-from flexbatch.speculative.verify import Verdict, verify
+from flexbatch.speculative.verify import UNDRAWN, Verdict, verify
 
 AUTO_NODES = 32
 BEST_FIRST_DEPTH = 8
@@ -179,6 +179,9 @@ class Speculator:
         verdict = verify(tree, target_probabilities(logits, state, query.paths), RequestDraws(state, logits.device), [kept[parent] for parent in tree.parents])
         path = tuple(node + 1 for node in verdict.path)
         tokens = list(verdict.tokens(tree))
+        if verdict.token == UNDRAWN:
+            tokens[-1] = ALL_BARRED if bool(finite_rows(logits[[path[-1] if path else 0]])) else NOT_FINITE
+            return Drawn(tokens, [], path=path)
         return Drawn(tokens, entries(logits[[0, *path]], tokens, state), path=path)
 
     def follow(self, query: QueryTokens, drawn: Drawn) -> Drawn:

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from flexbatch.speculative.tree import Drawing, TokenTree
 
+UNDRAWN = -1
+"""In the place of the one more token, where the target has no probabilities: `sampling.NOT_FINITE`, for the caller to
+tell from what is barred."""
+
 
 class Draws(Protocol):
     """The random stream of one request. ``depth`` counts from the next output token (0): the same place never serves two decisions."""
@@ -55,7 +59,10 @@ def verify(tree: TokenTree, target: Tensor, draws: Draws, draft: Sequence[Tensor
         raise ValueError(f"a tree drawn {tree.drawn.value} needs the draft's distribution of each of its {len(tree)} nodes")
     path: list[int] = []
     row = 0
+    drawable = target.sum(-1).isfinite().tolist()
     while True:
+        if not drawable[row]:
+            return Verdict(tuple(path), UNDRAWN)
         children = tree.shape.children[row]
         node: int | None
         if tree.drawn is Drawing.DETERMINISTIC or draft is None or not children:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -191,3 +192,40 @@ def number(text):
         return float({"True": 1, "False": 0}.get(str(text), text))
     except ValueError:
         return text
+
+
+GENERATION = (
+    {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    {
+        "suppress_tokens": [40, 50, 60],
+        "min_new_tokens": 4,
+        "bad_words_ids": [[41], [42, 43]],
+        "temperature": 0.3,
+        "top_k": 4,
+        "do_sample": True,
+    },
+    {"max_new_tokens": 5, "sequence_bias": [[[45], 3.0], [[45, 46], 4.0]]},
+)
+
+
+@pytest.mark.parametrize("content", GENERATION, ids=lambda content: ",".join(content))
+def test_generate_until_follows_the_models_generation_config_as_hf(content, tiny, tmp_path):
+    """Greedy answers, request by request: the file's settings count for both, and what a request says itself comes
+    before them."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **content}))
+    asked = requests(
+        "generate_until",
+        ("def main(", {"until": ["zzz"], "max_gen_toks": 12}),
+        ("import os, sys", {"until": [], "max_gen_toks": 9, "do_sample": False}),
+        ("x = 1", {"until": ["zzz"], "max_gen_toks": 8, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}),
+    )
+    model = FlexBatchLM(str(folder), gpu_batch_size=4, num_gpu_batches=1, percent="100 0 100 0 100 0", **ENGINE)
+    mine = model.generate_until(asked, disable_tqdm=True)
+    model.llm.close()
+    assert mine == hugging_face(folder, 1).generate_until(asked, disable_tqdm=True)
+    plain = FlexBatchLM(str(tiny), gpu_batch_size=4, num_gpu_batches=1, percent="100 0 100 0 100 0", **ENGINE)
+    assert plain.generate_until(asked, disable_tqdm=True) != mine, "this file changes nothing here and proves nothing"
+    plain.llm.close()

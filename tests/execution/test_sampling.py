@@ -239,3 +239,57 @@ def test_check_finds_a_state_out_of_step() -> None:
     request.output_token_ids.append(9)
     with pytest.raises(AssertionError, match="counts"):
         request.check()
+
+
+SPOILED = {"NaN": float("nan"), "infinity": float("inf")}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+@pytest.mark.parametrize(
+    "params",
+    [
+        *MIX,
+        {"suppress_tokens": [9]},
+        {"logit_bias": {9: -float("inf")}},
+        {"forced_bos_token_id": 3, "temperature": 0.0},
+    ],
+    ids=str,
+)
+def test_a_row_that_is_not_finite_is_marked_and_no_other(params: dict, spoil: str) -> None:
+    """One number among many is enough, also where nobody could draw that token; a token that the model itself rules out
+    by -inf is none."""
+    logits = random_logits(4, seed=4)
+    logits[0, 17] = -torch.inf
+    alone = sample(logits, [state(i, **params) for i in range(4)]).token_ids.tolist()
+    assert min(alone) >= 0
+    logits[1, 9], logits[3] = SPOILED[spoil], -torch.inf
+    drawn = sample(logits, [state(i, **params) for i in range(4)])
+    assert drawn.token_ids.tolist() == [alone[0], sampling.NOT_FINITE, alone[2], sampling.NOT_FINITE]
+    assert [entry is not None for entry in drawn.logprobs] == ["logprobs" in params] * 1 + [False] + [
+        "logprobs" in params
+    ] + [False]
+    spoiled = process_logits(logits, [state(i, **params) for i in range(4)]).isnan()
+    assert spoiled.all(1).tolist() == spoiled.any(1).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-38, 1.0, 1e38, 1e39, 1e300])
+def test_barred_tokens_stay_barred_at_any_temperature(temperature: float) -> None:
+    barred = {token: -float("inf") for token in range(VOCAB) if token not in (3, 8)}
+    states = [
+        state(i, temperature=temperature, logit_bias=barred, top_p=0.99, min_p=1e-300, top_k=50) for i in range(200)
+    ]
+    drawn = sample(random_logits(200, seed=3), states).token_ids
+    assert set(drawn.tolist()) == {3, 8}
+    probabilities = process_logits(random_logits(200, seed=3), states)
+    torch.testing.assert_close(probabilities[:, [3, 8]].sum(1), torch.ones(200))
+    none = state(0, temperature=temperature, suppress_tokens=range(VOCAB))
+    assert (
+        sample(random_logits(1), [none]).token_ids.tolist() == [sampling.ALL_BARRED]
+        and process_logits(random_logits(1), [none]).isnan().all()
+    )
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-30, 1e30, 1e300])
+def test_extreme_penalties_draw_some_token(penalty: float) -> None:
+    states = [state(i, (3, 8), repetition_penalty=penalty, temperature=i * 0.7) for i in range(3)]
+    assert min(sample(random_logits(3), states).token_ids.tolist()) >= 0

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
+import tracemalloc
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from flexbatch.request import SamplingParams
+from flexbatch import LLM
+from flexbatch.checks import UnknownKeywordError
+from flexbatch.config import ConfigurationError
+from flexbatch.request import MOST_SAMPLES, Completion, SamplingParams
 
 BAD = {
     "max_tokens": (-1,),
@@ -41,3 +53,166 @@ def test_the_ends_of_the_ranges_are_in_them():
 
 def test_one_stop_string_is_a_list_of_one():
     assert SamplingParams(stop="ab").stop == ("ab",) and SamplingParams(stop=["a", "b"], stop_token_ids=[3]).stop_token_ids == (3,)
+
+
+NO_WHOLE = (1.5, 2.0, "2", b"2", True, np.float32(2), [2], (), {}, Decimal(2), Fraction(5, 2), object())
+NO_NUMBER = ("hot", "0.5", True, [0.5], {}, b"1", Decimal("0.5"), 1j, np.array([0.5]))
+NO_IDS = (5, "not_a_list", b"ab", {5: 6}, [5.0], ["x"], [[13013]], [True], [None], [5, "6"], object())
+NO_WORDS = (5, "ab", [5], ["ab"], [[5.5]], [[-1]], [[]], [[5], [True]], {5: 6})
+WRONG_TYPES = {
+    **dict.fromkeys(
+        ("max_tokens", "top_k", "n", "prompt_logprobs_start", "min_tokens", "min_length", "no_repeat_ngram_size"),
+        (*NO_WHOLE, None),
+    ),
+    **dict.fromkeys(("seed", "logprobs", "prompt_logprobs", "forced_bos_token_id"), NO_WHOLE),
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+        (*NO_NUMBER, None),
+    ),
+    "stop": (123, 1.5, True, [5], ["a", None], {"a": 1}, b"ab", [["a"]], object()),
+    **dict.fromkeys(("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"), NO_IDS),
+    "forced_eos_token_id": ("x", True, 2.0, [2.0], ["x"], -1, [-1]),
+    "logit_bias": (
+        [1],
+        "ab",
+        5,
+        {"5": 1.0},
+        {5.0: 1.0},
+        {True: 1.0},
+        {5: "1"},
+        {5: None},
+        {5: True},
+        [(5, 1.0)],
+        {5: 1e31},
+    ),
+    "bad_words_ids": NO_WORDS,
+    "sequence_bias": (
+        5,
+        "ab",
+        [[1, 2]],
+        [[[1], "2"]],
+        [[[1.5], 2.0]],
+        [[[], 2.0]],
+        [[[1], 2.0, 3]],
+        {"(5,)": 1.0},
+        [[[1], math.nan]],
+    ),
+    "ignore_eos": (0, 1, "true", None, [], 1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in WRONG_TYPES.items() for value in values],
+    ids=lambda x: repr(x)[:30],
+)
+def test_wrong_types_are_named(name, value):
+    with pytest.raises(ConfigurationError, match=rf"sampling parameter {name}=.* must be "):
+        SamplingParams(**{name: value})
+    with pytest.raises(ConfigurationError, match=f"sampling parameter {name}="):
+        dataclasses.replace(SamplingParams(), **{name: value})
+
+
+def test_every_field_has_its_wrong_types():
+    assert WRONG_TYPES.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.integers() | st.text(max_size=2), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(sorted(WRONG_TYPES)), value=ANYTHING)
+def test_any_value_is_kept_or_named(name, value):
+    """Never another error, and what is kept is what a second look keeps."""
+    try:
+        params = SamplingParams(**{name: value})
+    except ConfigurationError as error:
+        assert f"sampling parameter {name}=" in str(error) and len(str(error)) < 500
+    else:
+        assert SamplingParams(**dataclasses.asdict(params)) == params
+
+
+def test_numpy_counts_and_everything_is_kept_in_plain_types():
+    params = SamplingParams(
+        max_tokens=np.int64(5), temperature=np.float32(0.5), top_p=1, stop_token_ids=np.array([1, 2]),
+        logit_bias={np.int32(3): np.float16(1)}, stop={"a"},
+        forced_eos_token_id=np.int64(5), sequence_bias=[[np.array([1, 2]), -3]], bad_words_ids=[(1,), [2, 3]],
+        ignore_eos=np.bool_(True), seed=-(2**70),
+    )  # fmt: skip
+    kept = (
+        params.max_tokens,
+        params.temperature,
+        params.top_p,
+        params.stop_token_ids,
+        params.logit_bias,
+        params.stop,
+        params.ignore_eos,
+    )
+    assert kept == (5, 0.5, 1.0, (1, 2), {3: 1.0}, ("a",), True) and [type(value) for value in kept[:3]] == [
+        int,
+        float,
+        float,
+    ]
+    assert (params.forced_eos_token_id, params.sequence_bias, params.bad_words_ids) == (
+        (5,),
+        (((1, 2), -3.0),),
+        ((1,), (2, 3)),
+    )
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == dataclasses.replace(params) == params
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+    bias = {3: 1.0}
+    kept = SamplingParams(logit_bias=bias)
+    bias[4] = 2.0
+    assert kept.logit_bias == {3: 1.0}
+
+
+HUGE = (
+    {"n": 100_000_000}, {"n": MOST_SAMPLES + 1}, {"logprobs": 10**9}, {"prompt_logprobs": 10**9},
+    {"max_tokens": 10**12}, {"top_k": 10**30},
+    {"stop": ["x"] * 2000}, {"stop": "x" * 10_000}, {"stop_token_ids": range(10**12)},
+    {"suppress_tokens": range(10**30)},
+    {"logit_bias": {i: 1.0 for i in range(10_000)}, "n": 16_000}, {"temperature": 10**400},
+    {"bad_words_ids": [range(10**12)]},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", HUGE, ids=lambda settings: ",".join(settings))
+def test_no_single_request_takes_much_memory(settings):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigurationError, match=r"sampling parameter .* must be "):
+            SamplingParams(**settings)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: SamplingParams(max_token=5), "SamplingParams has no keyword 'max_token'; did you mean 'max_tokens'?"),
+        (lambda: dataclasses.replace(SamplingParams(), temprature=5), "did you mean 'temperature'?"),
+        (lambda: SamplingParams(zzz=5), "SamplingParams has no keyword 'zzz'; known are "),
+        (lambda: LLM("demo", gpu_batchsize=4), "LLM has no keyword 'gpu_batchsize'; did you mean 'gpu_batch_size'?"),
+        (lambda: LLM("demo", tracing=True), "LLM has no keyword 'tracing'"),
+    ],
+)
+def test_unknown_keywords_come_with_a_suggestion(make, text):
+    with pytest.raises(UnknownKeywordError) as error:
+        make()
+    assert (
+        text in str(error.value) and isinstance(error.value, ConfigurationError) and isinstance(error.value, TypeError)
+    )
+
+
+def test_the_bare_error_of_a_completion():
+    errors = {"prompt 3: bad": "bad", "prompt 3, sample 12: bad: prompt 4": "bad: prompt 4", "bad": "bad", "": ""}
+    assert [Completion((), error=error).bare_error for error in errors] == list(errors.values())

@@ -1,0 +1,108 @@
+"""What may come next in one request, by the tokens that came before: the processors of transformers'
+generation_config.json, kept up to date token by token."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from flexbatch.request import Request
+
+
+@dataclass(frozen=True)
+class Effect:
+    """At one place of a text. ``bias`` is added to the model's logits, before penalties; then ``forced`` tokens have
+    all of the probability, if there are
+    any, and ``barred`` ones none."""
+
+    bias: dict[int, float]
+    forced: tuple[int, ...]
+    barred: list[int]
+
+
+class Following:
+    """Things by the tokens that they follow: asked with a text, gives all that follow its end. () is the end of every
+    text."""
+
+    def __init__(self, pairs: Iterable[tuple[Sequence[int], float]]) -> None:
+        self._found: dict[tuple[int, ...], list[tuple[int, float]]] = defaultdict(list)
+        for tokens, value in pairs:
+            self._found[tuple(tokens[:-1])].append((tokens[-1], value))
+        self._lengths = sorted({len(tokens) for tokens in self._found})
+
+    def at_end(self, tail: Sequence[int]) -> list[tuple[int, float]]:
+        """(token, value) of every sequence that one more token completes."""
+        ends = (tuple(tail[len(tail) - length :]) for length in self._lengths if length <= len(tail))
+        return [pair for end in ends for pair in self._found.get(end, ())]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text's end that are looked at, at most."""
+        return max(self._lengths, default=0)
+
+
+class Constraints:
+    """Of one request with any of `request.CONSTRAINTS`. A drafted path counts like text: every node of a token tree has
+    what plain decoding would have there."""
+
+    def __init__(self, request: Request, eos_token_ids: Collection[int]) -> None:
+        params = request.params
+        self._params, self._num_prompt = params, len(request.prompt_token_ids)
+        self._eos = tuple(eos_token_ids)
+        self._ends = tuple(dict.fromkeys((*eos_token_ids, *params.stop_token_ids)))
+        # The bias of a sequence that is named twice is the last one, as in transformers. Nothing can keep an output
+        # from ending: a bad word that is EOS is none.
+        self._biases = Following({tuple(tokens): bias for tokens, bias in params.sequence_bias}.items())
+        self._bad_words = Following(
+            (tokens, 0.0) for tokens in params.bad_words_ids if len(tokens) > 1 or tokens[0] not in self._eos
+        )
+        self._ngrams: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        self._tokens: list[int] = []
+        for token in request.prompt_token_ids:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """One more token of the text."""
+        self._tokens.append(token)
+        size = self._params.no_repeat_ngram_size
+        if 0 < size <= len(self._tokens):
+            self._ngrams[tuple(self._tokens[len(self._tokens) - size : -1])].append(token)
+
+    def effect(self, path: tuple[int, ...] = ()) -> Effect:
+        """On the token that follows the text and ``path``."""
+        params, length = self._params, len(self._tokens) + len(path)
+        place = length - self._num_prompt
+        reach = max(self._biases.longest, self._bad_words.longest)
+        tail = (*self._tokens[len(self._tokens) - min(reach, len(self._tokens)) :], *path)
+        bias: dict[int, float] = defaultdict(float)
+        for token, value in self._biases.at_end(tail):
+            bias[token] += value
+        forced: tuple[int, ...] = ()
+        if length == 1 and params.forced_bos_token_id is not None:
+            forced = (params.forced_bos_token_id,)
+        if place == params.max_tokens - 1 and params.forced_eos_token_id:
+            forced = tuple(params.forced_eos_token_id)  # type: ignore[arg-type]
+        barred = [*params.suppress_tokens]
+        # After a prompt of one token whose next one is forced, the text begins a token later.
+        if place == int(self._num_prompt == 1 and params.forced_bos_token_id is not None):
+            barred += params.begin_suppress_tokens
+        if not forced:
+            barred += [token for token, _ in self._bad_words.at_end(tail)]
+            barred += self._repeated(path)
+            barred += self._ends if place < params.min_tokens else self._eos if length < params.min_length else ()
+        return Effect(dict(bias), forced, barred)
+
+    def _repeated(self, path: tuple[int, ...]) -> list[int]:
+        """Tokens that would complete a sequence which is there already, in the text or along the path."""
+        size = self._params.no_repeat_ngram_size
+        if not size:
+            return []
+        text = (*self._tokens[max(0, len(self._tokens) - size + 1) :], *path)
+        end = text[len(text) - size + 1 :]
+        along = [text[i + size - 1] for i in range(len(text) - size + 1) if text[i : i + size - 1] == end]
+        return [*self._ngrams.get(end, ()), *along]
+
+    def follows(self, tokens: Sequence[int]) -> bool:
+        """Whether these are the tokens that it has been told of; for checks."""
+        return self._tokens == list(tokens)

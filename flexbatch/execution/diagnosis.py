@@ -1,0 +1,138 @@
+"""Where a model stops giving finite numbers: sequences that failed are read once more, by themselves, and the hidden
+states looked at after every layer.
+
+Looked for afterwards alone, as a look at the hidden states of every layer would cost each good pass a launch and a read
+of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flexbatch.execution.batcher import Batcher, Retired
+from flexbatch.execution.executor import Executor
+from flexbatch.execution.inputs import MicroBatchInputs
+from flexbatch.execution.work import PassWork, QueryTokens, Sequence
+
+EMBEDDING = -1
+
+
+@dataclass
+class Reading:
+    """A failed sequence with pages of its own: nothing that others share is written again."""
+
+    failed: Sequence
+    copy: Sequence
+    token_ids: list[int]
+    layer: int | None = None
+    """The first one after which hidden states are not finite; None: none so far."""
+
+
+def explained(retired: Iterable[Retired], batcher: Batcher, executor: Executor) -> list[Retired]:
+    """The same, with the layer of doubt in the errors of those whose logits are not finite. The batcher has given back
+    their pages."""
+    retired = list(retired)
+    faulty = [
+        item.sequence
+        for item in retired
+        if item.sequence is not None and item.sequence.fault is not None and item.sequence.fault.in_model
+    ]
+    layers: dict[Sequence, int | None] = {}
+    while faulty:
+        readings = opened(faulty, batcher)
+        if not readings:
+            break
+        try:
+            read(readings, batcher, executor)
+        finally:
+            for reading in readings:
+                batcher.cache.free(reading.copy.table)
+        layers |= {
+            reading.failed: executor.arch.num_layers if reading.layer is None else reading.layer for reading in readings
+        }
+        faulty = [sequence for sequence in faulty if sequence not in layers]
+    return [
+        replace(item, error=f"{item.error}; {described(layers.get(item.sequence), executor)}")
+        if item.sequence is not None and item.sequence.fault is not None and item.sequence.fault.in_model
+        else item
+        for item in retired
+    ]
+
+
+def described(layer: int | None, executor: Executor) -> str:
+    """What was found, and what to do."""
+    count, dtype = executor.arch.num_layers, str(executor.dtype).removeprefix("torch.")
+    remedy = "the weights there hold NaN or infinity, or lead to numbers that float32 cannot hold"
+    if executor.dtype != torch.float32:
+        most = "65504" if executor.dtype == torch.float16 else "3.4e38"
+        remedy = f"the weights there hold NaN or infinity, or their products exceed the {most} of {dtype}: "
+        remedy += f"try --dtype {wider(executor.dtype)}"
+    if layer is None:
+        return f"no cache pages were free to find the layer. Weights hold NaN or infinity, or {dtype} overflows"
+    if layer == EMBEDDING:
+        return f"the embedding of its tokens is not finite already, before layer 0: {remedy}"
+    if layer == count:
+        where = "the final norm or the output head"
+        return f"hidden states are finite after each of the {count} layers, so it is {where}: {remedy}"
+    return f"hidden states stop being finite in layer {layer} (the first is 0, the last {count - 1}): {remedy}"
+
+
+def wider(dtype: torch.dtype) -> str:
+    return "bfloat16 or float32" if dtype == torch.float16 else "float32"
+
+
+def opened(sequences: list[Sequence], batcher: Batcher) -> list[Reading]:
+    """As many as have room in the cache together, in a micro-batch."""
+    cache, readings, staged = batcher.cache, [], 0
+    for sequence in sequences[: batcher.policy.gpu_batch_size]:
+        token_ids = sequence.token_ids[: len(sequence.token_ids) - sequence.num_unread]
+        tier, pages = sequence.table.tier, cache.layout.num_pages(len(token_ids))
+        staged += pages if tier != "gpu" else 0
+        if staged > cache.sizes.staging_pages or not cache.can_open(tier, len(token_ids)):
+            break
+        readings.append(Reading(sequence, replace(sequence, table=cache.open(tier, len(token_ids))), token_ids))
+    return readings
+
+
+def read(readings: list[Reading], batcher: Batcher, executor: Executor) -> None:
+    """Read their tokens from the first on, a chunk of each in a pass, until the layer of every one is known or its text
+    at its end."""
+    by_copy = {reading.copy: reading for reading in readings}
+
+    def watch(layer: int, inputs: MicroBatchInputs, hidden: Tensor) -> None:
+        finite = hidden.isfinite().all(-1).tolist()
+        for query, rows in rows_of(inputs):
+            reading = by_copy[query.sequence]
+            if not all(finite[rows]) and (reading.layer is None or layer < reading.layer):
+                reading.layer = layer
+
+    chunk = max(
+        1,
+        min(
+            batcher.policy.prefill_chunk,
+            batcher.prefill_budget // len(readings),
+            batcher.micro_batch_tokens // len(readings),
+        ),
+    )
+    while unread := [item for item in readings if item.layer is None and item.copy.num_cached < len(item.token_ids)]:
+        queries = []
+        for item in unread:
+            start = item.copy.num_cached
+            tokens = tuple(item.token_ids[start : start + chunk])
+            queries.append(QueryTokens(item.copy, tokens, start, len(tokens)))
+        for _ in executor.run(PassWork((tuple(queries),)), watch):
+            pass
+        for query in queries:
+            batcher.cache.commit(query.sequence.table, query.start + query.num_tokens)
+
+
+def rows_of(inputs: MicroBatchInputs) -> Iterator[tuple[QueryTokens, slice]]:
+    """The rows of every query in a micro-batch's hidden states."""
+    start = 0
+    for query in inputs.queries:
+        yield query, slice(start, start + query.num_tokens)
+        start += query.num_tokens
