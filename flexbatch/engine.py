@@ -227,7 +227,6 @@ class LLM:
     ) -> Iterator[tuple[Request, Completion]]:
         """The loop of the engine: compose a pass, run it, commit what it drew."""
         meter, generated = self._meter(), self.statistics.generated_tokens
-        shown: dict[int, int] = {}
         started = time.perf_counter()
         try:
             while batcher.has_work():
@@ -242,7 +241,7 @@ class LLM:
                     self._adjust(batcher, block, change)
                 self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
-                    report_text(batcher, shown, on_tokens)
+                    report_text(batcher, on_tokens)
                 for retired in batcher.take_retired():
                     yield retired.state.request, self._completion(retired)
             for retired in batcher.take_retired():

@@ -14,6 +14,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.prompts import Prompt, PromptEncoder
 from flexbatch.reports import with_samples
 from flexbatch.request import Completion, Request, SamplingParams
+from flexbatch.text_decoder import TextDecoder
 
 Item = tuple[Hashable, Prompt, SamplingParams]
 """Of a stream: the caller's key, a prompt, how to complete it."""
@@ -50,9 +51,11 @@ def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: Prom
 
 def candidates_of(requests: Iterable[Request], tokenizer: Any, arch: Arch, engine_seed: int) -> Iterator[Candidate]:
     """Requests with the state that their sampling and their text need, one by one as they are asked for."""
+    decoder = None if tokenizer is None else TextDecoder(tokenizer)
     for request in requests:
-        prompt_tokens = len(request.prompt_token_ids)
-        output = OutputText(tokenizer, request.params, eos_token_ids=arch.eos_token_ids, prompt_tokens=prompt_tokens, max_context=arch.max_positions)
+        output = OutputText(
+            decoder, request.params, eos_token_ids=arch.eos_token_ids, prompt_token_ids=request.prompt_token_ids, max_context=arch.max_positions
+        )
         yield Candidate(RequestState(request, engine_seed), output)
 
 
@@ -88,7 +91,7 @@ class Intake:
             try:
                 samples = samples_of(index, prompt, params, self._encoder)
             except ValueError as error:
-                self.failed.append((key, Completion((), finish_reason="error", error=str(error), index=index)))
+                self.failed.append((key, Completion([], finish_reason="error", error=str(error), index=index)))
                 continue
             self._keys[index] = key
             yield from samples

@@ -65,7 +65,7 @@ def against_plain(fast: Statistics, plain: Statistics) -> dict[str, Any]:
 def completion_of(retired: Retired) -> Completion:
     """Of a sequence that ended, or of a request that failed."""
     request, output, sequence = retired.state.request, retired.output, retired.sequence
-    completion = Completion(request.prompt_token_ids, prompt=request.prompt, index=request.index, error=retired.error, finish_reason="error")
+    completion = Completion(list(request.prompt_token_ids), prompt=request.prompt, index=request.index, error=retired.error, finish_reason="error")
     if sequence is None or output.finish is None:
         return completion
     completion.token_ids, completion.text = list(output.token_ids), output.text
@@ -86,11 +86,9 @@ def with_samples(completions: dict[int, Completion]) -> Completion:
     return first
 
 
-def report_text(batcher: Batcher, shown: dict[int, int], on_tokens: Callable[[int, str], None]) -> None:
-    """Hand on the new text of every prompt's first sample; ``shown`` counts the characters that were handed on."""
+def report_text(batcher: Batcher, on_tokens: Callable[[int, str], None]) -> None:
+    """Hand on the new text of every prompt's first sample."""
     running = [(sequence.state.request, sequence.output) for batch in batcher.micro_batches for sequence in batch]
     for request, output in [*running, *((retired.state.request, retired.output) for retired in batcher.retired)]:
-        text = output.text if request.sample == 0 else ""
-        if len(text) > shown.get(request.index, 0):
-            on_tokens(request.index, text[shown.get(request.index, 0) :])
-            shown[request.index] = len(text)
+        if request.sample == 0 and (text := output.take()):
+            on_tokens(request.index, text)

@@ -91,7 +91,7 @@ class OracleLLM:
             ids = self._encode(prompt)
             if not ids or len(ids) + params.max_tokens > self.positions + (params.max_tokens == 0):
                 problem = f"the prompt has {len(ids)} tokens and asks for {params.max_tokens} more, the model has {self.positions} positions"
-                yield key, Completion(prompt_token_ids=tuple(ids), finish_reason="error", error=problem)
+                yield key, Completion(prompt_token_ids=list(ids), finish_reason="error", error=problem)
                 continue
             samples = [self._complete(ids, params, sample) for sample in range(params.n)]
             if params.n > 1:
@@ -120,7 +120,7 @@ class OracleLLM:
     @torch.no_grad()
     def _complete(self, ids: list[int], params: SamplingParams, sample: int) -> Completion:
         logits = self.model(torch.tensor([ids[: self.positions]])).logits[0].float()
-        result = Completion(prompt_token_ids=tuple(ids), finish_reason="length")
+        result = Completion(prompt_token_ids=list(ids), finish_reason="length")
         if params.prompt_logprobs is not None:
             table = torch.log_softmax(logits, -1)
             result.prompt_logprobs = [None] + [entry(table[i], ids[i + 1], params.prompt_logprobs) for i in range(len(ids) - 1)]
