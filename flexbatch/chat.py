@@ -12,15 +12,20 @@ BETWEEN_PARTS = "\n"
 """Joins the parts of a content where the template wants one text, as in vLLM."""
 
 
+class ChatError(ValueError):
+    """Messages that are not in order; the message says which."""
+
+
 class ChatTemplate:
     """Renders messages by a tokenizer's chat template.
 
     A template may write a content as text, walk over a list of parts, or both; what it does is seen from what it makes of a probe, once for every role.
-    Raises ValueError that names the message for what cannot be rendered.
+    Raises ChatError for messages that no template can write, and what the template raises.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._template: Any = None
         self._forms: dict[str, tuple[bool, bool]] = {}
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -31,7 +36,7 @@ class ChatTemplate:
         options = {"add_generation_prompt": not continued, "continue_final_message": continued}
         text = self._apply(ready, **options)
         if any(message["content"] is None for message in checked):
-            # Some templates tell calls of tools by a content that is null, others would write "None".
+            # Some templates tell calls of tools by a content that is null or left out, others would write "None".
             absent = [{**message, "content": None} if given["content"] is None else message for message, given in zip(ready, checked, strict=True)]
             try:
                 bare = self._apply(absent, **options)
@@ -54,6 +59,8 @@ class ChatTemplate:
 
     def _taken(self, role: str) -> tuple[bool, bool]:
         """Whether the template writes a content that is a text, and one that is a list of parts, of messages of this role."""
+        if (template := getattr(self._tokenizer, "chat_template", None)) != self._template:
+            self._template, self._forms = template, {}
         if role not in self._forms:
             self._forms[role] = self._probe(role)
         return self._forms[role]
@@ -85,10 +92,10 @@ class ChatTemplate:
 def _checked(place: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """The message without fields that are null; its content is a text, a list of text parts, or None. Arguments of calls become objects."""
     if not isinstance(message.get("role"), str):
-        raise ValueError(f'message {place} needs "role" (text) and "content", it has {sorted(map(str, message))}')
+        raise ChatError(f'message {place} needs "role" (text) and "content", it has {sorted(map(str, message))}')
     calls = message.get("tool_calls")
     if message.get("content") is None and not (message["role"] == "assistant" and calls):
-        raise ValueError(f'message {place} needs "role" (text) and "content", it has {sorted(key for key, value in message.items() if value is not None)}')
+        raise ChatError(f'message {place} needs "role" (text) and "content", it has {sorted(key for key, value in message.items() if value is not None)}')
     kept = {str(key): value for key, value in message.items() if value is not None}
     if calls:
         kept["tool_calls"] = [_call(place, call) for call in _listed(place, calls)]
@@ -99,26 +106,26 @@ def _checked_content(place: int, content: Any) -> str | list[dict[str, Any]] | N
     if content is None or isinstance(content, str):
         return content
     if isinstance(content, Mapping | bytes) or not isinstance(content, Sequence):
-        raise ValueError(f"the content of message {place} is a {type(content).__name__}; it may be text or a list of text parts")
+        raise ChatError(f"the content of message {place} is a {type(content).__name__}; it may be text or a list of text parts")
     parts = []
     for number, part in enumerate(content):
         if isinstance(part, str):
             parts.append({"type": "text", "text": part})
             continue
         if not isinstance(part, Mapping):
-            raise ValueError(f'part {number} of message {place} is a {type(part).__name__}; a part is {{"type": "text", "text": ...}}')
+            raise ChatError(f'part {number} of message {place} is a {type(part).__name__}; a part is {{"type": "text", "text": ...}}')
         kind = part.get("type")
         if kind != "text":
-            raise ValueError(f"part {number} of message {place} is of type {kind!r}; the model reads text, so only parts of type 'text' can be given")
+            raise ChatError(f"part {number} of message {place} is of type {kind!r}; the model reads text, so only parts of type 'text' can be given")
         if not isinstance(part.get("text"), str):
-            raise ValueError(f'part {number} of message {place} has no "text"')
+            raise ChatError(f'part {number} of message {place} has no "text"')
         parts.append({str(key): value for key, value in part.items() if value is not None})
     return parts
 
 
 def _listed(place: int, calls: Any) -> Sequence[Any]:
     if isinstance(calls, str | bytes | Mapping) or not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
-        raise ValueError(f"the tool_calls of message {place} are a {type(calls).__name__}; they are a list of objects")
+        raise ChatError(f"the tool_calls of message {place} are a {type(calls).__name__}; they are a list of objects")
     return calls
 
 
@@ -130,5 +137,5 @@ def _call(place: int, call: Mapping[str, Any]) -> dict[str, Any]:
     try:
         arguments = json.loads(function["arguments"] or "{}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the arguments of a tool call in message {place} are not JSON: {error}") from None
+        raise ChatError(f"the arguments of a tool call in message {place} are not JSON: {error}") from None
     return {**call, "function": {**function, "arguments": arguments}}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
-from typing import Any, cast
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 from flexbatch.config import ConfigurationError
 from flexbatch.detokenize import OutputText
 from flexbatch.execution.batcher import Candidate
 from flexbatch.execution.request_state import RequestState
 from flexbatch.models.arch import Arch
-from flexbatch.prompts import Prompt, PromptEncoder
+from flexbatch.prompts import Prompt, PromptEncoder, as_prompts, plain_prompt
 from flexbatch.reports import with_samples
 from flexbatch.request import Completion, Request, SamplingParams
 from flexbatch.text_decoder import TextDecoder
@@ -23,10 +22,9 @@ Item = tuple[Hashable, Prompt, SamplingParams]
 def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, encoder: PromptEncoder) -> list[Request]:
     """One request for every sample of every prompt, in the order of the prompts. One SamplingParams is for all.
 
-    Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters as prompts.
+    Raises PromptError for the first prompt that cannot be run, ConfigurationError for prompts that are none, or not as many as there are parameters.
     """
-    parts = prompts if isinstance(prompts, str) else list(prompts)
-    prompts = cast("list[Prompt]", [parts] if is_prompt(parts) else parts)
+    prompts = as_prompts(prompts)
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         params = [sampling_params or SamplingParams()] * len(prompts)
     else:
@@ -36,16 +34,11 @@ def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingPar
     return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)) for request in samples_of(i, prompt, p, encoder)]
 
 
-def is_prompt(parts: str | Sequence[Any]) -> bool:
-    """Whether it is one prompt (text, token ids, chat messages) and not a sequence of them."""
-    return isinstance(parts, str) or (len(parts) > 0 and all(isinstance(part, Integral | Mapping) for part in parts))
-
-
 def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:
     """The n requests of one prompt. Raises PromptError."""
     encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
-    text = prompt if isinstance(prompt, str) else None
+    text = plain_prompt(index, prompt).text
     return [Request(index, token_ids, params, sample, text) for sample in range(params.n)]
 
 
@@ -87,7 +80,10 @@ class Intake:
         self.failed: list[tuple[Hashable, Completion]] = []
 
     def requests(self) -> Iterator[Request]:
-        for index, (key, prompt, params) in enumerate(self._items):
+        for index, item in enumerate(self._items):
+            if not isinstance(item, tuple | list) or len(item) != 3:
+                raise ConfigurationError(f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams)")
+            key, prompt, params = item
             try:
                 samples = samples_of(index, prompt, params, self._encoder)
             except ValueError as error:

@@ -61,6 +61,10 @@ class TextDecoder:
     def is_unknown(self, token_id: int) -> bool:
         return self._size is not None and token_id >= self._size and token_id not in self._added
 
+    def is_added(self, token_id: int) -> bool:
+        """Whether the token was added to the vocabulary as it is written."""
+        return token_id in self._added
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out with ``skip_special_tokens``. Asked of the tokenizer itself, once for every added token that comes up."""
         if token_id not in self._added:
@@ -92,6 +96,13 @@ class TextDecoder:
         head = self.tail(context)
         whole = self.decode([*head, *(token_id for token_id in token_ids if not self.hides(token_id))])
         return whole[common_length(self.decode(head), whole) :] if head else whole
+
+    def alternatives(self, context: Sequence[int], token_ids: Sequence[int]) -> list[str]:
+        """The text of each of the tokens, as the only one after ``context``."""
+        head = self.tail(context)
+        before = self.decode(head) if head else ""
+        wholes = [self.decode([*head, token_id]) for token_id in token_ids]
+        return [whole[common_length(before, whole) :] for whole in wholes]
 
     def unsettled(self, text: str) -> int:
         """Characters at the end of a decoded text that more tokens may change: the bytes of a character that is not whole, and spaces to be tidied up."""

@@ -17,7 +17,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config", "request", "streams", "trace", "parallel"),
     ("models",),
     ("memory",),
-    ("detokenize", "prompts", "text_decoder"),
+    ("chat", "detokenize", "prompts", "text_decoder"),
     ("execution",),
     ("speculative",),
     ("planning",),

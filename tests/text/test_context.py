@@ -7,12 +7,12 @@ from functools import cache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kinds import KINDS, SPECIAL
 from transformers import PreTrainedTokenizerFast
 
 from flexbatch.detokenize import Finish, OutputText
 from flexbatch.request import SamplingParams
 from flexbatch.text_decoder import WINDOW, TextDecoder, common_length
+from tests.text.kinds import KINDS, SPECIAL
 
 FEW_AND_MANY = [20, pytest.param(500, marks=pytest.mark.slow)]
 every_kind = pytest.mark.parametrize("kind", KINDS)
