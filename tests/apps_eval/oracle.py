@@ -27,7 +27,7 @@ def make_tokenizer(bos: bool = False, chat: bool = False):
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>", "</s>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     inner.train_from_iterator([TEXT], trainer)
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -38,12 +38,27 @@ def make_tokenizer(bos: bool = False, chat: bool = False):
     return tokenizer
 
 
-def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = False, positions: int = 512) -> Path:
+def make_pieces():
+    """A Unigram tokenizer as SentencePiece makes them: a space belongs to the word after it, and every text begins with one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.Unigram())
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    special = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+    alphabet = sorted({*TEXT, *"zxyj"} - {" ", "\n"})
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
+
+
+def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = False, positions: int = 512, tokenizer: Any = None) -> Path:
     """A random Llama (2 layers, width 64) in fp32 with its tokenizer; weights are scaled up so that the logits differ clearly."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(bos, chat)
+    tokenizer = tokenizer or make_tokenizer(bos, chat)
     tokenizer.model_max_length = positions
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -53,12 +68,12 @@ def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = F
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=positions,
-        bos_token_id=0,
-        eos_token_id=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config).float()
-    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 0, 1
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
