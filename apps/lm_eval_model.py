@@ -38,9 +38,10 @@ SAMPLING_KEYS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_pena
 class FlexBatchLM(TemplateLM):
     """``--model flexbatch --model_args pretrained=...,percent=...``
 
-    ``pretrained`` is what `LLM` loads. ``max_length``, ``max_gen_toks``, ``add_bos_token``, ``prefix_token_id``, ``truncation``, ``chat_template_args``,
-    ``enable_thinking`` and ``think_end_token`` (text or token id) mean what they mean for ``hf``. All other arguments are keywords of `LLM`;
-    ``percent`` is six numbers between spaces. The harness's ``batch_size`` is without effect: the engine forms its own block.
+    ``pretrained`` is what `LLM` loads. ``max_length``, ``max_gen_toks``, ``add_bos_token``, ``prefix_token_id``,
+    ``truncation``, ``chat_template_args``, ``enable_thinking`` and ``think_end_token`` (text or token id) mean what
+    they mean for ``hf``. All other arguments are keywords of `LLM`; ``percent`` is six numbers between spaces. The
+    harness's ``batch_size`` is without effect: the engine forms its own block.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class FlexBatchLM(TemplateLM):
         self.custom_prefix_token_id = prefix_token_id
         self.truncation = truncation
         self.enable_thinking = enable_thinking
-        self.chat_template_args = (chat_template_args or {}) | ({} if enable_thinking is None else {"enable_thinking": enable_thinking})
+        self.chat_template_args = (chat_template_args or {}) | (
+            {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        )
         self.think_end_token = int(think_end_token) if isinstance(think_end_token, str) and think_end_token.isdigit() else think_end_token
 
     @property
@@ -108,12 +111,16 @@ class FlexBatchLM(TemplateLM):
     def _encode_context(self, string: str) -> list[int]:
         """A context to generate after; ``hf`` looks for a written BOS here, and for the prefix token when it scores."""
         special = False if has_bos_prefix(string, self.tokenizer.bos_token) else self.add_bos_token
-        return self.tokenizer(string, truncation=self.truncation, **({} if special is None else {"add_special_tokens": special}))["input_ids"]
+        return self.tokenizer(
+            string, truncation=self.truncation, **({} if special is None else {"add_special_tokens": special})
+        )["input_ids"]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if self.enable_thinking:
             names = ", ".join(sorted({request.task_name for request in requests if request.task_name}))
-            raise ValueError(f"enable_thinking is for tasks that generate text; {names or 'these requests'} compare log-likelihoods")
+            raise ValueError(
+                f"enable_thinking is for tasks that generate text; {names or 'these requests'} compare log-likelihoods"
+            )
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -196,7 +203,8 @@ class FlexBatchLM(TemplateLM):
         return texts
 
     def _answer(self, completion: Completion, until: Sequence[str]) -> str:
-        """The generated text as ``hf`` gives it: tokens decoded by themselves, so that SentencePiece drops a first space, without thoughts, cut."""
+        """The generated text as ``hf`` gives it: tokens decoded by themselves, so that SentencePiece drops a first
+        space, without thoughts, cut."""
         token_ids, thought = list(completion.token_ids), self.think_end_token
         if isinstance(thought, int) and thought in token_ids:
             token_ids = token_ids[len(token_ids) - token_ids[::-1].index(thought) :]

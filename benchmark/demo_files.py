@@ -22,7 +22,7 @@ HELD_OUT_ONE_IN = 33
 WORDS = r"^[ \t]+|[\r\n]+| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\r\n]+(?!\S)|\s+"
 """What a token may span: indentation is apart from the newline before it, so that a prompt may end with a newline, as HumanEval's do, and the model
 goes on with indentation. It costs 6 % more tokens than GPT-2's pattern, which fuses the two."""
-CHAT_TEMPLATE = r"""{#- The model knows Python files alone, so a conversation is written as one: what is said before as comments, under the name of who says it. -#}
+CHAT_TEMPLATE = r"""{#- The model knows Python files alone, so a conversation is one: what is said to it are comments. -#}
 {%- for message in messages -%}
     {%- if message['content'] is string -%}
         {%- set said = message['content'] -%}
@@ -223,7 +223,7 @@ correct programs, and exists so that every command of FlexBatch runs without a d
 | shape | {shown}, MLP {shape.intermediate}, tied embeddings |
 | context | {CONTEXT} tokens |
 | tokenizer | byte-level BPE, {VOCAB_SIZE} entries, {1 / corpus.tokens_per_byte:.2f} bytes per token; `{END}` (id 0) ends a file; nothing is added to a prompt |
-| chat | `chat_template.jinja` writes a conversation as a Python file, what is said as comments; the model was not trained to answer |
+| chat | `chat_template.jinja` writes a conversation as Python, with comments; the model was not trained to answer |
 | stored as | fp16 safetensors |
 | corpus | {corpus.describe()} |
 | held-out loss | **{per_byte:.4f} nats/byte = {per_byte / math.log(2):.4f} bits/byte** ({nats:.4f} nats/token), weights as stored |

@@ -1,4 +1,5 @@
-"""Chat messages as a chat template wants them: content as text or in parts, calls of tools, and messages without text."""
+"""Chat messages as a chat template wants them: content as text or in parts, calls of tools, and messages without
+text."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ class ChatError(ValueError):
 class ChatTemplate:
     """Renders messages by a tokenizer's chat template.
 
-    A template may write a content as text, walk over a list of parts, or both; what it does is seen from what it makes of a probe, once for every role.
-    Raises ChatError for messages that no template can write, and what the template raises.
+    A template may write a content as text, walk over a list of parts, or both; what it does is seen from what it
+    makes of a probe, once for every role. Raises ChatError for messages that no template can write, and what the
+    template raises.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -29,7 +31,8 @@ class ChatTemplate:
         self._forms: dict[str, tuple[bool, bool]] = {}
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation as text; the template writes the BOS token itself. A last text of the assistant is continued."""
+        """The conversation as text; the template writes the BOS token itself. A last text of the assistant is
+        continued."""
         checked = [_checked(place, message) for place, message in enumerate(messages)]
         ready = [{**message, "content": self._content(message["role"], message["content"])} for message in checked]
         continued = checked[-1]["role"] == "assistant" and bool(checked[-1]["content"])
@@ -37,7 +40,10 @@ class ChatTemplate:
         text = self._apply(ready, **options)
         if any(message["content"] is None for message in checked):
             # Some templates tell calls of tools by a content that is null or left out, others would write "None".
-            absent = [{**message, "content": None} if given["content"] is None else message for message, given in zip(ready, checked, strict=True)]
+            absent = [
+                {**message, "content": None} if given["content"] is None else message
+                for message, given in zip(ready, checked, strict=True)
+            ]
             try:
                 bare = self._apply(absent, **options)
             except Exception:  # a template that needs a text
@@ -58,7 +64,8 @@ class ChatTemplate:
         return content or ""
 
     def _taken(self, role: str) -> tuple[bool, bool]:
-        """Whether the template writes a content that is a text, and one that is a list of parts, of messages of this role."""
+        """Whether the template writes a content that is a text, and one that is a list of parts, of messages of this
+        role."""
         if (template := getattr(self._tokenizer, "chat_template", None)) != self._template:
             self._template, self._forms = template, {}
         if role not in self._forms:
@@ -90,12 +97,16 @@ class ChatTemplate:
 
 
 def _checked(place: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without fields that are null; its content is a text, a list of text parts, or None. Arguments of calls become objects."""
+    """The message without fields that are null; its content is a text, a list of text parts, or None. Arguments of
+    calls become objects."""
     if not isinstance(message.get("role"), str):
         raise ChatError(f'message {place} needs "role" (text) and "content", it has {sorted(map(str, message))}')
     calls = message.get("tool_calls")
     if message.get("content") is None and not (message["role"] == "assistant" and calls):
-        raise ChatError(f'message {place} needs "role" (text) and "content", it has {sorted(key for key, value in message.items() if value is not None)}')
+        raise ChatError(
+            f'message {place} needs "role" (text) and "content", it has '
+            f"{sorted(str(key) for key, value in message.items() if value is not None)}"
+        )
     kept = {str(key): value for key, value in message.items() if value is not None}
     if calls:
         kept["tool_calls"] = [_call(place, call) for call in _listed(place, calls)]
@@ -106,17 +117,25 @@ def _checked_content(place: int, content: Any) -> str | list[dict[str, Any]] | N
     if content is None or isinstance(content, str):
         return content
     if isinstance(content, Mapping | bytes) or not isinstance(content, Sequence):
-        raise ChatError(f"the content of message {place} is a {type(content).__name__}; it may be text or a list of text parts")
+        raise ChatError(
+            f"the content of message {place} is a {type(content).__name__}; it may be text or a list of text parts"
+        )
     parts = []
     for number, part in enumerate(content):
         if isinstance(part, str):
             parts.append({"type": "text", "text": part})
             continue
         if not isinstance(part, Mapping):
-            raise ChatError(f'part {number} of message {place} is a {type(part).__name__}; a part is {{"type": "text", "text": ...}}')
+            raise ChatError(
+                f"part {number} of message {place} is a {type(part).__name__}; "
+                'a part is {"type": "text", "text": ...}'
+            )
         kind = part.get("type")
         if kind != "text":
-            raise ChatError(f"part {number} of message {place} is of type {kind!r}; the model reads text, so only parts of type 'text' can be given")
+            raise ChatError(
+                f"part {number} of message {place} is of type {kind!r}; "
+                "the model reads text, so only parts of type 'text' can be given"
+            )
         if not isinstance(part.get("text"), str):
             raise ChatError(f'part {number} of message {place} has no "text"')
         parts.append({str(key): value for key, value in part.items() if value is not None})
@@ -124,7 +143,11 @@ def _checked_content(place: int, content: Any) -> str | list[dict[str, Any]] | N
 
 
 def _listed(place: int, calls: Any) -> Sequence[Any]:
-    if isinstance(calls, str | bytes | Mapping) or not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
+    if (
+        isinstance(calls, str | bytes | Mapping)
+        or not isinstance(calls, Sequence)
+        or not all(isinstance(call, Mapping) for call in calls)
+    ):
         raise ChatError(f"the tool_calls of message {place} are a {type(calls).__name__}; they are a list of objects")
     return calls
 

@@ -1,4 +1,5 @@
-"""The output of a request as text: stop strings, stop tokens and length limits, and what can be shown while it grows."""
+"""The output of a request as text: stop strings, stop tokens and length limits, and what can be shown while it
+grows."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ class FoundStop:
 class StopSearch:
     """The text of an answer as its tokens come, searched for stop strings.
 
-    A stop string may be, or hold, a special token, which the text does not show. So from the first special token on, the text with special tokens is
-    decoded and searched as well; `_marks` tells where its places lie in the text without them.
+    A stop string may be, or hold, a special token, which the text does not show. So from the first special token on,
+    the text with special tokens is decoded and searched as well; `_marks` tells where its places lie in the text
+    without them.
     """
 
     def __init__(self, decoder: TextDecoder, prompt_token_ids: Sequence[int], stops: Sequence[str]) -> None:
@@ -39,7 +41,8 @@ class StopSearch:
         self.visible = Detokenizer(decoder, prompt_token_ids)
         self._spelled: Detokenizer | None = None
         self._marks: list[tuple[int, int, int]] = []
-        """Of every special token: the lengths of the text with special tokens before and after it, and of the visible text there."""
+        """Of every special token: the lengths of the text with special tokens before and after it, and of the
+        visible text there."""
 
     def append(self, token_id: int) -> FoundStop | None:
         """Read one token; returns the stop string that it completes, the earliest and of these the longest."""
@@ -68,19 +71,23 @@ class StopSearch:
         kept = min(len(self._token_ids), self._reach + WINDOW)
         earlier = len(self._token_ids) - kept
         # the decoder looks back by a window, which may lie in the prompt
-        context = [*self._prompt_token_ids, *self._token_ids[:earlier]] if earlier < 4 * WINDOW else self._token_ids[:earlier]
+        context = (
+            [*self._prompt_token_ids, *self._token_ids[:earlier]] if earlier < 4 * WINDOW else self._token_ids[:earlier]
+        )
         spelled = Detokenizer(self._decoder, context, special=True)
         for token_id in self._token_ids[earlier:]:
             spelled.append(token_id)
         return spelled
 
     def _unsearched(self, text: Detokenizer, searched: int) -> tuple[int, str]:
-        """Where it begins, and what may hold a stop string that the first ``searched`` characters do not; also characters that may still change."""
+        """Where it begins, and what may hold a stop string that the first ``searched`` characters do not; also
+        characters that may still change."""
         settled = text.recent(text.length - searched + self._reach)
         return text.length - len(settled), settled + text.pending.rstrip(REPLACEMENT)
 
     def _across_special(self, start: int, text: str) -> Iterator[FoundStop]:
-        """Stop strings in the text with special tokens that hold a part of one; the others are for the visible text to tell."""
+        """Stop strings in the text with special tokens that hold a part of one; the others are for the visible text
+        to tell."""
         for stop in self._stops:
             place = text.find(stop)
             while place >= 0:
@@ -99,7 +106,8 @@ class StopSearch:
         return visible + place - after
 
     def showable(self) -> int:
-        """Characters of the visible text that no later token takes back: those that are settled, and not the beginning of a stop string."""
+        """Characters of the visible text that no later token takes back: those that are settled, and not the
+        beginning of a stop string."""
         shown = self.visible.length - begun_stop(self.visible.recent(self._reach), self._stops)
         if self._spelled is not None:
             begun = begun_stop(self._spelled.recent(self._reach), self._stops)
@@ -112,7 +120,9 @@ class StopSearch:
         for text in (self.visible, self._spelled):
             if text is not None:
                 text.check()
-        assert self._marks == sorted(self._marks) and all(before <= after for before, after, _ in self._marks), self._marks
+        assert self._marks == sorted(self._marks) and all(before <= after for before, after, _ in self._marks), (
+            self._marks
+        )
 
 
 class OutputText:
@@ -141,7 +151,8 @@ class OutputText:
         self._stops = tuple(params.stop)
         if self._stops and decoder is None:
             raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
-        # Decoding as tokens come costs tens of microseconds a token: only where text decides the end, or is shown as it grows.
+        # Decoding as tokens come costs tens of microseconds a token: only where text decides the end, or is shown as
+        # it grows.
         self._search = self._open_search() if self._stops else None
         self._read = 0
         """Tokens that `_search` has read."""
@@ -193,7 +204,8 @@ class OutputText:
 
     @property
     def text(self) -> str:
-        """The final text, less an EOS or stop token, cut at a stop string; or of it what no later token can change. Empty without a tokenizer."""
+        """The final text, less an EOS or stop token, cut at a stop string; or of it what no later token can change.
+        Empty without a tokenizer."""
         if self._decoder is None:
             return ""
         if self.finish is None:
@@ -242,6 +254,7 @@ def begun_stop(text: str, stops: Iterable[str]) -> int:
 
 
 def first_stop(text: str, stops: Iterable[str]) -> tuple[int, str | None]:
-    """(position, stop string) of the earliest stop string in `text`, the longer at equal positions, or (len(text), None)."""
+    """(position, stop string) of the earliest stop string in `text`, the longer at equal positions, or (len(text),
+    None)."""
     found = [(place, -len(stop), stop) for stop in stops if (place := text.find(stop)) >= 0]
     return (len(text), None) if not found else (min(found)[0], min(found)[2])

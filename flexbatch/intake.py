@@ -22,7 +22,8 @@ Item = tuple[Hashable, Prompt, SamplingParams]
 def requests_of(prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, encoder: PromptEncoder) -> list[Request]:
     """One request for every sample of every prompt, in the order of the prompts. One SamplingParams is for all.
 
-    Raises PromptError for the first prompt that cannot be run, ConfigurationError for prompts that are none, or not as many as there are parameters.
+    Raises PromptError for the first prompt that cannot be run, ConfigurationError for prompts that are none, or not
+    as many as there are parameters.
     """
     prompts = as_prompts(prompts)
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -47,7 +48,11 @@ def candidates_of(requests: Iterable[Request], tokenizer: Any, arch: Arch, engin
     decoder = None if tokenizer is None else TextDecoder(tokenizer)
     for request in requests:
         output = OutputText(
-            decoder, request.params, eos_token_ids=arch.eos_token_ids, prompt_token_ids=request.prompt_token_ids, max_context=arch.max_positions
+            decoder,
+            request.params,
+            eos_token_ids=arch.eos_token_ids,
+            prompt_token_ids=request.prompt_token_ids,
+            max_context=arch.max_positions,
         )
         yield Candidate(RequestState(request, engine_seed), output)
 
@@ -82,7 +87,9 @@ class Intake:
     def requests(self) -> Iterator[Request]:
         for index, item in enumerate(self._items):
             if not isinstance(item, tuple | list) or len(item) != 3:
-                raise ConfigurationError(f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams)")
+                raise ConfigurationError(
+                    f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams)"
+                )
             key, prompt, params = item
             try:
                 samples = samples_of(index, prompt, params, self._encoder)

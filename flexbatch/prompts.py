@@ -12,8 +12,8 @@ from flexbatch.config import ConfigurationError
 from flexbatch.request import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
-"""Text, token ids (taken as they are; an array will do), or chat messages with "role" and "content" (one alone will do). Or vLLM's objects:
-``{"prompt": text}``, ``{"prompt_token_ids": ids}``."""
+"""Text, token ids (taken as they are; an array will do), or chat messages with "role" and "content" (one alone will
+do). Or vLLM's objects: ``{"prompt": text}``, ``{"prompt_token_ids": ids}``."""
 WANTED = 'a prompt is text, a list of token ids, chat messages, {"prompt": text} or {"prompt_token_ids": ids}'
 
 
@@ -27,7 +27,8 @@ class PromptError(ConfigurationError):
 
 @dataclass(frozen=True)
 class PlainPrompt:
-    """A prompt out of its object: ``content`` is what is run, text, token ids or messages; ``text`` is the prompt's text where it is known."""
+    """A prompt out of its object: ``content`` is what is run, text, token ids or messages; ``text`` is the prompt's
+    text where it is known."""
 
     content: Any
     text: str | None = None
@@ -39,7 +40,8 @@ def as_list(value: Any) -> Any:
 
 
 def plain_prompt(index: int, prompt: Any) -> PlainPrompt:
-    """Takes a prompt out of vLLM's objects, and one bare chat message into a list. Raises PromptError for an object that is neither."""
+    """Takes a prompt out of vLLM's objects, and one bare chat message into a list. Raises PromptError for an object
+    that is neither."""
     prompt = as_list(prompt)
     if isinstance(prompt, str):
         return PlainPrompt(prompt, prompt)
@@ -53,14 +55,19 @@ def plain_prompt(index: int, prompt: Any) -> PlainPrompt:
         return PlainPrompt([prompt])
     beside = [name for name in given if name not in ("prompt", "prompt_token_ids")]
     if beside:
-        raise PromptError(index, f"has {', '.join(map(repr, beside))} beside its {kind!r}, which FlexBatch does not have")
+        raise PromptError(
+            index, f"has {', '.join(map(repr, beside))} beside its {kind!r}, which FlexBatch does not have"
+        )
     content, text = as_list(given[kind]), given.get("prompt")
     if kind == "prompt_token_ids" and (isinstance(content, str | bytes | Mapping) or not isinstance(content, Sequence)):
         raise PromptError(index, f"prompt_token_ids is a {type(content).__name__}; it is a list of token ids")
     if text is not None and not isinstance(text, str) and kind == "prompt_token_ids":
         raise PromptError(index, f"prompt is a {type(text).__name__} beside prompt_token_ids; it is their text")
     if isinstance(content, Mapping):
-        raise PromptError(index, f"prompt is an object with {', '.join(map(repr, content))}; it is text, a list of token ids or chat messages")
+        raise PromptError(
+            index,
+            f"prompt is an object with {', '.join(map(repr, content))}; it is text, a list of token ids or chat messages",
+        )
     return PlainPrompt(content, text if isinstance(text, str) else None)
 
 
@@ -70,17 +77,22 @@ def as_prompts(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if isinstance(prompts, bytes | bytearray | set | frozenset) or not isinstance(prompts, Iterable):
-        raise ConfigurationError(f"prompts is a {type(prompts).__name__}; {WANTED}, and prompts is one of these or a list of them")
+        raise ConfigurationError(
+            f"prompts is a {type(prompts).__name__}; {WANTED}, and prompts is one of these or a list of them"
+        )
     parts = list(prompts)
     return [parts] if _is_one(parts) else parts
 
 
 def _is_one(parts: list[Any]) -> bool:
-    """Whether a list is one prompt: token ids, or chat messages, of which one may lack its role, but none is a prompt of its own."""
+    """Whether a list is one prompt: token ids, or chat messages, of which one may lack its role, but none is a
+    prompt of its own."""
     if not parts:
         return False
     if all(isinstance(part, Mapping) for part in parts):
-        return any("role" in part for part in parts) and not any("prompt" in part or "prompt_token_ids" in part for part in parts)
+        return any("role" in part for part in parts) and not any(
+            "prompt" in part or "prompt_token_ids" in part for part in parts
+        )
     return all(isinstance(as_list(part), Integral) for part in parts)
 
 

@@ -1,28 +1,33 @@
-"""Token ids to text as they come, in the context of what stands before them: what the tokenizer writes for the whole, less what it writes for the prompt."""
+"""Token ids to text as they come, in the context of what stands before them: what the tokenizer writes for the
+whole, less what it writes for the prompt."""
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Collection, Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"
 WINDOW = 16
-"""Tokens before the newest that are decoded along with it. Decoders look back by one token (the space of a first piece), three bytes (a character),
-or eight characters (clean-up of spaces)."""
+"""Tokens before the newest that are decoded along with it. Decoders look back by one token (the space of a first
+piece), three bytes (a character), or eight characters (clean-up of spaces)."""
 OVERLAP = 4
 """Characters of known text that must come out alike before a window moves on."""
 TIDY_REACH = 8
-"""Clean-up of spaces deletes a space for what stands up to six characters after it, `` ' ve``; transformers has the rules."""
+"""Clean-up of spaces deletes a space for what stands up to six characters after it, `` ' ve``; transformers has the
+rules."""
 
 
 def common_length(first: str, second: str) -> int:
     """Characters at the beginning that both have."""
-    return len(first) if second.startswith(first) else len(os.path.commonprefix((first, second)))
+    if second.startswith(first):
+        return len(first)
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def run_text(run: bytes | bytearray) -> str:
-    """What byte fallback makes of a run of byte pieces: its characters, or a replacement character for every byte when any is wrong."""
+    """What byte fallback makes of a run of byte pieces: its characters, or a replacement character for every byte
+    when any is wrong."""
     try:
         return run.decode()
     except UnicodeDecodeError:
@@ -32,13 +37,17 @@ def run_text(run: bytes | bytearray) -> str:
 class TextDecoder:
     """What there is to know about a tokenizer to decode by parts. Made once for many outputs.
 
-    ``byte_pieces``: token id -> byte, of a vocabulary with byte fallback (``<0x41>``). These are decoded by runs: one wrong byte turns every character
-    of its run into replacement characters, so the text of a run is not known before it ends.
+    ``byte_pieces``: token id -> byte, of a vocabulary with byte fallback (``<0x41>``). These are decoded by runs:
+    one wrong byte turns every character of its run into replacement characters, so the text of a run is not known
+    before it ends.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._added: Collection[int] = {*getattr(tokenizer, "added_tokens_decoder", ()), *getattr(tokenizer, "all_special_ids", ())}
+        self._added: Collection[int] = {
+            *getattr(tokenizer, "added_tokens_decoder", ()),
+            *getattr(tokenizer, "all_special_ids", ()),
+        }
         self._size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
         self._hidden: dict[int, bool] = {}
         self.tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
@@ -55,7 +64,8 @@ class TextDecoder:
         return found if letter is not None and self.decode([letter]) == "A" else {}
 
     def hides(self, token_id: int) -> bool:
-        """Whether the token has no place in the text: it is special, or the tokenizer does not have it (models round their vocabularies up)."""
+        """Whether the token has no place in the text: it is special, or the tokenizer does not have it (models round
+        their vocabularies up)."""
         return self.is_special(token_id) or self.is_unknown(token_id)
 
     def is_unknown(self, token_id: int) -> bool:
@@ -66,7 +76,8 @@ class TextDecoder:
         return token_id in self._added
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the token is left out with ``skip_special_tokens``. Asked of the tokenizer itself, once for every added token that comes up."""
+        """Whether the token is left out with ``skip_special_tokens``. Asked of the tokenizer itself, once for every
+        added token that comes up."""
         if token_id not in self._added:
             return False
         if token_id not in self._hidden:
@@ -78,7 +89,8 @@ class TextDecoder:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
 
     def tail(self, token_ids: Sequence[int], *, special: bool = False) -> list[int]:
-        """The last tokens, as many as the decoding of what follows can depend on: `WINDOW` that are not left out, and no part of a run of bytes."""
+        """The last tokens, as many as the decoding of what follows can depend on: `WINDOW` that are not left out,
+        and no part of a run of bytes."""
         tail: list[int] = []
         for token_id in reversed(token_ids):
             if self.is_unknown(token_id) or (not special and self.is_special(token_id)):
@@ -105,7 +117,8 @@ class TextDecoder:
         return [whole[common_length(before, whole) :] for whole in wholes]
 
     def unsettled(self, text: str) -> int:
-        """Characters at the end of a decoded text that more tokens may change: the bytes of a character that is not whole, and spaces to be tidied up."""
+        """Characters at the end of a decoded text that more tokens may change: the bytes of a character that is not
+        whole, and spaces to be tidied up."""
         count = min(len(text) - len(text.rstrip(REPLACEMENT)), 3)
         if self.tidies:
             end = text[-TIDY_REACH:]
@@ -116,7 +129,8 @@ class TextDecoder:
 class Detokenizer:
     """Appends tokens, hands out text that later tokens cannot change.
 
-    Every token costs the decoding of a window of 16 to 32 tokens, however long the text. Special tokens are left out, or written with ``special``.
+    Every token costs the decoding of a window of 16 to 32 tokens, however long the text. Special tokens are left
+    out, or written with ``special``.
     """
 
     def __init__(self, decoder: TextDecoder, context: Sequence[int] = (), *, special: bool = False) -> None:
@@ -202,4 +216,6 @@ class Detokenizer:
         """Invariants of the window and of what was handed out."""
         assert self.length == sum(map(len, self.pieces)), (self.length, self.pieces)
         assert self._whole.endswith(self.pending), (self._whole, self.pending)
-        assert [self._decoder.byte_pieces[token_id] for token_id in self._window[len(self._window) - len(self._run) :]] == list(self._run)
+        assert [
+            self._decoder.byte_pieces[token_id] for token_id in self._window[len(self._window) - len(self._run) :]
+        ] == list(self._run)

@@ -146,7 +146,8 @@ class Shown:
 
 @dataclass(frozen=True)
 class Step:
-    """One token of an output: where it begins in the text, itself, and all tokens that are known there, itself first."""
+    """One token of an output: where it begins in the text, itself, and all tokens that are known there, itself
+    first."""
 
     offset: int
     drawn: Shown
@@ -169,8 +170,8 @@ def legacy_logprobs(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 class OpenAIOutput:
-    """JSON-lines parts of a batch file. ``identity`` (a digest) makes the ids, ``created`` is the job's unix time; ``texts``, which shows
-    tokens of log-probabilities, is known once there is a tokenizer."""
+    """JSON-lines parts of a batch file. ``identity`` (a digest) makes the ids, ``created`` is the job's unix time;
+    ``texts``, which shows tokens of log-probabilities, is known once there is a tokenizer."""
 
     suffix = ".jsonl"
 
@@ -226,7 +227,9 @@ class OpenAIOutput:
             token_ids = list(entries)  # the drawn one first
             found = self.texts.alternatives(known[max(0, start + place - CONTEXT) : start + place], token_ids)
             names = self.texts.names(token_ids, found)
-            drawn.append([Shown(name, piece, entry) for name, piece, entry in zip(names, found, entries.values(), strict=True)])
+            drawn.append(
+                [Shown(name, piece, entry) for name, piece, entry in zip(names, found, entries.values(), strict=True)]
+            )
             pieces.append(found[0])
         places = places_in(sample.text, pieces)
         return [Step(offset, dataclasses.replace(shown[0], piece=kept), shown) for (offset, kept), shown in zip(places, drawn, strict=True)]

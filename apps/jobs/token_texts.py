@@ -1,4 +1,5 @@
-"""Single tokens as OpenAI's log-probabilities show them: their bytes, which join to the text, a name for each, and where in the text they lie."""
+"""Single tokens as OpenAI's log-probabilities show them: their bytes, which join to the text, a name for each, and
+where in the text they lie."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ CONTEXT = 256
 
 
 def byte_of_letter() -> dict[str, int]:
-    """The letters by which byte-level BPE spells bytes (Radford et al. 2019): printable ones stand for themselves, the others for letters above 255."""
+    """The letters by which byte-level BPE spells bytes (Radford et al. 2019): printable ones stand for themselves,
+    the others for letters above 255."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -29,7 +31,8 @@ class TokenTexts:
         self._letters = byte_of_letter()
 
     def alternatives(self, before: Sequence[int], token_ids: Sequence[int]) -> list[bytes]:
-        """The bytes that each of the tokens would add to a text of the tokens ``before``; none for special tokens. They may be a part of a character."""
+        """The bytes that each of the tokens would add to a text of the tokens ``before``; none for special tokens.
+        They may be a part of a character."""
         spelled = {token_id: self._spelled(token_id) for token_id in token_ids}
         open_ids = [token_id for token_id, found in spelled.items() if found is None]
         texts = self._decoder.alternatives(before[-CONTEXT:], open_ids) if open_ids else []
@@ -50,8 +53,8 @@ class TokenTexts:
         return bytes(self._letters[letter] for letter in letters)
 
     def names(self, token_ids: Sequence[int], pieces: Sequence[bytes]) -> list[str]:
-        """What to call tokens with these bytes: their text, ``bytes:\\xe6`` for a part of a character, the token's own name where it has no text.
-        No two are equal: ``token_id:7`` where a name is taken."""
+        """What to call tokens with these bytes: their text, ``bytes:\\xe6`` for a part of a character, the token's
+        own name where it has no text. No two are equal: ``token_id:7`` where a name is taken."""
         names: list[str] = []
         for token_id, piece in zip(token_ids, pieces, strict=True):
             name = self._name(token_id, piece)
@@ -68,9 +71,11 @@ class TokenTexts:
 
 
 def places_in(text: str, pieces: Sequence[bytes]) -> list[tuple[int, bytes]]:
-    """Of every token's bytes: the character of the text where they begin, at most its end, and those of them that are in the text.
+    """Of every token's bytes: the character of the text where they begin, at most its end, and those of them that
+    are in the text.
 
-    A stop string cuts the text, so that tokens before the end of the output may lie past the end of the text, whole or in part.
+    A stop string cuts the text, so that tokens before the end of the output may lie past the end of the text, whole
+    or in part.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     places: list[tuple[int, bytes]] = []

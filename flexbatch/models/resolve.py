@@ -54,7 +54,8 @@ def _download(model: str) -> Path:
 
 
 def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, with ``options`` of transformers such as ``add_bos_token``. Code that the folder brings along is never run.
+    """The folder's tokenizer, with ``options`` of transformers such as ``add_bos_token``. Code that the folder
+    brings along is never run.
 
     Raises CheckpointError.
     """

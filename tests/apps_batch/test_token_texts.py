@@ -1,4 +1,5 @@
-"""Log-probabilities in OpenAI's formats, for every kind of tokenizer: bytes join to the text, no candidate is lost, offsets lie in the text."""
+"""Log-probabilities in OpenAI's formats, for every kind of tokenizer: bytes join to the text, no candidate is lost,
+offsets lie in the text."""
 
 from __future__ import annotations
 
@@ -27,9 +28,14 @@ def tools(kind: str):
     return tokenizer, TokenTexts(tokenizer), TextDecoder(tokenizer)
 
 
-def completion(kind: str, prompt: list[int], answer: list[int], count: int, also: list[int], stop: str = "") -> Completion:
-    """As the engine would give it: the drawn token first, then the ``count`` most likely, among which the drawn one may be."""
-    output = OutputText(tools(kind)[2], SamplingParams(max_tokens=len(answer), stop=stop or ()), prompt_token_ids=prompt)
+def completion(
+    kind: str, prompt: list[int], answer: list[int], count: int, also: list[int], stop: str = ""
+) -> Completion:
+    """As the engine would give it: the drawn token first, then the ``count`` most likely, among which the drawn one
+    may be."""
+    output = OutputText(
+        tools(kind)[2], SamplingParams(max_tokens=len(answer), stop=stop or ()), prompt_token_ids=prompt
+    )
     output.extend(answer)
     steps = []
     for place, token in enumerate(output.token_ids):
@@ -66,7 +72,12 @@ def answers(kind: str) -> st.SearchStrategy[list[int]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_join_to_the_text_and_no_candidate_is_lost(kind: str) -> None:
     @settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=25)
-    @given(prompt=answers(kind), answer=answers(kind), count=st.integers(0, 5), also=st.lists(st.integers(0, len(tools(kind)[0]) - 1), max_size=5))
+    @given(
+        prompt=answers(kind),
+        answer=answers(kind),
+        count=st.integers(0, 5),
+        also=st.lists(st.integers(0, len(tools(kind)[0]) - 1), max_size=5),
+    )
     def check(prompt: list[int], answer: list[int], count: int, also: list[int]) -> None:
         done = completion(kind, prompt, answer, count, also)
         chat, legacy = choice(kind, done, CHAT, count), choice(kind, done, COMPLETIONS, count)["logprobs"]
@@ -80,10 +91,16 @@ def test_bytes_join_to_the_text_and_no_candidate_is_lost(kind: str) -> None:
             wanted = sorted((item.logprob for item in step.values()), reverse=True)[:count]
             assert [each["logprob"] for each in entry["top_logprobs"]] == wanted
         assert len(legacy["tokens"]) == len(done.token_ids) == len(legacy["text_offset"])
-        assert [len(each) for each in legacy["top_logprobs"]] == [len(step) for step in done.logprobs], "one replaced another"
+        assert [len(each) for each in legacy["top_logprobs"]] == [len(step) for step in done.logprobs], (
+            "one replaced another"
+        )
         assert all(name in best for name, best in zip(legacy["tokens"], legacy["top_logprobs"], strict=True))
         offsets = legacy["text_offset"]
-        assert offsets == sorted(offsets) and all(0 <= offset <= len(done.text) for offset in offsets) and offsets[:1] in ([], [0])
+        assert (
+            offsets == sorted(offsets)
+            and all(0 <= offset <= len(done.text) for offset in offsets)
+            and offsets[:1] in ([], [0])
+        )
 
     check()
 
@@ -132,5 +149,7 @@ def test_places_of_bytes_that_are_no_text() -> None:
 
 
 def test_a_token_that_cannot_come_has_a_number_for_its_log_probability() -> None:
-    done = Completion([5], [5], "x", "length", logprobs=[{5: TokenLogprob(5, -0.1, 1), 6: TokenLogprob(6, float("-inf"), 2)}])
+    done = Completion(
+        [5], [5], "x", "length", logprobs=[{5: TokenLogprob(5, -0.1, 1), 6: TokenLogprob(6, float("-inf"), 2)}]
+    )
     assert choice("byte-level", done, CHAT, 2)["logprobs"]["content"][0]["top_logprobs"][1]["logprob"] == -9999.0

@@ -27,7 +27,8 @@ def make_tokenizer(bos: bool = False, chat: bool = False):
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>", "</s>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    special, alphabet = ["<s>", "</s>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator([TEXT], trainer)
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -48,9 +49,13 @@ def make_pieces():
     inner.decoder = decoders.Metaspace(prepend_scheme="always")
     special = ["<unk>", "<s>", "</s>", "<|im_end|>"]
     alphabet = sorted({*TEXT, *"zxyj"} - {" ", "\n"})
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=special, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
+    )
     inner.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
 
 
 def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = False, positions: int = 512, tokenizer: Any = None) -> Path:

@@ -122,29 +122,45 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """A Llama with a SentencePiece tokenizer, which drops the first space of what it decodes and adds no BOS by itself."""
+    """A Llama with a SentencePiece tokenizer, which drops the first space of what it decodes and adds no BOS by
+    itself."""
     return make_model(tmp_path_factory.mktemp("tiny") / "pieces", seed=2, positions=256, tokenizer=make_pieces())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("which", ["pieces", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny", "tiny_chat"))])
+@pytest.mark.parametrize(
+    "which", ["pieces", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny", "tiny_chat"))]
+)
 def test_tokenizer_options_are_those_of_hf(which, options, request):
     folder = request.getfixturevalue(which)
     theirs = hugging_face(folder, batch_size=1, **options)
     mine = FlexBatchLM(str(folder), llm=OracleLLM(folder), **options)
     bos = theirs.tokenizer.bos_token
-    pairs = [("red ale", " dark"), ("", "dark ale"), (f"{bos}red", " ale"), ("The quick brown ", "fox"), (theirs.tokenizer.decode(77) + "ale", " B")]
+    pairs = [
+        ("red ale", " dark"),
+        ("", "dark ale"),
+        (f"{bos}red", " ale"),
+        ("The quick brown ", "fox"),
+        (theirs.tokenizer.decode(77) + "ale", " B"),
+    ]
     for text in (*(context for context, _ in pairs), "red ale dark " * 40):
         assert mine.tok_encode(text) == theirs.tok_encode(text)
         assert mine.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
     for (ours, greedy), (reference, wanted) in zip(
-        mine.loglikelihood(requests("loglikelihood", *pairs)), theirs.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True), strict=True
+        mine.loglikelihood(requests("loglikelihood", *pairs)),
+        theirs.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True),
+        strict=True,
     ):
         assert ours == pytest.approx(reference, abs=1e-4) and greedy == wanted
     texts = [("The quick brown fox",), (f"{bos}red ale " * 30,)]
-    rolling = [each.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True) for each in (mine, theirs)]
+    rolling = [
+        each.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
+        for each in (mine, theirs)
+    ]
     assert rolling[0] == pytest.approx(rolling[1], rel=1e-6, abs=1e-4)
-    asked = [(context or "A", {"until": ["zz", "</s>"], "max_gen_toks": 12}) for context, _ in pairs] + [("red ale " * 60, {"max_gen_toks": 8})]
+    asked = [(context or "A", {"until": ["zz", "</s>"], "max_gen_toks": 12}) for context, _ in pairs] + [
+        ("red ale " * 60, {"max_gen_toks": 8})
+    ]
     generated = [each.generate_until(requests("generate_until", *asked), disable_tqdm=True) for each in (mine, theirs)]
     assert generated[0] == generated[1]
 
@@ -161,10 +177,17 @@ def test_until_sees_special_tokens_and_spaces_at_the_start(which, request):
         whole = llm.generate(["red ale"], params)[0]
         forced = dataclasses.replace(params, logit_bias={token: 1e4}, stop=("<|im_end|>",))
         found = llm.generate(["red ale"], forced)[0]
-        assert (found.text, found.token_ids, found.stop_reason, found.finish_reason) == ("", [token], "<|im_end|>", "stop")
+        assert (found.text, found.token_ids, found.stop_reason, found.finish_reason) == (
+            "",
+            [token],
+            "<|im_end|>",
+            "stop",
+        )
         assert with_engine._answer(found, ["<|im_end|>"]) == ""
         first = whole.text[:3]
-        cut = with_engine.generate_until(requests("generate_until", ("red ale", {"until": [first], "max_gen_toks": 6})), disable_tqdm=True)
+        cut = with_engine.generate_until(
+            requests("generate_until", ("red ale", {"until": [first], "max_gen_toks": 6})), disable_tqdm=True
+        )
         assert cut == [""]
 
 
@@ -208,7 +231,9 @@ def test_the_harness_device_is_taken_where_it_is(monkeypatch, cuda):
 
 
 def test_arguments_of_hf_are_taken_where_they_change_nothing():
-    assert engine_arguments({"trust_remote_code": False, "revision": "main", "parallelize": False, "gpu_batch_size": 2}) == {"gpu_batch_size": 2}
+    assert engine_arguments(
+        {"trust_remote_code": False, "revision": "main", "parallelize": False, "gpu_batch_size": 2}
+    ) == {"gpu_batch_size": 2}
     for name, value in (("trust_remote_code", True), ("revision", "v2"), ("tokenizer", "other"), ("peft", "lora")):
         with pytest.raises(ConfigurationError, match=f"FlexBatch has no {name}"):
             engine_arguments({name: value})

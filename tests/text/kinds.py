@@ -25,7 +25,17 @@ def byte_level() -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["Ġt", "he", "Ġthe", "Ġa", "at", "æ¼", "¢Ġ", "âĤ", "ðŁ"]
     vocab = [*letters, *dict.fromkeys(words)]
-    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ġ", "a"), ("a", "t"), ("æ", "¼"), ("¢", "Ġ"), ("â", "Ĥ"), ("ð", "Ł")]
+    merges = [
+        ("Ġ", "t"),
+        ("h", "e"),
+        ("Ġt", "he"),
+        ("Ġ", "a"),
+        ("a", "t"),
+        ("æ", "¼"),
+        ("¢", "Ġ"),
+        ("â", "Ĥ"),
+        ("ð", "Ł"),
+    ]
     model = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(vocab)}, merges=merges))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     model.decoder = decoders.ByteLevel()
@@ -33,16 +43,28 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def pieces() -> list[str]:
-    return [piece for word in WORDS for piece in ("\u2581" + word, word)] + ["\u2581", "\u2581\u2581", "e", "o", "x", " "]
+    return [piece for word in WORDS for piece in ("\u2581" + word, word)] + [
+        "\u2581",
+        "\u2581\u2581",
+        "e",
+        "o",
+        "x",
+        " ",
+    ]
 
 
 def metaspace(scheme: str, kind: str) -> PreTrainedTokenizerFast:
-    """As tokenizers converts SentencePiece: Unigram (T5) or BPE; the first piece of a text loses its space when it is prepended."""
+    """As tokenizers converts SentencePiece: Unigram (T5) or BPE; the first piece of a text loses its space when it
+    is prepended."""
     vocab = vocabulary(pieces())
     if kind == "unigram":
-        model = Tokenizer(models.Unigram([(token, -1.0 - len(token) / 100) for token in vocab], unk_id=vocab.index("<unk>")))
+        model = Tokenizer(
+            models.Unigram([(token, -1.0 - len(token) / 100) for token in vocab], unk_id=vocab.index("<unk>"))
+        )
     else:
-        model = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(vocab)}, merges=[], unk_token="<unk>"))
+        model = Tokenizer(
+            models.BPE(vocab={token: place for place, token in enumerate(vocab)}, merges=[], unk_token="<unk>")
+        )
     model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme)
     model.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme=scheme)
     return wrap(model)
@@ -51,8 +73,18 @@ def metaspace(scheme: str, kind: str) -> PreTrainedTokenizerFast:
 def byte_fallback(strips: bool) -> PreTrainedTokenizerFast:
     """As Llama 2 (which strips the first space of a text) and Gemma (which does not)."""
     vocab = vocabulary(BYTES, pieces())
-    model = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(vocab)}, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    model.normalizer = normalizers.Sequence([*([normalizers.Prepend("\u2581")] if strips else []), normalizers.Replace(" ", "\u2581")])
+    model = Tokenizer(
+        models.BPE(
+            vocab={token: place for place, token in enumerate(vocab)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    model.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("\u2581")] if strips else []), normalizers.Replace(" ", "\u2581")]
+    )
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     model.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strips else steps)
     return wrap(model)
@@ -78,7 +110,10 @@ def tidy_words() -> PreTrainedTokenizerFast:
 
 KINDS = {
     "byte-level": byte_level,
-    **{f"unigram-{scheme}": lambda scheme=scheme: metaspace(scheme, "unigram") for scheme in ("always", "first", "never")},
+    **{
+        f"unigram-{scheme}": lambda scheme=scheme: metaspace(scheme, "unigram")
+        for scheme in ("always", "first", "never")
+    },
     **{f"metaspace-bpe-{scheme}": lambda scheme=scheme: metaspace(scheme, "bpe") for scheme in ("always", "never")},
     "byte-fallback-llama": lambda: byte_fallback(True),
     "byte-fallback-gemma": lambda: byte_fallback(False),

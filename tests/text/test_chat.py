@@ -1,4 +1,5 @@
-"""Chat messages through templates that want text, walk over parts, or both; calls of tools; what is refused by name. And the demo model's template."""
+"""Chat messages through templates that want text, walk over parts, or both; calls of tools; what is refused by name.
+And the demo model's template."""
 
 from __future__ import annotations
 
@@ -14,14 +15,31 @@ from flexbatch.prompts import PromptEncoder, PromptError
 
 GENERATION = "{% if add_generation_prompt %}[assistant]{% endif %}"
 TEXT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}" + GENERATION
-PARTS = "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}" + GENERATION
-MACRO = """{% macro say(content) %}{% if content is string %}{{ content }}{% else %}{% for p in content %}<{{ p['text'] }}>{% endfor %}{% endif %}{% endmacro -%}
-{% for m in messages %}[{{ m.role }}]{{ say(m.content) }}{% endfor %}""" + GENERATION
-JSON = "{% for m in messages %}[{{ m.role }}]{{ m.content if m.content is string else m.content | tojson }}{% endfor %}" + GENERATION
+PARTS = (
+    "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
+    + GENERATION
+)
+MACRO = (
+    """{% macro say(content) %}{% if content is string %}{{ content }}{% else %}{% for p in content %}<{{ p['text'] }}>{% endfor %}{% endif %}{% endmacro -%}
+{% for m in messages %}[{{ m.role }}]{{ say(m.content) }}{% endfor %}"""
+    + GENERATION
+)
+JSON = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content if m.content is string else m.content | tojson }}{% endfor %}"
+    + GENERATION
+)
 STRICT = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() + '' }}{% endfor %}" + GENERATION
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PARTS
 BOTH_ROLES = "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content is not string %}{% for p in m.content %}{{ p.text }}+{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"  # noqa: E501
-TEMPLATES = {"text": TEXT, "parts": PARTS, "macro": MACRO, "json": JSON, "strict": STRICT, "no system": NO_SYSTEM, "both": BOTH_ROLES}
+TEMPLATES = {
+    "text": TEXT,
+    "parts": PARTS,
+    "macro": MACRO,
+    "json": JSON,
+    "strict": STRICT,
+    "no system": NO_SYSTEM,
+    "both": BOTH_ROLES,
+}
 
 
 encoders: dict[str, PromptEncoder] = {}
@@ -50,12 +68,28 @@ def test_one_part_is_what_the_text_alone_is(tokenizer, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "written"), [("text", "[user]a\nb"), ("parts", "[user]ab"), ("macro", "[user]<a><b>"), ("json", "[user]a\nb"), ("strict", "[user]a\nb"), ("both", "[user]a+b+")]
+    ("name", "written"),
+    [
+        ("text", "[user]a\nb"),
+        ("parts", "[user]ab"),
+        ("macro", "[user]<a><b>"),
+        ("json", "[user]a\nb"),
+        ("strict", "[user]a\nb"),
+        ("both", "[user]a+b+"),
+    ],
 )
-def test_parts_are_joined_where_the_template_wants_text_and_handed_on_where_it_walks_them(tokenizer, name: str, written: str) -> None:
+def test_parts_are_joined_where_the_template_wants_text_and_handed_on_where_it_walks_them(
+    tokenizer, name: str, written: str
+) -> None:
     assert rendered(tokenizer, TEMPLATES[name], [{"role": "user", "content": parts("a", "b")}]).startswith(written)
-    told = [{"role": "system", "content": parts("x", "y")}, {"role": "user", "content": "a"}, {"role": "tool", "content": parts("1", "2")}]
-    assert "'text'" not in rendered(tokenizer, TEMPLATES[name], told) and '"text"' not in rendered(tokenizer, TEMPLATES[name], told)
+    told = [
+        {"role": "system", "content": parts("x", "y")},
+        {"role": "user", "content": "a"},
+        {"role": "tool", "content": parts("1", "2")},
+    ]
+    assert "'text'" not in rendered(tokenizer, TEMPLATES[name], told) and '"text"' not in rendered(
+        tokenizer, TEMPLATES[name], told
+    )
 
 
 def test_a_refusing_template_is_the_error_of_its_prompt(tokenizer) -> None:
@@ -65,7 +99,10 @@ def test_a_refusing_template_is_the_error_of_its_prompt(tokenizer) -> None:
 
 
 BAD = [
-    ([{"type": "image_url", "image_url": {"url": "x"}}], "part 0 of message 1 is of type 'image_url'; the model reads text"),
+    (
+        [{"type": "image_url", "image_url": {"url": "x"}}],
+        "part 0 of message 1 is of type 'image_url'; the model reads text",
+    ),
     ([*parts("a"), {"type": "input_audio", "input_audio": {}}], "part 1 of message 1 is of type 'input_audio'"),
     ([{"type": "text"}], 'part 0 of message 1 has no "text"'),
     ([{"type": "text", "text": 5}], 'part 0 of message 1 has no "text"'),
@@ -104,16 +141,28 @@ def test_any_message_is_rendered_or_refused(tokenizer, message: dict) -> None:
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
-TOOLS = """{% for m in messages %}[{{ m.role }}]{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}\
-{% endif %}{{ m.content }}{% endfor %}""" + GENERATION
-NULL = """{% for m in messages %}{% if m.role == 'assistant' and m.content is not string %}CALL{% else %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}""" + GENERATION
+TOOLS = (
+    """{% for m in messages %}[{{ m.role }}]{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}\
+{% endif %}{{ m.content }}{% endfor %}"""
+    + GENERATION
+)
+NULL = (
+    """{% for m in messages %}{% if m.role == 'assistant' and m.content is not string %}CALL{% else %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"""
+    + GENERATION
+)
 
 
 @pytest.mark.parametrize("said", [{}, {"content": None}, {"content": ""}, {"content": []}])
 def test_an_assistant_that_calls_tools_may_say_nothing(tokenizer, said: dict) -> None:
-    told = [{"role": "user", "content": "2?"}, {"role": "assistant", "tool_calls": [CALL], **said}, {"role": "tool", "tool_call_id": "c1", "content": parts("3")}]
+    told = [
+        {"role": "user", "content": "2?"},
+        {"role": "assistant", "tool_calls": [CALL], **said},
+        {"role": "tool", "tool_call_id": "c1", "content": parts("3")},
+    ]
     assert rendered(tokenizer, TOOLS, told) == "[user]2?[assistant]add(2)[tool]3[assistant]"
-    assert rendered(tokenizer, TOOLS, told[:2]) == "[user]2?[assistant]add(2)[assistant]", "a call is answered, not continued"
+    assert rendered(tokenizer, TOOLS, told[:2]) == "[user]2?[assistant]add(2)[assistant]", (
+        "a call is answered, not continued"
+    )
     if said.get("content") is None:
         assert rendered(tokenizer, NULL, told) == "[user]2?CALL[tool]3[assistant]"
     with pytest.raises(PromptError, match="the arguments of a tool call in message 1 are not JSON"):
@@ -123,20 +172,37 @@ def test_an_assistant_that_calls_tools_may_say_nothing(tokenizer, said: dict) ->
 
 def test_a_last_text_of_the_assistant_is_continued_in_parts_too(tokenizer) -> None:
     for template in (TEXT, PARTS):
-        assert rendered(tokenizer, template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": parts("It is")}]) == "[user]a[assistant]It is"
+        assert (
+            rendered(
+                tokenizer,
+                template,
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": parts("It is")}],
+            )
+            == "[user]a[assistant]It is"
+        )
 
 
 def test_the_demo_model_has_a_template_that_is_code() -> None:
     tokenizer = load_tokenizer(DEMO)
     encoder = PromptEncoder(tokenizer, max_context=2048, vocab_size=4096)
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts("Add two numbers.", "Name it add.")}]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": parts("Add two numbers.", "Name it add.")},
+    ]
     told = tokenizer.decode(encoder.encode(0, chat))
     assert told == "# system:\n# Be brief.\n\n# user:\n# Add two numbers.\n# Name it add.\n\n# assistant:\n"
     compile(told, "chat", "exec")
     begun = tokenizer.decode(encoder.encode(0, [*chat, {"role": "assistant", "content": "def add(a, b):"}]))
     assert begun == told + "def add(a, b):"
-    answered = [*chat, {"role": "assistant", "content": "def add(a, b): ..."}, {"role": "user", "content": "Now\nsubtract."}]
-    assert tokenizer.decode(encoder.encode(0, answered)) == told + "def add(a, b): ...\n\n# user:\n# Now\n# subtract.\n\n# assistant:\n"
+    answered = [
+        *chat,
+        {"role": "assistant", "content": "def add(a, b): ..."},
+        {"role": "user", "content": "Now\nsubtract."},
+    ]
+    assert (
+        tokenizer.decode(encoder.encode(0, answered))
+        == told + "def add(a, b): ...\n\n# user:\n# Now\n# subtract.\n\n# assistant:\n"
+    )
 
 
 def test_the_training_script_writes_the_template() -> None:

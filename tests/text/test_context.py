@@ -1,4 +1,5 @@
-"""Answers in the context of their prompts, for every kind of tokenizer: the text, what is shown as it grows, and stop strings with and without special tokens."""
+"""Answers in the context of their prompts, for every kind of tokenizer: the text, what is shown as it grows, and
+stop strings with and without special tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +38,11 @@ def words(kind: str, text: str) -> list[int]:
     tokenizer = tokenizer_of(kind)
     mark = "\u2581" if kind.startswith(("unigram", "metaspace", "byte-f")) else ""
     spelled = [mark + word for word in text.split()]
-    return tokenizer.encode(text, add_special_tokens=False) if kind in ("byte-level", "tidy-words") else tokenizer.convert_tokens_to_ids(spelled)
+    return (
+        tokenizer.encode(text, add_special_tokens=False)
+        if kind in ("byte-level", "tidy-words")
+        else tokenizer.convert_tokens_to_ids(spelled)
+    )
 
 
 def less(whole: str, context: str) -> str:
@@ -47,7 +52,10 @@ def less(whole: str, context: str) -> str:
 def reference(tokenizer, prompt: list[int], answer: list[int], special: bool = False) -> str:
     """decode(prompt + answer) less decode(prompt)."""
     hidden = not special
-    return less(tokenizer.decode(prompt + answer, skip_special_tokens=hidden), tokenizer.decode(prompt, skip_special_tokens=hidden))
+    return less(
+        tokenizer.decode(prompt + answer, skip_special_tokens=hidden),
+        tokenizer.decode(prompt, skip_special_tokens=hidden),
+    )
 
 
 def token_ids(kind: str, max_size: int) -> st.SearchStrategy[list[int]]:
@@ -76,7 +84,9 @@ def test_the_text_is_what_prompt_and_answer_decode_to_less_the_prompt(kind: str,
     @trying(examples)
     @given(prompt=token_ids(kind, 12), answer=token_ids(kind, 30), step=st.integers(1, 4))
     def check(prompt: list[int], answer: list[int], step: int) -> None:
-        output = OutputText(decoder_of(kind), SamplingParams(max_tokens=len(answer) + 1, ignore_eos=True), prompt_token_ids=prompt)
+        output = OutputText(
+            decoder_of(kind), SamplingParams(max_tokens=len(answer) + 1, ignore_eos=True), prompt_token_ids=prompt
+        )
         shown = ""
         for place in range(0, len(answer), step):
             output.extend(answer[place : place + step])
@@ -123,15 +133,24 @@ def test_the_first_stop_string_ends_the_answer_with_special_tokens_and_without(k
         special = data.draw(st.booleans())
         source = reference(tokenizer, prompt, answer, special)
         begin = data.draw(st.integers(0, max(0, len(source) - 1)))
-        stops = [source[begin : begin + data.draw(st.integers(1, 14))], *data.draw(st.lists(st.sampled_from(["x", "the", " ", "ab"]), max_size=2))]
+        stops = [
+            source[begin : begin + data.draw(st.integers(1, 14))],
+            *data.draw(st.lists(st.sampled_from(["x", "the", " ", "ab"]), max_size=2)),
+        ]
         stops = [stop for stop in stops if stop and "\ufffd" not in stop]
-        output = OutputText(decoder, SamplingParams(max_tokens=len(answer) + 1, ignore_eos=True, stop=stops), prompt_token_ids=prompt)
+        output = OutputText(
+            decoder, SamplingParams(max_tokens=len(answer) + 1, ignore_eos=True, stop=stops), prompt_token_ids=prompt
+        )
         shown = ""
         for count in range(1, len(answer) + 1):
             output.append(answer[count - 1])
             output.check()
-            visible, spelled = (reference(tokenizer, prompt, answer[:count], each).rstrip("\ufffd") for each in (False, True))
-            expected = any(stop in visible or across_special(kind, prompt, answer[:count], spelled, stop) for stop in stops)
+            visible, spelled = (
+                reference(tokenizer, prompt, answer[:count], each).rstrip("\ufffd") for each in (False, True)
+            )
+            expected = any(
+                stop in visible or across_special(kind, prompt, answer[:count], spelled, stop) for stop in stops
+            )
             shown += output.take()
             if output.finish is not None:
                 assert expected, (stops, visible, spelled)
@@ -142,7 +161,9 @@ def test_the_first_stop_string_ends_the_answer_with_special_tokens_and_without(k
             assert stop in stops
             assert reference(tokenizer, prompt, output.token_ids).startswith(output.text)
             if stop in visible:
-                assert output.text == visible[: min(visible.find(each) for each in stops if each in visible)] or any(each in spelled for each in stops)
+                assert output.text == visible[: min(visible.find(each) for each in stops if each in visible)] or any(
+                    each in spelled for each in stops
+                )
         assert output.finish is None or output.text == shown
 
     check()
@@ -161,7 +182,9 @@ IM_END = "<|im_end|>"
 
 
 @every_kind
-@pytest.mark.parametrize("stop", [IM_END, "cats" + IM_END, IM_END + "<|im_start|>", "s" + IM_END + "<|im_start|>", "im_end", "|>", "</s>"])
+@pytest.mark.parametrize(
+    "stop", [IM_END, "cats" + IM_END, IM_END + "<|im_start|>", "s" + IM_END + "<|im_start|>", "im_end", "|>", "</s>"]
+)
 def test_stop_strings_that_are_or_hold_special_tokens(kind: str, stop: str) -> None:
     tokenizer = tokenizer_of(kind)
     if kind == "tidy-words":
@@ -173,15 +196,19 @@ def test_stop_strings_that_are_or_hold_special_tokens(kind: str, stop: str) -> N
         stop = stop.replace(IM_END, " " + IM_END).replace("<|im_start|>", " <|im_start|>").lstrip()
     assert stop in whole
     prompt = words(kind, "at")
-    for given in ([*answer, *ends, *answer], [*answer, *answer, *ends, *answer]):
-        output = OutputText(decoder_of(kind), SamplingParams(max_tokens=50, stop=["never", stop], ignore_eos=True), prompt_token_ids=prompt)
+    for tokens in ([*answer, *ends, *answer], [*answer, *answer, *ends, *answer]):
+        output = OutputText(
+            decoder_of(kind),
+            SamplingParams(max_tokens=50, stop=["never", stop], ignore_eos=True),
+            prompt_token_ids=prompt,
+        )
         shown = ""
-        for token in given:
+        for token in tokens:
             output.extend([token])
             shown += output.take()
         assert output.finish == Finish("stop", stop)
-        assert output.token_ids == given[: given.index(ends[0]) + (2 if "<|im_start|>" in stop else 1)]
-        wanted = reference(tokenizer, prompt, given[: given.index(ends[0])])
+        assert output.token_ids == tokens[: tokens.index(ends[0]) + (2 if "<|im_start|>" in stop else 1)]
+        wanted = reference(tokenizer, prompt, tokens[: tokens.index(ends[0])])
         before = stop.split(IM_END)[0] if IM_END in stop else ""
         wanted = wanted[: len(wanted) - len(before.rstrip())] if before else wanted
         assert output.text.rstrip() == wanted.rstrip() and shown == output.text
@@ -191,7 +218,9 @@ def test_the_beginning_of_a_stop_string_is_held_back_across_a_special_token() ->
     tokenizer = tokenizer_of("byte-level")
     a, end, b, c, x = tokenizer.convert_tokens_to_ids(["a", IM_END, "b", "c", "x"])
     for last, text in ((c, "x"), (x, "xabx")):
-        output = OutputText(decoder_of("byte-level"), SamplingParams(max_tokens=5, stop="a" + IM_END + "bc"), prompt_token_ids=[x])
+        output = OutputText(
+            decoder_of("byte-level"), SamplingParams(max_tokens=5, stop="a" + IM_END + "bc"), prompt_token_ids=[x]
+        )
         shown = []
         for token in (x, a, end, b):
             output.append(token)
@@ -204,8 +233,14 @@ def test_the_beginning_of_a_stop_string_is_held_back_across_a_special_token() ->
 def test_an_eos_that_completes_a_stop_string_takes_its_text_away_and_alone_stays_eos() -> None:
     tokenizer = tokenizer_of("byte-level")
     a, newline, end = tokenizer.convert_tokens_to_ids(["a", "Ċ", "</s>"])
-    for stop, finish, text in (("\n</s>", Finish("stop", "\n</s>"), "a"), ("</s>", Finish("stop"), "a\n"), ("x</s>", Finish("stop"), "a\n")):
-        output = OutputText(decoder_of("byte-level"), SamplingParams(max_tokens=9, stop=stop), eos_token_ids=[end], prompt_token_ids=[a])
+    for stop, finish, text in (
+        ("\n</s>", Finish("stop", "\n</s>"), "a"),
+        ("</s>", Finish("stop"), "a\n"),
+        ("x</s>", Finish("stop"), "a\n"),
+    ):
+        output = OutputText(
+            decoder_of("byte-level"), SamplingParams(max_tokens=9, stop=stop), eos_token_ids=[end], prompt_token_ids=[a]
+        )
         output.extend([a, newline, end, a])
         assert (output.finish, output.text, output.token_ids) == (finish, text, [a, newline, end])
 
@@ -232,11 +267,17 @@ class Counting:
 @pytest.mark.parametrize("stop", [(), ("never there",)])
 def test_a_token_costs_a_window_however_long_the_answer(kind: str, what: str, stop: tuple[str, ...]) -> None:
     counting = Counting(tokenizer_of(kind))
-    broken = next(iter(decoder_of(kind).byte_pieces), None) if kind.startswith("byte-f") else counting.convert_tokens_to_ids("ð")
+    broken = (
+        next(iter(decoder_of(kind).byte_pieces), None)
+        if kind.startswith("byte-f")
+        else counting.convert_tokens_to_ids("ð")
+    )
     one = {"text": words(kind, "the cats sat at"), "one byte": [broken or 5]}
     one |= {"special": [counting.convert_tokens_to_ids(IM_END)], "unknown": [len(counting) + 9]}
     answer = (one[what] * 600)[:600]
-    output = OutputText(TextDecoder(counting), SamplingParams(max_tokens=len(answer), stop=stop), prompt_token_ids=one["text"] * 400)
+    output = OutputText(
+        TextDecoder(counting), SamplingParams(max_tokens=len(answer), stop=stop), prompt_token_ids=one["text"] * 400
+    )
     text = ""
     for token in answer:
         output.append(token)

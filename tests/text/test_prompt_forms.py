@@ -53,7 +53,10 @@ def test_every_form_alone_in_a_list_and_in_a_stream(encoder, name: str) -> None:
     for prompts in (prompt, [prompt, "x"] if single else [prompt, prompt], iter([prompt]), (prompt, "x")):
         requests = requests_of(prompts, PARAMS, encoder)
         assert requests[0].prompt_token_ids == wanted and type(requests[0].prompt_token_ids) is list
-    assert len(requests_of([prompt, prompt], PARAMS, encoder)) == 2 - single and len(requests_of(prompt, PARAMS, encoder)) == 1
+    assert (
+        len(requests_of([prompt, prompt], PARAMS, encoder)) == 2 - single
+        and len(requests_of(prompt, PARAMS, encoder)) == 1
+    )
     (request,), failed = streamed([("key", prompt, PARAMS)], encoder)
     assert request.prompt_token_ids == wanted and not failed
     text = "whatever" if "its text" in name else plain if isinstance(plain, str) else None
@@ -62,10 +65,18 @@ def test_every_form_alone_in_a_list_and_in_a_stream(encoder, name: str) -> None:
 
 def test_forms_mix_in_a_list_and_a_two_dimensional_array_is_several_prompts(encoder) -> None:
     prompts = [form for form, _ in FORMS.values()]
-    assert [request.prompt_token_ids for request in requests_of(prompts, PARAMS, encoder)] == [encoder.encode(0, plain) for _, plain in FORMS.values()]
-    assert [request.prompt_token_ids for request in requests_of(np.array([[5, 6], [7, 8]]), PARAMS, encoder)] == [[5, 6], [7, 8]]
+    assert [request.prompt_token_ids for request in requests_of(prompts, PARAMS, encoder)] == [
+        encoder.encode(0, plain) for _, plain in FORMS.values()
+    ]
+    assert [request.prompt_token_ids for request in requests_of(np.array([[5, 6], [7, 8]]), PARAMS, encoder)] == [
+        [5, 6],
+        [7, 8],
+    ]
     assert requests_of([], PARAMS, encoder) == []
-    assert len(requests_of([USER, USER], PARAMS, encoder)) == 1 and len(requests_of([USER, {"prompt": "x"}], PARAMS, encoder)) == 2
+    assert (
+        len(requests_of([USER, USER], PARAMS, encoder)) == 1
+        and len(requests_of([USER, {"prompt": "x"}], PARAMS, encoder)) == 2
+    )
 
 
 BAD = [
