@@ -83,8 +83,9 @@ def test_bytes_join_to_the_text_and_no_candidate_is_lost(kind: str) -> None:
         chat, legacy = choice(kind, done, CHAT, count), choice(kind, done, COMPLETIONS, count)["logprobs"]
         content = chat["logprobs"]["content"]
         joined = b"".join(bytes(entry["bytes"]) for entry in content)
-        whole = (tools(kind)[0].decode(prompt + answer, skip_special_tokens=True)).encode()
-        if kind not in LETTERS_ONLY and "\ufffd" not in whole.decode():
+        before, whole = (tools(kind)[0].decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + answer))
+        # a character that begins in the prompt has bytes that are no token's of the answer
+        if kind not in LETTERS_ONLY and "\ufffd" not in before + whole:
             assert joined.decode("utf-8") == done.text
         assert all(len(entry["top_logprobs"]) == count for entry in content)
         for entry, step in zip(content, done.logprobs, strict=True):

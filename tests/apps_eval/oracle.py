@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,7 +157,8 @@ class OracleLLM:
             if token == self.tokenizer.eos_token_id and not params.ignore_eos:
                 result.finish_reason = "stop"
                 break
-            result.text = self.tokenizer.decode(result.token_ids)
+            before, whole = (self.tokenizer.decode(each, skip_special_tokens=True) for each in (ids, ids + result.token_ids))
+            result.text = whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071
             found = [(result.text.index(stop), stop) for stop in params.stop if stop in result.text]
             if found:
                 at, result.stop_reason = min(found)
