@@ -71,7 +71,7 @@ class FlexBatchLM(TemplateLM):
             weakref.finalize(self, llm.close)
         self.llm = llm
         # prompts reach the engine as token ids, so this is the tokenizer that makes them; the option changes what it adds to a text
-        self.tokenizer = llm.tokenizer if add_bos_token is None else load_tokenizer(llm.tokenizer.name_or_path, add_bos_token=add_bos_token)
+        self.tokenizer: Any = llm.tokenizer if add_bos_token is None else load_tokenizer(llm.tokenizer.name_or_path, add_bos_token=add_bos_token)
         self.pretrained = pretrained
         self.batch_size = batch_size
         self._max_length = max_length

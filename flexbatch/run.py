@@ -82,7 +82,7 @@ class Work:
     """The prompts as given, their token ids, and how to complete them."""
 
     prompts: list[Any]
-    token_ids: list[tuple[int, ...]]
+    token_ids: list[list[int]]
     params: SamplingParams
     max_context: int
 
