@@ -22,10 +22,17 @@ from tqdm import tqdm
 
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.models.generation_config import FIELDS, GenerationDefaults
+from flexbatch.models.resolve import load_tokenizer
 from flexbatch.request import Completion, SamplingParams
 
 Scoring = tuple[tuple[str, str] | None, list[int], list[int]]
 """Cache key (None: not kept), context tokens, continuation tokens."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "backend": ("default", "causal"), "revision": ("main", None), "subfolder": ("", None), "trust_remote_code": (False, None),
+    "use_fast_tokenizer": (True, None), "logits_cache": (True, False), "parallelize": (False, None), "peft": (None,), "delta": (None,),
+    "autogptq": (False, None), "gptqmodel": (False, None), "gguf_file": (None,), "tp_plan": (None,), "tokenizer": (None,),
+}  # fmt: skip
+"""Arguments of ``hf`` that are taken where they say what happens anyway."""
 SAMPLING_KEYS = (
     "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "no_repeat_ngram_size", "min_new_tokens", "min_length",
@@ -37,9 +44,10 @@ SAMPLING_KEYS = (
 class FlexBatchLM(TemplateLM):
     """``--model flexbatch --model_args pretrained=...,percent=...``
 
-    ``pretrained`` is what `LLM` loads. ``max_length``, ``max_gen_toks``, ``add_bos_token``, ``prefix_token_id``, ``chat_template_args`` and
-    ``think_end_token`` mean what they mean for ``hf``. All other arguments are keywords of `LLM`; ``percent`` is six numbers between spaces.
-    The harness's ``batch_size`` is without effect: the engine forms its own block.
+    ``pretrained`` is what `LLM` loads. ``max_length``, ``max_gen_toks``, ``add_bos_token``, ``prefix_token_id``,
+    ``truncation``, ``chat_template_args``, ``enable_thinking`` and ``think_end_token`` (text or token id) mean what
+    they mean for ``hf``. All other arguments are keywords of `LLM`; ``percent`` is six numbers between spaces. The
+    harness's ``batch_size`` is without effect: the engine forms its own block.
     """
 
     def __init__(
@@ -50,29 +58,38 @@ class FlexBatchLM(TemplateLM):
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
+        truncation: bool = False,
         chat_template_args: dict[str, Any] | None = None,
-        think_end_token: str | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | int | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         llm: Any = None,
         **engine: Any,
     ) -> None:
         super().__init__()
+        if enable_thinking and think_end_token is None:
+            raise ConfigurationError("--model_args: enable_thinking needs think_end_token, so that the thoughts can be told from the answer")
         if llm is None:
             from flexbatch import LLM
 
             llm = LLM(pretrained, **engine_arguments(engine))
             weakref.finalize(self, llm.close)
         self.llm = llm
-        self.tokenizer = llm.tokenizer
+        # prompts reach the engine as token ids, so this is the tokenizer that makes them; the option changes what it adds to a text
+        self.tokenizer: Any = llm.tokenizer if add_bos_token is None else load_tokenizer(llm.tokenizer.name_or_path, add_bos_token=add_bos_token)
         self.pretrained = pretrained
         self.batch_size = batch_size
         self._max_length = max_length
         self.max_gen_toks = int(max_gen_toks)
         self.add_bos_token = add_bos_token
         self.custom_prefix_token_id = prefix_token_id
-        self.chat_template_args = chat_template_args or {}
-        self.think_end_token = think_end_token
+        self.truncation = truncation
+        self.enable_thinking = enable_thinking
+        self.chat_template_args = (chat_template_args or {}) | (
+            {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        )
+        self.think_end_token = int(think_end_token) if isinstance(think_end_token, str) and think_end_token.isdigit() else think_end_token
 
     @property
     def eot_token_id(self) -> int:
@@ -96,6 +113,21 @@ class FlexBatchLM(TemplateLM):
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             special = False
         return self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special}))
+
+    def _encode_context(self, string: str) -> list[int]:
+        """A context to generate after; ``hf`` looks for a written BOS here, and for the prefix token when it scores."""
+        special = False if has_bos_prefix(string, self.tokenizer.bos_token) else self.add_bos_token
+        return self.tokenizer(
+            string, truncation=self.truncation, **({} if special is None else {"add_special_tokens": special})
+        )["input_ids"]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        if self.enable_thinking:
+            names = ", ".join(sorted({request.task_name for request in requests if request.task_name}))
+            raise ValueError(
+                f"enable_thinking is for tasks that generate text; {names or 'these requests'} compare log-likelihoods"
+            )
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The history as text. A template that refuses system messages gets the history without them, as ``hf`` does."""
@@ -164,19 +196,31 @@ class FlexBatchLM(TemplateLM):
             room = self.max_length - (params.max_tokens or 0)
             if room <= 0:
                 raise ValueError(f"request {place}: max_gen_toks={params.max_tokens} leaves no room for a prompt in {self.max_length} positions; lower it")
-            items.append((place, self.tok_encode(context)[-room:], params))
+            items.append((place, self._encode_context(context)[-room:], params))
         texts = [""] * len(requests)
 
         def finish(place: int, completion: Completion) -> None:
             context, gen_kwargs = requests[place].args
             until = gen_kwargs.get("until") or []
-            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            end = self.tokenizer.decode([self.eot_token_id])
-            texts[place] = postprocess_generated_text(text, [*([until] if isinstance(until, str) else until), end], self.think_end_token)
+            texts[place] = self._answer(completion, [until] if isinstance(until, str) else until)
             self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[place])
 
         self._run(sorted(items, key=lambda item: item[1]), finish, len(items), "generate_until", disable_tqdm)
         return texts
+
+    def _answer(self, completion: Completion, until: Sequence[str]) -> str:
+        """The generated text as ``hf`` gives it: tokens decoded by themselves, so that SentencePiece drops a first
+        space, without thoughts, cut."""
+        token_ids, thought = list(completion.token_ids), self.think_end_token
+        if isinstance(thought, int) and thought in token_ids:
+            token_ids = token_ids[len(token_ids) - token_ids[::-1].index(thought) :]
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        if isinstance(completion.stop_reason, str) and len(token_ids) == len(completion.token_ids):
+            # the engine sees stop strings that ``hf`` does not: those that begin with that space, or reach over a special token
+            text = completion.text[completion.text.startswith(" ") and not text.startswith(" ") :]
+        if isinstance(thought, int):
+            text, thought = text.lstrip(), None
+        return postprocess_generated_text(text, [*until, self.tokenizer.decode([self.eot_token_id])], thought)
 
     def _sampling_params(self, place: int, gen_kwargs: dict[str, Any]) -> SamplingParams:
         """What the request says, else the model's generation_config.json, as with ``hf``. Raises ValueError for what
@@ -189,7 +233,7 @@ class FlexBatchLM(TemplateLM):
         if options:
             raise ValueError(f"request {place}: generation options {sorted(options)} are not available; the engine has {', '.join(SAMPLING_KEYS)}")
         # a reasoning model's stop sequences are for its answer and may occur in its thoughts
-        stop = () if self.think_end_token else tuple(text for text in until if text)
+        stop = () if self.think_end_token is not None else tuple(text for text in until if text)
         given = {"max_tokens": max_tokens, "temperature": temperature if sample else 0.0, "stop": stop, **known}
         generation: GenerationDefaults = getattr(self.llm, "generation", None) or GenerationDefaults()
         if "max_new_tokens" in generation.settings:
@@ -226,6 +270,7 @@ def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
 
     Raises ConfigurationError for a keyword that `LLM` does not have.
     """
+    engine = {name: value for name, value in engine.items() if name not in NEUTRAL or value not in NEUTRAL[name]}
     if unknown := engine.keys() - {field.name for field in dataclasses.fields(EngineConfig)}:
         raise ConfigurationError(f"--model_args: FlexBatch has no {', '.join(sorted(unknown))}; engine settings are the flags of flexbatch run --help")
     given = {name: value for name, value in engine.items() if value is not None}

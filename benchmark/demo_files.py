@@ -22,6 +22,23 @@ HELD_OUT_ONE_IN = 33
 WORDS = r"^[ \t]+|[\r\n]+| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\r\n]+(?!\S)|\s+"
 """What a token may span: indentation is apart from the newline before it, so that a prompt may end with a newline, as HumanEval's do, and the model
 goes on with indentation. It costs 6 % more tokens than GPT-2's pattern, which fuses the two."""
+CHAT_TEMPLATE = r"""{#- The model knows Python files alone, so a conversation is one: what is said to it are comments. -#}
+{%- for message in messages -%}
+    {%- if message['content'] is string -%}
+        {%- set said = message['content'] -%}
+    {%- else -%}
+        {%- set said = message['content'] | map(attribute='text') | join('\n') -%}
+    {%- endif -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- '# assistant:\n' + said + ('' if loop.last else '\n\n') -}}
+    {%- else -%}
+        {{- '# ' + message['role'] + ':\n# ' + said | replace('\n', '\n# ') + '\n\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '# assistant:\n' -}}
+{%- endif -%}
+"""
 PROMPTS = (
     "def read_lines(path):\n    with open(path) as f:\n",
     "for name in os.listdir(path):\n",
@@ -160,6 +177,7 @@ def save_model(weights: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer, f
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT, "clean_up_tokenization_spaces": False, **special},
     )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
@@ -205,6 +223,7 @@ correct programs, and exists so that every command of FlexBatch runs without a d
 | shape | {shown}, MLP {shape.intermediate}, tied embeddings |
 | context | {CONTEXT} tokens |
 | tokenizer | byte-level BPE, {VOCAB_SIZE} entries, {1 / corpus.tokens_per_byte:.2f} bytes per token; `{END}` (id 0) ends a file; nothing is added to a prompt |
+| chat | `chat_template.jinja` writes a conversation as Python, with comments; the model was not trained to answer |
 | stored as | fp16 safetensors |
 | corpus | {corpus.describe()} |
 | held-out loss | **{per_byte:.4f} nats/byte = {per_byte / math.log(2):.4f} bits/byte** ({nats:.4f} nats/token), weights as stored |

@@ -261,7 +261,6 @@ class LLM:
     ) -> Iterator[Retired]:
         """The loop of the engine: compose a pass, run it, commit what it drew."""
         meter, generated = self._meter(), self.statistics.generated_tokens
-        shown: dict[int, int] = {}
         started = time.perf_counter()
         try:
             while batcher.has_work():
@@ -276,7 +275,7 @@ class LLM:
                     self._adjust(batcher, block, change)
                 self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
-                    report_text(batcher, shown, on_tokens)
+                    report_text(batcher, on_tokens)
                 yield from self._taken(batcher, block)
             yield from self._taken(batcher, block)
         except GeneratorExit:

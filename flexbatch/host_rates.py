@@ -114,7 +114,7 @@ def run_passes(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer,
     new_tokens = 1 + WARM_UP + PASSES
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     chance = random.Random(0)
-    requests = [Request(i, tuple(chance.choices(range(3, 64), k=prompt_tokens)), params) for i in range(policy.block_size)]
+    requests = [Request(i, chance.choices(range(3, 64), k=prompt_tokens), params) for i in range(policy.block_size)]
     job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
     seconds = []
     with open_block(arch, policy, job, device, dtype, tracer) as (executor, cache, tokens):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
-from typing import Any, cast
+from typing import Any
 
 from flexbatch.checks import short
 from flexbatch.config import ConfigurationError
@@ -14,9 +13,10 @@ from flexbatch.execution.batcher import Candidate
 from flexbatch.execution.request_state import RequestState
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
-from flexbatch.prompts import Prompt, PromptEncoder
+from flexbatch.prompts import Prompt, PromptEncoder, as_prompts, plain_prompt
 from flexbatch.reports import with_samples
 from flexbatch.request import Completion, Request, SamplingParams
+from flexbatch.text_decoder import TextDecoder
 
 logger = logging.getLogger("flexbatch")
 
@@ -32,11 +32,10 @@ def requests_of(
     """One request for every sample of every prompt, in the order of the prompts, which are counted from
     ``first_index``. One SamplingParams is for all.
 
-    Raises PromptError for the first prompt that cannot be run, ConfigurationError when there are not as many parameters
-    as prompts, or others than those.
+    Raises PromptError for the first prompt that cannot be run, ConfigurationError for prompts that are none, and when
+    there are not as many parameters as prompts, or others than those.
     """
-    parts = prompts if isinstance(prompts, str) else list(prompts)
-    prompts = cast("list[Prompt]", [parts] if is_prompt(parts) else parts)
+    prompts = as_prompts(prompts)
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         params = [defaults.instead_of(sampling_params)] * len(prompts)
     else:
@@ -84,25 +83,26 @@ class Defaults:
         return params
 
 
-def is_prompt(parts: str | Sequence[Any]) -> bool:
-    """Whether it is one prompt (text, token ids, chat messages) and not a sequence of them."""
-    return isinstance(parts, str) or (len(parts) > 0 and all(isinstance(part, Integral | Mapping) for part in parts))
-
-
 def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:
     """The n requests of one prompt, with a number for ``max_tokens``. Raises PromptError."""
     encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
     params = params.within(encoder.room(token_ids))
-    text = prompt if isinstance(prompt, str) else None
+    text = plain_prompt(index, prompt).text
     return [Request(index, token_ids, params, sample, text) for sample in range(params.n)]
 
 
 def candidates_of(requests: Iterable[Request], tokenizer: Any, arch: Arch, engine_seed: int) -> Iterator[Candidate]:
     """Requests with the state that their sampling and their text need, one by one as they are asked for."""
+    decoder = None if tokenizer is None else TextDecoder(tokenizer)
     for request in requests:
-        prompt_tokens = len(request.prompt_token_ids)
-        output = OutputText(tokenizer, request.params, eos_token_ids=arch.eos_token_ids, prompt_tokens=prompt_tokens, max_context=arch.max_positions)
+        output = OutputText(
+            decoder,
+            request.params,
+            eos_token_ids=arch.eos_token_ids,
+            prompt_token_ids=request.prompt_token_ids,
+            max_context=arch.max_positions,
+        )
         yield Candidate(RequestState(request, engine_seed, arch.eos_token_ids), output)
 
 
@@ -134,11 +134,16 @@ class Intake:
         self.failed: list[tuple[Hashable, Completion]] = []
 
     def requests(self) -> Iterator[Request]:
-        for index, (key, prompt, params) in enumerate(self._items):
+        for index, item in enumerate(self._items):
+            if not isinstance(item, tuple | list) or len(item) != 3:
+                raise ConfigurationError(
+                    f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams)"
+                )
+            key, prompt, params = item
             try:
                 samples = samples_of(index, prompt, self._defaults.instead_of(params), self._encoder)
             except ValueError as error:
-                self.failed.append((key, Completion((), finish_reason="error", error=str(error), index=index)))
+                self.failed.append((key, Completion([], finish_reason="error", error=str(error), index=index)))
                 continue
             self._keys[index] = key
             yield from samples

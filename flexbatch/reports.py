@@ -68,7 +68,7 @@ def completion_of(retired: Retired) -> Completion:
     sample = f", sample {request.sample}" if request.params.n > 1 else ""
     error = f"prompt {request.index}{sample}: {retired.error}" if retired.error else ""
     completion = Completion(
-        request.prompt_token_ids, prompt=request.prompt, index=request.index, error=error, finish_reason="error"
+        list(request.prompt_token_ids), prompt=request.prompt, index=request.index, error=error, finish_reason="error"
     )
     if sequence is None or output.finish is None or retired.error:
         return completion
@@ -92,11 +92,9 @@ def with_samples(completions: dict[int, Completion]) -> Completion:
     return first
 
 
-def report_text(batcher: Batcher, shown: dict[int, int], on_tokens: Callable[[int, str], None]) -> None:
-    """Hand on the new text of every prompt's first sample; ``shown`` counts the characters that were handed on."""
+def report_text(batcher: Batcher, on_tokens: Callable[[int, str], None]) -> None:
+    """Hand on the new text of every prompt's first sample."""
     running = [(sequence.state.request, sequence.output) for batch in batcher.micro_batches for sequence in batch]
     for request, output in [*running, *((retired.state.request, retired.output) for retired in batcher.retired)]:
-        text = output.text if request.sample == 0 else ""
-        if len(text) > shown.get(request.index, 0):
-            on_tokens(request.index, text[shown.get(request.index, 0) :])
-            shown[request.index] = len(text)
+        if request.sample == 0 and (text := output.take()):
+            on_tokens(request.index, text)

@@ -210,7 +210,7 @@ class Request:
     """One prompt to complete: ``index`` is its place among the results, ``sample`` counts the n completions of one prompt."""
 
     index: int
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: list[int]
     params: SamplingParams
     sample: int = 0
     prompt: str | None = None
@@ -234,7 +234,7 @@ class Completion:
     and so are those before ``prompt_logprobs_start``.
     """
 
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""

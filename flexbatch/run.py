@@ -122,7 +122,7 @@ class Work:
     """The rows as given, the token ids of their prompts, and how to complete them."""
 
     rows: list[PromptRow]
-    token_ids: list[tuple[int, ...]]
+    token_ids: list[list[int]]
     params: SamplingParams
     max_context: int
     folder: Path | None

@@ -17,7 +17,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("checks", "config", "request", "streams", "text_files", "threads", "trace", "parallel"),
     ("models",),
     ("memory",),
-    ("detokenize", "prompts"),
+    ("chat", "detokenize", "prompts", "text_decoder"),
     ("execution",),
     ("speculative",),
     ("planning",),

@@ -24,6 +24,7 @@ from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.runner import OpenEngine, Shard, close_shard, ended, stopped
 from flexbatch.apps.jobs.shares import Share
 from flexbatch.apps.jobs.store import STATE, OutputStore
+from flexbatch.apps.jobs.token_texts import TokenTexts
 from flexbatch.config import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
@@ -136,7 +137,7 @@ class Worker:
             stack.callback(store.close)
             llm = stack.enter_context(self._open_engine(job.engine, seen))
             if isinstance(job.output, OpenAIOutput):
-                job.output.created, job.output.decode = store.created, lambda token: llm.tokenizer.decode([token])
+                job.output.created, job.output.texts = store.created, TokenTexts(llm.tokenizer)
 
             def committed(part: Part) -> None:
                 ray.get(dispenser.done.remote(number, dataclasses.asdict(store.commits[part.number])))

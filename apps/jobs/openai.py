@@ -22,6 +22,7 @@ from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.results import Record, failure_text, write_lines
 from flexbatch.apps.jobs.rows import Row, RowError, messages_prompt, row_error, row_seed, unicode_text
 from flexbatch.apps.jobs.text_sources import LINE
+from flexbatch.apps.jobs.token_texts import CONTEXT, TokenTexts, places_in
 from flexbatch.request import Completion, SamplingParams, TokenLogprob
 from flexbatch.text_files import parse_json, short, split_lines
 
@@ -198,12 +199,52 @@ def _logprobs(body: Mapping[str, Any], url: str) -> int | None:
     return top
 
 
-class OpenAIOutput:
-    """JSON-lines parts of a batch file.
+@dataclass(frozen=True)
+class Shown:
+    """A token with its log-probability: its name, and its bytes in the text."""
 
-    ``identity`` (a digest) makes the ids, ``created`` is the job's unix time; ``decode`` turns one token id into text.
-    ``chat_limit`` as in `parse_request`;
-    ``repeated`` has the rows whose custom_id is that of an earlier one, which it has too.
+    name: str
+    piece: bytes
+    item: TokenLogprob
+
+    @property
+    def logprob(self) -> float:
+        """JSON has no infinity, so a token that cannot come gets what OpenAI and vLLM give it."""
+        return max(self.item.logprob, -9999.0)
+
+    def entry(self) -> dict[str, Any]:
+        return {"token": self.name, "logprob": self.logprob, "bytes": list(self.piece)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of an output: where it begins in the text, itself, and all tokens that are known there, itself
+    first."""
+
+    offset: int
+    drawn: Shown
+    known: Sequence[Shown]
+
+
+def chat_logprobs(step: Step, count: int) -> dict[str, Any]:
+    """The token, and the ``count`` most likely ones, itself among them or not."""
+    best = sorted(step.known, key=lambda shown: (-shown.item.logprob, shown.item.rank))[:count]
+    return {**step.drawn.entry(), "top_logprobs": [shown.entry() for shown in best]}
+
+
+def legacy_logprobs(steps: Sequence[Step]) -> dict[str, Any]:
+    return {
+        "tokens": [step.drawn.name for step in steps],
+        "token_logprobs": [step.drawn.logprob for step in steps],
+        "top_logprobs": [{shown.name: shown.logprob for shown in step.known} for step in steps],
+        "text_offset": [step.offset for step in steps],
+    }
+
+
+class OpenAIOutput:
+    """JSON-lines parts of a batch file. ``identity`` (a digest) makes the ids, ``created`` is the job's unix time;
+    ``texts``, which shows tokens of log-probabilities, is known once there is a tokenizer. ``chat_limit`` as in
+    `parse_request`; ``repeated`` has the rows whose custom_id is that of an earlier one, which it has too.
     """
 
     suffix = ".jsonl"
@@ -219,7 +260,7 @@ class OpenAIOutput:
     ) -> None:
         self._params, self._seed, self._identity, self.created = params, seed, identity, created
         self._chat_limit, self._repeated = chat_limit, dict(repeated or {})
-        self.decode: Callable[[int], str] = str
+        self.texts: TokenTexts | None = None
 
     def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[Row]:
         problems = table[ROW_ERROR].to_pylist() if ROW_ERROR in table.schema.names else [None] * len(table)
@@ -255,36 +296,35 @@ class OpenAIOutput:
             "object": "chat.completion" if chat else "text_completion",
             "created": self.created,
             "model": call.model,
-            "choices": [self._choice(place, sample, chat) for place, sample in enumerate(samples)],
+            "choices": [self._choice(place, sample, call) for place, sample in enumerate(samples)],
             "usage": {"prompt_tokens": used, "completion_tokens": made, "total_tokens": used + made},
         }
         response = {"status_code": 200, "request_id": f"req-{self._identity}-{row.index}", "body": body}
         return {"id": f"batch_req_{self._identity}-{row.index}", "custom_id": call.custom_id, "response": response, "error": None}
 
-    def _choice(self, place: int, sample: Completion, chat: bool) -> dict[str, Any]:
+    def _choice(self, place: int, sample: Completion, call: Call) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": place, "finish_reason": sample.finish_reason}
-        if not chat:
-            return {**choice, "text": sample.text, "logprobs": None if sample.logprobs is None else self._legacy_logprobs(sample)}
-        content = None if sample.logprobs is None else {"content": [self._chat_logprobs(*step) for step in zip(sample.token_ids, sample.logprobs, strict=True)]}
+        steps = None if sample.logprobs is None else self._steps(sample)
+        if call.url != CHAT:
+            return {**choice, "text": sample.text, "logprobs": None if steps is None else legacy_logprobs(steps)}
+        content = None if steps is None else {"content": [chat_logprobs(step, call.logprobs or 0) for step in steps]}
         return {**choice, "message": {"role": "assistant", "content": sample.text}, "logprobs": content}
 
-    def _chat_logprobs(self, token: int, step: Mapping[int, TokenLogprob]) -> dict[str, Any]:
-        def entry(item: TokenLogprob) -> dict[str, Any]:
-            text = self.decode(item.token_id)
-            return {"token": text, "logprob": item.logprob, "bytes": list(text.encode())}
-
-        best = sorted((item for item in step.values() if item.rank <= max(len(step) - 1, 1)), key=lambda item: item.rank)
-        return {**entry(step[token]), "top_logprobs": [entry(item) for item in best] if len(step) > 1 else []}
-
-    def _legacy_logprobs(self, sample: Completion) -> dict[str, Any]:
-        texts = [self.decode(token) for token in sample.token_ids]
-        steps = sample.logprobs or []
-        return {
-            "tokens": texts,
-            "token_logprobs": [step[token].logprob for token, step in zip(sample.token_ids, steps, strict=True)],
-            "top_logprobs": [{self.decode(item.token_id): item.logprob for item in step.values()} for step in steps],
-            "text_offset": [sum(map(len, texts[:place])) for place in range(len(texts))],
-        }
+    def _steps(self, sample: Completion) -> list[Step]:
+        """The tokens of an output, each with its alternatives, as they are shown."""
+        assert self.texts is not None, "log-probabilities are shown before there is a tokenizer"
+        known = [*sample.prompt_token_ids, *sample.token_ids]
+        start, drawn, pieces = len(sample.prompt_token_ids), [], []
+        for place, entries in enumerate(sample.logprobs or []):
+            token_ids = list(entries)  # the drawn one first
+            found = self.texts.alternatives(known[max(0, start + place - CONTEXT) : start + place], token_ids)
+            names = self.texts.names(token_ids, found)
+            drawn.append(
+                [Shown(name, piece, entry) for name, piece, entry in zip(names, found, entries.values(), strict=True)]
+            )
+            pieces.append(found[0])
+        places = places_in(sample.text, pieces)
+        return [Step(offset, dataclasses.replace(shown[0], piece=kept), shown) for (offset, kept), shown in zip(places, drawn, strict=True)]
 
     def failure(self, row: Row, message: str) -> Record:
         call, code = row.extra if isinstance(row.extra, tuple) else (row.extra, "invalid_request")

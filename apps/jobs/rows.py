@@ -137,7 +137,8 @@ def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
         raise RowError(f"{name!r} holds no list of messages")
     messages = []
     for place, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message.get("content") is None:
+        # an assistant that calls tools may say nothing
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or (message.get("content") is None and not message.get("tool_calls")):
             raise RowError(f'{name!r}: message {place} needs "role" and "content"')
         messages.append({key: item for key, item in message.items() if item is not None})
     return unicode_text(messages, name)

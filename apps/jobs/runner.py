@@ -19,6 +19,7 @@ from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.shares import Share
 from flexbatch.apps.jobs.store import OutputStore
+from flexbatch.apps.jobs.token_texts import TokenTexts
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 
 logger = logging.getLogger("flexbatch")
@@ -81,7 +82,7 @@ def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> i
         interrupts = Interrupts()
         with interrupts.installed(), open_engine(job.engine, preview(job, shard.left)) as llm:
             if isinstance(job.output, OpenAIOutput):
-                job.output.decode = lambda token: llm.tokenizer.decode([token])
+                job.output.texts = TokenTexts(llm.tokenizer)
             return _generate(shard, counts, llm, interrupts, resume, share)
     except ConfigurationError:
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexbatch.models.errors import CheckpointError
 
@@ -52,12 +52,16 @@ def _download(model: str) -> Path:
     return folder
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Code that the folder brings along is never run. Raises CheckpointError."""
+def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, with ``options`` of transformers such as ``add_bos_token``. Code that the folder
+    brings along is never run.
+
+    Raises CheckpointError.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -93,4 +93,4 @@ class FakeLLM:
         logprobs = None
         if params.logprobs is not None:
             logprobs = [{token: TokenLogprob(token, -0.5, 1), **({2: TokenLogprob(2, -1.5, 2)} if params.logprobs else {})} for token in tokens]
-        return Completion(tuple(prompt), list(tokens), self.tokenizer.decode(tokens), reason, logprobs=logprobs)
+        return Completion(list(prompt), list(tokens), self.tokenizer.decode(tokens), reason, logprobs=logprobs)

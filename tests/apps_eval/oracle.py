@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,8 @@ def make_tokenizer(bos: bool = False, chat: bool = False):
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    special, alphabet = ["<s>", "</s>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator([TEXT], trainer)
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -38,12 +40,31 @@ def make_tokenizer(bos: bool = False, chat: bool = False):
     return tokenizer
 
 
-def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = False, positions: int = 512) -> Path:
+def make_pieces():
+    """A Unigram tokenizer as SentencePiece makes them: a space belongs to the word after it, and every text begins with one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.Unigram())
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    special = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+    alphabet = sorted({*TEXT, *"zxyj"} - {" ", "\n"})
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=special, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = False, positions: int = 512, tokenizer: Any = None) -> Path:
     """A random Llama (2 layers, width 64) in fp32 with its tokenizer; weights are scaled up so that the logits differ clearly."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(bos, chat)
+    tokenizer = tokenizer or make_tokenizer(bos, chat)
     tokenizer.model_max_length = positions
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -53,12 +74,12 @@ def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = F
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=positions,
-        bos_token_id=0,
-        eos_token_id=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config).float()
-    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 0, 1
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -91,7 +112,7 @@ class OracleLLM:
             ids = self._encode(prompt)
             if not ids or len(ids) + params.max_tokens > self.positions + (params.max_tokens == 0):
                 problem = f"the prompt has {len(ids)} tokens and asks for {params.max_tokens} more, the model has {self.positions} positions"
-                yield key, Completion(prompt_token_ids=tuple(ids), finish_reason="error", error=problem)
+                yield key, Completion(prompt_token_ids=list(ids), finish_reason="error", error=problem)
                 continue
             samples = [self._complete(ids, params, sample) for sample in range(params.n)]
             if params.n > 1:
@@ -120,7 +141,7 @@ class OracleLLM:
     @torch.no_grad()
     def _complete(self, ids: list[int], params: SamplingParams, sample: int) -> Completion:
         logits = self.model(torch.tensor([ids[: self.positions]])).logits[0].float()
-        result = Completion(prompt_token_ids=tuple(ids), finish_reason="length")
+        result = Completion(prompt_token_ids=list(ids), finish_reason="length")
         if params.prompt_logprobs is not None:
             table = torch.log_softmax(logits, -1)
             result.prompt_logprobs = [None] + [entry(table[i], ids[i + 1], params.prompt_logprobs) for i in range(len(ids) - 1)]
@@ -136,7 +157,8 @@ class OracleLLM:
             if token == self.tokenizer.eos_token_id and not params.ignore_eos:
                 result.finish_reason = "stop"
                 break
-            result.text = self.tokenizer.decode(result.token_ids)
+            before, whole = (self.tokenizer.decode(each, skip_special_tokens=True) for each in (ids, ids + result.token_ids))
+            result.text = whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071
             found = [(result.text.index(stop), stop) for stop in params.stop if stop in result.text]
             if found:
                 at, result.stop_reason = min(found)

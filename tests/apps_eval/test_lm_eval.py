@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,9 +18,10 @@ lm_eval = pytest.importorskip("lm_eval")  # the extra flexbatch[lm-eval]
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval_tasks import write_tasks  # noqa: E402
-from oracle import OracleLLM  # noqa: E402
+from oracle import OracleLLM, make_model, make_pieces  # noqa: E402
 
 from flexbatch.apps.lm_eval_model import FlexBatchLM, engine_arguments  # noqa: E402
+from flexbatch.config import ConfigurationError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {"device": "cpu", "dtype": "float32"}
@@ -39,10 +41,10 @@ def responses(model, tasks, **options):
     return samples, found["results"]
 
 
-def hugging_face(folder, batch_size: int = 4):
+def hugging_face(folder, batch_size: int = 4, **options):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch_size)
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch_size, **options)
 
 
 def assert_equal(mine, theirs):
@@ -106,6 +108,99 @@ def test_a_written_bos_is_not_doubled_and_long_contexts_lose_their_left_end(mode
     assert text == model.tokenizer.decode(expected.token_ids, skip_special_tokens=True)
 
 
+OPTIONS = [
+    {"add_bos_token": True},
+    {"add_bos_token": False},
+    {"prefix_token_id": 77},
+    {"add_bos_token": True, "prefix_token_id": 77},
+    {"max_length": 60},
+    {"truncation": True, "add_bos_token": True},
+    {"think_end_token": "e"},
+    {"think_end_token": "66"},
+    {"enable_thinking": False},
+]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A Llama with a SentencePiece tokenizer, which drops the first space of what it decodes and adds no BOS by
+    itself."""
+    return make_model(tmp_path_factory.mktemp("tiny") / "pieces", seed=2, positions=256, tokenizer=make_pieces())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "which", ["pieces", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny", "tiny_chat"))]
+)
+def test_tokenizer_options_are_those_of_hf(which, options, request):
+    folder = request.getfixturevalue(which)
+    theirs = hugging_face(folder, batch_size=1, **options)
+    mine = FlexBatchLM(str(folder), llm=OracleLLM(folder), **options)
+    bos = theirs.tokenizer.bos_token
+    pairs = [
+        ("red ale", " dark"),
+        ("", "dark ale"),
+        (f"{bos}red", " ale"),
+        ("The quick brown ", "fox"),
+        (theirs.tokenizer.decode(77) + "ale", " B"),
+    ]
+    for text in (*(context for context, _ in pairs), "red ale dark " * 40):
+        assert mine.tok_encode(text) == theirs.tok_encode(text)
+        assert mine.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
+    for (ours, greedy), (reference, wanted) in zip(
+        mine.loglikelihood(requests("loglikelihood", *pairs)),
+        theirs.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True),
+        strict=True,
+    ):
+        assert ours == pytest.approx(reference, abs=1e-4) and greedy == wanted
+    texts = [("The quick brown fox",), (f"{bos}red ale " * 30,)]
+    rolling = [
+        each.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True)
+        for each in (mine, theirs)
+    ]
+    assert rolling[0] == pytest.approx(rolling[1], rel=1e-6, abs=1e-4)
+    asked = [(context or "A", {"until": ["zz", "</s>"], "max_gen_toks": 12}) for context, _ in pairs] + [
+        ("red ale " * 60, {"max_gen_toks": 8})
+    ]
+    generated = [each.generate_until(requests("generate_until", *asked), disable_tqdm=True) for each in (mine, theirs)]
+    assert generated[0] == generated[1]
+
+
+@pytest.mark.parametrize("which", ["tiny", "pieces"])
+def test_until_sees_special_tokens_and_spaces_at_the_start(which, request):
+    """The engine itself, against a model that is made to say the tokens of the stop string."""
+    folder = request.getfixturevalue(which)
+    with_engine = FlexBatchLM(str(folder), percent="100 0 100 0 100 0", gpu_batch_size=4, num_gpu_batches=1, **ENGINE)
+    with with_engine.llm as llm:
+        said = {"until": [], "max_gen_toks": 6}
+        (token,) = set(llm.tokenizer.convert_tokens_to_ids(["<|im_end|>"]))
+        params = with_engine._sampling_params(0, said)
+        whole = llm.generate(["red ale"], params)[0]
+        forced = dataclasses.replace(params, logit_bias={token: 1e4}, stop=("<|im_end|>",))
+        found = llm.generate(["red ale"], forced)[0]
+        assert (found.text, found.token_ids, found.stop_reason, found.finish_reason) == (
+            "",
+            [token],
+            "<|im_end|>",
+            "stop",
+        )
+        assert with_engine._answer(found, ["<|im_end|>"]) == ""
+        first = whole.text[:3]
+        cut = with_engine.generate_until(
+            requests("generate_until", ("red ale", {"until": [first], "max_gen_toks": 6})), disable_tqdm=True
+        )
+        assert cut == [""]
+
+
+def test_thinking_is_for_generation_and_needs_its_end(tiny):
+    with pytest.raises(ConfigurationError, match="enable_thinking needs think_end_token"):
+        FlexBatchLM(str(tiny), llm=OracleLLM(tiny), enable_thinking=True)
+    thinking = FlexBatchLM(str(tiny), llm=OracleLLM(tiny), enable_thinking=True, think_end_token="</think>")
+    assert thinking.chat_template_args == {"enable_thinking": True}
+    with pytest.raises(ValueError, match="enable_thinking is for tasks that generate"):
+        thinking.loglikelihood(requests("loglikelihood", ("a", "b")))
+
+
 def test_generation_options_are_passed_on_or_refused(model):
     params = model._sampling_params(0, {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_tokens": 7})
     assert (params.stop, params.temperature, params.top_p, params.max_tokens) == (("x",), 0.5, 0.9, 7)
@@ -134,6 +229,15 @@ def test_the_harness_device_is_taken_where_it_is(monkeypatch, cuda):
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     assert engine_arguments({"device": "cuda:0"}) == ({"device": "cuda:0"} if cuda else {})
     assert engine_arguments({"device": "cpu"}) == {"device": "cpu"}
+
+
+def test_arguments_of_hf_are_taken_where_they_change_nothing():
+    assert engine_arguments(
+        {"trust_remote_code": False, "revision": "main", "parallelize": False, "gpu_batch_size": 2}
+    ) == {"gpu_batch_size": 2}
+    for name, value in (("trust_remote_code", True), ("revision", "v2"), ("tokenizer", "other"), ("peft", "lora")):
+        with pytest.raises(ConfigurationError, match=f"FlexBatch has no {name}"):
+            engine_arguments({name: value})
 
 
 @pytest.mark.parametrize(("arguments", "told"), [("pretrained=demo,percnt=1", "FlexBatch has no percnt"), ("pretrained=no/where", "model 'no/where'")])

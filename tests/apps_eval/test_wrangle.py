@@ -85,7 +85,7 @@ class Answers:
             self.prompts.append(text)
             said = self.rule(text)
             bad = said is None
-            yield key, Completion(prompt_token_ids=(), text=said or "", finish_reason="error" if bad else "stop", error="too long" if bad else "")
+            yield key, Completion(prompt_token_ids=[], text=said or "", finish_reason="error" if bad else "stop", error="too long" if bad else "")
 
 
 # Tables and texts

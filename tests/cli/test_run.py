@@ -165,10 +165,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(caplog: pytest.LogC
     with caplog.at_level(logging.INFO), Progress(4, terminal=False, clock=lambda: now[0]) as progress:
         for _ in range(4):
             now[0] += 4
-            progress.finished(Completion((1,), [1, 2, 3]))
+            progress.finished(Completion([1], [1, 2, 3]))
     assert caplog.messages == ["3 of 4 completions, 9 tokens, 0.8 tokens/s", "4 of 4 completions, 12 tokens, 0.8 tokens/s"]
     with Progress(2, terminal=True) as progress:
-        progress.finished(Completion((1,), [1]))
+        progress.finished(Completion([1], [1]))
     captured = capsys.readouterr()
     assert "1/2" in captured.err and captured.out == ""
 

@@ -97,7 +97,7 @@ def test_a_run_stays_within_its_plan(params, draft, monkeypatch, tmp_path):
 
 
 def states(count: int, params: dict[str, Any]) -> list[RequestState]:
-    return [RequestState(Request(i, (3, 5, 5, 7), SamplingParams(max_tokens=100, **params)), 0) for i in range(count)]
+    return [RequestState(Request(i, [3, 5, 5, 7], SamplingParams(max_tokens=100, **params)), 0) for i in range(count)]
 
 
 KINDS = [GREEDY, RANDOM, SCORED, {"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.5}, {"temperature": 0.0, "frequency_penalty": 0.5}]

@@ -84,7 +84,7 @@ def test_one_prompt_and_several_of_every_kind(folder, tmp_path):
         together = tokens(llm.generate(kinds, params))
         assert [tokens(llm.generate(kind, params)) for kind in kinds] == [[found] for found in together]
         assert llm.generate([], params) == [] and tokens(llm.generate(iter(kinds), params)) == together
-        assert llm.generate(kinds[-1], params)[0].prompt_token_ids == tuple(tokenizer("<system>x<user>y")["input_ids"])
+        assert llm.generate(kinds[-1], params)[0].prompt_token_ids == tokenizer("<system>x<user>y")["input_ids"]
 
 
 def test_logits_of_a_long_prompt_never_exist_at_once(folder, tmp_path, monkeypatch):

@@ -23,8 +23,8 @@ PAGE_TOKENS = 4
 
 
 def candidate(index: int, prompt: tuple[int, ...], max_context: int = 1000, **params: Any) -> Candidate:
-    request = Request(index, prompt, SamplingParams(**{"max_tokens": 4, "temperature": 0, **params}))
-    output = OutputText(None, request.params, eos_token_ids=(EOS,), prompt_tokens=len(prompt), max_context=max_context)
+    request = Request(index, list(prompt), SamplingParams(**{"max_tokens": 4, "temperature": 0, **params}))
+    output = OutputText(None, request.params, eos_token_ids=(EOS,), prompt_token_ids=prompt, max_context=max_context)
     return Candidate(RequestState(request), output)
 
 

@@ -18,7 +18,7 @@ VOCAB = 211
 
 
 def state(index: int = 0, output: tuple[int, ...] = (), *, prompt: tuple[int, ...] = (3, 5, 5, 7), engine_seed=0, sample_index=0, **params) -> RequestState:
-    made = RequestState(Request(index, prompt, SamplingParams(**{"max_tokens": 100, **params}), sample=sample_index), engine_seed)
+    made = RequestState(Request(index, list(prompt), SamplingParams(**{"max_tokens": 100, **params}), sample=sample_index), engine_seed)
     for token in output:
         made.append(token)
     made.check()

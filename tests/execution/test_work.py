@@ -70,7 +70,7 @@ def test_the_last_token_of_a_scored_prompt_is_not_read(prompt: tuple[int, ...], 
 def state(**changes: object) -> RequestState:
     fields = {"index": 0, "prompt": (3, 5, 5), "sample": 0, "engine_seed": 0, **changes}
     params = SamplingParams(**{"max_tokens": 50, **{key: value for key, value in fields.items() if key not in ("index", "prompt", "sample", "engine_seed")}})  # type: ignore[arg-type]
-    return RequestState(Request(fields["index"], fields["prompt"], params, fields["sample"]), fields["engine_seed"])  # type: ignore[arg-type]
+    return RequestState(Request(fields["index"], list(fields["prompt"]), params, fields["sample"]), fields["engine_seed"])  # type: ignore[arg-type]
 
 
 def test_streams_belong_to_the_request() -> None:
@@ -81,7 +81,7 @@ def test_streams_belong_to_the_request() -> None:
     variants += [dict(seed=seed, sample=s) for seed in (-1, 0, 1, 2**63) for s in range(3)]
     keys = [state(**variant).key for variant in variants]
     assert len(set(keys)) == len(keys) and all(0 <= key < 2**64 for key in keys)
-    assert stream_key(Request(0, (1,), SamplingParams(seed=0)), 3) != stream_key(Request(0, (1,), SamplingParams()), 0)
+    assert stream_key(Request(0, [1], SamplingParams(seed=0)), 3) != stream_key(Request(0, [1], SamplingParams()), 0)
 
 
 @given(output=st.lists(st.integers(0, 9), max_size=50), bias=st.dictionaries(st.integers(0, 9), st.floats(-5, 5), max_size=3))
@@ -103,7 +103,7 @@ def test_counts_follow_the_output(output: list[int], bias: dict[int, float]) -> 
 
 @given(output=st.lists(st.integers(0, 9), max_size=30), drafted=st.lists(st.integers(0, 9), max_size=20))
 def test_drafted_tokens_are_counted_on_a_copy(output: list[int], drafted: list[int]) -> None:
-    made = Adjustments(Request(0, (3,), SamplingParams(frequency_penalty=0.5)))
+    made = Adjustments(Request(0, [3], SamplingParams(frequency_penalty=0.5)))
     for token in output:
         made.add(token)
     longer = made.extended(drafted)

@@ -79,7 +79,8 @@ def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> No
 def test_demo_models_are_small_and_complete(name: str, megabytes: float) -> None:
     folder = ROOT / "flexbatch" / "data" / name
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} == set(files)
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {"config.json", "model.safetensors", "generation_config.json", "README.md", *tokenizer} == set(files)
     assert sum(files.values()) <= megabytes * 1e6
     config = json.loads((folder / "config.json").read_text())
     assert config["num_key_value_heads"] < config["num_attention_heads"]

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from flexbatch.detokenize import Detokenizer, Finish, OutputText, first_stop
+from flexbatch.detokenize import Finish, OutputText, first_stop
 from flexbatch.request import SamplingParams
+from flexbatch.text_decoder import Detokenizer, TextDecoder
 
 fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
 EOS = 1
@@ -29,25 +30,25 @@ def byte_ids(tokenizer, text: str) -> list[int]:
 
 
 def output(tokenizer, max_tokens: int = 1000, **params) -> OutputText:
-    return OutputText(tokenizer, SamplingParams(max_tokens=max_tokens, **params), eos_token_ids=(EOS,))
+    return OutputText(TextDecoder(tokenizer), SamplingParams(max_tokens=max_tokens, **params), eos_token_ids=(EOS,))
 
 
 @fixtures
 @given(tokens=token_streams)
 def test_incremental_text_grows_and_ends_as_the_whole_decoded_at_once(tokenizer, tokens: list[int]) -> None:
-    stream, seen = Detokenizer(tokenizer), ""
+    stream, seen = Detokenizer(TextDecoder(tokenizer)), ""
     for count, token in enumerate(tokens, 1):
         stream.append(token)
         whole = tokenizer.decode(tokens[:count], skip_special_tokens=True)
         assert stream.text.startswith(seen)
         assert stream.text + stream.pending == whole
-        assert not stream.text or not stream.text.endswith("\ufffd")
+        assert not stream.text.endswith("\ufffd") or whole.endswith("\ufffd" * 4), "three bytes may still become a character"
         seen = stream.text
 
 
 @pytest.mark.parametrize("text", ["größer", "漢字", "🙂🙂", "a🙂b", "naïve \n x"])
 def test_no_half_character_is_ever_shown(tokenizer, text: str) -> None:
-    stream = Detokenizer(tokenizer)
+    stream = Detokenizer(TextDecoder(tokenizer))
     for token in byte_ids(tokenizer, text):
         stream.append(token)
         assert "\ufffd" not in stream.text and text.startswith(stream.text)
@@ -60,11 +61,11 @@ def test_spaces_that_belong_to_the_next_piece_survive() -> None:
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="x"))
     model.decoder = decoders.Metaspace()
     pieces = PreTrainedTokenizerFast(tokenizer_object=model)
-    stream = Detokenizer(pieces)
+    stream = Detokenizer(TextDecoder(pieces))
     for token in (0, 1, 2, 3, 1):
         stream.append(token)
     assert stream.text == pieces.decode([0, 1, 2, 3, 1]) == "stop herex  here"
-    result = OutputText(pieces, SamplingParams(max_tokens=9, stop="p h"))
+    result = OutputText(TextDecoder(pieces), SamplingParams(max_tokens=9, stop="p h"))
     assert (result.extend([0, 1, 2]), result.text) == (2, "sto")
 
 
@@ -103,7 +104,7 @@ def test_a_stop_string_is_seen_before_the_next_character_is_whole(tokenizer) -> 
         def decode(self, token_ids, skip_special_tokens):
             return b"".join([b"END\xf0", b"\x9f\x99\x82", b"x"][t] for t in token_ids).decode(errors="replace")
 
-    result = OutputText(Pairs(), SamplingParams(max_tokens=9, stop="END"))
+    result = OutputText(TextDecoder(Pairs()), SamplingParams(max_tokens=9, stop="END"))
     assert result.append(0) == Finish("stop", "END")
     assert result.text == ""
 
@@ -114,11 +115,6 @@ def test_a_stop_string_is_seen_before_the_next_character_is_whole(tokenizer) -> 
 )
 def test_the_earliest_stop_wins(text: str, stops: list[str], found: tuple) -> None:
     assert first_stop(text, stops) == found
-
-
-def test_known_text_is_not_searched_again_but_its_edge_is() -> None:
-    assert first_stop("aab", ["ab"], known=2) == (1, "ab")
-    assert first_stop("abab", ["ab"], known=3) == (2, "ab")
 
 
 def test_eos_and_stop_tokens_are_kept_as_tokens_but_not_as_text(tokenizer) -> None:
@@ -149,10 +145,10 @@ def test_a_stop_string_beats_the_length_limit(tokenizer) -> None:
 
 
 def test_the_context_limits_the_output(tokenizer) -> None:
-    result = OutputText(tokenizer, SamplingParams(max_tokens=50), prompt_tokens=7, max_context=10)
+    result = OutputText(TextDecoder(tokenizer), SamplingParams(max_tokens=50), prompt_token_ids=[9] * 7, max_context=10)
     assert result.extend([40, 41, 42, 43]) == 3
     assert result.finish == Finish("length")
-    assert OutputText(tokenizer, SamplingParams(max_tokens=0)).finish == Finish("length")
+    assert OutputText(TextDecoder(tokenizer), SamplingParams(max_tokens=0)).finish == Finish("length")
 
 
 def test_text_so_far_holds_back_half_a_character(tokenizer) -> None:

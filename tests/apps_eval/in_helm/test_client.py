@@ -198,7 +198,7 @@ def test_failed_completions_carry_the_engines_reason(client):
     class Refuses(OracleLLM):
         def stream(self, items, on_tokens=None):
             for key, _, _ in items:
-                yield key, Completion(prompt_token_ids=(), finish_reason="error", error="no pages")
+                yield key, Completion(prompt_token_ids=[], finish_reason="error", error="no pages")
 
     client._llm = Refuses(client.pretrained)
     assert client.make_requests([REQUEST])[0].error == "no pages"
