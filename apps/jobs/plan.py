@@ -99,7 +99,7 @@ def plan_job(
     identity["output"]["part_rows"] = part_rows
     identity["seed"] = engine.seed
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
-    fingerprint = {"input": source.identity, "model": {**model_identity(engine), **precision}, **identity}
+    fingerprint = {"input": source.identity, "model": {**precision, **model_identity(engine)}, **identity}
     output: Output
     if openai:
         output = OpenAIOutput(config.params(), engine.seed, fingerprint_digest(fingerprint).hex()[:12], created)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +51,7 @@ class ActivationStore:
         if split.disk:
             for k in range(num_micro_batches):
                 tiers.disk.reserve(f"activations {k}", align(rows * self.row_bytes))
-                path = Path(tiers.offload_dir) / f"activations-{os.getpid()}-{k}.bin"
-                self.files.append(DiskFile(path, align(rows * self.row_bytes)))
-                path.unlink()
+                self.files.append(DiskFile(Path(tiers.offload_dir) / f"activations-{k}", align(rows * self.row_bytes)))
 
     @property
     def resident(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,9 +26,7 @@ class DiskCache:
         disk.reserve("cache", num_bytes)
         self.disk = disk
         self.host = host
-        self.file = DiskFile(folder / f"cache-{os.getpid()}.bin", num_bytes)
-        # The file has no name from here on: a killed run leaves nothing behind.
-        self.file.path.unlink()
+        self.file = DiskFile(folder / "cache", num_bytes)
         tail = host.allocate("cache tails", layout.num_layers * num_sequences * tail_tokens * layout.token_bytes)
         self.tails = tail.view(layout.num_layers, num_sequences, tail_tokens, layout.token_bytes)
         self.flushed: dict[int, list[int]] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -111,9 +110,6 @@ class WeightStore:
                         cursor += align(stored.num_bytes, slab_alignment(tier))
                 if tier == "cpu" and layer >= 0:
                     self.cpu_slabs[layer] = slab[start:cursor]
-
-    def open_file(self, stored: StoredTensor, path: Path) -> None:
-        self.files[stored.spec.layer, stored.spec.role] = DiskFile(path)
 
     # Fetching
 
