@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,7 @@ from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.deciding import Decisions
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
 from flexbatch.execution.sampler import draw
+from flexbatch.execution.turns import Turns
 from flexbatch.intake import Gathering, Intake, Item, candidates_of, requests_of
 from flexbatch.loaded import load_model
 from flexbatch.memory.tiers import Tiers, check_budgets
@@ -47,9 +49,6 @@ class LLM:
     """
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
-        for name in ("percent", "draft", "allow_bits"):
-            if isinstance(settings.get(name), list):
-                settings[name] = tuple(settings[name])
         self._start(Decisions(EngineConfig(model=model, **settings)), trace)
 
     @classmethod
@@ -84,11 +83,14 @@ class LLM:
         self.replans: list[str] = []
         device = decided.device
         self.tracer: Tracer = RecordingTracer(device) if trace else adapting.UsageTracer(device) if decided.plan is not None else Tracer()
+        self._turns = Turns()
         self._stack = contextlib.ExitStack()
         try:
             self._loaded = load_model(decided, self.tracer, self._stack)
-        except BaseException:
+        except BaseException as error:
             self._stack.close()
+            # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
+            traceback.clear_frames(error.__traceback__)
             raise
         if self.config.simulate_acceptance is not None:
             logger.warning("SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing", self.config.simulate_acceptance)
@@ -135,26 +137,39 @@ class LLM:
         """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
 
         ``on_finished`` is called with every completion as it ends, in any order.
-        Raises PromptError for the first prompt that cannot be run, before anything is generated.
+        Raises PromptError for the first prompt that cannot be run, before anything is generated; EngineBusyError while a
+        stream is open, or in a callback of this engine. It waits for a call in another thread.
         """
+        with self._turns.whole("generate"):
+            return self._generate(prompts, sampling_params, on_finished)
+
+    def _generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        on_finished: Callable[[Completion], None] | None,
+    ) -> list[Completion]:
         requests = requests_of(prompts, sampling_params, self.decided.encoder)
         job = self._job(requests)
         if self.config.compare_plain and self.speculator is not None:
             self._run_plainly(requests, job)
         gathering, results = Gathering(), {}
-        for request, completion in self._run(requests, job):
-            if completion.error:
-                raise ConfigurationError(f"prompt {request.index}: {completion.error}")
-            if on_finished is not None:
-                on_finished(completion)
-            whole = gathering.add(request, completion)
-            if whole is not None:
-                results[request.index] = whole
+        # Closed with the loop, however that ends: its error would keep a run alive, and the pages of its sequences.
+        with contextlib.closing(self._run(requests, job)) as run:
+            for request, completion in run:
+                if completion.error:
+                    raise ConfigurationError(f"prompt {request.index}: {completion.error}")
+                if on_finished is not None:
+                    on_finished(completion)
+                whole = gathering.add(request, completion)
+                if whole is not None:
+                    results[request.index] = whole
         return [results[index] for index in sorted(results)]
 
     def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> None:
         """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
-        self._prepare(self._job(requests_of(prompts, sampling_params, self.decided.encoder)))
+        with self._turns.whole("prepare"):
+            self._prepare(self._job(requests_of(prompts, sampling_params, self.decided.encoder)))
 
     def stream(self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None) -> Iterator[tuple[Hashable, Completion]]:
         """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
@@ -162,15 +177,24 @@ class LLM:
         Items are pulled whenever the block has room, so it never drains between them. An item that cannot be run yields a completion with
         ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text of the item's first sample
         that will not change any more.
+        The engine belongs to the stream from its first item until its end, or its close(): other calls raise
+        EngineBusyError. If the engine is closed before, the stream raises EngineClosedError.
         """
+        self._turns.check_open("stream")
+        return self._turns.stream(self._stream(items, on_tokens))
+
+    def _stream(
+        self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None
+    ) -> Generator[tuple[Hashable, Completion], None, None]:
         intake = Intake(items, self.decided.encoder)
         source = intake.requests()
         peeked = list(itertools.islice(source, PEEKED_BLOCKS * self.policy.block_size))
         if peeked:
             job = growing.holdable(self._job(peeked), self.decided.exceeded)
             report = (lambda index, text: on_tokens(intake.key(index), text)) if on_tokens else None
-            for request, completion in self._run(itertools.chain(peeked, source), job, report):
-                yield from intake.finished(request, completion)
+            with contextlib.closing(self._run(itertools.chain(peeked, source), job, report)) as run:
+                for request, completion in run:
+                    yield from intake.finished(request, completion)
         yield from intake.take_failed()
 
     def _run_plainly(self, requests: Sequence[Request], job: Job) -> None:
@@ -178,8 +202,9 @@ class LLM:
         statistics, self.statistics = self.statistics, self.plain_statistics
         try:
             self._prepare(job).cache.forget_prefixes()
-            for _ in self._run(requests, job, speculate=False):
-                pass
+            with contextlib.closing(self._run(requests, job, speculate=False)) as run:
+                for _ in run:
+                    pass
             self._prepare(job).cache.forget_prefixes()
         finally:
             self.plain_statistics, self.statistics = self.statistics, statistics
@@ -205,7 +230,7 @@ class LLM:
     @torch.inference_mode()
     def _run(
         self, requests: Iterable[Request], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
-    ) -> Iterator[tuple[Request, Completion]]:
+    ) -> Generator[tuple[Request, Completion], None, None]:
         """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has outgrown it."""
         candidates = candidates_of(requests, self.tokenizer, self.arch, self.config.seed)
         proposer = self.speculator if speculate else None
@@ -249,9 +274,12 @@ class LLM:
                 yield retired.state.request, self._completion(retired)
         except GeneratorExit:
             raise
-        except BaseException:
+        except BaseException as error:
             # What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it.
             self._close_block()
+            if isinstance(error, MemoryError | torch.OutOfMemoryError):
+                # The frames of the error hold what filled the memory for as long as it is handled.
+                traceback.clear_frames(error.__traceback__)
             raise
         finally:
             batcher.abort()
@@ -286,6 +314,7 @@ class LLM:
 
     def report(self) -> dict[str, Any]:
         """Plan, realised placement, throughput and bytes per resource of what was run so far."""
+        self._turns.check_open("report")
         decided, block, tiers, speculator = self.decided, self.block, self.tiers, self.speculator
         report = {
             **decided.describe(),
@@ -313,16 +342,25 @@ class LLM:
         return report
 
     def _close_block(self) -> None:
-        if self.block is not None:
-            self.block.close()
-            self.block = None
+        block, self.block = self.block, None
+        if block is not None:
+            block.close()
 
     def close(self) -> None:
-        """Free pinned memory, threads and files."""
-        self._close_block()
-        self._stack.close()
+        """Free pinned memory, threads and files; a stream that is open ends. Closing again does nothing.
+
+        Waits for a call in another thread. Raises EngineBusyError in a callback of this engine.
+        """
+        if self._turns.closed:
+            return
+        with self._turns.closing() as stream, self._stack as stack:
+            # Whatever of it fails, the rest is closed all the same.
+            stack.callback(self._close_block)
+            if stream is not None:
+                stack.callback(stream.close)
 
     def __enter__(self) -> LLM:
+        self._turns.check_open("with")
         return self
 
     def __exit__(self, *exception: object) -> None:

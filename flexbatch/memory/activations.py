@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,8 +49,8 @@ class ActivationStore:
         self.files: list[DiskFile] = []
         if split.disk:
             for k in range(num_micro_batches):
-                tiers.disk.reserve(f"activations {k}", align(rows * self.row_bytes))
-                self.files.append(DiskFile(Path(tiers.offload_dir) / f"activations-{k}", align(rows * self.row_bytes)))
+                num_bytes = align(rows * self.row_bytes)
+                self.files.append(tiers.disk.open_file(f"activations {k}", tiers.offload_dir, num_bytes))
 
     @property
     def resident(self) -> bool:
@@ -136,8 +135,7 @@ class ActivationStore:
 
     def close(self) -> None:
         self.lanes.settle()
-        for file in self.files:
-            file.close()
+        self.files.clear()
         self.stored.clear()
         self.host.clear()
         for pool in (self.tiers.cpu, self.tiers.disk):

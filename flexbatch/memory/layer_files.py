@@ -8,6 +8,7 @@ filled up again, and one that belongs to another tensor or checkpoint are writte
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -68,13 +69,14 @@ def write_layer_file(folder: Path, stored: StoredTensor, buffer: Tensor, pool: T
     digests = list(pool.map(lambda part: chunk_digest(buffer[part[0] : part[1]].numpy().data), chunks(len(buffer))))
     last = seal(label_of(folder, stored), digests)
     write_atomically(path, [buffer, last], file_bytes(stored))
-    file = DiskFile(path)
-    # Another process may have replaced it meanwhile, but only with its equal.
-    if file.num_bytes != file_bytes(stored) or not torch.equal(read_block(file, len(buffer)), last):
-        file.close()
-        raise OffloadError(
-            errno.EEXIST, f"{path} was replaced by something else; name a folder of its own in --offload-dir"
-        )
+    with contextlib.ExitStack() as stack:
+        file = DiskFile(path)
+        stack.callback(file.close)
+        # Another process may have replaced it meanwhile, but only with its equal.
+        if file.num_bytes != file_bytes(stored) or not torch.equal(read_block(file, len(buffer)), last):
+            problem = f"{path} was replaced by something else; name a folder of its own in --offload-dir"
+            raise OffloadError(errno.EEXIST, problem)
+        stack.pop_all()
     return file
 
 
@@ -103,15 +105,12 @@ def open_layer_file(
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
             return None
         raise
-    try:
-        if whole(file, folder, stored, pool, buffer):
-            return file
-    except OffloadError as error:
-        logger.warning("%s", error)
-    except BaseException:
-        file.close()
-        raise
-    file.close()
+    with contextlib.ExitStack() as stack:
+        stack.callback(file.close)
+        with contextlib.suppress(OffloadError):
+            if whole(file, folder, stored, pool, buffer):
+                stack.pop_all()
+                return file
     logger.warning("%s is damaged, or not what its name says: it is written again", path)
     return None
 
