@@ -277,6 +277,8 @@ class LLM:
         except BaseException as error:
             # What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it.
             self._close_block()
+            if proposer is not None:
+                proposer.forget()
             if isinstance(error, MemoryError | torch.OutOfMemoryError):
                 # The frames of the error hold what filled the memory for as long as it is handled.
                 traceback.clear_frames(error.__traceback__)

@@ -261,6 +261,12 @@ class DraftModel:
         if followed is not None and self.cache is not None:
             self.cache.free(followed.sequence.table)
 
+    def forget(self) -> None:
+        """Its cache goes too: the failure may have come between a sequence and its pages."""
+        self.followed.clear()
+        self.distributions = {}
+        self.close_block()
+
     def check(self) -> None:
         """Invariants: what is known to be committed is; no table holds more than it has pages for."""
         if self.cache is not None:
