@@ -47,20 +47,34 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def model_identity(config: EngineConfig) -> dict[str, Any]:
-    """What tells one model from another: the content of its folder, or the shape's name and the seed for random weights. Raises ConfigurationError."""
-    if config.dummy_weights:
-        return {"name": config.model, "weights": f"random, seed {config.seed}"}
-    import hashlib
+    """What the answers depend on beside the requests: every file that is read of the model, or the shape's name and the
+    seed of random weights, and the settings that change tokens, as they work out on this machine.
 
-    from flexbatch.models.resolve import fingerprint, resolve
+    Digests of files are recorded in the offload folder, so that a resumed job need not read the checkpoint once more.
+    Raises ConfigurationError.
+    """
+    from flexbatch.models import checkpoint, shapes
+    from flexbatch.models.fingerprint import RECORDS, model_files_digest
+    from flexbatch.models.resolve import resolve
+    from flexbatch.planning import default_offload_dir, resolve_device, resolve_dtype
+
+    records = (config.offload_path or default_offload_dir()) / RECORDS
+
+    def identity(name: str) -> dict[str, Any]:
+        if config.dummy_weights:
+            return {"name": name, "weights": f"random, seed {config.seed}"}
+        return {"files": model_files_digest(resolve(name), records)}
 
     try:
-        folder = resolve(config.model)
-        digest = hashlib.sha256()
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"):
-            if (folder / name).is_file():
-                digest.update(name.encode() + (folder / name).read_bytes())
-        return {"weights": fingerprint(folder), "tokenizer": digest.hexdigest()[:32]}
+        found = identity(config.model)
+        arch = shapes.shape(config.model) if config.dummy_weights else checkpoint.read_arch(resolve(config.model))
+        dtype = resolve_dtype(config.dtype, arch, resolve_device(config.device))
+        found |= {"dtype": str(dtype).removeprefix("torch."), "allow_bits": sorted(config.allow_bits or ())}
+        if config.draft and config.draft_sampling != "matched":
+            # Else a draft changes how fast tokens come, and no token.
+            drafts = {name: identity(name) for name in config.draft if name != "ngram"}
+            found |= {"drafts": drafts, "draft_sampling": config.draft_sampling, "tree": config.tree}
+        return found
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigurationError(str(error)) from error
 

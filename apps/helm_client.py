@@ -24,7 +24,7 @@ from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestRes
 from tqdm import tqdm
 
 from flexbatch.apps.helm_models import model_folder
-from flexbatch.models.resolve import fingerprint
+from flexbatch.models.fingerprint import combined, model_files_digest
 from flexbatch.request import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class FlexBatchClient(CachingClient):
     def _weights(self) -> str:
         """What the model's folder holds, for the cache key: a folder is trained further under the same name. Empty for a Hub id."""
         folder = Path(model_folder(self.pretrained))
-        return fingerprint(folder) if folder.is_dir() and not self.engine.get("dummy_weights") else ""
+        if not folder.is_dir() or self.engine.get("dummy_weights"):
+            return ""
+        return combined("model", (f"{name} {digest}\n".encode() for name, digest in model_files_digest(folder).items()))
 
     def close(self) -> None:
         with self._engine_lock:

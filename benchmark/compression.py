@@ -28,6 +28,7 @@ from benchmark.suite import machine
 from flexbatch import LLM, SamplingParams
 from flexbatch.kernels import reference
 from flexbatch.models import resolve
+from flexbatch.models.fingerprint import WeightFiles
 from flexbatch.policy.stdout import data_apart, run_process
 
 BITS = (16, 8, 4)
@@ -143,7 +144,7 @@ def main() -> int:
         print(table(cells), file=data)
         if arguments.output:
             scored = {"files": text.files, "held_out_tokens": text.num_tokens, "held_out_bytes": text.num_bytes, "scored_tokens": text.scored_tokens}
-            facts = {"machine": machine(), "model": resolve.fingerprint(folder), "corpus": scored, "settings": settings}
+            facts = {"machine": machine(), "model": WeightFiles(folder).identity, "corpus": scored, "settings": settings}
             write_json(arguments.output, {**facts, "cells": [asdict(cell) for cell in cells]})
         return 0 if cells[len(BITS) ** 2 - 1].added_percent < GOAL_PERCENT else 1
 

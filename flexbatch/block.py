@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from flexbatch.deciding import Decisions
@@ -26,6 +28,8 @@ class Block:
     activations: ActivationStore
     host_buffers: HostBuffers
     executor: Executor
+    give_back: Callable[[], None]
+    """Frees whatever it has in the tiers."""
 
     def suits(self, policy: Policy, sizes: BlockSizes) -> bool:
         """Whether a job of these sizes can run in this block."""
@@ -42,13 +46,29 @@ class Block:
         self.host_buffers.check()
 
     def close(self) -> None:
-        self.cache.close()
-        self.activations.close()
-        self.host_buffers.close()
+        """Also where one of its parts fails to close: the others are closed, and nothing stays in the tiers' accounts."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.give_back)
+            for part in (self.host_buffers, self.activations, self.cache):
+                stack.callback(part.close)
 
 
 def make_block(decided: Decisions, sizes: BlockSizes, weights: WeightStore, tiers: Tiers, lanes: Lanes) -> Block:
-    """A block for the decided policy; the caller has checked the budgets."""
+    """A block for the decided policy; the caller has checked the budgets. One that fails half-way (a disk that is full,
+    a GPU without memory) leaves nothing behind.
+    """
+    with tiers.all_or_nothing() as give_back:
+        return assemble(decided, sizes, weights, tiers, lanes, give_back)
+
+
+def assemble(
+    decided: Decisions,
+    sizes: BlockSizes,
+    weights: WeightStore,
+    tiers: Tiers,
+    lanes: Lanes,
+    give_back: Callable[[], None],
+) -> Block:
     policy, arch, dtype, layout = decided.policy, decided.arch, decided.dtype, decided.layout
     cache = KVCache(layout, sizes.cache, tiers, lanes)
     activations = ActivationStore(
@@ -57,4 +77,4 @@ def make_block(decided: Decisions, sizes: BlockSizes, weights: WeightStore, tier
     host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
     logits_bytes = logits_block_bytes(arch, policy, sizes.max_query_nodes)
     executor = Executor(arch, weights, cache, activations, lanes, host_buffers, dtype, decided.config.overlap, logits_bytes)
-    return Block(policy, sizes, cache, activations, host_buffers, executor)
+    return Block(policy, sizes, cache, activations, host_buffers, executor, give_back)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,14 @@ class ConfigurationError(ValueError):
 
 class DoesNotFitError(RuntimeError):
     """The plan needs more memory than the budgets give: exit code 4. The message holds a table of what needs how much."""
+
+
+class EngineBusyError(RuntimeError):
+    """An LLM was called while it was running something that cannot be joined or waited for."""
+
+
+class EngineClosedError(RuntimeError):
+    """An LLM was used after it was closed."""
 
 
 def parse_bytes(text: int | str) -> int:
@@ -88,6 +97,19 @@ class EngineConfig:
         def refuse(problem: str) -> None:
             raise ConfigurationError(problem)
 
+        for name in ("percent", "draft", "allow_bits"):
+            # One alone is one of them: the letters of a draft's name are not drafts.
+            value = getattr(self, name)
+            if isinstance(value, str | os.PathLike | int | float):
+                value = (value,)
+            if value is not None:
+                value = tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
+                object.__setattr__(self, name, value)
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        for name in self.draft or ():
+            if not isinstance(name, str) or not name:
+                refuse(f"draft={name!r} is no name of a model: give a folder, a Hub id, demo-draft or ngram, or several")
         if self.percent is not None:
             if len(self.percent) != 6:
                 refuse(f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}")

@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from flexbatch.deciding import Decisions
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
 from flexbatch.execution.diagnosis import explained
 from flexbatch.execution.sampler import draw
+from flexbatch.execution.turns import Turns
 from flexbatch.intake import Defaults, Gathering, Intake, Item, Params, candidates_of, requests_of
 from flexbatch.loaded import load_model
 from flexbatch.memory.tiers import Tiers, check_budgets
@@ -53,9 +55,6 @@ class LLM:
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
         check_keywords("LLM", settings, ["trace", *EngineConfig.__dataclass_fields__])
-        for name in ("percent", "draft", "allow_bits"):
-            if isinstance(settings.get(name), list):
-                settings[name] = tuple(settings[name])
         self._start(Decisions(EngineConfig(model=model, **settings)), trace)
 
     @classmethod
@@ -92,11 +91,14 @@ class LLM:
         self.replans: list[str] = []
         device = decided.device
         self.tracer: Tracer = RecordingTracer(device) if trace else adapting.UsageTracer(device) if decided.plan is not None else Tracer()
+        self._turns = Turns()
         self._stack = contextlib.ExitStack()
         try:
             self._loaded = load_model(decided, self.tracer, self._stack)
-        except BaseException:
+        except BaseException as error:
             self._stack.close()
+            # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
+            traceback.clear_frames(error.__traceback__)
             raise
         if self.config.simulate_acceptance is not None:
             logger.warning("SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing", self.config.simulate_acceptance)
@@ -162,31 +164,46 @@ class LLM:
         ``on_finished`` is called with every completion as it ends, in any order; ``on_prompt`` with every prompt's
         index and its completion, all samples in it, when the last of them ends. ``first_index`` is the index of the
         first prompt, so that the rest of a job draws the tokens that it would have drawn.
-        Raises PromptError for the first prompt that cannot be run, before anything is generated. One that fails on the
-        way, as the model's logits are no
-        finite numbers or every token is barred, has a completion with ``finish_reason`` "error" and the rest goes on.
+        Raises PromptError for the first prompt that cannot be run, before anything is generated; EngineBusyError while a
+        stream is open, or in a callback of this engine. It waits for a call in another thread. A prompt that fails on
+        the way, as the model's logits are no finite numbers or every token is barred, has a completion with
+        ``finish_reason`` "error" and the rest goes on.
         """
+        with self._turns.whole("generate"):
+            return self._generate(prompts, sampling_params, on_finished, on_prompt, first_index)
+
+    def _generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params,
+        on_finished: Callable[[Completion], None] | None,
+        on_prompt: Callable[[int, Completion], None] | None,
+        first_index: int,
+    ) -> list[Completion]:
         requests = requests_of(prompts, sampling_params, self.decided.encoder, self._defaults, first_index)
         job = self._job(requests)
         if self.config.compare_plain and self.speculator is not None:
             self._run_plainly(requests, job)
         gathering, results = Gathering(), {}
-        for retired in self._run(requests, job):
-            request, completion = retired.state.request, completion_of(retired)
-            if retired.refused:
-                raise ConfigurationError(completion.error)
-            if on_finished is not None:
-                on_finished(completion)
-            whole = gathering.add(request, completion)
-            if whole is not None:
-                results[request.index] = whole
-                if on_prompt is not None:
-                    on_prompt(request.index, whole)
+        # Closed with the loop, however that ends: its error would keep a run alive, and the pages of its sequences.
+        with contextlib.closing(self._run(requests, job)) as run:
+            for retired in run:
+                request, completion = retired.state.request, completion_of(retired)
+                if retired.refused:
+                    raise ConfigurationError(completion.error)
+                if on_finished is not None:
+                    on_finished(completion)
+                whole = gathering.add(request, completion)
+                if whole is not None:
+                    results[request.index] = whole
+                    if on_prompt is not None:
+                        on_prompt(request.index, whole)
         return [results[index] for index in sorted(results)]
 
     def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> None:
         """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
-        self._prepare(self._job(requests_of(prompts, sampling_params, self.decided.encoder, self._defaults)))
+        with self._turns.whole("prepare"):
+            self._prepare(self._job(requests_of(prompts, sampling_params, self.decided.encoder, self._defaults)))
 
     def stream(self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None) -> Iterator[tuple[Hashable, Completion]]:
         """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
@@ -194,15 +211,24 @@ class LLM:
         Items are pulled whenever the block has room, so it never drains between them. An item that cannot be run yields a completion with
         ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text of the item's first sample
         that will not change any more.
+        The engine belongs to the stream from its first item until its end, or its close(): other calls raise
+        EngineBusyError. If the engine is closed before, the stream raises EngineClosedError.
         """
+        self._turns.check_open("stream")
+        return self._turns.stream(self._stream(items, on_tokens))
+
+    def _stream(
+        self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None
+    ) -> Generator[tuple[Hashable, Completion], None, None]:
         intake = Intake(items, self.decided.encoder, self._defaults)
         source = intake.requests()
         peeked = list(itertools.islice(source, PEEKED_BLOCKS * self.policy.block_size))
         if peeked:
             job = growing.holdable(self._job(peeked), self.decided.exceeded)
             report = (lambda index, text: on_tokens(intake.key(index), text)) if on_tokens else None
-            for retired in self._run(itertools.chain(peeked, source), job, report):
-                yield from intake.finished(retired.state.request, completion_of(retired))
+            with contextlib.closing(self._run(itertools.chain(peeked, source), job, report)) as run:
+                for retired in run:
+                    yield from intake.finished(retired.state.request, completion_of(retired))
         yield from intake.take_failed()
 
     def _run_plainly(self, requests: Sequence[Request], job: Job) -> None:
@@ -210,8 +236,9 @@ class LLM:
         statistics, self.statistics = self.statistics, self.plain_statistics
         try:
             self._prepare(job).cache.forget_prefixes()
-            for _ in self._run(requests, job, speculate=False):
-                pass
+            with contextlib.closing(self._run(requests, job, speculate=False)) as run:
+                for _ in run:
+                    pass
             self._prepare(job).cache.forget_prefixes()
         finally:
             self.plain_statistics, self.statistics = self.statistics, statistics
@@ -239,7 +266,7 @@ class LLM:
     @torch.inference_mode()
     def _run(
         self, requests: Iterable[Request], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
-    ) -> Iterator[Retired]:
+    ) -> Generator[Retired, None, None]:
         """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has outgrown it."""
         candidates = candidates_of(requests, self.tokenizer, self.arch, self.config.seed)
         proposer = self.speculator if speculate else None
@@ -280,9 +307,14 @@ class LLM:
             yield from self._taken(batcher, block)
         except GeneratorExit:
             raise
-        except BaseException:
+        except BaseException as error:
             # What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it.
             self._close_block()
+            if proposer is not None:
+                proposer.forget()
+            if isinstance(error, MemoryError | torch.OutOfMemoryError):
+                # The frames of the error hold what filled the memory for as long as it is handled.
+                traceback.clear_frames(error.__traceback__)
             raise
         finally:
             batcher.abort()
@@ -326,6 +358,7 @@ class LLM:
 
     def report(self) -> dict[str, Any]:
         """Plan, realised placement, throughput and bytes per resource of what was run so far."""
+        self._turns.check_open("report")
         decided, block, tiers, speculator = self.decided, self.block, self.tiers, self.speculator
         report = {
             **decided.describe(),
@@ -353,16 +386,25 @@ class LLM:
         return report
 
     def _close_block(self) -> None:
-        if self.block is not None:
-            self.block.close()
-            self.block = None
+        block, self.block = self.block, None
+        if block is not None:
+            block.close()
 
     def close(self) -> None:
-        """Free pinned memory, threads and files."""
-        self._close_block()
-        self._stack.close()
+        """Free pinned memory, threads and files; a stream that is open ends. Closing again does nothing.
+
+        Waits for a call in another thread. Raises EngineBusyError in a callback of this engine.
+        """
+        if self._turns.closed:
+            return
+        with self._turns.closing() as stream, self._stack as stack:
+            # Whatever of it fails, the rest is closed all the same.
+            stack.callback(self._close_block)
+            if stream is not None:
+                stack.callback(stream.close)
 
     def __enter__(self) -> LLM:
+        self._turns.check_open("with")
         return self
 
     def __exit__(self, *exception: object) -> None:

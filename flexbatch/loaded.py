@@ -16,9 +16,10 @@ from flexbatch.memory.loading import Loader
 from flexbatch.memory.tiers import Pool, Tiers
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
-from flexbatch.models import checkpoint, resolve
+from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.dummy import dummy
+from flexbatch.models.fingerprint import RECORDS, WeightFiles, combined
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import Tracer
 
@@ -60,9 +61,7 @@ def load_model(decided: Decisions, tracer: Tracer, stack: contextlib.ExitStack) 
     stack.callback(lanes.close)
     weights = WeightStore(decided.weight_plan, tiers, lanes, decided.dtype)
     stack.callback(weights.close)
-    identity = f"dummy-{config.model}-{config.seed}" if decided.folder is None else resolve.fingerprint(decided.folder)
-    files = offload_dir / f"{identity}-{str(decided.dtype).removeprefix('torch.')}"
-    loader = Loader(weights, files if uses_disk or keeps_files else None, cache_quantized=keeps_files)
+    loader = make_loader(decided, weights, keeps_files)
     with torch.inference_mode():
         loaded_bytes = loader.load(lambda skip: pieces(decided, skip))
     weights.check()
@@ -74,6 +73,25 @@ def load_model(decided: Decisions, tracer: Tracer, stack: contextlib.ExitStack) 
     homes = ", ".join(f"{value:.1f} % {tier}" for tier, value in decided.weight_plan.realized_percent.items())
     logger.info("loaded %s in %.1f s: %s", config.model, seconds, homes)
     return LoadedModel(tiers, lanes, weights, speculator, seconds, loaded_bytes, loader.reused_bytes)
+
+
+def make_loader(decided: Decisions, weights: WeightStore, keeps_files: bool) -> Loader:
+    """With a folder for converted tensors where some go to the disk tier, or are quantised and kept for the next start.
+
+    The folder is named after everything that tells its tensors from others: the content of the checkpoint (or how
+    random weights are drawn) and the dtype as resolved; bits and groups are in the names of the files. Whoever files
+    nothing does not pay for digesting a checkpoint.
+    """
+    tensors = decided.weight_plan.all_tensors
+    if not any(tensor.tier == "disk" or (keeps_files and tensor.quantized) for tensor in tensors):
+        return Loader(weights, None, cache_quantized=False)
+    dtype = str(decided.dtype).removeprefix("torch.")
+    if decided.folder is None:
+        drawn = f"{torch.__version__} {decided.config.seed} {decided.arch}"
+        identity = f"dummy-{combined(drawn, ())[:32]}"
+        return Loader(weights, decided.offload_dir / f"{identity}-{dtype}", cache_quantized=keeps_files)
+    files = WeightFiles(decided.folder, decided.offload_dir / RECORDS)
+    return Loader(weights, decided.offload_dir / f"{files.identity}-{dtype}", keeps_files, files.check)
 
 
 def pieces(decided: Decisions, skip: set[tuple[int, str]]) -> Iterator[Piece | QuantizedPiece]:

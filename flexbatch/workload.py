@@ -176,6 +176,7 @@ def whole_file(path: str | Path) -> Iterator[IO[str]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            # While it is locked: until it has its name, another run may not take it for a leftover.
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

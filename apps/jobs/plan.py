@@ -137,7 +137,7 @@ def plan_job(
     identity["seed"] = engine.seed
     identity["generation"] |= {name: value for name, value in plain_settings(params).items() if name != "logprobs"}
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
-    fingerprint = {"input": source.identity, "model": {**model_identity(engine), **precision}, **identity}
+    fingerprint = {"input": source.identity, "model": {**precision, **model_identity(engine)}, **identity}
     fingerprint["versions"] = {"sampling": SAMPLING_RULES, "output folder": FORMAT}
     output: Output
     if openai:

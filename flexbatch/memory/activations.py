@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,10 +49,8 @@ class ActivationStore:
         self.files: list[DiskFile] = []
         if split.disk:
             for k in range(num_micro_batches):
-                tiers.disk.reserve(f"activations {k}", align(rows * self.row_bytes))
-                path = Path(tiers.offload_dir) / f"activations-{os.getpid()}-{k}.bin"
-                self.files.append(DiskFile(path, align(rows * self.row_bytes)))
-                path.unlink()
+                num_bytes = align(rows * self.row_bytes)
+                self.files.append(tiers.disk.open_file(f"activations {k}", tiers.offload_dir, num_bytes))
 
     @property
     def resident(self) -> bool:
@@ -139,8 +135,7 @@ class ActivationStore:
 
     def close(self) -> None:
         self.lanes.settle()
-        for file in self.files:
-            file.close()
+        self.files.clear()
         self.stored.clear()
         self.host.clear()
         for pool in (self.tiers.cpu, self.tiers.disk):

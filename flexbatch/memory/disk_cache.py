@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES, DiskFile
+from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES
 from flexbatch.memory.pages import CacheLayout, PageTable
 from flexbatch.memory.tiers import Pool
 
@@ -24,12 +23,9 @@ class DiskCache:
     def __init__(self, layout: CacheLayout, num_pages: int, num_sequences: int, tail_tokens: int, folder: Path, host: Pool, disk: Pool) -> None:
         self.layout, self.num_pages, self.tail_tokens = layout, num_pages, tail_tokens
         num_bytes = layout.num_layers * num_pages * layout.disk_page_bytes
-        disk.reserve("cache", num_bytes)
         self.disk = disk
         self.host = host
-        self.file = DiskFile(folder / f"cache-{os.getpid()}.bin", num_bytes)
-        # The file has no name from here on: a killed run leaves nothing behind.
-        self.file.path.unlink()
+        self.file = disk.open_file("cache", folder, num_bytes)
         tail = host.allocate("cache tails", layout.num_layers * num_sequences * tail_tokens * layout.token_bytes)
         self.tails = tail.view(layout.num_layers, num_sequences, tail_tokens, layout.token_bytes)
         self.flushed: dict[int, list[int]] = {}
@@ -129,7 +125,6 @@ class DiskCache:
             assert all(count % self.layout.page_tokens == 0 for count in flushed), flushed
 
     def close(self) -> None:
-        self.file.close()
         self.host.free("cache tails")
         self.disk.free("cache")
 

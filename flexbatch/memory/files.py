@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import os
+import secrets
+import stat
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -37,25 +41,23 @@ class DiskFile:
     """
 
     def __init__(self, path: Path, num_bytes: int | None = None) -> None:
-        """Open ``path`` for reading, or with ``num_bytes`` create it for reading and writing at that size."""
+        """Open ``path`` for reading, or with ``num_bytes`` make a file of that size in its folder, to read and write.
+
+        The latter never has a name, so that no other process or thread can meet it and a killed run leaves nothing;
+        ``path`` stands in messages then. Raises OffloadError, also where ``path`` is a symbolic link or no file.
+        """
         self.path = path
-        flags = os.O_RDONLY if num_bytes is None else os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        self.buffered = open_readable(path) if num_bytes is None else open_scratch(path, num_bytes)
+        direct = (os.O_RDONLY if num_bytes is None else os.O_RDWR) | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
         try:
-            self.buffered = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise offload_error(path.parent, error, num_bytes or 0) from error
-        if num_bytes is not None:
-            try:
-                os.posix_fallocate(self.buffered, 0, max(num_bytes, 1))
-            except OSError as error:
-                # What a full disk could still give would stay taken.
-                os.close(self.buffered)
-                path.unlink()
-                raise offload_error(path.parent, error, num_bytes) from error
-        try:
-            self.direct = os.open(path, (flags & ~(os.O_CREAT | os.O_TRUNC)) | getattr(os, "O_DIRECT", 0))
+            # By the descriptor: a second look-up of the name might find another file.
+            self.direct = os.open(f"/proc/self/fd/{self.buffered}", direct)
         except OSError:
             self.direct = self.buffered
+
+    @property
+    def num_bytes(self) -> int:
+        return os.fstat(self.buffered).st_size
 
     def read(self, buffer: Tensor, offset: int) -> None:
         """Fill ``buffer`` (uint8, host) from ``offset``. Raises OffloadError on a short or failed read."""
@@ -84,8 +86,32 @@ class DiskFile:
                 descriptor = self.buffered
 
     def close(self) -> None:
-        for descriptor in {self.buffered, self.direct}:
+        descriptors = {self.buffered, self.direct} - {-1}
+        self.buffered = self.direct = -1
+        for descriptor in descriptors:
             os.close(descriptor)
+
+
+def open_readable(path: Path) -> int:
+    """A descriptor of a regular file that the name itself stands for. Raises OffloadError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise offload_error(path.parent, error, 0) from error
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OffloadError(errno.EISDIR, f"{path} is no regular file; remove it, or name another folder in --offload-dir")
+
+
+def open_scratch(path: Path, num_bytes: int) -> int:
+    """A descriptor of a new file without a name in the folder of ``path``, with room for ``num_bytes``."""
+    try:
+        with tempfile.TemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as file:
+            os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise offload_error(path.parent, error, num_bytes) from error
 
 
 def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[int, int]]:
@@ -103,14 +129,27 @@ def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
 
 
 def prepare_offload_dir(folder: Path) -> None:
-    """Create the folder and show that it can be written. Raises OffloadError."""
+    """Create the folder, for its owner alone, and show that it can be written. Raises OffloadError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
     except OSError as error:
         raise offload_error(folder, error, 0) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder in the offload folder. Raises OffloadError where the name stands for something else, a symbolic
+    link for instance: nothing outside the folder that the user named is read or written.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_folder = stat.S_ISDIR(os.lstat(folder).st_mode)
+    except OSError as error:
+        raise offload_error(folder, error, 0) from error
+    if not is_folder:
+        problem = f"{folder} is no folder of its own; remove it, or name another in --offload-dir"
+        raise OffloadError(errno.ENOTDIR, problem)
 
 
 def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> None:
@@ -122,13 +161,14 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        with open_locked(temporary) as file:
+        with open_locked(temporary, 0o600) as file:
             for piece in pieces:
                 file.write(piece.contiguous().view(-1).numpy().data)
             file.write(b"\0" * (align(num_bytes) - file.tell()))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            # Before the lock ends with the file: until it has its name, nobody may take it for a leftover.
+            os.replace(temporary, path)
     except BaseException as error:
         # Ctrl-C too: only a process that is killed leaves the dot-file.
         with contextlib.suppress(OSError):
@@ -139,24 +179,32 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes ``path`` until it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A name of its own for ``path`` until it is whole. Process ids do not do: threads share one, and so do containers
+    that share a volume, where everybody is process 1.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def open_locked(path: Path) -> BinaryIO:
-    """Open for writing, with a lock that ends with the process: it tells work in progress from what a killed run has left."""
+def open_locked(path: Path, mode: int = 0o666) -> BinaryIO:
+    """Make a file for writing, with a lock that ends with the process: it tells work in progress from what a killed run
+    has left. The name must be new, and is no symbolic link; a file that is there is never opened, let alone emptied.
+    """
     while True:
-        file = open(path, "wb")  # noqa: SIM115 (the caller closes it)
+        file = open(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, mode))  # noqa: SIM115
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
-            return file
+            return file  # the caller closes it
         file.close()  # Removed between opening and locking: taken for a leftover.
 
 
 def remove_leftovers(path: Path) -> None:
     """Unlink temporary files of ``path`` that nobody is writing."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError), open(temporary, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temporary.unlink()
+        with contextlib.suppress(OSError):
+            descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The name may have passed to another file since it was opened; only who holds the lock takes it away.
+                if os.path.samestat(os.fstat(file.fileno()), os.lstat(temporary)):
+                    temporary.unlink()

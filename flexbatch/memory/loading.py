@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.files import align, write_atomically
+from flexbatch.memory.layer_files import empty_buffer, open_layer_file, write_layer_file
 from flexbatch.memory.weight_plan import StoredTensor
 from flexbatch.memory.weights import Views, WeightStore, views_of
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
@@ -22,24 +22,24 @@ CACHED_BLOCK_BYTES = 1 << 20
 Key = tuple[int, str]
 
 
-def layer_file(folder: Path, stored: StoredTensor) -> Path:
-    """Where a converted tensor lies: the folder names checkpoint and dtype; bits and group are in the name, the split is not."""
-    layout = "dense" if not stored.quantized else f"{stored.bits}bit-g{stored.group}" + ("-fit" if stored.bits == 4 else "")
-    layer = "embedding" if stored.spec.layer < 0 else f"layer-{stored.spec.layer:04d}"
-    return folder / layer / f"{stored.spec.role}.{layout}.bin"
-
-
-def is_complete(path: Path, stored: StoredTensor) -> bool:
-    """A file has its final name only when it was written whole; its size is checked all the same."""
-    return path.is_file() and path.stat().st_size == align(stored.num_bytes)
-
-
 class Loader:
-    """Writes pieces into their homes; converted tensors of the disk tier (and quantised ones, with ``cache_quantized``) become files that later runs reuse."""
+    """Writes pieces into their homes; converted tensors of the disk tier (and quantised ones, with ``cache_quantized``)
+    become files that later runs reuse.
 
-    def __init__(self, store: WeightStore, folder: Path | None, cache_quantized: bool) -> None:
-        self.store, self.folder = store, folder
-        self.stored: dict[Key, StoredTensor] = {(tensor.spec.layer, tensor.spec.role): tensor for tensor in store.plan.all_tensors}
+    ``check_source`` is called before a tensor becomes a file, and raises when its pieces are no longer those of the
+    checkpoint that ``folder`` is named after.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        folder: Path | None,
+        cache_quantized: bool,
+        check_source: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.store, self.folder, self.check_source = store, folder, check_source
+        tensors = store.plan.all_tensors
+        self.stored: dict[Key, StoredTensor] = {(tensor.spec.layer, tensor.spec.role): tensor for tensor in tensors}
         self.cache_quantized = cache_quantized and folder is not None
         self.building: dict[Key, tuple[Tensor, Views]] = {}
         self.rows_written: dict[Key, int] = {}
@@ -54,25 +54,30 @@ class Loader:
         """Take what earlier runs left; returns the keys that need not be read from the checkpoint."""
         reused = set()
         for key, stored in self.stored.items():
-            if not self.filed(stored):
-                continue
-            assert self.folder is not None
-            path = layer_file(self.folder, stored)
-            if is_complete(path, stored):
-                self.finish_from_file(key, stored, path)
+            if self.filed(stored) and self.reuse_file(key, stored):
                 reused.add(key)
                 self.reused_bytes += stored.num_bytes
         return reused
 
-    def finish_from_file(self, key: Key, stored: StoredTensor, path: Path) -> None:
+    def reuse_file(self, key: Key, stored: StoredTensor) -> bool:
+        assert self.folder is not None
+        pool = self.store.lanes.disk_chunks
         if stored.tier == "disk":
-            self.store.open_file(stored, path)
-            return
-        data = torch.from_file(str(path), shared=False, size=stored.num_bytes, dtype=torch.uint8)
+            file = open_layer_file(self.folder, stored, pool)
+            if file is not None:
+                self.store.files[key] = file
+            return file is not None
+        data = empty_buffer(stored)
+        file = open_layer_file(self.folder, stored, pool, data)
+        if file is None:
+            return False
+        file.close()
         source, home = views_of(data, stored, 0, self.store.dtype), self.store.homes[key]
-        assert home.codes is not None and home.parameters is not None and source.codes is not None and source.parameters is not None
+        assert home.codes is not None and home.parameters is not None
+        assert source.codes is not None and source.parameters is not None
         home.codes.copy_(source.codes)
         home.parameters.copy_(source.parameters)
+        return True
 
     def load(self, stream: Callable[[set[Key]], Iterator[Piece | QuantizedPiece]]) -> int:
         """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes that came from the checkpoint."""
@@ -138,24 +143,25 @@ class Loader:
         if stored.tier != "disk":
             return self.store.homes[key]
         if key not in self.building:
-            buffer = torch.empty(stored.num_bytes, dtype=torch.uint8)
+            buffer = empty_buffer(stored)
             self.building[key] = (buffer, views_of(buffer, stored, 0, self.store.dtype))
         return self.building[key][1]
 
     def file(self, key: Key, stored: StoredTensor) -> None:
-        """Write a complete tensor to its file, atomically, and open it when the disk is its home."""
+        """Write a complete tensor to its file, atomically, and keep it open when the disk is its home."""
         assert self.folder is not None
-        path = layer_file(self.folder, stored)
         if stored.tier == "disk":
             buffer, _ = self.building.pop(key)
-            write_atomically(path, [buffer], stored.num_bytes)
-            self.store.open_file(stored, path)
-            return
-        home = self.store.homes[key]
-        assert home.codes is not None and home.parameters is not None
-        buffer = torch.zeros(stored.num_bytes, dtype=torch.uint8)
-        copy = views_of(buffer, stored, 0, self.store.dtype)
-        assert copy.codes is not None and copy.parameters is not None
-        copy.codes.copy_(home.codes)
-        copy.parameters.copy_(home.parameters)
-        write_atomically(path, [buffer], stored.num_bytes)
+        else:
+            home, buffer = self.store.homes[key], empty_buffer(stored).zero_()
+            copy = views_of(buffer, stored, 0, self.store.dtype)
+            assert home.codes is not None and home.parameters is not None
+            assert copy.codes is not None and copy.parameters is not None
+            copy.codes.copy_(home.codes)
+            copy.parameters.copy_(home.parameters)
+        self.check_source()
+        file = write_layer_file(self.folder, stored, buffer, self.store.lanes.disk_chunks)
+        if stored.tier == "disk":
+            self.store.files[key] = file
+        else:
+            file.close()

@@ -66,6 +66,10 @@ class ReadAhead:
         self.lanes.disk_read.settle()
         self.reads.clear()
 
+    def forget_failed(self) -> None:
+        """Use none of the reads that have ended with an error: whoever needs the layer has it read again."""
+        self.reads = {layer: (buffer, read) for layer, (buffer, read) in self.reads.items() if not read.failed}
+
     def check(self) -> None:
         """Invariant: a buffer has one owner."""
         owners = [buffer for buffer, _ in self.reads.values()]

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import mmap
 import os
+import traceback
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.config import DoesNotFitError
-from flexbatch.memory.files import ALIGNMENT, align
+from flexbatch.memory.files import ALIGNMENT, DiskFile, align
 from flexbatch.policy.units import BINARY, GIB, fitting_unit, size_text
 
 
@@ -99,7 +100,9 @@ def touch_pages(tensor: Tensor) -> None:
 
 
 class Pool:
-    """Accounts for the bytes of one tier against its budget; owns the host arenas of the cpu tier."""
+    """Accounts for the bytes of one tier against its budget; owns the host arenas of the cpu tier and the scratch files
+    of the disk tier. What fails to be made is not accounted for.
+    """
 
     def __init__(self, tier: str, budget_bytes: int, pinned: bool = False, device: torch.device | None = None) -> None:
         self.tier, self.budget_bytes, self.pinned = tier, budget_bytes, pinned
@@ -107,6 +110,7 @@ class Pool:
         self.used_bytes: dict[str, int] = {}
         self.peak_bytes = 0
         self.arenas: dict[str, HostArena] = {}
+        self.files: dict[str, DiskFile] = {}
 
     @property
     def total_used_bytes(self) -> int:
@@ -123,15 +127,32 @@ class Pool:
         """A uint8 tensor [num_bytes] of this tier, under the name ``what`` (one allocation per name)."""
         assert what not in self.used_bytes, f"{what} is allocated on {self.tier} already"
         self.reserve(what, num_bytes)
-        if self.tier == "cpu" or self.device.type == "cpu":
-            arena = HostArena(num_bytes, self.pinned and num_bytes > 0)
-            self.arenas[what] = arena
-            return arena.tensor
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        try:
+            if self.tier == "cpu" or self.device.type == "cpu":
+                arena = HostArena(num_bytes, self.pinned and num_bytes > 0)
+                self.arenas[what] = arena
+                return arena.tensor
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        except BaseException:
+            self.free(what)
+            raise
+
+    def open_file(self, what: str, folder: Path, num_bytes: int) -> DiskFile:
+        """A file of the disk tier without a name, for reading and writing, under the name ``what`` in the accounts."""
+        assert what not in self.used_bytes, f"{what} is open on {self.tier} already"
+        self.reserve(what, num_bytes)
+        try:
+            file = self.files[what] = DiskFile(folder / what.replace(" ", "-"), num_bytes)
+            return file
+        except BaseException:
+            self.free(what)
+            raise
 
     def free(self, what: str) -> None:
         self.used_bytes.pop(what, None)
-        arena = self.arenas.pop(what, None)
+        arena, file = self.arenas.pop(what, None), self.files.pop(what, None)
+        if file is not None:
+            file.close()
         if arena is not None:
             arena.close()
 
@@ -145,6 +166,8 @@ class Pool:
         assert self.peak_bytes >= self.total_used_bytes
         for what, arena in self.arenas.items():
             assert self.used_bytes[what] == arena.num_bytes, (what, self.used_bytes[what], arena.num_bytes)
+        for what, file in self.files.items():
+            assert self.used_bytes[what] <= file.num_bytes, (what, self.used_bytes[what], file.num_bytes)
 
 
 @dataclass
@@ -156,10 +179,34 @@ class Tiers:
     disk: Pool
     offload_dir: Path
 
+    @property
+    def pools(self) -> tuple[Pool, Pool, Pool]:
+        return self.gpu, self.cpu, self.disk
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[Callable[[], None]]:
+        """What is allocated and opened in the body stays if all of it succeeds; else all of it is given back. Yields a
+        function that gives it back later.
+        """
+        before = [set(pool.used_bytes) for pool in self.pools]
+
+        def give_back() -> None:
+            for pool, names in zip(self.pools, before, strict=True):
+                for what in [name for name in pool.used_bytes if name not in names]:
+                    pool.free(what)
+
+        try:
+            yield give_back
+        except BaseException as error:
+            give_back()
+            # The frames of the error hold what they had allocated for as long as it is handled, and longer at a prompt.
+            traceback.clear_frames(error.__traceback__)
+            raise
+
     def check(self) -> None:
-        for pool in (self.gpu, self.cpu, self.disk):
+        for pool in self.pools:
             pool.check()
 
     def close(self) -> None:
-        for pool in (self.gpu, self.cpu, self.disk):
+        for pool in self.pools:
             pool.close()

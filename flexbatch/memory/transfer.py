@@ -71,6 +71,11 @@ class FutureHandle:
         """Whether the job has ended; what its result promises may still be on its way."""
         return self.future.done()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the job has ended with an error."""
+        return self.future.done() and self.future.exception() is not None
+
     def wait(self) -> None:
         result = self.future.result()
         if hasattr(result, "wait"):

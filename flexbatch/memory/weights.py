@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -112,9 +111,6 @@ class WeightStore:
                 if tier == "cpu" and layer >= 0:
                     self.cpu_slabs[layer] = slab[start:cursor]
 
-    def open_file(self, stored: StoredTensor, path: Path) -> None:
-        self.files[stored.spec.layer, stored.spec.role] = DiskFile(path)
-
     # Fetching
 
     def fetch(self, layer: int, index: int, count: int) -> None:
@@ -186,6 +182,8 @@ class WeightStore:
         if ready is None:
             ready = self.ready[layer] = self.collect(layer)
         if stage in self.expansion and self.expanded.get(stage) != layer:
+            # Whose they were they are not any more, should this one break off.
+            self.expanded.pop(stage, None)
             self.expand(layer, stage, ready)
             self.expanded[stage] = layer
         return ready
@@ -283,6 +281,8 @@ class WeightStore:
         The error of a fetch is its user's: here nobody uses it any more, and whoever needs the layer later fetches it again.
         """
         self.lanes.settle()
+        if self.read_ahead is not None:
+            self.read_ahead.forget_failed()
         for layer in list(self.claims):
             self.release(layer, self.lanes.mark())
 

@@ -1,8 +1,7 @@
-"""What the user calls a model -> a folder with config, weights and tokenizer; and what makes a folder's content recognisable."""
+"""What the user calls a model -> a folder with config, weights and tokenizer."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo"
 BUNDLED = {"demo": DEMO, "demo-draft": DEMO.with_name("demo-draft")}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def resolve(model: str) -> Path:
@@ -67,24 +65,3 @@ def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBas
         raise CheckpointError(
             f"{folder} has no tokenizer that can be read (tokenizer.json, tokenizer.model, or vocab.json with merges.txt): {reason}"
         ) from error
-
-
-def fingerprint(folder: Path | str) -> str:
-    """Hex digest of what the folder holds, from a few MB at most: the same for a copy of it, another one after any retraining.
-
-    Hashes config.json whole and of every weight file its name, size, and 64 samples of 4 KiB spread evenly from first to last byte; the first holds the
-    header of a safetensors file. A change that touches none of the samples and no size goes unnoticed: a training step changes them all.
-    """
-    from flexbatch.models.source import weight_files  # brings torch, which finding a model does without
-
-    folder = Path(folder)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            last = max(size - SAMPLE_BYTES, 0)
-            for start in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
-                stream.seek(start)
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:32]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -103,18 +104,26 @@ class DraftModel:
         self.cache: KVCache | None = None
         self.executor: Executor | None = None
         self.host_buffers: HostBuffers | None = None
+        self.give_back: Callable[[], None] = lambda: None
+        """Frees whatever the present cache and buffers have in the tiers."""
 
     def open_block(self, num_pages: int) -> None:
         """Make room for sequences that together need ``num_pages`` pages."""
         if num_pages <= self.num_pages:
             return
         self.close_block()
-        arch, dtype = self.arch, self.layout.dtype
-        self.cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), self.tiers, self.lanes)
-        activations = ActivationStore(Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, self.tiers, self.lanes)
-        self.host_buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, self.tiers.cpu, self.lanes)
-        self.executor = Executor(arch, self.weights, self.cache, activations, self.lanes, self.host_buffers, dtype, True, LOGITS_BLOCK_BYTES)
-        self.num_pages = num_pages
+        arch, dtype, tiers, lanes = self.arch, self.layout.dtype, self.tiers, self.lanes
+        with tiers.all_or_nothing() as give_back:
+            cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), tiers, lanes)
+            activations = ActivationStore(
+                Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, tiers, lanes
+            )
+            buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
+            executor = Executor(
+                arch, self.weights, cache, activations, lanes, buffers, dtype, True, LOGITS_BLOCK_BYTES
+            )
+        self.cache, self.host_buffers, self.executor, self.num_pages = cache, buffers, executor, num_pages
+        self.give_back = give_back
 
     # Drafting
 
@@ -252,6 +261,12 @@ class DraftModel:
         if followed is not None and self.cache is not None:
             self.cache.free(followed.sequence.table)
 
+    def forget(self) -> None:
+        """Its cache goes too: the failure may have come between a sequence and its pages."""
+        self.followed.clear()
+        self.distributions = {}
+        self.close_block()
+
     def check(self) -> None:
         """Invariants: what is known to be committed is; no table holds more than it has pages for."""
         if self.cache is not None:
@@ -262,17 +277,20 @@ class DraftModel:
 
     def close_block(self) -> None:
         assert not self.followed, f"{len(self.followed)} sequences are still followed"
-        if self.cache is not None and self.host_buffers is not None:
-            self.cache.close()
-            self.host_buffers.close()
+        cache, buffers = self.cache, self.host_buffers
         self.cache = self.executor = self.host_buffers = None
         self.num_pages = 0
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.give_back)
+            for part in (buffers, cache):
+                if part is not None:
+                    stack.callback(part.close)
 
     def close(self) -> None:
         self.followed.clear()
-        self.close_block()
-        self.weights.close()
-        self.tiers.close()
+        with contextlib.ExitStack() as stack:
+            for close in (self.tiers.close, self.weights.close, self.close_block):
+                stack.callback(close)
 
 
 def likeliest(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int, ...]], count: int) -> list[Candidates]:

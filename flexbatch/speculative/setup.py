@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
+from flexbatch.models.specs import Piece
 from flexbatch.policy.types import Split
 from flexbatch.speculative.draft import LOGITS_BLOCK_BYTES, PASS_TOKENS, SCORED_ELEMENTS, SCORING_BYTES_PER_LOGIT, DraftModel
 from flexbatch.speculative.shapes import TreeSpec, parse_tree
@@ -86,10 +88,16 @@ class Speculation:
 
     def load(self, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> Speculator:
         """Draft weights to the compute device."""
-        sources: list[Source] = [load_draft(draft, self, lanes, dtype, offload_dir) for draft in self.drafts]
-        if self.lookup:
-            sources.append(LookupSource())
-        return Speculator(sources, self.spec, max_nodes=self.max_nodes, simulate=self.simulate)
+        sources: list[Source] = []
+        with contextlib.ExitStack() as stack:
+            for draft in self.drafts:
+                sources.append(load_draft(draft, self, lanes, dtype, offload_dir))
+                stack.callback(sources[-1].close)
+            if self.lookup:
+                sources.append(LookupSource())
+            speculator = Speculator(sources, self.spec, max_nodes=self.max_nodes, simulate=self.simulate)
+            stack.pop_all()
+        return speculator
 
     def open_block(self, speculator: Speculator, longest: Sequence[int]) -> None:
         """Make room in the drafts' caches; see `needs`."""
@@ -158,11 +166,21 @@ def check_tokenizers(draft_name: str, draft: Any, target_name: str, target: Any)
 def load_draft(plan: DraftPlan, speculation: Speculation, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> DraftModel:
     """Weights of one draft; its pools are its own, sized by the plan that the planner has checked."""
     unlimited = 1 << 62
-    tiers = Tiers(Pool("gpu", unlimited, device=lanes.device), Pool("cpu", unlimited, pinned=lanes.device.type == "cuda"), Pool("disk", unlimited), offload_dir)
-    store = WeightStore(plan.weights, tiers, lanes, dtype)
-    with torch.inference_mode():
-        Loader(store, None, cache_quantized=False).load(
-            lambda skip: dummy(plan.arch, speculation.seed, dtype) if plan.folder is None else checkpoint.stream(plan.folder, plan.arch, skip)
-        )
-    store.check()
-    return DraftModel(plan.name, plan.arch, store, tiers, lanes, plan.layout, speculation.target.vocab_size, speculation.grown_nodes, speculation.drawing)
+    gpu, cpu = (Pool("gpu", unlimited, device=lanes.device), Pool("cpu", unlimited, pinned=lanes.device.type == "cuda"))
+    tiers = Tiers(gpu, cpu, Pool("disk", unlimited), offload_dir)
+    vocab_size, nodes, drawing = speculation.target.vocab_size, speculation.grown_nodes, speculation.drawing
+
+    def pieces(skip: set[tuple[int, str]]) -> Iterator[Piece]:
+        if plan.folder is None:
+            return dummy(plan.arch, speculation.seed, dtype)
+        return checkpoint.stream(plan.folder, plan.arch, skip)
+
+    with tiers.all_or_nothing(), contextlib.ExitStack() as stack:
+        store = WeightStore(plan.weights, tiers, lanes, dtype)
+        stack.callback(store.close)
+        with torch.inference_mode():
+            Loader(store, None, cache_quantized=False).load(pieces)
+        store.check()
+        model = DraftModel(plan.name, plan.arch, store, tiers, lanes, plan.layout, vocab_size, nodes, drawing)
+        stack.pop_all()
+    return model

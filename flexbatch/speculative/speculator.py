@@ -55,6 +55,9 @@ class Source(Protocol):
 
     def retire(self, sequence: Sequence) -> None: ...
 
+    def forget(self) -> None:
+        """Let go of all sequences and of what is kept of them, after a run that failed half-way."""
+
     def check(self) -> None: ...
 
     def close(self) -> None: ...
@@ -88,6 +91,9 @@ class LookupSource:
 
     def retire(self, sequence: Sequence) -> None:
         self.lookups.pop(sequence, None)
+
+    def forget(self) -> None:
+        self.lookups.clear()
 
     def check(self) -> None:
         for sequence, lookup in self.lookups.items():
@@ -227,6 +233,12 @@ class Speculator:
         """See `proposals.Proposer`."""
         for source in self.sources:
             source.retire(sequence)
+
+    def forget(self) -> None:
+        """Let go of all sequences, after a run that failed half-way; the next one opens its block anew."""
+        self.proposed, self.query_tokens = {}, 0
+        for source in self.sources:
+            source.forget()
 
     # Report and end
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.memory import loading
-from tests.tiny_models import make_model, random_prompts
+from flexbatch.memory import layer_files, loading
+from flexbatch.models import fingerprint, shapes
+from tests.tiny_models import LLAMA_SIZES, make_model, random_prompts
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 PROMPTS = random_prompts([3, 20, 41], seed=9)
@@ -41,7 +46,7 @@ def test_a_second_start_skips_the_work(bits, model, tmp_path, monkeypatch):
     before = files(tmp_path / "offload")
     assert before
     monkeypatch.setattr(loading.ops, "quantize", None)
-    monkeypatch.setattr(loading, "write_atomically", None)
+    monkeypatch.setattr(layer_files, "write_atomically", None)
     second, loaded, reused = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=bits)
     assert (second, loaded, files(tmp_path / "offload")) == (first, 0, before)
     assert reused > 0
@@ -90,3 +95,51 @@ def test_other_bits_and_dtypes_have_files_of_their_own(changed, model, tmp_path)
     assert tokens == start(model, tmp_path / "elsewhere", percent=ON_DISK, **{"weight_bits": 4, **changed})[0]
     after = files(tmp_path / "offload")
     assert before.items() < after.items()
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(
+    "part", ["self_attn.o_proj", "mlp.down_proj", "layers.1.self_attn.k_proj", "layernorm", "embed_tokens", "lm_head"]
+)
+def test_a_part_that_was_retrained_is_never_taken_from_files(part, bits, model, tmp_path):
+    """Equal names, shapes, sizes and times: one twentieth of the weights is enough."""
+    path = model / "model.safetensors"
+    status, tensors = path.stat(), dict(parameters(model))
+    start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=bits)
+    noise = torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if part in name]:
+        tensors[name] = tensors[name] + torch.randn(tensors[name].shape, generator=noise)
+    save_file(tensors, path, {"format": "pt"})
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    found = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=bits)
+    assert found == start(model, tmp_path / "elsewhere", percent=ON_DISK, weight_bits=bits) and found[2] == 0
+
+
+def test_a_start_with_damaged_files_gives_the_same_tokens(model, tmp_path, caplog):
+    first, _, _ = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=4)
+    for place, path in enumerate(sorted((tmp_path / "offload").rglob("*.bin"))):
+        content = bytearray(path.read_bytes())
+        content[997 * place % len(content)] ^= 16
+        path.write_bytes(content)
+    tokens, _, reused = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=4)
+    assert (tokens, reused) == (first, 0) and "is written again" in caplog.text
+
+
+def test_who_files_nothing_digests_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "file_digest", None)
+    start(model, tmp_path / "offload", percent=(60, 40, 100, 0, 100, 0))
+    with pytest.raises(TypeError):
+        start(model, tmp_path / "offload", percent=(60, 40, 100, 0, 100, 0), weight_bits=8)
+
+
+def test_random_weights_have_files_by_their_seed(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", {"model_type": "llama", "vocab_size": 307, **LLAMA_SIZES})
+    settings = {"dummy_weights": True, "percent": ON_DISK, "dtype": "float32"}
+    first = start("tiny", tmp_path, **settings)
+    assert first[2] == 0
+    tokens, _, reused = start("../somebody/Tiny", tmp_path, **settings)
+    assert tokens == first[0] and reused > 0
+    other = start("tiny", tmp_path, **settings, seed=1)
+    assert other[0] != first[0] and other[2] == 0
+    assert len(list(tmp_path.iterdir())) == 2, "of two seeds"

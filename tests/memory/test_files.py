@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.memory.files import ALIGNMENT, DiskFile, OffloadError, align, chunks, prepare_offload_dir, write_atomically
+from flexbatch.memory.files import (
+    ALIGNMENT,
+    DiskFile,
+    OffloadError,
+    align,
+    chunks,
+    open_locked,
+    prepare_offload_dir,
+    remove_leftovers,
+    temporary_name,
+    write_atomically,
+)
 from flexbatch.memory.tiers import HostArena
 from flexbatch.memory.weights import slices
 from flexbatch.policy.units import MIB
@@ -111,3 +124,109 @@ def test_an_offload_folder_is_tried_before_it_is_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OffloadError, match=r"offload folder .*file"):
         prepare_offload_dir(tmp_path / "file")
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Threads have one process id between them; so have containers, whose first process is always 1."""
+    path, size = tmp_path / "w.bin", 3 * ALIGNMENT + 5
+
+    def write(number: int) -> int:
+        write_atomically(path, [torch.full((size,), number % 250, dtype=torch.uint8)], size)
+        content = path.read_bytes()
+        assert len(content) == align(size) and set(content[size:]) == {0}
+        return len(set(content[:size]))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(write, range(200))) == {1}, "a file was seen half-written, or with two contents"
+    assert list(tmp_path.iterdir()) == [path] and path.stat().st_mode & 0o077 == 0
+
+
+def test_a_leftover_of_a_killed_writer_goes_and_the_work_of_a_living_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    (tmp_path / ".w.bin.1.tmp").write_bytes(b"left by process 1 of a container that was killed")
+    mine = temporary_name(path)
+    with open_locked(mine) as file:
+        file.write(b"living")
+        write_atomically(path, [torch.zeros(5, dtype=torch.uint8)], 5)
+        remove_leftovers(path)
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([mine.name, path.name])
+    remove_leftovers(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "folder", "pipe", "locked"])
+def test_a_name_that_is_taken_is_never_opened(tmp_path: Path, kind: str) -> None:
+    """Not even emptied: what was there stays as it was."""
+    name, target = tmp_path / ".w.bin.0.tmp", tmp_path / "target"
+    target.write_text("kept")
+    if kind in ("file", "locked"):
+        os.link(target, name)
+    elif kind == "folder":
+        name.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(name)
+    else:
+        name.symlink_to(target if kind == "link" else tmp_path / "nothing")
+    with target.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX if kind == "locked" else fcntl.LOCK_UN)
+        with pytest.raises(FileExistsError):
+            open_locked(name)
+        remove_leftovers(tmp_path / "w.bin")
+    assert target.read_text() == "kept" and not (tmp_path / "nothing").exists()
+
+
+def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody sees it between its making and its lock. Who had it open by then may not remove its successor."""
+    path, lock = tmp_path / "w.bin", fcntl.flock
+    name, early = temporary_name(path), []
+
+    def late(file: object, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        early.append(os.open(name, os.O_RDWR))
+        remove_leftovers(path)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with open_locked(name) as file:
+        opened = os.dup(early[0])
+        monkeypatch.setattr(os, "open", lambda *arguments: opened)
+        remove_leftovers(path)
+        monkeypatch.undo()
+        assert name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat())
+    os.close(early[0])
+
+
+def test_scratch_files_have_no_name(tmp_path: Path) -> None:
+    """A killed run leaves nothing, and nobody can open them."""
+    files = [DiskFile(tmp_path / "cache", 2 * ALIGNMENT) for _ in range(3)]
+    assert not list(tmp_path.iterdir())
+    for number, file in enumerate(files):
+        file.write(HostArena(ALIGNMENT, False).tensor.fill_(number + 1), ALIGNMENT)
+    for number, file in enumerate(files):
+        found = HostArena(2 * ALIGNMENT, False).tensor
+        file.read(found, 0)
+        assert found.tolist() == [0] * ALIGNMENT + [number + 1] * ALIGNMENT and file.num_bytes == 2 * ALIGNMENT
+        file.close()
+        file.close()  # again, as after a block that was closed half-way
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe", "missing"])
+def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
+    path, target = tmp_path / "w.bin", tmp_path / "target"
+    target.write_bytes(bytes(ALIGNMENT))
+    make = {"link": lambda: path.symlink_to(target), "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}
+    make.get(kind, lambda: None)()
+    with pytest.raises(OffloadError, match="--offload-dir"):
+        DiskFile(path)
+
+
+def test_the_offload_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    """The probe does not go through a link that lies in wait, and a folder that is there keeps its mode."""
+    prepare_offload_dir(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "old").mkdir(mode=0o755)
+    (tmp_path / "old" / f".probe-{os.getpid()}").symlink_to(tmp_path / "target")
+    prepare_offload_dir(tmp_path / "old")
+    assert (tmp_path / "old").stat().st_mode & 0o777 == 0o755 and not (tmp_path / "target").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import pytest
 import torch
 
 from flexbatch.kernels import reference
-from flexbatch.memory import loading
+from flexbatch.memory import layer_files
 from flexbatch.memory.files import OffloadError
-from flexbatch.memory.loading import Loader, is_complete, layer_file
-from flexbatch.memory.weight_plan import plan_weights
+from flexbatch.memory.layer_files import layer_file, open_layer_file
+from flexbatch.memory.loading import Loader
+from flexbatch.memory.weight_plan import StoredTensor, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError
-from flexbatch.models.resolve import fingerprint
+from flexbatch.models.fingerprint import WeightFiles
 from flexbatch.models.specs import Piece
 from flexbatch.policy.types import Split
 from tests.memory.rigs import open_tiers, pieces, tiny_arch
@@ -81,22 +84,128 @@ def test_a_second_run_reads_the_files_of_the_first(tmp_path: Path, split: Split,
         assert same_weights(store, bits) and not read & filed
 
 
-@pytest.mark.parametrize("harm", ["empty", "short", "long", "dot-file", "missing"])
-def test_a_file_that_is_not_whole_is_written_again(tmp_path: Path, harm: str) -> None:
-    with loaded(tmp_path) as (store, _):
-        stored = next(t for t in store.plan.all_tensors if (t.spec.layer, t.spec.role) == (1, "down.weight"))
-    path = layer_file(tmp_path, stored)
-    content = path.read_bytes()
+def harmed(path: Path, harm: str, elsewhere: Path) -> None:
+    """Harm a file of the offload folder; what it is meant to be is (1, "down.weight")."""
+    content, other = bytearray(path.read_bytes()), path.parent.with_name("layer-0000") / path.name
     if harm == "dot-file":
         path.rename(path.with_name(f".{path.name}.123.tmp"))
-    elif harm == "missing":
-        path.unlink()
+    elif harm in ("missing", "link", "dangling link", "pipe", "hard link"):
+        path.rename(elsewhere / "whole")
+        if harm == "pipe":
+            os.mkfifo(path)
+        elif harm == "hard link":
+            shutil.copy(other, elsewhere / "whole")
+            os.link(elsewhere / "whole", path)
+        elif harm != "missing":
+            path.symlink_to(elsewhere / ("whole" if harm == "link" else "nothing"))
+    elif harm == "another layer's":
+        shutil.copy(other, path)
+    elif harm in ("first byte", "middle byte", "last byte", "padding", "seal"):
+        places = {"first byte": 0, "middle byte": 1000, "last byte": NUM_BYTES - 1, "padding": NUM_BYTES, "seal": -1}
+        content[places[harm]] ^= 1
+        path.write_bytes(content)
     else:
-        path.write_bytes({"empty": b"", "short": content[:-4096], "long": content + bytes(4096)}[harm])
-    assert not is_complete(path, stored)
-    with loaded(tmp_path) as (store, read):
+        changed = {
+            "empty": b"",
+            "short": content[:-4096],
+            "long": content + bytes(4096),
+            "zeros": bytes(len(content)),
+            "zero tail": bytes(content[:2048]).ljust(len(content), b"\0"),
+            "without a seal": content[:-4096] + bytes(4096),
+        }
+        path.write_bytes(changed[harm])
+
+
+NUM_BYTES = 20 * 36 * 4
+HARMS = (
+    *("empty", "short", "long", "zeros", "zero tail", "dot-file"),
+    *("missing", "link", "dangling link", "hard link", "pipe"),
+    *("another layer's", "first byte", "middle byte", "last byte", "padding", "seal", "without a seal"),
+)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_file_that_is_not_whole_is_written_again(tmp_path: Path, harm: str) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with loaded(folder) as (store, _):
+        stored = next(t for t in store.plan.all_tensors if (t.spec.layer, t.spec.role) == (1, "down.weight"))
+    path = layer_file(folder, stored)
+    assert stored.num_bytes == NUM_BYTES
+    content = path.read_bytes()
+    harmed(path, harm, elsewhere)
+    before = [entry.read_bytes() for entry in elsewhere.iterdir()]
+    assert not opens(folder, stored)
+    with loaded(folder) as (store, read):
         assert read == {(1, "down.weight")} and same_weights(store)
-    assert path.read_bytes() == content and is_complete(path, stored)
+    assert path.read_bytes() == content and opens(folder, stored) and not path.is_symlink()
+    assert path.stat().st_mode & 0o077 == 0
+    assert [entry.read_bytes() for entry in elsewhere.iterdir()] == before, "what a link leads to is left alone"
+
+
+def opens(folder: Path, stored: StoredTensor) -> bool:
+    """Whether the tensor's file is trusted."""
+    with ThreadPoolExecutor(2) as pool:
+        file = open_layer_file(folder, stored, pool)
+    if file is not None:
+        file.close()
+    return file is not None
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_damaged_files_of_tensors_in_memory_are_written_again(tmp_path: Path, bits: int) -> None:
+    with loaded(tmp_path, CPU, bits) as (store, _):
+        filed = [t for t in store.plan.all_tensors if t.quantized]
+    paths = [layer_file(tmp_path, t) for t in filed]
+    for place, path in enumerate(paths[::2]):
+        content = bytearray(path.read_bytes())
+        content[17 * place % len(content)] ^= 4
+        path.write_bytes(content)
+    with loaded(tmp_path, CPU, bits) as (store, read):
+        assert same_weights(store, bits)
+    assert {(t.spec.layer, t.spec.role) for t in filed[::2]} <= read
+    assert not {(t.spec.layer, t.spec.role) for t in filed[1::2]} & read
+
+
+def test_files_of_another_checkpoint_are_refused_whatever_folder_they_are_put_in(tmp_path: Path) -> None:
+    with loaded(tmp_path / "one", seed=1), loaded(tmp_path / "two", seed=2) as (store, _):
+        assert same_weights(store, seed=2)
+    shutil.rmtree(tmp_path / "two")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with loaded(tmp_path / "two", seed=2) as (store, read):
+        assert len(read) == len(store.plan.all_tensors) and same_weights(store, seed=2)
+
+
+@pytest.mark.parametrize("which", ["model", "layer-0001"])
+def test_a_link_in_place_of_a_folder_is_refused(tmp_path: Path, which: str) -> None:
+    """Nothing outside the folder that the user named is read or written, for whole files either."""
+    with loaded(tmp_path / "model"):
+        pass
+    link = tmp_path / "model" if which == "model" else tmp_path / "model" / which
+    link.rename(tmp_path / "elsewhere")
+    link.symlink_to(tmp_path / "elsewhere")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "elsewhere").rglob("*"))
+    problem = rf"{which} is no folder of its own; remove it, or name another"
+    with pytest.raises(OffloadError, match=problem), loaded(tmp_path / "model"):
+        pass
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "elsewhere").rglob("*")) == before
+
+
+def test_a_checkpoint_that_changes_while_it_is_loaded_is_not_filed(tmp_path: Path) -> None:
+    """What was read before is filed: it was asked for each tensor between its last piece and its file."""
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise CheckpointError("changed")
+
+    with open_tiers(tmp_path) as (tiers, lanes):
+        store = WeightStore(plan_weights(ARCH, DISK, 16, 8, 4), tiers, lanes, torch.float32)
+        with pytest.raises(CheckpointError, match="changed"):
+            Loader(store, tmp_path, True, check).load(lambda skip: pieces(ARCH))
+        store.close()
+    assert len(list(tmp_path.rglob("*.bin"))) == 4
 
 
 def test_bits_and_groups_have_files_of_their_own(tmp_path: Path) -> None:
@@ -108,21 +217,22 @@ def test_bits_and_groups_have_files_of_their_own(tmp_path: Path) -> None:
 
 
 def test_another_checkpoint_never_meets_these_files(tmp_path: Path) -> None:
-    """The folder is named by the checkpoint's fingerprint: one changed number in the weights, and it is another."""
+    """The folder is named by the checkpoint's digest: one changed number in the weights, and it is another."""
     make_model("llama", tmp_path / "one", seed=1, tokenizer=False)
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     make_model("llama", tmp_path / "two", seed=2, tokenizer=False)
-    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "copy") != fingerprint(tmp_path / "two")
+    one, copy, two = (WeightFiles(tmp_path / name).identity for name in ("one", "copy", "two"))
+    assert one == copy != two
     config = (tmp_path / "copy" / "config.json").read_text()
     (tmp_path / "copy" / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "copy")
+    assert WeightFiles(tmp_path / "copy").identity != one
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 14])
 def test_a_load_that_breaks_off_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """The disk fills up after ``count`` files; the next run takes what is there and writes the rest."""
     written: list[Path] = []
-    write = loading.write_atomically
+    write = layer_files.write_atomically
 
     def fill_up(path: Path, tensors, num_bytes: int) -> None:
         if len(written) == count:
@@ -130,10 +240,10 @@ def test_a_load_that_breaks_off_leaves_whole_files_only(tmp_path: Path, monkeypa
         write(path, tensors, num_bytes)
         written.append(path)
 
-    monkeypatch.setattr(loading, "write_atomically", fill_up)
+    monkeypatch.setattr(layer_files, "write_atomically", fill_up)
     with pytest.raises(OffloadError), loaded(tmp_path):
         pass
-    monkeypatch.setattr(loading, "write_atomically", write)
+    monkeypatch.setattr(layer_files, "write_atomically", write)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(files) == sorted(written)
     with loaded(tmp_path) as (store, read):

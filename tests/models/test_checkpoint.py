@@ -309,7 +309,7 @@ def test_folders_that_are_no_models(folder, tmp_path, monkeypatch):
 def test_folder_without_weights_or_tokenizer(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no weights; looked for model\.safetensors"):
-        resolve.fingerprint(folder)
+        source.weight_files(folder)
     assert resolve.load_tokenizer(folder).decode([5, 6, 7])
     for file in folder.glob("*token*"):
         file.unlink()
@@ -320,17 +320,3 @@ def test_folder_without_weights_or_tokenizer(folder):
 def test_stop_tokens_of_the_generation_config_win(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
     assert checkpoint.read_arch(folder).eos_token_ids == (5, 7)
-
-
-def test_fingerprint_follows_the_content(folder, tmp_path):
-    first = resolve.fingerprint(folder)
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    os.utime(copy / "model.safetensors", (1, 1))
-    assert resolve.fingerprint(copy) == first
-    weights = bytearray((copy / "model.safetensors").read_bytes())
-    weights[-4:] = b"\0\0\0\0"  # the same size, another value
-    (copy / "model.safetensors").write_bytes(weights)
-    assert resolve.fingerprint(copy) != first
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert resolve.fingerprint(folder) != first

@@ -1,0 +1,101 @@
+"""Whose turn it is: an engine has one block, and one call at a time that runs sequences in it.
+
+A call that runs from beginning to end (`generate`) waits for one in another thread. A stream is different: between two
+completions it rests, with its sequences in the block, for as long as its reader likes, who may be waiting for the very
+call that would wait for the stream. So whatever comes while a stream is open is refused at once, as is a call out of a
+callback of a run. Closing the engine ends an open stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator, Iterator
+from typing import TypeVar
+
+from flexbatch.config import EngineBusyError, EngineClosedError
+
+T = TypeVar("T")
+
+
+class Turns:
+    """The turns of one engine."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        """Held while anything runs. Reentrant, as a stream that nobody holds any more may be finalized anywhere."""
+        self._runner: int | None = None
+        """The thread whose call runs."""
+        self._stream: Generator | None = None
+        self.closed = False
+
+    @contextlib.contextmanager
+    def whole(self, what: str) -> Iterator[None]:
+        """For a call that is over when the body is."""
+        self._check_own(what)
+        self._check_free(what)
+        with self._running(what):
+            self._check_free(what)
+            yield
+
+    def stream(self, run: Generator[T, None, None]) -> Generator[T, None, None]:
+        """What ``run`` yields. Its turn lasts from the first item that is asked for until it ends or is closed."""
+        self._check_own("stream")
+        self._check_free("stream")
+        with self._running("stream"):
+            self._check_free("stream")
+            self._stream = run
+        try:
+            while True:
+                with self._running("stream"):
+                    try:
+                        item = next(run)
+                    except StopIteration:
+                        return
+                yield item
+        finally:
+            with self._lock:
+                run.close()
+                if self._stream is run:
+                    self._stream = None
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[Generator | None]:
+        """For closing the engine: nothing begins any more. Yields an open stream, which the body has to close."""
+        with self._running("close"):
+            self.closed = True
+            stream, self._stream = self._stream, None
+            yield stream
+
+    def check_open(self, what: str) -> None:
+        if self.closed:
+            raise EngineClosedError(f"{what}: this LLM is closed, and its memory is freed; make a new one")
+
+    def check(self) -> None:
+        """Invariant: nothing runs and no stream is open in a closed engine."""
+        assert not self.closed or (self._stream is None and self._runner is None), (self._stream, self._runner)
+
+    @contextlib.contextmanager
+    def _running(self, what: str) -> Iterator[None]:
+        self._check_own(what)
+        with self._lock:
+            self.check_open(what)
+            self._runner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._runner = None
+
+    def _check_own(self, what: str) -> None:
+        if self._runner == threading.get_ident():
+            raise EngineBusyError(
+                f"{what} was called by what this LLM is running (a callback, or the items of a stream); "
+                "call it after the run, or use a second LLM"
+            )
+
+    def _check_free(self, what: str) -> None:
+        if self._stream is not None:
+            raise EngineBusyError(
+                f"{what} was called while a stream of this LLM is open, whose sequences fill the block; read the "
+                "stream to its end or call its close(), put what is to run into its items, or use a second LLM"
+            )
