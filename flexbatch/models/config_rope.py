@@ -94,7 +94,8 @@ def read_scaling(config: Config, entry: Entry, positions: int, rotary_dim: int, 
     if _kind(entry) == "default":
         return None
     if kind is None:
-        raise CheckpointError(f"config.json: {name}: rope scaling {_kind(entry)!r} is unknown; known: linear, dynamic, llama3, yarn, longrope")
+        key = "rope_type" if rope.get("rope_type") else "type"
+        raise CheckpointError(f"config.json: {name}.{key}: rope scaling {_kind(entry)!r} is unknown; known: linear, dynamic, llama3, yarn, longrope")
     for key in NEEDED.get(kind, ()):
         if rope.get(key) is None:
             raise CheckpointError(f"config.json: {name} of type {kind!r} lacks {key}")

@@ -69,9 +69,10 @@ def glm(config: Config) -> Arch:
 
 def phi3(config: Config) -> Arch:
     entry = entry_of(config)
-    kind = entry.values.get("rope_type") or entry.values.get("type") or "default"
+    key = "rope_type" if entry.values.get("rope_type") else "type"
+    kind = entry.values.get(key) or "default"
     if kind not in ("default", "longrope", "su", "yarn"):
-        raise CheckpointError(f"config.json: {entry.name}: rope scaling {kind!r} is not one of Phi-3's; known: longrope, and su and yarn, which mean it")
+        raise CheckpointError(f"config.json: {entry.name}.{key}: rope scaling {kind!r} is not one of Phi-3's; known: longrope, and su and yarn, which mean it")
     if kind == "yarn":
         entry.values["rope_type"] = "longrope"  # early Phi-3 files call it so
     head_dim = read_sizes(config)["head_dim"]
