@@ -18,6 +18,7 @@ from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.planning import BlockSizes, Job
 from flexbatch.policy.groups import weight_group
+from flexbatch.policy.rates import write_hardware
 from flexbatch.policy.types import Hardware, Policy
 from flexbatch.prompts import PromptEncoder
 from flexbatch.speculative.setup import plan_speculation
@@ -91,7 +92,7 @@ class Decisions:
         """Plan for the machine as runs have shown it, here and, with --recalibrate, in later processes."""
         self._hardware = hardware
         if self.profile_path is not None:
-            machines.save(hardware, self.profile_path)
+            write_hardware(hardware, self.profile_path)
 
     # The policy
 

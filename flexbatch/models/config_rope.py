@@ -111,7 +111,7 @@ def read_scaling(config: Config, entry: Entry, positions: int, rotary_dim: int, 
         float(optional(rope, "factor", positions / original)),
         original,
         short_factor=tuple(float(factor) for factor in rope["short_factor"]) if kind == "longrope" else (),
-        **{key: rope[key] for key in passed_on if rope.get(key) is not None},
+        **{key: rope[key] if key == "truncate" else float(rope[key]) for key in passed_on if rope.get(key) is not None},
     )
     _check_scaling(name, scaling, rotary_dim, theta)
     return scaling

@@ -140,7 +140,7 @@ def gptj(config: Config) -> Arch:
     sizes = read_sizes(config)
     rotary = config.get("rotary_dim", 64)
     if rotary is None or rotary % 2 or rotary > sizes["head_dim"]:
-        raise CheckpointError(f"config.json: rotary_dim={rotary} must be an even number up to n_embd / n_head = {sizes['head_dim']}")
+        raise CheckpointError(f"config.json: rotary_dim={rotary} must be an even number up to head_dim (n_embd / n_head) = {sizes['head_dim']}")
     return Arch(
         **sizes,
         **read_tokens(config),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo"
 BUNDLED = {"demo": DEMO, "demo-draft": DEMO.with_name("demo-draft")}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -55,6 +57,12 @@ def _download(model: str) -> Path:
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Code that the folder brings along is never run. Raises CheckpointError."""
+    lacking = _lacking_packages(Path(folder))
+    if lacking:
+        raise CheckpointError(
+            f"{folder} has its tokenizer as {lacking[0]} alone, and reading that needs {' and '.join(lacking[1:])}, which "
+            f"{'is' if len(lacking) == 2 else 'are'} not installed: pip install 'flexbatch[sentencepiece]'"
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -64,6 +72,23 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{folder} has no tokenizer that can be read (tokenizer.json, tokenizer.model, or vocab.json with merges.txt): {reason}"
         ) from error
+
+
+def _lacking_packages(folder: Path) -> list[str]:
+    """[file, packages that are not installed] of a folder whose only tokenizer is a SentencePiece model; empty where nothing is missing."""
+    files = [name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
+    if not files or any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return []
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    lacking = [package for package, module in modules.items() if not _importable(module)]
+    return [files[0], *lacking] if lacking else []
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
 
 
 def fingerprint(folder: Path | str) -> str:
