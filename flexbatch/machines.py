@@ -45,7 +45,9 @@ def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, me
         try:
             return read_hardware(path)
         except (OSError, ValueError) as error:
-            logger.warning("the profile of this machine, %s, cannot be used and is made anew: %s", path, str(error).splitlines()[0])
+            logger.warning(
+                "the profile of this machine, %s, cannot be used and is made anew: %s", path, str(error).splitlines()[0]
+            )
     expected = IDLE_SECONDS * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
         from flexbatch.kernel_rates import kernel_rates  # with SciPy 0.4 s that only measuring needs

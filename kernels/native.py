@@ -1,7 +1,8 @@
 """Attention and cache writes on the CPU in C, compiled on the machine at first use. Signatures as in `reference`.
 
-The library is built once per (sources, compiler, flags, processor) into a cache folder (see `native_cache`) and put there by an atomic rename, so that
-processes starting together are safe. Calls release the interpreter's lock: a worker thread can attend while others launch transfers.
+The library is built once per (sources, compiler, flags, processor) into a cache folder (see `native_cache`) and put
+there by an atomic rename, so that processes starting together are safe. Calls release the interpreter's lock: a worker
+thread can attend while others launch transfers.
 """
 
 from __future__ import annotations
@@ -93,13 +94,16 @@ def build(cache_folder: Path) -> Path:
         sources = [here / name for name in SOURCES if name.endswith(".c")]
         return native_cache.find(cache_folder, key) or _compile(compiler, sources, cache_folder, key)
     except native_cache.UnsafeFolder as error:
-        raise BuildError(f"compiled kernels are not kept where they could be another user's: {error}; remove it") from error
+        raise BuildError(
+            f"compiled kernels are not kept where they could be another user's: {error}; remove it"
+        ) from error
     except OSError as error:
         raise BuildError(f"cannot write the compiled kernels into {cache_folder}: {error}; make it writable") from error
 
 
 def _load(cache_folder: Path) -> ctypes.CDLL:
-    """The library from the cache folder; from one of this process's own where that one cannot be used. Raises BuildError, OSError."""
+    """The library from the cache folder; from one of this process's own where that one cannot be used. Raises
+    BuildError, OSError."""
     try:
         return ctypes.CDLL(str(build(cache_folder)))
     except BuildError as error:
@@ -107,7 +111,11 @@ def _load(cache_folder: Path) -> ctypes.CDLL:
             raise
         with native_cache.private_folder() as folder:
             loaded = ctypes.CDLL(str(build(folder)))
-        warnings.warn(f"the kernels for CPU attention were compiled for this process alone, as at every start: {error}", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"the kernels for CPU attention were compiled for this process alone, as at every start: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return loaded
 
 

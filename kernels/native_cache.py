@@ -1,7 +1,10 @@
-"""Where compiled kernels are kept. What is loaded runs with the user's rights, so nothing is loaded that somebody else could have put or changed there.
+"""Where compiled kernels are kept. What is loaded runs with the user's rights, so nothing is loaded that somebody else
+could have put or changed there.
 
-The folder belongs to this user alone (mode 0700), and a library's name ends with the digest of its content: a truncated or altered file does not fit its
-name and is built again. A file that was cut short on disk would otherwise pass for a library until a page beyond its end is touched (SIGBUS).
+The folder belongs to this user alone (mode 0700), and a library's name ends with the digest of its content: a truncated
+or altered file does not fit its
+name and is built again. A file that was cut short on disk would otherwise pass for a library until a page beyond its
+end is touched (SIGBUS).
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ class UnsafeFolder(OSError):
 
 
 def user_cache_folder(part: str) -> Path:
-    """An absolute folder of this user for ``part``: in the home folder, or where there is none under the system's temporary one, by user id."""
+    """An absolute folder of this user for ``part``: in the home folder, or where there is none under the system's
+    temporary one, by user id."""
     home = Path(os.path.expanduser("~"))
     if not home.is_absolute():
         return Path(tempfile.gettempdir()).absolute() / f"flexbatch-{os.geteuid()}" / part
@@ -30,7 +34,8 @@ def user_cache_folder(part: str) -> Path:
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder, for this user alone. Raises UnsafeFolder when it is a link or somebody else's, OSError when it cannot be made.
+    """Make the folder, for this user alone. Raises UnsafeFolder when it is a link or somebody else's, OSError when it
+    cannot be made.
 
     Where others could write, what is there may be theirs, and goes.
     """
@@ -66,7 +71,11 @@ def _digest(file: Path) -> str | None:
         return None
     with open(descriptor, "rb") as stream:
         found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if (
+            not stat.S_ISREG(found.st_mode)
+            or found.st_uid != os.geteuid()
+            or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        ):
             return None
         return _digest_of(stream.read())
 
@@ -92,6 +101,7 @@ def put(folder: Path, key: str, built: Path) -> Path:
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
-    """A new folder of this process, which goes with it: for where no cache folder can be trusted. A library stays loaded when its file has gone."""
+    """A new folder of this process, which goes with it: for where no cache folder can be trusted. A library stays
+    loaded when its file has gone."""
     with tempfile.TemporaryDirectory(prefix="flexbatch-") as folder:
         yield Path(folder)

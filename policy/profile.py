@@ -293,7 +293,8 @@ def cache_path(cache_folder: Path, device: str, disk_folder: Path) -> Path:
 
 
 def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None, refresh: bool = False) -> Hardware:
-    """The machine's profile from ``cache_folder``, measured at first use, and again where the file is damaged or of another version."""
+    """The machine's profile from ``cache_folder``, measured at first use, and again where the file is damaged or of
+    another version."""
     path = cache_path(cache_folder, device, disk_folder)
     hardware = None
     if path.is_file() and not refresh:

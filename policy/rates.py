@@ -28,7 +28,9 @@ class Curve:
 
     def __post_init__(self) -> None:
         if not all(map(is_rate, (*self.points, *self.values))):
-            raise ValueError(f"a curve needs finite positive numbers, got points {self.points} and values {self.values}")
+            raise ValueError(
+                f"a curve needs finite positive numbers, got points {self.points} and values {self.values}"
+            )
         if len(self.points) != len(self.values) or not self.points:
             raise ValueError(f"a curve needs as many values as points and at least one, got {len(self.points)} points and {len(self.values)} values")
         if list(self.points) != sorted(set(self.points)):
@@ -131,7 +133,10 @@ class Hardware:
                 continue
             may_be_zero = f.type != "float" or f.default is not dataclasses.MISSING or f.name.endswith("_seconds")
             if not is_rate(value) and not (may_be_zero and value == 0 and not isinstance(value, bool)):
-                raise ValueError(f"hardware {self.name!r}: {f.name}={value!r:.80} must be a finite, {'not negative' if may_be_zero else 'positive'} number")
+                raise ValueError(
+                    f"hardware {self.name!r}: {f.name}={value!r:.80} must be a finite, "
+                    f"{'not negative' if may_be_zero else 'positive'} number"
+                )
 
     @property
     def quantized_attention(self) -> float:
@@ -198,7 +203,9 @@ class Hardware:
             curve = data.get(name)
             if curve is None:
                 continue
-            if not isinstance(curve, dict) or not all(isinstance(curve.get(part), list) for part in ("points", "values")):
+            if not isinstance(curve, dict) or not all(
+                isinstance(curve.get(part), list) for part in ("points", "values")
+            ):
                 raise ValueError(f"hardware JSON: {name} must be an object of points and values")
             try:
                 data[name] = Curve(tuple(curve["points"]), tuple(curve["values"]))

@@ -62,7 +62,8 @@ class Search:
 
     @property
     def placement_given(self) -> bool:
-        """Whether the user's percentages leave nothing open: then nothing is placed, and the exact sizes alone say whether it fits."""
+        """Whether the user's percentages leave nothing open: then nothing is placed, and the exact sizes alone say
+        whether it fits."""
         return len(fixed_fractions(self.constraints)) == 2 * len(KINDS)
 
     def memory(self, policy: Policy) -> dict[str, np.ndarray]:
@@ -77,7 +78,10 @@ class Search:
             return tried[policy]
         tried[policy] = None
         memory, room = self.memory(policy), capacity(self.hardware)
-        if not self.placement_given and min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU)) > room["gpu"]:
+        if (
+            not self.placement_given
+            and min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU)) > room["gpu"]
+        ):
             return None
         phases, tokens = self.phases(policy)
         # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
@@ -125,14 +129,19 @@ class Search:
 
 
 def given_solution(phases: list[tuple[PassModel, float]], constraints: Constraints) -> Solution:
-    """The placement that the user's percentages and share of CPU attention are, with its time; nothing is left to solve."""
+    """The placement that the user's percentages and share of CPU attention are, with its time; nothing is left to
+    solve."""
     fixed = fixed_fractions(constraints)
     for kind in KINDS:
         fixed.setdefault(f"{kind}_disk", max(0.0, 1 - fixed[f"{kind}_gpu"] - fixed[f"{kind}_cpu"]))
     fixed["attended"] = (constraints.cpu_attention or 0.0) * fixed["cache_cpu"]
     point = np.array([1.0, *(fixed[name] for name in VARIABLES)])
     stages, constant = time_rows(phases)
-    return Solution(point, constant + sum(weight * float(np.max(rows @ point)) for weight, rows in stages), dict.fromkeys(TIERS, 0.0))
+    return Solution(
+        point,
+        constant + sum(weight * float(np.max(rows @ point)) for weight, rows in stages),
+        dict.fromkeys(TIERS, 0.0),
+    )
 
 
 def least_compute(model: PassModel) -> float:

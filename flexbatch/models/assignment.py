@@ -1,4 +1,5 @@
-"""Which stored tensor fills which rows of which canonical one; decided, and checked for completeness, from names and shapes alone.
+"""Which stored tensor fills which rows of which canonical one; decided, and checked for completeness, from names and
+shapes alone.
 
 Values are compared only where two tensors claim the same place.
 """
@@ -34,7 +35,9 @@ class Assignment:
         return _section(self.spec, self.row.part)
 
 
-def assign(stored: Iterable[StoredTensor], arch: Arch, folder: Path, packing: Packing | None, *, noting: bool = False) -> list[Assignment]:
+def assign(
+    stored: Iterable[StoredTensor], arch: Arch, folder: Path, packing: Packing | None, *, noting: bool = False
+) -> list[Assignment]:
     """Raises CheckpointError for missing and mis-shaped tensors, and for two that differ where the model has one.
 
     With ``noting`` a line of the log says what the files hold beside the model.
@@ -49,7 +52,8 @@ def assign(stored: Iterable[StoredTensor], arch: Arch, folder: Path, packing: Pa
 
 
 def untied(stored: Iterable[StoredTensor], arch: Arch) -> tuple[StoredTensor, StoredTensor] | None:
-    """The embedding and the head where the config ties them and the files hold two different ones; transformers then uses both."""
+    """The embedding and the head where the config ties them and the files hold two different ones; transformers then
+    uses both."""
     if not arch.tie_word_embeddings:
         return None
     family, names = FAMILIES[arch.family], source_names(arch)
@@ -105,7 +109,8 @@ class _Assigner:
             first = earlier.get(suffix) or next(iter(earlier.values()))
             if not equal(first, tensor):
                 raise CheckpointError(
-                    f"{tensor.file}: tensor {tensor.name} stands for the same weights as {first.name} in {first.file}, and they differ; remove one of them"
+                    f"{tensor.file}: tensor {tensor.name} stands for the same weights as {first.name} in "
+                    f"{first.file}, and they differ; remove one of them"
                 )
             if tensor.name == first.name:
                 self.twice.append(tensor)
@@ -123,7 +128,11 @@ class _Assigner:
     def note(self) -> None:
         """What was left alone, in a line for each kind."""
         for tensors, what in (
-            (self.extra, f"tensors that are not part of a {self.arch.family} model with {self.arch.num_layers} layers are not used"),
+            (
+                self.extra,
+                f"tensors that are not part of a {self.arch.family} model with {self.arch.num_layers} layers "
+                "are not used",
+            ),
             (self.twice, "tensors are stored alike in two files, and read from the first"),
         ):
             if tensors:

@@ -40,7 +40,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
 
 
 def read_arch(folder: Path | str) -> Arch:
-    """What the folder's config.json describes; an embedding and a head that it calls one and that differ in the files are two.
+    """What the folder's config.json describes; an embedding and a head that it calls one and that differ in the files
+    are two.
 
     Raises CheckpointError that names the folder and the key.
     """
@@ -56,7 +57,8 @@ def read_arch(folder: Path | str) -> Arch:
     if two is None:
         return arch
     logger.warning(
-        '%s says tie_word_embeddings, but %s and %s differ: both are used; write "tie_word_embeddings": false there to say so',
+        '%s says tie_word_embeddings, but %s and %s differ: both are used; '
+        'write "tie_word_embeddings": false there to say so',
         Path(folder) / "config.json",
         *(tensor.name for tensor in two),
     )
@@ -92,7 +94,8 @@ def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (
     The matrices of an AWQ or GPTQ checkpoint come as QuantizedPiece with ``packed``, else expanded to 16 bits, one at a time.
     Memory: at most 256 MiB of mapped file beside the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the
     three. Other tensors are views of the file: copy or drop each before the next.
-    Raises CheckpointError, on the call and not at the first piece, for missing and mis-shaped tensors and damaged files; what the files hold beside the model
+    Raises CheckpointError, on the call and not at the first piece, for missing and mis-shaped tensors and damaged
+    files; what the files hold beside the model
     is left alone, and said.
     """
     folder = Path(folder)

@@ -44,7 +44,9 @@ def optional(config: Config, name: str, default: Any) -> Any:
 def read_activation(config: Config, key: str, *, default: str = "silu") -> str:
     name = config.get(key) or default
     if name not in ACTIVATION_NAMES:
-        raise CheckpointError(f"config.json: {key}: activation {name!r} is unknown; known: {', '.join(sorted(ACTIVATION_NAMES))}")
+        raise CheckpointError(
+            f"config.json: {key}: activation {name!r} is unknown; known: {', '.join(sorted(ACTIVATION_NAMES))}"
+        )
     return ACTIVATION_NAMES[name]
 
 
@@ -79,7 +81,9 @@ def grouped(config: Config, heads: int, key: str) -> int:
     """Key-value heads, as many as query heads where the file gives none."""
     count: int = optional(config, key, heads)
     if heads % count:
-        raise CheckpointError(f"config.json: {given(config, 'num_attention_heads', 'n_head')}={heads} must be a multiple of {key}={count}")
+        raise CheckpointError(
+            f"config.json: {given(config, 'num_attention_heads', 'n_head')}={heads} must be a multiple of {key}={count}"
+        )
     return count
 
 
@@ -98,7 +102,8 @@ def read_sizes(config: Config) -> dict[str, Any]:
 
 
 def read_windows(config: Config, rule: Iterable[bool], default: int | None) -> dict[str, Any]:
-    """The window, and which layers have it: by ``layer_types``, else by the family's ``rule``. A window of null is none.
+    """The window, and which layers have it: by ``layer_types``, else by the family's ``rule``. A window of null is
+    none.
 
     default: what a file without the key means.
     """
@@ -107,14 +112,20 @@ def read_windows(config: Config, rule: Iterable[bool], default: int | None) -> d
     if kinds is not None:
         unknown = [kind for kind in kinds if kind not in LAYER_TYPES]
         if unknown:
-            raise CheckpointError(f"config.json: layer_types names {unknown[0]!r}; known: {', '.join(sorted(LAYER_TYPES))}")
+            raise CheckpointError(
+                f"config.json: layer_types names {unknown[0]!r}; known: {', '.join(sorted(LAYER_TYPES))}"
+            )
         if len(kinds) != layers:
             raise CheckpointError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers={layers}")
         sliding = tuple(LAYER_TYPES[kind] for kind in kinds)
     window = config.get("sliding_window", default) or 0
     if any(sliding) and not window:
-        source = "layer_types names layers with a window" if kinds is not None else "this family has layers with a window"
-        raise CheckpointError(f"config.json: {source}, but sliding_window={config.get('sliding_window')} gives them none")
+        source = (
+            "layer_types names layers with a window" if kinds is not None else "this family has layers with a window"
+        )
+        raise CheckpointError(
+            f"config.json: {source}, but sliding_window={config.get('sliding_window')} gives them none"
+        )
     if not any(sliding):
         return {}
     return {"sliding_window": window, "sliding_layers": () if all(sliding) else sliding}

@@ -90,7 +90,13 @@ FAMILIES: dict[str, Family] = {
         ("model.decoder.", "decoder.", ""),
         "layers",
         SEPARATE_QKV
-        + _rows(("self_attn.out_proj", "o"), ("fc1", "up"), ("fc2", "down"), ("self_attn_layer_norm", "attn_norm"), ("final_layer_norm", "mlp_norm")),
+        + _rows(
+            ("self_attn.out_proj", "o"),
+            ("fc1", "up"),
+            ("fc2", "down"),
+            ("self_attn_layer_norm", "attn_norm"),
+            ("final_layer_norm", "mlp_norm"),
+        ),
         _rows(
             ("embed_tokens", "embed"),
             ("embed_positions", "pos_embed"),
@@ -106,12 +112,18 @@ FAMILIES: dict[str, Family] = {
     "ministral": _llama_family(readers.mistral, _special(2, 1, num_key_value_heads=8)),
     "qwen2": _llama_family(readers.qwen2, {"num_key_value_heads": 32}),
     "qwen3": _llama_family(readers.qwen3, {"head_dim": 128, "num_key_value_heads": 32}, LLAMA_ROWS + QK_NORM),
-    "phi3": _llama_family(readers.phi3, PHI3_DEFAULTS, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
+    "phi3": _llama_family(
+        readers.phi3, PHI3_DEFAULTS, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS
+    ),
     "glm": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
     "glm4": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
     "gemma": _llama_family(readers.gemma, {**GEMMA_DEFAULTS, "num_key_value_heads": 16}),
-    "gemma2": _llama_family(readers.gemma2, {**GEMMA_DEFAULTS, "num_key_value_heads": 4}, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS),
-    "gemma3_text": _llama_family(readers.gemma3, GEMMA3_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM),
+    "gemma2": _llama_family(
+        readers.gemma2, {**GEMMA_DEFAULTS, "num_key_value_heads": 4}, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS
+    ),
+    "gemma3_text": _llama_family(
+        readers.gemma3, GEMMA3_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM
+    ),
     "gemma3": _llama_family(
         readers.gemma3,
         GEMMA3_DEFAULTS,
@@ -123,15 +135,27 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.bloom,
         ("transformer.", ""),
         "h",
-        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
-        _rows(("word_embeddings", "embed"), ("word_embeddings_layernorm", "embed_norm"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o"))
+        + FOUR_H_MLP
+        + TWO_NORMS,
+        _rows(
+            ("word_embeddings", "embed"),
+            ("word_embeddings_layernorm", "embed_norm"),
+            ("ln_f", "final_norm"),
+            ("lm_head", "head"),
+        ),
         _special(2, 1, tie_word_embeddings=True),
     ),
     "falcon": Family(
         readers_layer_norm.falcon,
         ("transformer.", ""),
         "h",
-        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o"), ("ln_attn", "attn_norm"), ("ln_mlp", "mlp_norm"))
+        _rows(
+            ("self_attention.query_key_value", "qkv", "grouped"),
+            ("self_attention.dense", "o"),
+            ("ln_attn", "attn_norm"),
+            ("ln_mlp", "mlp_norm"),
+        )
         + FOUR_H_MLP
         + TWO_NORMS,
         _rows(("word_embeddings", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
@@ -141,7 +165,14 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.gpt_bigcode,
         ("transformer.", ""),
         "h",
-        _rows(("attn.c_attn", "qkv", "grouped"), ("attn.c_proj", "o"), ("mlp.c_fc", "up"), ("mlp.c_proj", "down"), ("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
+        _rows(
+            ("attn.c_attn", "qkv", "grouped"),
+            ("attn.c_proj", "o"),
+            ("mlp.c_fc", "up"),
+            ("mlp.c_proj", "down"),
+            ("ln_1", "attn_norm"),
+            ("ln_2", "mlp_norm"),
+        ),
         _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256, tie_word_embeddings=True),
     ),
@@ -157,7 +188,13 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.gptj,
         ("transformer.", ""),
         "h",
-        _rows(("attn.qkv_proj", "qkv", "codegen"), ("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
+        _rows(
+            ("attn.qkv_proj", "qkv", "codegen"),
+            ("attn.out_proj", "o"),
+            ("mlp.fc_in", "up"),
+            ("mlp.fc_out", "down"),
+            ("ln_1", "attn_norm"),
+        ),
         _rows(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256),
     ),
@@ -174,7 +211,12 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.gpt2,
         ("transformer.", ""),
         "h",
-        _rows(("attn.c_attn", "qkv", "transposed"), ("attn.c_proj", "o", "transposed"), ("mlp.c_fc", "up", "transposed"), ("mlp.c_proj", "down", "transposed"))
+        _rows(
+            ("attn.c_attn", "qkv", "transposed"),
+            ("attn.c_proj", "o", "transposed"),
+            ("mlp.c_fc", "up", "transposed"),
+            ("mlp.c_proj", "down", "transposed"),
+        )
         + _rows(("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
         _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256, tie_word_embeddings=True),
@@ -182,7 +224,8 @@ FAMILIES: dict[str, Family] = {
     "phi": _llama_family(
         readers_layer_norm.phi,
         _special(2, 1),
-        SEPARATE_QKV + _rows(("self_attn.dense", "o"), ("mlp.fc1", "up"), ("mlp.fc2", "down"), ("input_layernorm", "attn_norm")),
+        SEPARATE_QKV
+        + _rows(("self_attn.dense", "o"), ("mlp.fc1", "up"), ("mlp.fc2", "down"), ("input_layernorm", "attn_norm")),
         outer_rows=_rows(("embed_tokens", "embed"), ("final_layernorm", "final_norm"), ("lm_head", "head")),
     ),
     "starcoder2": _llama_family(

@@ -2,8 +2,9 @@
 
 Both store int32 words of eight codes, scales per group of inputs and integer zero points: weight[n, k] = scale[g, n] * (code[k, n] - zero[g, n]).
 AWQ ("gemm" layout) packs eight neighbouring outputs into a word, interleaved; GPTQ packs eight neighbouring inputs, and its zero points are stored less
-one, in four bits: 15 stands for 0 (but not in "gptq_v2", which stores them as they are). The project's layout is in `kernels.reference.quantize`: two codes a byte along the input dimension, parameters (scale, minimum)
-per group with weight = scale * code + minimum; so minimum = -scale * zero.
+one, in four bits: 15 stands for 0 (but not in "gptq_v2", which stores them as they are). The project's layout is in
+`kernels.reference.quantize`: two codes a byte along the input dimension, parameters (scale, minimum) per group with
+weight = scale * code + minimum; so minimum = -scale * zero.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def read_packing(config: Mapping[str, Any]) -> Packing | None:
     bits = _agreed(quantization, ("bits", "w_bit"), None)
     if method not in FORMATS or type(bits) is not int or bits != BITS:
         raise CheckpointError(
-            f"config.json: quantization_config with quant_method {quantization.get('quant_method')!r} and {bits!r} bits is not supported; "
+            f"config.json: quantization_config with quant_method {quantization.get('quant_method')!r} and "
+            f"{bits!r} bits is not supported; "
             "supported: awq and gptq with 4 bits"
         )
     layouts = FORMATS[method]
@@ -96,25 +98,37 @@ def read_packing(config: Mapping[str, Any]) -> Packing | None:
     if quantization.get("is_marlin_format"):
         layout = "marlin"
     if layout not in layouts:
-        raise CheckpointError(f"config.json: quantization_config with {method} layout {layout!r} is not supported; supported: {' and '.join(layouts)}")
+        raise CheckpointError(
+            f"config.json: quantization_config with {method} layout {layout!r} is not supported; supported: "
+            f"{' and '.join(layouts)}"
+        )
     words = quantization.get("pack_dtype") or "int32"
     if words.lower().removeprefix("torch.") != "int32":
-        raise CheckpointError(f"config.json: quantization_config.pack_dtype={words!r} is not supported; supported: int32")
+        raise CheckpointError(
+            f"config.json: quantization_config.pack_dtype={words!r} is not supported; supported: int32"
+        )
     group = _agreed(quantization, ("group_size", "q_group_size"), 128)
     if type(group) is not int or not (group == -1 or 1 <= group <= MAX_INNER):
-        raise CheckpointError(f"config.json: quantization_config.group_size={shown(group)} must be a number of inputs, or -1 for whole rows")
+        raise CheckpointError(
+            f"config.json: quantization_config.group_size={shown(group)} must be a number of inputs, or -1 for "
+            "whole rows"
+        )
     return Packing(method, max(group, 0), layouts[layout])
 
 
 def _agreed(quantization: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    """The value that one or several spellings of a key give, in small letters. Raises CheckpointError where they contradict each other."""
+    """The value that one or several spellings of a key give, in small letters. Raises CheckpointError where they
+    contradict each other."""
     found = {name: quantization[name] for name in names if quantization.get(name) is not None}
     values = {name: value.lower() if isinstance(value, str) else value for name, value in found.items()}
     if not values:
         return default
     first = next(iter(values.values()))
     if any(value != first for value in values.values()):
-        raise CheckpointError(f"config.json: quantization_config says {' and '.join(f'{name}={value!r}' for name, value in found.items())}; these contradict")
+        raise CheckpointError(
+            "config.json: quantization_config says "
+            f"{' and '.join(f'{name}={value!r}' for name, value in found.items())}; these contradict"
+        )
     return first
 
 

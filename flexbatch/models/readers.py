@@ -5,14 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.config_keys import Config, optional, read_activation, read_sizes, read_tokens, read_windows, refuse, required
+from flexbatch.models.config_keys import (
+    Config,
+    optional,
+    read_activation,
+    read_sizes,
+    read_tokens,
+    read_windows,
+    refuse,
+    required,
+)
 from flexbatch.models.config_rope import entries_by_layer_type, entry_of, read_rope
 from flexbatch.models.errors import CheckpointError
 
 
 def whole_heads(config: Config, head_dim: int) -> dict[str, Any]:
     """The rotation of families that turn whole heads."""
-    return read_rope(config, head_dim, theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 1.0), entry=entry_of(config, whole=True))
+    return read_rope(
+        config,
+        head_dim,
+        theta=optional(config, "rope_theta", 10000.0),
+        fraction=partial(config, 1.0),
+        entry=entry_of(config, whole=True),
+    )
 
 
 def partial(config: Config, default: float) -> float:
@@ -41,7 +56,7 @@ def llama(config: Config) -> Arch:
 
 
 def mistral(config: Config) -> Arch:
-    """One window for all layers, none, or with ``layer_types`` (which transformers then calls Ministral) the layers that these name."""
+    """One window for all layers, none, or of the layers that ``layer_types`` names (then transformers' Ministral)."""
     layers = required(config, "num_hidden_layers")
     return _llama_like(config, **read_windows(config, [config.get("sliding_window", 4096) is not None] * layers, 4096))
 
@@ -50,7 +65,9 @@ def _qwen_windows(config: Config) -> dict[str, Any]:
     """A window only where ``use_sliding_window`` says so, and then in the layers from ``max_window_layers`` on, or as ``layer_types`` names them."""
     layers, first = required(config, "num_hidden_layers"), optional(config, "max_window_layers", 28)
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    return read_windows({**config, "sliding_window": window}, [window is not None and i >= first for i in range(layers)], None)
+    return read_windows(
+        {**config, "sliding_window": window}, [window is not None and i >= first for i in range(layers)], None
+    )
 
 
 def qwen2(config: Config) -> Arch:
@@ -63,7 +80,9 @@ def qwen3(config: Config) -> Arch:
 
 
 def glm(config: Config) -> Arch:
-    rope = read_rope(config, config["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5))
+    rope = read_rope(
+        config, config["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5)
+    )
     return _llama_like(config, rope_interleaved=True, qkv_bias=optional(config, "attention_bias", True), sublayer_norm=config["model_type"] == "glm4", **rope)
 
 
@@ -72,11 +91,16 @@ def phi3(config: Config) -> Arch:
     key = "rope_type" if entry.values.get("rope_type") else "type"
     kind = entry.values.get(key) or "default"
     if kind not in ("default", "longrope", "su", "yarn"):
-        raise CheckpointError(f"config.json: {entry.name}.{key}: rope scaling {kind!r} is not one of Phi-3's; known: longrope, and su and yarn, which mean it")
+        raise CheckpointError(
+            f"config.json: {entry.name}.{key}: rope scaling {kind!r} is not one of Phi-3's; known: longrope, "
+            "and su and yarn, which mean it"
+        )
     if kind == "yarn":
         entry.values["rope_type"] = "longrope"  # early Phi-3 files call it so
     head_dim = read_sizes(config)["head_dim"]
-    rope = read_rope(config, head_dim, theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 1.0), entry=entry)
+    rope = read_rope(
+        config, head_dim, theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 1.0), entry=entry
+    )
     return _llama_like(config, sliding_window=config.get("sliding_window") or 0, **rope)
 
 
@@ -118,7 +142,9 @@ def gemma3(config: Config) -> Arch:
     full, sliding = entries_by_layer_type(config)
     head_dim, fraction = config["head_dim"], partial(config, 1.0)
     rope = read_rope(config, head_dim, theta=optional(config, "rope_theta", 1e6), fraction=fraction, entry=full)
-    local = read_rope(config, head_dim, theta=optional(config, "rope_local_base_freq", 10000.0), fraction=fraction, entry=sliding)
+    local = read_rope(
+        config, head_dim, theta=optional(config, "rope_local_base_freq", 10000.0), fraction=fraction, entry=sliding
+    )
     return _gemma(
         config,
         optional(config, "sliding_window_pattern", 6),

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.config_keys import Config, divided, grouped, optional, read_activation, read_sizes, read_tokens, refuse, required
+from flexbatch.models.config_keys import (
+    Config,
+    divided,
+    grouped,
+    optional,
+    read_activation,
+    read_sizes,
+    read_tokens,
+    refuse,
+    required,
+)
 from flexbatch.models.config_rope import read_rope
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.readers import partial, whole_heads
@@ -58,11 +68,21 @@ def bloom(config: Config) -> Arch:
 def falcon(config: Config) -> Arch:
     """Its three shapes: multi-query with one norm, grouped heads with two norms, and ALiBi with or without parallel residual."""
     sizes = read_sizes(config)
-    heads, new, parallel = sizes["num_heads"], bool(config.get("new_decoder_architecture")), optional(config, "parallel_attn", True)
-    sizes["num_kv_heads"] = grouped(config, heads, "num_kv_heads") if new else 1 if optional(config, "multi_query", True) else heads
+    heads, new, parallel = (
+        sizes["num_heads"],
+        bool(config.get("new_decoder_architecture")),
+        optional(config, "parallel_attn", True),
+    )
+    sizes["num_kv_heads"] = (
+        grouped(config, heads, "num_kv_heads") if new else 1 if optional(config, "multi_query", True) else heads
+    )
     sizes["head_dim"] = divided(config, sizes["hidden_size"], heads)
     bias = bool(config.get("bias"))
-    rope = {"max_positions": required(config, "max_position_embeddings")} if config.get("alibi") else whole_heads(config, sizes["head_dim"])
+    rope = (
+        {"max_positions": required(config, "max_position_embeddings")}
+        if config.get("alibi")
+        else whole_heads(config, sizes["head_dim"])
+    )
     return Arch(
         **sizes,
         **read_tokens(config),
@@ -140,7 +160,10 @@ def gptj(config: Config) -> Arch:
     sizes = read_sizes(config)
     rotary = config.get("rotary_dim", 64)
     if rotary is None or rotary % 2 or rotary > sizes["head_dim"]:
-        raise CheckpointError(f"config.json: rotary_dim={rotary} must be an even number up to head_dim (n_embd / n_head) = {sizes['head_dim']}")
+        raise CheckpointError(
+            f"config.json: rotary_dim={rotary} must be an even number up to head_dim (n_embd / n_head) = "
+            f"{sizes['head_dim']}"
+        )
     return Arch(
         **sizes,
         **read_tokens(config),
@@ -165,7 +188,9 @@ def phi(config: Config) -> Arch:
     return Arch(
         **sizes,
         **read_tokens(config),
-        **read_rope(config, sizes["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5)),
+        **read_rope(
+            config, sizes["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5)
+        ),
         intermediate_size=required(config, "intermediate_size"),
         norm="layer",
         norm_eps=optional(config, "layer_norm_eps", 1e-5),
@@ -204,7 +229,9 @@ def stablelm(config: Config) -> Arch:
     return Arch(
         **sizes,
         **read_tokens(config),
-        **read_rope(config, sizes["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.25)),
+        **read_rope(
+            config, sizes["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.25)
+        ),
         intermediate_size=required(config, "intermediate_size"),
         norm="layer",
         norm_eps=optional(config, "layer_norm_eps", 1e-5),

@@ -60,7 +60,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     lacking = _lacking_packages(Path(folder))
     if lacking:
         raise CheckpointError(
-            f"{folder} has its tokenizer as {lacking[0]} alone, and reading that needs {' and '.join(lacking[1:])}, which "
+            f"{folder} has its tokenizer as {lacking[0]} alone, and reading that needs "
+            f"{' and '.join(lacking[1:])}, which "
             f"{'is' if len(lacking) == 2 else 'are'} not installed: pip install 'flexbatch[sentencepiece]'"
         )
     from transformers import AutoTokenizer
@@ -75,7 +76,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def _lacking_packages(folder: Path) -> list[str]:
-    """[file, packages that are not installed] of a folder whose only tokenizer is a SentencePiece model; empty where nothing is missing."""
+    """[file, packages that are not installed] of a folder whose only tokenizer is a SentencePiece model; empty where
+    nothing is missing."""
     files = [name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
     if not files or any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return []

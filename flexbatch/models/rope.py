@@ -40,7 +40,9 @@ def rope_tables(arch: Arch, device: torch.device | str = "cpu", dtype: torch.dty
     cos, sin = _tables(*_scaled(arch.rope_scaling, arch.rope_theta, arch.rotary_dim, length), length)
     local_cos, local_sin = cos, sin
     if arch.local_rope_theta is not None:
-        local_cos, local_sin = _tables(*_scaled(arch.local_rope_scaling, arch.local_rope_theta, arch.rotary_dim, length), length)
+        local_cos, local_sin = _tables(
+            *_scaled(arch.local_rope_scaling, arch.local_rope_theta, arch.rotary_dim, length), length
+        )
     return RopeTables(*(table.to(device=device, dtype=dtype) for table in (cos, sin, local_cos, local_sin)))
 
 

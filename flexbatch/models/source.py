@@ -105,7 +105,10 @@ def equal(first: StoredTensor, second: StoredTensor) -> bool:
     if not rows:
         return all(torch.equal(a, b) for a, b in zip(_whole(first), _whole(second), strict=True))
     parts = [_sliceable(tensor) for tensor in (first, second)]
-    return all(torch.equal(*(part[i : i + step].contiguous().view(torch.uint8) for part in parts)) for i in range(0, rows, step))
+    return all(
+        torch.equal(*(part[i : i + step].contiguous().view(torch.uint8) for part in parts))
+        for i in range(0, rows, step)
+    )
 
 
 def _whole(stored: StoredTensor) -> list[Tensor]:

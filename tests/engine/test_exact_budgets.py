@@ -1,4 +1,5 @@
-"""Given placements and budgets to the byte: what a real load takes is what the plan says, and what fits by that is accepted."""
+"""Given placements and budgets to the byte: what a real load takes is what the plan says, and what fits by that is
+accepted."""
 
 from __future__ import annotations
 
@@ -55,7 +56,11 @@ def fits_to_the_byte(model, seed):
                 pool = getattr(llm.tiers, tier)
                 pool.check()
                 # What is no pool's is the workspace of a pass, which torch allocates.
-                held = sum(need.num_bytes for need in needs if need.tier == tier and need.what != "workspace" and (need.what, tier) != ("activations", "gpu"))
+                held = sum(
+                    need.num_bytes
+                    for need in needs
+                    if need.tier == tier and need.what != "workspace" and (need.what, tier) != ("activations", "gpu")
+                )
                 assert sum(pool.used_bytes.values()) == held, (settings, tier, pool.used_bytes, needs)
             return tokens, {tier: sum(need.num_bytes for need in needs if need.tier == tier) for tier in TIERS}
 

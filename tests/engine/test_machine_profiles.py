@@ -27,14 +27,26 @@ BAD = {
     "deep": "[" * 100_000,
     "an older version": json.dumps({key: value for key, value in GOOD.items() if key != "gather"}),
     "a newer version": json.dumps({**GOOD, "warp_drive": 9}),
-    **{f"{name}={value}": json.dumps({**GOOD, name: value}) for name in ("h2d", "gpu_memory_bytes") for value in (float("nan"), float("inf"), -1, "9", None, True, [1])},
+    **{
+        f"{name}={value}": json.dumps({**GOOD, name: value})
+        for name in ("h2d", "gpu_memory_bytes")
+        for value in (float("nan"), float("inf"), -1, "9", None, True, [1])
+    },
     "no rate": json.dumps({**GOOD, "disk_read": 0}),
     "negative cost": json.dumps({**GOOD, "pass_seconds": -1e-6}),
     "infinite cost": json.dumps({**GOOD, "pass_seconds": float("inf")}),
     **{
         f"curve {number}": json.dumps({**GOOD, "gemm": {**CURVE, **change}})
         for number, change in enumerate(
-            ({"values": [1e9, float("nan")]}, {"values": [1e9]}, {"values": [1e9, -1]}, {"points": [4, 1]}, {"points": []}, {"points": None}, {"values": ["a", 1]})
+            (
+                {"values": [1e9, float("nan")]},
+                {"values": [1e9]},
+                {"values": [1e9, -1]},
+                {"points": [4, 1]},
+                {"points": []},
+                {"points": None},
+                {"values": ["a", 1]},
+            )
         )
     },
     "no curve": json.dumps({**GOOD, "gemm": 1e9}),
@@ -93,7 +105,10 @@ def test_a_named_profile_that_cannot_be_used_is_refused_by_its_name(kind, tmp_pa
 
 
 def test_errors_name_the_field():
-    for change, message in (({"h2d": float("nan")}, "h2d=nan must be a finite, positive number"), ({"gemm": {"points": [1], "values": [0]}}, "gemm: a curve")):
+    for change, message in (
+        ({"h2d": float("nan")}, "h2d=nan must be a finite, positive number"),
+        ({"gemm": {"points": [1], "values": [0]}}, "gemm: a curve"),
+    ):
         with pytest.raises(ValueError, match=message):
             Hardware.from_json(json.dumps({**GOOD, **change}))
 

@@ -87,7 +87,9 @@ def pipe(file):
     os.mkfifo(file)
 
 
-@pytest.mark.parametrize("spoil", [truncate, empty, alter, extend, link, dangle, write_for_all, pipe], ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize(
+    "spoil", [truncate, empty, alter, extend, link, dangle, write_for_all, pipe], ids=lambda spoil: spoil.__name__
+)
 def test_a_library_that_is_not_what_was_compiled_is_compiled_again(cache, built, spoil):
     folder, compiled = cache
     (library,) = folder.glob("*.so")
@@ -109,7 +111,9 @@ def test_a_planted_library_with_a_digest_in_its_name_is_not_loaded_from_a_folder
 def test_a_folder_of_somebody_else_is_left_alone(cache, monkeypatch):
     folder, compiled = cache
     monkeypatch.setattr(native_cache.os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(native.BuildError, match=rf"{folder} belongs to user {os.getuid()}, not to user {os.getuid() + 1}; remove it"):
+    with pytest.raises(
+        native.BuildError, match=rf"{folder} belongs to user {os.getuid()}, not to user {os.getuid() + 1}; remove it"
+    ):
         native.build(folder)
     assert not compiled
 
@@ -132,7 +136,8 @@ def test_without_a_folder_to_trust_the_process_compiles_for_itself(tmp_path, cac
         loaded = native._load(link)
     assert loaded.flexbatch_paged_attention and len(compiled) == 1
     assert [str(warning.message) for warning in seen] == [
-        "the kernels for CPU attention were compiled for this process alone, as at every start: compiled kernels are not kept where they could be another "
+        "the kernels for CPU attention were compiled for this process alone, as at every start: compiled "
+        "kernels are not kept where they could be another "
         f"user's: {link} is a symbolic link, not a folder; remove it"
     ]
     assert not compiled[0].exists() and list(tmp_path.glob("*.so")) == []
@@ -149,8 +154,14 @@ def test_without_a_home_the_folder_is_absolute(home, monkeypatch, tmp_path):
 
 
 def test_processes_that_compile_at_once_agree(tmp_path):
-    code = f"import sys, pathlib; from flexbatch.kernels import native; native.FLAGS = {QUICK}; print(native.build(pathlib.Path(sys.argv[1])))"
-    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "cache")], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    code = (
+        f"import sys, pathlib; from flexbatch.kernels import native; native.FLAGS = {QUICK}; "
+        "print(native.build(pathlib.Path(sys.argv[1])))"
+    )
+    starts = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "cache")], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     paths = {Path(start.communicate()[0].strip()) for start in starts}
     assert all(start.returncode == 0 for start in starts)
     assert all(native_cache.find(path.parent, path.stem.rpartition("-")[0]) for path in paths)

@@ -132,7 +132,10 @@ def test_tied_weights_stored_once_or_twice(pristine, tmp_path, stored):
 @pytest.mark.parametrize("row", [0, 153, -1])
 @torch.no_grad()
 def test_weights_called_tied_that_differ_are_two(pristine, tmp_path, caplog, form, row):
-    """One row of 307 is enough, wherever it is: fine-tuning that adds a few tokens changes no other. The oracle is transformers on the same folder."""
+    """One row of 307 is enough, wherever it is: fine-tuning that adds a few tokens changes no other.
+
+    The oracle is transformers on the same folder.
+    """
     folder = shutil.copytree(pristine / "llama-tied", tmp_path / "model")
 
     def untie(tensors):
@@ -146,7 +149,9 @@ def test_weights_called_tied_that_differ_are_two(pristine, tmp_path, caplog, for
         to_bin(folder, 1) if form == "bin" else shard_safetensors(folder)
     arch, stages = load(folder)
     assert not arch.tie_word_embeddings
-    assert torch.equal(stages[3]["head.weight"], wanted.lm_head.weight) and torch.equal(stages[-1]["embed.weight"], wanted.model.embed_tokens.weight)
+    assert torch.equal(stages[3]["head.weight"], wanted.lm_head.weight) and torch.equal(
+        stages[-1]["embed.weight"], wanted.model.embed_tokens.weight
+    )
     assert not torch.equal(stages[3]["head.weight"], stages[-1]["embed.weight"])
     assert "says tie_word_embeddings, but" in caplog.text and "both are used" in caplog.text
 
@@ -157,15 +162,22 @@ def test_tensors_stored_alike_in_two_shards_are_read_once(folder, pristine, capl
     shard_safetensors(folder) if form == "safetensors" else to_bin(folder, 3)
     store_again(folder, names, lambda tensor: tensor)
     assert_same(folder, pristine / "llama")
-    assert f"{len(names)} tensors are stored alike in two files" in caplog.text and all(name in caplog.text for name in names)
+    assert f"{len(names)} tensors are stored alike in two files" in caplog.text and all(
+        name in caplog.text for name in names
+    )
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-@pytest.mark.parametrize("change", [lambda t: t.index_fill(0, torch.tensor([t.shape[0] - 1]), 7.0), lambda t: t[:-1], lambda t: t.half()])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.index_fill(0, torch.tensor([t.shape[0] - 1]), 7.0), lambda t: t[:-1], lambda t: t.half()]
+)
 def test_tensors_stored_differently_in_two_shards_are_refused(folder, form, change):
     shard_safetensors(folder) if form == "safetensors" else to_bin(folder, 3)
     store_again(folder, ["model.layers.1.mlp.up_proj.weight"], change)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight (stands for the same weights as .*differ|has shape)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.layers\.1\.mlp\.up_proj\.weight (stands for the same weights as .*differ|has shape)",
+    ):
         load(folder)
 
 
@@ -174,7 +186,10 @@ def store_again(folder, names, change):
     index = next(folder.glob("*.index.json"))
     weight_map = json.loads(index.read_text())["weight_map"]
     for name in names:
-        own, other = weight_map[name], next(file for file in sorted(set(weight_map.values())) if file != weight_map[name])
+        own, other = (
+            weight_map[name],
+            next(file for file in sorted(set(weight_map.values())) if file != weight_map[name]),
+        )
         read, write = (load_file, save_file) if other.endswith("safetensors") else (torch.load, torch.save)
         write({**read(folder / other), name: change(read(folder / own)[name]).contiguous()}, folder / other)
 
@@ -192,9 +207,15 @@ EXTRA = {
 
 @pytest.mark.parametrize("kind", EXTRA)
 def test_tensors_that_the_model_does_not_have_are_left_alone_and_said(folder, pristine, caplog, kind):
-    change(folder, lambda tensors: tensors.update({EXTRA[kind]: torch.tensor(2.0) if kind == "a number" else torch.ones(2, 3)}))
+    change(
+        folder,
+        lambda tensors: tensors.update({EXTRA[kind]: torch.tensor(2.0) if kind == "a number" else torch.ones(2, 3)}),
+    )
     assert_same(folder, pristine / "llama")
-    assert "1 tensors that are not part of a llama model with 3 layers are not used" in caplog.text and EXTRA[kind] in caplog.text
+    assert (
+        "1 tensors that are not part of a llama model with 3 layers are not used" in caplog.text
+        and EXTRA[kind] in caplog.text
+    )
 
 
 def test_many_tensors_that_the_model_does_not_have_are_one_line(folder, caplog):
@@ -381,7 +402,11 @@ def test_folder_without_weights_or_tokenizer(folder):
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
 @pytest.mark.parametrize(
     ("installed", "message"),
-    [((), "needs sentencepiece and protobuf, which are not"), (("sentencepiece",), "needs protobuf, which is not"), (("google.protobuf",), "needs sentencepiece")],
+    [
+        ((), "needs sentencepiece and protobuf, which are not"),
+        (("sentencepiece",), "needs protobuf, which is not"),
+        (("google.protobuf",), "needs sentencepiece"),
+    ],
 )
 def test_a_sentencepiece_model_alone_says_which_packages_are_missing(folder, monkeypatch, name, installed, message):
     monkeypatch.setattr(resolve, "_importable", lambda module: module in installed)
@@ -390,7 +415,9 @@ def test_a_sentencepiece_model_alone_says_which_packages_are_missing(folder, mon
     assert resolve.load_tokenizer(folder), "tokenizer.json is there and needs neither"
     for file in folder.glob("*token*.json"):
         file.unlink()
-    with pytest.raises(CheckpointError, match=rf"{name} alone, and reading that {message}.*pip install 'flexbatch\[sentencepiece\]'"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name} alone, and reading that {message}.*pip install 'flexbatch\[sentencepiece\]'"
+    ):
         resolve.load_tokenizer(folder)
     monkeypatch.setattr(resolve, "_importable", lambda module: True)
     with pytest.raises(CheckpointError, match="has no tokenizer that can be read"):
@@ -398,7 +425,11 @@ def test_a_sentencepiece_model_alone_says_which_packages_are_missing(folder, mon
 
 
 def test_packages_are_found_without_importing_them():
-    assert resolve._importable("json") and not resolve._importable("no_such_package") and not resolve._importable("no_such_package.part")
+    assert (
+        resolve._importable("json")
+        and not resolve._importable("no_such_package")
+        and not resolve._importable("no_such_package.part")
+    )
 
 
 def test_stop_tokens_of_the_generation_config_win(folder):

@@ -1,4 +1,5 @@
-"""Configurations as transformers reads them: random keys of both generations, its own rotary modules and windows as the oracle."""
+"""Configurations as transformers reads them: random keys of both generations, its own rotary modules and windows as the
+oracle."""
 
 from __future__ import annotations
 
@@ -19,8 +20,21 @@ from flexbatch.models.rope import rope_tables
 from tests.tiny_models import FAMILY_CASES, LLAMA_SIZES, VOCAB
 
 LAYERS, POSITIONS, HEADS = 4, 48, 4
-SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": 2}
-BASE = {**SIZES, "vocab_size": 11, "max_position_embeddings": POSITIONS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+}
+BASE = {
+    **SIZES,
+    "vocab_size": 11,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GIVEN_HEAD = {"qwen3", "glm", "glm4", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "ministral", "qwen2"}
 PARTIAL = {"phi3", "glm", "glm4", "phi", "stablelm", "gpt_neox"}
 WINDOWED = {"mistral", "ministral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "starcoder2"}
@@ -43,11 +57,8 @@ THETA, FACTOR = st.sampled_from([500.0, 10000.0, 25000, 1000000.0]), st.sampled_
 @st.composite
 def entries(draw, family, pairs):
     """A rotary entry as either generation writes it."""
-    if family == "phi3":
-        kinds = ["default", "longrope", "su", "yarn"]
-    else:
-        kinds = ["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-    kind = draw(st.sampled_from(kinds))
+    kinds = {"phi3": ["default", "longrope", "su", "yarn"]}
+    kind = draw(st.sampled_from(kinds.get(family, ["default", "linear", "dynamic", "llama3", "yarn", "longrope"])))
     names = draw(st.sampled_from([("rope_type",), ("type",), ("rope_type", "type")]))
     entry = dict.fromkeys(names, kind)
     if kind == "default" and draw(st.booleans()):
@@ -56,13 +67,22 @@ def entries(draw, family, pairs):
     if kind != "default" and not long:
         entry["factor"] = draw(FACTOR)
     if kind == "llama3":
-        entry |= {"low_freq_factor": draw(st.sampled_from([1, 1.5])), "high_freq_factor": draw(st.sampled_from([3.0, 4]))}
+        entry |= {
+            "low_freq_factor": draw(st.sampled_from([1, 1.5])),
+            "high_freq_factor": draw(st.sampled_from([3.0, 4])),
+        }
     if kind == "yarn":
-        ramp = {"beta_fast": st.sampled_from([16, 32.0]), "beta_slow": st.sampled_from([1.0, 2]), "truncate": st.booleans()}
+        ramp = {
+            "beta_fast": st.sampled_from([16, 32.0]),
+            "beta_slow": st.sampled_from([1.0, 2]),
+            "truncate": st.booleans(),
+        }
         entry |= draw(keys(**ramp, attention_factor=st.just(1.3), mscale=st.just(0.7), mscale_all_dim=st.just(1.1)))
     if long:
         draws = st.lists(st.sampled_from([1.0, 1.5, 3, 4.25]), min_size=pairs, max_size=pairs)
-        entry |= {"short_factor": draw(draws), "long_factor": draw(draws)} | draw(keys(factor=FACTOR, attention_factor=st.just(1.2)))
+        entry |= {"short_factor": draw(draws), "long_factor": draw(draws)} | draw(
+            keys(factor=FACTOR, attention_factor=st.just(1.2))
+        )
     if kind in ("llama3", "yarn", "longrope", "su"):
         entry |= draw(keys(original_max_position_embeddings=st.sampled_from([12, 24, POSITIONS])))
     return entry | draw(keys(rope_theta=THETA))
@@ -87,11 +107,24 @@ def configs(draw, family):
     entry = entries(family, pairs)
     if family == "gemma3_text":
         nested = keys(full_attention=entry, sliding_attention=entry)
-        config |= draw(keys(rope_parameters=nested, rope_scaling=entry, rope_local_base_freq=THETA, sliding_window_pattern=st.integers(1, 5)))
+        config |= draw(
+            keys(
+                rope_parameters=nested,
+                rope_scaling=entry,
+                rope_local_base_freq=THETA,
+                sliding_window_pattern=st.integers(1, 5),
+            )
+        )
     else:
         config |= draw(keys(rope_parameters=entry, rope_scaling=st.one_of(st.none(), st.just({}), entry)))
     if family in WINDOWED:
-        config |= draw(keys(sliding_window=maybe(st.integers(2, 9)), use_sliding_window=st.booleans(), max_window_layers=st.integers(0, LAYERS)))
+        config |= draw(
+            keys(
+                sliding_window=maybe(st.integers(2, 9)),
+                use_sliding_window=st.booleans(),
+                max_window_layers=st.integers(0, LAYERS),
+            )
+        )
         types = st.sampled_from(["full_attention", "sliding_attention"])
         config |= draw(keys(layer_types=st.lists(types, min_size=LAYERS, max_size=LAYERS)))
     if family == "falcon":
@@ -116,7 +149,11 @@ def reference(config, folder):
     tables = {kind: rotary(torch.zeros(1), positions, *([kind] if by_type else [])) for kind in kinds}
     windows = []
     for layer in range(LAYERS):
-        own = [module.sliding_window for name, module in model.named_modules() if f"layers.{layer}." in name and hasattr(module, "sliding_window")]
+        own = [
+            module.sliding_window
+            for name, module in model.named_modules()
+            if f"layers.{layer}." in name and hasattr(module, "sliding_window")
+        ]
         windows.append((own[0] if own else getattr(read, "sliding_window", None)) or 0)
     return tables, windows
 
@@ -133,7 +170,11 @@ def compare(config, folder):
     for kind, (cos, sin) in tables.items():
         # With one table for all layers any of them shows it.
         sliding = [layer for layer in range(LAYERS) if arch.window(layer)]
-        layer = next(layer for layer in range(LAYERS) if arch.local_rope_theta is None or (layer in sliding) == (kind == "sliding_attention"))
+        layer = next(
+            layer
+            for layer in range(LAYERS)
+            if arch.local_rope_theta is None or (layer in sliding) == (kind == "sliding_attention")
+        )
         ours = found.of(arch, layer)
         pairs = arch.rotary_dim // 2
         for table, wanted_table in zip(ours, (cos, sin), strict=True):
@@ -171,7 +212,28 @@ def test_many_random_configurations_mean_what_transformers_reads(family, tmp_pat
     check_many(family, 100, tmp_path)
 
 
-BAD_VALUES = (3e6, 3000000, -1, 0, 1, 10**30, 1e308, float("nan"), float("inf"), 0.5, True, "8", "", [1], [], {}, {"a": 1}, ["x"], [[1]], [None])
+BAD_VALUES = (
+    3e6,
+    3000000,
+    -1,
+    0,
+    1,
+    10**30,
+    1e308,
+    float("nan"),
+    float("inf"),
+    0.5,
+    True,
+    "8",
+    "",
+    [1],
+    [],
+    {},
+    {"a": 1},
+    ["x"],
+    [[1]],
+    [None],
+)
 
 
 @pytest.mark.parametrize("case", ["opt", "qwen2-window", "phi3-longrope", "gemma3-linear"])
@@ -190,7 +252,12 @@ def refused_by_name(case):
     kind, sizes = FAMILY_CASES[case]
     full = AutoConfig.for_model(kind, **{"vocab_size": VOCAB, **sizes}).to_dict()
     places = [[], *([key] for key in ("rope_parameters", "text_config") if isinstance(full.get(key), dict))]
-    places += [[*place, key] for place in places for key, value in at(full, place).items() if isinstance(value, dict) and key.endswith("attention")]
+    places += [
+        [*place, key]
+        for place in places
+        for key, value in at(full, place).items()
+        if isinstance(value, dict) and key.endswith("attention")
+    ]
     for place in places:
         for key in {**KEYS, **ROPE_KEYS} if place else KEYS:
             for value in BAD_VALUES if key != "model_type" else ():
@@ -226,10 +293,22 @@ def at(config, place):
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type 'linear' lacks factor"),
         ({"rope_scaling": {"type": "llama3", "factor": 2}}, "rope_scaling of type 'llama3' lacks low_freq_factor"),
         ({"rope_scaling": {"type": "linear", "factor": 1e9}}, "rope_scaling.factor=1e.09 makes a context of"),
-        ({"rope_scaling": {"type": "longrope", "short_factor": [1, 2]}}, "rope_scaling.short_factor has 2 numbers, wanted one for each of 6 rotated pairs"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters.full_attention: model_type 'llama' has one rotation"),
-        ({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}}, "partial_rotary_factor=0.5 with rope_scaling of type 'linear'"),
-        ({"head_dim": None, "num_attention_heads": 7, "num_key_value_heads": 7}, "hidden_size=60 must be a multiple of num_attention_heads=7"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1, 2]}},
+            "rope_scaling.short_factor has 2 numbers, wanted one for each of 6 rotated pairs",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            "rope_parameters.full_attention: model_type 'llama' has one rotation",
+        ),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}},
+            "partial_rotary_factor=0.5 with rope_scaling of type 'linear'",
+        ),
+        (
+            {"head_dim": None, "num_attention_heads": 7, "num_key_value_heads": 7},
+            "hidden_size=60 must be a multiple of num_attention_heads=7",
+        ),
         ({"eos_token_id": [1, "2"]}, r"eos_token_id=\[1, '2'\] must be a token id or a list of them"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false"),
         ({"vocab_size": 10**30}, r"vocab_size=1000+ must be a whole number from 1 to 16,777,216"),
@@ -246,7 +325,11 @@ GEMMA3 = {**LLAMA, "model_type": "gemma3_text", "sliding_window": 13}
 
 def test_one_entry_takes_the_place_of_the_other():
     """As transformers has it: the base in the entry that gives way goes with it."""
-    both = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    both = {
+        **LLAMA,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
     arch = families.read_arch(both)
     assert arch.rope_scaling.kind == "linear" and arch.rope_scaling.factor == 4 and arch.rope_theta == 10000
     assert families.read_arch({**both, "rope_theta": 3e4}).rope_theta == 3e4
@@ -257,7 +340,10 @@ def test_one_entry_takes_the_place_of_the_other():
 def test_the_context_of_gemma3_is_what_its_file_says(kind):
     arch = families.read_arch({**GEMMA3, "rope_scaling": {"rope_type": kind, "factor": 8.0}})
     assert arch.max_positions == LLAMA_SIZES["max_position_embeddings"]
-    assert families.read_arch({**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}).max_positions == 8 * LLAMA_SIZES["max_position_embeddings"]
+    assert (
+        families.read_arch({**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}).max_positions
+        == 8 * LLAMA_SIZES["max_position_embeddings"]
+    )
 
 
 def test_layer_types_of_mistral_say_which_layers_have_the_window():
@@ -265,13 +351,21 @@ def test_layer_types_of_mistral_say_which_layers_have_the_window():
     for family in ("mistral", "ministral"):
         arch = families.read_arch({**LLAMA, "model_type": family, "sliding_window": 9, "layer_types": types})
         assert [arch.window(layer) for layer in range(3)] == [0, 9, 0]
-    with pytest.raises(CheckpointError, match=r"layer_types names layers with a window, but sliding_window=None gives them none"):
+    with pytest.raises(
+        CheckpointError, match=r"layer_types names layers with a window, but sliding_window=None gives them none"
+    ):
         families.read_arch({**LLAMA, "model_type": "mistral", "sliding_window": None, "layer_types": types})
-    with pytest.raises(CheckpointError, match=r"layer_types names 'chunked_attention'; known: attention, full_attention, sliding_attention"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"layer_types names 'chunked_attention'; known: attention, full_attention, sliding_attention",
+    ):
         families.read_arch({**LLAMA, "model_type": "mistral", "layer_types": ["chunked_attention"] * 3})
 
 
 def test_layers_of_gemma3_with_a_window_may_have_an_extension_of_their_own():
-    nested = {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}}
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0},
+    }
     arch = families.read_arch({**GEMMA3, "rope_parameters": nested})
     assert arch.local_rope_scaling.factor == 2 and arch.rope_scaling.factor == 8 and arch.local_rope_theta == 700

@@ -218,8 +218,14 @@ def test_every_stored_zero_point_means_what_the_format_says(method, added):
     """All 16 stored values and all 16 codes, by the published formula: the sum has four bits, like what is stored."""
     codes, stored = torch.arange(16)[:, None].expand(16, 16), torch.arange(16)[None].contiguous()
     scales = torch.linspace(0.5, 2, 16)[None].half()
-    words_of = {"awq": lambda: pack_outputs(codes.contiguous(), AWQ_ORDER)}.get(method, lambda: words(codes.unflatten(0, (-1, 8)).movedim(1, -1)))
-    tensors = {"qweight": words_of(), "qzeros": pack_outputs(stored, AWQ_ORDER if method == "awq" else range(8)), "scales": scales}
+    words_of = {"awq": lambda: pack_outputs(codes.contiguous(), AWQ_ORDER)}.get(
+        method, lambda: words(codes.unflatten(0, (-1, 8)).movedim(1, -1))
+    )
+    tensors = {
+        "qweight": words_of(),
+        "qzeros": pack_outputs(stored, AWQ_ORDER if method == "awq" else range(8)),
+        "scales": scales,
+    }
     packing = read_packing({"quantization_config": {**METHODS[method], "group_size": 16}})
     packed, parameters = unpack(packing, tensors, "matrix")
     found = QuantizedPiece(0, "o.weight", None, packed, parameters, 4, 16).dense(torch.float32).tensor
@@ -230,8 +236,18 @@ def test_every_stored_zero_point_means_what_the_format_says(method, added):
 @pytest.mark.parametrize("key", ["checkpoint_format", "format", "version"])
 @pytest.mark.parametrize(
     ("method", "spelling", "offset"),
-    [("gptq", "gptq", 1), ("gptq", "GPTQ", 1), ("gptq", "gptq_v2", 0), ("gptq", "GPTQ_V2", 0), ("awq", "gemm", 0), ("awq", "GEMM", 0)]
-    + [("gptq", name, None) for name in ("gemm", "marlin", "gptq-v2", "gptq_v3", "v2", "", " gptq", "bitblas", 1, 2, ["gptq"], True)]
+    [
+        ("gptq", "gptq", 1),
+        ("gptq", "GPTQ", 1),
+        ("gptq", "gptq_v2", 0),
+        ("gptq", "GPTQ_V2", 0),
+        ("awq", "gemm", 0),
+        ("awq", "GEMM", 0),
+    ]
+    + [
+        ("gptq", name, None)
+        for name in ("gemm", "marlin", "gptq-v2", "gptq_v3", "v2", "", " gptq", "bitblas", 1, 2, ["gptq"], True)
+    ]
     + [("awq", name, None) for name in ("gptq", "gptq_v2", "gemv", "gemv_fast", "exllama", "llm-awq", "", 1)],
 )
 def test_every_spelling_of_a_layout_means_one_thing_or_is_refused(method, spelling, offset, key):
@@ -242,7 +258,12 @@ def test_every_spelling_of_a_layout_means_one_thing_or_is_refused(method, spelli
                 read_packing(config)
         else:
             assert read_packing(config) == Packing(method, 32, offset)
-            assert read_packing({"quantization_config": {**config["quantization_config"], "version": None, key: spelling}}).zero_offset == offset
+            assert (
+                read_packing(
+                    {"quantization_config": {**config["quantization_config"], "version": None, key: spelling}}
+                ).zero_offset
+                == offset
+            )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Placements that the user gives: accepted where whole tensors and sequences fit the budgets, to the byte, and refused where they do not."""
+"""Placements that the user gives: accepted where whole tensors and sequences fit the budgets, to the byte, and refused
+where they do not."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from flexbatch.policy.rates import load_hardware
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.types import TIERS, Constraints, Policy, Split, Workload
 
-splits = st.tuples(st.sampled_from([0, 10, 25, 33, 50, 70, 100]), st.sampled_from([0, 10, 25, 50, 100])).map(lambda pair: (pair[0], min(pair[1], 100 - pair[0])))
+splits = st.tuples(st.sampled_from([0, 10, 25, 33, 50, 70, 100]), st.sampled_from([0, 10, 25, 50, 100])).map(
+    lambda pair: (pair[0], min(pair[1], 100 - pair[0]))
+)
 
 
 @st.composite
@@ -31,7 +34,13 @@ def placements(draw):
     )
     lengths = draw(st.lists(st.tuples(st.integers(5, 400), st.integers(1, 100)), min_size=4, max_size=20))
     machine = load_hardware(draw(st.sampled_from(["h200", "t4", "cpu"])))
-    return public_shape(draw(st.sampled_from(["opt-125m", "opt-1.3b"]))), machine, Workload.from_lengths(*zip(*lengths, strict=True)), policy, tuple(percent)
+    return (
+        public_shape(draw(st.sampled_from(["opt-125m", "opt-1.3b"]))),
+        machine,
+        Workload.from_lengths(*zip(*lengths, strict=True)),
+        policy,
+        tuple(percent),
+    )
 
 
 def chosen(placement, room):
@@ -53,7 +62,7 @@ def chosen(placement, room):
 
 
 def what_fits_is_accepted(placement):
-    shape, machine, workload, policy, _ = placement
+    shape, machine, workload = placement[:3]
     # The sizes of the job's own block: no more micro-batches than it fills.
     free = chosen(placement, dict.fromkeys(TIERS, 2**50)).policy
     room = {tier: sum(kinds.values()) for tier, kinds in peak_memory(shape, machine, workload, free).items()}
