@@ -19,6 +19,7 @@ from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.generation_config import generation_of
 from flexbatch.planning import BlockSizes, Job
 from flexbatch.policy.groups import weight_group
+from flexbatch.policy.rates import write_hardware
 from flexbatch.policy.types import Hardware, Policy
 from flexbatch.prompts import PromptEncoder
 from flexbatch.speculative.setup import plan_speculation
@@ -30,7 +31,7 @@ class Decisions:
     """The decisions of one engine. ``policy`` and ``plan`` follow the jobs; the weights stay where the first policy put them.
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it is described.
-    Raises DoesNotFitError when the job, or without one a single typical sequence, does not fit the budgets.
+    Raises DoesNotFitError when the job, or without one the smallest request, does not fit the budgets.
     """
 
     def __init__(self, config: EngineConfig, job: Job | None = None, dry: bool = False) -> None:
@@ -54,16 +55,18 @@ class Decisions:
         self._num_slabs: int | None = None
         """Working slabs of the loaded weights."""
         typical = Job.typical(self.arch.max_positions)
-        try:
-            self._decide(job or typical)
-        except DoesNotFitError:
-            # The jobs to come may be smaller than a typical one: one sequence has to fit.
-            if job is not None:
-                raise
-            self._decide(typical.first(1))
-        self.weight_plan = self._weight_plan(self.policy)
+        # The jobs to come may be smaller than a typical one: the smallest request has to fit, and each job is asked again.
+        jobs = [typical, typical.first(1), Job((1,), (1,))] if job is None else [job]
+        for expected in jobs:
+            try:
+                self._decide(expected)
+                self.weight_plan = self._weight_plan(self.policy)
+                check_budgets(self.needs(self.sizes(expected.first(1))), self.budgets)
+                break
+            except DoesNotFitError:
+                if expected is jobs[-1]:
+                    raise
         self._num_slabs = self.weight_plan.num_slabs
-        check_budgets(self.needs(self.sizes((job or typical).first(1))), self.budgets)
 
     def _read_model(self) -> None:
         """Architecture, tokenizer and sampling defaults; no weights yet."""
@@ -93,7 +96,7 @@ class Decisions:
         """Plan for the machine as runs have shown it, here and, with --recalibrate, in later processes."""
         self._hardware = hardware
         if self.profile_path is not None:
-            machines.save(hardware, self.profile_path)
+            write_hardware(hardware, self.profile_path)
 
     # The policy
 

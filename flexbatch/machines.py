@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from flexbatch.config import ConfigurationError
-from flexbatch.policy.rates import Hardware, load_hardware
+from flexbatch.kernels.native_cache import user_cache_folder
+from flexbatch.policy.rates import Hardware, load_hardware, read_hardware
 
 logger = logging.getLogger("flexbatch")
 
@@ -20,7 +21,7 @@ PATIENCE_SECONDS = 20.0
 
 
 def default_profile_dir() -> Path:
-    return Path(os.path.expanduser("~")) / ".cache" / "flexbatch" / "profiles"
+    return user_cache_folder("profiles")
 
 
 def named(setting: str) -> Hardware | None:
@@ -29,7 +30,7 @@ def named(setting: str) -> Hardware | None:
         return None
     try:
         return load_hardware(setting)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigurationError(f"--hardware {setting}: {error}") from error
 
 
@@ -41,7 +42,12 @@ def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, me
         disk_folder = disk_folder.parent
     path = cache_path(cache_folder, str(device), disk_folder)
     if path.is_file():
-        return Hardware.from_json(path.read_text())
+        try:
+            return read_hardware(path)
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "the profile of this machine, %s, cannot be used and is made anew: %s", path, str(error).splitlines()[0]
+            )
     expected = IDLE_SECONDS * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
         from flexbatch.kernel_rates import kernel_rates  # with SciPy 0.4 s that only measuring needs
@@ -58,14 +64,6 @@ def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, me
 
 def shipped_for(device: torch.device) -> str:
     return "h200" if device.type == "cuda" else "cpu"
-
-
-def save(hardware: Hardware, path: Path) -> None:
-    """Whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(hardware.to_json() + "\n")
-    temporary.replace(path)
 
 
 def profile_path(setting: str, device: torch.device, disk_folder: Path, cache_folder: Path) -> Path:

@@ -1,7 +1,8 @@
 """Attention and cache writes on the CPU in C, compiled on the machine at first use. Signatures as in `reference`.
 
-The library is built once per (sources, compiler, flags, processor) into a cache folder and put there by an atomic rename, so that processes
-starting together are safe. Calls release the interpreter's lock: a worker thread can attend while others launch transfers.
+The library is built once per (sources, compiler, flags, processor) into a cache folder (see `native_cache`) and put
+there by an atomic rename, so that processes starting together are safe. Calls release the interpreter's lock: a worker
+thread can attend while others launch transfers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexbatch.kernels import native_cache
 from flexbatch.kernels.reference import token_bytes
 
 SOURCES = ("native_rows.h", "native_attention.h", "native_attention.c", "native_few_rows.c", "native_many_rows.c", "native_append.c")
@@ -45,12 +46,6 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def default_cache_folder() -> Path:
-    """Where built libraries are kept: a folder of this user's cache."""
-    base = Path(os.path.expanduser("~")) if platform.system() != "Darwin" else Path(os.path.expanduser("~/Library"))
-    return base / (".cache" if platform.system() != "Darwin" else "Caches") / "flexbatch" / "native"
-
-
 def _processor() -> str:
     """What -march=native depends on: a cache folder may be shared by unlike machines."""
     try:
@@ -66,44 +61,69 @@ def _openmp_flags() -> tuple[str, ...]:
     return (str(libraries[0]),) if libraries else ("-fopenmp",)
 
 
-def _compile(compiler: str, sources: list[Path], target: Path) -> None:
+def _compile(compiler: str, sources: list[Path], cache_folder: Path, key: str) -> Path:
     errors = []
     for compile_flags, link_flags in ((("-fopenmp",), _openmp_flags()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
             objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
             commands = [[compiler, *FLAGS, *compile_flags, "-c", str(source), "-o", item] for source, item in zip(sources, objects, strict=True)]
             commands.append([compiler, "-shared", *objects, *link_flags, "-lm", "-o", f"{folder}/library.so"])
             results = [subprocess.run(command, capture_output=True, text=True, check=False) for command in commands]
             if all(result.returncode == 0 for result in results):
-                os.replace(f"{folder}/library.so", target)
-                return
+                return native_cache.put(cache_folder, key, Path(folder) / "library.so")
             errors.append("".join(result.stderr for result in results)[:500])
     raise BuildError(f"{compiler} does not build {', '.join(source.name for source in sources)}: {errors[-1]}")
 
 
+def _compiler() -> str | None:
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 def build(cache_folder: Path) -> Path:
     """Path of the library in ``cache_folder``, built unless it is there. Raises BuildError."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = _compiler()
     if compiler is None:
         raise BuildError("no C compiler (cc, gcc or clang) on the PATH")
     here = Path(__file__).parent
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [version, " ".join(FLAGS), str(_openmp_flags()), _processor(), *((here / name).read_text() for name in SOURCES)]
-    target = cache_folder / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        try:
-            cache_folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, [here / name for name in SOURCES if name.endswith(".c")], target)
-        except OSError as error:
-            raise BuildError(f"cannot write the compiled kernels into {cache_folder}: {error}; make it writable") from error
-    return target
+    key = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    cache_folder = cache_folder.absolute()
+    try:
+        native_cache.prepare(cache_folder)
+        sources = [here / name for name in SOURCES if name.endswith(".c")]
+        return native_cache.find(cache_folder, key) or _compile(compiler, sources, cache_folder, key)
+    except native_cache.UnsafeFolder as error:
+        raise BuildError(
+            f"compiled kernels are not kept where they could be another user's: {error}; remove it"
+        ) from error
+    except OSError as error:
+        raise BuildError(f"cannot write the compiled kernels into {cache_folder}: {error}; make it writable") from error
+
+
+def _load(cache_folder: Path) -> ctypes.CDLL:
+    """The library from the cache folder; from one of this process's own where that one cannot be used. Raises
+    BuildError, OSError."""
+    try:
+        return ctypes.CDLL(str(build(cache_folder)))
+    except BuildError as error:
+        if _compiler() is None:
+            raise
+        with native_cache.private_folder() as folder:
+            loaded = ctypes.CDLL(str(build(folder)))
+        warnings.warn(
+            f"the kernels for CPU attention were compiled for this process alone, as at every start: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return loaded
 
 
 @functools.cache
 def library(cache_folder: Path | None = None) -> ctypes.CDLL | None:
     """The compiled kernels, or None (after one warning) where they cannot be built; then `ops` takes `reference`."""
     try:
-        loaded = ctypes.CDLL(str(build(cache_folder or default_cache_folder())))
+        loaded = _load(cache_folder or native_cache.user_cache_folder("native"))
     except (BuildError, OSError) as error:
         warnings.warn(f"CPU attention runs in plain torch, several times slower: {error}", RuntimeWarning, stacklevel=2)
         return None

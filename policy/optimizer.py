@@ -29,6 +29,7 @@ CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
 WITHIN_REACH = 0.85
 """Of what is needed: sizes between the grid's powers of two, and pricing, change no more."""
+BOUNDLESS = 2**50
 POLISHED = 4
 """Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 DISK_GAIN = 0.01
@@ -237,6 +238,10 @@ def families(search: Search) -> list[tuple[MachineBound, Policy]]:
     for template in templates(search.workload, search.constraints):
         settings = template.weight_bits, template.cache_bits, template.speculation
         bound = machine_bound(search.shape, search.hardware, search.workload, search.constraints, *settings)
+        if bound is None and search.placement_given:
+            # Whole tensors may meet the percentages with less on a tier than these say; the exact sizes will tell.
+            boundless = search.hardware.with_memory(BOUNDLESS, BOUNDLESS, BOUNDLESS)
+            bound = machine_bound(search.shape, boundless, search.workload, search.constraints, *settings)
         if bound is not None:
             kinds = itertools.product(cache_places(search.constraints), attention_shares(search.constraints))
             found += [(bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in kinds]

@@ -7,6 +7,7 @@ import them; without, library kernels or stated ratios stand in, and the JSON's 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -26,8 +27,12 @@ from torch import Tensor
 
 from flexbatch.policy.diskspeed import measure_disk
 from flexbatch.policy.fits import fit_curve, fit_rate
+<<<<<<< HEAD
 from flexbatch.policy.rates import Hardware
 from flexbatch.policy.stdout import data_apart, run_process
+=======
+from flexbatch.policy.rates import Hardware, read_hardware, write_hardware
+>>>>>>> configs
 
 MIB = 2**20
 TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}
@@ -293,16 +298,17 @@ def cache_path(cache_folder: Path, device: str, disk_folder: Path) -> Path:
 
 
 def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None, refresh: bool = False) -> Hardware:
-    """The machine's profile from ``cache_folder``, measured at first use. Written under another name first, so that no reader sees half a file."""
+    """The machine's profile from ``cache_folder``, measured at first use, and again where the file is damaged or of
+    another version."""
     path = cache_path(cache_folder, device, disk_folder)
+    hardware = None
     if path.is_file() and not refresh:
-        hardware = Hardware.from_json(path.read_text())
+        with contextlib.suppress(OSError, ValueError):
+            hardware = read_hardware(path)
+    if hardware is not None:
         return hardware.with_memory(*(_capacities(torch.device(device), disk_folder)[f"{tier}_bytes"] for tier in ("gpu_memory", "cpu_memory", "disk")))
     hardware = measure(device, disk_folder, overrides)
-    cache_folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(hardware.to_json())
-    partial.replace(path)
+    write_hardware(hardware, path)
     return hardware
 
 
@@ -334,7 +340,7 @@ def _write_profile(options: argparse.Namespace) -> int:
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()
     hardware = measure(device, options.offload_dir, kernels_of(options.kernels, device))
-    options.output.write_text(hardware.to_json() + "\n")
+    write_hardware(hardware, options.output)
     print(f"{hardware.name}: measured in {time.perf_counter() - start:.1f} s -> {options.output}", file=sys.stderr)
     for name, error in hardware.fit_error.items():
         print(f"  fit error of {name}: {error:.1%}", file=sys.stderr)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
+import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
 SHIPPED = Path(__file__).parent / "hardware"
+
+
+def is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 @dataclass(frozen=True)
@@ -20,10 +27,14 @@ class Curve:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if not all(map(is_rate, (*self.points, *self.values))):
+            raise ValueError(
+                f"a curve needs finite positive numbers, got points {self.points} and values {self.values}"
+            )
         if len(self.points) != len(self.values) or not self.points:
             raise ValueError(f"a curve needs as many values as points and at least one, got {len(self.points)} points and {len(self.values)} values")
-        if list(self.points) != sorted(set(self.points)) or min(self.points) <= 0 or min(self.values) <= 0:
-            raise ValueError(f"a curve needs increasing positive points and positive values, got points {self.points} and values {self.values}")
+        if list(self.points) != sorted(set(self.points)):
+            raise ValueError(f"a curve needs increasing points, got {self.points}")
 
     def at(self, point: float) -> float:
         """Linear between the points."""
@@ -115,9 +126,17 @@ class Hardware:
             raise ValueError(f'hardware {self.name!r}: device {self.device!r} must be "cuda" or "cpu"')
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.type not in ("int", "float"):
+                wanted = {"str": str, "dict": dict, "Curve": Curve, "Curve | None": Curve | None}[str(f.type)]
+                if not isinstance(value, wanted):
+                    raise ValueError(f"hardware {self.name!r}: {f.name}={value!r:.80} must be of type {f.type}")
+                continue
             may_be_zero = f.type != "float" or f.default is not dataclasses.MISSING or f.name.endswith("_seconds")
-            if isinstance(value, int | float) and (value < 0 or (value == 0 and not may_be_zero)):
-                raise ValueError(f"hardware {self.name!r}: {f.name}={value} must be positive")
+            if not is_rate(value) and not (may_be_zero and value == 0 and not isinstance(value, bool)):
+                raise ValueError(
+                    f"hardware {self.name!r}: {f.name}={value!r:.80} must be a finite, "
+                    f"{'not negative' if may_be_zero else 'positive'} number"
+                )
 
     @property
     def quantized_attention(self) -> float:
@@ -167,8 +186,13 @@ class Hardware:
 
     @classmethod
     def from_json(cls, text: str) -> Hardware:
-        """Raises ValueError that names missing and unknown fields."""
-        data = json.loads(text)
+        """Raises ValueError that names what is missing, unknown or wrong, whatever the text is."""
+        try:
+            data = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("hardware JSON: nested too deeply") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"hardware JSON: an object is wanted, not a {type(data).__name__}")
         names = {f.name for f in fields(cls)}
         needed = {f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
         if unknown := data.keys() - names:
@@ -176,9 +200,38 @@ class Hardware:
         if missing := needed - data.keys():
             raise ValueError(f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with python -m flexbatch.policy.profile")
         for name in ("gemm", "cpu_attention", "cpu_attention_8", "cpu_attention_4"):
-            if data.get(name) is not None:
-                data[name] = Curve(tuple(data[name]["points"]), tuple(data[name]["values"]))
+            curve = data.get(name)
+            if curve is None:
+                continue
+            if not isinstance(curve, dict) or not all(
+                isinstance(curve.get(part), list) for part in ("points", "values")
+            ):
+                raise ValueError(f"hardware JSON: {name} must be an object of points and values")
+            try:
+                data[name] = Curve(tuple(curve["points"]), tuple(curve["values"]))
+            except ValueError as error:
+                raise ValueError(f"hardware JSON: {name}: {error}") from error
         return cls(**data)
+
+
+def read_hardware(path: Path) -> Hardware:
+    """The machine of a file. Raises OSError, or ValueError that says what is wrong with it."""
+    return Hardware.from_json(path.read_text(encoding="utf-8"))
+
+
+def write_hardware(hardware: Hardware, path: Path) -> None:
+    """Whole or not at all, whoever else writes at this moment. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(hardware.to_json() + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
@@ -189,4 +242,4 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise FileNotFoundError(f"no hardware file {str(name_or_path)!r}; shipped: {shipped}; or a JSON file of python -m flexbatch.policy.profile")
-    return Hardware.from_json(path.read_text())
+    return read_hardware(path)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexbatch.policy.cost import PassModel
+from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
 from flexbatch.policy.loads import job_phases, steady_load
-from flexbatch.policy.lp import Solution, solve
+from flexbatch.policy.lp import Solution, fixed_fractions, solve, time_rows
 from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.plan import Plan, mean_output, price
 from flexbatch.policy.realise import placed
-from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Speculation, Split, Workload
+from flexbatch.policy.types import TIERS, Constraints, Hardware, ModelShape, Policy, Speculation, Split, Workload
 
 Family = tuple[int, int, Speculation | None, float, Split]
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
@@ -60,6 +60,12 @@ class Search:
         models = [(PassModel(self.shape, self.hardware, policy, load), count) for load, count in job_phases(self.workload, policy)]
         return models, self.workload.num_sequences * mean_output(self.workload)
 
+    @property
+    def placement_given(self) -> bool:
+        """Whether the user's percentages leave nothing open: then nothing is placed, and the exact sizes alone say
+        whether it fits."""
+        return len(fixed_fractions(self.constraints)) == 2 * len(KINDS)
+
     def memory(self, policy: Policy) -> dict[str, np.ndarray]:
         """Peak bytes per tier, affine."""
         rows = memory_rows(self.shape, self.hardware, self.workload, policy)
@@ -72,7 +78,10 @@ class Search:
             return tried[policy]
         tried[policy] = None
         memory, room = self.memory(policy), capacity(self.hardware)
-        if min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK)) > room["gpu"]:
+        if (
+            not self.placement_given
+            and min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU)) > room["gpu"]
+        ):
             return None
         phases, tokens = self.phases(policy)
         # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
@@ -100,6 +109,8 @@ class Search:
                 plan = price(self.shape, self.hardware, self.workload, policy)
                 saved = {tier: seconds / solution.seconds * plan.predicted_tokens_per_second for tier, seconds in solution.seconds_per_gib.items()}
                 return dataclasses.replace(plan, tokens_per_second_per_gib=saved)
+            if self.placement_given:
+                return None
             for tier, size in missing.items():
                 room[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
             solution = self.solve(candidate.policy, phases, memory, room)
@@ -107,9 +118,30 @@ class Search:
 
     def solve(self, policy: Policy, phases: list[tuple[PassModel, float]], memory: dict[str, np.ndarray], room: dict[str, int]) -> Solution | None:
         """The best placement; one without CPU attention where ``policy`` has none."""
-        self.linear_programs += 1
         constraints = self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
+        if self.placement_given:
+            if constraints.cpu_attention is not None:
+                return given_solution(phases, constraints)
+            # No room binds: only the share of CPU attention is open, and takes none.
+            room = {tier: int(np.abs(row).sum()) + 1 for tier, row in memory.items()}
+        self.linear_programs += 1
         return solve(phases, memory, room, constraints, cache_on_disk=policy.cache.disk > 0)
+
+
+def given_solution(phases: list[tuple[PassModel, float]], constraints: Constraints) -> Solution:
+    """The placement that the user's percentages and share of CPU attention are, with its time; nothing is left to
+    solve."""
+    fixed = fixed_fractions(constraints)
+    for kind in KINDS:
+        fixed.setdefault(f"{kind}_disk", max(0.0, 1 - fixed[f"{kind}_gpu"] - fixed[f"{kind}_cpu"]))
+    fixed["attended"] = (constraints.cpu_attention or 0.0) * fixed["cache_cpu"]
+    point = np.array([1.0, *(fixed[name] for name in VARIABLES)])
+    stages, constant = time_rows(phases)
+    return Solution(
+        point,
+        constant + sum(weight * float(np.max(rows @ point)) for weight, rows in stages),
+        dict.fromkeys(TIERS, 0.0),
+    )
 
 
 def least_compute(model: PassModel) -> float:

@@ -66,6 +66,7 @@ class Arch:
     position_offset: int = 0
     rope_theta: float = 10000.0
     local_rope_theta: float | None = None
+    local_rope_scaling: RopeScaling | None = None
     rotary_dim: int = 0
     rope_interleaved: bool = False
     rope_scaling: RopeScaling | None = None

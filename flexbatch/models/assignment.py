@@ -1,19 +1,24 @@
-"""Which stored tensor fills which rows of which canonical one; decided, and checked for completeness, from names and shapes alone."""
+"""Which stored tensor fills which rows of which canonical one; decided, and checked for completeness, from names and
+shapes alone.
+
+Values are compared only where two tensors claim the same place.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.families import BUFFERS, FAMILIES, Row, source_names
 from flexbatch.models.packed import SUFFIXES, Packing
-from flexbatch.models.source import StoredTensor, read_tensors, sample_rows
+from flexbatch.models.source import StoredTensor, equal, read_tensors
 from flexbatch.models.specs import WeightSpec, weight_specs
+
+logger = logging.getLogger("flexbatch")
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,42 @@ class Assignment:
         return _section(self.spec, self.row.part)
 
 
-def assign(stored: Iterable[StoredTensor], arch: Arch, folder: Path, packing: Packing | None) -> list[Assignment]:
-    """Raises CheckpointError for missing, extra and mis-shaped tensors."""
+def assign(
+    stored: Iterable[StoredTensor], arch: Arch, folder: Path, packing: Packing | None, *, noting: bool = False
+) -> list[Assignment]:
+    """Raises CheckpointError for missing and mis-shaped tensors, and for two that differ where the model has one.
+
+    With ``noting`` a line of the log says what the files hold beside the model.
+    """
     assigner = _Assigner(arch, folder, packing)
     for tensor in stored:
         assigner.add(tensor)
-    return assigner.finish()
+    assignments = assigner.finish()
+    if noting:
+        assigner.note()
+    return assignments
+
+
+def untied(stored: Iterable[StoredTensor], arch: Arch) -> tuple[StoredTensor, StoredTensor] | None:
+    """The embedding and the head where the config ties them and the files hold two different ones; transformers then
+    uses both."""
+    if not arch.tie_word_embeddings:
+        return None
+    family, names = FAMILIES[arch.family], source_names(arch)
+    found: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        local = local_name(tensor.name, family.prefixes, names)
+        if local is not None and names[local][2] == ".weight" and names[local][1].role in ("embed", "head"):
+            found.setdefault(names[local][1].role, tensor)
+    if len(found) < 2 or equal(found["embed"], found["head"]):
+        return None
+    return found["embed"], found["head"]
+
+
+def local_name(name: str, prefixes: tuple[str, ...], names: dict[str, tuple[int, Row, str]]) -> str | None:
+    """Name without the prefix that it came with, if the model knows it."""
+    shorter = (name.removeprefix(prefix) for prefix in (*prefixes, "") if name.startswith(prefix))
+    return next((local for local in shorter if local in names), None)
 
 
 class _Assigner:
@@ -46,33 +81,39 @@ class _Assigner:
         self.family, self.names = FAMILIES[arch.family], source_names(arch)
         self.specs = {(spec.layer, spec.role): spec for spec in weight_specs(arch)}
         self.assignments: dict[tuple[int, str, str], Assignment] = {}
+        self.extra: list[StoredTensor] = []
+        self.twice: list[StoredTensor] = []
 
     def add(self, tensor: StoredTensor) -> None:
         stem, _, suffix = tensor.name.rpartition(".")
         packed = self.packing is not None and suffix in SUFFIXES
-        local = self.local_name(f"{stem}.weight" if packed else tensor.name)
-        described = f"{tensor.file}: tensor {tensor.name} {list(tensor.shape)}"
+        local = local_name(f"{stem}.weight" if packed else tensor.name, self.family.prefixes, self.names)
         if local is None:
-            if BUFFERS.search(tensor.name) or (self.family.skip and self.family.skip.search(tensor.name)):
-                return
-            raise CheckpointError(f"{described} is not part of a {self.arch.family} model with {self.arch.num_layers} layers")
+            if not BUFFERS.search(tensor.name) and not (self.family.skip and self.family.skip.search(tensor.name)):
+                self.extra.append(tensor)
+            return
         layer, row, kind = self.names[local]
         if self.arch.tie_word_embeddings and row.role == "head" and kind == ".weight":
             layer, row = -1, Row(row.module, "embed")
         spec = self.specs.get((layer, row.role + kind))
         if spec is None:
-            if self.packing is not None and kind == ".bias" and not any(value.any() for _, value in read_tensors([tensor])):
+            if kind == ".bias" and not any(value.any() for _, value in read_tensors([tensor])):
                 return  # quantisers give every matrix a bias, zero where the model has none
+            described = f"{tensor.file}: tensor {tensor.name} {list(tensor.shape)}"
             raise CheckpointError(f"{described} is not expected: by config.json this model has no {row.role}{kind}")
         self.record(tensor, spec, row, suffix if packed else "")
 
     def record(self, tensor: StoredTensor, spec: WeightSpec, row: Row, suffix: str) -> None:
         earlier = self.assignments.setdefault((spec.layer, spec.role, row.part), Assignment({}, spec, row)).stored
         if earlier and (suffix in earlier or "" in (suffix, *earlier)):
-            first = next(iter(earlier.values()))
-            if spec.role != "embed.weight":
-                raise CheckpointError(f"{tensor.file}: tensor {tensor.name} stands for the same weights as {first.name} in {first.file}")
-            _check_tied(first, tensor, self.folder)
+            first = earlier.get(suffix) or next(iter(earlier.values()))
+            if not equal(first, tensor):
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {tensor.name} stands for the same weights as {first.name} in "
+                    f"{first.file}, and they differ; remove one of them"
+                )
+            if tensor.name == first.name:
+                self.twice.append(tensor)
             return
         wanted = _source_shape(spec, row)
         if suffix and self.packing is not None:
@@ -84,10 +125,20 @@ class _Assigner:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, wanted {list(wanted)}")
         earlier[suffix] = tensor
 
-    def local_name(self, name: str) -> str | None:
-        """Name without the prefix that it came with, if the model knows it."""
-        shorter = (name.removeprefix(prefix) for prefix in (*self.family.prefixes, "") if name.startswith(prefix))
-        return next((local for local in shorter if local in self.names), None)
+    def note(self) -> None:
+        """What was left alone, in a line for each kind."""
+        for tensors, what in (
+            (
+                self.extra,
+                f"tensors that are not part of a {self.arch.family} model with {self.arch.num_layers} layers "
+                "are not used",
+            ),
+            (self.twice, "tensors are stored alike in two files, and read from the first"),
+        ):
+            if tensors:
+                names = ", ".join(f"{tensor.name} {list(tensor.shape)} in {tensor.file.name}" for tensor in tensors[:5])
+                rest = f" and {len(tensors) - 5} more" if len(tensors) > 5 else ""
+                logger.warning("%s: %d %s: %s%s", self.folder, len(tensors), what, names, rest)
 
     def finish(self) -> list[Assignment]:
         found: dict[tuple[int, str], set[str]] = {}
@@ -99,15 +150,6 @@ class _Assigner:
                 raise CheckpointError(f"{first.file}: {first.name} is there, but the weight files lack {first.name.rpartition('.')[0]}.{lacking[0]}")
         _check_complete(found, self.specs, self.names, self.folder)
         return list(self.assignments.values())
-
-
-def _check_tied(first: StoredTensor, second: StoredTensor, folder: Path) -> None:
-    """A tied matrix may be stored twice; 64 rows tell whether it was in truth untied, as fine-tuning sometimes does without a word in the config."""
-    if first.shape != second.shape or not torch.equal(sample_rows(first), sample_rows(second)):
-        raise CheckpointError(
-            f"{folder / 'config.json'} says tie_word_embeddings, but {first.name} {list(first.shape)} and {second.name} {list(second.shape)} differ; "
-            'write "tie_word_embeddings": false there to use both'
-        )
 
 
 def _check_complete(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -13,11 +15,13 @@ from torch import Tensor
 
 from flexbatch.models import families
 from flexbatch.models.arch import Arch
-from flexbatch.models.assignment import Assignment, assign
+from flexbatch.models.assignment import Assignment, assign, untied
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing, unpack
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
+
+logger = logging.getLogger("flexbatch")
 
 __all__ = ["CheckpointError", "Piece", "QuantizedPiece", "load", "prequantized", "read_arch", "read_config", "stream"]
 
@@ -36,10 +40,29 @@ def read_config(folder: Path | str) -> dict[str, Any]:
 
 
 def read_arch(folder: Path | str) -> Arch:
-    """What the folder's config.json describes. Raises CheckpointError that names the folder and the key."""
+    """What the folder's config.json describes; an embedding and a head that it calls one and that differ in the files
+    are two.
+
+    Raises CheckpointError that names the folder and the key.
+    """
     config = read_config(folder)
     with _saying(folder):
-        return families.read_arch(config)
+        arch = families.read_arch(config)
+    if not arch.tie_word_embeddings:
+        return arch
+    try:
+        two = untied(list_tensors(Path(folder)), arch)
+    except CheckpointError:
+        return arch  # whoever reads the weights will say what is wrong with them
+    if two is None:
+        return arch
+    logger.warning(
+        '%s says tie_word_embeddings, but %s and %s differ: both are used; '
+        'write "tie_word_embeddings": false there to say so',
+        Path(folder) / "config.json",
+        *(tensor.name for tensor in two),
+    )
+    return dataclasses.replace(arch, tie_word_embeddings=False)
 
 
 @contextmanager
@@ -71,11 +94,13 @@ def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (
     The matrices of an AWQ or GPTQ checkpoint come as QuantizedPiece with ``packed``, else expanded to 16 bits, one at a time.
     Memory: at most 256 MiB of mapped file beside the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the
     three. Other tensors are views of the file: copy or drop each before the next.
-    Raises CheckpointError, on the call and not at the first piece, for missing, extra and mis-shaped tensors and damaged files.
+    Raises CheckpointError, on the call and not at the first piece, for missing and mis-shaped tensors and damaged
+    files; what the files hold beside the model
+    is left alone, and said.
     """
     folder = Path(folder)
     packing = _packing(folder)
-    assignments = assign(list_tensors(folder), arch, folder, packing)
+    assignments = assign(list_tensors(folder), arch, folder, packing, noting=True)
     return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, packing, packed)
 
 

@@ -1,10 +1,10 @@
-"""What the families' config.json files have in common: key spellings, special tokens, sizes, rotary entries of both generations."""
+"""What the families' config.json files have in common: key spellings, special tokens, sizes, windows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from flexbatch.models.arch import RopeScaling
 from flexbatch.models.errors import CheckpointError
 
 Config = dict[str, Any]
@@ -19,14 +19,21 @@ ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
 }
+LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}
+"""Whether a layer of this type has a window."""
+
+
+def given(config: Config, *names: str) -> str | None:
+    """The first of several spellings that the file has a value for."""
+    return next((name for name in names if config.get(name) is not None), None)
 
 
 def required(config: Config, *names: str) -> Any:
-    """The first of several spellings that the file has."""
-    for name in names:
-        if config.get(name) is not None:
-            return config[name]
-    raise CheckpointError(f"config.json of model_type {config.get('model_type')!r} lacks {' or '.join(names)}")
+    """The value of the first of several spellings that the file has."""
+    name = given(config, *names)
+    if name is None:
+        raise CheckpointError(f"config.json of model_type {config.get('model_type')!r} lacks {' or '.join(names)}")
+    return config[name]
 
 
 def optional(config: Config, name: str, default: Any) -> Any:
@@ -34,10 +41,12 @@ def optional(config: Config, name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def read_activation(config: Config, *names: str, default: str = "silu") -> str:
-    name = next((config[n] for n in names if config.get(n)), default)
+def read_activation(config: Config, key: str, *, default: str = "silu") -> str:
+    name = config.get(key) or default
     if name not in ACTIVATION_NAMES:
-        raise CheckpointError(f"config.json: activation {name!r} is unknown; known: {', '.join(sorted(ACTIVATION_NAMES))}")
+        raise CheckpointError(
+            f"config.json: {key}: activation {name!r} is unknown; known: {', '.join(sorted(ACTIVATION_NAMES))}"
+        )
     return ACTIVATION_NAMES[name]
 
 
@@ -47,16 +56,35 @@ def refuse(config: Config, name: str, reason: str) -> None:
 
 
 def read_tokens(config: Config) -> dict[str, Any]:
-    """Special tokens (null in the file: none), storage dtype and tying."""
-    stop = config.get("eos_token_id")
+    """Special tokens (null or negative in the file: none), storage dtype and tying."""
+    stop, start = config.get("eos_token_id"), config.get("bos_token_id")
+    stops = stop if isinstance(stop, list | tuple) else () if stop is None else (stop,)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     return {
         "family": config["model_type"],
-        "eos_token_ids": tuple(stop) if isinstance(stop, list | tuple) else () if stop is None else (stop,),
-        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_ids": tuple(token for token in stops if token >= 0),
+        "bos_token_id": None if start is None or start < 0 else start,
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": optional(config, "tie_word_embeddings", False),
     }
+
+
+def divided(config: Config, hidden: int, heads: int) -> int:
+    """The size of a head where the file gives none."""
+    if hidden % heads:
+        names = given(config, "hidden_size", "n_embd", "n_embed"), given(config, "num_attention_heads", "n_head")
+        raise CheckpointError(f"config.json: {names[0]}={hidden} must be a multiple of {names[1]}={heads}")
+    return hidden // heads
+
+
+def grouped(config: Config, heads: int, key: str) -> int:
+    """Key-value heads, as many as query heads where the file gives none."""
+    count: int = optional(config, key, heads)
+    if heads % count:
+        raise CheckpointError(
+            f"config.json: {given(config, 'num_attention_heads', 'n_head')}={heads} must be a multiple of {key}={count}"
+        )
+    return count
 
 
 def read_sizes(config: Config) -> dict[str, Any]:
@@ -67,43 +95,37 @@ def read_sizes(config: Config) -> dict[str, Any]:
         "num_layers": required(config, "num_hidden_layers", "n_layer"),
         "hidden_size": hidden,
         "num_heads": heads,
-        "num_kv_heads": optional(config, "num_key_value_heads", heads),
-        "head_dim": optional(config, "head_dim", hidden // heads),
+        "num_kv_heads": grouped(config, heads, "num_key_value_heads"),
+        "head_dim": config["head_dim"] if config.get("head_dim") is not None else divided(config, hidden, heads),
         "vocab_size": required(config, "vocab_size"),
     }
 
 
-def _scaling(rope: Config, config: Config, positions: int) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "dynamic", "llama3", "yarn", "longrope", "su"):
-        raise CheckpointError(f"config.json: rope scaling {kind!r} is unknown; known: linear, dynamic, llama3, yarn, longrope")
-    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or positions
-    if kind == "dynamic":
-        original = positions  # transformers refers to the context of the file here, whatever else the entry says
-    names = ("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-    given: Config = {name: rope[name] for name in names if rope.get(name) is not None}
-    short = tuple(rope.get("short_factor") or ())
-    return RopeScaling("longrope" if kind == "su" else kind, rope.get("factor") or positions / original, original, short_factor=short, **given)
+def read_windows(config: Config, rule: Iterable[bool], default: int | None) -> dict[str, Any]:
+    """The window, and which layers have it: by ``layer_types``, else by the family's ``rule``. A window of null is
+    none.
 
-
-def read_rope(config: Config, head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0, entry: Config | None = None) -> dict[str, Any]:
-    """Rotary fields and the context length. Reads both ``rope_parameters`` (transformers 5) and ``rope_scaling`` with ``rope_theta`` (before).
-
-    "linear" and "dynamic" leave max_position_embeddings at the trained context, so the usable one is the factor times longer; "yarn" may.
+    default: what a file without the key means.
     """
-    entry = entry if entry is not None else config.get("rope_parameters") or config.get("rope_scaling") or {}
-    positions = required(config, "max_position_embeddings", "n_positions")
-    scaling = _scaling(entry, config, positions)
-    share = optional(entry, "partial_rotary_factor", optional(config, "partial_rotary_factor", fraction))
-    context = positions
-    if scaling is not None and scaling.kind in ("linear", "dynamic"):
-        context = int(positions * scaling.factor)
-    elif scaling is not None and scaling.kind == "yarn":
-        context = max(positions, int(scaling.original_positions * scaling.factor))
-    elif scaling is not None and scaling.kind == "longrope":
-        # Past the trained context every cached key would have to be rotated again with the long factors.
-        context = min(positions, scaling.original_positions)
-    rope_theta = float(optional(entry, "rope_theta", optional(config, "rope_theta", theta)))
-    return {"rope_theta": rope_theta, "rotary_dim": int(head_dim * share), "rope_scaling": scaling, "max_positions": context}
+    layers, kinds = required(config, "num_hidden_layers"), config.get("layer_types")
+    sliding = tuple(rule)
+    if kinds is not None:
+        unknown = [kind for kind in kinds if kind not in LAYER_TYPES]
+        if unknown:
+            raise CheckpointError(
+                f"config.json: layer_types names {unknown[0]!r}; known: {', '.join(sorted(LAYER_TYPES))}"
+            )
+        if len(kinds) != layers:
+            raise CheckpointError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers={layers}")
+        sliding = tuple(LAYER_TYPES[kind] for kind in kinds)
+    window = config.get("sliding_window", default) or 0
+    if any(sliding) and not window:
+        source = (
+            "layer_types names layers with a window" if kinds is not None else "this family has layers with a window"
+        )
+        raise CheckpointError(
+            f"config.json: {source}, but sliding_window={config.get('sliding_window')} gives them none"
+        )
+    if not any(sliding):
+        return {}
+    return {"sliding_window": window, "sliding_layers": () if all(sliding) else sliding}

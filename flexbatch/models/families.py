@@ -13,6 +13,7 @@ from typing import Any
 
 from flexbatch.models import readers, readers_layer_norm
 from flexbatch.models.arch import Arch
+from flexbatch.models.config_types import KEYS, check_keys
 from flexbatch.models.errors import CheckpointError
 
 # Buffers that older versions of transformers stored with the weights: frequencies, causal masks. They are computed here.
@@ -79,7 +80,7 @@ def _llama_family(read: Callable[[dict[str, Any]], Arch], defaults: dict[str, An
 
 
 PHI3_DEFAULTS = _special(32000, 1, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
-GLM_DEFAULTS = _special([151329, 151336, 151338], None, head_dim=128, rms_norm_eps=1.5625e-7)
+GLM_DEFAULTS = _special([151329, 151336, 151338], None, head_dim=128, num_key_value_heads=2, rms_norm_eps=1.5625e-7)
 GEMMA_DEFAULTS = _special(1, 2, head_dim=256, tie_word_embeddings=True)
 GEMMA3_DEFAULTS = {**GEMMA_DEFAULTS, "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
@@ -89,7 +90,13 @@ FAMILIES: dict[str, Family] = {
         ("model.decoder.", "decoder.", ""),
         "layers",
         SEPARATE_QKV
-        + _rows(("self_attn.out_proj", "o"), ("fc1", "up"), ("fc2", "down"), ("self_attn_layer_norm", "attn_norm"), ("final_layer_norm", "mlp_norm")),
+        + _rows(
+            ("self_attn.out_proj", "o"),
+            ("fc1", "up"),
+            ("fc2", "down"),
+            ("self_attn_layer_norm", "attn_norm"),
+            ("final_layer_norm", "mlp_norm"),
+        ),
         _rows(
             ("embed_tokens", "embed"),
             ("embed_positions", "pos_embed"),
@@ -101,15 +108,22 @@ FAMILIES: dict[str, Family] = {
         _special(2, 2, tie_word_embeddings=True),
     ),
     "llama": _llama_family(readers.llama, _special(2, 1)),
-    "mistral": _llama_family(readers.mistral, _special(2, 1, sliding_window=4096)),
-    "qwen2": _llama_family(readers.qwen2, {}),
-    "qwen3": _llama_family(readers.qwen3, {"head_dim": 128}, LLAMA_ROWS + QK_NORM),
-    "phi3": _llama_family(readers.phi3, PHI3_DEFAULTS, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
+    "mistral": _llama_family(readers.mistral, _special(2, 1, num_key_value_heads=8)),
+    "ministral": _llama_family(readers.mistral, _special(2, 1, num_key_value_heads=8)),
+    "qwen2": _llama_family(readers.qwen2, {"num_key_value_heads": 32}),
+    "qwen3": _llama_family(readers.qwen3, {"head_dim": 128, "num_key_value_heads": 32}, LLAMA_ROWS + QK_NORM),
+    "phi3": _llama_family(
+        readers.phi3, PHI3_DEFAULTS, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS
+    ),
     "glm": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
     "glm4": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
-    "gemma": _llama_family(readers.gemma, GEMMA_DEFAULTS),
-    "gemma2": _llama_family(readers.gemma2, GEMMA_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS),
-    "gemma3_text": _llama_family(readers.gemma3, GEMMA3_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM),
+    "gemma": _llama_family(readers.gemma, {**GEMMA_DEFAULTS, "num_key_value_heads": 16}),
+    "gemma2": _llama_family(
+        readers.gemma2, {**GEMMA_DEFAULTS, "num_key_value_heads": 4}, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS
+    ),
+    "gemma3_text": _llama_family(
+        readers.gemma3, GEMMA3_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM
+    ),
     "gemma3": _llama_family(
         readers.gemma3,
         GEMMA3_DEFAULTS,
@@ -121,15 +135,27 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.bloom,
         ("transformer.", ""),
         "h",
-        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
-        _rows(("word_embeddings", "embed"), ("word_embeddings_layernorm", "embed_norm"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o"))
+        + FOUR_H_MLP
+        + TWO_NORMS,
+        _rows(
+            ("word_embeddings", "embed"),
+            ("word_embeddings_layernorm", "embed_norm"),
+            ("ln_f", "final_norm"),
+            ("lm_head", "head"),
+        ),
         _special(2, 1, tie_word_embeddings=True),
     ),
     "falcon": Family(
         readers_layer_norm.falcon,
         ("transformer.", ""),
         "h",
-        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o"), ("ln_attn", "attn_norm"), ("ln_mlp", "mlp_norm"))
+        _rows(
+            ("self_attention.query_key_value", "qkv", "grouped"),
+            ("self_attention.dense", "o"),
+            ("ln_attn", "attn_norm"),
+            ("ln_mlp", "mlp_norm"),
+        )
         + FOUR_H_MLP
         + TWO_NORMS,
         _rows(("word_embeddings", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
@@ -139,7 +165,14 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.gpt_bigcode,
         ("transformer.", ""),
         "h",
-        _rows(("attn.c_attn", "qkv", "grouped"), ("attn.c_proj", "o"), ("mlp.c_fc", "up"), ("mlp.c_proj", "down"), ("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
+        _rows(
+            ("attn.c_attn", "qkv", "grouped"),
+            ("attn.c_proj", "o"),
+            ("mlp.c_fc", "up"),
+            ("mlp.c_proj", "down"),
+            ("ln_1", "attn_norm"),
+            ("ln_2", "mlp_norm"),
+        ),
         _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256, tie_word_embeddings=True),
     ),
@@ -155,7 +188,13 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.gptj,
         ("transformer.", ""),
         "h",
-        _rows(("attn.qkv_proj", "qkv", "codegen"), ("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
+        _rows(
+            ("attn.qkv_proj", "qkv", "codegen"),
+            ("attn.out_proj", "o"),
+            ("mlp.fc_in", "up"),
+            ("mlp.fc_out", "down"),
+            ("ln_1", "attn_norm"),
+        ),
         _rows(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256),
     ),
@@ -172,7 +211,12 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.gpt2,
         ("transformer.", ""),
         "h",
-        _rows(("attn.c_attn", "qkv", "transposed"), ("attn.c_proj", "o", "transposed"), ("mlp.c_fc", "up", "transposed"), ("mlp.c_proj", "down", "transposed"))
+        _rows(
+            ("attn.c_attn", "qkv", "transposed"),
+            ("attn.c_proj", "o", "transposed"),
+            ("mlp.c_fc", "up", "transposed"),
+            ("mlp.c_proj", "down", "transposed"),
+        )
         + _rows(("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
         _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256, tie_word_embeddings=True),
@@ -180,22 +224,23 @@ FAMILIES: dict[str, Family] = {
     "phi": _llama_family(
         readers_layer_norm.phi,
         _special(2, 1),
-        SEPARATE_QKV + _rows(("self_attn.dense", "o"), ("mlp.fc1", "up"), ("mlp.fc2", "down"), ("input_layernorm", "attn_norm")),
+        SEPARATE_QKV
+        + _rows(("self_attn.dense", "o"), ("mlp.fc1", "up"), ("mlp.fc2", "down"), ("input_layernorm", "attn_norm")),
         outer_rows=_rows(("embed_tokens", "embed"), ("final_layernorm", "final_norm"), ("lm_head", "head")),
     ),
     "starcoder2": _llama_family(
         readers_layer_norm.starcoder2,
-        _special(50256, 50256, tie_word_embeddings=True),
+        _special(50256, 50256, tie_word_embeddings=True, num_key_value_heads=2),
         SEPARATE_QKV + OUTPUT + _rows(("mlp.c_fc", "up"), ("mlp.c_proj", "down")) + TWO_NORMS,
     ),
-    "stablelm": _llama_family(readers_layer_norm.stablelm, _special(0, 0)),
+    "stablelm": _llama_family(readers_layer_norm.stablelm, _special(0, 0, num_key_value_heads=32)),
 }
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """The row of a config. Code that a folder brings along (``auto_map``) is never run: its model must be in the table. Raises CheckpointError."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         remote = " The folder brings its own code, which is never executed." if config.get("auto_map") else ""
         raise CheckpointError(f"config.json: model_type {kind!r} is unknown; known: {', '.join(sorted(FAMILIES))}.{remote}")
     return FAMILIES[kind]
@@ -207,7 +252,9 @@ def read_arch(config: dict[str, Any]) -> Arch:
     A model that also sees images keeps its text model's entries under ``text_config``; what stands beside it (special tokens) counts more.
     """
     family = family_of(config)
+    check_keys(config, KEYS)
     text = config.get("text_config") or {}
+    check_keys(text, KEYS, "text_config.")
     beside = {key: value for key, value in config.items() if key not in text or value is not None}
     try:
         return family.read({**family.defaults, **text, **beside})

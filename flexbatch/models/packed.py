@@ -2,8 +2,9 @@
 
 Both store int32 words of eight codes, scales per group of inputs and integer zero points: weight[n, k] = scale[g, n] * (code[k, n] - zero[g, n]).
 AWQ ("gemm" layout) packs eight neighbouring outputs into a word, interleaved; GPTQ packs eight neighbouring inputs, and its zero points are stored less
-one (but not in "gptq_v2"). The project's layout is in `kernels.reference.quantize`: two codes a byte along the input dimension, parameters (scale, minimum)
-per group with weight = scale * code + minimum; so minimum = -scale * zero.
+one, in four bits: 15 stands for 0 (but not in "gptq_v2", which stores them as they are). The project's layout is in
+`kernels.reference.quantize`: two codes a byte along the input dimension, parameters (scale, minimum) per group with
+weight = scale * code + minimum; so minimum = -scale * zero.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import reference
+from flexbatch.models.config_types import FLAG, MAX_INNER, OBJECT, TEXT, check_keys, shown
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.specs import Piece
 
@@ -70,23 +72,64 @@ class Packing:
         return {"qweight": qweight, "qzeros": (columns // group, rows // 8), "scales": (columns // group, rows), "g_idx": (columns,)}
 
 
+FORMATS = {"awq": {"gemm": 0}, "gptq": {"gptq": 1, "gptq_v2": 0}}
+"""By method the layouts that are read, and what is added to their stored zero points."""
+FORMAT_KEYS = ("checkpoint_format", "format", "version")
+PACKED = {"quant_method": TEXT, **dict.fromkeys(FORMAT_KEYS, TEXT), "pack_dtype": TEXT, "is_marlin_format": FLAG}
+
+
 def read_packing(config: Mapping[str, Any]) -> Packing | None:
     """The ``quantization_config`` of a config.json, None without one. Raises CheckpointError for what is not AWQ or GPTQ with 4 bits."""
+    check_keys(config, {"quantization_config": OBJECT})
     quantization = config.get("quantization_config")
     if not quantization:
         return None
-    method, bits = quantization.get("quant_method"), quantization.get("bits", quantization.get("w_bit"))
-    if method not in ("awq", "gptq") or bits != BITS:
+    check_keys(quantization, PACKED, "quantization_config.")
+    method = str(quantization.get("quant_method")).lower()
+    bits = _agreed(quantization, ("bits", "w_bit"), None)
+    if method not in FORMATS or type(bits) is not int or bits != BITS:
         raise CheckpointError(
-            f"config.json: quantization_config with quant_method {method!r} and {bits} bits is not supported; supported: awq and gptq with 4 bits"
+            f"config.json: quantization_config with quant_method {quantization.get('quant_method')!r} and "
+            f"{bits!r} bits is not supported; "
+            "supported: awq and gptq with 4 bits"
         )
-    version = quantization.get("version", "gemm") if method == "awq" else quantization.get("checkpoint_format", "gptq")
-    if str(version).lower() not in ("gemm", "gptq", "gptq_v2"):
+    layouts = FORMATS[method]
+    layout = _agreed(quantization, FORMAT_KEYS, next(iter(layouts)))
+    if quantization.get("is_marlin_format"):
+        layout = "marlin"
+    if layout not in layouts:
         raise CheckpointError(
-            f"config.json: quantization_config with {method} layout {version!r} is not supported; supported: gemm (awq), gptq and gptq_v2 (gptq)"
+            f"config.json: quantization_config with {method} layout {layout!r} is not supported; supported: "
+            f"{' and '.join(layouts)}"
         )
-    group = quantization.get("group_size", quantization.get("q_group_size", 128))
-    return Packing(method, max(group, 0), int(method == "gptq" and version == "gptq"))
+    words = quantization.get("pack_dtype") or "int32"
+    if words.lower().removeprefix("torch.") != "int32":
+        raise CheckpointError(
+            f"config.json: quantization_config.pack_dtype={words!r} is not supported; supported: int32"
+        )
+    group = _agreed(quantization, ("group_size", "q_group_size"), 128)
+    if type(group) is not int or not (group == -1 or 1 <= group <= MAX_INNER):
+        raise CheckpointError(
+            f"config.json: quantization_config.group_size={shown(group)} must be a number of inputs, or -1 for "
+            "whole rows"
+        )
+    return Packing(method, max(group, 0), layouts[layout])
+
+
+def _agreed(quantization: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    """The value that one or several spellings of a key give, in small letters. Raises CheckpointError where they
+    contradict each other."""
+    found = {name: quantization[name] for name in names if quantization.get(name) is not None}
+    values = {name: value.lower() if isinstance(value, str) else value for name, value in found.items()}
+    if not values:
+        return default
+    first = next(iter(values.values()))
+    if any(value != first for value in values.values()):
+        raise CheckpointError(
+            "config.json: quantization_config says "
+            f"{' and '.join(f'{name}={value!r}' for name, value in found.items())}; these contradict"
+        )
+    return first
 
 
 def unpack(packing: Packing, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
@@ -105,7 +148,7 @@ def unpack(packing: Packing, tensors: Mapping[str, Tensor], name: str) -> tuple[
                 f"{name}.g_idx: inputs are assigned to groups out of order (GPTQ's desc_act), which contiguous groups of {group} cannot hold; "
                 "quantise the model again with desc_act=false"
             )
-    minimum = -scales * (zeros.float() + packing.zero_offset)
+    minimum = -scales * ((zeros + packing.zero_offset) & 0xF).float()
     codes = codes.t()
     return codes[:, 0::2] | (codes[:, 1::2] << 4), torch.stack([scales.t(), minimum.t()], dim=-1)
 

@@ -5,16 +5,44 @@ from __future__ import annotations
 from typing import Any
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.config_keys import Config, optional, read_activation, read_rope, read_sizes, read_tokens, refuse, required
+from flexbatch.models.config_keys import (
+    Config,
+    optional,
+    read_activation,
+    read_sizes,
+    read_tokens,
+    read_windows,
+    refuse,
+    required,
+)
+from flexbatch.models.config_rope import entries_by_layer_type, entry_of, read_rope
+from flexbatch.models.errors import CheckpointError
+
+
+def whole_heads(config: Config, head_dim: int) -> dict[str, Any]:
+    """The rotation of families that turn whole heads."""
+    return read_rope(
+        config,
+        head_dim,
+        theta=optional(config, "rope_theta", 10000.0),
+        fraction=partial(config, 1.0),
+        entry=entry_of(config, whole=True),
+    )
+
+
+def partial(config: Config, default: float) -> float:
+    share: float = optional(config, "partial_rotary_factor", default)
+    return share
 
 
 def _llama_like(config: Config, **changes: Any) -> Arch:
     """RMS norm, rotary, gated MLP: the common ground of Llama, Mistral, Qwen, GLM, Gemma and Phi-3."""
     sizes = read_sizes(config)
+    rope = {} if "rope_theta" in changes else whole_heads(config, sizes["head_dim"])
     fields: dict[str, Any] = {
         **sizes,
         **read_tokens(config),
-        **read_rope(config, sizes["head_dim"]),
+        **rope,
         "intermediate_size": required(config, "intermediate_size"),
         "norm_eps": optional(config, "rms_norm_eps", 1e-6),
         "activation": read_activation(config, "hidden_act"),
@@ -28,17 +56,18 @@ def llama(config: Config) -> Arch:
 
 
 def mistral(config: Config) -> Arch:
-    return _llama_like(config, sliding_window=config["sliding_window"] or 0)
+    """One window for all layers, none, or of the layers that ``layer_types`` names (then transformers' Ministral)."""
+    layers = required(config, "num_hidden_layers")
+    return _llama_like(config, **read_windows(config, [config.get("sliding_window", 4096) is not None] * layers, 4096))
 
 
 def _qwen_windows(config: Config) -> dict[str, Any]:
     """A window only where ``use_sliding_window`` says so, and then in the layers from ``max_window_layers`` on, or as ``layer_types`` names them."""
-    if not config.get("use_sliding_window"):
-        return {}
-    kinds = config.get("layer_types")
-    layers = required(config, "num_hidden_layers")
-    sliding = [i >= optional(config, "max_window_layers", 28) for i in range(layers)] if kinds is None else [kind == "sliding_attention" for kind in kinds]
-    return {"sliding_window": optional(config, "sliding_window", 4096), "sliding_layers": tuple(sliding)}
+    layers, first = required(config, "num_hidden_layers"), optional(config, "max_window_layers", 28)
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    return read_windows(
+        {**config, "sliding_window": window}, [window is not None and i >= first for i in range(layers)], None
+    )
 
 
 def qwen2(config: Config) -> Arch:
@@ -51,16 +80,28 @@ def qwen3(config: Config) -> Arch:
 
 
 def glm(config: Config) -> Arch:
-    rope = read_rope(config, config["head_dim"], fraction=0.5)
+    rope = read_rope(
+        config, config["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5)
+    )
     return _llama_like(config, rope_interleaved=True, qkv_bias=optional(config, "attention_bias", True), sublayer_norm=config["model_type"] == "glm4", **rope)
 
 
 def phi3(config: Config) -> Arch:
-    entry = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if (entry.get("rope_type") or entry.get("type")) == "yarn":
-        entry["rope_type"] = "longrope"  # early Phi-3 files call it so
+    entry = entry_of(config)
+    key = "rope_type" if entry.values.get("rope_type") else "type"
+    kind = entry.values.get(key) or "default"
+    if kind not in ("default", "longrope", "su", "yarn"):
+        raise CheckpointError(
+            f"config.json: {entry.name}.{key}: rope scaling {kind!r} is not one of Phi-3's; known: longrope, "
+            "and su and yarn, which mean it"
+        )
+    if kind == "yarn":
+        entry.values["rope_type"] = "longrope"  # early Phi-3 files call it so
     head_dim = read_sizes(config)["head_dim"]
-    return _llama_like(config, sliding_window=config.get("sliding_window") or 0, **read_rope(config, head_dim, entry=entry))
+    rope = read_rope(
+        config, head_dim, theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 1.0), entry=entry
+    )
+    return _llama_like(config, sliding_window=config.get("sliding_window") or 0, **rope)
 
 
 def gemma(config: Config) -> Arch:
@@ -77,8 +118,6 @@ def gemma(config: Config) -> Arch:
 def _gemma(config: Config, period: int, **changes: Any) -> Arch:
     refuse(config, "use_bidirectional_attention", "decoding needs causal attention")
     layers, hidden = required(config, "num_hidden_layers"), required(config, "hidden_size")
-    kinds = config.get("layer_types")
-    sliding = [bool((i + 1) % period) for i in range(layers)] if kinds is None else [kind == "sliding_attention" for kind in kinds]
     bias = bool(config.get("attention_bias"))
     return _llama_like(
         config,
@@ -86,8 +125,7 @@ def _gemma(config: Config, period: int, **changes: Any) -> Arch:
         sublayer_norm=True,
         embed_scale=hidden**0.5,
         query_scale=optional(config, "query_pre_attn_scalar", 256) ** -0.5,
-        sliding_window=optional(config, "sliding_window", 4096),
-        sliding_layers=tuple(sliding),
+        **read_windows(config, [bool((i + 1) % period) for i in range(layers)], 4096),
         qkv_bias=bias,
         output_bias=bias,
         activation=read_activation(config, "hidden_activation", default="gelu_pytorch_tanh"),
@@ -100,15 +138,19 @@ def gemma2(config: Config) -> Arch:
 
 
 def gemma3(config: Config) -> Arch:
-    """Text model. Layers with a window rotate with a base of their own."""
-    nested = config.get("rope_parameters") or {}
-    entry = dict(nested.get("full_attention") or config.get("rope_scaling") or {})
-    local = optional(nested.get("sliding_attention") or {}, "rope_theta", optional(config, "rope_local_base_freq", 10000.0))
+    """Text model. Layers with a window rotate by an entry of their own."""
+    full, sliding = entries_by_layer_type(config)
+    head_dim, fraction = config["head_dim"], partial(config, 1.0)
+    rope = read_rope(config, head_dim, theta=optional(config, "rope_theta", 1e6), fraction=fraction, entry=full)
+    local = read_rope(
+        config, head_dim, theta=optional(config, "rope_local_base_freq", 10000.0), fraction=fraction, entry=sliding
+    )
     return _gemma(
         config,
-        optional(config, "sliding_window_pattern", optional(config, "_sliding_window_pattern", 6)),
+        optional(config, "sliding_window_pattern", 6),
         qk_norm=True,
-        local_rope_theta=float(local),
+        local_rope_theta=local["rope_theta"],
+        local_rope_scaling=local["rope_scaling"],
         final_soft_cap=config.get("final_logit_softcapping") or 0.0,
-        **read_rope(config, config["head_dim"], theta=1e6, entry=entry),
+        **{**rope, "max_positions": min(rope["max_positions"], local["max_positions"])},
     )

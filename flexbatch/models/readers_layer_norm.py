@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.config_keys import Config, optional, read_activation, read_rope, read_sizes, read_tokens, refuse, required
+from flexbatch.models.config_keys import (
+    Config,
+    divided,
+    grouped,
+    optional,
+    read_activation,
+    read_sizes,
+    read_tokens,
+    refuse,
+    required,
+)
+from flexbatch.models.config_rope import read_rope
+from flexbatch.models.errors import CheckpointError
+from flexbatch.models.readers import partial, whole_heads
 
 
 def opt(config: Config) -> Arch:
@@ -55,11 +68,21 @@ def bloom(config: Config) -> Arch:
 def falcon(config: Config) -> Arch:
     """Its three shapes: multi-query with one norm, grouped heads with two norms, and ALiBi with or without parallel residual."""
     sizes = read_sizes(config)
-    heads, grouped, parallel = sizes["num_heads"], bool(config.get("new_decoder_architecture")), optional(config, "parallel_attn", True)
-    sizes["num_kv_heads"] = optional(config, "num_kv_heads", heads) if grouped else 1 if optional(config, "multi_query", True) else heads
-    sizes["head_dim"] = sizes["hidden_size"] // heads
+    heads, new, parallel = (
+        sizes["num_heads"],
+        bool(config.get("new_decoder_architecture")),
+        optional(config, "parallel_attn", True),
+    )
+    sizes["num_kv_heads"] = (
+        grouped(config, heads, "num_kv_heads") if new else 1 if optional(config, "multi_query", True) else heads
+    )
+    sizes["head_dim"] = divided(config, sizes["hidden_size"], heads)
     bias = bool(config.get("bias"))
-    rope = read_rope(config, sizes["head_dim"])
+    rope = (
+        {"max_positions": required(config, "max_position_embeddings")}
+        if config.get("alibi")
+        else whole_heads(config, sizes["head_dim"])
+    )
     return Arch(
         **sizes,
         **read_tokens(config),
@@ -75,7 +98,7 @@ def falcon(config: Config) -> Arch:
         mlp_bias=bias,
         activation=read_activation(config, "activation", default="gelu"),
         parallel_residual=parallel,
-        shared_norm=parallel and not (grouped and optional(config, "num_ln_in_parallel_attn", 2) == 2),
+        shared_norm=parallel and not (new and optional(config, "num_ln_in_parallel_attn", 2) == 2),
     )
 
 
@@ -113,6 +136,7 @@ def gpt_bigcode(config: Config) -> Arch:
 
 def gpt_neox(config: Config) -> Arch:
     sizes = read_sizes(config)
+    # These two names alone count beside the entry, whatever the others say.
     rope = read_rope(config, sizes["head_dim"], theta=optional(config, "rotary_emb_base", 10000.0), fraction=optional(config, "rotary_pct", 0.25))
     bias = optional(config, "attention_bias", True)
     return Arch(
@@ -134,6 +158,12 @@ def gpt_neox(config: Config) -> Arch:
 def gptj(config: Config) -> Arch:
     """GPT-J and CodeGen, which differ in how the file holds queries, keys and values."""
     sizes = read_sizes(config)
+    rotary = config.get("rotary_dim", 64)
+    if rotary is None or rotary % 2 or rotary > sizes["head_dim"]:
+        raise CheckpointError(
+            f"config.json: rotary_dim={rotary} must be an even number up to head_dim (n_embd / n_head) = "
+            f"{sizes['head_dim']}"
+        )
     return Arch(
         **sizes,
         **read_tokens(config),
@@ -141,7 +171,7 @@ def gptj(config: Config) -> Arch:
         max_positions=required(config, "n_positions", "max_position_embeddings"),
         norm="layer",
         norm_eps=optional(config, "layer_norm_epsilon", 1e-5),
-        rotary_dim=optional(config, "rotary_dim", 64),
+        rotary_dim=rotary,
         rope_interleaved=True,
         mlp="plain",
         mlp_bias=True,
@@ -158,7 +188,9 @@ def phi(config: Config) -> Arch:
     return Arch(
         **sizes,
         **read_tokens(config),
-        **read_rope(config, sizes["head_dim"], fraction=0.5),
+        **read_rope(
+            config, sizes["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5)
+        ),
         intermediate_size=required(config, "intermediate_size"),
         norm="layer",
         norm_eps=optional(config, "layer_norm_eps", 1e-5),
@@ -178,11 +210,11 @@ def starcoder2(config: Config) -> Arch:
     return Arch(
         **sizes,
         **read_tokens(config),
-        **read_rope(config, sizes["head_dim"]),
+        **whole_heads(config, sizes["head_dim"]),
         intermediate_size=required(config, "intermediate_size"),
         norm="layer",
         norm_eps=optional(config, "norm_epsilon", 1e-5),
-        sliding_window=optional(config, "sliding_window", 0),
+        sliding_window=config.get("sliding_window") or 0,
         qkv_bias=bias,
         output_bias=bias,
         mlp="plain",
@@ -197,7 +229,9 @@ def stablelm(config: Config) -> Arch:
     return Arch(
         **sizes,
         **read_tokens(config),
-        **read_rope(config, sizes["head_dim"], fraction=0.25),
+        **read_rope(
+            config, sizes["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.25)
+        ),
         intermediate_size=required(config, "intermediate_size"),
         norm="layer",
         norm_eps=optional(config, "layer_norm_eps", 1e-5),

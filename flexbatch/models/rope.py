@@ -37,11 +37,12 @@ def rope_tables(arch: Arch, device: torch.device | str = "cpu", dtype: torch.dty
     if arch.position != "rope":
         return None
     length = arch.max_positions if num_positions is None else num_positions
-    plain = _frequencies(arch.rope_theta, arch.rotary_dim)
-    cos, sin = _tables(*_scaled(plain, arch, length), length)
+    cos, sin = _tables(*_scaled(arch.rope_scaling, arch.rope_theta, arch.rotary_dim, length), length)
     local_cos, local_sin = cos, sin
     if arch.local_rope_theta is not None:
-        local_cos, local_sin = _tables(_frequencies(arch.local_rope_theta, arch.rotary_dim), 1.0, length)
+        local_cos, local_sin = _tables(
+            *_scaled(arch.local_rope_scaling, arch.local_rope_theta, arch.rotary_dim, length), length
+        )
     return RopeTables(*(table.to(device=device, dtype=dtype) for table in (cos, sin, local_cos, local_sin)))
 
 
@@ -55,35 +56,34 @@ def _tables(frequencies: Tensor, attention_factor: float, length: int) -> tuple[
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
-def _scaled(plain: Tensor, arch: Arch, length: int) -> tuple[Tensor, float]:
+def _scaled(scaling: RopeScaling | None, theta: float, dim: int, length: int) -> tuple[Tensor, float]:
     """Frequencies after the extension and the factor of the tables."""
-    scaling = arch.rope_scaling
+    plain = _frequencies(theta, dim)
     if scaling is None:
         return plain, 1.0
     if scaling.kind == "linear":
         return plain / scaling.factor, 1.0
     if scaling.kind == "dynamic":
-        return _dynamic(scaling, arch, length), 1.0
+        return _dynamic(scaling, theta, dim, length), 1.0
     if scaling.kind == "llama3":
         return _llama3(plain, scaling), 1.0
     if scaling.kind == "yarn":
-        return _yarn(scaling, arch)
+        return _yarn(scaling, theta, dim)
     if scaling.kind == "longrope":
         factors = torch.tensor(scaling.short_factor, dtype=torch.float32)
-        exponents = torch.arange(0, arch.rotary_dim, 2, dtype=torch.int64).float() / arch.rotary_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         attention_factor = scaling.attention_factor
         if attention_factor is None:
             attention_factor = 1.0 if scaling.factor <= 1 else math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_positions))
-        return 1.0 / (factors * arch.rope_theta**exponents), attention_factor
+        return 1.0 / (factors * theta**exponents), attention_factor
     raise ValueError(f"rope scaling {scaling.kind!r} is unknown; known: linear, dynamic, llama3, yarn, longrope")
 
 
-def _dynamic(scaling: RopeScaling, arch: Arch, length: int) -> Tensor:
+def _dynamic(scaling: RopeScaling, theta: float, dim: int, length: int) -> Tensor:
     """[length, pairs]: position p has the base of a sequence of p + 1 tokens (bloc97's NTK-aware scaling, dynamic variant)."""
-    dim = arch.rotary_dim
     seen = torch.arange(1, length + 1, dtype=torch.float32).clamp(min=scaling.original_positions)
     growth = (scaling.factor * seen / scaling.original_positions) - (scaling.factor - 1)
-    return _frequencies((arch.rope_theta * growth ** (dim / (dim - 2)))[:, None], dim)
+    return _frequencies((theta * growth ** (dim / (dim - 2)))[:, None], dim)
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
@@ -97,9 +97,8 @@ def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where((wavelength >= shortest) & (wavelength <= longest), between, stretched)
 
 
-def _yarn(scaling: RopeScaling, arch: Arch) -> tuple[Tensor, float]:
+def _yarn(scaling: RopeScaling, theta: float, dim: int) -> tuple[Tensor, float]:
     """Frequencies between interpolation and extrapolation by a linear ramp (Peng et al. 2023, "YaRN", section 3)."""
-    dim, theta = arch.rotary_dim, arch.rope_theta
 
     def pair_of(rotations: float) -> float:
         return dim * math.log(scaling.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))

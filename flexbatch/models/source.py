@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ CANDIDATES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mode
 
 
 REMAP_BYTES = 256 * 2**20
+COMPARED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, wanted an object")
@@ -93,12 +95,29 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
         del value
 
 
-def sample_rows(stored: StoredTensor, count: int = 64) -> Tensor:
-    """Up to ``count`` rows spread evenly over a tensor; reads only these."""
-    rows = sorted({(stored.shape[0] - 1) * i // max(count - 1, 1) for i in range(count)})
+def equal(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two stored tensors hold the same values in the same form; a few MB of them at a time."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    row_bytes = 8 * math.prod(first.shape[1:])
+    step = max(1, COMPARED_BYTES // max(1, row_bytes))
+    rows = first.shape[0] if first.shape else 0
+    if not rows:
+        return all(torch.equal(a, b) for a, b in zip(_whole(first), _whole(second), strict=True))
+    parts = [_sliceable(tensor) for tensor in (first, second)]
+    return all(
+        torch.equal(*(part[i : i + step].contiguous().view(torch.uint8) for part in parts))
+        for i in range(0, rows, step)
+    )
+
+
+def _whole(stored: StoredTensor) -> list[Tensor]:
+    return [value.view(torch.uint8) if value.dim() else value for _, value in read_tensors([stored])]
+
+
+def _sliceable(stored: StoredTensor) -> Any:
     handle = _open(stored.file)
-    part = handle[stored.name] if isinstance(handle, dict) else handle.get_slice(stored.name)
-    return torch.cat([part[row : row + 1] for row in rows])
+    return handle[stored.name] if isinstance(handle, dict) else handle.get_slice(stored.name)
 
 
 def _open(file: Path) -> Any:

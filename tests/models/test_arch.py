@@ -134,10 +134,10 @@ BAD_CONFIGS = {
     "no type": ({"model_type": None}, "model_type None is unknown"),
     "no size": ({"hidden_size": None}, "lacks hidden_size"),
     "activation": ({"hidden_act": "swoosh"}, "activation 'swoosh' is unknown; known: gelu"),
-    "heads": ({"num_key_value_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
+    "heads": ({"num_key_value_heads": 4}, "num_attention_heads=6 must be a multiple of num_key_value_heads=4"),
     "odd rotation": ({"head_dim": 9}, "rotary_dim=9 must be even"),
-    "negative": ({"num_hidden_layers": -1}, "num_layers=-1 must be at least 1"),
-    "text": ({"hidden_size": "big"}, "config.json of model_type 'llama'"),
+    "negative": ({"num_hidden_layers": -1}, "num_hidden_layers=-1 must be a whole number from 1 to 4,096"),
+    "text": ({"hidden_size": "big"}, "config.json: hidden_size='big' must be a whole number from 1 to 1,048,576"),
     "rope": ({"rope_parameters": {"rope_type": "spiral"}}, "rope scaling 'spiral' is unknown; known: linear"),
 }
 

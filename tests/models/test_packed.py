@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from flexbatch import LLM, SamplingParams
 from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
+from flexbatch.models.packed import Packing, read_packing, unpack
 from flexbatch.models.specs import weight_specs
 from tests.models.dense import DenseModel
 from tests.tiny_models import make_model, random_prompts
@@ -210,6 +211,84 @@ def test_other_quantisations_are_refused(tmp_path, quantization):
     configure(tmp_path, quantization_config=quantization)
     with pytest.raises(CheckpointError, match=rf"{tmp_path}: .* is not supported; supported: awq and gptq with 4 bits"):
         packed_pieces(tmp_path)
+
+
+@pytest.mark.parametrize(("method", "added"), [("awq", 0), ("gptq", 1), ("gptq_v2", 0)])
+def test_every_stored_zero_point_means_what_the_format_says(method, added):
+    """All 16 stored values and all 16 codes, by the published formula: the sum has four bits, like what is stored."""
+    codes, stored = torch.arange(16)[:, None].expand(16, 16), torch.arange(16)[None].contiguous()
+    scales = torch.linspace(0.5, 2, 16)[None].half()
+    words_of = {"awq": lambda: pack_outputs(codes.contiguous(), AWQ_ORDER)}.get(
+        method, lambda: words(codes.unflatten(0, (-1, 8)).movedim(1, -1))
+    )
+    tensors = {
+        "qweight": words_of(),
+        "qzeros": pack_outputs(stored, AWQ_ORDER if method == "awq" else range(8)),
+        "scales": scales,
+    }
+    packing = read_packing({"quantization_config": {**METHODS[method], "group_size": 16}})
+    packed, parameters = unpack(packing, tensors, "matrix")
+    found = QuantizedPiece(0, "o.weight", None, packed, parameters, 4, 16).dense(torch.float32).tensor
+    wanted = [[scales[0, n].item() * (k - (n + added) % 16) for k in range(16)] for n in range(16)]
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["checkpoint_format", "format", "version"])
+@pytest.mark.parametrize(
+    ("method", "spelling", "offset"),
+    [
+        ("gptq", "gptq", 1),
+        ("gptq", "GPTQ", 1),
+        ("gptq", "gptq_v2", 0),
+        ("gptq", "GPTQ_V2", 0),
+        ("awq", "gemm", 0),
+        ("awq", "GEMM", 0),
+    ]
+    + [
+        ("gptq", name, None)
+        for name in ("gemm", "marlin", "gptq-v2", "gptq_v3", "v2", "", " gptq", "bitblas", 1, 2, ["gptq"], True)
+    ]
+    + [("awq", name, None) for name in ("gptq", "gptq_v2", "gemv", "gemv_fast", "exllama", "llm-awq", "", 1)],
+)
+def test_every_spelling_of_a_layout_means_one_thing_or_is_refused(method, spelling, offset, key):
+    for quant_method in (method, method.upper()):
+        config = {"quantization_config": {"quant_method": quant_method, "bits": 4, "group_size": 32, key: spelling}}
+        if offset is None:
+            with pytest.raises(CheckpointError, match="quantization_config"):
+                read_packing(config)
+        else:
+            assert read_packing(config) == Packing(method, 32, offset)
+            assert (
+                read_packing(
+                    {"quantization_config": {**config["quantization_config"], "version": None, key: spelling}}
+                ).zero_offset
+                == offset
+            )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"bits": bits} for bits in (True, "4", 4.0, 3, None, [4])),
+        *({"group_size": group} for group in (0, -2, "128", 64.0, True, [32], 2**40)),
+        {"is_marlin_format": True},
+        {"is_marlin_format": "no"},
+        {"pack_dtype": "int64"},
+        {"checkpoint_format": "gptq", "format": "gptq_v2"},
+        {"bits": 4, "w_bit": 8},
+        {"group_size": 32, "q_group_size": 64},
+    ],
+    ids=str,
+)
+def test_what_the_packing_cannot_be_is_refused(change):
+    with pytest.raises(CheckpointError, match="quantization_config"):
+        read_packing({"quantization_config": {**METHODS["gptq"], **change}})
+
+
+@pytest.mark.parametrize("value", [[1], "gptq", 4, True])
+def test_a_quantization_config_is_an_object(value):
+    with pytest.raises(CheckpointError, match=r"quantization_config=.* must be an object"):
+        read_packing({"quantization_config": value})
 
 
 def test_other_layouts_are_refused(tmp_path):

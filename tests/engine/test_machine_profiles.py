@@ -1,0 +1,127 @@
+"""Profiles that cannot be used: the machine's own is measured again, a named one is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from flexbatch import machines
+from flexbatch.config import ConfigurationError
+from flexbatch.machines import named, this_machine  # as it is, without the stand-in that tests have otherwise
+from flexbatch.policy.profile import cache_path, cached
+from flexbatch.policy.rates import Hardware, load_hardware, write_hardware
+
+GOOD = json.loads(load_hardware("cpu").to_json())
+CURVE = {"points": [1, 4], "values": [1e9, 2e9]}
+BAD = {
+    "nothing": "",
+    "half": json.dumps(GOOD)[: len(json.dumps(GOOD)) // 2],
+    "zeros": "\0" * 4096,
+    "no text": b"\xff\xfe\x00",
+    "a list": "[1, 2]",
+    "a number": "7",
+    "null": "null",
+    "deep": "[" * 100_000,
+    "an older version": json.dumps({key: value for key, value in GOOD.items() if key != "gather"}),
+    "a newer version": json.dumps({**GOOD, "warp_drive": 9}),
+    **{
+        f"{name}={value}": json.dumps({**GOOD, name: value})
+        for name in ("h2d", "gpu_memory_bytes")
+        for value in (float("nan"), float("inf"), -1, "9", None, True, [1])
+    },
+    "no rate": json.dumps({**GOOD, "disk_read": 0}),
+    "negative cost": json.dumps({**GOOD, "pass_seconds": -1e-6}),
+    "infinite cost": json.dumps({**GOOD, "pass_seconds": float("inf")}),
+    **{
+        f"curve {number}": json.dumps({**GOOD, "gemm": {**CURVE, **change}})
+        for number, change in enumerate(
+            (
+                {"values": [1e9, float("nan")]},
+                {"values": [1e9]},
+                {"values": [1e9, -1]},
+                {"points": [4, 1]},
+                {"points": []},
+                {"points": None},
+                {"values": ["a", 1]},
+            )
+        )
+    },
+    "no curve": json.dumps({**GOOD, "gemm": 1e9}),
+    "device": json.dumps({**GOOD, "device": "abacus"}),
+    "name": json.dumps({**GOOD, "name": 5}),
+}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Counts measurements, which take a moment and not seconds."""
+    calls = []
+
+    def measure(device, disk_folder, overrides=None):
+        calls.append(device)
+        return load_hardware("cpu")
+
+    monkeypatch.setattr("flexbatch.policy.profile.measure", measure)
+    monkeypatch.setattr("flexbatch.kernel_rates.kernel_rates", lambda device: {})
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    return calls
+
+
+def profile(folder, text):
+    path = cache_path(folder, "cpu", folder)
+    path.write_bytes(text) if isinstance(text, bytes) else path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_profile_that_cannot_be_used_is_measured_again_with_a_line(kind, tmp_path, measured, caplog):
+    caplog.set_level(logging.INFO, "flexbatch")
+    path = profile(tmp_path, BAD[kind])
+    assert this_machine(torch.device("cpu"), tmp_path, tmp_path) == load_hardware("cpu")
+    assert len(measured) == 1 and f"the profile of this machine, {path}, cannot be used and is made anew" in caplog.text
+    assert this_machine(torch.device("cpu"), tmp_path, tmp_path) == load_hardware("cpu")
+    assert len(measured) == 1, "and then read"
+    profile(tmp_path, BAD[kind])
+    cached(tmp_path, "cpu", tmp_path)
+    assert len(measured) == 2
+    assert [file.name for file in tmp_path.iterdir()] == [path.name], "no temporary files stay"
+
+
+@pytest.mark.parametrize("kind", ["half", "an older version", "h2d=nan", "no rate"])
+def test_where_nothing_is_measured_a_shipped_machine_serves(kind, tmp_path, measured, caplog):
+    profile(tmp_path, BAD[kind])
+    assert this_machine(torch.device("cpu"), tmp_path, tmp_path, measure=False) == load_hardware("cpu")
+    assert not measured and "cannot be used" in caplog.text and "planned with the shipped cpu.json" in caplog.text
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_named_profile_that_cannot_be_used_is_refused_by_its_name(kind, tmp_path):
+    path = profile(tmp_path, BAD[kind])
+    with pytest.raises(ConfigurationError, match=f"--hardware {path}: "):
+        named(str(path))
+
+
+def test_errors_name_the_field():
+    for change, message in (
+        ({"h2d": float("nan")}, "h2d=nan must be a finite, positive number"),
+        ({"gemm": {"points": [1], "values": [0]}}, "gemm: a curve"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Hardware.from_json(json.dumps({**GOOD, **change}))
+
+
+def test_a_profile_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "machine.json"
+    write_hardware(load_hardware("cpu"), path)
+    before = path.read_text()
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_hardware(load_hardware("t4"), path)
+    assert path.read_text() == before and [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_profiles_lie_in_an_absolute_folder():
+    assert machines.default_profile_dir().is_absolute()
