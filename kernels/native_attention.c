@@ -11,10 +11,12 @@
 
 static int is_few(const span_t *s) { return s->queries * s->heads_per_group < LANES; }
 
-/* Leave out keys after the item's last query token and before the window of its first one. No key at all is possible in a partial result. */
+/* Leave out keys after the item's last query token and before the window of its shallowest one. No key at all is possible in a partial result.
+ * In a tree slots say nothing about order: all its keys stay. */
 static void narrow(const attention_t *a, const span_t *s, item_t *item) {
-    const int32_t seen = s->prefix + (item->row_end - 1) / s->heads_per_group + 1;
-    const int64_t start = a->window ? s->prefix + item->row_begin / s->heads_per_group - a->window + 1 : 0;
+    const int32_t seen = a->tree_masks ? s->context : s->prefix + (item->row_end - 1) / s->heads_per_group + 1;
+    int64_t start = a->window ? (int64_t)places_of(a, s, item).low - a->window + 1 : 0;
+    if (a->tree_masks && start > s->prefix) start = s->prefix;
     if (item->key_end > seen) item->key_end = seen;
     if (item->key_begin < start) item->key_begin = (int32_t)start;
     if (item->key_end < item->key_begin) item->key_end = item->key_begin;
@@ -42,7 +44,7 @@ static int64_t share_out(const attention_t *a, int32_t sequence, item_t *items, 
             for (int32_t row = 0; row < rows; row += TILE, count++) {
                 if (!items) continue;
                 item_t item = {sequence, head, head + heads, row, row + TILE < rows ? row + TILE : rows, first, last, step < s.context ? *partial : -1};
-                if (!a->tree_masks) narrow(a, &s, &item);
+                narrow(a, &s, &item);
                 items[count] = item;
             }
         if (step < s.context) *partial += s.queries * a->num_heads * (a->cache.head_dim + 2);

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.kernels import native, reference
+from tests.kernels.cases import assert_same_rows, awkward
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
@@ -30,6 +31,24 @@ def test_append_rows_bit_for_bit(tokens, heads, head_dim, bits, group, dtype, si
     reference.append_rows(wanted, slots, key, value, bits, group)
     native.append_rows(got, slots, key, value, bits, group)
     assert torch.equal(got, wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_append_rows_of_what_arithmetic_treats_apart(dtype, bits):
+    """A NaN stays one, wherever in its group it is; so do infinities, zeros and the smallest numbers."""
+    for seed, (heads, head_dim, group) in enumerate([(2, 64, 16), (1, 33, 8), (3, 20, 64), (2, 7, 1)] * 6):
+        key, value = (awkward(dtype, (8, heads, head_dim), group, 2 * seed + side) for side in range(2))
+        row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
+        wanted = torch.zeros((9, 2, heads, head_dim), dtype=dtype) if bits == 16 else torch.zeros((9, row_bytes), dtype=torch.uint8)
+        got, slots = wanted.clone(), torch.randperm(9)[:8]
+        reference.append_rows(wanted, slots, key, value, bits, group)
+        native.append_rows(got, slots, key, value, bits, group)
+        assert_same_rows(got, wanted, heads, head_dim, bits, group, dtype)
+        back = torch.stack(reference.unpack_rows(got[slots], heads, head_dim, bits, group, dtype))
+        lost = torch.stack([key, value]).isnan()
+        assert back[lost].isnan().all()
 
 
 @needs_compiler
