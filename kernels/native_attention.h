@@ -8,7 +8,7 @@
 
 #define KEYS 32          /* keys taken together */
 #define TILE 64          /* query rows of one tile */
-#define SPLIT_ELEMENTS (1 << 19) /* of keys and values in one item when a context is cut, within KEYS * 2 and SPLIT_KEYS keys */
+#define SPLIT_ELEMENTS (1 << 19) /* of keys and values of its heads in one item when a context is cut, within KEYS * 2 and SPLIT_KEYS keys */
 #define SPLIT_KEYS 512
 #define SPLIT_QUERIES 32 /* sequences with more query tokens have enough tiles to share out */
 
@@ -24,7 +24,7 @@ typedef struct {
 
 typedef struct { /* rows [row_begin, row_end) of heads [head_begin, head_end) against keys [key_begin, key_end); row = query * group + g */
     int32_t sequence, head_begin, head_end, row_begin, row_end, key_begin, key_end;
-    int64_t partial; /* where in the partial results, in floats; -1: the item has all keys and writes the result */
+    int64_t partial; /* where in the partial results of its sequence, in floats; -1: the item has all keys and writes the result */
 } item_t;
 
 typedef struct { /* what the inner loops need of the item's sequence */

@@ -21,6 +21,7 @@ from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import CacheSizes, KVCache
 from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
@@ -103,17 +104,22 @@ class DraftModel:
         self.cache: KVCache | None = None
         self.executor: Executor | None = None
         self.host_buffers: HostBuffers | None = None
+        self.rotary: Rotary | None = None
 
-    def open_block(self, num_pages: int) -> None:
-        """Make room for sequences that together need ``num_pages`` pages."""
-        if num_pages <= self.num_pages:
+    def open_block(self, num_pages: int, positions: int) -> None:
+        """Make room for sequences that together need ``num_pages`` pages, and reach so many positions with their trees."""
+        if num_pages <= self.num_pages and self.executor is not None:
+            self.executor.reach(positions)
             return
         self.close_block()
         arch, dtype = self.arch, self.layout.dtype
         self.cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), self.tiers, self.lanes)
         activations = ActivationStore(Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, self.tiers, self.lanes)
         self.host_buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, self.tiers.cpu, self.lanes)
-        self.executor = Executor(arch, self.weights, self.cache, activations, self.lanes, self.host_buffers, dtype, True, LOGITS_BLOCK_BYTES)
+        self.rotary = Rotary(arch, positions, dtype, self.tiers.gpu)
+        self.executor = Executor(
+            arch, self.weights, self.cache, activations, self.lanes, self.host_buffers, self.rotary, dtype, True, LOGITS_BLOCK_BYTES
+        )
         self.num_pages = num_pages
 
     # Drafting
@@ -157,7 +163,7 @@ class DraftModel:
     def reaches(self, sequence: Sequence, plan: TreePlan) -> bool:
         """Whether the draft's context, which may be shorter than the target's, holds the sequence and a tree, and its cache has room for it: a stream may
         bring requests that are longer than those that the cache was sized for."""
-        if len(sequence.token_ids) + plan.max_depth > self.arch.max_positions:
+        if self.rotary is None or len(sequence.token_ids) + plan.max_depth > self.rotary.num_positions:
             return False
         return sequence in self.followed or (self.cache is not None and self.cache.can_open("gpu", self.room(sequence)))
 
@@ -256,6 +262,8 @@ class DraftModel:
         """Invariants: what is known to be committed is; no table holds more than it has pages for."""
         if self.cache is not None:
             self.cache.check()
+        if self.rotary is not None:
+            self.rotary.check()
         for sequence, followed in self.followed.items():
             assert followed.cached[: followed.num_known] == sequence.token_ids[: followed.num_known], "the draft's cache does not follow the text"
             assert len(followed.cached) <= len(followed.sequence.table.pages) * self.layout.page_tokens
@@ -265,7 +273,9 @@ class DraftModel:
         if self.cache is not None and self.host_buffers is not None:
             self.cache.close()
             self.host_buffers.close()
-        self.cache = self.executor = self.host_buffers = None
+        if self.rotary is not None:
+            self.rotary.close()
+        self.cache = self.executor = self.host_buffers = self.rotary = None
         self.num_pages = 0
 
     def close(self) -> None:
