@@ -53,6 +53,7 @@ def random_settings(rng: random.Random, drafts: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seeds", [range(2), *(pytest.param(range(i, i + PART), marks=pytest.mark.slow) for i in range(0, WHOLE, PART))], ids=str)
 def test_tokens_are_those_of_plain_decoding(seeds, folders, tmp_path):
+    differing, drafted = [], 0
     for seed in seeds:
         rng = random.Random(seed)
         family, window = rng.choice(FAMILIES), rng.choice(WINDOWS)
@@ -65,6 +66,8 @@ def test_tokens_are_those_of_plain_decoding(seeds, folders, tmp_path):
             plain = [completion.token_ids for completion in llm.generate(prompts, params)]
         with LLM(drafts[0], **common, **settings) as llm:
             found = [completion.token_ids for completion in llm.generate(prompts, params)]
-            drafted = llm.report()["speculation"]["drafted_tokens"]
-        assert found == plain, (seed, family, window, settings)
-        assert drafted, (seed, settings)
+            drafted += llm.report()["speculation"]["drafted_tokens"]
+        if found != plain:
+            differing.append((seed, family, window, settings))
+    assert not differing
+    assert drafted > 10 * len(seeds), "trees were tried"
