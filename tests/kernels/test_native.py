@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexbatch.kernels import native, reference
-from tests.kernels.cases import assert_same_rows, awkward
+from flexbatch.kernels.native_sizes import workspace_bytes
+from tests.kernels.cases import Case, assert_same_rows, awkward
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
@@ -97,3 +99,40 @@ def test_an_unwritable_cache_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(native.BuildError, match=r"file/cache.*make it writable"):
         native.build(tmp_path / "file" / "cache")
+
+
+class Workspaces(TorchDispatchMode):
+    """Sizes of the byte tensors that calls make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.uint8:
+            self.sizes.append(result.numel())
+        return result
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=6), st.integers(1, 8), st.integers(1, 9), st.integers(1, 140),
+    st.integers(1, 5), st.sampled_from([0, 50]),
+)  # fmt: skip
+def test_a_call_takes_no_more_than_is_planned_for_it(lengths, kv_heads, group, head_dim, threads, window):
+    queries = [max(1, count) if i == 0 else count for i, (count, _) in enumerate(lengths)]
+    contexts = [max(1, count) + prefix for count, (_, prefix) in zip(queries, lengths, strict=True)]
+    (query, rows, *places), options = Case(tuple(queries), tuple(contexts), kv_heads * group, kv_heads, head_dim, window=window).build()
+    with Workspaces() as seen:
+        native.paged_attention(query, rows, *places, **options, threads=threads)
+    planned = workspace_bytes(kv_heads * group, kv_heads, head_dim, len(queries), sum(queries), max(queries), max(contexts), threads)
+    assert seen.sizes[-1] <= planned
+
+
+def test_what_many_sequences_take_is_bounded_by_the_threads():
+    """32 heads of 128 elements, trees of 32 nodes over 2,048 keys: 16.6 MiB of partial results for each of them once, and for all at the same time."""
+    sizes = [workspace_bytes(32, 32, 128, sequences, 32 * sequences, 32, 2048, 4) for sequences in (1, 5, 64)]
+    assert sizes[0] < 6 << 20 and sizes[2] - sizes[1] < 59 * 32 * 1024
+    assert sizes[2] < 2 * workspace_bytes(32, 32, 128, 64, 64, 1, 2048, 4) + (16 << 20)
