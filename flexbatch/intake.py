@@ -40,12 +40,12 @@ def is_prompt(parts: str | Sequence[Any]) -> bool:
     return isinstance(parts, str) or (len(parts) > 0 and all(isinstance(part, Integral | Mapping) for part in parts))
 
 
-def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:
-    """The n requests of one prompt. Raises PromptError."""
+def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> Iterator[Request]:
+    """The n requests of one prompt, made as they are asked for. Raises PromptError, at once."""
     encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
     text = prompt if isinstance(prompt, str) else None
-    return [Request(index, token_ids, params, sample, text) for sample in range(params.n)]
+    return (Request(index, token_ids, params, sample, text) for sample in range(params.n))
 
 
 def candidates_of(requests: Iterable[Request], tokenizer: Any, arch: Arch, engine_seed: int) -> Iterator[Candidate]:
