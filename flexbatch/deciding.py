@@ -144,7 +144,13 @@ class Decisions:
 
     def needs(self, sizes: BlockSizes) -> list[Need]:
         """Bytes by tier and purpose of the loaded weights and a block of these sizes."""
-        return self._needs(self.weight_plan, self.policy, sizes)
+        rows = self._needs(self.weight_plan, self.policy, sizes)
+        return rows + planning.graph_needs(self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.device.type == "cuda")
+
+    def num_graphs(self, sizes: BlockSizes) -> int:
+        """CUDA graphs that are kept beside a block of these sizes."""
+        rows = self._needs(self.weight_plan, self.policy, sizes)
+        return planning.num_graphs(self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.device.type == "cuda")
 
     def needs_of(self, policy: Policy, job: Job) -> list[Need]:
         """Exact needs of a job under any policy."""
@@ -154,8 +160,8 @@ class Decisions:
 
     def _needs(self, weight_plan: WeightPlan, policy: Policy, sizes: BlockSizes) -> list[Need]:
         layout = planning.cache_layout(self.arch, policy.cache_bits, self.dtype)
-        drafts = self.speculation.needs(sizes.sequence_tokens) if self.speculation else []
-        return planning.needs(weight_plan, policy, layout, sizes, self.dtype, self.device.type == "cuda") + drafts
+        drafts = self.speculation.needs(sizes.sequence_tokens, self.device.type == "cuda") if self.speculation else []
+        return planning.needs(weight_plan, policy, layout, sizes, self.dtype, self.device.type == "cuda", torch.get_num_threads()) + drafts
 
     def _weight_plan(self, policy: Policy) -> WeightPlan:
         bits = self.config.weight_bits if self._packed else policy.weight_bits

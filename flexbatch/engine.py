@@ -8,7 +8,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from flexbatch import adapting, growing
 from flexbatch.block import Block, make_block
 from flexbatch.checks import check_keywords
+from flexbatch.choosing import overshoot
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.deciding import Decisions
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
@@ -256,12 +257,23 @@ class LLM:
         if decided.speculation is not None and self.speculator is not None:
             check_budgets(decided.needs(sizes), decided.budgets)
             decided.speculation.open_block(self.speculator, sizes.sequence_tokens)
-        if self.block is not None and self.block.suits(self.policy, sizes):
+        if self.block is not None and self.block.suits(self.policy, sizes) and self._reach(sizes.longest):
             return self.block
         self._close_block()
         check_budgets(decided.needs(sizes), decided.budgets)
         self.block = make_block(decided, sizes, self.weights, self.tiers, self.lanes)
         return self.block
+
+    def _reach(self, longest: int) -> bool:
+        """Whether the block takes sequences of so many tokens: where its pages do and its tables do not, these grow, as far as the budgets go."""
+        assert self.block is not None
+        if longest <= self.block.sizes.longest:
+            return True
+        sizes = replace(self.block.sizes, longest=longest)
+        if overshoot(self.decided.needs(sizes), self.decided.budgets):
+            return False
+        self.block.reach(sizes)
+        return True
 
     @torch.inference_mode()
     def _run(
@@ -272,7 +284,7 @@ class LLM:
         proposer = self.speculator if speculate else None
         block = self._prepare(job)
         while True:
-            batcher = Batcher(self.policy, block.cache, candidates, block.sizes.max_micro_batch_tokens, proposer, self._refusal)
+            batcher = Batcher(self.policy, block.cache, candidates, block.sizes.max_micro_batch_tokens, proposer, self._refusal, self._reach)
             yield from self._run_block(block, batcher, proposer, on_tokens)
             if not batcher.outgrown:
                 return

@@ -30,6 +30,7 @@ from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.loading import Loader
+from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Pool, Tiers
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weight_plan import plan_weights
@@ -105,7 +106,7 @@ def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype
         stack.callback(activations.close)
         buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
         stack.callback(buffers.close)
-        yield Executor(arch, weights, cache, activations, lanes, buffers, dtype, policy.overlap), cache, tokens
+        yield Executor(arch, weights, cache, activations, lanes, buffers, Rotary(arch, job.longest, dtype, tiers.gpu), dtype, policy.overlap), cache, tokens
 
 
 def run_passes(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS) -> list[float]:

@@ -83,13 +83,14 @@ class Defaults:
         return params
 
 
-def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> list[Request]:
-    """The n requests of one prompt, with a number for ``max_tokens``. Raises PromptError."""
+def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> Iterator[Request]:
+    """The n requests of one prompt, made as they are asked for, with a number for ``max_tokens``. Raises PromptError,
+    at once."""
     encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
-    params = params.within(encoder.room(token_ids))
+    limited = params.within(encoder.room(token_ids))
     text = plain_prompt(index, prompt).text
-    return [Request(index, token_ids, params, sample, text) for sample in range(params.n)]
+    return (Request(index, token_ids, limited, sample, text) for sample in range(limited.n))
 
 
 def candidates_of(requests: Iterable[Request], tokenizer: Any, arch: Arch, engine_seed: int) -> Iterator[Candidate]:

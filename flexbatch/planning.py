@@ -11,10 +11,13 @@ import torch
 
 from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
 from flexbatch.execution.executor import LOGITS_BLOCK_BYTES
+from flexbatch.execution.graphs import MAX_GRAPHS, MAX_SEQUENCES, bucket_of, graph_bytes
 from flexbatch.execution.inputs import CPU_ATTENTION_MAX_TREE_TOKENS
+from flexbatch.kernels.native_sizes import workspace_bytes
 from flexbatch.memory.files import align
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.rotary import table_bytes
 from flexbatch.memory.tiers import Need
 from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan
@@ -143,7 +146,7 @@ def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
     return policy.gpu_batch_size * (1 + max_query_nodes) + max(policy.chunk, prompts)
 
 
-def workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
+def pass_workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
     """Intermediate results of one tick: hidden states, projections, MLP, and one block of logits with what sampling makes of them."""
     logits = logits_bytes(logits_block_bytes(arch, policy, max_query_nodes) // 4)
     return micro_batch_tokens(policy, max_query_nodes) * arch.workspace_elements * dtype.itemsize + int(logits)
@@ -166,6 +169,10 @@ class BlockSizes:
     """Nodes of the largest token tree."""
     sequence_tokens: tuple[int, ...] = ()
     """Token rows of the longest requests, one per sequence of the block."""
+    longest: int = 1
+    """Positions that a sequence may reach."""
+    attended_sequences: int = 0
+    """Sequences of a micro-batch whose cache the CPU attends, at most."""
 
 
 def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: int = 0) -> BlockSizes:
@@ -190,12 +197,22 @@ def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: 
         tail_tokens=2 * layout.page_tokens + max_query_nodes if on_disk else 0,
     )
     tokens = micro_batch_tokens(policy, max_query_nodes)
-    attended = off_gpu * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1) if policy.cpu_attention > 0 else 0
-    return BlockSizes(cache, tokens, attended, max_query_nodes, sequence_tokens)
+    attended = off_gpu if policy.cpu_attention > 0 else 0
+    attended_tokens = attended * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1)
+    return BlockSizes(cache, tokens, attended_tokens, max_query_nodes, sequence_tokens, max(sequence_tokens, default=1), attended)
 
 
-def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSizes, dtype: torch.dtype, cuda: bool) -> list[Need]:
-    """What needs how much on which tier: the table of `check_budgets` and of the report."""
+def attention_workspace_bytes(arch: Arch, policy: Policy, sizes: BlockSizes, threads: int, device: str) -> int:
+    """What compiled attention takes beside its tensors: of the CPU's share (``device`` "cpu"), or of everything on a machine without a GPU ("gpu")."""
+    nodes, keys = sizes.max_query_nodes, sizes.longest + sizes.max_query_nodes
+    sequences, tokens, queries = policy.gpu_batch_size, sizes.max_micro_batch_tokens, sizes.max_micro_batch_tokens
+    if device == "cpu":
+        sequences, tokens, queries = sizes.attended_sequences, sizes.max_cpu_attention_tokens, min(CPU_ATTENTION_MAX_TREE_TOKENS, nodes + 1)
+    return workspace_bytes(arch.num_heads, arch.num_kv_heads, arch.head_dim, sequences, tokens, queries, keys, threads)
+
+
+def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSizes, dtype: torch.dtype, cuda: bool, threads: int = 1) -> list[Need]:
+    """What needs how much on which tier: the table of `check_budgets` and of the report. threads: of attention on the CPU."""
     arch, cache = plan.arch, sizes.cache
     expansion = plan.expansion_bytes("pre") + plan.expansion_bytes("post")
     disk_slab = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
@@ -218,7 +235,10 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
         Need("activations", "gpu", activation if policy.activations.gpu > 0 else 0),
         Need("activations", "cpu", policy.num_gpu_batches * host_rows if off_gpu > 0 else 0),
         Need("activations", "disk", policy.num_gpu_batches * align(host_rows) if policy.activations.disk > 0 else 0),
-        Need("workspace", "gpu", workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
+        Need("rotary tables", "gpu", table_bytes(arch, sizes.longest, dtype)),
+        Need("workspace", "gpu", pass_workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
+        Need("attention workspace", "gpu", 0 if cuda else attention_workspace_bytes(arch, policy, sizes, threads, "gpu")),
+        Need("attention workspace", "cpu", attention_workspace_bytes(arch, policy, sizes, threads, "cpu")),
     ]
     if cuda:
         rows += [
@@ -227,3 +247,28 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
             Need("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]
     return [row for row in rows if row.num_bytes]
+
+
+def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes) -> int:
+    return graph_bytes(arch.num_layers, arch.hidden_size * layout.dtype.itemsize, policy.gpu_batch_size, sizes.longest, layout.page_tokens)
+
+
+def graph_pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
+    """Intermediate results of the largest decode pass: graphs share them, and nothing else does."""
+    return bucket_of(min(policy.gpu_batch_size, MAX_SEQUENCES)) * arch.workspace_elements * layout.dtype.itemsize
+
+
+def num_graphs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[Need], budget: int, cuda: bool) -> int:
+    """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its ``rows`` leave of the gpu tier's budget."""
+    resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
+    if not (cuda and resident and policy.overlap):
+        return 0
+    left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - graph_pool_bytes(arch, policy, layout)
+    return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))
+
+
+def graph_needs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[Need], budget: int, cuda: bool) -> list[Need]:
+    """The row of the decode graphs, where there are any."""
+    count = num_graphs(arch, policy, layout, sizes, rows, budget, cuda)
+    size = count * one_graph_bytes(arch, policy, layout, sizes) + graph_pool_bytes(arch, policy, layout)
+    return [Need(f"decode graphs ({count})", "gpu", size)] if count else []

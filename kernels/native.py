@@ -127,7 +127,10 @@ def library(cache_folder: Path | None = None) -> ctypes.CDLL | None:
     except (BuildError, OSError) as error:
         warnings.warn(f"CPU attention runs in plain torch, several times slower: {error}", RuntimeWarning, stacklevel=2)
         return None
-    loaded.flexbatch_paged_attention.argtypes = [ctypes.POINTER(_Attention)]
+    loaded.flexbatch_attention_bytes.argtypes = [ctypes.POINTER(_Attention)]
+    loaded.flexbatch_attention_bytes.restype = ctypes.c_int64
+    loaded.flexbatch_paged_attention.argtypes = [ctypes.POINTER(_Attention), ctypes.c_void_p]
+    loaded.flexbatch_paged_attention.restype = None
     loaded.flexbatch_append_rows.argtypes = [ctypes.POINTER(_Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4]
     return loaded
 
@@ -167,7 +170,7 @@ def paged_attention(
     threads: int = 0,
 ) -> Tensor:
     """`reference.paged_attention` on ``threads`` processor threads (0: torch's number), which meet once: each meeting of 16 sleeping threads costs 50 to 100
-    microseconds, so that queries and results are converted where they are used. Raises MemoryError."""
+    microseconds, so that queries and results are converted where they are used."""
     loaded = library()
     assert loaded is not None, "no compiled kernels on this machine"
     assert tree_masks is None or positions is not None, "a tree needs the depth of every query token"
@@ -183,8 +186,9 @@ def paged_attention(
         page_table.shape[0], page_table.shape[1], num_heads, page_tokens, 0 if tree_masks is None else tree_masks.shape[1],
         window, threads or torch.get_num_threads(), scale, soft_cap, alibi_scale,
     )  # fmt: skip
-    if loaded.flexbatch_paged_attention(ctypes.byref(attention)):
-        raise MemoryError(f"no memory for the work list of CPU attention over {page_table.shape[0]} sequences")
+    # torch's allocator aligns to 64 bytes on the CPU.
+    workspace = torch.empty(loaded.flexbatch_attention_bytes(ctypes.byref(attention)), dtype=torch.uint8)
+    loaded.flexbatch_paged_attention(ctypes.byref(attention), workspace.data_ptr())
     return result
 
 

@@ -21,14 +21,17 @@ static void quantize_head(const cache_t *c, const float *x, uint8_t *codes, char
     for (int64_t begin = 0, g = 0; begin < c->head_dim; begin += c->group, g++) {
         const int64_t end = begin + c->group < c->head_dim ? begin + c->group : c->head_dim;
         float low = x[begin], high = x[begin];
+        int numbers = 1;
         for (int64_t i = begin; i < end; i++) {
             low = x[i] < low ? x[i] : low;
             high = x[i] > high ? x[i] : high;
+            numbers &= x[i] == x[i];
         }
-        const float minimum = put(parameters + (2 * g + 1) * width, low, c->dtype);
-        const float range = (high - minimum) / levels, step = put(parameters + 2 * g * width, range < 0 ? 0.0f : range, c->dtype);
+        /* A comparison passes over a NaN; + 0 makes one zero of two, whichever came first. */
+        const float minimum = put(parameters + (2 * g + 1) * width, numbers ? low + 0.0f : NAN, c->dtype);
+        const float range = (high + 0.0f - minimum) / levels, step = put(parameters + 2 * g * width, range < 0 ? 0.0f : range, c->dtype);
         for (int64_t i = begin; i < end; i++) {
-            float code = step > 0 ? rintf((x[i] - minimum) / step) : 0.0f;
+            float code = step > 0 && step < INFINITY ? rintf((x[i] - minimum) / step) : 0.0f;
             const uint8_t byte = (uint8_t)(code < 0 ? 0.0f : code > levels ? levels : code);
             if (c->bits == 8) codes[i] = byte;
             else codes[i / 2] |= (uint8_t)(byte << (i % 2 * 4));

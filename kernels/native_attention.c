@@ -5,47 +5,53 @@
  * many rows is limited by arithmetic: a tile of rows lies across the vector lanes, so keys and values are read as scalars, nothing is
  * transposed and the softmax needs no reduction across lanes. Contexts of few query tokens are cut at fixed places, whatever
  * the number of threads and whatever else is in the batch: a sequence's result depends on its own keys alone. */
-#include <stdlib.h>
-
 #include "native_attention.h"
 
 static int is_few(const span_t *s) { return s->queries * s->heads_per_group < LANES; }
 
-/* Leave out keys after the item's last query token and before the window of its first one. No key at all is possible in a partial result. */
+/* Leave out keys after the item's last query token and before the window of its shallowest one. No key at all is possible in a partial result.
+ * In a tree slots say nothing about order: all its keys stay. */
 static void narrow(const attention_t *a, const span_t *s, item_t *item) {
-    const int32_t seen = s->prefix + (item->row_end - 1) / s->heads_per_group + 1;
-    const int64_t start = a->window ? s->prefix + item->row_begin / s->heads_per_group - a->window + 1 : 0;
+    const int32_t seen = a->tree_masks ? s->context : s->prefix + (item->row_end - 1) / s->heads_per_group + 1;
+    int64_t start = a->window ? (int64_t)places_of(a, s, item).low - a->window + 1 : 0;
+    if (a->tree_masks && start > s->prefix) start = s->prefix;
     if (item->key_end > seen) item->key_end = seen;
     if (item->key_begin < start) item->key_begin = (int32_t)start;
     if (item->key_end < item->key_begin) item->key_end = item->key_begin;
 }
 
 /* Keys of one item of a cut context: a millisecond's tenth of work for a thread (a megabyte at 16 bits). With whole contexts of 512 keys three sequences
- * kept three of 16 threads busy, and 17 items took as long as 32 (0.7 ms each on an H200's host, OPT-13B). */
-static int32_t split_keys(const attention_t *a) {
-    const int64_t keys = round_up(SPLIT_ELEMENTS / (2 * a->cache.num_kv_heads * a->cache.head_dim), KEYS);
+ * kept three of 16 threads busy, and 17 items took as long as 32 (0.7 ms each on an H200's host, OPT-13B). An item of many rows has one head, and the more
+ * keys for that: partial results of a tree of 32 nodes and 2,048 keys took 16.6 MiB where 2.1 do. */
+static int32_t split_keys(const attention_t *a, const span_t *s) {
+    const int64_t heads = is_few(s) ? a->cache.num_kv_heads : 1, keys = round_up(SPLIT_ELEMENTS / (2 * heads * a->cache.head_dim), KEYS);
     return (int32_t)(keys < 2 * KEYS ? 2 * KEYS : keys > SPLIT_KEYS ? SPLIT_KEYS : keys);
 }
 
-static int is_cut(const attention_t *a, const span_t *s) { return s->queries <= SPLIT_QUERIES && s->context > split_keys(a); }
+static int is_cut(const attention_t *a, const span_t *s) { return s->queries > 0 && s->queries <= SPLIT_QUERIES && s->context > split_keys(a, s); }
 
-/* Items of one sequence into `items` (null: only counted); `partial` moves on by what its partial results take. */
-static int64_t share_out(const attention_t *a, int32_t sequence, item_t *items, int64_t *partial) {
+static int64_t num_parts(const attention_t *a, const span_t *s) { return (s->context + split_keys(a, s) - 1) / split_keys(a, s); }
+
+/* Floats of one part's partial results: values, maximum and sum of every row. */
+static int64_t part_floats(const attention_t *a, const span_t *s) { return s->queries * a->num_heads * (a->cache.head_dim + 2); }
+
+/* Items of one sequence into `items` (null: only counted). */
+static int64_t share_out(const attention_t *a, int32_t sequence, item_t *items) {
     const span_t s = span_of(a, sequence);
     const int32_t rows = s.queries * s.heads_per_group, kv_heads = (int32_t)a->cache.num_kv_heads, heads = is_few(&s) ? kv_heads : 1;
-    const int32_t step = is_cut(a, &s) ? split_keys(a) : s.context;
-    int64_t count = 0;
+    const int cut = is_cut(a, &s);
+    const int32_t step = cut ? split_keys(a, &s) : s.context;
+    int64_t count = 0, partial = 0;
     if (s.queries <= 0) return 0;
-    for (int32_t first = 0; first < s.context; first += step) {
+    for (int32_t first = 0; first < s.context; first += step, partial += part_floats(a, &s)) {
         const int32_t last = first + step < s.context ? first + step : s.context;
         for (int32_t head = 0; head < kv_heads; head += heads)
             for (int32_t row = 0; row < rows; row += TILE, count++) {
                 if (!items) continue;
-                item_t item = {sequence, head, head + heads, row, row + TILE < rows ? row + TILE : rows, first, last, step < s.context ? *partial : -1};
-                if (!a->tree_masks) narrow(a, &s, &item);
+                item_t item = {sequence, head, head + heads, row, row + TILE < rows ? row + TILE : rows, first, last, cut ? partial : -1};
+                narrow(a, &s, &item);
                 items[count] = item;
             }
-        if (step < s.context) *partial += s.queries * a->num_heads * (a->cache.head_dim + 2);
     }
     return count;
 }
@@ -65,7 +71,7 @@ static void merge(const float *partial, int64_t parts, int64_t stride, int64_t s
 
 static void merge_sequence(const attention_t *a, int32_t sequence, const float *partial) {
     const span_t s = span_of(a, sequence);
-    const int64_t size = a->cache.head_dim, rows = s.queries * a->num_heads, parts = (s.context + split_keys(a) - 1) / split_keys(a);
+    const int64_t size = a->cache.head_dim, rows = s.queries * a->num_heads, parts = num_parts(a, &s);
     float merged[size];
     for (int64_t r = 0; r < rows; r++) {
         merge(partial + r * (size + 2), parts, rows * (size + 2), size, merged);
@@ -73,14 +79,14 @@ static void merge_sequence(const attention_t *a, int32_t sequence, const float *
     }
 }
 
-/* One item; who finishes the last of a cut sequence merges its partial results, so that the threads meet once, at the end: on a busy machine each
- * meeting costs a time slice. */
-static void work_on(const attention_t *a, const item_t *item, float *scratch, float *partials, const int64_t *partial_of, int32_t *left) {
-    const span_t s = span_of(a, item->sequence);
-    (is_few(&s) ? flexbatch_few_rows : flexbatch_many_rows)(a, item, scratch, partials);
-    if (item->partial >= 0 && __atomic_sub_fetch(left + item->sequence, 1, __ATOMIC_ACQ_REL) == 0)
-        merge_sequence(a, item->sequence, partials + partial_of[item->sequence]);
-}
+/* The caller's memory, in parts. Items are taken in order, so that of the sequences with partial results all but one have an item in some thread's hands:
+ * one slot more than there are threads is enough, however many sequences there are. */
+typedef struct {
+    float *scratch, *slots; /* [threads][scratch_floats], [num_slots][slot_floats] */
+    item_t *items;
+    int32_t *left, *slot_of, *free_slots; /* by sequence: its unfinished items, its slot or -1; slots of nobody */
+    int64_t count, scratch_floats, num_slots, slot_floats, num_free, num_bytes;
+} workspace_t;
 
 static int64_t scratch_floats(const attention_t *a) {
     const int64_t width = round_up(a->cache.head_dim, LANES > 4 ? LANES : 4), rows = LANES * a->cache.num_kv_heads;
@@ -89,36 +95,78 @@ static int64_t scratch_floats(const attention_t *a) {
     return round_up(few > many ? few : many, 16);
 }
 
-/* Returns 0, or 1 when memory for the work list or the scratch is not to be had. */
-int flexbatch_paged_attention(const attention_t *a) {
-    int64_t count = 0, floats = 0, filled = 0;
-    int64_t *partial_of = malloc((a->num_sequences + 1) * sizeof *partial_of);
-    int32_t *left = malloc((a->num_sequences + 1) * sizeof *left);
-    for (int32_t q = 0; q < a->num_sequences; q++) count += share_out(a, q, NULL, &floats);
-    item_t *items = malloc((count + 1) * sizeof *items);
-    float *partials = malloc((floats + 1) * sizeof *partials), *scratch = NULL;
-    const int64_t each = scratch_floats(a);
-    const int failed = !partial_of || !left || !items || !partials || posix_memalign((void **)&scratch, 64, each * a->threads * sizeof *scratch);
-    if (!failed) {
-        floats = 0;
-        for (int32_t q = 0; q < a->num_sequences; q++) {
-            partial_of[q] = floats;
-            left[q] = (int32_t)share_out(a, q, items + filled, &floats);
-            filled += left[q];
-        }
-        const int threads = (int)(count < a->threads ? (count > 0 ? count : 1) : a->threads);
-#pragma omp parallel num_threads(threads)
+static void *carve(char *memory, int64_t *cursor, int64_t num_bytes) {
+    void *part = memory + *cursor;
+    *cursor += round_up(num_bytes, 64);
+    return part;
+}
+
+static workspace_t plan_workspace(const attention_t *a, char *memory) {
+    workspace_t w = {.scratch_floats = scratch_floats(a)};
+    for (int32_t q = 0; q < a->num_sequences; q++) {
+        const span_t s = span_of(a, q);
+        const int64_t floats = is_cut(a, &s) ? round_up(num_parts(a, &s) * part_floats(a, &s), 16) : 0;
+        w.count += share_out(a, q, NULL);
+        w.slot_floats = floats > w.slot_floats ? floats : w.slot_floats;
+        w.num_slots += floats > 0 && w.num_slots <= a->threads;
+    }
+    w.scratch = carve(memory, &w.num_bytes, w.scratch_floats * a->threads * (int64_t)sizeof *w.scratch);
+    w.slots = carve(memory, &w.num_bytes, w.num_slots * w.slot_floats * (int64_t)sizeof *w.slots);
+    w.items = carve(memory, &w.num_bytes, w.count * (int64_t)sizeof *w.items);
+    w.left = carve(memory, &w.num_bytes, a->num_sequences * (int64_t)sizeof *w.left);
+    w.slot_of = carve(memory, &w.num_bytes, a->num_sequences * (int64_t)sizeof *w.slot_of);
+    w.free_slots = carve(memory, &w.num_bytes, w.num_slots * (int64_t)sizeof *w.free_slots);
+    return w;
+}
+
+/* Where a sequence's partial results are: its first item takes a slot. */
+static float *slot_of(workspace_t *w, int32_t sequence) {
+    int32_t slot = __atomic_load_n(w->slot_of + sequence, __ATOMIC_ACQUIRE);
+    if (slot < 0) {
+#pragma omp critical(flexbatch_slots)
         {
-#ifdef _OPENMP
-            extern int omp_get_thread_num(void);
-            float *own = scratch + each * omp_get_thread_num();
-#else
-            float *own = scratch;
-#endif
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t i = 0; i < count; i++) work_on(a, items + i, own, partials, partial_of, left);
+            slot = w->slot_of[sequence];
+            if (slot < 0) __atomic_store_n(w->slot_of + sequence, slot = w->free_slots[--w->num_free], __ATOMIC_RELEASE);
         }
     }
-    free(partial_of), free(left), free(items), free(partials), free(scratch);
-    return failed;
+    return w->slots + slot * w->slot_floats;
+}
+
+/* One item; who finishes the last of a cut sequence merges its partial results and gives the slot back, so that the threads meet once, at the end: on a busy
+ * machine each meeting costs a time slice. */
+static void work_on(const attention_t *a, workspace_t *w, const item_t *item, float *scratch) {
+    const span_t s = span_of(a, item->sequence);
+    float *partials = item->partial < 0 ? NULL : slot_of(w, item->sequence);
+    (is_few(&s) ? flexbatch_few_rows : flexbatch_many_rows)(a, item, scratch, partials);
+    if (partials && __atomic_sub_fetch(w->left + item->sequence, 1, __ATOMIC_ACQ_REL) == 0) {
+        merge_sequence(a, item->sequence, partials);
+#pragma omp critical(flexbatch_slots)
+        w->free_slots[w->num_free++] = w->slot_of[item->sequence];
+    }
+}
+
+/* Bytes that `flexbatch_paged_attention` needs for this call. */
+int64_t flexbatch_attention_bytes(const attention_t *a) { return plan_workspace(a, NULL).num_bytes; }
+
+/* `memory`: as many bytes as `flexbatch_attention_bytes` says, at a multiple of 64. */
+void flexbatch_paged_attention(const attention_t *a, char *memory) {
+    workspace_t w = plan_workspace(a, memory);
+    int64_t filled = 0, next = 0;
+    for (int32_t q = 0; q < a->num_sequences; filled += w.left[q++]) {
+        w.left[q] = (int32_t)share_out(a, q, w.items + filled);
+        w.slot_of[q] = -1;
+    }
+    for (; w.num_free < w.num_slots; w.num_free++) w.free_slots[w.num_free] = (int32_t)w.num_free;
+    const int threads = (int)(w.count < a->threads ? (w.count > 0 ? w.count : 1) : a->threads);
+#pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+        extern int omp_get_thread_num(void);
+        float *own = w.scratch + w.scratch_floats * omp_get_thread_num();
+#else
+        float *own = w.scratch;
+#endif
+        /* Not a shared loop: its iterations may be handed out in any order. */
+        for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < w.count;) work_on(a, &w, w.items + i, own);
+    }
 }

@@ -8,7 +8,7 @@
 
 #define KEYS 32          /* keys taken together */
 #define TILE 64          /* query rows of one tile */
-#define SPLIT_ELEMENTS (1 << 19) /* of keys and values in one item when a context is cut, within KEYS * 2 and SPLIT_KEYS keys */
+#define SPLIT_ELEMENTS (1 << 19) /* of keys and values of its heads in one item when a context is cut, within KEYS * 2 and SPLIT_KEYS keys */
 #define SPLIT_KEYS 512
 #define SPLIT_QUERIES 32 /* sequences with more query tokens have enough tiles to share out */
 
@@ -24,7 +24,7 @@ typedef struct {
 
 typedef struct { /* rows [row_begin, row_end) of heads [head_begin, head_end) against keys [key_begin, key_end); row = query * group + g */
     int32_t sequence, head_begin, head_end, row_begin, row_end, key_begin, key_end;
-    int64_t partial; /* where in the partial results, in floats; -1: the item has all keys and writes the result */
+    int64_t partial; /* where in the partial results of its sequence, in floats; -1: the item has all keys and writes the result */
 } item_t;
 
 typedef struct { /* what the inner loops need of the item's sequence */
@@ -58,10 +58,26 @@ static inline int is_ancestor(const attention_t *a, const span_t *s, int32_t q, 
     return ((uint32_t)a->tree_masks[(s->begin + q) * a->mask_words + bit / 32] >> (bit % 32)) & 1;
 }
 
-/* Whether keys [key, end) need more than `scaled` from rows of query tokens `first` to `last`: an ALiBi term or a mask. */
-static inline int needs_bias(const attention_t *a, const span_t *s, int32_t first, int32_t last, int32_t key, int32_t end) {
+/* Least and largest position of an item's query tokens. In a tree they are in no order: the last node may be shallower than others. */
+typedef struct {
+    float low, high;
+} places_t;
+
+static inline places_t places_of(const attention_t *a, const span_t *s, const item_t *item) {
+    const int32_t first = item->row_begin / s->heads_per_group, last = (item->row_end - 1) / s->heads_per_group;
+    places_t p = {query_position(a, s, first), query_position(a, s, last)};
+    for (int32_t q = first; a->tree_masks && q <= last; q++) {
+        const float place = query_position(a, s, q);
+        p.low = place < p.low ? place : p.low;
+        p.high = place > p.high ? place : p.high;
+    }
+    return p;
+}
+
+/* Whether keys [key, end) need more than `scaled` from rows of query tokens from `first` on, at `places`: an ALiBi term or a mask. */
+static inline int needs_bias(const attention_t *a, const span_t *s, int32_t first, places_t places, int32_t key, int32_t end) {
     if (a->alibi_slopes || end > (a->tree_masks ? s->prefix : s->prefix + first + 1)) return 1;
-    return a->window && query_position(a, s, last) - (float)key >= (float)a->window;
+    return a->window && places.high - (float)key >= (float)a->window;
 }
 
 static inline void read_query(const attention_t *a, int64_t token, int64_t head, float *to) {

@@ -64,10 +64,10 @@ static void soften_row(float *scores, float *acc, int64_t width, float *maximum,
     *sum += horizontal_sum(total);
 }
 
-static void soften_few(const attention_t *a, const span_t *s, const item_t *item, int32_t key, int32_t end, float *scores, float *acc,
-                       float *maxima, float *sums) {
+static void soften_few(const attention_t *a, const span_t *s, const item_t *item, places_t reach, int32_t key, int32_t end, float *scores,
+                       float *acc, float *maxima, float *sums) {
     const int32_t rows = item->row_end - item->row_begin, group = s->heads_per_group;
-    int biased = needs_bias(a, s, item->row_begin / group, (item->row_end - 1) / group, key, end);
+    int biased = needs_bias(a, s, item->row_begin / group, reach, key, end);
     float places[KEYS] = {0};
     for (int32_t t = 0; biased && t < end - key; t++) places[t] = key_position(a, s, key + t);
     for (int64_t i = 0; i < rows * a->cache.num_kv_heads; i++) {
@@ -109,6 +109,7 @@ void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch
     const span_t s = span_of(a, item->sequence);
     const int32_t rows = item->row_end - item->row_begin;
     const int64_t all = rows * a->cache.num_kv_heads;
+    const places_t reach = places_of(a, &s, item);
     float *query = scratch, *acc = query + all * s.width, *scores = acc + all * s.width, *maxima = scores + all * KEYS;
     float *sums = maxima + all, *buffer = scratch + round_up(sums + all - scratch, LANES);
     memset(scratch, 0, (buffer + 4 * s.width - scratch) * sizeof(float));
@@ -126,7 +127,7 @@ void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch
         memcpy(now, next, sizeof now);
         find_rows(a, item, end, next);
         sweep(a, &s, rows, now, now, 0, query, scores, acc, buffer);
-        soften_few(a, &s, item, key, end, scores, acc, maxima, sums);
+        soften_few(a, &s, item, reach, key, end, scores, acc, maxima, sums);
         sweep(a, &s, rows, now, next, 1, query, scores, acc, buffer);
     }
     for (int64_t i = 0; i < all; i++)

@@ -48,8 +48,8 @@ static void soften_tile(float *scores, float *acc, int64_t width, int64_t lanes,
 
 /* Scale, soft cap, ALiBi and masks of a tile of scores [KEYS][TILE]. */
 static void mask_tile(const attention_t *a, const span_t *s, const item_t *item, int32_t key, int32_t end, int64_t lanes, const float *places,
-                      const float *slopes, float *scores) {
-    const int biased = needs_bias(a, s, item->row_begin / s->heads_per_group, (item->row_end - 1) / s->heads_per_group, key, end);
+                      places_t reach, const float *slopes, float *scores) {
+    const int biased = needs_bias(a, s, item->row_begin / s->heads_per_group, reach, key, end);
     for (int t = 0; t < KEYS; t++) {
         float *row = scores + t * TILE;
         const float place = key + t < end ? key_position(a, s, key + t) : 0.0f;
@@ -84,6 +84,7 @@ void flexbatch_many_rows(const attention_t *a, const item_t *item, float *scratc
     float *places = sums + TILE, *slopes = places + TILE, *keys = slopes + TILE, *values = keys + KEYS * width;
     memset(scratch, 0, (values + KEYS * width - scratch) * sizeof(float));
     load_tile(a, &s, item, lanes, query, places, slopes);
+    const places_t reach = places_of(a, &s, item);
     for (int64_t lane = 0; lane < lanes; lane++) maxima[lane] = -INFINITY;
     for (int32_t key = item->key_begin; key < item->key_end; key += KEYS) {
         const int32_t end = key + KEYS < item->key_end ? key + KEYS : item->key_end;
@@ -97,7 +98,7 @@ void flexbatch_many_rows(const attention_t *a, const item_t *item, float *scratc
             }
         }
         tile_product(keys, width, 1, KEYS, width, query, scores, lanes, 0);
-        mask_tile(a, &s, item, key, end, lanes, places, slopes, scores);
+        mask_tile(a, &s, item, key, end, lanes, places, reach, slopes, scores);
         soften_tile(scores, acc, width, lanes, maxima, sums);
         tile_product(values, 1, width, width, KEYS, scores, acc, lanes, 1);
     }

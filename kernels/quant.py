@@ -46,11 +46,14 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
     has_group = (vector < num_vectors) & (group * GROUP < size)
     inside = has_group if WHOLE else has_group & (within < GROUP) & (group * GROUP + within < size)
     value = tl.load(x + token * x_token + (head * size + group * GROUP + within) * x_step, mask=inside, other=0.0).to(tl.float32)
-    minimum = tl.min(value if WHOLE else tl.where(inside, value, float("inf")), 2).expand_dims(2).to(dtype)
+    least = tl.min(value if WHOLE else tl.where(inside, value, float("inf")), 2)
+    # A reduction passes over a NaN: an overflow must stay visible. + 0 makes one zero of two, whichever came first.
+    least = tl.where(tl.max((value != value).to(tl.int32), 2) > 0, float("nan"), least + 0.0)
+    minimum = least.expand_dims(2).to(dtype)
     floor = minimum.to(tl.float32)
-    reach = tl.max(value if WHOLE else tl.where(inside, value, float("-inf")), 2).expand_dims(2) - floor
+    reach = tl.max(value if WHOLE else tl.where(inside, value, float("-inf")), 2).expand_dims(2) + 0.0 - floor
     scale = tl.div_rn(reach, tl.full(reach.shape, LEVELS, tl.float32))
-    scale = tl.where(scale < 0, 0.0, scale).to(dtype)  # unlike a maximum it keeps NaN: an overflow must stay visible
+    scale = tl.where(scale < 0, 0.0, scale).to(dtype)  # unlike a maximum it keeps NaN
     place = tl.load(slots + token, mask=vector < num_vectors, other=0).to(tl.int64) if SLOTS else token
     pair = parameters + place * parameter_token + parameter_base + side * parameter_side + head * HEAD_PARAMETERS + group * 2 * parameter_step
     tl.store(pair, scale, mask=has_group)
@@ -71,12 +74,16 @@ def _code(value, floor, step, LEVELS: tl.constexpr, RECIPROCAL: tl.constexpr):
     """Nearest code, ties to even: adding 1.5 * 2^23 leaves no fraction bits and the code in the lowest ones.
 
     RECIPROCAL: the quotient from one reciprocal a group and a fused correction (Markstein 1990, "Computation of elementary functions on the IBM RISC
-    System/6000 processor"): a division an element costs more than the memory traffic.
+    System/6000 processor"): a division an element costs more than the memory traffic. Steps below 2^-64 are multiplied by 2^64, and what they divide too:
+    the reciprocal of the smallest ones is no finite number.
     """
+    step = tl.where(step < float("inf"), step, 0.0)  # NaN too: codes of 0
     if RECIPROCAL:
+        lift = tl.where(step < 5.421010862427522e-20, 18446744073709551616.0, 1.0)
+        step = step * lift
         inverse = tl.where(step > 0, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), tl.where(step > 0, step, 1.0)), 0.0)
         inverse = tl.broadcast_to(inverse, value.shape)
-        reach = value - floor
+        reach = (value - floor) * lift
         code = reach * inverse
         rest = tl.fma(-code, tl.broadcast_to(step, value.shape), reach)
         code = tl.fma(rest, inverse, code)

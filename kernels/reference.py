@@ -42,7 +42,8 @@ def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, T
     x: [..., size] floating. Returns codes [..., code_bytes] uint8 and parameters [..., num_groups, 2] in x's dtype (scale, minimum).
     Along the first dimension: x [size, n], codes [code_bytes, n], parameters [num_groups, 2, n].
     Codes are chosen against the *rounded* parameters, so that a constant group comes back exactly and their rounding costs no accuracy
-    but at the ends of the range.
+    but at the ends of the range. A group with a NaN or an infinity has a scale that is no finite number and codes of 0: it comes back as NaN, whole, and an
+    overflow stays visible.
     """
     if dim == 0:
         codes, parameters = quantize(x.T, bits, group)
@@ -54,8 +55,9 @@ def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, T
     # Padding repeats the last element: it lies inside the last group's range and does not widen it.
     padded = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], padding)], dim=-1) if padding else x
     grouped = padded.reshape(*x.shape[:-1], groups, group).float()
-    minimum = grouped.amin(dim=-1).to(x.dtype)
-    scale = ((grouped.amax(dim=-1) - minimum.float()) / levels).clamp_(min=0).to(x.dtype)
+    # + 0: of zeros of both signs the positive one, whichever comes first.
+    minimum = (grouped.amin(dim=-1) + 0.0).to(x.dtype)
+    scale = ((grouped.amax(dim=-1) + 0.0 - minimum.float()) / levels).clamp_(min=0).to(x.dtype)
     codes = _codes(grouped, scale.float().unsqueeze(-1), minimum.float().unsqueeze(-1), levels).to(torch.uint8)
     return _packed(codes.reshape(*x.shape[:-1], groups * group)[..., :size], bits), torch.stack([scale, minimum], dim=-1)
 
@@ -93,9 +95,10 @@ def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _codes(grouped: Tensor, scale: Tensor, minimum: Tensor, levels: int) -> Tensor:
-    """Nearest codes, as floats, of [..., groups, group] with parameters [..., groups, 1]; 0 where the scale is."""
-    codes = (grouped - minimum) / torch.where(scale > 0, scale, 1.0)
-    return torch.where(scale > 0, codes, 0.0).round_().clamp_(0, levels)
+    """Nearest codes, as floats, of [..., groups, group] with parameters [..., groups, 1]; 0 where the scale is 0 or no finite number."""
+    steps = (scale > 0) & (scale < torch.inf)
+    codes = (grouped - minimum) / torch.where(steps, scale, 1.0)
+    return torch.where(steps, codes, 0.0).round_().clamp_(0, levels)
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:

@@ -27,12 +27,8 @@ from torch import Tensor
 
 from flexbatch.policy.diskspeed import measure_disk
 from flexbatch.policy.fits import fit_curve, fit_rate
-<<<<<<< HEAD
-from flexbatch.policy.rates import Hardware
-from flexbatch.policy.stdout import data_apart, run_process
-=======
 from flexbatch.policy.rates import Hardware, read_hardware, write_hardware
->>>>>>> configs
+from flexbatch.policy.stdout import data_apart, run_process
 
 MIB = 2**20
 TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}

@@ -69,9 +69,12 @@ class Batcher:
         micro_batch_tokens: int,
         proposer: Proposer | None = None,
         refusal: Callable[[Candidate], str] | None = None,
+        reach: Callable[[int], bool] | None = None,
     ) -> None:
         self.policy, self.cache, self.candidates, self.proposer = policy, cache, candidates, proposer
         self.refusal = refusal or self.too_long
+        self.reach = reach
+        """Whether the block takes a sequence of so many tokens, for which it may grow; not asked for where None."""
         self.spare_tokens = 0 if proposer is None else proposer.max_nodes
         """Room for drafted tokens in every sequence's cache."""
         self.micro_batch_tokens = micro_batch_tokens
@@ -136,8 +139,9 @@ class Batcher:
         return max(sizes.pages(tier) if tier == "gpu" else min(sizes.pages(tier), sizes.staging_pages) for tier in self.allowed_tiers)
 
     def holds(self, candidate: Candidate) -> bool:
-        """Whether the block has pages for a request when nothing else runs."""
-        return self.cache.layout.num_pages(self.room(candidate)) <= self.most_pages
+        """Whether the block has pages for a request when nothing else runs, and takes one as long."""
+        pages = self.cache.layout.num_pages(self.room(candidate))
+        return pages <= self.most_pages and (self.reach is None or self.reach(candidate.num_cache_tokens))
 
     def too_long(self, candidate: Candidate) -> str:
         need, page_tokens = self.cache.layout.num_pages(self.room(candidate)), self.cache.layout.page_tokens

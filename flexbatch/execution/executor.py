@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexbatch.execution.graphs import DecodeGraphs
+from flexbatch.execution.graphs import MAX_GRAPHS, CudaRecorder, DecodeGraphs
 from flexbatch.execution.inputs import AttentionGroup, InputBuilder, MicroBatchInputs, StagedGroup
 from flexbatch.execution.schedule import Tick, zigzag
 from flexbatch.execution.work import LogitsBlock, PassWork
@@ -16,6 +16,7 @@ from flexbatch.kernels import ops
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.transfer import READY, Handle, Lanes
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
@@ -52,7 +53,7 @@ class Executor:
     """Runs passes of one model. State is in the stores it is given; the executor itself holds none between passes.
 
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same ticks, the same tokens.
-    ``logits_block_bytes``: float32 logits that are given at one time.
+    ``logits_block_bytes``: float32 logits that are given at one time. ``most_graphs``: of decode passes that are kept.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Executor:
         activations: ActivationStore,
         lanes: Lanes,
         host_buffers: HostBuffers,
+        rotary: Rotary,
         dtype: torch.dtype,
         overlap: bool,
         logits_block_bytes: int = LOGITS_BLOCK_BYTES,
+        most_graphs: int = MAX_GRAPHS,
     ) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
         self.lanes, self.dtype, self.overlap = lanes, dtype, overlap
@@ -73,7 +76,7 @@ class Executor:
         self.device, self.tracer = lanes.device, lanes.tracer
         self.uploads = host_buffers.uploads
         self.builder = InputBuilder(cache.layout.page_tokens, self.uploads)
-        self.rope = layers.rope_tables(arch, self.device, dtype)
+        self.rotary = rotary
         slopes = arch.alibi_slopes()
         self.slopes = {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in {self.device, torch.device("cpu")}} if slopes else {}
         self.host_buffers = host_buffers
@@ -81,7 +84,14 @@ class Executor:
         self.attention_threads = threads - 1 if self.device.type == "cuda" and threads >= SPARE_FROM_THREADS else 0
         """Of CPU attention; 0: torch's number."""
         resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
-        self.graphs = DecodeGraphs(self.device, cache.layout.page_tokens, arch.max_positions) if resident and overlap else None
+        self.graphs: DecodeGraphs | None = None
+        if resident and overlap:
+            self.graphs = DecodeGraphs(self.device, cache.layout.page_tokens, arch.max_positions, CudaRecorder(), most_graphs)
+
+    def reach(self, longest: int) -> None:
+        """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""
+        if self.rotary.reach(longest) and self.graphs is not None:
+            self.graphs.clear()
 
     def run(self, work: PassWork, watch: Watch | None = None) -> Iterator[LogitsBlock]:
         """One sweep through all layers. Yields logits by blocks of rows; the pass is complete when the iterator is exhausted."""
@@ -181,7 +191,7 @@ class Executor:
         if watch is not None and tick.layer == 0:
             watch(-1, inputs, hidden)
         with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
-            query, key, value = layers.pre_attention(self.arch, tick.layer, weights, hidden, inputs.positions, self.rope)
+            query, key, value = layers.pre_attention(self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables)
             begun = Begun(tick, inputs, hidden, torch.empty_like(query), watch=watch)
             if inputs.cpu is not None:
                 self.start_cpu_attention(begun, inputs.cpu, query, key, value)

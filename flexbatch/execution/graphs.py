@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
 MAX_SEQUENCES = 512
 CONTEXT_STEP = 512
 """Tokens. The longest context is rounded up to a multiple; it only decides how a sequence's keys are split over the chip."""
+
+MAX_GRAPHS = 16
+"""Graphs that are kept, at most. A block of 512 sequences has 20 sizes, each with a graph for every 512 tokens of context."""
+LAUNCHES_OF_LAYER, LAUNCH_BYTES = 16, 16 << 10
+"""What the driver keeps of a graph: parameters and code of every kernel that it launches, about."""
 
 Layers = Callable[[MicroBatchInputs], Tensor]
 """Runs all layers on static inputs: hidden states [num_sequences, hidden_size] after the last one."""
@@ -33,45 +39,81 @@ def smallest_covering(keys: Iterable[tuple[int, int]], key: tuple[int, int]) -> 
     return min((other for other in keys if other[0] >= key[0] and other[1] >= key[1]), default=None)
 
 
+def graph_bytes(num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int) -> int:
+    """Of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs (page tables above all), and hidden states."""
+    bucket = bucket_of(min(sequences, MAX_SEQUENCES))
+    pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens
+    return LAUNCH_BYTES * (LAUNCHES_OF_LAYER * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
+
+
+class Recorded(Protocol):
+    """What launches the recorded kernels again."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+Record = Callable[[Callable[[], Tensor]], tuple[Recorded, Tensor]]
+"""Records what a call launches, without running it; gives what replays it, and the call's result, which each replay writes anew."""
+
+
+class CudaRecorder:
+    """Records into one memory pool: intermediate results of one graph take the place of another's."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            hidden = work()
+        return graph, hidden
+
+
 @dataclass
 class Captured:
     """A graph with the tensors that it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Recorded
     inputs: MicroBatchInputs
     hidden: Tensor
 
 
 class DecodeGraphs:
-    """Captured decode passes by (sequences, longest context), sharing one memory pool; a bucket is captured when it comes for the second time.
+    """Captured decode passes by (sequences, longest context); a bucket is captured when it comes for the second time. Of more than ``most`` the one that
+    was not used for longest goes.
 
-    The first time it runs in the smallest graph that covers it: at the end of a job, where sequences leave with every pass, most sizes come only once
+    The first time a bucket runs in the smallest graph that covers it: at the end of a job, where sequences leave with every pass, most sizes come only once
     (OPT-1.3B on the H200 machine: 17 to 22 ms launched one by one, 14 in the graph for 512).
 
     Places beyond the real sequences repeat the first one: they compute the same keys and values and write them to the same slot.
     """
 
-    def __init__(self, device: torch.device, page_tokens: int, max_positions: int) -> None:
-        self.device, self.page_tokens, self.max_positions = device, page_tokens, max_positions
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device, page_tokens: int, max_positions: int, record: Record, most: int = MAX_GRAPHS) -> None:
+        self.device, self.page_tokens, self.max_positions, self.record, self.most = device, page_tokens, max_positions, record, most
         self.seen: set[tuple[int, int]] = set()
         self.captured: dict[tuple[int, int], Captured] = {}
+        """The one that was used last at the end."""
 
     def run(self, inputs: MicroBatchInputs, layers: Layers) -> Tensor | None:
         """Hidden states [num_sequences, hidden_size] of a decode pass, or None when it has to run as usual (no plain decode, or its bucket is new)."""
         group = inputs.gpu
         if group is None or group.max_query_len > 1 or group.tree_masks is not None or len(inputs.logit_rows) != inputs.num_tokens:
             return None
-        if inputs.num_tokens > MAX_SEQUENCES:
+        if inputs.num_tokens > MAX_SEQUENCES or not self.most:
             return None
         key = (bucket_of(inputs.num_tokens), min(-(-group.max_context_len // CONTEXT_STEP) * CONTEXT_STEP, self.max_positions))
         if key not in self.captured and key in self.seen:
+            while len(self.captured) >= self.most:
+                self.evict(next(iter(self.captured)))
             self.captured[key] = self.capture(*key, inputs, layers)
         self.seen.add(key)
         covering = smallest_covering(self.captured, key)
         if covering is None:
             return None
-        captured = self.captured[covering]
+        captured = self.captured[covering] = self.captured.pop(covering)
         fill(captured.inputs, inputs)
         captured.graph.replay()
         return captured.hidden[: inputs.num_tokens]
@@ -106,11 +148,24 @@ class DecodeGraphs:
             logit_index=torch.arange(bucket, device=self.device),
         )
         fill(static, inputs)
-        torch.cuda.current_stream().synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            hidden = layers(static)
+        graph, hidden = self.record(lambda: layers(static))
         return Captured(graph, static, hidden)
+
+    def evict(self, key: tuple[int, int]) -> None:
+        """Let go of a graph. It has to come twice again: passes that go round among more buckets than are kept would capture all the time."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self.captured.pop(key).graph.reset()
+        self.seen.discard(key)
+
+    def clear(self) -> None:
+        for key in list(self.captured):
+            self.evict(key)
+
+    def check(self) -> None:
+        """Invariant: no more graphs than the budget has room for, each of a bucket that came before."""
+        assert len(self.captured) <= self.most, (len(self.captured), self.most)
+        assert self.captured.keys() <= self.seen, self.captured.keys() - self.seen
 
 
 def fill(static: MicroBatchInputs, inputs: MicroBatchInputs) -> None:

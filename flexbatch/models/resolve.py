@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
-import hashlib
 import importlib.util
->>>>>>> configs
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +15,7 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo"
 BUNDLED = {"demo": DEMO, "demo-draft": DEMO.with_name("demo-draft")}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-<<<<<<< HEAD
-=======
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-SAMPLES, SAMPLE_BYTES = 64, 4096
->>>>>>> configs
 
 
 def resolve(model: str) -> Path:
@@ -60,16 +52,12 @@ def _download(model: str) -> Path:
     return folder
 
 
-<<<<<<< HEAD
 def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, with ``options`` of transformers such as ``add_bos_token``. Code that the folder
     brings along is never run.
 
     Raises CheckpointError.
     """
-=======
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Code that the folder brings along is never run. Raises CheckpointError."""
     lacking = _lacking_packages(Path(folder))
     if lacking:
         raise CheckpointError(
@@ -77,7 +65,6 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             f"{' and '.join(lacking[1:])}, which "
             f"{'is' if len(lacking) == 2 else 'are'} not installed: pip install 'flexbatch[sentencepiece]'"
         )
->>>>>>> configs
     from transformers import AutoTokenizer
 
     try:
@@ -87,8 +74,6 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{folder} has no tokenizer that can be read (tokenizer.json, tokenizer.model, or vocab.json with merges.txt): {reason}"
         ) from error
-<<<<<<< HEAD
-=======
 
 
 def _lacking_packages(folder: Path) -> list[str]:
@@ -107,23 +92,3 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of a parent package
         return False
-
-
-def fingerprint(folder: Path | str) -> str:
-    """Hex digest of what the folder holds, from a few MB at most: the same for a copy of it, another one after any retraining.
-
-    Hashes config.json whole and of every weight file its name, size, and 64 samples of 4 KiB spread evenly from first to last byte; the first holds the
-    header of a safetensors file. A change that touches none of the samples and no size goes unnoticed: a training step changes them all.
-    """
-    folder = Path(folder)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            last = max(size - SAMPLE_BYTES, 0)
-            for start in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
-                stream.seek(start)
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
->>>>>>> configs

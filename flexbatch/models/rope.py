@@ -10,10 +10,12 @@ from torch import Tensor
 
 from flexbatch.models.arch import Arch, RopeScaling
 
+BUILT_POSITIONS = 4096
+
 
 @dataclass(frozen=True)
 class RopeTables:
-    """Cosines and sines [positions, rotary_dim / 2] in the compute dtype; the local pair is for layers with their own base."""
+    """Cosines and sines [positions, rotary_dim / 2] in the compute dtype; the local pair is for layers with their own base, and the same where none has."""
 
     cos: Tensor
     sin: Tensor
@@ -37,26 +39,40 @@ def rope_tables(arch: Arch, device: torch.device | str = "cpu", dtype: torch.dty
     if arch.position != "rope":
         return None
     length = arch.max_positions if num_positions is None else num_positions
-    cos, sin = _tables(*_scaled(arch.rope_scaling, arch.rope_theta, arch.rotary_dim, length), length)
-    local_cos, local_sin = cos, sin
+    return fill_tables(arch, torch.empty(num_tables(arch), length, arch.rotary_dim // 2, device=device, dtype=dtype))
+
+
+def num_tables(arch: Arch) -> int:
+    """Cosines and sines, and those of layers with a base of their own; 0 when the model does not rotate."""
+    return 0 if arch.position != "rope" else 2 if arch.local_rope_theta is None else 4
+
+
+def fill_tables(arch: Arch, data: Tensor) -> RopeTables:
+    """Tables in ``data`` [num_tables, positions, rotary_dim / 2] of a rotating model; beside it they take float32 for
+    ``BUILT_POSITIONS`` at a time."""
+    bases = [(arch.rope_scaling, arch.rope_theta)]
     if arch.local_rope_theta is not None:
-        local_cos, local_sin = _tables(
-            *_scaled(arch.local_rope_scaling, arch.local_rope_theta, arch.rotary_dim, length), length
-        )
-    return RopeTables(*(table.to(device=device, dtype=dtype) for table in (cos, sin, local_cos, local_sin)))
+        bases.append((arch.local_rope_scaling, arch.local_rope_theta))
+    for start in range(0, data.shape[1], BUILT_POSITIONS):
+        positions = range(start, min(start + BUILT_POSITIONS, data.shape[1]))
+        for pair, (scaling, theta) in zip(data.split(2), bases, strict=True):
+            built = _tables(*_scaled(scaling, theta, arch.rotary_dim, positions), positions)
+            for table, part in zip(pair, built, strict=True):
+                table[positions.start : positions.stop].copy_(part)
+    return RopeTables(data[0], data[1], data[-2], data[-1])
 
 
 def _frequencies(theta: float | Tensor, dim: int) -> Tensor:
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 
 
-def _tables(frequencies: Tensor, attention_factor: float, length: int) -> tuple[Tensor, Tensor]:
-    """frequencies: [pairs], or [length, pairs] where they depend on the position."""
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+def _tables(frequencies: Tensor, attention_factor: float, positions: range) -> tuple[Tensor, Tensor]:
+    """frequencies: [pairs], or [positions, pairs] where they depend on the position."""
+    angles = torch.arange(positions.start, positions.stop, dtype=torch.float32)[:, None] * frequencies
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
-def _scaled(scaling: RopeScaling | None, theta: float, dim: int, length: int) -> tuple[Tensor, float]:
+def _scaled(scaling: RopeScaling | None, theta: float, dim: int, positions: range) -> tuple[Tensor, float]:
     """Frequencies after the extension and the factor of the tables."""
     plain = _frequencies(theta, dim)
     if scaling is None:
@@ -64,7 +80,7 @@ def _scaled(scaling: RopeScaling | None, theta: float, dim: int, length: int) ->
     if scaling.kind == "linear":
         return plain / scaling.factor, 1.0
     if scaling.kind == "dynamic":
-        return _dynamic(scaling, theta, dim, length), 1.0
+        return _dynamic(scaling, theta, dim, positions), 1.0
     if scaling.kind == "llama3":
         return _llama3(plain, scaling), 1.0
     if scaling.kind == "yarn":
@@ -79,9 +95,10 @@ def _scaled(scaling: RopeScaling | None, theta: float, dim: int, length: int) ->
     raise ValueError(f"rope scaling {scaling.kind!r} is unknown; known: linear, dynamic, llama3, yarn, longrope")
 
 
-def _dynamic(scaling: RopeScaling, theta: float, dim: int, length: int) -> Tensor:
-    """[length, pairs]: position p has the base of a sequence of p + 1 tokens (bloc97's NTK-aware scaling, dynamic variant)."""
-    seen = torch.arange(1, length + 1, dtype=torch.float32).clamp(min=scaling.original_positions)
+def _dynamic(scaling: RopeScaling, theta: float, dim: int, positions: range) -> Tensor:
+    """[positions, pairs]: position p has the base of a sequence of p + 1 tokens (bloc97's NTK-aware scaling, dynamic
+    variant)."""
+    seen = torch.arange(positions.start + 1, positions.stop + 1, dtype=torch.float32).clamp(min=scaling.original_positions)
     growth = (scaling.factor * seen / scaling.original_positions) - (scaling.factor - 1)
     return _frequencies((theta * growth ** (dim / (dim - 2)))[:, None], dim)
 

@@ -22,6 +22,7 @@ from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import CacheSizes, KVCache
 from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
@@ -104,12 +105,14 @@ class DraftModel:
         self.cache: KVCache | None = None
         self.executor: Executor | None = None
         self.host_buffers: HostBuffers | None = None
+        self.rotary: Rotary | None = None
         self.give_back: Callable[[], None] = lambda: None
         """Frees whatever the present cache and buffers have in the tiers."""
 
-    def open_block(self, num_pages: int) -> None:
-        """Make room for sequences that together need ``num_pages`` pages."""
-        if num_pages <= self.num_pages:
+    def open_block(self, num_pages: int, positions: int) -> None:
+        """Make room for sequences that together need ``num_pages`` pages, and reach so many positions with their trees."""
+        if num_pages <= self.num_pages and self.executor is not None:
+            self.executor.reach(positions)
             return
         self.close_block()
         arch, dtype, tiers, lanes = self.arch, self.layout.dtype, self.tiers, self.lanes
@@ -119,11 +122,12 @@ class DraftModel:
                 Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, tiers, lanes
             )
             buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
+            rotary = Rotary(arch, positions, dtype, tiers.gpu)
             executor = Executor(
-                arch, self.weights, cache, activations, lanes, buffers, dtype, True, LOGITS_BLOCK_BYTES
+                arch, self.weights, cache, activations, lanes, buffers, rotary, dtype, True, LOGITS_BLOCK_BYTES
             )
         self.cache, self.host_buffers, self.executor, self.num_pages = cache, buffers, executor, num_pages
-        self.give_back = give_back
+        self.rotary, self.give_back = rotary, give_back
 
     # Drafting
 
@@ -166,7 +170,7 @@ class DraftModel:
     def reaches(self, sequence: Sequence, plan: TreePlan) -> bool:
         """Whether the draft's context, which may be shorter than the target's, holds the sequence and a tree, and its cache has room for it: a stream may
         bring requests that are longer than those that the cache was sized for."""
-        if len(sequence.token_ids) + plan.max_depth > self.arch.max_positions:
+        if self.rotary is None or len(sequence.token_ids) + plan.max_depth > self.rotary.num_positions:
             return False
         return sequence in self.followed or (self.cache is not None and self.cache.can_open("gpu", self.room(sequence)))
 
@@ -271,18 +275,20 @@ class DraftModel:
         """Invariants: what is known to be committed is; no table holds more than it has pages for."""
         if self.cache is not None:
             self.cache.check()
+        if self.rotary is not None:
+            self.rotary.check()
         for sequence, followed in self.followed.items():
             assert followed.cached[: followed.num_known] == sequence.token_ids[: followed.num_known], "the draft's cache does not follow the text"
             assert len(followed.cached) <= len(followed.sequence.table.pages) * self.layout.page_tokens
 
     def close_block(self) -> None:
         assert not self.followed, f"{len(self.followed)} sequences are still followed"
-        cache, buffers = self.cache, self.host_buffers
-        self.cache = self.executor = self.host_buffers = None
+        cache, buffers, rotary = self.cache, self.host_buffers, self.rotary
+        self.cache = self.executor = self.host_buffers = self.rotary = None
         self.num_pages = 0
         with contextlib.ExitStack() as stack:
             stack.callback(self.give_back)
-            for part in (buffers, cache):
+            for part in (rotary, buffers, cache):
                 if part is not None:
                     stack.callback(part.close)
 

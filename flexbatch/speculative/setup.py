@@ -13,8 +13,10 @@ import torch
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.memory.loading import Loader
 from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.rotary import table_bytes
 from flexbatch.memory.tiers import Need, Pool, Tiers
 from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint, resolve, shapes
@@ -72,19 +74,26 @@ class Speculation:
         """Nodes that a draft reads for one tree: of a best-first tree also the candidates that are not kept."""
         return fixed_plan(self.spec).grown_nodes if self.spec.kind == "best-first" else self.max_nodes
 
-    def needs(self, longest: Sequence[int]) -> list[Need]:
+    def needs(self, longest: Sequence[int], cuda: bool) -> list[Need]:
         """Rows of the memory table. longest: tokens of the longest requests, one per sequence of the block."""
         rows = []
         for draft in self.drafts:
             rows.append(Need(f"draft weights {draft.name}"[:28], "gpu", draft.weights.tier_bytes("gpu")))
             pages = draft.pages(longest, self.grown_nodes)
             rows.append(Need(f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers))
+            rows.append(Need(f"draft rotary tables {draft.name}"[:28], "gpu", table_bytes(draft.arch, self.positions(longest), draft.layout.dtype)))
             rows.append(Need(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
+            if cuda:
+                rows.append(Need(f"draft inputs {draft.name}"[:28], "cpu", 2 * HALF_BYTES))
         if self.drawing is not Drawing.DETERMINISTIC:
             # What the children of every inner node were drawn from, float32 until the trees are verified, and the noise of all children of one node.
             num_bytes = 4 * len(longest) * self.max_nodes + 28 * self.max_nodes + 40
             rows.append(Need("draft distributions", "gpu", self.target.vocab_size * num_bytes))
         return rows
+
+    def positions(self, longest: Sequence[int]) -> int:
+        """That a draft reads of the longest sequence and a tree below its end."""
+        return max(longest, default=1) + 1 + self.grown_nodes
 
     def load(self, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> Speculator:
         """Draft weights to the compute device."""
@@ -103,7 +112,7 @@ class Speculation:
         """Make room in the drafts' caches; see `needs`."""
         models = [source for source in speculator.sources if isinstance(source, DraftModel)]
         for draft, model in zip(self.drafts, models, strict=True):
-            model.open_block(draft.pages(longest, self.grown_nodes))
+            model.open_block(draft.pages(longest, self.grown_nodes), self.positions(longest))
 
 
 def plan_speculation(config: EngineConfig, target: Arch, tokenizer: Any, layout: CacheLayout) -> Speculation | None:

@@ -9,6 +9,7 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from tests.engine.test_parity import ACTIVATIONS, CACHE, GRID, NEW_TOKENS, WEIGHTS
+from tests.tiny_models import make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CELLS = random.Random(1).sample([cell for cell in GRID if cell[5] != 1], 24)
@@ -19,7 +20,6 @@ def engine(reference, tmp_path, cell, **settings):
     return LLM(
         str(reference.folder),
         percent=WEIGHTS[weights] + CACHE[cache] + ACTIVATIONS[activations],
-        gpu_batch_size=3,
         num_gpu_batches=micro_batches,
         overlap=overlap,
         prefill_chunk=chunk,
@@ -27,7 +27,7 @@ def engine(reference, tmp_path, cell, **settings):
         cpu_memory="2GiB",
         offload_dir=str(tmp_path),
         device="cuda",
-        **{"dtype": "float32", **settings},
+        **{"dtype": "float32", "gpu_batch_size": 3, **settings},
     )
 
 
@@ -87,3 +87,37 @@ def test_a_warm_pass_asks_the_driver_for_nothing(reference, tmp_path):
         after = torch.cuda.memory_stats()
     for name in ("num_device_alloc", "num_device_free", "reserved_bytes.all.current", "allocated_bytes.all.current"):
         assert before[name] == after[name], name
+
+
+def test_graphs_take_what_is_planned_for_them(reference, tmp_path):
+    """More buckets than are kept, by the driver's own count of what is free."""
+    model = reference("llama")
+    with engine(model, tmp_path, ("gpu", "gpu", "gpu", 1, True, 64), gpu_batch_size=64, dtype="bfloat16") as llm:
+        prompts = [model.prompts[3]] * 64
+        params = [SamplingParams(max_tokens=4 + 5 * i, temperature=0, ignore_eos=True) for i in range(64)]
+        llm.generate(prompts, [SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)] * 64)
+        assert llm.block is not None
+        graphs = llm.block.executor.graphs
+        assert graphs is not None
+        graphs.clear()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info()[0]
+        for _ in range(3):
+            llm.generate(prompts, params)
+        llm.block.check()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        (planned,) = [row["num_bytes"] for row in llm.report()["memory"] if row["what"].startswith("decode graphs")]
+        taken = before - torch.cuda.mem_get_info()[0]
+        assert 0 < len(graphs.captured) <= graphs.most
+        assert taken <= planned, f"{len(graphs.captured)} graphs take {taken} bytes, planned are {planned}"
+
+
+def test_rotary_tables_are_there_once(tmp_path):
+    """A context of two million positions: the device holds those of the block's longest sequence."""
+    make_model("llama", tmp_path / "model", max_position_embeddings=2_000_000)
+    before = torch.cuda.memory_allocated()
+    with LLM(str(tmp_path / "model"), percent=(100, 0, 100, 0, 100, 0), gpu_batch_size=2, num_gpu_batches=1, gpu_memory="1GiB", device="cuda") as llm:
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0))
+        assert torch.cuda.memory_allocated() - before < 64 << 20

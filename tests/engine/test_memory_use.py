@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import weakref
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampling import SAMPLING_BYTES_PER_LOGIT, process_logits, sample, token_logprobs
+from flexbatch.memory.transfer import ThreadLane
 from flexbatch.models.shapes import SHAPES
 from flexbatch.request import Request
 from flexbatch.speculative.chance import drawn_children
 from flexbatch.speculative.draft import SCORING_BYTES_PER_LOGIT, DraftModel, likeliest
 from flexbatch.speculative.tree import Drawing
-from tests.tiny_models import random_prompts
+from tests.tiny_models import make_model, random_prompts
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 RANDOM: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 1e-4, "repetition_penalty": 1.1}
@@ -55,6 +57,43 @@ class LiveBytes(TorchDispatchMode):
     def free(self, pointer: int, num_bytes: int) -> None:
         self.live.discard(pointer)
         self.now -= num_bytes
+
+
+class Everywhere(LiveBytes):
+    """On worker threads too, where attention on the CPU runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.lock = threading.RLock()
+        traced, outer = ThreadLane.traced, self
+
+        class Worker(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                return outer.__torch_dispatch__(func, types, args, kwargs)
+
+        def watched(self: ThreadLane, *arguments: Any) -> Any:
+            with Worker():
+                return traced(self, *arguments)
+
+        monkeypatch.setattr(ThreadLane, "traced", watched)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self.lock:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("draft", [{}, {"draft": ("ngram",), "tree": "best-first:30"}], ids=str)
+@pytest.mark.parametrize("place", [RESIDENT, (100, 0, 0, 100, 100, 0)], ids=["resident", "attended on the CPU"])
+def test_long_contexts_and_trees_stay_within_their_plan(place, draft, monkeypatch, tmp_path):
+    """Small heads in number, so that partial results and rotary tables are what a run takes most of."""
+    make_model("llama", tmp_path / "model", vocab_size=307, max_position_embeddings=1_000_000, num_attention_heads=12, num_key_value_heads=12, head_dim=32)
+    settings: dict[str, Any] = {"gpu_batch_size": 4, "num_gpu_batches": 2, "prefill_chunk": 64, "cpu_attention": 0.0 if place is RESIDENT else 1.0}
+    budgets: dict[str, Any] = {"gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path)}
+    bytes_ = Everywhere(monkeypatch)
+    with LLM(str(tmp_path / "model"), device="cpu", dtype="float32", percent=place, **settings, **budgets, **draft) as llm:
+        with bytes_:
+            llm.generate(random_prompts([900, 40, 1300, 5, 700], 307, seed=3), SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+        assert bytes_.peak <= needs_beside_weights(llm)
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -1,11 +1,21 @@
-"""Which CUDA graph a decode pass runs in."""
+"""Which CUDA graph a decode pass runs in, and which graphs are kept; with stand-ins that run what was recorded, where there is no GPU."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.execution.graphs import MAX_SEQUENCES, bucket_of, smallest_covering
+from flexbatch import LLM, SamplingParams
+from flexbatch.execution.graphs import MAX_GRAPHS, MAX_SEQUENCES, DecodeGraphs, bucket_of, smallest_covering
+from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
+from tests.tiny_models import make_model, random_prompts
 
 keys = st.tuples(st.integers(1, MAX_SEQUENCES).map(bucket_of), st.sampled_from([512, 1024, 2048]))
 
@@ -23,3 +33,97 @@ def test_the_smallest_graph_with_room(captured: list[tuple[int, int]], key: tupl
     if found is not None:
         assert found in fitting and all(found[0] <= other[0] for other in fitting)
         assert key not in captured or found == key
+
+
+class FakeGraph:
+    """Runs what was recorded, on the tensors that it was recorded with."""
+
+    def __init__(self, work: Callable[[], torch.Tensor]) -> None:
+        self.work, self.hidden, self.replays, self.gone = work, work(), 0, False
+
+    def replay(self) -> None:
+        assert not self.gone, "a graph is replayed after it was evicted"
+        self.hidden.copy_(self.work())
+        self.replays += 1
+
+    def reset(self) -> None:
+        assert not self.gone, "a graph is evicted twice"
+        self.gone = True
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.made: list[FakeGraph] = []
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[FakeGraph, torch.Tensor]:
+        self.made.append(FakeGraph(work))
+        return self.made[-1], self.made[-1].hidden
+
+    @property
+    def kept(self) -> int:
+        return sum(not graph.gone for graph in self.made)
+
+
+def decode_inputs(count: int, context: int, page_tokens: int) -> MicroBatchInputs:
+    numbers = torch.randint(0, 1000, (count,))
+    pages = torch.randint(0, 50, (count, -(-context // page_tokens)), dtype=torch.int32)
+    group = AttentionGroup(
+        0, count, pages, torch.arange(count + 1, dtype=torch.int32), torch.full((count,), context, dtype=torch.int32), numbers + 5, None, 1, context
+    )
+    return MicroBatchInputs((), numbers, numbers, numbers + 1, numbers + 1, group, None, None, tuple((None, i) for i in range(count)), torch.arange(count))  # type: ignore[misc]
+
+
+def hidden_of(inputs: MicroBatchInputs) -> torch.Tensor:
+    assert inputs.gpu is not None
+    return torch.stack([inputs.token_ids, inputs.positions, inputs.gpu.slots, inputs.gpu.page_table[:, 0]], 1).float()
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_the_graph_that_was_not_used_for_longest_goes(most: int) -> None:
+    rng, record = random.Random(most), Recorder()
+    graphs = DecodeGraphs(torch.device("cpu"), 16, 8192, record, most)
+    used: list[tuple[int, int]] = []
+    for _ in range(400):
+        inputs = decode_inputs(rng.choice([1, 2, 3, 7, 40, 90]), rng.choice([5, 500, 700, 3000]), 16)
+        before = list(graphs.captured)
+        found = graphs.run(inputs, hidden_of)
+        if found is not None:
+            assert torch.equal(found, hidden_of(inputs)), "a graph gives what the pass itself gives"
+            newest = next(reversed(graphs.captured))
+            used = [key for key in used if key in graphs.captured and key != newest] + [newest]
+            assert used == list(graphs.captured)
+        gone = [key for key in before if key not in graphs.captured]
+        assert gone == before[: len(gone)], "the oldest goes first"
+        graphs.check()
+        assert record.kept == len(graphs.captured) <= most
+    assert len(record.made) > most
+    graphs.clear()
+    assert record.kept == 0 and not graphs.captured
+
+
+def test_no_graphs_where_the_budget_has_no_room() -> None:
+    graphs = DecodeGraphs(torch.device("cpu"), 16, 8192, Recorder(), 0)
+    assert [graphs.run(decode_inputs(4, 30, 16), hidden_of) for _ in range(3)] == [None] * 3 and not graphs.captured
+
+
+@pytest.mark.parametrize("most", [1, 2, MAX_GRAPHS])
+def test_graphs_come_and_go_without_a_trace_in_the_tokens(most: int, tmp_path: Path) -> None:
+    """Blocks that shrink, a second job that is longer: its rotary tables are elsewhere, and no graph may read the old ones."""
+    make_model("llama", tmp_path, max_position_embeddings=4096)
+    settings: dict[str, Any] = {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 6, "num_gpu_batches": 1, "gpu_memory": "1GiB", "device": "cpu"}
+    params = [SamplingParams(max_tokens=4 + 3 * i, temperature=0, ignore_eos=True) for i in range(6)]
+    jobs = [random_prompts([5, 9, 3, 30, 17, 8], seed=1), random_prompts([5, 9, 3, 30, 17, 8], seed=2), random_prompts([5, 900, 3], seed=3)]
+    with LLM(str(tmp_path), **settings) as llm:
+        plain = [[c.token_ids for c in llm.generate(job, params[: len(job)])] for job in jobs]
+    record = Recorder()
+    with LLM(str(tmp_path), **settings) as llm:
+        for job, wanted in zip(jobs, plain, strict=True):
+            llm.prepare(job, params[: len(job)])
+            assert llm.block is not None
+            if llm.block.executor.graphs is None:
+                llm.block.executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 4096, record, most)
+            assert [c.token_ids for c in llm.generate(job, params[: len(job)])] == wanted
+            llm.block.check()
+            assert record.kept <= most
+        assert sum(graph.replays for graph in record.made) > 10
+    assert record.kept == 0

@@ -65,14 +65,25 @@ class Case:
         masks, positions = torch.zeros(sum(self.queries), words * 32, dtype=torch.int64), torch.zeros(sum(self.queries), dtype=torch.int32)
         begin = 0
         for queries, context in zip(self.queries, self.contexts, strict=True):
-            for q in range(queries):
+            for q, parent in enumerate(self.random_parents(queries, random)):
                 if q:
-                    masks[begin + q] = masks[begin + int(torch.randint(0, q, (1,), generator=random))]
+                    masks[begin + q] = masks[begin + parent]
                 masks[begin + q, q] = 1
                 positions[begin + q] = context - queries + masks[begin + q].sum() - 1
             begin += queries
         packed = (masks.view(-1, words, 32) << torch.arange(32)).sum(-1)
         return {"tree_masks": torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int(), "positions": positions}
+
+    @staticmethod
+    def random_parents(queries: int, random: torch.Generator) -> list[int]:
+        """Chains of several drafts after one another, as these are merged: each begins anywhere in what is there. How long they are is drawn too, from
+        nodes that hang on anything to a single chain, as of a prompt. In every second tree the last token hangs on the root, however deep others are."""
+        new_chain = torch.rand(queries, generator=random) < torch.rand((), generator=random).square()
+        anywhere = (torch.rand(queries, generator=random) * torch.arange(queries)).long()
+        parents = torch.where(new_chain, anywhere, torch.arange(queries) - 1)
+        if queries > 1 and torch.rand((), generator=random) < 0.5:
+            parents[-1] = 0
+        return parents.tolist()
 
 
 CASES = {
@@ -94,4 +105,58 @@ CASES = {
     "decode, 8 bits, ALiBi": Case((1, 1), (70, 33), num_heads=2, head_dim=128, dtype=torch.float16, bits=8, group=64, alibi=True),
     "4 bits, short group": Case((1, 20), (40, 41), head_dim=34, bits=4),
 }
+WINDOWED = [
+    (1, "", {}),
+    (5, ", 4 bits", {"bits": 4, "group": 8}),
+    (19, ", pages of 1", {"page_tokens": 1}),
+    (40, "", {}),
+    (64, ", 8 bits", {"bits": 8}),
+    (64, ", soft cap", {"soft_cap": 3.0}),
+    (100, ", ALiBi", {"alibi": True}),
+    (200, "", {}),
+]
+"""Shorter than a page, than a tree, than the context, and longer than all."""
+CASES |= {
+    f"trees, window of {window}{name}": Case((9, 40, 1, 33), (30, 130, 60, 140), num_heads=6, head_dim=24, tree=True, window=window, **options)
+    for window, name, options in WINDOWED
+}
+
+
+def awkward(dtype: torch.dtype, shape: tuple[int, ...], group: int, seed: int) -> torch.Tensor:
+    """Vectors whose groups hold, by turns, what arithmetic treats apart: NaN (first, last, alone), infinities, zeros of both signs, the smallest and the
+    largest numbers there are, a constant."""
+    random, limits = torch.Generator().manual_seed(seed), torch.finfo(dtype)
+    x, nan, inf = torch.randn(shape, generator=random).to(dtype), torch.nan, torch.inf
+    smallest = limits.smallest_normal * limits.eps
+    specials = [
+        [nan], [-nan], [inf], [-inf], [inf, -inf], [nan, inf], [0.0, -0.0], [-0.0, 0.0], [limits.max / 4, -limits.max / 4], [1.25],
+        [smallest, -smallest], [3 * smallest, limits.smallest_normal], [limits.smallest_normal * 8, -0.0],
+    ]  # fmt: skip
+    rows = x.view(-1, shape[-1])
+    for i, part in enumerate(part for row in rows for part in row.split(group)):
+        chosen = torch.tensor(specials[(i + seed) % len(specials)]).to(dtype)
+        everywhere = torch.rand((), generator=random) < 0.5
+        places = torch.arange(len(part)) if everywhere else torch.randint(0, len(part), (len(chosen),), generator=random)
+        if everywhere or i % 3 == 0:
+            part[places] = chosen[torch.randint(0, len(chosen), (len(places),), generator=random)]
+        else:
+            part[-1 if i % 2 else 0] = chosen[0]
+    return x
+
+
+def assert_same_rows(got: torch.Tensor, wanted: torch.Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> None:
+    """Bit for bit; of a NaN in quantised rows only that it is one."""
+    if bits == 16:
+        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+        return
+    codes = 2 * num_kv_heads * reference.code_bytes(head_dim, bits)
+    assert torch.equal(got[:, :codes], wanted[:, :codes])
+    used = codes + 2 * num_kv_heads * reference.num_groups(head_dim, group) * 2 * dtype.itemsize
+    ours, theirs = (rows[:, codes:used].clone().view(dtype) for rows in (got, wanted))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(ours.view(integers)[~ours.isnan()], theirs.view(integers)[~ours.isnan()])
+    assert torch.equal(got[:, used:], wanted[:, used:]), "the padding is written"
+
+
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

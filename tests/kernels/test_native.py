@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexbatch.kernels import native, reference
+from flexbatch.kernels.native_sizes import workspace_bytes
+from tests.kernels.cases import Case, assert_same_rows, awkward
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
@@ -30,6 +33,24 @@ def test_append_rows_bit_for_bit(tokens, heads, head_dim, bits, group, dtype, si
     reference.append_rows(wanted, slots, key, value, bits, group)
     native.append_rows(got, slots, key, value, bits, group)
     assert torch.equal(got, wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_append_rows_of_what_arithmetic_treats_apart(dtype, bits):
+    """A NaN stays one, wherever in its group it is; so do infinities, zeros and the smallest numbers."""
+    for seed, (heads, head_dim, group) in enumerate([(2, 64, 16), (1, 33, 8), (3, 20, 64), (2, 7, 1)] * 6):
+        key, value = (awkward(dtype, (8, heads, head_dim), group, 2 * seed + side) for side in range(2))
+        row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
+        wanted = torch.zeros((9, 2, heads, head_dim), dtype=dtype) if bits == 16 else torch.zeros((9, row_bytes), dtype=torch.uint8)
+        got, slots = wanted.clone(), torch.randperm(9)[:8]
+        reference.append_rows(wanted, slots, key, value, bits, group)
+        native.append_rows(got, slots, key, value, bits, group)
+        assert_same_rows(got, wanted, heads, head_dim, bits, group, dtype)
+        back = torch.stack(reference.unpack_rows(got[slots], heads, head_dim, bits, group, dtype))
+        lost = torch.stack([key, value]).isnan()
+        assert back[lost].isnan().all()
 
 
 @needs_compiler
@@ -78,3 +99,40 @@ def test_an_unwritable_cache_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(native.BuildError, match=r"file/cache.*make it writable"):
         native.build(tmp_path / "file" / "cache")
+
+
+class Workspaces(TorchDispatchMode):
+    """Sizes of the byte tensors that calls make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.uint8:
+            self.sizes.append(result.numel())
+        return result
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=6), st.integers(1, 8), st.integers(1, 9), st.integers(1, 140),
+    st.integers(1, 5), st.sampled_from([0, 50]),
+)  # fmt: skip
+def test_a_call_takes_no_more_than_is_planned_for_it(lengths, kv_heads, group, head_dim, threads, window):
+    queries = [max(1, count) if i == 0 else count for i, (count, _) in enumerate(lengths)]
+    contexts = [max(1, count) + prefix for count, (_, prefix) in zip(queries, lengths, strict=True)]
+    (query, rows, *places), options = Case(tuple(queries), tuple(contexts), kv_heads * group, kv_heads, head_dim, window=window).build()
+    with Workspaces() as seen:
+        native.paged_attention(query, rows, *places, **options, threads=threads)
+    planned = workspace_bytes(kv_heads * group, kv_heads, head_dim, len(queries), sum(queries), max(queries), max(contexts), threads)
+    assert seen.sizes[-1] <= planned
+
+
+def test_what_many_sequences_take_is_bounded_by_the_threads():
+    """32 heads of 128 elements, trees of 32 nodes over 2,048 keys: 16.6 MiB of partial results for each of them once, and for all at the same time."""
+    sizes = [workspace_bytes(32, 32, 128, sequences, 32 * sequences, 32, 2048, 4) for sequences in (1, 5, 64)]
+    assert sizes[0] < 6 << 20 and sizes[2] - sizes[1] < 59 * 32 * 1024
+    assert sizes[2] < 2 * workspace_bytes(32, 32, 128, 64, 64, 1, 2048, 4) + (16 << 20)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flexbatch.kernels import reference
+from tests.kernels.cases import assert_same_rows, awkward
 
 # The interpreter truncates to bfloat16 where the GPU rounds: that dtype is for the GPU only.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -116,6 +117,20 @@ def test_append_rows(dtype, heads, head_dim, group, bits, quant, device):
         quant.append_rows(got, slots.to(device), key.to(device), value.to(device), bits, group)
         assert torch.equal(got.cpu(), wanted)
     assert not row_misaligned or dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_rows_of_what_arithmetic_treats_apart(dtype, bits, quant, device):
+    skip_interpreted(dtype, device)
+    for seed, (heads, head_dim, group) in enumerate([(2, 64, 16), (3, 32, 64), (2, 48, 32)] * 2):
+        key, value = (awkward(dtype, (9, heads, head_dim), group, 2 * seed + side) for side in range(2))
+        row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
+        wanted = torch.zeros((12, 2, heads, head_dim), dtype=dtype) if bits == 16 else torch.zeros((12, row_bytes), dtype=torch.uint8)
+        got, slots = wanted.clone().to(device), torch.randperm(12)[:9]
+        reference.append_rows(wanted, slots, key, value, bits, group)
+        quant.append_rows(got, slots.to(device), key.to(device), value.to(device), bits, group)
+        assert_same_rows(got.cpu(), wanted, heads, head_dim, bits, group, dtype)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
