@@ -81,7 +81,7 @@ class Constraints:
         forced: tuple[int, ...] = ()
         if length == 1 and params.forced_bos_token_id is not None:
             forced = (params.forced_bos_token_id,)
-        if place == params.max_tokens - 1 and params.forced_eos_token_id:
+        if params.max_tokens is not None and place == params.max_tokens - 1 and params.forced_eos_token_id:
             forced = tuple(params.forced_eos_token_id)  # type: ignore[arg-type]
         barred = [*params.suppress_tokens]
         # After a prompt of one token whose next one is forced, the text begins a token later.

@@ -80,7 +80,7 @@ class GenerationDefaults:
         given: Mapping[str, Any] | None = None,
         *,
         sample: bool = False,
-        max_tokens: int = SamplingParams.max_tokens,
+        max_tokens: int | None = SamplingParams.max_tokens,
     ) -> SamplingParams:
         """The user's settings, by the names of SamplingParams, and where they say nothing the file's.
 
