@@ -163,7 +163,8 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
     NUM_HEADS: tl.constexpr = KV_HEADS * GROUP
     row = row0 + tl.arange(0, BLOCK_M)
     valid = row < num_rows
-    q = row // GROUP
+    # -1 beyond the sequence's last row: what is loaded for a query token is loaded where it is not negative.
+    q = tl.where(valid, row // GROUP, -1)
     token = (first_token + q).to(tl.int64)
     query_head = head * GROUP + row % GROUP
     element = tl.arange(0, BLOCK_G * BLOCK_B) * PIECES

@@ -59,17 +59,40 @@ Record = Callable[[Callable[[], Tensor]], tuple[Recorded, Tensor]]
 
 
 class CudaRecorder:
-    """Records into one memory pool: intermediate results of one graph take the place of another's."""
+    """Records into one memory pool: intermediate results of one graph take the place of another's. The allocator gives up
+    a pool with the last graph in it, so the next graph gets a new one.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.num_graphs = 0
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             hidden = work()
-        return graph, hidden
+        self.num_graphs += 1
+        return PooledGraph(graph, self), hidden
+
+    def forget(self) -> None:
+        """One graph less."""
+        self.num_graphs -= 1
+        if not self.num_graphs:
+            self.pool = torch.cuda.graph_pool_handle()
+
+
+@dataclass(frozen=True)
+class PooledGraph:
+    graph: torch.cuda.CUDAGraph
+    recorder: CudaRecorder
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    def reset(self) -> None:
+        self.graph.reset()
+        self.recorder.forget()
 
 
 @dataclass

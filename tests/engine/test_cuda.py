@@ -95,6 +95,7 @@ def test_graphs_take_what_is_planned_for_them(reference, tmp_path):
     with engine(model, tmp_path, ("gpu", "gpu", "gpu", 1, True, 64), gpu_batch_size=64, dtype="bfloat16") as llm:
         prompts = [model.prompts[3]] * 64
         params = [SamplingParams(max_tokens=4 + 5 * i, temperature=0, ignore_eos=True) for i in range(64)]
+        llm.prepare(prompts, params)  # the block of the job itself: a smaller one would be replaced, and its graphs with it
         llm.generate(prompts, [SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)] * 64)
         assert llm.block is not None
         graphs = llm.block.executor.graphs

@@ -16,7 +16,7 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16)
 slow = pytest.mark.slow
 
 # Heads, groups of heads, elements, page, group of codes. A GPU compiles a kernel for each and for every set of options, so that they are few.
-LAYOUTS = ((4, 2, 64, 16, 64), (6, 1, 24, 8, 8), (3, 3, 128, 1, 32), (8, 2, 40, 20, 16))
+LAYOUTS = ((4, 2, 64, 16, 64), (6, 1, 24, 8, 16), (3, 3, 128, 1, 32), (8, 2, 40, 20, 16))
 OPTIONS: tuple[dict[str, Any], ...] = ({}, {}, {"soft_cap": 3.0}, {"alibi": True}, {"alibi": True, "alibi_scale": 0.2})
 
 
