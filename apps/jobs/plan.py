@@ -141,6 +141,8 @@ def plan_job(
     fingerprint["versions"] = {"sampling": SAMPLING_RULES, "output folder": FORMAT}
     output: Output
     if openai:
+        # Chat requests without a limit of their own have this one, or none.
+        fingerprint["generation"]["chat_max_tokens"] = config.max_tokens
         repeated = source.repeated if isinstance(source, LinesSource) else {}
         digest = fingerprint_digest(fingerprint).hex()[:12]
         output = OpenAIOutput(params, engine.seed, digest, created, config.max_tokens, repeated)

@@ -279,7 +279,8 @@ def test_everything_after_close_is_one_error(model, tmp_path):
     early = llm.stream(items())
     llm.close()
     llm.close()
-    calls = {**CALLS, "report": LLM.report, "with": LLM.__enter__, "stream ": lambda llm: next(early)}
+    names = ("report", "get_default_sampling_params")
+    calls = {**CALLS, **{name: getattr(LLM, name) for name in names}, "with": LLM.__enter__, "stream ": lambda llm: next(early)}
     made = {"from_config", "from_decisions", "plan", "close"}
     public = {name for name, _ in inspect.getmembers(LLM, inspect.isroutine) if not name.startswith("_")}
     assert public - made <= calls.keys(), "a method that nobody has tried on a closed engine"

@@ -132,7 +132,8 @@ def test_a_call_takes_no_more_than_is_planned_for_it(lengths, kv_heads, group, h
 
 
 def test_what_many_sequences_take_is_bounded_by_the_threads():
-    """32 heads of 128 elements, trees of 32 nodes over 2,048 keys: 16.6 MiB of partial results for each of them once, and for all at the same time."""
+    """32 heads of 128 elements, trees of 32 nodes over 2,048 keys: 16.6 MiB of partial results for each of them once, and
+    for all at the same time. Of fewer nodes, whose items have all heads, it is 7.6 MiB."""
     sizes = [workspace_bytes(32, 32, 128, sequences, 32 * sequences, 32, 2048, 4) for sequences in (1, 5, 64)]
-    assert sizes[0] < 6 << 20 and sizes[2] - sizes[1] < 59 * 32 * 1024
+    assert sizes[0] < 11 << 20 and sizes[2] - sizes[1] < 59 * 32 * 1024
     assert sizes[2] < 2 * workspace_bytes(32, 32, 128, 64, 64, 1, 2048, 4) + (16 << 20)
