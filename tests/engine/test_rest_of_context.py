@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flexbatch import LLM, SamplingParams
@@ -18,7 +20,8 @@ def test_tokens_within_the_context(wanted: int | None, room: int, tokens: int) -
     assert params.tokens_within(room) == tokens
     resolved = params.within(room)
     assert resolved.max_tokens == (tokens if wanted is None else wanted) and resolved.stop == ("x",)
-    assert OutputText(object(), params, prompt_token_ids=[5] * (100 - room), max_context=100).max_tokens == tokens
+    output = OutputText(None, replace(params, stop=()), prompt_token_ids=[5] * (100 - room), max_context=100)
+    assert output.max_tokens == tokens
 
 
 def test_without_a_context_there_is_no_rest_of_it() -> None:
