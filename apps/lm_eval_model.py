@@ -33,6 +33,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "autogptq": (False, None), "gptqmodel": (False, None), "gguf_file": (None,), "tp_plan": (None,), "tokenizer": (None,),
 }  # fmt: skip
 """Arguments of ``hf`` that are taken where they say what happens anyway."""
+TRANSFORMERS_TOP_K = 50
+"""What `generate` of transformers draws from where nobody says ``top_k``."""
 SAMPLING_KEYS = (
     "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "no_repeat_ngram_size", "min_new_tokens", "min_length",
@@ -240,6 +242,8 @@ class FlexBatchLM(TemplateLM):
             del given[
                 "max_tokens"
             ]  # of max_new_tokens in the file and the max_length that hf gives, transformers takes the first
+        if given["temperature"] > 0 and generation.settings.get("top_k") is None:
+            given.setdefault("top_k", TRANSFORMERS_TOP_K)
         return generation.params(given)
 
     def _run(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,9 +20,11 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval_tasks import write_tasks  # noqa: E402
 from oracle import OracleLLM, make_model, make_pieces  # noqa: E402
+from transformers import GenerationConfig  # noqa: E402
 
 from flexbatch.apps.lm_eval_model import FlexBatchLM, engine_arguments  # noqa: E402
 from flexbatch.config import ConfigurationError  # noqa: E402
+from flexbatch.models.generation_config import GenerationDefaults  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {"device": "cpu", "dtype": "float32"}
@@ -205,6 +208,14 @@ def test_generation_options_are_passed_on_or_refused(model):
     params = model._sampling_params(0, {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_tokens": 7})
     assert (params.stop, params.temperature, params.top_p, params.max_tokens) == (("x",), 0.5, 0.9, 7)
     assert model._sampling_params(0, {"do_sample": False, "temperature": 0.5}).greedy
+    assert params.top_k == GenerationConfig._get_default_generation_params()["top_k"]
+    drawn = {"do_sample": True, "temperature": 0.5}
+    assert [model._sampling_params(0, {**drawn, "top_k": k}).top_k for k in (0, 7)] == [0, 7]
+    assert model._sampling_params(0, {"top_k": 7}).top_k == 7
+    told = SimpleNamespace(generation=GenerationDefaults("f", {"top_k": 9, "do_sample": True}))
+    model.llm, whole = told, model.llm
+    assert [model._sampling_params(0, {**drawn, **more}).top_k for more in ({}, {"top_k": 3})] == [9, 3]
+    model.llm = whole
     with pytest.raises(ValueError, match=r"request 3: generation options \['num_beams'\] are not available"):
         model._sampling_params(3, {"num_beams": 4})
 

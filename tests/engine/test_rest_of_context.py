@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flexbatch import LLM, SamplingParams
@@ -18,7 +20,14 @@ def test_tokens_within_the_context(wanted: int | None, room: int, tokens: int) -
     assert params.tokens_within(room) == tokens
     resolved = params.within(room)
     assert resolved.max_tokens == (tokens if wanted is None else wanted) and resolved.stop == ("x",)
-    assert OutputText(object(), params, prompt_tokens=100 - room, max_context=100).max_tokens == tokens
+    output = OutputText(None, replace(params, stop=()), prompt_token_ids=[5] * (100 - room), max_context=100)
+    assert output.max_tokens == tokens
+
+
+@pytest.mark.parametrize(("least", "room", "kept"), [(0, 9, 0), (5, 9, 5), (9, 9, 9), (50, 9, 9), (50, 0, 0)])
+def test_the_least_number_of_tokens_ends_with_the_context_too(least: int, room: int, kept: int) -> None:
+    resolved = SamplingParams(max_tokens=None, min_tokens=least, stop="x").within(room)
+    assert (resolved.min_tokens, resolved.max_tokens, resolved.stop) == (kept, room, ("x",))
 
 
 def test_without_a_context_there_is_no_rest_of_it() -> None:
