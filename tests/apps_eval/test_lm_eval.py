@@ -25,6 +25,7 @@ from transformers import GenerationConfig  # noqa: E402
 from flexbatch.apps.lm_eval_model import FlexBatchLM, engine_arguments  # noqa: E402
 from flexbatch.config import ConfigurationError  # noqa: E402
 from flexbatch.models.generation_config import GenerationDefaults  # noqa: E402
+from flexbatch.models.resolve import DEMO  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {"device": "cpu", "dtype": "float32"}
@@ -215,7 +216,15 @@ def test_generation_options_are_passed_on_or_refused(model):
     told = SimpleNamespace(generation=GenerationDefaults("f", {"top_k": 9, "do_sample": True}))
     model.llm, whole = told, model.llm
     assert [model._sampling_params(0, {**drawn, **more}).top_k for more in ({}, {"top_k": 3})] == [9, 3]
+    told.generation = GenerationDefaults("f", {}, {"num_beams": 4})
+    assert model._sampling_params(0, {"num_beams": 1}).greedy
+    with pytest.raises(ValueError, match="f asks for num_beams=4"):
+        model._sampling_params(0, {})
     model.llm = whole
+    beams = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 0.5, "early_stopping": True}
+    assert model._sampling_params(0, {**beams, "typical_p": 1.0, "dola_layers": None}) == model._sampling_params(0, {})
+    with pytest.raises(ValueError, match=r"request 3: generation options \['num_return_sequences'\] are not available"):
+        model._sampling_params(3, {"num_return_sequences": 2})
     with pytest.raises(ValueError, match=r"request 3: generation options \['num_beams'\] are not available"):
         model._sampling_params(3, {"num_beams": 4})
 
@@ -344,3 +353,17 @@ def test_generate_until_follows_the_models_generation_config_as_hf(content, tiny
     plain = FlexBatchLM(str(tiny), gpu_batch_size=4, num_gpu_batches=1, percent="100 0 100 0 100 0", **ENGINE)
     assert plain.generate_until(asked, disable_tqdm=True) != mine, "this file changes nothing here and proves nothing"
     plain.llm.close()
+
+
+def test_several_stops_in_one_token_cut_as_hf_does():
+    """In the order of ``until``, not of the text: " return" ends the answer, of which "r" and " re" come first."""
+    context = "def main():\n    "
+    mine = FlexBatchLM("demo", percent="100 0 100 0 100 0", gpu_batch_size=8, num_gpu_batches=1, **ENGINE)
+    with mine.llm:
+        (text,) = mine.generate_until(requests("generate_until", (context, {"until": [], "max_gen_toks": 8})), True)
+        words = [text[place : place + size] for place in range(0, len(text), 5) for size in (1, 2, 4)]
+        pairs = [[words[i], words[j]] for i in range(0, len(words) - 2, 5) for j in (i + 1, i + 2)]
+        asked = [(context, {"until": until, "max_gen_toks": 8}) for pair in pairs for until in (pair, pair[::-1])]
+        found = mine.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    assert found == hugging_face(DEMO, 1).generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    assert len(set(found)) > 3
