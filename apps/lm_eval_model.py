@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from flexbatch.config import ConfigurationError, EngineConfig
-from flexbatch.models.generation_config import FIELDS, GenerationDefaults
+from flexbatch.models.generation_config import FIELDS, NOTHING, GenerationDefaults
 from flexbatch.models.resolve import load_tokenizer
 from flexbatch.request import Completion, SamplingParams
 
@@ -33,6 +33,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "autogptq": (False, None), "gptqmodel": (False, None), "gguf_file": (None,), "tp_plan": (None,), "tokenizer": (None,),
 }  # fmt: skip
 """Arguments of ``hf`` that are taken where they say what happens anyway."""
+NEUTRAL_OPTIONS = {**NOTHING, "num_return_sequences": (1,)}
+"""Options of requests that are taken where they say what happens anyway."""
+OF_BEAMS = ("length_penalty", "early_stopping")
+"""Options that change nothing without beams."""
+TRANSFORMERS_TOP_K = 50
+"""What `generate` of transformers draws from where nobody says ``top_k``."""
 SAMPLING_KEYS = (
     "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "no_repeat_ngram_size", "min_new_tokens", "min_length",
@@ -215,7 +221,8 @@ class FlexBatchLM(TemplateLM):
         if isinstance(thought, int) and thought in token_ids:
             token_ids = token_ids[len(token_ids) - token_ids[::-1].index(thought) :]
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        if isinstance(completion.stop_reason, str) and len(token_ids) == len(completion.token_ids):
+        ended = completion.stop_reason
+        if isinstance(ended, str) and ended not in text and len(token_ids) == len(completion.token_ids):
             # the engine sees stop strings that ``hf`` does not: those that begin with that space, or reach over a special token
             text = completion.text[completion.text.startswith(" ") and not text.startswith(" ") :]
         if isinstance(thought, int):
@@ -230,16 +237,22 @@ class FlexBatchLM(TemplateLM):
         until, max_tokens = options.pop("until"), options.pop("max_gen_toks")
         sample, temperature = options.pop("do_sample"), float(options.pop("temperature", 0.0))
         known = {FIELDS.get(name, name): options.pop(name) for name in SAMPLING_KEYS if name in options}
+        neutral = {name for name, value in options.items() if value is None or value in NEUTRAL_OPTIONS.get(name, ())}
+        options = {name: value for name, value in options.items() if name not in {*neutral, *OF_BEAMS}}
         if options:
             raise ValueError(f"request {place}: generation options {sorted(options)} are not available; the engine has {', '.join(SAMPLING_KEYS)}")
         # a reasoning model's stop sequences are for its answer and may occur in its thoughts
         stop = () if self.think_end_token is not None else tuple(text for text in until if text)
         given = {"max_tokens": max_tokens, "temperature": temperature if sample else 0.0, "stop": stop, **known}
         generation: GenerationDefaults = getattr(self.llm, "generation", None) or GenerationDefaults()
+        said = {name: value for name, value in generation.unavailable.items() if name not in neutral}
+        generation = dataclasses.replace(generation, unavailable=said)
         if "max_new_tokens" in generation.settings:
             del given[
                 "max_tokens"
             ]  # of max_new_tokens in the file and the max_length that hf gives, transformers takes the first
+        if given["temperature"] > 0 and generation.settings.get("top_k") is None:
+            given.setdefault("top_k", TRANSFORMERS_TOP_K)
         return generation.params(given)
 
     def _run(

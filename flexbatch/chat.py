@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PROBES = ("qzfirstqz", "qzsecondqz")
-"""Words that no template writes by itself."""
+OTHER = "qzotherqz"
+"""Words that no template writes by itself, in lower case, as some write all in capitals."""
 BETWEEN_PARTS = "\n"
 """Joins the parts of a content where the template wants one text, as in vLLM."""
 
@@ -80,13 +81,18 @@ class ChatTemplate:
             earlier.append("assistant")
 
         def written(content: Any) -> str:
-            def message(who: str) -> dict[str, Any]:
-                return {"role": who, "content": content}
-
-            try:
-                return self._apply([message(who) for who in (*earlier, role, *later)], add_generation_prompt=False)
-            except Exception:  # templates raise what they like, e.g. for a role they do not know
-                return ""
+            # The others say something else: what they show tells nothing about this role.
+            for other in (OTHER, [{"type": "text", "text": OTHER}]):
+                contents = [*([other] * len(earlier)), content, *([other] * len(later))]
+                messages = [
+                    {"role": who, "content": said}
+                    for who, said in zip((*earlier, role, *later), contents, strict=True)
+                ]
+                try:
+                    return self._apply(messages, add_generation_prompt=False).lower()
+                except Exception:  # templates raise what they like, e.g. for a role they do not know
+                    continue
+            return ""
 
         text, parts = written(as_text), written(as_parts)
         if not text and not parts:

@@ -43,12 +43,17 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(known)}"
 
 
-def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises UnknownKeywordError for the first keyword that is not known."""
+def check_keywords(
+    what: str, given: Iterable[str], known: Iterable[str], meant: Mapping[str, str] | None = None
+) -> None:
+    """Raises UnknownKeywordError for the first keyword that is not known. ``meant``: known names by what others call
+    them."""
     names = set(known)
     for name in given:
         if name not in names:
-            raise UnknownKeywordError(f"{what} has no keyword {name!r}{closest(name, names)}")
+            other = (meant or {}).get(name)
+            hint = closest(name, names) if other is None else f"; did you mean {other!r}?"
+            raise UnknownKeywordError(f"{what} has no keyword {name!r}{hint}")
 
 
 def whole(low: int | None = None, high: int | None = None) -> Check:

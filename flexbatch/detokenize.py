@@ -34,8 +34,13 @@ class StopSearch:
     without them.
     """
 
-    def __init__(self, decoder: TextDecoder, prompt_token_ids: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self, decoder: TextDecoder, prompt_token_ids: Sequence[int], stops: Sequence[str], min_tokens: int = 0
+    ) -> None:
         self._decoder, self._prompt_token_ids, self._stops = decoder, prompt_token_ids, tuple(stops)
+        self._min_tokens = min_tokens
+        self._passed, self._passed_spelled = 0, 0
+        """Lengths of the text, and of that with special tokens, after ``min_tokens``: what ends there is no stop."""
         self._reach = max(map(len, self._stops), default=1) - 1
         self._token_ids: list[int] = []
         self.visible = Detokenizer(decoder, prompt_token_ids)
@@ -55,7 +60,10 @@ class StopSearch:
         if not self._stops:
             return None
         start, text = self._unsearched(self.visible, searched)
-        place, stop = first_stop(text, self._stops)
+        early = len(self._token_ids) <= self._min_tokens
+        if early:
+            self._passed = start + len(text)
+        place, stop = first_stop(text, self._stops, self._passed - start)
         found = [] if stop is None else [FoundStop(start + place, stop)]
         if self._spelled is not None:
             before = self._spelled.total
@@ -63,7 +71,10 @@ class StopSearch:
             if special:
                 # a special token has a character at least, so that no stop string reaches back over more of them
                 self._marks = [*self._marks[-self._reach - 1 :], (before, self._spelled.total, self.visible.total)]
-            found += self._across_special(*self._unsearched(self._spelled, searched_spelled))
+            start, text = self._unsearched(self._spelled, searched_spelled)
+            if early:
+                self._passed_spelled = start + len(text)
+            found += self._across_special(start, text)
         return min(found, key=lambda each: (each.cut, -len(each.stop)), default=None)
 
     def _spell(self) -> Detokenizer:
@@ -92,7 +103,9 @@ class StopSearch:
             place = text.find(stop)
             while place >= 0:
                 begin, end = start + place, start + place + len(stop)
-                if any(before < end and begin < after for before, after, _ in self._marks):
+                if end > self._passed_spelled and any(
+                    before < end and begin < after for before, after, _ in self._marks
+                ):
                     yield FoundStop(self._visible_place(begin), stop)
                     break
                 place = text.find(stop, place + 1)
@@ -129,8 +142,9 @@ class OutputText:
     """The output of one request: its kept tokens, its text, and whether it has ended.
 
     The text is what prompt and output decode to, less what the prompt decodes to alone, without special tokens.
-    Ends at EOS and at stop tokens (kept in `token_ids`, not in the text), at a stop string (tokens up to the one that completes it are kept, the text
-    is cut before it), at max_tokens, or when prompt and output fill the model's context. Tokens offered after the end are not kept, so that a whole
+    Ends at EOS and at stop tokens (kept in `token_ids`, not in the text), at a stop string that a token after
+    min_tokens completes (tokens up to that one are kept, the text is cut before the string), at max_tokens, or when
+    prompt and output fill the model's context. Tokens offered after the end are not kept, so that a whole
     path of drafted tokens can be offered at once.
     """
 
@@ -150,7 +164,7 @@ class OutputText:
             raise ValueError("max_tokens=None is the rest of the context: it needs max_context")
         room = (params.max_tokens or 0) if max_context is None else max_context - len(prompt_token_ids)
         self.max_tokens = params.tokens_within(room)
-        self._stops = tuple(params.stop)
+        self._stops, self._min_tokens = tuple(params.stop), params.min_tokens
         if self._stops and decoder is None:
             raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
         # Decoding as tokens come costs tens of microseconds a token: only where text decides the end, or is shown as
@@ -167,7 +181,7 @@ class OutputText:
 
     def _open_search(self) -> StopSearch:
         assert self._decoder is not None
-        return StopSearch(self._decoder, self._prompt_token_ids, self._stops)
+        return StopSearch(self._decoder, self._prompt_token_ids, self._stops, self._min_tokens)
 
     def extend(self, token_ids: Iterable[int]) -> int:
         """Offer tokens in order; returns how many were kept. Stops keeping once the output has ended."""
@@ -255,8 +269,10 @@ def begun_stop(text: str, stops: Iterable[str]) -> int:
     return max((length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])), default=0)
 
 
-def first_stop(text: str, stops: Iterable[str]) -> tuple[int, str | None]:
-    """(position, stop string) of the earliest stop string in `text`, the longer at equal positions, or (len(text),
-    None)."""
-    found = [(place, -len(stop), stop) for stop in stops if (place := text.find(stop)) >= 0]
+def first_stop(text: str, stops: Iterable[str], passed: int = 0) -> tuple[int, str | None]:
+    """(position, stop string) of the earliest stop string in `text` that ends after its first ``passed`` characters,
+    the longer at equal positions, or (len(text), None)."""
+    found = [
+        (place, -len(stop), stop) for stop in stops if (place := text.find(stop, max(0, passed + 1 - len(stop)))) >= 0
+    ]
     return (len(text), None) if not found else (min(found)[0], min(found)[2])

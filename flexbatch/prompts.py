@@ -47,7 +47,12 @@ def plain_prompt(index: int, prompt: Any) -> PlainPrompt:
         return PlainPrompt(prompt, prompt)
     if not isinstance(prompt, Mapping):
         return PlainPrompt(prompt)
-    given = {name: value for name, value in prompt.items() if value is not None}
+    # vLLM's optional entries may be null, or empty objects
+    given = {
+        name: value
+        for name, value in prompt.items()
+        if value is not None and not (isinstance(value, Mapping) and not value)
+    }
     kind = next((name for name in ("prompt_token_ids", "prompt", "role") if name in given), None)
     if kind is None:
         raise PromptError(index, f"is an object with {', '.join(map(repr, prompt)) or 'nothing'}; {WANTED}")
@@ -149,6 +154,13 @@ class PromptEncoder:
     def _tokenize(self, index: int, text: str, *, special: bool) -> list[int]:
         if self._tokenizer is None:
             raise PromptError(index, "is text, but the model has no tokenizer; give token ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                index,
+                f"is no Unicode text: character {error.start} is {text[error.start]!a}, half of a surrogate pair",
+            ) from None
         # A long prompt gets its own error here, so the tokenizer's warning about its configured length would only be noise.
         return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 

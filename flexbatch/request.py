@@ -55,8 +55,8 @@ class SamplingParams:
     ``seed=None`` derives the request's own random stream from the engine's seed and the request's index.
     ``logprobs=k`` returns the k most likely tokens and the chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt,
     from token ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common prefix.
-    ``min_tokens``: generated before EOS or a stop token may come. The fields below it are those of transformers'
-    generation_config.json, and mean the same.
+    ``min_tokens``: generated before EOS or a stop token may come, or a stop string counts. The fields below it are
+    those of transformers' generation_config.json, and mean the same.
     Raises ConfigurationError, a ValueError, that names the field for values of a wrong type or out of range, and for a
     keyword that does not exist.
     """
@@ -96,7 +96,7 @@ class SamplingParams:
     """(tokens, bias): added to the logit of the last of them where the others come before."""
 
     def __new__(cls, *args: Any, **keywords: Any) -> SamplingParams:
-        check_keywords("SamplingParams", keywords, cls.__dataclass_fields__)
+        check_keywords("SamplingParams", keywords, cls.__dataclass_fields__, OTHER_NAMES)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -129,7 +129,10 @@ class SamplingParams:
         """These parameters with a number for ``max_tokens``: None is the ``room`` that the context has left behind
         the prompt.
         """
-        return self if self.max_tokens is not None else replace(self, max_tokens=self.tokens_within(room))
+        if self.max_tokens is not None:
+            return self
+        # EOS stays barred to the end of the context, as it does where max_tokens is more than the context has left.
+        return replace(self, max_tokens=(limit := self.tokens_within(room)), min_tokens=min(self.min_tokens, limit))
 
     @property
     def constrained(self) -> bool:
@@ -165,6 +168,29 @@ def _token_sequence(value: Any) -> tuple[int, ...]:
         raise Unfit("a list of lists of at least one token id")
     return tokens
 
+
+TRANSFORMERS_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "num_return_sequences": "n",
+}
+"""What transformers calls a field."""
+OTHER_NAMES = {
+    **TRANSFORMERS_NAMES,
+    "max_length": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_gen_toks": "max_tokens",
+    "stop_sequences": "stop",
+    "until": "stop",
+    "best_of": "n",
+    "do_sample": "temperature",
+    "temp": "temperature",
+    "random_seed": "seed",
+    "top_logprobs": "logprobs",
+    "repeat_penalty": "repetition_penalty",
+}
+"""What users of other libraries call a field, to be told its name here. Names that look alike may mean another one."""
 
 _token = whole(0)
 _bias = number(lambda bias: -1e30 <= bias <= 1e30 or bias == -inf, "between -1e30 and 1e30, or -inf to bar a token")

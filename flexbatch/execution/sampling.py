@@ -163,8 +163,11 @@ def _penalized(logits: Tensor, states: Sequence[RequestState], drafted: Drafted)
     terms = torch.from_numpy(np.concatenate([piece.terms for _, piece in pieces])).to(logits.device)
     bias, repetition, subtract = terms.unbind(1)
     value = logits[where] + bias
-    value = torch.where(value > 0, value / repetition, value * repetition) - subtract
-    return logits.index_put(where, value)
+    # A bias of 1e30 divided by a penalty of 1e-30 would be infinite, which says that nothing can be drawn; times 1e30
+    # it would bar a token that is unlikely. Bars, which are infinite before, stay.
+    limits = torch.finfo(value.dtype)
+    penalized = torch.where(value > 0, value / repetition, value * repetition).clamp(limits.min, limits.max) - subtract
+    return logits.index_put(where, torch.where(value.isinf(), value, penalized))
 
 
 def _confined(logits: Tensor, effects: Mapping[int, Effect]) -> Tensor:

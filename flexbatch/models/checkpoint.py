@@ -16,6 +16,7 @@ from torch import Tensor
 from flexbatch.models import families
 from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import Assignment, assign, untied
+from flexbatch.models.config_types import KEYS, check_keys
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing, unpack
 from flexbatch.models.source import list_tensors, read_json, read_tensors
@@ -35,6 +36,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     if (folder / "generation_config.json").is_file():
         generation = read_json(folder / "generation_config.json")
         names = ("eos_token_id", "bos_token_id")
+        with _saying(folder):
+            check_keys(generation, {name: KEYS[name] for name in names}, file="generation_config.json")
         config = {**config, **{name: generation[name] for name in names if generation.get(name) is not None}}
     return config
 

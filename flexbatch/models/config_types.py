@@ -146,7 +146,9 @@ ROPE_KEYS: dict[str, Rule] = {
 """Every key of a ``rope_scaling`` or ``rope_parameters`` entry."""
 
 
-def check_keys(values: Mapping[str, Any], rules: Mapping[str, Rule], within: str = "") -> None:
+def check_keys(
+    values: Mapping[str, Any], rules: Mapping[str, Rule], within: str = "", file: str = "config.json"
+) -> None:
     """Raise CheckpointError for the first key whose value has the wrong type or an absurd size. Null stands for a key
     that is left out.
 
@@ -155,7 +157,7 @@ def check_keys(values: Mapping[str, Any], rules: Mapping[str, Rule], within: str
     for name, rule in rules.items():
         value = values.get(name)
         if value is not None and not rule.holds(value):
-            raise CheckpointError(f"config.json: {within}{name}={shown(value)} must be {rule.wanted}")
+            raise CheckpointError(f"{file}: {within}{name}={shown(value)} must be {rule.wanted}")
 
 
 def shown(value: Any) -> str:

@@ -8,6 +8,7 @@ what it returns.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,14 +18,11 @@ from flexbatch.checks import short
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.models.errors import CheckpointError
 from flexbatch.models.resolve import resolve
-from flexbatch.request import SamplingParams
+from flexbatch.request import TRANSFORMERS_NAMES, SamplingParams
 
 FILE = "generation_config.json"
 FIELDS = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "stop_strings": "stop",
-    "num_return_sequences": "n",
+    **TRANSFORMERS_NAMES,
     **{
         name: name
         for name in (
@@ -104,7 +102,7 @@ class GenerationDefaults:
             own = SamplingParams(**{**values, "min_tokens": 0})
             least = SamplingParams(min_tokens=values.get("min_tokens", 0), max_tokens=2**31 - 1).min_tokens
         except ConfigurationError as error:
-            raise ConfigurationError(f"{self.source}: {error}") from None
+            raise ConfigurationError(f"{self.source}: {_by_key(str(error))}") from None
         chosen = {
             name: getattr(user if name in given else own, name)
             for name in (entry.name for entry in fields(SamplingParams))
@@ -144,6 +142,12 @@ class GenerationDefaults:
 DEFAULTS = {entry.name: getattr(SamplingParams(), entry.name) for entry in fields(SamplingParams)}
 
 
+def _by_key(message: str) -> str:
+    """An error about a field of SamplingParams as one about the key of the file that it comes from."""
+    keys = {name: key for key, name in FIELDS.items()}
+    return re.sub(r"^sampling parameter (\w+)=", lambda match: f"{keys.get(match[1], match[1])}=", message)
+
+
 def _kept(name: str, value: Any) -> Any:
     """A value as SamplingParams keep it, or as it is where they refuse it."""
     try:
@@ -167,7 +171,7 @@ def read_generation(folder: Path | str) -> GenerationDefaults:
         return GenerationDefaults()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, wanted an object")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,9 +20,12 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval_tasks import write_tasks  # noqa: E402
 from oracle import OracleLLM, make_model, make_pieces  # noqa: E402
+from transformers import GenerationConfig  # noqa: E402
 
 from flexbatch.apps.lm_eval_model import FlexBatchLM, engine_arguments  # noqa: E402
 from flexbatch.config import ConfigurationError  # noqa: E402
+from flexbatch.models.generation_config import GenerationDefaults  # noqa: E402
+from flexbatch.models.resolve import DEMO  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {"device": "cpu", "dtype": "float32"}
@@ -205,6 +209,22 @@ def test_generation_options_are_passed_on_or_refused(model):
     params = model._sampling_params(0, {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_tokens": 7})
     assert (params.stop, params.temperature, params.top_p, params.max_tokens) == (("x",), 0.5, 0.9, 7)
     assert model._sampling_params(0, {"do_sample": False, "temperature": 0.5}).greedy
+    assert params.top_k == GenerationConfig._get_default_generation_params()["top_k"]
+    drawn = {"do_sample": True, "temperature": 0.5}
+    assert [model._sampling_params(0, {**drawn, "top_k": k}).top_k for k in (0, 7)] == [0, 7]
+    assert model._sampling_params(0, {"top_k": 7}).top_k == 7
+    told = SimpleNamespace(generation=GenerationDefaults("f", {"top_k": 9, "do_sample": True}))
+    model.llm, whole = told, model.llm
+    assert [model._sampling_params(0, {**drawn, **more}).top_k for more in ({}, {"top_k": 3})] == [9, 3]
+    told.generation = GenerationDefaults("f", {}, {"num_beams": 4})
+    assert model._sampling_params(0, {"num_beams": 1}).greedy
+    with pytest.raises(ValueError, match="f asks for num_beams=4"):
+        model._sampling_params(0, {})
+    model.llm = whole
+    beams = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 0.5, "early_stopping": True}
+    assert model._sampling_params(0, {**beams, "typical_p": 1.0, "dola_layers": None}) == model._sampling_params(0, {})
+    with pytest.raises(ValueError, match=r"request 3: generation options \['num_return_sequences'\] are not available"):
+        model._sampling_params(3, {"num_return_sequences": 2})
     with pytest.raises(ValueError, match=r"request 3: generation options \['num_beams'\] are not available"):
         model._sampling_params(3, {"num_beams": 4})
 
@@ -333,3 +353,16 @@ def test_generate_until_follows_the_models_generation_config_as_hf(content, tiny
     plain = FlexBatchLM(str(tiny), gpu_batch_size=4, num_gpu_batches=1, percent="100 0 100 0 100 0", **ENGINE)
     assert plain.generate_until(asked, disable_tqdm=True) != mine, "this file changes nothing here and proves nothing"
     plain.llm.close()
+
+
+def test_several_stops_in_one_token_cut_as_hf_does():
+    """One after the other, in the order of ``until``, not by their places in the text."""
+    context = "def main():\n    "
+    mine = FlexBatchLM("demo", percent="100 0 100 0 100 0", gpu_batch_size=8, num_gpu_batches=1, **ENGINE)
+    with mine.llm:
+        (text,) = mine.generate_until(requests("generate_until", (context, {"until": [], "max_gen_toks": 8})), True)
+        pairs = [[text[place], text[place - 1 : place + 2]] for place in range(1, len(text) - 1, 2)]
+        asked = [(context, {"until": until, "max_gen_toks": 8}) for pair in pairs for until in (pair, pair[::-1])]
+        found = mine.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    assert found == hugging_face(DEMO, 1).generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    assert len(set(found)) > 2

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import ConfigurationError
+from flexbatch.models.checkpoint import CheckpointError, read_arch
 from flexbatch.models.generation_config import NOTHING, GenerationDefaults, read_generation
+from flexbatch.models.resolve import DEMO
 from flexbatch.run import main as run
 from flexbatch.speculative.tree import ROOT, TokenTree, TreeShape
 from tests.speculative.engines import Scripted
@@ -338,8 +340,9 @@ def test_what_cannot_be_followed_is_refused_by_name(key, tmp_path):
         ({"repetition_penalty": "much"}, "repetition_penalty='much'"), ({"do_sample": "yes"}, "do_sample='yes'"),
         ({"suppress_tokens": 5}, "suppress_tokens=5"),
         ({"bad_words_ids": [5]}, "bad_words_ids="), ({"sequence_bias": {"5": 1.0}}, "sequence_bias="),
-        ({"max_new_tokens": 2.5}, "max_tokens=2.5"),
-        ({"min_new_tokens": -1}, "min_tokens=-1"), ([1], "holds a list"),
+        ({"max_new_tokens": 2.5}, "json: max_new_tokens=2.5"), ({"stop_strings": [5]}, "json: stop_strings=[5]"),
+        ({"num_return_sequences": 0}, "json: num_return_sequences=0"), ({"top_k": "a"}, "json: top_k='a'"),
+        ({"min_new_tokens": -1}, "json: min_new_tokens=-1"), ([1], "holds a list"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_the_file_is_named_with_it(content, named, tmp_path):
@@ -347,6 +350,25 @@ def test_what_is_wrong_in_the_file_is_named_with_it(content, named, tmp_path):
     with pytest.raises(ValueError) as error:
         read_generation(tmp_path).params()
     assert named in str(error.value) and "generation_config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 100_000, '{"a":' * 100_000, "\ufeff{}", b"\xff", "null", "5", '"text"', '{"top_k": 1,}']
+)
+def test_a_file_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "generation_config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=r"generation_config\.json (cannot be read as JSON|holds a)"):
+        read_generation(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["0", True, 0.5, [[0]], {"a": 0}, ["0"]])
+def test_a_wrong_end_token_is_named_with_its_file(value, tmp_path):
+    config = json.loads((DEMO / "config.json").read_text())
+    for generation, named in (({"eos_token_id": value}, "generation_config.json"), ({}, "config.json")):
+        (tmp_path / "config.json").write_text(json.dumps(config if generation else {**config, "eos_token_id": value}))
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        with pytest.raises(CheckpointError, match=f": {named}: eos_token_id="):
+            read_arch(tmp_path)
 
 
 def test_a_model_without_the_file_has_no_settings(tmp_path):

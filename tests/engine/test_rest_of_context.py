@@ -24,6 +24,12 @@ def test_tokens_within_the_context(wanted: int | None, room: int, tokens: int) -
     assert output.max_tokens == tokens
 
 
+@pytest.mark.parametrize(("least", "room", "kept"), [(0, 9, 0), (5, 9, 5), (9, 9, 9), (50, 9, 9), (50, 0, 0)])
+def test_the_least_number_of_tokens_ends_with_the_context_too(least: int, room: int, kept: int) -> None:
+    resolved = SamplingParams(max_tokens=None, min_tokens=least, stop="x").within(room)
+    assert (resolved.min_tokens, resolved.max_tokens, resolved.stop) == (kept, room, ("x",))
+
+
 def test_without_a_context_there_is_no_rest_of_it() -> None:
     with pytest.raises(ValueError, match="needs max_context"):
         OutputText(None, SamplingParams(max_tokens=None))

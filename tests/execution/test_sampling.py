@@ -293,3 +293,19 @@ def test_barred_tokens_stay_barred_at_any_temperature(temperature: float) -> Non
 def test_extreme_penalties_draw_some_token(penalty: float) -> None:
     states = [state(i, (3, 8), repetition_penalty=penalty, temperature=i * 0.7) for i in range(3)]
     assert min(sample(random_logits(3), states).token_ids.tolist()) >= 0
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-30, 1e30, 1e300])
+@pytest.mark.parametrize("bias", [1e30, -1e30, -torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0])
+def test_bias_and_penalty_at_their_ends_leave_finite_scores(penalty: float, bias: float, temperature: float) -> None:
+    """A token that they raise is drawn, one that they lower is not, and is barred by a bias of -inf alone."""
+    params = {"repetition_penalty": penalty, "temperature": temperature, "seed": 1}
+    tokens = [state(i, (7,), logit_bias={7: bias}, **params) for i in range(3)]
+    drawn = sample(random_logits(3), tokens).token_ids.tolist()
+    assert min(drawn) >= 0
+    if bias < 0 or penalty < 1:  # else they cancel out
+        assert all((token == 7) == (bias > 0) for token in drawn)
+    only = dict.fromkeys((token for token in range(VOCAB) if token != 7), -torch.inf)
+    alone = [state(0, (7,), logit_bias={**only, 7: bias}, **params)]
+    assert sample(random_logits(1), alone).token_ids.tolist() == [7 if bias > -torch.inf else sampling.ALL_BARRED]

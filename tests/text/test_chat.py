@@ -31,6 +31,17 @@ JSON = (
 STRICT = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() + '' }}{% endfor %}" + GENERATION
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PARTS
 BOTH_ROLES = "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content is not string %}{% for p in m.content %}{{ p.text }}+{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"  # noqa: E501
+FIRST_OF_SYSTEM = (
+    """{% if messages[0].role == 'system' %}[system]{{ messages[0].content if messages[0].content is string else messages[0].content[0].text }}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif -%}
+{% for m in rest %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"""  # noqa: E501
+    + GENERATION
+)
+"""As Gemma 3, which writes the first part alone of what the system says."""
+CAPITALS = "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text | upper }}{% endfor %}{% endfor %}"
+NO_TEXTS = (
+    "{% for m in messages %}{% if m.content is string %}{{ raise_exception('parts only') }}{% endif %}{% endfor %}"
+    + PARTS
+)
 TEMPLATES = {
     "text": TEXT,
     "parts": PARTS,
@@ -90,6 +101,38 @@ def test_parts_are_joined_where_the_template_wants_text_and_handed_on_where_it_w
     assert "'text'" not in rendered(tokenizer, TEMPLATES[name], told) and '"text"' not in rendered(
         tokenizer, TEMPLATES[name], told
     )
+
+
+SAID = {
+    "system": [
+        {"role": "system", "content": parts("s1", "s2")},
+        {"role": "user", "content": "u1"},
+        {"role": "assistant", "content": parts("a1", "a2")},
+        {"role": "user", "content": parts("u2", "u3")},
+    ],
+    "tool": [
+        {"role": "user", "content": "u1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "tool", "content": parts("t1", "t2")},
+        {"role": "user", "content": parts("u2", "u3")},
+    ],
+    "developer": [{"role": "developer", "content": parts("d1", "d2")}, {"role": "user", "content": "u1"}],
+    "text": [{"role": "system", "content": "s1"}, {"role": "user", "content": "u1"}],
+}
+EVERY = {**TEMPLATES, "first of system": FIRST_OF_SYSTEM, "capitals": CAPITALS, "no texts": NO_TEXTS}
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"no system"}))
+@pytest.mark.parametrize("said", SAID)
+def test_no_part_of_any_role_is_lost(tokenizer, name: str, said: str) -> None:
+    text = rendered(tokenizer, EVERY[name], SAID[said]).lower()
+    words = [
+        part["text"] if isinstance(part, dict) else part
+        for message in SAID[said]
+        for part in ([message["content"]] if isinstance(message["content"], str) else message["content"])
+    ]
+    assert [text.count(word) for word in words] == [1] * len(words), text
+    assert not any(mark in text for mark in ("'text'", '"text"', "'type'", '"type"'))
 
 
 def test_a_refusing_template_is_the_error_of_its_prompt(tokenizer) -> None:

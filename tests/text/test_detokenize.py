@@ -167,6 +167,54 @@ def test_text_so_far_holds_back_what_may_become_a_stop_string(tokenizer) -> None
     assert result.finish == Finish("stop", "abcd")
 
 
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=60)
+@given(
+    text=st.text("ab漢", min_size=1, max_size=14),
+    stops=st.lists(st.text("ab漢", min_size=1, max_size=4), min_size=1, max_size=3),
+    least=st.integers(0, 12),
+    step=st.integers(1, 4),
+    special=st.booleans(),
+)
+def test_a_stop_string_within_the_first_min_tokens_counts_for_nothing(tokenizer, text, stops, least, step, special):
+    """As in vLLM: it counts if a token after ``min_tokens`` completes it, wherever it begins. Against the text decoded
+    anew."""
+    tokens = [*([0] if special else []), *byte_ids(tokenizer, text)]
+    least = min(least, len(tokens))
+    result = output(tokenizer, len(tokens), stop=stops, min_tokens=least, ignore_eos=True)
+    shown = ""
+    for place in range(0, len(tokens), step):
+        result.extend(tokens[place : place + step])
+        shown += result.take()
+        result.check()
+
+    def read(count: int) -> str:
+        return tokenizer.decode(tokens[:count], skip_special_tokens=True).rstrip("\ufffd")
+
+    passed, wanted, kept = len(read(least)), tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)
+    for count in range(least + 1, len(tokens) + 1):
+        places = [
+            place
+            for stop in stops
+            for place in range(len(text))
+            if read(count).startswith(stop, place) and place + len(stop) > passed
+        ]
+        if places:
+            wanted, kept = read(count)[: min(places)], count
+            break
+    assert (result.text, len(result.token_ids), shown) == (wanted, kept, wanted)
+    assert result.finish is not None and result.finish.reason == ("stop" if len(wanted) < len(text) else "length")
+
+
+def test_special_tokens_in_stop_strings_keep_to_min_tokens_too(tokenizer) -> None:
+    end = tokenizer.convert_tokens_to_ids("</s>")
+    a, b = byte_ids(tokenizer, "ab")
+    stopped = Finish("stop", "a</s>")
+    for least, finish, count in ((0, stopped, 2), (2, stopped, 5), (5, Finish("length"), 6)):
+        result = output(tokenizer, 6, stop="a</s>", min_tokens=least, ignore_eos=True)
+        result.extend([a, end, b, a, end, b])
+        assert (result.finish, len(result.token_ids)) == (finish, count)
+
+
 def test_no_token_after_the_end(tokenizer) -> None:
     result = output(tokenizer)
     result.append(EOS)

@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexbatch.config import ConfigurationError
-from flexbatch.intake import Intake, requests_of
+from flexbatch.intake import Defaults, Intake, requests_of
+from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.prompts import PromptEncoder, PromptError
 from flexbatch.request import SamplingParams
 
 USER = {"role": "user", "content": "hi"}
 PARAMS = SamplingParams(max_tokens=2)
+DEFAULTS = Defaults(GenerationDefaults())
 FORMS = {
     "text": ("stop here", "stop here"),
     "ids": ([5, 6], [5, 6]),
@@ -26,7 +28,8 @@ FORMS = {
     "ids object": ({"prompt_token_ids": [5, 6]}, [5, 6]),
     "ids object with an array": ({"prompt_token_ids": np.array([5, 6])}, [5, 6]),
     "ids object with its text": ({"prompt_token_ids": [5, 6], "prompt": "whatever"}, [5, 6]),
-    "object with empty extras": ({"prompt": "stop here", "multi_modal_data": None}, "stop here"),
+    "object with null extras": ({"prompt": "stop here", "multi_modal_data": None}, "stop here"),
+    "object with empty extras": ({"prompt": "stop here", "mm_processor_kwargs": {}}, "stop here"),
     "ids in a text object": ({"prompt": [5, 6]}, [5, 6]),
     "chat in a text object": ({"prompt": [USER]}, [USER]),
     "chat": ([USER], [USER]),
@@ -40,7 +43,7 @@ def encoder(tokenizer) -> PromptEncoder:
 
 
 def streamed(items, encoder):
-    intake = Intake(items, encoder)
+    intake = Intake(items, encoder, DEFAULTS)
     return list(intake.requests()), intake.failed
 
 
@@ -51,11 +54,11 @@ def test_every_form_alone_in_a_list_and_in_a_stream(encoder, name: str) -> None:
     assert type(wanted) is list and all(type(token) is int for token in wanted)
     single = name == "one message"  # a list of messages is one chat
     for prompts in (prompt, [prompt, "x"] if single else [prompt, prompt], iter([prompt]), (prompt, "x")):
-        requests = requests_of(prompts, PARAMS, encoder)
+        requests = requests_of(prompts, PARAMS, encoder, DEFAULTS)
         assert requests[0].prompt_token_ids == wanted and type(requests[0].prompt_token_ids) is list
     assert (
-        len(requests_of([prompt, prompt], PARAMS, encoder)) == 2 - single
-        and len(requests_of(prompt, PARAMS, encoder)) == 1
+        len(requests_of([prompt, prompt], PARAMS, encoder, DEFAULTS)) == 2 - single
+        and len(requests_of(prompt, PARAMS, encoder, DEFAULTS)) == 1
     )
     (request,), failed = streamed([("key", prompt, PARAMS)], encoder)
     assert request.prompt_token_ids == wanted and not failed
@@ -65,17 +68,18 @@ def test_every_form_alone_in_a_list_and_in_a_stream(encoder, name: str) -> None:
 
 def test_forms_mix_in_a_list_and_a_two_dimensional_array_is_several_prompts(encoder) -> None:
     prompts = [form for form, _ in FORMS.values()]
-    assert [request.prompt_token_ids for request in requests_of(prompts, PARAMS, encoder)] == [
+    assert [request.prompt_token_ids for request in requests_of(prompts, PARAMS, encoder, DEFAULTS)] == [
         encoder.encode(0, plain) for _, plain in FORMS.values()
     ]
-    assert [request.prompt_token_ids for request in requests_of(np.array([[5, 6], [7, 8]]), PARAMS, encoder)] == [
+    rows = requests_of(np.array([[5, 6], [7, 8]]), PARAMS, encoder, DEFAULTS)
+    assert [request.prompt_token_ids for request in rows] == [
         [5, 6],
         [7, 8],
     ]
-    assert requests_of([], PARAMS, encoder) == []
+    assert requests_of([], PARAMS, encoder, DEFAULTS) == []
     assert (
-        len(requests_of([USER, USER], PARAMS, encoder)) == 1
-        and len(requests_of([USER, {"prompt": "x"}], PARAMS, encoder)) == 2
+        len(requests_of([USER, USER], PARAMS, encoder, DEFAULTS)) == 1
+        and len(requests_of([USER, {"prompt": "x"}], PARAMS, encoder, DEFAULTS)) == 2
     )
 
 
@@ -103,15 +107,19 @@ BAD = [
     (2.5, "is a float"),
     (b"ab", "is a bytes"),
     (object, "is a type"),
+    ("a\ud800b", "is no Unicode text: character 1"),
+    ({"prompt": "\udfff"}, "is no Unicode text: character 0"),
+    ([{"role": "user", "content": "a\udc00"}], "is no Unicode text: character"),
+    ([{"role": "user", "content": [{"type": "text", "text": "a\ud800"}]}], "is no Unicode text: character"),
 ]
 
 
 @pytest.mark.parametrize(("prompt", "problem"), BAD, ids=range(len(BAD)))
 def test_what_is_no_prompt_is_refused_by_name(encoder, prompt, problem: str) -> None:
     with pytest.raises(ConfigurationError, match=problem):
-        requests_of(prompt, PARAMS, encoder)
+        requests_of(prompt, PARAMS, encoder, DEFAULTS)
     with pytest.raises(PromptError, match=f"^prompt 1: .*{problem}"):
-        requests_of(["fine", prompt], PARAMS, encoder)
+        requests_of(["fine", prompt], PARAMS, encoder, DEFAULTS)
     requests, ((key, completion),) = streamed([("a", "fine", PARAMS), ("b", prompt, PARAMS)], encoder)
     assert len(requests) == 1 and key == "b" and problem in completion.error and completion.prompt_token_ids == []
 
@@ -122,7 +130,8 @@ def test_an_item_of_a_stream_that_is_none_is_refused_by_name(encoder) -> None:
             streamed([item], encoder)
 
 
-values = st.recursive(st.none() | st.booleans() | st.integers(-2, 500) | st.floats() | st.text(max_size=3) | st.binary(max_size=2), lambda inner: st.lists(
+any_text = st.text(st.characters(codec=None), max_size=3)
+values = st.recursive(st.none() | st.booleans() | st.integers(-2, 500) | st.floats() | any_text | st.binary(max_size=2), lambda inner: st.lists(
     inner, max_size=3) | st.dictionaries(st.sampled_from(["prompt", "prompt_token_ids", "role", "content", "x"]), inner, max_size=3), max_leaves=6)  # fmt: skip
 
 
@@ -130,7 +139,7 @@ values = st.recursive(st.none() | st.booleans() | st.integers(-2, 500) | st.floa
 @given(values)
 def test_any_value_is_run_as_a_prompt_or_refused(encoder, value) -> None:
     try:
-        requests = requests_of(value, PARAMS, encoder)
+        requests = requests_of(value, PARAMS, encoder, DEFAULTS)
     except ConfigurationError:
         requests = []
     assert all(type(request.prompt_token_ids) is list and request.prompt_token_ids for request in requests)

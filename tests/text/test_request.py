@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from flexbatch import LLM
 from flexbatch.checks import UnknownKeywordError
-from flexbatch.config import ConfigurationError
-from flexbatch.request import MOST_SAMPLES, Completion, SamplingParams
+from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.request import MOST_SAMPLES, OTHER_NAMES, Completion, SamplingParams
 
 BAD = {
     "max_tokens": (-1,),
@@ -61,10 +61,10 @@ NO_IDS = (5, "not_a_list", b"ab", {5: 6}, [5.0], ["x"], [[13013]], [True], [None
 NO_WORDS = (5, "ab", [5], ["ab"], [[5.5]], [[-1]], [[]], [[5], [True]], {5: 6})
 WRONG_TYPES = {
     **dict.fromkeys(
-        ("max_tokens", "top_k", "n", "prompt_logprobs_start", "min_tokens", "min_length", "no_repeat_ngram_size"),
+        ("top_k", "n", "prompt_logprobs_start", "min_tokens", "min_length", "no_repeat_ngram_size"),
         (*NO_WHOLE, None),
     ),
-    **dict.fromkeys(("seed", "logprobs", "prompt_logprobs", "forced_bos_token_id"), NO_WHOLE),
+    **dict.fromkeys(("max_tokens", "seed", "logprobs", "prompt_logprobs", "forced_bos_token_id"), NO_WHOLE),
     **dict.fromkeys(
         ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         (*NO_NUMBER, None),
@@ -201,6 +201,12 @@ def test_no_single_request_takes_much_memory(settings):
         (lambda: SamplingParams(max_token=5), "SamplingParams has no keyword 'max_token'; did you mean 'max_tokens'?"),
         (lambda: dataclasses.replace(SamplingParams(), temprature=5), "did you mean 'temperature'?"),
         (lambda: SamplingParams(zzz=5), "SamplingParams has no keyword 'zzz'; known are "),
+        (lambda: SamplingParams(max_new_tokens=5), "no keyword 'max_new_tokens'; did you mean 'max_tokens'?"),
+        (lambda: SamplingParams(max_length=5), "no keyword 'max_length'; did you mean 'max_tokens'?"),
+        (lambda: SamplingParams(stop_strings="a"), "no keyword 'stop_strings'; did you mean 'stop'?"),
+        (lambda: SamplingParams(stop_sequences="a"), "no keyword 'stop_sequences'; did you mean 'stop'?"),
+        (lambda: SamplingParams(num_return_sequences=2), "no keyword 'num_return_sequences'; did you mean 'n'?"),
+        (lambda: SamplingParams(do_sample=False), "no keyword 'do_sample'; did you mean 'temperature'?"),
         (lambda: LLM("demo", gpu_batchsize=4), "LLM has no keyword 'gpu_batchsize'; did you mean 'gpu_batch_size'?"),
         (lambda: LLM("demo", tracing=True), "LLM has no keyword 'tracing'"),
     ],
@@ -216,3 +222,52 @@ def test_unknown_keywords_come_with_a_suggestion(make, text):
 def test_the_bare_error_of_a_completion():
     errors = {"prompt 3: bad": "bad", "prompt 3, sample 12: bad: prompt 4": "bad: prompt 4", "bad": "bad", "": ""}
     assert [Completion((), error=error).bare_error for error in errors] == list(errors.values())
+
+
+def test_names_of_other_libraries_lead_to_fields():
+    assert set(OTHER_NAMES.values()) <= SamplingParams.__dataclass_fields__.keys()
+    assert not OTHER_NAMES.keys() & SamplingParams.__dataclass_fields__.keys()
+
+
+SETTINGS = {
+    **dict.fromkeys(
+        ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "weight_bits", "cache_bits", "seed"),
+        (1.5, "4", True, 16.0, [4], object(), math.nan),
+    ),
+    **dict.fromkeys(("overlap", "recalibrate", "compare_plain", "dummy_weights"), (0, 1, "no", None, [])),
+    **dict.fromkeys(("cpu_attention", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
+    **dict.fromkeys(("model", "device", "dtype", "hardware"), (5, None, b"cpu", ["cpu"], float)),
+    **dict.fromkeys(("tree", "offload_dir", "generation_config", "draft_sampling"), (5, b"a", ["a"])),
+    **dict.fromkeys(("gpu_memory", "cpu_memory"), (1.5e9, -1, True, [5], "much")),
+    "percent": ("100", (100, 0, "a", 0, 100, 0), (math.nan, 0, 0, 0, 0, 0), {100: 0}, (True,) * 6, [1, 2]),
+    "allow_bits": ("8", ["8"], [8.0], [7], {8: 4}),
+    "draft": (5, [5], [None], "", b"demo-draft"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in SETTINGS.items() for value in values], ids=repr
+)
+def test_settings_of_a_wrong_type_are_named(name, value):
+    with pytest.raises(ConfigurationError, match=f"{name}|not a size in bytes"):
+        LLM(**{"model": "demo", name: value})
+
+
+def test_every_setting_has_its_wrong_types_and_good_ones_are_kept_plain(tmp_path):
+    assert SETTINGS.keys() == {field.name for field in dataclasses.fields(EngineConfig)}
+    config = EngineConfig(
+        model=tmp_path,
+        offload_dir=tmp_path,
+        gpu_batch_size=np.int64(4),
+        percent=np.array([100, 0, 100, 0, 100, 0]),
+        overlap=np.bool_(False),
+        cpu_attention=np.float32(0.5),
+        gpu_memory=np.int64(10**9),
+        seed=np.uint8(7),
+        allow_bits=8,
+    )
+    kept = (config.model, config.offload_dir, config.gpu_batch_size, config.overlap, config.cpu_attention, config.seed)
+    assert kept == (str(tmp_path), str(tmp_path), 4, False, 0.5, 7)
+    assert [type(value) for value in kept] == [str, str, int, bool, float, int]
+    assert config.percent == (100.0, 0.0, 100.0, 0.0, 100.0, 0.0) and config.allow_bits == (8,)
+    assert type(config.gpu_memory) is int
