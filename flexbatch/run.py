@@ -38,7 +38,7 @@ from flexbatch.config import ConfigurationError, EngineConfig, option
 from flexbatch.policy.stdout import run_process
 from flexbatch.progress import Progress
 from flexbatch.prompt_files import PromptRow
-from flexbatch.request import Completion, SamplingParams
+from flexbatch.request import SAMPLING_RULES, Completion, SamplingParams
 from flexbatch.result_file import ResultFile, ResultStream, results
 from flexbatch.text_files import json_text
 
@@ -157,6 +157,7 @@ class Work:
         facts = {
             "prompts": f"{len(self.rows)} with digest {digest(rows)}",
             "model": engine.model if self.folder is None else digest(self.model_files(self.folder)),
+            "sampling_rules": SAMPLING_RULES,
             **dataclasses.asdict(self.params),
         }
         return {**facts, **{name: getattr(engine, name) for name in settings}}
