@@ -11,14 +11,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from flexbatch.apps.jobs.secrets import redact_logs, redacted, redacted_word, secrets_of
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.cli import add_arguments, add_engine_arguments, read_settings, refuse_measurements, run_command, set_up_logging
+from flexbatch.cli import (
+    Parser,
+    add_arguments,
+    add_engine_arguments,
+    read_settings,
+    refuse_measurements,
+    resume_command,
+    run_command,
+    set_up_logging,
+)
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.policy.stdout import run_process
 
@@ -26,13 +33,6 @@ if TYPE_CHECKING:
     from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
     from flexbatch.apps.jobs.shares import Share
-
-
-class Parser(argparse.ArgumentParser):
-    """Its usage errors quote words of the command, which may be URIs with credentials."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(redacted(message))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,11 +87,6 @@ def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
     return LLM.from_config(config, job=planner_job(config, seen) if seen is not None else None)
 
 
-def resume_command(command: Sequence[str]) -> str:
-    """The command line that goes on: the same one, without what would discard the output, and without credentials."""
-    return shlex.join(redacted_word(word) for word in command if word not in ("--overwrite", "--overwrite=true"))
-
-
 def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_engine: OpenEngine, identity: Any) -> int:
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard
@@ -124,8 +119,7 @@ def _divided(engine: EngineConfig, share: Share) -> EngineConfig:
 def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity) -> int:
     """The command; returns its exit code."""
     args = make_parser().parse_args(argv)
-    set_up_logging()
-    redact_logs(secrets_of([args.input, args.output]))
+    set_up_logging(words=argv)
     resume = resume_command(sys.orig_argv)
     return run_command(lambda data: run(args, os.environ, resume, open_engine, identity), resume)
 

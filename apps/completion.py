@@ -18,14 +18,24 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from flexbatch import workload
-from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments, read_settings, refuse_measurements, run_command, set_up_logging
+from flexbatch import prompt_files, workload
+from flexbatch.cli import (
+    DONE,
+    ROW_ERRORS,
+    Parser,
+    add_arguments,
+    add_engine_arguments,
+    read_settings,
+    refuse_measurements,
+    run_command,
+    set_up_logging,
+)
 from flexbatch.config import ConfigurationError, EngineConfig, option
 from flexbatch.policy.stdout import run_process
+from flexbatch.prompt_files import PromptRow
 from flexbatch.request import Completion, SamplingParams
 from flexbatch.run import SamplingConfig
-from flexbatch.text_files import MARK
-from flexbatch.workload import PromptRow
+from flexbatch.text_files import MARK, json_text
 
 if TYPE_CHECKING:
     from flexbatch import LLM
@@ -46,7 +56,7 @@ class CompletionConfig:
 
 def make_parser() -> argparse.ArgumentParser:
     description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flexbatch complete", description=description, epilog=rest, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="PROMPT", help="what to complete; with --chat, what the user says")
@@ -111,7 +121,7 @@ def flexflow_record(completion: Completion, seconds: float, prompt: str, text: s
 
 
 def print_json(value: Any, stdout: IO[str]) -> None:
-    print(json.dumps(value, ensure_ascii=False), file=stdout, flush=True)
+    print(json_text(value), file=stdout, flush=True)
 
 
 def complete(llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: CompletionConfig, stdout: IO[str]) -> int:
@@ -195,7 +205,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
     from flexbatch.models.generation_config import GenerationDefaults, generation_of
 
     sampling.params(GenerationDefaults())
-    given = [row.prompt for row in workload.read_prompts(config.prompts)] if config.prompts else args.words
+    given = [row.prompt for row in prompt_files.read_prompts(config.prompts)] if config.prompts else args.words
     if not given and not config.chat:
         given = list(lines_of(stdin))
     if not given and not config.chat:
@@ -213,7 +223,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
-    set_up_logging("WARNING")
+    set_up_logging("WARNING", arguments)
     return run_command(lambda data: command(args, os.environ, sys.stdin, data))
 
 

@@ -15,7 +15,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flexbatch.cli import CRASH, ROW_ERRORS, add_engine_arguments, engine_config, refuse_measurements, run_command, set_up_logging
+from flexbatch.cli import (
+    CRASH,
+    ROW_ERRORS,
+    Parser,
+    add_engine_arguments,
+    engine_config,
+    refuse_measurements,
+    run_command,
+    set_up_logging,
+)
 from flexbatch.config import ConfigurationError
 from flexbatch.policy.stdout import run_process
 
@@ -24,7 +33,7 @@ ALL_INSTANCES = 10**9
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flexbatch helm",
         description="Runs HELM scenarios on FlexBatch, the requests of a scenario in one block. Every option of helm-run (helm-run --help) is passed on. "
         "Needs the HELM environment, see docs/evaluation.md. Exit code 3: some requests failed, see flexbatch_errors.json in the run's folder.",
@@ -93,7 +102,7 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = make_parser().parse_known_args(arguments)
-    set_up_logging()
+    set_up_logging(words=arguments)
     return run_command(lambda data: command(args, rest, os.environ))
 
 

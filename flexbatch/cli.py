@@ -7,18 +7,20 @@ import dataclasses
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from flexbatch.checks import closest
 from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
 from flexbatch.models.errors import CheckpointError
 from flexbatch.policy.stdout import READER_GONE, data_apart
+from flexbatch.secrets import redact_logs, redacted, redacted_word, secrets_of
 from flexbatch.text_files import read_text
 
 DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -26,6 +28,13 @@ ENVIRONMENT_PREFIX = "FLEXBATCH_"
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 logger = logging.getLogger("flexbatch")
+
+
+class Parser(argparse.ArgumentParser):
+    """Its usage errors quote words of the command, which may be URIs with credentials."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted(message))
 
 
 def parse_bool(text: str) -> bool:
@@ -205,13 +214,20 @@ def _read_yaml(config_file: str | None) -> dict[Any, Any]:
     return content or {}
 
 
-def set_up_logging(level: str = "INFO") -> None:
+def set_up_logging(level: str = "INFO", words: Sequence[str] | None = None) -> None:
     """Log lines of this package from `level` on, and warnings of libraries, to stderr: stdout is for data only.
 
+    No line shows credentials of URIs, nor those among the ``words`` of the command in any spelling.
     Libraries say at level INFO what concerns no user of a command: every request over HTTP, every version that was found.
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
     logger.setLevel(level.upper())
+    redact_logs(secrets_of(sys.argv if words is None else words))
+
+
+def resume_command(command: Sequence[str]) -> str:
+    """The command line that goes on: the same one, without what would discard the output, and without credentials."""
+    return shlex.join(redacted_word(word) for word in command if word not in ("--overwrite", "--overwrite=true"))
 
 
 def run_command(main: Callable[[TextIO], int | None], resume: str | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from flexbatch.chat import ChatError, ChatTemplate
 from flexbatch.config import ConfigurationError
 from flexbatch.request import SamplingParams
+from flexbatch.text_files import lone_surrogate
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """Text, token ids (taken as they are; an array will do), or chat messages with "role" and "content" (one alone will
@@ -154,13 +155,10 @@ class PromptEncoder:
     def _tokenize(self, index: int, text: str, *, special: bool) -> list[int]:
         if self._tokenizer is None:
             raise PromptError(index, "is text, but the model has no tokenizer; give token ids")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                index,
-                f"is no Unicode text: character {error.start} is {text[error.start]!a}, half of a surrogate pair",
-            ) from None
+        place = lone_surrogate(text)
+        if place >= 0:
+            half = text[place].encode("unicode_escape").decode()
+            raise PromptError(index, f"holds half of a surrogate pair, {half}, at character {place}: no Unicode text")
         # A long prompt gets its own error here, so the tokenizer's warning about its configured length would only be noise.
         return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from flexbatch.config import ConfigurationError
+from flexbatch.text_files import json_text
 
 STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 SHOWN_CHARACTERS = 60
@@ -95,8 +96,7 @@ class ResultFile:
             return
         stream = self._open_rows()
         while self._next in self._waiting:
-            line = json.dumps(self._waiting.pop(self._next), ensure_ascii=False) + "\n"
-            stream.write(line.encode("utf-8", errors="backslashreplace"))
+            stream.write(f"{json_text(self._waiting.pop(self._next))}\n".encode())
             self._next += 1
         stream.flush()
 
@@ -151,7 +151,7 @@ class ResultStream:
         return 0
 
     def add(self, place: int, row: dict[str, Any]) -> None:
-        self._waiting[place] = json.dumps(row, ensure_ascii=False) + "\n"
+        self._waiting[place] = f"{json_text(row)}\n"
         while self.written in self._waiting:
             self._stream.write(self._waiting.pop(self.written))
             self.written += 1

@@ -16,21 +16,31 @@ import hashlib
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from flexbatch import tables, workload
-from flexbatch.cli import DONE, ROW_ERRORS, add_arguments, add_engine_arguments, read_settings, run_command, set_up_logging
+from flexbatch import prompt_files, tables, workload
+from flexbatch.cli import (
+    DONE,
+    ROW_ERRORS,
+    Parser,
+    add_arguments,
+    add_engine_arguments,
+    read_settings,
+    resume_command,
+    run_command,
+    set_up_logging,
+)
 from flexbatch.config import ConfigurationError, EngineConfig, option
 from flexbatch.policy.stdout import run_process
 from flexbatch.progress import Progress
-from flexbatch.request import Completion, SamplingParams
+from flexbatch.prompt_files import PromptRow
+from flexbatch.request import SAMPLING_RULES, Completion, SamplingParams
 from flexbatch.result_file import ResultFile, ResultStream, results
-from flexbatch.workload import PromptRow
+from flexbatch.text_files import json_text
 
 if TYPE_CHECKING:
     from flexbatch.engine import LLM
@@ -147,6 +157,7 @@ class Work:
         facts = {
             "prompts": f"{len(self.rows)} with digest {digest(rows)}",
             "model": engine.model if self.folder is None else digest(self.model_files(self.folder)),
+            "sampling_rules": SAMPLING_RULES,
             **dataclasses.asdict(self.params),
         }
         return {**facts, **{name: getattr(engine, name) for name in settings}}
@@ -159,12 +170,12 @@ class Work:
 
 
 def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def make_parser() -> argparse.ArgumentParser:
     description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m flexbatch.run", description=description, epilog=rest, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, RunConfig, "job")
@@ -200,7 +211,7 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     if run.prompts is not None and run.prompt_len is not None:
         raise ConfigurationError("--prompts reads prompts and --prompt-len makes them up; leave one out")
     synthetic = run.prompts is None and (run.prompt_len is not None or engine.dummy_weights)
-    rows = [] if synthetic else workload.read_prompts(run.prompts or workload.BUNDLED_PROMPTS)[: run.num_prompts]
+    rows = [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.num_prompts]
     from flexbatch.models import resolve, shapes
     from flexbatch.models.checkpoint import read_arch
     from flexbatch.models.generation_config import GenerationDefaults, generation_of
@@ -297,9 +308,17 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) -> i
     if config.output is None:
         work = make_work(engine, config, sampling)
         return run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)
+    refuse_inputs(config.output, {"--prompts": config.prompts, "--config": args.config})
     with results(config.output, data) as out:
         work = make_work(engine, config, sampling)
         return run_into(out, engine, config, work, data)
+
+
+def refuse_inputs(output: str, inputs: Mapping[str, str | None]) -> None:
+    """Raises ConfigurationError where rows would be written over a file that is read, by whatever name or link."""
+    for flag, path in inputs.items():
+        if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
+            raise ConfigurationError(f"--output {output} is the file of {flag}, which it would replace: name another one")
 
 
 def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunConfig, work: Work, data: TextIO) -> int:
@@ -338,7 +357,8 @@ def run_work(
         report = llm.report()
     if config.json:
         lines = [] if config.output else [workload.output_line(row, completion) for row, completion in zip(work.rows, completions, strict=True)]
-        print(json.dumps({"completions": lines, "report": report}, ensure_ascii=False, default=str), file=data)
+        report_text = json.dumps(report, ensure_ascii=False, default=str)
+        print(f'{{"completions": {json_text(lines)}, "report": {report_text}}}', file=data)
     print_tables(report)
     return ROW_ERRORS if any(completion.finish_reason == "error" for completion in completions) else DONE
 
@@ -346,9 +366,9 @@ def run_work(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = make_parser().parse_args(argv)
-    set_up_logging()
+    set_up_logging(words=argv)
     writes = hasattr(args, "output")
-    return run_command(lambda data: run(args, os.environ, data), shlex.join(sys.orig_argv) if writes else None)
+    return run_command(lambda data: run(args, os.environ, data), resume_command(sys.orig_argv) if writes else None)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def parse_json(text: str | bytes, *, exact: bool = False, constants: bool = Fals
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from None
+        place = f"character {error.pos}" if error.lineno == 1 else f"line {error.lineno}, character {error.colno}"
+        raise ValueError(f"not JSON: {error.msg} at {place}") from None
     except ArithmeticError:
         raise ValueError("not JSON that can be read: the exponent of a number is too large") from None
     if text.count("[") + text.count("{") > DEEPEST:
@@ -131,6 +132,34 @@ def _check_depth(value: Any) -> None:
 
 def _too_deep() -> ValueError:
     return ValueError(f"not JSON that can be read: more than {DEEPEST} levels of lists and objects")
+
+
+def json_text(value: Any) -> str:
+    """JSON of a value, Unicode whatever its texts hold: half of a surrogate pair is escaped. Numbers may be Decimals,
+    which are written digit by digit as they were. What JSON does not have, such as a date, is its text.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{json_text(str(key))}: {json_text(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, list | tuple):
+            return "[" + ", ".join(map(json_text, value)) + "]"
+        return str(value) if isinstance(value, Decimal) else json_text(str(value))
+    return text if lone_surrogate(text) < 0 else json.dumps(value)
+
+
+def with_doubles(value: Any, *, exact: bool = False) -> Any:
+    """The value with doubles for Decimals, which nobody who walks a parsed JSON value expects; with ``exact``, only
+    where a double is written with the same digits.
+    """
+    if isinstance(value, dict):
+        return {name: with_doubles(content, exact=exact) for name, content in value.items()}
+    if isinstance(value, list):
+        return [with_doubles(content, exact=exact) for content in value]
+    if isinstance(value, Decimal):
+        return value if exact and repr(float(value)) != str(value) else float(value)
+    return value
 
 
 def short(value: Any, characters: int = 80) -> str:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LEAVES = ("policy", "kernels")
 # Lowest first. Modules on the same level may import each other; `config`, `request` and `trace` are at the bottom.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("checks", "config", "request", "streams", "text_files", "threads", "trace", "parallel"),
+    ("checks", "config", "request", "secrets", "streams", "text_files", "threads", "trace", "parallel"),
     ("models",),
     ("memory",),
     ("chat", "detokenize", "prompts", "text_decoder"),
@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("deciding", "reports"),
     ("block", "intake", "loaded"),
     ("engine",),
-    ("cli", "workload", "progress", "tables", "result_file"),
+    ("cli", "prompt_files", "workload", "progress", "tables", "result_file"),
     ("run", "__main__"),
     ("apps",),
 )

@@ -10,7 +10,6 @@ type, holds the JSON text of each value, and its field says so (`JSON_FIELD`).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from flexbatch.config import ConfigurationError
-from flexbatch.text_files import lone_surrogate, short
+from flexbatch.text_files import json_text, lone_surrogate, short
 
 JSON_FIELD = {b"flexbatch.json": b"1"}
 """Metadata of a string column that holds JSON texts."""
@@ -147,21 +146,6 @@ def holds_json(column: pa.Field) -> bool:
     return JSON_FIELD.items() <= (column.metadata or {}).items()
 
 
-def json_text(value: Any) -> str:
-    """JSON of a value whose numbers may be Decimals, digit by digit as they were. What JSON does not have, such as a
-    date, is its text.
-    """
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json_text(str(key))}: {json_text(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(json_text, value)) + "]"
-    if isinstance(value, Decimal):
-        return str(value)
-    if isinstance(value, str) and lone_surrogate(value) >= 0:
-        return json.dumps(value)
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
 def _sizable(value: Any) -> Any:
     """The value. Raises Unfit for a number that no type holds: Arrow would write out every digit of 1e999999999."""
     if isinstance(value, Decimal) and not -MOST_DIGITS <= value.adjusted() <= MOST_DIGITS and value:
@@ -269,7 +253,7 @@ def text_of(value: Any) -> str:
 def text_column(values: Sequence[str | None], kind: pa.Field, errors: list[str | None]) -> pa.Array:
     """Texts as the type that the user gives; see `column`. An empty one is null, except where it is text.
 
-    Bytes that are not UTF-8 come as surrogate escapes and leave as they were: whoever uses the text finds out.
+    Bytes that are not UTF-8 come as surrogate escapes: no reader could read the column that held them as text.
     """
     if not pa.types.is_string(kind.type):
         return column(
@@ -281,9 +265,22 @@ def text_column(values: Sequence[str | None], kind: pa.Field, errors: list[str |
     try:
         return pa.array(values, kind.type)
     except UnicodeEncodeError:
-        return pa.array(
-            [None if value is None else value.encode("utf-8", "surrogateescape") for value in values], pa.binary()
-        ).view(pa.string())
+        return column(
+            values, kind, errors, lambda chosen: pa.array([_utf8(value, kind.name) for value in chosen], kind.type)
+        )
+
+
+def _utf8(value: str | None, name: str) -> str | None:
+    try:
+        return None if value is None else value.encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        raise Unfit(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def refuse_reserved(columns: Iterable[str], file: str) -> None:
+    """Raises ConfigurationError where a column has the name under which a source tells the errors of its rows."""
+    if ROW_ERROR in columns:
+        raise ConfigurationError(f"{file}: a column has the name {ROW_ERROR!r}, which FlexBatch keeps for itself: rename it")
 
 
 def check_names(types: Iterable[str], columns: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from flexbatch.apps.jobs.columns import ROW_ERROR, check_names, text_column
+from flexbatch.apps.jobs.columns import ROW_ERROR, check_names, refuse_reserved, text_column
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import Unit
 from flexbatch.apps.jobs.text_sources import CHUNK_BYTES, MAX_LINE, UNREADABLE, Scanned, record_batch
@@ -160,6 +160,7 @@ def _header(records: Iterator[tuple[int, list[str]]], name: str) -> list[str]:
         raise ConfigurationError(f"{name} is empty: it needs a line with the names of its columns")
     if repeated:
         raise ConfigurationError(f"{name}: column names repeat: {', '.join(repeated)}")
+    refuse_reserved(header, name)
     if wrong := [column for column in header if lone_surrogate(column) >= 0]:
         raise ConfigurationError(f"{name}: the name of column {header.index(wrong[0]) + 1} is not UTF-8")
     return header

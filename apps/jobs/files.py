@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from flexbatch.apps.jobs.secrets import hide_uri, redacted, secrets_of
 from flexbatch.config import ConfigurationError
+from flexbatch.secrets import hide_uri, redacted, secrets_of
 
 FORMATS = {
     ".parquet": "parquet", ".pq": "parquet", ".parq": "parquet",
@@ -113,7 +113,12 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
     except Exception as error:  # every file system has errors of its own, fsspec's those of HTTP clients too
         raise ConfigurationError(f"input {hide_uri(location)} cannot be listed: {_plain(error, location)}") from None
     root = info.path.rstrip("/") + "/"
-    names = ((entry, entry.path.removeprefix(root)) for entry in infos if entry.type == pafs.FileType.File)
+    try:
+        names = [(entry, entry.path.removeprefix(root)) for entry in infos if entry.type == pafs.FileType.File]
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"input {hide_uri(location)}: the name of a file in {base} is not UTF-8 ({error.object!r}): rename it"
+        ) from None
     visible = [(entry, name) for entry, name in names if not re.search(r"(^|/)[._]", name) and (pattern is None or pattern.fullmatch(name))]
     files = [InputFile(entry.path, name, entry.size) for entry, name in sorted(visible, key=lambda pair: pair[1])]
     files = files if pattern else [file for file in files if file.format]

@@ -37,7 +37,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Fields that are refused unless they say what happens anyway."""
 MAX_DOUBLE = sys.float_info.max
-TOKEN_ID = re.compile(r"\d{1,18}", re.ASCII)
+TOKEN_ID = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
+"""One spelling each: of two for one token, one bias would be dropped."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _checked_body(value: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
     if call.custom_id is None:
         raise RequestError("missing_required_parameter", "custom_id is missing or not a string")
     unicode_text(call.custom_id, "custom_id")
-    if value.get("method", "POST") != "POST":
+    if value.get("method") not in (None, "POST"):
         raise RequestError("invalid_method", f"method is {short(value['method'])}, only POST is known")
     if call.url not in (COMPLETIONS, CHAT):
         raise RequestError("invalid_url", f"url is {short(value.get('url'))}, wanted {COMPLETIONS} or {CHAT}")

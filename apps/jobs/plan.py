@@ -21,7 +21,6 @@ from flexbatch.apps.jobs.openai import OpenAIOutput, custom_id_of
 from flexbatch.apps.jobs.pipeline import Encode
 from flexbatch.apps.jobs.results import Output, ParquetOutput
 from flexbatch.apps.jobs.rows import Row, RowReader, row_error
-from flexbatch.apps.jobs.secrets import redacted_word
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
 from flexbatch.apps.jobs.store import FORMAT, fingerprint_digest
@@ -29,6 +28,7 @@ from flexbatch.apps.jobs.text_sources import LinesSource
 from flexbatch.config import ConfigurationError, EngineConfig
 from flexbatch.models.generation_config import generation_of
 from flexbatch.request import SAMPLING_RULES, SamplingParams
+from flexbatch.secrets import redacted_word
 
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NO_LIMIT = 2**62

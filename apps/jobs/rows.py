@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from flexbatch.apps.jobs.columns import ROW_ERROR, Unfit, check_text, holds_json, json_text
+from flexbatch.apps.jobs.columns import ROW_ERROR, Unfit, check_text, holds_json
 from flexbatch.apps.jobs.files import partition_values
 from flexbatch.config import ConfigurationError
 from flexbatch.request import SamplingParams
-from flexbatch.text_files import MARK, parse_json, short
+from flexbatch.text_files import MARK, json_text, parse_json, short, with_doubles
 
 SETTINGS: dict[str, type] = {"max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int, "stop": str}
 """Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list."""
@@ -140,7 +140,7 @@ def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
         # an assistant that calls tools may say nothing
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or (message.get("content") is None and not message.get("tool_calls")):
             raise RowError(f'{name!r}: message {place} needs "role" and "content"')
-        messages.append({key: item for key, item in message.items() if item is not None})
+        messages.append({key: with_doubles(item) for key, item in message.items() if item is not None})
     return unicode_text(messages, name)
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from flexbatch.apps.jobs.columns import refuse_reserved
 from flexbatch.apps.jobs.content import content, wanted_whole
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import Part, Unit
@@ -76,6 +77,7 @@ class ParquetSource:
             repeated = {name for name in schema.names if schema.names.count(name) > 1}
             if not schema.names:
                 raise ConfigurationError(f"{file.name} has no columns: there is nothing to make a prompt of")
+            refuse_reserved(schema.names, file.name)
             if repeated:
                 raise ConfigurationError(f"{file.name}: column names repeat: {', '.join(sorted(repeated))}")
         self._open: tuple[str, pa.NativeFile, pq.ParquetFile] | None = None

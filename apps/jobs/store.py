@@ -73,6 +73,8 @@ class OutputStore:
         self.digest = fingerprint_digest(fingerprint)
         self.grant: Grant | None = None
         try:
+            if not self.state.exists():  # nothing is left in a folder that is refused
+                self._refuse_others()
             make_folder(self.state)
             sync_folder(self.folder)
             sync_folder(self.folder.parent)
@@ -116,12 +118,20 @@ class OutputStore:
         if self.grant is not None:
             self.grant.check()
 
+    def _refuse_others(self) -> None:
+        """Raises ConfigurationError for a folder that holds something, none of which is a job."""
+        others = [entry.name for entry in self.folder.iterdir() if entry.name != STATE] if self.folder.is_dir() else []
+        if others:
+            listing = ", ".join(sorted(others)[:3])
+            raise ConfigurationError(
+                f"output {self.folder} already holds {listing} and no job of FlexBatch: choose an empty folder"
+            )
+
     def _manifest(self, fingerprint: dict[str, Any], ours: bool) -> int:
         path = self.state / "manifest.json"
         if not path.exists():
-            others = [entry.name for entry in self.folder.iterdir() if entry.name != STATE]
-            if others and not ours:
-                raise ConfigurationError(f"output {self.folder} already holds {', '.join(sorted(others)[:3])} and no job of FlexBatch: choose an empty folder")
+            if not ours:
+                self._refuse_others()
             temporary = temporary_name(path)
             with temporary.open("w") as file:
                 json.dump({"format": FORMAT, "created": int(time.time()), "fingerprint": fingerprint}, file, indent=1, sort_keys=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from flexbatch.apps.jobs.columns import ROW_ERROR, Seen, Unfit, check_names, check_text, json_column
+from flexbatch.apps.jobs.columns import ROW_ERROR, Seen, Unfit, check_names, check_text, json_column, refuse_reserved
 from flexbatch.apps.jobs.files import COMPRESSED, InputFile, SourceError
 from flexbatch.apps.jobs.layout import Unit
 from flexbatch.config import ConfigurationError
@@ -193,6 +193,7 @@ class LinesSource:
                 if self._first_error
                 else f"{name} has no rows: its columns are unknown"
             )
+        refuse_reserved(self._seen, name)
         check_names(self._types, self._seen)
         columns = [
             pa.field(column, self._types[column]) if column in self._types else seen.field(column)

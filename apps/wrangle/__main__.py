@@ -10,13 +10,21 @@ from typing import TextIO
 
 from flexbatch.apps.wrangle.datasets import TASKS, find_data_set
 from flexbatch.apps.wrangle.tables import TableError
-from flexbatch.cli import ROW_ERRORS, add_engine_arguments, engine_config, refuse_measurements, run_command, set_up_logging
+from flexbatch.cli import (
+    ROW_ERRORS,
+    Parser,
+    add_engine_arguments,
+    engine_config,
+    refuse_measurements,
+    run_command,
+    set_up_logging,
+)
 from flexbatch.config import ConfigurationError
 from flexbatch.policy.stdout import run_process
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flexbatch wrangle",
         description='Entity matching, data imputation, error detection and schema matching, as in "Can Foundation Models Wrangle Your Data?". '
         "Scores go to stdout as JSON. Exit code 3: some prompts could not be run and are left out of the scores.",
@@ -45,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
-    set_up_logging()
+    set_up_logging(words=arguments)
     return run_command(lambda data: command(args, data))
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch.apps.jobs.columns import ROW_ERROR, holds_json, json_text, parse_types
+from flexbatch.apps.jobs.columns import ROW_ERROR, holds_json, parse_types
 from flexbatch.apps.jobs.text_sources import chunks_of
 from flexbatch.config import ConfigurationError
-from flexbatch.text_files import parse_json
+from flexbatch.text_files import json_text, parse_json
+from tests.apps_batch.fake import FakeLLM, FakeTokenizer
 from tests.apps_batch.helpers import read_output, run_here
 from tests.apps_batch.test_sources import rows_in_parts, source_of
 
@@ -253,11 +255,40 @@ def test_what_one_row_of_csv_holds_is_its_own_error(tmp_path: Path) -> None:
     table = read_output(tmp_path / "out")
     assert table["error"].to_pylist() == [
         "", "in.csv: line 3 has 2 cells, the header has 3", "in.csv: line 4 has 4 cells, the header has 3",
-        "'prompt' is not UTF-8: invalid start byte at byte 0", "column 'n': 'five' is no int64", "", "", "",
+        "'prompt' is not UTF-8: invalid start byte at byte 0", "column 'n': 'five' is no int64", "", "",
+        "'id' is not UTF-8: invalid start byte at byte 0",
     ]  # fmt: skip
     assert table["n"].to_pylist() == [1, None, 3, 4, None, None, 7, 8]
-    assert table["id"].cast(pa.binary()).to_pylist() == [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"\xfe"]
-    assert table["prompt"].cast(pa.binary()).to_pylist()[5:7] == [b"f\r\ng", b"h\x00i"]
+    table.validate(full=True)  # text that is not UTF-8 would make the folder one that nobody can read
+    assert table["id"].to_pylist() == ["1", "2", "3", "4", "5", "6", "7", None]
+    assert table["prompt"].to_pylist()[3:7] == [None, "e", "f\r\ng", "h\x00i"]
+
+
+def test_the_name_of_row_errors_is_no_column_of_the_input(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.csv").write_text(f"prompt,{ROW_ERROR}\na,b\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "a", ROW_ERROR: "b"}) + "\nnot JSON\n")
+    pq.write_table(pa.table({"prompt": ["a"], ROW_ERROR: ["b"]}), tmp_path / "c.parquet")
+    for number, path in enumerate(sorted(tmp_path.iterdir())):
+        assert run_here(path, tmp_path / f"out{number}") == 2
+        assert f"{path.name}: a column has the name" in capsys.readouterr().err
+
+
+def test_numbers_in_messages_are_doubles(tmp_path: Path) -> None:
+    """A template that writes a tool's arguments as JSON finds no Decimal."""
+    seen: list[Any] = []
+
+    class Template(FakeTokenizer):
+        def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+            seen.append(json.dumps(messages))
+            return super().apply_chat_template(messages, **kwargs)
+
+    calls = [{"function": {"name": "f", "arguments": {"x": 1.5, "y": [10**25]}}}]
+    rows = [{"messages": [{"role": "assistant", "content": "", "made": each}]} for each in (calls, "text", calls)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fake = FakeLLM()
+    fake.tokenizer = Template()
+    assert run_here(tmp_path / "in.jsonl", tmp_path / "out", fake=fake) == 0
+    assert '"arguments": {"x": 1.5, "y": [10000000000000000000000000]}' in next(text for text in seen if '"made"' in text)
 
 
 def test_settings_may_come_from_cells_of_text(tmp_path: Path) -> None:

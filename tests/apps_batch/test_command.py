@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch.apps.batch import resume_command
 from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.shares import Share, available_memory, divide_host, find_share
+from flexbatch.cli import resume_command
 from flexbatch.config import ConfigurationError, EngineConfig
 from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_input
 
@@ -95,3 +96,26 @@ def test_a_terminal_gets_one_bar(tmp_path: Path) -> None:
     progress.say("a message")
     progress.close()
     assert "10/10" in screen.getvalue() and "a message" in screen.getvalue() and "errors" in screen.getvalue()
+
+
+@pytest.mark.parametrize("words", [(), ("--overwrite",), ("--shard", "1/2")], ids=["plain", "overwrite", "shard"])
+def test_a_folder_of_somebody_else_is_left_as_it_is(tmp_path: Path, words: tuple[str, ...], capsys) -> None:
+    source = write_input(tmp_path / "in.parquet", ["a"])
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine.txt").write_text("")
+    assert run_here(source, tmp_path / "home", *words) == 2
+    assert "already holds mine.txt and no job" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["mine.txt"]
+
+
+def test_names_that_are_not_utf8_are_refused_by_name(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    write_input(tmp_path / "in" / "a.parquet", ["a"])
+    try:
+        Path(os.fsdecode(bytes(tmp_path / "in") + b"/b\xff.parquet")).write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    for location in (tmp_path / "in", tmp_path / "in" / "*.parquet"):
+        assert run_here(location, tmp_path / "out") == 2
+        said = capsys.readouterr().err
+        assert "the name of a file in" in said and "Traceback" not in said

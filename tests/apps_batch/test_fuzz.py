@@ -110,6 +110,7 @@ BAD_LINES = {
     "stop holds a number": line_of(request({**BODY, "stop": [5]})),
     "logit_bias is a list": line_of(request({**BODY, "logit_bias": [1]})),
     "logit_bias of a word": line_of(request({**BODY, "logit_bias": {"x": 1}})),
+    "logit_bias of one token twice": line_of(request({**BODY, "logit_bias": {"5": 1, "05": 2}})),
     "logit_bias of a text": line_of(request({**BODY, "logit_bias": {"5": "x"}})),
     "max_completion_tokens is 5.5": line_of(request({**BODY, "max_completion_tokens": 5.5})),
     "max_completion_tokens is true": line_of(request({**BODY, "max_completion_tokens": True})),
@@ -133,10 +134,12 @@ def test_what_a_line_holds_is_its_own_error(name: str) -> None:
     assert parsed(BAD_LINES[name]) is not None
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", [*FIELDS, "method"])
 def test_null_is_as_good_as_absent(field: str) -> None:
     for body, url in ((BODY, "/v1/completions"), (CHAT, "/v1/chat/completions")):
-        if field not in ("prompt", "messages"):
+        if field == "method":
+            assert parsed(line_of(request(body, url, method=None))) is None
+        elif field not in ("prompt", "messages"):
             assert parsed(line_of(request({**body, field: None}, url))) is None
 
 

@@ -15,10 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flexbatch.apps.batch import main, resume_command
+from flexbatch import run
+from flexbatch.apps import completion
+from flexbatch.apps.batch import main
 from flexbatch.apps.jobs.files import list_files
-from flexbatch.apps.jobs.secrets import hide_uri, redact_logs, redacted, secrets_of
+from flexbatch.apps.wrangle import __main__ as wrangle
+from flexbatch.cli import resume_command
 from flexbatch.config import ConfigurationError
+from flexbatch.secrets import hide_uri, redact_logs, redacted, secrets_of
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import run_here
 
@@ -54,6 +58,30 @@ def test_a_uri_is_shown_without_its_credentials(uri: str) -> None:
     ):
         assert MARKER not in shown and "***" in shown
     assert MARKER not in redacted(f"bad key AKIA{MARKER}/{MARKER}", [MARKER])
+
+
+@pytest.mark.parametrize("uri", URIS)
+def test_other_commands_show_no_credentials_either(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Also where a path was made of the URI, which has lost a slash and is none any more."""
+    wrong = (
+        (run.main, ["--prompts", uri]),
+        (run.main, ["--prompts", uri, "--output", str(tmp_path / "out.jsonl")]),
+        (run.main, ["--output", uri]),
+        (run.main, ["--config", uri]),
+        (run.main, ["--model", uri, "--prompt-len", "3"]),
+        (run.main, ["--nonsense", uri]),
+        (completion.main, ["--prompts", uri]),
+        (completion.main, ["--model", uri, "a"]),
+        (wrangle.main, [uri]),
+    )
+    for command, words in wrong:
+        try:
+            code = command(words)
+        except SystemExit as error:
+            code = error.code
+        shown = "".join(capsys.readouterr())
+        assert code == 2 and shown and MARKER not in shown, (words, shown)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -213,9 +241,9 @@ def test_a_job_that_fails_and_resumes_leaves_no_credentials(
 
     class Refusing(FakeLLM):
         def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
-            for key, completion in super().stream(items):
-                completion.finish_reason, completion.error = "error", f"{uri} is not a prompt"
-                yield key, completion
+            for key, answer in super().stream(items):
+                answer.finish_reason, answer.error = "error", f"{uri} is not a prompt"
+                yield key, answer
 
     words = (uri, out, "--part-rows", 10, "--input-format", "parquet")
     assert run_here(*words, fake=Telling()) == 1

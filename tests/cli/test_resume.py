@@ -96,6 +96,14 @@ def test_rows_of_another_run_are_refused_by_name(command, interrupted, tmp_path:
         assert out.read_text() == kept
 
 
+def test_rows_of_other_sampling_rules_are_refused(command, interrupted, tmp_path: Path, monkeypatch, capsys) -> None:
+    words = ["--prompts", prompt_file(tmp_path), "--output", str(tmp_path / "out.jsonl")]
+    assert interrupted(3, *words) == 130
+    monkeypatch.setattr("flexbatch.run.SAMPLING_RULES", 10**6)
+    assert command(*words) == 2
+    assert "sampling_rules was " in capsys.readouterr().err
+
+
 def test_what_may_change_changes(command, interrupted, tmp_path: Path) -> None:
     """Places, budgets and blocks: who runs out of memory asks for less and goes on."""
     words = ["--prompts", prompt_file(tmp_path), "--output", str(tmp_path / "out.jsonl")]
@@ -154,6 +162,31 @@ def test_printed_completions_are_there_when_a_run_is_interrupted(interrupted, tm
     assert interrupted(3, "--prompts", prompt_file(tmp_path)) == 130
     out = capsys.readouterr().out
     assert out.count("----- prompt") >= 2 and out.index("prompt 0") < out.index("prompt 1")
+
+
+@pytest.mark.parametrize("link", ["same", "symbolic", "hard"])
+def test_rows_are_not_written_over_the_prompts(command, tmp_path: Path, capsys, link: str) -> None:
+    prompts, out = Path(prompt_file(tmp_path)), tmp_path / "out.jsonl"
+    before = prompts.read_text()
+    if link != "same":
+        out.symlink_to(prompts) if link == "symbolic" else out.hardlink_to(prompts)
+    assert command("--prompts", str(prompts), "--output", str(prompts if link == "same" else out)) == 2
+    assert "is the file of --prompts, which it would replace" in capsys.readouterr().err
+    assert prompts.read_text() == before and not list(tmp_path.glob("*.resume"))
+
+
+def test_half_a_surrogate_pair_is_refused_in_a_prompt_and_carried_in_a_field(command, tmp_path: Path, capsys) -> None:
+    path, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    path.write_text('"fine"\n{"prompt": "x\\ud83d"}\n')
+    assert command("--prompts", str(path), "--output", str(out)) == 2
+    assert "prompt 1: holds half of a surrogate pair, \\ud83d, at character 1" in capsys.readouterr().err
+    path.write_text('{"id": "\\ud83d", "price": 1.10, "prompt": "x"}\n')
+    assert command("--prompts", str(path), "--output", str(out)) == 0
+    assert '"id": "\\ud83d", "price": 1.10' in out.read_text()
+    for words in (["--output", "/dev/stdout"], ["--json"]):
+        capsys.readouterr()
+        assert command("--prompts", str(path), *words) == 0
+        assert '"id": "\\ud83d", "price": 1.10' in capsys.readouterr().out
 
 
 # The file alone

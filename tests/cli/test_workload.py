@@ -11,17 +11,21 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from flexbatch import workload
+from flexbatch import prompt_files, workload
 from flexbatch.config import ConfigurationError
 from flexbatch.memory.files import remove_leftovers
+from flexbatch.prompt_files import PromptRow
 from flexbatch.request import Completion, TokenLogprob
-from flexbatch.workload import RESULTS, PromptRow
+from flexbatch.result_file import ResultFile
+from flexbatch.run import digest
+from flexbatch.text_files import parse_json
+from flexbatch.workload import RESULTS
 
 PROMPTS = ["first\nwith two lines", "zweiter größer 🙂", "third\u2028still third"]
 
 
 def prompts_of(path: Path) -> list:
-    return [row.prompt for row in workload.read_prompts(path)]
+    return [row.prompt for row in prompt_files.read_prompts(path)]
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -47,7 +51,7 @@ def test_prompts_may_be_token_ids_or_chats(tmp_path: Path) -> None:
 
 
 def test_bundled_prompts_are_a_dozen_different_ones() -> None:
-    prompts = prompts_of(workload.BUNDLED_PROMPTS)
+    prompts = prompts_of(prompt_files.BUNDLED_PROMPTS)
     assert len(set(prompts)) == 12
 
 
@@ -59,8 +63,18 @@ def test_bundled_prompts_are_a_dozen_different_ones() -> None:
         ("a.txt", "", "holds no prompts"),
         ("a.json", "[]", "holds no prompts"),
         ("a.jsonl", "", "holds no prompts"),
-        ("a.txt", b"\xff\xfe", "is not UTF-8"),
-        ("a.json", "{", "is not JSON: .*line 1"),
+        ("a.txt", b"\xff\xfe", "is UTF-16, as its byte order mark says"),
+        ("a.txt", b"\xff", "is not UTF-8"),
+        ("a.json", "{", "is not JSON: .*character 1"),
+        ("a.json", '["a",\n"b",]', "is not JSON: .*line 2, character 5"),
+        ("a.jsonl", "\"a\"\r\"b\"", "line 1 is not JSON"),
+        ("a.jsonl", '"a"\n{"prompt": "b", "prompt": "c"}', "line 2: the key 'prompt' stands twice"),
+        ("a.jsonl", "[" * 100_000 + "]" * 100_000, "line 1 is not JSON .*: more than 200 levels"),
+        ("a.json", "[" * 100_000, "more than 200 levels"),
+        ("a.json", '["a"]'.encode("utf-16"), "is UTF-16"),
+        ("a.jsonl", '"a"'.encode("utf-32"), "is UTF-32"),
+        ("a.jsonl", b"\x00\x00", "line 1 is not JSON"),
+        ("a.jsonl", b'"a"\n"\xff"', "is not UTF-8 text: .*in line 2"),
         ("a.json", "{}", "needs a list of prompts; it holds a dict"),
         ("a.json", '["a", 5]', "element 1 holds a int"),
         ("a.jsonl", '"a"\n{"text": "b", "id": 1}', 'line 2 has no "prompt"; it has text, id'),
@@ -74,17 +88,96 @@ def test_bundled_prompts_are_a_dozen_different_ones() -> None:
 def test_errors_name_file_and_place(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
     path = tmp_path / name if content is None else written(tmp_path, name, content)
     with pytest.raises(ConfigurationError, match=message) as caught:
-        workload.read_prompts(path)
+        prompt_files.read_prompts(path)
     assert str(path) in str(caught.value)
+
+
+MARK = "\ufeff"
+
+
+def test_what_careless_editors_leave_is_not_in_prompts(tmp_path: Path) -> None:
+    """Byte order marks, ends of lines of other systems, and characters that only look like ends of lines."""
+    texts = ["one", "two \u2028 \x85 \x0b \r three"]
+    values = [json.dumps(text, ensure_ascii=False) for text in texts]
+    for end in ("\n", "\r\n"):
+        for mark in ("", MARK):
+            assert prompts_of(written(tmp_path, "a.txt", mark + end.join(texts) + end)) == texts
+            assert prompts_of(written(tmp_path, "a.jsonl", mark + end.join(values) + end)) == texts
+            assert prompts_of(written(tmp_path, "a.json", f"{mark}[{end}{f',{end}'.join(values)}{end}]{end}")) == texts
+    with pytest.raises(ConfigurationError, match="holds no prompts"):
+        prompt_files.read_prompts(written(tmp_path, "a.txt", MARK))
+
+
+NUMBERS = ["1.10", "18446744073709551617", "0.12345678901234567890123", "1E+400", "-0.0", "9" * 5000, "1E-7", "-1", "NaN"]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_come_along_digit_by_digit(tmp_path: Path, number: str) -> None:
+    """Also inside of lists and objects, and half of a surrogate pair as it was; in the prompt, numbers are doubles."""
+    field, prompt = f'{{"a": [{number}, "\\ud83d"]}}', '[{"role": "user", "content": "x", "weight": 1.50}]'
+    path = written(tmp_path, "a.jsonl", f'{{"x": {number}, "\\ude00": {field}, "prompt": {prompt}}}')
+    (row,) = prompt_files.read_prompts(path)
+    assert json.dumps(row.prompt) == prompt.replace("1.50", "1.5")
+    json.dumps(row.prompt)
+    with ResultFile(tmp_path / "out.jsonl") as out:
+        out.begin({"prompts": digest([row.prompt, row.fields])}, [row.prompt])
+        out.add(0, workload.output_line(row, Completion((1,), [2], "t", "stop")))
+    line = (tmp_path / "out.jsonl").read_bytes().decode()
+    assert f'"x": {number}, ' in line and f'"a": [{number}, "\\ud83d"]' in line and '"\\ude00"' in line
+    parse_json(line, exact=True, constants=True)
+
+
+def column_cases() -> dict[str, tuple[pyarrow.Array, object]]:
+    arrow, moment = pyarrow, pyarrow.timestamp("us", "Europe/Berlin")
+    return {
+        "uint64": (arrow.array([2**64 - 1], arrow.uint64()), 2**64 - 1),
+        "nanoseconds": (arrow.array([1], arrow.timestamp("ns")), "1970-01-01 00:00:00.000000001"),
+        "time of nanoseconds": (arrow.array([1], arrow.time64("ns")), "00:00:00.000000001"),
+        "zone": (arrow.array([0], arrow.int64()).cast(moment), "1970-01-01 01:00:00+01:00"),
+        "the year 10183": (arrow.array([3_000_000], arrow.date32()), "10183-09-21"),
+        "dictionary": (arrow.array(["a"]).dictionary_encode(), "a"),
+        "map": (arrow.array([[("k", 1)]], arrow.map_(arrow.string(), arrow.int32())), [["k", 1]]),
+        "nested null": (arrow.array([{"a": None, "b": [None, {"c": 1}]}]), {"a": None, "b": [None, {"c": 1}]}),
+        "null": (arrow.nulls(1), None),
+        "view": (arrow.array(["a"], arrow.string_view()), "a"),
+        "long decimal": (arrow.array([decimal.Decimal("1.10")], arrow.decimal256(50, 2)), "1.10"),
+    }
+
+
+@pytest.mark.parametrize("kind", column_cases())
+def test_columns_of_odd_types_come_along(tmp_path: Path, kind: str) -> None:
+    column, expected = column_cases()[kind]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p"], "x": column}), tmp_path / "a.parquet")
+    (row,) = prompt_files.read_prompts(tmp_path / "a.parquet")
+    assert row.fields == {"x": expected}
+
+
+def test_what_a_parquet_file_cannot_be_read_for_is_named(tmp_path: Path) -> None:
+    torn = pyarrow.array([b"a", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    ones = pyarrow.array([1, 1])
+    twice = pyarrow.StructArray.from_arrays([ones, ones], names=["a", "a"])
+    tables = {
+        "column names repeat: x": pyarrow.Table.from_arrays([torn, ones, ones], names=["prompt", "x", "x"]),
+        "column names repeat: prompt": pyarrow.Table.from_arrays([torn, torn], names=["prompt", "prompt"]),
+        "row 1, column 'prompt' is not UTF-8": pyarrow.table({"prompt": torn}),
+        "row 1, column 'prompt' is not UTF-8: invalid": pyarrow.table({"prompt": torn.cast(pyarrow.binary())}),
+        "row 0, column 'x' cannot be read as JSON": pyarrow.table({"prompt": ["a", "b"], "x": twice}),
+    }
+    for message, table in tables.items():
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(ConfigurationError, match=message):
+            prompt_files.read_prompts(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [b"gr\xc3\xb6\xc3\x9fer"]}), tmp_path / "a.parquet")
+    assert prompts_of(tmp_path / "a.parquet") == ["größer"]
 
 
 def test_a_parquet_file_needs_its_column(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigurationError, match='no column "prompt"; it has text, n'):
-        workload.read_prompts(tmp_path / "a.parquet")
+        prompt_files.read_prompts(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None]}), tmp_path / "b.parquet")
     with pytest.raises(ConfigurationError, match="row 1 holds a NoneType"):
-        workload.read_prompts(tmp_path / "b.parquet")
+        prompt_files.read_prompts(tmp_path / "b.parquet")
 
 
 def test_synthetic_prompts_differ_and_repeat() -> None:
@@ -112,7 +205,7 @@ FIELDS = {"id": 2**63 - 1, "größe": 1.5, "tags": ["a", {"b": None}], "": True,
 def test_the_other_fields_of_the_input_come_along(tmp_path: Path) -> None:
     for name in ("a.json", "a.jsonl"):
         content = json.dumps({**FIELDS, "prompt": "p"})
-        (row,) = workload.read_prompts(written(tmp_path, name, f"[{content}]" if name == "a.json" else content))
+        (row,) = prompt_files.read_prompts(written(tmp_path, name, f"[{content}]" if name == "a.json" else content))
         assert row == PromptRow("p", FIELDS)
         line = workload.output_line(row, Completion((1,), [2], "t", "stop"))
         assert {name: line[name] for name in FIELDS} == FIELDS and line["prompt"] == "p" and line["text"] == "t"
@@ -136,7 +229,7 @@ def test_columns_of_every_type_come_along_as_json(tmp_path: Path) -> None:
         "big": pyarrow.array([2**63 - 1]),
     }
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p"], **columns}), tmp_path / "a.parquet")
-    (row,) = workload.read_prompts(tmp_path / "a.parquet")
+    (row,) = prompt_files.read_prompts(tmp_path / "a.parquet")
     nested = {"a": [1, None], "b": "eA=="}
     assert row.fields == {"day": "2026-01-02", "price": "1.10", "raw": "AP8=", "rate": None, "nested": nested, "big": 2**63 - 1}
     json.dumps(row.fields, allow_nan=False)

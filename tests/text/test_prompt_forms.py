@@ -107,10 +107,10 @@ BAD = [
     (2.5, "is a float"),
     (b"ab", "is a bytes"),
     (object, "is a type"),
-    ("a\ud800b", "is no Unicode text: character 1"),
-    ({"prompt": "\udfff"}, "is no Unicode text: character 0"),
-    ([{"role": "user", "content": "a\udc00"}], "is no Unicode text: character"),
-    ([{"role": "user", "content": [{"type": "text", "text": "a\ud800"}]}], "is no Unicode text: character"),
+    ("a\ud800b", "half of a surrogate pair, \\ud800, at character 1"),
+    ({"prompt": "\udfff"}, "half of a surrogate pair, \\udfff, at character 0"),
+    ([{"role": "user", "content": "a\udc00"}], "half of a surrogate pair"),
+    ([{"role": "user", "content": [{"type": "text", "text": "a\ud800"}]}], "half of a surrogate pair"),
 ]
 
 
