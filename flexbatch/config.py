@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,19 +96,10 @@ class EngineConfig:
         def refuse(problem: str) -> None:
             raise ConfigurationError(problem)
 
-        for name in ("percent", "draft", "allow_bits"):
-            # One alone is one of them: the letters of a draft's name are not drafts.
-            value = getattr(self, name)
-            if isinstance(value, str | os.PathLike | int | float):
-                value = (value,)
-            if value is not None:
-                value = tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
-                object.__setattr__(self, name, value)
-        if isinstance(self.model, os.PathLike):
-            object.__setattr__(self, "model", os.fspath(self.model))
-        for name in self.draft or ():
-            if not isinstance(name, str) or not name:
-                refuse(f"draft={name!r} is no name of a model: give a folder, a Hub id, demo-draft or ngram, or several")
+        from flexbatch.config_checks import settings_of  # whose errors are this module's
+
+        for name, value in settings_of(self).items():
+            object.__setattr__(self, name, value)
         if self.percent is not None:
             if len(self.percent) != 6:
                 refuse(f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}")
