@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,23 +96,10 @@ class EngineConfig:
         def refuse(problem: str) -> None:
             raise ConfigurationError(problem)
 
-        for name in ("percent", "draft", "allow_bits"):
-            # One alone is one of them: the letters of a draft's name are not drafts.
-            value = getattr(self, name)
-            if isinstance(value, str | os.PathLike | int | float):
-                value = (value,)
-            if isinstance(value, Mapping | bytes) or (value is not None and not isinstance(value, Iterable)):
-                refuse(f"{name}={value!r} is a {type(value).__name__}; give a list")
-            if value is not None:
-                value = tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
-                object.__setattr__(self, name, value)
-        for name in ("model", "offload_dir", "hardware"):
-            if isinstance(value := getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-        self._check_types()
-        for name in self.draft or ():
-            if not isinstance(name, str) or not name:
-                refuse(f"draft={name!r} is no name of a model: give a folder, a Hub id, demo-draft or ngram, or several")
+        from flexbatch.config_checks import settings_of  # whose errors are this module's
+
+        for name, value in settings_of(self).items():
+            object.__setattr__(self, name, value)
         if self.percent is not None:
             if len(self.percent) != 6:
                 refuse(f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}")
@@ -142,42 +127,6 @@ class EngineConfig:
         for name in ("gpu_memory", "cpu_memory"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name))
-
-    def _check_types(self) -> None:
-        """Every field in the plain Python type that it is declared with. Raises ConfigurationError that names the
-        field."""
-        # It raises this module's errors, so that it cannot be imported before.
-        from flexbatch.checks import Unfit, checked, number, optional, several, truth, whole
-
-        def text(value: Any) -> str:
-            if not isinstance(value, str):
-                raise Unfit("text")
-            return str(value)
-
-        def size(value: Any) -> str | int:
-            try:
-                return str(value) if isinstance(value, str) else whole(0)(value)
-            except Unfit:
-                raise Unfit("a size such as 16GiB, or a number of bytes") from None
-
-        percent = number(lambda value: value == value, ">= 0")
-        share = number(lambda value: value == value, "between 0 and 1")
-        checks = {
-            **dict.fromkeys(("gpu_batch_size", "num_gpu_batches"), optional(whole())),
-            **dict.fromkeys(("prefill_chunk", "prefill_budget"), optional(whole())),
-            **dict.fromkeys(("weight_bits", "cache_bits", "seed"), whole()),
-            **dict.fromkeys(("overlap", "recalibrate", "compare_plain", "dummy_weights"), truth),
-            **dict.fromkeys(("cpu_attention", "simulate_acceptance"), optional(share)),
-            **dict.fromkeys(("model", "device", "dtype", "hardware"), text),
-            **dict.fromkeys(("tree", "offload_dir"), optional(text)),
-            **dict.fromkeys(("gpu_memory", "cpu_memory"), optional(size)),
-            "percent": several(percent, 100, "numbers"),
-            "allow_bits": several(whole(), 100, "numbers of bits"),
-        }
-        for name, check in checks.items():
-            value = getattr(self, name)
-            if value is not type(self).__dataclass_fields__[name].default:
-                object.__setattr__(self, name, checked("setting", name, value, check))
 
     @property
     def offload_path(self) -> Path | None:

@@ -147,7 +147,6 @@ class LLM:
         it. Greedy, unless the file says
         ``"do_sample": true`` or names a temperature. `dataclasses.replace` changes some of it. Raises
         ConfigurationError for what cannot be followed."""
-        self._turns.check_open("get_default_sampling_params")
         return self.generation.params()
 
     def generate(

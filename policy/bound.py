@@ -39,7 +39,7 @@ def machine_bound(
     Nothing is launched, GEMMs run at their best rate, weights are read once a pass as they are stored, working memory costs nothing, the cache
     holds only what is in use.
     """
-    longest = max(prompt for prompt, _ in workload.lengths)
+    longest = workload.longest_prompt
     anywhere = Split(1, 0)
     policy = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, prefill_chunk=int(np.ceil(longest)), speculation=speculation)
     best = float(max(hardware.gemm.values))

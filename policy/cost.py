@@ -178,10 +178,10 @@ class PassModel:
     def _stage(self, name: str, compute: str, fetch: str, count: int) -> Stage:
         shape, bits = self.shape, self.policy.weight_bits
         weights = shape.block_bytes(bits) if fetch == "layer" else shape.weight_bytes(shape.head_elements, 16)
-        traffic = self._layer_traffic() if compute == "layer" else self._head_traffic()
+        traffic = dict(self._layer_traffic if compute == "layer" else self._head_traffic())
         traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
         traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
-        gpu_seconds, gpu_flops, gpu_bytes = self._layer_compute() if compute == "layer" else self._head_compute()
+        gpu_seconds, gpu_flops, gpu_bytes = self._layer_compute if compute == "layer" else self._head_compute()
         seconds = self._seconds(traffic, gpu_seconds, gpu_bytes)
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for another resource.
@@ -192,6 +192,7 @@ class PassModel:
         ticks = self.batches if compute == "layer" else 0
         return Stage(name, count, ticks, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
+    @functools.cached_property
     def _layer_traffic(self) -> dict[str, np.ndarray]:
         """Bytes of one layer but for weights, and counts; ``gathered`` and ``scattered`` cross the link by kernel, ``attended`` is read by the CPU."""
         shape, load = self.shape, self.load
@@ -224,6 +225,7 @@ class PassModel:
         names = ("d2h", "gathered", "scattered", "disk_read", "disk_write", "attended", "attended_16", "calls", "requests")
         return {"h2d": affine(weights_cpu=rows, weights_disk=rows), **dict.fromkeys(names, zero)}
 
+    @functools.cached_property
     def _layer_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
         shape, hardware, load = self.shape, self.hardware, self.load

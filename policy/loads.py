@@ -5,6 +5,7 @@ The fields of a `PassLoad` are totals over the block; all may be arrays (one ele
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -39,6 +40,11 @@ class PassLoad:
         """Every sequence brings ``chunk`` prompt tokens after ``before`` earlier ones."""
         pairs = sequences * chunk * (before + (chunk + 1) / 2)
         return cls(0.0, 0.0, sequences * chunk, sequences * before, pairs, sequences if finished else 0.0)
+
+    @classmethod
+    def together(cls, loads: Sequence[PassLoad]) -> PassLoad:
+        """Single passes as arrays over all of them."""
+        return cls(*(np.array([getattr(load, f.name) for load in loads]) for f in fields(cls)))
 
     def __add__(self, other: PassLoad) -> PassLoad:
         return PassLoad(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -75,7 +81,7 @@ class Lengths:
 
     @classmethod
     def of(cls, workload: Workload, policy: Policy) -> Lengths:
-        prompt, output = np.asarray(workload.lengths).T
+        prompt, output = workload.columns
         chunk, gain = policy.chunk, policy.tokens_per_pass
         chunks = np.ceil(prompt / chunk)
         decodes = (output - 1) / gain
@@ -153,8 +159,8 @@ def trajectory(workload: Workload, policy: Policy) -> tuple[PassLoad, np.ndarray
     total, block = workload.num_sequences, policy.block_size
     walked = min(total, 4 * block)
     order = np.random.default_rng(0).permutation(np.arange(walked) % len(workload.lengths))
-    lengths = np.asarray(workload.lengths)[order]
-    left, output = np.ceil(lengths[:, 0]), lengths[:, 1].copy()
+    prompt, output = workload.columns[:, order]
+    left = np.ceil(prompt)
     context = np.zeros(walked)
     budget = policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch
     rows, finished_by = [], []

@@ -6,14 +6,14 @@ came with it, and the package of HiGHS beside it prints to stdout at the first s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog
 
-from flexbatch.policy.cost import COLUMNS, KINDS, VARIABLES, PassModel
+from flexbatch.policy.cost import COLUMNS, KINDS, VARIABLES, PassModel, Stage
 from flexbatch.policy.types import TIERS, Constraints
 from flexbatch.policy.units import GIB
 
@@ -86,13 +86,27 @@ class LinearSolution:
     duals: np.ndarray
 
 
-def time_rows(phases: Iterable[tuple[PassModel, float]]) -> tuple[list[tuple[float, np.ndarray]], float]:
+Phases = Sequence[tuple[PassModel, float | np.ndarray]]
+"""Models with how often each of their passes counts: a number for a model of one pass, or one for each of its passes."""
+
+
+def time_rows(phases: Phases) -> tuple[list[tuple[float, np.ndarray]], float]:
     """([(weight of the stage, its rows [rows, 1 + variables])], constant seconds): the objective is the weighted sum of the stages' maxima."""
     stages, constant = [], 0.0
     for model, count in phases:
-        constant += count * float(model.launch_seconds)
-        stages += [(count * stage.count, dominating(np.stack(list(stage.seconds.values())))) for stage in model.stages]
+        counts = np.atleast_1d(count)
+        constant += sum((counts * model.launch_seconds).tolist())
+        rows = [rows_by_pass(stage, len(counts)) for stage in model.stages]
+        for place, times in enumerate(counts.tolist()):
+            kinds = zip(model.stages, rows, strict=True)
+            stages += [(times * stage.count, dominating(each[place])) for stage, each in kinds]
     return stages, constant
+
+
+def rows_by_pass(stage: Stage, passes: int) -> np.ndarray:
+    """[passes, rows, 1 + variables]: what does not differ from pass to pass is the same in all of them."""
+    rows = [np.broadcast_to(row, (passes, row.shape[-1])) for row in stage.seconds.values()]
+    return np.stack(rows, axis=1)
 
 
 def dominating(rows: np.ndarray) -> np.ndarray:
@@ -147,7 +161,7 @@ def least_shortage(memory: dict[str, np.ndarray], room: Mapping[str, float], con
 
 
 def solve(
-    phases: Iterable[tuple[PassModel, float]],
+    phases: Phases,
     memory: dict[str, np.ndarray],
     room: Mapping[str, float],
     constraints: Constraints,
@@ -158,10 +172,9 @@ def solve(
     memory: peak bytes per tier, affine. room: bytes per tier. cache_on_disk: whether sequences may be there.
     """
     program = placement_program(constraints, cache_on_disk)
-    phases = list(phases)
     stages, constant = time_rows(phases)
     # Among equal placements the faster tier: a microsecond a pass decides ties and nothing else.
-    slower = sum(count for _, count in phases) * 1e-6
+    slower = sum(sum(np.atleast_1d(count).tolist()) for _, count in phases) * 1e-6
     for kind in KINDS:
         program.cost |= {column(f"{kind}_cpu"): slower, column(f"{kind}_disk"): 2 * slower}
     program.cost[column("attended")] = slower

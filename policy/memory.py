@@ -23,7 +23,7 @@ KIND_LABELS = ("weights", "weight slabs", "cache", "cache staging", "activations
 
 def prompt_tokens_per_pass(workload: Workload, policy: Policy) -> float:
     """Prompt tokens of one micro-batch in one pass at the peak: its budget, or all its sequences' chunks."""
-    longest = max(prompt for prompt, _ in workload.lengths)
+    longest = workload.longest_prompt
     return min(policy.prompt_tokens_per_micro_batch, policy.gpu_batch_size * math.ceil(longest))
 
 

@@ -12,7 +12,7 @@ from flexbatch.policy.bound import MachineBound, machine_bound
 from flexbatch.policy.cost import KINDS
 from flexbatch.policy.loads import PAGE_TOKENS, Lengths
 from flexbatch.policy.lp import fixed_fractions
-from flexbatch.policy.plan import Plan, price
+from flexbatch.policy.plan import Plan
 from flexbatch.policy.realise import does_not_fit
 from flexbatch.policy.search import Search
 from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
@@ -54,7 +54,7 @@ def chunk_of(workload: Workload, constraints: Constraints) -> int:
     """The user's chunk, or whole prompts up to MAX_CHUNK tokens."""
     if constraints.prefill_chunk is not None:
         return constraints.prefill_chunk
-    longest = max(prompt for prompt, _ in workload.lengths)
+    longest = workload.longest_prompt
     return min(MAX_CHUNK, math.ceil(longest / PAGE_TOKENS) * PAGE_TOKENS)
 
 
@@ -169,7 +169,7 @@ def with_best_budget(search: Search, best: Plan) -> Plan:
             budget = math.ceil(factor * policy.prompt_tokens_per_micro_batch)
             if not MIN_BUDGET <= budget < 2 * policy.gpu_batch_size * policy.prefill_chunk:
                 break
-            plan = price(search.shape, search.hardware, search.workload, dataclasses.replace(policy, prefill_budget=budget))
+            plan = search.price(dataclasses.replace(policy, prefill_budget=budget))
             if plan.missing or plan.predicted_tokens_per_second <= best.predicted_tokens_per_second:
                 break
             best = dataclasses.replace(plan, tokens_per_second_per_gib=best.tokens_per_second_per_gib)

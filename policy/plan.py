@@ -84,28 +84,27 @@ class Plan:
         return shortfall(self.memory, self.hardware)
 
 
-def passes_of(workload: Workload, policy: Policy) -> tuple[PassLoad, np.ndarray, float]:
+Passes = tuple[PassLoad, np.ndarray, float]
+
+
+def passes_of(workload: Workload, policy: Policy) -> Passes:
     """(loads, how often each, generated tokens in all): the whole job, or for a job without end the average pass."""
     if workload.num_sequences is None:
         load, finished = steady_load(workload, policy)
-        return load, np.ones(1), finished * mean_output(workload)
+        return load, np.ones(1), finished * workload.mean_output
     load, counts = trajectory(workload, policy)
-    return load, counts, workload.num_sequences * mean_output(workload)
+    return load, counts, workload.num_sequences * workload.mean_output
 
 
-def mean_output(workload: Workload) -> float:
-    return sum(output for _, output in workload.lengths) / len(workload.lengths)
-
-
-def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> Plan:
-    """Predict everything for a given policy, whether it fits or not (see `Plan.missing`)."""
-    load, counts, tokens = passes_of(workload, policy)
+def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy, passes: Passes | None = None) -> Plan:
+    """Predict everything for a given policy, whether it fits or not (see `Plan.missing`). passes: where they are known."""
+    load, counts, tokens = passes_of(workload, policy) if passes is None else passes
     # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
     met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
     model, point = PassModel(shape, hardware, met, load), point_of(met)
     total = float(np.sum(counts * model.pass_seconds(point)))
     bound = float(np.sum(counts * model.bound_seconds(point)))
-    passes = float(counts.sum())
+    num_passes = float(counts.sum())
     steady, finished = steady_load(workload, policy)
     steady_seconds = float(PassModel(shape, hardware, met, steady).pass_seconds(point))
     return Plan(
@@ -115,12 +114,12 @@ def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Pol
         workload=workload,
         predicted_tokens_per_second=tokens / total,
         bound_tokens_per_second=tokens / bound,
-        steady_tokens_per_second=finished * mean_output(workload) / steady_seconds,
+        steady_tokens_per_second=finished * workload.mean_output / steady_seconds,
         seconds=None if workload.num_sequences is None else total,
-        passes=passes,
-        pass_seconds=total / passes,
-        row_seconds={name: float(np.sum(counts * value)) / passes for name, value in model.resource_seconds(point).items()},
-        work={name: float(np.sum(counts * value)) / passes for name, value in model.resource_work(point).items()},
-        launch_seconds=float(np.sum(counts * model.launched(point))) / passes,
+        passes=num_passes,
+        pass_seconds=total / num_passes,
+        row_seconds={name: float(np.sum(counts * value)) / num_passes for name, value in model.resource_seconds(point).items()},
+        work={name: float(np.sum(counts * value)) / num_passes for name, value in model.resource_work(point).items()},
+        launch_seconds=float(np.sum(counts * model.launched(point))) / num_passes,
         memory=peak_memory(shape, hardware, workload, met),
     )

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -29,6 +30,8 @@ from flexbatch.policy.diskspeed import measure_disk
 from flexbatch.policy.fits import fit_curve, fit_rate
 from flexbatch.policy.rates import Hardware, read_hardware, write_hardware
 from flexbatch.policy.stdout import data_apart, run_process
+
+logger = logging.getLogger("flexbatch")
 
 MIB = 2**20
 TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}
@@ -304,7 +307,11 @@ def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mappin
     if hardware is not None:
         return hardware.with_memory(*(_capacities(torch.device(device), disk_folder)[f"{tier}_bytes"] for tier in ("gpu_memory", "cpu_memory", "disk")))
     hardware = measure(device, disk_folder, overrides)
-    write_hardware(hardware, path)
+    try:
+        write_hardware(hardware, path)
+    except OSError as error:
+        # What was measured is right for this process, wherever the next one will find it.
+        logger.warning("the profile of this machine cannot be kept, and is measured at every start: %s", error)
     return hardware
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
-from flexbatch.policy.loads import job_phases, steady_load
+from flexbatch.policy.cost import KINDS, VARIABLES, PassModel, evaluate, total
+from flexbatch.policy.loads import PassLoad, job_phases, steady_load
 from flexbatch.policy.lp import Solution, fixed_fractions, solve, time_rows
 from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
-from flexbatch.policy.plan import Plan, mean_output, price
+from flexbatch.policy.plan import Passes, Plan, passes_of, price
 from flexbatch.policy.realise import placed
 from flexbatch.policy.types import TIERS, Constraints, Hardware, ModelShape, Policy, Speculation, Split, Workload
 
@@ -42,6 +42,8 @@ class Search:
     least_rate: float = 0.0
     """Tokens a second below which no size leads to a plan that is of use."""
     linear_programs: int = 0
+    walks: dict[tuple[float, ...], Passes] = field(default_factory=dict)
+    """The job's passes by the sizes that they depend on: of bits and placements they know nothing."""
     tried: dict[Family, dict[Policy, Candidate | None]] = field(default_factory=lambda: defaultdict(dict), init=False)
 
     def family(self, template: Policy) -> list[Candidate]:
@@ -52,13 +54,19 @@ class Search:
     def top(self, template: Policy) -> float:
         return max((candidate.tokens_per_second for candidate in self.tried[family_of(template)].values() if candidate), default=0.0)
 
-    def phases(self, policy: Policy) -> tuple[list[tuple[PassModel, float]], float]:
-        """(models with how often each counts, generated tokens in all of them)."""
+    def passes(self, policy: Policy) -> tuple[PassModel, np.ndarray, float]:
+        """(the average passes of the job's phases, how often each counts, generated tokens in all of them)."""
         if self.workload.num_sequences is None:
             load, finished = steady_load(self.workload, policy)
-            return [(PassModel(self.shape, self.hardware, policy, load), 1.0)], finished * mean_output(self.workload)
-        models = [(PassModel(self.shape, self.hardware, policy, load), count) for load, count in job_phases(self.workload, policy)]
-        return models, self.workload.num_sequences * mean_output(self.workload)
+            return (
+                PassModel(self.shape, self.hardware, policy, PassLoad.together([load])),
+                np.ones(1),
+                finished * self.workload.mean_output,
+            )
+        # All phases in one model: what is computed is a few numbers, and numpy's calls cost more than they do.
+        loads, counts = zip(*job_phases(self.workload, policy), strict=True)
+        model = PassModel(self.shape, self.hardware, policy, PassLoad.together(loads))
+        return model, np.array(counts), self.workload.num_sequences * self.workload.mean_output
 
     @property
     def placement_given(self) -> bool:
@@ -83,52 +91,79 @@ class Search:
             and min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU)) > room["gpu"]
         ):
             return None
-        phases, tokens = self.phases(policy)
+        model, counts, tokens = self.passes(policy)
         # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
-        least = sum(count * (float(m.launched(ON_GPU)) + least_compute(m)) for m, count in phases)
+        least = float(np.sum(counts * (model.launched(ON_GPU) + least_compute(model))))
         if tokens / least < (max(self.least_rate, self.top(policy)) if least_rate is None else least_rate):
             return None
-        solution = self.solve(policy, phases, memory, room)
+        solution = self.solve(policy, model, counts, memory, room)
         if solution is not None:
             # The program cannot know that a block on the GPU launches less and staged cache more.
-            seconds = sum(count * float(m.pass_seconds(solution.point)) for m, count in phases)
-            tried[policy] = Candidate(policy, solution, tokens / seconds)
+            seconds = float(np.sum(counts * model.pass_seconds(solution.point)))
+            candidate = Candidate(policy, solution, tokens / seconds)
+            # No program sees the room of a given placement. Blocks that are too large for it are the fastest, and
+            # would keep those that fit from being tried.
+            if not self.placement_given or not self.shortage(self.placed(candidate)):
+                tried[policy] = candidate
         return tried[policy]
+
+    def placed(self, candidate: Candidate) -> Policy:
+        """The candidate's policy with whole tensors and sequences."""
+        return placed(self.shape, candidate.policy, candidate.solution.point, self.constraints)
+
+    def shortage(self, policy: Policy) -> dict[str, int]:
+        """Bytes by which tiers are too small for a policy's exact sizes."""
+        return shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
 
     def finish(self, candidate: Candidate) -> Plan | None:
         """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""
-        phases, _ = self.phases(candidate.policy)
+        model, counts, _ = self.passes(candidate.policy)
         memory, room = self.memory(candidate.policy), dict(capacity(self.hardware))
         solution: Solution | None = candidate.solution
         for _ in range(8):
             if solution is None:
                 return None
-            policy = placed(self.shape, candidate.policy, solution.point, self.constraints)
-            missing = shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
+            policy = self.placed(dataclasses.replace(candidate, solution=solution))
+            missing = self.shortage(policy)
             if not missing:
-                plan = price(self.shape, self.hardware, self.workload, policy)
+                plan = self.price(policy)
                 saved = {tier: seconds / solution.seconds * plan.predicted_tokens_per_second for tier, seconds in solution.seconds_per_gib.items()}
                 return dataclasses.replace(plan, tokens_per_second_per_gib=saved)
             if self.placement_given:
                 return None
             for tier, size in missing.items():
                 room[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
-            solution = self.solve(candidate.policy, phases, memory, room)
+            solution = self.solve(candidate.policy, model, counts, memory, room)
         return None
 
-    def solve(self, policy: Policy, phases: list[tuple[PassModel, float]], memory: dict[str, np.ndarray], room: dict[str, int]) -> Solution | None:
+    def price(self, policy: Policy) -> Plan:
+        """See `plan.price`."""
+        budget = policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch
+        sizes = (policy.block_size, budget, policy.chunk, policy.query_tokens, policy.tokens_per_pass)
+        if sizes not in self.walks:
+            self.walks[sizes] = passes_of(self.workload, policy)
+        return price(self.shape, self.hardware, self.workload, policy, self.walks[sizes])
+
+    def solve(
+        self,
+        policy: Policy,
+        model: PassModel,
+        counts: np.ndarray,
+        memory: dict[str, np.ndarray],
+        room: dict[str, int],
+    ) -> Solution | None:
         """The best placement; one without CPU attention where ``policy`` has none."""
         constraints = self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
         if self.placement_given:
             if constraints.cpu_attention is not None:
-                return given_solution(phases, constraints)
+                return given_solution(model, counts, constraints)
             # No room binds: only the share of CPU attention is open, and takes none.
             room = {tier: int(np.abs(row).sum()) + 1 for tier, row in memory.items()}
         self.linear_programs += 1
-        return solve(phases, memory, room, constraints, cache_on_disk=policy.cache.disk > 0)
+        return solve([(model, counts)], memory, room, constraints, cache_on_disk=policy.cache.disk > 0)
 
 
-def given_solution(phases: list[tuple[PassModel, float]], constraints: Constraints) -> Solution:
+def given_solution(model: PassModel, counts: np.ndarray, constraints: Constraints) -> Solution:
     """The placement that the user's percentages and share of CPU attention are, with its time; nothing is left to
     solve."""
     fixed = fixed_fractions(constraints)
@@ -136,7 +171,7 @@ def given_solution(phases: list[tuple[PassModel, float]], constraints: Constrain
         fixed.setdefault(f"{kind}_disk", max(0.0, 1 - fixed[f"{kind}_gpu"] - fixed[f"{kind}_cpu"]))
     fixed["attended"] = (constraints.cpu_attention or 0.0) * fixed["cache_cpu"]
     point = np.array([1.0, *(fixed[name] for name in VARIABLES)])
-    stages, constant = time_rows(phases)
+    stages, constant = time_rows([(model, counts)])
     return Solution(
         point,
         constant + sum(weight * float(np.max(rows @ point)) for weight, rows in stages),
@@ -144,9 +179,9 @@ def given_solution(phases: list[tuple[PassModel, float]], constraints: Constrain
     )
 
 
-def least_compute(model: PassModel) -> float:
-    """GPU seconds of a pass at the placement that takes the least: with all attention on the CPU."""
-    return sum(stage.count * max(0.0, float(stage.seconds["gpu_compute"] @ ALL_ATTENDED)) for stage in model.stages)
+def least_compute(model: PassModel) -> np.ndarray:
+    """GPU seconds of each pass at the placement that takes the least: with all attention on the CPU."""
+    return total(stage.count * np.maximum(0.0, evaluate(stage.seconds["gpu_compute"], ALL_ATTENDED)) for stage in model.stages)
 
 
 def family_of(policy: Policy) -> Family:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from flexbatch.policy.groups import cache_group, weight_group
 from flexbatch.policy.rates import Curve, Hardware
@@ -150,6 +153,21 @@ class Workload:
                 raise ValueError(f"lengths must be at least 1, got prompt={prompt:g} output={output:g}")
         if self.num_sequences is not None and self.num_sequences < 1:
             raise ValueError(f"num_sequences={self.num_sequences} must be at least 1")
+
+    @functools.cached_property
+    def columns(self) -> np.ndarray:
+        """[2, sequences]: prompt and generated tokens. A search asks for it thousands of times."""
+        columns = np.array(self.lengths).T
+        columns.flags.writeable = False
+        return columns
+
+    @functools.cached_property
+    def longest_prompt(self) -> float:
+        return max(prompt for prompt, _ in self.lengths)
+
+    @functools.cached_property
+    def mean_output(self) -> float:
+        return sum(output for _, output in self.lengths) / len(self.lengths)
 
     @classmethod
     def uniform(cls, prompt_tokens: int, output_tokens: int, num_sequences: int | None = None) -> Workload:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LEAVES = ("policy", "kernels")
 # Lowest first. Modules on the same level may import each other; `config`, `request` and `trace` are at the bottom.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("checks", "config", "request", "secrets", "streams", "text_files", "threads", "trace", "parallel"),
+    ("checks", "config_checks", "config", "request", "secrets", "streams", "text_files", "threads", "trace", "parallel"),
     ("models",),
     ("memory",),
     ("chat", "detokenize", "prompts", "text_decoder"),

@@ -7,6 +7,7 @@ Values are compared only where two tensors claim the same place.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from flexbatch.models.source import StoredTensor, equal, read_tensors
 from flexbatch.models.specs import WeightSpec, weight_specs
 
 logger = logging.getLogger("flexbatch")
+
+NUMBERS = re.compile(r"B?F\d|torch\.b?float")
+"""The types of weights that are numbers, as safetensors and torch write them."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,11 @@ class _Assigner:
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be right: {error}") from error
         if tensor.shape != wanted:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, wanted {list(wanted)}")
+        if not suffix and not NUMBERS.match(tensor.dtype):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} holds {tensor.dtype}, wanted floating-point numbers; integers "
+                "are codes, whose scales no quantization_config of config.json explains"
+            )
         earlier[suffix] = tensor
 
     def note(self) -> None:

@@ -59,7 +59,7 @@ def fits_to_the_byte(model, seed):
                 held = sum(
                     need.num_bytes
                     for need in needs
-                    if need.tier == tier and need.what != "workspace" and (need.what, tier) != ("activations", "gpu")
+                    if need.tier == tier and not need.what.endswith("workspace") and (need.what, tier) != ("activations", "gpu")
                 )
                 assert sum(pool.used_bytes.values()) == held, (settings, tier, pool.used_bytes, needs)
             return tokens, {tier: sum(need.num_bytes for need in needs if need.tier == tier) for tier in TIERS}

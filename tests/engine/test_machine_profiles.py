@@ -26,6 +26,9 @@ BAD = {
     "null": "null",
     "deep": "[" * 100_000,
     "an older version": json.dumps({key: value for key, value in GOOD.items() if key != "gather"}),
+    # Python's float() and isfinite() raise OverflowError for it.
+    "an integer that no float holds": json.dumps({**GOOD, "h2d": 10**400}),
+    "bytes that no float holds": json.dumps({**GOOD, "disk_bytes": -(10**400)}),
     "a newer version": json.dumps({**GOOD, "warp_drive": 9}),
     **{
         f"{name}={value}": json.dumps({**GOOD, name: value})
@@ -125,3 +128,10 @@ def test_a_profile_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_profiles_lie_in_an_absolute_folder():
     assert machines.default_profile_dir().is_absolute()
+
+
+def test_a_profile_that_cannot_be_kept_is_used_all_the_same(tmp_path, measured, caplog):
+    folder = tmp_path / "cache"
+    folder.write_text("a file where the folder should be")
+    assert cached(folder, "cpu", tmp_path) == load_hardware("cpu") and len(measured) == 1
+    assert "cannot be kept" in caplog.text

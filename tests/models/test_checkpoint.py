@@ -435,3 +435,15 @@ def test_packages_are_found_without_importing_them():
 def test_stop_tokens_of_the_generation_config_win(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
     assert checkpoint.read_arch(folder).eos_token_ids == (5, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_integers_without_an_explanation_are_no_weights(folder, dtype, form):
+    """They are codes of a quantiser whose config is lost; taken for numbers they gave text without a word."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    if form == "bin":
+        to_bin(folder, 1)
+    with pytest.raises(CheckpointError, match=f"{name} holds .*, wanted floating-point numbers"):
+        load(folder)

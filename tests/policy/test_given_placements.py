@@ -3,6 +3,8 @@ where they do not."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,8 +82,47 @@ def test_a_placement_is_accepted_exactly_where_it_fits(placement):
     what_fits_is_accepted(placement)
 
 
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(placements())
+def test_a_placement_with_open_sizes_is_accepted_where_one_sequence_fits(placement):
+    one_sequence_fits(placement)
+
+
+def test_a_placement_with_open_sizes_looks_past_the_blocks_that_are_too_large():
+    """Fifty of the sizes that are tried do not fit, and all of them would be faster."""
+    constraints = Constraints(percent=(20.0, 80.0, 0.0, 100.0, 100.0, 0.0), cpu_attention=1.0, gpu_memory=16 * 2**30)
+    plan = choose(public_shape("opt-30b"), load_hardware("h200"), Workload.uniform(512, 32), constraints)
+    assert not plan.missing and plan.policy.block_size > 8
+
+
+def one_sequence_fits(placement):
+    shape, machine, workload, policy, percent = placement
+    smallest = dataclasses.replace(policy, gpu_batch_size=1, num_gpu_batches=1)
+    room = {tier: sum(kinds.values()) for tier, kinds in peak_memory(shape, machine, workload, smallest).items()}
+    constraints = Constraints(
+        percent=percent,
+        cpu_attention=0.0,
+        prefill_chunk=policy.prefill_chunk,
+        prefill_budget=policy.prefill_budget,
+        weight_bits=(policy.weight_bits,),
+        cache_bits=(policy.cache_bits,),
+        gpu_memory=room["gpu"],
+        cpu_memory=room["cpu"],
+        disk=room["disk"],
+    )
+    plan = choose(shape, machine, workload, constraints)
+    assert not plan.missing and plan.policy.percent == smallest.percent
+
+
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(placements())
 def test_many_placements_are_accepted_exactly_where_they_fit(placement):
     what_fits_is_accepted(placement)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(placements())
+def test_many_placements_with_open_sizes_are_accepted_where_one_sequence_fits(placement):
+    one_sequence_fits(placement)
