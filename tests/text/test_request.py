@@ -55,9 +55,9 @@ def test_one_stop_string_is_a_list_of_one():
     assert SamplingParams(stop="ab").stop == ("ab",) and SamplingParams(stop=["a", "b"], stop_token_ids=[3]).stop_token_ids == (3,)
 
 
-NO_WHOLE = (1.5, 2.0, "2", b"2", True, np.float32(2), [2], (), {}, Decimal(2), Fraction(5, 2), object())
+NO_WHOLE = (1.5, 2.0, "2", b"2", True, np.float32(2), [2], (), {}, Decimal(2), Fraction(5, 2), object)
 NO_NUMBER = ("hot", "0.5", True, [0.5], {}, b"1", Decimal("0.5"), 1j, np.array([0.5]))
-NO_IDS = (5, "not_a_list", b"ab", {5: 6}, [5.0], ["x"], [[13013]], [True], [None], [5, "6"], object())
+NO_IDS = (5, "not_a_list", b"ab", {5: 6}, [5.0], ["x"], [[13013]], [True], [None], [5, "6"], object)
 NO_WORDS = (5, "ab", [5], ["ab"], [[5.5]], [[-1]], [[]], [[5], [True]], {5: 6})
 WRONG_TYPES = {
     **dict.fromkeys(
@@ -69,7 +69,7 @@ WRONG_TYPES = {
         ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         (*NO_NUMBER, None),
     ),
-    "stop": (123, 1.5, True, [5], ["a", None], {"a": 1}, b"ab", [["a"]], object()),
+    "stop": (123, 1.5, True, [5], ["a", None], {"a": 1}, b"ab", [["a"]], object),
     **dict.fromkeys(("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"), NO_IDS),
     "forced_eos_token_id": ("x", True, 2.0, [2.0], ["x"], -1, [-1]),
     "logit_bias": (
@@ -232,7 +232,7 @@ def test_names_of_other_libraries_lead_to_fields():
 SETTINGS = {
     **dict.fromkeys(
         ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "weight_bits", "cache_bits", "seed"),
-        (1.5, "4", True, 16.0, [4], object(), math.nan),
+        (1.5, "4", True, 16.0, [4], object, math.nan),
     ),
     **dict.fromkeys(("overlap", "recalibrate", "compare_plain", "dummy_weights"), (0, 1, "no", None, [])),
     **dict.fromkeys(("cpu_attention", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
