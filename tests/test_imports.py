@@ -1,4 +1,4 @@
-"""The direction of imports (DESIGN section 3): apps -> flexbatch -> policy, kernels; inside flexbatch never upwards; no torch for ``--help``."""
+"""The direction of imports (docs/architecture.md): apps -> flexbatch -> policy, kernels; inside flexbatch never upwards; no torch for ``--help``."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def stage_of(role: str) -> str:
 def plan_weights(
     arch: Arch, split: Split, bits: int, group: int, element_bytes: int, prequantized: Mapping[str, tuple[int, int]] | None = None, num_slabs: int = 2
 ) -> WeightPlan:
-    """Spread all tensors of the model over the tiers by error diffusion (DESIGN section 5).
+    """Spread all tensors of the model over the tiers by error diffusion.
 
     ``prequantized`` maps roles of a checkpoint that is quantised already to their (bits, group), which then win over ``bits``.
     """
