@@ -175,15 +175,29 @@ def across_special(kind: str, prompt: list[int], answer: list[int], spelled: str
     places = [place for place, token in enumerate(answer) if decoder.is_special(token)]
     spans = [[len(reference(tokenizer, prompt, answer[: place + more], True)) for more in (0, 1)] for place in places]
     begins = [begin for begin in range(len(spelled)) if spelled.startswith(stop, begin)]
-    return any(begin < after and before < begin + len(stop) for begin in begins for before, after in spans)
+
+    def counts(begin: int, end: int) -> bool:
+        touched = [(before, after) for before, after in spans if begin < after and before < end]
+        return bool(touched) and not any(before < begin and end < after for before, after in touched)
+
+    return any(counts(begin, begin + len(stop)) for begin in begins)
 
 
 IM_END = "<|im_end|>"
 
 
 @every_kind
+@pytest.mark.parametrize("stop", ["d", "im_end", "_"])
+def test_letters_inside_of_a_special_token_end_no_answer(kind: str, stop: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    answer = tokenizer.convert_tokens_to_ids([IM_END, IM_END])
+    output = OutputText(decoder_of(kind), SamplingParams(max_tokens=9, stop=stop))
+    assert (output.extend(answer), output.finish) == (2, None)
+
+
+@every_kind
 @pytest.mark.parametrize(
-    "stop", [IM_END, "cats" + IM_END, IM_END + "<|im_start|>", "s" + IM_END + "<|im_start|>", "im_end", "|>", "</s>"]
+    "stop", [IM_END, "cats" + IM_END, IM_END + "<|im_start|>", "s" + IM_END + "<|im_start|>", "|>", "</s>"]
 )
 def test_stop_strings_that_are_or_hold_special_tokens(kind: str, stop: str) -> None:
     tokenizer = tokenizer_of(kind)

@@ -66,7 +66,9 @@ def test_a_stop_sequence_cuts_text_and_tokens(client):
     assert cut.finish_reason == {"reason": "stop"}
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.tokens == whole.tokens[: len(cut.tokens)] and len(cut.tokens) <= place
-    assert "".join(token.text for token in cut.tokens).startswith(cut.text)
+    # As far as tokens are characters: two that share one are two replacement characters, and one character of the text.
+    certain = "".join(token.text for token in cut.tokens).partition("\ufffd")[0]
+    assert cut.text.startswith(certain) or certain.startswith(cut.text)
     assert len("".join(token.text for token in cut.tokens[:-1])) < len(cut.text), "no token more than the text needs"
 
 
