@@ -56,9 +56,9 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
     from flexbatch.models import checkpoint, shapes
     from flexbatch.models.fingerprint import RECORDS, model_files_digest
     from flexbatch.models.resolve import resolve
-    from flexbatch.planning import default_offload_dir, resolve_device, resolve_dtype
+    from flexbatch.planning import offload_dir, resolve_device, resolve_dtype
 
-    records = (config.offload_path or default_offload_dir()) / RECORDS
+    records = offload_dir(config) / RECORDS
 
     def identity(name: str) -> dict[str, Any]:
         if config.dummy_weights:

@@ -83,7 +83,7 @@ class Decisions:
     @property
     def offload_dir(self) -> Path:
         """Where the disk tier lies, and the disk that is measured."""
-        return self.config.offload_path or planning.default_offload_dir()
+        return planning.offload_dir(self.config)
 
     @property
     def hardware(self) -> Hardware:

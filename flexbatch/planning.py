@@ -120,7 +120,7 @@ def resolve_budgets(config: EngineConfig, device: torch.device, machine: Hardwar
         gpu, cpu = int(torch.cuda.mem_get_info(device)[0] * 0.94), int(available * 0.9)
     else:
         gpu = cpu = int(available * 0.45)
-    folder = config.offload_path or default_offload_dir()
+    folder = offload_dir(config)
     while not folder.exists():
         folder = folder.parent
     space = os.statvfs(folder)
@@ -134,6 +134,11 @@ def resolve_budgets(config: EngineConfig, device: torch.device, machine: Hardwar
 
 def default_offload_dir() -> Path:
     return Path(os.path.expanduser("~")) / ".cache" / "flexbatch" / "offload"
+
+
+def offload_dir(config: EngineConfig) -> Path:
+    """The folder of the disk tier, and of what is kept between starts: converted weights and digests."""
+    return config.offload_path or default_offload_dir()
 
 
 def cache_layout(arch: Arch, bits: int, dtype: torch.dtype) -> CacheLayout:

@@ -156,17 +156,20 @@ class Work:
         rows = [[row.prompt, row.fields, ids] for row, ids in zip(self.rows, self.token_ids, strict=True)]
         facts = {
             "prompts": f"{len(self.rows)} with digest {digest(rows)}",
-            "model": engine.model if self.folder is None else digest(self.model_files(self.folder)),
+            "model": engine.model if self.folder is None else digest(model_files(self.folder, engine)),
             "sampling_rules": SAMPLING_RULES,
             **dataclasses.asdict(self.params),
         }
         return {**facts, **{name: getattr(engine, name) for name in settings}}
 
-    @staticmethod
-    def model_files(folder: Path) -> dict[str, str]:
-        from flexbatch.models.fingerprint import model_files_digest
 
-        return model_files_digest(folder)
+def model_files(folder: Path, engine: EngineConfig) -> dict[str, str]:
+    """Digests of the files of a model. They are recorded in the offload folder, so that a run that goes on, or the next
+    one of the same model, need not read the checkpoint once more."""
+    from flexbatch.models.fingerprint import RECORDS, model_files_digest
+    from flexbatch.planning import offload_dir
+
+    return model_files_digest(folder, offload_dir(engine) / RECORDS)
 
 
 def digest(value: Any) -> str:
