@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.cli import (
+from flexbatch.cli.settings import (
     Parser,
     add_arguments,
     add_engine_arguments,
@@ -26,8 +26,9 @@ from flexbatch.cli import (
     run_command,
     set_up_logging,
 )
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
 from flexbatch.policy.stdout import run_process
+from flexbatch.validation.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from flexbatch.apps.jobs.preview import Preview
@@ -56,7 +57,7 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
     from flexbatch.models import checkpoint, shapes
     from flexbatch.models.fingerprint import RECORDS, model_files_digest
     from flexbatch.models.resolve import resolve
-    from flexbatch.planning import offload_dir, resolve_device, resolve_dtype
+    from flexbatch.planner.budgets import offload_dir, resolve_device, resolve_dtype
 
     records = offload_dir(config) / RECORDS
 
@@ -111,7 +112,7 @@ def _divided(engine: EngineConfig, share: Share) -> EngineConfig:
     import torch
 
     from flexbatch.apps.jobs.shares import divide_host
-    from flexbatch.planning import default_offload_dir
+    from flexbatch.planner.budgets import default_offload_dir
 
     return divide_host(engine, share, 0 if engine.device == "cpu" else torch.cuda.device_count(), default_offload_dir())
 

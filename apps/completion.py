@@ -18,8 +18,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from flexbatch import prompt_files, workload
-from flexbatch.cli import (
+from flexbatch.cli import prompt_files, random_prompts
+from flexbatch.cli.prompt_files import PromptRow
+from flexbatch.cli.settings import (
     DONE,
     ROW_ERRORS,
     Parser,
@@ -30,12 +31,12 @@ from flexbatch.cli import (
     run_command,
     set_up_logging,
 )
-from flexbatch.config import ConfigurationError, EngineConfig, option
+from flexbatch.config import EngineConfig, option
 from flexbatch.policy.stdout import run_process
-from flexbatch.prompt_files import PromptRow
 from flexbatch.request import Completion, SamplingParams
 from flexbatch.run import SamplingConfig
-from flexbatch.text_files import MARK, json_text
+from flexbatch.text.files import MARK, json_text
+from flexbatch.validation.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from flexbatch import LLM
@@ -145,11 +146,11 @@ def complete(llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: C
         if output:
             output.finish(number, text)
         else:
-            print_json({"index": number, **(failure if completion.error else workload.output_line(PromptRow(prompts[number]), completion))}, stdout)
+            print_json({"index": number, **(failure if completion.error else random_prompts.output_line(PromptRow(prompts[number]), completion))}, stdout)
     if output:
         output.check()
     if config.output_file is not None:
-        with workload.whole_file(config.output_file) as file:
+        with random_prompts.whole_file(config.output_file) as file:
             file.writelines(records[number] for number in sorted(records))
     return ROW_ERRORS if failed else DONE
 
@@ -172,7 +173,7 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
         if output:
             output.finish(0, completion.text)
         else:
-            print_json(workload.output_line(PromptRow(list(messages[:-1])), completion), stdout)
+            print_json(random_prompts.output_line(PromptRow(list(messages[:-1])), completion), stdout)
     return ROW_ERRORS if failed else DONE
 
 

@@ -38,7 +38,7 @@ def changed_settings(config: EngineConfig) -> dict[str, Any]:
 
 def engine_settings() -> dict[str, Any]:
     """Engine settings for a plain ``helm-run``, whose command line has no flag for them: ``FLEXBATCH_*`` over the defaults."""
-    from flexbatch.cli import add_engine_arguments, engine_config
+    from flexbatch.cli.settings import add_engine_arguments, engine_config
 
     parser = argparse.ArgumentParser(add_help=False)
     add_engine_arguments(parser)

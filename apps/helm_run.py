@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flexbatch.cli import (
+from flexbatch.cli.settings import (
     CRASH,
     ROW_ERRORS,
     Parser,
@@ -25,8 +25,8 @@ from flexbatch.cli import (
     run_command,
     set_up_logging,
 )
-from flexbatch.config import ConfigurationError
 from flexbatch.policy.stdout import run_process
+from flexbatch.validation.errors import ConfigurationError
 
 RUNNER = "flexbatch.apps.helm.FlexBatchRunner"
 ALL_INSTANCES = 10**9

@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from typing import TextIO
 
-from flexbatch.cli import USAGE, run_command
+from flexbatch.cli.settings import USAGE, run_command
 from flexbatch.policy.stdout import run_process
 
 MODEL = "flexbatch.apps.lm_eval_model:FlexBatchLM"

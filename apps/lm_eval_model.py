@@ -20,10 +20,11 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import FIELDS, NOTHING, GenerationDefaults
 from flexbatch.models.resolve import load_tokenizer
 from flexbatch.request import Completion, SamplingParams
+from flexbatch.validation.errors import ConfigurationError
 
 Scoring = tuple[tuple[str, str] | None, list[int], list[int]]
 """Cache key (None: not kept), context tokens, continuation tokens."""

@@ -38,10 +38,11 @@ from flexbatch.apps.jobs.results import ParquetOutput, Record
 from flexbatch.apps.jobs.rows import Row, RowError, RowReader
 from flexbatch.apps.jobs.runner import OpenEngine
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.cli import refuse_measurements
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.cli.settings import refuse_measurements
+from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import generation_of
 from flexbatch.request import SamplingParams
+from flexbatch.validation.errors import ConfigurationError
 
 
 class GenerateText:

@@ -34,7 +34,7 @@ from flexbatch.policy.stdout import data_apart, run_process
 BITS = (16, 8, 4)
 GOAL_PERCENT = 2.0
 """Loss that 4-bit weights and cache together may add."""
-WEIGHT_GROUP, CACHE_GROUP, FIT = "flexbatch.engine.weight_group", "flexbatch.planning.cache_group", "flexbatch.kernels.ops.fit"
+WEIGHT_GROUP, CACHE_GROUP, FIT = "flexbatch.engine.weight_group", "flexbatch.planner.budgets.cache_group", "flexbatch.kernels.ops.fit"
 PLAIN: list[tuple[str, int, int, dict[str, Any]]] = [("", weights, cache, {}) for weights in BITS for cache in BITS]
 VARIANTS: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
     ("weights in groups of 64, from least to greatest", 4, 16, {WEIGHT_GROUP: lambda _: 64, FIT: reference.quantize}),

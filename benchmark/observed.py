@@ -7,19 +7,22 @@ import time
 from typing import Any, cast
 
 from benchmark.policy_settings import Setting
-from flexbatch import LLM, SamplingParams, adapting, choosing
+from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
-from flexbatch.deciding import Decisions
-from flexbatch.planning import MAX_MICRO_BATCH_TOKENS, Job
-from flexbatch.policy.loads import PassLoad
+from flexbatch.job import Job
+from flexbatch.planner import monitor
+from flexbatch.planner.choose import overshoot, priced, without_reserves
+from flexbatch.planner.engine_plan import Decisions
+from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS
+from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import Plan
-from flexbatch.policy.types import Policy
+from flexbatch.policy.policy import Policy
 
 CHUNKS = (12, 48, 200)
 """Prompt tokens of short chunks: one for each height of tile that attention is compiled for."""
 
 
-class PassLog(adapting.PassMeter):
+class PassLog(monitor.PassMeter):
     """Keeps every pass and changes nothing: the policy that was planned is the one that is measured."""
 
     def __init__(self, plan: Any, busy: Any) -> None:
@@ -39,17 +42,17 @@ class ObservedLLM(LLM):
     def __enter__(self) -> ObservedLLM:
         return self
 
-    def _meter(self) -> adapting.PassMeter:
+    def _meter(self) -> monitor.PassMeter:
         plan = self.decided.plan or self.priced(self.policy)
-        self.pass_log = PassLog(plan, adapting.BusySeconds(self.tracer))
+        self.pass_log = PassLog(plan, monitor.BusySeconds(self.tracer))
         return self.pass_log
 
     def priced(self, policy: Policy) -> Plan:
-        return choosing.priced(self.decided.problem, choosing.without_reserves(self.decided.hardware), policy)
+        return priced(self.decided.problem, without_reserves(self.decided.hardware), policy)
 
     def fits(self, policy: Policy) -> bool:
         """By the engine's exact sizes, in its budgets."""
-        return not choosing.overshoot(self.decided.needs_of(policy, self.decided.problem.job), self.decided.budgets)
+        return not overshoot(self.decided.needs_of(policy, self.decided.problem.job), self.decided.budgets)
 
     def use(self, policy: Policy) -> None:
         """Run the next job by ``policy``, whose weights are where the loaded ones are."""

@@ -18,12 +18,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flexbatch.policy.explain import summary
+from flexbatch.policy.hardware import Hardware, load_hardware
+from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.plan import Plan, price
-from flexbatch.policy.rates import Hardware, load_hardware
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.stdout import data_apart, run_process
-from flexbatch.policy.types import ModelShape, Policy, Split, Workload
 from flexbatch.policy.units import GIB
+from flexbatch.policy.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 MEDIAN_LIMIT, WORST_LIMIT = 0.10, 0.25
@@ -83,7 +85,7 @@ def plot(records: list[dict], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmark.policy_error", description="Compare predicted with measured throughput.")
     parser.add_argument("runs", type=Path, help="JSON lines, one run each")
-    parser.add_argument("--hardware", required=True, help="a shipped machine or a JSON file of python -m flexbatch.policy.profile")
+    parser.add_argument("--hardware", required=True, help="a shipped machine or a JSON file of python -m flexbatch.calibrate.profile")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results", help="folder of the results")
     options = parser.parse_args(arguments)
     with data_apart() as data:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmark.observed import ObservedLLM, fixed_by, measure, open_engine
 from benchmark.policy_settings import Setting
-from flexbatch.policy.types import Policy, Split
+from flexbatch.policy.policy import Policy, Split
 
 NUM_NEIGHBOURS = 10
 

@@ -1,7 +1,7 @@
 """FlexGen's published policies on its published machine: our prediction beside what FlexGen measured and beside the bound, and what we would choose.
 
 ``python -m benchmark.policy_t4`` writes ``benchmark/results/policy_t4.md`` and ``.json``. No GPU is used: everything here is predicted from
-``policy/hardware/t4.json``, whose ``source`` says which of its numbers FlexGen fitted, which are published and which are assumed.
+``policy/profiles/t4.json``, whose ``source`` says which of its numbers FlexGen fitted, which are published and which are assumed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import TextIO
 
 from flexbatch.policy.bound import machine_bound
 from flexbatch.policy.explain import explain, summary
+from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import Plan, price
-from flexbatch.policy.rates import Hardware, load_hardware
+from flexbatch.policy.policy import Constraints, Policy, Split
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.stdout import data_apart, run_process
-from flexbatch.policy.types import Constraints, Policy, Split, Workload
 from flexbatch.policy.units import GIB
+from flexbatch.policy.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, OUTPUT = 512, 32
@@ -74,7 +75,7 @@ def published_table(hardware: Hardware) -> tuple[list[str], list[dict]]:
     records = []
     for row in PUBLISHED:
         plan = as_published(hardware, row)
-        limit = machine_bound(plan.shape, hardware, Workload.uniform(PROMPT, OUTPUT), Constraints(), row.weight_bits, row.cache_bits, None)
+        limit = machine_bound(plan.shape, hardware, Workload.uniform(PROMPT, OUTPUT), Constraints(), row.weight_bits, row.cache_bits)
         missing = ", ".join(f"{size / GIB:.1f} GiB short on {tier}" for tier, size in plan.missing.items()) or "fits"
         top = limit.tokens_per_second if limit else float("nan")
         lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from flexbatch import threads
+from flexbatch.kernels import threads
 
 if TYPE_CHECKING:
     from flexbatch.engine import LLM

@@ -7,23 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexbatch.validation.errors import ConfigurationError
+
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-class ConfigurationError(ValueError):
-    """The user's settings are wrong: exit code 2."""
-
-
-class DoesNotFitError(RuntimeError):
-    """The plan needs more memory than the budgets give: exit code 4. The message holds a table of what needs how much."""
-
-
-class EngineBusyError(RuntimeError):
-    """An LLM was called while it was running something that cannot be joined or waited for."""
-
-
-class EngineClosedError(RuntimeError):
-    """An LLM was used after it was closed."""
 
 
 def parse_bytes(text: int | str) -> int:
@@ -69,7 +55,7 @@ class EngineConfig:
     device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
     hardware: str = option(
-        "auto", "machine that the policy is chosen for: auto (measured at first use, then cached), t4, h200, cpu, or a JSON file of flexbatch.policy.profile"
+        "auto", "machine that the policy is chosen for: auto (measured at first use, then cached), t4, h200, cpu, or a JSON file of flexbatch.calibrate.profile"
     )
     recalibrate: bool = option(False, "refine the machine's profile by what the run measures")
     draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")
@@ -96,7 +82,7 @@ class EngineConfig:
         def refuse(problem: str) -> None:
             raise ConfigurationError(problem)
 
-        from flexbatch.config_checks import settings_of  # whose errors are this module's
+        from flexbatch.validation.setting_types import settings_of
 
         for name, value in settings_of(self).items():
             object.__setattr__(self, name, value)

@@ -13,31 +13,33 @@ from typing import Any
 
 import torch
 
-from flexbatch import adapting, growing
-from flexbatch.block import Block, make_block
-from flexbatch.checks import check_keywords
-from flexbatch.choosing import overshoot
-from flexbatch.config import ConfigurationError, EngineConfig
-from flexbatch.deciding import Decisions
+from flexbatch.config import EngineConfig
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
 from flexbatch.execution.diagnosis import explained
+from flexbatch.execution.runner import Block, make_block
 from flexbatch.execution.sampler import draw
 from flexbatch.execution.turns import Turns
 from flexbatch.intake import Defaults, Gathering, Intake, Item, Params, candidates_of, requests_of
-from flexbatch.loaded import load_model
+from flexbatch.job import Job
+from flexbatch.loader import load_model
 from flexbatch.memory.tiers import Tiers, check_budgets
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
-from flexbatch.planning import Job
+from flexbatch.planner import monitor
+from flexbatch.planner.choose import overshoot
+from flexbatch.planner.engine_plan import Decisions
+from flexbatch.planner.oversize import holdable, look_ahead, prepared, refusal
+from flexbatch.planner.report import Statistics, against_plain, completion_of, report_text
+from flexbatch.policy.policy import Policy
 from flexbatch.policy.replan import Replan
-from flexbatch.policy.types import Policy
-from flexbatch.prompts import Prompt
-from flexbatch.reports import Statistics, against_plain, completion_of, report_text
 from flexbatch.request import Completion, Request, SamplingParams
 from flexbatch.speculative.speculator import Speculator
+from flexbatch.text.prompts import Prompt
 from flexbatch.trace import RecordingTracer, Tracer
+from flexbatch.validation.checks import check_keywords
+from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 
@@ -91,7 +93,7 @@ class LLM:
         """Predicted against measured, of the last run that had a plan."""
         self.replans: list[str] = []
         device = decided.device
-        self.tracer: Tracer = RecordingTracer(device) if trace else adapting.UsageTracer(device) if decided.plan is not None else Tracer()
+        self.tracer: Tracer = RecordingTracer(device) if trace else monitor.UsageTracer(device) if decided.plan is not None else Tracer()
         self._turns = Turns()
         self._stack = contextlib.ExitStack()
         try:
@@ -225,7 +227,7 @@ class LLM:
         source = intake.requests()
         peeked = list(itertools.islice(source, PEEKED_BLOCKS * self.policy.block_size))
         if peeked:
-            job = growing.holdable(self._job(peeked), self.decided.exceeded)
+            job = holdable(self._job(peeked), self.decided.exceeded)
             report = (lambda index, text: on_tokens(intake.key(index), text)) if on_tokens else None
             with contextlib.closing(self._run(itertools.chain(peeked, source), job, report)) as run:
                 for retired in run:
@@ -288,12 +290,12 @@ class LLM:
             yield from self._run_block(block, batcher, proposer, on_tokens)
             if not batcher.outgrown:
                 return
-            job, candidates = growing.look_ahead(batcher.remaining(), PEEKED_BLOCKS * self.policy.block_size)
-            block = growing.prepared(self._prepare, growing.holdable(job, self.decided.exceeded))
+            job, candidates = look_ahead(batcher.remaining(), PEEKED_BLOCKS * self.policy.block_size)
+            block = prepared(self._prepare, holdable(job, self.decided.exceeded))
             logger.info("made a larger block: a request was longer than those that the stream began with")
 
     def _refusal(self, candidate: Candidate) -> str:
-        return growing.refusal(candidate, self.decided.exceeded, self.decided.budgets)
+        return refusal(candidate, self.decided.exceeded, self.decided.budgets)
 
     def _run_block(
         self, block: Block, batcher: Batcher, proposer: Speculator | None, on_tokens: Callable[[int, str], None] | None
@@ -340,11 +342,11 @@ class LLM:
                     self.decided.recalibrate(meter.recalibrated(self.decided.hardware))
                     logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, self.decided.profile_path)
 
-    def _meter(self) -> adapting.PassMeter | None:
+    def _meter(self) -> monitor.PassMeter | None:
         """Compares the passes of a run with its plan; None where nothing was planned, or drafts change what a pass is."""
         if self.decided.plan is None or self.speculator is not None:
             return None
-        return adapting.PassMeter(self.decided.plan, adapting.BusySeconds(self.tracer))
+        return monitor.PassMeter(self.decided.plan, monitor.BusySeconds(self.tracer))
 
     def _adjust(self, batcher: Batcher, block: Block, change: Replan) -> None:
         """Settings that may change between passes. Without buffers for CPU attention there is none, whatever the re-plan says."""

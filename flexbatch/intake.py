@@ -6,17 +6,17 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flexbatch.checks import short
-from flexbatch.config import ConfigurationError
-from flexbatch.detokenize import OutputText
 from flexbatch.execution.batcher import Candidate
 from flexbatch.execution.request_state import RequestState
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
-from flexbatch.prompts import Prompt, PromptEncoder, as_prompts, plain_prompt
-from flexbatch.reports import with_samples
+from flexbatch.planner.report import with_samples
 from flexbatch.request import Completion, Request, SamplingParams
-from flexbatch.text_decoder import TextDecoder
+from flexbatch.text.decoder import TextDecoder
+from flexbatch.text.detokenize import OutputText
+from flexbatch.text.prompts import Prompt, PromptEncoder, as_prompts, plain_prompt
+from flexbatch.validation.checks import short
+from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 

@@ -9,7 +9,7 @@ from math import inf
 from numbers import Integral
 from typing import Any
 
-from flexbatch.checks import (
+from flexbatch.validation.checks import (
     Check,
     Unfit,
     check_keywords,
@@ -23,7 +23,7 @@ from flexbatch.checks import (
     truth,
     whole,
 )
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 
 MOST_SAMPLES = 16_384
 """Completions of one prompt, as in vLLM. Every one is a request of its own before anything runs: 64 bytes each and its

@@ -22,8 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from flexbatch import prompt_files, tables, workload
-from flexbatch.cli import (
+from flexbatch.cli import prompt_files, random_prompts, tables
+from flexbatch.cli.progress import Progress
+from flexbatch.cli.prompt_files import PromptRow
+from flexbatch.cli.result_file import ResultFile, ResultStream, results
+from flexbatch.cli.settings import (
     DONE,
     ROW_ERRORS,
     Parser,
@@ -34,18 +37,16 @@ from flexbatch.cli import (
     run_command,
     set_up_logging,
 )
-from flexbatch.config import ConfigurationError, EngineConfig, option
+from flexbatch.config import EngineConfig, option
 from flexbatch.policy.stdout import run_process
-from flexbatch.progress import Progress
-from flexbatch.prompt_files import PromptRow
 from flexbatch.request import SAMPLING_RULES, Completion, SamplingParams
-from flexbatch.result_file import ResultFile, ResultStream, results
-from flexbatch.text_files import json_text
+from flexbatch.text.files import json_text
+from flexbatch.validation.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from flexbatch.engine import LLM
+    from flexbatch.job import Job
     from flexbatch.models.generation_config import GenerationDefaults
-    from flexbatch.planning import Job
 
 logger = logging.getLogger("flexbatch")
 SYNTHETIC_PROMPT_LEN = 512
@@ -140,7 +141,7 @@ class Work:
 
     def job(self, first: int = 0) -> Job:
         """What the planner needs to know of it, from prompt number ``first`` on."""
-        from flexbatch.planning import Job
+        from flexbatch.job import Job
 
         rest = self.token_ids[first:]
         lengths = [(len(ids), self.params.tokens_within(self.max_context - len(ids))) for ids in rest]
@@ -167,7 +168,7 @@ def model_files(folder: Path, engine: EngineConfig) -> dict[str, str]:
     """Digests of the files of a model. They are recorded in the offload folder, so that a run that goes on, or the next
     one of the same model, need not read the checkpoint once more."""
     from flexbatch.models.fingerprint import RECORDS, model_files_digest
-    from flexbatch.planning import offload_dir
+    from flexbatch.planner.budgets import offload_dir
 
     return model_files_digest(folder, offload_dir(engine) / RECORDS)
 
@@ -218,7 +219,7 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     from flexbatch.models import resolve, shapes
     from flexbatch.models.checkpoint import read_arch
     from flexbatch.models.generation_config import GenerationDefaults, generation_of
-    from flexbatch.prompts import PromptEncoder
+    from flexbatch.text.prompts import PromptEncoder
 
     sampling.params(GenerationDefaults())  # what is wrong with it comes before what is wrong with the model
     params = sampling.params(generation_of(engine), ignore_eos=sampling.ignore_eos or synthetic)
@@ -229,7 +230,7 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
         arch, tokenizer = read_arch(folder), None if synthetic else resolve.load_tokenizer(folder)
     if synthetic:
         count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
-        made_up = workload.synthetic_prompts(count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed)
+        made_up = random_prompts.synthetic_prompts(count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed)
         rows = [PromptRow(prompt) for prompt in made_up]
     encoder = PromptEncoder(tokenizer, max_context=arch.max_positions, vocab_size=arch.vocab_size)
     encoder.check_params(0, params)
@@ -334,7 +335,7 @@ def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunCo
         return code
 
     def add(index: int, completion: Completion) -> None:
-        out.add(index, workload.output_line(work.rows[index], completion))
+        out.add(index, random_prompts.output_line(work.rows[index], completion))
 
     try:
         code = max(code, run_work(engine, config, work, first, add, data))
@@ -359,7 +360,7 @@ def run_work(
             llm.tracer.write(config.trace)
         report = llm.report()
     if config.json:
-        lines = [] if config.output else [workload.output_line(row, completion) for row, completion in zip(work.rows, completions, strict=True)]
+        lines = [] if config.output else [random_prompts.output_line(row, completion) for row, completion in zip(work.rows, completions, strict=True)]
         report_text = json.dumps(report, ensure_ascii=False, default=str)
         print(f'{{"completions": {json_text(lines)}, "report": {report_text}}}', file=data)
     print_tables(report)

@@ -153,7 +153,7 @@ class RecordingTracer(Tracer):
         self._event = event
         self.stream: Callable[[], Any] = no_stream
         if device is not None and device.type == "cuda":
-            from flexbatch.streams import current_stream
+            from flexbatch.memory.streams import current_stream
 
             self._event, self.stream = event or _cuda_event, partial(current_stream, device)
         if self._event is not None:

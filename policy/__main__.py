@@ -27,7 +27,7 @@ def parse_bytes(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m flexbatch.policy", description="Choose the policy with the highest predicted throughput, or price a given one.")
-    p.add_argument("--hardware", required=True, help="a shipped machine (t4, h200, cpu) or a JSON file of python -m flexbatch.policy.profile")
+    p.add_argument("--hardware", required=True, help="a shipped machine (t4, h200, cpu) or a JSON file of python -m flexbatch.calibrate.profile")
     p.add_argument("--model-shape", required=True, help="a public shape such as opt-30b or llama-3-70b, or a JSON file with the model's sizes")
     p.add_argument("--prompt-len", type=int, nargs="+", default=[512], help="prompt tokens; several are taken as equally likely")
     p.add_argument("--gen-len", type=int, nargs="+", default=[32], help="generated tokens; several are taken as equally likely")
@@ -59,12 +59,13 @@ def command(options: argparse.Namespace, data: TextIO) -> int:
     """Everything after parsing; returns the exit code."""
     # Imported only now: --help answers without NumPy and SciPy.
     from flexbatch.policy.explain import explain, summary
+    from flexbatch.policy.hardware import load_hardware
     from flexbatch.policy.optimizer import choose
     from flexbatch.policy.plan import DoesNotFit
-    from flexbatch.policy.rates import load_hardware
+    from flexbatch.policy.policy import Constraints
     from flexbatch.policy.shapes import load_shape
-    from flexbatch.policy.types import Constraints, Workload
     from flexbatch.policy.whatif import SweepRequest, plot_plan, plot_sweep, sweep, sweep_table
+    from flexbatch.policy.workload import Workload
 
     try:
         hardware, shape = load_hardware(options.hardware), load_shape(options.model_shape)

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel, total
-from flexbatch.policy.loads import Lengths, steady_load
+from flexbatch.policy.footprint import capacity
+from flexbatch.policy.hardware import Curve, Hardware
 from flexbatch.policy.lp import LinearProgram, add_attention, column, fixed_fractions
-from flexbatch.policy.memory import capacity
-from flexbatch.policy.types import TIERS, Constraints, Curve, Hardware, ModelShape, Policy, Speculation, Split, Workload
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.pass_load import Lengths, steady_load
+from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
 from flexbatch.policy.units import GIB
+from flexbatch.policy.workload import Workload
 
 IDEAL = 1e30
 
@@ -32,7 +35,7 @@ class MachineBound:
 
 
 def machine_bound(
-    shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints, weight_bits: int, cache_bits: int, speculation: Speculation | None
+    shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints, weight_bits: int, cache_bits: int
 ) -> MachineBound | None:
     """None when not even one sequence fits without any working memory.
 
@@ -41,7 +44,7 @@ def machine_bound(
     """
     longest = workload.longest_prompt
     anywhere = Split(1, 0)
-    policy = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, prefill_chunk=int(np.ceil(longest)), speculation=speculation)
+    policy = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, prefill_chunk=int(np.ceil(longest)))
     best = float(max(hardware.gemm.values))
     # The curve starts below one token: a sequence brings a fraction of a token to each micro-batch of the head.
     ideal = dataclasses.replace(hardware, gemm=Curve((1e-9,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0)

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexbatch.policy.loads import PAGE_TOKENS, PassLoad
-from flexbatch.policy.types import TIERS, Hardware, ModelShape, Policy
+from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.limits import DISK_THREADS, MAX_GRAPH_SEQUENCES, PAGE_TOKENS
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.pass_load import PassLoad
+from flexbatch.policy.policy import TIERS, Policy
 
 Number = float | np.ndarray
 KINDS = ("weights", "cache", "activations")
@@ -41,10 +44,6 @@ JOINT = {
 }
 """Rows where resources slow each other, and the resource that is named when such a row limits."""
 ROWS = RESOURCES + tuple(JOINT)
-DISK_THREADS = 4
-"""Requests that the executor's disk lane has under way together."""
-GRAPHED_SEQUENCES = 512
-"""The executor captures no larger decode pass."""
 RESIDENT = 1e-6
 
 
@@ -102,7 +101,7 @@ class PassModel:
     def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad):
         self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
         self.batches = policy.num_gpu_batches
-        self.decode_tokens = np.asarray(load.decode_sequences) * policy.query_tokens
+        self.decode_tokens = np.asarray(load.decode_sequences)
         self.tokens = self.decode_tokens + load.prompt_tokens
         self.row_bytes = shape.token_bytes(policy.cache_bits)
         self.row_bytes_16 = shape.token_bytes(16)
@@ -126,11 +125,11 @@ class PassModel:
     def launched(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one CUDA graph, launched by the GPU."""
         resident = all(point[COLUMNS[f"{kind}_gpu"]] >= 1 - RESIDENT for kind in KINDS)
-        one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap and self.policy.query_tokens == 1
+        one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap
         if not one_graph:
             in_turn = 0.0 if self._launches_ahead else self._extra_launch_seconds(point)
             return self.launch_seconds + self.shape.num_layers * self.batches * in_turn
-        graphed = (np.asarray(self.load.prompt_tokens) == 0) & (np.asarray(self.load.decode_sequences) <= GRAPHED_SEQUENCES)
+        graphed = (np.asarray(self.load.prompt_tokens) == 0) & (np.asarray(self.load.decode_sequences) <= MAX_GRAPH_SEQUENCES)
         in_graph = self.host_seconds + (self.shape.num_layers + 1) * self.hardware.graph_seconds
         return np.where(graphed, in_graph, self.launch_seconds)
 
@@ -167,7 +166,7 @@ class PassModel:
     def ceilings(self) -> dict[str, float]:
         """What the machine was measured at, each resource alone: bytes a second, FLOP/s of gpu_compute, bytes of rows as they are stored of cpu_attention."""
         hardware, shape = self.hardware, self.shape
-        attention = hardware.cpu_attention_rate(self.policy.query_tokens * shape.num_heads / shape.num_kv_heads, self.policy.cache_bits)
+        attention = hardware.cpu_attention_rate(shape.num_heads / shape.num_kv_heads, self.policy.cache_bits)
         rates = {name: getattr(hardware, name) for name in ("h2d", "d2h", "disk_read", "disk_write")}
         return {**rates, "gpu_compute": max(hardware.gemm.values), "cpu_attention": attention * self.row_bytes / self.row_bytes_16}
 
@@ -233,7 +232,7 @@ class PassModel:
         elementwise = 2.0 * self.tokens * shape.workspace_bytes
         heads = 4.0 * shape.num_heads * shape.head_dim
         prompt_flops = heads * np.asarray(load.prompt_pairs)
-        decode_flops = heads * self.policy.query_tokens * np.asarray(load.decode_context)
+        decode_flops = heads * np.asarray(load.decode_context)
         read = self.row_bytes * np.asarray(load.decode_context)
         keys = np.asarray(load.decode_context) + hardware.attention_tile_keys / 2 * np.asarray(load.decode_sequences)
         reading = self.row_bytes * keys / hardware.attention_decode
@@ -251,8 +250,7 @@ class PassModel:
         seconds, flops, moved = self._gemm(shape.head_elements, rows, expanded=0.0)
         # Float32 logits are written once and read about twice by sampling.
         logits = 3.0 * 4 * rows * shape.vocab_size
-        draft = self.batches * self.policy.speculation.draft_seconds if self.policy.speculation else 0.0
-        return affine(seconds + logits / hardware.gpu_bandwidth + draft), affine(flops), affine(moved + logits)
+        return affine(seconds + logits / hardware.gpu_bandwidth), affine(flops), affine(moved + logits)
 
     def _gemm(self, elements: int, tokens: np.ndarray, expanded: float) -> tuple[np.ndarray, np.ndarray, float]:
         """Every micro-batch multiplies with all weights; quantised ones (``expanded`` bytes) are expanded once for all of them."""
@@ -283,7 +281,7 @@ class PassModel:
     def _seconds(self, traffic: dict[str, np.ndarray], gpu_seconds: np.ndarray, gpu_bytes: np.ndarray) -> dict[str, np.ndarray]:
         hardware, policy = self.hardware, self.policy
         work = self._work(traffic, gpu_seconds, gpu_bytes)
-        attention_rate = hardware.cpu_attention_rate(policy.query_tokens * self.shape.num_heads / self.shape.num_kv_heads, policy.cache_bits)
+        attention_rate = hardware.cpu_attention_rate(self.shape.num_heads / self.shape.num_kv_heads, policy.cache_bits)
         copies = affine(weights_cpu=self.batches, weights_disk=self.batches) * hardware.link_seconds
         requests = (traffic["requests"] + affine(weights_disk=1.0)) * hardware.disk_read_seconds
         seconds = {

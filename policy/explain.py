@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexbatch.policy.memory import KIND_LABELS
+from flexbatch.policy.footprint import KIND_LABELS
 from flexbatch.policy.plan import Plan
-from flexbatch.policy.types import TIERS
+from flexbatch.policy.policy import TIERS
 from flexbatch.policy.units import BINARY, FLOPS, fitting_unit, size_text
 
 
@@ -32,7 +32,6 @@ def summary(plan: Plan) -> dict:
         "prefill_budget": policy.prefill_budget,
         "weight_bits": policy.weight_bits,
         "cache_bits": policy.cache_bits,
-        "speculation": policy.speculation.name if policy.speculation else None,
         "overlap": policy.overlap,
         "bytes": {kind: {tier: plan.memory[tier].get(kind, 0) for tier in TIERS} for kind in KIND_LABELS},
         "free_bytes": {tier: plan.room[tier] - sum(plan.memory[tier].values()) for tier in TIERS},
@@ -77,8 +76,6 @@ def extras(plan: Plan) -> str:
     parts = [f"weights {policy.weight_bits} bit", f"cache {policy.cache_bits} bit", f"CPU attention {policy.cpu_attention:.0%} of the CPU's sequences"]
     budget = f", at most {policy.prefill_budget} of a micro-batch" if policy.prefill_budget else ""
     parts.append(f"prompt chunks of {policy.prefill_chunk} tokens{budget}")
-    if policy.speculation:
-        parts.append(f"speculation {policy.speculation.name}")
     if not policy.overlap:
         parts.append("no overlap")
     return ", " + ", ".join(parts)

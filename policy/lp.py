@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from flexbatch.policy.cost import COLUMNS, KINDS, VARIABLES, PassModel, Stage
-from flexbatch.policy.types import TIERS, Constraints
+from flexbatch.policy.policy import TIERS, Constraints
 from flexbatch.policy.units import GIB
 
 Row = Mapping[int, float] | np.ndarray

@@ -10,16 +10,19 @@ from collections.abc import Iterable, Iterator
 
 from flexbatch.policy.bound import MachineBound, machine_bound
 from flexbatch.policy.cost import KINDS
-from flexbatch.policy.loads import PAGE_TOKENS, Lengths
+from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.limits import MAX_PREFILL_CHUNK, PAGE_TOKENS
 from flexbatch.policy.lp import fixed_fractions
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.pass_load import Lengths
 from flexbatch.policy.plan import Plan
-from flexbatch.policy.realise import does_not_fit
+from flexbatch.policy.policy import Constraints, Policy, Split
+from flexbatch.policy.rounding import does_not_fit
 from flexbatch.policy.search import Search
-from flexbatch.policy.types import Constraints, Hardware, ModelShape, Policy, Split, Workload
+from flexbatch.policy.workload import Workload
 
 GRID_BATCHES = tuple(2**i for i in range(11))
 GRID_COUNTS = tuple(2**i for i in range(7))
-MAX_CHUNK = 2048
 MIN_BUDGET = 256
 """Prompt tokens that a micro-batch may always bring: fewer would cut prompts into crumbs to save little memory."""
 FILLS = (1.0, 0.5, 0.25, 0.0)
@@ -51,11 +54,11 @@ def cache_places(constraints: Constraints) -> tuple[Split, ...]:
 
 
 def chunk_of(workload: Workload, constraints: Constraints) -> int:
-    """The user's chunk, or whole prompts up to MAX_CHUNK tokens."""
+    """The user's chunk, or whole prompts up to MAX_PREFILL_CHUNK tokens."""
     if constraints.prefill_chunk is not None:
         return constraints.prefill_chunk
     longest = workload.longest_prompt
-    return min(MAX_CHUNK, math.ceil(longest / PAGE_TOKENS) * PAGE_TOKENS)
+    return min(MAX_PREFILL_CHUNK, math.ceil(longest / PAGE_TOKENS) * PAGE_TOKENS)
 
 
 def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
@@ -223,12 +226,12 @@ def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best
 
 
 def templates(workload: Workload, constraints: Constraints) -> list[Policy]:
-    """Bits and trees that the constraints leave open, sizes and places still to be found."""
+    """Bits that the constraints leave open, sizes and places still to be found."""
     anywhere = Split(1.0, 0.0)
     plain = Policy(anywhere, anywhere, anywhere, 1, 1, prefill_chunk=chunk_of(workload, constraints), overlap=constraints.overlap)
     return [
-        dataclasses.replace(plain, weight_bits=weight_bits, cache_bits=cache_bits, speculation=speculation)
-        for weight_bits, cache_bits, speculation in itertools.product(constraints.weight_bits, constraints.cache_bits, constraints.speculations)
+        dataclasses.replace(plain, weight_bits=weight_bits, cache_bits=cache_bits)
+        for weight_bits, cache_bits in itertools.product(constraints.weight_bits, constraints.cache_bits)
     ]
 
 
@@ -236,12 +239,12 @@ def families(search: Search) -> list[tuple[MachineBound, Policy]]:
     """A template of each family of policies (see `search.family_of`) with the machine's bound for it."""
     found = []
     for template in templates(search.workload, search.constraints):
-        settings = template.weight_bits, template.cache_bits, template.speculation
-        bound = machine_bound(search.shape, search.hardware, search.workload, search.constraints, *settings)
+        bits = template.weight_bits, template.cache_bits
+        bound = machine_bound(search.shape, search.hardware, search.workload, search.constraints, *bits)
         if bound is None and search.placement_given:
             # Whole tensors may meet the percentages with less on a tier than these say; the exact sizes will tell.
             boundless = search.hardware.with_memory(BOUNDLESS, BOUNDLESS, BOUNDLESS)
-            bound = machine_bound(search.shape, boundless, search.workload, search.constraints, *settings)
+            bound = machine_bound(search.shape, boundless, search.workload, search.constraints, *bits)
         if bound is not None:
             kinds = itertools.product(cache_places(search.constraints), attention_shares(search.constraints))
             found += [(bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in kinds]

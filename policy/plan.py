@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexbatch.policy.cost import JOINT, RESOURCES, PassModel, point_of
-from flexbatch.policy.loads import PassLoad, steady_load, trajectory
-from flexbatch.policy.memory import capacity, peak_memory, shortfall
-from flexbatch.policy.types import Hardware, ModelShape, Policy, Workload
+from flexbatch.policy.footprint import capacity, peak_memory, shortfall
+from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.pass_load import PassLoad, steady_load, trajectory
+from flexbatch.policy.policy import Policy
+from flexbatch.policy.workload import Workload
 
 
 class DoesNotFit(RuntimeError):

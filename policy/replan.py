@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from flexbatch.policy.cost import RESOURCES, PassModel, point_of
-from flexbatch.policy.loads import steady_load
+from flexbatch.policy.hardware import Curve, Hardware
+from flexbatch.policy.pass_load import steady_load
 from flexbatch.policy.plan import Plan
-from flexbatch.policy.types import Curve, Hardware
 
 TOLERANCE = 0.2
 """A pass this far from its plan is planned again."""

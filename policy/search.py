@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel, evaluate, total
-from flexbatch.policy.loads import PassLoad, job_phases, steady_load
+from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, shortfall
+from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import Solution, fixed_fractions, solve, time_rows
-from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.pass_load import PassLoad, job_phases, steady_load
 from flexbatch.policy.plan import Passes, Plan, passes_of, price
-from flexbatch.policy.realise import placed
-from flexbatch.policy.types import TIERS, Constraints, Hardware, ModelShape, Policy, Speculation, Split, Workload
+from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
+from flexbatch.policy.rounding import placed
+from flexbatch.policy.workload import Workload
 
-Family = tuple[int, int, Speculation | None, float, Split]
+Family = tuple[int, int, float, Split]
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
 ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
 ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
@@ -139,7 +142,7 @@ class Search:
     def price(self, policy: Policy) -> Plan:
         """See `plan.price`."""
         budget = policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch
-        sizes = (policy.block_size, budget, policy.chunk, policy.query_tokens, policy.tokens_per_pass)
+        sizes = (policy.block_size, budget, policy.chunk)
         if sizes not in self.walks:
             self.walks[sizes] = passes_of(self.workload, policy)
         return price(self.shape, self.hardware, self.workload, policy, self.walks[sizes])
@@ -185,8 +188,8 @@ def least_compute(model: PassModel) -> np.ndarray:
 
 
 def family_of(policy: Policy) -> Family:
-    """Bits, tree, CPU attention or none, and cache on the disk or none.
+    """Bits, CPU attention or none, and cache on the disk or none.
 
     Of another family nothing follows: the linear program's average passes flatter some more than others.
     """
-    return policy.weight_bits, policy.cache_bits, policy.speculation, policy.cpu_attention, policy.cache
+    return policy.weight_bits, policy.cache_bits, policy.cpu_attention, policy.cache

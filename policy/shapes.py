@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flexbatch.policy.types import ModelShape
+from flexbatch.policy.model_shape import ModelShape
 
 # hidden, layers, heads, intermediate; OPT's vocabulary is 50272, tables are tied, positions learned (2048 + 2).
 OPT = {

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexbatch.policy.memory import KIND_LABELS
+from flexbatch.policy.footprint import KIND_LABELS
+from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit, Plan
-from flexbatch.policy.types import TIERS, Constraints, Hardware, ModelShape, Workload
+from flexbatch.policy.policy import TIERS, Constraints
 from flexbatch.policy.units import BINARY, GIB, fitting_unit
+from flexbatch.policy.workload import Workload
 
 
 @dataclass(frozen=True)

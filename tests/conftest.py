@@ -14,7 +14,7 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.hardware import load_hardware
 
 with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
     from hypothesis import settings
@@ -27,7 +27,7 @@ with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
 @pytest.fixture(autouse=True)
 def no_profiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """No engine of a test measures the machine it runs on, nor reads what its user's cache folder holds."""
-    monkeypatch.setattr("flexbatch.machines.this_machine", lambda *arguments, **options: load_hardware("cpu"))
+    monkeypatch.setattr("flexbatch.calibrate.machine.this_machine", lambda *arguments, **options: load_hardware("cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
+from flexbatch.validation.errors import ConfigurationError
 
 VALUES = [
     *(None, True, False, 0, 1, -1, 1.5, float("nan"), float("inf"), 10**30, "x", "", "16", b"x", object()),

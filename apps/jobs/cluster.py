@@ -25,7 +25,7 @@ from flexbatch.apps.jobs.runner import OpenEngine, Shard, close_shard, ended, st
 from flexbatch.apps.jobs.shares import Share
 from flexbatch.apps.jobs.store import STATE, OutputStore
 from flexbatch.apps.jobs.token_texts import TokenTexts
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 RESTARTS = 3

@@ -18,8 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from flexbatch.config import ConfigurationError
-from flexbatch.text_files import json_text, lone_surrogate, short
+from flexbatch.text.files import json_text, lone_surrogate, short
+from flexbatch.validation.errors import ConfigurationError
 
 JSON_FIELD = {b"flexbatch.json": b"1"}
 """Metadata of a string column that holds JSON texts."""

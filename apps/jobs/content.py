@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from flexbatch.apps.jobs.files import InputFile
-from flexbatch.config import ConfigurationError
-from flexbatch.models.errors import CheckpointError
 from flexbatch.models.fingerprint import file_digest
+from flexbatch.validation.errors import CheckpointError, ConfigurationError
 
 WHOLE_BYTES = 8 * 2**30
 """An input of this size at most is digested whole: 10 s at 800 MB/s. Of a larger one 256 samples per file, and the time

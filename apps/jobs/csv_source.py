@@ -16,8 +16,8 @@ from flexbatch.apps.jobs.columns import ROW_ERROR, check_names, refuse_reserved,
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import Unit
 from flexbatch.apps.jobs.text_sources import CHUNK_BYTES, MAX_LINE, UNREADABLE, Scanned, record_batch
-from flexbatch.config import ConfigurationError
-from flexbatch.text_files import lone_surrogate
+from flexbatch.text.files import lone_surrogate
+from flexbatch.validation.errors import ConfigurationError
 
 BATCH_ROWS = 1024
 NUL = "\udc00"

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from flexbatch.config import ConfigurationError
-from flexbatch.secrets import hide_uri, redacted, secrets_of
+from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.secrets import hide_uri, redacted, secrets_of
 
 FORMATS = {
     ".parquet": "parquet", ".pq": "parquet", ".parq": "parquet",

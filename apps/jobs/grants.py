@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flexbatch.apps.jobs.durable import sync_folder
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 
 GATE = "lock"
 GATE_WAIT_S = 60.0

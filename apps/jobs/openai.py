@@ -24,7 +24,7 @@ from flexbatch.apps.jobs.rows import Row, RowError, messages_prompt, row_error, 
 from flexbatch.apps.jobs.text_sources import LINE
 from flexbatch.apps.jobs.token_texts import CONTEXT, TokenTexts, places_in
 from flexbatch.request import Completion, SamplingParams, TokenLogprob
-from flexbatch.text_files import parse_json, short, split_lines
+from flexbatch.text.files import parse_json, short, split_lines
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")

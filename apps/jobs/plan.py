@@ -25,10 +25,11 @@ from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
 from flexbatch.apps.jobs.store import FORMAT, fingerprint_digest
 from flexbatch.apps.jobs.text_sources import LinesSource
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import generation_of
 from flexbatch.request import SAMPLING_RULES, SamplingParams
-from flexbatch.secrets import redacted_word
+from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.secrets import redacted_word
 
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NO_LIMIT = 2**62
@@ -162,7 +163,7 @@ def make_encode(llm: Any, truncate: str | None) -> Encode:
     """Makes rows ready for the engine. It works on a copy of the tokenizer: the engine decodes with its own in
     another thread meanwhile.
     """
-    from flexbatch.prompts import PromptEncoder
+    from flexbatch.text.prompts import PromptEncoder
 
     tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.max_positions
     encoder = PromptEncoder(tokenizer, max_context=NO_LIMIT if truncate else context, vocab_size=llm.arch.vocab_size)

@@ -59,8 +59,8 @@ def preview(job: Job, parts: Sequence[Part]) -> Preview:
 
 def planner_job(config: EngineConfig, seen: Preview) -> Any:
     """The planner's `Job` of what was seen; None where nothing was, or where random weights come without a tokenizer. Raises CheckpointError."""
+    from flexbatch.job import Job as PlannerJob
     from flexbatch.models import checkpoint, resolve
-    from flexbatch.planning import Job as PlannerJob
 
     if config.dummy_weights:
         return None

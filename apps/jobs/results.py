@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from flexbatch.apps.jobs.columns import ROW_ERROR
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.rows import Row, RowReader
-from flexbatch.config import ConfigurationError
 from flexbatch.request import Completion, TokenLogprob
-from flexbatch.secrets import redacted
+from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.secrets import redacted
 
 Record = Any
 """JSON value that holds the outcome of one row; its form belongs to the output that wrote it."""

@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from flexbatch.apps.jobs.columns import ROW_ERROR, Unfit, check_text, holds_json
 from flexbatch.apps.jobs.files import partition_values
-from flexbatch.config import ConfigurationError
 from flexbatch.request import SamplingParams
-from flexbatch.text_files import MARK, json_text, parse_json, short, with_doubles
+from flexbatch.text.files import MARK, json_text, parse_json, short, with_doubles
+from flexbatch.validation.errors import ConfigurationError
 
 SETTINGS: dict[str, type] = {"max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int, "stop": str}
 """Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list."""

@@ -20,7 +20,8 @@ from flexbatch.apps.jobs.results import Record
 from flexbatch.apps.jobs.shares import Share
 from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.apps.jobs.token_texts import TokenTexts
-from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
+from flexbatch.config import EngineConfig
+from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
 DONE, CRASH, ROW_ERRORS = 0, 1, 3
@@ -129,7 +130,7 @@ def ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:
 
 def stopped(error: Exception, resume: str) -> int:
     """Says why the job stopped and how it goes on; returns the exit code. Only a failure that nobody expected comes with a traceback."""
-    from flexbatch.cli import exit_code
+    from flexbatch.cli.settings import exit_code
 
     code = exit_code(error)
     if isinstance(error, OutputError):

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from flexbatch.config import ConfigurationError, option
+from flexbatch.config import option
 from flexbatch.request import SamplingParams
+from flexbatch.validation.errors import ConfigurationError
 
 FORMATS = ("auto", "parquet", "csv", "jsonl", "openai", "dataset")
 SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexbatch.config import ConfigurationError, EngineConfig, parse_bytes
+from flexbatch.config import EngineConfig, parse_bytes
+from flexbatch.validation.errors import ConfigurationError
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from flexbatch.apps.jobs.columns import refuse_reserved
 from flexbatch.apps.jobs.content import content, wanted_whole
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import Part, Unit
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 
 BATCH_ROWS = 1024
 DATASET_UNIT_ROWS = 1000

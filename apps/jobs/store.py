@@ -31,7 +31,7 @@ from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.records import RecordLog
 from flexbatch.apps.jobs.results import Output, Record
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 STATE = ".flexbatch"

@@ -23,8 +23,8 @@ import pyarrow.fs as pafs
 from flexbatch.apps.jobs.columns import ROW_ERROR, Seen, Unfit, check_names, check_text, json_column, refuse_reserved
 from flexbatch.apps.jobs.files import COMPRESSED, InputFile, SourceError
 from flexbatch.apps.jobs.layout import Unit
-from flexbatch.config import ConfigurationError
-from flexbatch.text_files import UTF8_MARK, parse_json, without_mark
+from flexbatch.text.files import UTF8_MARK, parse_json, without_mark
+from flexbatch.validation.errors import ConfigurationError
 
 CHUNK_BYTES = 4 * 2**20
 MAX_LINE = 64 * 2**20

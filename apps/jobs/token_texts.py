@@ -7,7 +7,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from flexbatch.text_decoder import TextDecoder
+from flexbatch.text.decoder import TextDecoder
 
 CONTEXT = 256
 """Tokens before a token that can decide how it is written, special ones among them."""

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from flexbatch.apps.wrangle.datasets import TASKS, find_data_set
 from flexbatch.apps.wrangle.tables import TableError
-from flexbatch.cli import (
+from flexbatch.cli.settings import (
     ROW_ERRORS,
     Parser,
     add_engine_arguments,
@@ -19,8 +19,8 @@ from flexbatch.cli import (
     run_command,
     set_up_logging,
 )
-from flexbatch.config import ConfigurationError
 from flexbatch.policy.stdout import run_process
+from flexbatch.validation.errors import ConfigurationError
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flexbatch.apps.wrangle.examples import Example
 from flexbatch.apps.wrangle.tables import TableError
-from flexbatch.text_files import read_text
+from flexbatch.text.files import read_text
 
 Manual = str | dict[str, str]
 """The examples as text; or for every value of the data set's group column, its text."""

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from flexbatch.text_files import read_text
+from flexbatch.text.files import read_text
 
 Row = dict[str, str | None]
 """Column -> printed value; None where a value is missing."""

@@ -7,14 +7,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from flexbatch.detokenize import OutputText
 from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.work import PassWork, QueryTokens, Sequence, num_unread
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.placement import Spreader
-from flexbatch.policy.types import TIERS, Policy, Split
+from flexbatch.policy.policy import TIERS, Policy, Split
+from flexbatch.text.detokenize import OutputText
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flexbatch.execution.graphs import MAX_GRAPHS, CudaRecorder, DecodeGraphs
 from flexbatch.execution.inputs import AttentionGroup, InputBuilder, MicroBatchInputs, StagedGroup
-from flexbatch.execution.schedule import Tick, zigzag
 from flexbatch.execution.work import LogitsBlock, PassWork
 from flexbatch.kernels import ops
 from flexbatch.memory.activations import ActivationStore
@@ -21,10 +20,9 @@ from flexbatch.memory.transfer import READY, Handle, Lanes
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
+from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
+from flexbatch.policy.schedule import Tick, zigzag
 from flexbatch.trace import Tracer
-
-LOGITS_BLOCK_BYTES = 64 << 20
-"""float32 logits that exist at one time, at most: rows of a long prompt go through the head in blocks."""
 
 SPARE_FROM_THREADS = 8
 """With a GPU and at least as many threads, CPU attention leaves one to launching: its threads meet later when one of them has to make room. Passes of OPT-6.7B
@@ -67,7 +65,7 @@ class Executor:
         rotary: Rotary,
         dtype: torch.dtype,
         overlap: bool,
-        logits_block_bytes: int = LOGITS_BLOCK_BYTES,
+        logits_block_bytes: int = LOGITS_CHUNK_BYTES,
         most_graphs: int = MAX_GRAPHS,
     ) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
+from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 
-MAX_SEQUENCES = 512
 CONTEXT_STEP = 512
 """Tokens. The longest context is rounded up to a multiple; it only decides how a sequence's keys are split over the chip."""
 
@@ -41,7 +41,7 @@ def smallest_covering(keys: Iterable[tuple[int, int]], key: tuple[int, int]) -> 
 
 def graph_bytes(num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int) -> int:
     """Of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs (page tables above all), and hidden states."""
-    bucket = bucket_of(min(sequences, MAX_SEQUENCES))
+    bucket = bucket_of(min(sequences, MAX_GRAPH_SEQUENCES))
     pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens
     return LAUNCH_BYTES * (LAUNCHES_OF_LAYER * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
 
@@ -125,7 +125,7 @@ class DecodeGraphs:
         group = inputs.gpu
         if group is None or group.max_query_len > 1 or group.tree_masks is not None or len(inputs.logit_rows) != inputs.num_tokens:
             return None
-        if inputs.num_tokens > MAX_SEQUENCES or not self.most:
+        if inputs.num_tokens > MAX_GRAPH_SEQUENCES or not self.most:
             return None
         key = (bucket_of(inputs.num_tokens), min(-(-group.max_context_len // CONTEXT_STEP) * CONTEXT_STEP, self.max_positions))
         if key not in self.captured and key in self.seen:

@@ -13,11 +13,7 @@ from flexbatch.execution.work import QueryTokens
 from flexbatch.memory.kvcache import Gather
 from flexbatch.memory.pages import PageTable
 from flexbatch.memory.uploads import Uploads
-
-CPU_ATTENTION_MAX_TREE_TOKENS = 32
-"""The CPU attends single tokens and trees of no more query tokens than this. Larger trees, and prompts however short, are attended on the compute device:
-their attention is bound by compute, which the host is 100 times slower at. A chunk of 16 prompt tokens held an H200's host for 1.3 ms a layer, as long as
-single tokens of 130 sequences of Llama-3-8B."""
+from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,8 @@ from torch import Tensor
 from flexbatch.execution.constraints import Effect
 from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.request_state import RequestState
+from flexbatch.policy.limits import SAMPLING_CHUNK_LOGITS
 from flexbatch.request import TokenLogprob
-
-CHUNK_ELEMENTS = 1 << 21
-"""Logits processed at one time."""
-SAMPLING_BYTES_PER_LOGIT = 40
-"""Workspace of each of them, at most, beside the logits themselves: top-p sorts (12 bytes) and adds up in float64 (16), noise is made of 64-bit words."""
 
 NOT_FINITE, ALL_BARRED = -1, -2
 """In the place of a token id: the model's logits are NaN or infinite; bias and constraints leave no token that can be
@@ -266,8 +262,8 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[in
 
 
 def _chunks(rows: list[int], vocab: int) -> list[list[int]]:
-    """Rows in pieces of at most CHUNK_ELEMENTS logits."""
-    size = max(1, CHUNK_ELEMENTS // vocab)
+    """Rows in pieces of at most SAMPLING_CHUNK_LOGITS logits."""
+    size = max(1, SAMPLING_CHUNK_LOGITS // vocab)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 

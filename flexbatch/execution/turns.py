@@ -13,7 +13,7 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import TypeVar
 
-from flexbatch.config import EngineBusyError, EngineClosedError
+from flexbatch.validation.errors import EngineBusyError, EngineClosedError
 
 T = TypeVar("T")
 

@@ -8,10 +8,10 @@ from functools import cached_property
 
 from torch import Tensor
 
-from flexbatch.detokenize import OutputText
 from flexbatch.execution.request_state import RequestState
 from flexbatch.memory.pages import PageTable
 from flexbatch.request import TokenLogprob
+from flexbatch.text.detokenize import OutputText
 
 
 def num_unread(output: OutputText, num_prompt_tokens: int) -> int:

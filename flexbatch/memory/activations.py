@@ -11,7 +11,7 @@ from flexbatch.memory.files import DiskFile, align
 from flexbatch.memory.placement import Spreader
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, Lanes, together
-from flexbatch.policy.types import TIERS, Split
+from flexbatch.policy.policy import TIERS, Split
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from flexbatch.policy.types import TIERS, Split
+from flexbatch.policy.policy import TIERS, Split
 
 
 class Spreader:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.streams import current_stream
+from flexbatch.memory.streams import current_stream
+from flexbatch.policy.limits import DISK_THREADS
 from flexbatch.trace import Tracer
 
 ROW_BYTES = 16
@@ -206,7 +207,7 @@ Lane = ThreadLane | StreamLane
 class Lanes:
     """The lanes of one compute device: both directions of the link, the disk, and CPU attention."""
 
-    def __init__(self, device: torch.device, tracer: Tracer, disk_threads: int = 4) -> None:
+    def __init__(self, device: torch.device, tracer: Tracer, disk_threads: int = DISK_THREADS) -> None:
         self.device, self.tracer = device, tracer
         cuda = device.type == "cuda"
         self.h2d: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)

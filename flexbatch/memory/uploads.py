@@ -9,9 +9,7 @@ from torch import Tensor
 from flexbatch.memory.files import align
 from flexbatch.memory.tiers import Pool
 from flexbatch.memory.transfer import READY, ROW_BYTES, Handle, Lanes
-
-HALF_BYTES = 8 << 20
-"""Inputs of one pass: 8 MiB hold the page tables, slots and masks of 100,000 query tokens; what does not fit goes by the copy engine."""
+from flexbatch.policy.limits import INPUT_BUFFER_BYTES
 
 
 class Uploads:
@@ -20,7 +18,7 @@ class Uploads:
     def __init__(self, host: Pool, lanes: Lanes) -> None:
         self.lanes, self.device, self.host = lanes, lanes.device, host
         self.copies = self.device.type == "cuda"
-        self.halves = list(host.allocate("inputs", 2 * HALF_BYTES).view(2, HALF_BYTES)) if self.copies else []
+        self.halves = list(host.allocate("inputs", 2 * INPUT_BUFFER_BYTES).view(2, INPUT_BUFFER_BYTES)) if self.copies else []
         self.read: list[Handle] = [READY, READY]
         self.half, self.cursor = 0, 0
 
@@ -37,7 +35,7 @@ class Uploads:
         if not self.copies or array.size == 0:
             return source.to(self.device)
         num_bytes = align(array.nbytes, ROW_BYTES)
-        if self.cursor + num_bytes > HALF_BYTES:
+        if self.cursor + num_bytes > INPUT_BUFFER_BYTES:
             return source.to(self.device, non_blocking=True)
         place = self.halves[self.half][self.cursor : self.cursor + num_bytes]
         self.cursor += num_bytes
@@ -48,7 +46,7 @@ class Uploads:
 
     def check(self) -> None:
         """Invariant: the cursor lies inside the half, at a whole row."""
-        assert 0 <= self.cursor <= HALF_BYTES and self.cursor % ROW_BYTES == 0, self.cursor
+        assert 0 <= self.cursor <= INPUT_BUFFER_BYTES and self.cursor % ROW_BYTES == 0, self.cursor
 
     def close(self) -> None:
         for handle in self.read:

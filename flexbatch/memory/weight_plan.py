@@ -12,7 +12,7 @@ from flexbatch.memory.files import ALIGNMENT, align
 from flexbatch.memory.placement import spread
 from flexbatch.models.arch import Arch
 from flexbatch.models.specs import WeightSpec, weight_specs
-from flexbatch.policy.types import TIERS, Split
+from flexbatch.policy.policy import TIERS, Split
 
 SLAB_ALIGNMENT = 256
 """Bytes. Every tensor in a slab starts at a multiple, which is what vector loads and cuBLAS want."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flexbatch.policy.limits import workspace_elements
+
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -129,7 +131,7 @@ class Arch:
     @property
     def workspace_elements(self) -> int:
         """Intermediate results of one token in a layer, at most: hidden states, projections, MLP."""
-        return 6 * self.hidden_size + 2 * sum(self.qkv_sections) + 3 * self.intermediate_size
+        return workspace_elements(self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size)
 
     @property
     def attention_scale(self) -> float:

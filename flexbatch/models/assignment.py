@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.errors import CheckpointError
 from flexbatch.models.families import BUFFERS, FAMILIES, Row, source_names
 from flexbatch.models.packed import SUFFIXES, Packing
 from flexbatch.models.source import StoredTensor, equal, read_tensors
 from flexbatch.models.specs import WeightSpec, weight_specs
+from flexbatch.validation.errors import CheckpointError
 
 logger = logging.getLogger("flexbatch")
 

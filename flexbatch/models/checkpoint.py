@@ -17,10 +17,10 @@ from flexbatch.models import families
 from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import Assignment, assign, untied
 from flexbatch.models.config_types import KEYS, check_keys
-from flexbatch.models.errors import CheckpointError
 from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing, unpack
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
+from flexbatch.validation.errors import CheckpointError
 
 logger = logging.getLogger("flexbatch")
 

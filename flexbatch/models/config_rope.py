@@ -9,7 +9,7 @@ from typing import Any
 from flexbatch.models.arch import RopeScaling
 from flexbatch.models.config_keys import Config, optional, required
 from flexbatch.models.config_types import MAX_TOKENS, ROPE_KEYS, check_keys
-from flexbatch.models.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError
 
 KINDS = {
     "linear": "linear",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexbatch.models.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError
 
 MAX_LAYERS = 4096
 MAX_WIDTH = 2**20

@@ -14,7 +14,7 @@ from typing import Any
 from flexbatch.models import readers, readers_layer_norm
 from flexbatch.models.arch import Arch
 from flexbatch.models.config_types import KEYS, check_keys
-from flexbatch.models.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError
 
 # Buffers that older versions of transformers stored with the weights: frequencies, causal masks. They are computed here.
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bias|causal_mask)|attention\.(bias|masked_bias|rotary_emb\.inv_freq))$")

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from flexbatch.checks import short
-from flexbatch.config import ConfigurationError, EngineConfig
-from flexbatch.models.errors import CheckpointError
+from flexbatch.config import EngineConfig
 from flexbatch.models.resolve import resolve
 from flexbatch.request import TRANSFORMERS_NAMES, SamplingParams
+from flexbatch.validation.checks import short
+from flexbatch.validation.errors import CheckpointError, ConfigurationError
 
 FILE = "generation_config.json"
 FIELDS = {

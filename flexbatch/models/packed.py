@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flexbatch.kernels import reference
 from flexbatch.models.config_types import FLAG, MAX_INNER, OBJECT, TEXT, check_keys, shown
-from flexbatch.models.errors import CheckpointError
 from flexbatch.models.specs import Piece
+from flexbatch.validation.errors import CheckpointError
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 # Which of the eight outputs of a word its n-th four bits hold (AutoAWQ, "gemm").

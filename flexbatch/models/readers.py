@@ -16,7 +16,7 @@ from flexbatch.models.config_keys import (
     required,
 )
 from flexbatch.models.config_rope import entries_by_layer_type, entry_of, read_rope
-from flexbatch.models.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError
 
 
 def whole_heads(config: Config, head_dim: int) -> dict[str, Any]:

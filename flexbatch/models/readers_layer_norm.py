@@ -17,8 +17,8 @@ from flexbatch.models.config_keys import (
     required,
 )
 from flexbatch.models.config_rope import read_rope
-from flexbatch.models.errors import CheckpointError
 from flexbatch.models.readers import partial, whole_heads
+from flexbatch.validation.errors import CheckpointError
 
 
 def opt(config: Config) -> Arch:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.errors import CheckpointError
 from flexbatch.models.families import read_arch
+from flexbatch.validation.errors import CheckpointError
 
 
 def _opt(hidden: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
-from flexbatch.policy.types import Split
+from flexbatch.policy.policy import Split
 from flexbatch.speculative.chance import drawn_children
 from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan
 from flexbatch.speculative.tree import ROOT, Drawing, TokenTree

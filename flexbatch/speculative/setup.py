@@ -10,24 +10,25 @@ from typing import Any
 
 import torch
 
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
 from flexbatch.memory.loading import Loader
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.rotary import table_bytes
 from flexbatch.memory.tiers import Need, Pool, Tiers
 from flexbatch.memory.transfer import Lanes
-from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
 from flexbatch.models.specs import Piece
-from flexbatch.policy.types import Split
+from flexbatch.policy.limits import INPUT_BUFFER_BYTES
+from flexbatch.policy.policy import Split
 from flexbatch.speculative.draft import LOGITS_BLOCK_BYTES, PASS_TOKENS, SCORED_ELEMENTS, SCORING_BYTES_PER_LOGIT, DraftModel
 from flexbatch.speculative.shapes import TreeSpec, parse_tree
 from flexbatch.speculative.speculator import AUTO_NODES, LookupSource, Source, Speculator, fixed_plan
 from flexbatch.speculative.tree import Drawing
+from flexbatch.validation.errors import ConfigurationError
 
 NGRAM = "ngram"
 AUTO_MICRO_BATCH_TOKENS = 2048
@@ -84,7 +85,7 @@ class Speculation:
             rows.append(Need(f"draft rotary tables {draft.name}"[:28], "gpu", table_bytes(draft.arch, self.positions(longest), draft.layout.dtype)))
             rows.append(Need(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
             if cuda:
-                rows.append(Need(f"draft inputs {draft.name}"[:28], "cpu", 2 * HALF_BYTES))
+                rows.append(Need(f"draft inputs {draft.name}"[:28], "cpu", 2 * INPUT_BUFFER_BYTES))
         if self.drawing is not Drawing.DETERMINISTIC:
             # What the children of every inner node were drawn from, float32 until the trees are verified, and the noise of all children of one node.
             num_bytes = 4 * len(longest) * self.max_nodes + 28 * self.max_nodes + 40

@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from flexbatch.config import ConfigurationError
 from flexbatch.speculative.tree import ROOT, TreeShape
+from flexbatch.validation.errors import ConfigurationError
 
 SYNTAX = "chain:N (one path of N tokens), <1,1,3,1,1> (children per node at each depth), best-first:N (the N likeliest nodes) or auto (the policy decides)"
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from flexbatch.apps.jobs.columns import ROW_ERROR, holds_json, parse_types
 from flexbatch.apps.jobs.text_sources import chunks_of
-from flexbatch.config import ConfigurationError
-from flexbatch.text_files import json_text, parse_json
+from flexbatch.text.files import json_text, parse_json
+from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.fake import FakeLLM, FakeTokenizer
 from tests.apps_batch.helpers import read_output, run_here
 from tests.apps_batch.test_sources import rows_in_parts, source_of

@@ -10,8 +10,9 @@ import pytest
 
 from flexbatch.apps.jobs.progress import Counts, Progress
 from flexbatch.apps.jobs.shares import Share, available_memory, divide_host, find_share
-from flexbatch.cli import resume_command
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.cli.settings import resume_command
+from flexbatch.config import EngineConfig
+from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_input
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flexbatch.apps.jobs.openai import RequestError, parse_request
 from flexbatch.request import SamplingParams
-from flexbatch.text_files import split_lines
+from flexbatch.text.files import split_lines
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import run_here
 

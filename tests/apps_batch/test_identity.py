@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from flexbatch.apps.batch import model_identity
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
+from flexbatch.validation.errors import ConfigurationError
 from tests.tiny_models import make_model
 
 

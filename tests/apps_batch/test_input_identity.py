@@ -18,7 +18,7 @@ import pytest
 from flexbatch.apps.jobs import content
 from flexbatch.apps.jobs.plan import open_source
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import read_output, run_here
 

@@ -16,7 +16,8 @@ from flexbatch.apps.jobs.plan import Job, plan_job
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.apps.ray import GenerateText
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
+from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import RESULTS, benchmark_prompts, parts_of, read_output, run_here, start, wait_for, write_input
 

@@ -5,8 +5,8 @@ import pytest
 
 from flexbatch.apps.jobs.layout import Part, Span
 from flexbatch.apps.jobs.rows import RowReader, Template, messages_prompt, row_seed
-from flexbatch.config import ConfigurationError
 from flexbatch.request import SamplingParams
+from flexbatch.validation.errors import ConfigurationError
 
 GREEDY = SamplingParams(temperature=0)
 

@@ -20,9 +20,9 @@ from flexbatch.apps import completion
 from flexbatch.apps.batch import main
 from flexbatch.apps.jobs.files import list_files
 from flexbatch.apps.wrangle import __main__ as wrangle
-from flexbatch.cli import resume_command
-from flexbatch.config import ConfigurationError
-from flexbatch.secrets import hide_uri, redact_logs, redacted, secrets_of
+from flexbatch.cli.settings import resume_command
+from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.secrets import hide_uri, redact_logs, redacted, secrets_of
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import run_here
 

@@ -18,7 +18,7 @@ from flexbatch.apps.jobs.plan import open_source
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import Source, read_parts
 from flexbatch.apps.jobs.text_sources import chunks_of
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 
 
 def source_of(location: object, **settings: object) -> Source:

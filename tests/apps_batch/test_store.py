@@ -7,7 +7,7 @@ import pytest
 
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.store import OutputStore, differences
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 
 JOB = {"model": {"weights": "a"}, "seed": 0}
 

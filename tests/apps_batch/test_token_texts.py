@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from flexbatch.apps.jobs.openai import CHAT, COMPLETIONS, Call, OpenAIOutput
 from flexbatch.apps.jobs.rows import Row
 from flexbatch.apps.jobs.token_texts import TokenTexts, places_in
-from flexbatch.detokenize import OutputText
 from flexbatch.request import Completion, SamplingParams, TokenLogprob
-from flexbatch.text_decoder import TextDecoder
+from flexbatch.text.decoder import TextDecoder
+from flexbatch.text.detokenize import OutputText
 from tests.text.kinds import KINDS
 
 LETTERS_ONLY = {"word-piece-tidy", "tidy-words"}

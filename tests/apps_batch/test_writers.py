@@ -20,7 +20,8 @@ from flexbatch.apps.jobs.plan import Job, plan_job
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import read_parts
 from flexbatch.apps.jobs.store import OutputStore
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
+from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import journal_bytes, parts_of, read_output, run_here, start, wait_for, write_input
 

@@ -23,9 +23,9 @@ from oracle import OracleLLM, make_model, make_pieces  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 from flexbatch.apps.lm_eval_model import FlexBatchLM, engine_arguments  # noqa: E402
-from flexbatch.config import ConfigurationError  # noqa: E402
 from flexbatch.models.generation_config import GenerationDefaults  # noqa: E402
 from flexbatch.models.resolve import DEMO  # noqa: E402
+from flexbatch.validation.errors import ConfigurationError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {"device": "cpu", "dtype": "float32"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch import loaded
+from flexbatch import loader
 from flexbatch.memory.files import prepare_offload_dir
 
 Command = Callable[..., int]
@@ -70,12 +70,12 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_and_not_the_next(
         space = os.statvfs(small_disk)
         filler.write_bytes(bytes((space.f_bavail - 10) * space.f_frsize))
 
-    monkeypatch.setattr(loaded, "prepare_offload_dir", fill)
+    monkeypatch.setattr(loader, "prepare_offload_dir", fill)
     assert command("--offload-dir", str(small_disk / "offload"), *words) == 4
     message = error_of(capsys)
     assert "No space left on device" in message and "free there" in message and "--offload-dir" in message
     left = [path for path in (small_disk / "offload").rglob("*") if path.is_file()]
     assert all(path.name.endswith(".bin") and not path.name.startswith((".", "cache")) for path in left), left
-    monkeypatch.setattr(loaded, "prepare_offload_dir", prepare_offload_dir)
+    monkeypatch.setattr(loader, "prepare_offload_dir", prepare_offload_dir)
     filler.unlink()
     assert command("--offload-dir", str(small_disk / "offload"), *words) == 0

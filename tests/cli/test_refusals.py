@@ -7,7 +7,7 @@ import pytest
 from flexbatch.apps import batch, completion
 from flexbatch.apps.ray import GenerateText
 from flexbatch.apps.wrangle import __main__ as wrangle
-from flexbatch.config import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError
 
 MEASUREMENTS = [("--simulate-acceptance", "0.5"), ("--compare-plain",), ("--dummy-weights",)]
 COMMANDS = [(batch.main, ["/nowhere.parquet", "/nowhere/out"]), (completion.main, ["text"]), (wrangle.main, ["/nowhere"])]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch.config import ConfigurationError
-from flexbatch.progress import Progress
-from flexbatch.result_file import ResultFile
+from flexbatch.cli.progress import Progress
+from flexbatch.cli.result_file import ResultFile
+from flexbatch.validation.errors import ConfigurationError
 
 PROMPTS = ["def add(a, b):", "x", "import os\n", "größer 🙂", "while True: pass", "for", "return 1", "class A:"]
 FACTS = {"model": "m", "max_tokens": 6}

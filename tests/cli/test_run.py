@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexbatch import run
+from flexbatch.cli.progress import Progress
 from flexbatch.config import EngineConfig
-from flexbatch.progress import Progress
 from flexbatch.request import Completion
 
 PROMPTS = ["def add(a, b):", "x", "import os\n", "größer 🙂", "while True: pass  # and so on"]

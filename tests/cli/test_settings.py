@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch import cli
-from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig, option
-from flexbatch.models.errors import CheckpointError
+from flexbatch.cli import settings
+from flexbatch.config import EngineConfig, option
+from flexbatch.validation.errors import CheckpointError, ConfigurationError, DoesNotFitError
 
 
 def parse(*words: str, environ: dict[str, str] | None = None, config: Path | None = None) -> EngineConfig:
     parser = argparse.ArgumentParser()
-    cli.add_engine_arguments(parser)
-    return cli.engine_config(parser.parse_args(words), environ or {}, str(config) if config else None)
+    settings.add_engine_arguments(parser)
+    return settings.engine_config(parser.parse_args(words), environ or {}, str(config) if config else None)
 
 
 def yaml_file(folder: Path, text: str) -> Path:
@@ -32,7 +32,7 @@ def yaml_file(folder: Path, text: str) -> Path:
 
 def test_every_field_has_a_flag_and_every_flag_a_field() -> None:
     parser = argparse.ArgumentParser()
-    cli.add_engine_arguments(parser)
+    settings.add_engine_arguments(parser)
     flags = {action.option_strings[0] for action in parser._actions} - {"-h", "--config"}
     assert flags == {"--" + field.name.replace("_", "-") for field in dataclasses.fields(EngineConfig)}
     assert all(action.help for action in parser._actions)
@@ -55,7 +55,7 @@ VALUES = {
 """Where the value of a kind below would not do."""
 
 
-def value_of(setting: cli.Setting) -> tuple[str, object]:
+def value_of(setting: settings.Setting) -> tuple[str, object]:
     """A value other than the default, as text and as the setting holds it."""
     if choices := setting.metadata.get("choices"):
         other = next(choice for choice in choices if choice != setting.default)
@@ -64,8 +64,8 @@ def value_of(setting: cli.Setting) -> tuple[str, object]:
     return VALUES.get(setting.name, by_kind[setting.kind])
 
 
-@pytest.mark.parametrize("setting", cli.settings_of(EngineConfig), ids=lambda setting: setting.name)
-def test_every_setting_has_three_sources_in_order(setting: cli.Setting, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", settings.settings_of(EngineConfig), ids=lambda setting: setting.name)
+def test_every_setting_has_three_sources_in_order(setting: settings.Setting, tmp_path: Path) -> None:
     text, expected = value_of(setting)
     words = [setting.flag] if expected is True else [setting.flag, *text.split()]
     assert getattr(parse(*words), setting.name) == expected
@@ -127,7 +127,7 @@ def test_an_empty_file_and_null_mean_the_default(tmp_path: Path) -> None:
 )
 def test_bad_words_on_the_command_line_exit_2(words: list[str]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    cli.add_engine_arguments(parser)
+    settings.add_engine_arguments(parser)
     with pytest.raises(SystemExit) as stopped:
         parser.parse_args(words)
     assert stopped.value.code == 2
@@ -139,13 +139,13 @@ def test_a_command_has_settings_of_its_own(tmp_path: Path) -> None:
         rows: int = option(5, "rows of a shard")
 
     parser = argparse.ArgumentParser()
-    cli.add_engine_arguments(parser)
-    cli.add_arguments(parser, Job, "job")
+    settings.add_engine_arguments(parser)
+    settings.add_arguments(parser, Job, "job")
     file = str(yaml_file(tmp_path, "rows: 9\nseed: 4\n"))
-    engine, job = cli.read_settings([EngineConfig, Job], parser.parse_args([]), {}, file)
+    engine, job = settings.read_settings([EngineConfig, Job], parser.parse_args([]), {}, file)
     assert (engine.seed, job) == (4, Job(9))
     with pytest.raises(ConfigurationError, match="unknown setting 'rows'"):
-        cli.engine_config(parser.parse_args([]), {}, file)
+        settings.engine_config(parser.parse_args([]), {}, file)
 
 
 def test_a_field_without_a_flag_form_is_found_at_once() -> None:
@@ -154,7 +154,7 @@ def test_a_field_without_a_flag_form_is_found_at_once() -> None:
         table: dict | None = None
 
     with pytest.raises(TypeError, match="field table has type"):
-        cli.settings_of(Odd)
+        settings.settings_of(Odd)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -189,7 +189,7 @@ def test_exit_codes(outcome, code: int, caplog: pytest.LogCaptureFixture) -> Non
 
     previous = signal.getsignal(signal.SIGTERM)
     try:
-        assert cli.run_command(main, resume="flexbatch again") == code
+        assert settings.run_command(main, resume="flexbatch again") == code
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert ("Traceback" in caplog.text) == (code == 1)
@@ -201,7 +201,7 @@ def test_exit_codes(outcome, code: int, caplog: pytest.LogCaptureFixture) -> Non
 def test_sigterm_ends_a_command_as_an_interruption() -> None:
     script = (
         "import sys, time\nfrom flexbatch import cli\ncli.set_up_logging()\n"
-        "def main(data):\n    print('ready', file=data, flush=True)\n    time.sleep(30)\nsys.exit(cli.run_command(main, 'again'))"
+        "def main(data):\n    print('ready', file=data, flush=True)\n    time.sleep(30)\nsys.exit(settings.run_command(main, 'again'))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -215,7 +215,7 @@ def test_a_forked_helper_ends_without_a_traceback() -> None:
     script = (
         "import multiprocessing, sys, time\nfrom flexbatch import cli\n"
         "def main(data):\n    helper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(30,))\n    helper.start()\n    time.sleep(0.5)\n"
-        "    helper.terminate()\n    helper.join()\n    print(helper.exitcode, file=data)\nsys.exit(cli.run_command(main))"
+        "    helper.terminate()\n    helper.join()\n    print(helper.exitcode, file=data)\nsys.exit(settings.run_command(main))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{-signal.SIGTERM}\n", "")
@@ -235,7 +235,7 @@ def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> Non
 
 
 def test_a_reader_that_goes_away_is_no_crash_report() -> None:
-    script = "import sys\nfrom flexbatch import cli\ndef main(data):\n    for i in range(100000): print(i, file=data)\nsys.exit(cli.run_command(main))"
+    script = "import sys\nfrom flexbatch import cli\ndef main(data):\n    for i in range(100000): print(i, file=data)\nsys.exit(settings.run_command(main))"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch.cli import _read_yaml
-from flexbatch.config import ConfigurationError
+from flexbatch.cli.settings import _read_yaml
+from flexbatch.validation.errors import ConfigurationError
 
 TEXT = "max_tokens: 6\nprompt_template: 'größer {text}'\n"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexbatch import tables
+from flexbatch.cli import tables
 from flexbatch.policy.units import BINARY, fitting_unit
 
 SPLIT = {"gpu": 0.2, "cpu": 0.5, "disk": 0.3}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch.threads import SHORT_WAIT, WAITING, be_a_good_neighbour, processor_share
+from flexbatch.kernels.threads import SHORT_WAIT, WAITING, be_a_good_neighbour, processor_share
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,15 +11,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from flexbatch import prompt_files, workload
-from flexbatch.config import ConfigurationError
+from flexbatch.cli import prompt_files, random_prompts
+from flexbatch.cli.prompt_files import PromptRow
+from flexbatch.cli.random_prompts import RESULTS
+from flexbatch.cli.result_file import ResultFile
 from flexbatch.memory.files import remove_leftovers
-from flexbatch.prompt_files import PromptRow
 from flexbatch.request import Completion, TokenLogprob
-from flexbatch.result_file import ResultFile
 from flexbatch.run import digest
-from flexbatch.text_files import parse_json
-from flexbatch.workload import RESULTS
+from flexbatch.text.files import parse_json
+from flexbatch.validation.errors import ConfigurationError
 
 PROMPTS = ["first\nwith two lines", "zweiter größer 🙂", "third\u2028still third"]
 
@@ -121,7 +121,7 @@ def test_numbers_come_along_digit_by_digit(tmp_path: Path, number: str) -> None:
     json.dumps(row.prompt)
     with ResultFile(tmp_path / "out.jsonl") as out:
         out.begin({"prompts": digest([row.prompt, row.fields])}, [row.prompt])
-        out.add(0, workload.output_line(row, Completion((1,), [2], "t", "stop")))
+        out.add(0, random_prompts.output_line(row, Completion((1,), [2], "t", "stop")))
     line = (tmp_path / "out.jsonl").read_bytes().decode()
     assert f'"x": {number}, ' in line and f'"a": [{number}, "\\ud83d"]' in line and '"\\ude00"' in line
     parse_json(line, exact=True, constants=True)
@@ -181,18 +181,18 @@ def test_a_parquet_file_needs_its_column(tmp_path: Path) -> None:
 
 
 def test_synthetic_prompts_differ_and_repeat() -> None:
-    prompts = workload.synthetic_prompts(50, 20, 300, seed=3)
+    prompts = random_prompts.synthetic_prompts(50, 20, 300, seed=3)
     assert len({tuple(prompt) for prompt in prompts}) == 50
     assert all(len(prompt) == 20 and min(prompt) >= 0 and max(prompt) < 300 for prompt in prompts)
-    assert prompts[:10] == workload.synthetic_prompts(10, 20, 300, seed=3)
-    assert prompts != workload.synthetic_prompts(50, 20, 300, seed=4)
+    assert prompts[:10] == random_prompts.synthetic_prompts(10, 20, 300, seed=3)
+    assert prompts != random_prompts.synthetic_prompts(50, 20, 300, seed=4)
 
 
 def test_output_lines_hold_what_was_promised() -> None:
     one = Completion([1, 2, 3], [7, 8], " größer", "length", logprobs=[{7: TokenLogprob(7, -0.5, 1)}, {8: TokenLogprob(8, -2.0, 3)}])
     two = Completion([4], [9], "x", "stop", prompt_logprobs=[None])
     two.samples = [two, Completion([4], [5], "y", "stop")]
-    first, second = (workload.output_line(PromptRow(prompt), answer) for prompt, answer in (("größer", one), ([4], two)))
+    first, second = (random_prompts.output_line(PromptRow(prompt), answer) for prompt, answer in (("größer", one), ([4], two)))
     expected = {"prompt": "größer", "text": " größer", "token_ids": [7, 8], "finish_reason": "length", "num_input_tokens": 3, "num_generated_tokens": 2}
     assert {key: first[key] for key in expected} == expected
     assert first["logprobs"][1] == [{"token_id": 8, "logprob": -2.0, "rank": 3}]
@@ -207,13 +207,13 @@ def test_the_other_fields_of_the_input_come_along(tmp_path: Path) -> None:
         content = json.dumps({**FIELDS, "prompt": "p"})
         (row,) = prompt_files.read_prompts(written(tmp_path, name, f"[{content}]" if name == "a.json" else content))
         assert row == PromptRow("p", FIELDS)
-        line = workload.output_line(row, Completion((1,), [2], "t", "stop"))
+        line = random_prompts.output_line(row, Completion((1,), [2], "t", "stop"))
         assert {name: line[name] for name in FIELDS} == FIELDS and line["prompt"] == "p" and line["text"] == "t"
 
 
 def test_no_field_is_lost_to_a_result_of_the_same_name() -> None:
     fields = {**{name: f"given {name}" for name in RESULTS if name != "prompt"}, "input_text": "given already", "input_input_text": "and this"}
-    line = workload.output_line(PromptRow("p", fields), Completion((1,), [2], "t", "error", error="why"))
+    line = random_prompts.output_line(PromptRow("p", fields), Completion((1,), [2], "t", "error", error="why"))
     assert line["text"] == "t" and line["error"] == "why"
     assert set(fields.values()) <= {value for value in line.values() if isinstance(value, str)}
     assert line["input_token_ids"] == "given token_ids"
@@ -237,7 +237,7 @@ def test_columns_of_every_type_come_along_as_json(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
     path = written(tmp_path, "out.jsonl", "old\n")
-    with pytest.raises(KeyboardInterrupt), workload.whole_file(path) as stream:
+    with pytest.raises(KeyboardInterrupt), random_prompts.whole_file(path) as stream:
         stream.write("half a li")
         raise KeyboardInterrupt
     assert path.read_text() == "old\n" and [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
@@ -245,7 +245,7 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
     written(tmp_path, ".out.jsonl.12345.tmp", "half a li")
-    with workload.whole_file(tmp_path / "out.jsonl") as first:
+    with random_prompts.whole_file(tmp_path / "out.jsonl") as first:
         assert [entry.name for entry in tmp_path.iterdir()] == [Path(first.name).name]
         remove_leftovers(tmp_path / "out.jsonl")
         first.write("whole\n")
@@ -253,5 +253,5 @@ def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_pa
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"none/out\.jsonl: cannot be written: No such file"), workload.whole_file(tmp_path / "none" / "out.jsonl"):
+    with pytest.raises(ConfigurationError, match=r"none/out\.jsonl: cannot be written: No such file"), random_prompts.whole_file(tmp_path / "none" / "out.jsonl"):
         pass

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.hardware import load_hardware
 from tests.tiny_models import random_prompts
 
 CLONE_NEWPID = 0x20000000
@@ -82,9 +82,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import flexbatch.machines
+    import flexbatch.calibrate.machine
 
-    flexbatch.machines.this_machine = lambda *arguments, **options: load_hardware("cpu")
+    flexbatch.calibrate.machine.this_machine = lambda *arguments, **options: load_hardware("cpu")
     # Everything that a start imports, once; no thread of an operation may live when the process forks.
     torch.set_num_threads(1)
     tokens(sys.argv[3], str(Path(sys.argv[1]) / "alone"))

@@ -9,21 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch import LLM, choosing, planning
-from flexbatch.config import ConfigurationError, DoesNotFitError, EngineConfig
-from flexbatch.execution.executor import LOGITS_BLOCK_BYTES
-from flexbatch.execution.inputs import CPU_ATTENTION_MAX_TREE_TOKENS
-from flexbatch.execution.sampling import CHUNK_ELEMENTS, SAMPLING_BYTES_PER_LOGIT
+from flexbatch import LLM
+from flexbatch.config import EngineConfig
+from flexbatch.execution import block_sizes
+from flexbatch.job import Job
 from flexbatch.memory.tiers import check_budgets
-from flexbatch.memory.uploads import HALF_BYTES
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.models import families, shapes
 from flexbatch.models.specs import weight_specs
-from flexbatch.planning import MIN_LOGIT_ROWS, Job
-from flexbatch.policy import memory
-from flexbatch.policy.groups import weight_group
-from flexbatch.policy.rates import load_hardware
-from flexbatch.policy.types import Split
+from flexbatch.planner import requirements
+from flexbatch.planner.choose import Problem, choose_policy, model_shape, workload_of
+from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.limits import (
+    weight_group,
+)
+from flexbatch.policy.policy import Split
+from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 
 JOB = Job((543,) * 64, (512,) * 64)
 TINY = families.read_arch(
@@ -41,9 +42,9 @@ def plan(model="opt-6.7b", job=JOB, **given):
 
 def exact_needs(arch, dtype, job, cuda=False):
     def needs(policy):
-        layout = planning.cache_layout(arch, policy.cache_bits, dtype)
+        layout = block_sizes.cache_layout(arch, policy.cache_bits, dtype)
         weights = plan_weights(arch, policy.weights, policy.weight_bits, weight_group(arch.hidden_size), dtype.itemsize)
-        return planning.needs(weights, policy, layout, planning.block_sizes(policy, layout, job), dtype, cuda)
+        return requirements.needs(weights, policy, layout, block_sizes.block_sizes(policy, layout, job), dtype, cuda)
 
     return needs
 
@@ -53,14 +54,14 @@ def exact_needs(arch, dtype, job, cuda=False):
 def test_shapes_weigh_what_the_engine_stores(name, bits):
     arch = shapes.shape(name)
     stored = sum(tensor.num_bytes for tensor in plan_weights(arch, Split(1, 0), bits, weight_group(arch.hidden_size), 2).all_tensors)
-    shape = choosing.model_shape(name, arch, 2)
+    shape = model_shape(name, arch, 2)
     assert shape.total_bytes(bits) == pytest.approx(stored, rel=1e-3 if bits == 16 else 0.01)
     if bits == 16:
         assert sum(math.prod(spec.shape) for spec in weight_specs(arch)) == shape.total_elements
 
 
 def test_workload_counts_the_token_that_needs_no_row():
-    workload = choosing.workload_of(Job((12, 7), (5, 7)))
+    workload = workload_of(Job((12, 7), (5, 7)))
     assert workload.num_sequences == 2 and sorted(workload.lengths) == [(5.0, 8.0), (7.0, 1.0)]
 
 
@@ -104,8 +105,8 @@ def test_small_jobs_are_not_searched_for():
         raise AssertionError("a small job asked for the machine")
 
     budgets = {"gpu": 2**30, "cpu": 2**30, "disk": 2**30}
-    problem = choosing.Problem(TINY, EngineConfig(), job, budgets, 4)
-    choice = choosing.choose_policy(problem, hardware, exact_needs(TINY, torch.float32, job))
+    problem = Problem(TINY, EngineConfig(), job, budgets, 4)
+    choice = choose_policy(problem, hardware, exact_needs(TINY, torch.float32, job))
     assert choice.plan is None
     assert choice.policy.block_size == 37 and choice.policy.weights == choice.policy.cache == Split(1, 0)
 
@@ -146,10 +147,10 @@ def test_unknown_machine_is_a_configuration_error(tmp_path):
 def test_what_is_chosen_fits_on_a_tiny_shape(gpu, cpu, lengths, micro_batches, weight_bits):
     job = Job(tuple(prompt + output - 1 for prompt, output in lengths), tuple(prompt for prompt, _ in lengths))
     budgets = {"gpu": gpu, "cpu": cpu, "disk": 2**30}
-    problem = choosing.Problem(TINY, EngineConfig(num_gpu_batches=micro_batches, weight_bits=weight_bits), job, budgets, 4)
+    problem = Problem(TINY, EngineConfig(num_gpu_batches=micro_batches, weight_bits=weight_bits), job, budgets, 4)
     needs = exact_needs(TINY, torch.float32, job)
     try:
-        choice = choosing.choose_policy(problem, lambda: load_hardware("cpu"), needs)
+        choice = choose_policy(problem, lambda: load_hardware("cpu"), needs)
     except DoesNotFitError as error:
         assert "does not fit" in str(error) or "no policy" in str(error)
         return
@@ -174,11 +175,3 @@ def test_what_is_chosen_fits_on_public_shapes(model, hardware, gpu, cpu, batch):
         return
     for tier, budget in report["budgets"].items():
         assert sum(need["num_bytes"] for need in report["memory"] if need["tier"] == tier) <= budget
-
-
-def test_the_optimizer_counts_with_the_engines_own_buffers():
-    """`policy` imports nothing of ours, so that it repeats their sizes."""
-    assert memory.INPUT_BYTES == 2 * HALF_BYTES
-    assert memory.CPU_ATTENTION_TOKENS == CPU_ATTENTION_MAX_TREE_TOKENS
-    assert (memory.LOGITS_BLOCK_BYTES, memory.MIN_LOGIT_ROWS) == (LOGITS_BLOCK_BYTES, MIN_LOGIT_ROWS)
-    assert (memory.SAMPLED_ELEMENTS, memory.SAMPLING_BYTES_PER_LOGIT) == (CHUNK_ELEMENTS, SAMPLING_BYTES_PER_LOGIT)

@@ -9,15 +9,17 @@ import random
 
 import pytest
 
-from flexbatch import LLM, SamplingParams, tables
-from flexbatch.adapting import TIMED_EVERY, TIMED_FIRST, WARM_UP, WINDOW, BusySeconds, PassMeter, UsageTracer
-from flexbatch.config import ConfigurationError
+from flexbatch import LLM, SamplingParams
+from flexbatch.cli import tables
+from flexbatch.planner.monitor import TIMED_EVERY, TIMED_FIRST, WARM_UP, WINDOW, BusySeconds, PassMeter, UsageTracer
 from flexbatch.policy.cost import PassModel, point_of
-from flexbatch.policy.loads import PassLoad
+from flexbatch.policy.hardware import SHIPPED, load_hardware
+from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import price
-from flexbatch.policy.rates import SHIPPED, load_hardware
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import public_shape
-from flexbatch.policy.types import Policy, Split, Workload
+from flexbatch.policy.workload import Workload
+from flexbatch.validation.errors import ConfigurationError
 from tests.engine.conftest import NEW_TOKENS
 
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)

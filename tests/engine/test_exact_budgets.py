@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.config import DoesNotFitError
+from flexbatch.validation.errors import DoesNotFitError
 from tests.tiny_models import make_model, random_prompts
 
 TIERS = ("gpu", "cpu")

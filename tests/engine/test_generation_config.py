@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.config import ConfigurationError
 from flexbatch.models.checkpoint import CheckpointError, read_arch
 from flexbatch.models.generation_config import NOTHING, GenerationDefaults, read_generation
 from flexbatch.models.resolve import DEMO
 from flexbatch.run import main as run
 from flexbatch.speculative.tree import ROOT, TokenTree, TreeShape
+from flexbatch.validation.errors import ConfigurationError
 from tests.speculative.engines import Scripted
 from tests.tiny_models import make_model, random_prompts
 

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from flexbatch import host_rates
-from flexbatch.policy.types import Policy, Split
+from flexbatch.calibrate import host
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import Span
 
 CPU = torch.device("cpu")
@@ -25,12 +25,12 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         more += policy.num_gpu_batches * (8e-4 * (policy.cache.cpu - policy.cpu_attention) + 9e-4 * policy.weights.cpu)
         return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + more * num_layers
 
-    attention = {0: host_rates.AttentionInPasses(6e-4, 1e11, 5e10), 1: host_rates.AttentionInPasses(5e-4, 1.2e11, math.inf)}
-    monkeypatch.setattr(host_rates, "decode_seconds", seconds)
-    monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 4e-4)
-    monkeypatch.setattr(host_rates, "graph_seconds", lambda device: 4e-5)
-    monkeypatch.setattr(host_rates, "attention_in_passes", lambda device, weights, calls: attention[weights.gpu])
-    found = host_rates.host_rates(torch.device(device))
+    attention = {0: host.AttentionInPasses(6e-4, 1e11, 5e10), 1: host.AttentionInPasses(5e-4, 1.2e11, math.inf)}
+    monkeypatch.setattr(host, "decode_seconds", seconds)
+    monkeypatch.setattr(host, "attention_seconds", lambda device: 4e-4)
+    monkeypatch.setattr(host, "graph_seconds", lambda device: 4e-5)
+    monkeypatch.setattr(host, "attention_in_passes", lambda device, weights, calls: attention[weights.gpu])
+    found = host.host_rates(torch.device(device))
     wanted = {
         "pass_seconds": 2e-3,
         "sequence_seconds": 1e-5,
@@ -41,7 +41,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "staging_seconds": 8e-4,
         "fetch_seconds": 9e-4,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
-        **({"cpu_attention_during_h2d": 1e11, "h2d_during_cpu_attention": 5e10, host_rates.ALONE: 1.2e11} if device == "cuda" else {}),
+        **({"cpu_attention_during_h2d": 1e11, "h2d_during_cpu_attention": 5e10, host.ALONE: 1.2e11} if device == "cuda" else {}),
     }
     assert found == {name: pytest.approx(value) for name, value in wanted.items()}
 
@@ -55,8 +55,8 @@ def test_the_fastest_of_all_rounds_counts(late: bool, monkeypatch: pytest.Monkey
         calls.append(num_layers)
         return num_layers * (1e-3 if (len(calls) > 4) == late else 5e-3)
 
-    monkeypatch.setattr(host_rates, "decode_seconds", seconds)
-    passes = host_rates.HostPasses({"one": host_rates.resident(8), "two": host_rates.resident(16)}, CPU)
+    monkeypatch.setattr(host, "decode_seconds", seconds)
+    passes = host.HostPasses({"one": host.resident(8), "two": host.resident(16)}, CPU)
     assert passes.layer_seconds("one") == passes.layer_seconds("two") == pytest.approx(1e-3)
     assert len(calls) == 8
 
@@ -65,14 +65,14 @@ def test_the_rate_of_copies_beside_attention() -> None:
     """A copy counts by the part of it that attention ran beside: of these the last not at all, and the first twice as much as the second."""
     copies = [Span("h2d", "weights 1", 0.0, 1.0, 40), Span("h2d", "weights 2", 1.0, 2.0, 70), Span("h2d", "weights 3", 3.0, 4.0, 1000)]
     attention = [Span("cpu_attention", "cache 0.0", -1.0, 0.5), Span("cpu_attention", "cache 0.1", 0.5, 1.5)]
-    assert host_rates.rate_beside(copies, attention) == pytest.approx((40 + 0.5 * 70) / 1.5)
-    assert host_rates.rate_beside(copies[2:], attention) == host_rates.rate_beside([], attention) == math.inf
+    assert host.rate_beside(copies, attention) == pytest.approx((40 + 0.5 * 70) / 1.5)
+    assert host.rate_beside(copies[2:], attention) == host.rate_beside([], attention) == math.inf
 
 
 def test_costs_of_this_machine() -> None:
     """Finite and not negative, whoever else uses the machine: a busy one gives any of them 0. The number of threads is as before."""
     threads = torch.get_num_threads()
-    found = host_rates.host_rates(CPU)
+    found = host.host_rates(CPU)
     assert torch.get_num_threads() == threads
     names = {"sequence_seconds", "launch_seconds", "pass_seconds", "exchange_seconds", "settle_seconds", "staging_seconds", "fetch_seconds"}
     assert found.keys() == {*names, "graph_seconds", "cpu_attention_seconds"}
@@ -90,9 +90,9 @@ def test_costs_of_a_noisy_machine(noise: int, monkeypatch: pytest.MonkeyPatch) -
         work = 1e-3 + 2e-5 * policy.block_size + 1e-4 * policy.num_gpu_batches * (num_layers + 1)
         return work * chance.choice((1, 1, 2, 50 * chance.random() + 1))
 
-    monkeypatch.setattr(host_rates, "decode_seconds", seconds)
-    monkeypatch.setattr(host_rates, "attention_seconds", lambda device: chance.random())
-    found = host_rates.host_rates(CPU)
+    monkeypatch.setattr(host, "decode_seconds", seconds)
+    monkeypatch.setattr(host, "attention_seconds", lambda device: chance.random())
+    found = host.host_rates(CPU)
     assert all(0 <= value < math.inf for value in found.values())
 
 
@@ -102,17 +102,17 @@ def test_costs_of_a_quiet_machine_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     def seconds(num_layers: int, policy, device) -> float:
         return 1e-3 + 2e-5 * policy.block_size + 1e-4 * policy.num_gpu_batches * (num_layers + 1)
 
-    monkeypatch.setattr(host_rates, "decode_seconds", seconds)
-    monkeypatch.setattr(host_rates, "attention_seconds", lambda device: 1e-4)
-    found = host_rates.host_rates(CPU)
+    monkeypatch.setattr(host, "decode_seconds", seconds)
+    monkeypatch.setattr(host, "attention_seconds", lambda device: 1e-4)
+    found = host.host_rates(CPU)
     assert (found["pass_seconds"], found["sequence_seconds"]) == (pytest.approx(1e-3), pytest.approx(2e-5))
     assert found["launch_seconds"] == pytest.approx(1e-4) and found["exchange_seconds"] == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("weights", [host_rates.ON_CPU, host_rates.ON_GPU])
+@pytest.mark.parametrize("weights", [host.ON_CPU, host.ON_GPU])
 def test_attention_in_passes(weights: Split) -> None:
     """Calls of longer contexts take longer, at a rate that this machine's memory does not exceed."""
-    found = host_rates.attention_in_passes(CPU, weights, host_rates.AttentionCalls(4, 8, 3, (16, 256)))
+    found = host.attention_in_passes(CPU, weights, host.AttentionCalls(4, 8, 3, (16, 256)))
     assert 0 <= found.call_seconds < math.inf
     assert 0 < found.rate < 1e12
     # On two cores no copy may run beside attention.
@@ -121,6 +121,6 @@ def test_attention_in_passes(weights: Split) -> None:
 
 def test_attention_is_measured_with_what_memory_there_is() -> None:
     """Weights of 2.7 GB and 0.15 GB for each pair of sequences, within a quarter."""
-    sequences = [host_rates.AttentionCalls.for_memory(gib << 30).sequences for gib in (8, 16, 24, 32, 128)]
-    assert sequences == sorted(sequences) and sequences[0] == 2 and sequences[-1] == host_rates.ATTENDED_SEQUENCES
+    sequences = [host.AttentionCalls.for_memory(gib << 30).sequences for gib in (8, 16, 24, 32, 128)]
+    assert sequences == sorted(sequences) and sequences[0] == 2 and sequences[-1] == host.ATTENDED_SEQUENCES
     assert 2 < sequences[2] < sequences[-1]

@@ -8,11 +8,11 @@ import logging
 import pytest
 import torch
 
-from flexbatch import machines
-from flexbatch.config import ConfigurationError
-from flexbatch.machines import named, this_machine  # as it is, without the stand-in that tests have otherwise
-from flexbatch.policy.profile import cache_path, cached
-from flexbatch.policy.rates import Hardware, load_hardware, write_hardware
+from flexbatch.calibrate import machine
+from flexbatch.calibrate.machine import named, this_machine
+from flexbatch.calibrate.profile import cache_path, cached
+from flexbatch.policy.hardware import Hardware, load_hardware, write_hardware
+from flexbatch.validation.errors import ConfigurationError
 
 GOOD = json.loads(load_hardware("cpu").to_json())
 CURVE = {"points": [1, 4], "values": [1e9, 2e9]}
@@ -67,8 +67,8 @@ def measured(monkeypatch):
         calls.append(device)
         return load_hardware("cpu")
 
-    monkeypatch.setattr("flexbatch.policy.profile.measure", measure)
-    monkeypatch.setattr("flexbatch.kernel_rates.kernel_rates", lambda device: {})
+    monkeypatch.setattr("flexbatch.calibrate.profile.measure", measure)
+    monkeypatch.setattr("flexbatch.calibrate.kernels.kernel_rates", lambda device: {})
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return calls
 
@@ -127,7 +127,7 @@ def test_a_profile_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_profiles_lie_in_an_absolute_folder():
-    assert machines.default_profile_dir().is_absolute()
+    assert machine.default_profile_dir().is_absolute()
 
 
 def test_a_profile_that_cannot_be_kept_is_used_all_the_same(tmp_path, measured, caplog):

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.request_state import RequestState
-from flexbatch.execution.sampling import SAMPLING_BYTES_PER_LOGIT, process_logits, sample, token_logprobs
+from flexbatch.execution.sampling import process_logits, sample, token_logprobs
 from flexbatch.memory.transfer import ThreadLane
 from flexbatch.models.shapes import SHAPES
+from flexbatch.policy.limits import SAMPLING_BYTES_PER_LOGIT
 from flexbatch.request import Request
 from flexbatch.speculative.chance import drawn_children
 from flexbatch.speculative.draft import SCORING_BYTES_PER_LOGIT, DraftModel, likeliest

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.config import ConfigurationError
 from flexbatch.execution import diagnosis
 from flexbatch.run import main as run
 from flexbatch.speculative.tree import ROOT, TokenTree, TreeShape
+from flexbatch.validation.errors import ConfigurationError
 from tests.speculative.engines import PLACES, Scripted
 from tests.tiny_models import VOCAB, make_model, random_prompts
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.planning import PAGE_TOKENS
+from flexbatch.policy.limits import PAGE_TOKENS
 from tests.engine.conftest import NEW_TOKENS
 
 WEIGHTS = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (30, 40)}

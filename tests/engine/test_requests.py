@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution import executor
-from flexbatch.planning import MIN_LOGIT_ROWS
+from flexbatch.policy.limits import MIN_LOGIT_ROWS
 from tests.tiny_models import make_model, make_tokenizer, random_prompts
 
 PLACEMENTS = ((100, 0, 100, 0, 100, 0), (30, 40, 40, 30, 50, 50), (0, 0, 0, 0, 0, 100))

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.detokenize import OutputText
-from flexbatch.planning import Job
+from flexbatch.job import Job
 from flexbatch.request import Request
+from flexbatch.text.detokenize import OutputText
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_generation_goes_to_the_end_of_the_context_and_the_plan_counts_it() -> N
 
 def test_requests_of_the_engine_have_a_number() -> None:
     from flexbatch.intake import samples_of
-    from flexbatch.prompts import PromptEncoder
+    from flexbatch.text.prompts import PromptEncoder
 
     encoder = PromptEncoder(None, max_context=10, vocab_size=50)
     (request,) = samples_of(0, [1, 2, 3], SamplingParams(max_tokens=None), encoder)

@@ -6,7 +6,7 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.memory.kvcache import KVCache
-from flexbatch.planning import PAGE_TOKENS
+from flexbatch.policy.limits import PAGE_TOKENS
 from tests.tiny_models import make_model, random_prompts
 
 HEADER, NUM_PROMPTS = 300, 200

@@ -11,8 +11,8 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.engine import PEEKED_BLOCKS
 from flexbatch.execution.batcher import Batcher
-from flexbatch.planning import Job
-from flexbatch.prompts import PromptError
+from flexbatch.job import Job
+from flexbatch.text.prompts import PromptError
 from tests.tiny_models import make_model, random_prompts
 
 PLACES = {

@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.text_decoder import common_length
+from flexbatch.text.decoder import common_length
 from tests.text.kinds import KINDS, SPECIAL
 from tests.tiny_models import make_model, random_prompts
 

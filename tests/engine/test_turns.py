@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.cli import read_settings
-from flexbatch.config import ConfigurationError, EngineBusyError, EngineClosedError, EngineConfig
+from flexbatch.cli.settings import read_settings
+from flexbatch.config import EngineConfig
+from flexbatch.validation.errors import ConfigurationError, EngineBusyError, EngineClosedError
 from tests.tiny_models import make_model, random_prompts
 
 PROMPTS = random_prompts([3, 20, 41, 9, 33, 12, 5, 28, 17, 6], seed=9)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from flexbatch.detokenize import OutputText
 from flexbatch.execution.batcher import Candidate
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.work import Sequence
 from flexbatch.memory.kvcache import CacheSizes, KVCache
 from flexbatch.memory.pages import CacheLayout, PageTable
 from flexbatch.request import Request, SamplingParams
+from flexbatch.text.detokenize import OutputText
 from tests.memory.rigs import open_tiers
 
 EOS = 1

@@ -17,7 +17,7 @@ from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.work import PassWork, QueryTokens, Sequence
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.transfer import READY
-from flexbatch.policy.types import TIERS, Policy, Split
+from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.speculative.tree import TokenTree, TreeShape
 from tests.execution.rigs import EOS, PAGE_TOKENS, candidate, open_cache
 from tests.memory.rigs import splits

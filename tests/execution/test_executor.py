@@ -195,7 +195,7 @@ def test_without_overlap_nothing_runs_beside_a_tick(folder: Path, tmp_path: Path
 
 
 def test_logits_come_in_blocks_that_fit(folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexbatch.planning.LOGITS_BLOCK_BYTES", 1)
+    monkeypatch.setattr("flexbatch.execution.block_sizes.LOGITS_CHUNK_BYTES", 1)
     with engine(folder, None, percent=(100, 0, 100, 0, 100, 0)) as llm:
         assert tokens(llm) == expected
 

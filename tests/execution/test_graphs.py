@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.execution.graphs import MAX_GRAPHS, MAX_SEQUENCES, DecodeGraphs, bucket_of, smallest_covering
+from flexbatch.execution.graphs import MAX_GRAPHS, DecodeGraphs, bucket_of, smallest_covering
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
+from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from tests.tiny_models import make_model, random_prompts
 
-keys = st.tuples(st.integers(1, MAX_SEQUENCES).map(bucket_of), st.sampled_from([512, 1024, 2048]))
+keys = st.tuples(st.integers(1, MAX_GRAPH_SEQUENCES).map(bucket_of), st.sampled_from([512, 1024, 2048]))
 
 
-@given(st.integers(1, MAX_SEQUENCES))
+@given(st.integers(1, MAX_GRAPH_SEQUENCES))
 def test_a_bucket_has_room_and_wastes_less_than_half_or_32_places(count: int) -> None:
     assert count <= bucket_of(count) < max(2 * count, count + 32)
 

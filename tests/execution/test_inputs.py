@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.execution.inputs import CPU_ATTENTION_MAX_TREE_TOKENS, InputBuilder, ancestor_masks, place_of
+from flexbatch.execution.inputs import InputBuilder, ancestor_masks, place_of
 from flexbatch.execution.work import PassWork, QueryTokens
 from flexbatch.memory.pages import PageTable
 from flexbatch.memory.tiers import Pool
 from flexbatch.memory.transfer import Lanes
 from flexbatch.memory.uploads import Uploads
+from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 from flexbatch.trace import Tracer
 from tests.execution.rigs import PAGE_TOKENS, sequence
 

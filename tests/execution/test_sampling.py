@@ -12,6 +12,7 @@ from flexbatch.execution import sampling
 from flexbatch.execution.random_stream import ACCEPT_DRAW, mix, uniforms
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampling import process_logits, sample, token_logprobs
+from flexbatch.policy import limits
 from flexbatch.request import Request, SamplingParams
 
 VOCAB = 211
@@ -166,11 +167,11 @@ def test_a_row_does_not_depend_on_the_others(order: list[int], size: int, chunk:
     logits = random_logits(len(MIX), seed=9)
     alone = [int(sample(logits[i : i + 1], [state(i, (2, i), **MIX[i])]).token_ids) for i in range(len(MIX))]
     rows = order[:size]
-    previous, sampling.CHUNK_ELEMENTS = sampling.CHUNK_ELEMENTS, chunk
+    previous, limits.SAMPLING_CHUNK_LOGITS = limits.SAMPLING_CHUNK_LOGITS, chunk
     try:
         together = sample(logits[rows], [state(i, (2, i), **MIX[i]) for i in rows])
     finally:
-        sampling.CHUNK_ELEMENTS = previous
+        limits.SAMPLING_CHUNK_LOGITS = previous
     assert together.token_ids.tolist() == [alone[i] for i in rows]
     assert [entry is not None for entry in together.logprobs] == ["logprobs" in MIX[i] for i in rows]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexbatch.execution.executor import Executor
-from flexbatch.execution.schedule import Tick, zigzag
+from flexbatch.policy.schedule import Tick, zigzag
 
 SIZES = {"num_layers": st.integers(1, 9), "count": st.integers(1, 7)}
 

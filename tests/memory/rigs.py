@@ -17,7 +17,7 @@ from flexbatch.memory.transfer import Lanes, ThreadLane
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import read_arch
 from flexbatch.models.specs import Piece, weight_specs
-from flexbatch.policy.types import Split
+from flexbatch.policy.policy import Split
 from flexbatch.trace import Tracer
 
 MIB = 1 << 20

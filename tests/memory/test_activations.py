@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.memory.activations import ActivationStore
-from flexbatch.policy.types import TIERS, Split
+from flexbatch.policy.policy import TIERS, Split
 from tests.memory.rigs import dawdle, open_tiers, splits
 
 PAGE_TOKENS, WIDTH, MAX_TOKENS = 4, 6, 40

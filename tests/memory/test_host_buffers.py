@@ -96,7 +96,7 @@ ARRAYS = arrays.arrays(st.sampled_from([np.int32, np.int64]), arrays.array_shape
 def test_inputs_arrive_as_they_were_sent_whether_they_fit_or_not(passes: list[list[np.ndarray]], half_bytes: int) -> None:
     lanes = Lanes(torch.device("cpu"), Tracer())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uploads, "HALF_BYTES", half_bytes)
+        patch.setattr(uploads, "INPUT_BUFFER_BYTES", half_bytes)
         sender = Uploads(Pool("cpu", 0), lanes)
         sender.copies, sender.halves = True, list(torch.zeros(2, half_bytes, dtype=torch.uint8))
         sender.ids = torch.arange(half_bytes // ROW_BYTES, dtype=torch.int32)

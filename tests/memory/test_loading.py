@@ -22,7 +22,7 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.fingerprint import WeightFiles
 from flexbatch.models.specs import Piece
-from flexbatch.policy.types import Split
+from flexbatch.policy.policy import Split
 from tests.memory.rigs import open_tiers, pieces, tiny_arch
 from tests.tiny_models import make_model
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexbatch.memory.placement import Spreader, spread
-from flexbatch.policy.types import TIERS, Split
+from flexbatch.policy.policy import TIERS, Split
 from tests.memory.rigs import splits
 
 SIZES = st.lists(st.integers(1, 10_000), min_size=1, max_size=60)

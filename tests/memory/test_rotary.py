@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.config import DoesNotFitError
 from flexbatch.memory.rotary import POSITION_STEP, Rotary, table_bytes
 from flexbatch.memory.tiers import Pool
 from flexbatch.models import rope
 from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import read_arch
+from flexbatch.validation.errors import DoesNotFitError
 from tests.tiny_models import make_model, random_prompts
 
 CONTEXT = 2_000_000

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from flexbatch.config import DoesNotFitError
 from flexbatch.memory.tiers import HostArena, Need, Pool, check_budgets
 from flexbatch.policy.units import GIB
+from flexbatch.validation.errors import DoesNotFitError
 
 BUDGET = 10_000
 

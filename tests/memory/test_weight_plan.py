@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexbatch.memory.weight_plan import GATHERED_ROLES, QUANTIZED_ROLES, SLAB_ALIGNMENT, WeightPlan, plan_weights, slab_alignment, stage_of
 from flexbatch.models.shapes import shape
 from flexbatch.models.specs import weight_specs
-from flexbatch.policy.types import TIERS, Split
+from flexbatch.policy.policy import TIERS, Split
 from tests.memory.rigs import splits, tiny_arch
 
 

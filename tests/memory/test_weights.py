@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.execution.schedule import zigzag
 from flexbatch.kernels import reference
 from flexbatch.memory import files
 from flexbatch.memory.files import DiskFile
@@ -23,7 +22,8 @@ from flexbatch.memory.transfer import READY, Lanes
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
-from flexbatch.policy.types import Split
+from flexbatch.policy.policy import Split
+from flexbatch.policy.schedule import zigzag
 from tests.memory.rigs import dawdle, open_tiers, pieces, splits, tiny_arch
 
 MIXED = Split(0.3, 0.3, 0.4)

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_package_and_its_data_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     data = [f"data/{model}/{file}" for model in ("demo", "demo-draft") for file in ("config.json", "model.safetensors", "tokenizer.json", "README.md")]
-    linked = ["policy/types.py", "policy/hardware/t4.json", "kernels/reference.py", "kernels/native_attention.c", "kernels/native_rows.h", "apps/jobs/plan.py"]
+    linked = ["policy/policy.py", "policy/profiles/t4.json", "kernels/reference.py", "kernels/native_attention.c", "kernels/native_rows.h", "apps/jobs/plan.py"]
     assert not {f"flexbatch/{name}" for name in ("engine.py", "models/families.py", *data, *linked)} - set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"flexbatch"}, "only flexbatch may be a top-level name"
     assert not [name for name in names if name.endswith("kernels/__init__.py")]
@@ -44,7 +44,7 @@ def test_wheel_runs_outside_the_root(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        "import flexbatch.kernels.reference, flexbatch.policy.types, flexbatch.apps\n"
+        "import flexbatch.kernels.reference, flexbatch.policy.policy, flexbatch.apps\n"
         "from flexbatch import LLM, SamplingParams\n"
         "with LLM('demo', device='cpu') as llm:\n"
         "    print(len(llm.generate(['import os'], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))[0].token_ids), llm.decided.folder)\n"

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from flexbatch.policy.cost import PassModel, point_of
-from flexbatch.policy.loads import PassLoad
-from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.hardware import Curve, Hardware, load_hardware
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.pass_load import PassLoad
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import public_shape
-from flexbatch.policy.simulate import SimulatedSequence, simulate
-from flexbatch.policy.types import Curve, Hardware, ModelShape, Policy, Split
+from tests.policy.simulate import SimulatedSequence, simulate
 
 
 def free_launch(name: str) -> Hardware:
@@ -45,7 +46,7 @@ def block(policy: Policy, context: int, chunk: int = 0, before: int = 0) -> tupl
     sequences, load = [], PassLoad()
     for k in range(policy.num_gpu_batches):
         for home, on_cpu_attended in homes:
-            sequences.append(SimulatedSequence(k, home, policy.query_tokens, context - 1, attended_on_cpu=on_cpu_attended))
+            sequences.append(SimulatedSequence(k, home, 1, context - 1, attended_on_cpu=on_cpu_attended))
         load = load + PassLoad.decode(size, context)
         if chunk:
             # The closed form spreads prompts over the tiers as the cache split does.
@@ -97,17 +98,6 @@ def test_prefill_pass_is_the_walk(before):
     policy = Policy(Split(0.2, 0.8), Split(0, 1), Split(0, 1), 48, 3)
     sequences = [SimulatedSequence(k, "cpu", 512, before, prompt=True) for k in range(3) for _ in range(48)]
     closed = float(PassModel(shape, hardware, policy, PassLoad.prefill(144, 512, before)).pass_seconds(point_of(policy)))
-    assert closed == pytest.approx(simulate(shape, hardware, policy, sequences), rel=0.02)
-
-
-def test_tree_verification_is_the_walk():
-    from flexbatch.policy.types import Speculation
-
-    hardware, shape = free_launch("h200"), public_shape("llama-3-70b")
-    tree = Speculation("chain", 8, 3.0)
-    policy = Policy(Split(0.1, 0.9), Split(0, 1), Split(1, 0), 32, 2, speculation=tree)
-    sequences, load = block(policy, 530)
-    closed = float(PassModel(shape, hardware, policy, load).pass_seconds(point_of(policy)))
     assert closed == pytest.approx(simulate(shape, hardware, policy, sequences), rel=0.02)
 
 

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.policy.__main__ import main
-from flexbatch.policy.memory import memory_rows, peak_memory, round_cache, spread_weights
-from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.footprint import memory_rows, peak_memory, round_cache, spread_weights
+from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import names, public_shape
-from flexbatch.policy.types import ModelShape, Policy, Split, Workload
+from flexbatch.policy.workload import Workload
 
 ARGUMENTS = ["--hardware", "h200", "--model-shape", "opt-6.7b", "--gpu-memory", "16GiB", "--gpu-batch-size", "64"]
 

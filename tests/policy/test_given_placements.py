@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.policy.memory import peak_memory
+from flexbatch.policy.footprint import peak_memory
+from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit
-from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
 from flexbatch.policy.shapes import public_shape
-from flexbatch.policy.types import TIERS, Constraints, Policy, Split, Workload
+from flexbatch.policy.workload import Workload
 
 splits = st.tuples(st.sampled_from([0, 10, 25, 33, 50, 70, 100]), st.sampled_from([0, 10, 25, 50, 100])).map(
     lambda pair: (pair[0], min(pair[1], 100 - pair[0]))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flexbatch.policy.groups import cache_group, weight_group
+from flexbatch.policy.limits import cache_group, weight_group
 from flexbatch.policy.shapes import public_shape
 
 

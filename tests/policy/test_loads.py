@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.policy.loads import Lengths, PassLoad, job_phases, reserved_tokens, steady_load, trajectory
-from flexbatch.policy.types import Policy, Speculation, Split, Workload
+from flexbatch.policy.pass_load import Lengths, PassLoad, job_phases, reserved_tokens, steady_load, trajectory
+from flexbatch.policy.policy import Policy, Split
+from flexbatch.policy.workload import Workload
 
 ONE = Split(1, 0)
 
@@ -42,9 +43,8 @@ def test_chunks_of_a_prompt():
 
 def test_reserved_slots_are_full_pages():
     assert reserved_tokens(Workload.uniform(500, 30), block(4, 1)) == 544
-    tree = Speculation("chain", 8, 2.0)
-    assert reserved_tokens(Workload.uniform(500, 30), block(4, 1, speculation=tree)) == 544
-    assert reserved_tokens(Workload.uniform(500, 38), block(4, 1, speculation=tree)) == 560
+    assert reserved_tokens(Workload.uniform(500, 44), block(4, 1)) == 544
+    assert reserved_tokens(Workload.uniform(500, 45), block(4, 1)) == 560
 
 
 def test_long_sequences_are_met_more_often():

@@ -13,14 +13,15 @@ from scipy.optimize import linprog
 
 from flexbatch.policy.bound import machine_bound
 from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
-from flexbatch.policy.loads import steady_load
+from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, shortfall
+from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.lp import solve, time_rows
-from flexbatch.policy.memory import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.optimizer import choose
+from flexbatch.policy.pass_load import steady_load
 from flexbatch.policy.plan import DoesNotFit, price
-from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.policy import Constraints, Policy, Split
 from flexbatch.policy.shapes import public_shape
-from flexbatch.policy.types import Constraints, Policy, Speculation, Split, Workload
+from flexbatch.policy.workload import Workload
 
 GIB = 2**30
 RARE = [("opt-6.7b", 16, 32), ("opt-30b", 80, 128), ("opt-30b", 24, 20)]
@@ -240,7 +241,7 @@ def test_cpu_attention_costs_nothing_without_a_cache_on_the_cpu():
 def test_the_machines_bound_knows_no_tiles():
     shape, workload = public_shape("opt-1.3b"), Workload.uniform(256, 512)
     machines = [dataclasses.replace(load_hardware("h200"), attention_tile_keys=keys) for keys in (0.0, 64.0)]
-    exact, tiled = (machine_bound(shape, machine, workload, Constraints(), 16, 16, None) for machine in machines)
+    exact, tiled = (machine_bound(shape, machine, workload, Constraints(), 16, 16) for machine in machines)
     assert exact is not None and tiled == exact
 
 
@@ -259,15 +260,6 @@ def test_bits_change_only_when_allowed():
     assert (plain.policy.weight_bits, plain.policy.cache_bits) == (16, 16)
     assert (free.policy.weight_bits, free.policy.cache_bits) == (4, 4)
     assert free.predicted_tokens_per_second > 2 * plain.predicted_tokens_per_second
-
-
-def test_a_tree_pays_when_streaming_binds_and_not_when_compute_does():
-    tree = Speculation("chain", 5, 3.0, draft_bytes=GIB, draft_seconds=0.001)
-    hardware, shape = load_hardware("h200").with_memory(gpu=16 * GIB, cpu=80 * GIB), public_shape("opt-30b")
-    streaming = choose(shape, hardware, Workload.uniform(64, 512), Constraints(speculations=(None, tree), gpu_batch_size=64))
-    assert streaming.policy.speculation == tree
-    poor = dataclasses.replace(tree, tokens_per_pass=1.01)
-    assert choose(shape, hardware, Workload.uniform(64, 512), Constraints(speculations=(None, poor), gpu_batch_size=64)).policy.speculation is None
 
 
 def test_without_overlap_is_slower():

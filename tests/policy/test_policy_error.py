@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmark.policy_error import main, plan_of
-from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.hardware import load_hardware
 
 RUN = {
     "model": "opt-6.7b", "percent": [20, 80, 0, 100, 100, 0], "gpu_batch_size": 16, "num_gpu_batches": 2, "cpu_attention": 0.5,

@@ -13,8 +13,8 @@ from benchmark import policy_neighbours, policy_runs
 from benchmark.policy_error import plan_of
 from benchmark.policy_settings import NEIGHBOURHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
-from flexbatch.policy.rates import load_hardware
-from flexbatch.policy.types import Policy, Split
+from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.policy import Policy, Split
 
 TINY = Setting("tiny", (0.003, 0.003), 6, (20, 40), (3, 6), {"device": "cpu", "dtype": "float32", "gpu_batch_size": 2, "num_gpu_batches": 2})
 

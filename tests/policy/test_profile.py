@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.policy.fits import fit_curve, fit_rate
-from flexbatch.policy.rates import Curve, Hardware, load_hardware
+from flexbatch.calibrate.fits import fit_curve, fit_rate
+from flexbatch.policy.hardware import Curve, Hardware, load_hardware
 
 
 @settings(deadline=None)
@@ -71,7 +71,7 @@ def test_curves_are_checked():
 def test_this_machine_is_measured_and_cached(tmp_path, monkeypatch):
     """The whole profile on the CPU, then from the cache without measuring again."""
     pytest.importorskip("torch")
-    from flexbatch.policy import profile
+    from flexbatch.calibrate import profile
 
     start = time.perf_counter()
     hardware = profile.cached(tmp_path / "cache", "cpu", tmp_path, overrides={"scatter": 123e6})

@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 
 from flexbatch.policy.cost import PassModel, point_of
-from flexbatch.policy.loads import steady_load
+from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.pass_load import steady_load
 from flexbatch.policy.plan import price
-from flexbatch.policy.rates import load_hardware
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.replan import recalibrate, replan
 from flexbatch.policy.shapes import public_shape
-from flexbatch.policy.types import Policy, Split, Workload
+from flexbatch.policy.workload import Workload
 
 WORKLOAD = Workload.uniform(512, 32)
 POLICY = Policy(Split(0.2, 0.8), Split(0, 1), Split(1, 0), 40, 2, cpu_attention=0.4, prefill_budget=1000)

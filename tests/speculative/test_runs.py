@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch import LLM, SamplingParams, tables
-from flexbatch.config import ConfigurationError, DoesNotFitError
+from flexbatch import LLM, SamplingParams
+from flexbatch.cli import tables
 from flexbatch.speculative.tree import TokenTree
+from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 from tests.speculative.engines import GREEDY, Scripted, engine, tokens
 from tests.tiny_models import make_model, make_tokenizer
 

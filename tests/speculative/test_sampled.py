@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flexbatch import SamplingParams
-from flexbatch.config import ConfigurationError
 from flexbatch.speculative.speculator import Speculator
+from flexbatch.validation.errors import ConfigurationError
 from tests.speculative.engines import engine, tokens
 from tests.tiny_models import VOCAB
 
@@ -66,7 +66,7 @@ def test_trees_that_blocks_of_logits_cut_are_judged_whole(drawing, reference, ot
     settings = {"draft": (str(other),), "tree": "<3,2>", "draft_sampling": drawing}
     with engine(model, tmp_path, **settings) as llm:
         expected = [completion.token_ids for completion in llm.generate(model.prompts, SAMPLED)]
-    monkeypatch.setattr("flexbatch.planning.LOGITS_BLOCK_BYTES", 7 * 4 * VOCAB)
+    monkeypatch.setattr("flexbatch.execution.block_sizes.LOGITS_CHUNK_BYTES", 7 * 4 * VOCAB)
     for name, value in {"LOGITS_BLOCK_BYTES": 5 * 4 * VOCAB, "SCORED_ELEMENTS": 3 * VOCAB, "PASS_TOKENS": 40}.items():
         monkeypatch.setattr(f"flexbatch.speculative.draft.{name}", value)
     judged = []

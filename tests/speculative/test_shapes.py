@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.config import ConfigurationError
 from flexbatch.speculative.shapes import StaticTrees, TreeSpec, fixed_widths, parse_tree
 from flexbatch.speculative.tree import ROOT, TreeShape
+from flexbatch.validation.errors import ConfigurationError
 
 
 def expected_tokens(shape: TreeShape, acceptance: Sequence[Sequence[float]]) -> float:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexbatch.models.resolve import DEMO, load_tokenizer
-from flexbatch.prompts import PromptEncoder, PromptError
+from flexbatch.text.prompts import PromptEncoder, PromptError
 
 GENERATION = "{% if add_generation_prompt %}[assistant]{% endif %}"
 TEXT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}" + GENERATION

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from flexbatch.detokenize import Finish, OutputText
 from flexbatch.request import SamplingParams
-from flexbatch.text_decoder import WINDOW, TextDecoder, common_length
+from flexbatch.text.decoder import WINDOW, TextDecoder, common_length
+from flexbatch.text.detokenize import Finish, OutputText
 from tests.text.kinds import KINDS, SPECIAL
 
 FEW_AND_MANY = [20, pytest.param(500, marks=pytest.mark.slow)]

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from flexbatch.detokenize import Finish, OutputText, first_stop
 from flexbatch.request import SamplingParams
-from flexbatch.text_decoder import Detokenizer, TextDecoder
+from flexbatch.text.decoder import Detokenizer, TextDecoder
+from flexbatch.text.detokenize import Finish, OutputText, first_stop
 
 fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
 EOS = 1

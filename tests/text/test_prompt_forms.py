@@ -8,11 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch.config import ConfigurationError
 from flexbatch.intake import Defaults, Intake, requests_of
 from flexbatch.models.generation_config import GenerationDefaults
-from flexbatch.prompts import PromptEncoder, PromptError
 from flexbatch.request import SamplingParams
+from flexbatch.text.prompts import PromptEncoder, PromptError
+from flexbatch.validation.errors import ConfigurationError
 
 USER = {"role": "user", "content": "hi"}
 PARAMS = SamplingParams(max_tokens=2)

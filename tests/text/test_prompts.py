@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch.prompts import PromptEncoder, PromptError
 from flexbatch.request import SamplingParams
+from flexbatch.text.prompts import PromptEncoder, PromptError
 
 VOCAB = 400
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]

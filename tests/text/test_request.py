@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch import LLM
-from flexbatch.checks import UnknownKeywordError
-from flexbatch.config import ConfigurationError, EngineConfig
+from flexbatch.config import EngineConfig
 from flexbatch.request import MOST_SAMPLES, OTHER_NAMES, Completion, SamplingParams
+from flexbatch.validation.checks import UnknownKeywordError
+from flexbatch.validation.errors import ConfigurationError
 
 BAD = {
     "max_tokens": (-1,),

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.config import ConfigurationError
-from flexbatch.text_files import decode_text, lone_surrogate, parse_json, read_text, short, split_lines
+from flexbatch.text.files import decode_text, lone_surrogate, parse_json, read_text, short, split_lines
+from flexbatch.validation.errors import ConfigurationError
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
 

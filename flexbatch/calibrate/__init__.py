@@ -1,0 +1,1 @@
+"""Measures a machine: links, kernels, host, disk; the result is a `policy.hardware.Hardware`."""

@@ -1,0 +1,50 @@
+"""Fits of measurements: a rate with a fixed cost, and a curve that does not fall."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import isotonic_regression, nnls
+
+from flexbatch.policy.hardware import Curve
+
+
+@dataclass(frozen=True)
+class RateFit:
+    """``seconds = amount / rate + fixed_seconds``; ``error``: root mean square of the relative residuals."""
+
+    rate: float
+    fixed_seconds: float
+    error: float
+
+
+def fit_rate(amounts: Sequence[float], seconds: Sequence[float]) -> RateFit:
+    """Non-negative least squares of the relative error, so that short measurements count as much as long ones.
+
+    Where the fit is faster than the largest measurement by more than half (a busy machine: time hardly grows with the amount), that
+    measurement alone gives the rate, and the error is large.
+    Raises ValueError for fewer than two timings or timings of zero.
+    """
+    if len(amounts) != len(seconds) or len(amounts) < 2 or min(seconds) <= 0:
+        raise ValueError(f"a rate needs at least two positive timings, got amounts {list(amounts)} and seconds {list(seconds)}")
+    x, t = np.asarray(amounts, dtype=float), np.asarray(seconds, dtype=float)
+    # Scaled to the longest measurement: bytes and seconds differ by ten orders of magnitude.
+    scale = x.max()
+    design = np.stack([x / scale, np.ones_like(x)], axis=1)
+    (slope, fixed), _ = nnls(design / t[:, None], np.ones_like(t))
+    largest = float(t[np.argmax(x)])
+    if slope < largest / 1.5:
+        slope, fixed = largest, 0.0
+    residual = design @ np.array([slope, fixed]) / t - 1
+    return RateFit(scale / slope, float(fixed), float(np.sqrt(np.mean(residual**2))))
+
+
+def fit_curve(points: Sequence[float], values: Sequence[float]) -> tuple[Curve, float]:
+    """The nearest curve that does not fall (isotonic regression), and the relative root-mean-square error."""
+    order = np.argsort(points)
+    x, y = np.asarray(points, dtype=float)[order], np.asarray(values, dtype=float)[order]
+    fitted = isotonic_regression(y).x
+    error = float(np.sqrt(np.mean((fitted / y - 1) ** 2)))
+    return Curve(tuple(float(v) for v in x), tuple(float(v) for v in fitted)), error

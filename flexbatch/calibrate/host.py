@@ -1,0 +1,295 @@
+"""What the engine's own Python costs on this machine: per pass, per sequence and per tick.
+
+Small models and blocks that live on the GPU are limited by it (512 sequences of OPT-1.3B on an H200: 9 of 15 milliseconds a pass are the GPU's), and so
+is a single micro-batch that waits for CPU attention at every layer. Passes of a model too small to compute anything leave only these costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from flexbatch.execution.batcher import Batcher, Candidate
+from flexbatch.execution.block_sizes import block_sizes, cache_layout
+from flexbatch.execution.executor import Executor
+from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sampler import draw
+from flexbatch.job import Job
+from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.host_buffers import HostBuffers
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.loading import Loader
+from flexbatch.memory.rotary import Rotary
+from flexbatch.memory.tiers import Pool, Tiers, host_memory_bytes
+from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.weight_plan import plan_weights
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models.arch import Arch
+from flexbatch.models.dummy import dummy
+from flexbatch.models.families import read_arch
+from flexbatch.models.specs import weight_specs
+from flexbatch.policy.policy import Policy, Split
+from flexbatch.request import Request, SamplingParams
+from flexbatch.text.detokenize import OutputText
+from flexbatch.trace import RecordingTracer, Span, Tracer
+
+MIB = 2**20
+ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
+PROMPT_TOKENS = 4
+FEW, MANY = 2, 10
+"""Layers."""
+GRAPHED = (16, 512)
+"""Sequences of passes that are one graph each, whose layers cost the host nothing: they tell what a pass and a sequence cost from what a tick does. Without
+them the same three numbers fitted four passes of an H200's host at 0.5 or 1.2 ms a pass and 0.37 or 0.5 ms a tick."""
+WARM_UP, PASSES = 3, 6
+ROUNDS = 2
+"""Of all measurements of the host, one after the other, the faster counts: its other users come and go within seconds."""
+ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 8, (128, 512)
+"""Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with layers as wide as those of models of 7
+billion: calls of 67 and 268 MB, sixteen of them a pass. Of 0.67 GB a pass with half as wide layers the processor's caches kept a part: 130 to 154 GB/s on
+H200's hosts, where the passes of models of 7 and 13 billion saw 95 to 120."""
+ATTENDED_BYTES = 144 * MIB
+"""Of host memory that such a sequence takes with its counterpart in the other micro-batch; with the weights a quarter of what is free has to do."""
+
+
+ALONE = "cpu_attention_alone"
+"""Of what `host_rates` finds: bytes a second in passes whose weights stay on the GPU. `cpu_attention` of `Hardware` starts with it."""
+
+
+def small_arch(num_layers: int, head_dim: int, num_heads: int = 1) -> Arch:
+    """With several heads an MLP wide enough that its weights keep the link busy."""
+    hidden_size = num_heads * head_dim
+    sizes = {"hidden_size": hidden_size, "intermediate_size": hidden_size * min(2, num_heads), "vocab_size": 64}
+    config = {"model_type": "llama", "num_hidden_layers": num_layers, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5}
+    return read_arch({**config, **sizes, "num_attention_heads": num_heads, "num_key_value_heads": num_heads, "eos_token_id": 2, "bos_token_id": 1})
+
+
+def resident(sequences: int, num_gpu_batches: int = 2) -> Policy:
+    """Two micro-batches: one alone on the GPU is a graph, whose ticks cost the host nothing."""
+    return Policy(ON_GPU, ON_GPU, ON_GPU, sequences, num_gpu_batches, prefill_chunk=PROMPT_TOKENS)
+
+
+def attended(sequences: int, num_gpu_batches: int = 1) -> Policy:
+    """Micro-batches whose cache the CPU attends."""
+    return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, num_gpu_batches, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
+
+
+@contextlib.contextmanager
+def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer) -> Iterator[tuple[Executor, KVCache, int]]:
+    """Executor, cache and the tokens of a micro-batch, with random weights."""
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        pinned = device.type == "cuda"
+        tiers = Tiers(Pool("gpu", 8192 * MIB, device=device), Pool("cpu", 16384 * MIB, pinned=pinned), Pool("disk", MIB), Path(folder))
+        stack.callback(tiers.close)
+        lanes = Lanes(device, tracer, disk_threads=1)
+        stack.callback(lanes.close)
+        weights = WeightStore(plan_weights(arch, policy.weights, 16, 64, dtype.itemsize), tiers, lanes, dtype)
+        stack.callback(weights.close)
+        Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
+        layout = cache_layout(arch, 16, dtype)
+        sizes = block_sizes(policy, layout, job)
+        cache = KVCache(layout, sizes.cache, tiers, lanes)
+        stack.callback(cache.close)
+        tokens = sizes.max_micro_batch_tokens
+        activations = ActivationStore(policy.activations, policy.num_gpu_batches, tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, lanes)
+        stack.callback(activations.close)
+        buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
+        stack.callback(buffers.close)
+        yield Executor(arch, weights, cache, activations, lanes, buffers, Rotary(arch, job.longest, dtype, tiers.gpu), dtype, policy.overlap), cache, tokens
+
+
+def run_passes(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS) -> list[float]:
+    """Seconds of the decode passes of a full block, after some that warm up."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    new_tokens = 1 + WARM_UP + PASSES
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+    chance = random.Random(0)
+    requests = [Request(i, chance.choices(range(3, 64), k=prompt_tokens), params) for i in range(policy.block_size)]
+    job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
+    seconds = []
+    with open_block(arch, policy, job, device, dtype, tracer) as (executor, cache, tokens):
+        batcher = Batcher(policy, cache, (Candidate(RequestState(request), OutputText(None, params)) for request in requests), tokens)
+        while batcher.has_work():
+            start = time.perf_counter()
+            work = batcher.next_pass()
+            batcher.commit(work, draw(executor.run(work)))
+            seconds.append(time.perf_counter() - start)
+    return seconds[1 + WARM_UP : -1]
+
+
+def head_dim(device: torch.device) -> int:
+    return 128 if device.type == "cuda" else 8
+
+
+def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
+    """Of a decode pass: the fastest, since what is above it is the machine's other users."""
+    return min(run_passes(small_arch(num_layers, head_dim(device)), policy, device, Tracer()))
+
+
+def attention_seconds(device: torch.device) -> float:
+    """Of a call of CPU attention that has next to nothing to attend to, while the host launches the other micro-batch: the lower quartile."""
+    tracer = RecordingTracer(device)
+    run_passes(small_arch(MANY, head_dim(device)), attended(16, 2), device, tracer)
+    return quantiles([span.end - span.start for span in tracer.spans() if span.resource == "cpu_attention"], n=4)[0]
+
+
+@dataclass(frozen=True)
+class AttentionCalls:
+    """Sizes of the passes that CPU attention is measured in."""
+
+    sequences: int
+    num_heads: int
+    num_layers: int
+    contexts: tuple[int, int]
+
+    @classmethod
+    def for_memory(cls, free_bytes: int) -> AttentionCalls:
+        """As large as a quarter of the host's free memory allows."""
+        arch = small_arch(ATTENDED_LAYERS, 128, ATTENDED_HEADS)
+        weights = sum(math.prod(spec.shape) for spec in weight_specs(arch)) * 2
+        sequences = max(2, min(ATTENDED_SEQUENCES, (free_bytes // 4 - weights) // ATTENDED_BYTES))
+        return cls(sequences, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS)
+
+
+class AttentionInPasses(NamedTuple):
+    """What CPU attention and a link beside it do in the passes of a model."""
+
+    call_seconds: float
+    """Fixed cost of a call."""
+    rate: float
+    """Bytes attended a second beside it."""
+    link_rate: float
+    """Bytes a second of the copies of weights, those counted most that attention ran beside; infinite without copies."""
+
+
+def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCalls) -> AttentionInPasses:
+    """Measured in passes of a model with ``weights``.
+
+    Measured alone, beside nothing but copies, a call looked 0.3 to 0.5 ms cheaper and a third faster than it was in the passes of OPT-6.7B on an H200's host:
+    the interpreter launches kernels meanwhile, threads have to be woken, and the engine takes a core. The link ran at 47 of 55 GB/s beside it by the one
+    measurement, and at 51 to 54 in passes.
+    """
+    sizes, seconds = [], []
+    arch = small_arch(calls.num_layers, head_dim(device), calls.num_heads)
+    for context in calls.contexts:
+        tracer = RecordingTracer(device)
+        policy = replace(attended(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context)
+        run_passes(arch, policy, device, tracer, context)
+        spans = tracer.spans()
+        attention = [span for span in spans if span.resource == "cpu_attention"]
+        # While prompts still come in, calls are smaller.
+        most = max(span.num_bytes for span in attention)
+        full = [span for span in attention if span.num_bytes > 0.95 * most]
+        sizes.append(median(span.num_bytes for span in full))
+        seconds.append(median(span.end - span.start for span in full))
+    link_rate = rate_beside([span for span in spans if span.resource == "h2d" and span.start > full[0].start], full)
+    slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
+    if slope <= 0:
+        # On a busy machine the shorter calls may take longer.
+        return AttentionInPasses(0.0, sizes[1] / seconds[1], link_rate)
+    return AttentionInPasses(max(0.0, seconds[0] - slope * sizes[0]), 1 / slope, link_rate)
+
+
+def rate_beside(copies: list[Span], others: list[Span]) -> float:
+    """Bytes a second of ``copies``, each counted by how much of it one of ``others``, which do not overlap each other, ran beside; infinite for none."""
+    beside = [sum(max(0.0, min(copy.end, other.end) - max(copy.start, other.start)) for other in others) for copy in copies]
+    shares = [seconds / (copy.end - copy.start) if copy.end > copy.start else 0.0 for seconds, copy in zip(beside, copies, strict=True)]
+    moved = sum(share * copy.num_bytes for share, copy in zip(shares, copies, strict=True))
+    return moved / sum(beside) if moved > 0 else math.inf
+
+
+class HostPasses:
+    """Decode passes of a few policies, measured in rounds: of each the fastest counts, and the machine's other users come and go between rounds."""
+
+    def __init__(self, policies: dict[str, Policy], device: torch.device) -> None:
+        cells = [(name, layers) for name in policies for layers in (FEW, MANY)]
+        rounds = [[decode_seconds(layers, policies[name], device) for name, layers in cells] for _ in range(ROUNDS)]
+        self.seconds = {cell: min(times) for cell, times in zip(cells, zip(*rounds, strict=True), strict=True)}
+
+    def layer_seconds(self, name: str) -> float:
+        """Of a layer more."""
+        return (self.seconds[name, MANY] - self.seconds[name, FEW]) / (MANY - FEW)
+
+
+def graph_seconds(device: torch.device) -> float:
+    """Of a layer more in a CUDA graph, by the device's clock: on the host's, 0.02 ms a layer are lost in what composing a pass takes now and then."""
+
+    def replay(num_layers: int) -> float:
+        tracer = RecordingTracer(device)
+        run_passes(small_arch(num_layers, head_dim(device)), resident(8, 1), device, tracer)
+        # The median: a pass with prompts asks for a graph, too, and gets none at once.
+        return median(span.end - span.start for span in tracer.spans() if span.name == "layers")
+
+    return (replay(MANY) - replay(FEW)) / (MANY - FEW)
+
+
+def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) -> dict[str, float]:
+    """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` by non-negative least squares over ``policies``; a graph's ticks cost the host nothing."""
+    terms, seconds = [], []
+    for name, policy in policies.items():
+        for layers in (FEW, MANY):
+            one_graph = policy.num_gpu_batches == 1
+            terms.append([1, policy.block_size, 0 if one_graph else policy.num_gpu_batches * (layers + 1)])
+            seconds.append(passes.seconds[name, layers] - (layers + 1) * graph * one_graph)
+    # Relative errors: a pass of ten layers is not five times as important as one of two.
+    found, _ = nnls(np.array(terms) / np.array(seconds)[:, None], np.ones(len(seconds)))
+    return dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
+
+
+@torch.inference_mode()
+def host_rates(device: torch.device) -> dict[str, float]:
+    """What passes of small models tell, as fields of `policy.rates.Hardware`.
+
+    ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``: 0 without a GPU, where there are no
+    graphs. ``exchange_seconds`` and ``settle_seconds``: from how passes of one micro-batch grow with the layers; ``staging_seconds`` and ``fetch_seconds``:
+    from how those of two do. ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
+    """
+    gpu = device.type == "cuda"
+    plain = {"few": resident(8), "many": resident(128)}
+    if gpu:
+        plain |= {f"graph of {sequences}": resident(sequences, 1) for sequences in GRAPHED}
+    others = {
+        "staged": replace(plain["few"], cache=ON_CPU),
+        "fetched": replace(plain["few"], weights=ON_CPU),
+        "attended": attended(8),
+        "in turn": replace(attended(8), overlap=False),
+    }
+    threads = torch.get_num_threads()
+    # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
+    torch.set_num_threads(1)
+    try:
+        passes = HostPasses(plain | others, device)
+    finally:
+        torch.set_num_threads(threads)
+    rates = {"graph_seconds": max(0.0, graph_seconds(device)) if gpu else 0.0}
+    rates |= python_rates(passes, plain, rates["graph_seconds"])
+    layer = {name: passes.layer_seconds(name) for name in ("few", *others)}
+    differences = {
+        "exchange_seconds": layer["attended"] - rates["launch_seconds"],
+        "settle_seconds": layer["in turn"] - layer["attended"],
+        "staging_seconds": (layer["staged"] - layer["few"]) / 2,
+        "fetch_seconds": (layer["fetched"] - layer["few"]) / 2,
+    }
+    rates |= {name: max(0.0, seconds) for name, seconds in differences.items()}
+    if not gpu:
+        return rates | {"cpu_attention_seconds": attention_seconds(device)}
+    calls = AttentionCalls.for_memory(host_memory_bytes())
+    beside, alone = (attention_in_passes(device, weights, calls) for weights in (ON_CPU, ON_GPU))
+    return rates | {
+        "cpu_attention_seconds": beside.call_seconds,
+        "cpu_attention_during_h2d": min(beside.rate, alone.rate),
+        "h2d_during_cpu_attention": beside.link_rate,
+        ALONE: alone.rate,
+    }

@@ -1,0 +1,199 @@
+"""Rates of the engine's own kernels on this machine, for the profile that the policy optimizer plans by; `host_rates` adds what its Python costs.
+
+`policy.profile` measures links, GEMMs and disks with torch alone; what runs in kernels of this project is measured here, by the calls that the engine makes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexbatch.calibrate.fits import fit_curve
+from flexbatch.calibrate.host import ALONE, host_rates
+from flexbatch.kernels import ops, reference
+from flexbatch.memory.tiers import HostArena, host_memory_bytes
+from flexbatch.policy.hardware import Curve
+
+GIB = 2**30
+MIB = 2**20
+PAGE_TOKENS, GROUP, HEAD_DIM = 16, 64, 128
+QUERY_HEADS = (1, 4, 8)
+"""Query heads of one key-value head: plain, and as Llama-3-8B and 70B share them."""
+CONTEXT = 512
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The fastest of ``repeats`` after a warm-up; on a GPU each is ten calls in a row, so that launching hides behind running."""
+    calls = 10 if device.type == "cuda" else 1
+
+    def once() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    once()
+    return min(once() for _ in range(repeats))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal numbers; large tensors repeat a million of them, drawing more takes longer than measuring."""
+    count = torch.Size(shape).numel()
+    pool = torch.randn(min(count, 1 << 20), device=device).to(dtype)
+    return pool.repeat(-(-count // len(pool)))[:count].view(shape)
+
+
+def as_in_the_engine(rows: Tensor) -> Tensor:
+    """A copy in host memory of the engine's own kind, huge pages and all."""
+    arena = HostArena(rows.numel() * rows.element_size(), pinned=False)
+    return arena.tensor.view(rows.dtype).view(rows.shape).copy_(rows)
+
+
+def attention_call(
+    num_sequences: int, query_tokens: int, context: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device, bits: int = 16
+) -> Any:
+    """(a call of `ops.paged_attention` over pages in random order, bytes of its cache). ``heads``: query heads, key-value heads."""
+    num_heads, kv_heads = heads
+    pages_each = context // PAGE_TOKENS
+    rows = normal((num_sequences * context, 2, kv_heads, HEAD_DIM), dtype, device)
+    num_bytes = rows.numel() * rows.element_size()
+    if bits != 16:
+        row_bytes = reference.token_bytes(kv_heads, HEAD_DIM, bits, GROUP, dtype.itemsize)
+        packed = torch.zeros(rows.shape[0], row_bytes, dtype=torch.uint8, device=device)
+        ops.append_rows(packed, torch.arange(rows.shape[0], device=device), rows[:, 0].contiguous(), rows[:, 1].contiguous(), bits, GROUP)
+        rows = packed
+    if device.type == "cpu":
+        rows = as_in_the_engine(rows)
+    table = torch.randperm(num_sequences * pages_each).view(num_sequences, pages_each).int().to(device)
+    query = torch.randn(num_sequences * query_tokens, num_heads, HEAD_DIM, device=device).to(dtype)
+    starts = torch.arange(0, num_sequences * query_tokens + 1, query_tokens, dtype=torch.int32, device=device)
+    lens = torch.full((num_sequences,), context, dtype=torch.int32, device=device)
+
+    def call() -> Tensor:
+        return ops.paged_attention(
+            query, rows, table, starts, lens, num_kv_heads=kv_heads, page_tokens=PAGE_TOKENS, scale=HEAD_DIM**-0.5, bits=bits, group=GROUP,
+            max_query_len=query_tokens, max_context_len=context,
+        )  # fmt: skip
+
+    return call, num_bytes
+
+
+def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Of the compute device: single query tokens over 16-bit and quantised rows, and prompts."""
+    gpu = device.type == "cuda"
+    sequences, heads = (128, (32, 32)) if gpu else (16, (8, 8))
+    call, size = attention_call(sequences, 1, CONTEXT, heads, dtype, device)
+    rates = {"attention_decode": size / seconds(call, device)}
+    if gpu:
+        from flexbatch.kernels import attention
+
+        rates["attention_tile_keys"] = float(attention.choose_launch(dtype, HEAD_DIM, 16, 1).block_n)
+    call, size = attention_call(sequences, 1, CONTEXT, heads, dtype, device, bits=4)
+    rates["attention_expand"] = size / seconds(call, device)
+    prompts = 8 if gpu else 1
+    call, _ = attention_call(prompts, CONTEXT, CONTEXT, heads, dtype, device)
+    rates["attention_prefill"] = 4.0 * prompts * heads[0] * HEAD_DIM * CONTEXT * (CONTEXT + 1) / 2 / seconds(call, device)
+    return rates
+
+
+def page_rates(device: torch.device) -> dict[str, Any]:
+    """Gather and scatter between pinned host pages and the GPU, and the expansion of quantised weights."""
+    page_bytes = 256 * 1024
+    host = torch.empty(1024, page_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+    ids = torch.randperm(len(host), device=device)[: len(host) // 2]
+    staging = torch.empty(len(ids), page_bytes, dtype=torch.uint8, device=device)
+    weight = normal((8192, 8192), torch.bfloat16, device)
+    codes, parameters = ops.quantize(weight, 4, GROUP)
+    dense = torch.empty_like(weight)
+    moved = sum(x.numel() * x.element_size() for x in (weight, codes, parameters))
+    return {
+        "gather": staging.numel() / seconds(lambda: ops.gather_pages(host, ids.int(), staging), device),
+        "scatter": staging.numel() / seconds(lambda: ops.scatter_rows(staging, host, ids), device),
+        "expand": moved / seconds(lambda: ops.dequantize(codes, parameters, weight.shape[1], 4, GROUP, out=dense), device),
+    }
+
+
+def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Alone, for more and more query heads of a key-value head, and without a GPU beside copies; with one `host_rates` measures that in passes.
+
+    The cache is larger than any processor's own caches: a part of 134 MB was found there on a 16-core machine, and 309 GB/s measured; with 1 GiB still
+    159 GB/s, where engines with 9 GiB saw 120.
+    """
+    host = torch.device("cpu")
+    size = min(2 * GIB, host_memory_bytes() // 8) if device.type == "cuda" else 128 * MIB
+    kv_heads = 8
+    sequences = size // (CONTEXT * 2 * kv_heads * HEAD_DIM * dtype.itemsize)
+
+    def call_of(query_heads: int, bits: int = 16) -> tuple[Callable[[], object], int]:
+        # What is quantised takes the memory of both while it is made.
+        return attention_call(sequences if bits == 16 else sequences // 2, 1, CONTEXT, (query_heads * kv_heads, kv_heads), dtype, host, bits)
+
+    def curve_of(bits: int) -> Curve:
+        rates = []
+        for query_heads in QUERY_HEADS:
+            call, num_bytes = call_of(query_heads, bits)
+            rates.append(num_bytes / seconds(call, host, 6))
+            del call  # with its cache: the next one takes as much
+        # More query heads do not read the cache faster: the regression runs from the most to one.
+        falling, _ = fit_curve(QUERY_HEADS, rates[::-1])
+        return Curve(falling.points, falling.values[::-1])
+
+    rates: dict[str, Any] = {"cpu_attention": curve_of(16), "cpu_attention_8": curve_of(8), "cpu_attention_4": curve_of(4)}
+    if device.type == "cpu":
+        attention, link = beside(*call_of(QUERY_HEADS[0]))
+        rates |= {"cpu_attention_during_h2d": attention, "h2d_during_cpu_attention": link}
+    return rates
+
+
+def beside(attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tuple[float, float]:
+    """(bytes a second attended, bytes a second copied) while both run in host memory."""
+    source = torch.empty(32 * MIB, dtype=torch.uint8).fill_(1)
+    target = torch.empty_like(source)
+    stop = threading.Event()
+
+    def carry() -> float:
+        copied, start = 0, time.perf_counter()
+        while not stop.is_set() or not copied:
+            target.copy_(source)
+            copied += source.numel()
+        return copied / (time.perf_counter() - start)
+
+    with ThreadPoolExecutor(1) as pool:
+        link = pool.submit(carry)
+        start = time.perf_counter()
+        try:
+            for _ in range(rounds):
+                attend()
+            took = time.perf_counter() - start
+        finally:
+            stop.set()
+        return rounds * num_bytes / took, link.result()
+
+
+def kernel_rates(device: str) -> dict[str, Any]:
+    """Fields of `policy.rates.Hardware`, for `policy.profile.measure`. Takes about 20 seconds with a GPU, most of it compilation, and 5 without."""
+    dev = torch.empty(0, device=device).device  # with its number
+    dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
+    with torch.no_grad():
+        rates = attention_rates(dev, dtype) | cpu_attention_rates(dev, dtype)
+        rates |= host_rates(dev)
+        # As in passes of the engine, where less of the machine is left to attention than beside nothing.
+        share = min(1.0, rates.pop(ALONE, math.inf) / rates["cpu_attention"].values[0])
+        for name in ("cpu_attention", "cpu_attention_8", "cpu_attention_4"):
+            rates[name] = Curve(rates[name].points, tuple(share * rate for rate in rates[name].values))
+        rates["cpu_attention_during_h2d"] = min(rates["cpu_attention_during_h2d"], rates["cpu_attention"].values[0])
+        return rates | page_rates(dev) if dev.type == "cuda" else rates

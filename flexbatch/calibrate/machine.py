@@ -1,0 +1,80 @@
+"""The measured machine that plans are made for: named by the user, read from the user's cache folder, or measured at first use."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from flexbatch.kernels.native_cache import user_cache_folder
+from flexbatch.policy.hardware import Hardware, load_hardware, read_hardware
+from flexbatch.validation.errors import ConfigurationError
+
+logger = logging.getLogger("flexbatch")
+
+AUTO = "auto"
+IDLE_SECONDS = 12.0
+"""What a profile takes on an idle CPU machine; it grows with the processes that share the cores."""
+PATIENCE_SECONDS = 20.0
+
+
+def default_profile_dir() -> Path:
+    return user_cache_folder("profiles")
+
+
+def named(setting: str) -> Hardware | None:
+    """The machine of --hardware; None for "auto". Raises ConfigurationError."""
+    if setting == AUTO:
+        return None
+    try:
+        return load_hardware(setting)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--hardware {setting}: {error}") from error
+
+
+def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, measure: bool = True) -> Hardware:
+    """The cached profile of this machine, else a measured one; a shipped one where measuring is not wanted or would take long."""
+    from flexbatch.calibrate.profile import cache_path, cached
+
+    while not disk_folder.exists():
+        disk_folder = disk_folder.parent
+    path = cache_path(cache_folder, str(device), disk_folder)
+    if path.is_file():
+        try:
+            return read_hardware(path)
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "the profile of this machine, %s, cannot be used and is made anew: %s", path, str(error).splitlines()[0]
+            )
+    expected = IDLE_SECONDS * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
+    if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
+        from flexbatch.calibrate.kernels import kernel_rates
+
+        logger.info("measuring this machine once for the policy optimizer; --hardware %s skips it", shipped_for(device))
+        hardware = cached(cache_folder, str(device), disk_folder, kernel_rates(str(device)))
+        logger.info("measured %s -> %s", hardware.name, path)
+        return hardware
+    why = f"measuring would take about {expected:.0f} s at a load of {os.getloadavg()[0]:.1f}" if measure else "nothing is measured for a dry run"
+    shipped = shipped_for(device)
+    logger.warning("no profile of this machine: planned with the shipped %s.json and this machine's memory (%s)", shipped, why)
+    return load_hardware(shipped)
+
+
+def shipped_for(device: torch.device) -> str:
+    return "h200" if device.type == "cuda" else "cpu"
+
+
+def profile_path(setting: str, device: torch.device, disk_folder: Path, cache_folder: Path) -> Path:
+    """The file that --recalibrate writes: the user's, or this machine's in the cache folder. Raises ConfigurationError for a shipped machine."""
+    from flexbatch.calibrate.profile import cache_path
+
+    if setting == AUTO:
+        while not disk_folder.exists():
+            disk_folder = disk_folder.parent
+        return cache_path(cache_folder, str(device), disk_folder)
+    path = Path(setting).expanduser()
+    if not path.is_file():
+        raise ConfigurationError(f"--recalibrate refines a profile of yours: --hardware {setting} is a shipped one; leave it out or name a JSON file")
+    return path

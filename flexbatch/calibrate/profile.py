@@ -1,0 +1,354 @@
+"""``python -m flexbatch.calibrate.profile -o hardware.json``: measure this machine. The only module of `policy` that imports torch.
+
+Pinned and plain buffers stay below 2 GiB together. Rates of the engine's own kernels can be given as ``overrides`` by a caller that may
+import them; without, library kernels or stated ratios stand in, and the JSON's ``source`` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexbatch.calibrate.disk import measure_disk
+from flexbatch.calibrate.fits import fit_curve, fit_rate
+from flexbatch.policy.hardware import Hardware, read_hardware, write_hardware
+from flexbatch.policy.stdout import data_apart, run_process
+
+logger = logging.getLogger("flexbatch")
+
+MIB = 2**20
+TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}
+GROUPS = (1, 4, 8)
+OPS_PER_TICK = 24
+"""Kernels that a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and their events."""
+GATHER_SHARE = 0.93
+"""Page gather by kernel against the copy engine, measured elsewhere (51.4 of 55.3 GB/s on an H200)."""
+
+
+class Timer:
+    """The fastest of repeated runs on one device: what is above it is the machine's other users.
+
+    On a GPU a run is as many calls in a row as take SPAN_SECONDS, or launching and waiting would be counted as work: 15 of 47 microseconds that a GEMM of
+    one token took on an H200.
+    """
+
+    SPAN_SECONDS = 0.004
+
+    def __init__(self, device: torch.device, seconds: float):
+        self.device, self.seconds = device, seconds
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        """Seconds of one ``work``: one warm-up, then at least 3 runs and at most ``self.seconds``."""
+        self._once(work)
+        single = self._once(work)
+        calls = max(1, round(self.SPAN_SECONDS / single)) if self.device.type == "cuda" else 1
+        times: list[float] = []
+        deadline = time.perf_counter() + self.seconds
+        while len(times) < 3 or (time.perf_counter() < deadline and len(times) < 50):
+            times.append(self._once(work, calls))
+        return min(times)
+
+    def _once(self, work: Callable[[], object], calls: int = 1) -> float:
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        self._wait()
+        return (time.perf_counter() - start) / calls
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def measure(device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None) -> Hardware:
+    """Measure everything that the cost model uses. ``overrides``: fields of `Hardware` that the caller measured better; they are not measured here.
+
+    Takes under 60 seconds with a GPU and under 20 without. Raises OSError when the disk folder cannot be written.
+    """
+    dev = torch.device(device)
+    dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
+    timer = Timer(dev, 0.4 if dev.type == "cuda" else 0.12)
+    values: dict = {}
+    errors: dict[str, float] = {}
+    with torch.no_grad():
+        _links(values, errors, dev, timer)
+        _compute(values, errors, dev, dtype, timer)
+        if "cpu_attention" not in (overrides or {}):
+            _cpu_attention(values, errors, dev, dtype, timer)
+        if "launch_seconds" not in (overrides or {}):
+            _overheads(values, dev, timer)
+    _disk(values, errors, disk_folder, 1024 * MIB if dev.type == "cuda" else 128 * MIB)
+    values |= _capacities(dev, disk_folder)
+    given = dict(overrides or {})
+    source = {"measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}", "machine": machine_key(dev, disk_folder)[0]}
+    source["load average"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    if dev.type == "cuda":
+        stand_ins = {"gather": f"{GATHER_SHARE} of h2d", "scatter": f"{GATHER_SHARE} of d2h", "expand": "a PyTorch expression, not a fused kernel"}
+        source |= {name: text for name, text in stand_ins.items() if name not in given}
+    source |= dict.fromkeys(given, "the engine's own kernel")
+    if {"cpu_attention_during_h2d", "h2d_during_cpu_attention"} <= given.keys():
+        given["h2d_during_cpu_attention"] = min(given["h2d_during_cpu_attention"], values["h2d"])
+        values["host_bandwidth"] = max(values["host_bandwidth"], given["cpu_attention_during_h2d"] + given["h2d_during_cpu_attention"])
+    return Hardware(**{"name": source["machine"], "device": dev.type, **values, **given, "fit_error": errors, "source": source})
+
+
+def _links(values: dict, errors: dict[str, float], dev: torch.device, timer: Timer) -> None:
+    """Copies each way over sizes, both at once, and what the host's memory gives."""
+    largest = 256 * MIB
+    pinned = dev.type == "cuda"
+    host, back = (torch.empty(largest, dtype=torch.uint8, pin_memory=pinned).fill_(1) for _ in range(2))
+    near, far = (torch.empty(largest, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
+    # Without a GPU a copy must not fit the processor's cache, or it says nothing about memory.
+    sizes = [largest >> shift for shift in ((6, 4, 2, 0) if pinned else (3, 2, 1, 0))]
+    for name, target, origin in (("h2d", near, host), ("d2h", back, far)):
+        fit = fit_rate(sizes, [timer(partial(_copy, target[:n], origin[:n])) for n in sizes])
+        values[name], errors[name] = fit.rate, fit.error
+        if name == "h2d":
+            values["link_seconds"] = fit.fixed_seconds
+    values["link_both"] = 2 * largest / timer(lambda: _both(dev, (near, host), (back, far)))
+    share = GATHER_SHARE if pinned else 1.0
+    values["gather"], values["scatter"] = share * values["h2d"], share * values["d2h"]
+    words = host.view(torch.int32)
+    copy = 2 * largest / timer(lambda: back.copy_(host))
+    values["host_bandwidth"] = max(largest / timer(words.sum), copy)
+
+
+def _copy(target: Tensor, origin: Tensor) -> None:
+    target.copy_(origin, non_blocking=True)
+
+
+def _both(dev: torch.device, *copies: tuple[Tensor, Tensor]) -> None:
+    """All copies at once: on streams of their own, or in threads."""
+    if dev.type == "cuda":
+        streams = [torch.cuda.Stream(dev) for _ in copies]
+        for stream, (target, origin) in zip(streams, copies, strict=True):
+            with torch.cuda.stream(stream):
+                target.copy_(origin, non_blocking=True)
+        return
+    with ThreadPoolExecutor(len(copies)) as pool:
+        for done in [pool.submit(target.copy_, origin) for target, origin in copies]:
+            done.result()
+
+
+def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
+    """GEMM against tokens, memory bandwidth, attention for single tokens and for prompts, expansion of quantised weights."""
+    gpu = dev.type == "cuda"
+    rows, columns = (8192, 8192) if gpu else (2048, 2048)
+    weight = torch.randn(rows, columns, device=dev, dtype=dtype)
+    rates = []
+    for tokens in TOKENS[dev.type]:
+        x = torch.randn(tokens, columns, device=dev, dtype=dtype)
+        rates.append(2 * tokens * rows * columns / timer(partial(torch.nn.functional.linear, x, weight)))
+    values["gemm"], errors["gemm"] = fit_curve(TOKENS[dev.type], rates)
+    source, target = (torch.empty((512 if gpu else 64) * MIB, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
+    values["gpu_bandwidth"] = 2 * source.numel() / timer(lambda: target.copy_(source))
+    batch, heads, head_dim, context = (64, 32, 128, 1024) if gpu else (16, 8, 64, 1024)
+    cache = torch.randn(2, batch, heads, context, head_dim, device=dev, dtype=dtype)
+    single = torch.randn(batch, heads, 1, head_dim, device=dev, dtype=dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    values["attention_decode"] = cache.numel() * cache.element_size() / timer(lambda: attend(single, cache[0], cache[1]))
+    few = cache[:, : max(1, batch // 16)]
+    flops = 4 * few.shape[1] * heads * head_dim * context * (context + 1) / 2
+    values["attention_prefill"] = flops / timer(lambda: attend(few[0], few[0], few[1], is_causal=True))
+    codes = torch.randint(0, 255, (weight.numel() // 64, 64), device=dev, dtype=torch.uint8)
+    scale = torch.rand(codes.shape[0], 1, device=dev, dtype=dtype)
+    moved = codes.numel() * (1 + weight.element_size())
+    values["expand"] = moved / timer(lambda: codes.to(dtype).mul_(scale).add_(scale))
+
+
+def _cpu_attention(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
+    """Grouped heads folded into the query length, alone and while copies to the GPU run."""
+    # Larger than any processor's own caches: of 134 MB a part was found there on a 16-core machine, and 309 GB/s measured.
+    batch, kv_heads, head_dim, context = (256, 8, 128, 1024) if dev.type == "cuda" else (16, 8, 64, 1024)
+    cache = torch.randn(2, batch, kv_heads, context, head_dim, dtype=dtype)
+    size = cache.numel() * cache.element_size()
+
+    def attend(group: int) -> Callable[[], Tensor]:
+        query = torch.randn(batch, kv_heads, group, head_dim, dtype=dtype)
+        return lambda: torch.nn.functional.scaled_dot_product_attention(query, cache[0], cache[1])
+
+    host_timer = Timer(torch.device("cpu"), timer.seconds)
+    alone = [size / host_timer(attend(group)) for group in GROUPS]
+    # A larger group reads the cache no faster: the regression runs from the largest group down.
+    falling, errors["cpu_attention"] = fit_curve(GROUPS, alone[::-1])
+    values["cpu_attention"] = dataclasses.replace(falling, values=falling.values[::-1])
+    attention, link = _beside(dev, attend(1), size, 8 * timer.seconds)
+    # A machine that slows down one of two by chance must not report a speed-up.
+    values["cpu_attention_during_h2d"] = min(attention, values["cpu_attention"].values[0])
+    values["h2d_during_cpu_attention"] = min(link, values["h2d"])
+    values["host_bandwidth"] = max(values["host_bandwidth"], attention + link)
+
+
+def _beside(dev: torch.device, attend: Callable[[], Tensor], size: int, seconds: float) -> tuple[float, float]:
+    """(bytes a second attended, bytes a second copied) while both run."""
+    chunk = 64 * MIB
+    host = torch.empty(chunk, dtype=torch.uint8, pin_memory=dev.type == "cuda").fill_(1)
+    near = torch.empty(chunk, dtype=torch.uint8, device=dev)
+    stop = threading.Event()
+
+    def copy() -> float:
+        start, copied = time.perf_counter(), 0
+        while not stop.is_set() or not copied:
+            if dev.type == "cuda":
+                # Asleep while the copy engine works: spinning takes a core from the attention's threads, whose barriers wait for the slowest.
+                for _ in range(8):
+                    near.copy_(host, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record()
+                while not done.query():
+                    time.sleep(0.0005)
+                copied += 8 * chunk
+            else:
+                near.copy_(host)
+                copied += chunk
+        return copied / (time.perf_counter() - start)
+
+    with ThreadPoolExecutor(1) as pool:
+        link = pool.submit(copy)
+        start, rounds = time.perf_counter(), 0
+        try:
+            while rounds < 3 or time.perf_counter() - start < seconds:
+                attend()
+                rounds += 1
+        finally:
+            stop.set()
+        return rounds * size / (time.perf_counter() - start), link.result()
+
+
+def _overheads(values: dict, dev: torch.device, timer: Timer) -> None:
+    """Launching the kernels of a tick without waiting for them, and choosing the next tokens of a pass."""
+    small = torch.ones(64, device=dev)
+    timer(lambda: small.add_(1))
+    start = time.perf_counter()
+    for _ in range(10 * OPS_PER_TICK):
+        small.add_(1)
+    values["launch_seconds"] = (time.perf_counter() - start) / 10
+    logits = torch.randn(64, 32000, device=dev)
+    values["pass_seconds"] = timer(lambda: logits.argmax(dim=-1).tolist())
+
+
+def _disk(values: dict, errors: dict[str, float], folder: Path, size: int) -> None:
+    reads, writes, latency = measure_disk(folder, size, seconds=8.0 if size > 256 * MIB else 4.0)
+    for name, results in (("disk_read", reads), ("disk_write", writes)):
+        blocks, seconds = zip(*results, strict=True)
+        if len(blocks) > 1:
+            fit = fit_rate(blocks, seconds)
+            values[name], errors[name] = fit.rate, fit.error
+        else:
+            values[name] = blocks[0] / seconds[0]
+    values["disk_read_seconds"] = latency
+
+
+def _capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:
+    """What is there and free now; without a GPU, two thirds of the free memory are the compute device's tier and the rest is the host's."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    disk = int(0.9 * shutil.disk_usage(disk_folder).free)
+    if dev.type == "cuda":
+        free, total = torch.cuda.mem_get_info(dev)
+        context = min(total - free, 2 * 2**30)
+        return {
+            "gpu_memory_bytes": total,
+            "gpu_reserved_bytes": context,
+            "cpu_memory_bytes": int(0.95 * available),
+            "cpu_reserved_bytes": 4 * 2**30,
+            "disk_bytes": disk,
+        }
+    return {"gpu_memory_bytes": available * 2 // 3, "cpu_memory_bytes": available // 4, "disk_bytes": disk}
+
+
+def machine_key(device: torch.device, disk_folder: Path) -> tuple[str, str]:
+    """(readable name, short hash) of what a profile depends on: GPU and driver, processor and cores, the disk."""
+    parts = [_processor(), f"{os.cpu_count()} cores"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        parts = [properties.name, f"{properties.total_memory / 2**30:.0f} GiB", f"CUDA {torch.version.cuda}", *parts]
+    name = ", ".join(parts)
+    stat = os.stat(disk_folder) if disk_folder.exists() else None
+    return name, hashlib.sha256(f"{name} disk {stat.st_dev if stat else None} torch {torch.__version__}".encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return names[0] if names else "unknown processor"
+
+
+def cache_path(cache_folder: Path, device: str, disk_folder: Path) -> Path:
+    """The file of this machine's profile."""
+    return cache_folder / f"hardware-{machine_key(torch.device(device), disk_folder)[1]}.json"
+
+
+def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None, refresh: bool = False) -> Hardware:
+    """The machine's profile from ``cache_folder``, measured at first use, and again where the file is damaged or of
+    another version."""
+    path = cache_path(cache_folder, device, disk_folder)
+    hardware = None
+    if path.is_file() and not refresh:
+        with contextlib.suppress(OSError, ValueError):
+            hardware = read_hardware(path)
+    if hardware is not None:
+        return hardware.with_memory(*(_capacities(torch.device(device), disk_folder)[f"{tier}_bytes"] for tier in ("gpu_memory", "cpu_memory", "disk")))
+    hardware = measure(device, disk_folder, overrides)
+    try:
+        write_hardware(hardware, path)
+    except OSError as error:
+        # What was measured is right for this process, wherever the next one will find it.
+        logger.warning("the profile of this machine cannot be kept, and is measured at every start: %s", error)
+    return hardware
+
+
+def kernels_of(name: str, device: str) -> dict[str, Any]:
+    """What MODULE:FUNCTION measures on ``device``. Named and not imported, because this room knows nothing of the engine; empty for "none"."""
+    if name == "none":
+        return {}
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)(device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m flexbatch.calibrate.profile", description="Measure this machine for the policy optimizer.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--offload-dir", type=Path, default=Path.cwd(), help="folder on the disk to measure (default: here)")
+    parser.add_argument(
+        "--kernels",
+        default="flexbatch.calibrate.kernels:kernel_rates",
+        metavar="MODULE:FUNCTION",
+        help="measures the kernels that the engine runs; none takes torch's in their place (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    with data_apart():
+        return _write_profile(options)
+
+
+def _write_profile(options: argparse.Namespace) -> int:
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.perf_counter()
+    hardware = measure(device, options.offload_dir, kernels_of(options.kernels, device))
+    write_hardware(hardware, options.output)
+    print(f"{hardware.name}: measured in {time.perf_counter() - start:.1f} s -> {options.output}", file=sys.stderr)
+    for name, error in hardware.fit_error.items():
+        print(f"  fit error of {name}: {error:.1%}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(main))

@@ -1,0 +1,1 @@
+"""The command line: settings, prompt files, tables and progress."""

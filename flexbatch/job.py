@@ -1,0 +1,42 @@
+"""What the planner knows of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the planner knows of a job: the token rows that every request may need, and its prompt's length."""
+
+    cache_tokens: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
+        """Of requests by (prompt tokens, max_tokens). The context may end one earlier, and the last token that it generates needs no row."""
+        pairs = [(prompt, prompt + max(0, min(max_tokens, max_positions - prompt) - 1)) for prompt, max_tokens in lengths] or [(1, 1)]
+        return cls(tuple(cache for _, cache in pairs), tuple(prompt for prompt, _ in pairs))
+
+    @classmethod
+    def typical(cls, max_positions: int) -> Job:
+        """Before any prompt is known: 256 requests of 512 prompt tokens and 128 generated ones, within the model's context."""
+        prompt, total = min(512, max(1, max_positions - 1)), min(639, max_positions)
+        return cls((total,) * 256, (prompt,) * 256)
+
+    def first(self, count: int) -> Job:
+        """The job of its first requests alone."""
+        return Job(self.cache_tokens[:count], self.prompt_tokens[:count])
+
+    def longest_first(self) -> Job:
+        pairs = sorted(zip(self.cache_tokens, self.prompt_tokens, strict=True), reverse=True)
+        return Job(tuple(cache for cache, _ in pairs), tuple(prompt for _, prompt in pairs))
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.cache_tokens)
+
+    @property
+    def longest(self) -> int:
+        return max(self.cache_tokens)

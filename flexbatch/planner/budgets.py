@@ -1,0 +1,78 @@
+"""From settings, model and machine to budgets and exact sizes, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from flexbatch.config import EngineConfig, parse_bytes
+from flexbatch.memory.tiers import host_memory_bytes
+from flexbatch.models.arch import Arch
+from flexbatch.policy.hardware import Hardware
+from flexbatch.validation.errors import ConfigurationError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The compute device. Raises ConfigurationError when a GPU is asked for and none is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigurationError(f"device {name!r} was asked for, but torch {torch.__version__} finds no CUDA device; use --device cpu")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def resolve_dtype(name: str, arch: Arch, device: torch.device) -> torch.dtype:
+    """The compute dtype: on the CPU float32 unless asked otherwise; on a GPU the checkpoint's 16-bit type, bfloat16 for float32 checkpoints."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise ConfigurationError(f"dtype {name!r} is not known; use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if arch.dtype == "float16" else torch.bfloat16
+
+
+def resolve_budgets(config: EngineConfig, device: torch.device, machine: Hardware | None = None) -> dict[str, int]:
+    """Bytes of every tier, of this machine or of a named one. Without a GPU, gpu and cpu tier are the same memory: half of what is available each."""
+    given = {tier: parse_bytes(size) for tier, size in (("gpu", config.gpu_memory), ("cpu", config.cpu_memory)) if size is not None}
+    if machine is not None:
+        gpu, cpu = machine.gpu_memory_bytes - machine.gpu_reserved_bytes, machine.cpu_memory_bytes - machine.cpu_reserved_bytes
+        return {"gpu": gpu, "cpu": cpu, "disk": machine.disk_bytes, **given}
+    available = host_memory_bytes()
+    if device.type == "cuda":
+        gpu, cpu = int(torch.cuda.mem_get_info(device)[0] * 0.94), int(available * 0.9)
+    else:
+        gpu = cpu = int(available * 0.45)
+    folder = offload_dir(config)
+    while not folder.exists():
+        folder = folder.parent
+    space = os.statvfs(folder)
+    return {
+        "gpu": gpu,
+        "cpu": cpu,
+        "disk": space.f_bavail * space.f_frsize,
+        **given,
+    }
+
+
+def default_offload_dir() -> Path:
+    return Path(os.path.expanduser("~")) / ".cache" / "flexbatch" / "offload"
+
+
+def offload_dir(config: EngineConfig) -> Path:
+    """The folder of the disk tier, and of what is kept between starts: converted weights and digests."""
+    return config.offload_path or default_offload_dir()
+
+

@@ -1,0 +1,98 @@
+"""Bytes by tier and purpose of a model, a policy and a block, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from flexbatch.execution.block_sizes import BlockSizes, logits_block_bytes, micro_batch_tokens
+from flexbatch.execution.graphs import MAX_GRAPHS, bucket_of, graph_bytes
+from flexbatch.kernels.native_sizes import workspace_bytes
+from flexbatch.memory.files import align
+from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.rotary import table_bytes
+from flexbatch.memory.tiers import Need
+from flexbatch.memory.weight_plan import WeightPlan
+from flexbatch.models.arch import Arch
+from flexbatch.policy.footprint import logits_bytes
+from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS, INPUT_BUFFER_BYTES, MAX_GRAPH_SEQUENCES
+from flexbatch.policy.policy import Policy
+
+
+def pass_workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
+    """Intermediate results of one tick: hidden states, projections, MLP, and one block of logits with what sampling makes of them."""
+    logits = logits_bytes(logits_block_bytes(arch, policy, max_query_nodes) // 4)
+    return micro_batch_tokens(policy, max_query_nodes) * arch.workspace_elements * dtype.itemsize + int(logits)
+
+
+def attention_workspace_bytes(arch: Arch, policy: Policy, sizes: BlockSizes, threads: int, device: str) -> int:
+    """What compiled attention takes beside its tensors: of the CPU's share (``device`` "cpu"), or of everything on a machine without a GPU ("gpu")."""
+    nodes, keys = sizes.max_query_nodes, sizes.longest + sizes.max_query_nodes
+    sequences, tokens, queries = policy.gpu_batch_size, sizes.max_micro_batch_tokens, sizes.max_micro_batch_tokens
+    if device == "cpu":
+        sequences, tokens, queries = sizes.attended_sequences, sizes.max_cpu_attention_tokens, min(CPU_ATTENTION_MAX_TREE_TOKENS, nodes + 1)
+    return workspace_bytes(arch.num_heads, arch.num_kv_heads, arch.head_dim, sequences, tokens, queries, keys, threads)
+
+
+def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSizes, dtype: torch.dtype, cuda: bool, threads: int = 1) -> list[Need]:
+    """What needs how much on which tier: the table of `check_budgets` and of the report. threads: of attention on the CPU."""
+    arch, cache = plan.arch, sizes.cache
+    expansion = plan.expansion_bytes("pre") + plan.expansion_bytes("post")
+    disk_slab = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
+    activation = sizes.max_micro_batch_tokens * arch.hidden_size * dtype.itemsize * policy.num_gpu_batches
+    # Rows go home in pages: the last page of a micro-batch may be a part of one.
+    host_rows = (sizes.max_micro_batch_tokens + layout.page_tokens) * arch.hidden_size * dtype.itemsize
+    off_gpu = 1 - policy.activations.gpu
+    head = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * dtype.itemsize
+    rows = [
+        Need("weights", "gpu", plan.tier_bytes("gpu")),
+        Need("weights", "cpu", plan.tier_bytes("cpu")),
+        Need("weights", "disk", plan.tier_bytes("disk")),
+        Need(f"weight slabs ({plan.num_slabs})", "gpu", plan.num_slabs * plan.slab_bytes),
+        Need("weight expansion", "gpu", expansion),
+        Need("cache", "gpu", layout.num_layers * cache.gpu_pages * layout.page_bytes),
+        Need("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
+        Need("cache", "disk", layout.num_layers * cache.disk_pages * layout.disk_page_bytes),
+        Need("cache staging (2)", "gpu", 2 * cache.staging_pages * layout.page_bytes),
+        Need("cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes),
+        Need("activations", "gpu", activation if policy.activations.gpu > 0 else 0),
+        Need("activations", "cpu", policy.num_gpu_batches * host_rows if off_gpu > 0 else 0),
+        Need("activations", "disk", policy.num_gpu_batches * align(host_rows) if policy.activations.disk > 0 else 0),
+        Need("rotary tables", "gpu", table_bytes(arch, sizes.longest, dtype)),
+        Need("workspace", "gpu", pass_workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
+        Need("attention workspace", "gpu", 0 if cuda else attention_workspace_bytes(arch, policy, sizes, threads, "gpu")),
+        Need("attention workspace", "cpu", attention_workspace_bytes(arch, policy, sizes, threads, "cpu")),
+    ]
+    if cuda:
+        rows += [
+            Need("disk staging", "cpu", plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
+            Need("inputs", "cpu", 2 * INPUT_BUFFER_BYTES),
+            Need("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
+        ]
+    return [row for row in rows if row.num_bytes]
+
+
+def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes) -> int:
+    return graph_bytes(arch.num_layers, arch.hidden_size * layout.dtype.itemsize, policy.gpu_batch_size, sizes.longest, layout.page_tokens)
+
+
+def graph_pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
+    """Intermediate results of the largest decode pass: graphs share them, and nothing else does."""
+    return bucket_of(min(policy.gpu_batch_size, MAX_GRAPH_SEQUENCES)) * arch.workspace_elements * layout.dtype.itemsize
+
+
+def num_graphs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[Need], budget: int, cuda: bool) -> int:
+    """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its ``rows`` leave of the gpu tier's budget."""
+    resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
+    if not (cuda and resident and policy.overlap):
+        return 0
+    left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - graph_pool_bytes(arch, policy, layout)
+    return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))
+
+
+def graph_needs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[Need], budget: int, cuda: bool) -> list[Need]:
+    """The row of the decode graphs, where there are any."""
+    count = num_graphs(arch, policy, layout, sizes, rows, budget, cuda)
+    size = count * one_graph_bytes(arch, policy, layout, sizes) + graph_pool_bytes(arch, policy, layout)
+    return [Need(f"decode graphs ({count})", "gpu", size)] if count else []

@@ -1,0 +1,278 @@
+"""The output of a request as text: stop strings, stop tokens and length limits, and what can be shown while it
+grows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from flexbatch.request import SamplingParams
+from flexbatch.text.decoder import REPLACEMENT, WINDOW, Detokenizer, TextDecoder
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Why an output ended: ``reason`` and ``stop_reason`` as in `Completion`."""
+
+    reason: str
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True)
+class FoundStop:
+    """A stop string that was completed: the text ends before ``cut``, its length without special tokens."""
+
+    cut: int
+    stop: str
+
+
+class StopSearch:
+    """The text of an answer as its tokens come, searched for stop strings.
+
+    A stop string may be, or hold, a special token, which the text does not show. So from the first special token on,
+    the text with special tokens is decoded and searched as well; `_marks` tells where its places lie in the text
+    without them.
+    """
+
+    def __init__(
+        self, decoder: TextDecoder, prompt_token_ids: Sequence[int], stops: Sequence[str], min_tokens: int = 0
+    ) -> None:
+        self._decoder, self._prompt_token_ids, self._stops = decoder, prompt_token_ids, tuple(stops)
+        self._min_tokens = min_tokens
+        self._passed, self._passed_spelled = 0, 0
+        """Lengths of the text, and of that with special tokens, after ``min_tokens``: what ends there is no stop."""
+        self._reach = max(map(len, self._stops), default=1) - 1
+        self._token_ids: list[int] = []
+        self.visible = Detokenizer(decoder, prompt_token_ids)
+        self._spelled: Detokenizer | None = None
+        self._marks: list[tuple[int, int, int]] = []
+        """Of every special token: the lengths of the text with special tokens before and after it, and of the
+        visible text there."""
+
+    def append(self, token_id: int) -> FoundStop | None:
+        """Read one token; returns the stop string that it completes, the earliest and of these the longest."""
+        special = self._decoder.is_special(token_id)
+        if special and self._stops and self._spelled is None:
+            self._spelled = self._spell()
+        self._token_ids.append(token_id)
+        searched, searched_spelled = self.visible.length, self._spelled.length if self._spelled is not None else 0
+        self.visible.append(token_id)
+        if not self._stops:
+            return None
+        start, text = self._unsearched(self.visible, searched)
+        early = len(self._token_ids) <= self._min_tokens
+        if early:
+            self._passed = start + len(text)
+        place, stop = first_stop(text, self._stops, self._passed - start)
+        found = [] if stop is None else [FoundStop(start + place, stop)]
+        if self._spelled is not None:
+            before = self._spelled.total
+            self._spelled.append(token_id)
+            if special:
+                # a special token has a character at least, so that no stop string reaches back over more of them
+                self._marks = [*self._marks[-self._reach - 1 :], (before, self._spelled.total, self.visible.total)]
+            start, text = self._unsearched(self._spelled, searched_spelled)
+            if early:
+                self._passed_spelled = start + len(text)
+            found += self._across_special(start, text)
+        return min(found, key=lambda each: (each.cut, -len(each.stop)), default=None)
+
+    def _spell(self) -> Detokenizer:
+        """The text with special tokens, from as many tokens before the newest as a stop string can reach back to."""
+        kept = min(len(self._token_ids), self._reach + WINDOW)
+        earlier = len(self._token_ids) - kept
+        # the decoder looks back by a window, which may lie in the prompt
+        context = (
+            [*self._prompt_token_ids, *self._token_ids[:earlier]] if earlier < 4 * WINDOW else self._token_ids[:earlier]
+        )
+        spelled = Detokenizer(self._decoder, context, special=True)
+        for token_id in self._token_ids[earlier:]:
+            spelled.append(token_id)
+        return spelled
+
+    def _unsearched(self, text: Detokenizer, searched: int) -> tuple[int, str]:
+        """Where it begins, and what may hold a stop string that the first ``searched`` characters do not; also
+        characters that may still change."""
+        settled = text.recent(text.length - searched + self._reach)
+        return text.length - len(settled), settled + text.pending.rstrip(REPLACEMENT)
+
+    def _across_special(self, start: int, text: str) -> Iterator[FoundStop]:
+        """Stop strings in the text with special tokens that hold the beginning or the end of one: an answer does not end
+        because of the letter d in <|im_end|>. The others are for the visible text to tell."""
+        for stop in self._stops:
+            place = text.find(stop)
+            while place >= 0:
+                begin, end = start + place, start + place + len(stop)
+                touched = [(before, after) for before, after, _ in self._marks if before < end and begin < after]
+                inside = any(before < begin and end < after for before, after in touched)
+                if end > self._passed_spelled and touched and not inside:
+                    yield FoundStop(self._visible_place(begin), stop)
+                    break
+                place = text.find(stop, place + 1)
+
+    def _visible_place(self, place: int) -> int:
+        """The length of the visible text at a place of the text with special tokens."""
+        for before, after, visible in self._marks:
+            if place < after:
+                return max(0, visible - max(0, before - place))
+        _, after, visible = self._marks[-1]
+        return visible + place - after
+
+    def showable(self) -> int:
+        """Characters of the visible text that no later token takes back: those that are settled, and not the
+        beginning of a stop string."""
+        shown = self.visible.length - begun_stop(self.visible.recent(self._reach), self._stops)
+        if self._spelled is not None:
+            begun = begun_stop(self._spelled.recent(self._reach), self._stops)
+            if begun:
+                shown = min(shown, self._visible_place(self._spelled.length - begun))
+        return max(shown, 0)
+
+    def check(self) -> None:
+        """Invariants of the texts and of the marks between them."""
+        for text in (self.visible, self._spelled):
+            if text is not None:
+                text.check()
+        assert self._marks == sorted(self._marks) and all(before <= after for before, after, _ in self._marks), (
+            self._marks
+        )
+
+
+class OutputText:
+    """The output of one request: its kept tokens, its text, and whether it has ended.
+
+    The text is what prompt and output decode to, less what the prompt decodes to alone, without special tokens.
+    Ends at EOS and at stop tokens (kept in `token_ids`, not in the text), at a stop string that a token after
+    min_tokens completes (tokens up to that one are kept, the text is cut before the string), at max_tokens, or when
+    prompt and output fill the model's context. Tokens offered after the end are not kept, so that a whole
+    path of drafted tokens can be offered at once.
+    """
+
+    def __init__(
+        self,
+        decoder: TextDecoder | None,
+        params: SamplingParams,
+        *,
+        eos_token_ids: Collection[int] = (),
+        prompt_token_ids: Sequence[int] = (),
+        max_context: int | None = None,
+    ) -> None:
+        self._decoder, self._prompt_token_ids = decoder, prompt_token_ids
+        self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        self._stop_token_ids = frozenset(params.stop_token_ids)
+        if max_context is None and params.max_tokens is None:
+            raise ValueError("max_tokens=None is the rest of the context: it needs max_context")
+        room = (params.max_tokens or 0) if max_context is None else max_context - len(prompt_token_ids)
+        self.max_tokens = params.tokens_within(room)
+        self._stops, self._min_tokens = tuple(params.stop), params.min_tokens
+        if self._stops and decoder is None:
+            raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
+        # Decoding as tokens come costs tens of microseconds a token: only where text decides the end, or is shown as
+        # it grows.
+        self._search = self._open_search() if self._stops else None
+        self._read = 0
+        """Tokens that `_search` has read."""
+        self._shown = 0
+        self._cut: int | None = None
+        """Where a stop string begins."""
+        self._final: str | None = None
+        self.token_ids: list[int] = []
+        self.finish: Finish | None = None if self.max_tokens else Finish("length")
+
+    def _open_search(self) -> StopSearch:
+        assert self._decoder is not None
+        return StopSearch(self._decoder, self._prompt_token_ids, self._stops, self._min_tokens)
+
+    def extend(self, token_ids: Iterable[int]) -> int:
+        """Offer tokens in order; returns how many were kept. Stops keeping once the output has ended."""
+        before = len(self.token_ids)
+        for token_id in token_ids:
+            if self.finish is not None:
+                break
+            self.append(token_id)
+        return len(self.token_ids) - before
+
+    def append(self, token_id: int) -> Finish | None:
+        """Keep one token; returns why the output ends with it, or None. Raises RuntimeError after the end."""
+        if self.finish is not None:
+            raise RuntimeError(f"a token after the end of an output ({self.finish.reason})")
+        self.token_ids.append(token_id)
+        if token_id in self._eos_token_ids:
+            self.finish = Finish("stop")
+        elif token_id in self._stop_token_ids:
+            self.finish = Finish("stop", token_id)
+        elif len(self.token_ids) >= self.max_tokens:
+            self.finish = Finish("length")
+        found, length = self._completed_stop(token_id)
+        # An EOS or stop token is no text; a stop string that it completes counts where it takes text before it away.
+        if found is not None and (self.finish is None or self.finish.reason == "length" or found.cut < length):
+            self.finish, self._cut = Finish("stop", found.stop), found.cut
+        return self.finish
+
+    def _completed_stop(self, token_id: int) -> tuple[FoundStop | None, int]:
+        """The stop string that this token completes, and the length of the text before the token."""
+        if not self._stops:
+            return None, 0
+        assert self._search is not None
+        length = self._search.visible.total
+        self._read += 1
+        return self._search.append(token_id), length
+
+    @property
+    def text(self) -> str:
+        """The final text, less an EOS or stop token, cut at a stop string; or of it what no later token can change.
+        Empty without a tokenizer."""
+        if self._decoder is None:
+            return ""
+        if self.finish is None:
+            search = self._caught_up()
+            return search.visible.text[: search.showable()]
+        if self._final is None:
+            token_ids = self.token_ids
+            if self.finish.reason == "stop" and self._cut is None:
+                token_ids = token_ids[:-1]
+            self._final = self._decoder.continuation(self._prompt_token_ids, token_ids)[: self._cut]
+        return self._final
+
+    def take(self) -> str:
+        """The text that has become certain since the last call; at the end the rest of it."""
+        if self._decoder is None:
+            return ""
+        if self.finish is not None:
+            new = self.text[self._shown :]
+        else:
+            search = self._caught_up()
+            new = search.visible.recent(search.visible.length - self._shown)[: max(0, search.showable() - self._shown)]
+        self._shown += len(new)
+        return new
+
+    def _caught_up(self) -> StopSearch:
+        """The text as far as there are tokens."""
+        if self._search is None:
+            self._search = self._open_search()
+        for token_id in self.token_ids[self._read :]:
+            self._search.append(token_id)
+        self._read = len(self.token_ids)
+        return self._search
+
+    def check(self) -> None:
+        """Invariants of the tokens, and of the text that was read."""
+        assert len(self.token_ids) <= self.max_tokens, f"{len(self.token_ids)} tokens of {self.max_tokens}"
+        assert self._read <= len(self.token_ids)
+        assert self._cut is None or (self.finish is not None and isinstance(self.finish.stop_reason, str))
+        if self._search is not None:
+            self._search.check()
+
+
+def begun_stop(text: str, stops: Iterable[str]) -> int:
+    """Characters at the end of `text` that may turn out to be the beginning of a stop string."""
+    return max((length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])), default=0)
+
+
+def first_stop(text: str, stops: Iterable[str], passed: int = 0) -> tuple[int, str | None]:
+    """(position, stop string) of the earliest stop string in `text` that ends after its first ``passed`` characters,
+    the longer at equal positions, or (len(text), None)."""
+    found = [
+        (place, -len(stop), stop) for stop in stops if (place := text.find(stop, max(0, passed + 1 - len(stop)))) >= 0
+    ]
+    return (len(text), None) if not found else (min(found)[0], min(found)[2])

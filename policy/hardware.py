@@ -1,0 +1,246 @@
+"""Measured hardware: rates in bytes or FLOPs a second, fixed costs in seconds, capacities in bytes, and their JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+SHIPPED = Path(__file__).parent / "profiles"
+
+
+def is_rate(value: object) -> bool:
+    # JSON knows integers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A measured quantity at increasing points; constant outside them."""
+
+    points: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(map(is_rate, (*self.points, *self.values))):
+            raise ValueError(
+                f"a curve needs finite positive numbers, got points {self.points} and values {self.values}"
+            )
+        if len(self.points) != len(self.values) or not self.points:
+            raise ValueError(f"a curve needs as many values as points and at least one, got {len(self.points)} points and {len(self.values)} values")
+        if list(self.points) != sorted(set(self.points)):
+            raise ValueError(f"a curve needs increasing points, got {self.points}")
+
+    def at(self, point: float) -> float:
+        """Linear between the points."""
+        return float(np.interp(point, self.points, self.values))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine as `profile` measured it. Whatever limits a pass is a rate or a fixed cost here; the cost model assumes nothing else.
+
+    On a "cpu" device the ``gpu`` tier is plain memory with a budget, and copies take cores away from compute.
+    """
+
+    name: str
+    device: str
+    """"cuda" or "cpu"."""
+    gpu_memory_bytes: int
+    cpu_memory_bytes: int
+    disk_bytes: int
+    h2d: float
+    """Copy engine, pinned memory, alone."""
+    d2h: float
+    link_both: float
+    """Sum of both directions when both are busy."""
+    gather: float
+    """Page gather by kernel, host pages to GPU staging."""
+    scatter: float
+    disk_read: float
+    disk_write: float
+    gemm: Curve
+    """FLOP/s against tokens, not falling."""
+    gpu_bandwidth: float
+    """GPU memory, bytes read or written."""
+    attention_decode: float
+    """Bytes of cache a second that attention reads for single query tokens."""
+    attention_prefill: float
+    """FLOP/s of attention for prompt chunks."""
+    expand: float
+    """Expansion of quantised weights: bytes read plus written a second."""
+    cpu_attention: Curve
+    """Bytes of 16-bit cache a second, link idle, against query tokens x query heads per key-value head."""
+    cpu_attention_during_h2d: float
+    """The first value of ``cpu_attention`` while the link is busy."""
+    h2d_during_cpu_attention: float
+    host_bandwidth: float
+    """Host memory, bytes read or written, all users together."""
+    launch_seconds: float
+    """Per tick: what the host needs to launch a tick and no resource hides."""
+    graph_seconds: float = 0.0
+    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they compute."""
+    staging_seconds: float = 0.0
+    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched, too, with several micro-batches while
+    another resource is busy."""
+    fetch_seconds: float = 0.0
+    """Per tick while weights stream: a slice of the next layer is put on the link, likewise."""
+    pass_seconds: float = 0.0
+    """Per pass: composing it, sampling, committing."""
+    sequence_seconds: float = 0.0
+    """Per pass and sequence: its share of composing, sampling and committing."""
+    cpu_attention_seconds: float = 0.0
+    """Fixed cost of one call of CPU attention, per layer and micro-batch: its threads start and meet."""
+    exchange_seconds: float = 0.0
+    """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and nothing hides it."""
+    settle_seconds: float = 0.0
+    """Per tick without overlap: waiting until nothing is under way, twice."""
+    disk_read_seconds: float = 0.0
+    """Fixed cost of one disk request."""
+    link_seconds: float = 0.0
+    """Fixed cost of one copy, per layer and micro-batch."""
+    attention_tile_keys: float = 0.0
+    """Keys that attention on the GPU takes together: of a sequence's last tile half is empty, on average. 512 sequences of OPT-1.3B took 8.1 ms a pass at any
+    context of 135 to 190 tokens."""
+    attention_expand: float = 0.0
+    """Bytes a second, counted at 16 bits, of quantised cache that attention expands as it reads; 0: half of ``attention_decode``'s time is enough."""
+    cpu_attention_8: Curve | None = None
+    """``cpu_attention`` of 8-bit cache, counted at 16 bits; None: as fast as 16 bits."""
+    cpu_attention_4: Curve | None = None
+    """The same for 4 bits."""
+    gpu_reserved_bytes: int = 0
+    """Not for the pools: context, libraries' workspaces, fragmentation."""
+    cpu_reserved_bytes: int = 0
+    fit_error: dict = field(default_factory=dict)
+    """Relative root-mean-square error of each fit."""
+    source: dict = field(default_factory=dict)
+    """Where each number comes from, for the reader."""
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f'hardware {self.name!r}: device {self.device!r} must be "cuda" or "cpu"')
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type not in ("int", "float"):
+                wanted = {"str": str, "dict": dict, "Curve": Curve, "Curve | None": Curve | None}[str(f.type)]
+                if not isinstance(value, wanted):
+                    raise ValueError(f"hardware {self.name!r}: {f.name}={value!r:.80} must be of type {f.type}")
+                continue
+            may_be_zero = f.type != "float" or f.default is not dataclasses.MISSING or f.name.endswith("_seconds")
+            if not is_rate(value) and not (may_be_zero and value == 0 and not isinstance(value, bool)):
+                raise ValueError(
+                    f"hardware {self.name!r}: {f.name}={value!r:.80} must be a finite, "
+                    f"{'not negative' if may_be_zero else 'positive'} number"
+                )
+
+    @property
+    def quantized_attention(self) -> float:
+        """`attention_expand`, or the stand-in where it was not measured."""
+        return self.attention_expand or 2 * self.attention_decode
+
+    def gemm_seconds(self, elements: float, tokens: float | np.ndarray, element_bytes: int = 2) -> np.ndarray:
+        """Time to multiply ``tokens`` rows with weights of ``elements``. Time, not rate, is interpolated, so that it never falls with tokens.
+
+        One token costs a read of the weights; ``tokens`` may be an array.
+        """
+        points = np.asarray(self.gemm.points)
+        seconds = np.maximum.accumulate(2 * points / np.asarray(self.gemm.values))
+        first = min(element_bytes / self.gpu_bandwidth, seconds[0])
+        if points[0] > 1:
+            points, seconds = np.r_[1.0, points], np.r_[first, seconds]
+        tokens = np.asarray(tokens, dtype=float)
+        inside = np.interp(tokens, points, seconds)
+        return elements * np.where(tokens <= 0, 0.0, np.where(tokens > points[-1], seconds[-1] * tokens / points[-1], inside))
+
+    def cpu_attention_rate(self, queries_per_kv_head: float, cache_bits: int = 16) -> float:
+        """Bytes a second, counted at 16 bits, link idle; beyond the last measured point attention is bound by compute, and time grows with the queries."""
+        curve = {8: self.cpu_attention_8, 4: self.cpu_attention_4}.get(cache_bits) or self.cpu_attention
+        return curve.at(queries_per_kv_head) * min(1.0, curve.points[-1] / queries_per_kv_head)
+
+    @property
+    def cpu_attention_slowdown(self) -> float:
+        """Bytes of CPU attention given up for each byte on the link."""
+        return max(0.0, self.cpu_attention.values[0] - self.cpu_attention_during_h2d) / self.h2d_during_cpu_attention
+
+    @property
+    def link_slowdown(self) -> float:
+        """Bytes on the link given up for each byte of CPU attention."""
+        return max(0.0, self.h2d - self.h2d_during_cpu_attention) / self.cpu_attention_during_h2d
+
+    def with_memory(self, gpu: int | None = None, cpu: int | None = None, disk: int | None = None) -> Hardware:
+        """The same machine with other budgets."""
+        return dataclasses.replace(
+            self,
+            gpu_memory_bytes=self.gpu_memory_bytes if gpu is None else int(gpu),
+            cpu_memory_bytes=self.cpu_memory_bytes if cpu is None else int(cpu),
+            disk_bytes=self.disk_bytes if disk is None else int(disk),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Hardware:
+        """Raises ValueError that names what is missing, unknown or wrong, whatever the text is."""
+        try:
+            data = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("hardware JSON: nested too deeply") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"hardware JSON: an object is wanted, not a {type(data).__name__}")
+        names = {f.name for f in fields(cls)}
+        needed = {f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+        if unknown := data.keys() - names:
+            raise ValueError(f"hardware JSON: unknown fields {sorted(unknown)}")
+        if missing := needed - data.keys():
+            raise ValueError(f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with python -m flexbatch.calibrate.profile")
+        for name in ("gemm", "cpu_attention", "cpu_attention_8", "cpu_attention_4"):
+            curve = data.get(name)
+            if curve is None:
+                continue
+            if not isinstance(curve, dict) or not all(
+                isinstance(curve.get(part), list) for part in ("points", "values")
+            ):
+                raise ValueError(f"hardware JSON: {name} must be an object of points and values")
+            try:
+                data[name] = Curve(tuple(curve["points"]), tuple(curve["values"]))
+            except ValueError as error:
+                raise ValueError(f"hardware JSON: {name}: {error}") from error
+        return cls(**data)
+
+
+def read_hardware(path: Path) -> Hardware:
+    """The machine of a file. Raises OSError, or ValueError that says what is wrong with it."""
+    return Hardware.from_json(path.read_text(encoding="utf-8"))
+
+
+def write_hardware(hardware: Hardware, path: Path) -> None:
+    """Whole or not at all, whoever else writes at this moment. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(hardware.to_json() + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def load_hardware(name_or_path: str | Path) -> Hardware:
+    """A shipped machine by name ("t4", "h200", "cpu") or a JSON file. Raises FileNotFoundError that lists the shipped names."""
+    path = SHIPPED / f"{name_or_path}.json"
+    if not path.is_file():
+        path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
+        raise FileNotFoundError(f"no hardware file {str(name_or_path)!r}; shipped: {shipped}; or a JSON file of python -m flexbatch.calibrate.profile")
+    return read_hardware(path)

@@ -1,0 +1,192 @@
+"""What a pass carries: query tokens, contexts and prompts, for one pass, for the steady state and over a whole job.
+
+The fields of a `PassLoad` are totals over the block; all may be arrays (one element a pass), and the cost formulas broadcast over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from flexbatch.policy.limits import PAGE_TOKENS
+from flexbatch.policy.policy import Policy
+from flexbatch.policy.workload import Workload
+
+
+@dataclass(frozen=True)
+class PassLoad:
+    """Totals of one pass over all its micro-batches."""
+
+    decode_sequences: float | np.ndarray = 0.0
+    decode_context: float | np.ndarray = 0.0
+    """Tokens that the decoding sequences attend to."""
+    prompt_tokens: float | np.ndarray = 0.0
+    prompt_context: float | np.ndarray = 0.0
+    """Tokens of earlier chunks that prompt chunks read again."""
+    prompt_pairs: float | np.ndarray = 0.0
+    """(query, key) pairs of the prompt chunks, earlier chunks included."""
+    finished_prompts: float | np.ndarray = 0.0
+    """Sequences whose prompt is complete in this pass: each gives its first token."""
+
+    @classmethod
+    def decode(cls, sequences: float, context: float) -> PassLoad:
+        """Every sequence decodes and attends to ``context`` tokens."""
+        return cls(decode_sequences=sequences, decode_context=sequences * context)
+
+    @classmethod
+    def prefill(cls, sequences: float, chunk: float, before: float = 0.0, finished: bool = True) -> PassLoad:
+        """Every sequence brings ``chunk`` prompt tokens after ``before`` earlier ones."""
+        pairs = sequences * chunk * (before + (chunk + 1) / 2)
+        return cls(0.0, 0.0, sequences * chunk, sequences * before, pairs, sequences if finished else 0.0)
+
+    @classmethod
+    def together(cls, loads: Sequence[PassLoad]) -> PassLoad:
+        """Single passes as arrays over all of them."""
+        return cls(*(np.array([getattr(load, f.name) for load in loads]) for f in fields(cls)))
+
+    def __add__(self, other: PassLoad) -> PassLoad:
+        return PassLoad(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def scaled(self, factor: float) -> PassLoad:
+        return PassLoad(*(getattr(self, f.name) * factor for f in fields(self)))
+
+    @property
+    def size(self) -> int:
+        return int(np.size(self.decode_sequences))
+
+    def at(self, index: int) -> PassLoad:
+        return PassLoad(*(float(np.broadcast_to(getattr(self, f.name), (self.size,))[index]) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Means over the sequences of a workload for one chunk size and one number of tokens a pass."""
+
+    prompt: float
+    output: float
+    prompt_passes: float
+    decode_passes: float
+    residence: float
+    """Passes from admission to the end."""
+    context: float
+    """Tokens attended to, summed over the decode passes of a sequence."""
+    prompt_context: float
+    prompt_pairs: float
+    reserved: float
+    """Cache slots (full pages) of a sequence in flight; the longer a sequence stays, the more often it is met."""
+    reserved_plain: float
+    """The same over all sequences of the job."""
+
+    @classmethod
+    def of(cls, workload: Workload, policy: Policy) -> Lengths:
+        prompt, output = workload.columns
+        chunk = policy.chunk
+        chunks = np.ceil(prompt / chunk)
+        decodes = output - 1
+        stay = chunks + decodes
+        slots = np.ceil((prompt + output) / PAGE_TOKENS) * PAGE_TOKENS
+        values = {
+            "prompt": prompt,
+            "output": output,
+            "prompt_passes": chunks,
+            "decode_passes": decodes,
+            "residence": stay,
+            "context": decodes * (prompt + output / 2),
+            "prompt_context": chunk * chunks * (chunks - 1) / 2,
+            "prompt_pairs": prompt * (prompt + 1) / 2,
+            "reserved": slots * stay / stay.mean(),
+            "reserved_plain": slots,
+        }
+        return cls(**dict(zip(values, np.stack(list(values.values())).mean(axis=1).tolist(), strict=True)))
+
+
+def reserved_tokens(workload: Workload, policy: Policy) -> float:
+    """Cache slots that an average sequence in flight holds."""
+    lengths = Lengths.of(workload, policy)
+    whole_job = workload.num_sequences is not None and workload.num_sequences <= policy.block_size
+    return lengths.reserved_plain if whole_job else lengths.reserved
+
+
+def steady_load(workload: Workload, policy: Policy, in_flight: float | None = None) -> tuple[PassLoad, float]:
+    """The average pass of a job without end, and how many sequences it finishes.
+
+    The block is full, or the budget of prompt tokens limits admission and it is not.
+    """
+    lengths = Lengths.of(workload, policy)
+    block = policy.block_size if in_flight is None else in_flight
+    rate = block / lengths.residence
+    rate = min(rate, policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch / lengths.prompt)
+    load = PassLoad(lengths.decode_passes, lengths.context, lengths.prompt, lengths.prompt_context, lengths.prompt_pairs, 1.0)
+    return load.scaled(rate), rate
+
+
+def job_phases(workload: Workload, policy: Policy) -> list[tuple[PassLoad, float]]:
+    """(average load, number of passes) of the phases of a finite job, as a fluid: fill, full with prompts, full without, tail.
+
+    With S passes between the first and the last admission of a block, each block takes R passes of residence and the job S more.
+    """
+    assert workload.num_sequences is not None, "a job without end has one phase: steady_load"
+    lengths = Lengths.of(workload, policy)
+    in_flight = float(min(policy.block_size, workload.num_sequences))
+    admitted = policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch / lengths.prompt
+    fill = max(in_flight / admitted, lengths.prompt_passes)
+    if fill > lengths.residence:
+        in_flight, fill = admitted * lengths.residence, lengths.residence
+    stagger = fill - lengths.prompt_passes
+    blocks = max(1.0, workload.num_sequences / in_flight)
+    prompts = PassLoad(0.0, 0.0, lengths.prompt, lengths.prompt_context, lengths.prompt_pairs, 1.0).scaled(in_flight / fill)
+    mean_context = lengths.context / lengths.decode_passes if lengths.decode_passes else 0.0
+    decoding_in_fill = in_flight * stagger**2 / (2 * fill**2)
+    early = lengths.prompt + stagger / 3
+    late = lengths.prompt + lengths.output - stagger / 3
+    phases = [
+        (prompts + PassLoad.decode(decoding_in_fill, min(early, mean_context)), fill),
+        (prompts + PassLoad.decode(in_flight * stagger / fill, mean_context), (blocks - 1) * fill),
+        (PassLoad.decode(in_flight, mean_context), blocks * (lengths.residence - fill)),
+        (PassLoad.decode(in_flight / 2, max(late, mean_context)), stagger),
+    ]
+    return [(load, count) for load, count in phases if count > 1e-9]
+
+
+def trajectory(workload: Workload, policy: Policy) -> tuple[PassLoad, np.ndarray]:
+    """Every pass of a finite job, in order, as arrays, and how often each counts.
+
+    Beyond four blocks the job is walked for four, and the passes between the end of the first and of the third block count more.
+    """
+    assert workload.num_sequences is not None, "a job without end has one pass: steady_load"
+    total, block = workload.num_sequences, policy.block_size
+    walked = min(total, 4 * block)
+    order = np.random.default_rng(0).permutation(np.arange(walked) % len(workload.lengths))
+    prompt, output = workload.columns[:, order]
+    left = np.ceil(prompt)
+    context = np.zeros(walked)
+    budget = policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch
+    rows, finished_by = [], []
+    first, admitted, finished = 0, min(block, walked), 0
+    active = np.arange(admitted)
+    while active.size:
+        want = np.minimum(left[active], policy.chunk)
+        given = np.clip(budget - (np.cumsum(want) - want), 0, want)
+        decoding = active[left[active] == 0]
+        completed = (left[active] == given) & (given > 0)
+        pairs = given * (context[active] + (given + 1) / 2)
+        before = np.where(given > 0, context[active], 0.0).sum()
+        rows.append((decoding.size, (context[decoding] + 1).sum(), given.sum(), before, pairs.sum(), completed.sum()))
+        context[active] += given
+        left[active] -= given
+        context[decoding] += 1
+        output[decoding] -= 1
+        output[active[completed]] -= 1
+        active = active[(left[active] > 0) | (output[active] > 1e-9)]
+        finished = admitted - active.size
+        finished_by.append(finished)
+        first, admitted = admitted, min(walked, admitted + block - active.size)
+        active = np.concatenate([active, np.arange(first, admitted)])
+    counts = np.ones(len(rows))
+    if total > walked:
+        done = np.asarray(finished_by)
+        begin, end = np.searchsorted(done, block), np.searchsorted(done, 3 * block)
+        counts[begin + 1 : end + 1] += (total - walked) / (done[end] - done[begin])
+    return PassLoad(*np.asarray(rows, dtype=float).T), counts

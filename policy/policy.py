@@ -1,0 +1,117 @@
+"""The vocabulary of placement: splits, policies, workloads and model shapes, as frozen data. Lengths in tokens, sizes in bytes, times in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TIERS = ("gpu", "cpu", "disk")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Fractions of one kind of tensor on each tier; they sum to 1.
+
+    Raises ValueError when a fraction is negative or the sum is not 1.
+    """
+
+    gpu: float
+    cpu: float
+    disk: float = 0.0
+
+    def __post_init__(self) -> None:
+        fractions = (self.gpu, self.cpu, self.disk)
+        if min(fractions) < -1e-9 or abs(sum(fractions) - 1.0) > 1e-6:
+            raise ValueError(f"a split needs three fractions >= 0 that sum to 1, got gpu={self.gpu:g} cpu={self.cpu:g} disk={self.disk:g}")
+
+    @classmethod
+    def from_percent(cls, gpu: float, cpu: float) -> Split:
+        """The rest (100 - gpu - cpu) is on disk, as in FlexGen's ``--percent``."""
+        if gpu < 0 or cpu < 0 or gpu + cpu > 100 + 1e-6:
+            raise ValueError(f"percentages on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100; the rest goes to disk")
+        return cls(gpu / 100, cpu / 100, max(0.0, 1 - gpu / 100 - cpu / 100))
+
+    @property
+    def fractions(self) -> tuple[float, float, float]:
+        return (self.gpu, self.cpu, self.disk)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where everything lives and how a pass is cut; the unit the optimizer searches over."""
+
+    weights: Split
+    cache: Split
+    activations: Split
+    gpu_batch_size: int
+    """Sequences in one micro-batch."""
+    num_gpu_batches: int
+    """Micro-batches in one block."""
+    weight_bits: int = 16
+    cache_bits: int = 16
+    cpu_attention: float = 0.0
+    """Share of the CPU-resident sequences that is attended where it lies."""
+    prefill_chunk: int = 512
+    """Prompt tokens that one sequence brings to one pass, at most."""
+    overlap: bool = True
+    prefill_budget: int = 0
+    """Prompt tokens that one micro-batch brings to one pass, at most; 0: every sequence may bring its chunk."""
+
+    @property
+    def block_size(self) -> int:
+        """Sequences in flight together."""
+        return self.gpu_batch_size * self.num_gpu_batches
+
+    @property
+    def percent(self) -> tuple[float, float, float, float, float, float]:
+        """FlexGen's six numbers: weights, cache and activations on GPU and on CPU, in per cent."""
+        w, c, a = self.weights, self.cache, self.activations
+        return (100 * w.gpu, 100 * w.cpu, 100 * c.gpu, 100 * c.cpu, 100 * a.gpu, 100 * a.cpu)
+
+    @property
+    def prompt_tokens_per_micro_batch(self) -> int:
+        """Prompt tokens of one micro-batch in one pass, at most."""
+        unlimited = self.gpu_batch_size * self.prefill_chunk
+        return min(unlimited, self.prefill_budget) if self.prefill_budget else unlimited
+
+    @property
+    def chunk(self) -> int:
+        """Prompt tokens that one sequence really brings to one pass: its chunk, inside its micro-batch's budget."""
+        return min(self.prefill_chunk, self.prefill_budget) if self.prefill_budget else self.prefill_chunk
+
+    @property
+    def num_weight_slabs(self) -> int:
+        """Working slabs for the layers that are on their way.
+
+        Two, or three with CPU attention over several micro-batches: the second half of a layer's last tick then runs in the next layer, and with two slabs
+        the link would stand still until it is done (OPT-30B, 16-bit weights, prompts in the pass: 20.4 ms a layer, of which the link used 15).
+        """
+        return 3 if self.overlap and self.cpu_attention > 0 and self.num_gpu_batches > 1 else 2
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What the user fixed; None leaves the choice to the optimizer. Memory budgets replace the machine's, in bytes."""
+
+    percent: tuple[float | None, ...] | None = None
+    """FlexGen's six numbers, each of which may be None."""
+    gpu_batch_size: int | None = None
+    num_gpu_batches: int | None = None
+    cpu_attention: float | None = None
+    prefill_chunk: int | None = None
+    prefill_budget: int | None = None
+    weight_bits: tuple[int, ...] = (16,)
+    """Bits the user allows: quality is the user's choice."""
+    cache_bits: tuple[int, ...] = (16,)
+    overlap: bool = True
+    gpu_memory: int | None = None
+    cpu_memory: int | None = None
+    disk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.percent is not None and len(self.percent) != 6:
+            raise ValueError(f"percent needs six numbers (or None) for weights, cache and activations on GPU and CPU, got {len(self.percent)}")
+        if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
+            raise ValueError(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        for bits in self.weight_bits + self.cache_bits:
+            if bits not in (16, 8, 4):
+                raise ValueError(f"bits={bits} must be 16, 8 or 4")

@@ -1,0 +1,75 @@
+"""From a point of the linear program to a policy of whole tensors and sequences, and the refusal when there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from flexbatch.policy.cost import KINDS, VARIABLES
+from flexbatch.policy.footprint import capacity, memory_rows, round_cache, spread_weights
+from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.lp import fixed_fractions, least_shortage
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.plan import DoesNotFit
+from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
+from flexbatch.policy.units import BINARY, fitting_unit, size_text
+from flexbatch.policy.workload import Workload
+
+NOISE = 1e-6
+
+
+def clean(fractions: np.ndarray) -> Split:
+    """Without the solver's noise."""
+    kept = np.where(np.asarray(fractions) < NOISE, 0.0, fractions)
+    return Split(*(float(x) for x in kept / kept.sum()))
+
+
+def placed(shape: ModelShape, policy: Policy, point: np.ndarray, constraints: Constraints) -> Policy:
+    """``policy`` with the splits of ``point``, as whole tensors and sequences can meet them; a split that the user gave stays as given."""
+    fixed = fixed_fractions(constraints)
+    splits = {kind: clean(point[1 + 3 * i : 4 + 3 * i]) for i, kind in enumerate(KINDS)}
+    share = min(1.0, float(point[1 + VARIABLES.index("attended")]) / splits["cache"].cpu) if splits["cache"].cpu else 0.0
+    share = share if constraints.cpu_attention is None else constraints.cpu_attention
+    share = share if share > NOISE else 0.0
+    policy = dataclasses.replace(policy, weights=splits["weights"], cache=splits["cache"], activations=splits["activations"], cpu_attention=share)
+    if not any(name.startswith("weights") for name in fixed):
+        policy = dataclasses.replace(policy, weights=spread_weights(shape, policy.weights, policy.weight_bits)[0])
+    if not any(name.startswith("cache") for name in fixed):
+        policy = dataclasses.replace(policy, cache=round_cache(policy))
+    return policy
+
+
+def does_not_fit(shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints, policy: Policy) -> DoesNotFit:
+    """The refusal for the smallest block that was allowed, placed so that as little as possible is missing."""
+    rows = memory_rows(shape, hardware, workload, policy)
+    room = capacity(hardware)
+    point = least_shortage({tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}, room, constraints)
+    sizes = f"micro-batch {policy.gpu_batch_size} x {policy.num_gpu_batches}, weights at {policy.weight_bits} bits, cache at {policy.cache_bits}"
+    lines = [f"{shape.name} does not fit: {sizes}"]
+    kinds = list(dict.fromkeys(kind for tier in TIERS for kind in rows[tier]))
+    need = {kind: {tier: float(rows[tier][kind] @ point) if kind in rows[tier] else 0.0 for tier in TIERS} for kind in kinds}
+    totals = {tier: sum(sizes[tier] for sizes in need.values()) for tier in TIERS}
+    missing = {tier: max(0.0, totals[tier] - room[tier]) for tier in TIERS}
+    unit, size = fitting_unit(max(totals.values()), BINARY)
+    lines.append(f"{unit:16s}" + "".join(f"{tier:>12s}" for tier in TIERS))
+    table: dict[str, Mapping[str, float]] = {**need, "needed": totals, "budget": room, "missing": missing}
+    for label, values in table.items():
+        if any(values.values()):
+            lines.append(f"{label:16s}" + "".join(f"{values[tier] / size:12,.2f}" for tier in TIERS))
+    lines.append("remedies: " + "; ".join(remedies(missing, constraints, policy)))
+    return DoesNotFit("\n".join(lines))
+
+
+def remedies(missing: dict[str, float], constraints: Constraints, policy: Policy) -> list[str]:
+    """What the user can change, most direct first."""
+    flags = {"gpu": "--gpu-memory", "cpu": "--cpu-memory", "disk": "a larger disk for --offload-dir, that is"}
+    found = [f"{flags[tier]} {size_text(size)} more" for tier, size in missing.items() if size > 0]
+    if constraints.percent is not None:
+        found.append("leave --percent out")
+    if policy.block_size > 1:
+        found.append("a smaller --gpu-batch-size or --num-gpu-batches")
+    if min(constraints.weight_bits) == 16:
+        found.append("allow fewer bits with --weight-bits 4")
+    return found or ["rounding to whole tensors and sequences exceeds a budget by a little: give any tier one layer's weights more"]
