@@ -12,7 +12,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.job import Job
 from flexbatch.planner import monitor
 from flexbatch.planner.choose import overshoot, priced, without_reserves
-from flexbatch.planner.engine_plan import Decisions
+from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import Plan
@@ -43,23 +43,23 @@ class ObservedLLM(LLM):
         return self
 
     def _meter(self) -> monitor.PassMeter:
-        plan = self.decided.plan or self.priced(self.policy)
+        plan = self.engine_plan.plan or self.priced(self.policy)
         self.pass_log = PassLog(plan, monitor.BusySeconds(self.tracer))
         return self.pass_log
 
     def priced(self, policy: Policy) -> Plan:
-        return priced(self.decided.problem, without_reserves(self.decided.hardware), policy)
+        return priced(self.engine_plan.problem, without_reserves(self.engine_plan.hardware), policy)
 
     def fits(self, policy: Policy) -> bool:
         """By the engine's exact sizes, in its budgets."""
-        return not overshoot(self.decided.needs_of(policy, self.decided.problem.job), self.decided.budgets)
+        return not overshoot(self.engine_plan.requirements_of(policy, self.engine_plan.problem.job), self.engine_plan.budgets)
 
     def use(self, policy: Policy) -> None:
         """Run the next job by ``policy``, whose weights are where the loaded ones are."""
-        self.decided.policy, self.decided.plan = policy, self.priced(policy)
+        self.engine_plan.policy, self.engine_plan.plan = policy, self.priced(policy)
 
 
-class Unchanging(Decisions):
+class Unchanging(EnginePlan):
     """Decided once: the policy that is measured stays, also for the few prompts that warm up."""
 
     def suit(self, job: Job) -> None:
@@ -89,7 +89,7 @@ def job_of(setting: Setting) -> Job:
 
 def open_engine(setting: Setting, hardware: str, fixed: dict[str, Any]) -> ObservedLLM:
     config = EngineConfig(model=setting.model, hardware=hardware, **{**setting.llm_settings, **fixed})
-    return cast("ObservedLLM", ObservedLLM.from_decisions(Unchanging(config, job_of(setting))))
+    return cast("ObservedLLM", ObservedLLM.from_engine_plan(Unchanging(config, job_of(setting))))
 
 
 def chosen_here(setting: Setting, hardware: str) -> dict[str, Any]:
@@ -122,18 +122,18 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
     assert generated == sum(output for _, output in setting.lengths()), "a request was cut short"
     log = llm.pass_log
     assert log is not None
-    weights = llm.decided.weight_plan.realized_percent
+    weights = llm.engine_plan.weight_plan.realized_percent
     percent = [weights["gpu"], weights["cpu"], *llm.policy.percent[2:]]
     return {
         "model": setting.model,
-        "shape": llm.decided.problem.shape.as_dict(),
+        "shape": llm.engine_plan.problem.shape.as_dict(),
         **fixed_by(llm.policy),
         "prefill_budget": llm.policy.prefill_budget,
         "percent": percent,
         "prompt_lens": [len(prompt) for prompt in prompts],
         "output_lens": [p.max_tokens for p in params],
-        "gpu_memory": llm.decided.budgets["gpu"],
-        "cpu_memory": llm.decided.budgets["cpu"],
+        "gpu_memory": llm.engine_plan.budgets["gpu"],
+        "cpu_memory": llm.engine_plan.budgets["cpu"],
         "seconds": seconds,
         "tokens_per_second": generated / seconds,
         "predicted_then": log.plan.predicted_tokens_per_second,

@@ -96,16 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
         hardware = load_hardware(options.hardware)
         records = compare(runs, hardware)
         errors = [abs(r["error"]) for r in records]
-        verdict = f"{len(records)} settings: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}"
+        accepted = f"{len(records)} settings: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}"
         options.output.mkdir(parents=True, exist_ok=True)
-        text = [f"# Predicted against measured on {hardware.name}", "", verdict, "", *table(records), ""]
+        text = [f"# Predicted against measured on {hardware.name}", "", accepted, "", *table(records), ""]
         (options.output / "policy_error.md").write_text("\n".join(text))
         (options.output / "policy_error.json").write_text(json.dumps(records, indent=1) + "\n")
         try:
             plot(records, options.output / "policy_error.png")
         except ImportError as error:
             print(f"no plot: {error}", file=sys.stderr)
-        print(verdict, file=data)
+        print(accepted, file=data)
         return int(statistics.median(errors) > MEDIAN_LIMIT or max(errors) > WORST_LIMIT)
 
 

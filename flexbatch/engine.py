@@ -23,15 +23,15 @@ from flexbatch.intake import Defaults, Gathering, Intake, Item, Params, candidat
 from flexbatch.job import Job
 from flexbatch.loader import load_model
 from flexbatch.memory.tiers import Tiers, check_budgets
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.planner import monitor
 from flexbatch.planner.choose import overshoot
-from flexbatch.planner.engine_plan import Decisions
+from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.oversize import holdable, look_ahead, prepared, refusal
-from flexbatch.planner.report import Statistics, against_plain, completion_of, report_text
+from flexbatch.planner.report import Statistics, against_baseline, completion_of, report_text
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.replan import Replan
 from flexbatch.request import Completion, Request, SamplingParams
@@ -58,18 +58,18 @@ class LLM:
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
         check_keywords("LLM", settings, ["trace", *EngineConfig.__dataclass_fields__])
-        self._start(Decisions(EngineConfig(model=model, **settings)), trace)
+        self._start(EnginePlan(EngineConfig(model=model, **settings)), trace)
 
     @classmethod
     def from_config(cls, config: EngineConfig, trace: bool = False, job: Job | None = None) -> LLM:
         """An engine from a ready configuration; ``job`` tells the planner what will be run."""
-        return cls.from_decisions(Decisions(config, job), trace)
+        return cls.from_engine_plan(EnginePlan(config, job), trace)
 
     @classmethod
-    def from_decisions(cls, decided: Decisions, trace: bool = False) -> LLM:
+    def from_engine_plan(cls, engine_plan: EnginePlan, trace: bool = False) -> LLM:
         """An engine as decided."""
         engine = cls.__new__(cls)
-        engine._start(decided, trace)
+        engine._start(engine_plan, trace)
         return engine
 
     @classmethod
@@ -79,25 +79,25 @@ class LLM:
         With a named machine (--hardware) and the default device, it is planned for that machine and its memory; nothing is measured.
         Raises DoesNotFitError when the job does not fit the budgets.
         """
-        return Decisions(config, job, dry=True).describe_plan(job)
+        return EnginePlan(config, job, dry=True).describe_plan(job)
 
-    def _start(self, decided: Decisions, trace: bool) -> None:
-        self.decided, self.config = decided, decided.config
-        self._defaults = Defaults(decided.generation)
+    def _start(self, engine_plan: EnginePlan, trace: bool) -> None:
+        self.engine_plan, self.config = engine_plan, engine_plan.config
+        self._defaults = Defaults(engine_plan.generation)
         self._num_failed = 0
         self.statistics = Statistics()
-        self.plain_statistics = Statistics()
+        self.baseline_statistics = Statistics()
         """Of the runs without speculation that --compare-plain asks for."""
         self.block: Block | None = None
         self.prediction: dict[str, Any] = {}
         """Predicted against measured, of the last run that had a plan."""
         self.replans: list[str] = []
-        device = decided.device
-        self.tracer: Tracer = RecordingTracer(device) if trace else monitor.UsageTracer(device) if decided.plan is not None else Tracer()
+        device = engine_plan.device
+        self.tracer: Tracer = RecordingTracer(device) if trace else monitor.UsageTracer(device) if engine_plan.plan is not None else Tracer()
         self._turns = Turns()
         self._stack = contextlib.ExitStack()
         try:
-            self._loaded = load_model(decided, self.tracer, self._stack)
+            self._loaded = load_model(engine_plan, self.tracer, self._stack)
         except BaseException as error:
             self._stack.close()
             # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
@@ -109,24 +109,24 @@ class LLM:
     @property
     def policy(self) -> Policy:
         """As decided for the latest job."""
-        return self.decided.policy
+        return self.engine_plan.policy
 
     @property
     def arch(self) -> Arch:
-        return self.decided.arch
+        return self.engine_plan.arch
 
     @property
     def tokenizer(self) -> Any:
         """The transformers tokenizer; None for dummy weights."""
-        return self.decided.tokenizer
+        return self.engine_plan.tokenizer
 
     @property
     def tiers(self) -> Tiers:
         return self._loaded.tiers
 
     @property
-    def lanes(self) -> Lanes:
-        return self._loaded.lanes
+    def queues(self) -> TransferQueues:
+        return self._loaded.queues
 
     @property
     def weights(self) -> WeightStore:
@@ -135,7 +135,7 @@ class LLM:
     @property
     def generation(self) -> GenerationDefaults:
         """What the model's generation_config.json says."""
-        return self.decided.generation
+        return self.engine_plan.generation
 
     @property
     def speculator(self) -> Speculator | None:
@@ -183,10 +183,10 @@ class LLM:
         on_prompt: Callable[[int, Completion], None] | None,
         first_index: int,
     ) -> list[Completion]:
-        requests = requests_of(prompts, sampling_params, self.decided.encoder, self._defaults, first_index)
+        requests = requests_of(prompts, sampling_params, self.engine_plan.encoder, self._defaults, first_index)
         job = self._job(requests)
         if self.config.compare_plain and self.speculator is not None:
-            self._run_plainly(requests, job)
+            self._run_baseline(requests, job)
         gathering, results = Gathering(), {}
         # Closed with the loop, however that ends: its error would keep a run alive, and the pages of its sequences.
         with contextlib.closing(self._run(requests, job)) as run:
@@ -206,7 +206,7 @@ class LLM:
     def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> None:
         """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
         with self._turns.whole("prepare"):
-            self._prepare(self._job(requests_of(prompts, sampling_params, self.decided.encoder, self._defaults)))
+            self._prepare(self._job(requests_of(prompts, sampling_params, self.engine_plan.encoder, self._defaults)))
 
     def stream(self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None) -> Iterator[tuple[Hashable, Completion]]:
         """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
@@ -223,20 +223,20 @@ class LLM:
     def _stream(
         self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None
     ) -> Generator[tuple[Hashable, Completion], None, None]:
-        intake = Intake(items, self.decided.encoder, self._defaults)
+        intake = Intake(items, self.engine_plan.encoder, self._defaults)
         source = intake.requests()
         peeked = list(itertools.islice(source, PEEKED_BLOCKS * self.policy.block_size))
         if peeked:
-            job = holdable(self._job(peeked), self.decided.exceeded)
+            job = holdable(self._job(peeked), self.engine_plan.exceeded)
             report = (lambda index, text: on_tokens(intake.key(index), text)) if on_tokens else None
             with contextlib.closing(self._run(itertools.chain(peeked, source), job, report)) as run:
                 for retired in run:
                     yield from intake.finished(retired.state.request, completion_of(retired))
         yield from intake.take_failed()
 
-    def _run_plainly(self, requests: Sequence[Request], job: Job) -> None:
+    def _run_baseline(self, requests: Sequence[Request], job: Job) -> None:
         """The same job without speculation, for the report alone. Neither run finds prompts in the cache that an earlier one has read."""
-        statistics, self.statistics = self.statistics, self.plain_statistics
+        statistics, self.statistics = self.statistics, self.baseline_statistics
         try:
             self._prepare(job).cache.forget_prefixes()
             with contextlib.closing(self._run(requests, job, speculate=False)) as run:
@@ -244,7 +244,7 @@ class LLM:
                     pass
             self._prepare(job).cache.forget_prefixes()
         finally:
-            self.plain_statistics, self.statistics = self.statistics, statistics
+            self.baseline_statistics, self.statistics = self.statistics, statistics
 
     def _job(self, requests: Iterable[Request]) -> Job:
         context = self.arch.max_positions
@@ -253,17 +253,17 @@ class LLM:
 
     def _prepare(self, job: Job) -> Block:
         """A block whose sizes suit the job."""
-        decided = self.decided
-        decided.suit(job)
-        sizes = decided.sizes(job)
-        if decided.speculation is not None and self.speculator is not None:
-            check_budgets(decided.needs(sizes), decided.budgets)
-            decided.speculation.open_block(self.speculator, sizes.sequence_tokens)
+        engine_plan = self.engine_plan
+        engine_plan.suit(job)
+        sizes = engine_plan.sizes(job)
+        if engine_plan.speculation is not None and self.speculator is not None:
+            check_budgets(engine_plan.needs(sizes), engine_plan.budgets)
+            engine_plan.speculation.open_block(self.speculator, sizes.sequence_tokens)
         if self.block is not None and self.block.suits(self.policy, sizes) and self._reach(sizes.longest):
             return self.block
         self._close_block()
-        check_budgets(decided.needs(sizes), decided.budgets)
-        self.block = make_block(decided, sizes, self.weights, self.tiers, self.lanes)
+        check_budgets(engine_plan.needs(sizes), engine_plan.budgets)
+        self.block = make_block(engine_plan, sizes, self.weights, self.tiers, self.queues)
         return self.block
 
     def _reach(self, longest: int) -> bool:
@@ -272,7 +272,7 @@ class LLM:
         if longest <= self.block.sizes.longest:
             return True
         sizes = replace(self.block.sizes, longest=longest)
-        if overshoot(self.decided.needs(sizes), self.decided.budgets):
+        if overshoot(self.engine_plan.needs(sizes), self.engine_plan.budgets):
             return False
         self.block.reach(sizes)
         return True
@@ -291,11 +291,11 @@ class LLM:
             if not batcher.outgrown:
                 return
             job, candidates = look_ahead(batcher.remaining(), PEEKED_BLOCKS * self.policy.block_size)
-            block = prepared(self._prepare, holdable(job, self.decided.exceeded))
+            block = prepared(self._prepare, holdable(job, self.engine_plan.exceeded))
             logger.info("made a larger block: a request was longer than those that the stream began with")
 
     def _refusal(self, candidate: Candidate) -> str:
-        return refusal(candidate, self.decided.exceeded, self.decided.budgets)
+        return refusal(candidate, self.engine_plan.exceeded, self.engine_plan.budgets)
 
     def _run_block(
         self, block: Block, batcher: Batcher, proposer: Speculator | None, on_tokens: Callable[[int, str], None] | None
@@ -335,18 +335,18 @@ class LLM:
             self.weights.drain()
             seconds = time.perf_counter() - started
             self.statistics.seconds += seconds
-            self.statistics.moved_bytes = self.lanes.moved_bytes()
+            self.statistics.moved_bytes = self.queues.moved_bytes()
             if meter is not None:
                 self.prediction = meter.report((self.statistics.generated_tokens - generated) / seconds)
-                if self.decided.profile_path is not None and meter.passes:
-                    self.decided.recalibrate(meter.recalibrated(self.decided.hardware))
-                    logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, self.decided.profile_path)
+                if self.engine_plan.profile_path is not None and meter.passes:
+                    self.engine_plan.recalibrate(meter.recalibrated(self.engine_plan.hardware))
+                    logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, self.engine_plan.profile_path)
 
     def _meter(self) -> monitor.PassMeter | None:
         """Compares the passes of a run with its plan; None where nothing was planned, or drafts change what a pass is."""
-        if self.decided.plan is None or self.speculator is not None:
+        if self.engine_plan.plan is None or self.speculator is not None:
             return None
-        return monitor.PassMeter(self.decided.plan, monitor.BusySeconds(self.tracer))
+        return monitor.PassMeter(self.engine_plan.plan, monitor.BusySeconds(self.tracer))
 
     def _adjust(self, batcher: Batcher, block: Block, change: Replan) -> None:
         """Settings that may change between passes. Without buffers for CPU attention there is none, whatever the re-plan says."""
@@ -373,15 +373,15 @@ class LLM:
     def report(self) -> dict[str, Any]:
         """Plan, realised placement, throughput and bytes per resource of what was run so far."""
         self._turns.check_open("report")
-        decided, block, tiers, speculator = self.decided, self.block, self.tiers, self.speculator
+        engine_plan, block, tiers, speculator = self.engine_plan, self.block, self.tiers, self.speculator
         report = {
-            **decided.describe(),
+            **engine_plan.describe(),
             "realized_percent": {
-                "weights": decided.weight_plan.realized_percent,
+                "weights": engine_plan.weight_plan.realized_percent,
                 "cache": block.cache.realized_percent if block else {},
                 "activations": block.activations.realized_percent if block else {},
             },
-            "memory": [asdict(need) for need in decided.needs(block.sizes)] if block else [],
+            "memory": [asdict(need) for need in engine_plan.needs(block.sizes)] if block else [],
             "peak_bytes": {
                 "gpu": tiers.gpu.peak_bytes + (speculator.peak_bytes if speculator is not None else 0),
                 "cpu": tiers.cpu.peak_bytes,
@@ -396,7 +396,7 @@ class LLM:
         if self.prediction:
             report["prediction"] = {**self.prediction, "replans": list(self.replans)}
         if speculator is not None:
-            report["speculation"] = {**speculator.report(), **against_plain(self.statistics, self.plain_statistics)}
+            report["speculation"] = {**speculator.report(), **against_baseline(self.statistics, self.baseline_statistics)}
         return report
 
     def _close_block(self) -> None:

@@ -13,13 +13,13 @@ import torch
 from flexbatch.memory.files import prepare_offload_dir
 from flexbatch.memory.loading import Loader
 from flexbatch.memory.tiers import Pool, Tiers
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.dummy import dummy
 from flexbatch.models.fingerprint import RECORDS, WeightFiles, combined
-from flexbatch.planner.engine_plan import Decisions
+from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import Tracer
 
@@ -31,7 +31,7 @@ class LoadedModel:
     """What lives as long as the engine. ``loaded_bytes`` were read from the checkpoint, ``reused_bytes`` taken from an earlier start's files instead."""
 
     tiers: Tiers
-    lanes: Lanes
+    queues: TransferQueues
     weights: WeightStore
     speculator: Speculator | None
     seconds: float
@@ -39,66 +39,66 @@ class LoadedModel:
     reused_bytes: int
 
 
-def load_model(decided: Decisions, tracer: Tracer, stack: contextlib.ExitStack) -> LoadedModel:
+def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitStack) -> LoadedModel:
     """Weights to their homes. What has to be closed is left on ``stack``, also when loading fails.
 
     Raises CheckpointError for a bad model, OffloadError for an offload folder that cannot be used.
     """
     started = time.perf_counter()
-    config, policy, offload_dir, budgets = decided.config, decided.policy, decided.offload_dir, decided.budgets
+    config, policy, offload_dir, budgets = engine_plan.config, engine_plan.policy, engine_plan.offload_dir, engine_plan.budgets
     uses_disk = any(split.disk > 0 for split in (policy.weights, policy.cache, policy.activations))
     keeps_files = config.offload_path is not None
     if uses_disk or keeps_files:
         prepare_offload_dir(offload_dir)
     tiers = Tiers(
-        gpu=Pool("gpu", budgets["gpu"], device=decided.device),
-        cpu=Pool("cpu", budgets["cpu"], pinned=decided.device.type == "cuda"),
+        gpu=Pool("gpu", budgets["gpu"], device=engine_plan.device),
+        cpu=Pool("cpu", budgets["cpu"], pinned=engine_plan.device.type == "cuda"),
         disk=Pool("disk", budgets["disk"]),
         offload_dir=offload_dir,
     )
     stack.callback(tiers.close)
-    lanes = Lanes(decided.device, tracer)
-    stack.callback(lanes.close)
-    weights = WeightStore(decided.weight_plan, tiers, lanes, decided.dtype)
+    queues = TransferQueues(engine_plan.device, tracer)
+    stack.callback(queues.close)
+    weights = WeightStore(engine_plan.weight_plan, tiers, queues, engine_plan.dtype)
     stack.callback(weights.close)
-    loader = make_loader(decided, weights, keeps_files)
+    loader = make_loader(engine_plan, weights, keeps_files)
     with torch.inference_mode():
-        loaded_bytes = loader.load(lambda skip: pieces(decided, skip))
+        loaded_bytes = loader.load(lambda skip: pieces(engine_plan, skip))
     weights.check()
     speculator = None
-    if decided.speculation is not None:
-        speculator = decided.speculation.load(lanes, decided.dtype, offload_dir)
+    if engine_plan.speculation is not None:
+        speculator = engine_plan.speculation.load(queues, engine_plan.dtype, offload_dir)
         stack.callback(speculator.close)
     seconds = time.perf_counter() - started
-    homes = ", ".join(f"{value:.1f} % {tier}" for tier, value in decided.weight_plan.realized_percent.items())
+    homes = ", ".join(f"{value:.1f} % {tier}" for tier, value in engine_plan.weight_plan.realized_percent.items())
     logger.info("loaded %s in %.1f s: %s", config.model, seconds, homes)
-    return LoadedModel(tiers, lanes, weights, speculator, seconds, loaded_bytes, loader.reused_bytes)
+    return LoadedModel(tiers, queues, weights, speculator, seconds, loaded_bytes, loader.reused_bytes)
 
 
-def make_loader(decided: Decisions, weights: WeightStore, keeps_files: bool) -> Loader:
+def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool) -> Loader:
     """With a folder for converted tensors where some go to the disk tier, or are quantised and kept for the next start.
 
     The folder is named after everything that tells its tensors from others: the content of the checkpoint (or how
     random weights are drawn) and the dtype as resolved; bits and groups are in the names of the files. Whoever files
     nothing does not pay for digesting a checkpoint.
     """
-    tensors = decided.weight_plan.all_tensors
+    tensors = engine_plan.weight_plan.all_tensors
     if not any(tensor.tier == "disk" or (keeps_files and tensor.quantized) for tensor in tensors):
         return Loader(weights, None, cache_quantized=False)
-    dtype = str(decided.dtype).removeprefix("torch.")
-    if decided.folder is None:
-        drawn = f"{torch.__version__} {decided.config.seed} {decided.arch}"
+    dtype = str(engine_plan.dtype).removeprefix("torch.")
+    if engine_plan.folder is None:
+        drawn = f"{torch.__version__} {engine_plan.config.seed} {engine_plan.arch}"
         identity = f"dummy-{combined(drawn, ())[:32]}"
-        return Loader(weights, decided.offload_dir / f"{identity}-{dtype}", cache_quantized=keeps_files)
-    files = WeightFiles(decided.folder, decided.offload_dir / RECORDS)
-    return Loader(weights, decided.offload_dir / f"{files.identity}-{dtype}", keeps_files, files.check)
+        return Loader(weights, engine_plan.offload_dir / f"{identity}-{dtype}", cache_quantized=keeps_files)
+    files = WeightFiles(engine_plan.folder, engine_plan.offload_dir / RECORDS)
+    return Loader(weights, engine_plan.offload_dir / f"{files.identity}-{dtype}", keeps_files, files.check)
 
 
-def pieces(decided: Decisions, skip: set[tuple[int, str]]) -> Iterator[Piece | QuantizedPiece]:
+def pieces(engine_plan: EnginePlan, skip: set[tuple[int, str]]) -> Iterator[Piece | QuantizedPiece]:
     """The checkpoint's stream, or random weights, without the (layer, role) pairs in ``skip``."""
-    if decided.folder is not None:
-        yield from checkpoint.stream(decided.folder, decided.arch, skip, packed=True)
+    if engine_plan.folder is not None:
+        yield from checkpoint.stream(engine_plan.folder, engine_plan.arch, skip, packed=True)
         return
-    for piece in dummy(decided.arch, decided.config.seed, decided.dtype):
+    for piece in dummy(engine_plan.arch, engine_plan.config.seed, engine_plan.dtype):
         if (piece.layer, piece.role) not in skip:
             yield piece

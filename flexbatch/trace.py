@@ -252,20 +252,20 @@ def chrome_events(spans: list[Span]) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     rows: dict[tuple[str, int], float] = {}
     for span in spans:
-        lane = 0
-        while rows.get((span.resource, lane), float("-inf")) > span.start:
-            lane += 1
-        rows[span.resource, lane] = span.end
-        event: dict[str, Any] = {"name": span.name, "cat": span.resource, "ph": "X", "pid": 0, "tid": _row(span.resource, lane)}
+        queue = 0
+        while rows.get((span.resource, queue), float("-inf")) > span.start:
+            queue += 1
+        rows[span.resource, queue] = span.end
+        event: dict[str, Any] = {"name": span.name, "cat": span.resource, "ph": "X", "pid": 0, "tid": _row(span.resource, queue)}
         event.update(ts=round((span.start - origin) * 1e6, 3), dur=round((span.end - span.start) * 1e6, 3), args={"bytes": span.num_bytes})
         events.append(event)
     names: list[dict[str, Any]] = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "flexbatch"}}]
-    for resource, lane in sorted(rows, key=lambda row: _row(*row)):
-        row, label = _row(resource, lane), RESOURCES[resource]
-        names.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": f"{label} {lane + 1}" if lane else label}})
+    for resource, queue in sorted(rows, key=lambda row: _row(*row)):
+        row, label = _row(resource, queue), RESOURCES[resource]
+        names.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": f"{label} {queue + 1}" if queue else label}})
         names.append({"name": "thread_sort_index", "ph": "M", "pid": 0, "tid": row, "args": {"sort_index": row}})
     return names + events
 
 
-def _row(resource: str, lane: int) -> int:
-    return 1000 * list(RESOURCES).index(resource) + lane
+def _row(resource: str, queue: int) -> int:
+    return 1000 * list(RESOURCES).index(resource) + queue

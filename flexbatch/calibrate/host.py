@@ -33,7 +33,7 @@ from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.loading import Loader
 from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Pool, Tiers, host_memory_bytes
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
@@ -93,21 +93,21 @@ def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype
         pinned = device.type == "cuda"
         tiers = Tiers(Pool("gpu", 8192 * MIB, device=device), Pool("cpu", 16384 * MIB, pinned=pinned), Pool("disk", MIB), Path(folder))
         stack.callback(tiers.close)
-        lanes = Lanes(device, tracer, disk_threads=1)
-        stack.callback(lanes.close)
-        weights = WeightStore(plan_weights(arch, policy.weights, 16, 64, dtype.itemsize), tiers, lanes, dtype)
+        queues = TransferQueues(device, tracer, disk_threads=1)
+        stack.callback(queues.close)
+        weights = WeightStore(plan_weights(arch, policy.weights, 16, 64, dtype.itemsize), tiers, queues, dtype)
         stack.callback(weights.close)
         Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
         layout = cache_layout(arch, 16, dtype)
         sizes = block_sizes(policy, layout, job)
-        cache = KVCache(layout, sizes.cache, tiers, lanes)
+        cache = KVCache(layout, sizes.cache, tiers, queues)
         stack.callback(cache.close)
         tokens = sizes.max_micro_batch_tokens
-        activations = ActivationStore(policy.activations, policy.num_gpu_batches, tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, lanes)
+        activations = ActivationStore(policy.activations, policy.num_gpu_batches, tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, queues)
         stack.callback(activations.close)
-        buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
+        buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, queues)
         stack.callback(buffers.close)
-        yield Executor(arch, weights, cache, activations, lanes, buffers, Rotary(arch, job.longest, dtype, tiers.gpu), dtype, policy.overlap), cache, tokens
+        yield Executor(arch, weights, cache, activations, queues, buffers, Rotary(arch, job.longest, dtype, tiers.gpu), dtype, policy.overlap), cache, tokens
 
 
 def run_passes(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS) -> list[float]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.request_state import RequestState
-from flexbatch.execution.sampler import Drawn
-from flexbatch.execution.work import PassWork, QueryTokens, Sequence, num_unread
+from flexbatch.execution.sampler import SampledTokens
+from flexbatch.execution.work import PassWork, QueryTokens, Sequence, num_uncomputed
+from flexbatch.memory.balancer import TierBalancer
 from flexbatch.memory.kvcache import KVCache
-from flexbatch.memory.placement import Spreader
 from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.text.detokenize import OutputText
 
@@ -84,9 +84,9 @@ class Batcher:
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
         self.waiting: deque[Candidate] = deque()
         self.retired: list[Retired] = []
-        self.homes = Spreader(policy.cache)
+        self.homes = TierBalancer(policy.cache)
         self.cpu_attention = policy.cpu_attention
-        self.attended = Spreader(Split(gpu=1 - policy.cpu_attention, cpu=policy.cpu_attention))
+        self.attended = TierBalancer(Split(gpu=1 - policy.cpu_attention, cpu=policy.cpu_attention))
         self.exhausted = self.outgrown = False
 
     # Admission
@@ -188,7 +188,7 @@ class Batcher:
             self.attended.place("cpu" if on_cpu else "gpu", 1)
         prompt = candidate.state.request.prompt_token_ids
         # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
-        read = () if candidate.alone else prompt[: len(prompt) - num_unread(candidate.output, len(prompt))]
+        read = () if candidate.alone else prompt[: len(prompt) - num_uncomputed(candidate.output, len(prompt))]
         table = self.cache.open(tier, self.room(candidate), read, self.shareable(candidate, tier), on_cpu)
         k = min(self.places(candidate, tier), key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
         self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
@@ -261,7 +261,7 @@ class Batcher:
             first_logit = min(first_logit, max(0, sequence.state.params.prompt_logprobs_start - 1 - start))
         return QueryTokens(sequence, tuple(sequence.token_ids[start : start + count]), start, first_logit)
 
-    def commit(self, work: PassWork, drawn: Mapping[QueryTokens, Drawn]) -> None:
+    def commit(self, work: PassWork, drawn: Mapping[QueryTokens, SampledTokens]) -> None:
         """Append what was drawn, keep the accepted paths of trees in the cache, and retire sequences that are done."""
         queries = [query for queries in work.micro_batches for query in queries]
         trees = [query for query in queries if query.parents is not None]
@@ -269,7 +269,7 @@ class Batcher:
         if self.proposer is not None:
             self.proposer.observe([(query, drawn[query]) for query in queries if query in drawn and drawn[query].token_ids])
         for query in queries:
-            sequence, result = query.sequence, drawn.get(query) or Drawn()
+            sequence, result = query.sequence, drawn.get(query) or SampledTokens()
             if query.parents is not None and result.fault is not None and result.fault.in_model:
                 # Attention multiplies masked values by 0, which leaves NaN: a drafted token that plain decoding never
                 # reads may have done this.
@@ -282,7 +282,7 @@ class Batcher:
             self.cache.commit(sequence.table, query.start + cached)
             if (
                 sequence.output.finish is not None or sequence.fault is not None
-            ) and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_unread:
+            ) and sequence.num_cached >= sequence.num_prompt_tokens - sequence.num_uncomputed:
                 if self.may_be_others(sequence):
                     self.restart(sequence)
                 else:
@@ -303,7 +303,7 @@ class Batcher:
         self.leave(sequence)
         self.waiting.appendleft(Candidate(sequence.state, sequence.output, alone=True))
 
-    def extend(self, sequence: Sequence, result: Drawn) -> int:
+    def extend(self, sequence: Sequence, result: SampledTokens) -> int:
         """Append new tokens up to the end of the output; returns how many were kept."""
         kept = sequence.output.extend(result.token_ids)
         for token_id in result.token_ids[:kept]:

@@ -89,7 +89,7 @@ def opened(sequences: list[Sequence], batcher: Batcher) -> list[Reading]:
     """As many as have room in the cache together, in a micro-batch."""
     cache, readings, staged = batcher.cache, [], 0
     for sequence in sequences[: batcher.policy.gpu_batch_size]:
-        token_ids = sequence.token_ids[: len(sequence.token_ids) - sequence.num_unread]
+        token_ids = sequence.token_ids[: len(sequence.token_ids) - sequence.num_uncomputed]
         tier, pages = sequence.table.tier, cache.layout.num_pages(len(token_ids))
         staged += pages if tier != "gpu" else 0
         if staged > cache.sizes.staging_pages or not cache.can_open(tier, len(token_ids)):

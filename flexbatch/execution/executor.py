@@ -16,7 +16,7 @@ from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.rotary import Rotary
-from flexbatch.memory.transfer import READY, Handle, Lanes
+from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
@@ -35,7 +35,7 @@ Watch = Callable[[int, MicroBatchInputs, Tensor], None]
 
 
 @dataclass
-class Begun:
+class PendingTick:
     """A tick between its two halves: attention is done, but for the CPU's share, which may still be running."""
 
     tick: Tick
@@ -60,7 +60,7 @@ class Executor:
         weights: WeightStore,
         cache: KVCache,
         activations: ActivationStore,
-        lanes: Lanes,
+        queues: TransferQueues,
         host_buffers: HostBuffers,
         rotary: Rotary,
         dtype: torch.dtype,
@@ -69,9 +69,9 @@ class Executor:
         most_graphs: int = MAX_GRAPHS,
     ) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
-        self.lanes, self.dtype, self.overlap = lanes, dtype, overlap
+        self.queues, self.dtype, self.overlap = queues, dtype, overlap
         self.logits_block_bytes = logits_block_bytes
-        self.device, self.tracer = lanes.device, lanes.tracer
+        self.device, self.tracer = queues.device, queues.tracer
         self.uploads = host_buffers.uploads
         self.builder = InputBuilder(cache.layout.page_tokens, self.uploads)
         self.rotary = rotary
@@ -96,16 +96,16 @@ class Executor:
         self.uploads.begin_pass()
         inputs = [self.builder.build(queries) for queries in work.micro_batches]
         count, num_layers = len(inputs), self.arch.num_layers + 1
-        self.cache.begin_pass(self.lanes.mark())
+        self.cache.begin_pass(self.queues.mark())
         self.activations.plan([batch.num_tokens for batch in inputs])
         if self.graphs is not None and count == 1 and watch is None and (hidden := self.replay(inputs[0])) is not None:
-            self.activations.hand_on(0, hidden)
+            self.activations.set(0, hidden)
             yield from self.head(inputs[0], num_layers - 1, 0, count)
             return
         self.weights.fetch_rest(0, count)
         gathers: dict[tuple[int, int], Handle] = {}
         self.fetch_cache(inputs, (0, 0), gathers)
-        deferred: Begun | None = None
+        deferred: PendingTick | None = None
         for tick in zigzag(num_layers, count):
             with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
                 if deferred and (deferred.tick.micro_batch == tick.micro_batch or tick.layer == num_layers - 1):
@@ -170,19 +170,19 @@ class Executor:
 
     def settle(self) -> None:
         """Wait for everything that was launched (no overlap): page gathers, too, of which nobody has asked for the result yet."""
-        self.lanes.settle()
-        for claim in self.weights.claims.values():
-            for handle in claim.handles:
+        self.queues.settle()
+        for lease in self.weights.leases.values():
+            for handle in lease.handles:
                 handle.synchronize()
         self.activations.synchronize()
         self.cache.synchronize()
-        self.lanes.mark().synchronize()
+        self.queues.mark().synchronize()
 
     # The two halves of a tick
 
     def begin(
         self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None
-    ) -> Begun:
+    ) -> PendingTick:
         """Up to and including attention; the CPU's share is only started."""
         weights = self.weights.weights(tick.layer, "pre")
         hidden = self.embed(inputs) if tick.layer == 0 else self.activations.get(tick.micro_batch)
@@ -190,7 +190,7 @@ class Executor:
             watch(-1, inputs, hidden)
         with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
             query, key, value = layers.pre_attention(self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables)
-            begun = Begun(tick, inputs, hidden, torch.empty_like(query), watch=watch)
+            begun = PendingTick(tick, inputs, hidden, torch.empty_like(query), watch=watch)
             if inputs.cpu is not None:
                 self.start_cpu_attention(begun, inputs.cpu, query, key, value)
             if inputs.gpu is not None:
@@ -228,7 +228,7 @@ class Executor:
             threads=threads,
         )
 
-    def attend_staged(self, begun: Begun, staged: StagedGroup, gathered: Handle, buffer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def attend_staged(self, begun: PendingTick, staged: StagedGroup, gathered: Handle, buffer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Attention over staging; the new token rows go home beside it."""
         layer, group, layout = begun.tick.layer, staged.attention, self.cache.layout
         gathered.wait()
@@ -236,19 +236,19 @@ class Executor:
         rows = self.cache.staging_rows(buffer)
         ops.append_rows(rows, group.slots, key[part], value[part], layout.bits, layout.group)
         new_rows = rows.index_select(0, group.slots)
-        written = self.lanes.mark()
+        written = self.queues.mark()
         if staged.num_cpu_tokens:
             self.cache.drain_cpu(layer, new_rows[: staged.num_cpu_tokens], staged.cpu_slots, written)
         if staged.disk_tables:
             self.cache.drain_disk(layer, new_rows[staged.num_cpu_tokens :], staged.disk_tables, written)
         self.attend(begun.attention[part], layer, query[part], rows, group, begun.inputs.positions[part])
-        self.cache.release_staging(buffer, self.lanes.mark())
+        self.cache.release_staging(buffer, self.queues.mark())
 
-    def start_cpu_attention(self, begun: Begun, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def start_cpu_attention(self, begun: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache lies."""
         layer, part, layout = begun.tick.layer, slice(group.start, group.end), self.cache.layout
         host_query, host_key, host_value, output = self.host_buffers.take(query[part], key[part], value[part])
-        arrived = self.lanes.mark()
+        arrived = self.queues.mark()
         rows, positions = self.cache.rows("cpu", layer), begun.inputs.host_positions[part]
         drained = self.cache.drained[layer]
 
@@ -258,17 +258,17 @@ class Executor:
             self.attend(output, layer, host_query, rows, group, positions, self.attention_threads)
 
         num_bytes = int(group.context_lens.sum()) * layout.token_bytes
-        begun.cpu_done = self.lanes.cpu_attention.submit(attend, arrived, f"cache {layer}.{begun.tick.micro_batch}", num_bytes)
+        begun.cpu_done = self.queues.cpu_attention.submit(attend, arrived, f"cache {layer}.{begun.tick.micro_batch}", num_bytes)
         begun.cpu_output = output
 
-    def finish(self, begun: Begun, count: int) -> None:
+    def finish(self, begun: PendingTick, count: int) -> None:
         """Output projection and MLP, then the hidden states go home; the last micro-batch of a layer gives the layer's slab back."""
         tick = begun.tick
         if begun.cpu_output is not None:
             assert begun.inputs.cpu is not None
             begun.cpu_done.wait()
-            self.lanes.bring(begun.cpu_output, begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end])
-            self.host_buffers.give_back(begun.cpu_output, self.lanes.mark())
+            self.queues.copy_to_device(begun.cpu_output, begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end])
+            self.host_buffers.give_back(begun.cpu_output, self.queues.mark())
         weights = self.weights.weights(tick.layer, "post")
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             hidden = layers.post_attention(self.arch, tick.layer, weights, begun.hidden, begun.attention)
@@ -277,11 +277,11 @@ class Executor:
         if tick.layer == self.arch.num_layers - 1:
             # Only the rows that the head reads go on.
             hidden = hidden.index_select(0, begun.inputs.logit_index)
-            self.activations.hand_on(tick.micro_batch, hidden)
+            self.activations.set(tick.micro_batch, hidden)
         else:
             self.activations.put(tick.micro_batch, hidden)
         if tick.micro_batch == count - 1:
-            self.weights.release(tick.layer, self.lanes.mark())
+            self.weights.release(tick.layer, self.queues.mark())
 
     def embed(self, inputs: MicroBatchInputs) -> Tensor:
         rows, position_rows = self.weights.gather_rows("embed.weight", inputs.token_ids, inputs.host_token_ids), None
@@ -300,7 +300,7 @@ class Executor:
                 logits = layers.head(self.arch, weights, hidden[start : start + step])
             yield LogitsBlock(inputs.logit_rows[start : start + step], logits)
         if micro_batch == count - 1:
-            self.weights.release(layer, self.lanes.mark())
+            self.weights.release(layer, self.queues.mark())
 
     def replay(self, inputs: MicroBatchInputs) -> Tensor | None:
         """A decode pass of a block that is on the GPU whole, as one graph; None when the pass has to run tick by tick."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flexbatch.execution.sampler import Drawn
+from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.work import QueryTokens, Sequence
 
 
@@ -40,16 +40,16 @@ class Proposer(Protocol):
         while the first layers' weights of the pass are on their way.
         """
 
-    def judges(self, query: QueryTokens) -> bool:
+    def needs_verification(self, query: QueryTokens) -> bool:
         """Whether `verify` decides about this tree. Otherwise `follow` does."""
 
-    def verify(self, query: QueryTokens, logits: Tensor) -> Drawn:
+    def verify(self, query: QueryTokens, logits: Tensor) -> SampledTokens:
         """The accepted path and its tokens. logits: [query.num_tokens, vocab] float32."""
 
-    def follow(self, query: QueryTokens, drawn: Drawn) -> Drawn:
+    def follow(self, query: QueryTokens, drawn: SampledTokens) -> SampledTokens:
         """The path of a tree, given the token that plain decoding would draw after each of its query tokens."""
 
-    def observe(self, results: Many[tuple[QueryTokens, Drawn]]) -> None:
+    def observe(self, results: Many[tuple[QueryTokens, SampledTokens]]) -> None:
         """What the pass gave every sequence that drew tokens, before EOS, a stop string or a limit cuts their paths. Prompts just read are among them."""
 
     def retire(self, sequence: Sequence) -> None:

@@ -35,7 +35,7 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def uniforms(keys: list[int], positions: list[int], lanes: int, device: torch.device | str, purpose: int = TOKEN_DRAW) -> Tensor:
+def uniforms(keys: list[int], positions: list[int], queues: int, device: torch.device | str, purpose: int = TOKEN_DRAW) -> Tensor:
     """Uniform float64 [len(keys), lanes] in (0, 1), never 0 or 1.
 
     keys: 64-bit stream keys; positions: index of the generated token each row draws. Row r depends on (keys[r], positions[r], purpose) alone.
@@ -43,15 +43,15 @@ def uniforms(keys: list[int], positions: list[int], lanes: int, device: torch.de
     start = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
     step = torch.tensor([_signed((2 * position + purpose + 1) * GAMMA) for position in positions], dtype=torch.int64, device=device)
     row = mix(start + step)
-    lane = torch.arange(1, lanes + 1, dtype=torch.int64, device=device) * _signed(GAMMA)
+    queue = torch.arange(1, queues + 1, dtype=torch.int64, device=device) * _signed(GAMMA)
     # 52 bits and a half: the largest, 1 - 2**-53, is still below 1 in float64.
-    return (_shift(mix(row[:, None] + lane), 12).to(torch.float64) + 0.5) * 2.0**-52
+    return (_shift(mix(row[:, None] + queue), 12).to(torch.float64) + 0.5) * 2.0**-52
 
 
-def gumbel(keys: list[int], positions: list[int], lanes: int, device: torch.device | str) -> Tensor:
+def gumbel(keys: list[int], positions: list[int], queues: int, device: torch.device | str) -> Tensor:
     """Standard Gumbel noise float64 [len(keys), lanes]: argmax(log p + noise) is a draw from p.
 
     Preferred over inverting the cumulative distribution: rounding of 1e-7 in the logits moves every boundary of a cumulative sum and flips about one
     draw in 200 from 50,000 nearly equal tokens; it flips the argmax with a probability of about 1e-7.
     """
-    return -torch.log(-torch.log(uniforms(keys, positions, lanes, device)))
+    return -torch.log(-torch.log(uniforms(keys, positions, queues, device)))

@@ -33,15 +33,15 @@ class RequestState:
 
     def __init__(self, request: Request, engine_seed: int = 0, eos_token_ids: Collection[int] = ()) -> None:
         params = request.params
-        penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+        penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
         self.request = request
         self.output_token_ids: list[int] = []
         self.key = stream_key(request, engine_seed)
-        self.adjustments = Adjustments(request) if penalised or params.logit_bias else None
+        self.adjustments = Adjustments(request) if penalized or params.logit_bias else None
         self.constraints = Constraints(request, eos_token_ids) if params.constrained else None
         self.adjusted = self.adjustments is not None or self.constraints is not None
         """Whether anything changes the model's logits before a token is drawn."""
-        self.plain_greedy = params.greedy and not self.adjusted and params.logprobs is None
+        self.unadjusted_greedy = params.greedy and not self.adjusted and params.logprobs is None
 
     @property
     def params(self) -> SamplingParams:

@@ -13,9 +13,9 @@ from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
-from flexbatch.planner.engine_plan import Decisions
+from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.policy.policy import Policy
 
 
@@ -65,32 +65,32 @@ class Block:
                 stack.callback(self.executor.graphs.clear)
 
 
-def make_block(decided: Decisions, sizes: BlockSizes, weights: WeightStore, tiers: Tiers, lanes: Lanes) -> Block:
+def make_block(engine_plan: EnginePlan, sizes: BlockSizes, weights: WeightStore, tiers: Tiers, queues: TransferQueues) -> Block:
     """A block for the decided policy; the caller has checked the budgets. One that fails half-way (a disk that is full,
     a GPU without memory) leaves nothing behind.
     """
     with tiers.all_or_nothing() as give_back:
-        return assemble(decided, sizes, weights, tiers, lanes, give_back)
+        return assemble(engine_plan, sizes, weights, tiers, queues, give_back)
 
 
 def assemble(
-    decided: Decisions,
+    engine_plan: EnginePlan,
     sizes: BlockSizes,
     weights: WeightStore,
     tiers: Tiers,
-    lanes: Lanes,
+    queues: TransferQueues,
     give_back: Callable[[], None],
 ) -> Block:
-    policy, arch, dtype, layout = decided.policy, decided.arch, decided.dtype, decided.layout
-    cache = KVCache(layout, sizes.cache, tiers, lanes)
+    policy, arch, dtype, layout = engine_plan.policy, engine_plan.arch, engine_plan.dtype, engine_plan.layout
+    cache = KVCache(layout, sizes.cache, tiers, queues)
     activations = ActivationStore(
-        policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, lanes
+        policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, queues
     )
-    host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
+    host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, queues)
     rotary = Rotary(arch, sizes.longest, dtype, tiers.gpu)
     logits_bytes = logits_block_bytes(arch, policy, sizes.max_query_nodes)
     executor = Executor(
-        arch, weights, cache, activations, lanes, host_buffers, rotary, dtype, decided.config.overlap, logits_bytes,
-        decided.num_graphs(sizes),
+        arch, weights, cache, activations, queues, host_buffers, rotary, dtype, engine_plan.config.overlap, logits_bytes,
+        engine_plan.num_graphs(sizes),
     )  # fmt: skip
     return Block(policy, sizes, cache, activations, host_buffers, rotary, executor, give_back)

@@ -16,7 +16,7 @@ from flexbatch.request import TokenLogprob
 
 
 @dataclass
-class Drawn:
+class SampledTokens:
     """What a pass gave one sequence: new tokens, their log-probabilities, and those of prompt tokens."""
 
     token_ids: list[int] = field(default_factory=list)
@@ -41,11 +41,11 @@ class Drawn:
         self.fault = Fault(problem, mark == NOT_FINITE)
         self.token_ids, self.logprobs, self.path = [], [], ()
 
-    def follow(self, query: QueryTokens) -> Drawn:
+    def follow(self, query: QueryTokens) -> SampledTokens:
         """From a token after every query token of a tree to the path that plain decoding takes."""
         path = query.follow(self.token_ids)
         places = (0, *path)
-        return Drawn(
+        return SampledTokens(
             [self.token_ids[place] for place in places],
             [self.logprobs[place] for place in places],
             self.prompt_logprobs,
@@ -57,53 +57,53 @@ class Drawn:
 class Verifier(Protocol):
     """Decides about trees that are not simply followed; see `proposals.Proposer`."""
 
-    def judges(self, query: QueryTokens) -> bool: ...
+    def needs_verification(self, query: QueryTokens) -> bool: ...
 
-    def verify(self, query: QueryTokens, logits: Tensor) -> Drawn: ...
+    def verify(self, query: QueryTokens, logits: Tensor) -> SampledTokens: ...
 
-    def follow(self, query: QueryTokens, drawn: Drawn) -> Drawn: ...
+    def follow(self, query: QueryTokens, drawn: SampledTokens) -> SampledTokens: ...
 
 
-def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dict[QueryTokens, Drawn]:
+def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dict[QueryTokens, SampledTokens]:
     """Sample the next token of every sequence whose newest token was in the pass, and score prompt tokens where that was asked for.
 
     Logits are consumed block by block, so that those of a long prompt never exist at once. Of a tree, every query token draws what plain decoding
     would draw there, and the path of matching tokens is the result; trees that ``verifier`` judges are handed to it whole.
     """
-    results: dict[QueryTokens, Drawn] = {}
-    judged: set[QueryTokens] = set()
+    results: dict[QueryTokens, SampledTokens] = {}
+    verified_whole: set[QueryTokens] = set()
     begun: dict[QueryTokens, Tensor] = {}
     for block in blocks:
         score_prompts(block, results)
         if verifier is not None:
-            judged |= judge_trees(block, begun, results, verifier)
-        rows = [r for r, (query, token) in enumerate(block.rows) if query not in judged and draws(query, token)]
+            verified_whole |= verify_trees(block, begun, results, verifier)
+        rows = [r for r, (query, token) in enumerate(block.rows) if query not in verified_whole and draws(query, token)]
         if not rows:
             continue
         queries = [block.rows[r][0] for r in rows]
         drafted = [query.paths[block.rows[r][1]] if query.parents is not None else () for r, query in zip(rows, queries, strict=True)]
         sampled = sample(select(block.logits, rows), [query.sequence.state for query in queries], drafted)
         for query, token_id, entry in zip(queries, sampled.token_ids.tolist(), sampled.logprobs, strict=True):
-            drawn = results.setdefault(query, Drawn())
+            drawn = results.setdefault(query, SampledTokens())
             drawn.token_ids.append(token_id)
             drawn.logprobs.append(entry)
     for query, drawn in results.items():
-        if query.parents is not None and query not in judged:
+        if query.parents is not None and query not in verified_whole:
             results[query] = drawn.follow(query) if verifier is None else verifier.follow(query, drawn)
         results[query].settle(query)
     return results
 
 
-def judge_trees(block: LogitsBlock, begun: dict[QueryTokens, Tensor], results: dict[QueryTokens, Drawn], verifier: Verifier) -> set[QueryTokens]:
+def verify_trees(block: LogitsBlock, begun: dict[QueryTokens, Tensor], results: dict[QueryTokens, SampledTokens], verifier: Verifier) -> set[QueryTokens]:
     """Have every tree judged whose last query token is in the block, and return all that are judged, now or later.
 
     begun: logits of a tree that goes on in the next block. They are copied: a view would keep the whole block beside the next one.
     """
-    judged = set()
+    verified_whole = set()
     for query, rows in groupby(range(len(block.rows)), key=lambda r: block.rows[r][0]):
-        if query.parents is None or not verifier.judges(query):
+        if query.parents is None or not verifier.needs_verification(query):
             continue
-        judged.add(query)
+        verified_whole.add(query)
         start, *_ = places = list(rows)
         logits = block.logits[start : start + len(places)]
         if query in begun:
@@ -112,7 +112,7 @@ def judge_trees(block: LogitsBlock, begun: dict[QueryTokens, Tensor], results: d
             results[query] = verifier.verify(query, logits)
         else:
             begun[query] = logits.clone()
-    return judged
+    return verified_whole
 
 
 def select(logits: Tensor, rows: list[int]) -> Tensor:
@@ -125,7 +125,7 @@ def draws(query: QueryTokens, token: int) -> bool:
     return newest and query.sequence.output.finish is None
 
 
-def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None:
+def score_prompts(block: LogitsBlock, results: dict[QueryTokens, SampledTokens]) -> None:
     """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``, or a fault
     where a row has none."""
     rows, targets, counts = [], [], []
@@ -139,7 +139,7 @@ def score_prompts(block: LogitsBlock, results: dict[QueryTokens, Drawn]) -> None
         finite = finite_rows(block.logits).tolist()
         for r, entry in zip(rows, token_logprobs(block.logits, targets, counts, rows=rows), strict=True):
             query, token = block.rows[r]
-            drawn = results.setdefault(query, Drawn())
+            drawn = results.setdefault(query, SampledTokens())
             drawn.prompt_logprobs.append(entry)
             if not finite[r]:
                 place = query.start + token + 1

@@ -46,7 +46,7 @@ def sample(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | No
     path in `drafted`. The noise of output token t is a function of (stream, t): a drawn tree node gets the token that plain decoding would draw there.
     """
     _check_shapes(logits, states, drafted)
-    if all(state.plain_greedy for state in states):
+    if all(state.unadjusted_greedy for state in states):
         # The maximum comes with its place: NaN and infinity, which it would be, are seen without another look at the
         # logits.
         peaks, token_ids = logits.max(-1)

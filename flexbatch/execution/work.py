@@ -14,7 +14,7 @@ from flexbatch.request import TokenLogprob
 from flexbatch.text.detokenize import OutputText
 
 
-def num_unread(output: OutputText, num_prompt_tokens: int) -> int:
+def num_uncomputed(output: OutputText, num_prompt_tokens: int) -> int:
     """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It may stand past the context's end."""
     return int(output.max_tokens == 0 and num_prompt_tokens > 1)
 
@@ -45,12 +45,12 @@ class Sequence:
     """Nothing is drafted for it any more."""
     # Attributes, as they never change and are asked for several times a pass by every sequence.
     num_prompt_tokens: int = field(init=False)
-    num_unread: int = field(init=False)
-    """Tokens of the prompt that are never read; see `num_unread`."""
+    num_uncomputed: int = field(init=False)
+    """Tokens of the prompt that are never read; see `num_uncomputed`."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.state.request.prompt_token_ids)
-        self.num_unread = num_unread(self.output, self.num_prompt_tokens)
+        self.num_uncomputed = num_uncomputed(self.output, self.num_prompt_tokens)
 
     @property
     def num_cached(self) -> int:
@@ -60,7 +60,7 @@ class Sequence:
     @property
     def num_uncached(self) -> int:
         """Tokens that still have to be read."""
-        return len(self.token_ids) - self.num_unread - self.table.num_tokens
+        return len(self.token_ids) - self.num_uncomputed - self.table.num_tokens
 
     def check(self) -> None:
         """Invariants: the cache never holds more than the tokens, and never the newest one."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexbatch.memory.balancer import TierBalancer
 from flexbatch.memory.files import DiskFile, align
-from flexbatch.memory.placement import Spreader
 from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.transfer import READY, Handle, Lanes, together
+from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
 from flexbatch.policy.policy import TIERS, Split
 
 
@@ -35,10 +35,10 @@ class ActivationStore:
     """
 
     def __init__(
-        self, split: Split, num_micro_batches: int, max_tokens: int, width: int, dtype: torch.dtype, page_tokens: int, tiers: Tiers, lanes: Lanes
+        self, split: Split, num_micro_batches: int, max_tokens: int, width: int, dtype: torch.dtype, page_tokens: int, tiers: Tiers, queues: TransferQueues
     ) -> None:
         self.split, self.page_tokens, self.dtype, self.width = split, page_tokens, dtype, width
-        self.tiers, self.lanes = tiers, lanes
+        self.tiers, self.queues = tiers, queues
         self.row_bytes = width * dtype.itemsize
         self.stored: dict[int, Stored] = {}
         self.counts: dict[int, tuple[int, int, int]] = {}
@@ -59,17 +59,17 @@ class ActivationStore:
 
     def plan(self, tokens_per_micro_batch: list[int]) -> None:
         """Cut the rows of every micro-batch of the coming pass over the tiers."""
-        spreader = Spreader(self.split)
+        balancer = TierBalancer(self.split)
         for k, num_tokens in enumerate(tokens_per_micro_batch):
             counts = dict.fromkeys(TIERS, 0)
             for start in range(0, num_tokens, self.page_tokens):
                 rows = min(self.page_tokens, num_tokens - start)
-                tier = spreader.choose(rows)
-                spreader.place(tier, rows)
+                tier = balancer.choose(rows)
+                balancer.place(tier, rows)
                 counts[tier] += rows
             self.counts[k] = (counts["gpu"], counts["cpu"], counts["disk"])
-        if sum(spreader.placed.values()) >= sum(self.realized.values()):
-            self.realized = {tier: int(rows) for tier, rows in spreader.placed.items()}
+        if sum(balancer.placed.values()) >= sum(self.realized.values()):
+            self.realized = {tier: int(rows) for tier, rows in balancer.placed.items()}
 
     @property
     def realized_percent(self) -> dict[str, float]:
@@ -86,13 +86,13 @@ class ActivationStore:
             return
         host = self.host_rows(k, on_cpu + on_disk)
         leaving = hidden[on_gpu:]
-        stored.home = self.lanes.d2h.submit(lambda: host.copy_(leaving, non_blocking=True), self.lanes.mark(), f"activations {k}", leaving.nbytes)
-        self.lanes.d2h.guard(leaving)
+        stored.home = self.queues.d2h.submit(lambda: host.copy_(leaving, non_blocking=True), self.queues.mark(), f"activations {k}", leaving.nbytes)
+        self.queues.d2h.guard(leaving)
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
-            stored.home = self.lanes.disk_write.submit(lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data))
+            stored.home = self.queues.disk_write.submit(lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data))
 
-    def hand_on(self, k: int, hidden: Tensor) -> None:
+    def set(self, k: int, hidden: Tensor) -> None:
         """Pass hidden states on within the compute device: the rows that the head reads, a few per sequence."""
         self.stored[k] = Stored(len(hidden), (len(hidden), 0, 0), hidden, fetched=hidden)
 
@@ -106,15 +106,15 @@ class ActivationStore:
             return
         on_gpu, on_cpu, on_disk = stored.counts
         # Allocated on the compute stream, written on the link's: the copy waits for a mark of everything before it.
-        fetched = stored.fetched = torch.empty(stored.num_tokens, self.width, dtype=self.dtype, device=self.lanes.device)
+        fetched = stored.fetched = torch.empty(stored.num_tokens, self.width, dtype=self.dtype, device=self.queues.device)
         fetched[:on_gpu].copy_(stored.gpu)
-        after = together(stored.home, self.lanes.mark())
+        after = together(stored.home, self.queues.mark())
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
-            after = together(after, self.lanes.disk_read.submit(lambda: self.files[k].read(data, 0), after, f"activations {k}", len(data)))
+            after = together(after, self.queues.disk_read.submit(lambda: self.files[k].read(data, 0), after, f"activations {k}", len(data)))
         host = self.host_rows(k, on_cpu + on_disk)
-        stored.fetch = self.lanes.h2d.submit(lambda: fetched[on_gpu:].copy_(host, non_blocking=True), after, f"activations {k}", host.nbytes)
-        self.lanes.h2d.guard(fetched)
+        stored.fetch = self.queues.h2d.submit(lambda: fetched[on_gpu:].copy_(host, non_blocking=True), after, f"activations {k}", host.nbytes)
+        self.queues.h2d.guard(fetched)
 
     def get(self, k: int) -> Tensor:
         """The hidden states of micro-batch ``k`` on the compute device; they leave the store."""
@@ -134,7 +134,7 @@ class ActivationStore:
             assert sum(stored.counts) == stored.num_tokens, (k, stored.counts, stored.num_tokens)
 
     def close(self) -> None:
-        self.lanes.settle()
+        self.queues.settle()
         self.files.clear()
         self.stored.clear()
         self.host.clear()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, Handle, Lanes
+from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.memory.uploads import Uploads
 
 NUM_BUFFERS = 4
@@ -16,10 +16,10 @@ NUM_BUFFERS = 4
 class HostBuffers:
     """A ring of host buffers, each with one owner from `take` to `give_back`. On the CPU nothing is copied and only the output is new."""
 
-    def __init__(self, max_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, host: Pool, lanes: Lanes) -> None:
+    def __init__(self, max_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, host: Pool, queues: TransferQueues) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, self.host = num_heads, num_kv_heads, head_dim, dtype, host
-        self.copies = lanes.device.type == "cuda"
-        self.uploads = Uploads(host, lanes)
+        self.copies = queues.device.type == "cuda"
+        self.uploads = Uploads(host, queues)
         row_bytes = (2 * num_heads + 2 * num_kv_heads) * head_dim * dtype.itemsize
         self.max_tokens = max_tokens
         self.buffers = [host.allocate(f"attention buffer {i}", max_tokens * row_bytes) for i in range(NUM_BUFFERS)] if self.copies and max_tokens else []

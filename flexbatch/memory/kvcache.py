@@ -13,7 +13,7 @@ from flexbatch.kernels import ops
 from flexbatch.memory.disk_cache import DiskCache
 from flexbatch.memory.pages import CacheLayout, PagePool, PageTable
 from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.transfer import READY, Handle, Lanes, together
+from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class KVCache:
     Staging buffers alternate between ticks; each is handed over by handle: a gather into one waits for the attention that last read it.
     """
 
-    def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers, lanes: Lanes) -> None:
-        self.layout, self.sizes, self.tiers, self.lanes = layout, sizes, tiers, lanes
-        self.device = lanes.device
+    def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers, queues: TransferQueues) -> None:
+        self.layout, self.sizes, self.tiers, self.queues = layout, sizes, tiers, queues
+        self.device = queues.device
         self.pools = {tier: PagePool(tier, sizes.pages(tier), layout.page_tokens) for tier in ("gpu", "cpu", "disk")}
         self.storage = {
             "gpu": tiers.gpu.allocate("cache", layout.num_layers * sizes.gpu_pages * layout.page_bytes).view(layout.num_layers, -1),
@@ -178,14 +178,14 @@ class KVCache:
         if num_cpu:
             source = self.storage["cpu"][layer].view(-1, self.layout.page_bytes)
             handles.append(
-                self.lanes.pages.submit(
+                self.queues.pages.submit(
                     lambda: ops.gather_pages(source, work.cpu_pages, pages[:num_cpu]), after, f"cache {layer}", num_cpu * self.layout.page_bytes
                 )
             )
         if work.num_disk_pages:
             target = pages[num_cpu : work.num_pages]
             num_bytes = work.num_disk_pages * self.layout.page_bytes
-            handles.append(self.lanes.disk_read.submit(lambda: self.read_disk(work, layer, buffer, target), after, f"cache {layer}", num_bytes))
+            handles.append(self.queues.disk_read.submit(lambda: self.read_disk(work, layer, buffer, target), after, f"cache {layer}", num_bytes))
         return together(*handles)
 
     def read_disk(self, work: Gather, layer: int, buffer: int, target: Tensor) -> Handle:
@@ -193,11 +193,11 @@ class KVCache:
         assert self.disk is not None
         self.disk_copied[buffer].synchronize()
         host = self.disk_staging[buffer].view(-1, self.layout.page_bytes)[: work.num_disk_pages] if self.disk_staging else target
-        self.disk.read(work.disk_tables, layer, host, self.lanes.disk_chunks)
+        self.disk.read(work.disk_tables, layer, host, self.queues.disk_chunks)
         if host is target:
             return READY
-        self.lanes.bring(host, target)
-        self.disk_copied[buffer] = self.lanes.mark()
+        self.queues.copy_to_device(host, target)
+        self.disk_copied[buffer] = self.queues.mark()
         return self.disk_copied[buffer]
 
     def release_staging(self, buffer: int, done: Handle) -> None:
@@ -206,9 +206,9 @@ class KVCache:
     def drain_cpu(self, layer: int, rows: Tensor, slots: Tensor, after: Handle) -> None:
         """Scatter packed token rows to their slots on the cpu tier. slots: [n] int64 on the compute device."""
         target = self.rows("cpu", layer)
-        handle = self.lanes.d2h.submit(lambda: ops.scatter_rows(rows, target, slots), after, f"cache {layer}", rows.nbytes)
-        self.lanes.d2h.guard(rows)
-        self.lanes.d2h.guard(slots)
+        handle = self.queues.d2h.submit(lambda: ops.scatter_rows(rows, target, slots), after, f"cache {layer}", rows.nbytes)
+        self.queues.d2h.guard(rows)
+        self.queues.d2h.guard(slots)
         self.draining[layer] = together(self.draining[layer], handle)
 
     def drain_disk(self, layer: int, rows: Tensor, tables: Sequence[tuple[PageTable, int, int, int]], after: Handle) -> None:
@@ -224,7 +224,7 @@ class KVCache:
                 disk.append(table, layer, start, host[cursor : cursor + count], keep)
                 cursor += count
 
-        self.draining[layer] = self.lanes.disk_write.submit(append, together(after, self.drained[layer]), f"cache {layer}", rows.nbytes)
+        self.draining[layer] = self.queues.disk_write.submit(append, together(after, self.drained[layer]), f"cache {layer}", rows.nbytes)
 
     # Trees
 
@@ -276,7 +276,7 @@ class KVCache:
 
     def close(self) -> None:
         """Let go of everything, also after a transfer that failed."""
-        self.lanes.settle()
+        self.queues.settle()
         self.drained = self.draining = [READY] * self.layout.num_layers
         self.disk_copied = [READY, READY]
         if self.disk is not None:

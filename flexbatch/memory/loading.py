@@ -11,7 +11,7 @@ from torch import Tensor
 from flexbatch.kernels import ops
 from flexbatch.memory.layer_files import empty_buffer, open_layer_file, write_layer_file
 from flexbatch.memory.weight_plan import StoredTensor
-from flexbatch.memory.weights import Views, WeightStore, views_of
+from flexbatch.memory.weights import TensorView, WeightStore, view_of
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
 
 QUANTIZE_BLOCK_BYTES = 32 << 20
@@ -41,7 +41,7 @@ class Loader:
         tensors = store.plan.all_tensors
         self.stored: dict[Key, StoredTensor] = {(tensor.spec.layer, tensor.spec.role): tensor for tensor in tensors}
         self.cache_quantized = cache_quantized and folder is not None
-        self.building: dict[Key, tuple[Tensor, Views]] = {}
+        self.building: dict[Key, tuple[Tensor, TensorView]] = {}
         self.rows_written: dict[Key, int] = {}
         self.reused_bytes = 0
         """Of the tensors that came from files of earlier runs, as they are stored."""
@@ -61,7 +61,7 @@ class Loader:
 
     def reuse_file(self, key: Key, stored: StoredTensor) -> bool:
         assert self.folder is not None
-        pool = self.store.lanes.disk_chunks
+        pool = self.store.queues.disk_chunks
         if stored.tier == "disk":
             file = open_layer_file(self.folder, stored, pool)
             if file is not None:
@@ -72,7 +72,7 @@ class Loader:
         if file is None:
             return False
         file.close()
-        source, home = views_of(data, stored, 0, self.store.dtype), self.store.homes[key]
+        source, home = view_of(data, stored, 0, self.store.dtype), self.store.homes[key]
         assert home.codes is not None and home.parameters is not None
         assert source.codes is not None and source.parameters is not None
         home.codes.copy_(source.codes)
@@ -113,7 +113,7 @@ class Loader:
             self.file(key, stored)
         return num_bytes
 
-    def write_codes(self, piece: QuantizedPiece, target: Views, rows: slice) -> int:
+    def write_codes(self, piece: QuantizedPiece, target: TensorView, rows: slice) -> int:
         """Codes of a quantised checkpoint as they are where the home has the same bits and a group that divides theirs, else expanded."""
         num_bytes = piece.codes.nbytes + piece.parameters.nbytes
         if target.codes is None or target.parameters is None or target.stored.bits != piece.bits or piece.group % target.stored.group:
@@ -123,7 +123,7 @@ class Loader:
             target.parameters[rows].copy_(piece.regrouped(target.stored.group).parameters)
         return num_bytes
 
-    def write_dense(self, tensor: Tensor, target: Views, rows: slice) -> None:
+    def write_dense(self, tensor: Tensor, target: TensorView, rows: slice) -> None:
         if target.dense is not None:
             target.dense[rows].copy_(tensor)
             return
@@ -138,13 +138,13 @@ class Loader:
             target.codes[place].copy_(codes)
             target.parameters[place].copy_(parameters)
 
-    def target(self, key: Key, stored: StoredTensor) -> Views:
+    def target(self, key: Key, stored: StoredTensor) -> TensorView:
         """Views to write into: the home itself, or a buffer for a tensor that becomes a file."""
         if stored.tier != "disk":
             return self.store.homes[key]
         if key not in self.building:
             buffer = empty_buffer(stored)
-            self.building[key] = (buffer, views_of(buffer, stored, 0, self.store.dtype))
+            self.building[key] = (buffer, view_of(buffer, stored, 0, self.store.dtype))
         return self.building[key][1]
 
     def file(self, key: Key, stored: StoredTensor) -> None:
@@ -154,13 +154,13 @@ class Loader:
             buffer, _ = self.building.pop(key)
         else:
             home, buffer = self.store.homes[key], empty_buffer(stored).zero_()
-            copy = views_of(buffer, stored, 0, self.store.dtype)
+            copy = view_of(buffer, stored, 0, self.store.dtype)
             assert home.codes is not None and home.parameters is not None
             assert copy.codes is not None and copy.parameters is not None
             copy.codes.copy_(home.codes)
             copy.parameters.copy_(home.parameters)
         self.check_source()
-        file = write_layer_file(self.folder, stored, buffer, self.store.lanes.disk_chunks)
+        file = write_layer_file(self.folder, stored, buffer, self.store.queues.disk_chunks)
         if stored.tier == "disk":
             self.store.files[key] = file
         else:

@@ -13,15 +13,15 @@ from functools import partial
 from torch import Tensor
 
 from flexbatch.memory.files import ALIGNMENT
-from flexbatch.memory.transfer import READY, FutureHandle, Handle, Lanes
+from flexbatch.memory.transfer import READY, FutureHandle, Handle, TransferQueues
 
 
 class ReadAhead:
     """Reads layers in the order in which passes use them, again and again; a buffer has one owner from the start of its read to the end of its copy."""
 
-    def __init__(self, num_bytes: dict[int, int], buffers: Sequence[Tensor], read: Callable[[int, Tensor], None], lanes: Lanes) -> None:
+    def __init__(self, num_bytes: dict[int, int], buffers: Sequence[Tensor], read: Callable[[int, Tensor], None], queues: TransferQueues) -> None:
         """``num_bytes``: on disk of each layer that has any, in order. ``buffers``: uint8, as long as the largest. ``read(layer, buffer)`` blocks."""
-        self.num_bytes, self.buffers, self.read, self.lanes = num_bytes, list(buffers), read, lanes
+        self.num_bytes, self.buffers, self.read, self.queues = num_bytes, list(buffers), read, queues
         self.layers = list(num_bytes)
         self.next_place = 0
         self.reads: dict[int, tuple[int, FutureHandle]] = {}
@@ -43,27 +43,27 @@ class ReadAhead:
             if buffer in owned or layer in self.reads:
                 continue
             job = partial(self.read, layer, self.buffers[buffer][: self.num_bytes[layer]])
-            self.reads[layer] = buffer, self.lanes.disk_read.submit(job, self.free_after[buffer], f"weights {layer}", self.num_bytes[layer])
+            self.reads[layer] = buffer, self.queues.disk_read.submit(job, self.free_after[buffer], f"weights {layer}", self.num_bytes[layer])
             self.next_place = (self.next_place + 1) % len(self.layers)
 
     def arrived(self, layer: int) -> bool:
-        """Whether `bring` would not have to wait."""
+        """Whether `copy_to_device` would not have to wait."""
         return layer in self.reads and self.reads[layer][1].done
 
-    def bring(self, layer: int, target: Tensor, after: Handle) -> Handle:
+    def copy_to_device(self, layer: int, target: Tensor, after: Handle) -> Handle:
         """Copy what was read of ``layer`` to ``target`` on the compute device once ``after`` is done; waits for the read, and raises its error."""
         self.expect(layer)
         buffer, read = self.reads.pop(layer)
         read.synchronize()
         rows, places = (x.view(-1, ALIGNMENT) for x in (self.buffers[buffer][: self.num_bytes[layer]], target))
-        handle = self.lanes.staged.submit(lambda: self.lanes.bring(rows, places), after, f"weights {layer} from disk", self.num_bytes[layer])
+        handle = self.queues.staged.submit(lambda: self.queues.copy_to_device(rows, places), after, f"weights {layer} from disk", self.num_bytes[layer])
         self.free_after[buffer] = handle
         self.fill()
         return handle
 
     def forget(self) -> None:
         """Wait for what is being read, and use none of it: an error is nobody's."""
-        self.lanes.disk_read.settle()
+        self.queues.disk_read.settle()
         self.reads.clear()
 
     def forget_failed(self) -> None:

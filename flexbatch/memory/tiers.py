@@ -22,7 +22,7 @@ from flexbatch.validation.errors import DoesNotFitError
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryRequirement:
     """One line of the table that says what needs how much."""
 
     what: str
@@ -30,7 +30,7 @@ class Need:
     num_bytes: int
 
 
-def check_budgets(needs: Iterable[Need], budgets: dict[str, int]) -> None:
+def check_budgets(needs: Iterable[MemoryRequirement], budgets: dict[str, int]) -> None:
     """Raise DoesNotFitError with a table when the needs of a tier exceed its budget (bytes)."""
     needs = list(needs)
     totals = {tier: sum(need.num_bytes for need in needs if need.tier == tier) for tier in budgets}
@@ -118,7 +118,7 @@ class Pool:
 
     def reserve(self, what: str, num_bytes: int) -> None:
         """Account for bytes; raises DoesNotFitError when the budget is short."""
-        needs = [*(Need(name, self.tier, used) for name, used in self.used_bytes.items()), Need(what, self.tier, num_bytes)]
+        needs = [*(MemoryRequirement(name, self.tier, used) for name, used in self.used_bytes.items()), MemoryRequirement(what, self.tier, num_bytes)]
         check_budgets(needs, {self.tier: self.budget_bytes})
         self.used_bytes[what] = self.used_bytes.get(what, 0) + num_bytes
         self.peak_bytes = max(self.peak_bytes, self.total_used_bytes)

@@ -108,7 +108,7 @@ def together(*handles: Handle) -> Handle:
     return pending[0] if len(pending) == 1 else AllHandles(pending) if pending else READY
 
 
-class ThreadLane:
+class ThreadQueue:
     """A worker thread for one resource: jobs run in the order in which they were submitted. ``num_bytes`` counts what they moved."""
 
     def __init__(self, resource: str, tracer: Tracer, stream: torch.cuda.Stream | None = None) -> None:
@@ -159,7 +159,7 @@ class ThreadLane:
             self.stream.synchronize()
 
 
-class StreamLane:
+class StreamQueue:
     """A CUDA stream for one direction of the link. ``num_bytes`` counts what its jobs moved."""
 
     def __init__(self, resource: str, tracer: Tracer, device: torch.device) -> None:
@@ -201,26 +201,26 @@ class StreamLane:
         self.stream.synchronize()
 
 
-Lane = ThreadLane | StreamLane
+TransferQueue = ThreadQueue | StreamQueue
 
 
-class Lanes:
+class TransferQueues:
     """The lanes of one compute device: both directions of the link, the disk, and CPU attention."""
 
     def __init__(self, device: torch.device, tracer: Tracer, disk_threads: int = DISK_THREADS) -> None:
         self.device, self.tracer = device, tracer
         cuda = device.type == "cuda"
-        self.h2d: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
+        self.h2d: TransferQueue = StreamQueue("h2d", tracer, device) if cuda else ThreadQueue("h2d", tracer)
         # Pages ride on a stream of their own: the gather kernel and the copy engine share the link and neither waits for the other.
-        self.pages: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
+        self.pages: TransferQueue = StreamQueue("h2d", tracer, device) if cuda else ThreadQueue("h2d", tracer)
         # So does what was read ahead from the disk: a copy may wait for a slab, and no page should wait for the copy.
-        self.staged: Lane = StreamLane("h2d", tracer, device) if cuda else ThreadLane("h2d", tracer)
-        self.d2h: Lane = StreamLane("d2h", tracer, device) if cuda else ThreadLane("d2h", tracer)
+        self.staged: TransferQueue = StreamQueue("h2d", tracer, device) if cuda else ThreadQueue("h2d", tracer)
+        self.d2h: TransferQueue = StreamQueue("d2h", tracer, device) if cuda else ThreadQueue("d2h", tracer)
         disk_stream = torch.cuda.Stream(device, priority=-1) if cuda else None
-        self.disk_read = ThreadLane("disk_read", tracer, disk_stream)
-        self.disk_write = ThreadLane("disk_write", tracer)
+        self.disk_read = ThreadQueue("disk_read", tracer, disk_stream)
+        self.disk_write = ThreadQueue("disk_write", tracer)
         self.disk_chunks = ThreadPoolExecutor(disk_threads, thread_name_prefix="flexbatch-disk-chunk")
-        self.cpu_attention = ThreadLane("cpu_attention", tracer)
+        self.cpu_attention = ThreadQueue("cpu_attention", tracer)
         self.row_ids = torch.arange(MAX_ROWS, dtype=torch.int32, device=device) if cuda else torch.empty(0)
 
     def mark(self) -> Handle:
@@ -231,7 +231,7 @@ class Lanes:
         event.record(current_stream(self.device))
         return EventHandle(event, self.device)
 
-    def bring(self, source: Tensor, target: Tensor) -> None:
+    def copy_to_device(self, source: Tensor, target: Tensor) -> None:
         """Copy rows of pinned host memory into ``target`` of the same shape on the compute device, on the current stream and past the copy engine.
 
         The engine serves its queue in order, and the next layer's weights stand in it for up to 20 ms. What a tick waits for must not wait behind them: a
@@ -244,26 +244,26 @@ class Lanes:
             target.copy_(source, non_blocking=True)
 
     @property
-    def all_lanes(self) -> tuple[Lane, ...]:
+    def all_queues(self) -> tuple[TransferQueue, ...]:
         return (self.h2d, self.pages, self.staged, self.d2h, self.disk_read, self.disk_write, self.cpu_attention)
 
     def moved_bytes(self) -> dict[str, int]:
         """Bytes per resource since the start."""
         moved: dict[str, int] = {}
-        for lane in self.all_lanes:
-            moved[lane.resource] = moved.get(lane.resource, 0) + lane.num_bytes
+        for queue in self.all_queues:
+            moved[queue.resource] = moved.get(queue.resource, 0) + queue.num_bytes
         return moved
 
     def settle(self) -> None:
         """Wait until nothing is on its way any more, whatever became of it."""
-        for lane in self.all_lanes:
-            lane.settle()
+        for queue in self.all_queues:
+            queue.settle()
 
     def check(self) -> None:
-        for lane in self.all_lanes:
-            lane.check()
+        for queue in self.all_queues:
+            queue.check()
 
     def close(self) -> None:
-        for lane in self.all_lanes:
-            lane.close()
+        for queue in self.all_queues:
+            queue.close()
         self.disk_chunks.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Small tensors from the host to the compute device, past the copy engine (`Lanes.bring`)."""
+"""Small tensors from the host to the compute device, past the copy engine (`TransferQueues.copy_to_device`)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from flexbatch.memory.files import align
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, ROW_BYTES, Handle, Lanes
+from flexbatch.memory.transfer import READY, ROW_BYTES, Handle, TransferQueues
 from flexbatch.policy.limits import INPUT_BUFFER_BYTES
 
 
 class Uploads:
     """A pinned buffer in two halves: one is filled for the coming pass while the device may still read the other. On the CPU nothing is copied."""
 
-    def __init__(self, host: Pool, lanes: Lanes) -> None:
-        self.lanes, self.device, self.host = lanes, lanes.device, host
+    def __init__(self, host: Pool, queues: TransferQueues) -> None:
+        self.queues, self.device, self.host = queues, queues.device, host
         self.copies = self.device.type == "cuda"
         self.halves = list(host.allocate("inputs", 2 * INPUT_BUFFER_BYTES).view(2, INPUT_BUFFER_BYTES)) if self.copies else []
         self.read: list[Handle] = [READY, READY]
@@ -25,7 +25,7 @@ class Uploads:
     def begin_pass(self) -> None:
         """Take the other half, once the device has read what was there two passes ago."""
         if self.copies:
-            self.read[self.half] = self.lanes.mark()
+            self.read[self.half] = self.queues.mark()
             self.half, self.cursor = 1 - self.half, 0
             self.read[self.half].synchronize()
 
@@ -41,7 +41,7 @@ class Uploads:
         self.cursor += num_bytes
         place[: array.nbytes].copy_(source.view(-1).view(torch.uint8))
         target = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        self.lanes.bring(place.view(-1, ROW_BYTES), target.view(-1, ROW_BYTES))
+        self.queues.copy_to_device(place.view(-1, ROW_BYTES), target.view(-1, ROW_BYTES))
         return target[: array.nbytes].view(source.dtype).view(source.shape)
 
     def check(self) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexbatch.kernels import reference
+from flexbatch.memory.balancer import spread
 from flexbatch.memory.files import ALIGNMENT, align
-from flexbatch.memory.placement import spread
 from flexbatch.models.arch import Arch
 from flexbatch.models.specs import WeightSpec, weight_specs
 from flexbatch.policy.policy import TIERS, Split
@@ -104,7 +104,7 @@ class WeightPlan:
         """One working slab: the largest streamed layer."""
         return max(self.streamed_bytes(layer) for layer in range(len(self.layers)))
 
-    def expansion_bytes(self, stage: str) -> int:
+    def dequantization_bytes(self, stage: str) -> int:
         """Room to expand the quantised tensors of one stage ("pre": before attention, "post": after it) of any layer."""
         return max(
             sum(align(tensor.dense_bytes, SLAB_ALIGNMENT) for tensor in layer if tensor.quantized and stage_of(tensor.spec.role) == stage)

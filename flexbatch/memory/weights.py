@@ -13,12 +13,12 @@ from flexbatch.kernels import ops
 from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.read_ahead import ReadAhead
 from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.transfer import READY, Handle, Lanes, together
+from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
 from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, StoredTensor, WeightPlan, slab_alignment, stage_of
 
 
 @dataclass
-class Claim:
+class SlabLease:
     """A working slab in the hands of one layer, from its first fetch to its release."""
 
     slab: int
@@ -29,7 +29,7 @@ class Claim:
 
 
 @dataclass
-class Views:
+class TensorView:
     """A tensor where it can be used: dense, or codes and parameters still to be expanded."""
 
     stored: StoredTensor
@@ -38,13 +38,13 @@ class Views:
     parameters: Tensor | None = None
 
 
-def views_of(slab: Tensor, stored: StoredTensor, start: int, dtype: torch.dtype) -> Views:
+def view_of(slab: Tensor, stored: StoredTensor, start: int, dtype: torch.dtype) -> TensorView:
     """The tensor that lies at byte ``start`` of a uint8 slab."""
     if not stored.quantized:
-        return Views(stored, dense=slab[start : start + stored.dense_bytes].view(dtype).view(stored.spec.shape))
+        return TensorView(stored, dense=slab[start : start + stored.dense_bytes].view(dtype).view(stored.spec.shape))
     codes = slab[start : start + math.prod(stored.codes_shape)].view(stored.codes_shape)
     parameters = slab[start + stored.codes_bytes : start + stored.num_bytes].view(dtype).view(stored.parameters_shape)
-    return Views(stored, codes=codes, parameters=parameters)
+    return TensorView(stored, codes=codes, parameters=parameters)
 
 
 def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
@@ -59,11 +59,11 @@ class WeightStore:
     ``homes`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once they have their name).
     """
 
-    def __init__(self, plan: WeightPlan, tiers: Tiers, lanes: Lanes, dtype: torch.dtype, staged: bool | None = None) -> None:
+    def __init__(self, plan: WeightPlan, tiers: Tiers, queues: TransferQueues, dtype: torch.dtype, staged: bool | None = None) -> None:
         """``staged``: whether disk tensors stop over in host memory, as they do on their way to a GPU (None: if there is one)."""
-        self.plan, self.tiers, self.lanes, self.dtype = plan, tiers, lanes, dtype
-        self.device = lanes.device
-        self.homes: dict[tuple[int, str], Views] = {}
+        self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
+        self.device = queues.device
+        self.homes: dict[tuple[int, str], TensorView] = {}
         self.files: dict[tuple[int, str], DiskFile] = {}
         self.cpu_slabs: dict[int, Tensor] = {}
         self.allocate_homes()
@@ -74,13 +74,13 @@ class WeightStore:
         staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
         self.disk_homed = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
         on_disk = {layer: plan.layer_bytes(layer, "disk") for layer, tensors in enumerate(self.disk_homed) if tensors}
-        self.read_ahead = ReadAhead(on_disk, staging, self.read_disk, lanes) if staging else None
+        self.read_ahead = ReadAhead(on_disk, staging, self.read_disk, queues) if staging else None
         """None: disk tensors are read straight into slabs."""
         self.free_after: list[Handle] = [READY] * len(self.slabs)
-        self.claims: dict[int, Claim] = {}
+        self.leases: dict[int, SlabLease] = {}
         self.next_slab = 0
         self.expansion = {
-            stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.expansion_bytes(stage)) for stage in ("pre", "post") if plan.expansion_bytes(stage)
+            stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.dequantization_bytes(stage)) for stage in ("pre", "post") if plan.dequantization_bytes(stage)
         }
         self.expanded: dict[str, int] = {}
         self.ready: dict[int, dict[str, Tensor]] = {}
@@ -95,7 +95,7 @@ class WeightStore:
     @property
     def has_free_slab(self) -> bool:
         """Whether the next layer can be fetched before another is released."""
-        return len(self.claims) < len(self.slabs)
+        return len(self.leases) < len(self.slabs)
 
     def allocate_homes(self) -> None:
         """One allocation per tier for all resident tensors."""
@@ -106,7 +106,7 @@ class WeightStore:
                 start = cursor
                 for stored in tensors:
                     if stored.tier == tier:
-                        self.homes[stored.spec.layer, stored.spec.role] = views_of(slab, stored, cursor, self.dtype)
+                        self.homes[stored.spec.layer, stored.spec.role] = view_of(slab, stored, cursor, self.dtype)
                         cursor += align(stored.num_bytes, slab_alignment(tier))
                 if tier == "cpu" and layer >= 0:
                     self.cpu_slabs[layer] = slab[start:cursor]
@@ -117,48 +117,48 @@ class WeightStore:
         """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 claims a slab and starts the disk read."""
         if not self.plan.streamed_bytes(layer):
             return
-        claim = self.claims.get(layer)
-        if claim is None:
+        lease = self.leases.get(layer)
+        if lease is None:
             assert index == 0, f"layer {layer} is fetched from slice {index} on"
-            claim = self.claim(layer)
-        if index < claim.slices_fetched:
+            lease = self.lease(layer)
+        if index < lease.slices_fetched:
             return
-        claim.slices_fetched = index + 1
-        slab, after = self.slabs[claim.slab], self.free_after[claim.slab]
+        lease.slices_fetched = index + 1
+        slab, after = self.slabs[lease.slab], self.free_after[lease.slab]
         disk_bytes = self.plan.layer_bytes(layer, "disk")
         if index == 0 and disk_bytes:
             if self.read_ahead is None:
                 job = partial(self.read_disk, layer, slab[:disk_bytes])
-                claim.handles.append(self.lanes.disk_read.submit(job, after, f"weights {layer}", disk_bytes))
+                lease.handles.append(self.queues.disk_read.submit(job, after, f"weights {layer}", disk_bytes))
             else:
                 self.read_ahead.expect(layer)
-                claim.waits_for_disk = True
-        if self.read_ahead is not None and claim.waits_for_disk and self.read_ahead.arrived(layer):
-            self.send_on(layer, claim)
+                lease.waits_for_disk = True
+        if self.read_ahead is not None and lease.waits_for_disk and self.read_ahead.arrived(layer):
+            self.forward(layer, lease)
         start, end = slices(self.plan.layer_bytes(layer, "cpu"), index, count)
         if end > start:
             target, source = slab[disk_bytes + start : disk_bytes + end], self.cpu_slabs[layer][start:end]
-            claim.handles.append(self.lanes.h2d.submit(lambda: target.copy_(source, non_blocking=True), after, f"weights {layer}.{index}", end - start))
+            lease.handles.append(self.queues.h2d.submit(lambda: target.copy_(source, non_blocking=True), after, f"weights {layer}.{index}", end - start))
 
-    def send_on(self, layer: int, claim: Claim) -> None:
+    def forward(self, layer: int, lease: SlabLease) -> None:
         """Copy the part of a layer that the disk has from staging to its slab; waits for the disk."""
         assert self.read_ahead is not None
-        target = self.slabs[claim.slab][: self.plan.layer_bytes(layer, "disk")]
-        claim.handles.append(self.read_ahead.bring(layer, target, self.free_after[claim.slab]))
-        claim.waits_for_disk = False
+        target = self.slabs[lease.slab][: self.plan.layer_bytes(layer, "disk")]
+        lease.handles.append(self.read_ahead.copy_to_device(layer, target, self.free_after[lease.slab]))
+        lease.waits_for_disk = False
 
     def fetch_rest(self, layer: int, count: int) -> None:
         """Fetch what is not yet fetched of a layer, as ``count`` slices."""
-        claim = self.claims.get(layer)
-        for index in range(claim.slices_fetched if claim else 0, count):
+        lease = self.leases.get(layer)
+        for index in range(lease.slices_fetched if lease else 0, count):
             self.fetch(layer, index, count)
 
-    def claim(self, layer: int) -> Claim:
-        owners = {claim.slab: owner for owner, claim in self.claims.items()}
+    def lease(self, layer: int) -> SlabLease:
+        owners = {lease.slab: owner for owner, lease in self.leases.items()}
         assert self.next_slab not in owners, f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
-        claim = self.claims[layer] = Claim(self.next_slab)
+        lease = self.leases[layer] = SlabLease(self.next_slab)
         self.next_slab = (self.next_slab + 1) % len(self.slabs)
-        return claim
+        return lease
 
     def read_disk(self, layer: int, host: Tensor) -> None:
         """Read a layer's disk tensors with several threads. host: [bytes on disk] uint8."""
@@ -172,7 +172,7 @@ class WeightStore:
             file, begin, end, file_offset = job
             file.read(host[begin:end], file_offset)
 
-        list(self.lanes.disk_chunks.map(read, jobs))
+        list(self.queues.disk_chunks.map(read, jobs))
 
     # Using
 
@@ -189,25 +189,25 @@ class WeightStore:
         return ready
 
     def collect(self, layer: int) -> dict[str, Tensor]:
-        claim = self.claims.get(layer)
-        if claim is not None:
-            if claim.waits_for_disk:
-                self.send_on(layer, claim)
-            together(*claim.handles).wait()
+        lease = self.leases.get(layer)
+        if lease is not None:
+            if lease.waits_for_disk:
+                self.forward(layer, lease)
+            together(*lease.handles).wait()
         else:
             assert not self.plan.streamed_bytes(layer), f"layer {layer} is used before it was fetched"
-        key = layer, claim.slab if claim is not None else -1
+        key = layer, lease.slab if lease is not None else -1
         if key not in self.dense_views:
-            views = ((stored, self.compute_views(stored, layer, claim).dense) for stored in self.plan.layers[layer])
+            views = ((stored, self.compute_view(stored, layer, lease).dense) for stored in self.plan.layers[layer])
             self.dense_views[key] = {self.role(stored): dense for stored, dense in views if dense is not None}
         return dict(self.dense_views[key])
 
-    def compute_views(self, stored: StoredTensor, layer: int, claim: Claim | None) -> Views:
+    def compute_view(self, stored: StoredTensor, layer: int, lease: SlabLease | None) -> TensorView:
         if stored.tier == "gpu":
             return self.homes[stored.spec.layer, stored.spec.role]
-        assert claim is not None
+        assert lease is not None
         start = stored.offset + (self.plan.layer_bytes(layer, "disk") if stored.tier == "cpu" else 0)
-        return views_of(self.slabs[claim.slab], stored, start, self.dtype)
+        return view_of(self.slabs[lease.slab], stored, start, self.dtype)
 
     def role(self, stored: StoredTensor) -> str:
         return "head.weight" if stored.spec.role == "embed.weight" else stored.spec.role
@@ -218,7 +218,7 @@ class WeightStore:
         for stored in self.plan.layers[layer]:
             if not stored.quantized or stage_of(stored.spec.role) != stage:
                 continue
-            views = self.compute_views(stored, layer, self.claims.get(layer))
+            views = self.compute_view(stored, layer, self.leases.get(layer))
             assert views.codes is not None and views.parameters is not None
             dense = slab[cursor : cursor + stored.dense_bytes].view(self.dtype).view(stored.spec.shape)
             ops.dequantize(views.codes, views.parameters, stored.spec.shape[1], stored.bits, stored.group, out=dense)
@@ -231,9 +231,9 @@ class WeightStore:
         for stage, owner in list(self.expanded.items()):
             if owner == layer:
                 del self.expanded[stage]
-        claim = self.claims.pop(layer, None)
-        if claim is not None:
-            self.free_after[claim.slab] = done
+        lease = self.leases.pop(layer, None)
+        if lease is not None:
+            self.free_after[lease.slab] = done
 
     def gather_rows(self, role: str, row_ids: Tensor, host_ids: Tensor) -> Tensor:
         """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids, host_ids: [n] int64, there and on the host."""
@@ -265,10 +265,10 @@ class WeightStore:
 
     def check(self) -> None:
         """Invariants: no two layers own a slab; streamed weights in use have one; every tensor has exactly one home."""
-        owners = [claim.slab for claim in self.claims.values()]
-        assert len(owners) == len(set(owners)), self.claims
+        owners = [lease.slab for lease in self.leases.values()]
+        assert len(owners) == len(set(owners)), self.leases
         assert all(0 <= slab < len(self.slabs) for slab in owners), (owners, len(self.slabs))
-        assert all(layer in self.claims or not self.plan.streamed_bytes(layer) for layer in self.ready), (self.ready.keys(), self.claims.keys())
+        assert all(layer in self.leases or not self.plan.streamed_bytes(layer) for layer in self.ready), (self.ready.keys(), self.leases.keys())
         if self.read_ahead is not None:
             self.read_ahead.check()
         for stored in self.plan.all_tensors:
@@ -280,11 +280,11 @@ class WeightStore:
 
         The error of a fetch is its user's: here nobody uses it any more, and whoever needs the layer later fetches it again.
         """
-        self.lanes.settle()
+        self.queues.settle()
         if self.read_ahead is not None:
             self.read_ahead.forget_failed()
-        for layer in list(self.claims):
-            self.release(layer, self.lanes.mark())
+        for layer in list(self.leases):
+            self.release(layer, self.queues.mark())
 
     def close(self) -> None:
         self.drain()

@@ -111,13 +111,13 @@ class Arch:
             raise ValueError(f"sliding_layers names {len(self.sliding_layers)} layers, the model has {self.num_layers}")
 
     @property
-    def word_size(self) -> int:
+    def embedding_dim(self) -> int:
         """Width of the embedding table and of the head's input."""
         return self.embed_size or self.hidden_size
 
     @property
     def projects_embedding(self) -> bool:
-        return self.word_size != self.hidden_size
+        return self.embedding_dim != self.hidden_size
 
     @property
     def qkv_sections(self) -> tuple[int, int, int]:

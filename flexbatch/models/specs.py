@@ -61,11 +61,11 @@ def _norm(arch: Arch, layer: int, name: str) -> list[WeightSpec]:
 
 
 def _embedding(arch: Arch) -> list[WeightSpec]:
-    specs = [WeightSpec(-1, "embed.weight", (arch.vocab_size, arch.word_size), 0)]
+    specs = [WeightSpec(-1, "embed.weight", (arch.vocab_size, arch.embedding_dim), 0)]
     if arch.position == "learned":
         specs.append(WeightSpec(-1, "pos_embed.weight", (arch.max_positions + arch.position_offset, arch.hidden_size)))
     if arch.projects_embedding:
-        specs.append(WeightSpec(-1, "project_in.weight", (arch.hidden_size, arch.word_size)))
+        specs.append(WeightSpec(-1, "project_in.weight", (arch.hidden_size, arch.embedding_dim)))
     return specs + (_norm(arch, -1, "embed_norm") if arch.embed_norm else [])
 
 
@@ -92,7 +92,7 @@ def _head(arch: Arch) -> list[WeightSpec]:
     layer = arch.num_layers
     specs = _norm(arch, layer, "final_norm") if arch.final_norm else []
     if arch.projects_embedding:
-        specs.append(WeightSpec(layer, "project_out.weight", (arch.word_size, arch.hidden_size)))
+        specs.append(WeightSpec(layer, "project_out.weight", (arch.embedding_dim, arch.hidden_size)))
     if not arch.tie_word_embeddings:
-        specs.append(WeightSpec(layer, "head.weight", (arch.vocab_size, arch.word_size), 0))
+        specs.append(WeightSpec(layer, "head.weight", (arch.vocab_size, arch.embedding_dim), 0))
     return [*specs, WeightSpec(layer, "head.bias", (arch.vocab_size,), 0)] if arch.head_bias else specs

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from flexbatch.config import EngineConfig
 from flexbatch.job import Job
-from flexbatch.memory.tiers import Need, check_budgets
+from flexbatch.memory.tiers import MemoryRequirement, check_budgets
 from flexbatch.memory.weight_plan import StoredTensor, tensor_format
 from flexbatch.models.arch import Arch
 from flexbatch.models.specs import weight_specs
@@ -29,19 +29,19 @@ SMALL = 0.25
 """Share of every budget below which a job needs no search: whatever is chosen, nothing has to travel."""
 WHOLE_BLOCK = 1024
 """Sequences of a block that is chosen without a search, at most: GEMMs are efficient from there on."""
-CRUMB = 32
+SMALLEST_PREFILL_BUDGET = 32
 """Prompt tokens of a micro-batch in a pass where memory is so short that no more find room."""
 ROUNDING = 0.05
 """Share of a budget that whole tensors, sequences and pages may exceed a plan by."""
-MENDED = 0.97
+KEPT_BLOCK_SHARE = 0.97
 """Of the predicted throughput: what a block may lose when it is placed again in a little less room. A block of 70 sequences that was kept at any price went to
 disk with 9 % of its cache, and from 250 to 101 tokens a second."""
-UNLIKE = 0.25
+LENGTH_TOLERANCE = 0.25
 """Relative difference of mean lengths from which another job is decided for again."""
 ROUNDS = 12
 """Choices that may follow each other with less room, until the exact sizes fit."""
 ON_GPU, ON_CPU, ON_DISK = Split(1, 0), Split(0, 1), Split(0, 0, 1)
-LADDER = ((ON_GPU, ON_GPU), (ON_CPU, ON_GPU), (ON_CPU, ON_CPU), (ON_DISK, ON_GPU), (ON_DISK, ON_CPU), (ON_DISK, ON_DISK))
+FALLBACK_PLACEMENTS = ((ON_GPU, ON_GPU), (ON_CPU, ON_GPU), (ON_CPU, ON_CPU), (ON_DISK, ON_GPU), (ON_DISK, ON_CPU), (ON_DISK, ON_DISK))
 """Placements of weights and cache that are tried with exact sizes when the optimizer, whose sizes are a little larger, finds none."""
 
 
@@ -91,7 +91,7 @@ class Choice:
     plan: Plan | None
 
 
-Needs = Callable[[Policy], list[Need]]
+Needs = Callable[[Policy], list[MemoryRequirement]]
 """The engine's exact needs under a policy."""
 
 
@@ -161,7 +161,7 @@ def constraints_of(problem: Problem, room: dict[str, int], block: tuple[int, int
     )
 
 
-def plain_policy(problem: Problem, placement: tuple[Split, Split] = (ON_GPU, ON_GPU), most_sequences: int = WHOLE_BLOCK) -> Policy:
+def baseline_policy(problem: Problem, placement: tuple[Split, Split] = (ON_GPU, ON_GPU), most_sequences: int = WHOLE_BLOCK) -> Policy:
     """The user's settings; where they say nothing, ``placement`` of weights and cache, one micro-batch and the block as large as the job."""
     config, job, percent = problem.config, problem.job, problem.percent
     weights, cache = placement
@@ -189,7 +189,7 @@ def plain_policy(problem: Problem, placement: tuple[Split, Split] = (ON_GPU, ON_
     )
 
 
-def overshoot(rows: Iterable[Need], budgets: dict[str, int], share: float = 1.0) -> dict[str, int]:
+def overshoot(rows: Iterable[MemoryRequirement], budgets: dict[str, int], share: float = 1.0) -> dict[str, int]:
     """Bytes by which the needs of each tier exceed ``share`` of its budget; empty when all fit."""
     totals = dict.fromkeys(budgets, 0)
     for row in rows:
@@ -203,7 +203,7 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Nee
     ``hardware`` is called only when something has to be weighed. A job far below all budgets is not searched for: everything is where the user wants it, or
     on the gpu tier. Raises DoesNotFitError with a table of what is missing.
     """
-    plain = plain_policy(problem)
+    plain = baseline_policy(problem)
     if not overshoot(needs(plain), problem.budgets, SMALL):
         return Choice(plain, None)
     machine = without_reserves(hardware())
@@ -219,8 +219,8 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Nee
         refusal = error
     if not found:
         if problem.config.percent is not None:
-            smallest = plain_policy(problem, most_sequences=1)
-            check_budgets(needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or CRUMB)), problem.budgets)
+            smallest = baseline_policy(problem, most_sequences=1)
+            check_budgets(needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or SMALLEST_PREFILL_BUDGET)), problem.budgets)
         raise DoesNotFitError(str(refusal)) from refusal
     return max(found, key=predicted)
 
@@ -237,7 +237,7 @@ def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
                 raise
             block = None
             continue
-        if block is not None and plan.predicted_tokens_per_second < MENDED * before:
+        if block is not None and plan.predicted_tokens_per_second < KEPT_BLOCK_SHARE * before:
             # The block lost more than rounding: another one suits the smaller room better.
             plan, block = choose(shape, hardware, workload, constraints_of(problem, room)), None
         before = plan.predicted_tokens_per_second
@@ -288,7 +288,7 @@ def differs(problem: Problem, policy: Policy, job: Job) -> bool:
     if job.num_requests > planned.num_requests and policy.block_size >= planned.num_requests and policy.block_size < min(job.num_requests, WHOLE_BLOCK):
         return True
     mean, expected = (sum(each.cache_tokens) / each.num_requests for each in (job, planned))
-    return policy.block_size < job.num_requests and abs(mean / expected - 1) > UNLIKE
+    return policy.block_size < job.num_requests and abs(mean / expected - 1) > LENGTH_TOLERANCE
 
 
 def executable(problem: Problem, policy: Policy) -> Policy:
@@ -303,7 +303,7 @@ def executable(problem: Problem, policy: Policy) -> Policy:
 
 def fallbacks(problem: Problem, needs: Needs) -> Iterator[Policy]:
     """Simple placements that fit, each with its largest block, and with few prompt tokens a pass where more do not fit."""
-    for placement in LADDER[: 1 if problem.config.percent is not None else None]:
+    for placement in FALLBACK_PLACEMENTS[: 1 if problem.config.percent is not None else None]:
         for policy in ladder(problem, placement):
             if not overshoot(needs(policy), problem.budgets):
                 yield policy
@@ -312,10 +312,10 @@ def fallbacks(problem: Problem, needs: Needs) -> Iterator[Policy]:
 
 def ladder(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]:
     """Ever smaller blocks of one placement."""
-    for budget in [problem.config.prefill_budget] if problem.config.prefill_budget else [512, CRUMB]:
+    for budget in [problem.config.prefill_budget] if problem.config.prefill_budget else [512, SMALLEST_PREFILL_BUDGET]:
         sequences = min(WHOLE_BLOCK, problem.job.num_requests)
         while sequences:
-            policy = plain_policy(problem, placement, sequences)
+            policy = baseline_policy(problem, placement, sequences)
             yield dataclasses.replace(policy, prefill_budget=min(budget, policy.gpu_batch_size * policy.prefill_chunk))
             sequences //= 2
 

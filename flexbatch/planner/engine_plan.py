@@ -16,7 +16,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.execution import block_sizes
 from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.job import Job
-from flexbatch.memory.tiers import Need, check_budgets
+from flexbatch.memory.tiers import MemoryRequirement, check_budgets
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.generation_config import generation_of
@@ -32,7 +32,7 @@ from flexbatch.validation.errors import DoesNotFitError
 logger = logging.getLogger("flexbatch")
 
 
-class Decisions:
+class EnginePlan:
     """The decisions of one engine. ``policy`` and ``plan`` follow the jobs; the weights stay where the first policy put them.
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it is described.
@@ -108,7 +108,7 @@ class Decisions:
     def _decide(self, job: Job, loaded: Policy | None = None) -> None:
         """Policy and plan for a job; with ``loaded``, around weights that are in memory. Raises DoesNotFitError."""
         self.problem = Problem(self.arch, self.config, job, self.budgets, self.dtype.itemsize, self._packed, loaded)
-        choice = choose_policy(self.problem, lambda: self.hardware, lambda policy: self.needs_of(policy, job))
+        choice = choose_policy(self.problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, job))
         self.policy, self.plan = choice.policy, choice.plan
         self.layout = block_sizes.cache_layout(self.arch, self.policy.cache_bits, self.dtype)
         if self.plan is not None:
@@ -135,7 +135,7 @@ class Decisions:
             return exceeded
         problem = dataclasses.replace(self.problem, job=job, loaded=self.policy)
         try:
-            choose_policy(problem, lambda: self.hardware, lambda policy: self.needs_of(policy, job))
+            choose_policy(problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, job))
         except DoesNotFitError:
             self._shortest_refused = job.longest
             return exceeded
@@ -147,7 +147,7 @@ class Decisions:
         """Of a block for a job under the decided policy."""
         return block_sizes.block_sizes(self.policy, self.layout, job, self.speculation.max_nodes if self.speculation else 0)
 
-    def needs(self, sizes: BlockSizes) -> list[Need]:
+    def needs(self, sizes: BlockSizes) -> list[MemoryRequirement]:
         """Bytes by tier and purpose of the loaded weights and a block of these sizes."""
         rows = self._needs(self.weight_plan, self.policy, sizes)
         return rows + requirements.graph_needs(self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.device.type == "cuda")
@@ -157,13 +157,13 @@ class Decisions:
         rows = self._needs(self.weight_plan, self.policy, sizes)
         return requirements.num_graphs(self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.device.type == "cuda")
 
-    def needs_of(self, policy: Policy, job: Job) -> list[Need]:
+    def requirements_of(self, policy: Policy, job: Job) -> list[MemoryRequirement]:
         """Exact needs of a job under any policy."""
         layout = block_sizes.cache_layout(self.arch, policy.cache_bits, self.dtype)
         sizes = block_sizes.block_sizes(policy, layout, job, self.speculation.max_nodes if self.speculation else 0)
         return self._needs(self._weight_plan(policy), policy, sizes)
 
-    def _needs(self, weight_plan: WeightPlan, policy: Policy, sizes: BlockSizes) -> list[Need]:
+    def _needs(self, weight_plan: WeightPlan, policy: Policy, sizes: BlockSizes) -> list[MemoryRequirement]:
         layout = block_sizes.cache_layout(self.arch, policy.cache_bits, self.dtype)
         drafts = self.speculation.needs(sizes.sequence_tokens, self.device.type == "cuda") if self.speculation else []
         return requirements.needs(weight_plan, policy, layout, sizes, self.dtype, self.device.type == "cuda", torch.get_num_threads()) + drafts

@@ -49,7 +49,7 @@ class Statistics:
         }
 
 
-def against_plain(fast: Statistics, plain: Statistics) -> dict[str, Any]:
+def against_baseline(fast: Statistics, plain: Statistics) -> dict[str, Any]:
     """Speculation against the plain runs of the same jobs in the same engine (--compare-plain); empty where there was none."""
     if not plain.generated_tokens:
         return {}

@@ -12,7 +12,7 @@ from flexbatch.kernels.native_sizes import workspace_bytes
 from flexbatch.memory.files import align
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.rotary import table_bytes
-from flexbatch.memory.tiers import Need
+from flexbatch.memory.tiers import MemoryRequirement
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
 from flexbatch.policy.footprint import logits_bytes
@@ -35,10 +35,10 @@ def attention_workspace_bytes(arch: Arch, policy: Policy, sizes: BlockSizes, thr
     return workspace_bytes(arch.num_heads, arch.num_kv_heads, arch.head_dim, sequences, tokens, queries, keys, threads)
 
 
-def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSizes, dtype: torch.dtype, cuda: bool, threads: int = 1) -> list[Need]:
+def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSizes, dtype: torch.dtype, cuda: bool, threads: int = 1) -> list[MemoryRequirement]:
     """What needs how much on which tier: the table of `check_budgets` and of the report. threads: of attention on the CPU."""
     arch, cache = plan.arch, sizes.cache
-    expansion = plan.expansion_bytes("pre") + plan.expansion_bytes("post")
+    expansion = plan.dequantization_bytes("pre") + plan.dequantization_bytes("post")
     disk_slab = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
     activation = sizes.max_micro_batch_tokens * arch.hidden_size * dtype.itemsize * policy.num_gpu_batches
     # Rows go home in pages: the last page of a micro-batch may be a part of one.
@@ -46,29 +46,29 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
     off_gpu = 1 - policy.activations.gpu
     head = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * dtype.itemsize
     rows = [
-        Need("weights", "gpu", plan.tier_bytes("gpu")),
-        Need("weights", "cpu", plan.tier_bytes("cpu")),
-        Need("weights", "disk", plan.tier_bytes("disk")),
-        Need(f"weight slabs ({plan.num_slabs})", "gpu", plan.num_slabs * plan.slab_bytes),
-        Need("weight expansion", "gpu", expansion),
-        Need("cache", "gpu", layout.num_layers * cache.gpu_pages * layout.page_bytes),
-        Need("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
-        Need("cache", "disk", layout.num_layers * cache.disk_pages * layout.disk_page_bytes),
-        Need("cache staging (2)", "gpu", 2 * cache.staging_pages * layout.page_bytes),
-        Need("cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes),
-        Need("activations", "gpu", activation if policy.activations.gpu > 0 else 0),
-        Need("activations", "cpu", policy.num_gpu_batches * host_rows if off_gpu > 0 else 0),
-        Need("activations", "disk", policy.num_gpu_batches * align(host_rows) if policy.activations.disk > 0 else 0),
-        Need("rotary tables", "gpu", table_bytes(arch, sizes.longest, dtype)),
-        Need("workspace", "gpu", pass_workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
-        Need("attention workspace", "gpu", 0 if cuda else attention_workspace_bytes(arch, policy, sizes, threads, "gpu")),
-        Need("attention workspace", "cpu", attention_workspace_bytes(arch, policy, sizes, threads, "cpu")),
+        MemoryRequirement("weights", "gpu", plan.tier_bytes("gpu")),
+        MemoryRequirement("weights", "cpu", plan.tier_bytes("cpu")),
+        MemoryRequirement("weights", "disk", plan.tier_bytes("disk")),
+        MemoryRequirement(f"weight slabs ({plan.num_slabs})", "gpu", plan.num_slabs * plan.slab_bytes),
+        MemoryRequirement("weight expansion", "gpu", expansion),
+        MemoryRequirement("cache", "gpu", layout.num_layers * cache.gpu_pages * layout.page_bytes),
+        MemoryRequirement("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
+        MemoryRequirement("cache", "disk", layout.num_layers * cache.disk_pages * layout.disk_page_bytes),
+        MemoryRequirement("cache staging (2)", "gpu", 2 * cache.staging_pages * layout.page_bytes),
+        MemoryRequirement("cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes),
+        MemoryRequirement("activations", "gpu", activation if policy.activations.gpu > 0 else 0),
+        MemoryRequirement("activations", "cpu", policy.num_gpu_batches * host_rows if off_gpu > 0 else 0),
+        MemoryRequirement("activations", "disk", policy.num_gpu_batches * align(host_rows) if policy.activations.disk > 0 else 0),
+        MemoryRequirement("rotary tables", "gpu", table_bytes(arch, sizes.longest, dtype)),
+        MemoryRequirement("workspace", "gpu", pass_workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
+        MemoryRequirement("attention workspace", "gpu", 0 if cuda else attention_workspace_bytes(arch, policy, sizes, threads, "gpu")),
+        MemoryRequirement("attention workspace", "cpu", attention_workspace_bytes(arch, policy, sizes, threads, "cpu")),
     ]
     if cuda:
         rows += [
-            Need("disk staging", "cpu", plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
-            Need("inputs", "cpu", 2 * INPUT_BUFFER_BYTES),
-            Need("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
+            MemoryRequirement("disk staging", "cpu", plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
+            MemoryRequirement("inputs", "cpu", 2 * INPUT_BUFFER_BYTES),
+            MemoryRequirement("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]
     return [row for row in rows if row.num_bytes]
 
@@ -82,7 +82,7 @@ def graph_pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
     return bucket_of(min(policy.gpu_batch_size, MAX_GRAPH_SEQUENCES)) * arch.workspace_elements * layout.dtype.itemsize
 
 
-def num_graphs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[Need], budget: int, cuda: bool) -> int:
+def num_graphs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[MemoryRequirement], budget: int, cuda: bool) -> int:
     """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its ``rows`` leave of the gpu tier's budget."""
     resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
     if not (cuda and resident and policy.overlap):
@@ -91,8 +91,8 @@ def num_graphs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSize
     return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))
 
 
-def graph_needs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[Need], budget: int, cuda: bool) -> list[Need]:
+def graph_needs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[MemoryRequirement], budget: int, cuda: bool) -> list[MemoryRequirement]:
     """The row of the decode graphs, where there are any."""
     count = num_graphs(arch, policy, layout, sizes, rows, budget, cuda)
     size = count * one_graph_bytes(arch, policy, layout, sizes) + graph_pool_bytes(arch, policy, layout)
-    return [Need(f"decode graphs ({count})", "gpu", size)] if count else []
+    return [MemoryRequirement(f"decode graphs ({count})", "gpu", size)] if count else []

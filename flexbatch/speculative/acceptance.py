@@ -13,7 +13,7 @@ import numpy as np
 
 from flexbatch.speculative.shapes import StaticTrees
 from flexbatch.speculative.tree import TokenTree, TreeShape
-from flexbatch.speculative.verify import Verdict
+from flexbatch.speculative.verify import AcceptedPath
 
 AcceptanceTable = tuple[tuple[float, ...], ...]
 """[depth][rank], as `StaticTrees` takes it."""
@@ -42,21 +42,21 @@ class AcceptanceStatistics:
         self.tokens = 0
         """Tokens emitted by them, the one after the path included."""
 
-    def observe(self, tree: TokenTree, verdict: Verdict) -> None:
+    def observe(self, tree: TokenTree, accepted: AcceptedPath) -> None:
         """Take in one verified tree, before EOS or a limit cut its path. Depths and ranks beyond the table are not counted."""
         if not len(tree):
             return
         self.recent_offered *= self.decay
         self.recent_taken *= self.decay
         self.trees += 1
-        self.tokens += len(verdict.path) + 1
+        self.tokens += len(accepted.path) + 1
         depths, ranks = self.offered.shape
-        rows = (0, *(node + 1 for node in verdict.path))
+        rows = (0, *(node + 1 for node in accepted.path))
         for depth, row in enumerate(rows[:depths]):
             children = len(tree.shape.children[row])
             self.offered[depth, :children] += 1
             self.recent_offered[depth, :children] += 1
-        for depth, node in enumerate(verdict.path[:depths]):
+        for depth, node in enumerate(accepted.path[:depths]):
             if (rank := tree.shape.ranks[node]) < ranks:
                 self.taken[depth, rank] += 1
                 self.recent_taken[depth, rank] += 1

@@ -42,7 +42,7 @@ class Situation:
 
     groups: tuple[str, ...]
     other_query_tokens: int
-    unread_tokens: int
+    uncomputed_tokens: int
     tokens_left: int
 
     @property
@@ -170,7 +170,7 @@ class Controller:
             reads = now.live + (nodes if nodes <= levels * now.live else nodes * levels / 2)
             return levels * drafting(reads / levels)
 
-        extra = now.unread_tokens - 4 * now.live
+        extra = now.uncomputed_tokens - 4 * now.live
         # Of the tokens that a sequence may still generate it will generate half, for all one knows: EOS may come.
         starting = (drafting(extra), max(1.0, now.tokens_left / 2)) if drafting is not None and extra > 0 else (0.0, 1.0)
         return choose_shapes(

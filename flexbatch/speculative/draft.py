@@ -24,12 +24,12 @@ from flexbatch.memory.kvcache import CacheSizes, KVCache
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.policy.policy import Split
-from flexbatch.speculative.chance import drawn_children
 from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan
+from flexbatch.speculative.stochastic import drawn_children
 from flexbatch.speculative.tree import ROOT, Drawing, TokenTree
 
 PASS_TOKENS = 4096
@@ -84,7 +84,7 @@ class DraftModel:
         arch: Arch,
         weights: WeightStore,
         tiers: Tiers,
-        lanes: Lanes,
+        queues: TransferQueues,
         layout: CacheLayout,
         vocab_size: int,
         grown_nodes: int,
@@ -93,7 +93,7 @@ class DraftModel:
         """vocab_size: of the target; of padding that only one of the two has, nothing is proposed. grown_nodes: of the largest tree, candidates included.
         drawing: how children of sampled requests are chosen; deterministic ones are those that the target would draw if it agreed.
         """
-        self.name, self.arch, self.weights, self.tiers, self.lanes, self.layout = name, arch, weights, tiers, lanes, layout
+        self.name, self.arch, self.weights, self.tiers, self.queues, self.layout = name, arch, weights, tiers, queues, layout
         self.vocab_size, self.grown_nodes = vocab_size, grown_nodes
         self.drawing = drawing
         self.distributions: dict[RequestState, dict[int, Tensor]] = {}
@@ -115,16 +115,16 @@ class DraftModel:
             self.executor.reach(positions)
             return
         self.close_block()
-        arch, dtype, tiers, lanes = self.arch, self.layout.dtype, self.tiers, self.lanes
+        arch, dtype, tiers, queues = self.arch, self.layout.dtype, self.tiers, self.queues
         with tiers.all_or_nothing() as give_back:
-            cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), tiers, lanes)
+            cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), tiers, queues)
             activations = ActivationStore(
-                Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, tiers, lanes
+                Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, tiers, queues
             )
-            buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, lanes)
+            buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, queues)
             rotary = Rotary(arch, positions, dtype, tiers.gpu)
             executor = Executor(
-                arch, self.weights, cache, activations, lanes, buffers, rotary, dtype, True, LOGITS_BLOCK_BYTES
+                arch, self.weights, cache, activations, queues, buffers, rotary, dtype, True, LOGITS_BLOCK_BYTES
             )
         self.cache, self.host_buffers, self.executor, self.num_pages = cache, buffers, executor, num_pages
         self.rotary, self.give_back = rotary, give_back
@@ -151,7 +151,7 @@ class DraftModel:
             self.levels.append((sum(query.num_tokens for query in queries), time.perf_counter() - started))
         return [tree.tree() for tree in trees]
 
-    def unread_tokens(self, sequences: Many[Sequence]) -> int:
+    def uncomputed_tokens(self, sequences: Many[Sequence]) -> int:
         """Committed tokens that are not in the draft's cache yet."""
         return sum(len(sequence.token_ids) - len(self.followed[sequence].cached if sequence in self.followed else ()) for sequence in sequences)
 

@@ -14,8 +14,8 @@ from flexbatch.config import EngineConfig
 from flexbatch.memory.loading import Loader
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.rotary import table_bytes
-from flexbatch.memory.tiers import Need, Pool, Tiers
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.tiers import MemoryRequirement, Pool, Tiers
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import checkpoint, resolve, shapes
@@ -75,33 +75,33 @@ class Speculation:
         """Nodes that a draft reads for one tree: of a best-first tree also the candidates that are not kept."""
         return fixed_plan(self.spec).grown_nodes if self.spec.kind == "best-first" else self.max_nodes
 
-    def needs(self, longest: Sequence[int], cuda: bool) -> list[Need]:
+    def needs(self, longest: Sequence[int], cuda: bool) -> list[MemoryRequirement]:
         """Rows of the memory table. longest: tokens of the longest requests, one per sequence of the block."""
         rows = []
         for draft in self.drafts:
-            rows.append(Need(f"draft weights {draft.name}"[:28], "gpu", draft.weights.tier_bytes("gpu")))
+            rows.append(MemoryRequirement(f"draft weights {draft.name}"[:28], "gpu", draft.weights.tier_bytes("gpu")))
             pages = draft.pages(longest, self.grown_nodes)
-            rows.append(Need(f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers))
-            rows.append(Need(f"draft rotary tables {draft.name}"[:28], "gpu", table_bytes(draft.arch, self.positions(longest), draft.layout.dtype)))
-            rows.append(Need(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
+            rows.append(MemoryRequirement(f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers))
+            rows.append(MemoryRequirement(f"draft rotary tables {draft.name}"[:28], "gpu", table_bytes(draft.arch, self.positions(longest), draft.layout.dtype)))
+            rows.append(MemoryRequirement(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
             if cuda:
-                rows.append(Need(f"draft inputs {draft.name}"[:28], "cpu", 2 * INPUT_BUFFER_BYTES))
+                rows.append(MemoryRequirement(f"draft inputs {draft.name}"[:28], "cpu", 2 * INPUT_BUFFER_BYTES))
         if self.drawing is not Drawing.DETERMINISTIC:
             # What the children of every inner node were drawn from, float32 until the trees are verified, and the noise of all children of one node.
             num_bytes = 4 * len(longest) * self.max_nodes + 28 * self.max_nodes + 40
-            rows.append(Need("draft distributions", "gpu", self.target.vocab_size * num_bytes))
+            rows.append(MemoryRequirement("draft distributions", "gpu", self.target.vocab_size * num_bytes))
         return rows
 
     def positions(self, longest: Sequence[int]) -> int:
         """That a draft reads of the longest sequence and a tree below its end."""
         return max(longest, default=1) + 1 + self.grown_nodes
 
-    def load(self, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> Speculator:
+    def load(self, queues: TransferQueues, dtype: torch.dtype, offload_dir: Path) -> Speculator:
         """Draft weights to the compute device."""
         sources: list[Source] = []
         with contextlib.ExitStack() as stack:
             for draft in self.drafts:
-                sources.append(load_draft(draft, self, lanes, dtype, offload_dir))
+                sources.append(load_draft(draft, self, queues, dtype, offload_dir))
                 stack.callback(sources[-1].close)
             if self.lookup:
                 sources.append(LookupSource())
@@ -173,10 +173,10 @@ def check_tokenizers(draft_name: str, draft: Any, target_name: str, target: Any)
     )
 
 
-def load_draft(plan: DraftPlan, speculation: Speculation, lanes: Lanes, dtype: torch.dtype, offload_dir: Path) -> DraftModel:
+def load_draft(plan: DraftPlan, speculation: Speculation, queues: TransferQueues, dtype: torch.dtype, offload_dir: Path) -> DraftModel:
     """Weights of one draft; its pools are its own, sized by the plan that the planner has checked."""
     unlimited = 1 << 62
-    gpu, cpu = (Pool("gpu", unlimited, device=lanes.device), Pool("cpu", unlimited, pinned=lanes.device.type == "cuda"))
+    gpu, cpu = (Pool("gpu", unlimited, device=queues.device), Pool("cpu", unlimited, pinned=queues.device.type == "cuda"))
     tiers = Tiers(gpu, cpu, Pool("disk", unlimited), offload_dir)
     vocab_size, nodes, drawing = speculation.target.vocab_size, speculation.grown_nodes, speculation.drawing
 
@@ -186,11 +186,11 @@ def load_draft(plan: DraftPlan, speculation: Speculation, lanes: Lanes, dtype: t
         return checkpoint.stream(plan.folder, plan.arch, skip)
 
     with tiers.all_or_nothing(), contextlib.ExitStack() as stack:
-        store = WeightStore(plan.weights, tiers, lanes, dtype)
+        store = WeightStore(plan.weights, tiers, queues, dtype)
         stack.callback(store.close)
         with torch.inference_mode():
             Loader(store, None, cache_quantized=False).load(pieces)
         store.check()
-        model = DraftModel(plan.name, plan.arch, store, tiers, lanes, plan.layout, vocab_size, nodes, drawing)
+        model = DraftModel(plan.name, plan.arch, store, tiers, queues, plan.layout, vocab_size, nodes, drawing)
         stack.pop_all()
     return model

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
 from flexbatch.execution.request_state import RequestState
-from flexbatch.execution.sampler import Drawn
+from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sampling import ALL_BARRED, NOT_FINITE, finite_rows, token_logprobs
 from flexbatch.execution.work import QueryTokens, Sequence
 from flexbatch.request import TokenLogprob
-from flexbatch.speculative.chance import RequestDraws, target_probabilities
 from flexbatch.speculative.controller import Controller, Situation
 from flexbatch.speculative.growth import TreePlan
 from flexbatch.speculative.lookup import Lookup
 from flexbatch.speculative.shapes import TreeSpec, fixed_widths
+from flexbatch.speculative.stochastic import RequestDraws, target_probabilities
 from flexbatch.speculative.tree import Drawing, TokenTree, merge
-from flexbatch.speculative.verify import UNDRAWN, Verdict, verify
+from flexbatch.speculative.verify import UNDRAWN, AcceptedPath, verify
 
 AUTO_NODES = 32
 BEST_FIRST_DEPTH = 8
@@ -50,7 +50,7 @@ class Source(Protocol):
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         """One tree per sequence, no larger or deeper than its plan; possibly empty."""
 
-    def unread_tokens(self, sequences: Many[Sequence]) -> int:
+    def uncomputed_tokens(self, sequences: Many[Sequence]) -> int:
         """Committed tokens that it has to read before it can draft for these."""
 
     def retire(self, sequence: Sequence) -> None: ...
@@ -86,7 +86,7 @@ class LookupSource:
         self.levels = [(len(sequences), (time.perf_counter() - started) / levels)] * levels
         return trees
 
-    def unread_tokens(self, sequences: Many[Sequence]) -> int:
+    def uncomputed_tokens(self, sequences: Many[Sequence]) -> int:
         return 0
 
     def retire(self, sequence: Sequence) -> None:
@@ -158,7 +158,7 @@ class Speculator:
             return []
         groups = tuple(map(group_of, sequences))
         if self.spec.kind == "auto":
-            unread = sum(source.unread_tokens(sequences) for source in self.sources)
+            unread = sum(source.uncomputed_tokens(sequences) for source in self.sources)
             plans = self.controller.plan(Situation(groups, other_query_tokens, unread, sum(max_depths) + len(groups)))
         else:
             plans = [fixed_plan(self.spec)] * len(groups)
@@ -173,40 +173,40 @@ class Speculator:
 
     # After a pass
 
-    def judges(self, query: QueryTokens) -> bool:
+    def needs_verification(self, query: QueryTokens) -> bool:
         """See `proposals.Proposer`."""
         return self.simulate is None and self.proposed[query.sequence].drawn is not Drawing.DETERMINISTIC
 
-    def verify(self, query: QueryTokens, logits: Tensor) -> Drawn:
+    def verify(self, query: QueryTokens, logits: Tensor) -> SampledTokens:
         """See `proposals.Proposer`: trees drawn by chance."""
         state, tree = query.sequence.state, self.proposed[query.sequence]
         (source,) = self.sources
         kept = source.distributions[state]
-        verdict = verify(tree, target_probabilities(logits, state, query.paths), RequestDraws(state, logits.device), [kept[parent] for parent in tree.parents])
-        path = tuple(node + 1 for node in verdict.path)
-        tokens = list(verdict.tokens(tree))
-        if verdict.token == UNDRAWN:
+        accepted = verify(tree, target_probabilities(logits, state, query.paths), RequestDraws(state, logits.device), [kept[parent] for parent in tree.parents])
+        path = tuple(node + 1 for node in accepted.path)
+        tokens = list(accepted.tokens(tree))
+        if accepted.token == UNDRAWN:
             tokens[-1] = ALL_BARRED if bool(finite_rows(logits[[path[-1] if path else 0]])) else NOT_FINITE
-            return Drawn(tokens, [], path=path)
-        return Drawn(tokens, entries(logits[[0, *path]], tokens, state), path=path)
+            return SampledTokens(tokens, [], path=path)
+        return SampledTokens(tokens, entries(logits[[0, *path]], tokens, state), path=path)
 
-    def follow(self, query: QueryTokens, drawn: Drawn) -> Drawn:
+    def follow(self, query: QueryTokens, drawn: SampledTokens) -> SampledTokens:
         """See `proposals.Proposer`: the matching path, or a simulated one."""
-        return drawn.follow(query) if self.simulate is None else self.follow_coins(query, drawn, self.simulate)
+        return drawn.follow(query) if self.simulate is None else self.follow_simulated(query, drawn, self.simulate)
 
-    def follow_coins(self, query: QueryTokens, drawn: Drawn, chance: float) -> Drawn:
+    def follow_simulated(self, query: QueryTokens, drawn: SampledTokens, chance: float) -> SampledTokens:
         """A coin of the request's own stream at every depth decides about the likeliest child. Log-probabilities are those of the tokens drawn there."""
         state, tree = query.sequence.state, self.proposed[query.sequence]
         depth = tree.shape.max_depth
-        coins = uniforms([state.key] * depth, [len(state.output_token_ids) + d for d in range(depth)], 1, "cpu", ACCEPT_DRAW)[:, 0].tolist()
+        uniform_draws = uniforms([state.key] * depth, [len(state.output_token_ids) + d for d in range(depth)], 1, "cpu", ACCEPT_DRAW)[:, 0].tolist()
         path: list[int] = []
-        while (children := tree.shape.children[path[-1] if path else 0]) and coins[len(path)] < chance:
+        while (children := tree.shape.children[path[-1] if path else 0]) and uniform_draws[len(path)] < chance:
             path.append(children[0] + 1)
         places = (0, *path)
         tokens = [*query.paths[places[-1]], drawn.token_ids[places[-1]]]
-        return Drawn(tokens, [drawn.logprobs[place] for place in places], drawn.prompt_logprobs, tuple(path))
+        return SampledTokens(tokens, [drawn.logprobs[place] for place in places], drawn.prompt_logprobs, tuple(path))
 
-    def observe(self, results: Many[tuple[QueryTokens, Drawn]]) -> None:
+    def observe(self, results: Many[tuple[QueryTokens, SampledTokens]]) -> None:
         """See `proposals.Proposer`."""
         if not self.query_tokens:
             return
@@ -225,8 +225,8 @@ class Speculator:
             totals.drafted_tokens += len(tree)
             totals.emitted_tokens += len(drawn.token_ids)
             if len(tree):
-                verdict = Verdict(tuple(place - 1 for place in drawn.path), drawn.token_ids[-1])
-                self.controller.statistics_of(group_of(query.sequence)).observe(tree, verdict)
+                accepted = AcceptedPath(tuple(place - 1 for place in drawn.path), drawn.token_ids[-1])
+                self.controller.statistics_of(group_of(query.sequence)).observe(tree, accepted)
         self.proposed = {}
 
     def retire(self, sequence: Sequence) -> None:

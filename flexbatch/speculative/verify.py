@@ -35,7 +35,7 @@ class Draws(Protocol):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AcceptedPath:
     """path: accepted nodes from the root down. token: the one more token that follows them; it has no keys and values yet."""
 
     path: tuple[int, ...]
@@ -46,7 +46,7 @@ class Verdict:
         return (*(tree.token_ids[node] for node in self.path), self.token)
 
 
-def verify(tree: TokenTree, target: Tensor, draws: Draws, draft: Sequence[Tensor] | None = None) -> Verdict:
+def verify(tree: TokenTree, target: Tensor, draws: Draws, draft: Sequence[Tensor] | None = None) -> AcceptedPath:
     """The accepted path and one more token, by the rule that fits ``tree.drawn``.
 
     target: [len(tree) + 1, vocab] probabilities at every query row, temperature, top-k, top-p and penalties applied. draft: for every node the
@@ -62,7 +62,7 @@ def verify(tree: TokenTree, target: Tensor, draws: Draws, draft: Sequence[Tensor
     drawable = target.sum(-1).isfinite().tolist()
     while True:
         if not drawable[row]:
-            return Verdict(tuple(path), UNDRAWN)
+            return AcceptedPath(tuple(path), UNDRAWN)
         children = tree.shape.children[row]
         node: int | None
         if tree.drawn is Drawing.DETERMINISTIC or draft is None or not children:
@@ -73,7 +73,7 @@ def verify(tree: TokenTree, target: Tensor, draws: Draws, draft: Sequence[Tensor
             node = next((child for rank, child in enumerate(children) if draws.accept(len(path), rank, accept[rank])), None)
             token = draws.token(len(path), residual) if node is None else tree.token_ids[node]
         if node is None:
-            return Verdict(tuple(path), token)
+            return AcceptedPath(tuple(path), token)
         path.append(node)
         row = node + 1
 

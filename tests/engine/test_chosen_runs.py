@@ -35,7 +35,7 @@ def test_tokens_do_not_depend_on_the_memory(gpu, cpu, on_disk, reference, tmp_pa
     with open_tiny(model, tmp_path, gpu_memory=gpu, cpu_memory=cpu) as llm:
         assert [completion.token_ids for completion in llm.generate(model.prompts, GREEDY)] == model.token_ids
         llm.tiers.check()
-        assert llm.decided.plan is not None
+        assert llm.engine_plan.plan is not None
         assert (llm.policy.weights.disk + llm.policy.cache.disk > 0) == on_disk
 
 
@@ -71,8 +71,8 @@ def test_small_models_have_no_plan_and_say_nothing(reference, tmp_path):
     model = reference("llama")
     with open_tiny(model, tmp_path, gpu_memory="1GiB", cpu_memory="1GiB", hardware="auto") as llm:
         llm.generate(model.prompts[:2], GREEDY)
-        assert llm.decided.plan is None and "prediction" not in llm.report() and not tables.prediction(llm.report())
-        assert llm.decided._hardware is None
+        assert llm.engine_plan.plan is None and "prediction" not in llm.report() and not tables.prediction(llm.report())
+        assert llm.engine_plan._hardware is None
 
 
 def test_a_later_job_is_decided_for_again_around_the_loaded_weights(reference, tmp_path):

@@ -51,7 +51,7 @@ def fits_to_the_byte(model, seed):
     def run(**budgets):
         with LLM(str(folder), **settings, **budgets) as llm:
             tokens = [list(completion.token_ids) for completion in llm.generate(prompts, params)]
-            needs = llm.decided.needs(llm.block.sizes)
+            needs = llm.engine_plan.needs(llm.block.sizes)
             for tier in TIERS:
                 pool = getattr(llm.tiers, tier)
                 pool.check()

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampling import process_logits, sample, token_logprobs
-from flexbatch.memory.transfer import ThreadLane
+from flexbatch.memory.transfer import ThreadQueue
 from flexbatch.models.shapes import SHAPES
 from flexbatch.policy.limits import SAMPLING_BYTES_PER_LOGIT
 from flexbatch.request import Request
-from flexbatch.speculative.chance import drawn_children
 from flexbatch.speculative.draft import SCORING_BYTES_PER_LOGIT, DraftModel, likeliest
+from flexbatch.speculative.stochastic import drawn_children
 from flexbatch.speculative.tree import Drawing
 from tests.tiny_models import make_model, random_prompts
 
@@ -66,17 +66,17 @@ class Everywhere(LiveBytes):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.lock = threading.RLock()
-        traced, outer = ThreadLane.traced, self
+        traced, outer = ThreadQueue.traced, self
 
         class Worker(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 return outer.__torch_dispatch__(func, types, args, kwargs)
 
-        def watched(self: ThreadLane, *arguments: Any) -> Any:
+        def watched(self: ThreadQueue, *arguments: Any) -> Any:
             with Worker():
                 return traced(self, *arguments)
 
-        monkeypatch.setattr(ThreadLane, "traced", watched)
+        monkeypatch.setattr(ThreadQueue, "traced", watched)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with self.lock:

@@ -93,4 +93,4 @@ def test_tokens_are_those_of_an_engine_in_one_place(seed, folders, tmp_path, mon
             else:
                 assert tokens(llm.generate(prompts, params)) == wanted
             llm.tiers.check()
-            llm.lanes.check()
+            llm.queues.check()

@@ -281,7 +281,7 @@ def test_everything_after_close_is_one_error(model, tmp_path):
     llm.close()
     llm.close()
     calls = {**CALLS, "report": LLM.report, "with": LLM.__enter__, "stream ": lambda llm: next(early)}
-    made = {"from_config", "from_decisions", "plan", "close"}
+    made = {"from_config", "from_engine_plan", "plan", "close"}
     # What the model's file says needs nothing that close() frees.
     made |= {"get_default_sampling_params"}
     public = {name for name, _ in inspect.getmembers(LLM, inspect.isroutine) if not name.startswith("_")}

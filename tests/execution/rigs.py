@@ -43,8 +43,8 @@ def sequence(prompt: tuple[int, ...], table: PageTable, output: tuple[int, ...] 
 @contextmanager
 def open_cache(folder: Path, sizes: CacheSizes) -> Iterator[KVCache]:
     layout = CacheLayout(1, 1, 2, 16, 64, PAGE_TOKENS, torch.float32)
-    with open_tiers(folder) as (tiers, lanes):
-        cache = KVCache(layout, sizes, tiers, lanes)
+    with open_tiers(folder) as (tiers, queues):
+        cache = KVCache(layout, sizes, tiers, queues)
         try:
             yield cache
         finally:

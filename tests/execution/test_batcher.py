@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexbatch.execution.batcher import Batcher, Candidate
-from flexbatch.execution.sampler import Drawn
+from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.work import PassWork, QueryTokens, Sequence
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.transfer import READY
@@ -44,16 +44,16 @@ class Drafter:
         self.proposed += sequences
         return trees
 
-    def observe(self, results: list[tuple[QueryTokens, Drawn]]) -> None:
+    def observe(self, results: list[tuple[QueryTokens, SampledTokens]]) -> None:
         self.observed += len(results)
 
     def retire(self, sequence: Sequence) -> None:
         self.retired.append(sequence)
 
-    def judges(self, query: QueryTokens) -> bool:
+    def needs_verification(self, query: QueryTokens) -> bool:
         return True
 
-    def verify(self, query: QueryTokens, logits: Any) -> Drawn:
+    def verify(self, query: QueryTokens, logits: Any) -> SampledTokens:
         raise AssertionError("the batcher does not verify")
 
 
@@ -98,7 +98,7 @@ class Desk:
             yield each
 
 
-def draw_tokens(work: PassWork, chance: Any) -> dict[QueryTokens, Drawn]:
+def draw_tokens(work: PassWork, chance: Any) -> dict[QueryTokens, SampledTokens]:
     """What a sampler would give: a token for every sequence whose newest token was read, a path of its tree too; EOS now and then."""
     results = {}
     for query in (query for queries in work.micro_batches for query in queries):
@@ -108,9 +108,9 @@ def draw_tokens(work: PassWork, chance: Any) -> dict[QueryTokens, Drawn]:
                 place = chance.choice(below)
                 path.append(place)
             tokens = [*(query.token_ids[place] for place in path), EOS if chance.random() < 0.1 else 20]
-            results[query] = Drawn(tokens, [None] * len(tokens), path=tuple(path))
+            results[query] = SampledTokens(tokens, [None] * len(tokens), path=tuple(path))
         elif query.first_logit < query.num_tokens:
-            results[query] = Drawn([EOS if chance.random() < 0.1 else 20 + query.start % 5], [None])
+            results[query] = SampledTokens([EOS if chance.random() < 0.1 else 20 + query.start % 5], [None])
     return results
 
 
@@ -235,7 +235,7 @@ def test_a_request_that_outgrows_the_block_waits_until_it_is_empty(tmp_path: Pat
         finished = []
         while batcher.has_work():
             work = batcher.next_pass()
-            batcher.commit(work, {query: Drawn([20], [None]) for queries in work.micro_batches for query in queries})
+            batcher.commit(work, {query: SampledTokens([20], [None]) for queries in work.micro_batches for query in queries})
             finished += [done.state.request.index for done in batcher.take_retired()]
         assert batcher.outgrown and sorted(finished) == [0, 1, 2]
         assert [each.state.request.index for each in batcher.remaining()] == [3, 4]
@@ -260,7 +260,7 @@ def test_sequences_that_share_a_prefix_wait_until_it_is_read(tmp_path: Path) -> 
         while batcher.has_work() and len(counts) < 4:
             work = batcher.next_pass()
             counts.append({query.sequence.state.request.index: (query.start, query.num_tokens) for query in work.micro_batches[0]})
-            batcher.commit(work, {query: Drawn([20], [None]) for query in work.micro_batches[0] if query.first_logit < query.num_tokens})
+            batcher.commit(work, {query: SampledTokens([20], [None]) for query in work.micro_batches[0] if query.first_logit < query.num_tokens})
             batcher.check()
         assert counts == [{0: (0, 4)}, {0: (4, 4)}, {0: (8, 2), 1: (8, 1)}, {0: (10, 1), 1: (9, 1)}]
         batcher.abort()
@@ -288,7 +288,7 @@ def test_a_scored_prompt_of_whole_pages_does_not_hold_up_those_that_begin_like_i
         passes = 0
         while batcher.has_work():
             work = batcher.next_pass()
-            batcher.commit(work, {query: Drawn([20], [None]) for query in work.micro_batches[0] if query.first_logit < query.num_tokens})
+            batcher.commit(work, {query: SampledTokens([20], [None]) for query in work.micro_batches[0] if query.first_logit < query.num_tokens})
             batcher.check()
             passes += 1
         assert [done.state.request.index for done in batcher.take_retired()] == [0, 1] and passes == 4

@@ -52,7 +52,7 @@ def tokens(llm: LLM) -> list[list[int]]:
 def check(llm: LLM) -> None:
     llm.weights.check()
     llm.tiers.check()
-    llm.lanes.check()
+    llm.queues.check()
     if llm.block is not None:
         llm.block.check()
         llm.block.cache.check([])
@@ -63,7 +63,7 @@ def check(llm: LLM) -> None:
 @pytest.mark.parametrize("settings", [MIXED, DISK, HOST], ids=["mixed", "disk", "host"])
 def test_late_links_change_no_token(folder: Path, expected: list[list[int]], tmp_path: Path, settings: dict[str, Any], overlap: bool) -> None:
     with engine(folder, tmp_path, overlap=overlap, **settings) as llm:
-        dawdle(llm.lanes, seed=5, most=0.02)
+        dawdle(llm.queues, seed=5, most=0.02)
         assert tokens(llm) == expected
         check(llm)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
@@ -73,13 +73,13 @@ def test_cpu_attention_waits_for_the_rows_of_a_prompt_that_was_read_on_the_devic
     """Chunks over 32 tokens are attended in staging; the pass after that finds their rows on the CPU, or waits."""
     settings = {"percent": (100, 0, 0, 100, 100, 0), "cpu_attention": 1.0, "prefill_chunk": 64}
     with engine(folder, None, overlap=True, **settings) as llm:
-        traced = llm.lanes.d2h.traced  # type: ignore[union-attr]
+        traced = llm.queues.d2h.traced  # type: ignore[union-attr]
 
         def late(*arguments: Any) -> Any:
             time.sleep(0.1)
             return traced(*arguments)
 
-        llm.lanes.d2h.traced = late  # type: ignore[method-assign, union-attr]
+        llm.queues.d2h.traced = late  # type: ignore[method-assign, union-attr]
         assert tokens(llm) == expected
         check(llm)
 
@@ -90,7 +90,7 @@ def test_the_link_does_not_wait_for_a_half_that_is_put_off(folder: Path, expecte
     fetch, release = WeightStore.fetch, WeightStore.release
 
     def fetched(self: WeightStore, layer: int, index: int, count: int) -> None:
-        if layer not in self.claims:
+        if layer not in self.leases:
             events.append(("fetch", layer))
         fetch(self, layer, index, count)
         self.check()
@@ -174,7 +174,7 @@ def test_a_stream_that_is_left_early_leaves_nothing_behind(folder: Path, expecte
         next(stream)
         stream.close()  # type: ignore[attr-defined]
         check(llm)
-        assert not llm.weights.claims
+        assert not llm.weights.leases
         assert tokens(llm) == expected
 
 
@@ -185,11 +185,11 @@ def test_without_overlap_nothing_runs_beside_a_tick(folder: Path, tmp_path: Path
 
     def settle(self: Executor) -> None:
         settled(self)
-        seen.append(all(lane.num_ended == lane.num_submitted for lane in self.lanes.all_lanes))  # type: ignore[union-attr]
+        seen.append(all(queue.num_ended == queue.num_submitted for queue in self.queues.all_queues))  # type: ignore[union-attr]
 
     monkeypatch.setattr(Executor, "settle", settle)
     with engine(folder, tmp_path, overlap=False, **MIXED) as llm:
-        dawdle(llm.lanes, seed=6, most=0.01)
+        dawdle(llm.queues, seed=6, most=0.01)
         tokens(llm)
     assert len(seen) > 50 and all(seen)
 

@@ -13,7 +13,7 @@ from flexbatch.execution.inputs import InputBuilder, ancestor_masks, place_of
 from flexbatch.execution.work import PassWork, QueryTokens
 from flexbatch.memory.pages import PageTable
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 from flexbatch.trace import Tracer
@@ -22,9 +22,9 @@ from tests.execution.rigs import PAGE_TOKENS, sequence
 
 @pytest.fixture(scope="module")
 def builder():
-    lanes = Lanes(torch.device("cpu"), Tracer())
-    yield InputBuilder(PAGE_TOKENS, Uploads(Pool("cpu", 0), lanes))
-    lanes.close()
+    queues = TransferQueues(torch.device("cpu"), Tracer())
+    yield InputBuilder(PAGE_TOKENS, Uploads(Pool("cpu", 0), queues))
+    queues.close()
 
 
 @st.composite

@@ -64,7 +64,7 @@ def test_a_sequence_that_disagrees_with_its_output_is_noticed() -> None:
 @pytest.mark.parametrize(("prompt", "max_tokens", "unread"), [((3, 4, 5), 0, 1), ((3,), 0, 0), ((3, 4, 5), 2, 0)])
 def test_the_last_token_of_a_scored_prompt_is_not_read(prompt: tuple[int, ...], max_tokens: int, unread: int) -> None:
     made = sequence(prompt, PageTable("gpu", [0]), max_tokens=max_tokens)
-    assert (made.num_unread, made.num_uncached) == (unread, len(prompt) - unread)
+    assert (made.num_uncomputed, made.num_uncached) == (unread, len(prompt) - unread)
 
 
 def state(**changes: object) -> RequestState:
@@ -124,4 +124,4 @@ def test_more_tokens_than_were_asked_for_are_noticed() -> None:
     [({"temperature": 0.0}, True), ({"temperature": 0.0, "logprobs": 0}, False), ({"temperature": 0.0, "logit_bias": {1: 1.0}}, False), ({}, False)],
 )
 def test_plain_greedy_is_argmax_without_further_ado(params: dict, plain: bool) -> None:
-    assert state(**params).plain_greedy is plain
+    assert state(**params).unadjusted_greedy is plain

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from flexbatch.memory.tiers import Pool, Tiers
-from flexbatch.memory.transfer import Lanes, ThreadLane
+from flexbatch.memory.transfer import ThreadQueue, TransferQueues
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import read_arch
 from flexbatch.models.specs import Piece, weight_specs
@@ -24,16 +24,16 @@ MIB = 1 << 20
 
 
 @contextmanager
-def open_tiers(folder: Path, gpu: int = 64 * MIB, cpu: int = 64 * MIB, disk: int = 64 * MIB) -> Iterator[tuple[Tiers, Lanes]]:
+def open_tiers(folder: Path, gpu: int = 64 * MIB, cpu: int = 64 * MIB, disk: int = 64 * MIB) -> Iterator[tuple[Tiers, TransferQueues]]:
     """Pools of plain memory and the lanes between them; both are checked and closed at the end."""
     tiers = Tiers(Pool("gpu", gpu), Pool("cpu", cpu), Pool("disk", disk), folder)
-    lanes = Lanes(torch.device("cpu"), Tracer(), disk_threads=2)
+    queues = TransferQueues(torch.device("cpu"), Tracer(), disk_threads=2)
     try:
-        yield tiers, lanes
+        yield tiers, queues
         tiers.check()
-        lanes.check()
+        queues.check()
     finally:
-        lanes.close()
+        queues.close()
         tiers.close()
 
 
@@ -52,18 +52,18 @@ def tiny_arch(num_layers: int = 2, tied: bool = False, **changes: object) -> Arc
     return read_arch({**config, **sizes, "eos_token_id": 2, "bos_token_id": 1, **changes})
 
 
-def dawdle(lanes: Lanes, seed: int, most: float = 0.002) -> None:
+def dawdle(queues: TransferQueues, seed: int, most: float = 0.002) -> None:
     """One job in eight starts up to ``most`` seconds late: whoever forgets to wait reads what is not there yet."""
     chance = random.Random(seed)
-    for lane in lanes.all_lanes:
-        assert isinstance(lane, ThreadLane)
+    for queue in queues.all_queues:
+        assert isinstance(queue, ThreadQueue)
 
-        def traced(*arguments: Any, traced: Callable[..., Any] = lane.traced) -> Any:
+        def traced(*arguments: Any, traced: Callable[..., Any] = queue.traced) -> Any:
             if chance.random() < 1 / 8:
                 time.sleep(chance.random() * most)
             return traced(*arguments)
 
-        lane.traced = traced  # type: ignore[method-assign]
+        queue.traced = traced  # type: ignore[method-assign]
 
 
 def pieces(arch: Arch, seed: int = 3) -> Iterator[Piece]:

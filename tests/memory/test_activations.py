@@ -22,9 +22,9 @@ TOKENS = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=3)
 
 @contextmanager
 def open_store(split: Split, count: int) -> Iterator[ActivationStore]:
-    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, lanes):
-        dawdle(lanes, 4, 0.006)
-        store = ActivationStore(split, count, MAX_TOKENS, WIDTH, torch.float32, PAGE_TOKENS, tiers, lanes)
+    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
+        dawdle(queues, 4, 0.006)
+        store = ActivationStore(split, count, MAX_TOKENS, WIDTH, torch.float32, PAGE_TOKENS, tiers, queues)
         assert not list(Path(folder).iterdir()), "a killed run would leave the file behind"
         yield store
         store.check()
@@ -77,7 +77,7 @@ def test_rows_handed_on_stay_on_the_device() -> None:
     with open_store(Split(0, 0.5, 0.5), 1) as store:
         store.plan([8])
         rows = torch.randn(3, WIDTH)
-        store.hand_on(0, rows)
+        store.set(0, rows)
         assert store.get(0) is rows and not store.resident
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flexbatch.memory import disk_cache
 from flexbatch.memory.disk_cache import DiskCache, aligned_empty
 from flexbatch.memory.pages import CacheLayout, PageTable
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import TransferQueues
 from tests.memory.rigs import open_tiers
 
 PAGE_TOKENS, LAYERS, PAGES, SEQUENCES, MAX_NODES = 4, 2, 8, 2, 5
@@ -24,13 +24,13 @@ LAYOUT = CacheLayout(LAYERS, 1, 3, 16, 64, PAGE_TOKENS, torch.float32)
 
 
 @contextmanager
-def open_cache(tail_tokens: int = 2 * PAGE_TOKENS + MAX_NODES) -> Iterator[tuple[DiskCache, Lanes]]:
-    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, lanes):
+def open_cache(tail_tokens: int = 2 * PAGE_TOKENS + MAX_NODES) -> Iterator[tuple[DiskCache, TransferQueues]]:
+    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
         cache = DiskCache(LAYOUT, PAGES, SEQUENCES, tail_tokens, Path(folder), tiers.cpu, tiers.disk)
         assert not list(Path(folder).iterdir()), "a killed run would leave the file behind"
         assert tiers.disk.used_bytes == {"cache": LAYERS * PAGES * LAYOUT.disk_page_bytes}
         cache.check()
-        yield cache, lanes
+        yield cache, queues
         cache.check()
         cache.close()
         assert not tiers.disk.used_bytes and not tiers.cpu.used_bytes
@@ -40,10 +40,10 @@ def rows_of(count: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, LAYOUT.token_bytes), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def read(cache: DiskCache, lanes: Lanes, tables: list[tuple[PageTable, int]], layer: int) -> list[torch.Tensor]:
+def read(cache: DiskCache, queues: TransferQueues, tables: list[tuple[PageTable, int]], layer: int) -> list[torch.Tensor]:
     """Rows of every sequence, as the staging buffer gets them."""
     pages = torch.zeros(sum(LAYOUT.num_pages(count) for _, count in tables), LAYOUT.page_bytes, dtype=torch.uint8)
-    cache.read(tables, layer, pages, lanes.disk_chunks)
+    cache.read(tables, layer, pages, queues.disk_chunks)
     rows, cursor = [], 0
     for _, count in tables:
         used = LAYOUT.num_pages(count)
@@ -60,7 +60,7 @@ CHUNKS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, MAX_NODES)), min_s
 @example(chunks=[(9, 0)], other=[(9, 2)], pages=list(range(PAGES)), accept=random.Random(0))
 def test_rows_are_read_as_they_were_appended(chunks: list[tuple[int, int]], other: list[tuple[int, int]], pages: list[int], accept) -> None:
     """Two sequences by turns, in chunks of any size, some with drafted tokens of which a part is taken back; pages next to each other or not."""
-    with open_cache() as (cache, lanes):
+    with open_cache() as (cache, queues):
         tables = [PageTable("disk", pages[:4], tail_slot=cache.open()), PageTable("disk", pages[4:], tail_slot=cache.open())]
         known = [torch.empty(LAYERS, 0, LAYOUT.token_bytes, dtype=torch.uint8)] * 2
         for turn, (first, second) in enumerate(zip(chunks, other, strict=False)):
@@ -77,7 +77,7 @@ def test_rows_are_read_as_they_were_appended(chunks: list[tuple[int, int]], othe
                 known[i] = torch.cat([known[i], fresh[:, :count], fresh[:, [count + place for place in path]]], dim=1)
                 cache.check()
             for layer in range(LAYERS):
-                found = read(cache, lanes, [(tables[i], known[i].shape[1]) for i in (1, 0)], layer)
+                found = read(cache, queues, [(tables[i], known[i].shape[1]) for i in (1, 0)], layer)
                 assert torch.equal(found[0], known[1][layer]) and torch.equal(found[1], known[0][layer])
         for table in tables:
             cache.close_tail(table.tail_slot)
@@ -85,13 +85,13 @@ def test_rows_are_read_as_they_were_appended(chunks: list[tuple[int, int]], othe
 
 
 def test_a_shared_prefix_is_read_from_the_pages_of_another() -> None:
-    with open_cache() as (cache, lanes):
+    with open_cache() as (cache, queues):
         first, second = PageTable("disk", [3, 4], tail_slot=cache.open()), PageTable("disk", [3, 5], tail_slot=cache.open())
         prompt, end = rows_of(PAGE_TOKENS, 1), rows_of(2, 2)
         cache.append(first, 0, 0, prompt, 0)
         cache.adopt(second.tail_slot, PAGE_TOKENS)
         cache.append(second, 0, PAGE_TOKENS, end, 0)
-        assert torch.equal(read(cache, lanes, [(second, PAGE_TOKENS + 2)], 0)[0], torch.cat([prompt, end]))
+        assert torch.equal(read(cache, queues, [(second, PAGE_TOKENS + 2)], 0)[0], torch.cat([prompt, end]))
 
 
 def test_neighbours_in_the_file_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,14 +106,14 @@ def test_pages_that_are_whole_blocks_go_straight_to_their_place() -> None:
     """Without a copy: the layout of most models at 16 bits."""
     layout = CacheLayout(1, 4, 32, 16, 64, PAGE_TOKENS, torch.float32)
     assert layout.page_bytes == layout.disk_page_bytes == 4096
-    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, lanes):
+    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
         cache = DiskCache(layout, PAGES, 1, PAGE_TOKENS, Path(folder), tiers.cpu, tiers.disk)
         table = PageTable("disk", [2, 3, 4, 0], tail_slot=cache.open())
         rows = torch.randint(0, 256, (14, layout.token_bytes), dtype=torch.uint8)
         cache.append(table, 0, 0, rows, 0)
         for pages_out in (aligned_empty(4 * layout.page_bytes), aligned_empty(4 * layout.page_bytes + 64)[64:]):
             pages = pages_out.view(4, -1)
-            cache.read([(table, 14)], 0, pages, lanes.disk_chunks)
+            cache.read([(table, 14)], 0, pages, queues.disk_chunks)
             assert torch.equal(pages.view(-1, layout.token_bytes)[:14], rows)
         cache.close()
 

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from flexbatch.memory import uploads
 from flexbatch.memory.host_buffers import NUM_BUFFERS, HostBuffers
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, Lanes
+from flexbatch.memory.transfer import READY, TransferQueues
 from flexbatch.memory.uploads import ROW_BYTES, Uploads
 from flexbatch.trace import Tracer
 from tests.memory.rigs import MIB, open_tiers
@@ -25,15 +25,15 @@ MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM = 6, 4, 2, 3
 
 
 @pytest.fixture
-def lanes(tmp_path: Path) -> Iterator[Lanes]:
+def queues(tmp_path: Path) -> Iterator[TransferQueues]:
     with open_tiers(tmp_path) as (_, made):
         yield made
 
 
 @pytest.fixture
-def buffers(lanes: Lanes) -> Iterator[HostBuffers]:
+def buffers(queues: TransferQueues) -> Iterator[HostBuffers]:
     pool = Pool("cpu", 64 * MIB)
-    made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, pool, lanes)
+    made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, pool, queues)
     made.copies = True
     size = MAX_TOKENS * (2 * HEADS + 2 * KV_HEADS) * HEAD_DIM * 4
     made.buffers = [pool.allocate(f"attention buffer {i}", size) for i in range(NUM_BUFFERS)]
@@ -63,13 +63,13 @@ def test_buffers_in_flight_do_not_touch_each_other(buffers: HostBuffers) -> None
         buffers.take(*tensors(1, 9))
 
 
-def test_a_buffer_is_taken_again_only_once_its_readers_are_done(buffers: HostBuffers, lanes: Lanes) -> None:
+def test_a_buffer_is_taken_again_only_once_its_readers_are_done(buffers: HostBuffers, queues: TransferQueues) -> None:
     read = []
     for turn in range(3 * NUM_BUFFERS):
         *_, output = buffers.take(*tensors(2, turn))
         if turn >= NUM_BUFFERS:
             assert turn - NUM_BUFFERS in read, "taken while it was still read"
-        buffers.give_back(output, lanes.h2d.submit(lambda turn=turn: (time.sleep(0.005), read.append(turn))))
+        buffers.give_back(output, queues.h2d.submit(lambda turn=turn: (time.sleep(0.005), read.append(turn))))
         buffers.check()
 
 
@@ -78,8 +78,8 @@ def test_more_query_tokens_than_a_buffer_holds_is_an_error(buffers: HostBuffers)
         buffers.take(*tensors(7, 0))
 
 
-def test_without_a_gpu_nothing_is_copied(lanes: Lanes) -> None:
-    made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, Pool("cpu", 0), lanes)
+def test_without_a_gpu_nothing_is_copied(queues: TransferQueues) -> None:
+    made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, Pool("cpu", 0), queues)
     query, key, value = tensors(3, 0)
     taken = made.take(query, key, value)
     assert all(a is b for a, b in zip(taken, (query, key, value), strict=False)) and taken[3] is not query
@@ -94,10 +94,10 @@ ARRAYS = arrays.arrays(st.sampled_from([np.int32, np.int64]), arrays.array_shape
 @settings(max_examples=40, deadline=None)
 @given(passes=st.lists(st.lists(ARRAYS, max_size=6), min_size=1, max_size=5), half_bytes=st.sampled_from([64, 256, 4096]))
 def test_inputs_arrive_as_they_were_sent_whether_they_fit_or_not(passes: list[list[np.ndarray]], half_bytes: int) -> None:
-    lanes = Lanes(torch.device("cpu"), Tracer())
+    queues = TransferQueues(torch.device("cpu"), Tracer())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploads, "INPUT_BUFFER_BYTES", half_bytes)
-        sender = Uploads(Pool("cpu", 0), lanes)
+        sender = Uploads(Pool("cpu", 0), queues)
         sender.copies, sender.halves = True, list(torch.zeros(2, half_bytes, dtype=torch.uint8))
         sender.ids = torch.arange(half_bytes // ROW_BYTES, dtype=torch.int32)
         for sent in passes:
@@ -109,11 +109,11 @@ def test_inputs_arrive_as_they_were_sent_whether_they_fit_or_not(passes: list[li
             for array, tensor in zip(sent, received, strict=True):
                 assert tensor.shape == array.shape and torch.equal(tensor, torch.from_numpy(array))
         sender.close()
-    lanes.close()
+    queues.close()
 
 
-def test_a_half_is_filled_again_only_when_the_device_has_read_it(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    sender = Uploads(Pool("cpu", 0), lanes)
+def test_a_half_is_filled_again_only_when_the_device_has_read_it(queues: TransferQueues, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = Uploads(Pool("cpu", 0), queues)
     sender.copies = True
     marks: list[list[str]] = []
 
@@ -128,7 +128,7 @@ def test_a_half_is_filled_again_only_when_the_device_has_read_it(lanes: Lanes, m
         def synchronize(self) -> None:
             self.seen.append("synchronize")
 
-    monkeypatch.setattr(lanes, "mark", Mark)
+    monkeypatch.setattr(queues, "mark", Mark)
     for _ in range(4):
         sender.begin_pass()
     assert marks == [["synchronize"], ["synchronize"], ["synchronize"], []]

@@ -54,11 +54,11 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.context = open_tiers(Path(self.folder.name))
-        self.tiers, self.lanes = self.context.__enter__()
-        dawdle(self.lanes, 0, 0.006)
+        self.tiers, self.queues = self.context.__enter__()
+        dawdle(self.queues, 0, 0.006)
         self.layout = layout_of(self.bits)
-        self.cache = KVCache(self.layout, SIZES, self.tiers, self.lanes)
-        self.builder = InputBuilder(PAGE_TOKENS, Uploads(self.tiers.cpu, self.lanes))
+        self.cache = KVCache(self.layout, SIZES, self.tiers, self.queues)
+        self.builder = InputBuilder(PAGE_TOKENS, Uploads(self.tiers.cpu, self.queues))
         self.texts: list[Text] = []
         self.generator = torch.Generator().manual_seed(0)
 
@@ -172,7 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         self.cache.check([text.table for text in self.texts])
         self.tiers.check()
-        self.lanes.check()
+        self.queues.check()
 
     def teardown(self) -> None:
         for text in self.texts:
@@ -199,11 +199,11 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
     """The rows of the last pass are still on their way when the next pass begins."""
     layout, gate = layout_of(16), threading.Event()
     rows = {tier: torch.randn(PAGE_TOKENS, 2, 2, 6) for tier in ("cpu", "disk")}
-    with open_tiers(tmp_path) as (tiers, lanes):
-        cache = KVCache(layout, SIZES, tiers, lanes)
+    with open_tiers(tmp_path) as (tiers, queues):
+        cache = KVCache(layout, SIZES, tiers, queues)
         tables = {tier: cache.open(tier, PAGE_TOKENS) for tier in ("cpu", "disk")}
-        lane = lanes.disk_write if late == "disk" else lanes.d2h
-        lane.submit(lambda: gate.wait(10))
+        queue = queues.disk_write if late == "disk" else queues.d2h
+        queue.submit(lambda: gate.wait(10))
         cache.begin_pass(READY)
         if late != "disk":
             cache.drain_cpu(0, rows["cpu"], torch.tensor(tables["cpu"].slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
@@ -228,10 +228,10 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
 def test_rows_of_a_sequence_that_sat_out_a_pass_are_waited_for(tmp_path: Path, tier: str) -> None:
     """A prompt that finds no room in a pass: what it drained in the pass before may still be under way when the pass after reads it."""
     rows = torch.randn(PAGE_TOKENS, 2, 2, 6)
-    with open_tiers(tmp_path) as (tiers, lanes):
-        cache = KVCache(layout_of(16), SIZES, tiers, lanes)
+    with open_tiers(tmp_path) as (tiers, queues):
+        cache = KVCache(layout_of(16), SIZES, tiers, queues)
         table = cache.open(tier, PAGE_TOKENS)
-        (lanes.disk_write if tier == "disk" else lanes.d2h).submit(lambda: time.sleep(0.2))
+        (queues.disk_write if tier == "disk" else queues.d2h).submit(lambda: time.sleep(0.2))
         cache.begin_pass(READY)
         if tier == "cpu":
             cache.drain_cpu(0, rows, torch.tensor(table.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)

@@ -42,8 +42,8 @@ def loaded(folder: Path, split: Split = DISK, bits: int = 16, seed: int = 3, str
                 yield piece
 
     folder.mkdir(exist_ok=True, parents=True)
-    with open_tiers(folder) as (tiers, lanes):
-        store = WeightStore(plan_weights(ARCH, split, bits, 8, 4), tiers, lanes, torch.float32)
+    with open_tiers(folder) as (tiers, queues):
+        store = WeightStore(plan_weights(ARCH, split, bits, 8, 4), tiers, queues, torch.float32)
         try:
             loader = Loader(store, folder, cache_quantized=True)
             loader.load(stream or source)
@@ -200,8 +200,8 @@ def test_a_checkpoint_that_changes_while_it_is_loaded_is_not_filed(tmp_path: Pat
         if len(calls) == 5:
             raise CheckpointError("changed")
 
-    with open_tiers(tmp_path) as (tiers, lanes):
-        store = WeightStore(plan_weights(ARCH, DISK, 16, 8, 4), tiers, lanes, torch.float32)
+    with open_tiers(tmp_path) as (tiers, queues):
+        store = WeightStore(plan_weights(ARCH, DISK, 16, 8, 4), tiers, queues, torch.float32)
         with pytest.raises(CheckpointError, match="changed"):
             Loader(store, tmp_path, True, check).load(lambda skip: pieces(ARCH))
         store.close()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.memory.placement import Spreader, spread
+from flexbatch.memory.balancer import TierBalancer, spread
 from flexbatch.policy.policy import TIERS, Split
 from tests.memory.rigs import splits
 
@@ -54,23 +54,23 @@ def test_percentages_that_flexgen_misses_are_met(percent: tuple[int, int]) -> No
 
 @given(split=splits(), sizes=SIZES, allowed=st.sets(st.sampled_from(TIERS), min_size=1))
 def test_tiers_without_room_are_left_out_and_made_up_for(split: Split, sizes: list[int], allowed: set[str]) -> None:
-    spreader = Spreader(split)
+    balancer = TierBalancer(split)
     for size in sizes:
-        tier = spreader.choose(size, sorted(allowed))
+        tier = balancer.choose(size, sorted(allowed))
         assert tier in allowed
-        spreader.place(tier, size)
-        spreader.check()
-    assert sum(spreader.placed.values()) == sum(sizes)
+        balancer.place(tier, size)
+        balancer.check()
+    assert sum(balancer.placed.values()) == sum(sizes)
 
 
 @given(split=splits(), sizes=SIZES, chance=st.randoms(use_true_random=False))
 def test_what_is_removed_leaves_room_in_its_tier(split: Split, sizes: list[int], chance) -> None:
-    spreader, placed = Spreader(split), []
+    balancer, placed = TierBalancer(split), []
     for size in sizes:
-        tier = spreader.choose(size)
-        spreader.place(tier, size)
+        tier = balancer.choose(size)
+        balancer.place(tier, size)
         placed.append((tier, size))
         if chance.random() < 0.4:
-            spreader.remove(*placed.pop(chance.randrange(len(placed))))
-        spreader.check()
-        assert spreader.placed == {tier: sum(size for home, size in placed if home == tier) for tier in TIERS}
+            balancer.remove(*placed.pop(chance.randrange(len(placed))))
+        balancer.check()
+        assert balancer.placed == {tier: sum(size for home, size in placed if home == tier) for tier in TIERS}

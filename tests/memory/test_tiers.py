@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from flexbatch.memory.tiers import HostArena, Need, Pool, check_budgets
+from flexbatch.memory.tiers import HostArena, MemoryRequirement, Pool, check_budgets
 from flexbatch.policy.units import GIB
 from flexbatch.validation.errors import DoesNotFitError
 
@@ -77,7 +77,7 @@ def test_a_name_is_allocated_once() -> None:
 
 
 def test_the_error_of_a_budget_holds_the_numbers_and_the_remedy() -> None:
-    needs = [Need("weights", "gpu", 3 * GIB), Need("cache", "gpu", GIB // 2), Need("weights", "cpu", GIB), Need("nothing", "cpu", 0)]
+    needs = [MemoryRequirement("weights", "gpu", 3 * GIB), MemoryRequirement("cache", "gpu", GIB // 2), MemoryRequirement("weights", "cpu", GIB), MemoryRequirement("nothing", "cpu", 0)]
     with pytest.raises(DoesNotFitError) as caught:
         check_budgets(needs, {"gpu": 2 * GIB, "cpu": 2 * GIB})
     lines = str(caught.value).splitlines()
@@ -91,7 +91,7 @@ def test_budgets_are_checked_to_the_byte(needs: list[tuple[str, int]], limits: t
     budgets = dict(zip(("gpu", "cpu", "disk"), limits, strict=True))
     short = [tier for tier, budget in budgets.items() if sum(size for home, size in needs if home == tier) > budget]
     try:
-        check_budgets([Need("x", tier, size) for tier, size in needs], budgets)
+        check_budgets([MemoryRequirement("x", tier, size) for tier, size in needs], budgets)
     except DoesNotFitError as error:
         remedy = str(error).splitlines()[-1]
         assert short and [tier for tier in budgets if f" {tier}: " in remedy] == short

@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.memory.transfer import READY, FutureHandle, Handle, Lanes, ThreadLane, together
+from flexbatch.memory.transfer import READY, FutureHandle, Handle, ThreadQueue, TransferQueues, together
 from flexbatch.trace import RecordingTracer, Tracer
 from tests.memory.rigs import dawdle
 
 
 @pytest.fixture
-def lanes() -> Iterator[Lanes]:
-    made = Lanes(torch.device("cpu"), Tracer())
+def queues() -> Iterator[TransferQueues]:
+    made = TransferQueues(torch.device("cpu"), Tracer())
     yield made
     made.check()
     made.close()
@@ -33,10 +33,10 @@ JOBS = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 30), max_si
 @given(JOBS)
 def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(jobs: list[tuple[int, list[int], bool]]) -> None:
     """Any graph of jobs over the lanes: (lane, earlier jobs it waits for, whether it fails)."""
-    lanes, ended, handles, doomed = Lanes(torch.device("cpu"), Tracer()), [], [], []
-    dawdle(lanes, 2, 0.004)
+    queues, ended, handles, doomed = TransferQueues(torch.device("cpu"), Tracer()), [], [], []
+    dawdle(queues, 2, 0.004)
     try:
-        for number, (lane, wanted, fails) in enumerate(jobs):
+        for number, (queue, wanted, fails) in enumerate(jobs):
             before = sorted({place % number for place in wanted} if number else set())
             doomed.append(fails or any(doomed[place] for place in before))
 
@@ -46,7 +46,7 @@ def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(jobs
                     raise ValueError(f"job {number}")
                 ended.append(number)
 
-            handles.append(lanes.all_lanes[lane].submit(job, together(*(handles[place] for place in before))))
+            handles.append(queues.all_queues[queue].submit(job, together(*(handles[place] for place in before))))
         for number, handle in enumerate(handles):
             for waiting in (handle.wait, handle.synchronize):
                 if doomed[number]:
@@ -55,21 +55,21 @@ def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(jobs
                 else:
                     waiting()
                     assert number in ended
-        for lane in range(6):
-            mine = [number for number in ended if jobs[number][0] == lane]
+        for queue in range(6):
+            mine = [number for number in ended if jobs[number][0] == queue]
             assert mine == sorted(mine)
-        lanes.settle()
-        lanes.check()
-        assert all(lane.num_ended == lane.num_submitted for lane in lanes.all_lanes if isinstance(lane, ThreadLane))
+        queues.settle()
+        queues.check()
+        assert all(queue.num_ended == queue.num_submitted for queue in queues.all_queues if isinstance(queue, ThreadQueue))
     finally:
-        lanes.close()
+        queues.close()
 
 
-def test_waiting_waits_for_one_job_and_not_for_those_behind_it(lanes: Lanes) -> None:
+def test_waiting_waits_for_one_job_and_not_for_those_behind_it(queues: TransferQueues) -> None:
     gate = threading.Event()
-    first = lanes.h2d.submit(lambda: None)
-    blocked = lanes.h2d.submit(gate.wait)
-    other = lanes.disk_read.submit(lambda: None)
+    first = queues.h2d.submit(lambda: None)
+    blocked = queues.h2d.submit(gate.wait)
+    other = queues.disk_read.submit(lambda: None)
     first.wait()
     other.synchronize()
     assert isinstance(blocked, FutureHandle) and not blocked.future.done()
@@ -77,7 +77,7 @@ def test_waiting_waits_for_one_job_and_not_for_those_behind_it(lanes: Lanes) -> 
     blocked.synchronize()
 
 
-def test_a_job_may_end_in_another_handle(lanes: Lanes) -> None:
+def test_a_job_may_end_in_another_handle(queues: TransferQueues) -> None:
     """A disk read whose last part is a copy on another lane: waiting for the read waits for the copy."""
     done = []
 
@@ -87,44 +87,44 @@ def test_a_job_may_end_in_another_handle(lanes: Lanes) -> None:
 
     for waiting in ("wait", "synchronize"):
         done.clear()
-        getattr(lanes.disk_read.submit(lambda: lanes.d2h.submit(slow)), waiting)()
+        getattr(queues.disk_read.submit(lambda: queues.d2h.submit(slow)), waiting)()
         assert done == ["copy"]
 
 
-def test_together_is_as_small_as_it_can_be(lanes: Lanes) -> None:
-    one, two = lanes.h2d.submit(lambda: None), lanes.d2h.submit(lambda: None)
+def test_together_is_as_small_as_it_can_be(queues: TransferQueues) -> None:
+    one, two = queues.h2d.submit(lambda: None), queues.d2h.submit(lambda: None)
     assert together() is READY and together(READY, READY) is READY and together(READY, one, READY) is one
     both: Handle = together(one, READY, two)
     both.wait()
     both.synchronize()
-    assert lanes.mark() is READY
+    assert queues.mark() is READY
 
 
 def test_bytes_and_spans_are_counted_by_resource() -> None:
     tracer = RecordingTracer()
-    lanes = Lanes(torch.device("cpu"), tracer)
+    queues = TransferQueues(torch.device("cpu"), tracer)
     try:
-        lanes.h2d.submit(lambda: None, name="a", num_bytes=3)
-        lanes.pages.submit(lambda: None, name="b", num_bytes=4)
-        lanes.disk_write.submit(lambda: None, num_bytes=5)
-        lanes.settle()
-        assert lanes.moved_bytes() == {"h2d": 7, "d2h": 0, "disk_read": 0, "disk_write": 5, "cpu_attention": 0}
+        queues.h2d.submit(lambda: None, name="a", num_bytes=3)
+        queues.pages.submit(lambda: None, name="b", num_bytes=4)
+        queues.disk_write.submit(lambda: None, num_bytes=5)
+        queues.settle()
+        assert queues.moved_bytes() == {"h2d": 7, "d2h": 0, "disk_read": 0, "disk_write": 5, "cpu_attention": 0}
         uses = tracer.summary()
         assert {name: (use.spans, use.num_bytes) for name, use in uses.items()} == {"h2d": (2, 7), "disk_write": (1, 5)}
     finally:
-        lanes.close()
+        queues.close()
 
 
-def test_settling_waits_for_everything_and_raises_nothing(lanes: Lanes) -> None:
+def test_settling_waits_for_everything_and_raises_nothing(queues: TransferQueues) -> None:
     done = []
 
     def fail() -> None:
         raise OSError("lost")
 
-    failed = lanes.disk_write.submit(fail)
-    lanes.h2d.submit(lambda: (time.sleep(0.02), done.append(1)), failed)
-    lanes.d2h.submit(lambda: (time.sleep(0.02), done.append(2)))
-    lanes.settle()
+    failed = queues.disk_write.submit(fail)
+    queues.h2d.submit(lambda: (time.sleep(0.02), done.append(1)), failed)
+    queues.d2h.submit(lambda: (time.sleep(0.02), done.append(2)))
+    queues.settle()
     assert done == [2], "what depends on a failed job does not run; what does not, does"
     with pytest.raises(OSError, match="lost"):
         failed.wait()
@@ -132,9 +132,9 @@ def test_settling_waits_for_everything_and_raises_nothing(lanes: Lanes) -> None:
 
 def test_settling_after_the_end_of_the_workers_is_done_at_once() -> None:
     """A finalizer that closes an engine when the interpreter ends comes after Python's wait for all threads."""
-    lanes = Lanes(torch.device("cpu"), Tracer())
-    lanes.close()
-    lanes.settle()
+    queues = TransferQueues(torch.device("cpu"), Tracer())
+    queues.close()
+    queues.settle()
     script = """
 import torch, weakref
 from flexbatch.memory.transfer import Lanes
@@ -157,13 +157,13 @@ weakref.finalize(owner, close)
 
 def test_jobs_compute_without_gradients_and_closing_ends_the_threads() -> None:
     before = threading.active_count()
-    lanes = Lanes(torch.device("cpu"), Tracer())
+    queues = TransferQueues(torch.device("cpu"), Tracer())
     modes: list[bool] = []
-    for lane in lanes.all_lanes:
-        lane.submit(lambda: modes.append(torch.is_inference_mode_enabled()))
-    lanes.settle()
-    assert modes == [True] * len(lanes.all_lanes)
-    lanes.close()
+    for queue in queues.all_queues:
+        queue.submit(lambda: modes.append(torch.is_inference_mode_enabled()))
+    queues.settle()
+    assert modes == [True] * len(queues.all_queues)
+    queues.close()
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="shutdown"):
-        lanes.h2d.submit(lambda: None)
+        queues.h2d.submit(lambda: None)

@@ -18,7 +18,7 @@ from flexbatch.kernels import reference
 from flexbatch.memory import files
 from flexbatch.memory.files import DiskFile
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.transfer import READY, Lanes
+from flexbatch.memory.transfer import READY, TransferQueues
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
@@ -30,17 +30,17 @@ MIXED = Split(0.3, 0.3, 0.4)
 
 
 @contextmanager
-def open_store(arch: Arch, split: Split, bits: int = 16, late: float = 0.0, staged: bool = False) -> Iterator[tuple[WeightStore, Lanes]]:
-    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, lanes):
-        store = WeightStore(plan_weights(arch, split, bits, 8, 4), tiers, lanes, torch.float32, staged)
+def open_store(arch: Arch, split: Split, bits: int = 16, late: float = 0.0, staged: bool = False) -> Iterator[tuple[WeightStore, TransferQueues]]:
+    with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
+        store = WeightStore(plan_weights(arch, split, bits, 8, 4), tiers, queues, torch.float32, staged)
         loader = Loader(store, Path(folder) / "files", cache_quantized=False)
         loader.load(lambda skip: (piece for piece in pieces(arch) if (piece.layer, piece.role) not in skip))
         loader.check()
         store.check()
         if late:
-            dawdle(lanes, 1, late)
+            dawdle(queues, 1, late)
         try:
-            yield store, lanes
+            yield store, queues
             store.check()
         finally:
             store.close()
@@ -111,22 +111,22 @@ def test_a_slab_is_not_claimed_while_a_layer_holds_it() -> None:
         store.fetch(2, 0, 1)
         store.check()
         store.drain()
-        assert not store.claims
+        assert not store.leases
 
 
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it(staged: bool) -> None:
     """The handle of the release orders the next fetch: nothing lands in the slab before it is done."""
     arch = tiny_arch(4)
-    with open_store(arch, Split(0, 0.5, 0.5), staged=staged) as (store, lanes):
+    with open_store(arch, Split(0, 0.5, 0.5), staged=staged) as (store, queues):
         store.fetch_rest(0, 1)
         reading = {role: tensor.clone() for role, tensor in store.weights(0, "pre").items()}
         now = store.weights(0, "pre")
         store.fetch_rest(1, 1)
-        for handle in store.claims[1].handles:
+        for handle in store.leases[1].handles:
             handle.synchronize()
         read = threading.Event()
-        gate = lanes.cpu_attention.submit(lambda: read.wait(10))
+        gate = queues.cpu_attention.submit(lambda: read.wait(10))
         store.release(0, gate)
         store.fetch_rest(2, 1)
         time.sleep(0.05)
@@ -164,13 +164,13 @@ def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(staged: 
 def test_staging_is_filled_before_any_slab_is_free() -> None:
     """A share of the disk is a few whole tensors: what reads them must not wait for the slab, which is free one layer before."""
     arch = tiny_arch(6)
-    with open_store(arch, Split(0, 0.5, 0.5), staged=True) as (store, lanes):
+    with open_store(arch, Split(0, 0.5, 0.5), staged=True) as (store, queues):
         ahead = store.read_ahead
         assert ahead is not None and len(ahead.layers) > 2
         store.fetch_rest(0, 1)
         if ahead.layers[0] != 0:
             store.fetch_rest(ahead.layers[0], 1)
-        lanes.disk_read.settle()
+        queues.disk_read.settle()
         assert [ahead.arrived(layer) for layer in ahead.layers[:3]].count(True) == len(ahead.buffers)
         store.drain()
         # A job that ends leaves what was read; the next one begins again with the first layer.
@@ -183,5 +183,5 @@ def test_resident_weights_need_no_slab() -> None:
     with open_store(arch, Split(1, 0, 0)) as (store, _):
         assert store.resident and not store.slabs
         store.fetch_rest(0, 1)
-        assert not store.claims
+        assert not store.leases
         sweep(store, arch, 16, 1)

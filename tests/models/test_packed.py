@@ -136,7 +136,7 @@ def test_engine_runs_packed_weights_as_they_are(method, weight_bits, percent, tm
         settings = {"weight_bits": weight_bits, "percent": percent, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path / "offload")}
         with LLM(str(tmp_path), device="cpu", gpu_batch_size=1, num_gpu_batches=2, **settings) as llm:
             completions = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
-            assert {t.bits for t in llm.decided.weight_plan.all_tensors if t.spec.role in ("qkv.weight", "down.weight")} == {4}
+            assert {t.bits for t in llm.engine_plan.weight_plan.all_tensors if t.spec.role in ("qkv.weight", "down.weight")} == {4}
             read.append(llm.report()["loaded_bytes"])
         for prompt, completion in zip(prompts, completions, strict=True):
             wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
@@ -171,12 +171,12 @@ def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
 
     change(tmp_path, leave_alone)
     with LLM(str(tmp_path), device="cpu", weight_bits=weight_bits, gpu_memory="1GiB", cpu_memory="1GiB", offload_dir=str(tmp_path / "offload")) as llm:
-        stored = llm.decided.weight_plan.all_tensors
+        stored = llm.engine_plan.weight_plan.all_tensors
         assert {tensor.spec.role: tensor.group for tensor in stored}["o.weight"] == group
         assert [tensor.bits for tensor in stored if tensor.spec.role == "down.weight"] == [weight_bits] * 2
-        assert llm.decided.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in stored)
+        assert llm.engine_plan.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in stored)
         assert llm.policy.weight_bits == 4
-        (need,) = (row["num_bytes"] for row in llm.plan(llm.config, llm.decided.problem.job)["memory"] if row["what"] == "weights")
+        (need,) = (row["num_bytes"] for row in llm.plan(llm.config, llm.engine_plan.problem.job)["memory"] if row["what"] == "weights")
         assert need == llm.tiers.gpu.used_bytes["weights"]
 
 

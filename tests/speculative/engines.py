@@ -25,7 +25,7 @@ class Scripted:
         self.distributions: dict = {}
         self.levels: list = []
 
-    def unread_tokens(self, sequences) -> int:
+    def uncomputed_tokens(self, sequences) -> int:
         return 0
 
     def draft(self, sequences, plans):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, PiecewiseLinear, choose_shapes, path_gains
 from flexbatch.speculative.shapes import StaticTrees, fixed_widths
 from flexbatch.speculative.tree import TokenTree, TreeShape, chain
-from flexbatch.speculative.verify import Verdict
+from flexbatch.speculative.verify import AcceptedPath
 from tests.speculative.test_shapes import expected_tokens
 
 
@@ -23,10 +23,10 @@ def free(depth: float, nodes: float) -> float:
 def test_offers_and_takes_are_counted_by_depth_and_rank() -> None:
     tree = TokenTree((4, 5, 6, 7, 8), TreeShape((-1, -1, 0, 0, 3)))
     statistics = AcceptanceStatistics(3, 2)
-    statistics.observe(tree, Verdict((0, 3, 4), 1))
-    statistics.observe(tree, Verdict((1,), 1))
-    statistics.observe(tree, Verdict((), 1))
-    statistics.observe(TokenTree(), Verdict((), 1))
+    statistics.observe(tree, AcceptedPath((0, 3, 4), 1))
+    statistics.observe(tree, AcceptedPath((1,), 1))
+    statistics.observe(tree, AcceptedPath((), 1))
+    statistics.observe(TokenTree(), AcceptedPath((), 1))
     assert statistics.offered.tolist() == [[3, 3], [1, 1], [1, 0]]
     assert statistics.taken.tolist() == [[1, 1], [0, 1], [1, 0]]
     assert (statistics.trees, statistics.tokens) == (3, 4 + 2 + 1)
@@ -49,7 +49,7 @@ def test_estimates_converge_and_are_a_falling_table(seed: int, observed: int) ->
         while shape.children[row] and (rank := int(generator.choice(4, p=[*chances, 0.2]))) < 3:
             path.append(shape.children[row][rank])
             row = path[-1] + 1
-        statistics.observe(tree, Verdict(tuple(path), 0))
+        statistics.observe(tree, AcceptedPath(tuple(path), 0))
     statistics.check()
     table = statistics.table()
     StaticTrees(table, 1)
@@ -61,8 +61,8 @@ def test_estimates_converge_and_are_a_falling_table(seed: int, observed: int) ->
 
 def test_paths_deeper_and_wider_than_the_table_are_left_out() -> None:
     statistics = AcceptanceStatistics(2, 2)
-    statistics.observe(chain([1, 2, 3, 4]), Verdict((0, 1, 2, 3), 5))
-    statistics.observe(TokenTree((1, 2, 3), TreeShape((-1, -1, -1))), Verdict((2,), 5))
+    statistics.observe(chain([1, 2, 3, 4]), AcceptedPath((0, 1, 2, 3), 5))
+    statistics.observe(TokenTree((1, 2, 3), TreeShape((-1, -1, -1))), AcceptedPath((2,), 5))
     assert statistics.offered.tolist() == [[2, 1], [1, 0]] and statistics.taken.tolist() == [[1, 0], [1, 0]]
     statistics.check()
 

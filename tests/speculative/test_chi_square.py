@@ -47,7 +47,7 @@ def transforms(model, prompts: list[list[int]], samples: list[list[list[int]]]) 
     Given all that was drawn before, each is uniform in (0, 1) when the distribution is right (Rosenblatt, 1952), so that together they are independent and
     uniform whatever the contexts were. A token that cannot be drawn is at 2.
     """
-    coins = torch.Generator().manual_seed(0)
+    uniform_draws = torch.Generator().manual_seed(0)
     found = []
     for prompt, drawn in zip(prompts, samples, strict=True):
         text = torch.tensor([prompt + tokens for tokens in drawn])
@@ -57,7 +57,7 @@ def transforms(model, prompts: list[list[int]], samples: list[list[list[int]]]) 
         place = (order == text[:, len(prompt) :].reshape(-1, 1)).int().argmax(-1, keepdim=True)
         share = probabilities.gather(1, place)[:, 0]
         below = probabilities.cumsum(-1).gather(1, place)[:, 0] - share
-        point = below + share * torch.rand(len(share), generator=coins, dtype=torch.float64)
+        point = below + share * torch.rand(len(share), generator=uniform_draws, dtype=torch.float64)
         found.append(torch.where(share > 0, point, 2.0))
     return torch.cat(found)
 

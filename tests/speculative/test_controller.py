@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexbatch.speculative.controller import Controller, Situation
 from flexbatch.speculative.costs import MAX_PATIENCE, PATIENCE, MeasuredCosts, rising
 from flexbatch.speculative.tree import TokenTree
-from flexbatch.speculative.verify import Verdict
+from flexbatch.speculative.verify import AcceptedPath
 
 
 def test_costs_are_the_fastest_of_late_and_never_fall_with_size() -> None:
@@ -115,7 +115,7 @@ class Machine:
                     path.append(children[0])
                 if shape is not None:
                     tree = TokenTree(tuple(range(len(shape))), shape)
-                    controller.statistics_of("greedy").observe(tree, Verdict(tuple(path), 0))
+                    controller.statistics_of("greedy").observe(tree, AcceptedPath(tuple(path), 0))
                 tokens = min(len(path) + 1, left[i])
                 left[i], unread[i] = left[i] - tokens, unread[i] + tokens
                 new_tokens += len(path) + 1

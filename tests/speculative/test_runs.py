@@ -40,7 +40,7 @@ def test_compare_plain_measures_both_in_one_run(reference, tmp_path):
     assert speculation["plain_passes"] > report["passes"] and speculation["speed_up"] > 0
     assert report["requests"] == len(model.prompts), "the plain run is not counted twice"
     read = sum(len(prompt) for prompt in model.prompts)
-    assert llm.plain_statistics.prefilled_tokens == llm.statistics.prefilled_tokens == read, "no run finds the prompts that another one has read"
+    assert llm.baseline_statistics.prefilled_tokens == llm.statistics.prefilled_tokens == read, "no run finds the prompts that another one has read"
 
 
 def test_wrong_settings_are_refused_before_anything_is_loaded(reference, tmp_path):
@@ -89,7 +89,7 @@ def test_the_first_layers_travel_while_the_draft_works(place, reference, tmp_pat
     fetched = []
 
     def looking(sequence, depth):
-        fetched.append(sorted(llm.weights.claims))
+        fetched.append(sorted(llm.weights.leases))
         return TokenTree()
 
     with engine(model, tmp_path, place, draft=("ngram",), tree="chain:2") as llm:

@@ -69,10 +69,10 @@ def test_trees_that_blocks_of_logits_cut_are_judged_whole(drawing, reference, ot
     monkeypatch.setattr("flexbatch.execution.block_sizes.LOGITS_CHUNK_BYTES", 7 * 4 * VOCAB)
     for name, value in {"LOGITS_BLOCK_BYTES": 5 * 4 * VOCAB, "SCORED_ELEMENTS": 3 * VOCAB, "PASS_TOKENS": 40}.items():
         monkeypatch.setattr(f"flexbatch.speculative.draft.{name}", value)
-    judged = []
+    verified_whole = []
     judge = Speculator.verify
-    monkeypatch.setattr(Speculator, "verify", lambda self, query, logits: judged.append(len(logits)) or judge(self, query, logits))
+    monkeypatch.setattr(Speculator, "verify", lambda self, query, logits: verified_whole.append(len(logits)) or judge(self, query, logits))
     with engine(model, tmp_path, **settings) as llm:
         assert [completion.token_ids for completion in llm.generate(model.prompts, SAMPLED)] == expected
         llm.speculator.check()
-    assert (max(judged, default=0) > 7) == (drawing == "independent")
+    assert (max(verified_whole, default=0) > 7) == (drawing == "independent")

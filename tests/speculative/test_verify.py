@@ -14,7 +14,7 @@ from torch import Tensor
 from flexbatch.execution.work import QueryTokens
 from flexbatch.speculative.shapes import fixed_widths
 from flexbatch.speculative.tree import Drawing, TokenTree, TreeShape, chain
-from flexbatch.speculative.verify import Verdict, verify
+from flexbatch.speculative.verify import AcceptedPath, verify
 
 T = TypeVar("T")
 Prefix = tuple[int, ...]
@@ -171,11 +171,11 @@ def test_drafts_with_impossible_tokens() -> None:
 def test_a_perfect_draft_is_always_accepted(drawn: Drawing) -> None:
     model = Model(4, 5)
 
-    def procedure(script: Script) -> Verdict:
+    def procedure(script: Script) -> AcceptedPath:
         tree, sources = draw_tree(model, SHAPES["two by one"], drawn, script)
         return verify(tree, torch.stack([model(tree.path_tokens(node)) for node in range(-1, len(tree))]), script, sources)
 
-    assert sum(weight for weight, verdict in outcomes(procedure) if len(verdict.path) == 2) == pytest.approx(1.0, abs=1e-12)
+    assert sum(weight for weight, accepted in outcomes(procedure) if len(accepted.path) == 2) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_wrong_pairings_are_detected() -> None:
@@ -215,7 +215,7 @@ def test_follow_takes_the_matching_path_and_equals_verify() -> None:
     assert query.follow([4, 7, 0, 0, 8, 2]) == (1, 4, 5)
     assert query.follow([9, 7, 0, 0, 8, 2]) == ()
     assert query.paths == ((), (4,), (5,), (4, 6), (4, 7), (4, 7, 8))
-    assert Verdict((0, 3, 4), 2).tokens(tree) == (4, 7, 8, 2)
+    assert AcceptedPath((0, 3, 4), 2).tokens(tree) == (4, 7, 8, 2)
     for seed in range(40):
         choice = np.random.default_rng(seed).integers(4, 9, size=6)
         rows = torch.nn.functional.one_hot(torch.from_numpy(choice), 10).double()

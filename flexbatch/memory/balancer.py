@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from flexbatch.policy.policy import TIERS, Split
 
 
-class Spreader:
+class TierBalancer:
     """Assigns pieces to tiers one after another by error diffusion.
 
     Every piece goes to the tier that is furthest behind its share of all that was placed so far, this piece included; so at any moment each tier
@@ -38,10 +38,10 @@ class Spreader:
 
 def spread(sizes: Iterable[int], split: Split) -> list[str]:
     """The tier of every piece: the realised shares are within one (largest) piece of the split."""
-    spreader = Spreader(split)
+    balancer = TierBalancer(split)
     tiers = []
     for size in sizes:
-        tier = spreader.choose(size)
-        spreader.place(tier, size)
+        tier = balancer.choose(size)
+        balancer.place(tier, size)
         tiers.append(tier)
     return tiers
