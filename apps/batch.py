@@ -2,8 +2,9 @@
 
     python -m flexbatch.apps.batch INPUT OUTPUT --model M --prompt-column text --max-tokens 64
 
-INPUT is a Parquet file, folder, glob or hive-partitioned data set, an ``s3://`` or ``gs://`` URI, CSV, JSON lines, an OpenAI batch file
-(``--input-format openai``), or a data set of the `datasets` library. Starting the same command again goes on where it stopped.
+INPUT is a Parquet file, folder, glob or hive-partitioned data set, an ``s3://`` or ``gs://`` URI, CSV, JSON lines,
+an OpenAI batch file (``--input-format openai``), or a data set of the `datasets` library. Starting the same command
+again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="flexbatch batch", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False, epilog=(__doc__ or "").split("\n\n", 2)[2]
+        prog="flexbatch batch",
+        description=(__doc__ or "").split("\n\n")[0],
+        allow_abbrev=False,
+        epilog=(__doc__ or "").split("\n\n", 2)[2],
     )
     parser.add_argument("input", metavar="INPUT", help="what to read")
     parser.add_argument("output", metavar="OUTPUT", help="folder for part-00000.parquet, ...; begun jobs are resumed")
@@ -88,7 +92,9 @@ def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
     return LLM.from_config(config, job=planner_job(config, seen) if seen is not None else None)
 
 
-def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_engine: OpenEngine, identity: Any) -> int:
+def run(
+    args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_engine: OpenEngine, identity: Any
+) -> int:
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard
     from flexbatch.apps.jobs.shares import find_share
@@ -97,7 +103,10 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_
     refuse_measurements(engine)
     share = find_share(config.shard_of(), environ)
     if share.shards > 1 and config.overwrite:
-        raise ConfigurationError("--overwrite with several processes would discard the others' parts: remove the output folder, then start them")
+        raise ConfigurationError(
+            "--overwrite with several processes would discard the others' parts: remove the output folder, then "
+            "start them"
+        )
     job = plan_job(args.input, args.output, config, engine, identity)
     if config.ray:
         from flexbatch.apps.jobs.cluster import run_on_ray
@@ -117,7 +126,9 @@ def _divided(engine: EngineConfig, share: Share) -> EngineConfig:
     return divide_host(engine, share, 0 if engine.device == "cpu" else torch.cuda.device_count(), default_offload_dir())
 
 
-def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity
+) -> int:
     """The command; returns its exit code."""
     args = make_parser().parse_args(argv)
     set_up_logging(words=argv)

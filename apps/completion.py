@@ -4,7 +4,8 @@
     printf 'one prompt\\nanother\\n' | flexbatch complete --json
     flexbatch complete --chat --system "Answer in one word." --model M
 
-Prompts come from the arguments, from --prompts FILE, or from standard input (one a line). Text goes to stdout, everything else to stderr.
+Prompts come from the arguments, from --prompts FILE, or from standard input (one a line). Text goes to stdout,
+everything else to stderr.
 """
 
 from __future__ import annotations
@@ -48,17 +49,29 @@ RULE = "-" * 70
 class CompletionConfig:
     """What to complete, and how it is shown."""
 
-    prompts: str | None = option(None, "read prompts from FILE: .txt (one a line), .json (a list, FlexFlow's prompt format), .jsonl, .parquet", metavar="FILE")
-    chat: bool = option(False, "talk: every argument or line is what the user says next; the model's chat template makes the prompt")
+    prompts: str | None = option(
+        None,
+        "read prompts from FILE: .txt (one a line), .json (a list, FlexFlow's prompt format), .jsonl, .parquet",
+        metavar="FILE",
+    )
+    chat: bool = option(
+        False, "talk: every argument or line is what the user says next; the model's chat template makes the prompt"
+    )
     system: str | None = option(None, "the system message of a chat", metavar="TEXT")
     json: bool = option(False, "print one JSON object for every prompt, when it is done")
-    output_file: str | None = option(None, "write latency, token ids and text of every prompt as FlexFlow does", metavar="FILE")
+    output_file: str | None = option(
+        None, "write latency, token ids and text of every prompt as FlexFlow does", metavar="FILE"
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog="flexbatch complete", description=description, epilog=rest, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="flexbatch complete",
+        description=description,
+        epilog=rest,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="PROMPT", help="what to complete; with --chat, what the user says")
     add_arguments(parser, CompletionConfig, "completion")
@@ -68,7 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class OrderedOutput:
-    """Writes streams of text in the order of their prompts: the first that is not done as it grows, the others when their turn comes."""
+    """Writes streams of text in the order of their prompts: the first that is not done as it grows, the others when
+    their turn comes."""
 
     def __init__(self, stream: IO[str], prompts: Sequence[str], *, titles: bool) -> None:
         self.stream, self.prompts, self.titles = stream, prompts, titles
@@ -116,7 +130,8 @@ class OrderedOutput:
 
 
 def flexflow_record(completion: Completion, seconds: float, prompt: str, text: str) -> str:
-    """One prompt as FlexFlow's ``-output-file`` has it: latency in microseconds, the ids of prompt and output, and their text."""
+    """One prompt as FlexFlow's ``-output-file`` has it: latency in microseconds, the ids of prompt and output, and
+    their text."""
     ids = ",".join(map(str, [*completion.prompt_token_ids, *completion.token_ids]))
     return f"end-to-end latency: {seconds * 1e6:.3f}\ntoken IDs: {ids}\n{prompt}{text}\n"
 
@@ -125,7 +140,9 @@ def print_json(value: Any, stdout: IO[str]) -> None:
     print(json_text(value), file=stdout, flush=True)
 
 
-def complete(llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: CompletionConfig, stdout: IO[str]) -> int:
+def complete(
+    llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: CompletionConfig, stdout: IO[str]
+) -> int:
     """Completes all prompts in one block; returns the exit code."""
     shown = [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts]
     output = None if config.json else OrderedOutput(stdout, shown, titles=len(prompts) > 1)
@@ -146,7 +163,17 @@ def complete(llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: C
         if output:
             output.finish(number, text)
         else:
-            print_json({"index": number, **(failure if completion.error else random_prompts.output_line(PromptRow(prompts[number]), completion))}, stdout)
+            print_json(
+                {
+                    "index": number,
+                    **(
+                        failure
+                        if completion.error
+                        else random_prompts.output_line(PromptRow(prompts[number]), completion)
+                    ),
+                },
+                stdout,
+            )
     if output:
         output.check()
     if config.output_file is not None:
@@ -156,7 +183,8 @@ def complete(llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: C
 
 
 def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: CompletionConfig, stdout: IO[str]) -> int:
-    """One conversation: every turn of the user is answered with all that was said before in view. A turn that cannot be run is taken back."""
+    """One conversation: every turn of the user is answered with all that was said before in view. A turn that cannot
+    be run is taken back."""
     messages: list[dict[str, str]] = [{"role": "system", "content": config.system}] if config.system else []
     failed = 0
     for turn in turns:
@@ -195,12 +223,17 @@ def lines_of(stream: IO[str], question: str = "") -> Iterable[str]:
 
 
 def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str], stdout: IO[str]) -> int:
-    config, sampling, engine = read_settings([CompletionConfig, SamplingConfig, EngineConfig], args, environ, getattr(args, "config", None))
+    config, sampling, engine = read_settings(
+        [CompletionConfig, SamplingConfig, EngineConfig], args, environ, getattr(args, "config", None)
+    )
     refuse_measurements(engine)
     if args.words and config.prompts is not None:
         raise ConfigurationError("prompts come from the arguments or from --prompts FILE; leave one out")
     if config.chat and (config.prompts is not None or config.output_file is not None or (sampling.n or 1) > 1):
-        raise ConfigurationError("--chat takes what the user says from the arguments or standard input; leave out --prompts, --output-file and --n")
+        raise ConfigurationError(
+            "--chat takes what the user says from the arguments or standard input; leave out --prompts, "
+            "--output-file and --n"
+        )
     if config.system is not None and not config.chat:
         raise ConfigurationError("--system is for --chat")
     from flexbatch.models.generation_config import GenerationDefaults, generation_of
@@ -210,7 +243,9 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
     if not given and not config.chat:
         given = list(lines_of(stdin))
     if not given and not config.chat:
-        raise ConfigurationError("no prompts: give some as arguments, with --prompts FILE, or on standard input, one a line")
+        raise ConfigurationError(
+            "no prompts: give some as arguments, with --prompts FILE, or on standard input, one a line"
+        )
     params = sampling.params(generation_of(engine))
     from flexbatch.engine import LLM
 

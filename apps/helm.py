@@ -1,12 +1,13 @@
 """HELM plug-in: ``model=flexbatch/<org>/<name>`` without YAML, and a runner that gives a whole scenario to one block.
 
-``helm-run`` imports this module through the entry-point group ``helm`` (or ``--plugins flexbatch.apps.helm``); the import registers the
-names. Run it as
+``helm-run`` imports this module through the entry-point group ``helm`` (or ``--plugins flexbatch.apps.helm``); the
+import registers the names. Run it as
 
-    helm-run -r mmlu:subject=anatomy,model=flexbatch/facebook/opt-30b -m 1000 --runner-class-name flexbatch.apps.helm.FlexBatchRunner
+    helm-run -r mmlu:subject=anatomy,model=flexbatch/facebook/opt-30b -m 1000 --runner-class-name
+    flexbatch.apps.helm.FlexBatchRunner
 
-Engine settings come from ``FLEXBATCH_*`` here, from flags in `flexbatch.apps.helm_run`, or from ``client_spec.args`` of a
-``model_deployments.yaml``. Written against crfm-helm 0.5.16.
+Engine settings come from ``FLEXBATCH_*`` here, from flags in `flexbatch.apps.helm_run`, or from ``client_spec.args``
+of a ``model_deployments.yaml``. Written against crfm-helm 0.5.16.
 """
 
 from __future__ import annotations
@@ -21,11 +22,27 @@ from typing import Any
 from helm.benchmark.adaptation.request_state import RequestState
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.executor import Executor, ExecutorError
-from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, model_deployment_generator, register_model_deployment
-from helm.benchmark.model_metadata_registry import FULL_FUNCTIONALITY_TEXT_MODEL_TAG, TEXT_MODEL_TAG, ModelMetadata, get_model_metadata, register_model_metadata
+from helm.benchmark.model_deployment_registry import (
+    ClientSpec,
+    ModelDeployment,
+    model_deployment_generator,
+    register_model_deployment,
+)
+from helm.benchmark.model_metadata_registry import (
+    FULL_FUNCTIONALITY_TEXT_MODEL_TAG,
+    TEXT_MODEL_TAG,
+    ModelMetadata,
+    get_model_metadata,
+    register_model_metadata,
+)
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner
-from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec, register_tokenizer_config, tokenizer_config_generator
+from helm.benchmark.tokenizer_config_registry import (
+    TokenizerConfig,
+    TokenizerSpec,
+    register_tokenizer_config,
+    tokenizer_config_generator,
+)
 from helm.common.general import asdict_without_nones, parallel_map
 from helm.common.hierarchical_logger import hlog, hwarn
 from helm.common.local_context import LocalContext
@@ -80,7 +97,9 @@ def _register_tokenizer(name: str, folder: str) -> Any:
     with HuggingFaceTokenizer.get_tokenizer(name, folder) as tokenizer:
         config = TokenizerConfig(
             name=name,
-            tokenizer_spec=TokenizerSpec("helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer", {"pretrained_model_name_or_path": folder}),
+            tokenizer_spec=TokenizerSpec(
+                "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer", {"pretrained_model_name_or_path": folder}
+            ),
             end_of_text_token=tokenizer.eos_token or "",
             prefix_token=tokenizer.bos_token or "",
         )
@@ -104,7 +123,8 @@ def generate_tokenizer_config(name: str) -> TokenizerConfig | None:
 
 
 class FlexBatchExecutor(Executor):
-    """Gives all requests of a scenario to one call of `FlexBatchClient.make_requests`; requests for other clients go the ordinary way."""
+    """Gives all requests of a scenario to one call of `FlexBatchClient.make_requests`; requests for other clients go
+    the ordinary way."""
 
     def __init__(self, executor: Executor) -> None:
         self.execution_spec = executor.execution_spec
@@ -114,10 +134,12 @@ class FlexBatchExecutor(Executor):
         self.clients: list[FlexBatchClient] = []
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
-        """A scenario state with the results; failed requests are in `failed` instead, with the others of the same instance and trial left out.
+        """A scenario state with the results; failed requests are in `failed` instead, with the others of the same
+        instance and trial left out.
 
-        HELM's executor turns a failed request into an empty completion, which scores as an answer: wrong in generation, and in
-        ``multiple_choice_separate_*`` the most likely of all, with log-probability 0. Raises ExecutorError for a fatal error, or when nothing is left.
+        HELM's executor turns a failed request into an empty completion, which scores as an answer: wrong in
+        generation, and in ``multiple_choice_separate_*`` the most likely of all, with log-probability 0. Raises
+        ExecutorError for a fatal error, or when nothing is left.
         """
         self.failed = []
         if self.execution_spec.dry_run or not isinstance(self.context, LocalContext):
@@ -131,9 +153,14 @@ class FlexBatchExecutor(Executor):
             if isinstance(client, FlexBatchClient):
                 self.clients += [client] if client not in self.clients else []
                 results = client.make_requests([states[place].request for place in places])
-                done = [dataclasses.replace(states[place], result=result) for place, result in zip(places, results, strict=True)]
+                done = [
+                    dataclasses.replace(states[place], result=result)
+                    for place, result in zip(places, results, strict=True)
+                ]
             else:
-                done = parallel_map(self.process, [states[place] for place in places], parallelism=self.execution_spec.parallelism)
+                done = parallel_map(
+                    self.process, [states[place] for place in places], parallelism=self.execution_spec.parallelism
+                )
             for place, state in zip(places, done, strict=True):
                 states[place] = state
         hlog(f"Processed {len(states)} requests")
@@ -152,7 +179,10 @@ class FlexBatchExecutor(Executor):
         bad = {_group(state) for _, state in self.failed}
         kept = [state for state in states if _group(state) not in bad]
         if not kept:
-            raise ExecutorError(f"all {len(states)} requests failed or belong to a failed instance; the first error: {self.failed[0][1].result.error}")
+            raise ExecutorError(
+                f"all {len(states)} requests failed or belong to a failed instance; the first error: "
+                f"{self.failed[0][1].result.error}"
+            )
         left_out = [(place, state) for place, state in enumerate(states) if _group(state) in bad]
         self.failed = left_out
         return kept
@@ -164,7 +194,8 @@ def _group(state: RequestState) -> tuple[Any, ...]:
 
 
 class FlexBatchRunner(Runner):
-    """HELM's runner with `FlexBatchExecutor`. Failed requests keep their place and error in ``scenario_state.json``, and are listed in `ERRORS_FILE`."""
+    """HELM's runner with `FlexBatchExecutor`. Failed requests keep their place and error in ``scenario_state.json``,
+    and are listed in `ERRORS_FILE`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -194,7 +225,12 @@ class FlexBatchRunner(Runner):
             content["request_states"].insert(place, asdict_without_nones(state))
         path.write_text(json.dumps(content, indent=2))
         errors = [
-            {"place": place, "instance": state.instance.id, "reference": state.reference_index, "error": state.result.error}
+            {
+                "place": place,
+                "instance": state.instance.id,
+                "reference": state.reference_index,
+                "error": state.result.error,
+            }
             for place, state in left_out
             if not state.result.success
         ]

@@ -1,7 +1,9 @@
-"""HELM's view of the engine: a client that answers one request, or all the requests of a scenario, with one block of sequences.
+"""HELM's view of the engine: a client that answers one request, or all the requests of a scenario, with one block of
+sequences.
 
-Behaviour follows crfm-helm 0.5.16: ``helm.clients.huggingface_client`` (what a completion holds), ``helm.benchmark.executor`` (what becomes
-of an error), ``helm.proxy.retry`` (when a request is sent again) and ``helm.common.cache`` (keys and stores).
+Behaviour follows crfm-helm 0.5.16: ``helm.clients.huggingface_client`` (what a completion holds),
+``helm.benchmark.executor`` (what becomes of an error), ``helm.proxy.retry`` (when a request is sent again) and
+``helm.common.cache`` (keys and stores).
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 LOGPROBS = ("model", "huggingface")
 OUTPUT_FIELDS = ("weight_bits", "cache_bits", "dtype", "device", "dummy_weights", "seed")
-"""Engine settings that can change a token, and so belong to the cache key; placement and batching cannot (promises 1 and 2)."""
+"""Engine settings that can change a token, and so belong to the cache key; placement and batching cannot (promises 1
+and 2)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Work:
 
 
 def failure(error: str, *, fatal: bool = False) -> RequestResult:
-    """A failed request with both flags set: HELM retries for 150 s when ``is_retriable`` is unset, and drops the run when ``is_fatal`` is unset."""
+    """A failed request with both flags set: HELM retries for 150 s when ``is_retriable`` is unset, and drops the run
+    when ``is_fatal`` is unset."""
     flags = ErrorFlags(is_retriable=False, is_fatal=fatal)
     return RequestResult(success=False, cached=False, completions=[], embedding=[], error=error, error_flags=flags)
 
@@ -60,7 +64,8 @@ class FlexBatchClient(CachingClient):
 
     - ``pretrained``: what `LLM` loads; ``**engine``: keywords of `LLM` (``percent``, ``gpu_batch_size``, ...);
     - ``apply_chat_template``: None decides as HELM's own client does, by whether the tokenizer has a template;
-    - ``logprobs``: ``model`` gives the model's log-probabilities of generated tokens. ``huggingface`` gives what HELM's Hugging Face client
+    - ``logprobs``: ``model`` gives the model's log-probabilities of generated tokens. ``huggingface`` gives what HELM's
+      Hugging Face client
       gives at temperature 0, the log-probability after division by the temperature, which is 0.0 for every token;
     - ``queue_seconds``: how long `make_request` waits for requests of other threads to share its block.
     """
@@ -86,7 +91,9 @@ class FlexBatchClient(CachingClient):
         self._tokenizer = tokenizer.get_wrapped_tokenizer()
         with self._tokenizer as inner:
             self._chat = bool(inner.chat_template) if apply_chat_template is None else apply_chat_template
-            ends = {inner.eos_token_id} | ({inner.convert_tokens_to_ids(end_of_text_token)} if end_of_text_token else set())
+            ends = {inner.eos_token_id} | (
+                {inner.convert_tokens_to_ids(end_of_text_token)} if end_of_text_token else set()
+            )
             self._end_ids = ends - {None, inner.unk_token_id}
         self._llm: LLM | None = None
         self._engine_lock = threading.Lock()
@@ -95,7 +102,8 @@ class FlexBatchClient(CachingClient):
 
     @property
     def llm(self) -> LLM:
-        """The engine, loaded when the first request needs it: a dry run or a full cache loads nothing. Call with the engine lock held."""
+        """The engine, loaded when the first request needs it: a dry run or a full cache loads nothing. Call with the
+        engine lock held."""
         if self._llm is None:
             self._llm = self.load()
             weakref.finalize(self, self._llm.close)
@@ -108,7 +116,8 @@ class FlexBatchClient(CachingClient):
 
     @cached_property
     def _weights(self) -> str:
-        """What the model's folder holds, for the cache key: a folder is trained further under the same name. Empty for a Hub id."""
+        """What the model's folder holds, for the cache key: a folder is trained further under the same name. Empty
+        for a Hub id."""
         folder = Path(model_folder(self.pretrained))
         if not folder.is_dir() or self.engine.get("dummy_weights"):
             return ""
@@ -121,7 +130,8 @@ class FlexBatchClient(CachingClient):
                 self._llm = None
 
     def make_request(self, request: Request) -> RequestResult:
-        """For the ordinary runner: requests that other threads make within ``queue_seconds``, or while a block runs, share the next block."""
+        """For the ordinary runner: requests that other threads make within ``queue_seconds``, or while a block runs,
+        share the next block."""
         answer: Future[RequestResult] = Future()
         with self._queue_lock:
             self._queue.append((request, answer))
@@ -143,7 +153,8 @@ class FlexBatchClient(CachingClient):
         return answer.result()
 
     def make_requests(self, requests: list[Request]) -> list[RequestResult]:
-        """Results in the order of the requests, all of them in one block. Answers from the cache first, and stores each new answer when it is there."""
+        """Results in the order of the requests, all of them in one block. Answers from the cache first, and stores
+        each new answer when it is there."""
         with self._engine_lock:
             return self._answer(requests)
 
@@ -169,7 +180,11 @@ class FlexBatchClient(CachingClient):
             if pending:
                 for work, response in self._compute(list(pending.values()), store):
                     for place in work.places:
-                        results[place] = failure(response) if isinstance(response, str) else self._result(requests[place], response, cached=False)
+                        results[place] = (
+                            failure(response)
+                            if isinstance(response, str)
+                            else self._result(requests[place], response, cached=False)
+                        )
         missing = [place for place, result in enumerate(results) if result is None]
         if missing:
             raise RuntimeError(f"the engine returned no completion for requests {missing[:10]} of {len(requests)}")
@@ -191,7 +206,11 @@ class FlexBatchClient(CachingClient):
                     yield work, completion.error or "the engine gave no reason"
                     continue
                 response = self._response(work, completion)
-                response |= {"request_time": time.time() - began, "request_datetime": int(began), "batch_size": batch_size}
+                response |= {
+                    "request_time": time.time() - began,
+                    "request_datetime": int(began),
+                    "batch_size": batch_size,
+                }
                 response["batch_request_time"] = response["request_time"]
                 write_to_key_value_store(store, work.key, response)
                 responses.append((work, response))
@@ -202,7 +221,8 @@ class FlexBatchClient(CachingClient):
             yield work, response
 
     def _work(self, request: Request, place: int) -> Work:
-        """Raises ValueError for what the engine does not do: embeddings, images, JSON schemas, out-of-range parameters."""
+        """Raises ValueError for what the engine does not do: embeddings, images, JSON schemas, out-of-range
+        parameters."""
         for field in ("embedding", "multimodal_prompt", "image_generation_parameters", "response_format"):
             if getattr(request, field):
                 raise ValueError(f"{field} is not available: FlexBatch runs text decoders")
@@ -287,7 +307,12 @@ class FlexBatchClient(CachingClient):
         certain = self.logprobs == "huggingface" and request.temperature == 0
         rows = sample.logprobs or []
         logprobs = [0.0 if certain else rows[place][token].logprob for place, token in enumerate(ids[:kept])]
-        return {"text": text, "tokens": [tokenizer.decode([i]) for i in ids[:kept]], "logprobs": logprobs, "finish_reason": reason}
+        return {
+            "text": text,
+            "tokens": [tokenizer.decode([i]) for i in ids[:kept]],
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
 
     @staticmethod
     def _result(request: Request, response: dict[str, Any], *, cached: bool) -> RequestResult:
@@ -295,10 +320,15 @@ class FlexBatchClient(CachingClient):
             GeneratedOutput(
                 text=answer["text"],
                 logprob=sum(answer["logprobs"]),
-                tokens=[Token(text=text, logprob=logprob) for text, logprob in zip(answer["tokens"], answer["logprobs"], strict=True)],
+                tokens=[
+                    Token(text=text, logprob=logprob)
+                    for text, logprob in zip(answer["tokens"], answer["logprobs"], strict=True)
+                ],
                 finish_reason={"reason": answer["finish_reason"]},
             )
             for answer in response["completions"]
         ]
-        timing = {name: response[name] for name in ("request_time", "request_datetime", "batch_size", "batch_request_time")}
+        timing = {
+            name: response[name] for name in ("request_time", "request_datetime", "batch_size", "batch_request_time")
+        }
         return RequestResult(success=True, cached=cached, completions=completions, embedding=[], **timing)

@@ -13,7 +13,8 @@ LENGTH_FIELDS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length"
 
 
 def model_folder(name: str) -> str:
-    """The folder of the bundled model or of a local one, absolute; anything else is a Hub id and comes back as it is."""
+    """The folder of the bundled model or of a local one, absolute; anything else is a Hub id and comes back as it
+    is."""
     if name == "demo":
         from flexbatch.models.resolve import resolve
 
@@ -32,12 +33,19 @@ def positions(folder: str) -> int | None:
 
 def changed_settings(config: EngineConfig) -> dict[str, Any]:
     """The keywords of `LLM` that differ from their defaults, without the model, as JSON can hold them."""
-    pairs = ((field.name, getattr(config, field.name), field.default) for field in dataclasses.fields(config) if field.name != "model")
-    return {name: list(value) if isinstance(value, tuple) else value for name, value, default in pairs if value != default}
+    pairs = (
+        (field.name, getattr(config, field.name), field.default)
+        for field in dataclasses.fields(config)
+        if field.name != "model"
+    )
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value, default in pairs if value != default
+    }
 
 
 def engine_settings() -> dict[str, Any]:
-    """Engine settings for a plain ``helm-run``, whose command line has no flag for them: ``FLEXBATCH_*`` over the defaults."""
+    """Engine settings for a plain ``helm-run``, whose command line has no flag for them: ``FLEXBATCH_*`` over the
+    defaults."""
     from flexbatch.cli.settings import add_engine_arguments, engine_config
 
     parser = argparse.ArgumentParser(add_help=False)

@@ -1,7 +1,9 @@
 """HELM on FlexBatch with FlexGen's command line:
 
-    python -m flexbatch.apps.helm_run --description mmlu:model=text,subject=abstract_algebra,data_augmentation=canonical \\
-        --model facebook/opt-30b --percent 20 80 0 100 0 100 --gpu-batch-size 48 --num-gpu-batches 3 --max-eval-instance 100
+    python -m flexbatch.apps.helm_run --description mmlu:model=text,subject=abstract_algebra,data_augmentation=canonical
+    \\
+        --model facebook/opt-30b --percent 20 80 0 100 0 100 --gpu-batch-size 48 --num-gpu-batches 3 --max-eval-instance
+        100
 
 It calls ``helm-run`` with whole-scenario batching; options that it does not know are ``helm-run``'s own.
 """
@@ -35,18 +37,43 @@ ALL_INSTANCES = 10**9
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="flexbatch helm",
-        description="Runs HELM scenarios on FlexBatch, the requests of a scenario in one block. Every option of helm-run (helm-run --help) is passed on. "
-        "Needs the HELM environment, see docs/evaluation.md. Exit code 3: some requests failed, see flexbatch_errors.json in the run's folder.",
+        description="Runs HELM scenarios on FlexBatch, the requests of a scenario in one block. Every option of "
+        "helm-run (helm-run --help) is passed on. "
+        "Needs the HELM environment, see docs/evaluation.md. Exit code 3: some requests failed, see "
+        "flexbatch_errors.json in the run's folder.",
         allow_abbrev=False,
     )
     add = parser.add_argument_group("evaluation").add_argument
     entry = "run entry, e.g. mmlu:subject=anatomy; a model group in it is replaced"
     add("--description", "-r", "--run-entries", nargs="+", action="extend", required=True, metavar="ENTRY", help=entry)
-    add("--max-eval-instances", "--max-eval-instance", "-m", type=int, default=ALL_INSTANCES, metavar="N", help="instances of each scenario (default: all)")
-    add("--output-path", "-o", default="benchmark_output", metavar="DIR", help="where HELM writes (default: benchmark_output)")
+    add(
+        "--max-eval-instances",
+        "--max-eval-instance",
+        "-m",
+        type=int,
+        default=ALL_INSTANCES,
+        metavar="N",
+        help="instances of each scenario (default: all)",
+    )
+    add(
+        "--output-path",
+        "-o",
+        default="benchmark_output",
+        metavar="DIR",
+        help="where HELM writes (default: benchmark_output)",
+    )
     add("--suite", default="flexbatch", metavar="NAME", help="folder below runs/ (default: flexbatch)")
-    add("--chat-template", action=argparse.BooleanOptionalAction, help="whether prompts go through the tokenizer's chat template (default: if it has one)")
-    add("--logprobs", choices=("model", "huggingface"), default="model", help="of greedy tokens: the model's, or 0 as HELM's own client gives")
+    add(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="whether prompts go through the tokenizer's chat template (default: if it has one)",
+    )
+    add(
+        "--logprobs",
+        choices=("model", "huggingface"),
+        default="model",
+        help="of greedy tokens: the model's, or 0 as HELM's own client gives",
+    )
     add("--pad-to-seq-len", type=int, help=argparse.SUPPRESS)  # in FlexGen's scripts; nothing is padded here
     add_engine_arguments(parser)
     return parser
@@ -73,7 +100,10 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         from helm.benchmark.runner import RunnerError
         from helm.common.hierarchical_logger import setup_default_logging
     except ModuleNotFoundError as problem:
-        raise ConfigurationError(f"HELM is not installed here ({problem}); set up its environment with apps/helm_env.sh, see docs/evaluation.md") from problem
+        raise ConfigurationError(
+            f"HELM is not installed here ({problem}); set up its environment with apps/helm_env.sh, see "
+            "docs/evaluation.md"
+        ) from problem
     from flexbatch.apps.helm import ERRORS_FILE, PREFIX, register
     from flexbatch.apps.helm_models import changed_settings
 
@@ -92,9 +122,16 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     try:
         helm_run(helm_args)
     except RunnerError as problem:  # HELM goes on with the other runs, and has logged why each of these failed
-        print(f"{problem}; the reasons are above, and finished runs are in {args.output_path}/runs/{args.suite}", file=sys.stderr)
+        print(
+            f"{problem}; the reasons are above, and finished runs are in {args.output_path}/runs/{args.suite}",
+            file=sys.stderr,
+        )
         return CRASH
-    errors = [path for path in Path(args.output_path).glob(f"runs/{args.suite}/**/{ERRORS_FILE}") if path.stat().st_mtime >= began - 1]
+    errors = [
+        path
+        for path in Path(args.output_path).glob(f"runs/{args.suite}/**/{ERRORS_FILE}")
+        if path.stat().st_mtime >= began - 1
+    ]
     for path in errors:
         print(f"some requests failed: {path}", file=sys.stderr)
     return ROW_ERRORS if errors else 0

@@ -1,7 +1,8 @@
-"""lm-evaluation-harness with FlexBatch as a model: ``python -m flexbatch.apps.lm_eval run --model flexbatch --model_args pretrained=...``
+"""lm-evaluation-harness with FlexBatch as a model: ``python -m flexbatch.apps.lm_eval run --model flexbatch
+--model_args pretrained=...``
 
-The command is the harness's own (0.4.13, extra ``flexbatch[lm-eval]``) with one model more. Releases that read the entry-point group
-``lm_eval.models`` find the model without this command.
+The command is the harness's own (0.4.13, extra ``flexbatch[lm-eval]``) with one model more. Releases that read the
+entry-point group ``lm_eval.models`` find the model without this command.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def register() -> None:
 
 
 def print_to(data: TextIO) -> None:
-    """What the modules of the harness's command line print are its results and lists; what the rest of it prints is not."""
+    """What the modules of the harness's command line print are its results and lists; what the rest of it prints is
+    not."""
     import lm_eval._cli as commands
 
     for module in pkgutil.iter_modules(commands.__path__, f"{commands.__name__}."):

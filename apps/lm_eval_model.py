@@ -1,7 +1,7 @@
 """FlexBatch as a model of lm-evaluation-harness: all requests of a type in one block.
 
-Numbers follow the harness's own ``hf`` model (lm_eval 0.4.13, ``lm_eval/models/huggingface.py``): how text becomes tokens, what is cut when
-a request is longer than the context, and what a result holds.
+Numbers follow the harness's own ``hf`` model (lm_eval 0.4.13, ``lm_eval/models/huggingface.py``): how text becomes
+tokens, what is cut when a request is longer than the context, and what a result holds.
 """
 
 from __future__ import annotations
@@ -76,15 +76,22 @@ class FlexBatchLM(TemplateLM):
     ) -> None:
         super().__init__()
         if enable_thinking and think_end_token is None:
-            raise ConfigurationError("--model_args: enable_thinking needs think_end_token, so that the thoughts can be told from the answer")
+            raise ConfigurationError(
+                "--model_args: enable_thinking needs think_end_token, so that the thoughts can be told from the answer"
+            )
         if llm is None:
             from flexbatch import LLM
 
             llm = LLM(pretrained, **engine_arguments(engine))
             weakref.finalize(self, llm.close)
         self.llm = llm
-        # prompts reach the engine as token ids, so this is the tokenizer that makes them; the option changes what it adds to a text
-        self.tokenizer: Any = llm.tokenizer if add_bos_token is None else load_tokenizer(llm.tokenizer.name_or_path, add_bos_token=add_bos_token)
+        # prompts reach the engine as token ids, so this is the tokenizer that makes them; the option changes what it
+        # adds to a text
+        self.tokenizer: Any = (
+            llm.tokenizer
+            if add_bos_token is None
+            else load_tokenizer(llm.tokenizer.name_or_path, add_bos_token=add_bos_token)
+        )
         self.pretrained = pretrained
         self.batch_size = batch_size
         self._max_length = max_length
@@ -96,7 +103,9 @@ class FlexBatchLM(TemplateLM):
         self.chat_template_args = (chat_template_args or {}) | (
             {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         )
-        self.think_end_token = int(think_end_token) if isinstance(think_end_token, str) and think_end_token.isdigit() else think_end_token
+        self.think_end_token = (
+            int(think_end_token) if isinstance(think_end_token, str) and think_end_token.isdigit() else think_end_token
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -137,10 +146,16 @@ class FlexBatchLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The history as text. A template that refuses system messages gets the history without them, as ``hf`` does."""
+        """The history as text. A template that refuses system messages gets the history without them, as ``hf``
+        does."""
         from jinja2.exceptions import TemplateError
 
-        options = dict(tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt, **self.chat_template_args)
+        options = dict(
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **self.chat_template_args,
+        )
         try:
             return self.tokenizer.apply_chat_template(chat_history, **options)
         except TemplateError:
@@ -148,7 +163,8 @@ class FlexBatchLM(TemplateLM):
             return self.tokenizer.apply_chat_template(rest, **options)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts: disjoint windows of the full context, every token scored once, all windows of all texts in one block."""
+        """Log-likelihood of whole texts: disjoint windows of the full context, every token scored once, all windows
+        of all texts in one block."""
         windows: list[Scoring] = []
         owners: list[int] = []
         for place, request in enumerate(requests):
@@ -157,23 +173,28 @@ class FlexBatchLM(TemplateLM):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(place)
         totals: dict[int, float] = defaultdict(float)
-        for place, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True):
+        for place, (logprob, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True
+        ):
             totals[place] += logprob
         for place, request in enumerate(requests):
             self.cache_hook.add_partial("loglikelihood_rolling", (request.args[0],), totals[place])
         return [totals[place] for place in range(len(requests))]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Scoring], disable_tqdm: bool = False, **unused: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Scoring], disable_tqdm: bool = False, **unused: Any
+    ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would give it) of each request.
 
-        Too long requests lose tokens on the left, down to the context plus the last token, which is scored but never read.
-        Raises ValueError for a continuation that is empty or longer than the context.
+        Too long requests lose tokens on the left, down to the context plus the last token, which is scored but never
+        read. Raises ValueError for a continuation that is empty or longer than the context.
         """
         places: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for place, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
-                    f"request {place}: a context of {len(context)} and a continuation of {len(continuation)} tokens cannot be scored; "
+                    f"request {place}: a context of {len(context)} and a continuation of {len(continuation)} tokens "
+                    "cannot be scored; "
                     f"both need a token, and the continuation at most the model's {self.max_length}"
                 )
             places[tuple((context + continuation)[-(self.max_length + 1) :])].append(place)
@@ -188,10 +209,19 @@ class FlexBatchLM(TemplateLM):
 
         def params(tokens: tuple[int, ...]) -> SamplingParams:
             longest = max(len(requests[place][2]) for place in places[tokens])
-            return SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=max(1, len(tokens) - longest))
+            return SamplingParams(
+                max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=max(1, len(tokens) - longest)
+            )
 
-        # sorted, so that requests with the same few-shot prefix come to the engine one after the other and share its pages
-        self._run(((tokens, list(tokens), params(tokens)) for tokens in sorted(places)), finish, len(places), "loglikelihood", disable_tqdm)
+        # sorted, so that requests with the same few-shot prefix come to the engine one after the other and share its
+        # pages
+        self._run(
+            ((tokens, list(tokens), params(tokens)) for tokens in sorted(places)),
+            finish,
+            len(places),
+            "loglikelihood",
+            disable_tqdm,
+        )
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -202,7 +232,10 @@ class FlexBatchLM(TemplateLM):
             params = self._sampling_params(place, gen_kwargs)
             room = self.max_length - (params.max_tokens or 0)
             if room <= 0:
-                raise ValueError(f"request {place}: max_gen_toks={params.max_tokens} leaves no room for a prompt in {self.max_length} positions; lower it")
+                raise ValueError(
+                    f"request {place}: max_gen_toks={params.max_tokens} leaves no room for a prompt in "
+                    f"{self.max_length} positions; lower it"
+                )
             items.append((place, self._encode_context(context)[-room:], params))
         texts = [""] * len(requests)
 
@@ -224,7 +257,8 @@ class FlexBatchLM(TemplateLM):
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         ended = completion.stop_reason
         if isinstance(ended, str) and ended not in text and len(token_ids) == len(completion.token_ids):
-            # the engine sees stop strings that ``hf`` does not: those that begin with that space, or reach over a special token
+            # the engine sees stop strings that ``hf`` does not: those that begin with that space, or reach over a
+            # special token
             text = completion.text[completion.text.startswith(" ") and not text.startswith(" ") :]
         if isinstance(thought, int):
             text, thought = text.lstrip(), None
@@ -241,7 +275,10 @@ class FlexBatchLM(TemplateLM):
         neutral = {name for name, value in options.items() if value is None or value in NEUTRAL_OPTIONS.get(name, ())}
         options = {name: value for name, value in options.items() if name not in {*neutral, *OF_BEAMS}}
         if options:
-            raise ValueError(f"request {place}: generation options {sorted(options)} are not available; the engine has {', '.join(SAMPLING_KEYS)}")
+            raise ValueError(
+                f"request {place}: generation options {sorted(options)} are not available; the engine has "
+                f"{', '.join(SAMPLING_KEYS)}"
+            )
         # a reasoning model's stop sequences are for its answer and may occur in its thoughts
         stop = () if self.think_end_token is not None else tuple(text for text in until if text)
         given = {"max_tokens": max_tokens, "temperature": temperature if sample else 0.0, "stop": stop, **known}
@@ -257,9 +294,15 @@ class FlexBatchLM(TemplateLM):
         return generation.params(given)
 
     def _run(
-        self, items: Iterable[tuple[Any, list[int], SamplingParams]], finish: Callable[[Any, Completion], None], total: int, name: str, quiet: bool
+        self,
+        items: Iterable[tuple[Any, list[int], SamplingParams]],
+        finish: Callable[[Any, Completion], None],
+        total: int,
+        name: str,
+        quiet: bool,
     ) -> None:
-        """Streams items through one block. Raises RuntimeError for requests that the engine refuses, after all others are done and cached."""
+        """Streams items through one block. Raises RuntimeError for requests that the engine refuses, after all
+        others are done and cached."""
         refused = []
         with tqdm(total=total, desc=f"FlexBatch {name}", disable=quiet or None) as progress:
             for key, completion in self.llm.stream(items):
@@ -280,13 +323,17 @@ def score(completion: Completion, tokens: Sequence[int], count: int) -> tuple[fl
 
 
 def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``, ``draft=small medium``; None means unset.
+    """Keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``, ``draft=small
+    medium``; None means unset.
 
     Raises ConfigurationError for a keyword that `LLM` does not have.
     """
     engine = {name: value for name, value in engine.items() if name not in NEUTRAL or value not in NEUTRAL[name]}
     if unknown := engine.keys() - {field.name for field in dataclasses.fields(EngineConfig)}:
-        raise ConfigurationError(f"--model_args: FlexBatch has no {', '.join(sorted(unknown))}; engine settings are the flags of flexbatch run --help")
+        raise ConfigurationError(
+            f"--model_args: FlexBatch has no {', '.join(sorted(unknown))}; engine settings are the flags of "
+            "flexbatch run --help"
+        )
     given = {name: value for name, value in engine.items() if value is not None}
     if str(given.get("device")).startswith("cuda") and not torch.cuda.is_available():
         del given["device"]  # the harness gives cuda:0 where the user gives nothing; its hf takes the CPU then

@@ -1,7 +1,8 @@
 """FlexBatch on clusters: a stateful class for Ray Data and Spark, and the runner of ``flexbatch batch --ray``.
 
-Ray Data, with an actor pool. Repartition first: small files otherwise collapse into one block, which one actor gets whole. Take batches of several
-engine blocks: the engine drains at the end of each. ``preserve_order`` keeps the rows in order::
+Ray Data, with an actor pool. Repartition first: small files otherwise collapse into one block, which one actor gets
+whole. Take batches of several engine blocks: the engine drains at the end of each. ``preserve_order`` keeps the rows in
+order::
 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     rows = ray.data.read_parquet("in").repartition(64)
@@ -48,11 +49,14 @@ from flexbatch.validation.errors import ConfigurationError
 class GenerateText:
     """Adds the result columns of a batch job to Arrow tables; loads its engine once.
 
-    Keywords are the fields of `JobConfig` and `EngineConfig` that speak of prompts, generation, result columns and the engine. Without a seed column,
-    rows with equal prompts draw equal texts: a batch does not know its place in the data set. Raises ConfigurationError for wrong keywords.
+    Keywords are the fields of `JobConfig` and `EngineConfig` that speak of prompts, generation, result columns and
+    the engine. Without a seed column, rows with equal prompts draw equal texts: a batch does not know its place in
+    the data set. Raises ConfigurationError for wrong keywords.
     """
 
-    SPARK_COLUMNS = "generated_text string, finish_reason string, num_input_tokens int, num_generated_tokens int, error string"
+    SPARK_COLUMNS = (
+        "generated_text string, finish_reason string, num_input_tokens int, num_generated_tokens int, error string"
+    )
 
     def __init__(self, *, open_engine: OpenEngine = open_llm, **settings: Any) -> None:
         names = {field.name for field in dataclasses.fields(JobConfig)}
@@ -75,7 +79,9 @@ class GenerateText:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One batch of Ray Data (``batch_format="pyarrow"``)."""
-        return pa.Table.from_batches(self.stream(table.combine_chunks().to_batches()), schema=self._output_for(table.schema).schema)
+        return pa.Table.from_batches(
+            self.stream(table.combine_chunks().to_batches()), schema=self._output_for(table.schema).schema
+        )
 
     def stream(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Batches with the result columns, in order; the engine is refilled across their borders."""
@@ -95,7 +101,10 @@ class GenerateText:
             yield from table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
 
     def _items(
-        self, batches: Iterable[pa.RecordBatch], waiting: deque[tuple[pa.RecordBatch, list[Record]]], flying: dict[int, tuple[list[Record], Row]]
+        self,
+        batches: Iterable[pa.RecordBatch],
+        waiting: deque[tuple[pa.RecordBatch, list[Record]]],
+        flying: dict[int, tuple[list[Record], Row]],
     ) -> Iterator[tuple[int, list[int], SamplingParams]]:
         key = 0
         for batch in batches:
@@ -121,5 +130,12 @@ class GenerateText:
                 messages_column=config.messages_column,
                 template=config.prompt_template, columns=config.setting_columns(), seed_by_prompt=True,
             )  # fmt: skip
-            self._output = ParquetOutput(reader, schema, (), prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None)
+            self._output = ParquetOutput(
+                reader,
+                schema,
+                (),
+                prefix=config.output_prefix,
+                tokens=config.generated_tokens,
+                logprobs=config.logprobs is not None,
+            )
         return self._output

@@ -1,10 +1,12 @@
-"""Greedy tokens in bf16 against transformers' on the same device: how often they differ, and whether rounding explains every difference.
+"""Greedy tokens in bf16 against transformers' on the same device: how often they differ, and whether rounding explains
+every difference.
 
     python -m benchmark.agreement --output benchmark/results/agreement-h200.json
 
-Two programs that sum bf16 products in another order round differently, so where the two best logits nearly tie they may choose differently. At the
-first token in which a request differs, the gap between the two tokens' logits, as transformers computes them, has to lie below the tolerance:
-``ROUNDINGS`` units in the last place of a bf16 number of the top logit's size. What follows a first difference is another text and is not compared.
+Two programs that sum bf16 products in another order round differently, so where the two best logits nearly tie they
+may choose differently. At the first token in which a request differs, the gap between the two tokens' logits, as
+transformers computes them, has to lie below the tolerance: ``ROUNDINGS`` units in the last place of a bf16 number of
+the top logit's size. What follows a first difference is another text and is not compared.
 """
 
 from __future__ import annotations
@@ -28,19 +30,35 @@ from flexbatch.models import resolve
 from flexbatch.policy.stdout import data_apart, run_process
 
 ROUNDINGS = 8
-"""The head's dot product, and the hidden state that comes out of twenty-odd layers of bf16 sums, are each off by a few units."""
+"""The head's dot product, and the hidden state that comes out of twenty-odd layers of bf16 sums, are each off by a
+few units."""
 NEW_TOKENS = 64
 MODELS = ("demo", "llama-1b-random", "opt-1.3b-random")
 PLACEMENTS = {"gpu": (100, 0, 100, 0, 100, 0), "mixed": (30, 70, 40, 60, 50, 50)}
 
 
 def models_of(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
-    """(name, folder) of random bf16 models with the layer shapes of Llama-3.2-1B and OPT-1.3B, and of the demo model, which has learned something."""
+    """(name, folder) of random bf16 models with the layer shapes of Llama-3.2-1B and OPT-1.3B, and of the demo
+    model, which has learned something."""
     demo = resolve.resolve("demo")
     if "demo" in names:
         yield "demo", str(demo)
-    llama = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=4096)
-    opt = OPTConfig(hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048, vocab_size=4096)
+    llama = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=4096,
+    )
+    opt = OPTConfig(
+        hidden_size=2048,
+        ffn_dim=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        word_embed_proj_dim=2048,
+        vocab_size=4096,
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(demo)
     for name, config in ((MODELS[1], llama), (MODELS[2], opt)):
         if name not in names:
@@ -57,8 +75,16 @@ def models_of(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
 def continuation(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     """NEW_TOKENS greedy tokens and their logits [NEW_TOKENS, vocab], the prompt alone in its batch."""
     ids = torch.tensor([prompt], device=model.device)
-    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **settings)
+    settings: dict[str, Any] = {
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **settings
+    )
     return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits).float()
 
 
@@ -70,7 +96,12 @@ def compare(mine: list[int], theirs: list[int], logits: torch.Tensor) -> dict[st
     row = logits[place]
     top = float(row.max())
     unit = 2.0 ** (math.floor(math.log2(max(abs(top), 2.0**-14))) - 7)
-    return {"place": place, "gap": float(row[theirs[place]] - row[mine[place]]), "tolerance": ROUNDINGS * unit, "top_logit": top}
+    return {
+        "place": place,
+        "gap": float(row[theirs[place]] - row[mine[place]]),
+        "tolerance": ROUNDINGS * unit,
+        "top_logit": top,
+    }
 
 
 def measure(name: str, folder: str, prompts: list[list[int]], device: str) -> list[dict[str, Any]]:
@@ -79,13 +110,23 @@ def measure(name: str, folder: str, prompts: list[list[int]], device: str) -> li
     del model
     rows = []
     for placement, percent in PLACEMENTS.items():
-        settings: dict[str, Any] = {"gpu_batch_size": 16, "num_gpu_batches": 2, "gpu_memory": "8GiB", "cpu_memory": "8GiB", "dtype": "bfloat16"}
+        settings: dict[str, Any] = {
+            "gpu_batch_size": 16,
+            "num_gpu_batches": 2,
+            "gpu_memory": "8GiB",
+            "cpu_memory": "8GiB",
+            "dtype": "bfloat16",
+        }
         with LLM(folder, percent=percent, cpu_attention=0.0, device=device, **settings) as llm:
             completions = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True))
         differences = [
-            found for done, (theirs, logits) in zip(completions, wanted, strict=True) if (found := compare(list(done.token_ids), theirs, logits)) is not None
+            found
+            for done, (theirs, logits) in zip(completions, wanted, strict=True)
+            if (found := compare(list(done.token_ids), theirs, logits)) is not None
         ]
-        compared = sum(int(found["place"]) + 1 for found in differences) + NEW_TOKENS * (len(prompts) - len(differences))
+        compared = sum(int(found["place"]) + 1 for found in differences) + NEW_TOKENS * (
+            len(prompts) - len(differences)
+        )
         outside = [found for found in differences if found["gap"] > found["tolerance"]]
         row = {
             "model": name,
@@ -95,7 +136,9 @@ def measure(name: str, folder: str, prompts: list[list[int]], device: str) -> li
             "tokens_compared": compared,
             "differences_per_token": len(differences) / compared,
             "largest_gap": max((found["gap"] for found in differences), default=0.0),
-            "largest_gap_over_tolerance": max((found["gap"] / found["tolerance"] for found in differences), default=0.0),
+            "largest_gap_over_tolerance": max(
+                (found["gap"] / found["tolerance"] for found in differences), default=0.0
+            ),
             "outside_tolerance": outside,
         }
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -120,7 +163,11 @@ def main() -> int:
         if arguments.output:
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         outside = sum(len(row["outside_tolerance"]) for row in result["rows"])
-        print(f"{sum(row['requests_that_differ'] for row in result['rows'])} requests differ, {outside} by more than the tolerance", file=data)
+        print(
+            f"{sum(row['requests_that_differ'] for row in result['rows'])} requests differ, {outside} by more than "
+            "the tolerance",
+            file=data,
+        )
         return 1 if outside else 0
 
 

@@ -2,10 +2,11 @@
 
     python -m benchmark.compression --corpus LIB/python3.11 --output benchmark/results/compression.json
 
-The corpus and what is held out of it are those of `train_demo` (`demo_files`): the Python standard library, about one file in 33 by a hash of its path.
-Windows of the model's context are scored as prompts (``max_tokens=0``), so that every token goes through the quantised cache as it would in a job.
-``--held-out-tokens 32768`` takes that many, in windows spread evenly over the text. Below the table come other ways to quantise, each in the same engine
-with one of its choices replaced.
+The corpus and what is held out of it are those of `train_demo` (`demo_files`): the Python standard library, about
+one file in 33 by a hash of its path. Windows of the model's context are scored as prompts (``max_tokens=0``), so
+that every token goes through the quantised cache as it would in a job. ``--held-out-tokens 32768`` takes that many,
+in windows spread evenly over the text. Below the table come other ways to quantise, each in the same engine with one
+of its choices replaced.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from flexbatch.policy.stdout import data_apart, run_process
 BITS = (16, 8, 4)
 GOAL_PERCENT = 2.0
 """Loss that 4-bit weights and cache together may add."""
-WEIGHT_GROUP, CACHE_GROUP, FIT = "flexbatch.engine.weight_group", "flexbatch.planner.budgets.cache_group", "flexbatch.kernels.ops.fit"
+WEIGHT_GROUP, CACHE_GROUP, FIT = (
+    "flexbatch.engine.weight_group",
+    "flexbatch.planner.budgets.cache_group",
+    "flexbatch.kernels.ops.fit",
+)
 PLAIN: list[tuple[str, int, int, dict[str, Any]]] = [("", weights, cache, {}) for weights in BITS for cache in BITS]
 VARIANTS: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
     ("weights in groups of 64, from least to greatest", 4, 16, {WEIGHT_GROUP: lambda _: 64, FIT: reference.quantize}),
@@ -68,7 +73,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the table. ``added_percent``: loss beyond that of 16 bits. ``variant``: what is done otherwise, "" for the scheme as it is."""
+    """One line of the table. ``added_percent``: loss beyond that of 16 bits. ``variant``: what is done otherwise, ""
+    for the scheme as it is."""
 
     variant: str
     weight_bits: int
@@ -111,7 +117,9 @@ def measure(text: Text, settings: dict[str, Any]) -> list[Cell]:
             llm = stack.enter_context(LLM("demo", weight_bits=weight_bits, cache_bits=cache_bits, **settings))
             per_byte = nats(llm, text) / text.scored_tokens * text.tokens_per_byte
         base = cells[0].nats_per_byte if cells else per_byte
-        cells.append(Cell(variant, weight_bits, cache_bits, per_byte, 100 * (per_byte / base - 1), time.perf_counter() - started))
+        cells.append(
+            Cell(variant, weight_bits, cache_bits, per_byte, 100 * (per_byte / base - 1), time.perf_counter() - started)
+        )
         print(json.dumps(asdict(cells[-1])), file=sys.stderr, flush=True)
     return cells
 
@@ -119,18 +127,33 @@ def measure(text: Text, settings: dict[str, Any]) -> list[Cell]:
 def table(cells: list[Cell]) -> str:
     """Markdown: loss per byte and what is added, weights down, cache across; then the variants."""
     found = {(cell.weight_bits, cell.cache_bits): cell for cell in cells if not cell.variant}
-    lines = ["| weights | " + " | ".join(f"cache {bits} bits" for bits in BITS) + " |", "| --- |" + " --- |" * len(BITS)]
+    lines = [
+        "| weights | " + " | ".join(f"cache {bits} bits" for bits in BITS) + " |",
+        "| --- |" + " --- |" * len(BITS),
+    ]
     for weight_bits in BITS:
         row = [found.get((weight_bits, cache_bits)) for cache_bits in BITS]
         shown = ["" if cell is None else f"{cell.nats_per_byte:.4f} ({cell.added_percent:+.2f} %)" for cell in row]
         lines.append(f"| {weight_bits} bits | " + " | ".join(shown) + " |")
     lines += ["", "| instead, at 4 bits | loss per byte | added |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {cell.variant} | {cell.nats_per_byte:.4f} | {cell.added_percent:+.2f} % |" for cell in cells if cell.variant])
+    return "\n".join(
+        lines
+        + [
+            f"| {cell.variant} | {cell.nats_per_byte:.4f} | {cell.added_percent:+.2f} % |"
+            for cell in cells
+            if cell.variant
+        ]
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of Python sources (default: this interpreter's)")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        default=Path(sysconfig.get_paths()["stdlib"]),
+        help="folder of Python sources (default: this interpreter's)",
+    )
     parser.add_argument("--held-out-tokens", type=int, help="tokens to score (default: all, 341 thousand)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
@@ -138,13 +161,31 @@ def main() -> int:
     arguments = parser.parse_args()
     with data_apart() as data:
         folder = resolve.resolve("demo")
-        text = held_out_text(arguments.corpus, Tokenizer.from_file(str(folder / "tokenizer.json")), arguments.held_out_tokens)
-        settings = {"device": arguments.device, "dtype": arguments.dtype, "percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 4, "num_gpu_batches": 1}
+        text = held_out_text(
+            arguments.corpus, Tokenizer.from_file(str(folder / "tokenizer.json")), arguments.held_out_tokens
+        )
+        settings = {
+            "device": arguments.device,
+            "dtype": arguments.dtype,
+            "percent": (100, 0, 100, 0, 100, 0),
+            "gpu_batch_size": 4,
+            "num_gpu_batches": 1,
+        }
         cells = measure(text, settings)
         print(table(cells), file=data)
         if arguments.output:
-            scored = {"files": text.files, "held_out_tokens": text.num_tokens, "held_out_bytes": text.num_bytes, "scored_tokens": text.scored_tokens}
-            facts = {"machine": machine(), "model": WeightFiles(folder).identity, "corpus": scored, "settings": settings}
+            scored = {
+                "files": text.files,
+                "held_out_tokens": text.num_tokens,
+                "held_out_bytes": text.num_bytes,
+                "scored_tokens": text.scored_tokens,
+            }
+            facts = {
+                "machine": machine(),
+                "model": WeightFiles(folder).identity,
+                "corpus": scored,
+                "settings": settings,
+            }
             write_json(arguments.output, {**facts, "cells": [asdict(cell) for cell in cells]})
         return 0 if cells[len(BITS) ** 2 - 1].added_percent < GOAL_PERCENT else 1
 

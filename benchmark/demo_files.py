@@ -20,8 +20,9 @@ CONTEXT = 2048
 END = "<|endoftext|>"
 HELD_OUT_ONE_IN = 33
 WORDS = r"^[ \t]+|[\r\n]+| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\r\n]+(?!\S)|\s+"
-"""What a token may span: indentation is apart from the newline before it, so that a prompt may end with a newline, as HumanEval's do, and the model
-goes on with indentation. It costs 6 % more tokens than GPT-2's pattern, which fuses the two."""
+"""What a token may span: indentation is apart from the newline before it, so that a prompt may end with a newline,
+as HumanEval's do, and the model goes on with indentation. It costs 6 % more tokens than GPT-2's pattern, which fuses
+the two."""
 CHAT_TEMPLATE = r"""{#- The model knows Python files alone, so a conversation is one: what is said to it are comments. -#}
 {%- for message in messages -%}
     {%- if message['content'] is string -%}
@@ -64,7 +65,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token streams [tokens] int64: each file followed by the end-of-text token. ``held_out_bytes`` counts the text alone."""
+    """Token streams [tokens] int64: each file followed by the end-of-text token. ``held_out_bytes`` counts the text
+    alone."""
 
     tokenizer: Tokenizer
     train: Tensor
@@ -81,13 +83,16 @@ class Corpus:
 
     def describe(self) -> str:
         return (
-            f"{self.train_files:,} files of {self.python}, {self.train_bytes / 1e6:.1f} MB, {self.train.numel() / 1e6:.2f} M tokens; "
-            f"held out {self.held_out_files} files, {self.held_out_bytes / 1e6:.2f} MB, {self.held_out.numel() / 1e3:.0f} k tokens"
+            f"{self.train_files:,} files of {self.python}, {self.train_bytes / 1e6:.1f} MB, "
+            f"{self.train.numel() / 1e6:.2f} M tokens; "
+            f"held out {self.held_out_files} files, {self.held_out_bytes / 1e6:.2f} MB, "
+            f"{self.held_out.numel() / 1e3:.0f} k tokens"
         )
 
 
 def held_out(path: str) -> bool:
-    """Whether the file at this path (relative to the library) is kept out of training: about 3 %, the same on every machine."""
+    """Whether the file at this path (relative to the library) is kept out of training: about 3 %, the same on every
+    machine."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
@@ -114,7 +119,11 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=24, show_progress=False
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=24,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -126,13 +135,25 @@ def load_corpus(folder: Path | None, device: torch.device, held_out_tokens: int 
     parts = {keep: [text for name, text in sources.items() if held_out(name) == keep] for keep in (False, True)}
     tokenizer = train_tokenizer(parts[False])
     end = tokenizer.token_to_id(END)
-    streams = {keep: torch.tensor([t for code in tokenizer.encode_batch(texts) for t in (*code.ids, end)], device=device) for keep, texts in parts.items()}
+    streams = {
+        keep: torch.tensor([t for code in tokenizer.encode_batch(texts) for t in (*code.ids, end)], device=device)
+        for keep, texts in parts.items()
+    }
     sizes = {keep: sum(len(text.encode()) for text in texts) for keep, texts in parts.items()}
     version = "Python " + (folder.name.removeprefix("python") if folder else ".".join(map(str, sys.version_info[:3])))
     if held_out_tokens and held_out_tokens < streams[True].numel():
         sizes[True] = int(sizes[True] * held_out_tokens / streams[True].numel())
         streams[True] = streams[True][:held_out_tokens]
-    return Corpus(tokenizer, streams[False], streams[True], len(parts[False]), len(parts[True]), sizes[False], sizes[True], version)
+    return Corpus(
+        tokenizer,
+        streams[False],
+        streams[True],
+        len(parts[False]),
+        len(parts[True]),
+        sizes[False],
+        sizes[True],
+        version,
+    )
 
 
 def config_of(shape: Shape) -> dict:
@@ -168,28 +189,43 @@ def write_json(path: Path, content: dict) -> None:
 def save_model(weights: dict[str, Tensor], shape: Shape, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes a Hugging Face folder: fp16 weights, configuration and tokenizer, without optimizer state."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"model.{name}": weight.half().cpu().contiguous() for name, weight in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {f"model.{name}": weight.half().cpu().contiguous() for name, weight in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "model.safetensors").chmod(0o644)
     write_json(folder / "config.json", config_of(shape))
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT, "clean_up_tokenization_spaces": False, **special},
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": CONTEXT,
+            "clean_up_tokenization_spaces": False,
+            **special,
+        },
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
+    )
 
 
 @torch.no_grad()
 def check_folder(folder: Path, model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """The stored weights, after checking that transformers computes from the folder what was trained (to fp16 rounding)."""
+    """The stored weights, after checking that transformers computes from the folder what was trained (to fp16
+    rounding)."""
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     difference = (reference(tokens.cpu()[None]).logits - model(tokens[None]).float().cpu()).abs().max().item()
     if not difference < 0.1:
-        raise SystemExit(f"{folder}: logits of transformers differ from the trained model's by {difference:.3g}; the folder does not hold the trained model")
+        raise SystemExit(
+            f"{folder}: logits of transformers differ from the trained model's by {difference:.3g}; the folder does "
+            "not hold the trained model"
+        )
     return load_file(folder / "model.safetensors", device=str(tokens.device))
 
 
@@ -207,12 +243,19 @@ def completions(folder: Path, max_tokens: int = 80) -> list[tuple[str, str]]:
     return pairs
 
 
-def write_card(folder: Path, shape: Shape, corpus: Corpus, nats: float, facts: dict[str, str], pairs: list[tuple[str, str]]) -> None:
+def write_card(
+    folder: Path, shape: Shape, corpus: Corpus, nats: float, facts: dict[str, str], pairs: list[tuple[str, str]]
+) -> None:
     """The model card: what it is, how good, how to make it again, what it writes."""
     per_byte = nats * corpus.tokens_per_byte
     role = "The draft of FlexBatch's demo model, for speculation" if "draft" in shape.name else "FlexBatch's demo model"
-    shown = f"hidden {shape.hidden}, {shape.layers} layers, {shape.heads} query heads and {shape.kv_heads} key/value heads of {shape.head_dim}"
-    samples = "\n".join(f"Prompt:\n\n```python\n{prompt}\n```\n\nContinuation:\n\n```python\n{text}\n```\n" for prompt, text in pairs)
+    shown = (
+        f"hidden {shape.hidden}, {shape.layers} layers, {shape.heads} query heads and {shape.kv_heads} "
+        f"key/value heads of {shape.head_dim}"
+    )
+    samples = "\n".join(
+        f"Prompt:\n\n```python\n{prompt}\n```\n\nContinuation:\n\n```python\n{text}\n```\n" for prompt, text in pairs
+    )
     card = f"""# {shape.name}
 
 {role}: a {facts["parameters"]}-parameter Llama trained on nothing but the source of the Python standard library. It writes plausible Python, not

@@ -14,11 +14,13 @@ from flexbatch.kernels import reference
 Row = dict[str, Any]
 MIB = 1 << 20
 HEAD_START_CYCLES = 1_000_000
-"""Half a millisecond: the host launches meanwhile. A launch takes 25 to 50 us of it, a tenth of what 64 sequences of 512 tokens take."""
+"""Half a millisecond: the host launches meanwhile. A launch takes 25 to 50 us of it, a tenth of what 64 sequences of
+512 tokens take."""
 
 
 def seconds(work: Callable[[], object], repeats: int = 10, warmup: int = 3) -> float:
-    """Median seconds of ``work`` on the current CUDA stream, as long as its launches take the host no more than the stream's head start."""
+    """Median seconds of ``work`` on the current CUDA stream, as long as its launches take the host no more than the
+    stream's head start."""
     for _ in range(warmup):
         work()
     times = []
@@ -59,12 +61,17 @@ def attention_call(
         rows = reference.pack_rows(key, value, bits, 64)
     table = torch.randperm(num_pages, device=device).view(len(contexts), pages_each).int()
     query = torch.randn(sum(queries), heads, head_dim, dtype=dtype, device=device)
-    starts, lens = torch.tensor([0, *queries], device=device).cumsum(0).int(), torch.tensor(contexts, device=device).int()
+    starts, lens = (
+        torch.tensor([0, *queries], device=device).cumsum(0).int(),
+        torch.tensor(contexts, device=device).int(),
+    )
     options: Row = {"num_kv_heads": kv_heads, "page_tokens": 16, "scale": head_dim**-0.5, "bits": bits}
     options |= {"max_query_len": max(queries), "max_context_len": max(contexts)}
     if tree:  # chains with side branches: every token sees the even ones before it, and itself
         size, words = max(queries), -(-max(queries) // 32)
-        seen = (torch.ones(size, words * 32).tril(-1) * (torch.arange(words * 32) % 2 == 0) + torch.eye(size, words * 32)).long()
+        seen = (
+            torch.ones(size, words * 32).tril(-1) * (torch.arange(words * 32) % 2 == 0) + torch.eye(size, words * 32)
+        ).long()
         packed = (seen.view(size, words, 32) << torch.arange(32)).sum(-1)
         packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
         options["tree_masks"] = torch.cat([packed[:n] for n in queries]).to(device)
@@ -77,7 +84,13 @@ PREFILL = {
     "OPT-30B shape, 16 prompts of 512": ([512] * 16, [512] * 16, 56, 56, 128),
     "Llama-3-8B shape, one prompt of 8192": ([8192], [8192], 32, 8, 128),
     "Llama-3-8B shape, 8 chunks of 512 at 4096": ([512] * 8, [4096] * 8, 32, 8, 128),
-    "Llama-3-8B shape, 64 ragged prompts": ([20 + 6 * i for i in range(64)], [20 + 6 * i for i in range(64)], 32, 8, 128),
+    "Llama-3-8B shape, 64 ragged prompts": (
+        [20 + 6 * i for i in range(64)],
+        [20 + 6 * i for i in range(64)],
+        32,
+        8,
+        128,
+    ),
     "head of 80, 16 prompts of 1024": ([1024] * 16, [1024] * 16, 32, 32, 80),
 }
 DECODE = {
@@ -88,7 +101,13 @@ DECODE = {
 }
 
 
-SHAPES = ((16, False, 8, 2, 128), (16, True, 4, 4, 80), (8, False, 8, 1, 64), (4, False, 4, 2, 128), (4, True, 4, 4, 256))
+SHAPES = (
+    (16, False, 8, 2, 128),
+    (16, True, 4, 4, 80),
+    (8, False, 8, 1, 64),
+    (4, False, 4, 2, 128),
+    (4, True, 4, 4, 256),
+)
 """Bits, tree, heads, KV heads, head size."""
 
 
@@ -100,9 +119,18 @@ def check_attention(device: str, dtype: torch.dtype, tolerance: float, only: int
         if only is not None and number != only:
             continue
         for queries, contexts, splits in (([1, 70, 3], [200, 90, 33], 1), ([1, 1, 1], [300, 7, 129], 4)):
-            call, options = attention_call(queries, contexts, heads, kv_heads, head_dim, bits=bits, tree=tree, dtype=dtype, device=device)
+            call, options = attention_call(
+                queries, contexts, heads, kv_heads, head_dim, bits=bits, tree=tree, dtype=dtype, device=device
+            )
             wanted = reference.paged_attention(*call, **options).float()
-            row = {"kernel": "attention", "dtype": str(dtype), "bits": bits, "tree": tree, "heads": f"{heads}/{kv_heads}x{head_dim}", "splits": splits}
+            row = {
+                "kernel": "attention",
+                "dtype": str(dtype),
+                "bits": bits,
+                "tree": tree,
+                "heads": f"{heads}/{kv_heads}x{head_dim}",
+                "splits": splits,
+            }
             print(f"checking {row}", file=sys.stderr, flush=True)
             error = (attention.paged_attention(*call, **options, splits=splits).float() - wanted).abs().max().item()
             rows.append(row | {"error": error, "ok": error < tolerance})
@@ -120,13 +148,27 @@ def check_quantisation(device: str, dtype: torch.dtype) -> list[Row]:
             got = quant.quantize(weight.to(device), bits, 64, dim)
             expanded = quant.dequantize(codes.to(device), parameters.to(device), weight.shape[dim], bits, 64, dim).cpu()
             wanted = reference.dequantize(codes, parameters, weight.shape[dim], bits, 64, dim)
-            same = [torch.equal(codes, got[0].cpu()), torch.equal(parameters, got[1].cpu()), torch.equal(expanded, wanted)]
-            rows.append({"kernel": "quantisation", "dtype": str(dtype), "bits": bits, "dim": dim, "same codes, parameters, values": same, "ok": all(same)})
+            same = [
+                torch.equal(codes, got[0].cpu()),
+                torch.equal(parameters, got[1].cpu()),
+                torch.equal(expanded, wanted),
+            ]
+            rows.append(
+                {
+                    "kernel": "quantisation",
+                    "dtype": str(dtype),
+                    "bits": bits,
+                    "dim": dim,
+                    "same codes, parameters, values": same,
+                    "ok": all(same),
+                }
+            )
     return rows
 
 
 def check(device: str, only: int | None = None) -> list[Row]:
-    """Largest error of every kernel against the oracle: attention within a tolerance, quantisation bit for bit with the oracle on the CPU."""
+    """Largest error of every kernel against the oracle: attention within a tolerance, quantisation bit for bit with
+    the oracle on the CPU."""
     tolerances = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
     if device == "cpu":  # Triton's interpreter has no products of bf16
         del tolerances[torch.bfloat16]

@@ -27,7 +27,9 @@ def ceilings() -> Row:
 
 
 def attention_flops(queries: list[int], contexts: list[int], heads: int, head_dim: int) -> float:
-    return sum(4.0 * heads * head_dim * q * (context - (q - 1) / 2) for q, context in zip(queries, contexts, strict=True))
+    return sum(
+        4.0 * heads * head_dim * q * (context - (q - 1) / 2) for q, context in zip(queries, contexts, strict=True)
+    )
 
 
 def attention_rows(ceiling: Row) -> list[Row]:
@@ -36,18 +38,38 @@ def attention_rows(ceiling: Row) -> list[Row]:
     rows = []
     for name, (queries, contexts, heads, kv_heads, head_dim) in PREFILL.items():
         call, options = attention_call(queries, contexts, heads, kv_heads, head_dim)
-        rate = attention_flops(queries, contexts, heads, head_dim) / seconds(lambda: attention.paged_attention(*call, **options)) / 1e12  # noqa: B023
+        rate = (
+            attention_flops(queries, contexts, heads, head_dim)
+            / seconds(lambda: attention.paged_attention(*call, **options))
+            / 1e12
+        )
         rows.append({"kernel": "prefill", "case": name, "tflops": rate, "share": rate / ceiling["gemm_tflops"]})
     for name, (queries, contexts, heads, kv_heads, head_dim) in DECODE.items():
         for bits, size, tree in ((16, 1, False), (8, 1, False), (4, 1, False), (16, 16, True)):
-            call, options = attention_call([size] * len(queries), contexts, heads, kv_heads, head_dim, bits=bits, tree=tree)
+            call, options = attention_call(
+                [size] * len(queries), contexts, heads, kv_heads, head_dim, bits=bits, tree=tree
+            )
             num_bytes = sum(contexts) * call[1][0].numel() * call[1].element_size()
-            rate = num_bytes / seconds(lambda: attention.paged_attention(*call, **options)) / 1e9  # noqa: B023
-            rows.append({"kernel": "tree of 16" if tree else "decode", "case": name, "bits": bits, "gbps": rate, "share": rate / ceiling["copy_gbps"]})
+            rate = num_bytes / seconds(lambda: attention.paged_attention(*call, **options)) / 1e9
+            rows.append(
+                {
+                    "kernel": "tree of 16" if tree else "decode",
+                    "case": name,
+                    "bits": bits,
+                    "gbps": rate,
+                    "share": rate / ceiling["copy_gbps"],
+                }
+            )
             del call
     mixed = ([1] * 96 + [512] * 4, [600] * 96 + [512] * 4)
     call, options = attention_call(*mixed, 56, 56, 128)
-    rows.append({"kernel": "mixed pass", "case": "96 tokens at 600, 4 chunks of 512", "ms": seconds(lambda: attention.paged_attention(*call, **options)) * 1e3})
+    rows.append(
+        {
+            "kernel": "mixed pass",
+            "case": "96 tokens at 600, 4 chunks of 512",
+            "ms": seconds(lambda: attention.paged_attention(*call, **options)) * 1e3,
+        }
+    )
     return rows
 
 
@@ -63,8 +85,8 @@ def page_rows(ceiling: Row) -> list[Row]:
         ids = torch.randperm(source.shape[0], device="cuda")[: source.shape[0] // 2]
         staging = torch.empty(len(ids), page_bytes, dtype=torch.uint8, device="cuda")
         for programs in (16, 32, 64):
-            gather = seconds(lambda: pages.gather_pages(source, ids.int(), staging, num_programs=programs), 5, 1)  # noqa: B023
-            scatter = seconds(lambda: pages.scatter_rows(staging, source, ids, num_programs=programs), 5, 1)  # noqa: B023
+            gather = seconds(lambda: pages.gather_pages(source, ids.int(), staging, num_programs=programs), 5, 1)
+            scatter = seconds(lambda: pages.scatter_rows(staging, source, ids, num_programs=programs), 5, 1)
             side = torch.cuda.Stream()
             with torch.cuda.stream(side):
                 for _ in range(6):
@@ -72,9 +94,21 @@ def page_rows(ceiling: Row) -> list[Row]:
             beside = seconds(lambda: a @ b, 10, 2)
             still_running = not side.query()
             torch.cuda.synchronize()
-            row: Row = {"kernel": "pages", "page_bytes": page_bytes, "programs": programs, "gather_gbps": staging.numel() / gather / 1e9}
-            row |= {"scatter_gbps": staging.numel() / scatter / 1e9, "gemm_slowdown": beside / alone - 1, "gather_outlasted_gemms": still_running}
-            row |= {"gather_share": row["gather_gbps"] / ceiling["h2d_gbps"], "scatter_share": row["scatter_gbps"] / ceiling["d2h_gbps"]}
+            row: Row = {
+                "kernel": "pages",
+                "page_bytes": page_bytes,
+                "programs": programs,
+                "gather_gbps": staging.numel() / gather / 1e9,
+            }
+            row |= {
+                "scatter_gbps": staging.numel() / scatter / 1e9,
+                "gemm_slowdown": beside / alone - 1,
+                "gather_outlasted_gemms": still_running,
+            }
+            row |= {
+                "gather_share": row["gather_gbps"] / ceiling["h2d_gbps"],
+                "scatter_share": row["scatter_gbps"] / ceiling["d2h_gbps"],
+            }
             rows.append(row)
     return rows
 
@@ -90,21 +124,38 @@ def quant_rows(ceiling: Row) -> list[Row]:
             codes, parameters = quant.quantize(weight, bits, 64, dim)
             moved = weight.nbytes + codes.nbytes + parameters.nbytes
             for name, work in (
-                ("quantize", lambda: quant.quantize(weight, bits, 64, dim)),  # noqa: B023
-                ("dequantize", lambda: quant.dequantize(codes, parameters, weight.shape[dim], bits, 64, dim, out=dense)),  # noqa: B023
+                ("quantize", lambda: quant.quantize(weight, bits, 64, dim)),
+                (
+                    "dequantize",
+                    lambda: quant.dequantize(codes, parameters, weight.shape[dim], bits, 64, dim, out=dense),
+                ),
             ):
                 rate = moved / seconds(work) / 1e9
-                rows.append({"kernel": name, "bits": bits, "dim": dim, "gbps": rate, "share": rate / ceiling["copy_gbps"]})
+                rows.append(
+                    {"kernel": name, "bits": bits, "dim": dim, "gbps": rate, "share": rate / ceiling["copy_gbps"]}
+                )
         codes, parameters = quant.quantize(weight, bits, 64)
         for tokens in (1, 8, 16):
             x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=torch.bfloat16)
-            fused = seconds(lambda: quant.quantized_linear(x, codes, parameters, bits, 64))  # noqa: B023
-            apart = seconds(lambda: x @ quant.dequantize(codes, parameters, weight.shape[1], bits, 64, out=dense).T)  # noqa: B023
-            rows.append({"kernel": "quantized_linear", "bits": bits, "tokens": tokens, "fused_us": fused * 1e6, "expand_and_gemm_us": apart * 1e6})
+            fused = seconds(lambda: quant.quantized_linear(x, codes, parameters, bits, 64))
+            apart = seconds(lambda: x @ quant.dequantize(codes, parameters, weight.shape[1], bits, 64, out=dense).T)
+            rows.append(
+                {
+                    "kernel": "quantized_linear",
+                    "bits": bits,
+                    "tokens": tokens,
+                    "fused_us": fused * 1e6,
+                    "expand_and_gemm_us": apart * 1e6,
+                }
+            )
         key, value = (torch.randn(4096, 56, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         cache = torch.zeros(65536, reference.token_bytes(56, 128, bits, 64, 2), dtype=torch.uint8, device="cuda")
         slots = torch.randperm(65536, device="cuda")[:4096]
-        rate = (key.nbytes + value.nbytes + 4096 * cache.shape[1]) / seconds(lambda: quant.append_rows(cache, slots, key, value, bits, 64)) / 1e9  # noqa: B023
+        rate = (
+            (key.nbytes + value.nbytes + 4096 * cache.shape[1])
+            / seconds(lambda: quant.append_rows(cache, slots, key, value, bits, 64))
+            / 1e9
+        )
         rows.append({"kernel": "append_rows", "bits": bits, "gbps": rate, "share": rate / ceiling["copy_gbps"]})
     return rows
 
@@ -112,15 +163,24 @@ def quant_rows(ceiling: Row) -> list[Row]:
 def norm_rows(ceiling: Row) -> list[Row]:
     from flexbatch.kernels import norm_rope
 
-    x, residual, weight = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((16384, 8192), (16384, 8192), (8192,)))
-    gate_up, fused = torch.randn(8192, 28672, device="cuda", dtype=torch.bfloat16), torch.randn(16384, 48 * 128, device="cuda", dtype=torch.bfloat16)
+    x, residual, weight = (
+        torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((16384, 8192), (16384, 8192), (8192,))
+    )
+    gate_up, fused = (
+        torch.randn(8192, 28672, device="cuda", dtype=torch.bfloat16),
+        torch.randn(16384, 48 * 128, device="cuda", dtype=torch.bfloat16),
+    )
     query, key = fused[:, : 32 * 128].unflatten(1, (32, 128)), fused[:, 32 * 128 : 40 * 128].unflatten(1, (8, 128))
     cos, sin = torch.randn(2, 16384, 64, device="cuda", dtype=torch.bfloat16)
     positions = torch.arange(16384, device="cuda")
     works: list[tuple[str, float, Callable[[], object]]] = [
         ("rms_norm + residual", 4.0 * x.nbytes, lambda: norm_rope.rms_norm(x, weight, 1e-5, residual=residual)),
         ("layer_norm", 2.0 * x.nbytes, lambda: norm_rope.layer_norm(x, weight, weight, 1e-5)),
-        ("rotary", 2.0 * (query.nbytes + key.nbytes), lambda: norm_rope.rotary(query, key, cos, sin, positions, rotary_dim=128)),
+        (
+            "rotary",
+            2.0 * (query.nbytes + key.nbytes),
+            lambda: norm_rope.rotary(query, key, cos, sin, positions, rotary_dim=128),
+        ),
         ("gated silu", 1.5 * gate_up.nbytes, lambda: norm_rope.gated_activation(gate_up, "silu")),
     ]
     rates = [(name, num_bytes / seconds(work) / 1e9) for name, num_bytes, work in works]

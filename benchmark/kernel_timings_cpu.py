@@ -27,12 +27,33 @@ def cpu_rows(sequences: int) -> list[Row]:
     """CPU attention alone, and while the copy engine carries another buffer to the GPU."""
     cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
     plain = torch.ones(256 * MIB)
-    rows: list[Row] = [{"kernel": "host memory read", "threads": threads, "gbps": plain.nbytes / host_seconds(lambda: plain.sum()) / 1e9}]
-    for heads, kv_heads, bits, dtype in ((56, 56, 16, torch.bfloat16), (32, 8, 16, torch.bfloat16), (64, 8, 16, torch.bfloat16), (56, 56, 4, torch.bfloat16)):
+    rows: list[Row] = [
+        {
+            "kernel": "host memory read",
+            "threads": threads,
+            "gbps": plain.nbytes / host_seconds(lambda: plain.sum()) / 1e9,
+        }
+    ]
+    for heads, kv_heads, bits, dtype in (
+        (56, 56, 16, torch.bfloat16),
+        (32, 8, 16, torch.bfloat16),
+        (64, 8, 16, torch.bfloat16),
+        (56, 56, 4, torch.bfloat16),
+    ):
         count = sequences * 56 // kv_heads // (1 if bits == 16 else 4)
-        call, options = attention_call([1] * count, [512] * count, heads, kv_heads, 128, bits=bits, dtype=dtype, device="cpu", pinned=cuda and bits == 16)
+        call, options = attention_call(
+            [1] * count,
+            [512] * count,
+            heads,
+            kv_heads,
+            128,
+            bits=bits,
+            dtype=dtype,
+            device="cpu",
+            pinned=cuda and bits == 16,
+        )
         num_bytes = 512 * count * call[1][0].numel() * call[1].element_size()
-        attend = lambda: native.paged_attention(*call, **options, threads=threads)  # noqa: B023, E731
+        attend = lambda: native.paged_attention(*call, **options, threads=threads)  # noqa: E731
         row: Row = {
             "kernel": "CPU attention",
             "heads": f"{heads}/{kv_heads}x128",
@@ -45,7 +66,10 @@ def cpu_rows(sequences: int) -> list[Row]:
 
 
 def beside_the_link(attend: Callable[[], object], num_bytes: int) -> Row:
-    source, target = torch.ones(512 * MIB, dtype=torch.uint8).pin_memory(), torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
+    source, target = (
+        torch.ones(512 * MIB, dtype=torch.uint8).pin_memory(),
+        torch.empty(512 * MIB, dtype=torch.uint8, device="cuda"),
+    )
     done, rates = threading.Event(), []
 
     def carry() -> None:

@@ -1,13 +1,17 @@
-"""Launch shapes of the kernels tried on this GPU: each checked, timed and written at once, so that a crash keeps what came before.
+"""Launch shapes of the kernels tried on this GPU: each checked, timed and written at once, so that a crash keeps what
+came before.
 
-    python -m benchmark.kernel_tuning --output tune.jsonl          # about two minutes, compilation by several processes included
+    python -m benchmark.kernel_tuning --output tune.jsonl          # about two minutes, compilation by several processes
+    included
 
-Errors are against the oracle (prefill: torch's attention), of quantisation the number of different codes and parameters. Ceilings come first.
+Errors are against the oracle (prefill: torch's attention), of quantisation the number of different codes and
+parameters. Ceilings come first.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -30,13 +34,16 @@ PREFILL_LAUNCHES = [  # query rows, keys, warps, stages, registers
     *((128, 64, 8, stages, registers) for stages in (2, 3) for registers in (0, 128)), (128, 64, 4, 2, 0), (128, 64, 4, 3, 0), (128, 32, 4, 3, 0),
     (128, 32, 8, 3, 128), (128, 128, 8, 2, 0), (128, 128, 4, 2, 0),
 ]  # fmt: skip
-DECODE_LAUNCHES = [(keys, warps, stages) for keys, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8)) for stages in (1, 3)]
+DECODE_LAUNCHES = [
+    (keys, warps, stages) for keys, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8)) for stages in (1, 3)
+]
 EXPANDING_LAUNCHES = [(64, 4, 3), (32, 4, 3), (128, 4, 2), (128, 8, 3), (64, 2, 3)]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration: ``work`` is timed, ``error`` compares its result with a reference, ``rate`` turns seconds into the fields of a row."""
+    """One configuration: ``work`` is timed, ``error`` compares its result with a reference, ``rate`` turns seconds
+    into the fields of a row."""
 
     row: Row
     work: Callable[[], Any]
@@ -52,7 +59,9 @@ def sdpa(call: tuple[torch.Tensor, ...], options: Row) -> torch.Tensor:
     """Causal attention of whole prompts of one length by torch's own kernels."""
     query, rows, table = call[:3]
     length = len(query) // len(table)
-    slots = (table.long()[:, :, None] * options["page_tokens"] + torch.arange(options["page_tokens"], device=query.device)).flatten(1)[:, :length]
+    slots = (
+        table.long()[:, :, None] * options["page_tokens"] + torch.arange(options["page_tokens"], device=query.device)
+    ).flatten(1)[:, :length]
     key, value = (rows[slots, side].transpose(1, 2) for side in range(2))
     q = query.view(len(table), length, *query.shape[1:]).transpose(1, 2)
     out = torch.nn.functional.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=True)
@@ -65,7 +74,9 @@ def prefill_trials() -> Iterator[Trial]:
         call, options = attention_call(queries, contexts, heads, kv_heads, head_dim)
         wanted, flops = sdpa(call, options), attention_flops(queries, contexts, heads, head_dim)
         rate = lambda took, flops=flops: {"tflops": flops / took / 1e12}  # noqa: E731
-        yield Trial({"kernel": "torch sdpa", "case": name}, lambda c=call, o=options: sdpa(c, o), difference(wanted), rate)
+        yield Trial(
+            {"kernel": "torch sdpa", "case": name}, lambda c=call, o=options: sdpa(c, o), difference(wanted), rate
+        )
         for launch in [*PREFILL_LAUNCHES, *((*PREFILL_LAUNCHES[i], True) for i in (0, 5))]:
             shape = attention.Launch(*launch)
             work = lambda c=call, o=options, s=shape: attention.paged_attention(*c, **o, launch=s)  # noqa: E731
@@ -73,7 +84,10 @@ def prefill_trials() -> Iterator[Trial]:
 
 
 def decode_trials() -> Iterator[Trial]:
-    for name, launches in (("OPT-30B shape, 64 x 512", DECODE_LAUNCHES), ("Llama-3-8B shape, 64 x 4096", EXPANDING_LAUNCHES)):
+    for name, launches in (
+        ("OPT-30B shape, 64 x 512", DECODE_LAUNCHES),
+        ("Llama-3-8B shape, 64 x 4096", EXPANDING_LAUNCHES),
+    ):
         for bits in (8, 4):
             queries, contexts, heads, kv_heads, head_dim = DECODE[name]
             call, options = attention_call(queries, contexts, heads, kv_heads, head_dim, bits=bits)
@@ -85,8 +99,13 @@ def decode_trials() -> Iterator[Trial]:
             for launch in tried:
                 for splits in (0, 1) if launch[:2] == (1, 32) else (0,):
                     shape = attention.Launch(*launch)
-                    work = lambda c=call, o=options, s=shape, n=splits: attention.paged_attention(*c, **o, launch=s, splits=n)  # noqa: E731
-                    yield Trial({"kernel": "decode", "case": name, "bits": bits, "launch": launch, "splits": splits}, work, difference(wanted), rate)
+                    work = functools.partial(attention.paged_attention, *call, **options, launch=shape, splits=splits)
+                    yield Trial(
+                        {"kernel": "decode", "case": name, "bits": bits, "launch": launch, "splits": splits},
+                        work,
+                        difference(wanted),
+                        rate,
+                    )
 
 
 def quant_trials() -> Iterator[Trial]:
@@ -101,7 +120,9 @@ def quant_trials() -> Iterator[Trial]:
                     yield Trial(
                         {"kernel": "quantize", "bits": bits, "launch": [tile, warps, reciprocal]},
                         lambda b=bits, s=launch: quant.quantize(weight, b, 64, launch=s),
-                        lambda got, w=wanted: float(sum((x[:1024].cpu() != y).sum().item() for x, y in zip(got, w, strict=True))),
+                        lambda got, w=wanted: float(
+                            sum((x[:1024].cpu() != y).sum().item() for x, y in zip(got, w, strict=True))
+                        ),
                         lambda took, m=moved: {"gbps": m / took / 1e9},
                     )
 
@@ -114,9 +135,13 @@ def page_trials() -> Iterator[Trial]:
         source = host[: host.numel() // page_bytes * page_bytes].view(-1, page_bytes)
         ids = torch.randperm(source.shape[0], device="cuda")[: source.shape[0] // 2].int()
         staging = torch.empty(len(ids), page_bytes, dtype=torch.uint8, device="cuda")
-        for programs, tile, warps in [(p, t, w) for p in (8, 16, 24, 32) for t, w in ((8192, 4), (16384, 4), (16384, 8), (32768, 8))]:
+        for programs, tile, warps in [
+            (p, t, w) for p in (8, 16, 24, 32) for t, w in ((8192, 4), (16384, 4), (16384, 8), (32768, 8))
+        ]:
 
-            def work(p: int = programs, t: int = tile, w: int = warps, s: Any = source, i: Any = ids, d: Any = staging) -> torch.Tensor:
+            def work(
+                p: int = programs, t: int = tile, w: int = warps, s: Any = source, i: Any = ids, d: Any = staging
+            ) -> torch.Tensor:
                 pages.gather_pages(s, i, d, num_programs=p, tile_bytes=t, num_warps=w)
                 return d
 
@@ -166,7 +191,11 @@ def measure(trial: Trial) -> Row:
     try:
         error = trial.error(trial.work())
         took = seconds(trial.work, 7, 2)
-        return trial.row | {"us": round(took * 1e6, 1), "error": round(error, 5)} | {k: round(v, 3) for k, v in trial.rate(took).items()}
+        return (
+            trial.row
+            | {"us": round(took * 1e6, 1), "error": round(error, 5)}
+            | {k: round(v, 3) for k, v in trial.rate(took).items()}
+        )
     except Exception as error:  # a tile may want more shared memory than there is
         return trial.row | {"failed": str(error)[:160]}
 
@@ -204,7 +233,9 @@ def main() -> int:
             for row in tuning_rows(arguments.sections, arguments.seconds, arguments.processes):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                lines.append(" | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+                lines.append(
+                    " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
+                )
         print(*lines, f"{len(lines)} rows in {time.monotonic() - begun:.0f} s", sep="\n", file=data)
         return 0
 

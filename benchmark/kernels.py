@@ -4,8 +4,8 @@
     python -m benchmark.kernels --check-only
     python -m benchmark.kernels --sections cpu                    # needs no GPU
 
-Ceilings: a bf16 GEMM for arithmetic, a device copy (bytes read plus written) for GPU memory, the copy engine for the link, a sum over
-a large tensor for host memory.
+Ceilings: a bf16 GEMM for arithmetic, a device copy (bytes read plus written) for GPU memory, the copy engine for the
+link, a sum over a large tensor for host memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def machine() -> Row:
         "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": next((line.split(":")[1].strip() for line in run("lscpu").splitlines() if line.startswith("Model name")), platform.processor()),
+        "cpu": next(
+            (line.split(":")[1].strip() for line in run("lscpu").splitlines() if line.startswith("Model name")),
+            platform.processor(),
+        ),
         "commit": run("git", "rev-parse", "HEAD"),
     }
 
@@ -47,10 +50,16 @@ def main() -> int:
     sections = ("attention", "pages", "quant", "norm", "cpu", "tune")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--only", type=int, help="check only this one of the attention shapes (a bad address ends the process)")
+    parser.add_argument(
+        "--only", type=int, help="check only this one of the attention shapes (a bad address ends the process)"
+    )
     parser.add_argument("--check-only", action="store_true", help="compare with the oracle and stop")
-    parser.add_argument("--sections", nargs="+", choices=sections, default=sections[:5], help="what to time; tune tries tile shapes")
-    parser.add_argument("--cpu-sequences", type=int, default=128, help="sequences of 512 tokens in CPU attention (of 14 MiB each)")
+    parser.add_argument(
+        "--sections", nargs="+", choices=sections, default=sections[:5], help="what to time; tune tries tile shapes"
+    )
+    parser.add_argument(
+        "--cpu-sequences", type=int, default=128, help="sequences of 512 tokens in CPU attention (of 14 MiB each)"
+    )
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     torch.manual_seed(0)
@@ -59,12 +68,22 @@ def main() -> int:
     def add(rows: list[Row]) -> None:
         result["rows"] += rows
         for row in rows:
-            print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}), file=sys.stderr, flush=True)
+            print(
+                json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}),
+                file=sys.stderr,
+                flush=True,
+            )
 
     if cuda or arguments.check_only:
         result["checks"] = check("cuda" if cuda else "cpu", arguments.only)
         wrong = [row for row in result["checks"] if not row["ok"]]
-        print(f"{len(result['checks']) - len(wrong)} checks passed, {len(wrong)} failed", *wrong, sep="\n", file=sys.stderr, flush=True)
+        print(
+            f"{len(result['checks']) - len(wrong)} checks passed, {len(wrong)} failed",
+            *wrong,
+            sep="\n",
+            file=sys.stderr,
+            flush=True,
+        )
     if not arguments.check_only:
         if cuda:
             result["ceilings"] = ceilings()

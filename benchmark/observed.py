@@ -1,4 +1,5 @@
-"""An engine whose passes are logged and whose policy stays as it is told: what `benchmark.policy_runs` measures with."""
+"""An engine whose passes are logged and whose policy stays as it is told: what `benchmark.policy_runs` measures
+with."""
 
 from __future__ import annotations
 
@@ -30,7 +31,13 @@ class PassLog(monitor.PassMeter):
         self.log: list[dict[str, Any]] = []
 
     def record(self, load: PassLoad, seconds: float) -> None:
-        self.log.append({"load": [round(value, 1) for value in dataclasses.astuple(load)], "seconds": seconds, "busy": self.busy() or {}})
+        self.log.append(
+            {
+                "load": [round(value, 1) for value in dataclasses.astuple(load)],
+                "seconds": seconds,
+                "busy": self.busy() or {},
+            }
+        )
 
 
 class ObservedLLM(LLM):
@@ -52,7 +59,9 @@ class ObservedLLM(LLM):
 
     def fits(self, policy: Policy) -> bool:
         """By the engine's exact sizes, in its budgets."""
-        return not overshoot(self.engine_plan.requirements_of(policy, self.engine_plan.problem.job), self.engine_plan.budgets)
+        return not overshoot(
+            self.engine_plan.requirements_of(policy, self.engine_plan.problem.job), self.engine_plan.budgets
+        )
 
     def use(self, policy: Policy) -> None:
         """Run the next job by ``policy``, whose weights are where the loaded ones are."""
@@ -93,22 +102,34 @@ def open_engine(setting: Setting, hardware: str, fixed: dict[str, Any]) -> Obser
 
 
 def chosen_here(setting: Setting, hardware: str) -> dict[str, Any]:
-    """The settings that the optimizer chooses, by sizes alone: so that a borrowed machine need not wait for the search."""
-    plan = LLM.plan(EngineConfig(model=setting.model, hardware=hardware, **setting.llm_settings), job_of(setting))["plan"]
-    return {**fixed_by(plan.policy), "predicted_tokens_per_second": plan.predicted_tokens_per_second, "predicted_seconds": plan.seconds}
+    """The settings that the optimizer chooses, by sizes alone: so that a borrowed machine need not wait for the
+    search."""
+    plan = LLM.plan(EngineConfig(model=setting.model, hardware=hardware, **setting.llm_settings), job_of(setting))[
+        "plan"
+    ]
+    return {
+        **fixed_by(plan.policy),
+        "predicted_tokens_per_second": plan.predicted_tokens_per_second,
+        "predicted_seconds": plan.seconds,
+    }
 
 
 def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
     """One job: its policy, lengths, time and every pass; a line of the file."""
     llm.num_measured += 1
-    warm_up, prompts = (setting.prompts(llm.arch.vocab_size, f"{what} {llm.num_measured}") for what in ("warm-up", "measured"))
+    warm_up, prompts = (
+        setting.prompts(llm.arch.vocab_size, f"{what} {llm.num_measured}") for what in ("warm-up", "measured")
+    )
     params = [SamplingParams(max_tokens=output, temperature=0, ignore_eos=True) for _, output in setting.lengths()]
     llm.prepare(prompts, params)
-    # Kernels compile or are loaded when a shape comes for the first time (0.5 to 2 s each on a fresh machine, 3 of 13 s in a job of OPT-6.7B), the link wakes
-    # up: a block's prompts and its first passes, and short chunks alone, of which few programs split their context. Of a block on the GPU also the graphs are
-    # captured, which takes the whole job, and new ones for every policy.
+    # Kernels compile or are loaded when a shape comes for the first time (0.5 to 2 s each on a fresh machine, 3 of 13 s
+    # in a job of OPT-6.7B), the link wakes up: a block's prompts and its first passes, and short chunks alone, of which
+    # few programs split their context. Of a block on the GPU also the graphs are captured, which takes the whole job,
+    # and new ones for every policy.
     if llm.num_measured == 1:
-        few = [dataclasses.replace(each, max_tokens=min(4, each.max_tokens)) for each in params[: llm.policy.block_size]]
+        few = [
+            dataclasses.replace(each, max_tokens=min(4, each.max_tokens)) for each in params[: llm.policy.block_size]
+        ]
         llm.generate(warm_up[: len(few)], few)
         shortly = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
         for size in CHUNKS:

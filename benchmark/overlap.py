@@ -2,16 +2,17 @@
 
     python -m benchmark.overlap --output benchmark/results/overlap-cpu.json
 
-Every pass reads all weights from disk again. The engine reads with O_DIRECT where the file system allows it, so the page cache gives nothing back
-(`direct_reads` says whether it did). Both engines do the same ticks on the same random weights and prompts, and must give the same tokens. Without
-overlap a pass costs reading plus computing, with it no less than the larger of the two; the block is sized so that the two are of like size, where
-overlap is worth most (a factor of two at best). Medians count.
+Every pass reads all weights from disk again. The engine reads with O_DIRECT where the file system allows it, so the
+page cache gives nothing back (`direct_reads` says whether it did). Both engines do the same ticks on the same random
+weights and prompts, and must give the same tokens. Without overlap a pass costs reading plus computing, with it no less
+than the larger of the two; the block is sized so that the two are of like size, where overlap is worth most (a factor
+of two at best). Medians count.
 
-torch gets all cores but one: where it has all of them, the reading threads take turns with its threads, which wait for each other spinning (on 2 cores
-the same job then took 5 to 30 s with overlap).
+torch gets all cores but one: where it has all of them, the reading threads take turns with its threads, which wait for
+each other spinning (on 2 cores the same job then took 5 to 30 s with overlap).
 
-``overlap_figure``, from the trace of each run: seconds in which disk and processor were busy, each for itself, over seconds in which either was. It is 1
-when nothing runs beside anything else and 2 when both are busy all the time.
+``overlap_figure``, from the trace of each run: seconds in which disk and processor were busy, each for itself, over
+seconds in which either was. It is 1 when nothing runs beside anything else and 2 when both are busy all the time.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     generator = random.Random(1)
     prompts = [[generator.randrange(10, 1000) for _ in range(arguments.prompt_len)] for _ in range(arguments.sequences)]
-    engines = {on: LLM(arguments.model, dummy_weights=True, trace=True, overlap=on, offload_dir=str(folder), **settings) for on in (True, False)}
+    engines = {
+        on: LLM(arguments.model, dummy_weights=True, trace=True, overlap=on, offload_dir=str(folder), **settings)
+        for on in (True, False)
+    }
     runs: dict[bool, list[Run]] = {True: [], False: []}
     try:
         tokens = {on: timed(llm, prompts, 2)[1] for on, llm in engines.items()}
@@ -98,7 +102,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for on in (True, False) if repeat % 2 else (False, True):
                 run, tokens[on] = timed(engines[on], prompts, arguments.gen_len)
                 runs[on].append(run)
-                figures = f"{run.seconds:.2f} s, disk {run.disk_seconds:.2f}, compute {run.compute_seconds:.2f}, overlap figure {run.overlap_figure:.2f}"
+                figures = (
+                    f"{run.seconds:.2f} s, disk {run.disk_seconds:.2f}, compute {run.compute_seconds:.2f}, "
+                    f"overlap figure {run.overlap_figure:.2f}"
+                )
                 print(f"overlap {'on ' if on else 'off'}: {figures}", file=sys.stderr, flush=True)
             if tokens[True] != tokens[False]:
                 raise SystemExit("overlap changed the tokens; the times mean nothing")
@@ -133,9 +140,20 @@ def main() -> int:
     parser.add_argument("--gen-len", type=int, default=8, help="new tokens of each sequence (default: 8)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, by turns (default: 5)")
     spare = max(1, len(os.sched_getaffinity(0)) - 1)
-    parser.add_argument("--threads", type=int, default=spare, help="torch threads (default: all cores but one, which the reading threads need)")
-    parser.add_argument("--gpu-memory", default="2GiB", help="budget of the gpu tier, plain memory here (default: 2GiB)")
-    parser.add_argument("--offload-dir", type=Path, help="folder of the weight files on the disk to be measured (default: a temporary one)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=spare,
+        help="torch threads (default: all cores but one, which the reading threads need)",
+    )
+    parser.add_argument(
+        "--gpu-memory", default="2GiB", help="budget of the gpu tier, plain memory here (default: 2GiB)"
+    )
+    parser.add_argument(
+        "--offload-dir",
+        type=Path,
+        help="folder of the weight files on the disk to be measured (default: a temporary one)",
+    )
     parser.add_argument("--output", type=Path, help="JSON file with machine, versions and commit")
     arguments = parser.parse_args()
     with data_apart() as data:
@@ -145,9 +163,15 @@ def main() -> int:
         if arguments.output:
             info = {**machine(), "cores": str(len(os.sched_getaffinity(0)))}
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps({"machine": info, "results": results}, indent=1) + "\n", encoding="utf-8")
+            arguments.output.write_text(
+                json.dumps({"machine": info, "results": results}, indent=1) + "\n", encoding="utf-8"
+            )
         on, off = results["on"], results["off"]
-        print(f"overlap on {on['seconds']:.2f} s, off {off['seconds']:.2f} s: on is {results['off_over_on']:.2f}x as fast", file=data)
+        print(
+            f"overlap on {on['seconds']:.2f} s, off {off['seconds']:.2f} s: on is {results['off_over_on']:.2f}x as "
+            "fast",
+            file=data,
+        )
         figures = f"on {on['overlap_figure']:.2f}, off {off['overlap_figure']:.2f}"
         print(f"overlap figure of the trace: {figures}; measured in {time.time() - started:.0f} s", file=data)
         return 0

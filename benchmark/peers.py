@@ -1,12 +1,14 @@
-"""FlexBatch against transformers' `generate` on the CPU: same demo model, same prompts, same number of new tokens, same process.
+"""FlexBatch against transformers' `generate` on the CPU: same demo model, same prompts, same number of new tokens, same
+process.
 
     python -m benchmark.peers --prompts humaneval.jsonl --output benchmark/results/peers-cpu.json
 
-transformers pads a batch to its longest prompt; prompts are sorted by length for it, which is the order that wastes least, and every batch size
-of ``--batch-sizes`` is tried, its best one counts. FlexBatch gets the prompts as they come, everything on the gpu tier (plain memory here). Both
-tokenize, decode greedily in fp32, neither stops at EOS, and detokenize. The runs alternate, and the least time of each counts, so that a passing
-disturbance of the machine favours neither. ``cpu_ratio`` compares processor seconds likewise: it stays meaningful where other work shares the cores.
-``equal_rows`` counts the prompts whose tokens are the same.
+transformers pads a batch to its longest prompt; prompts are sorted by length for it, which is the order that wastes
+least, and every batch size of ``--batch-sizes`` is tried, its best one counts. FlexBatch gets the prompts as they
+come, everything on the gpu tier (plain memory here). Both tokenize, decode greedily in fp32, neither stops at EOS,
+and detokenize. The runs alternate, and the least time of each counts, so that a passing disturbance of the machine
+favours neither. ``cpu_ratio`` compares processor seconds likewise: it stays meaningful where other work shares the
+cores. ``equal_rows`` counts the prompts whose tokens are the same.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def timed(name: str, generate: Callable[[], list[list[int]]]) -> Run:
     return done
 
 
-def padded_generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, new_tokens: int) -> list[list[int]]:
+def padded_generate(
+    model: Any, tokenizer: Any, prompts: list[str], batch_size: int, new_tokens: int
+) -> list[list[int]]:
     """transformers: sorted by length, padded left to the longest of each batch."""
     import torch
 
@@ -74,7 +78,9 @@ def flexbatch_generate(llm: Any, prompts: list[str], new_tokens: int) -> list[li
     return [completion.token_ids for completion in completions]
 
 
-def alternate(arguments: argparse.Namespace, prompts: list[str], tokenizer: Any, reference: Any) -> tuple[list[Run], dict[int, list[Run]]]:
+def alternate(
+    arguments: argparse.Namespace, prompts: list[str], tokenizer: Any, reference: Any
+) -> tuple[list[Run], dict[int, list[Run]]]:
     """The runs of FlexBatch, and those of transformers by batch size."""
     from flexbatch import LLM
 
@@ -87,7 +93,12 @@ def alternate(arguments: argparse.Namespace, prompts: list[str], tokenizer: Any,
         for _ in range(arguments.repeats):
             mine.append(timed("FlexBatch", lambda: flexbatch_generate(llm, prompts, count)))
             for size, runs in theirs.items():
-                runs.append(timed(f"transformers, batch {size}", lambda size=size: padded_generate(reference, tokenizer, prompts, size, count)))  # type: ignore[misc]
+                runs.append(
+                    timed(
+                        f"transformers, batch {size}",
+                        lambda size=size: padded_generate(reference, tokenizer, prompts, size, count),
+                    )
+                )  # type: ignore[misc]
     return mine, theirs
 
 
@@ -99,16 +110,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = read_prompts(arguments.prompts)[: arguments.num_prompts]
     folder = ROOT / "flexbatch" / "data" / "demo"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    mine, theirs = alternate(arguments, prompts, tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    mine, theirs = alternate(
+        arguments, prompts, tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    )
     tokens, expected = mine[0].tokens, next(iter(theirs.values()))[0].tokens
     if {len(row) for row in (*tokens, *expected)} != {arguments.new_tokens}:
         raise SystemExit("the two did not generate the same number of tokens; the ratio would mean nothing")
     least = min(run.seconds for run in mine)
-    best, best_seconds = min(((size, min(run.seconds for run in runs)) for size, runs in theirs.items()), key=lambda pair: pair[1])
+    best, best_seconds = min(
+        ((size, min(run.seconds for run in runs)) for size, runs in theirs.items()), key=lambda pair: pair[1]
+    )
     count = len(prompts) * arguments.new_tokens
     return {
         "ratio": best_seconds / least,
-        "cpu_ratio": min(run.cpu_seconds for runs in theirs.values() for run in runs) / min(run.cpu_seconds for run in mine),
+        "cpu_ratio": min(run.cpu_seconds for runs in theirs.values() for run in runs)
+        / min(run.cpu_seconds for run in mine),
         "flexbatch_seconds": [run.seconds for run in mine],
         "flexbatch_cpu_seconds": [run.cpu_seconds for run in mine],
         "transformers_seconds": {size: [run.seconds for run in runs] for size, runs in theirs.items()},
@@ -126,12 +142,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a field prompt, such as those of HumanEval")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help="JSON lines with a field prompt, such as those of HumanEval"
+    )
     parser.add_argument("--num-prompts", type=int, help="only the first prompts (for a quick look)")
     parser.add_argument("--new-tokens", type=int, default=64, help="new tokens for each prompt (default: 64)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 164], help="padded batch sizes that transformers may choose from")
+    parser.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=[8, 16, 32, 64, 164],
+        help="padded batch sizes that transformers may choose from",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the fastest counts (default: 3)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads (default: all cores)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file with machine, versions and commit")
     arguments = parser.parse_args()
     with data_apart() as data:
@@ -143,9 +169,15 @@ def main() -> int:
         versions = {**machine(), "transformers": transformers.__version__, "cores": str(len(os.sched_getaffinity(0)))}
         if arguments.output:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps({"machine": versions, "results": results}, indent=1) + "\n", encoding="utf-8")
+            arguments.output.write_text(
+                json.dumps({"machine": versions, "results": results}, indent=1) + "\n", encoding="utf-8"
+            )
         size, ratio, cpu_ratio = results["transformers_best_batch_size"], results["ratio"], results["cpu_ratio"]
-        print(f"FlexBatch is {ratio:.2f}x as fast as transformers at its best padded batch size, {size}; by processor seconds {cpu_ratio:.2f}x", file=data)
+        print(
+            f"FlexBatch is {ratio:.2f}x as fast as transformers at its best padded batch size, {size}; by processor "
+            f"seconds {cpu_ratio:.2f}x",
+            file=data,
+        )
         return 0
 
 

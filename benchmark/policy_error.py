@@ -1,11 +1,12 @@
 """Predicted against measured throughput of real runs: table, errors and plot.
 
-``python -m benchmark.policy_error runs.jsonl --hardware hardware.json`` reads one run a line and writes ``benchmark/results/policy_error.{md,json}``
-and, with matplotlib, ``policy_error.png``. A run: ``model`` (a public shape) or ``shape`` (fields of ModelShape); ``percent`` (six numbers);
-``gpu_batch_size``, ``num_gpu_batches``; optional ``weight_bits``, ``cache_bits``, ``cpu_attention``, ``prefill_chunk``, ``prefill_budget``,
-``overlap``; ``prompt_lens`` and ``output_lens`` (lists, one of each a sequence); ``gpu_memory``, ``cpu_memory`` in bytes;
-``tokens_per_second`` (measured); optional ``resource_seconds`` (busy seconds of the average pass). Exit code 1 when the median error exceeds
-10 % or the worst 25 %.
+``python -m benchmark.policy_error runs.jsonl --hardware hardware.json`` reads one run a line and writes
+``benchmark/results/policy_error.{md,json}`` and, with matplotlib, ``policy_error.png``. A run: ``model`` (a public
+shape) or ``shape`` (fields of ModelShape); ``percent`` (six numbers); ``gpu_batch_size``, ``num_gpu_batches``;
+optional ``weight_bits``, ``cache_bits``, ``cpu_attention``, ``prefill_chunk``, ``prefill_budget``, ``overlap``;
+``prompt_lens`` and ``output_lens`` (lists, one of each a sequence); ``gpu_memory``, ``cpu_memory`` in bytes;
+``tokens_per_second`` (measured); optional ``resource_seconds`` (busy seconds of the average pass). Exit code 1 when
+the median error exceeds 10 % or the worst 25 %.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def plan_of(run: dict, hardware: Hardware) -> Plan:
     """What the cost model says of a run's setting."""
     shape = ModelShape.from_dict(run["shape"]) if "shape" in run else public_shape(run["model"])
     splits = [Split.from_percent(*run["percent"][i : i + 2]) for i in (0, 2, 4)]
-    policy = Policy(*splits, run["gpu_batch_size"], run["num_gpu_batches"], **{name: run[name] for name in OPTIONAL if name in run})
+    policy = Policy(
+        *splits, run["gpu_batch_size"], run["num_gpu_batches"], **{name: run[name] for name in OPTIONAL if name in run}
+    )
     workload = Workload.from_lengths(run["prompt_lens"], run["output_lens"])
     return price(shape, hardware.with_memory(run.get("gpu_memory"), run.get("cpu_memory")), workload, policy)
 
@@ -47,7 +50,9 @@ def compare(runs: Iterable[dict], hardware: Hardware) -> list[dict]:
     for run in runs:
         plan = plan_of(run, hardware)
         error = plan.predicted_tokens_per_second / run["tokens_per_second"] - 1
-        records.append({"measured": run["tokens_per_second"], "error": error, "gpu_memory": run.get("gpu_memory"), **summary(plan)})
+        records.append(
+            {"measured": run["tokens_per_second"], "error": error, "gpu_memory": run.get("gpu_memory"), **summary(plan)}
+        )
     return records
 
 
@@ -58,7 +63,8 @@ def table(records: list[dict]) -> list[str]:
         percent = " ".join(f"{x:.0f}" for x in r["percent"])
         memory = f"{r['gpu_memory'] / GIB:.0f}" if r["gpu_memory"] else "all"
         lines.append(
-            f"| {r['model']} | {r['weight_bits']} / {r['cache_bits']} | {percent} | {r['gpu_batch_size']}x{r['num_gpu_batches']} | {memory} "
+            f"| {r['model']} | {r['weight_bits']} / {r['cache_bits']} | {percent} | "
+            f"{r['gpu_batch_size']}x{r['num_gpu_batches']} | {memory} "
             f"| {r['measured']:.2f} | {r['predicted_tokens_per_second']:.2f} | {r['error']:+.1%} "
             f"| {r['bound_tokens_per_second']:.2f} | {r['limiting_resource']} |"
         )
@@ -74,7 +80,13 @@ def plot(records: list[dict], path: Path) -> None:
     ends = [0.8 * min(measured + predicted), 1.25 * max(measured + predicted)]
     axes.loglog(measured, predicted, "o")
     axes.plot(ends, ends, color="black")
-    axes.fill_between(ends, [x * (1 - MEDIAN_LIMIT) for x in ends], [x * (1 + MEDIAN_LIMIT) for x in ends], alpha=0.2, label=f"{MEDIAN_LIMIT:.0%}")
+    axes.fill_between(
+        ends,
+        [x * (1 - MEDIAN_LIMIT) for x in ends],
+        [x * (1 + MEDIAN_LIMIT) for x in ends],
+        alpha=0.2,
+        label=f"{MEDIAN_LIMIT:.0%}",
+    )
     axes.set_xlabel("measured tokens per second")
     axes.set_ylabel("predicted tokens per second")
     axes.legend()
@@ -83,9 +95,13 @@ def plot(records: list[dict], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmark.policy_error", description="Compare predicted with measured throughput.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmark.policy_error", description="Compare predicted with measured throughput."
+    )
     parser.add_argument("runs", type=Path, help="JSON lines, one run each")
-    parser.add_argument("--hardware", required=True, help="a shipped machine or a JSON file of python -m flexbatch.calibrate.profile")
+    parser.add_argument(
+        "--hardware", required=True, help="a shipped machine or a JSON file of python -m flexbatch.calibrate.profile"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results", help="folder of the results")
     options = parser.parse_args(arguments)
     with data_apart() as data:

@@ -15,7 +15,8 @@ NUM_NEIGHBOURS = 10
 
 
 def neighbours(policy: Policy) -> Iterator[tuple[str, Policy]]:
-    """Policies around ``policy`` as a person would try them, the most telling first; whether they fit is for the caller to say."""
+    """Policies around ``policy`` as a person would try them, the most telling first; whether they fit is for the
+    caller to say."""
     b, k, w, c = policy.gpu_batch_size, policy.num_gpu_batches, policy.weights, policy.cache
 
     def sizes(batch: float, count: int) -> tuple[str, Policy]:
@@ -34,37 +35,70 @@ def neighbours(policy: Policy) -> Iterator[tuple[str, Policy]]:
         yield attention(0.0)
         yield attention(1.0)
     moved = min(0.1, w.gpu)
-    yield f"weights on the GPU {w.gpu - moved:.0%}", dataclasses.replace(policy, weights=Split(w.gpu - moved, w.cpu + moved, w.disk))
+    yield (
+        f"weights on the GPU {w.gpu - moved:.0%}",
+        dataclasses.replace(policy, weights=Split(w.gpu - moved, w.cpu + moved, w.disk)),
+    )
     moved = min(0.05, w.cpu)
-    yield f"weights on the GPU {w.gpu + moved:.0%}", dataclasses.replace(policy, weights=Split(w.gpu + moved, w.cpu - moved, w.disk))
+    yield (
+        f"weights on the GPU {w.gpu + moved:.0%}",
+        dataclasses.replace(policy, weights=Split(w.gpu + moved, w.cpu - moved, w.disk)),
+    )
     yield sizes(b / 2, 2 * k)
     yield sizes(0.75 * b, k)
     if c.cpu:
         yield attention(policy.cpu_attention - 0.25)
         yield attention(policy.cpu_attention + 0.25)
     moved = min(0.1, c.cpu)
-    yield f"cache on the GPU {c.gpu + moved:.0%}", dataclasses.replace(policy, cache=Split(c.gpu + moved, c.cpu - moved, c.disk))
+    yield (
+        f"cache on the GPU {c.gpu + moved:.0%}",
+        dataclasses.replace(policy, cache=Split(c.gpu + moved, c.cpu - moved, c.disk)),
+    )
     moved = min(0.1, c.gpu)
-    yield f"cache on the GPU {c.gpu - moved:.0%}", dataclasses.replace(policy, cache=Split(c.gpu - moved, c.cpu + moved, c.disk))
+    yield (
+        f"cache on the GPU {c.gpu - moved:.0%}",
+        dataclasses.replace(policy, cache=Split(c.gpu - moved, c.cpu + moved, c.disk)),
+    )
     if c.disk:
-        yield "no cache on disk", dataclasses.replace(policy, cache=Split(c.gpu, 1 - c.gpu, 0.0), gpu_batch_size=max(1, int(b * (c.gpu + c.cpu))))
+        yield (
+            "no cache on disk",
+            dataclasses.replace(
+                policy, cache=Split(c.gpu, 1 - c.gpu, 0.0), gpu_batch_size=max(1, int(b * (c.gpu + c.cpu)))
+            ),
+        )
     budget = policy.prompt_tokens_per_micro_batch
     yield f"prompt budget {budget // 2}", dataclasses.replace(policy, prefill_budget=max(32, budget // 2))
     yield f"prompt budget {2 * budget}", dataclasses.replace(policy, prefill_budget=2 * budget)
-    yield f"prompt chunk {policy.prefill_chunk // 2}", dataclasses.replace(policy, prefill_chunk=max(16, policy.prefill_chunk // 2))
+    yield (
+        f"prompt chunk {policy.prefill_chunk // 2}",
+        dataclasses.replace(policy, prefill_chunk=max(16, policy.prefill_chunk // 2)),
+    )
     yield f"prompt budget {budget // 4}", dataclasses.replace(policy, prefill_budget=max(32, budget // 4))
     for factor in (0.9, 1.1, 0.6, 1.25):
         yield sizes(factor * b, k)
 
 
 def run_neighbourhood(setting: Setting, hardware: str, fixed: dict[str, Any]) -> dict[str, Any]:
-    """The chosen policy and NUM_NEIGHBOURS around it that fit, each by the same job; the chosen one again at the end."""
+    """The chosen policy and NUM_NEIGHBOURS around it that fit, each by the same job; the chosen one again at the
+    end."""
     tried: list[dict[str, Any]] = []
 
     def attempt(llm: ObservedLLM, name: str) -> None:
         record = measure(llm, setting)
-        tried.append({"name": name, **{key: record[key] for key in (*fixed_by(llm.policy), "tokens_per_second", "predicted_then", "seconds")}})
-        print(f"  {name}: {record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}", file=sys.stderr, flush=True)
+        tried.append(
+            {
+                "name": name,
+                **{
+                    key: record[key]
+                    for key in (*fixed_by(llm.policy), "tokens_per_second", "predicted_then", "seconds")
+                },
+            }
+        )
+        print(
+            f"  {name}: {record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     candidates: dict[Policy, str] = {}
     try:

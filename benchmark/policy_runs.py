@@ -1,10 +1,12 @@
-"""Runs the settings of `benchmark.policy_settings` on this machine and writes one JSON line each: what `benchmark.policy_error` compares.
+"""Runs the settings of `benchmark.policy_settings` on this machine and writes one JSON line each: what
+`benchmark.policy_error` compares.
 
     python -m benchmark.policy_runs runs.jsonl --hardware h200
     python -m benchmark.policy_runs neighbours.jsonl --hardware h200 --neighbours
 
-Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A child process runs them; after an error of
-the GPU, which no later setting would survive, another child goes on with the rest.
+Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
+child process runs them; after an error of the GPU, which no later setting would survive, another child goes on with
+the rest.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ GRACE_SECONDS = 30.0
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError after ``seconds``, in the main thread.
 
-    Compiled code that calls back into Python may make another error of it (a HiGHS call: TypeError) and a log handler swallows it, so that the end of the
-    block tells what happened, not the error that arrives there.
+    Compiled code that calls back into Python may make another error of it (a HiGHS call: TypeError) and a log
+    handler swallows it, so that the end of the block tells what happened, not the error that arrives there.
     """
     message = f"took longer than its limit of {seconds:.3g} s"
     expired = False
@@ -68,7 +70,9 @@ def run_setting(setting: Setting, hardware: str, fixed: dict[str, Any]) -> dict[
 
 def recorded(path: Path) -> list[str]:
     """Names in the file."""
-    return [json.loads(line)["name"] for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    return (
+        [json.loads(line)["name"] for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    )
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -83,7 +87,10 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
     import torch
 
     plans = json.loads(arguments.plans.read_text()) if arguments.plans else {}
-    plans = {name: {key: value for key, value in plan.items() if not key.startswith("predicted")} for name, plan in plans.items()}
+    plans = {
+        name: {key: value for key, value in plan.items() if not key.startswith("predicted")}
+        for name, plan in plans.items()
+    }
     table, run = (NEIGHBOURHOODS, run_neighbourhood) if arguments.neighbours else (SETTINGS, run_setting)
     for name in names:
         started = time.perf_counter()
@@ -95,8 +102,16 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
             fatal = "CUDA" in f"{type(error).__name__} {error}"
             record = {"error": f"{type(error).__name__}: {error}"[:2000]}
         append(arguments.runs, {"name": name, "total_seconds": time.perf_counter() - started, **record})
-        measured = f"{record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}" if "tokens_per_second" in record else "done"
-        print(f"{name}: {record.get('error', measured)} ({time.perf_counter() - started:.0f} s in all)", file=sys.stderr, flush=True)
+        measured = (
+            f"{record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}"
+            if "tokens_per_second" in record
+            else "done"
+        )
+        print(
+            f"{name}: {record.get('error', measured)} ({time.perf_counter() - started:.0f} s in all)",
+            file=sys.stderr,
+            flush=True,
+        )
         if fatal:
             return 1
         gc.collect()
@@ -123,7 +138,9 @@ def drive(names: list[str], arguments: argparse.Namespace) -> None:
             if hangs or time.monotonic() > deadline:
                 child.kill()
                 child.wait()
-                append(arguments.runs, {"name": current, "error": "hangs" if hangs else "the time for all settings was up"})
+                append(
+                    arguments.runs, {"name": current, "error": "hangs" if hangs else "the time for all settings was up"}
+                )
                 break
         if time.monotonic() > deadline:
             break
@@ -142,15 +159,35 @@ def write_plans(path: Path, settings: dict[str, Setting], hardware: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m benchmark.policy_runs", description=(__doc__ or "").partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m benchmark.policy_runs", description=(__doc__ or "").partition("\n\n")[0]
+    )
     parser.add_argument("runs", type=Path, help="JSON lines, appended to")
-    parser.add_argument("--hardware", default="auto", help="the machine's profile that policies are chosen by: auto, a shipped name or a JSON file")
-    parser.add_argument("--neighbours", action="store_true", help="compare the chosen policy with its neighbours in the shorter jobs")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings, also when the file has them already under an error")
+    parser.add_argument(
+        "--hardware",
+        default="auto",
+        help="the machine's profile that policies are chosen by: auto, a shipped name or a JSON file",
+    )
+    parser.add_argument(
+        "--neighbours", action="store_true", help="compare the chosen policy with its neighbours in the shorter jobs"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these settings, also when the file has them already under an error"
+    )
     parser.add_argument("--seconds", type=float, default=540.0, help="time for all of them (default: 540)")
     parser.add_argument("--limit", type=float, help="time for each, instead of the setting's own")
-    parser.add_argument("--plan", type=Path, metavar="JSON", help="run nothing: add what the optimizer chooses for each setting to this file")
-    parser.add_argument("--plans", type=Path, metavar="JSON", help="run what --plan has written; settings that it lacks are chosen for now")
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="JSON",
+        help="run nothing: add what the optimizer chooses for each setting to this file",
+    )
+    parser.add_argument(
+        "--plans",
+        type=Path,
+        metavar="JSON",
+        help="run what --plan has written; settings that it lacks are chosen for now",
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     table = NEIGHBOURHOODS if arguments.neighbours else SETTINGS

@@ -1,7 +1,9 @@
-"""The settings of `benchmark.policy_error`: model, memory budgets, bits and lengths of a job on the H200 machine (16 cores, 125 GiB host memory).
+"""The settings of `benchmark.policy_error`: model, memory budgets, bits and lengths of a job on the H200 machine (16
+cores, 125 GiB host memory).
 
-Budgets are capped so that every job offloads in its own way, and sized so that all of them together run in about eight minutes. What a setting
-does not fix, the optimizer chooses. Weights are random, prompts random and all different, the end of a sequence is ignored.
+Budgets are capped so that every job offloads in its own way, and sized so that all of them together run in about
+eight minutes. What a setting does not fix, the optimizer chooses. Weights are random, prompts random and all
+different, the end of a sequence is ignored.
 """
 
 from __future__ import annotations
@@ -28,15 +30,24 @@ class Setting:
     @property
     def llm_settings(self) -> dict[str, Any]:
         gpu, cpu = self.memory
-        return {"gpu_memory": f"{gpu}GiB", "cpu_memory": f"{cpu}GiB", "dummy_weights": True, "dtype": "bfloat16", **self.fixed}
+        return {
+            "gpu_memory": f"{gpu}GiB",
+            "cpu_memory": f"{cpu}GiB",
+            "dummy_weights": True,
+            "dtype": "bfloat16",
+            **self.fixed,
+        }
 
     def lengths(self) -> list[tuple[int, int]]:
         """(prompt tokens, generated tokens) of every request, the same ones every time."""
         generator = random.Random(f"{self.model} {self.num_prompts}")
-        return [(generator.randint(*self.prompt_len), generator.randint(*self.gen_len)) for _ in range(self.num_prompts)]
+        return [
+            (generator.randint(*self.prompt_len), generator.randint(*self.gen_len)) for _ in range(self.num_prompts)
+        ]
 
     def prompts(self, vocab_size: int, seed: object) -> list[list[int]]:
-        """Of these lengths; other tokens for another ``seed``, so that no run finds its prompts in the cache of the run before."""
+        """Of these lengths; other tokens for another ``seed``, so that no run finds its prompts in the cache of the
+        run before."""
         generator = random.Random(f"tokens {self.model} {seed}")
         return [generator.choices(range(10, vocab_size), k=length) for length, _ in self.lengths()]
 
@@ -52,14 +63,20 @@ def bits(weights: int, cache: int) -> dict[str, Any]:
 SETTINGS |= {
     "opt-1.3b on the GPU": Setting("opt-1.3b", (24, 8), 768, (128, 128), (64, 64), limit_seconds=40),
     "opt-1.3b": Setting("opt-1.3b", (3, 16), 240, (512, 512), (32, 32)),
-    "opt-1.3b no overlap": Setting("opt-1.3b", (4, 8), 96, (256, 256), (32, 32), {"overlap": False, "percent": (50, 50, 0, 100, 100, 0)}),
-    "opt-1.3b cache on disk": Setting("opt-1.3b", (5, 6), 64, (256, 256), (16, 16), {"percent": (100, 0, 0, 50, 100, 0)}),
+    "opt-1.3b no overlap": Setting(
+        "opt-1.3b", (4, 8), 96, (256, 256), (32, 32), {"overlap": False, "percent": (50, 50, 0, 100, 100, 0)}
+    ),
+    "opt-1.3b cache on disk": Setting(
+        "opt-1.3b", (5, 6), 64, (256, 256), (16, 16), {"percent": (100, 0, 0, 50, 100, 0)}
+    ),
     "opt-6.7b": Setting("opt-6.7b", (8, 24), 180, (512, 512), (16, 16)),
     "opt-6.7b short": Setting("opt-6.7b", (8, 16), 256, (32, 32), (48, 48)),
     "opt-6.7b 16/4 bit": Setting("opt-6.7b", (8, 20), 360, (512, 512), (16, 16), bits(16, 4)),
     "opt-6.7b 4/4 bit": Setting("opt-6.7b", (5, 16), 480, (256, 256), (32, 32), bits(4, 4), limit_seconds=90),
     "opt-6.7b 8/8 bit, ragged": Setting("opt-6.7b", (6, 24), 160, (32, 1024), (16, 48), bits(8, 8)),
-    "opt-6.7b weights on disk": Setting("opt-6.7b", (13, 8), 96, (128, 128), (16, 16), {"percent": (30, 50, 100, 0, 100, 0)}, limit_seconds=75),
+    "opt-6.7b weights on disk": Setting(
+        "opt-6.7b", (13, 8), 96, (128, 128), (16, 16), {"percent": (30, 50, 100, 0, 100, 0)}, limit_seconds=75
+    ),
     "llama-3-8b on the GPU, ragged": Setting("llama-3-8b", (48, 8), 512, (32, 1024), (16, 64)),
     "llama-3-8b, ragged": Setting("llama-3-8b", (12, 24), 320, (32, 1024), (16, 48), limit_seconds=75),
     "llama-3-8b 8/8 bit": Setting("llama-3-8b", (8, 16), 480, (256, 256), (32, 32), bits(8, 8)),

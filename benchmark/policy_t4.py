@@ -1,7 +1,9 @@
-"""FlexGen's published policies on its published machine: our prediction beside what FlexGen measured and beside the bound, and what we would choose.
+"""FlexGen's published policies on its published machine: our prediction beside what FlexGen measured and beside the
+bound, and what we would choose.
 
-``python -m benchmark.policy_t4`` writes ``benchmark/results/policy_t4.md`` and ``.json``. No GPU is used: everything here is predicted from
-``policy/profiles/t4.json``, whose ``source`` says which of its numbers FlexGen fitted, which are published and which are assumed.
+``python -m benchmark.policy_t4`` writes ``benchmark/results/policy_t4.md`` and ``.json``. No GPU is used: everything
+here is predicted from ``policy/profiles/t4.json``, whose ``source`` says which of its numbers FlexGen fitted, which
+are published and which are assumed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ JOB_BLOCKS = 4
 
 @dataclass(frozen=True)
 class Published:
-    """One row of FlexGen's table (batch_size_table.md) with the policy of its bench_suite.py; throughput in generated tokens a second."""
+    """One row of FlexGen's table (batch_size_table.md) with the policy of its bench_suite.py; throughput in
+    generated tokens a second."""
 
     model: str
     percent: tuple[float, ...]
@@ -69,18 +72,23 @@ def percent_text(policy: Policy) -> str:
 
 def published_table(hardware: Hardware) -> tuple[list[str], list[dict]]:
     lines = [
-        "| model | weight / cache bits | FlexGen's policy | FlexGen measured | predicted, same policy | its bound | machine's bound | limited by | memory |",
+        "| model | weight / cache bits | FlexGen's policy | FlexGen measured | predicted, same policy | its bound | "
+        "machine's bound | limited by | memory |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     records = []
     for row in PUBLISHED:
         plan = as_published(hardware, row)
-        limit = machine_bound(plan.shape, hardware, Workload.uniform(PROMPT, OUTPUT), Constraints(), row.weight_bits, row.cache_bits)
+        limit = machine_bound(
+            plan.shape, hardware, Workload.uniform(PROMPT, OUTPUT), Constraints(), row.weight_bits, row.cache_bits
+        )
         missing = ", ".join(f"{size / GIB:.1f} GiB short on {tier}" for tier, size in plan.missing.items()) or "fits"
         top = limit.tokens_per_second if limit else float("nan")
         lines.append(
-            f"| {row.model} | {row.weight_bits} / {row.cache_bits} | {percent_text(row.policy)}, {row.batch}x{row.count} | {row.tokens_per_second:.2f} "
-            f"| {plan.predicted_tokens_per_second:.2f} | {plan.bound_tokens_per_second:.2f} | {top:.2f} | {plan.limiting_resource} | {missing} |"
+            f"| {row.model} | {row.weight_bits} / {row.cache_bits} | {percent_text(row.policy)}, "
+            f"{row.batch}x{row.count} | {row.tokens_per_second:.2f} "
+            f"| {plan.predicted_tokens_per_second:.2f} | {plan.bound_tokens_per_second:.2f} | {top:.2f} | "
+            f"{plan.limiting_resource} | {missing} |"
         )
         record = {**summary(plan), "machine_bound_tokens_per_second": top}
         records.append({"published_tokens_per_second": row.tokens_per_second, "missing_bytes": plan.missing, **record})
@@ -89,14 +97,17 @@ def published_table(hardware: Hardware) -> tuple[list[str], list[dict]]:
 
 def choices_table(hardware: Hardware) -> tuple[list[str], list[dict], list[str]]:
     lines = [
-        f"| model | bits | our policy | a job of {JOB_BLOCKS} blocks, tok/s | without end, tok/s | its bound | machine's bound | limited by | search, s |",
+        f"| model | bits | our policy | a job of {JOB_BLOCKS} blocks, tok/s | without end, tok/s | its bound | "
+        "machine's bound | limited by | search, s |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     records, texts = [], []
     for model, (weight_bits, cache_bits) in CHOICES:
         constraints = Constraints(weight_bits=(weight_bits,), cache_bits=(cache_bits,))
         plan = choose(public_shape(model), hardware, Workload.uniform(PROMPT, OUTPUT), constraints)
-        job = price(plan.shape, hardware, Workload.uniform(PROMPT, OUTPUT, JOB_BLOCKS * plan.policy.block_size), plan.policy)
+        job = price(
+            plan.shape, hardware, Workload.uniform(PROMPT, OUTPUT, JOB_BLOCKS * plan.policy.block_size), plan.policy
+        )
         policy = plan.policy
         block = f"{policy.gpu_batch_size}x{policy.num_gpu_batches}, CPU attention {policy.cpu_attention:.0%}"
         lines.append(
@@ -148,7 +159,10 @@ def compare(data: TextIO) -> None:
     results = ROOT / "benchmark" / "results"
     results.mkdir(parents=True, exist_ok=True)
     (results / "policy_t4.md").write_text("\n".join(text))
-    (results / "policy_t4.json").write_text(json.dumps({"hardware": json.loads(hardware.to_json()), "published": published, "chosen": chosen}, indent=1) + "\n")
+    (results / "policy_t4.json").write_text(
+        json.dumps({"hardware": json.loads(hardware.to_json()), "published": published, "chosen": chosen}, indent=1)
+        + "\n"
+    )
     print("\n".join([*first, "", *second]), file=data)
 
 

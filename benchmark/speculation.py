@@ -1,10 +1,12 @@
-"""Speculation with the bundled demo pair on the CPU: the engine's own plain decoding and speculation by turns, in the same engine.
+"""Speculation with the bundled demo pair on the CPU: the engine's own plain decoding and speculation by turns, in the
+same engine.
 
     python -m benchmark.speculation --prompts humaneval.jsonl --output benchmark/results/speculation-cpu.json
 
-Every job runs plainly and then with trees (`compare_plain`), neither finding the other's prompts in the cache. The ratio is of the sums over all jobs, those in
-which costs and acceptance are still unknown included. A table is written next to the JSON file. Rows of other settings that the file holds are kept, so that a
-long table can be measured in parts.
+Every job runs plainly and then with trees (`compare_plain`), neither finding the other's prompts in the cache. The
+ratio is of the sums over all jobs, those in which costs and acceptance are still unknown included. A table is
+written next to the JSON file. Rows of other settings that the file holds are kept, so that a long table can be
+measured in parts.
 """
 
 from __future__ import annotations
@@ -36,13 +38,22 @@ def read_prompts(path: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in path.read_text().splitlines() if line.strip()]
 
 
-def measure(place: str, batch: int, tree: str, draft: list[str], prompts: list[str], gen_len: int, jobs: int, temperature: float) -> dict[str, Any]:
+def measure(
+    place: str, batch: int, tree: str, draft: list[str], prompts: list[str], gen_len: int, jobs: int, temperature: float
+) -> dict[str, Any]:
     """``jobs`` jobs of ``batch`` prompts each in one engine."""
     params = SamplingParams(max_tokens=gen_len, temperature=temperature, ignore_eos=True, seed=1)
     source = itertools.cycle(prompts)
     ratios, rates = [], []
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"percent": PLACES[place], "gpu_batch_size": batch, "num_gpu_batches": 1, "gpu_memory": "4GiB", "cpu_memory": "1GiB", "device": "cpu"}
+        settings = {
+            "percent": PLACES[place],
+            "gpu_batch_size": batch,
+            "num_gpu_batches": 1,
+            "gpu_memory": "4GiB",
+            "cpu_memory": "1GiB",
+            "device": "cpu",
+        }
         with LLM("demo", draft=tuple(draft), tree=tree, compare_plain=True, offload_dir=folder, **settings) as llm:
             work = [list(itertools.islice(source, batch)) for _ in range(jobs)]
             llm.prepare([prompt for job in work for prompt in job][: batch * jobs], params)
@@ -51,7 +62,9 @@ def measure(place: str, batch: int, tree: str, draft: list[str], prompts: list[s
                 before = llm.report()
                 llm.generate(job, params)
                 after = llm.report()
-                rates.append((after["generated_tokens"] - before["generated_tokens"]) / (after["seconds"] - before["seconds"]))
+                rates.append(
+                    (after["generated_tokens"] - before["generated_tokens"]) / (after["seconds"] - before["seconds"])
+                )
                 ratios.append(speculation_of(before["speculation"], after["speculation"], rates[-1])["speed_up"])
             report = llm.report()
     tokens = report["generated_tokens"] - start["generated_tokens"]
@@ -74,7 +87,18 @@ def measure(place: str, batch: int, tree: str, draft: list[str], prompts: list[s
 
 
 COLUMNS = (
-    *("weights", "batch", "tree", "jobs", "plain tok/s", "with trees tok/s", "ratio", "median of jobs (least to most)", "tokens a pass", "drafting"),
+    *(
+        "weights",
+        "batch",
+        "tree",
+        "jobs",
+        "plain tok/s",
+        "with trees tok/s",
+        "ratio",
+        "median of jobs (least to most)",
+        "tokens a pass",
+        "drafting",
+    ),
     "first child accepted at depth 1, 2, ...",
 )
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
@@ -83,12 +107,17 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 def row(result: dict[str, Any]) -> str:
     """One line of the table."""
     by_job = result["speed_up_by_job"]
-    speeds = f"{result['plain_tokens_per_second']:.4g} | {result['tokens_per_second']:.4g} | **{result['speed_up']:.2f}**"
+    speeds = (
+        f"{result['plain_tokens_per_second']:.4g} | {result['tokens_per_second']:.4g} | **{result['speed_up']:.2f}**"
+    )
     spread = f"{result['median_speed_up']:.2f} ({min(by_job):.2f} to {max(by_job):.2f})"
     shares = f"{result['tokens_per_sequence_pass']:.2f} | {result['draft_share_of_time']:.0%}"
     (group,) = result["acceptance"].values()
     accepted = " ".join(f"{depth[0]:.2f}" for depth in group["by_position"] if depth[0] is not None)
-    return f"| {result['weights']} | {result['batch']} | {result['tree']} | {result['jobs']} | {speeds} | {spread} | {shares} | {accepted} |"
+    return (
+        f"| {result['weights']} | {result['batch']} | {result['tree']} | {result['jobs']} | {speeds} | {spread} "
+        f"| {shares} | {accepted} |"
+    )
 
 
 def document(report: dict[str, Any]) -> str:
@@ -116,17 +145,29 @@ Made by
 def cpu_name() -> str:
     """As /proc/cpuinfo has it."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def write(output: Path, results: list[dict[str, Any]]) -> None:
     """JSON and table; earlier rows of other settings are kept."""
     kept = json.loads(output.read_text())["results"] if output.exists() else []
-    rows = {tuple(str(row[name]) for name in ("weights", "batch", "tree", "drafts", "temperature")): row for row in [*kept, *results]}
+    rows = {
+        tuple(str(row[name]) for name in ("weights", "batch", "tree", "drafts", "temperature")): row
+        for row in [*kept, *results]
+    }
     ratios = [row["speed_up"] for row in rows.values()]
     host = {**machine(), "date": f"{datetime.date.today()}", "cpu": cpu_name(), "cpus": os.cpu_count()}
-    report = {"machine": host, "lowest_ratio": min(ratios), "median_ratio": statistics.median(ratios), "results": list(rows.values())}
+    report = {
+        "machine": host,
+        "lowest_ratio": min(ratios),
+        "median_ratio": statistics.median(ratios),
+        "results": list(rows.values()),
+    }
     output.write_text(json.dumps(report, indent=1) + "\n")
     output.with_suffix(".md").write_text(document(report))
 
@@ -136,13 +177,20 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with a prompt each")
     parser.add_argument("--draft", nargs="+", default=["demo-draft"])
     parser.add_argument("--trees", nargs="+", default=["auto"])
-    parser.add_argument("--places", nargs="+", default=["gpu", "disk"], choices=list(PLACES), help="where the weights are")
+    parser.add_argument(
+        "--places", nargs="+", default=["gpu", "disk"], choices=list(PLACES), help="where the weights are"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--gen-len", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=4096, help="generated in every row, about")
     parser.add_argument("--jobs", type=int, default=8, help="of every row, at least")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; with several, whatever else runs on the machine stalls small operations")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of torch; with several, whatever else runs on the machine stalls small operations",
+    )
     parser.add_argument("--output", type=Path, help="JSON file; a table is written next to it")
     arguments = parser.parse_args()
     with data_apart() as data:
@@ -153,7 +201,9 @@ def main() -> int:
         print(HEADER, file=data)
         for place, batch, tree in itertools.product(arguments.places, arguments.batches, arguments.trees):
             jobs = max(arguments.jobs, arguments.tokens // (batch * arguments.gen_len))
-            result = measure(place, batch, tree, arguments.draft, prompts, arguments.gen_len, jobs, arguments.temperature)
+            result = measure(
+                place, batch, tree, arguments.draft, prompts, arguments.gen_len, jobs, arguments.temperature
+            )
             results.append({**result, "command": command})
             print(row(results[-1]), file=data, flush=True)
             if arguments.output:

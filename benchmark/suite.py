@@ -1,9 +1,10 @@
-"""Throughput of the engine on a GPU with capped memory: one scenario per line of the table, random weights, random distinct prompts.
+"""Throughput of the engine on a GPU with capped memory: one scenario per line of the table, random weights, random
+distinct prompts.
 
     python -m benchmark.suite --scenarios opt-30b-16-16 opt-30b-16-4 --output results.json
 
-Figures are generated tokens / (prefill + decode) seconds of a whole job, start-up and drain included; nothing is projected. Neighbouring scenarios of one
-model with the same settings share its weights, which are loaded once.
+Figures are generated tokens / (prefill + decode) seconds of a whole job, start-up and drain included; nothing is
+projected. Neighbouring scenarios of one model with the same settings share its weights, which are loaded once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Scenario:
-    """One run. ``gpu_gib``: all the GPU memory that the process may use; the rest is taken away by the allocator's fraction and a ballast."""
+    """One run. ``gpu_gib``: all the GPU memory that the process may use; the rest is taken away by the allocator's
+    fraction and a ballast."""
 
     model: str
     gpu_gib: float
@@ -48,13 +50,20 @@ def opt30(percent: tuple[float, ...], gpu_batch_size: int, num_gpu_batches: int,
 
 
 def resident(gpu_batch_size: int) -> dict[str, Any]:
-    return {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": gpu_batch_size, "num_gpu_batches": 1, "prefill_chunk": 512}
+    return {
+        "percent": (100, 0, 100, 0, 100, 0),
+        "gpu_batch_size": gpu_batch_size,
+        "num_gpu_batches": 1,
+        "prefill_chunk": 512,
+    }
 
 
 def speculation(batch: int, gen_len: int) -> Scenario:
-    """Speculation with simulated acceptance against plain decoding in the same run: random weights accept nothing. The draft works in earnest.
+    """Speculation with simulated acceptance against plain decoding in the same run: random weights accept nothing. The
+    draft works in earnest.
 
-    Short prompts, so that the cache of 256 sequences crosses the link in 16 bits; one placement for all batch sizes, so that they share the loaded weights.
+    Short prompts, so that the cache of 256 sequences crosses the link in 16 bits; one placement for all batch sizes,
+    so that they share the loaded weights.
     """
     settings = opt30((14, 86, 0, 100, 100, 0), 64, 4, cpu_attention=0.0, prefill_budget=2048)
     settings |= {"draft": ("opt-125m",), "simulate_acceptance": 0.8, "compare_plain": True}
@@ -65,8 +74,12 @@ def speculation(batch: int, gen_len: int) -> Scenario:
 SCENARIOS: dict[str, Scenario] = {
     "opt-30b-16-16": Scenario("opt-30b", 16, opt30((8, 92, 6, 94, 100, 0), 23, 4, cpu_attention=1.0), 276, goal=60),
     "opt-30b-16-4": Scenario("opt-30b", 16, opt30((8, 92, 5, 95, 100, 0), 60, 5, cache_bits=4), 900, goal=110),
-    "opt-30b-4-4": Scenario("opt-30b", 16, opt30((68, 32, 0, 100, 100, 0), 64, 7, cache_bits=4, weight_bits=4), 1344, goal=190),
-    "opt-30b-stream": Scenario("opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1, prefill_budget=6144), 36, note="weight streaming alone"),
+    "opt-30b-4-4": Scenario(
+        "opt-30b", 16, opt30((68, 32, 0, 100, 100, 0), 64, 7, cache_bits=4, weight_bits=4), 1344, goal=190
+    ),
+    "opt-30b-stream": Scenario(
+        "opt-30b", 40, opt30((0, 100, 100, 0, 100, 0), 12, 1, prefill_budget=6144), 36, note="weight streaming alone"
+    ),
     "opt-6.7b-gpu-4": Scenario("opt-6.7b", 16, resident(4), 12, goal=400),
     "opt-6.7b-gpu-best": Scenario("opt-6.7b", 16, resident(6), 24),
     "llama-3-8b-ragged": Scenario("llama-3-8b", 80, resident(512), 1000, (20, 400), 128),
@@ -92,7 +105,8 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def cap_gpu_memory(gib: float) -> Any:
-    """Hold the process to ``gib``: the allocator's fraction, and a ballast in the rest of the card. Returns the ballast."""
+    """Hold the process to ``gib``: the allocator's fraction, and a ballast in the rest of the card. Returns the
+    ballast."""
     import torch
 
     total = torch.cuda.get_device_properties(0).total_memory
@@ -105,7 +119,10 @@ def cap_gpu_memory(gib: float) -> Any:
 def prompts_of(scenario: Scenario, vocab_size: int, seed: int) -> list[list[int]]:
     generator = random.Random(seed)
     low, high = scenario.prompt_len
-    return [[generator.randrange(10, vocab_size) for _ in range(generator.randint(low, high))] for _ in range(scenario.num_prompts)]
+    return [
+        [generator.randrange(10, vocab_size) for _ in range(generator.randint(low, high))]
+        for _ in range(scenario.num_prompts)
+    ]
 
 
 class Loaded:
@@ -117,7 +134,8 @@ class Loaded:
         self.kind: tuple[Any, ...] = ()
 
     def engine(self, scenario: Scenario, settings: dict[str, Any], trace: bool) -> tuple[Any, bool]:
-        """An engine for the scenario, the loaded one when only prompts and lengths differ; and whether it was loaded now."""
+        """An engine for the scenario, the loaded one when only prompts and lengths differ; and whether it was loaded
+        now."""
         import torch
 
         from flexbatch import LLM
@@ -128,7 +146,12 @@ class Loaded:
             self.close()
             self.ballast = cap_gpu_memory(scenario.gpu_gib) if torch.cuda.is_available() else None
             gpu_memory = f"{scenario.gpu_gib - scenario.reserve_gib}GiB"
-            self.llm = LLM(scenario.model, dummy_weights=True, trace=trace, **{"gpu_memory": gpu_memory, "dtype": "bfloat16", **settings})
+            self.llm = LLM(
+                scenario.model,
+                dummy_weights=True,
+                trace=trace,
+                **{"gpu_memory": gpu_memory, "dtype": "bfloat16", **settings},
+            )
             self.kind = kind
         return self.llm, fresh
 
@@ -151,8 +174,8 @@ class Loaded:
 
 
 def warm_up(llm: Any, scenario: Scenario, prompts: list[list[int]]) -> None:
-    """Kernels compile, graphs are captured and the link wakes up: a small block whole, of a large one a few prompts and two tokens each. Speculation
-    first decodes plainly, and its first tree comes a pass later."""
+    """Kernels compile, graphs are captured and the link wakes up: a small block whole, of a large one a few prompts
+    and two tokens each. Speculation first decodes plainly, and its first tree comes a pass later."""
     from flexbatch import SamplingParams
 
     small = len(prompts) <= 32
@@ -184,10 +207,17 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
     assert generated == scenario.num_prompts * scenario.gen_len, (generated, scenario)
     if trace is not None:
         llm.tracer.write(trace)
-    speculation = speculation_of(before["speculation"], report["speculation"], generated / seconds) if "speculation" in report else {}
+    speculation = (
+        speculation_of(before["speculation"], report["speculation"], generated / seconds)
+        if "speculation" in report
+        else {}
+    )
     # The plain run of the same job moves bytes too.
     moving_seconds = seconds + speculation.get("plain_seconds", 0.0)
-    moved = {resource: report["moved_bytes"][resource] - before["moved_bytes"].get(resource, 0) for resource in report["moved_bytes"]}
+    moved = {
+        resource: report["moved_bytes"][resource] - before["moved_bytes"].get(resource, 0)
+        for resource in report["moved_bytes"]
+    }
     return {
         "scenario": name,
         **asdict(scenario),
@@ -210,7 +240,15 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
 
 def speculation_of(before: dict[str, Any], after: dict[str, Any], tokens_per_second: float) -> dict[str, Any]:
     """What one job added to the engine's figures on speculation; what was learned is that of all jobs."""
-    counted = ("passes", "drafted_tokens", "accepted_tokens", "emitted_tokens", "sequence_passes", "draft_seconds", "pass_seconds")
+    counted = (
+        "passes",
+        "drafted_tokens",
+        "accepted_tokens",
+        "emitted_tokens",
+        "sequence_passes",
+        "draft_seconds",
+        "pass_seconds",
+    )
     result = {name: after[name] - before[name] for name in counted}
     result |= {name: after[name] for name in ("drafts", "tree", "simulated_acceptance", "acceptance", "costs")}
     if "plain_seconds" in after:
@@ -225,9 +263,19 @@ def machine() -> dict[str, str]:
     import torch
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    info = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or "unknown", "processor": processor()}
+    info = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+        "processor": processor(),
+    }
     if torch.cuda.is_available():
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         info |= {"gpu": torch.cuda.get_device_name(0), "driver": driver.stdout.strip()}
     return info
 
@@ -242,18 +290,32 @@ def processor() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS), metavar="NAME", help=f"of {', '.join(SCENARIOS)}")
+    parser.add_argument(
+        "--scenarios",
+        nargs="+",
+        default=list(SCENARIOS),
+        choices=list(SCENARIOS),
+        metavar="NAME",
+        help=f"of {', '.join(SCENARIOS)}",
+    )
     parser.add_argument("--output", type=Path, help="JSON file; written after every scenario")
     parser.add_argument("--trace", type=Path, help="folder for Perfetto traces")
-    parser.add_argument("--num-prompts", type=int, help="prompts instead of the scenario's own number (for a quick look)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="engine settings instead of the scenario's")
+    parser.add_argument(
+        "--num-prompts", type=int, help="prompts instead of the scenario's own number (for a quick look)"
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=JSON", help="engine settings instead of the scenario's"
+    )
     parser.add_argument("--model", help="shape of public weights instead of the scenario's own (for a quick look)")
     arguments = parser.parse_args()
     with data_apart() as data:
-        # Chunks of different prompts differ in size; without it the allocator near the cap frees and asks the driver again, which stalls every stream.
+        # Chunks of different prompts differ in size; without it the allocator near the cap frees and asks the driver
+        # again, which stalls every stream.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         overrides = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
-        changes = {name: value for name, value in (("num_prompts", arguments.num_prompts), ("model", arguments.model)) if value}
+        changes = {
+            name: value for name, value in (("num_prompts", arguments.num_prompts), ("model", arguments.model)) if value
+        }
         results, loaded = [], Loaded()
         for name in arguments.scenarios:
             trace = arguments.trace / f"{name}.json" if arguments.trace else None

@@ -1,7 +1,9 @@
-"""Trains the bundled demo models (`flexbatch/data/demo`, `flexbatch/data/demo-draft`) on the standard library's own source.
+"""Trains the bundled demo models (`flexbatch/data/demo`, `flexbatch/data/demo-draft`) on the standard library's own
+source.
 
     python -m benchmark.train_demo --minutes 7 --compile          # as the bundled models were trained, on one H200
-    python -m benchmark.train_demo --minutes 1 --batch 4 --length 256 --held-out-tokens 20000 --out /tmp/models   # a quick look on a CPU
+    python -m benchmark.train_demo --minutes 1 --batch 4 --length 256 --held-out-tokens 20000 --out /tmp/models   # a
+    quick look on a CPU
 
 The target minimises the cross entropy of the corpus. The draft, a ninth of its size, mostly imitates the target's
 distribution (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", at temperature 1), because what counts
@@ -23,7 +25,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmark.demo_files import CONTEXT, VOCAB_SIZE, Corpus, Shape, check_folder, completions, load_corpus, save_model, write_card
+from benchmark.demo_files import (
+    CONTEXT,
+    VOCAB_SIZE,
+    Corpus,
+    Shape,
+    check_folder,
+    completions,
+    load_corpus,
+    save_model,
+    write_card,
+)
 
 TARGET = Shape(name="demo", hidden=256, layers=5, heads=8, kv_heads=2, head_dim=32, intermediate=512)
 DRAFT = Shape(name="demo-draft", hidden=80, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=144)
@@ -59,10 +71,14 @@ class Block(nn.Module):
         batch, tokens, _ = x.shape
         normed = self.input_layernorm(x)
         split = (batch, tokens, -1, self.shape.head_dim)
-        query, key, value = (self.self_attn[name](normed).view(split).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        query, key, value = (
+            self.self_attn[name](normed).view(split).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj")
+        )
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        x = x + functional.dropout(self.self_attn["o_proj"](attended.transpose(1, 2).reshape(batch, tokens, -1)), self.dropout, self.training)
+        x = x + functional.dropout(
+            self.self_attn["o_proj"](attended.transpose(1, 2).reshape(batch, tokens, -1)), self.dropout, self.training
+        )
         normed = self.post_attention_layernorm(x)
         gated = functional.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
         return x + functional.dropout(self.mlp["down_proj"](gated), self.dropout, self.training)
@@ -83,7 +99,9 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(VOCAB_SIZE, shape.hidden)
         self.layers = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=shape.norm_eps)
-        angles = torch.outer(torch.arange(CONTEXT), shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim))
+        angles = torch.outer(
+            torch.arange(CONTEXT), shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim)
+        )
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, weight in self.named_parameters():
@@ -128,7 +146,10 @@ class Trained:
 
     def describe(self, corpus: Corpus) -> str:
         passes = self.steps * self.recipe.batch * self.recipe.length / corpus.train.numel()
-        return f"{self.steps:,} steps of {self.recipe.batch} x {self.recipe.length} tokens ({passes:.0f} passes over the corpus)"
+        return (
+            f"{self.steps:,} steps of {self.recipe.batch} x {self.recipe.length} tokens ({passes:.0f} passes "
+            "over the corpus)"
+        )
 
 
 def cross_entropy(logits: Tensor, window: Tensor) -> Tensor:
@@ -143,7 +164,8 @@ def imitation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def half_precision(device: torch.device) -> torch.autocast:
-    """bf16 matrix products over fp32 weights on a GPU; fp32 on a CPU, where bf16 without AMX is emulated and ten times slower."""
+    """bf16 matrix products over fp32 weights on a GPU; fp32 on a CPU, where bf16 without AMX is emulated and ten
+    times slower."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -152,7 +174,9 @@ def held_out_nats(model: Llama, held_out: Tensor, length: int, batch: int = 8) -
     """Mean nats per token over consecutive windows of the held-out stream."""
     model.eval()
     rows = (held_out.numel() - 1) // length
-    index = torch.arange(rows, device=held_out.device)[:, None] * length + torch.arange(length + 1, device=held_out.device)
+    index = torch.arange(rows, device=held_out.device)[:, None] * length + torch.arange(
+        length + 1, device=held_out.device
+    )
     total = 0.0
     for part in index.split(batch):
         window = held_out[part]
@@ -163,12 +187,18 @@ def held_out_nats(model: Llama, held_out: Tensor, length: int, batch: int = 8) -
     return total / rows
 
 
-def train(model: Llama, loss_of: Callable[[Tensor], Tensor], corpus: Corpus, recipe: Recipe, keep: Callable[[Llama], None]) -> int:
-    """Trains in place for ``recipe.seconds``, calls ``keep`` at every new best, leaves the best weights in the model. Returns the number of steps."""
+def train(
+    model: Llama, loss_of: Callable[[Tensor], Tensor], corpus: Corpus, recipe: Recipe, keep: Callable[[Llama], None]
+) -> int:
+    """Trains in place for ``recipe.seconds``, calls ``keep`` at every new best, leaves the best weights in the
+    model. Returns the number of steps."""
     start, stream = time.monotonic(), corpus.train
     decayed = [p for p in model.parameters() if p.dim() == 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
         lr=recipe.peak_rate,
         betas=(0.9, 0.95),
         fused=True,
@@ -190,7 +220,11 @@ def train(model: Llama, loss_of: Callable[[Tensor], Tensor], corpus: Corpus, rec
         if done or step % recipe.evaluate_every == 0:
             nats = held_out_nats(model, corpus.held_out, recipe.length)
             seen = f"step {step}, {elapsed:.0f} s, {step * recipe.batch * recipe.length / 1e6:.0f} M tokens"
-            print(f"{model.shape.name}: {seen}, train loss {loss.item():.4f}, held-out {nats:.4f} nats/token", file=sys.stderr, flush=True)
+            print(
+                f"{model.shape.name}: {seen}, train loss {loss.item():.4f}, held-out {nats:.4f} nats/token",
+                file=sys.stderr,
+                flush=True,
+            )
             if nats < best:
                 best, best_weights = nats, copy.deepcopy(model.state_dict())
                 keep(model)
@@ -232,8 +266,23 @@ def train_pair(arguments: argparse.Namespace, corpus: Corpus, device: torch.devi
     target, draft = Llama(TARGET, arguments.dropout).to(device), Llama(DRAFT).to(device)
     trained = []
     for model, loss, recipe in (
-        (target, target_loss, Recipe(33 * arguments.minutes, arguments.batch, arguments.length, 4e-3, 0.1, arguments.evaluate_every)),
-        (draft, draft_loss, Recipe(27 * arguments.minutes, max(1, arguments.batch // 2), arguments.length, 6e-3, 0.1, arguments.evaluate_every)),
+        (
+            target,
+            target_loss,
+            Recipe(33 * arguments.minutes, arguments.batch, arguments.length, 4e-3, 0.1, arguments.evaluate_every),
+        ),
+        (
+            draft,
+            draft_loss,
+            Recipe(
+                27 * arguments.minutes,
+                max(1, arguments.batch // 2),
+                arguments.length,
+                6e-3,
+                0.1,
+                arguments.evaluate_every,
+            ),
+        ),
     ):
         steps = train(model, torch.compile(loss) if arguments.compile else loss, corpus, recipe, keep)
         trained.append(Trained(model, recipe, steps))
@@ -248,7 +297,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"corpus: {corpus.describe()}", file=sys.stderr, flush=True)
     pair = train_pair(arguments, corpus, device)
     equal, overlap = agreement(pair[0].model, pair[1].model, corpus.held_out, arguments.length)
-    command = f"python -m benchmark.train_demo --minutes {arguments.minutes:g} --batch {arguments.batch} --length {arguments.length}"
+    command = (
+        f"python -m benchmark.train_demo --minutes {arguments.minutes:g} --batch {arguments.batch} --length "
+        f"{arguments.length}"
+    )
     command += f" --dropout {arguments.dropout:g} --seed {arguments.seed}" + (" --compile" if arguments.compile else "")
     for trained in pair:
         model, folder = trained.model, arguments.out / trained.model.shape.name
@@ -259,7 +311,8 @@ def run(arguments: argparse.Namespace) -> None:
             "training": trained.describe(corpus),
             "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}",
             "command": command,
-            "draft": f"{100 * equal:.1f} % same most likely token, {100 * overlap:.1f} % overlap of the distributions (sum of min(p, q))",
+            "draft": f"{100 * equal:.1f} % same most likely token, {100 * overlap:.1f} % overlap of the "
+            "distributions (sum of min(p, q))",
         }
         write_card(folder, model.shape, corpus, nats, facts, completions(folder))
         print(f"{folder}: held-out {nats * corpus.tokens_per_byte:.4f} nats/byte, {facts['draft']}", file=sys.stderr)
@@ -271,13 +324,27 @@ def use_weights(model: Llama, weights: dict[str, Tensor]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=None, help="folder of .py files (default: this interpreter's standard library)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "flexbatch" / "data", help="parent of the model folders demo and demo-draft")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, default=None, help="folder of .py files (default: this interpreter's standard library)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parents[1] / "flexbatch" / "data",
+        help="parent of the model folders demo and demo-draft",
+    )
     parser.add_argument("--minutes", type=float, default=7.0, help="training time of target and draft together")
     parser.add_argument("--batch", type=int, default=32, help="windows in a step")
     parser.add_argument("--length", type=int, default=CONTEXT, help="tokens in a window")
-    parser.add_argument("--held-out-tokens", type=int, default=None, help="evaluate on the first of the held-out tokens only (quick looks on a CPU)")
+    parser.add_argument(
+        "--held-out-tokens",
+        type=int,
+        default=None,
+        help="evaluate on the first of the held-out tokens only (quick looks on a CPU)",
+    )
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps between held-out evaluations")
     parser.add_argument("--dropout", type=float, default=0.1, help="residual dropout of the target")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "Completion", "SamplingParams"]
 __version__ = "0.1.0"
 
-# Here and not in the commands, because it has to precede the import of torch, for those who import this package from Python as well.
+# Here and not in the commands, because it has to precede the import of torch, for those who import this package from
+# Python as well.
 threads.be_a_good_neighbour(os.environ)
 
 

@@ -20,11 +20,21 @@ USAGE_ERROR = 2
 
 def usage() -> str:
     lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: flexbatch COMMAND [ARGUMENTS]", "", "commands:", *lines, "", "flexbatch COMMAND --help tells the arguments of one."])
+    return "\n".join(
+        [
+            "usage: flexbatch COMMAND [ARGUMENTS]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "flexbatch COMMAND --help tells the arguments of one.",
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the subcommand; returns its exit code, 2 for an unknown one. Without `arguments` it is the main function of the process.
+    """Runs the subcommand; returns its exit code, 2 for an unknown one. Without `arguments` it is the main function of
+    the process.
 
     Only the subcommand's module is imported, because importing torch takes seconds that ``--help`` must not.
     """

@@ -9,7 +9,18 @@ from typing import Any
 
 from flexbatch.validation.errors import ConfigurationError
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 def parse_bytes(text: int | str) -> int:
@@ -31,42 +42,58 @@ def option(default: Any, text: str, **extra: Any) -> Any:
 class EngineConfig:
     """Every keyword of `LLM`; each is also a flag of the commands (``gpu_batch_size`` -> ``--gpu-batch-size``)."""
 
-    model: str = option("demo", '"demo" (bundled), a local folder, a Hub id, or with --dummy-weights the name of a public shape')
+    model: str = option(
+        "demo", '"demo" (bundled), a local folder, a Hub id, or with --dummy-weights the name of a public shape'
+    )
     percent: tuple[float, ...] | None = option(
         None,
-        "weights on GPU, on CPU; cache on GPU, on CPU; activations on GPU, on CPU, in per cent; the rest on disk (default: chosen)",
+        "weights on GPU, on CPU; cache on GPU, on CPU; activations on GPU, on CPU, in per cent; the rest on disk "
+        "(default: chosen)",
         nargs=6,
         metavar=("WG", "WC", "CG", "CC", "AG", "AC"),
     )
     gpu_batch_size: int | None = option(None, "sequences in one micro-batch (default: chosen)")
     num_gpu_batches: int | None = option(None, "micro-batches in one block (default: chosen)")
-    cpu_attention: float | None = option(None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)")
-    prefill_chunk: int | None = option(None, "prompt tokens that one sequence brings to one pass at most (default: chosen)")
-    prefill_budget: int | None = option(None, "prompt tokens that one micro-batch brings to one pass at most (default: chosen)")
+    cpu_attention: float | None = option(
+        None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)"
+    )
+    prefill_chunk: int | None = option(
+        None, "prompt tokens that one sequence brings to one pass at most (default: chosen)"
+    )
+    prefill_budget: int | None = option(
+        None, "prompt tokens that one micro-batch brings to one pass at most (default: chosen)"
+    )
     gpu_memory: str | int | None = option(None, 'GPU memory budget, e.g. "16GiB" (default: what is free)')
     cpu_memory: str | int | None = option(None, 'host memory budget, e.g. "64GiB" (default: what is free)')
     offload_dir: str | None = option(None, "folder of the disk tier (default: a folder in the user's cache directory)")
     weight_bits: int = option(16, "bits of the weights on their tiers", choices=(16, 8, 4))
     cache_bits: int = option(16, "bits of the KV cache", choices=(16, 8, 4))
     allow_bits: tuple[int, ...] | None = option(
-        None, "bits that may be chosen for weights and cache where --weight-bits and --cache-bits are 16, e.g. 16 8 4 (default: none but those)", nargs="+"
+        None,
+        "bits that may be chosen for weights and cache where --weight-bits and --cache-bits are 16, e.g. 16 8 4 "
+        "(default: none but those)",
+        nargs="+",
     )
     overlap: bool = option(True, "overlap transfers with compute; false does one after the other, tick by tick")
     device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
     hardware: str = option(
-        "auto", "machine that the policy is chosen for: auto (measured at first use, then cached), t4, h200, cpu, or a JSON file of flexbatch.calibrate.profile"
+        "auto",
+        "machine that the policy is chosen for: auto (measured at first use, then cached), t4, h200, cpu, or a JSON "
+        "file of flexbatch.calibrate.profile",
     )
     recalibrate: bool = option(False, "refine the machine's profile by what the run measures")
     draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")
     tree: str | None = option(None, "token tree: chain:N, widths <1,1,3,1,1>, best-first:N, auto (default: chosen)")
     draft_sampling: str = option(
         "matched",
-        "noise of drafted tokens when sampling: matched (the target's own: tokens of plain decoding), independent or without-replacement (its distribution)",
+        "noise of drafted tokens when sampling: matched (the target's own: tokens of plain decoding), independent "
+        "or without-replacement (its distribution)",
         choices=("matched", "independent", "without-replacement"),
     )
     simulate_acceptance: float | None = option(
-        None, "for timing only: accept each drafted token with this probability, whatever the model says; the text is meaningless"
+        None,
+        "for timing only: accept each drafted token with this probability, whatever the model says; the text is meaningless",
     )
     compare_plain: bool = option(False, "run every job without speculation first, and report the speed-up")
     generation_config: str = option(
@@ -88,10 +115,16 @@ class EngineConfig:
             object.__setattr__(self, name, value)
         if self.percent is not None:
             if len(self.percent) != 6:
-                refuse(f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}")
-            for kind, gpu, cpu in zip(("weights", "cache", "activations"), self.percent[0::2], self.percent[1::2], strict=True):
+                refuse(
+                    f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}"
+                )
+            for kind, gpu, cpu in zip(
+                ("weights", "cache", "activations"), self.percent[0::2], self.percent[1::2], strict=True
+            ):
                 if gpu < 0 or cpu < 0 or gpu + cpu > 100:
-                    refuse(f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 (the rest is on disk), not {gpu + cpu:g}")
+                    refuse(
+                        f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 (the rest is on disk), not {gpu + cpu:g}"
+                    )
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -15,8 +15,9 @@ import torch
 
 from flexbatch.config import EngineConfig
 from flexbatch.execution.batcher import Batcher, Candidate, Retired
+from flexbatch.execution.block_sizes import logits_chunk_bytes
 from flexbatch.execution.diagnosis import explained
-from flexbatch.execution.runner import Block, make_block
+from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.execution.sampler import draw
 from flexbatch.execution.turns import Turns
 from flexbatch.intake import Defaults, Gathering, Intake, Item, Params, candidates_of, requests_of
@@ -52,8 +53,9 @@ LOGGED_FAILURES = 3
 class LLM:
     """A model whose weights, KV cache and activations are spread over GPU, CPU and disk.
 
-    Keywords are the fields of `EngineConfig`; what is None is chosen. Use as a context manager, or call `close`: it frees pinned memory, threads, files.
-    Raises ConfigurationError for wrong settings, DoesNotFitError when the budgets are short (before anything is loaded), CheckpointError for a bad model.
+    Keywords are the fields of `EngineConfig`; what is None is chosen. Use as a context manager, or call `close`: it
+    frees pinned memory, threads, files. Raises ConfigurationError for wrong settings, DoesNotFitError when the
+    budgets are short (before anything is loaded), CheckpointError for a bad model.
     """
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
@@ -74,10 +76,11 @@ class LLM:
 
     @classmethod
     def plan(cls, config: EngineConfig, job: Job) -> dict[str, Any]:
-        """What `from_config` and running the job would put where, without loading anything: the first part of `report`, and the `Plan` as "plan".
+        """What `from_config` and running the job would put where, without loading anything: the first part of `report`,
+        and the `Plan` as "plan".
 
-        With a named machine (--hardware) and the default device, it is planned for that machine and its memory; nothing is measured.
-        Raises DoesNotFitError when the job does not fit the budgets.
+        With a named machine (--hardware) and the default device, it is planned for that machine and its memory;
+        nothing is measured. Raises DoesNotFitError when the job does not fit the budgets.
         """
         return EnginePlan(config, job, dry=True).describe_plan(job)
 
@@ -88,12 +91,18 @@ class LLM:
         self.statistics = Statistics()
         self.baseline_statistics = Statistics()
         """Of the runs without speculation that --compare-plain asks for."""
-        self.block: Block | None = None
+        self.runner: Runner | None = None
         self.prediction: dict[str, Any] = {}
         """Predicted against measured, of the last run that had a plan."""
         self.replans: list[str] = []
         device = engine_plan.device
-        self.tracer: Tracer = RecordingTracer(device) if trace else monitor.UsageTracer(device) if engine_plan.plan is not None else Tracer()
+        self.tracer: Tracer = (
+            RecordingTracer(device)
+            if trace
+            else monitor.UsageTracer(device)
+            if engine_plan.plan is not None
+            else Tracer()
+        )
         self._turns = Turns()
         self._stack = contextlib.ExitStack()
         try:
@@ -104,7 +113,10 @@ class LLM:
             traceback.clear_frames(error.__traceback__)
             raise
         if self.config.simulate_acceptance is not None:
-            logger.warning("SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing", self.config.simulate_acceptance)
+            logger.warning(
+                "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",
+                self.config.simulate_acceptance,
+            )
 
     @property
     def policy(self) -> Policy:
@@ -160,17 +172,17 @@ class LLM:
         on_prompt: Callable[[int, Completion], None] | None = None,
         first_index: int = 0,
     ) -> list[Completion]:
-        """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each. Results in the order of the prompts.
+        """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each.
+        Results in the order of the prompts.
 
         Without SamplingParams those of `get_default_sampling_params` hold; with them, nothing of the model's
-        generation_config.json but its EOS tokens.
-        ``on_finished`` is called with every completion as it ends, in any order; ``on_prompt`` with every prompt's
-        index and its completion, all samples in it, when the last of them ends. ``first_index`` is the index of the
-        first prompt, so that the rest of a job draws the tokens that it would have drawn.
-        Raises PromptError for the first prompt that cannot be run, before anything is generated; EngineBusyError while a
-        stream is open, or in a callback of this engine. It waits for a call in another thread. A prompt that fails on
-        the way, as the model's logits are no finite numbers or every token is barred, has a completion with
-        ``finish_reason`` "error" and the rest goes on.
+        generation_config.json but its EOS tokens. ``on_finished`` is called with every completion as it ends, in any
+        order; ``on_prompt`` with every prompt's index and its completion, all samples in it, when the last of them
+        ends. ``first_index`` is the index of the first prompt, so that the rest of a job draws the tokens that it
+        would have drawn. Raises PromptError for the first prompt that cannot be run, before anything is generated;
+        EngineBusyError while a stream is open, or in a callback of this engine. It waits for a call in another
+        thread. A prompt that fails on the way, as the model's logits are no finite numbers or every token is barred,
+        has a completion with ``finish_reason`` "error" and the rest goes on.
         """
         with self._turns.whole("generate"):
             return self._generate(prompts, sampling_params, on_finished, on_prompt, first_index)
@@ -204,18 +216,22 @@ class LLM:
         return [results[index] for index in sorted(results)]
 
     def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> None:
-        """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start: outside of a measurement, say."""
+        """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start:
+        outside of a measurement, say."""
         with self._turns.whole("prepare"):
             self._prepare(self._job(requests_of(prompts, sampling_params, self.engine_plan.encoder, self._defaults)))
 
-    def stream(self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None) -> Iterator[tuple[Hashable, Completion]]:
-        """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any order.
+    def stream(
+        self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None
+    ) -> Iterator[tuple[Hashable, Completion]]:
+        """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any
+        order.
 
-        Items are pulled whenever the block has room, so it never drains between them. An item that cannot be run yields a completion with
-        ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is called after every pass with text of the item's first sample
-        that will not change any more.
-        The engine belongs to the stream from its first item until its end, or its close(): other calls raise
-        EngineBusyError. If the engine is closed before, the stream raises EngineClosedError.
+        Items are pulled whenever the block has room, so it never drains between them. An item that cannot be run
+        yields a completion with ``finish_reason`` "error" and the rest goes on. ``on_tokens(key, new_text)`` is
+        called after every pass with text of the item's first sample that will not change any more. The engine
+        belongs to the stream from its first item until its end, or its close(): other calls raise EngineBusyError.
+        If the engine is closed before, the stream raises EngineClosedError.
         """
         self._turns.check_open("stream")
         return self._turns.stream(self._stream(items, on_tokens))
@@ -235,7 +251,8 @@ class LLM:
         yield from intake.take_failed()
 
     def _run_baseline(self, requests: Sequence[Request], job: Job) -> None:
-        """The same job without speculation, for the report alone. Neither run finds prompts in the cache that an earlier one has read."""
+        """The same job without speculation, for the report alone. Neither run finds prompts in the cache that an
+        earlier one has read."""
         statistics, self.statistics = self.statistics, self.baseline_statistics
         try:
             self._prepare(job).cache.forget_prefixes()
@@ -251,54 +268,82 @@ class LLM:
         pairs = ((len(request.prompt_token_ids), request.params) for request in requests)
         return Job.of(((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs), context)
 
-    def _prepare(self, job: Job) -> Block:
+    def _prepare(self, job: Job) -> Runner:
         """A block whose sizes suit the job."""
         engine_plan = self.engine_plan
         engine_plan.suit(job)
         sizes = engine_plan.sizes(job)
         if engine_plan.speculation is not None and self.speculator is not None:
             check_budgets(engine_plan.needs(sizes), engine_plan.budgets)
-            engine_plan.speculation.open_block(self.speculator, sizes.sequence_tokens)
-        if self.block is not None and self.block.suits(self.policy, sizes) and self._reach(sizes.longest):
-            return self.block
-        self._close_block()
+            engine_plan.speculation.open_runner(self.speculator, sizes.sequence_tokens)
+        if self.runner is not None and self.runner.holds(self.policy, sizes) and self._reach(sizes.longest):
+            return self.runner
+        self._close_runner()
         check_budgets(engine_plan.needs(sizes), engine_plan.budgets)
-        self.block = make_block(engine_plan, sizes, self.weights, self.tiers, self.queues)
-        return self.block
+        self.runner = open_runner(
+            self.arch,
+            self.weights,
+            engine_plan.layout,
+            self.policy,
+            sizes,
+            self.tiers,
+            self.queues,
+            logits_chunk_bytes(self.arch, self.policy, sizes.max_query_nodes),
+            engine_plan.num_graphs(sizes),
+        )
+        return self.runner
 
     def _reach(self, longest: int) -> bool:
-        """Whether the block takes sequences of so many tokens: where its pages do and its tables do not, these grow, as far as the budgets go."""
-        assert self.block is not None
-        if longest <= self.block.sizes.longest:
+        """Whether the block takes sequences of so many tokens: where its pages do and its tables do not, these grow,
+        as far as the budgets go."""
+        assert self.runner is not None
+        if longest <= self.runner.sizes.longest:
             return True
-        sizes = replace(self.block.sizes, longest=longest)
+        sizes = replace(self.runner.sizes, longest=longest)
         if overshoot(self.engine_plan.needs(sizes), self.engine_plan.budgets):
             return False
-        self.block.reach(sizes)
+        self.runner.reach(sizes)
         return True
 
     @torch.inference_mode()
     def _run(
-        self, requests: Iterable[Request], job: Job, on_tokens: Callable[[int, str], None] | None = None, speculate: bool = True
+        self,
+        requests: Iterable[Request],
+        job: Job,
+        on_tokens: Callable[[int, str], None] | None = None,
+        speculate: bool = True,
     ) -> Generator[Retired, None, None]:
-        """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has outgrown it."""
+        """All requests, in one block; in a larger one from where a request is longer than ``job`` said and has
+        outgrown it."""
         candidates = candidates_of(requests, self.tokenizer, self.arch, self.config.seed)
         proposer = self.speculator if speculate else None
-        block = self._prepare(job)
+        runner = self._prepare(job)
         while True:
-            batcher = Batcher(self.policy, block.cache, candidates, block.sizes.max_micro_batch_tokens, proposer, self._refusal, self._reach)
-            yield from self._run_block(block, batcher, proposer, on_tokens)
+            batcher = Batcher(
+                self.policy,
+                runner.cache,
+                candidates,
+                runner.sizes.max_micro_batch_tokens,
+                proposer,
+                self._refusal,
+                self._reach,
+            )
+            yield from self._run_block(runner, batcher, proposer, on_tokens)
             if not batcher.outgrown:
                 return
             job, candidates = look_ahead(batcher.remaining(), PEEKED_BLOCKS * self.policy.block_size)
-            block = prepared(self._prepare, holdable(job, self.engine_plan.exceeded))
+            runner = prepared(self._prepare, holdable(job, self.engine_plan.exceeded))
             logger.info("made a larger block: a request was longer than those that the stream began with")
 
     def _refusal(self, candidate: Candidate) -> str:
         return refusal(candidate, self.engine_plan.exceeded, self.engine_plan.budgets)
 
     def _run_block(
-        self, block: Block, batcher: Batcher, proposer: Speculator | None, on_tokens: Callable[[int, str], None] | None
+        self,
+        runner: Runner,
+        batcher: Batcher,
+        proposer: Speculator | None,
+        on_tokens: Callable[[int, str], None] | None,
     ) -> Iterator[Retired]:
         """The loop of the engine: compose a pass, run it, commit what it drew."""
         meter, generated = self._meter(), self.statistics.generated_tokens
@@ -308,22 +353,26 @@ class LLM:
                 begun = time.perf_counter()
                 self.tracer.begin_pass()
                 work = batcher.next_pass()
-                logits = block.executor.run(work)
+                logits = runner.executor.run(work)
                 load = None if meter is None else meter.load(work)
                 batcher.commit(work, draw(logits, proposer))
                 self.statistics.passes += 1
-                if meter is not None and load is not None and (change := meter.record(load, time.perf_counter() - begun)) is not None:
-                    self._adjust(batcher, block, change)
+                if (
+                    meter is not None
+                    and load is not None
+                    and (change := meter.record(load, time.perf_counter() - begun)) is not None
+                ):
+                    self._adjust(batcher, runner, change)
                 self.statistics.prefilled_tokens += work.num_prompt_tokens
                 if on_tokens is not None:
                     report_text(batcher, on_tokens)
-                yield from self._taken(batcher, block)
-            yield from self._taken(batcher, block)
+                yield from self._taken(batcher, runner)
+            yield from self._taken(batcher, runner)
         except GeneratorExit:
             raise
         except BaseException as error:
             # What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it.
-            self._close_block()
+            self._close_runner()
             if proposer is not None:
                 proposer.forget()
             if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -340,24 +389,30 @@ class LLM:
                 self.prediction = meter.report((self.statistics.generated_tokens - generated) / seconds)
                 if self.engine_plan.profile_path is not None and meter.passes:
                     self.engine_plan.recalibrate(meter.recalibrated(self.engine_plan.hardware))
-                    logger.info("recalibrated the machine's profile by %d passes -> %s", meter.passes, self.engine_plan.profile_path)
+                    logger.info(
+                        "recalibrated the machine's profile by %d passes -> %s",
+                        meter.passes,
+                        self.engine_plan.profile_path,
+                    )
 
     def _meter(self) -> monitor.PassMeter | None:
-        """Compares the passes of a run with its plan; None where nothing was planned, or drafts change what a pass is."""
+        """Compares the passes of a run with its plan; None where nothing was planned, or drafts change what a pass
+        is."""
         if self.engine_plan.plan is None or self.speculator is not None:
             return None
         return monitor.PassMeter(self.engine_plan.plan, monitor.BusySeconds(self.tracer))
 
-    def _adjust(self, batcher: Batcher, block: Block, change: Replan) -> None:
-        """Settings that may change between passes. Without buffers for CPU attention there is none, whatever the re-plan says."""
-        share = change.cpu_attention if block.sizes.max_cpu_attention_tokens else 0.0
+    def _adjust(self, batcher: Batcher, runner: Runner, change: Replan) -> None:
+        """Settings that may change between passes. Without buffers for CPU attention there is none, whatever the
+        re-plan says."""
+        share = change.cpu_attention if runner.sizes.max_cpu_attention_tokens else 0.0
         batcher.adjust(change.admission_limit, change.prefill_budget, share)
         logger.info("re-planned: %s", change.reason)
         self.replans.append(change.reason)
 
-    def _taken(self, batcher: Batcher, block: Block) -> Iterator[Retired]:
+    def _taken(self, batcher: Batcher, runner: Runner) -> Iterator[Retired]:
         """What has ended since the last time, counted; failures say in the log, too, why."""
-        for retired in explained(batcher.take_retired(), batcher, block.executor):
+        for retired in explained(batcher.take_retired(), batcher, runner.executor):
             self.statistics.count(retired)
             if retired.error and not retired.refused:
                 self._num_failed += 1
@@ -373,15 +428,15 @@ class LLM:
     def report(self) -> dict[str, Any]:
         """Plan, realised placement, throughput and bytes per resource of what was run so far."""
         self._turns.check_open("report")
-        engine_plan, block, tiers, speculator = self.engine_plan, self.block, self.tiers, self.speculator
+        engine_plan, runner, tiers, speculator = self.engine_plan, self.runner, self.tiers, self.speculator
         report = {
             **engine_plan.describe(),
             "realized_percent": {
                 "weights": engine_plan.weight_plan.realized_percent,
-                "cache": block.cache.realized_percent if block else {},
-                "activations": block.activations.realized_percent if block else {},
+                "cache": runner.cache.realized_percent if runner else {},
+                "activations": runner.activations.realized_percent if runner else {},
             },
-            "memory": [asdict(need) for need in engine_plan.needs(block.sizes)] if block else [],
+            "memory": [asdict(need) for need in engine_plan.needs(runner.sizes)] if runner else [],
             "peak_bytes": {
                 "gpu": tiers.gpu.peak_bytes + (speculator.peak_bytes if speculator is not None else 0),
                 "cpu": tiers.cpu.peak_bytes,
@@ -396,13 +451,16 @@ class LLM:
         if self.prediction:
             report["prediction"] = {**self.prediction, "replans": list(self.replans)}
         if speculator is not None:
-            report["speculation"] = {**speculator.report(), **against_baseline(self.statistics, self.baseline_statistics)}
+            report["speculation"] = {
+                **speculator.report(),
+                **against_baseline(self.statistics, self.baseline_statistics),
+            }
         return report
 
-    def _close_block(self) -> None:
-        block, self.block = self.block, None
-        if block is not None:
-            block.close()
+    def _close_runner(self) -> None:
+        runner, self.runner = self.runner, None
+        if runner is not None:
+            runner.close()
 
     def close(self) -> None:
         """Free pinned memory, threads and files; a stream that is open ends. Closing again does nothing.
@@ -413,7 +471,7 @@ class LLM:
             return
         with self._turns.closing() as stream, self._stack as stack:
             # Whatever of it fails, the rest is closed all the same.
-            stack.callback(self._close_block)
+            stack.callback(self._close_runner)
             if stream is not None:
                 stack.callback(stream.close)
 

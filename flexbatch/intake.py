@@ -1,4 +1,5 @@
-"""What a job is given, as requests: prompts encoded, each with its parameters and its samples; and their completions put back together."""
+"""What a job is given, as requests: prompts encoded, each with its parameters and its samples; and their completions
+put back together."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ Params = SamplingParams | Sequence[SamplingParams | None] | None
 
 
 def requests_of(
-    prompts: Prompt | Sequence[Prompt], sampling_params: Params, encoder: PromptEncoder, defaults: Defaults, first_index: int = 0
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: Params,
+    encoder: PromptEncoder,
+    defaults: Defaults,
+    first_index: int = 0,
 ) -> list[Request]:
     """One request for every sample of every prompt, in the order of the prompts, which are counted from
     ``first_index``. One SamplingParams is for all.
@@ -47,8 +52,14 @@ def requests_of(
             defaults.instead_of(entry, f"sampling_params[{place}]") for place, entry in enumerate(sampling_params)
         ]
         if len(params) != len(prompts):
-            raise ConfigurationError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each")
-    return [request for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), first_index) for request in samples_of(i, prompt, p, encoder)]
+            raise ConfigurationError(
+                f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each"
+            )
+    return [
+        request
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), first_index)
+        for request in samples_of(i, prompt, p, encoder)
+    ]
 
 
 def not_params(value: Any) -> str:

@@ -15,13 +15,17 @@ class Job:
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
-        """Of requests by (prompt tokens, max_tokens). The context may end one earlier, and the last token that it generates needs no row."""
-        pairs = [(prompt, prompt + max(0, min(max_tokens, max_positions - prompt) - 1)) for prompt, max_tokens in lengths] or [(1, 1)]
+        """Of requests by (prompt tokens, max_tokens). The context may end one earlier, and the last token that it
+        generates needs no row."""
+        pairs = [
+            (prompt, prompt + max(0, min(max_tokens, max_positions - prompt) - 1)) for prompt, max_tokens in lengths
+        ] or [(1, 1)]
         return cls(tuple(cache for _, cache in pairs), tuple(prompt for prompt, _ in pairs))
 
     @classmethod
     def typical(cls, max_positions: int) -> Job:
-        """Before any prompt is known: 256 requests of 512 prompt tokens and 128 generated ones, within the model's context."""
+        """Before any prompt is known: 256 requests of 512 prompt tokens and 128 generated ones, within the model's
+        context."""
         prompt, total = min(512, max(1, max_positions - 1)), min(639, max_positions)
         return cls((total,) * 256, (prompt,) * 256)
 

@@ -28,7 +28,8 @@ logger = logging.getLogger("flexbatch")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What lives as long as the engine. ``loaded_bytes`` were read from the checkpoint, ``reused_bytes`` taken from an earlier start's files instead."""
+    """What lives as long as the engine. ``loaded_bytes`` were read from the checkpoint, ``reused_bytes`` taken from
+    an earlier start's files instead."""
 
     tiers: Tiers
     queues: TransferQueues
@@ -45,7 +46,12 @@ def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitSt
     Raises CheckpointError for a bad model, OffloadError for an offload folder that cannot be used.
     """
     started = time.perf_counter()
-    config, policy, offload_dir, budgets = engine_plan.config, engine_plan.policy, engine_plan.offload_dir, engine_plan.budgets
+    config, policy, offload_dir, budgets = (
+        engine_plan.config,
+        engine_plan.policy,
+        engine_plan.offload_dir,
+        engine_plan.budgets,
+    )
     uses_disk = any(split.disk > 0 for split in (policy.weights, policy.cache, policy.activations))
     keeps_files = config.offload_path is not None
     if uses_disk or keeps_files:

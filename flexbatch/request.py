@@ -40,8 +40,8 @@ MOST_BIASES = 2**22
 """Biased tokens times samples: every sample in flight keeps a table of 150 bytes an entry, 600 MB at this bound."""
 
 SAMPLING_RULES = 1
-"""Version of how tokens follow from logits, sampling parameters, seeds and places in a job. A change that gives the same
-request other tokens raises it, and jobs that were begun before are not resumed with two kinds of answers.
+"""Version of how tokens follow from logits, sampling parameters, seeds and places in a job. A change that gives the
+same request other tokens raises it, and jobs that were begun before are not resumed with two kinds of answers.
 """
 
 
@@ -49,16 +49,14 @@ request other tokens raises it, and jobs that were begun before are not resumed 
 class SamplingParams:
     """How the tokens of one request are drawn; names and meaning as vLLM users know them.
 
-    ``max_tokens=0`` scores the prompt without generating, None takes the rest of the model's context. ``temperature=0``
-    is greedy.
-    ``top_k`` 0 or -1 keeps every token.
-    ``seed=None`` derives the request's own random stream from the engine's seed and the request's index.
-    ``logprobs=k`` returns the k most likely tokens and the chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt,
-    from token ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common prefix.
-    ``min_tokens``: generated before EOS or a stop token may come, or a stop string counts. The fields below it are
-    those of transformers' generation_config.json, and mean the same.
-    Raises ConfigurationError, a ValueError, that names the field for values of a wrong type or out of range, and for a
-    keyword that does not exist.
+    ``max_tokens=0`` scores the prompt without generating, None takes the rest of the model's context.
+    ``temperature=0`` is greedy. ``top_k`` 0 or -1 keeps every token. ``seed=None`` derives the request's own random
+    stream from the engine's seed and the request's index. ``logprobs=k`` returns the k most likely tokens and the
+    chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt, from token
+    ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common
+    prefix. ``min_tokens``: generated before EOS or a stop token may come, or a stop string counts. The fields below
+    it are those of transformers' generation_config.json, and mean the same. Raises ConfigurationError, a ValueError,
+    that names the field for values of a wrong type or out of range, and for a keyword that does not exist.
     """
 
     max_tokens: int | None = 16
@@ -233,7 +231,8 @@ CHECKS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete: ``index`` is its place among the results, ``sample`` counts the n completions of one prompt."""
+    """One prompt to complete: ``index`` is its place among the results, ``sample`` counts the n completions of one
+    prompt."""
 
     index: int
     prompt_token_ids: list[int]
@@ -255,9 +254,10 @@ class TokenLogprob:
 class Completion:
     """The result of one request.
 
-    ``finish_reason`` is ``"stop"`` (EOS, stop string or stop token), ``"length"`` (max_tokens or the model's context), or ``"error"``.
-    ``logprobs[t]`` maps token ids to TokenLogprob for generated token t; ``prompt_logprobs[0]`` is None, as the first token has no context,
-    and so are those before ``prompt_logprobs_start``.
+    ``finish_reason`` is ``"stop"`` (EOS, stop string or stop token), ``"length"`` (max_tokens or the model's
+    context), or ``"error"``. ``logprobs[t]`` maps token ids to TokenLogprob for generated token t;
+    ``prompt_logprobs[0]`` is None, as the first token has no context, and so are those before
+    ``prompt_logprobs_start``.
     """
 
     prompt_token_ids: list[int]

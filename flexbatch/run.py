@@ -4,8 +4,9 @@
     python -m flexbatch.run --model MODEL --prompts prompts.jsonl --output out.jsonl --percent 20 80 0 100 0 100
     python -m flexbatch.run --model opt-30b --dummy-weights --prompt-len 512 --gen-len 32 --gpu-memory 16GiB
 
-Completions go to stdout, or to --output as JSON lines, in the order of the prompts and as they finish; tables and progress go to stderr. The other fields of
-the input come along. A run with --output that was interrupted goes on when the same command is given again. With --json, stdout is one JSON document.
+Completions go to stdout, or to --output as JSON lines, in the order of the prompts and as they finish; tables and
+progress go to stderr. The other fields of the input come along. A run with --output that was interrupted goes on
+when the same command is given again. With --json, stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -59,18 +60,31 @@ class RunConfig:
     """What to run; the engine's settings are in EngineConfig."""
 
     prompts: str | None = option(
-        None, "prompts: .txt (one a line), .json (a list), .jsonl or .parquet (field prompt) (default: bundled Python code)", metavar="FILE"
+        None,
+        "prompts: .txt (one a line), .json (a list), .jsonl or .parquet (field prompt) (default: bundled Python code)",
+        metavar="FILE",
     )
     output: str | None = option(
-        None, "write completions as JSON lines as they finish, in the order of the prompts; goes on where an interrupted run stopped", metavar="FILE"
+        None,
+        "write completions as JSON lines as they finish, in the order of the prompts; goes on where an interrupted "
+        "run stopped",
+        metavar="FILE",
     )
-    num_prompts: int | None = option(None, "run only the first N prompts; of made-up prompts, make N (default: one block)")
-    prompt_len: int | None = option(None, f"make up prompts of N random tokens; with --dummy-weights and no --prompts, {SYNTHETIC_PROMPT_LEN}")
+    num_prompts: int | None = option(
+        None, "run only the first N prompts; of made-up prompts, make N (default: one block)"
+    )
+    prompt_len: int | None = option(
+        None, f"make up prompts of N random tokens; with --dummy-weights and no --prompts, {SYNTHETIC_PROMPT_LEN}"
+    )
     json: bool = option(False, "print completions and report as one JSON document")
-    trace: str | None = option(None, "write a timeline of every link and processor for Chrome or Perfetto", metavar="FILE")
+    trace: str | None = option(
+        None, "write a timeline of every link and processor for Chrome or Perfetto", metavar="FILE"
+    )
     dry_run: bool = option(False, "print the plan, its price and the memory it needs, load nothing, run nothing")
     plot: str | None = option(None, "with --dry-run, draw time per resource and memory per tier", metavar="PNG")
-    path: str | None = option(None, "folder of the model, or the folder that holds it under the model's name", metavar="FOLDER")
+    path: str | None = option(
+        None, "folder of the model, or the folder that holds it under the model's name", metavar="FOLDER"
+    )
     compress_weight: bool = option(False, "the same as --weight-bits 4")
     compress_cache: bool = option(False, "the same as --cache-bits 4")
     cpu_cache_compute: bool = option(False, "the same as --cpu-attention 1")
@@ -116,7 +130,9 @@ class SamplingConfig:
     ignore_eos: bool = option(False, "go on after the end-of-sequence token; made-up prompts always do")
     n: int | None = option(None, "completions of every prompt (default: 1)")
     logprobs: int | None = option(None, "return log-probabilities of the N most likely tokens at every generated place")
-    prompt_logprobs: int | None = option(None, "return log-probabilities of the N most likely tokens at every place of the prompt")
+    prompt_logprobs: int | None = option(
+        None, "return log-probabilities of the N most likely tokens at every place of the prompt"
+    )
 
     def given(self) -> dict[str, Any]:
         """What the user has set."""
@@ -180,7 +196,11 @@ def digest(value: Any) -> str:
 def make_parser() -> argparse.ArgumentParser:
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog="python -m flexbatch.run", description=description, epilog=rest, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m flexbatch.run",
+        description=description,
+        epilog=rest,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, RunConfig, "job")
     add_arguments(parser, SamplingConfig, "sampling")
@@ -189,14 +209,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def with_flexgen_flags(engine: EngineConfig, run: RunConfig) -> EngineConfig:
-    """FlexGen's names for settings that have names of their own. Raises ConfigurationError where both are given and differ."""
+    """FlexGen's names for settings that have names of their own. Raises ConfigurationError where both are given and
+    differ."""
     changes: dict[str, Any] = {}
-    names = {"compress_weight": ("weight_bits", 4, 16), "compress_cache": ("cache_bits", 4, 16), "cpu_cache_compute": ("cpu_attention", 1.0, None)}
+    names = {
+        "compress_weight": ("weight_bits", 4, 16),
+        "compress_cache": ("cache_bits", 4, 16),
+        "cpu_cache_compute": ("cpu_attention", 1.0, None),
+    }
     for name, (setting, value, unset) in names.items():
         if getattr(run, name):
             given = getattr(engine, setting)
             if given not in (unset, value):
-                raise ConfigurationError(f"--{name.replace('_', '-')} means --{setting.replace('_', '-')} {value:g}, but {given:g} was given; leave one out")
+                raise ConfigurationError(
+                    f"--{name.replace('_', '-')} means --{setting.replace('_', '-')} {value:g}, but {given:g} was "
+                    "given; leave one out"
+                )
             changes[setting] = value
     if not run.pin_weight:
         logger.warning("--pin-weight false has no effect: on a GPU machine, host weights are always pinned")
@@ -208,14 +236,17 @@ def with_flexgen_flags(engine: EngineConfig, run: RunConfig) -> EngineConfig:
 
 
 def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) -> Work:
-    """Read or make up the prompts and encode them: everything that can be wrong with them is found before any weight is loaded."""
+    """Read or make up the prompts and encode them: everything that can be wrong with them is found before any weight
+    is loaded."""
     for name in ("num_prompts", "prompt_len"):
         if getattr(run, name) is not None and getattr(run, name) < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(run, name)} must be at least 1")
     if run.prompts is not None and run.prompt_len is not None:
         raise ConfigurationError("--prompts reads prompts and --prompt-len makes them up; leave one out")
     synthetic = run.prompts is None and (run.prompt_len is not None or engine.dummy_weights)
-    rows = [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.num_prompts]
+    rows = (
+        [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.num_prompts]
+    )
     from flexbatch.models import resolve, shapes
     from flexbatch.models.checkpoint import read_arch
     from flexbatch.models.generation_config import GenerationDefaults, generation_of
@@ -230,7 +261,9 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
         arch, tokenizer = read_arch(folder), None if synthetic else resolve.load_tokenizer(folder)
     if synthetic:
         count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
-        made_up = random_prompts.synthetic_prompts(count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed)
+        made_up = random_prompts.synthetic_prompts(
+            count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed
+        )
         rows = [PromptRow(prompt) for prompt in made_up]
     encoder = PromptEncoder(tokenizer, max_context=arch.max_positions, vocab_size=arch.vocab_size)
     encoder.check_params(0, params)
@@ -279,11 +312,19 @@ class Printed:
 def complete(llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Completion], None]) -> list[Completion]:
     """The completions of all prompts from number ``first`` on."""
     with Progress((len(work.rows) - first) * work.params.n) as progress:
-        return llm.generate(work.token_ids[first:], work.params, on_finished=progress.finished, on_prompt=on_prompt, first_index=first)
+        return llm.generate(
+            work.token_ids[first:], work.params, on_finished=progress.finished, on_prompt=on_prompt, first_index=first
+        )
 
 
 def print_tables(report: Mapping[str, Any]) -> None:
-    for text in (tables.placement(report), tables.throughput(report), tables.prediction(report), tables.speculation(report), tables.resources(report)):
+    for text in (
+        tables.placement(report),
+        tables.throughput(report),
+        tables.prediction(report),
+        tables.speculation(report),
+        tables.resources(report),
+    ):
         if text:
             print(f"\n{text}", file=sys.stderr)
 
@@ -322,7 +363,9 @@ def refuse_inputs(output: str, inputs: Mapping[str, str | None]) -> None:
     """Raises ConfigurationError where rows would be written over a file that is read, by whatever name or link."""
     for flag, path in inputs.items():
         if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
-            raise ConfigurationError(f"--output {output} is the file of {flag}, which it would replace: name another one")
+            raise ConfigurationError(
+                f"--output {output} is the file of {flag}, which it would replace: name another one"
+            )
 
 
 def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunConfig, work: Work, data: TextIO) -> int:
@@ -341,7 +384,12 @@ def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunCo
         code = max(code, run_work(engine, config, work, first, add, data))
     except BaseException:
         if out.written:
-            logger.error("%d of %d rows are in %s; the same command goes on after them", out.written, len(work.rows), config.output)
+            logger.error(
+                "%d of %d rows are in %s; the same command goes on after them",
+                out.written,
+                len(work.rows),
+                config.output,
+            )
         raise
     out.check()
     logger.info("wrote %d completions to %s", len(work.rows) - first, config.output)
@@ -349,7 +397,12 @@ def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunCo
 
 
 def run_work(
-    engine: EngineConfig, config: RunConfig, work: Work, first: int, on_prompt: Callable[[int, Completion], None] | None, data: TextIO
+    engine: EngineConfig,
+    config: RunConfig,
+    work: Work,
+    first: int,
+    on_prompt: Callable[[int, Completion], None] | None,
+    data: TextIO,
 ) -> int:
     """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
     from flexbatch.engine import LLM
@@ -360,7 +413,14 @@ def run_work(
             llm.tracer.write(config.trace)
         report = llm.report()
     if config.json:
-        lines = [] if config.output else [random_prompts.output_line(row, completion) for row, completion in zip(work.rows, completions, strict=True)]
+        lines = (
+            []
+            if config.output
+            else [
+                random_prompts.output_line(row, completion)
+                for row, completion in zip(work.rows, completions, strict=True)
+            ]
+        )
         report_text = json.dumps(report, ensure_ascii=False, default=str)
         print(f'{{"completions": {json_text(lines)}, "report": {report_text}}}', file=data)
     print_tables(report)

@@ -1,4 +1,5 @@
-"""Spans of work per resource: how busy each link and processor was, and a timeline for Chrome or Perfetto. Nothing happens when off."""
+"""Spans of work per resource: how busy each link and processor was, and a timeline for Chrome or Perfetto. Nothing
+happens when off."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ RESOURCES = {
     "host": "host",
     "tick": "ticks",
 }
-"""What spans can be of -> the name of its row. Ticks frame the rest and are no resource of their own: they are drawn, not counted."""
+"""What spans can be of -> the name of its row. Ticks frame the rest and are no resource of their own: they are
+drawn, not counted."""
 
 
 class Event(Protocol):
@@ -51,7 +53,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Use:
-    """What one resource did in `wall` seconds. `busy`: seconds in which at least one span ran, so that parallel spans count once."""
+    """What one resource did in `wall` seconds. `busy`: seconds in which at least one span ran, so that parallel
+    spans count once."""
 
     spans: int
     busy: float
@@ -139,21 +142,27 @@ class _HostSpan:
 class RecordingTracer(Tracer):
     """Collects spans. Any thread may add: appending to a deque is atomic.
 
-    Device work is timed by pairs of events, read once they have happened. One event at a known host time, made at construction, puts the device's
-    clock on the host's. `device`: the compute device; on CUDA with timing events, elsewhere computing is timed on the host.
-    `clock` (seconds) and `event` stand in for the real ones in tests.
+    Device work is timed by pairs of events, read once they have happened. One event at a known host time, made at
+    construction, puts the device's clock on the host's. `device`: the compute device; on CUDA with timing events,
+    elsewhere computing is timed on the host. `clock` (seconds) and `event` stand in for the real ones in tests.
     """
 
     on = True
 
-    def __init__(self, device: torch.device | None = None, *, clock: Callable[[], float] = time.perf_counter, event: Callable[[], Event] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        event: Callable[[], Event] | None = None,
+    ) -> None:
         self.clock = clock
         self.pending: deque[DeviceSpan] = deque()
         self._spans: deque[Span] = deque()
         self._event = event
         self.stream: Callable[[], Any] = no_stream
         if device is not None and device.type == "cuda":
-            from flexbatch.memory.streams import current_stream
+            from flexbatch.kernels.streams import current_stream
 
             self._event, self.stream = event or _cuda_event, partial(current_stream, device)
         if self._event is not None:
@@ -194,7 +203,9 @@ class RecordingTracer(Tracer):
                 self.pending.append(span)
                 continue
             start = self._anchored_at + self._anchor.elapsed_time(span.begin) / 1e3
-            self.add(span.resource, span.name, start, start + span.begin.elapsed_time(span.finish) / 1e3, span.num_bytes)
+            self.add(
+                span.resource, span.name, start, start + span.begin.elapsed_time(span.finish) / 1e3, span.num_bytes
+            )
 
     def spans(self) -> list[Span]:
         """All spans by start, device work included: waits for it."""
@@ -218,7 +229,9 @@ class RecordingTracer(Tracer):
         """Writes the timeline as Chrome trace JSON, which Perfetto reads too; the file appears whole or not at all."""
         temporary = Path(f"{path}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps({"traceEvents": chrome_events(self.spans()), "displayTimeUnit": "ms"}), encoding="utf-8")
+            temporary.write_text(
+                json.dumps({"traceEvents": chrome_events(self.spans()), "displayTimeUnit": "ms"}), encoding="utf-8"
+            )
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -244,7 +257,8 @@ def covered(spans: Iterable[Span]) -> float:
 
 
 def chrome_events(spans: list[Span]) -> list[dict[str, Any]]:
-    """Complete events, one row per resource; where spans of one resource run in parallel (disk threads), rows under it hold the rest.
+    """Complete events, one row per resource; where spans of one resource run in parallel (disk threads), rows under it
+    hold the rest.
 
     A row must not hold spans that overlap without nesting: viewers drop or misplace them. spans: sorted by start.
     """
@@ -256,13 +270,31 @@ def chrome_events(spans: list[Span]) -> list[dict[str, Any]]:
         while rows.get((span.resource, queue), float("-inf")) > span.start:
             queue += 1
         rows[span.resource, queue] = span.end
-        event: dict[str, Any] = {"name": span.name, "cat": span.resource, "ph": "X", "pid": 0, "tid": _row(span.resource, queue)}
-        event.update(ts=round((span.start - origin) * 1e6, 3), dur=round((span.end - span.start) * 1e6, 3), args={"bytes": span.num_bytes})
+        event: dict[str, Any] = {
+            "name": span.name,
+            "cat": span.resource,
+            "ph": "X",
+            "pid": 0,
+            "tid": _row(span.resource, queue),
+        }
+        event.update(
+            ts=round((span.start - origin) * 1e6, 3),
+            dur=round((span.end - span.start) * 1e6, 3),
+            args={"bytes": span.num_bytes},
+        )
         events.append(event)
     names: list[dict[str, Any]] = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "flexbatch"}}]
     for resource, queue in sorted(rows, key=lambda row: _row(*row)):
         row, label = _row(resource, queue), RESOURCES[resource]
-        names.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": f"{label} {queue + 1}" if queue else label}})
+        names.append(
+            {
+                "name": "thread_name",
+                "ph": "M",
+                "pid": 0,
+                "tid": row,
+                "args": {"name": f"{label} {queue + 1}" if queue else label},
+            }
+        )
         names.append({"name": "thread_sort_index", "ph": "M", "pid": 0, "tid": row, "args": {"sort_index": row}})
     return names + events
 

@@ -1,6 +1,8 @@
-"""Paged attention on the GPU: any mix of prompt chunks, single tokens and token trees in one launch of the kernels of `attention_kernels`.
+"""Paged attention on the GPU: any mix of prompt chunks, single tokens and token trees in one launch of the kernels of
+`attention_kernels`.
 
-Nothing here waits for the device: launches depend on shapes and on the caller's bounds only, so a call can be captured in a CUDA graph.
+Nothing here waits for the device: launches depend on shapes and on the caller's bounds only, so a call can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MAX_SPLITS = 64
 
 @dataclass(frozen=True)
 class Launch:
-    """Shape of a launch: query rows and keys of a tile, warps of a program, depth of the load pipeline, registers of a thread (0: the compiler's choice).
+    """Shape of a launch: query rows and keys of a tile, warps of a program, depth of the load pipeline, registers of a
+    thread (0: the compiler's choice).
 
     ``page_slices``: page numbers are loaded once a page, not once a key, where pages divide tiles."""
 
@@ -35,11 +38,13 @@ class Launch:
 
 
 DECODE = Launch(1, 32, 2, 3)
-"""One query token over quantised heads of their own: 2,600 GB/s at 8 and 1,490 at 4 bits on the H200, with four warps 2,300 and 1,270."""
+"""One query token over quantised heads of their own: 2,600 GB/s at 8 and 1,490 at 4 bits on the H200, with four
+warps 2,300 and 1,270."""
 
 
 def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -> Launch:
-    """Tiles that fit the registers and shared memory of a Hopper multiprocessor, by the largest number of query rows of a sequence."""
+    """Tiles that fit the registers and shared memory of a Hopper multiprocessor, by the largest number of query rows
+    of a sequence."""
     wide = head_dim > 128
     if dtype == torch.float32:  # no tensor cores at full precision
         return Launch(16 if max_rows <= SMALL_ROWS else 32, 16 if wide else 32, 8, 1)
@@ -47,8 +52,9 @@ def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -
         return Launch(SMALL_ROWS, 32 if wide else 64, 4, 3)
     if max_rows <= 64 or wide or bits != 16:
         return Launch(64, 32 if wide else 64, 4, 2 if wide else 3)
-    # At most 128 registers let two programs share a multiprocessor: one multiplies while the other takes exponentials. On the H200 462 instead of
-    # 311 TFLOP/s for 8,192 tokens with grouped heads, 185 instead of 144 for 16 prompts of 512 with heads of their own.
+    # At most 128 registers let two programs share a multiprocessor: one multiplies while the other takes exponentials.
+    # On the H200 462 instead of 311 TFLOP/s for 8,192 tokens with grouped heads, 185 instead of 144 for 16 prompts of
+    # 512 with heads of their own.
     return Launch(128, 64, 8, 3, max_registers=128)
 
 
@@ -58,7 +64,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def choose_splits(programs: int, max_context_len: int, multiprocessors: int) -> int:
-    """Splits of the context that fill the chip about four programs deep, none shorter than 256 keys; a power of two: `combine_kernel` is compiled for each."""
+    """Splits of the context that fill the chip about four programs deep, none shorter than 256 keys; a power of two:
+    `combine_kernel` is compiled for each."""
     wanted = max(1, min(-(-4 * multiprocessors // programs), -(-max_context_len // 256), MAX_SPLITS))
     return 1 << (wanted.bit_length() - 1)
 
@@ -87,9 +94,9 @@ def paged_attention(
     splits: int = 0,
     launch: Launch | None = None,
 ) -> Tensor:
-    """`reference.paged_attention`. ``max_query_len``, ``max_context_len``: upper bounds over the sequences (0: what the shapes allow); they
-    choose the launch and must hold. ``splits``, ``launch``: chosen from these unless given. A quantised cache needs a group that is a power
-    of two. Raises ValueError."""
+    """`reference.paged_attention`. ``max_query_len``, ``max_context_len``: upper bounds over the sequences (0: what
+    the shapes allow); they choose the launch and must hold. ``splits``, ``launch``: chosen from these unless given.
+    A quantised cache needs a group that is a power of two. Raises ValueError."""
     num_tokens, num_heads, head_dim = query.shape
     num_sequences, max_pages = page_table.shape
     heads_per_group = num_heads // num_kv_heads
@@ -105,13 +112,19 @@ def paged_attention(
     alibi = 0 if alibi_slopes is None else 2 if alibi_scale else 1
     launch = launch or (DECODE if direct else choose_launch(query.dtype, head_dim, bits, max_rows))
     one_tile = max_rows <= launch.block_m
-    programs = num_kv_heads * (num_sequences if one_tile else num_tokens * heads_per_group // launch.block_m + num_sequences)
-    splits = splits or choose_splits(programs, max_context_len or max_pages * page_tokens, _multiprocessors(query.device))
+    programs = num_kv_heads * (
+        num_sequences if one_tile else num_tokens * heads_per_group // launch.block_m + num_sequences
+    )
+    splits = splits or choose_splits(
+        programs, max_context_len or max_pages * page_tokens, _multiprocessors(query.device)
+    )
     target, statistics = out, out
     if splits > 1:
         target = torch.empty(splits, num_tokens, num_heads, head_dim, dtype=torch.float32, device=query.device)
         statistics = torch.empty(splits, num_tokens, num_heads, 2, dtype=torch.float32, device=query.device)
-    slopes, positions_or_none, masks = (query_starts if x is None else x for x in (alibi_slopes, positions, tree_masks))  # a pointer that is not followed
+    slopes, positions_or_none, masks = (
+        query_starts if x is None else x for x in (alibi_slopes, positions, tree_masks)
+    )  # a pointer that is not followed
     if direct and launch.block_m == 1:
         decode_kernel[(programs, splits)](
             query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics, slopes, num_tokens, query.stride(0),
@@ -145,20 +158,28 @@ def paged_attention(
 
 
 def words_of(rows: Tensor, dtype: torch.dtype, head_dim: int, bits: int, group: int) -> bool:
-    """Whether heads are whole groups of whole 32-bit words, in powers of two, with pairs of 16-bit parameters: what `decode_kernels` reads."""
+    """Whether heads are whole groups of whole 32-bit words, in powers of two, with pairs of 16-bit parameters: what
+    `decode_kernels` reads."""
     group = min(group, head_dim)
     powers = group & (group - 1) == 0 and head_dim & (head_dim - 1) == 0
     return powers and dtype.itemsize == 2 and group * bits >= 32 and rows.stride(0) % 16 == 0
 
 
-def quantised_view(rows: Tensor, dtype: torch.dtype, num_kv_heads: int, head_dim: int, bits: int, group: int) -> tuple[Tensor, int, int]:
-    """Rows as their parameters' dtype, and the padded numbers of groups of a head and of code bytes of a group. Raises ValueError."""
+def quantised_view(
+    rows: Tensor, dtype: torch.dtype, num_kv_heads: int, head_dim: int, bits: int, group: int
+) -> tuple[Tensor, int, int]:
+    """Rows as their parameters' dtype, and the padded numbers of groups of a head and of code bytes of a group.
+    Raises ValueError."""
     group = min(group, triton.next_power_of_2(head_dim))
-    misaligned = rows.shape[1] % dtype.itemsize or 2 * num_kv_heads * reference.code_bytes(head_dim, bits) % dtype.itemsize
+    misaligned = (
+        rows.shape[1] % dtype.itemsize or 2 * num_kv_heads * reference.code_bytes(head_dim, bits) % dtype.itemsize
+    )
     if group & (group - 1) or misaligned:
         raise ValueError(
-            f"a quantised cache on the GPU needs groups of a power of two and parameters aligned to {dtype.itemsize} bytes; got groups of {group}, "
-            f"rows of {rows.shape[1]} bytes, heads of {head_dim} elements at {bits} bits: choose another group or 16 bits"
+            "a quantised cache on the GPU needs groups of a power of two and parameters aligned to "
+            f"{dtype.itemsize} bytes; got groups of {group}, "
+            f"rows of {rows.shape[1]} bytes, heads of {head_dim} elements at {bits} bits: choose another group or "
+            "16 bits"
         )
     block_g, block_b = triton.next_power_of_2(reference.num_groups(head_dim, group)), group * bits // 8
     while block_g * block_b < 16:  # the least depth of a tensor core tile

@@ -1,8 +1,9 @@
 """The Triton kernels of paged attention; `attention` launches them and documents the layout.
 
-The query rows of a sequence are its query tokens times the heads of one group (row = token * group + head in group), so that a key or value is
-loaded once for all of them. A program takes one tile of rows of one sequence and one KV head, against all keys or one split of them
-(flash-decoding: Dao et al. 2023, "Flash-Decoding for long-context inference"; the online softmax is FlashAttention-2's, Dao 2023).
+The query rows of a sequence are its query tokens times the heads of one group (row = token * group + head in group),
+so that a key or value is loaded once for all of them. A program takes one tile of rows of one sequence and one KV
+head, against all keys or one split of them (flash-decoding: Dao et al. 2023, "Flash-Decoding for long-context
+inference"; the online softmax is FlashAttention-2's, Dao 2023).
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -16,9 +17,11 @@ import triton.language as tl
 
 @triton.jit
 def _find_sequence(query_starts, tile, num_sequences, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The last sequence whose first tile is not after ``tile``. First tiles are bounded from below, rows // BLOCK_M + s, without a prefix sum.
+    """The last sequence whose first tile is not after ``tile``. First tiles are bounded from below, rows // BLOCK_M +
+    s, without a prefix sum.
 
-    One wide load in place of a binary search, whose loads wait for each other: ten of them took as long as the work of a short tile.
+    One wide load in place of a binary search, whose loads wait for each other: ten of them took as long as the work
+    of a short tile.
     """
     count = 0
     for first in range(0, num_sequences, 256):
@@ -30,15 +33,31 @@ def _find_sequence(query_starts, tile, num_sequences, GROUP: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _slots(table, keys, start, seen, MASKED: tl.constexpr, PAGE_TOKENS: tl.constexpr, PAGE_SLICES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Token rows of the keys. PAGE_SLICES: one load a page instead of one a key; ``start`` lies on a page's boundary."""
+def _slots(
+    table,
+    keys,
+    start,
+    seen,
+    MASKED: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    PAGE_SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Token rows of the keys. PAGE_SLICES: one load a page instead of one a key; ``start`` lies on a page's
+    boundary."""
     if PAGE_SLICES:
         PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS
         first = start + tl.arange(0, PAGES) * PAGE_TOKENS
-        page = tl.load(table + first // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + first // PAGE_TOKENS)
+        page = (
+            tl.load(table + first // PAGE_TOKENS, mask=seen, other=0)
+            if MASKED
+            else tl.load(table + first // PAGE_TOKENS)
+        )
         slot = (page.to(tl.int64)[:, None] * PAGE_TOKENS + tl.arange(0, PAGE_TOKENS)[None, :]).reshape((BLOCK_N,))
     else:
-        page = tl.load(table + keys // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + keys // PAGE_TOKENS)
+        page = (
+            tl.load(table + keys // PAGE_TOKENS, mask=seen, other=0) if MASKED else tl.load(table + keys // PAGE_TOKENS)
+        )
         slot = page.to(tl.int64) * PAGE_TOKENS + keys % PAGE_TOKENS
     return slot
 
@@ -46,7 +65,8 @@ def _slots(table, keys, start, seen, MASKED: tl.constexpr, PAGE_TOKENS: tl.const
 @triton.jit
 def _expand(rows, parameters, slot, seen, vector, row_stride, parameter_stride, VECTORS: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
             GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
-    """Two tiles [keys, BLOCK_G * BLOCK_B] of one quantised vector: 4 bits, its even and its odd elements; 8 bits, all elements twice."""
+    """Two tiles [keys, BLOCK_G * BLOCK_B] of one quantised vector: 4 bits, its even and its odd elements; 8 bits,
+    all elements twice."""
     CODE_BYTES: tl.constexpr = (HEAD_DIM * BITS + 7) // 8
     CODE_END: tl.constexpr = VECTORS * CODE_BYTES // (parameters.dtype.element_ty.primitive_bitwidth // 8)
     group = tl.arange(0, BLOCK_G)[None, :, None]
@@ -75,7 +95,8 @@ def _rounded(x):
 @triton.jit
 def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
             MASKED: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr):  # fmt: skip
-    """Raw products to masked scores in units of log 2; without ALiBi and soft cap the caller folds the scale into the exponent."""
+    """Raw products to masked scores in units of log 2; without ALiBi and soft cap the caller folds the scale into
+    the exponent."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     if SOFT_CAP:  # tanh(x) = 2 sigmoid(2 x) - 1
         score = 2.0 * tl.sigmoid(2.0 * score * (scale / soft_cap)) - 1.0
@@ -83,10 +104,17 @@ def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, posit
         score = score * ((soft_cap if SOFT_CAP else scale) * LOG2_E)
     key_place = keys
     if TREE and MASKED:
-        key_place = tl.where(keys < prefix, keys, tl.load(positions + first_token + keys - prefix, mask=(keys >= prefix) & (keys < hi), other=0))
+        key_place = tl.where(
+            keys < prefix,
+            keys,
+            tl.load(positions + first_token + keys - prefix, mask=(keys >= prefix) & (keys < hi), other=0),
+        )
     distance = place[:, None] - key_place[None, :]
     if ALIBI == 2:
-        bias = _rounded(_rounded(slopes)[:, None] * _rounded(key_place.to(tl.float32))[None, :]) - slopes[:, None] * place.to(tl.float32)[:, None]
+        bias = (
+            _rounded(_rounded(slopes)[:, None] * _rounded(key_place.to(tl.float32))[None, :])
+            - slopes[:, None] * place.to(tl.float32)[:, None]
+        )
         score = score + (alibi_scale * LOG2_E) * bias
     elif ALIBI:
         score = score - (slopes * LOG2_E)[:, None] * distance.to(tl.float32)
@@ -95,7 +123,11 @@ def _scores(score, slopes, place, token, q, keys, prefix, first_token, hi, posit
         if TREE:
             bit = keys - prefix
             inside = (bit >= 0)[None, :] & visible
-            words = tl.load(tree_masks + token[:, None] * mask_words + (bit // 32)[None, :], mask=inside & (q >= 0)[:, None], other=0)
+            words = tl.load(
+                tree_masks + token[:, None] * mask_words + (bit // 32)[None, :],
+                mask=inside & (q >= 0)[:, None],
+                other=0,
+            )
             visible = visible & ((keys < prefix)[None, :] | (((words >> (bit % 32)[None, :]) & 1) != 0))
         else:
             visible = visible & (distance >= 0)
@@ -115,7 +147,16 @@ def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, hea
     keys = start + tl.arange(0, BLOCK_N)
     seen = keys < hi
     if PAGE_SLICES:
-        slot = _slots(table, keys, start, start + tl.arange(0, BLOCK_N // PAGE_TOKENS) * PAGE_TOKENS < hi, MASKED, PAGE_TOKENS, True, BLOCK_N)
+        slot = _slots(
+            table,
+            keys,
+            start,
+            start + tl.arange(0, BLOCK_N // PAGE_TOKENS) * PAGE_TOKENS < hi,
+            MASKED,
+            PAGE_TOKENS,
+            True,
+            BLOCK_N,
+        )
     else:
         slot = _slots(table, keys, start, seen, MASKED, PAGE_TOKENS, False, BLOCK_N)
     element = tl.arange(0, BLOCK_G * BLOCK_B)[None, :]
@@ -126,7 +167,21 @@ def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, hea
         k = tl.load(base) if BARE else tl.load(base, mask=within, other=0.0)
         score = tl.dot(q0, tl.trans(k), input_precision="ieee")
     else:
-        k0, k1 = _expand(rows, parameters, slot, seen, head, row_stride, parameter_stride, 2 * KV_HEADS, HEAD_DIM, BITS, GROUPS, BLOCK_G, BLOCK_B)
+        k0, k1 = _expand(
+            rows,
+            parameters,
+            slot,
+            seen,
+            head,
+            row_stride,
+            parameter_stride,
+            2 * KV_HEADS,
+            HEAD_DIM,
+            BITS,
+            GROUPS,
+            BLOCK_G,
+            BLOCK_B,
+        )
         score = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if BITS == 4:
             score = tl.dot(q1, tl.trans(k1), score, input_precision="ieee")
@@ -145,7 +200,21 @@ def _block(start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, hea
         v = tl.load(base + KV_HEADS * HEAD_DIM) if BARE else tl.load(base + KV_HEADS * HEAD_DIM, mask=within, other=0.0)
         acc0 = tl.dot(weight, v, acc0, input_precision="ieee")
     else:
-        v0, v1 = _expand(rows, parameters, slot, seen, KV_HEADS + head, row_stride, parameter_stride, 2 * KV_HEADS, HEAD_DIM, BITS, GROUPS, BLOCK_G, BLOCK_B)
+        v0, v1 = _expand(
+            rows,
+            parameters,
+            slot,
+            seen,
+            KV_HEADS + head,
+            row_stride,
+            parameter_stride,
+            2 * KV_HEADS,
+            HEAD_DIM,
+            BITS,
+            GROUPS,
+            BLOCK_G,
+            BLOCK_B,
+        )
         acc0 = tl.dot(weight, v0, acc0, input_precision="ieee")
         if BITS == 4:
             acc1 = tl.dot(weight, v1, acc1 * shrink[:, None], input_precision="ieee")
@@ -184,7 +253,9 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
     hi = tl.minimum(lo + share, end)
     whole = lo  # keys before this need no mask: every row of the tile sees them
     if not WINDOW:
-        whole = tl.maximum(lo + (tl.minimum(prefix if TREE else prefix + first_q + 1, hi) - lo) // BLOCK_N * BLOCK_N, lo)
+        whole = tl.maximum(
+            lo + (tl.minimum(prefix if TREE else prefix + first_q + 1, hi) - lo) // BLOCK_N * BLOCK_N, lo
+        )
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, BLOCK_G * BLOCK_B], tl.float32)
@@ -213,8 +284,8 @@ def _attend(row0, num_rows, first_token, context, head, query, query_stride, row
         tl.store(target + 1, acc1.to(out.dtype.element_ty), mask=valid[:, None] & (element + 1 < HEAD_DIM)[None, :])
 
 
-# Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew, and so every number of splits as a constant (a
-# second each, in the middle of a job).
+# Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew, and so
+# every number of splits as a constant (a second each, in the middle of a job).
 @triton.jit(do_not_specialize=["num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
 def attention_kernel(query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, positions, tree_masks,
                       num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window, scale, soft_cap, alibi_scale,
@@ -224,7 +295,8 @@ def attention_kernel(query, rows, parameters, page_table, query_starts, context_
                       BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
     """Grid (KV heads x tiles, splits). Heads vary fastest: programs running together read neighbouring memory.
 
-    Later tiles of a prompt see more keys and start first, so that the last programs to finish are short. ONE_TILE: no sequence has more rows than a tile.
+    Later tiles of a prompt see more keys and start first, so that the last programs to finish are short. ONE_TILE:
+    no sequence has more rows than a tile.
     """
     head = tl.program_id(0) % KV_HEADS
     tile = tl.program_id(0) // KV_HEADS
@@ -252,14 +324,32 @@ def attention_kernel(query, rows, parameters, page_table, query_starts, context_
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def combine_kernel(partial, statistics, out, num_rows, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One (token, head) from its splits. Grid (num_rows,); partial [SPLITS, num_rows, HEAD_DIM], statistics [SPLITS, num_rows, 2]."""
+def combine_kernel(
+    partial,
+    statistics,
+    out,
+    num_rows,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One (token, head) from its splits. Grid (num_rows,); partial [SPLITS, num_rows, HEAD_DIM], statistics [SPLITS,
+    num_rows, 2]."""
     split = tl.arange(0, BLOCK_S)
     element = tl.arange(0, BLOCK_D)
     index = split.to(tl.int64) * num_rows + tl.program_id(0)
     m = tl.load(statistics + index * 2, mask=split < SPLITS, other=float("-inf"))
     weight = tl.exp2(m - tl.max(m, 0))
     total = tl.sum(weight * tl.load(statistics + index * 2 + 1, mask=split < SPLITS, other=0.0), 0)
-    parts = tl.load(partial + index[:, None] * HEAD_DIM + element[None, :], mask=(split < SPLITS)[:, None] & (element < HEAD_DIM)[None, :], other=0.0)
+    parts = tl.load(
+        partial + index[:, None] * HEAD_DIM + element[None, :],
+        mask=(split < SPLITS)[:, None] & (element < HEAD_DIM)[None, :],
+        other=0.0,
+    )
     result = tl.sum(parts * weight[:, None], 0) / total
-    tl.store(out + tl.program_id(0).to(tl.int64) * HEAD_DIM + element, result.to(out.dtype.element_ty), mask=element < HEAD_DIM)
+    tl.store(
+        out + tl.program_id(0).to(tl.int64) * HEAD_DIM + element,
+        result.to(out.dtype.element_ty),
+        mask=element < HEAD_DIM,
+    )

@@ -1,8 +1,9 @@
 """Attention of one query token a sequence over a quantised cache whose heads are not shared: no tensor cores.
 
-A tensor core tile would be one sixteenth full, and would want its operands expanded to 16 bits and moved to its own layout. Here codes stay where they
-were loaded, become floats by two integer instructions, and scale and minimum are applied to the sums of a group. Every key of a block keeps an online
-softmax of its own, merged at the end, so that threads of different keys never wait for each other within the loop.
+A tensor core tile would be one sixteenth full, and would want its operands expanded to 16 bits and moved to its own
+layout. Here codes stay where they were loaded, become floats by two integer instructions, and scale and minimum are
+applied to the sums of a group. Every key of a block keeps an online softmax of its own, merged at the end, so that
+threads of different keys never wait for each other within the loop.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -16,7 +17,8 @@ import triton.language as tl
 
 @triton.jit
 def _codes(words, BITS: tl.constexpr):
-    """[keys, groups, words] of int32 to [keys, groups, elements] of 2^BITS + code: each code is shifted to the top of a float's mantissa."""
+    """[keys, groups, words] of int32 to [keys, groups, elements] of 2^BITS + code: each code is shifted to the top
+    of a float's mantissa."""
     SIZE: tl.constexpr = 32 // BITS * words.shape[2]
     SHAPE: tl.constexpr = (words.shape[0], words.shape[1], SIZE)
     x = tl.join(words << 7, words >> 9)
@@ -41,7 +43,8 @@ def _parameters(pair, dtype: tl.constexpr, BITS: tl.constexpr):
 def decode_kernel(query, words, page_table, query_starts, context_lens, out, statistics, slopes, num_tokens, query_stride, row_quads, max_pages, scale,
                   SPLIT: tl.constexpr, ALIBI: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr,
                   BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Grid (heads x sequences, splits). words: token rows as int32, ``row_quads`` times four of them apart; heads of BLOCK_G groups of BLOCK_W words."""
+    """Grid (heads x sequences, splits). words: token rows as int32, ``row_quads`` times four of them apart; heads of
+    BLOCK_G groups of BLOCK_W words."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     ELEMENTS: tl.constexpr = BLOCK_W * 32 // BITS
     HEAD_WORDS: tl.constexpr = BLOCK_G * BLOCK_W

@@ -23,7 +23,14 @@ from torch import Tensor
 from flexbatch.kernels import native_cache
 from flexbatch.kernels.reference import token_bytes
 
-SOURCES = ("native_rows.h", "native_attention.h", "native_attention.c", "native_few_rows.c", "native_many_rows.c", "native_append.c")
+SOURCES = (
+    "native_rows.h",
+    "native_attention.h",
+    "native_attention.c",
+    "native_few_rows.c",
+    "native_many_rows.c",
+    "native_append.c",
+)
 # Infinities and NaN keep their meaning (masked scores are -inf): of -ffast-math only the harmless parts.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -34,14 +41,32 @@ class BuildError(RuntimeError):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = [("rows", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row_bytes", "num_kv_heads", "head_dim", "bits", "group", "dtype"))]
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_bytes", "num_kv_heads", "head_dim", "bits", "group", "dtype")),
+    ]
 
 
 class _Attention(ctypes.Structure):
     _fields_ = [
         ("cache", _Cache),
-        *((name, ctypes.c_void_p) for name in ("query", "out", "page_table", "query_starts", "context_lens", "tree_masks", "positions", "alibi_slopes")),
-        *((name, ctypes.c_int64) for name in ("num_sequences", "max_pages", "num_heads", "page_tokens", "mask_words", "window", "threads")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "query",
+                "out",
+                "page_table",
+                "query_starts",
+                "context_lens",
+                "tree_masks",
+                "positions",
+                "alibi_slopes",
+            )
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_sequences", "max_pages", "num_heads", "page_tokens", "mask_words", "window", "threads")
+        ),
         *((name, ctypes.c_float) for name in ("scale", "soft_cap", "alibi_scale")),
     ]
 
@@ -56,8 +81,11 @@ def _processor() -> str:
 
 
 def _openmp_flags() -> tuple[str, ...]:
-    """Link against the OpenMP runtime that torch has loaded already: two runtimes' idle threads would spin against each other."""
-    libraries = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")) + sorted(Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*"))
+    """Link against the OpenMP runtime that torch has loaded already: two runtimes' idle threads would spin against
+    each other."""
+    libraries = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")) + sorted(
+        Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*")
+    )
     return (str(libraries[0]),) if libraries else ("-fopenmp",)
 
 
@@ -66,7 +94,10 @@ def _compile(compiler: str, sources: list[Path], cache_folder: Path, key: str) -
     for compile_flags, link_flags in ((("-fopenmp",), _openmp_flags()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
         with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
             objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-            commands = [[compiler, *FLAGS, *compile_flags, "-c", str(source), "-o", item] for source, item in zip(sources, objects, strict=True)]
+            commands = [
+                [compiler, *FLAGS, *compile_flags, "-c", str(source), "-o", item]
+                for source, item in zip(sources, objects, strict=True)
+            ]
             commands.append([compiler, "-shared", *objects, *link_flags, "-lm", "-o", f"{folder}/library.so"])
             results = [subprocess.run(command, capture_output=True, text=True, check=False) for command in commands]
             if all(result.returncode == 0 for result in results):
@@ -86,7 +117,13 @@ def build(cache_folder: Path) -> Path:
         raise BuildError("no C compiler (cc, gcc or clang) on the PATH")
     here = Path(__file__).parent
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [version, " ".join(FLAGS), str(_openmp_flags()), _processor(), *((here / name).read_text() for name in SOURCES)]
+    parts = [
+        version,
+        " ".join(FLAGS),
+        str(_openmp_flags()),
+        _processor(),
+        *((here / name).read_text() for name in SOURCES),
+    ]
     key = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     cache_folder = cache_folder.absolute()
     try:
@@ -141,8 +178,13 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> _Cache:
     assert rows[:1].is_contiguous(), f"a token row must be contiguous, got strides {rows.stride()}"
-    row_bytes, needed = rows.stride(0) * rows.element_size(), token_bytes(num_kv_heads, head_dim, bits, group, dtype.itemsize)
-    assert row_bytes >= needed, f"a token row of {num_kv_heads} heads of {head_dim} at {bits} bits takes {needed} bytes, these have {row_bytes}"
+    row_bytes, needed = (
+        rows.stride(0) * rows.element_size(),
+        token_bytes(num_kv_heads, head_dim, bits, group, dtype.itemsize),
+    )
+    assert row_bytes >= needed, (
+        f"a token row of {num_kv_heads} heads of {head_dim} at {bits} bits takes {needed} bytes, these have {row_bytes}"
+    )
     return _Cache(rows.data_ptr(), row_bytes, num_kv_heads, head_dim, bits, group, DTYPES[dtype])
 
 
@@ -169,17 +211,23 @@ def paged_attention(
     out: Tensor | None = None,
     threads: int = 0,
 ) -> Tensor:
-    """`reference.paged_attention` on ``threads`` processor threads (0: torch's number), which meet once: each meeting of 16 sleeping threads costs 50 to 100
-    microseconds, so that queries and results are converted where they are used."""
+    """`reference.paged_attention` on ``threads`` processor threads (0: torch's number), which meet once: each
+    meeting of 16 sleeping threads costs 50 to 100 microseconds, so that queries and results are converted where they
+    are used."""
     loaded = library()
     assert loaded is not None, "no compiled kernels on this machine"
     assert tree_masks is None or positions is not None, "a tree needs the depth of every query token"
     num_heads, head_dim = query.shape[1:]
-    integers = [None if x is None else x.to(torch.int32).contiguous() for x in (page_table, query_starts, context_lens, tree_masks, positions)]
+    integers = [
+        None if x is None else x.to(torch.int32).contiguous()
+        for x in (page_table, query_starts, context_lens, tree_masks, positions)
+    ]
     query = query.contiguous()
     slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
     result = torch.empty_like(query) if out is None else out
-    assert result.is_contiguous() and result.dtype == query.dtype and result.shape == query.shape, "out must be dense and like the query"
+    assert result.is_contiguous() and result.dtype == query.dtype and result.shape == query.shape, (
+        "out must be dense and like the query"
+    )
     attention = _Attention(
         _cache(rows, num_kv_heads, head_dim, bits, group, query.dtype),
         query.data_ptr(), result.data_ptr(), *(_pointer(x) for x in integers), _pointer(slopes),
@@ -192,13 +240,25 @@ def paged_attention(
     return result
 
 
-def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64, *, threads: int = 0) -> None:
+def append_rows(
+    rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64, *, threads: int = 0
+) -> None:
     """`reference.append_rows` on ``threads`` processor threads (0: torch's number)."""
     loaded = library()
     assert loaded is not None, "no compiled kernels on this machine"
     num_tokens, num_kv_heads, head_dim = key.shape
     cache = _cache(rows, num_kv_heads, head_dim, bits, group, key.dtype)
-    key, value, slots = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (key, value, slots.unsqueeze(-1).unsqueeze(-1)))
+    key, value, slots = (
+        x if x.stride()[1:] == (head_dim, 1) else x.contiguous()
+        for x in (key, value, slots.unsqueeze(-1).unsqueeze(-1))
+    )
     loaded.flexbatch_append_rows(
-        ctypes.byref(cache), slots.data_ptr(), key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0), num_tokens, threads or torch.get_num_threads()
+        ctypes.byref(cache),
+        slots.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        key.stride(0),
+        value.stride(0),
+        num_tokens,
+        threads or torch.get_num_threads(),
     )

@@ -1,4 +1,5 @@
-"""Memory that a call of the compiled attention takes beside its tensors, at most: what a planner counts before there is a call."""
+"""Memory that a call of the compiled attention takes beside its tensors, at most: what a planner counts before there
+is a call."""
 
 from __future__ import annotations
 
@@ -12,10 +13,21 @@ def split_keys(heads: int, head_dim: int) -> int:
     return min(max(keys, 2 * KEYS), SPLIT_KEYS)
 
 
-def workspace_bytes(num_heads: int, num_kv_heads: int, head_dim: int, sequences: int, tokens: int, most_queries: int, longest: int, threads: int) -> int:
-    """An upper bound for ``sequences`` with together ``tokens`` query tokens, ``most_queries`` each and ``longest`` keys at most.
+def workspace_bytes(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    sequences: int,
+    tokens: int,
+    most_queries: int,
+    longest: int,
+    threads: int,
+) -> int:
+    """An upper bound for ``sequences`` with together ``tokens`` query tokens, ``most_queries`` each and ``longest``
+    keys at most.
 
-    Every thread has a scratch. Sequences of few query tokens are cut, and of those at most one more than there are threads has partial results at a time.
+    Every thread has a scratch. Sequences of few query tokens are cut, and of those at most one more than there are
+    threads has partial results at a time.
     """
     if sequences == 0:
         return 0

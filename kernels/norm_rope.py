@@ -1,4 +1,5 @@
-"""Norms with residual, rotary embedding and gated activations in Triton: each a single trip through memory, in float32 inside."""
+"""Norms with residual, rotary embedding and gated activations in Triton: each a single trip through memory, in
+float32 inside."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 # Triton functions annotate their constants only: the other arguments have no Python type.
@@ -30,7 +31,11 @@ def _norm_kernel(x, residual, weight, bias, out, inner, x_outer, x_inner, residu
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
     if WEIGHT:
         scale = tl.load(weight + element, mask=mask, other=0.0)
-        wide = (wide.to(value.dtype) * scale).to(tl.float32) if RMS and not WIDE else wide * (scale.to(tl.float32) + offset)
+        wide = (
+            (wide.to(value.dtype) * scale).to(tl.float32)
+            if RMS and not WIDE
+            else wide * (scale.to(tl.float32) + offset)
+        )
     if BIAS:
         wide = wide + tl.load(bias + element, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64) * size + element, wide.to(value.dtype), mask=mask)
@@ -70,7 +75,8 @@ def _tanh(x):
 
 @triton.jit
 def _gated_kernel(gate_up, out, size, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """out = activation(gate) * up; the activation is rounded before the product, as separate operations would. Grid (rows, columns)."""
+    """out = activation(gate) * up; the activation is rounded before the product, as separate operations would. Grid
+    (rows, columns)."""
     row = tl.program_id(0).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
@@ -92,11 +98,15 @@ def _outer_inner(x: Tensor) -> tuple[int, int, int]:
     """Number of inner rows and the distances of outer and of inner rows of [..., inner, size] or [rows, size]."""
     if x.dim() == 3 and x.stride(2) == 1:
         return x.shape[1], x.stride(0), x.stride(1)
-    assert x.dim() == 2 and x.stride(1) == 1, f"rows must be dense in [rows, size] or [rows, inner, size], got strides {x.stride()} of {tuple(x.shape)}"
+    assert x.dim() == 2 and x.stride(1) == 1, (
+        f"rows must be dense in [rows, size] or [rows, inner, size], got strides {x.stride()} of {tuple(x.shape)}"
+    )
     return 1, x.stride(0), 0
 
 
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, rms: bool, offset: float) -> Tensor:
+def _norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, rms: bool, offset: float
+) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inner, x_outer, x_inner = _outer_inner(x)
     _, residual_outer, residual_inner = _outer_inner(x if residual is None else residual)
@@ -117,12 +127,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
     return _norm(x, weight, None, eps, residual, True, offset)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
+) -> Tensor:
     """`reference.layer_norm`."""
     return _norm(x, weight, bias, eps, residual, False, 0.0)
 
 
-def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, rotary_dim: int, interleaved: bool = False) -> None:
+def rotary(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    rotary_dim: int,
+    interleaved: bool = False,
+) -> None:
     """`reference.rotary`."""
     num_tokens, num_heads, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -142,5 +163,7 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
     block = min(2048, triton.next_power_of_2(size))
     if rows:
-        _gated_kernel[(rows, triton.cdiv(size, block))](gate_up, out, size, gate_up.stride(0), ACTIVATION=activation, BLOCK=block)
+        _gated_kernel[(rows, triton.cdiv(size, block))](
+            gate_up, out, size, gate_up.stride(0), ACTIVATION=activation, BLOCK=block
+        )
     return out

@@ -1,6 +1,8 @@
-"""Every operation of this room, by the device of its tensors: CUDA -> Triton, CPU -> compiled C where there is a compiler, else `reference`.
+"""Every operation of this room, by the device of its tensors: CUDA -> Triton, CPU -> compiled C where there is a
+compiler, else `reference`.
 
-Names, arguments and results are those of `reference`, which documents them. Triton is imported when the first CUDA tensor comes.
+Names, arguments and results are those of `reference`, which documents them. Triton is imported when the first CUDA
+tensor comes.
 """
 
 from __future__ import annotations
@@ -17,8 +19,18 @@ def _compiled(dtype: torch.dtype) -> bool:
     return dtype in native.DTYPES and native.library() is not None
 
 
-def paged_attention(query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, *, threads: int = 0, **options: Any) -> Tensor:
-    """`reference.paged_attention`. ``threads``: processor threads when the tensors are on the CPU (0: torch's number)."""
+def paged_attention(
+    query: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    threads: int = 0,
+    **options: Any,
+) -> Tensor:
+    """`reference.paged_attention`. ``threads``: processor threads when the tensors are on the CPU (0: torch's
+    number)."""
     if query.is_cuda:
         from flexbatch.kernels import attention
 
@@ -54,7 +66,9 @@ def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     return reference.fit(x, bits, group)
 
 
-def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1, out: Tensor | None = None) -> Tensor:
+def dequantize(
+    codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1, out: Tensor | None = None
+) -> Tensor:
     """`reference.dequantize`, into ``out`` [..., size] where it is given."""
     if codes.is_cuda:
         from flexbatch.kernels import quant
@@ -107,7 +121,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
     return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
+) -> Tensor:
     """`reference.layer_norm`."""
     if x.is_cuda:
         from flexbatch.kernels import norm_rope
@@ -116,7 +132,16 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return reference.layer_norm(x, weight, bias, eps, residual=residual)
 
 
-def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, rotary_dim: int, interleaved: bool = False) -> None:
+def rotary(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    rotary_dim: int,
+    interleaved: bool = False,
+) -> None:
     """`reference.rotary`."""
     if query.is_cuda:
         from flexbatch.kernels import norm_rope

@@ -1,9 +1,10 @@
 """Pages between pinned host memory and GPU staging, in Triton: the GPU reads and writes the host's memory itself.
 
-Scattered pages of any size move at the link's rate, which one copy call per page does not reach. Few programs keep the link full: it takes rate x
-latency, about 55 GB/s x 2 us = 110 KB in flight. Eight programs with 16 KiB each do that (51.1 GB/s on the H200, in pages of 64 and of 448 KiB) and leave the
-other multiprocessors to GEMMs, which run 7 % slower beside them; sixteen and more slow them by up to 23 %, eight with 8 KiB move 40 GB/s.
-A pinned CPU tensor is given to Triton like any other: the driver maps registered memory at the same address.
+Scattered pages of any size move at the link's rate, which one copy call per page does not reach. Few programs keep
+the link full: it takes rate x latency, about 55 GB/s x 2 us = 110 KB in flight. Eight programs with 16 KiB each do
+that (51.1 GB/s on the H200, in pages of 64 and of 448 KiB) and leave the other multiprocessors to GEMMs, which run 7
+% slower beside them; sixteen and more slow them by up to 23 %, eight with 8 KiB move 40 GB/s. A pinned CPU tensor is
+given to Triton like any other: the driver maps registered memory at the same address.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -24,7 +25,8 @@ NUM_WARPS = 4
 @triton.jit(do_not_specialize=["num_rows"])  # another number every pass: see attention_kernels
 def _copy_kernel(source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr, WORDS: tl.constexpr,
                  BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):  # fmt: skip
-    """Rows of WORDS words; row i is ``indices[i]`` on the source's (GATHER) or the destination's side. Grid-stride over tiles."""
+    """Rows of WORDS words; row i is ``indices[i]`` on the source's (GATHER) or the destination's side. Grid-stride
+    over tiles."""
     pieces: tl.constexpr = (WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS) * pieces, tl.num_programs(0)):
         row = tile // pieces * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -52,7 +54,13 @@ def _word_bytes(*tensors: Tensor) -> int:
 
 
 def _copy(
-    source: Tensor, destination: Tensor, indices: Tensor, gather: bool, num_programs: int, tile_bytes: int = TILE_BYTES, num_warps: int = NUM_WARPS
+    source: Tensor,
+    destination: Tensor,
+    indices: Tensor,
+    gather: bool,
+    num_programs: int,
+    tile_bytes: int = TILE_BYTES,
+    num_warps: int = NUM_WARPS,
 ) -> None:
     assert source[:1].is_contiguous() and destination[:1].is_contiguous(), "a row must be contiguous"
     if len(indices) == 0:
@@ -70,9 +78,16 @@ def _copy(
 
 
 def gather_pages(
-    source: Tensor, page_ids: Tensor, destination: Tensor, *, num_programs: int = NUM_PROGRAMS, tile_bytes: int = TILE_BYTES, num_warps: int = NUM_WARPS
+    source: Tensor,
+    page_ids: Tensor,
+    destination: Tensor,
+    *,
+    num_programs: int = NUM_PROGRAMS,
+    tile_bytes: int = TILE_BYTES,
+    num_warps: int = NUM_WARPS,
 ) -> None:
-    """`reference.gather_pages`; ``num_programs`` is the share of the GPU that is given up to it, each of them with ``tile_bytes`` in flight."""
+    """`reference.gather_pages`; ``num_programs`` is the share of the GPU that is given up to it, each of them with
+    ``tile_bytes`` in flight."""
     _copy(source, destination, page_ids, True, num_programs, tile_bytes, num_warps)
 
 

@@ -1,7 +1,9 @@
-"""Group-wise quantisation in Triton: weights, and keys and values straight into token rows; products of few tokens with quantised weights.
+"""Group-wise quantisation in Triton: weights, and keys and values straight into token rows; products of few tokens with
+quantised weights.
 
-Codes, parameters and expanded values are bit for bit those of `reference` (hence no fused multiply-add there). A *vector* is what is quantised
-along: a row of a weight (or a column, dim=0), one head of one key or value. Tiles are [vectors, groups, elements or bytes of a group].
+Codes, parameters and expanded values are bit for bit those of `reference` (hence no fused multiply-add there). A
+*vector* is what is quantised along: a row of a weight (or a column, dim=0), one head of one key or value. Tiles are
+[vectors, groups, elements or bytes of a group].
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -26,7 +28,8 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
                      code_side, parameter_base, parameter_side, HEADS: tl.constexpr, HEAD_CODES: tl.constexpr, HEAD_PARAMETERS: tl.constexpr,
                      SLOTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr,
                      BLOCK_B: tl.constexpr, WHOLE: tl.constexpr, RECIPROCAL: tl.constexpr):  # fmt: skip
-    """Grid (vectors, groups, sides). Vector = token * HEADS + head; ``x1``: what the second side (values) reads. Steps: between elements.
+    """Grid (vectors, groups, sides). Vector = token * HEADS + head; ``x1``: what the second side (values) reads. Steps:
+    between elements.
 
     WHOLE: every group fills its part of the tile, so only the tile's edges are masked. RECIPROCAL: see `_code`.
     """
@@ -45,7 +48,9 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
     dtype: tl.constexpr = x0.dtype.element_ty
     has_group = (vector < num_vectors) & (group * GROUP < size)
     inside = has_group if WHOLE else has_group & (within < GROUP) & (group * GROUP + within < size)
-    value = tl.load(x + token * x_token + (head * size + group * GROUP + within) * x_step, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + token * x_token + (head * size + group * GROUP + within) * x_step, mask=inside, other=0.0).to(
+        tl.float32
+    )
     least = tl.min(value if WHOLE else tl.where(inside, value, float("inf")), 2)
     # A reduction passes over a NaN: an overflow must stay visible. + 0 makes one zero of two, whichever came first.
     least = tl.where(tl.max((value != value).to(tl.int32), 2) > 0, float("nan"), least + 0.0)
@@ -55,7 +60,14 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
     scale = tl.div_rn(reach, tl.full(reach.shape, LEVELS, tl.float32))
     scale = tl.where(scale < 0, 0.0, scale).to(dtype)  # unlike a maximum it keeps NaN
     place = tl.load(slots + token, mask=vector < num_vectors, other=0).to(tl.int64) if SLOTS else token
-    pair = parameters + place * parameter_token + parameter_base + side * parameter_side + head * HEAD_PARAMETERS + group * 2 * parameter_step
+    pair = (
+        parameters
+        + place * parameter_token
+        + parameter_base
+        + side * parameter_side
+        + head * HEAD_PARAMETERS
+        + group * 2 * parameter_step
+    )
     tl.store(pair, scale, mask=has_group)
     tl.store(pair + parameter_step, minimum, mask=has_group)
     packed = _code(value, floor, scale.to(tl.float32), LEVELS, RECIPROCAL)
@@ -64,8 +76,18 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
     if BITS == 4:
         even, odd = tl.split(packed.reshape(BLOCK_V, BLOCK_G, BLOCK_B, 2))
         packed = even | (odd << 4)
-    target = codes + place * code_token + side * code_side + head * HEAD_CODES + (group * (GROUP // PIECES) + byte) * code_step
-    has_byte = has_group if WHOLE else (vector < num_vectors) & (byte * PIECES < GROUP) & (group * GROUP + byte * PIECES < size)
+    target = (
+        codes
+        + place * code_token
+        + side * code_side
+        + head * HEAD_CODES
+        + (group * (GROUP // PIECES) + byte) * code_step
+    )
+    has_byte = (
+        has_group
+        if WHOLE
+        else (vector < num_vectors) & (byte * PIECES < GROUP) & (group * GROUP + byte * PIECES < size)
+    )
     tl.store(target, packed.to(tl.uint8), mask=has_byte)
 
 
@@ -73,15 +95,18 @@ def _quantize_kernel(x0, x1, codes, parameters, slots, num_vectors, size, x_toke
 def _code(value, floor, step, LEVELS: tl.constexpr, RECIPROCAL: tl.constexpr):
     """Nearest code, ties to even: adding 1.5 * 2^23 leaves no fraction bits and the code in the lowest ones.
 
-    RECIPROCAL: the quotient from one reciprocal a group and a fused correction (Markstein 1990, "Computation of elementary functions on the IBM RISC
-    System/6000 processor"): a division an element costs more than the memory traffic. Steps below 2^-64 are multiplied by 2^64, and what they divide too:
-    the reciprocal of the smallest ones is no finite number.
+    RECIPROCAL: the quotient from one reciprocal a group and a fused correction (Markstein 1990, "Computation of
+    elementary functions on the IBM RISC System/6000 processor"): a division an element costs more than the memory
+    traffic. Steps below 2^-64 are multiplied by 2^64, and what they divide too: the reciprocal of the smallest ones
+    is no finite number.
     """
     step = tl.where(step < float("inf"), step, 0.0)  # NaN too: codes of 0
     if RECIPROCAL:
         lift = tl.where(step < 5.421010862427522e-20, 18446744073709551616.0, 1.0)
         step = step * lift
-        inverse = tl.where(step > 0, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), tl.where(step > 0, step, 1.0)), 0.0)
+        inverse = tl.where(
+            step > 0, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), tl.where(step > 0, step, 1.0)), 0.0
+        )
         inverse = tl.broadcast_to(inverse, value.shape)
         reach = (value - floor) * lift
         code = reach * inverse
@@ -119,7 +144,11 @@ def _dequantize_kernel(codes, parameters, out, num_vectors, size, code_vector, c
         value = packed.to(tl.float32) * scale + minimum
         within = byte
     element = group * GROUP + within
-    tl.store(out + row * out_vector + element * out_step, value.to(out.dtype.element_ty), mask=has_vector & (within < GROUP) & (element < size))
+    tl.store(
+        out + row * out_vector + element * out_step,
+        value.to(out.dtype.element_ty),
+        mask=has_vector & (within < GROUP) & (element < size),
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -152,7 +181,11 @@ def _linear_kernel(x, codes, parameters, out, num_tokens, num_outputs, size, x_t
         acc = tl.dot(x0, tl.trans(weight), acc, input_precision="ieee")
         if BITS == 4:
             x1 = tl.load(source + 1, mask=(token < num_tokens)[:, None] & (element + 1 < size)[None, :], other=0.0)
-            weight = ((packed >> 4).to(tl.float32) * scale + minimum).to(x.dtype.element_ty).reshape(BLOCK_N, BLOCK_G * BLOCK_B)
+            weight = (
+                ((packed >> 4).to(tl.float32) * scale + minimum)
+                .to(x.dtype.element_ty)
+                .reshape(BLOCK_N, BLOCK_G * BLOCK_B)
+            )
             acc = tl.dot(x1, tl.trans(weight), acc, input_precision="ieee")
     target = out + tl.program_id(1) * out_split + token[:, None] * num_outputs + output[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=(token < num_tokens)[:, None] & (output < num_outputs)[None, :])
@@ -176,11 +209,16 @@ def _whole(size: int, bits: int, group: int, block_b: int) -> bool:
 
 
 def _tile(size: int, bits: int, group: int, across: bool, tile_bytes: int = TILE_BYTES) -> tuple[int, int, int]:
-    """Vectors, groups and code bytes of a tile of about ``tile_bytes``; ``across``: neighbouring vectors are neighbours in memory."""
+    """Vectors, groups and code bytes of a tile of about ``tile_bytes``; ``across``: neighbouring vectors are
+    neighbours in memory."""
     if bits == 4 and group % 2:
-        raise ValueError(f"4-bit codes on the GPU need groups of an even number of elements, got {group}: two codes share a byte")
+        raise ValueError(
+            f"4-bit codes on the GPU need groups of an even number of elements, got {group}: two codes share a byte"
+        )
     block_b = triton.next_power_of_2(-(-min(group, size) * bits // 8))
-    block_g = 1 if across else min(triton.next_power_of_2(reference.num_groups(size, group)), max(1, tile_bytes // block_b))
+    block_g = (
+        1 if across else min(triton.next_power_of_2(reference.num_groups(size, group)), max(1, tile_bytes // block_b))
+    )
     return max(1, tile_bytes // (block_b * block_g)), block_g, block_b
 
 
@@ -192,7 +230,8 @@ def _strides(codes: Tensor, parameters: Tensor, across: bool) -> tuple[int, int,
 
 
 def quantize(x: Tensor, bits: int, group: int, dim: int = -1, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.quantize`; ``launch`` is that of `LAUNCHES` unless given. Raises ValueError for 4 bits in groups of an odd number of elements."""
+    """`reference.quantize`; ``launch`` is that of `LAUNCHES` unless given. Raises ValueError for 4 bits in groups of
+    an odd number of elements."""
     launch = launch or LAUNCHES[bits]
     across = dim == 0 and x.dim() == 2
     flat = x if across else x.reshape(-1, x.shape[-1])
@@ -213,13 +252,20 @@ def quantize(x: Tensor, bits: int, group: int, dim: int = -1, launch: Launch | N
     return codes.view(*x.shape[:-1], code_bytes), parameters.view(*x.shape[:-1], groups, 2)
 
 
-def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1, out: Tensor | None = None) -> Tensor:
-    """`reference.dequantize`, into ``out`` where it is given. Raises ValueError for 4 bits in groups of an odd number of elements."""
+def dequantize(
+    codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1, out: Tensor | None = None
+) -> Tensor:
+    """`reference.dequantize`, into ``out`` where it is given. Raises ValueError for 4 bits in groups of an odd
+    number of elements."""
     across = dim == 0 and codes.dim() == 2
     shape = (size, codes.shape[1]) if across else (*codes.shape[:-1], size)
     out = torch.empty(shape, dtype=parameters.dtype, device=codes.device) if out is None else out
     if not across:
-        codes, parameters, flat = codes.reshape(-1, codes.shape[-1]), parameters.reshape(-1, *parameters.shape[-2:]), out.view(-1, size)
+        codes, parameters, flat = (
+            codes.reshape(-1, codes.shape[-1]),
+            parameters.reshape(-1, *parameters.shape[-2:]),
+            out.view(-1, size),
+        )
     else:
         flat = out
     vectors = codes.shape[1 if across else 0]
@@ -233,16 +279,26 @@ def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: i
 
 
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
-    """`reference.append_rows`; rows may lie in pinned host memory. Raises ValueError where the layout of parameters is misaligned."""
+    """`reference.append_rows`; rows may lie in pinned host memory. Raises ValueError where the layout of parameters
+    is misaligned."""
     num_tokens, heads, head_dim = key.shape
     if bits == 16 or num_tokens == 0:
         rows[:, 0].index_copy_(0, slots, key)
         rows[:, 1].index_copy_(0, slots, value)
         return
-    key, value = (x if x.stride() == key.stride() and x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (key, value))
-    codes, groups, width = reference.code_bytes(head_dim, bits), reference.num_groups(head_dim, group), key.element_size()
+    key, value = (
+        x if x.stride() == key.stride() and x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (key, value)
+    )
+    codes, groups, width = (
+        reference.code_bytes(head_dim, bits),
+        reference.num_groups(head_dim, group),
+        key.element_size(),
+    )
     if rows.stride(0) % width or 2 * heads * codes % width:
-        raise ValueError(f"parameters of {width} bytes are misaligned in token rows of {rows.shape[1]} bytes ({heads} heads of {head_dim}, {bits} bits)")
+        raise ValueError(
+            f"parameters of {width} bytes are misaligned in token rows of {rows.shape[1]} bytes ({heads} heads of "
+            f"{head_dim}, {bits} bits)"
+        )
     block_v, block_g, block_b = _tile(head_dim, bits, group, False)
     assert block_g >= groups, f"{groups} groups of a head do not fit one tile"
     _quantize_kernel[(triton.cdiv(num_tokens * heads, block_v), 1, 2)](
@@ -254,10 +310,14 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
 
 
 def quantized_linear(x: Tensor, codes: Tensor, parameters: Tensor, bits: int, group: int, *, splits: int = 4) -> Tensor:
-    """`reference.quantized_linear` for at most 16 tokens. Raises ValueError for more, or for groups of no power of two (at least 32)."""
+    """`reference.quantized_linear` for at most 16 tokens. Raises ValueError for more, or for groups of no power of
+    two (at least 32)."""
     num_tokens, size = x.shape
     if num_tokens > 16 or group & (group - 1) or group < 32:
-        raise ValueError(f"the fused product takes at most 16 tokens and groups of a power of two from 32 on, got {num_tokens} and {group}: expand the weights")
+        raise ValueError(
+            f"the fused product takes at most 16 tokens and groups of a power of two from 32 on, got {num_tokens} "
+            f"and {group}: expand the weights"
+        )
     num_outputs = codes.shape[0]
     x = x.contiguous()
     partial = torch.empty(splits, num_tokens, num_outputs, dtype=torch.float32, device=x.device)

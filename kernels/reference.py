@@ -1,9 +1,10 @@
 """Plain-torch oracle for every operation; also the path that runs where no faster one does.
 
-The KV cache is an array of *token rows*: slot ``page * page_tokens + offset`` holds one token's keys and values of one layer.
-Unquantised rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1: values).
-Quantised rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value parameters, padding; the codes of one head
-take ``code_bytes`` and its parameters are ``num_groups`` pairs (scale, minimum) in the compute dtype.
+The KV cache is an array of *token rows*: slot ``page * page_tokens + offset`` holds one token's keys and values of
+one layer. Unquantised rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1:
+values). Quantised rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value
+parameters, padding; the codes of one head take ``code_bytes`` and its parameters are ``num_groups`` pairs (scale,
+minimum) in the compute dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 FIT_SHRINKS, FIT_STEPS = (1.0, 0.9, 0.8), 2
 """What `fit` tries. Finer grids of up to 256 trials gain 2 % of the squared error more."""
 ROW_ALIGNMENT = 16
-"""Bytes. A quantised row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row (unaligned ones fault on the GPU)."""
+"""Bytes. A quantised row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row
+(unaligned ones fault on the GPU)."""
 
 
 def num_groups(size: int, group: int) -> int:
@@ -39,11 +41,11 @@ def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element
 def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Group-wise asymmetric quantisation along the last dimension, or along the first of two (``dim`` 0).
 
-    x: [..., size] floating. Returns codes [..., code_bytes] uint8 and parameters [..., num_groups, 2] in x's dtype (scale, minimum).
-    Along the first dimension: x [size, n], codes [code_bytes, n], parameters [num_groups, 2, n].
-    Codes are chosen against the *rounded* parameters, so that a constant group comes back exactly and their rounding costs no accuracy
-    but at the ends of the range. A group with a NaN or an infinity has a scale that is no finite number and codes of 0: it comes back as NaN, whole, and an
-    overflow stays visible.
+    x: [..., size] floating. Returns codes [..., code_bytes] uint8 and parameters [..., num_groups, 2] in x's dtype
+    (scale, minimum). Along the first dimension: x [size, n], codes [code_bytes, n], parameters [num_groups, 2, n].
+    Codes are chosen against the *rounded* parameters, so that a constant group comes back exactly and their rounding
+    costs no accuracy but at the ends of the range. A group with a NaN or an infinity has a scale that is no finite
+    number and codes of 0: it comes back as NaN, whole, and an overflow stays visible.
     """
     if dim == 0:
         codes, parameters = quantize(x.T, bits, group)
@@ -59,15 +61,18 @@ def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, T
     minimum = (grouped.amin(dim=-1) + 0.0).to(x.dtype)
     scale = ((grouped.amax(dim=-1) + 0.0 - minimum.float()) / levels).clamp_(min=0).to(x.dtype)
     codes = _codes(grouped, scale.float().unsqueeze(-1), minimum.float().unsqueeze(-1), levels).to(torch.uint8)
-    return _packed(codes.reshape(*x.shape[:-1], groups * group)[..., :size], bits), torch.stack([scale, minimum], dim=-1)
+    return _packed(codes.reshape(*x.shape[:-1], groups * group)[..., :size], bits), torch.stack(
+        [scale, minimum], dim=-1
+    )
 
 
 def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """`quantize` with the parameters of least squared error found by a search: for weights, which are quantised once.
 
-    x: [rows, size] floating. Ranges shrunk at either end by ``FIT_SHRINKS`` are each improved by ``FIT_STEPS`` alternations between the nearest codes and
-    the line that fits them best; what is kept is the best as it will be read back, rounded parameters included, so it is never worse than `quantize`.
-    Normal weights in groups of 64 at 4 bits: 0.83 of its squared error.
+    x: [rows, size] floating. Ranges shrunk at either end by ``FIT_SHRINKS`` are each improved by ``FIT_STEPS``
+    alternations between the nearest codes and the line that fits them best; what is kept is the best as it will be
+    read back, rounded parameters included, so it is never worse than `quantize`. Normal weights in groups of 64 at 4
+    bits: 0.83 of its squared error.
     """
     levels, groups = (1 << bits) - 1, num_groups(x.shape[1], group)
     padded = F.pad(x.float().unsqueeze(0), (0, groups * group - x.shape[1]), mode="replicate")[0]
@@ -78,7 +83,10 @@ def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     scale, minimum = parameters.float().unsqueeze(-1).unbind(2)
     best_error = torch.full_like(low, torch.inf)
     best: Tensor = torch.stack([scale, minimum])
-    candidates = [(scale, minimum), *(((a + b) * half / levels, middle - a * half) for a in FIT_SHRINKS for b in FIT_SHRINKS)]
+    candidates = [
+        (scale, minimum),
+        *(((a + b) * half / levels, middle - a * half) for a in FIT_SHRINKS for b in FIT_SHRINKS),
+    ]
     for scale, minimum in candidates:
         for _ in range(FIT_STEPS + 1):
             scale, minimum = scale.to(x.dtype).float(), minimum.to(x.dtype).float()
@@ -91,11 +99,14 @@ def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
             scale = (code * y).sum(-1, keepdim=True) / code.square().sum(-1, keepdim=True).clamp(min=1.0)
             minimum = y.mean(-1, keepdim=True) - mean * scale
     scale, minimum = best
-    return _packed(_codes(y, scale, minimum, levels).to(torch.uint8).flatten(1)[:, : x.shape[1]], bits), torch.cat([scale, minimum], -1).to(x.dtype)
+    return _packed(_codes(y, scale, minimum, levels).to(torch.uint8).flatten(1)[:, : x.shape[1]], bits), torch.cat(
+        [scale, minimum], -1
+    ).to(x.dtype)
 
 
 def _codes(grouped: Tensor, scale: Tensor, minimum: Tensor, levels: int) -> Tensor:
-    """Nearest codes, as floats, of [..., groups, group] with parameters [..., groups, 1]; 0 where the scale is 0 or no finite number."""
+    """Nearest codes, as floats, of [..., groups, group] with parameters [..., groups, 1]; 0 where the scale is 0 or
+    no finite number."""
     steps = (scale > 0) & (scale < torch.inf)
     codes = (grouped - minimum) / torch.where(steps, scale, 1.0)
     return torch.where(steps, codes, 0.0).round_().clamp_(0, levels)
@@ -123,15 +134,21 @@ def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: i
 
 
 def pack_rows(key: Tensor, value: Tensor, bits: int, group: int) -> Tensor:
-    """Token rows of ``key`` and ``value`` [num_tokens, num_kv_heads, head_dim]: the layout of the module's docstring."""
+    """Token rows of ``key`` and ``value`` [num_tokens, num_kv_heads, head_dim]: the layout of the module's
+    docstring."""
     if bits == 16:
         return torch.stack([key, value], dim=1)
     parts = [quantize(x, bits, group) for x in (key, value)]
-    packed = torch.cat([codes.flatten(1) for codes, _ in parts] + [parameters.flatten(1).view(torch.uint8) for _, parameters in parts], dim=1)
+    packed = torch.cat(
+        [codes.flatten(1) for codes, _ in parts] + [parameters.flatten(1).view(torch.uint8) for _, parameters in parts],
+        dim=1,
+    )
     return F.pad(packed, (0, -packed.shape[1] % ROW_ALIGNMENT))
 
 
-def unpack_rows(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def unpack_rows(
+    rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Keys and values [num_tokens, num_kv_heads, head_dim] of token rows (any selection of them)."""
     if bits == 16:
         return rows[:, 0], rows[:, 1]
@@ -141,8 +158,14 @@ def unpack_rows(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group
     for side in range(2):
         codes = rows[:, side * codes_end : (side + 1) * codes_end].reshape(rows.shape[0], num_kv_heads, -1)
         start = 2 * codes_end + side * parameter_bytes
-        # A single row's slice is contiguous as it lies, perhaps at no multiple of the parameters' size: a copy starts at one.
-        parameters = rows[:, start : start + parameter_bytes].clone(memory_format=torch.contiguous_format).view(dtype).view(rows.shape[0], num_kv_heads, -1, 2)
+        # A single row's slice is contiguous as it lies, perhaps at no multiple of the parameters' size: a copy starts
+        # at one.
+        parameters = (
+            rows[:, start : start + parameter_bytes]
+            .clone(memory_format=torch.contiguous_format)
+            .view(dtype)
+            .view(rows.shape[0], num_kv_heads, -1, 2)
+        )
         sides.append(dequantize(codes, parameters, head_dim, bits, group))
     return sides[0], sides[1]
 
@@ -153,22 +176,26 @@ def quantized_linear(x: Tensor, codes: Tensor, parameters: Tensor, bits: int, gr
 
 
 def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor) -> None:
-    """``destination[i] = source[page_ids[i]]``. source: [num_pages, ...], page_ids: [n] integers, destination: [n, ...] of the same dtype."""
+    """``destination[i] = source[page_ids[i]]``. source: [num_pages, ...], page_ids: [n] integers, destination: [n,
+    ...] of the same dtype."""
     torch.index_select(source, 0, page_ids, out=destination)
 
 
 def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
-    """``destination[slots[i]] = source[i]``. source: [n, ...] of destination's dtype, slots: [n] int64, all different."""
+    """``destination[slots[i]] = source[i]``. source: [n, ...] of destination's dtype, slots: [n] int64, all
+    different."""
     destination.index_copy_(0, slots, source)
 
 
 def copy_rows(rows: Tensor, source_slots: Tensor, destination_slots: Tensor) -> None:
-    """``rows[destination_slots[i]] = rows[source_slots[i]]`` within a tier, as if all were read before any is written. Slots: [n] int64."""
+    """``rows[destination_slots[i]] = rows[source_slots[i]]`` within a tier, as if all were read before any is
+    written. Slots: [n] int64."""
     rows.index_copy_(0, destination_slots, rows.index_select(0, source_slots))
 
 
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
-    """Write keys and values [num_tokens, num_kv_heads, head_dim] at ``slots`` [num_tokens] int64 of ``rows`` (in place)."""
+    """Write keys and values [num_tokens, num_kv_heads, head_dim] at ``slots`` [num_tokens] int64 of ``rows`` (in
+    place)."""
     rows.index_copy_(0, slots, pack_rows(key, value, bits, group))
 
 
@@ -196,14 +223,16 @@ def paged_attention(
 ) -> Tensor:
     """Attention of ragged query tokens over a paged cache that already holds their own keys and values.
 
-    query: [num_tokens, num_heads, head_dim], the query tokens of all sequences one after another. rows: token rows of one layer.
-    page_table: [num_sequences, max_pages] int32. query_starts: [num_sequences + 1] int32. context_lens: [num_sequences] int32, keys of each
-    sequence including its own query tokens, which fill the last slots. alibi_slopes: [num_heads] float32; with ``alibi_scale`` slopes and key
-    positions and their products are rounded to bfloat16 and then scaled by it, as Falcon does. window: keys at a distance of ``window`` or
-    more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
-    word w set when the token sees query token 32 * w + b of its own sequence (itself included); without it the query tokens are causal.
-    positions: [num_tokens] int32, needed only with ``tree_masks`` (depths, for ALiBi and window). max_query_len and max_context_len are
-    launch hints that this path does not need. Returns [num_tokens, num_heads, head_dim]: ``out``, dense, where it is given.
+    query: [num_tokens, num_heads, head_dim], the query tokens of all sequences one after another. rows: token rows
+    of one layer. page_table: [num_sequences, max_pages] int32. query_starts: [num_sequences + 1] int32.
+    context_lens: [num_sequences] int32, keys of each sequence including its own query tokens, which fill the last
+    slots. alibi_slopes: [num_heads] float32; with ``alibi_scale`` slopes and key positions and their products are
+    rounded to bfloat16 and then scaled by it, as Falcon does. window: keys at a distance of ``window`` or more are
+    masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
+    word w set when the token sees query token 32 * w + b of its own sequence (itself included); without it the query
+    tokens are causal. positions: [num_tokens] int32, needed only with ``tree_masks`` (depths, for ALiBi and window).
+    max_query_len and max_context_len are launch hints that this path does not need. Returns [num_tokens, num_heads,
+    head_dim]: ``out``, dense, where it is given.
     """
     num_heads, head_dim = query.shape[1:]
     out = torch.empty_like(query) if out is None else out
@@ -213,7 +242,9 @@ def paged_attention(
         queries = end - begin
         if queries == 0:
             continue
-        slots = (page_table[s].long().unsqueeze(1) * page_tokens + torch.arange(page_tokens, device=query.device)).flatten()[:context]
+        slots = (
+            page_table[s].long().unsqueeze(1) * page_tokens + torch.arange(page_tokens, device=query.device)
+        ).flatten()[:context]
         key, value = unpack_rows(rows[slots], num_kv_heads, head_dim, bits, group, query.dtype)
         q = query[begin:end].float().view(queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
         scores = torch.einsum("qhgd,khd->hgqk", q, key.float()) * scale
@@ -230,7 +261,9 @@ def paged_attention(
             key_position = torch.cat([key_position[:prefix], query_position])
             bit = torch.arange(queries, device=query.device)
             ancestors = (tree_masks[begin:end].long()[:, bit // 32] >> (bit % 32)) & 1
-            visible = torch.cat([torch.ones(queries, prefix, dtype=torch.bool, device=query.device), ancestors.bool()], dim=1)
+            visible = torch.cat(
+                [torch.ones(queries, prefix, dtype=torch.bool, device=query.device), ancestors.bool()], dim=1
+            )
         distance = query_position[:, None] - key_position[None, :]
         if window:
             visible = visible & (distance < window)
@@ -238,19 +271,26 @@ def paged_attention(
             slopes = alibi_slopes.view(num_kv_heads, -1, 1, 1)
             if alibi_scale:
                 # The query's own term is the same for all its keys: it only keeps the scores small.
-                scores = scores + alibi_scale * ((slopes.bfloat16() * key_position).float() - slopes * query_position[:, None])
+                scores = scores + alibi_scale * (
+                    (slopes.bfloat16() * key_position).float() - slopes * query_position[:, None]
+                )
             else:
                 scores = scores - slopes * distance
         probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
-        out[begin:end] = torch.einsum("hgqk,khd->qhgd", probabilities, value.float()).reshape(queries, num_heads, head_dim).to(query.dtype)
+        out[begin:end] = (
+            torch.einsum("hgqk,khd->qhgd", probabilities, value.float())
+            .reshape(queries, num_heads, head_dim)
+            .to(query.dtype)
+        )
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension of x [..., size].
 
-    With ``residual`` x is added to it in place and the sum is normalised. ``offset`` is added to the weight; such models multiply in float32, the
-    others after rounding to x's dtype, so that 16-bit results agree with transformers' to the last bit.
+    With ``residual`` x is added to it in place and the sum is normalised. ``offset`` is added to the weight; such
+    models multiply in float32, the others after rounding to x's dtype, so that 16-bit results agree with
+    transformers' to the last bit.
     """
     if residual is not None:
         x = residual.add_(x)
@@ -259,30 +299,46 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
     return (wide * (offset + weight.float())).to(x.dtype) if offset else weight * wide.to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None) -> Tensor:
-    """Layer norm over the last dimension of x [..., size]; with ``residual`` x is added to it in place and the sum is normalised."""
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
+) -> Tensor:
+    """Layer norm over the last dimension of x [..., size]; with ``residual`` x is added to it in place and the sum
+    is normalised."""
     if residual is not None:
         x = residual.add_(x)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, rotary_dim: int, interleaved: bool = False) -> None:
+def rotary(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    rotary_dim: int,
+    interleaved: bool = False,
+) -> None:
     """Turn the first ``rotary_dim`` elements of every head in place (RoFormer, Su et al. 2021).
 
-    query: [num_tokens, num_heads, head_dim], key: [num_tokens, num_kv_heads, head_dim], cos and sin: [max_positions, rotary_dim / 2],
-    positions: [num_tokens] integers. Pairs are neighbours (``interleaved``) or lie half of ``rotary_dim`` apart.
+    query: [num_tokens, num_heads, head_dim], key: [num_tokens, num_kv_heads, head_dim], cos and sin: [max_positions,
+    rotary_dim / 2], positions: [num_tokens] integers. Pairs are neighbours (``interleaved``) or lie half of
+    ``rotary_dim`` apart.
     """
     half = rotary_dim // 2
     cosine, sine = (table[positions.long()].unsqueeze(1) for table in (cos, sin))
     for x in (query, key):
-        first, second = (x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]) if interleaved else (x[..., :half], x[..., half:rotary_dim])
+        first, second = (
+            (x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]) if interleaved else (x[..., :half], x[..., half:rotary_dim])
+        )
         turned = (first * cosine - second * sine).to(x.dtype), (second * cosine + first * sine).to(x.dtype)
         first.copy_(turned[0])
         second.copy_(turned[1])
 
 
 def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up of gate_up [num_tokens, 2 * size], gate first. activation: silu, relu, gelu (exact) or gelu_tanh."""
+    """activation(gate) * up of gate_up [num_tokens, 2 * size], gate first. activation: silu, relu, gelu (exact) or
+    gelu_tanh."""
     gate, up = gate_up.chunk(2, dim=-1)
     if activation in ("gelu", "gelu_tanh"):
         return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up

@@ -1,8 +1,9 @@
 """How OpenMP's threads wait, and how many there are: settings that torch's library reads once, when it is loaded.
 
-By default a thread of GNU's OpenMP that is done spins through 300,000 iterations before it sleeps. Where other processes
-want the cores, it spins in their place and its own team waits for it. A thread that sleeps at once has to be woken for
-every small layer instead. Between the two lies what is set here. The demo model, 64 passes on two cores, median of seven:
+By default a thread of GNU's OpenMP that is done spins through 300,000 iterations before it sleeps. Where other
+processes want the cores, it spins in their place and its own team waits for it. A thread that sleeps at once has to be
+woken for every small layer instead. Between the two lies what is set here. The demo model, 64 passes on two cores,
+median of seven:
 
 ====================  ============  =========================
 spinning              idle machine  two other busy processes
@@ -28,15 +29,21 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def be_a_good_neighbour(environ: MutableMapping[str, str], cgroup: Path = CGROUP) -> None:
-    """Threads sleep soon while they wait, and are no more than the container's share of processors; what the user has set stays.
+    """Threads sleep soon while they wait, and are no more than the container's share of processors; what the user has
+    set stays.
 
     Processes that are started later inherit it. Of no effect where torch was imported before.
     """
     if not any(name in environ for name in WAITING):
         environ.update(SHORT_WAIT)
     share = processor_share(cgroup)
-    if share is not None and not any(name in environ for name in COUNTS) and math.ceil(share) < len(os.sched_getaffinity(0)):
-        # OpenMP counts the processors of the machine, and a container that exceeds its share is stopped for the rest of every tenth of a second.
+    if (
+        share is not None
+        and not any(name in environ for name in COUNTS)
+        and math.ceil(share) < len(os.sched_getaffinity(0))
+    ):
+        # OpenMP counts the processors of the machine, and a container that exceeds its share is stopped for the rest of
+        # every tenth of a second.
         environ["OMP_NUM_THREADS"] = str(max(1, math.ceil(share)))
 
 
@@ -46,7 +53,9 @@ def processor_share(cgroup: Path) -> float | None:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+            )
         except OSError:
             return None
     try:

@@ -1,4 +1,5 @@
-"""``python -m flexbatch.policy``: choose or price a policy from sizes alone; no GPU, no weights. Data on stdout, the rest on stderr.
+"""``python -m flexbatch.policy``: choose or price a policy from sizes alone; no GPU, no weights. Data on stdout, the
+rest on stderr.
 
 Exit codes: 0 done, 2 usage, 4 does not fit the budgets.
 """
@@ -14,7 +15,18 @@ from typing import TextIO
 
 from flexbatch.policy.stdout import data_apart, run_process
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 def parse_bytes(text: str) -> int:
@@ -26,26 +38,72 @@ def parse_bytes(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m flexbatch.policy", description="Choose the policy with the highest predicted throughput, or price a given one.")
-    p.add_argument("--hardware", required=True, help="a shipped machine (t4, h200, cpu) or a JSON file of python -m flexbatch.calibrate.profile")
-    p.add_argument("--model-shape", required=True, help="a public shape such as opt-30b or llama-3-70b, or a JSON file with the model's sizes")
-    p.add_argument("--prompt-len", type=int, nargs="+", default=[512], help="prompt tokens; several are taken as equally likely")
-    p.add_argument("--gen-len", type=int, nargs="+", default=[32], help="generated tokens; several are taken as equally likely")
+    p = argparse.ArgumentParser(
+        "python -m flexbatch.policy",
+        description="Choose the policy with the highest predicted throughput, or price a given one.",
+    )
+    p.add_argument(
+        "--hardware",
+        required=True,
+        help="a shipped machine (t4, h200, cpu) or a JSON file of python -m flexbatch.calibrate.profile",
+    )
+    p.add_argument(
+        "--model-shape",
+        required=True,
+        help="a public shape such as opt-30b or llama-3-70b, or a JSON file with the model's sizes",
+    )
+    p.add_argument(
+        "--prompt-len", type=int, nargs="+", default=[512], help="prompt tokens; several are taken as equally likely"
+    )
+    p.add_argument(
+        "--gen-len", type=int, nargs="+", default=[32], help="generated tokens; several are taken as equally likely"
+    )
     p.add_argument("--num-sequences", type=int, help="size of the job (default: a job without end)")
     p.add_argument("--gpu-memory", type=parse_bytes, help="GPU memory budget, e.g. 16GiB (default: the machine's)")
     p.add_argument("--cpu-memory", type=parse_bytes, help="host memory budget (default: the machine's)")
     p.add_argument("--disk", type=parse_bytes, help="disk budget (default: the machine's)")
-    p.add_argument("--percent", type=float, nargs=6, metavar=("WG", "WC", "CG", "CC", "AG", "AC"), help="fix the splits, as FlexGen's --percent")
+    p.add_argument(
+        "--percent",
+        type=float,
+        nargs=6,
+        metavar=("WG", "WC", "CG", "CC", "AG", "AC"),
+        help="fix the splits, as FlexGen's --percent",
+    )
     p.add_argument("--gpu-batch-size", type=int, help="fix the sequences in one micro-batch")
     p.add_argument("--num-gpu-batches", type=int, help="fix the micro-batches in one block")
-    p.add_argument("--cpu-attention", type=float, help="fix the share of the CPU's sequences that is attended there, 0 to 1")
+    p.add_argument(
+        "--cpu-attention", type=float, help="fix the share of the CPU's sequences that is attended there, 0 to 1"
+    )
     p.add_argument("--prefill-chunk", type=int, help="fix the prompt tokens of a sequence in one pass")
-    p.add_argument("--weight-bits", type=int, nargs="+", default=[16], choices=(16, 8, 4), help="bits of the weights that may be chosen")
-    p.add_argument("--cache-bits", type=int, nargs="+", default=[16], choices=(16, 8, 4), help="bits of the cache that may be chosen")
+    p.add_argument(
+        "--weight-bits",
+        type=int,
+        nargs="+",
+        default=[16],
+        choices=(16, 8, 4),
+        help="bits of the weights that may be chosen",
+    )
+    p.add_argument(
+        "--cache-bits",
+        type=int,
+        nargs="+",
+        default=[16],
+        choices=(16, 8, 4),
+        help="bits of the cache that may be chosen",
+    )
     p.add_argument("--no-overlap", action="store_true", help="price a pass that waits for everything after every tick")
     p.add_argument("--json", action="store_true", help="print the plan as JSON")
-    p.add_argument("--plot", type=Path, metavar="PNG", help="draw time per resource and memory per tier, or with --sweep throughput against memory")
-    p.add_argument("--sweep", metavar="KIND=FIRST:LAST:STEPS", help="what if: e.g. gpu_memory=8GiB:48GiB:5 or cpu_memory=64GiB:256GiB:4")
+    p.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="draw time per resource and memory per tier, or with --sweep throughput against memory",
+    )
+    p.add_argument(
+        "--sweep",
+        metavar="KIND=FIRST:LAST:STEPS",
+        help="what if: e.g. gpu_memory=8GiB:48GiB:5 or cpu_memory=64GiB:256GiB:4",
+    )
     return p
 
 

@@ -1,7 +1,8 @@
-"""What no policy can exceed on a machine: one linear program in which the number of sequences in flight is free and continuous.
+"""What no policy can exceed on a machine: one linear program in which the number of sequences in flight is free and
+continuous.
 
-With N sequences in flight a pass takes T; N / T is to be as large as possible. Divided by N, everything is linear in v = 1 / N and
-v times the weights' split (Charnes and Cooper 1962, "Programming with linear fractional functionals").
+With N sequences in flight a pass takes T; N / T is to be as large as possible. Divided by N, everything is linear in
+v = 1 / N and v times the weights' split (Charnes and Cooper 1962, "Programming with linear fractional functionals").
 """
 
 from __future__ import annotations
@@ -35,20 +36,35 @@ class MachineBound:
 
 
 def machine_bound(
-    shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints, weight_bits: int, cache_bits: int
+    shape: ModelShape,
+    hardware: Hardware,
+    workload: Workload,
+    constraints: Constraints,
+    weight_bits: int,
+    cache_bits: int,
 ) -> MachineBound | None:
     """None when not even one sequence fits without any working memory.
 
-    Nothing is launched, GEMMs run at their best rate, weights are read once a pass as they are stored, working memory costs nothing, the cache
-    holds only what is in use.
+    Nothing is launched, GEMMs run at their best rate, weights are read once a pass as they are stored, working
+    memory costs nothing, the cache holds only what is in use.
     """
     longest = workload.longest_prompt
     anywhere = Split(1, 0)
     policy = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, prefill_chunk=int(np.ceil(longest)))
     best = float(max(hardware.gemm.values))
     # The curve starts below one token: a sequence brings a fraction of a token to each micro-batch of the head.
-    ideal = dataclasses.replace(hardware, gemm=Curve((1e-9,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0)
-    fixed_costs = ("graph_seconds", "sequence_seconds", "cpu_attention_seconds", "exchange_seconds", "settle_seconds", "link_seconds", "disk_read_seconds")
+    ideal = dataclasses.replace(
+        hardware, gemm=Curve((1e-9,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0
+    )
+    fixed_costs = (
+        "graph_seconds",
+        "sequence_seconds",
+        "cpu_attention_seconds",
+        "exchange_seconds",
+        "settle_seconds",
+        "link_seconds",
+        "disk_read_seconds",
+    )
     no_fixed_costs: dict[str, Any] = dict.fromkeys((*fixed_costs, "attention_tile_keys"), 0.0)
     ideal = dataclasses.replace(ideal, **no_fixed_costs)
     # Two micro-batches of half a sequence: with one, CPU attention would not overlap.
@@ -58,7 +74,15 @@ def machine_bound(
     rows = [total(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds]
     lengths = Lengths.of(workload, policy)
     occupied = lengths.prompt + lengths.output / 2
-    seconds = _solve(shape, hardware, workload, constraints, policy, rows, occupied * shape.token_bytes(cache_bits) * shape.num_layers)
+    seconds = _solve(
+        shape,
+        hardware,
+        workload,
+        constraints,
+        policy,
+        rows,
+        occupied * shape.token_bytes(cache_bits) * shape.num_layers,
+    )
     if seconds is None:
         return None
     return MachineBound(finished * lengths.output / seconds[0], seconds[1])
@@ -86,7 +110,8 @@ def _solve(
         program.at_most.append(({**dict(enumerate(row[1:])), per_sequence: -1.0}, -float(row[0])))
     fixed = fixed_fractions(constraints)
     for kind in KINDS:
-        # The whole of a kind: v for the weights, which are read once for all sequences, and 1 for what each sequence has.
+        # The whole of a kind: v for the weights, which are read once for all sequences, and 1 for what each sequence
+        # has.
         def share(part: float, of_weights: bool = kind == "weights") -> tuple[dict[int, float], float]:
             return ({inverse: -part}, 0.0) if of_weights else ({}, part)
 

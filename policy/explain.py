@@ -1,4 +1,5 @@
-"""A plan in words, tables and JSON: where everything lives, what each resource has to do, which one limits, what more memory would buy."""
+"""A plan in words, tables and JSON: where everything lives, what each resource has to do, which one limits, what
+more memory would buy."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def summary(plan: Plan) -> dict:
         "machine_bound_tokens_per_second": plan.machine_bound_tokens_per_second,
         "limiting_resource": plan.limiting_resource,
         "percent": list(policy.percent),
-        "splits_percent": {kind: dict(zip(TIERS, (100 * x for x in getattr(policy, kind).fractions), strict=True)) for kind in kinds},
+        "splits_percent": {
+            kind: dict(zip(TIERS, (100 * x for x in getattr(policy, kind).fractions), strict=True)) for kind in kinds
+        },
         "gpu_batch_size": policy.gpu_batch_size,
         "num_gpu_batches": policy.num_gpu_batches,
         "cpu_attention": policy.cpu_attention,
@@ -52,20 +55,33 @@ def explain(plan: Plan) -> str:
     policy, lines = plan.policy, []
     lines.append(f"{plan.shape.name} on {plan.hardware.name}")
     percent = " ".join(f"{x:.4g}" for x in policy.percent)
-    lines.append(f"policy: percent {percent}, micro-batches {policy.gpu_batch_size} x {policy.num_gpu_batches}" + extras(plan))
+    lines.append(
+        f"policy: percent {percent}, micro-batches {policy.gpu_batch_size} x {policy.num_gpu_batches}" + extras(plan)
+    )
     lines += ["", *memory_table(plan), "", *resource_table(plan), ""]
     slowed = f" ({plan.limiting_row})" if plan.limiting_row != plan.limiting_resource else ""
-    lines.append(f"limited by {plan.limiting_resource}{slowed}; launching ticks {plan.launch_seconds:.4g} s of a pass of {plan.pass_seconds:.4g} s")
+    lines.append(
+        f"limited by {plan.limiting_resource}{slowed}; launching ticks {plan.launch_seconds:.4g} s of a pass of "
+        f"{plan.pass_seconds:.4g} s"
+    )
     over = "the job" if plan.seconds is not None else "a job without end"
     bound = f"bound {plan.bound_tokens_per_second:.4g} ({plan.fraction_of_bound:.1%} of bound)"
     lines.append(f"predicted {plan.predicted_tokens_per_second:.4g} tok/s over {over}, {bound}")
     if plan.seconds is not None:
-        lines.append(f"the job: {plan.passes:.0f} passes, {plan.seconds:.4g} s; with a full block {plan.steady_tokens_per_second:.4g} tok/s")
+        lines.append(
+            f"the job: {plan.passes:.0f} passes, {plan.seconds:.4g} s; with a full block "
+            f"{plan.steady_tokens_per_second:.4g} tok/s"
+        )
     if plan.machine_bound_tokens_per_second:
-        lines.append(f"no policy on this machine can exceed {plan.machine_bound_tokens_per_second:.4g} tok/s with these bits and lengths")
+        lines.append(
+            f"no policy on this machine can exceed {plan.machine_bound_tokens_per_second:.4g} tok/s with these bits "
+            "and lengths"
+        )
     lines += what_more_memory_buys(plan)
     if plan.missing:
-        lines.append("DOES NOT FIT: missing " + ", ".join(f"{size_text(size)} on {tier}" for tier, size in plan.missing.items()))
+        lines.append(
+            "DOES NOT FIT: missing " + ", ".join(f"{size_text(size)} on {tier}" for tier, size in plan.missing.items())
+        )
     if plan.linear_programs:
         lines.append(f"search: {plan.linear_programs} linear programs in {plan.search_seconds:.1f} s")
     return "\n".join(lines)
@@ -73,7 +89,11 @@ def explain(plan: Plan) -> str:
 
 def extras(plan: Plan) -> str:
     policy = plan.policy
-    parts = [f"weights {policy.weight_bits} bit", f"cache {policy.cache_bits} bit", f"CPU attention {policy.cpu_attention:.0%} of the CPU's sequences"]
+    parts = [
+        f"weights {policy.weight_bits} bit",
+        f"cache {policy.cache_bits} bit",
+        f"CPU attention {policy.cpu_attention:.0%} of the CPU's sequences",
+    ]
     budget = f", at most {policy.prefill_budget} of a micro-batch" if policy.prefill_budget else ""
     parts.append(f"prompt chunks of {policy.prefill_chunk} tokens{budget}")
     if not policy.overlap:
@@ -108,7 +128,11 @@ def resource_table(plan: Plan) -> list[str]:
 
 def what_more_memory_buys(plan: Plan) -> list[str]:
     """One line a tier that limits, from the duals of the linear program; they hold for the block's sizes as chosen."""
-    gains = {tier: gain for tier, gain in plan.tokens_per_second_per_gib.items() if gain > 1e-4 * plan.predicted_tokens_per_second}
+    gains = {
+        tier: gain
+        for tier, gain in plan.tokens_per_second_per_gib.items()
+        if gain > 1e-4 * plan.predicted_tokens_per_second
+    }
     if not plan.tokens_per_second_per_gib:
         return []
     if not gains:

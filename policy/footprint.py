@@ -1,4 +1,5 @@
-"""Peak memory of a policy per kind and tier: affine in the splits for the linear program, and exact after rounding to tensors and sequences."""
+"""Peak memory of a policy per kind and tier: affine in the splits for the linear program, and exact after rounding
+to tensors and sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ import numpy as np
 
 from flexbatch.policy.cost import affine, evaluate, point_of
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import INPUT_BUFFER_BYTES, LOGITS_CHUNK_BYTES, MIN_LOGIT_ROWS, PAGE_TOKENS, SAMPLING_BYTES_PER_LOGIT, SAMPLING_CHUNK_LOGITS
+from flexbatch.policy.limits import (
+    INPUT_BUFFER_BYTES,
+    LOGITS_CHUNK_BYTES,
+    MIN_LOGIT_ROWS,
+    PAGE_TOKENS,
+    SAMPLING_BYTES_PER_LOGIT,
+    SAMPLING_CHUNK_LOGITS,
+)
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import reserved_tokens
 from flexbatch.policy.policy import TIERS, Policy, Split
@@ -24,17 +32,22 @@ def prompt_tokens_per_pass(workload: Workload, policy: Policy) -> float:
 
 
 def logits_bytes(num_logits: float) -> float:
-    """A block of float32 logits, and the copies that random sampling or log-probabilities make of a part of it at a time."""
+    """A block of float32 logits, and the copies that random sampling or log-probabilities make of a part of it at a
+    time."""
     block = min(LOGITS_CHUNK_BYTES, 4.0 * num_logits)
     return block + SAMPLING_BYTES_PER_LOGIT * min(SAMPLING_CHUNK_LOGITS, block / 4)
 
 
-def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> dict[str, dict[str, np.ndarray]]:
-    """``rows[tier][kind]``: peak bytes as an affine function of the placement (see `cost.affine`), for the policy's sizes and bits.
+def memory_rows(
+    shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy
+) -> dict[str, dict[str, np.ndarray]]:
+    """``rows[tier][kind]``: peak bytes as an affine function of the placement (see `cost.affine`), for the policy's
+    sizes and bits.
 
-    Buffers that the executor keeps: the working slabs of the largest layer's non-resident weights, one 16-bit expansion slab for quantised
-    weights, two staging areas of the largest micro-batch's non-resident cache of one layer (prompts of sequences that the CPU attends pass
-    through them too), two staged micro-batches of hidden states.
+    Buffers that the executor keeps: the working slabs of the largest layer's non-resident weights, one 16-bit
+    expansion slab for quantised weights, two staging areas of the largest micro-batch's non-resident cache of one
+    layer (prompts of sequences that the CPU attends pass through them too), two staged micro-batches of hidden
+    states.
     """
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
     reserved = reserved_tokens(workload, policy)
@@ -44,7 +57,8 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     expansion = 0.0 if bits == 16 else shape.block_bytes(16)
     cache = batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
-    # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into place.
+    # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
+    # place.
     stopover = 1.0 if hardware.device == "cuda" else 0.0
     tokens = batch + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
@@ -66,23 +80,34 @@ def memory_rows(shape: ModelShape, hardware: Hardware, workload: Workload, polic
         "weight slabs": affine(weights_disk=stopover * slab),
         "cache": affine(cache_cpu=cache, cache_disk=open_pages),
         # However few sequences are on the disk, a micro-batch may hold all of them.
-        "cache staging": affine(cache_cpu=stopover * staged, cache_disk=stopover * staged) if policy.cache.disk else affine(),
+        "cache staging": affine(cache_cpu=stopover * staged, cache_disk=stopover * staged)
+        if policy.cache.disk
+        else affine(),
         "activations": affine(activations_cpu=hidden, activations_disk=two_hidden),
         # Inputs on their way up; four buffers of queries, keys, values and results of CPU attention.
         "workspace": affine(stopover * (2 * INPUT_BUFFER_BYTES + exchange)),
         "reserved": affine(hardware.cpu_reserved_bytes),
     }
-    disk = {"weights": affine(weights_disk=weights), "cache": affine(cache_disk=cache), "activations": affine(activations_disk=hidden)}
+    disk = {
+        "weights": affine(weights_disk=weights),
+        "cache": affine(cache_disk=cache),
+        "activations": affine(activations_disk=hidden),
+    }
     return {"gpu": gpu, "cpu": cpu, "disk": disk}
 
 
 def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[Split, float]:
-    """The split that whole tensors can meet, and the largest non-resident part of a layer as stored at ``bits``, in bytes.
+    """The split that whole tensors can meet, and the largest non-resident part of a layer as stored at ``bits``, in
+    bytes.
 
-    Tensors are dealt to the tiers by error diffusion over the whole model: each goes to the tier that is furthest behind its share.
+    Tensors are dealt to the tiers by error diffusion over the whole model: each goes to the tier that is furthest
+    behind its share.
     """
     asked = weights.fractions
-    embedding, head = ([shape.weight_bytes(elements, 16) for elements in tensors] for tensors in (shape.embedding_tensors, shape.head_tensors))
+    embedding, head = (
+        [shape.weight_bytes(elements, 16) for elements in tensors]
+        for tensors in (shape.embedding_tensors, shape.head_tensors)
+    )
     block = shape.block_tensor_bytes(bits)
     layers = [embedding, *[block] * shape.num_layers, head]
     placed, total, largest = [0.0] * len(TIERS), 0.0, 0.0
@@ -99,7 +124,8 @@ def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[S
 
 
 def round_cache(policy: Policy) -> Split:
-    """Whole sequences on each tier: GPU and CPU rounded down first, what is left goes to the slowest tier that is asked for."""
+    """Whole sequences on each tier: GPU and CPU rounded down first, what is left goes to the slowest tier that is
+    asked for."""
     block = policy.block_size
     gpu = math.floor(block * policy.cache.gpu + 1e-6)
     cpu = math.floor(block * policy.cache.cpu + 1e-6)

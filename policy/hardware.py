@@ -33,7 +33,10 @@ class Curve:
                 f"a curve needs finite positive numbers, got points {self.points} and values {self.values}"
             )
         if len(self.points) != len(self.values) or not self.points:
-            raise ValueError(f"a curve needs as many values as points and at least one, got {len(self.points)} points and {len(self.values)} values")
+            raise ValueError(
+                f"a curve needs as many values as points and at least one, got {len(self.points)} points and "
+                f"{len(self.values)} values"
+            )
         if list(self.points) != sorted(set(self.points)):
             raise ValueError(f"a curve needs increasing points, got {self.points}")
 
@@ -44,7 +47,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine as `profile` measured it. Whatever limits a pass is a rate or a fixed cost here; the cost model assumes nothing else.
+    """One machine as `profile` measured it. Whatever limits a pass is a rate or a fixed cost here; the cost model
+    assumes nothing else.
 
     On a "cpu" device the ``gpu`` tier is plain memory with a budget, and copies take cores away from compute.
     """
@@ -85,10 +89,11 @@ class Hardware:
     launch_seconds: float
     """Per tick: what the host needs to launch a tick and no resource hides."""
     graph_seconds: float = 0.0
-    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they compute."""
+    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they
+    compute."""
     staging_seconds: float = 0.0
-    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched, too, with several micro-batches while
-    another resource is busy."""
+    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched, too,
+    with several micro-batches while another resource is busy."""
     fetch_seconds: float = 0.0
     """Per tick while weights stream: a slice of the next layer is put on the link, likewise."""
     pass_seconds: float = 0.0
@@ -98,7 +103,8 @@ class Hardware:
     cpu_attention_seconds: float = 0.0
     """Fixed cost of one call of CPU attention, per layer and micro-batch: its threads start and meet."""
     exchange_seconds: float = 0.0
-    """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and nothing hides it."""
+    """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and
+    nothing hides it."""
     settle_seconds: float = 0.0
     """Per tick without overlap: waiting until nothing is under way, twice."""
     disk_read_seconds: float = 0.0
@@ -106,10 +112,11 @@ class Hardware:
     link_seconds: float = 0.0
     """Fixed cost of one copy, per layer and micro-batch."""
     attention_tile_keys: float = 0.0
-    """Keys that attention on the GPU takes together: of a sequence's last tile half is empty, on average. 512 sequences of OPT-1.3B took 8.1 ms a pass at any
-    context of 135 to 190 tokens."""
+    """Keys that attention on the GPU takes together: of a sequence's last tile half is empty, on average. 512
+    sequences of OPT-1.3B took 8.1 ms a pass at any context of 135 to 190 tokens."""
     attention_expand: float = 0.0
-    """Bytes a second, counted at 16 bits, of quantised cache that attention expands as it reads; 0: half of ``attention_decode``'s time is enough."""
+    """Bytes a second, counted at 16 bits, of quantised cache that attention expands as it reads; 0: half of
+    ``attention_decode``'s time is enough."""
     cpu_attention_8: Curve | None = None
     """``cpu_attention`` of 8-bit cache, counted at 16 bits; None: as fast as 16 bits."""
     cpu_attention_4: Curve | None = None
@@ -145,7 +152,8 @@ class Hardware:
         return self.attention_expand or 2 * self.attention_decode
 
     def gemm_seconds(self, elements: float, tokens: float | np.ndarray, element_bytes: int = 2) -> np.ndarray:
-        """Time to multiply ``tokens`` rows with weights of ``elements``. Time, not rate, is interpolated, so that it never falls with tokens.
+        """Time to multiply ``tokens`` rows with weights of ``elements``. Time, not rate, is interpolated, so that it
+        never falls with tokens.
 
         One token costs a read of the weights; ``tokens`` may be an array.
         """
@@ -156,10 +164,13 @@ class Hardware:
             points, seconds = np.r_[1.0, points], np.r_[first, seconds]
         tokens = np.asarray(tokens, dtype=float)
         inside = np.interp(tokens, points, seconds)
-        return elements * np.where(tokens <= 0, 0.0, np.where(tokens > points[-1], seconds[-1] * tokens / points[-1], inside))
+        return elements * np.where(
+            tokens <= 0, 0.0, np.where(tokens > points[-1], seconds[-1] * tokens / points[-1], inside)
+        )
 
     def cpu_attention_rate(self, queries_per_kv_head: float, cache_bits: int = 16) -> float:
-        """Bytes a second, counted at 16 bits, link idle; beyond the last measured point attention is bound by compute, and time grows with the queries."""
+        """Bytes a second, counted at 16 bits, link idle; beyond the last measured point attention is bound by
+        compute, and time grows with the queries."""
         curve = {8: self.cpu_attention_8, 4: self.cpu_attention_4}.get(cache_bits) or self.cpu_attention
         return curve.at(queries_per_kv_head) * min(1.0, curve.points[-1] / queries_per_kv_head)
 
@@ -195,11 +206,16 @@ class Hardware:
         if not isinstance(data, dict):
             raise ValueError(f"hardware JSON: an object is wanted, not a {type(data).__name__}")
         names = {f.name for f in fields(cls)}
-        needed = {f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+        needed = {
+            f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
         if unknown := data.keys() - names:
             raise ValueError(f"hardware JSON: unknown fields {sorted(unknown)}")
         if missing := needed - data.keys():
-            raise ValueError(f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with python -m flexbatch.calibrate.profile")
+            raise ValueError(
+                f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with python -m "
+                "flexbatch.calibrate.profile"
+            )
         for name in ("gemm", "cpu_attention", "cpu_attention_8", "cpu_attention_4"):
             curve = data.get(name)
             if curve is None:
@@ -236,11 +252,15 @@ def write_hardware(hardware: Hardware, path: Path) -> None:
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
-    """A shipped machine by name ("t4", "h200", "cpu") or a JSON file. Raises FileNotFoundError that lists the shipped names."""
+    """A shipped machine by name ("t4", "h200", "cpu") or a JSON file. Raises FileNotFoundError that lists the
+    shipped names."""
     path = SHIPPED / f"{name_or_path}.json"
     if not path.is_file():
         path = Path(name_or_path).expanduser()
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
-        raise FileNotFoundError(f"no hardware file {str(name_or_path)!r}; shipped: {shipped}; or a JSON file of python -m flexbatch.calibrate.profile")
+        raise FileNotFoundError(
+            f"no hardware file {str(name_or_path)!r}; shipped: {shipped}; or a JSON file of python -m "
+            "flexbatch.calibrate.profile"
+        )
     return read_hardware(path)

@@ -20,12 +20,13 @@ SAMPLING_BYTES_PER_LOGIT = 40
 """Workspace of each of them, at most, beside the logits themselves: top-p sorts (12 bytes) and adds up in float64 (16),
 noise is made of 64-bit words."""
 INPUT_BUFFER_BYTES = 8 << 20
-"""One of two pinned buffers for the inputs of a pass: 8 MiB hold the page tables, slots and masks of 100,000 query tokens;
-what does not fit goes by the copy engine."""
+"""One of two pinned buffers for the inputs of a pass: 8 MiB hold the page tables, slots and masks of 100,000 query
+tokens; what does not fit goes by the copy engine."""
 CPU_ATTENTION_MAX_TREE_TOKENS = 32
-"""The CPU attends single tokens and trees of no more query tokens than this. Larger trees, and prompts however short, are
-attended on the compute device: their attention is bound by compute, which the host is 100 times slower at. A chunk of 16
-prompt tokens held an H200's host for 1.3 ms a layer, as long as single tokens of 130 sequences of Llama-3-8B."""
+"""The CPU attends single tokens and trees of no more query tokens than this. Larger trees, and prompts however
+short, are attended on the compute device: their attention is bound by compute, which the host is 100 times slower
+at. A chunk of 16 prompt tokens held an H200's host for 1.3 ms a layer, as long as single tokens of 130 sequences of
+Llama-3-8B."""
 MAX_GRAPH_SEQUENCES = 512
 """Sequences of the largest decode pass that is captured as a CUDA graph."""
 DISK_THREADS = 4
@@ -35,23 +36,26 @@ MIN_GROUP, MAX_GROUP = 16, 64
 
 
 def _bounded_group(elements: int) -> int:
-    """The power of two at or below ``elements``, within the bounds: kernels divide by it and read its codes in whole bytes."""
+    """The power of two at or below ``elements``, within the bounds: kernels divide by it and read its codes in whole
+    bytes."""
     return max(MIN_GROUP, min(MAX_GROUP, 1 << max(0, elements.bit_length() - 1)))
 
 
 def weight_group(hidden_size: int) -> int:
-    """Inputs of a matrix that share a scale: 64 from 2,048 wide models on, 32 from 1,024, else 16. Small models feel the
-    error of large groups, and not the bytes of small ones."""
+    """Inputs of a matrix that share a scale: 64 from 2,048 wide models on, 32 from 1,024, else 16. Small models feel
+    the error of large groups, and not the bytes of small ones."""
     return _bounded_group(hidden_size // 32)
 
 
 def cache_group(head_dim: int) -> int:
-    """Elements of a head that share a scale: two groups a head, of 64 at most. Keys have a few channels far larger than the
-    rest (docs/compression.md)."""
+    """Elements of a head that share a scale: two groups a head, of 64 at most. Keys have a few channels far larger
+    than the rest (docs/compression.md)."""
     return _bounded_group(head_dim // 2)
 
 
-def workspace_elements(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int) -> int:
+def workspace_elements(
+    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int
+) -> int:
     """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their copies."""
     projections = (num_heads + 2 * num_kv_heads) * head_dim
     return 6 * hidden_size + 2 * projections + 3 * intermediate_size

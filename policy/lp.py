@@ -1,7 +1,8 @@
 """The linear program over the splits and the CPU-attention share, for fixed micro-batch sizes, bits and tree.
 
-HiGHS solves it, as SciPy brings it. A modeling layer with solvers of its own (PuLP) was dropped: its releases removed the solver that
-came with it, and the package of HiGHS beside it prints to stdout at the first solve. SciPy's interface has been the same since 1.7.
+HiGHS solves it, as SciPy brings it. A modeling layer with solvers of its own (PuLP) was dropped: its releases
+removed the solver that came with it, and the package of HiGHS beside it prints to stdout at the first solve. SciPy's
+interface has been the same since 1.7.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Row = Mapping[int, float] | np.ndarray
 
 @dataclass(frozen=True)
 class Solution:
-    """``point`` as in `cost.point_of`; ``seconds`` of the whole objective; ``seconds_per_gib`` saved by one GiB more on each tier."""
+    """``point`` as in `cost.point_of`; ``seconds`` of the whole objective; ``seconds_per_gib`` saved by one GiB more
+    on each tier."""
 
     point: np.ndarray
     seconds: float
@@ -41,9 +43,11 @@ def fixed_fractions(constraints: Constraints) -> dict[str, float]:
 
 @dataclass
 class LinearProgram:
-    """The least ``cost @ x`` for x within bounds, with rows ``coefficients @ x`` that are at most, or equal to, a limit.
+    """The least ``cost @ x`` for x within bounds, with rows ``coefficients @ x`` that are at most, or equal to, a
+    limit.
 
-    A column is the number of a variable; rows are mappings from columns to coefficients, or arrays over the first columns.
+    A column is the number of a variable; rows are mappings from columns to coefficients, or arrays over the first
+    columns.
     """
 
     lower: list[float] = field(default_factory=list)
@@ -87,11 +91,13 @@ class LinearSolution:
 
 
 Phases = Sequence[tuple[PassModel, float | np.ndarray]]
-"""Models with how often each of their passes counts: a number for a model of one pass, or one for each of its passes."""
+"""Models with how often each of their passes counts: a number for a model of one pass, or one for each of its
+passes."""
 
 
 def time_rows(phases: Phases) -> tuple[list[tuple[float, np.ndarray]], float]:
-    """([(weight of the stage, its rows [rows, 1 + variables])], constant seconds): the objective is the weighted sum of the stages' maxima."""
+    """([(weight of the stage, its rows [rows, 1 + variables])], constant seconds): the objective is the weighted sum
+    of the stages' maxima."""
     stages, constant = [], 0.0
     for model, count in phases:
         counts = np.atleast_1d(count)
@@ -123,7 +129,8 @@ def column(name: str) -> int:
 
 
 def placement_program(constraints: Constraints, cache_on_disk: bool = True) -> LinearProgram:
-    """Every split sums to 1, only what is on the CPU can be attended there, and what the user's percentages say is pinned."""
+    """Every split sums to 1, only what is on the CPU can be attended there, and what the user's percentages say is
+    pinned."""
     program = LinearProgram()
     fixed = ({} if cache_on_disk else {"cache_disk": 0.0}) | fixed_fractions(constraints)
     for name in VARIABLES:

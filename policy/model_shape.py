@@ -12,7 +12,8 @@ from flexbatch.policy.limits import cache_group, weight_group, workspace_element
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder that the cost needs; ``*_tensors`` are elements of each tensor, in the order in which they are placed."""
+    """The sizes of a decoder that the cost needs; ``*_tensors`` are elements of each tensor, in the order in which
+    they are placed."""
 
     name: str
     num_layers: int
@@ -31,7 +32,8 @@ class ModelShape:
     mlp_matrices: int = 2
     element_bytes: int = 2
     stored_block_bytes: tuple[int, ...] = ()
-    """Bytes of each of ``block_tensors`` in a checkpoint that is quantised already, whatever its bits and groups; empty: the policy's bits decide."""
+    """Bytes of each of ``block_tensors`` in a checkpoint that is quantised already, whatever its bits and groups;
+    empty: the policy's bits decide."""
 
     @classmethod
     def from_sizes(
@@ -49,7 +51,8 @@ class ModelShape:
         positions: int = 0,
         element_bytes: int = 2,
     ) -> ModelShape:
-        """A dense decoder; biases and norms are left out (under 0.1 % of the elements). ``positions``: rows of a learned position table."""
+        """A dense decoder; biases and norms are left out (under 0.1 % of the elements). ``positions``: rows of a
+        learned position table."""
         kv_heads, dim = num_kv_heads or num_heads, head_dim or hidden_size // num_heads
         block = (
             hidden_size * (num_heads + 2 * kv_heads) * dim,
@@ -60,7 +63,19 @@ class ModelShape:
         table = vocab_size * hidden_size
         embedding = (() if tied else (table,)) + ((positions * hidden_size,) if positions else ())
         return cls(
-            name, num_layers, hidden_size, num_heads, kv_heads, dim, intermediate_size, vocab_size, block, (table,), embedding, mlp_matrices, element_bytes
+            name,
+            num_layers,
+            hidden_size,
+            num_heads,
+            kv_heads,
+            dim,
+            intermediate_size,
+            vocab_size,
+            block,
+            (table,),
+            embedding,
+            mlp_matrices,
+            element_bytes,
         )
 
     @classmethod
@@ -68,7 +83,9 @@ class ModelShape:
         """From a shape JSON: the fields of this class, or the arguments of `from_sizes`."""
         if "block_tensors" not in data:
             return cls.from_sizes(**data)
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
         return cls(**fields)
 
     def as_dict(self) -> dict:
@@ -78,13 +95,23 @@ class ModelShape:
         """Bytes of ``elements`` weights at ``bits``: codes and one (scale, minimum) pair a group."""
         if bits == 16:
             return elements * self.element_bytes
-        return math.ceil(elements * bits / 8) + math.ceil(elements / weight_group(self.hidden_size)) * 2 * self.element_bytes
+        return (
+            math.ceil(elements * bits / 8)
+            + math.ceil(elements / weight_group(self.hidden_size)) * 2 * self.element_bytes
+        )
 
     def token_bytes(self, bits: int) -> int:
         """Bytes of one token row of the cache of one layer, keys and values."""
         if bits == 16:
             return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
-        used = 2 * self.num_kv_heads * (math.ceil(self.head_dim * bits / 8) + math.ceil(self.head_dim / cache_group(self.head_dim)) * 2 * self.element_bytes)
+        used = (
+            2
+            * self.num_kv_heads
+            * (
+                math.ceil(self.head_dim * bits / 8)
+                + math.ceil(self.head_dim / cache_group(self.head_dim)) * 2 * self.element_bytes
+            )
+        )
         return math.ceil(used / 16) * 16  # quantised rows are padded to what a 16-byte load wants
 
     def block_tensor_bytes(self, bits: int) -> tuple[int, ...]:
@@ -123,13 +150,17 @@ class ModelShape:
 
     @property
     def peak_workspace_bytes(self) -> int:
-        """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their copies."""
-        elements = workspace_elements(self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size)
+        """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their
+        copies."""
+        elements = workspace_elements(
+            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size
+        )
         return elements * self.element_bytes
 
     @property
     def workspace_bytes(self) -> int:
-        """GPU workspace of one token inside a layer: residual, normed input, the larger of attention's and the MLP's intermediates, output."""
+        """GPU workspace of one token inside a layer: residual, normed input, the larger of attention's and the MLP's
+        intermediates, output."""
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         mlp = self.mlp_matrices * self.intermediate_size
         return (3 * self.hidden_size + max(attention, mlp)) * self.element_bytes

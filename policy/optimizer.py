@@ -1,4 +1,5 @@
-"""The search for the best policy: micro-batch size and count, bits, tree and prompt budget outside, a linear program over the splits inside."""
+"""The search for the best policy: micro-batch size and count, bits, tree and prompt budget outside, a linear program
+over the splits inside."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ GRID_COUNTS = tuple(2**i for i in range(7))
 MIN_BUDGET = 256
 """Prompt tokens that a micro-batch may always bring: fewer would cut prompts into crumbs to save little memory."""
 FILLS = (1.0, 0.5, 0.25, 0.0)
-"""How fast an empty block fills: the share of a sequence's stay over which prompts are spread. 1 keeps every pass alike, 0 brings all at once."""
+"""How fast an empty block fills: the share of a sequence's stay over which prompts are spread. 1 keeps every pass
+alike, 0 brings all at once."""
 FINALISTS = 12
 CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
@@ -36,21 +38,30 @@ BOUNDLESS = 2**50
 POLISHED = 4
 """Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 DISK_GAIN = 0.01
-"""What the disk must gain over the best plan without it: it is the resource that is predicted worst, and all that lies there is written first."""
+"""What the disk must gain over the best plan without it: it is the resource that is predicted worst, and all that
+lies there is written first."""
 GOOD_ENOUGH = 0.995
 """Of the machine's bound: nothing is left to search for."""
 
 
 def attention_shares(constraints: Constraints) -> tuple[float, ...]:
-    """What a searched policy has for CPU attention: the user's share, or once some, which the program finds, and once none."""
+    """What a searched policy has for CPU attention: the user's share, or once some, which the program finds, and
+    once none."""
     return (1.0, 0.0) if constraints.cpu_attention is None else (constraints.cpu_attention,)
 
 
 def cache_places(constraints: Constraints) -> tuple[Split, ...]:
-    """What a searched policy has for its cache: once none of it may be on the disk, and once some, which the program finds; as far as the user's percentages
-    leave open. The first sequence there takes host memory to stop over, as much as a micro-batch of them."""
+    """What a searched policy has for its cache: once none of it may be on the disk, and once some, which the program
+    finds; as far as the user's percentages leave open. The first sequence there takes host memory to stop over, as
+    much as a micro-batch of them."""
     on_disk = fixed_fractions(constraints).get("cache_disk")
-    return (Split(1.0, 0.0), Split(0.0, 0.0, 1.0)) if on_disk is None else (Split(0.0, 0.0, 1.0),) if on_disk else (Split(1.0, 0.0),)
+    return (
+        (Split(1.0, 0.0), Split(0.0, 0.0, 1.0))
+        if on_disk is None
+        else (Split(0.0, 0.0, 1.0),)
+        if on_disk
+        else (Split(1.0, 0.0),)
+    )
 
 
 def chunk_of(workload: Workload, constraints: Constraints) -> int:
@@ -62,7 +73,8 @@ def chunk_of(workload: Workload, constraints: Constraints) -> int:
 
 
 def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
-    """Prompt tokens of a micro-batch in a pass so that a block fills within ``fill`` of a sequence's stay; 0 when that limits nothing."""
+    """Prompt tokens of a micro-batch in a pass so that a block fills within ``fill`` of a sequence's stay; 0 when
+    that limits nothing."""
     lengths = Lengths.of(workload, policy)
     passes = max(lengths.prompt_passes, fill * lengths.residence)
     budget = max(MIN_BUDGET, math.ceil(policy.gpu_batch_size * lengths.prompt / passes))
@@ -83,7 +95,9 @@ def block_policy(search: Search, template: Policy, batch: int, count: int, fill:
         batch = constraints.gpu_batch_size or min(batch, search.workload.num_sequences)
         count = constraints.num_gpu_batches or min(count, math.ceil(search.workload.num_sequences / batch))
     policy = dataclasses.replace(template, gpu_batch_size=batch, num_gpu_batches=count)
-    budget = budget_of(search.workload, policy, fill) if constraints.prefill_budget is None else constraints.prefill_budget
+    budget = (
+        budget_of(search.workload, policy, fill) if constraints.prefill_budget is None else constraints.prefill_budget
+    )
     return dataclasses.replace(policy, prefill_budget=budget)
 
 
@@ -94,7 +108,8 @@ def first_fill(search: Search, block: float) -> float:
 
 
 def grid(sequences: float) -> list[tuple[int, int]]:
-    """Sizes and counts in powers of two, those nearest to ``sequences`` in flight first, so that the rest is pruned early."""
+    """Sizes and counts in powers of two, those nearest to ``sequences`` in flight first, so that the rest is pruned
+    early."""
     pairs = itertools.product(GRID_BATCHES, GRID_COUNTS)
     return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
 
@@ -132,25 +147,44 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
     while improved:
         improved = False
         for seed in search.family(template)[:2]:
-            fills = {first_fill(search, seed.policy.block_size), *(FILLS if search.workload.num_sequences is not None else ())}
+            fills = {
+                first_fill(search, seed.policy.block_size),
+                *(FILLS if search.workload.num_sequences is not None else ()),
+            }
             p = seed.policy
-            improved |= climb(block_policy(search, template, p.gpu_batch_size, p.num_gpu_batches, fill) for fill in sorted(fills))
+            improved |= climb(
+                block_policy(search, template, p.gpu_batch_size, p.num_gpu_batches, fill) for fill in sorted(fills)
+            )
             budget = p.prefill_budget / p.gpu_batch_size
             for batch, count in neighbours(p):
                 if batch >= 1 and count >= 1:
                     other = block_policy(search, template, batch, count, 1.0)
                     free = search.constraints.prefill_budget is None and search.workload.num_sequences is not None
-                    improved |= climb([dataclasses.replace(other, prefill_budget=math.ceil(budget * other.gpu_batch_size)) if free else other])
+                    improved |= climb(
+                        [
+                            dataclasses.replace(other, prefill_budget=math.ceil(budget * other.gpu_batch_size))
+                            if free
+                            else other
+                        ]
+                    )
 
 
 def polish(search: Search, best: Plan) -> Plan:
-    """The best of ``best`` and slightly smaller blocks: where rounding to whole tensors costs what the larger block gains, one that rounds well wins."""
+    """The best of ``best`` and slightly smaller blocks: where rounding to whole tensors costs what the larger block
+    gains, one that rounds well wins."""
     policy = best.policy
     if search.constraints.gpu_batch_size is not None:
         return best
     for batch in range(policy.gpu_batch_size - 1, max(0, policy.gpu_batch_size - 1 - POLISHED), -1):
-        other = block_policy(search, dataclasses.replace(policy, prefill_budget=0), batch, policy.num_gpu_batches, first_fill(search, policy.block_size))
-        # The best of the linear programs' values stands for a placement that rounding may have made slower: it must not prune here.
+        other = block_policy(
+            search,
+            dataclasses.replace(policy, prefill_budget=0),
+            batch,
+            policy.num_gpu_batches,
+            first_fill(search, policy.block_size),
+        )
+        # The best of the linear programs' values stands for a placement that rounding may have made slower: it must not
+        # prune here.
         candidate = search.attempt(other, best.predicted_tokens_per_second)
         plan = search.finish(candidate) if candidate else None
         if plan is not None and plan.predicted_tokens_per_second > best.predicted_tokens_per_second:
@@ -161,8 +195,9 @@ def polish(search: Search, best: Plan) -> Plan:
 def with_best_budget(search: Search, best: Plan) -> Plan:
     """``best`` with twice or half its prompt budget, as long as that is faster and fits: priced pass by pass.
 
-    The linear program's average passes cannot tell that a block on the GPU decodes in one graph when no prompts are in the pass, so that few passes
-    with many prompts are better than many with few (OPT-1.3B, 9 sequences on the H200: 1,153 tok/s with one prompt a pass, 1,580 with two).
+    The linear program's average passes cannot tell that a block on the GPU decodes in one graph when no prompts are
+    in the pass, so that few passes with many prompts are better than many with few (OPT-1.3B, 9 sequences on the
+    H200: 1,153 tok/s with one prompt a pass, 1,580 with two).
     """
     if search.constraints.prefill_budget is not None:
         return best
@@ -202,11 +237,22 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
     bounds = families(search)
     best = best_plan(search, bounds)
     if best is None:
-        raise does_not_fit(shape, hardware, workload, constraints, block_policy(search, templates(workload, constraints)[-1], 1, 1, 1.0))
+        raise does_not_fit(
+            shape,
+            hardware,
+            workload,
+            constraints,
+            block_policy(search, templates(workload, constraints)[-1], 1, 1, 1.0),
+        )
     best = without_disk(search, bounds, best)
     limit = max(bound.tokens_per_second for bound, _ in bounds)
     elapsed = time.perf_counter() - start
-    return dataclasses.replace(best, machine_bound_tokens_per_second=limit, linear_programs=search.linear_programs + len(bounds), search_seconds=elapsed)
+    return dataclasses.replace(
+        best,
+        machine_bound_tokens_per_second=limit,
+        linear_programs=search.linear_programs + len(bounds),
+        search_seconds=elapsed,
+    )
 
 
 def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best: Plan) -> Plan:
@@ -222,13 +268,17 @@ def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best
     if plan is None or plan.predicted_tokens_per_second < least:
         return best
     # The program's dual is that of a machine without a disk; here there is room on it that the plan leaves.
-    return dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib={**plan.tokens_per_second_per_gib, "disk": 0.0})
+    return dataclasses.replace(
+        plan, hardware=search.hardware, tokens_per_second_per_gib={**plan.tokens_per_second_per_gib, "disk": 0.0}
+    )
 
 
 def templates(workload: Workload, constraints: Constraints) -> list[Policy]:
     """Bits that the constraints leave open, sizes and places still to be found."""
     anywhere = Split(1.0, 0.0)
-    plain = Policy(anywhere, anywhere, anywhere, 1, 1, prefill_chunk=chunk_of(workload, constraints), overlap=constraints.overlap)
+    plain = Policy(
+        anywhere, anywhere, anywhere, 1, 1, prefill_chunk=chunk_of(workload, constraints), overlap=constraints.overlap
+    )
     return [
         dataclasses.replace(plain, weight_bits=weight_bits, cache_bits=cache_bits)
         for weight_bits, cache_bits in itertools.product(constraints.weight_bits, constraints.cache_bits)
@@ -247,7 +297,9 @@ def families(search: Search) -> list[tuple[MachineBound, Policy]]:
             bound = machine_bound(search.shape, boundless, search.workload, search.constraints, *bits)
         if bound is not None:
             kinds = itertools.product(cache_places(search.constraints), attention_shares(search.constraints))
-            found += [(bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in kinds]
+            found += [
+                (bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in kinds
+            ]
     return found
 
 

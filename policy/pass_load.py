@@ -1,6 +1,7 @@
 """What a pass carries: query tokens, contexts and prompts, for one pass, for the steady state and over a whole job.
 
-The fields of a `PassLoad` are totals over the block; all may be arrays (one element a pass), and the cost formulas broadcast over them.
+The fields of a `PassLoad` are totals over the block; all may be arrays (one element a pass), and the cost formulas
+broadcast over them.
 """
 
 from __future__ import annotations
@@ -118,14 +119,18 @@ def steady_load(workload: Workload, policy: Policy, in_flight: float | None = No
     block = policy.block_size if in_flight is None else in_flight
     rate = block / lengths.residence
     rate = min(rate, policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch / lengths.prompt)
-    load = PassLoad(lengths.decode_passes, lengths.context, lengths.prompt, lengths.prompt_context, lengths.prompt_pairs, 1.0)
+    load = PassLoad(
+        lengths.decode_passes, lengths.context, lengths.prompt, lengths.prompt_context, lengths.prompt_pairs, 1.0
+    )
     return load.scaled(rate), rate
 
 
 def job_phases(workload: Workload, policy: Policy) -> list[tuple[PassLoad, float]]:
-    """(average load, number of passes) of the phases of a finite job, as a fluid: fill, full with prompts, full without, tail.
+    """(average load, number of passes) of the phases of a finite job, as a fluid: fill, full with prompts, full
+    without, tail.
 
-    With S passes between the first and the last admission of a block, each block takes R passes of residence and the job S more.
+    With S passes between the first and the last admission of a block, each block takes R passes of residence and the
+    job S more.
     """
     assert workload.num_sequences is not None, "a job without end has one phase: steady_load"
     lengths = Lengths.of(workload, policy)
@@ -136,7 +141,9 @@ def job_phases(workload: Workload, policy: Policy) -> list[tuple[PassLoad, float
         in_flight, fill = admitted * lengths.residence, lengths.residence
     stagger = fill - lengths.prompt_passes
     blocks = max(1.0, workload.num_sequences / in_flight)
-    prompts = PassLoad(0.0, 0.0, lengths.prompt, lengths.prompt_context, lengths.prompt_pairs, 1.0).scaled(in_flight / fill)
+    prompts = PassLoad(0.0, 0.0, lengths.prompt, lengths.prompt_context, lengths.prompt_pairs, 1.0).scaled(
+        in_flight / fill
+    )
     mean_context = lengths.context / lengths.decode_passes if lengths.decode_passes else 0.0
     decoding_in_fill = in_flight * stagger**2 / (2 * fill**2)
     early = lengths.prompt + stagger / 3
@@ -153,7 +160,8 @@ def job_phases(workload: Workload, policy: Policy) -> list[tuple[PassLoad, float
 def trajectory(workload: Workload, policy: Policy) -> tuple[PassLoad, np.ndarray]:
     """Every pass of a finite job, in order, as arrays, and how often each counts.
 
-    Beyond four blocks the job is walked for four, and the passes between the end of the first and of the third block count more.
+    Beyond four blocks the job is walked for four, and the passes between the end of the first and of the third block
+    count more.
     """
     assert workload.num_sequences is not None, "a job without end has one pass: steady_load"
     total, block = workload.num_sequences, policy.block_size

@@ -69,7 +69,8 @@ class Plan:
 
     @property
     def told_rows(self) -> tuple[str, ...]:
-        """The rows that a reader is shown: every resource, and what limits where that is two of them that slow each other."""
+        """The rows that a reader is shown: every resource, and what limits where that is two of them that slow each
+        other."""
         return RESOURCES + ((self.limiting_row,) if self.limiting_row in JOINT else ())
 
     @property
@@ -99,8 +100,11 @@ def passes_of(workload: Workload, policy: Policy) -> Passes:
     return load, counts, workload.num_sequences * workload.mean_output
 
 
-def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy, passes: Passes | None = None) -> Plan:
-    """Predict everything for a given policy, whether it fits or not (see `Plan.missing`). passes: where they are known."""
+def price(
+    shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy, passes: Passes | None = None
+) -> Plan:
+    """Predict everything for a given policy, whether it fits or not (see `Plan.missing`). passes: where they are
+    known."""
     load, counts, tokens = passes_of(workload, policy) if passes is None else passes
     # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
     met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
@@ -121,7 +125,9 @@ def price(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Pol
         seconds=None if workload.num_sequences is None else total,
         passes=num_passes,
         pass_seconds=total / num_passes,
-        row_seconds={name: float(np.sum(counts * value)) / num_passes for name, value in model.resource_seconds(point).items()},
+        row_seconds={
+            name: float(np.sum(counts * value)) / num_passes for name, value in model.resource_seconds(point).items()
+        },
         work={name: float(np.sum(counts * value)) / num_passes for name, value in model.resource_work(point).items()},
         launch_seconds=float(np.sum(counts * model.launched(point))) / num_passes,
         memory=peak_memory(shape, hardware, workload, met),

@@ -1,4 +1,5 @@
-"""The vocabulary of placement: splits, policies, workloads and model shapes, as frozen data. Lengths in tokens, sizes in bytes, times in seconds."""
+"""The vocabulary of placement: splits, policies, workloads and model shapes, as frozen data. Lengths in tokens,
+sizes in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -21,13 +22,19 @@ class Split:
     def __post_init__(self) -> None:
         fractions = (self.gpu, self.cpu, self.disk)
         if min(fractions) < -1e-9 or abs(sum(fractions) - 1.0) > 1e-6:
-            raise ValueError(f"a split needs three fractions >= 0 that sum to 1, got gpu={self.gpu:g} cpu={self.cpu:g} disk={self.disk:g}")
+            raise ValueError(
+                f"a split needs three fractions >= 0 that sum to 1, got gpu={self.gpu:g} cpu={self.cpu:g} "
+                f"disk={self.disk:g}"
+            )
 
     @classmethod
     def from_percent(cls, gpu: float, cpu: float) -> Split:
         """The rest (100 - gpu - cpu) is on disk, as in FlexGen's ``--percent``."""
         if gpu < 0 or cpu < 0 or gpu + cpu > 100 + 1e-6:
-            raise ValueError(f"percentages on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100; the rest goes to disk")
+            raise ValueError(
+                f"percentages on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100; the rest goes "
+                "to disk"
+            )
         return cls(gpu / 100, cpu / 100, max(0.0, 1 - gpu / 100 - cpu / 100))
 
     @property
@@ -82,8 +89,9 @@ class Policy:
     def num_weight_slabs(self) -> int:
         """Working slabs for the layers that are on their way.
 
-        Two, or three with CPU attention over several micro-batches: the second half of a layer's last tick then runs in the next layer, and with two slabs
-        the link would stand still until it is done (OPT-30B, 16-bit weights, prompts in the pass: 20.4 ms a layer, of which the link used 15).
+        Two, or three with CPU attention over several micro-batches: the second half of a layer's last tick then runs
+        in the next layer, and with two slabs the link would stand still until it is done (OPT-30B, 16-bit weights,
+        prompts in the pass: 20.4 ms a layer, of which the link used 15).
         """
         return 3 if self.overlap and self.cpu_attention > 0 and self.num_gpu_batches > 1 else 2
 
@@ -109,7 +117,10 @@ class Constraints:
 
     def __post_init__(self) -> None:
         if self.percent is not None and len(self.percent) != 6:
-            raise ValueError(f"percent needs six numbers (or None) for weights, cache and activations on GPU and CPU, got {len(self.percent)}")
+            raise ValueError(
+                "percent needs six numbers (or None) for weights, cache and activations on GPU and CPU, got "
+                f"{len(self.percent)}"
+            )
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             raise ValueError(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
         for bits in self.weight_bits + self.cache_bits:

@@ -1,4 +1,5 @@
-"""What can change between passes when the measured pass is not the planned one, and what a run teaches about the machine. Pure functions."""
+"""What can change between passes when the measured pass is not the planned one, and what a run teaches about the
+machine. Pure functions."""
 
 from __future__ import annotations
 
@@ -34,10 +35,14 @@ class Replan:
     reason: str
 
 
-def recalibrate(hardware: Hardware, predicted: Mapping[str, float], measured: Mapping[str, float], limit: float = 4.0) -> Hardware:
-    """The machine with its rates scaled by predicted / measured seconds of each resource, by at most ``limit`` either way.
+def recalibrate(
+    hardware: Hardware, predicted: Mapping[str, float], measured: Mapping[str, float], limit: float = 4.0
+) -> Hardware:
+    """The machine with its rates scaled by predicted / measured seconds of each resource, by at most ``limit`` either
+    way.
 
-    Resources that were predicted or measured at less than 1 % of the busiest say nothing about their rate and are left alone.
+    Resources that were predicted or measured at less than 1 % of the busiest say nothing about their rate and are
+    left alone.
     """
     least_predicted, least_measured = (0.01 * max(seconds.values(), default=0.0) for seconds in (predicted, measured))
     fields = {
@@ -67,18 +72,24 @@ def scaled(rate: float | Curve, factor: float) -> float | Curve:
     return rate * factor
 
 
-def replan(plan: Plan, measured_pass_seconds: float, measured: Mapping[str, float], mean_context: float | None = None) -> Replan:
+def replan(
+    plan: Plan, measured_pass_seconds: float, measured: Mapping[str, float], mean_context: float | None = None
+) -> Replan:
     """Settings for the next passes when a pass takes ``measured_pass_seconds``.
 
-    plan: what was predicted. measured: busy seconds of each resource in that pass. mean_context: tokens that a decoding sequence really
-    holds, where the estimate of the lengths was wrong. Within ``TOLERANCE`` everything stays. Otherwise the rates are corrected by what was
-    measured, and the CPU-attention share and the admission limit with the highest throughput under them are taken; memory stays where it is.
+    plan: what was predicted. measured: busy seconds of each resource in that pass. mean_context: tokens that a
+    decoding sequence really holds, where the estimate of the lengths was wrong. Within ``TOLERANCE`` everything
+    stays. Otherwise the rates are corrected by what was measured, and the CPU-attention share and the admission
+    limit with the highest throughput under them are taken; memory stays where it is.
     """
     policy = plan.policy
     ratio = measured_pass_seconds / plan.pass_seconds
     budget = policy.prompt_tokens_per_micro_batch
     if abs(ratio - 1) <= TOLERANCE:
-        reason = f"pass took {measured_pass_seconds:.3g} s, planned {plan.pass_seconds:.3g} s: within {TOLERANCE:.0%}, nothing changes"
+        reason = (
+            f"pass took {measured_pass_seconds:.3g} s, planned {plan.pass_seconds:.3g} s: within "
+            f"{TOLERANCE:.0%}, nothing changes"
+        )
         return Replan(policy.block_size, budget, policy.cpu_attention, measured_pass_seconds, False, reason)
     hardware = recalibrate(plan.hardware, plan.resource_seconds, measured)
     limit = admission_limit(plan, mean_context)
@@ -88,14 +99,23 @@ def replan(plan: Plan, measured_pass_seconds: float, measured: Mapping[str, floa
     words = [f"pass took {measured_pass_seconds:.3g} s, planned {plan.pass_seconds:.3g} s ({ratio - 1:+.0%})"]
     words.append(f"{culprit} busy {measured.get(culprit, 0.0):.3g} s instead of {plan.resource_seconds[culprit]:.3g} s")
     planned_budget = policy.prompt_tokens_per_micro_batch
-    settings = (("admission limit", policy.block_size, limit), ("CPU attention", policy.cpu_attention, share), ("prompt budget", planned_budget, budget))
-    changes = [f"{name} {before:.4g} -> {after:.4g}" for name, before, after in settings if not math.isclose(before, after, rel_tol=1e-3, abs_tol=1e-3)]
+    settings = (
+        ("admission limit", policy.block_size, limit),
+        ("CPU attention", policy.cpu_attention, share),
+        ("prompt budget", planned_budget, budget),
+    )
+    changes = [
+        f"{name} {before:.4g} -> {after:.4g}"
+        for name, before, after in settings
+        if not math.isclose(before, after, rel_tol=1e-3, abs_tol=1e-3)
+    ]
     reason = "; ".join([*words, *(changes or ["no setting between passes helps"])])
     return Replan(limit, budget, share, seconds, bool(changes), reason)
 
 
 def admission_limit(plan: Plan, mean_context: float | None) -> int:
-    """Fewer sequences where these are longer than planned, so that the cache's home still holds them; at least one a micro-batch."""
+    """Fewer sequences where these are longer than planned, so that the cache's home still holds them; at least one a
+    micro-batch."""
     if mean_context is None:
         return plan.policy.block_size
     load, _ = steady_load(plan.workload, plan.policy)
@@ -104,8 +124,11 @@ def admission_limit(plan: Plan, mean_context: float | None) -> int:
     return max(plan.policy.num_gpu_batches, math.floor(room))
 
 
-def model_for(plan: Plan, hardware: Hardware, limit: int, share: float, mean_context: float | None) -> tuple[PassModel, np.ndarray]:
-    """The steady pass of ``limit`` sequences with the contexts that were met, and the plan's placement with ``share`` of CPU attention."""
+def model_for(
+    plan: Plan, hardware: Hardware, limit: int, share: float, mean_context: float | None
+) -> tuple[PassModel, np.ndarray]:
+    """The steady pass of ``limit`` sequences with the contexts that were met, and the plan's placement with
+    ``share`` of CPU attention."""
     policy = dataclasses.replace(plan.policy, cpu_attention=share)
     load, _ = steady_load(plan.workload, plan.policy, in_flight=limit)
     if mean_context is not None:
@@ -114,12 +137,18 @@ def model_for(plan: Plan, hardware: Hardware, limit: int, share: float, mean_con
 
 
 def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float | None) -> tuple[float, float]:
-    """(share of the CPU's sequences to attend there, seconds of the pass). Staging was sized by the plan: the share may rise, not fall below it."""
-    # Two staging areas hold the planned share of a micro-batch; a smaller share would need larger ones, unless fewer sequences are in flight.
+    """(share of the CPU's sequences to attend there, seconds of the pass). Staging was sized by the plan: the share
+    may rise, not fall below it."""
+    # Two staging areas hold the planned share of a micro-batch; a smaller share would need larger ones, unless fewer
+    # sequences are in flight.
     staged = plan.policy.cache.cpu * (1 - plan.policy.cpu_attention)
     room = staged * plan.policy.block_size / limit
     least = max(0.0, 1 - room / plan.policy.cache.cpu) if plan.policy.cache.cpu else 0.0
-    shares = sorted({plan.policy.cpu_attention, *(share for share in SHARES if share >= least - 1e-9)}) if plan.policy.cache.cpu else [0.0]
+    shares = (
+        sorted({plan.policy.cpu_attention, *(share for share in SHARES if share >= least - 1e-9)})
+        if plan.policy.cache.cpu
+        else [0.0]
+    )
     models = {share: model_for(plan, hardware, limit, share, mean_context) for share in shares}
     seconds = {share: float(model.pass_seconds(point)) for share, (model, point) in models.items()}
     best = min(shares, key=lambda share: (seconds[share], abs(share - plan.policy.cpu_attention)))
@@ -127,11 +156,18 @@ def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float |
 
 
 def chunk_budget(plan: Plan, hardware: Hardware, limit: int, share: float, mean_context: float | None) -> int:
-    """The largest budget, up to the planned one, whose prompts still hide under the pass's other traffic; never below what keeps the block full."""
+    """The largest budget, up to the planned one, whose prompts still hide under the pass's other traffic; never
+    below what keeps the block full."""
     policy = plan.policy
     model, point = model_for(plan, hardware, limit, share, mean_context)
     seconds = model.resource_seconds(point)
-    hidden_under = max(value for name, value in seconds.items() if not name.startswith("gpu") and name not in ("cores", "no overlap", "one micro-batch"))
+    hidden_under = max(
+        value
+        for name, value in seconds.items()
+        if not name.startswith("gpu") and name not in ("cores", "no overlap", "one micro-batch")
+    )
     paced = float(np.ceil(model.load.prompt_tokens / policy.num_gpu_batches))
     spare = hidden_under / float(seconds["gpu_compute"]) if seconds["gpu_compute"] else 1.0
-    return int(min(policy.prompt_tokens_per_micro_batch, max(paced, policy.prompt_tokens_per_micro_batch * min(1.0, spare))))
+    return int(
+        min(policy.prompt_tokens_per_micro_batch, max(paced, policy.prompt_tokens_per_micro_batch * min(1.0, spare)))
+    )

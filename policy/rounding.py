@@ -27,13 +27,18 @@ def clean(fractions: np.ndarray) -> Split:
 
 
 def placed(shape: ModelShape, policy: Policy, point: np.ndarray, constraints: Constraints) -> Policy:
-    """``policy`` with the splits of ``point``, as whole tensors and sequences can meet them; a split that the user gave stays as given."""
+    """``policy`` with the splits of ``point``, as whole tensors and sequences can meet them; a split that the user
+    gave stays as given."""
     fixed = fixed_fractions(constraints)
     splits = {kind: clean(point[1 + 3 * i : 4 + 3 * i]) for i, kind in enumerate(KINDS)}
-    share = min(1.0, float(point[1 + VARIABLES.index("attended")]) / splits["cache"].cpu) if splits["cache"].cpu else 0.0
+    share = (
+        min(1.0, float(point[1 + VARIABLES.index("attended")]) / splits["cache"].cpu) if splits["cache"].cpu else 0.0
+    )
     share = share if constraints.cpu_attention is None else constraints.cpu_attention
     share = share if share > NOISE else 0.0
-    policy = dataclasses.replace(policy, weights=splits["weights"], cache=splits["cache"], activations=splits["activations"], cpu_attention=share)
+    policy = dataclasses.replace(
+        policy, weights=splits["weights"], cache=splits["cache"], activations=splits["activations"], cpu_attention=share
+    )
     if not any(name.startswith("weights") for name in fixed):
         policy = dataclasses.replace(policy, weights=spread_weights(shape, policy.weights, policy.weight_bits)[0])
     if not any(name.startswith("cache") for name in fixed):
@@ -41,15 +46,24 @@ def placed(shape: ModelShape, policy: Policy, point: np.ndarray, constraints: Co
     return policy
 
 
-def does_not_fit(shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints, policy: Policy) -> DoesNotFit:
+def does_not_fit(
+    shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints, policy: Policy
+) -> DoesNotFit:
     """The refusal for the smallest block that was allowed, placed so that as little as possible is missing."""
     rows = memory_rows(shape, hardware, workload, policy)
     room = capacity(hardware)
-    point = least_shortage({tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}, room, constraints)
-    sizes = f"micro-batch {policy.gpu_batch_size} x {policy.num_gpu_batches}, weights at {policy.weight_bits} bits, cache at {policy.cache_bits}"
+    point = least_shortage(
+        {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}, room, constraints
+    )
+    sizes = (
+        f"micro-batch {policy.gpu_batch_size} x {policy.num_gpu_batches}, weights at {policy.weight_bits} "
+        f"bits, cache at {policy.cache_bits}"
+    )
     lines = [f"{shape.name} does not fit: {sizes}"]
     kinds = list(dict.fromkeys(kind for tier in TIERS for kind in rows[tier]))
-    need = {kind: {tier: float(rows[tier][kind] @ point) if kind in rows[tier] else 0.0 for tier in TIERS} for kind in kinds}
+    need = {
+        kind: {tier: float(rows[tier][kind] @ point) if kind in rows[tier] else 0.0 for tier in TIERS} for kind in kinds
+    }
     totals = {tier: sum(sizes[tier] for sizes in need.values()) for tier in TIERS}
     missing = {tier: max(0.0, totals[tier] - room[tier]) for tier in TIERS}
     unit, size = fitting_unit(max(totals.values()), BINARY)
@@ -72,4 +86,6 @@ def remedies(missing: dict[str, float], constraints: Constraints, policy: Policy
         found.append("a smaller --gpu-batch-size or --num-gpu-batches")
     if min(constraints.weight_bits) == 16:
         found.append("allow fewer bits with --weight-bits 4")
-    return found or ["rounding to whole tensors and sequences exceeds a budget by a little: give any tier one layer's weights more"]
+    return found or [
+        "rounding to whole tensors and sequences exceeds a budget by a little: give any tier one layer's weights more"
+    ]

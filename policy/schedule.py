@@ -13,7 +13,8 @@ class Tick:
     layer: int
     micro_batch: int
     fetch_weights: tuple[int, int, int] | None
-    """(layer, slice, slices): which K-th of which layer's weights to put on the link now. After the last layer comes layer 0 of the next pass."""
+    """(layer, slice, slices): which K-th of which layer's weights to put on the link now. After the last layer comes
+    layer 0 of the next pass."""
     fetch_inputs: tuple[int, int] | None
     """(layer, micro_batch) whose KV pages and activations the next tick needs; None at the end of the pass."""
     drain: tuple[int, int] | None
@@ -23,11 +24,13 @@ class Tick:
 def zigzag(num_layers: int, num_micro_batches: int) -> Iterator[Tick]:
     """Ticks of one pass, layer-outer and micro-batch-inner (FlexGen, section 4.1: the zig-zag block schedule).
 
-    Every tick carries one K-th of the next layer's weights, so that the load is spread over all K ticks of a layer and not bunched at
-    its first. ``num_layers`` counts the head. Raises ValueError for an empty pass.
+    Every tick carries one K-th of the next layer's weights, so that the load is spread over all K ticks of a layer
+    and not bunched at its first. ``num_layers`` counts the head. Raises ValueError for an empty pass.
     """
     if num_layers < 1 or num_micro_batches < 1:
-        raise ValueError(f"a pass needs at least one layer and one micro-batch, got {num_layers} and {num_micro_batches}")
+        raise ValueError(
+            f"a pass needs at least one layer and one micro-batch, got {num_layers} and {num_micro_batches}"
+        )
     previous: tuple[int, int] | None = None
     for layer in range(num_layers):
         for k in range(num_micro_batches):

@@ -1,4 +1,5 @@
-"""What the search for a policy has tried: sizes of a block, the linear program's placement for them, and the plan that whole tensors make of it."""
+"""What the search for a policy has tried: sizes of a block, the linear program's placement for them, and the plan
+that whole tensors make of it."""
 
 from __future__ import annotations
 
@@ -55,7 +56,10 @@ class Search:
         return sorted(found, key=lambda candidate: -candidate.tokens_per_second)
 
     def top(self, template: Policy) -> float:
-        return max((candidate.tokens_per_second for candidate in self.tried[family_of(template)].values() if candidate), default=0.0)
+        return max(
+            (candidate.tokens_per_second for candidate in self.tried[family_of(template)].values() if candidate),
+            default=0.0,
+        )
 
     def passes(self, policy: Policy) -> tuple[PassModel, np.ndarray, float]:
         """(the average passes of the job's phases, how often each counts, generated tokens in all of them)."""
@@ -83,7 +87,8 @@ class Search:
         return {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}
 
     def attempt(self, policy: Policy, least_rate: float | None = None) -> Candidate | None:
-        """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best (or ``least_rate``), which needs no linear program to see."""
+        """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best (or ``least_rate``), which
+        needs no linear program to see."""
         tried = self.tried[family_of(policy)]
         if policy in tried and (least_rate is None or tried[policy]):
             return tried[policy]
@@ -119,7 +124,8 @@ class Search:
         return shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
 
     def finish(self, candidate: Candidate) -> Plan | None:
-        """The plan of a candidate with whole tensors and sequences; the program runs again with less room while rounding does not fit."""
+        """The plan of a candidate with whole tensors and sequences; the program runs again with less room while
+        rounding does not fit."""
         model, counts, _ = self.passes(candidate.policy)
         memory, room = self.memory(candidate.policy), dict(capacity(self.hardware))
         solution: Solution | None = candidate.solution
@@ -130,7 +136,10 @@ class Search:
             missing = self.shortage(policy)
             if not missing:
                 plan = self.price(policy)
-                saved = {tier: seconds / solution.seconds * plan.predicted_tokens_per_second for tier, seconds in solution.seconds_per_gib.items()}
+                saved = {
+                    tier: seconds / solution.seconds * plan.predicted_tokens_per_second
+                    for tier, seconds in solution.seconds_per_gib.items()
+                }
                 return dataclasses.replace(plan, tokens_per_second_per_gib=saved)
             if self.placement_given:
                 return None
@@ -156,7 +165,9 @@ class Search:
         room: dict[str, int],
     ) -> Solution | None:
         """The best placement; one without CPU attention where ``policy`` has none."""
-        constraints = self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
+        constraints = (
+            self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
+        )
         if self.placement_given:
             if constraints.cpu_attention is not None:
                 return given_solution(model, counts, constraints)
@@ -184,7 +195,9 @@ def given_solution(model: PassModel, counts: np.ndarray, constraints: Constraint
 
 def least_compute(model: PassModel) -> np.ndarray:
     """GPU seconds of each pass at the placement that takes the least: with all attention on the CPU."""
-    return total(stage.count * np.maximum(0.0, evaluate(stage.seconds["gpu_compute"], ALL_ATTENDED)) for stage in model.stages)
+    return total(
+        stage.count * np.maximum(0.0, evaluate(stage.seconds["gpu_compute"], ALL_ATTENDED)) for stage in model.stages
+    )
 
 
 def family_of(policy: Policy) -> Family:

@@ -43,8 +43,12 @@ def public_shape(name: str) -> ModelShape:
         return ModelShape.from_sizes(key, layers, hidden, heads, intermediate, 50272, tied=True, positions=2050)
     if key in LLAMA:
         hidden, layers, heads, kv_heads, intermediate, vocab, tied = LLAMA[key]
-        return ModelShape.from_sizes(key, layers, hidden, heads, intermediate, vocab, num_kv_heads=kv_heads, mlp_matrices=3, tied=tied)
-    raise ValueError(f"no public shape {name!r}; known: {', '.join(names())}; or a JSON file with the fields of ModelShape")
+        return ModelShape.from_sizes(
+            key, layers, hidden, heads, intermediate, vocab, num_kv_heads=kv_heads, mlp_matrices=3, tied=tied
+        )
+    raise ValueError(
+        f"no public shape {name!r}; known: {', '.join(names())}; or a JSON file with the fields of ModelShape"
+    )
 
 
 def load_shape(name_or_path: str) -> ModelShape:

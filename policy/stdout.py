@@ -1,8 +1,8 @@
 """Data on stdout and nothing else: what libraries print there, in Python or in C, at import or at exit, goes to stderr.
 
-Two layers. `run_process` moves file descriptor 1 of a command's process to stderr for good, so that nothing that a library does until the very end reaches
-the data. `data_apart` keeps `sys.stdout` from libraries while a command works, and hands the stream for data to it; called in a program's own process, it
-puts everything back.
+Two layers. `run_process` moves file descriptor 1 of a command's process to stderr for good, so that nothing that a
+library does until the very end reaches the data. `data_apart` keeps `sys.stdout` from libraries while a command
+works, and hands the stream for data to it; called in a program's own process, it puts everything back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ READER_GONE = 1
 def run_process(main: Callable[[], int | None]) -> int:
     """Runs the main function of a process, whose `sys.stdout` is then a stream of its own, and returns its exit code.
 
-    A reader that has gone (``| head``) ends the process without a traceback. Where stdout is moved already, or is no file, ``main`` just runs.
+    A reader that has gone (``| head``) ends the process without a traceback. Where stdout is moved already, or is no
+    file, ``main`` just runs.
     """
     _open_standard_streams()
     if _descriptor(sys.stdout) != 1:
@@ -51,7 +52,8 @@ def run_process(main: Callable[[], int | None]) -> int:
 
 @contextlib.contextmanager
 def data_apart() -> Iterator[TextIO]:
-    """The stream for data. Meanwhile `sys.stdout` and file descriptor 1, which processes that are started inherit, are stderr."""
+    """The stream for data. Meanwhile `sys.stdout` and file descriptor 1, which processes that are started inherit,
+    are stderr."""
     given = sys.stdout
     given.flush()
     kept = os.dup(1)
@@ -72,7 +74,8 @@ def data_apart() -> Iterator[TextIO]:
 
 
 def _open_standard_streams() -> None:
-    """A process may be started without them (``>&-``): the next file that is opened would take their numbers, and get what libraries print."""
+    """A process may be started without them (``>&-``): the next file that is opened would take their numbers, and
+    get what libraries print."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -93,9 +96,12 @@ def _descriptor(stream: TextIO) -> int | None:
 
 
 def _text_stream(descriptor: int, like: TextIO | None) -> TextIO:
-    """A stream with the encoding of another. Half a surrogate pair, which no encoding has, is written as JSON writes it."""
+    """A stream with the encoding of another. Half a surrogate pair, which no encoding has, is written as JSON writes
+    it."""
     encoding = getattr(like, "encoding", None) or "utf-8"
-    return io.TextIOWrapper(open(descriptor, "wb"), encoding=encoding, errors="backslashreplace", line_buffering=os.isatty(descriptor))
+    return io.TextIOWrapper(
+        open(descriptor, "wb"), encoding=encoding, errors="backslashreplace", line_buffering=os.isatty(descriptor)
+    )
 
 
 def _close(stream: TextIO) -> OSError | None:

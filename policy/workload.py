@@ -52,16 +52,22 @@ class Workload:
 
     @classmethod
     def from_lengths(cls, prompts: Sequence[int], outputs: Sequence[int], num_sequences: int | None = None) -> Workload:
-        """From the actual prompts; beyond MAX_PAIRS, pairs of similar total length are merged into their mean, which keeps the sums."""
+        """From the actual prompts; beyond MAX_PAIRS, pairs of similar total length are merged into their mean, which
+        keeps the sums."""
         pairs = sorted(zip(prompts, outputs, strict=True), key=sum)
         count = len(pairs)
         if count > cls.MAX_PAIRS:
             cuts = [count * i // cls.MAX_PAIRS for i in range(cls.MAX_PAIRS + 1)]
-            pairs = [tuple(sum(column) / (end - begin) for column in zip(*pairs[begin:end], strict=True)) for begin, end in itertools.pairwise(cuts)]
+            pairs = [
+                tuple(sum(column) / (end - begin) for column in zip(*pairs[begin:end], strict=True))
+                for begin, end in itertools.pairwise(cuts)
+            ]
         return cls(tuple((float(p), float(o)) for p, o in pairs), num_sequences or count)
 
     @classmethod
-    def from_quantiles(cls, prompt_quantiles: Iterable[float], output_quantiles: Iterable[float], num_sequences: int | None = None) -> Workload:
+    def from_quantiles(
+        cls, prompt_quantiles: Iterable[float], output_quantiles: Iterable[float], num_sequences: int | None = None
+    ) -> Workload:
         """Every prompt quantile with every output quantile: the two lengths are taken as independent."""
         outputs = tuple(output_quantiles)
         return cls(tuple((float(p), float(o)) for p in prompt_quantiles for o in outputs), num_sequences)

@@ -32,7 +32,8 @@ def no_profiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """A command that a test runs in this process sets up logging to the stderr of that test, which is closed after it."""
+    """A command that a test runs in this process sets up logging to the stderr of that test, which is closed after
+    it."""
     root, package = logging.getLogger(), logging.getLogger("flexbatch")
     handlers, levels = root.handlers[:], (root.level, package.level)
     yield

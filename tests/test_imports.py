@@ -1,4 +1,5 @@
-"""The direction of imports (docs/architecture.md): apps -> flexbatch -> policy, kernels; inside flexbatch never upwards; no torch for ``--help``."""
+"""The direction of imports (docs/architecture.md): apps -> flexbatch -> policy, kernels; inside flexbatch never
+upwards; no torch for ``--help``."""
 
 from __future__ import annotations
 
@@ -14,19 +15,17 @@ ROOT = Path(__file__).parents[1]
 LEAVES = ("policy", "kernels")
 # Lowest first. Modules on the same level may import each other; `config`, `request` and `trace` are at the bottom.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("checks", "config_checks", "config", "request", "secrets", "streams", "text_files", "threads", "trace", "parallel"),
-    ("models",),
-    ("memory",),
-    ("chat", "detokenize", "prompts", "text_decoder"),
+    ("validation",),
+    ("config", "request", "trace"),
+    ("job", "models"),
+    ("memory", "text"),
     ("execution",),
     ("speculative",),
-    ("planning",),
-    ("host_rates",),
-    ("kernel_rates", "machines", "choosing", "adapting", "growing"),
-    ("deciding", "reports"),
-    ("block", "intake", "loaded"),
+    ("calibrate",),
+    ("planner",),
+    ("intake", "loader"),
     ("engine",),
-    ("cli", "prompt_files", "workload", "progress", "tables", "result_file"),
+    ("cli",),
     ("run", "__main__"),
     ("apps",),
 )
@@ -35,7 +34,9 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 def sources() -> list[Path]:
     """Each file once, by its real path, not through the links in flexbatch/."""
-    return sorted({path.resolve() for folder in ("flexbatch", "apps", *LEAVES) for path in (ROOT / folder).rglob("*.py")})
+    return sorted(
+        {path.resolve() for folder in ("flexbatch", "apps", *LEAVES) for path in (ROOT / folder).rglob("*.py")}
+    )
 
 
 def imported(path: Path) -> set[str]:
@@ -47,7 +48,9 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import; write the full name"
             assert node.module is not None
-            names.update([node.module] if node.module != "flexbatch" else [f"flexbatch.{alias.name}" for alias in node.names])
+            names.update(
+                [node.module] if node.module != "flexbatch" else [f"flexbatch.{alias.name}" for alias in node.names]
+            )
     return names
 
 
@@ -109,7 +112,9 @@ def test_help_answers_within_a_second_without_torch(module: str) -> None:
     seconds = []
     for _ in range(3):  # the least of three: other processes share the machine
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         seconds.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
         assert "usage" in done.stdout

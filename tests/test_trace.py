@@ -72,7 +72,12 @@ def test_summary_counts_parallel_spans_once() -> None:
     tracer.add("tick", "t", 0.0, 10.0)
     use = tracer.summary()
     assert list(use) == ["h2d", "disk_read"]
-    assert (use["disk_read"].busy, use["disk_read"].num_bytes, use["disk_read"].rate, use["disk_read"].share) == (5.0, 200, 40.0, 0.5)
+    assert (use["disk_read"].busy, use["disk_read"].num_bytes, use["disk_read"].rate, use["disk_read"].share) == (
+        5.0,
+        200,
+        40.0,
+        0.5,
+    )
     assert (use["h2d"].busy, use["h2d"].wall, use["h2d"].spans) == (2.0, 10.0, 1)
     assert RecordingTracer().summary() == {}
 
@@ -82,13 +87,18 @@ intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=
 
 @given(intervals=intervals)
 def test_covered_time_is_that_of_the_union(intervals: list[tuple[int, int]]) -> None:
-    spans = sorted((Span("host", "x", start, start + length) for start, length in intervals), key=lambda span: span.start)
+    spans = sorted(
+        (Span("host", "x", start, start + length) for start, length in intervals), key=lambda span: span.start
+    )
     assert covered(spans) == len({second for start, length in intervals for second in range(start, start + length)})
 
 
 @given(intervals=intervals)
 def test_no_row_of_the_timeline_holds_overlapping_spans(intervals: list[tuple[int, int]]) -> None:
-    spans = sorted((Span("disk_read", f"{start}", start, start + length, 8) for start, length in intervals), key=lambda span: (span.start, -span.end))
+    spans = sorted(
+        (Span("disk_read", f"{start}", start, start + length, 8) for start, length in intervals),
+        key=lambda span: (span.start, -span.end),
+    )
     events = [event for event in chrome_events(spans) if event["ph"] == "X"]
     assert len(events) == len(spans)
     for row in {event["tid"] for event in events}:

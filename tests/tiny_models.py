@@ -26,33 +26,77 @@ LLAMA_SIZES = {
     "head_dim": 12,
     "max_position_embeddings": 512,
 }
-LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 FALCON_SIZES = {"hidden_size": 60, "num_hidden_layers": 2, "max_position_embeddings": 512}
 GPT_SIZES = {"n_embd": 60, "n_layer": 3, "n_head": 5, "n_positions": 512}
-NEOX_SIZES = {"hidden_size": 72, "intermediate_size": 92, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 512}
+NEOX_SIZES = {
+    "hidden_size": 72,
+    "intermediate_size": 92,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 512,
+}
 
 # name -> (model_type, configuration). The part of the name before "-" is the family.
 FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": (
         "opt",
-        {"hidden_size": 60, "ffn_dim": 92, "num_hidden_layers": 3, "num_attention_heads": 5, "word_embed_proj_dim": 60, "max_position_embeddings": 512},
+        {
+            "hidden_size": 60,
+            "ffn_dim": 92,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "word_embed_proj_dim": 60,
+            "max_position_embeddings": 512,
+        },
     ),
     "opt-tiny": (
         "opt",
-        {"hidden_size": 12, "ffn_dim": 20, "num_hidden_layers": 1, "num_attention_heads": 1, "word_embed_proj_dim": 12, "max_position_embeddings": 512},
+        {
+            "hidden_size": 12,
+            "ffn_dim": 20,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "word_embed_proj_dim": 12,
+            "max_position_embeddings": 512,
+        },
     ),
     "llama": ("llama", LLAMA_SIZES),
     "llama-tied": ("llama", {**LLAMA_SIZES, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
-    "llama-single": ("llama", {**LLAMA_SIZES, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}),
+    "llama-single": (
+        "llama",
+        {**LLAMA_SIZES, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1},
+    ),
     "llama-rope3": ("llama", {**LLAMA_SIZES, "rope_parameters": {"rope_theta": 5000.0, **LLAMA3_SCALING}}),
-    "llama-linear": ("llama", {**LLAMA_SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}}),
+    "llama-linear": (
+        "llama",
+        {**LLAMA_SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}},
+    ),
     "llama-dynamic": (
         "llama",
-        {**LLAMA_SIZES, "max_position_embeddings": 256, "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 10000.0}},
+        {
+            **LLAMA_SIZES,
+            "max_position_embeddings": 256,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 10000.0},
+        },
     ),
     "llama-yarn": (
         "llama",
-        {**LLAMA_SIZES, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}},
+        {
+            **LLAMA_SIZES,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
     ),
     "opt-postnorm": (
         "opt",
@@ -83,7 +127,10 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**LLAMA_SIZES, "sliding_window": 19}),
     "mistral-full": ("mistral", {**LLAMA_SIZES, "sliding_window": None, "tie_word_embeddings": True}),
     "qwen2": ("qwen2", {**LLAMA_SIZES, "head_dim": 10}),
-    "qwen2-window": ("qwen2", {**LLAMA_SIZES, "head_dim": 10, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}),
+    "qwen2-window": (
+        "qwen2",
+        {**LLAMA_SIZES, "head_dim": 10, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+    ),
     "qwen3": ("qwen3", {**LLAMA_SIZES, "tie_word_embeddings": True}),
     "phi3": ("phi3", {**LLAMA_SIZES, "head_dim": 10, "sliding_window": 21, "original_max_position_embeddings": 512}),
     "phi3-longrope": (
@@ -93,13 +140,30 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 10,
             "max_position_embeddings": 1024,
             "original_max_position_embeddings": 256,
-            "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 1.7, 2.5], "long_factor": [1.0, 2, 4, 8, 16]},
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.3, 1.7, 2.5],
+                "long_factor": [1.0, 2, 4, 8, 16],
+            },
         },
     ),
     "glm": ("glm", LLAMA_SIZES),
     "glm4": ("glm4", LLAMA_SIZES),
-    "gemma2": ("gemma2", {**LLAMA_SIZES, "query_pre_attn_scalar": 20, "sliding_window": 13, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
-    "gemma3": ("gemma3_text", {**LLAMA_SIZES, "query_pre_attn_scalar": 20, "sliding_window": 13, "sliding_window_pattern": 3}),
+    "gemma2": (
+        "gemma2",
+        {
+            **LLAMA_SIZES,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 13,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {**LLAMA_SIZES, "query_pre_attn_scalar": 20, "sliding_window": 13, "sliding_window_pattern": 3},
+    ),
     "gemma3-linear": (
         "gemma3_text",
         {
@@ -115,31 +179,78 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-vision": (
         "gemma3",
         {
-            "text_config": {**LLAMA_SIZES, **TOKENS, "vocab_size": VOCAB, "sliding_window": 13, "sliding_window_pattern": 3},
-            "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+            "text_config": {
+                **LLAMA_SIZES,
+                **TOKENS,
+                "vocab_size": VOCAB,
+                "sliding_window": 13,
+                "sliding_window_pattern": 3,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
             "mm_tokens_per_image": 4,
             "image_token_index": VOCAB - 1,
         },
     ),
     "bloom": ("bloom", {"hidden_size": 60, "n_layer": 3, "n_head": 6}),
     "falcon-7b": ("falcon", {**FALCON_SIZES, "num_attention_heads": 5}),
-    "falcon-40b": ("falcon", {**FALCON_SIZES, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-40b": (
+        "falcon",
+        {**FALCON_SIZES, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
     "falcon-11b": (
         "falcon",
-        {**FALCON_SIZES, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 92},
+        {
+            **FALCON_SIZES,
+            "num_attention_heads": 6,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+            "ffn_hidden_size": 92,
+        },
     ),
     "falcon-alibi": (
         "falcon",
-        {**FALCON_SIZES, "hidden_size": 64, "num_attention_heads": 8, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
+        {
+            **FALCON_SIZES,
+            "hidden_size": 64,
+            "num_attention_heads": 8,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "alibi": True,
+        },
     ),
     "falcon-alibi-many": (
         "falcon",
-        {**FALCON_SIZES, "hidden_size": 96, "num_attention_heads": 12, "multi_query": False, "parallel_attn": False, "alibi": True},
+        {
+            **FALCON_SIZES,
+            "hidden_size": 96,
+            "num_attention_heads": 12,
+            "multi_query": False,
+            "parallel_attn": False,
+            "alibi": True,
+        },
     ),
     "gpt_bigcode": ("gpt_bigcode", GPT_SIZES),
-    "gpt_bigcode-heads": ("gpt_bigcode", {**GPT_SIZES, "multi_query": False, "n_inner": 92, "activation_function": "gelu"}),
-    "gpt_neox": ("gpt_neox", {**NEOX_SIZES, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000.0}}),
-    "gpt_neox-serial": ("gpt_neox", {**NEOX_SIZES, "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}),
+    "gpt_bigcode-heads": (
+        "gpt_bigcode",
+        {**GPT_SIZES, "multi_query": False, "n_inner": 92, "activation_function": "gelu"},
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        {**NEOX_SIZES, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000.0}},
+    ),
+    "gpt_neox-serial": (
+        "gpt_neox",
+        {**NEOX_SIZES, "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+    ),
     "codegen": ("codegen", {**GPT_SIZES, "n_embd": 96, "n_head": 8, "rotary_dim": 8}),
     "gptj": ("gptj", {**GPT_SIZES, "n_embd": 96, "n_head": 6, "rotary_dim": 6}),
     "gpt2": ("gpt2", {**GPT_SIZES, "n_inner": 92}),
@@ -147,26 +258,35 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {**LLAMA_SIZES, "hidden_size": 72, "head_dim": 12}),
     "starcoder2": ("starcoder2", {**LLAMA_SIZES, "head_dim": 10, "sliding_window": 17}),
     "stablelm": ("stablelm", {**LLAMA_SIZES, "hidden_size": 96, "head_dim": 16, "use_qkv_bias": True}),
-    "stablelm-parallel": ("stablelm", {**LLAMA_SIZES, "hidden_size": 96, "head_dim": 16, "use_parallel_residual": True}),
+    "stablelm-parallel": (
+        "stablelm",
+        {**LLAMA_SIZES, "hidden_size": 96, "head_dim": 16, "use_parallel_residual": True},
+    ),
 }
 
 
 def make_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that knows every byte; merges of two letters fill the vocabulary, so that every token id of a model decodes."""
+    """Byte-level BPE that knows every byte; merges of two letters fill the vocabulary, so that every token id of a
+    model decodes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
     if vocab_size < len(vocab):
-        raise ValueError(f"vocab_size={vocab_size} must be at least {len(vocab)}: every byte and {len(SPECIAL)} special tokens")
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least {len(vocab)}: every byte and {len(SPECIAL)} special tokens"
+        )
     merges = list(itertools.islice(itertools.product(string.ascii_lowercase, repeat=2), vocab_size - len(vocab)))
     vocab |= {first + second: len(vocab) + index for index, (first, second) in enumerate(merges)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[PAD], bos_token=SPECIAL[BOS], eos_token=SPECIAL[EOS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=SPECIAL[PAD], bos_token=SPECIAL[BOS], eos_token=SPECIAL[EOS]
+    )
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:
-    """Random norms and biases too (their defaults of one and zero hide mistakes), and weights large enough that logits differ clearly."""
+    """Random norms and biases too (their defaults of one and zero hide mistakes), and weights large enough that
+    logits differ clearly."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -180,10 +300,14 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
                 parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
 
 
-def make_model(family: str, folder: Path | str, *, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> PreTrainedModel:
-    """Build the case ``family`` of FAMILY_CASES with ``overrides`` of its configuration, save it to ``folder``, return it in float32 (eval mode).
+def make_model(
+    family: str, folder: Path | str, *, seed: int = 0, tokenizer: bool = True, **overrides: Any
+) -> PreTrainedModel:
+    """Build the case ``family`` of FAMILY_CASES with ``overrides`` of its configuration, save it to ``folder``, return
+    it in float32 (eval mode).
 
-    ``vocab_size`` (default 307), ``pad_token_id``, ``bos_token_id`` and ``eos_token_id`` can be overridden like any other key.
+    ``vocab_size`` (default 307), ``pad_token_id``, ``bos_token_id`` and ``eos_token_id`` can be overridden like any
+    other key.
     """
     kind, config = FAMILY_CASES[family]
     config = {"vocab_size": VOCAB, **TOKENS, **config, **overrides}

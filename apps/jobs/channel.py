@@ -16,7 +16,8 @@ class Cancelled(Exception):
 
 
 class Channel(Generic[T]):
-    """At most ``capacity`` values wait in it. Iterating ends when the producer closes it, with the producer's error if it had one, behind all its values."""
+    """At most ``capacity`` values wait in it. Iterating ends when the producer closes it, with the producer's error
+    if it had one, behind all its values."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity

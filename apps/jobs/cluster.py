@@ -1,4 +1,5 @@
-"""One job on a Ray cluster: the driver keeps the manifest and the list of parts, actors with an engine each do and commit them."""
+"""One job on a Ray cluster: the driver keeps the manifest and the list of parts, actors with an engine each do and
+commit them."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ POLL_S = 0.5
 
 
 class Dispenser:
-    """Hands out the parts of a job to workers, one at a time and in order; a Ray actor, as all workers must see the same list.
+    """Hands out the parts of a job to workers, one at a time and in order; a Ray actor, as all workers must see the
+    same list.
 
     ``parts``: number -> records of rows that are finished; ``seen`` is for the workers' planners, ``grant`` is the
     driver's, in whose name they write. What a worker held when it died goes to the front again, with what its journal
@@ -55,7 +57,8 @@ class Dispenser:
         self._stopped = False
 
     def job(self) -> tuple[Job, Preview | None, Path | None]:
-        """What the workers do. A restarted actor cannot count on large arguments of its own, which Ray may have lost with their node."""
+        """What the workers do. A restarted actor cannot count on large arguments of its own, which Ray may have lost
+        with their node."""
         return self._job, self._seen, self._grant
 
     def register(self, worker: int) -> None:
@@ -117,7 +120,8 @@ class Worker:
         self._number, self._open_engine = number, open_engine
 
     def run(self, dispenser: Any) -> None:
-        """Does parts until there are none left. Called again after a restart, it first gives back what its predecessor held."""
+        """Does parts until there are none left. Called again after a restart, it first gives back what its
+        predecessor held."""
         import ray
 
         number = self._number
@@ -153,16 +157,19 @@ def check_cluster(resources: dict[str, float], actors: int, cpus: float, gpus: f
     for name, each in (("CPU", cpus), ("GPU", gpus)):
         if resources.get(name, 0) < actors * each:
             raise ConfigurationError(
-                f"{actors} Ray actors with {each:g} {name} each need {actors * each:g}, the cluster has {resources.get(name, 0):g}: Ray would wait for ever. "
-                f"Lower --ray-actors{' or --ray-cpus' if name == 'CPU' else ''}, or join a larger cluster with --ray-address"
+                f"{actors} Ray actors with {each:g} {name} each need {actors * each:g}, the cluster has "
+                f"{resources.get(name, 0):g}: Ray would wait for ever. "
+                f"Lower --ray-actors{' or --ray-cpus' if name == 'CPU' else ''}, or join a larger cluster with "
+                "--ray-address"
             )
 
 
 def run_on_ray(job: Job, open_engine: OpenEngine, resume: str) -> int:
-    """Runs a job on a Ray cluster: the same parts, manifest and exit codes as `run_shard`. The output folder must be shared by all nodes.
+    """Runs a job on a Ray cluster: the same parts, manifest and exit codes as `run_shard`. The output folder must be
+    shared by all nodes.
 
-    Parts are committed by the actors themselves, because Ray Data checkpoints hardly anything after a failure. An actor that dies is started again
-    and goes on from its journal, three times.
+    Parts are committed by the actors themselves, because Ray Data checkpoints hardly anything after a failure. An
+    actor that dies is started again and goes on from its journal, three times.
     """
     try:
         import ray
@@ -204,20 +211,27 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
         logger.warning("other jobs hold CPUs of the Ray cluster: actors that find none wait until they are free")
     # Small windows keep one actor from taking most parts of a small job.
     rows = sum(part.rows for part in shard.left)
-    job = dataclasses.replace(job, config=dataclasses.replace(config, window_rows=max(1, min(config.window_rows, rows // (8 * actors)))))
+    job = dataclasses.replace(
+        job, config=dataclasses.replace(config, window_rows=max(1, min(config.window_rows, rows // (8 * actors))))
+    )
     waiting = {part.number: shard.finished.get(part.number, {}) for part in shard.left}
     assert shard.store.grant is not None
     dispenser: Any = ray.remote(num_cpus=0)(Dispenser).remote(
         job, shard.store.digest, waiting, preview(job, shard.left), shard.store.grant.path
     )
-    kind: Any = ray.remote(num_cpus=config.ray_cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
+    kind: Any = ray.remote(num_cpus=config.ray_cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(
+        Worker
+    )
     workers = [kind.remote(number, open_engine) for number in range(actors)]
     interrupts, progress = Interrupts(), Progress(counts, metrics_file=config.metrics_file)
     limit = config.error_limit(counts.rows_total)
 
     def draining() -> None:
         dispenser.stop.remote()
-        progress.say("flexbatch: the actors finish the parts that they have; Ctrl-C again stops now, and costs the tokens of the sequences in flight")
+        progress.say(
+            "flexbatch: the actors finish the parts that they have; Ctrl-C again stops now, and costs the tokens of "
+            "the sequences in flight"
+        )
 
     interrupts.on_drain = draining
     # Rows of an unfinished part are counted when it is committed.
@@ -230,7 +244,9 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
                 for commit in ray.get(dispenser.take_commits.remote()):
                     _count(counts, commit, journaled.pop(commit["part"], {}), shard)
                 if limit is not None and counts.row_errors > limit:
-                    raise TooManyErrors(f"{counts.row_errors} rows failed, more than the {limit} that --max-errors allows")
+                    raise TooManyErrors(
+                        f"{counts.row_errors} rows failed, more than the {limit} that --max-errors allows"
+                    )
                 ray.get(done)
             for commit in ray.get(dispenser.take_commits.remote()):
                 _count(counts, commit, journaled.pop(commit["part"], {}), shard)
@@ -247,4 +263,6 @@ def _count(counts: Counts, commit: dict[str, int], before: dict[int, Record], sh
     counts.rows_done += commit["rows"] - len(before)
     counts.row_errors += commit["errors"] - sum(bool(output.error_of(record)) for record in before.values())
     counts.input_tokens_total += commit["input_tokens"] - sum(output.tokens_of(record)[0] for record in before.values())
-    counts.generated_tokens_total += commit["generated_tokens"] - sum(output.tokens_of(record)[1] for record in before.values())
+    counts.generated_tokens_total += commit["generated_tokens"] - sum(
+        output.tokens_of(record)[1] for record in before.values()
+    )

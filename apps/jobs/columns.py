@@ -176,7 +176,8 @@ def check_text(value: Any, name: str) -> None:
         place = lone_surrogate(value)
         if place >= 0:
             raise Unfit(
-                f"{name!r} holds half of a surrogate pair, {value[place].encode('unicode_escape').decode()}, at character {place}: no Unicode text"
+                f"{name!r} holds half of a surrogate pair, {value[place].encode('unicode_escape').decode()}, at "
+                f"character {place}: no Unicode text"
             )
     elif isinstance(value, dict):
         for key, item in value.items():
@@ -202,7 +203,8 @@ def parse_types(words: Sequence[str]) -> dict[str, pa.DataType]:
             pa.array([], pa.string()).cast(types[name])
         except (ValueError, pa.ArrowException):
             raise ConfigurationError(
-                f"column_types={word!r}: {kind!r} is no type; there are string, bool, int8 to int64, uint8 to uint64, float32, float64, decimal(digits,scale), "
+                f"column_types={word!r}: {kind!r} is no type; there are string, bool, int8 to int64, uint8 to "
+                "uint64, float32, float64, decimal(digits,scale), "
                 "date32, timestamp[s] to timestamp[ns] and the other names of Arrow"
             ) from None
     return types
@@ -280,7 +282,9 @@ def _utf8(value: str | None, name: str) -> str | None:
 def refuse_reserved(columns: Iterable[str], file: str) -> None:
     """Raises ConfigurationError where a column has the name under which a source tells the errors of its rows."""
     if ROW_ERROR in columns:
-        raise ConfigurationError(f"{file}: a column has the name {ROW_ERROR!r}, which FlexBatch keeps for itself: rename it")
+        raise ConfigurationError(
+            f"{file}: a column has the name {ROW_ERROR!r}, which FlexBatch keeps for itself: rename it"
+        )
 
 
 def check_names(types: Iterable[str], columns: Iterable[str]) -> None:

@@ -21,7 +21,8 @@ FORMATS = {
 COMPRESSED = (".gz", ".bz2", ".zst")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 URI_OPTIONS = re.compile(r"\?[\w.%-]+=[^&?/]*(&[\w.%-]+=[^&?/]*)*$")
-"""Options of a file system at the end of a URI, ``?endpoint_override=host:9000&scheme=http``. A question mark elsewhere belongs to a glob."""
+"""Options of a file system at the end of a URI, ``?endpoint_override=host:9000&scheme=http``. A question mark
+elsewhere belongs to a glob."""
 
 
 class SourceError(RuntimeError):
@@ -30,7 +31,8 @@ class SourceError(RuntimeError):
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file: ``path`` for the file system, ``name`` relative to the input's folder (its identity), ``size`` in bytes."""
+    """One file: ``path`` for the file system, ``name`` relative to the input's folder (its identity), ``size`` in
+    bytes."""
 
     path: str
     name: str
@@ -56,7 +58,8 @@ def partition_values(folder: str) -> dict[str, str | None]:
 
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
-    """File system and path of a local path or a URI (``s3://``, ``gs://``, ``file://``, and what fsspec knows). Raises ConfigurationError."""
+    """File system and path of a local path or a URI (``s3://``, ``gs://``, ``file://``, and what fsspec knows).
+    Raises ConfigurationError."""
     if "://" not in location:
         return pafs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     given = URI_OPTIONS.search(location)
@@ -90,19 +93,22 @@ def _plain(error: Exception, location: str) -> str:
 def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
     """Every input file behind a file, folder, glob (``*``, ``?``, ``[]``, ``**``) or URI, sorted by name.
 
-    Names that begin with a dot or an underscore are left out, as every reader of such folders does. Raises ConfigurationError when there are none.
+    Names that begin with a dot or an underscore are left out, as every reader of such folders does. Raises
+    ConfigurationError when there are none.
     """
     filesystem, path = resolve(location)
     parts = path.split("/")
     wild = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
-    base, pattern = (path, None) if wild is None else ("/".join(parts[:wild]) or "/", _glob_regex("/".join(parts[wild:])))
+    base, pattern = (
+        (path, None) if wild is None else ("/".join(parts[:wild]) or "/", _glob_regex("/".join(parts[wild:])))
+    )
     try:
         info = filesystem.get_file_info(base)
         if wild is not None and filesystem.get_file_info(path).type == pafs.FileType.File:
             info, base, pattern = filesystem.get_file_info(path), path, None
         if info.type == pafs.FileType.File:
-            # Over HTTP the path is the whole address; its options, such as a signature that runs out, are no part of the
-            # file's name.
+            # Over HTTP the path is the whole address; its options, such as a signature that runs out, are no part of
+            # the file's name.
             address = URI_OPTIONS.sub("", info.path) if "://" in location else info.path
             return filesystem, [InputFile(info.path, PurePosixPath(address).name, info.size)]
         if info.type == pafs.FileType.NotFound:
@@ -119,7 +125,11 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
         raise ConfigurationError(
             f"input {hide_uri(location)}: the name of a file in {base} is not UTF-8 ({error.object!r}): rename it"
         ) from None
-    visible = [(entry, name) for entry, name in names if not re.search(r"(^|/)[._]", name) and (pattern is None or pattern.fullmatch(name))]
+    visible = [
+        (entry, name)
+        for entry, name in names
+        if not re.search(r"(^|/)[._]", name) and (pattern is None or pattern.fullmatch(name))
+    ]
     files = [InputFile(entry.path, name, entry.size) for entry, name in sorted(visible, key=lambda pair: pair[1])]
     files = files if pattern else [file for file in files if file.format]
     if not files:

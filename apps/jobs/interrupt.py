@@ -18,7 +18,8 @@ class Interrupts:
     def __init__(self) -> None:
         self.draining = threading.Event()
         self.on_drain: Callable[[], None] | None = None
-        """Says what is being finished. While it is None there is nothing to finish, and the first Ctrl-C stops at once."""
+        """Says what is being finished. While it is None there is nothing to finish, and the first Ctrl-C stops at
+        once."""
         self._stopping = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -35,7 +36,8 @@ class Interrupts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM meanwhile; only the main thread may do so, elsewhere (a Ray actor) this changes nothing."""
+        """Handles SIGINT and SIGTERM meanwhile; only the main thread may do so, elsewhere (a Ray actor) this changes
+        nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

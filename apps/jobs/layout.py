@@ -1,4 +1,5 @@
-"""Which input rows make which output part. Pure: numbers in, numbers out, the same on every machine and after every restart."""
+"""Which input rows make which output part. Pure: numbers in, numbers out, the same on every machine and after every
+restart."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ MIN_PART_ROWS, MAX_PART_ROWS, WANTED_PARTS = 100, 10_000, 64
 
 @dataclass(frozen=True)
 class Unit:
-    """What a source reads at one time, a row group: ``rows`` rows of ``file``, ``nbytes`` uncompressed, in partition folder ``folder`` ("" for none)."""
+    """What a source reads at one time, a row group: ``rows`` rows of ``file``, ``nbytes`` uncompressed, in partition
+    folder ``folder`` ("" for none)."""
 
     file: str
     rows: int
@@ -50,7 +52,8 @@ class Part:
 
 
 def default_part_rows(units: Sequence[Unit]) -> int:
-    """Rows of a part: about 64 parts of 100 to 10,000 rows, so that small jobs commit often and large ones leave few files, and 64 MiB of input at most."""
+    """Rows of a part: about 64 parts of 100 to 10,000 rows, so that small jobs commit often and large ones leave few
+    files, and 64 MiB of input at most."""
     rows = sum(unit.rows for unit in units)
     row_bytes = sum(unit.nbytes for unit in units) / max(rows, 1)
     wanted = min(max(-(-rows // WANTED_PARTS), MIN_PART_ROWS), MAX_PART_ROWS)
@@ -88,7 +91,8 @@ def plan_parts(units: Sequence[Unit], part_rows: int) -> list[Part]:
 
 
 def shard_parts(parts: Sequence[Part], shard: int, shards: int) -> list[Part]:
-    """The parts of shard ``shard`` of ``shards`` (counted from 0): neighbours, with close to the same number of rows, so that each shard reads its own files.
+    """The parts of shard ``shard`` of ``shards`` (counted from 0): neighbours, with close to the same number of rows,
+    so that each shard reads its own files.
 
     Every part belongs to exactly one shard. Raises ValueError for a shard outside [0, shards).
     """
@@ -109,10 +113,16 @@ def check_layout(parts: Sequence[Part], units: Sequence[Unit]) -> None:
     read = [0] * len(units)
     row = 0
     for number, part in enumerate(parts):
-        assert part.number == number and part.first_row == row, f"part {number} begins at row {part.first_row}, expected {row}"
+        assert part.number == number and part.first_row == row, (
+            f"part {number} begins at row {part.first_row}, expected {row}"
+        )
         for span in part.spans:
-            assert read[span.unit] == span.start < span.stop, f"part {number}: {span} does not follow row {read[span.unit]}"
-            assert units[span.unit].folder == part.folder, f"part {number} in {part.folder!r} holds rows of {units[span.unit].folder!r}"
+            assert read[span.unit] == span.start < span.stop, (
+                f"part {number}: {span} does not follow row {read[span.unit]}"
+            )
+            assert units[span.unit].folder == part.folder, (
+                f"part {number} in {part.folder!r} holds rows of {units[span.unit].folder!r}"
+            )
             read[span.unit] = span.stop
         row += part.rows
     assert read == [unit.rows for unit in units], "the parts miss rows of the input"

@@ -1,7 +1,8 @@
 """OpenAI batch files: one request per JSON line in, one response per JSON line out.
 
-The form is that of the Batch API (``custom_id``, ``method``, ``url``, ``body`` in; ``id``, ``custom_id``, ``response``, ``error`` out) for
-``/v1/completions`` and ``/v1/chat/completions``; ``top_k``, ``min_p``, ``repetition_penalty`` and ``ignore_eos`` are taken too, as vLLM does.
+The form is that of the Batch API (``custom_id``, ``method``, ``url``, ``body`` in; ``id``, ``custom_id``,
+``response``, ``error`` out) for ``/v1/completions`` and ``/v1/chat/completions``; ``top_k``, ``min_p``,
+``repetition_penalty`` and ``ignore_eos`` are taken too, as vLLM does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,19 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
 WHOLE = ("n", "seed", "top_k", "max_tokens")
 PLAIN = (*NUMBERS, *WHOLE, "ignore_eos", "stop")
-IGNORED = ("model", "prompt", "messages", "max_completion_tokens", "logprobs", "top_logprobs", "logit_bias", "user", "metadata", "store", "service_tier")
+IGNORED = (
+    "model",
+    "prompt",
+    "messages",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,), "echo": (False,), "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "stream_options": ({},),
@@ -301,7 +314,12 @@ class OpenAIOutput:
             "usage": {"prompt_tokens": used, "completion_tokens": made, "total_tokens": used + made},
         }
         response = {"status_code": 200, "request_id": f"req-{self._identity}-{row.index}", "body": body}
-        return {"id": f"batch_req_{self._identity}-{row.index}", "custom_id": call.custom_id, "response": response, "error": None}
+        return {
+            "id": f"batch_req_{self._identity}-{row.index}",
+            "custom_id": call.custom_id,
+            "response": response,
+            "error": None,
+        }
 
     def _choice(self, place: int, sample: Completion, call: Call) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": place, "finish_reason": sample.finish_reason}
@@ -325,18 +343,28 @@ class OpenAIOutput:
             )
             pieces.append(found[0])
         places = places_in(sample.text, pieces)
-        return [Step(offset, dataclasses.replace(shown[0], piece=kept), shown) for (offset, kept), shown in zip(places, drawn, strict=True)]
+        return [
+            Step(offset, dataclasses.replace(shown[0], piece=kept), shown)
+            for (offset, kept), shown in zip(places, drawn, strict=True)
+        ]
 
     def failure(self, row: Row, message: str) -> Record:
         call, code = row.extra if isinstance(row.extra, tuple) else (row.extra, "invalid_request")
         error = {"code": code, "message": failure_text(message)}
-        return {"id": f"batch_req_{self._identity}-{row.index}", "custom_id": call.custom_id if call else None, "response": None, "error": error}
+        return {
+            "id": f"batch_req_{self._identity}-{row.index}",
+            "custom_id": call.custom_id if call else None,
+            "response": None,
+            "error": error,
+        }
 
     def error_of(self, record: Record) -> str:
         return record["error"]["message"] if record["error"] else ""
 
     def tokens_of(self, record: Record) -> tuple[int, int]:
-        usage = record["response"]["body"]["usage"] if record["response"] else {"prompt_tokens": 0, "completion_tokens": 0}
+        usage = (
+            record["response"]["body"]["usage"] if record["response"] else {"prompt_tokens": 0, "completion_tokens": 0}
+        )
         return usage["prompt_tokens"], usage["completion_tokens"]
 
     def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:

@@ -1,7 +1,8 @@
 """A job on the move: reading, making prompts and tokenising, generating, and writing overlap, each in its own thread.
 
-``reader -> tables -> preparer -> windows -> engine (the calling thread) -> outcomes -> writer``, with bounded hand-overs, so memory does not grow with
-the input. Nothing waits for the end of a row group or a part: the engine's block is refilled as long as there are rows.
+``reader -> tables -> preparer -> windows -> engine (the calling thread) -> outcomes -> writer``, with bounded
+hand-overs, so memory does not grow with the input. Nothing waits for the end of a row group or a part: the engine's
+block is refilled as long as there are rows.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class OpenPart:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished row for the writer: a completion, or the row's own error. Without a row: look whether the part is whole."""
+    """A finished row for the writer: a completion, or the row's own error. Without a row: look whether the part is
+    whole."""
 
     open: OpenPart
     row: Row | None = None
@@ -74,8 +76,8 @@ class Outcome:
 class Pipeline:
     """One run over ``parts`` (any iterable, drawn one at a time in the order of the input).
 
-    ``finished`` holds the records of earlier runs per part. ``max_errors`` counts the whole shard. `run` returns when everything is committed or, after
-    the first Ctrl-C, when every part that had begun is.
+    ``finished`` holds the records of earlier runs per part. ``max_errors`` counts the whole shard. `run` returns
+    when everything is committed or, after the first Ctrl-C, when every part that had begun is.
     """
 
     source: Source
@@ -98,8 +100,12 @@ class Pipeline:
 
     def run(self, engine: Engine) -> None:
         """Raises SourceError (input gone or damaged; what was in flight is finished first), OutputError, TakenOver,
-        TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the finished rows are in the journal and the whole parts are committed."""
-        threads = [threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True) for target in (self._read, self._prepare, self._write)]
+        TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the finished rows are in the
+        journal and the whole parts are committed."""
+        threads = [
+            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
+            for target in (self._read, self._prepare, self._write)
+        ]
         for thread in threads:
             thread.start()
         flying: dict[int, tuple[OpenPart, Row]] = {}
@@ -186,7 +192,8 @@ class Pipeline:
         return [window[place] for place in order_rows([ids for _, _, ids in window], limits)]
 
     def _items(self, flying: dict[int, tuple[OpenPart, Row]]) -> Iterator[tuple[int, list[int], SamplingParams]]:
-        """What the engine draws. An input that fails ends it like an input that is over, so that the sequences in flight are finished."""
+        """What the engine draws. An input that fails ends it like an input that is over, so that the sequences in
+        flight are finished."""
         try:
             for window in self._windows:
                 for open_part, row, token_ids in window:
@@ -211,14 +218,22 @@ class Pipeline:
                     self._sync_due = None
             self.store.journal.sync()
         except BaseException as error:
-            self._failure = OutputError(error.errno, error.strerror, error.filename or str(self.store.folder)) if isinstance(error, OSError) else error
+            self._failure = (
+                OutputError(error.errno, error.strerror, error.filename or str(self.store.folder))
+                if isinstance(error, OSError)
+                else error
+            )
             self._outcomes.cancel()
             self._windows.cancel()
 
     def _settle(self, outcome: Outcome) -> None:
         open_part, row = outcome.open, outcome.row
         if row is not None:
-            record = self.output.record(row, outcome.completion) if outcome.completion is not None else self.output.failure(row, row.error)
+            record = (
+                self.output.record(row, outcome.completion)
+                if outcome.completion is not None
+                else self.output.failure(row, row.error)
+            )
             self.store.journal.append(open_part.part.number, row.offset, record)
             open_part.records[row.offset] = record
             open_part.left -= 1

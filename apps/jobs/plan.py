@@ -1,4 +1,5 @@
-"""From settings to a job that can run: source, parts, output form and fingerprint. Everything that can be wrong is found here, before a model loads."""
+"""From settings to a job that can run: source, parts, output form and fingerprint. Everything that can be wrong is
+found here, before a model loads."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]
         kinds = {file.format for file in files}
         if len(kinds) > 1 or None in kinds:
             raise ConfigurationError(
-                f"input {redacted_word(location)} holds files of several or unknown kinds ({files[0].name}, ...): choose one with a glob, or --input-format"
+                f"input {redacted_word(location)} holds files of several or unknown kinds ({files[0].name}, ...): "
+                "choose one with a glob, or --input-format"
             )
         kind = str(kinds.pop())
     if kind == "openai":
@@ -88,7 +90,10 @@ def choose_prompt(config: JobConfig, names: Sequence[str]) -> JobConfig:
         return dataclasses.replace(config, prompt_column="prompt")
     if "messages" in names:
         return dataclasses.replace(config, messages_column="messages")
-    raise ConfigurationError(f"which column holds the prompts? Give --prompt-column, --messages-column or --prompt-template; columns are: {', '.join(names)}")
+    raise ConfigurationError(
+        "which column holds the prompts? Give --prompt-column, --messages-column or --prompt-template; columns "
+        f"are: {', '.join(names)}"
+    )
 
 
 def without_errors(schema: pa.Schema) -> pa.Schema:
@@ -100,7 +105,10 @@ def without_errors(schema: pa.Schema) -> pa.Schema:
 def check_folders(location: str, folder: str) -> None:
     """The output must be a local folder that is not part of the input. Raises ConfigurationError."""
     if "://" in folder:
-        raise ConfigurationError(f"output {redacted_word(folder)}: parts are committed by renaming, which object stores lack; give a local or shared folder")
+        raise ConfigurationError(
+            f"output {redacted_word(folder)}: parts are committed by renaming, which object stores lack; give a "
+            "local or shared folder"
+        )
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise ConfigurationError(f"output {folder} is a file; give a folder")
@@ -121,7 +129,12 @@ def plain_settings(params: SamplingParams) -> dict[str, Any]:
 
 
 def plan_job(
-    location: str, folder: str, config: JobConfig, engine: EngineConfig, model_identity: Callable[[EngineConfig], dict[str, Any]], created: int = 0
+    location: str,
+    folder: str,
+    config: JobConfig,
+    engine: EngineConfig,
+    model_identity: Callable[[EngineConfig], dict[str, Any]],
+    created: int = 0,
 ) -> Job:
     """Reads schemas and footers, nothing else of the input. Raises ConfigurationError."""
     check_folders(location, folder)
@@ -154,7 +167,12 @@ def plan_job(
             template=config.prompt_template, columns=config.setting_columns(),
         )  # fmt: skip
         output = ParquetOutput(
-            reader, schema, partitions, prefix=config.output_prefix, tokens=config.generated_tokens, logprobs=config.logprobs is not None
+            reader,
+            schema,
+            partitions,
+            prefix=config.output_prefix,
+            tokens=config.generated_tokens,
+            logprobs=config.logprobs is not None,
         )
     return Job(config, engine, folder, source, output, plan_parts(source.units, part_rows), fingerprint)
 

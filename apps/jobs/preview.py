@@ -1,4 +1,5 @@
-"""A look at the rows of a job before its engine opens, so that the planner knows how long its sequences are and how many there will be."""
+"""A look at the rows of a job before its engine opens, so that the planner knows how long its sequences are and how
+many there will be."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Preview:
     truncate: str | None = None
 
     def lengths(self, tokenizer: Any, arch: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job has, by repeating the rows seen."""
+        """(tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job has, by
+        repeating the rows seen."""
         encode = make_encode(SimpleNamespace(tokenizer=tokenizer, arch=arch), self.truncate)
         pairs = []
         for seen in self.rows:
@@ -46,19 +48,25 @@ class Preview:
 
 
 def preview(job: Job, parts: Sequence[Part]) -> Preview:
-    """The first rows of up to eight parts that lie evenly over the job. What cannot be read is left to the job to report."""
+    """The first rows of up to eight parts that lie evenly over the job. What cannot be read is left to the job to
+    report."""
     chosen = [parts[place * len(parts) // PARTS] for place in range(PARTS)] if len(parts) > PARTS else list(parts)
     rows: list[Row] = []
     try:
         for part, table in read_parts(job.source, chosen):
-            rows += [row for row in job.output.rows(table.slice(0, ROWS_PER_PART), part, lambda offset: False) if not row.error]
+            rows += [
+                row
+                for row in job.output.rows(table.slice(0, ROWS_PER_PART), part, lambda offset: False)
+                if not row.error
+            ]
     except SourceError:
         pass
     return Preview(rows, sum(part.rows for part in parts), job.config.truncate)
 
 
 def planner_job(config: EngineConfig, seen: Preview) -> Any:
-    """The planner's `Job` of what was seen; None where nothing was, or where random weights come without a tokenizer. Raises CheckpointError."""
+    """The planner's `Job` of what was seen; None where nothing was, or where random weights come without a
+    tokenizer. Raises CheckpointError."""
     from flexbatch.job import Job as PlannerJob
     from flexbatch.models import checkpoint, resolve
 

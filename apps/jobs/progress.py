@@ -1,4 +1,5 @@
-"""How far a job is: a bar on a terminal, else a line every ten seconds, and a Prometheus text file. All on stderr: stdout is data only."""
+"""How far a job is: a bar on a terminal, else a line every ten seconds, and a Prometheus text file. All on stderr:
+stdout is data only."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Counts:
 
 
 class Progress:
-    """Shows `Counts` until closed. ``total`` and ``done`` in rows; ``metrics_file`` is replaced atomically, every ten seconds and at the end."""
+    """Shows `Counts` until closed. ``total`` and ``done`` in rows; ``metrics_file`` is replaced atomically, every
+    ten seconds and at the end."""
 
     def __init__(
         self,
@@ -56,7 +58,9 @@ class Progress:
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=counts.rows_total, initial=counts.rows_done, unit="row", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=counts.rows_total, initial=counts.rows_done, unit="row", file=self._stream, dynamic_ncols=True
+            )
         self._thread = threading.Thread(target=self._loop, name="progress", daemon=True)
         self._thread.start()
 
@@ -71,8 +75,10 @@ class Progress:
         left = (counts.rows_total - counts.rows_done) * seconds / fresh if fresh else None
         share = 100 * counts.rows_done / max(counts.rows_total, 1)
         return (
-            f"{counts.rows_done:,}/{counts.rows_total:,} rows ({share:.1f} %), {counts.input_tokens_total / seconds:,.0f} input tok/s, "
-            f"{counts.generated_tokens_total / seconds:,.0f} output tok/s, ETA {_duration(left)}, {counts.row_errors:,} errors"
+            f"{counts.rows_done:,}/{counts.rows_total:,} rows ({share:.1f} %), "
+            f"{counts.input_tokens_total / seconds:,.0f} input tok/s, "
+            f"{counts.generated_tokens_total / seconds:,.0f} output tok/s, ETA {_duration(left)}, "
+            f"{counts.row_errors:,} errors"
         )
 
     def say(self, message: str) -> None:
@@ -97,15 +103,21 @@ class Progress:
             seconds = max(self.elapsed_s, 1e-9)
             self._bar.n = self.counts.rows_done
             rates = self.counts.input_tokens_total / seconds, self.counts.generated_tokens_total / seconds
-            self._bar.set_postfix_str(f"in {rates[0]:,.0f} tok/s, out {rates[1]:,.0f} tok/s, {self.counts.row_errors} errors")
+            self._bar.set_postfix_str(
+                f"in {rates[0]:,.0f} tok/s, out {rates[1]:,.0f} tok/s, {self.counts.row_errors} errors"
+            )
 
     def write_metrics(self) -> None:
-        """Replaces the metrics file; a file that cannot be written is said once and then left alone, for it is not worth the job."""
+        """Replaces the metrics file; a file that cannot be written is said once and then left alone, for it is not
+        worth the job."""
         if self._metrics is None:
             return
         values = {**vars(self.counts), "elapsed_seconds": round(self.elapsed_s, 3)}
         label = f"{{{self._labels}}}" if self._labels else ""
-        lines = [f"# HELP flexbatch_{name} {text}\n# TYPE flexbatch_{name} {kind}\nflexbatch_{name}{label} {values[name]}\n" for name, kind, text in METRICS]
+        lines = [
+            f"# HELP flexbatch_{name} {text}\n# TYPE flexbatch_{name} {kind}\nflexbatch_{name}{label} {values[name]}\n"
+            for name, kind, text in METRICS
+        ]
         temporary = self._metrics.with_name(f".{self._metrics.name}.{os.getpid()}.tmp")
         try:
             temporary.write_text("".join(lines))

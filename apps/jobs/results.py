@@ -1,4 +1,5 @@
-"""What a job writes: the columns of the Parquet parts, and the record of one row that the journal keeps until its part is written."""
+"""What a job writes: the columns of the Parquet parts, and the record of one row that the journal keeps until its
+part is written."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class Output(Protocol):
 
 
 def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, names: Sequence[str]) -> pa.Schema:
-    """Input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where two names clash.
+    """Input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where two names
+    clash.
 
     Metadata that other libraries keep about their columns is dropped where it would no longer be true.
     """
@@ -69,10 +71,13 @@ def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, nam
     clash = [field.name for field in fields if field.name in schema.names or field.name in partitions]
     if clash:
         raise ConfigurationError(
-            f"the input already has the column{'s' * (len(clash) > 1)} {', '.join(clash)}: give the new ones other names, e.g. --output-prefix flexbatch_"
+            f"the input already has the column{'s' * (len(clash) > 1)} {', '.join(clash)}: give the new ones other "
+            "names, e.g. --output-prefix flexbatch_"
         )
     metadata = {
-        key: value for key, value in (schema.metadata or {}).items() if key != b"huggingface" and not (key == b"pandas" and b'"kind": "range"' in value)
+        key: value
+        for key, value in (schema.metadata or {}).items()
+        if key != b"huggingface" and not (key == b"pandas" and b'"kind": "range"' in value)
     }
     return pa.schema([*schema, *fields], metadata or None)
 
@@ -90,19 +95,32 @@ def plain_logprobs(completion: Completion) -> list[list[list[float]]] | None:
     def order(entry: TokenLogprob) -> tuple[int, int]:
         return entry.rank, entry.token_id
 
-    return [[[entry.token_id, entry.logprob, entry.rank] for entry in sorted(step.values(), key=order)] for step in completion.logprobs]
+    return [
+        [[entry.token_id, entry.logprob, entry.rank] for entry in sorted(step.values(), key=order)]
+        for step in completion.logprobs
+    ]
 
 
 class ParquetOutput:
-    """Parquet parts: all input columns in their types, then the results. A record is a list in the order of `COLUMNS`."""
+    """Parquet parts: all input columns in their types, then the results. A record is a list in the order of
+    `COLUMNS`."""
 
     suffix = ".parquet"
 
     def __init__(
-        self, reader: RowReader, schema: pa.Schema, partitions: Sequence[str], *, prefix: str = "", tokens: bool = False, logprobs: bool = False
+        self,
+        reader: RowReader,
+        schema: pa.Schema,
+        partitions: Sequence[str],
+        *,
+        prefix: str = "",
+        tokens: bool = False,
+        logprobs: bool = False,
     ) -> None:
         self._reader, self._prefix = reader, prefix
-        self._kept = [name for name, _ in COLUMNS if (name != "generated_tokens" or tokens) and (name != "logprobs" or logprobs)]
+        self._kept = [
+            name for name, _ in COLUMNS if (name != "generated_tokens" or tokens) and (name != "logprobs" or logprobs)
+        ]
         self.schema = result_schema(schema, partitions, prefix, self._kept)
 
     def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[Row]:
@@ -111,7 +129,13 @@ class ParquetOutput:
     def record(self, row: Row, completion: Completion) -> Record:
         if completion.finish_reason == "error":
             return self.failure(row, completion.bare_error, len(completion.prompt_token_ids))
-        record = [completion.text, completion.finish_reason, len(completion.prompt_token_ids), len(completion.token_ids), ""]
+        record = [
+            completion.text,
+            completion.finish_reason,
+            len(completion.prompt_token_ids),
+            len(completion.token_ids),
+            "",
+        ]
         return [
             *record,
             [int(token) for token in completion.token_ids] if "generated_tokens" in self._kept else None,
@@ -135,7 +159,13 @@ class ParquetOutput:
                 continue
             values = [record[place] for record in records]
             if name == "logprobs":
-                values = [v and [[dict(zip(("token_id", "logprob", "rank"), entry, strict=True)) for entry in step] for step in v] for v in values]
+                values = [
+                    v
+                    and [
+                        [dict(zip(("token_id", "logprob", "rank"), entry, strict=True)) for entry in step] for step in v
+                    ]
+                    for v in values
+                ]
             results.append(pa.array(values, kind))
         columns = [column for name, column in zip(table.column_names, table.columns, strict=True) if name != ROW_ERROR]
         return pa.Table.from_arrays([*columns, *results], schema=self.schema)
@@ -155,7 +185,9 @@ class ParquetOutput:
             raise ValueError(f"{path} holds {len(table)} rows, this job's part has {rows}")
         columns = {name: table[self._prefix + name].to_pylist() for name in self._kept}
         if "logprobs" in columns:
-            columns["logprobs"] = [v and [[list(entry.values()) for entry in step] for step in v] for v in columns["logprobs"]]
+            columns["logprobs"] = [
+                v and [[list(entry.values()) for entry in step] for step in v] for v in columns["logprobs"]
+            ]
         absent = [None] * rows
         return [list(values) for values in zip(*(columns.get(name, absent) for name, _ in COLUMNS), strict=True)]
 

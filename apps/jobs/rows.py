@@ -1,4 +1,5 @@
-"""From input rows to requests: the prompt out of a column, messages or a template, and the sampling parameters of each row."""
+"""From input rows to requests: the prompt out of a column, messages or a template, and the sampling parameters of
+each row."""
 
 from __future__ import annotations
 
@@ -19,7 +20,14 @@ from flexbatch.request import SamplingParams
 from flexbatch.text.files import MARK, json_text, parse_json, short, with_doubles
 from flexbatch.validation.errors import ConfigurationError
 
-SETTINGS: dict[str, type] = {"max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int, "stop": str}
+SETTINGS: dict[str, type] = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "seed": int,
+    "stop": str,
+}
 """Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list."""
 
 
@@ -29,7 +37,8 @@ class RowError(ValueError):
 
 @dataclass
 class Row:
-    """One input row on its way: ``offset`` counts in its part, ``index`` in the whole input. With ``error`` there is no prompt."""
+    """One input row on its way: ``offset`` counts in its part, ``index`` in the whole input. With ``error`` there is
+    no prompt."""
 
     part: int
     offset: int
@@ -42,20 +51,24 @@ class Row:
 
 
 def row_seed(seed: int, place: int | str) -> int:
-    """The seed of a row's random stream, 63 bits: from the job's seed and the row's place in the input, so neither order nor restarts change its tokens."""
+    """The seed of a row's random stream, 63 bits: from the job's seed and the row's place in the input, so neither
+    order nor restarts change its tokens."""
     digest = hashlib.blake2b(f"{seed}:{place}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Template:
-    """``Summarise: {text}``: fields are columns, or ``column.field`` of nested ones; ``{{`` and ``}}`` are braces. Else raises ConfigurationError."""
+    """``Summarise: {text}``: fields are columns, or ``column.field`` of nested ones; ``{{`` and ``}}`` are braces.
+    Else raises ConfigurationError."""
 
     def __init__(self, text: str) -> None:
         self._pieces: list[tuple[str, tuple[str, ...] | None]] = []
         try:
             for literal, name, form, conversion in string.Formatter().parse(text.removeprefix(MARK)):
                 if name is not None and (form or conversion or not name or any(mark in name for mark in "[]()")):
-                    raise ConfigurationError(f"prompt template: {{{name}}} must be the name of a column; write {{{{ and }}}} for braces")
+                    raise ConfigurationError(
+                        f"prompt template: {{{name}}} must be the name of a column; write {{{{ and }}}} for braces"
+                    )
                 self._pieces.append((literal, None if name is None else tuple(name.split("."))))
         except ValueError as error:
             raise ConfigurationError(f"prompt template {text!r}: {error}; write {{{{ and }}}} for braces") from None
@@ -138,7 +151,11 @@ def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
     messages = []
     for place, message in enumerate(value):
         # an assistant that calls tools may say nothing
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or (message.get("content") is None and not message.get("tool_calls")):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or (message.get("content") is None and not message.get("tool_calls"))
+        ):
             raise RowError(f'{name!r}: message {place} needs "role" and "content"')
         messages.append({key: with_doubles(item) for key, item in message.items() if item is not None})
     return unicode_text(messages, name)
@@ -147,9 +164,10 @@ def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
 class RowReader:
     """Makes the requests of a table.
 
-    Exactly one of ``prompt_column``, ``messages_column`` and ``template`` is given. ``columns`` maps a setting of `SETTINGS` to the column that holds
-    it per row; null there means the value of ``params``. ``seed_by_prompt`` derives seeds from prompts, where rows do not know their place.
-    Raises ConfigurationError for columns that the schema lacks or whose type cannot be a prompt.
+    Exactly one of ``prompt_column``, ``messages_column`` and ``template`` is given. ``columns`` maps a setting of
+    `SETTINGS` to the column that holds it per row; null there means the value of ``params``. ``seed_by_prompt``
+    derives seeds from prompts, where rows do not know their place. Raises ConfigurationError for columns that the
+    schema lacks or whose type cannot be a prompt.
     """
 
     def __init__(
@@ -165,7 +183,12 @@ class RowReader:
         columns: Mapping[str, str] | None = None,
         seed_by_prompt: bool = False,
     ) -> None:
-        self._params, self._seed, self._columns, self._seed_by_prompt = params, seed, dict(columns or {}), seed_by_prompt
+        self._params, self._seed, self._columns, self._seed_by_prompt = (
+            params,
+            seed,
+            dict(columns or {}),
+            seed_by_prompt,
+        )
         self._template = None if template is None else Template(template)
         self._prompt: Callable[[dict[str, Any]], Any]
         if prompt_column is not None:
@@ -178,15 +201,20 @@ class RowReader:
         wanted = [*names, *self._columns.values()]
         for name in wanted:
             if name not in schema.names and name not in partitions:
-                raise ConfigurationError(f"the input has no column {name!r}; its columns are: {', '.join([*schema.names, *partitions])}")
+                raise ConfigurationError(
+                    f"the input has no column {name!r}; its columns are: {', '.join([*schema.names, *partitions])}"
+                )
         if prompt_column in schema.names and not _is_text(schema.field(prompt_column).type):
             raise ConfigurationError(
-                f"column {prompt_column!r} holds {schema.field(prompt_column).type}, not text; --prompt-template '{{{prompt_column}}}' writes it as text"
+                f"column {prompt_column!r} holds {schema.field(prompt_column).type}, not text; --prompt-template "
+                f"'{{{prompt_column}}}' writes it as text"
             )
         self._names = [name for name in dict.fromkeys(wanted) if name in schema.names]
         self._json = [name for name in self._names if holds_json(schema.field(name))]
 
-    def rows(self, table: pa.Table, part: int, first_row: int, folder: str, skip: Callable[[int], bool]) -> Iterator[Row]:
+    def rows(
+        self, table: pa.Table, part: int, first_row: int, folder: str, skip: Callable[[int], bool]
+    ) -> Iterator[Row]:
         """The rows of one part in order, without those that ``skip`` names by their place in it."""
         fixed = partition_values(folder)
         offset = 0
@@ -218,7 +246,8 @@ class RowReader:
 
 
 def _python_rows(batch: pa.RecordBatch) -> Sequence[dict[str, Any] | RowError]:
-    """The rows as Python values; RowError in the place of a row with a value that Python cannot hold, such as text that is not UTF-8 or the year 10000."""
+    """The rows as Python values; RowError in the place of a row with a value that Python cannot hold, such as text
+    that is not UTF-8 or the year 10000."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError, LookupError):  # so rare that only then each row is tried by itself
@@ -242,7 +271,15 @@ def _is_text(kind: pa.DataType) -> bool:
         kind = kind.value_type
     kinds = pa.types
     return any(
-        is_kind(kind) for is_kind in (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary, kinds.is_large_binary, kinds.is_null)
+        is_kind(kind)
+        for is_kind in (
+            kinds.is_string,
+            kinds.is_large_string,
+            kinds.is_string_view,
+            kinds.is_binary,
+            kinds.is_large_binary,
+            kinds.is_null,
+        )
     )
 
 

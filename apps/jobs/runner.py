@@ -27,7 +27,8 @@ logger = logging.getLogger("flexbatch")
 DONE, CRASH, ROW_ERRORS = 0, 1, 3
 
 OpenEngine = Callable[[EngineConfig, Preview | None], Any]
-"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. What was seen of the job helps it to plan."""
+"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. What was
+seen of the job helps it to plan."""
 
 
 @dataclass
@@ -63,13 +64,15 @@ class Shard:
         return Counts(
             rows_total=sum(part.rows for part in self.parts),
             rows_done=sum(commit.rows for commit in commits) + len(journaled),
-            row_errors=sum(commit.errors for commit in commits) + sum(bool(output.error_of(record)) for record in journaled),
+            row_errors=sum(commit.errors for commit in commits)
+            + sum(bool(output.error_of(record)) for record in journaled),
             parts_committed=len(commits),
         )
 
 
 def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> int:
-    """Does the shard's share of a job; returns the exit code. ``resume`` is the command line that goes on where this one stops.
+    """Does the shard's share of a job; returns the exit code. ``resume`` is the command line that goes on where this
+    one stops.
 
     Raises ConfigurationError before it begins; after that, what stops it is logged together with the resume command.
     """
@@ -77,7 +80,12 @@ def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> i
     try:
         counts = shard.counts()
         if counts.rows_done and shard.left:
-            logger.info("resuming: %s of %s rows are done, %s parts are left", f"{counts.rows_done:,}", f"{counts.rows_total:,}", len(shard.left))
+            logger.info(
+                "resuming: %s of %s rows are done, %s parts are left",
+                f"{counts.rows_done:,}",
+                f"{counts.rows_total:,}",
+                len(shard.left),
+            )
         if not shard.left:
             return ended(shard, counts, "nothing left to do", resume)
         interrupts = Interrupts()
@@ -95,7 +103,11 @@ def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> i
 
 def _generate(shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, resume: str, share: Share) -> int:
     job = shard.job
-    progress = Progress(counts, metrics_file=job.config.metrics_file, labels={"shard": f"{share.shard}/{share.shards}"} if share.shards > 1 else {})
+    progress = Progress(
+        counts,
+        metrics_file=job.config.metrics_file,
+        labels={"shard": f"{share.shard}/{share.shards}"} if share.shards > 1 else {},
+    )
     pipeline = Pipeline(
         job.source, shard.left, shard.finished, job.output, shard.store, make_encode(llm, job.config.truncate), counts, interrupts,
         window_rows=job.config.window_rows, max_errors=job.config.error_limit(counts.rows_total),
@@ -103,7 +115,8 @@ def _generate(shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, re
 
     def draining() -> None:
         progress.say(
-            f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs the tokens of the sequences in flight"
+            f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs "
+            "the tokens of the sequences in flight"
         )
 
     interrupts.on_drain = draining
@@ -118,28 +131,41 @@ def _generate(shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, re
 def ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:
     logger.info("%s", summary)
     if counts.parts_committed < len(shard.parts):
-        logger.error("interrupted after %s of %s parts; resume with: %s", counts.parts_committed, len(shard.parts), resume)
+        logger.error(
+            "interrupted after %s of %s parts; resume with: %s", counts.parts_committed, len(shard.parts), resume
+        )
         return INTERRUPTED
     if counts.row_errors:
         logger.warning(
-            "%s of %s rows have an error, see the column error; run them again with --retry-failed", f"{counts.row_errors:,}", f"{counts.rows_total:,}"
+            "%s of %s rows have an error, see the column error; run them again with --retry-failed",
+            f"{counts.row_errors:,}",
+            f"{counts.rows_total:,}",
         )
         return ROW_ERRORS
     return DONE
 
 
 def stopped(error: Exception, resume: str) -> int:
-    """Says why the job stopped and how it goes on; returns the exit code. Only a failure that nobody expected comes with a traceback."""
+    """Says why the job stopped and how it goes on; returns the exit code. Only a failure that nobody expected comes
+    with a traceback."""
     from flexbatch.cli.settings import exit_code
 
     code = exit_code(error)
     if isinstance(error, OutputError):
-        logger.error("the output cannot be written: %s. Committed parts and finished rows are kept: make room, or mend it, and resume", error)
+        logger.error(
+            "the output cannot be written: %s. Committed parts and finished rows are kept: make room, or mend it, "
+            "and resume",
+            error,
+        )
     elif isinstance(error, (SourceError, TakenOver, TooManyErrors)) or code != CRASH:
         logger.error("%s", error)
     else:
         logger.error("the job failed: %s", error, exc_info=error)
-    logger.error("%s: %s", "after one of the remedies, resume with" if isinstance(error, DoesNotFitError) else "resume with", resume)
+    logger.error(
+        "%s: %s",
+        "after one of the remedies, resume with" if isinstance(error, DoesNotFitError) else "resume with",
+        resume,
+    )
     return code
 
 

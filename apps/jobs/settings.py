@@ -1,4 +1,5 @@
-"""Settings of a batch job. The command line, the environment and the YAML file are derived from the fields of JobConfig."""
+"""Settings of a batch job. The command line, the environment and the YAML file are derived from the fields of
+JobConfig."""
 
 from __future__ import annotations
 
@@ -16,16 +17,24 @@ SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop"
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What to read, how to make prompts of it, how to generate, and what to write. Raises ConfigurationError that names the setting."""
+    """What to read, how to make prompts of it, how to generate, and what to write. Raises ConfigurationError that
+    names the setting."""
 
     input_format: str = option("auto", "form of the input; auto looks at file names", choices=FORMATS)
     dataset_config: str | None = option(None, "configuration of a data set of the datasets library")
     split: str | None = option(None, "split of a data set of the datasets library")
     column_types: tuple[str, ...] = option(
-        (), "types of columns of CSV (default: text) or JSON lines (default: what holds all values), e.g. id=int64", nargs="+", metavar="COLUMN=TYPE"
+        (),
+        "types of columns of CSV (default: text) or JSON lines (default: what holds all values), e.g. id=int64",
+        nargs="+",
+        metavar="COLUMN=TYPE",
     )
-    prompt_column: str | None = option(None, 'column that holds the prompts (default: "prompt", else "messages", where there is one)')
-    messages_column: str | None = option(None, "column that holds chat messages, as a list of {role, content} or as JSON")
+    prompt_column: str | None = option(
+        None, 'column that holds the prompts (default: "prompt", else "messages", where there is one)'
+    )
+    messages_column: str | None = option(
+        None, "column that holds chat messages, as a list of {role, content} or as JSON"
+    )
     prompt_template: str | None = option(None, "prompt made of columns, e.g. 'Summarise: {text}'; {{ and }} are braces")
     truncate: str | None = option(
         None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right")
@@ -49,18 +58,28 @@ class JobConfig:
     temperature_column: str | None = option(None, "column with temperature per row")
     top_p_column: str | None = option(None, "column with top_p per row")
     top_k_column: str | None = option(None, "column with top_k per row")
-    seed_column: str | None = option(None, "column with the seed per row; null means one derived from --seed and the row's place")
+    seed_column: str | None = option(
+        None, "column with the seed per row; null means one derived from --seed and the row's place"
+    )
     stop_column: str | None = option(None, "column with stop texts per row")
-    logprobs: int | None = option(None, "write the log-probabilities of the K most likely tokens and the chosen one", metavar="K")
+    logprobs: int | None = option(
+        None, "write the log-probabilities of the K most likely tokens and the chosen one", metavar="K"
+    )
     generated_tokens: bool = option(False, "write the generated token ids too")
     output_prefix: str = option("", "put this before the names of the result columns (default: nothing)")
-    part_rows: int | None = option(None, "rows of one output part at most (default: about 64 parts of 100 to 10,000 rows)")
+    part_rows: int | None = option(
+        None, "rows of one output part at most (default: about 64 parts of 100 to 10,000 rows)"
+    )
     window_rows: int = option(1024, "rows that are ordered among each other, for balance and shared prefixes")
     retry_failed: bool = option(False, "run the rows that ended in an error again")
-    max_errors: str | None = option(None, "stop when more rows than this fail: a number, or a share of the rows such as 1%", metavar="N|P%")
+    max_errors: str | None = option(
+        None, "stop when more rows than this fail: a number, or a share of the rows such as 1%", metavar="N|P%"
+    )
     overwrite: bool = option(False, "discard what an earlier job wrote to the output")
     metrics_file: str | None = option(None, "Prometheus text file, replaced every ten seconds")
-    shard: str | None = option(None, "do only shard K, from 0 to N-1, of N; any machine can do any shard", metavar="K/N")
+    shard: str | None = option(
+        None, "do only shard K, from 0 to N-1, of N; any machine can do any shard", metavar="K/N"
+    )
     ray: bool = option(False, "run on a Ray cluster, one engine per actor")
     ray_actors: int | None = option(None, "engines on the Ray cluster (default: one per GPU, or one on CPUs)")
     ray_address: str | None = option(None, "Ray cluster to join (default: RAY_ADDRESS, or one started here)")
@@ -76,7 +95,10 @@ class JobConfig:
         if self.ray and self.shard:
             raise ConfigurationError("--shard and --ray exclude each other: Ray hands the parts to its actors itself")
         if self.overwrite and self.shard:
-            raise ConfigurationError("--overwrite with --shard would discard the other shards' parts: remove the output folder, then start the shards")
+            raise ConfigurationError(
+                "--overwrite with --shard would discard the other shards' parts: remove the output folder, then "
+                "start the shards"
+            )
         if self.overwrite and self.retry_failed:
             raise ConfigurationError("--overwrite discards what --retry-failed would keep: give one of them")
         self.error_limit(1)
@@ -110,13 +132,17 @@ class JobConfig:
             return None
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         if match is None or int(match[1]) >= int(match[2]):
-            raise ConfigurationError(f"shard={self.shard!r} must be K/N with K from 0 to N-1, e.g. 0/4, 1/4, 2/4 and 3/4")
+            raise ConfigurationError(
+                f"shard={self.shard!r} must be K/N with K from 0 to N-1, e.g. 0/4, 1/4, 2/4 and 3/4"
+            )
         return int(match[1]), int(match[2])
 
     def identity(self) -> dict[str, Any]:
         """The settings that change what is in the output, without the sampling parameters: those depend on the model,
         too."""
-        prompt = {name: getattr(self, name) for name in ("prompt_column", "messages_column", "prompt_template", "truncate")}
+        prompt = {
+            name: getattr(self, name) for name in ("prompt_column", "messages_column", "prompt_template", "truncate")
+        }
         prompt["column_types"] = sorted(self.column_types)
         output = {name: getattr(self, name) for name in ("output_prefix", "generated_tokens", "logprobs")}
         return {"generation": {"columns": self.setting_columns()}, "prompt": prompt, "output": output}

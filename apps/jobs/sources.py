@@ -1,6 +1,8 @@
-"""Where rows come from: Parquet files and data sets of the `datasets` library. CSV and JSON lines are in `text_sources`.
+"""Where rows come from: Parquet files and data sets of the `datasets` library. CSV and JSON lines are in
+`text_sources`.
 
-A source knows its schema, its units (row groups) and its identity before the first row is read, and streams record batches of one unit at a time.
+A source knows its schema, its units (row groups) and its identity before the first row is read, and streams record
+batches of one unit at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ DATASET_UNIT_ROWS = 1000
 
 
 class Source(Protocol):
-    """``schema``: columns of the rows; ``units``: what there is to read, in order; ``identity``: JSON value that changes when the input changes."""
+    """``schema``: columns of the rows; ``units``: what there is to read, in order; ``identity``: JSON value that
+    changes when the input changes."""
 
     schema: pa.Schema
     identity: dict[str, Any]
@@ -36,12 +39,14 @@ class Source(Protocol):
     def units(self) -> Sequence[Unit]: ...
 
     def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
-        """The rows of one unit from row ``start`` on, a batch at a time. Raises SourceError that names the file and the row group."""
+        """The rows of one unit from row ``start`` on, a batch at a time. Raises SourceError that names the file and
+        the row group."""
         ...
 
 
 def unify(files: Sequence[str], schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """One schema for all files; a column that only some files have is null in the others. Raises ConfigurationError that names file and types."""
+    """One schema for all files; a column that only some files have is null in the others. Raises ConfigurationError
+    that names file and types."""
     schema = schemas[0]
     for name, other in zip(files, schemas, strict=True):
         if other.equals(schema):
@@ -54,11 +59,15 @@ def unify(files: Sequence[str], schemas: Sequence[pa.Schema]) -> pa.Schema:
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch with exactly these columns: missing ones null, others cast. Raises pa.ArrowInvalid where a value does not fit."""
+    """The batch with exactly these columns: missing ones null, others cast. Raises pa.ArrowInvalid where a value
+    does not fit."""
     if batch.schema.equals(schema):
         return batch
     names = set(batch.schema.names)
-    columns = [batch.column(field.name).cast(field.type) if field.name in names else pa.nulls(len(batch), field.type) for field in schema]
+    columns = [
+        batch.column(field.name).cast(field.type) if field.name in names else pa.nulls(len(batch), field.type)
+        for field in schema
+    ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -110,7 +119,8 @@ class ParquetSource:
             raise ConfigurationError(f"{file.name}: not a readable Parquet file: {error}") from None
 
     def _file(self, path: str) -> pq.ParquetFile:
-        """The file, opened once for all its row groups: parsing the footer again for each would be quadratic in their number."""
+        """The file, opened once for all its row groups: parsing the footer again for each would be quadratic in
+        their number."""
         if self._open is None or self._open[0] != path:
             self.close()
             handle = self._filesystem.open_input_file(path)
@@ -142,15 +152,22 @@ class ParquetSource:
 
 
 class DatasetSource:
-    """A data set of the `datasets` library, by name or saved with ``save_to_disk``; memory-mapped, read a thousand rows at a time."""
+    """A data set of the `datasets` library, by name or saved with ``save_to_disk``; memory-mapped, read a thousand
+    rows at a time."""
 
     def __init__(self, name: str, config: str | None = None, split: str | None = None) -> None:
         import datasets
 
         try:
-            found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, config, split=split)
+            found = (
+                datasets.load_from_disk(name)
+                if Path(name).is_dir()
+                else datasets.load_dataset(name, config, split=split)
+            )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigurationError(f"input {name} is neither a file or folder here nor a data set that `datasets` can load: {error}") from None
+            raise ConfigurationError(
+                f"input {name} is neither a file or folder here nor a data set that `datasets` can load: {error}"
+            ) from None
         if isinstance(found, dict):
             if split is None and len(found) > 1:
                 raise ConfigurationError(f"data set {name} has the splits {', '.join(found)}: choose one with --split")
@@ -161,7 +178,12 @@ class DatasetSource:
         self.schema = found.features.arrow_schema.remove_metadata()
         row_bytes = (found.data.nbytes if found.data is not None else 0) // max(len(found), 1)
         self.units = [
-            Unit(name, min(DATASET_UNIT_ROWS, len(found) - row), min(DATASET_UNIT_ROWS, len(found) - row) * row_bytes, group=row // DATASET_UNIT_ROWS)
+            Unit(
+                name,
+                min(DATASET_UNIT_ROWS, len(found) - row),
+                min(DATASET_UNIT_ROWS, len(found) - row) * row_bytes,
+                group=row // DATASET_UNIT_ROWS,
+            )
             for row in range(0, len(found), DATASET_UNIT_ROWS)
         ]
         identity: dict[str, Any] = {"rows": len(found), "fingerprint": found._fingerprint}
@@ -191,7 +213,8 @@ def _saved_content(folder: Path, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def read_parts(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, pa.Table]]:
-    """The input rows of each part. Parts that follow each other in the input share one pass over its units. Raises SourceError."""
+    """The input rows of each part. Parts that follow each other in the input share one pass over its units. Raises
+    SourceError."""
     unit, row = -1, 0
     stream: Iterator[pa.RecordBatch] = iter(())
     rest: pa.RecordBatch | None = None
@@ -205,7 +228,8 @@ def read_parts(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, pa
                     rest = next(stream, None)
                     if rest is None:
                         raise SourceError(
-                            f"{source.units[unit].file}: the file ends before row {span.stop} of its unit {source.units[unit].group}; it changed during the job"
+                            f"{source.units[unit].file}: the file ends before row {span.stop} of its unit "
+                            f"{source.units[unit].group}; it changed during the job"
                         )
                 skip = max(span.start - row, 0)
                 take = rest.slice(skip, max(span.stop - row - skip, 0))

@@ -40,7 +40,8 @@ FORMAT = 2
 that would read its logs differently."""
 PART_FILE = re.compile(r"part-\d{5,}\.(parquet|jsonl)|\.part-\d{5,}\.(parquet|jsonl)(\.[0-9a-f]{32})?\.tmp")
 TERM_BITS = 32
-"""A record's term is its writer's, times 2 to this power, plus the count of the lease where a writer leases parts on."""
+"""A record's term is its writer's, times 2 to this power, plus the count of the lease where a writer leases parts
+on."""
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> bytes:
@@ -53,15 +54,19 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         for key in sorted({*old, *new}):
             yield from differences(old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key)
     elif old != new:
-        yield f"{path}: {old if isinstance(old, str) else json.dumps(old)} in the output, {new if isinstance(new, str) else json.dumps(new)} now"
+        yield (
+            f"{path}: {old if isinstance(old, str) else json.dumps(old)} in the output, "
+            f"{new if isinstance(new, str) else json.dumps(new)} now"
+        )
 
 
 class OutputStore:
     """The parts of one shard of one job in one output folder.
 
-    Opening it creates or compares the manifest: ConfigurationError lists the differences to another job, or says why the folder cannot be written.
-    ``created`` is the unix time at which the job began, kept over restarts. With ``worker``, a name, this process works
-    for another one that hands out the parts and holds ``grant`` (`Grant.path`).
+    Opening it creates or compares the manifest: ConfigurationError lists the differences to another job, or says why
+    the folder cannot be written. ``created`` is the unix time at which the job began, kept over restarts. With
+    ``worker``, a name, this process works for another one that hands out the parts and holds ``grant``
+    (`Grant.path`).
     """
 
     def __init__(
@@ -134,7 +139,12 @@ class OutputStore:
                 self._refuse_others()
             temporary = temporary_name(path)
             with temporary.open("w") as file:
-                json.dump({"format": FORMAT, "created": int(time.time()), "fingerprint": fingerprint}, file, indent=1, sort_keys=True)
+                json.dump(
+                    {"format": FORMAT, "created": int(time.time()), "fingerprint": fingerprint},
+                    file,
+                    indent=1,
+                    sort_keys=True,
+                )
                 file.flush()
                 os.fsync(file.fileno())
             if not rename_if_absent(temporary, path):
@@ -145,16 +155,20 @@ class OutputStore:
             changes = list(differences(found["fingerprint"], fingerprint))
             created = int(found["created"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(f"{path} is damaged ({error}): restore it, or start over with --overwrite") from None
+            raise ConfigurationError(
+                f"{path} is damaged ({error}): restore it, or start over with --overwrite"
+            ) from None
         if changes:
             listing = "\n  ".join(changes[:20] + ([f"and {len(changes) - 20} more"] if len(changes) > 20 else []))
             raise ConfigurationError(
-                f"output {self.folder} belongs to another job:\n  {listing}\nUse those settings, another output folder, or --overwrite to start over"
+                f"output {self.folder} belongs to another job:\n  {listing}\nUse those settings, another output "
+                "folder, or --overwrite to start over"
             )
         return created
 
     def _discard(self) -> bool:
-        """Removes parts and state of whatever job wrote here, if one did; other files stay. The manifest goes last, so that it can be repeated."""
+        """Removes parts and state of whatever job wrote here, if one did; other files stay. The manifest goes last,
+        so that it can be repeated."""
         if not (self.state / "manifest.json").exists():
             return False
         for path in self.folder.rglob("*part-*"):
@@ -173,11 +187,15 @@ class OutputStore:
         self._replaced[part.number] = identity(self.folder / part.file_name(output.suffix))
         self.journal.lease(part.number, self.term + lease)
 
-    def recover(self, parts: Sequence[Part], output: Output, retry_failed: bool = False) -> tuple[list[Part], dict[int, dict[int, Record]]]:
-        """What is left to do: the parts without a committed file, and per part the records of the rows that are finished already.
+    def recover(
+        self, parts: Sequence[Part], output: Output, retry_failed: bool = False
+    ) -> tuple[list[Part], dict[int, dict[int, Record]]]:
+        """What is left to do: the parts without a committed file, and per part the records of the rows that are
+        finished already.
 
-        With ``retry_failed`` rows that ended in an error count as not finished, also those of committed parts: such a part is written anew, and
-        replaced in one step when it is whole again. Raises ConfigurationError for a part file that this job did not write.
+        With ``retry_failed`` rows that ended in an error count as not finished, also those of committed parts: such
+        a part is written anew, and replaced in one step when it is whole again. Raises ConfigurationError for a part
+        file that this job did not write.
         """
         known = read_commits(self.state, self.digest)
         self._remove_temporary(parts, output)
@@ -198,13 +216,17 @@ class OutputStore:
                 if retry_failed and commit.errors:
                     open_parts.append(part)
                     self._replaced[part.number] = found
-                    kept[part.number] = {row: record for row, record in enumerate(records) if not output.error_of(record)}
+                    kept[part.number] = {
+                        row: record for row, record in enumerate(records) if not output.error_of(record)
+                    }
                     continue
             self.commits[part.number] = commit
         self._commits_log.sync()
         wanted = {part.number for part in open_parts}
         for number, records_of in self.journal.recover(wanted.__contains__).items():
-            kept.setdefault(number, {}).update({row: record for row, record in records_of.items() if not (retry_failed and output.error_of(record))})
+            kept.setdefault(number, {}).update(
+                {row: record for row, record in records_of.items() if not (retry_failed and output.error_of(record))}
+            )
         for part in parts:
             if part.number not in wanted:
                 self.journal.committed(part.number)
@@ -216,7 +238,11 @@ class OutputStore:
             mine = {Path(part.file_name(output.suffix)).name for part in parts if part.folder == folder}
             with contextlib.suppress(FileNotFoundError):
                 for name in os.listdir(self.folder / folder):
-                    if PART_FILE.fullmatch(name) and name.endswith(".tmp") and name[1:].split(output.suffix)[0] + output.suffix in mine:
+                    if (
+                        PART_FILE.fullmatch(name)
+                        and name.endswith(".tmp")
+                        and name[1:].split(output.suffix)[0] + output.suffix in mine
+                    ):
                         (self.folder / folder / name).unlink(missing_ok=True)
 
     @staticmethod
@@ -292,7 +318,9 @@ class OutputStore:
         try:
             commit = self._commit(part, output.read(path, part.rows), output)
         except ValueError as error:
-            raise OSError(errno.EEXIST, f"a file lies in the way that is no part of this job ({error})", str(path)) from None
+            raise OSError(
+                errno.EEXIST, f"a file lies in the way that is no part of this job ({error})", str(path)
+            ) from None
         if found is not None:
             self._record(commit, found)
         return commit
@@ -303,7 +331,8 @@ class OutputStore:
         self.check_writer()
 
     def sweep(self) -> None:
-        """Removes journals of other owners (shards of another count, workers) once all their parts are committed. Only where nobody else writes."""
+        """Removes journals of other owners (shards of another count, workers) once all their parts are committed.
+        Only where nobody else writes."""
         if self.grant is not None and self.grant.path.exists():
             self.journal.sweep(self.commits.__contains__)
 
@@ -325,6 +354,8 @@ class OutputStore:
             found = identity(path)
             if found is not None:
                 commit = self.commits[part.number]
-                assert self._commit(part, output.read(path, part.rows), output) == commit, f"{path} is not what was committed"
+                assert self._commit(part, output.read(path, part.rows), output) == commit, (
+                    f"{path} is not what was committed"
+                )
                 assert known.get(part.number, {}).get(found) == commit, f"{path} is not what the log of commits says"
             assert not list(path.parent.glob(f".{path.name}.*tmp")), f"{path}: a temporary file was left behind"

@@ -175,7 +175,8 @@ class LinesSource:
                         self._seen[column].add(cell)
             if len(self._seen) > MOST_COLUMNS:
                 raise ConfigurationError(
-                    f"{name}: its lines have more than {MOST_COLUMNS:,} different keys: are they JSON objects of one kind?"
+                    f"{name}: its lines have more than {MOST_COLUMNS:,} different keys: are they JSON objects of "
+                    "one kind?"
                 )
             for column, kind in self._types.items():
                 json_column([value.get(column) for value in values], pa.field(column, kind), errors)
@@ -206,7 +207,8 @@ class LinesSource:
         if chunk.too_long:
             size = (chunk.stop - chunk.start) / 2**20
             return [b""], [
-                f"{name}: line {chunk.first_line + 1} is {size:.0f} MiB long, more than the {MAX_LINE // 2**20} MiB that are read"
+                f"{name}: line {chunk.first_line + 1} is {size:.0f} MiB long, more than the {MAX_LINE // 2**20} MiB "
+                "that are read"
             ]
         lines = [
             line
@@ -245,7 +247,8 @@ class LinesSource:
             raise SourceError(f"{where.file}: line {chunk.first_line + 1} and on cannot be read: {error}") from error
         if len(batch) != where.rows:
             raise SourceError(
-                f"{where.file}: {len(batch)} rows from line {chunk.first_line + 1} on, {where.rows} at the start of the job: the file changed"
+                f"{where.file}: {len(batch)} rows from line {chunk.first_line + 1} on, {where.rows} at the start of "
+                "the job: the file changed"
             )
         if start < len(batch):
             yield batch.slice(start)

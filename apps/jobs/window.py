@@ -8,12 +8,15 @@ SHARED_TOKENS = 32
 """Prompts that begin with this many equal tokens stay together."""
 
 
-def order_rows(prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], shared_tokens: int = SHARED_TOKENS) -> list[int]:
+def order_rows(
+    prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], shared_tokens: int = SHARED_TOKENS
+) -> list[int]:
     """Indices of the rows in the order to issue them.
 
-    Prompts with a long common beginning are neighbours, so that what an engine keeps of one serves the next. Among these groups the longest
-    sequence (prompt and output tokens) goes first: what is left for the end of a job is short, so that its last passes are few (Graham, "Bounds on
-    Multiprocessing Timing Anomalies", 1969, longest processing time first).
+    Prompts with a long common beginning are neighbours, so that what an engine keeps of one serves the next. Among
+    these groups the longest sequence (prompt and output tokens) goes first: what is left for the end of a job is
+    short, so that its last passes are few (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969, longest
+    processing time first).
     """
     groups: list[list[int]] = []
     previous: Sequence[int] | None = None

@@ -1,4 +1,5 @@
-"""Answer and score a data wrangling task: ``python -m flexbatch.apps.wrangle data/datasets/entity_matching/structured/Beer --model M``."""
+"""Answer and score a data wrangling task: ``python -m flexbatch.apps.wrangle
+data/datasets/entity_matching/structured/Beer --model M``."""
 
 from __future__ import annotations
 
@@ -26,23 +27,58 @@ from flexbatch.validation.errors import ConfigurationError
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="flexbatch wrangle",
-        description='Entity matching, data imputation, error detection and schema matching, as in "Can Foundation Models Wrangle Your Data?". '
+        description='Entity matching, data imputation, error detection and schema matching, as in "Can Foundation '
+        'Models Wrangle Your Data?". '
         "Scores go to stdout as JSON. Exit code 3: some prompts could not be run and are left out of the scores.",
     )
     add = parser.add_argument_group("task").add_argument
-    add("folder", type=Path, metavar="FOLDER", help="folder of a data set: train, valid, test (and tableA, tableB or table) as .csv or .parquet")
-    add("--task", choices=TASKS, help="the task of data of your own (the twelve data sets of the paper are known by their folder's name)")
+    add(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of a data set: train, valid, test (and tableA, tableB or table) as .csv or .parquet",
+    )
+    add(
+        "--task",
+        choices=TASKS,
+        help="the task of data of your own (the twelve data sets of the paper are known by their folder's name)",
+    )
     add("--column", metavar="NAME", help="the column that data imputation fills")
-    add("--split", choices=("validation", "test", "train"), default="validation", help="what to answer (default: validation)")
-    add("--select", choices=("random", "manual", "clusters"), default="random", help="where the examples in the prompt come from (default: random)")
-    add("--shots", type=int, default=10, metavar="N", help="examples in the prompt, with random and clusters (default: 10)")
-    add("--manual", type=Path, metavar="FILE", help="hand-written examples: .txt, .json, or the authors' constants.py (default: manual.json in FOLDER)")
+    add(
+        "--split",
+        choices=("validation", "test", "train"),
+        default="validation",
+        help="what to answer (default: validation)",
+    )
+    add(
+        "--select",
+        choices=("random", "manual", "clusters"),
+        default="random",
+        help="where the examples in the prompt come from (default: random)",
+    )
+    add(
+        "--shots",
+        type=int,
+        default=10,
+        metavar="N",
+        help="examples in the prompt, with random and clusters (default: 10)",
+    )
+    add(
+        "--manual",
+        type=Path,
+        metavar="FILE",
+        help="hand-written examples: .txt, .json, or the authors' constants.py (default: manual.json in FOLDER)",
+    )
     add("--balanced", action="store_true", help="as many random examples of Yes as of No")
     add("--trials", type=int, default=1, metavar="N", help="repetitions with other random examples (default: 1)")
     add("--limit", type=int, metavar="N", help="rows to answer (default: all)")
     add("--instruction", action="store_true", help="put the task's instruction before the prompt")
     add("--separator", default=".", help="between the attributes of a row (default: .)")
-    add("--missing", default="nan", help='how a missing value is written (default: nan; the paper\'s entity matching uses "")')
+    add(
+        "--missing",
+        default="nan",
+        help='how a missing value is written (default: nan; the paper\'s entity matching uses "")',
+    )
     add("--max-tokens", type=int, metavar="N", help="longest answer (default: as in the paper, 3 to 10)")
     add("--example-seed", type=int, default=1234, metavar="N", help="seed of the random examples (default: 1234)")
     add("--output", type=Path, metavar="DIR", help="folder for predictions.parquet and scores.json")
@@ -66,13 +102,20 @@ def command(args: argparse.Namespace, data_out: TextIO) -> int:
             raise ConfigurationError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     engine = engine_config(args)
     refuse_measurements(engine)
-    same = {name: getattr(args, name) for name in ("folder", "split", "select", "shots", "trials", "limit", "balanced", "instruction", "manual")}
-    config = WrangleConfig(**same, separator=args.separator, missing=args.missing, max_tokens=args.max_tokens, seed=args.example_seed)
+    same = {
+        name: getattr(args, name)
+        for name in ("folder", "split", "select", "shots", "trials", "limit", "balanced", "instruction", "manual")
+    }
+    config = WrangleConfig(
+        **same, separator=args.separator, missing=args.missing, max_tokens=args.max_tokens, seed=args.example_seed
+    )
     try:
         data = find_data_set(args.folder, args.task, args.column)
         if args.dry_run and args.select == "clusters":
             raise ConfigurationError("--dry-run cannot show clusters: the model's mistakes choose them")
-        plans = plan(config, data) if args.select != "clusters" else None  # data that is wrong is told before the model loads
+        plans = (
+            plan(config, data) if args.select != "clusters" else None
+        )  # data that is wrong is told before the model loads
         if args.dry_run:
             print(plans[0][0][0] if plans and plans[0][0] else "", file=data_out)
             return 0

@@ -1,4 +1,5 @@
-"""The twelve data sets of the paper: where they lie, and how their rows become text (facts of the authors' ``fm_data_tasks``)."""
+"""The twelve data sets of the paper: where they lie, and how their rows become text (facts of the authors'
+``fm_data_tasks``)."""
 
 from __future__ import annotations
 
@@ -44,7 +45,14 @@ class DataSet:
 
 def _matching(name: str, noun: str = "Product", suffix: str | None = None, **other: Any) -> DataSet:
     question = f" Are {noun} A and {noun} B the same?"
-    return DataSet(f"entity_matching/structured/{name}", "entity_matching", suffix or question, f"{question.strip()} Yes or No?", noun, **other)
+    return DataSet(
+        f"entity_matching/structured/{name}",
+        "entity_matching",
+        suffix or question,
+        f"{question.strip()} Yes or No?",
+        noun,
+        **other,
+    )
 
 
 BEER = {"Beer_Name": "name", "Brew_Factory_Name": "factory", "Style": "style"}
@@ -81,8 +89,22 @@ DATA_SETS = (
         label="city",
         max_tokens=5,
     ),
-    DataSet("error_detection/Hospital", "error_detection_spelling", "?", "Is there a x spelling error? Yes or No?", label="is_clean", group="col_name"),
-    DataSet("error_detection/Adult", "error_detection", "? ", "Classify errors. nan values are not errors.", label="is_clean", group="col_name"),
+    DataSet(
+        "error_detection/Hospital",
+        "error_detection_spelling",
+        "?",
+        "Is there a x spelling error? Yes or No?",
+        label="is_clean",
+        group="col_name",
+    ),
+    DataSet(
+        "error_detection/Adult",
+        "error_detection",
+        "? ",
+        "Classify errors. nan values are not errors.",
+        label="is_clean",
+        group="col_name",
+    ),
     DataSet(
         "schema_matching/Synthea",
         "schema_matching",
@@ -105,21 +127,27 @@ DEFAULTS = {
 
 
 def find_data_set(folder: Path, task: str | None = None, label: str | None = None) -> DataSet:
-    """The data set that lies in a folder: one of the twelve by the folder's name, or with ``task`` one's own in the same layout.
+    """The data set that lies in a folder: one of the twelve by the folder's name, or with ``task`` one's own in the
+    same layout.
 
-    ``label`` names the column to impute. Raises TableError that says where to get the data when the folder is absent.
+    ``label`` names the column to impute. Raises TableError that says where to get the data when the folder is
+    absent.
     """
     known = next((data for data in DATA_SETS if data.name == folder.resolve().name), None)
     if not folder.is_dir():
         where = f"data/{known.folder}" if known else "data/<task>/<name>"
         names = ", ".join(data.folder for data in DATA_SETS)
         raise TableError(
-            f"{folder} is not there. The authors' data sets are at {SOURCE}: download it, unpack it (tar xf datasets.tar.gz) "
+            f"{folder} is not there. The authors' data sets are at {SOURCE}: download it, unpack it (tar xf "
+            "datasets.tar.gz) "
             f"and give the folder of one of them (here that would be {where}). It holds {names}"
         )
     if task is None:
         if known is None:
-            raise TableError(f"{folder.name} is none of the twelve data sets; for data of your own name the task: --task {'|'.join(TASKS)}")
+            raise TableError(
+                f"{folder.name} is none of the twelve data sets; for data of your own name the task: --task "
+                f"{'|'.join(TASKS)}"
+            )
         return known if label is None else replace(known, label=label)
     if task == "data_imputation":
         if label is None:
@@ -127,4 +155,6 @@ def find_data_set(folder: Path, task: str | None = None, label: str | None = Non
         question = f" What is the {label}?"
         return DataSet(str(folder), task, question, question.strip(), label=label, max_tokens=10)
     default = DEFAULTS[task]
-    return replace(default, folder=str(folder), drop=(), rename={}, group=default.group if task.startswith("error") else None)
+    return replace(
+        default, folder=str(folder), drop=(), rename={}, group=default.group if task.startswith("error") else None
+    )

@@ -16,7 +16,8 @@ LABEL_COLUMNS = frozenset(["row_id", "col_name", "is_clean", "text", "label_str"
 
 @dataclass(frozen=True)
 class Example:
-    """One row, pair or cell. ``group`` is the value by which hand-written examples are chosen, ``nan`` where it is missing."""
+    """One row, pair or cell. ``group`` is the value by which hand-written examples are chosen, ``nan`` where it is
+    missing."""
 
     text: str
     label: str
@@ -37,7 +38,10 @@ class Wording:
 
     def row(self, row: Row, columns: dict[str, str]) -> str:
         """``name: value`` of every column of ``columns`` (column -> name in the text)."""
-        parts = [f"{name}: {self.missing if row[column] is None else str(row[column]).strip()}".lstrip() for column, name in columns.items()]
+        parts = [
+            f"{name}: {self.missing if row[column] is None else str(row[column]).strip()}".lstrip()
+            for column, name in columns.items()
+        ]
         return f"{self.end} ".join(parts)
 
     @property
@@ -50,7 +54,9 @@ def read_examples(folder: Path, data: DataSet, split: str, wording: Wording) -> 
     """Examples of ``train``, ``validation`` or ``test``, in the order of the file. Raises TableError."""
     path = find_table(folder, FILES[split])
     if path is None:
-        raise TableError(f"{folder} holds no {FILES[split]}.csv or {FILES[split]}.parquet, which the {split} split needs")
+        raise TableError(
+            f"{folder} holds no {FILES[split]}.csv or {FILES[split]}.parquet, which the {split} split needs"
+        )
     rows = read_table(path)
     if data.task == "entity_matching":
         return _pairs(folder, path, rows, data, wording)
@@ -119,7 +125,11 @@ def _group(row: Row, column: str | None) -> str | None:
 def _imputation(path: Path, rows: list[Row], data: DataSet, wording: Wording) -> list[Example]:
     columns = _columns(rows, data, [data.label])
     return [
-        Example(f"{wording.row(row, columns)}{wording.end}{data.suffix} ", f"{_value(path, number, row, data.label)}\n", _group(row, data.group))
+        Example(
+            f"{wording.row(row, columns)}{wording.end}{data.suffix} ",
+            f"{_value(path, number, row, data.label)}\n",
+            _group(row, data.group),
+        )
         for number, row in enumerate(rows)
     ]
 
@@ -129,18 +139,27 @@ def _schemas(path: Path, rows: list[Row], data: DataSet) -> list[Example]:
     examples = []
     for number, row in enumerate(rows):
         left, right = (_value(path, number, row, names.get(side, side)) for side in ("left", "right"))
-        examples.append(Example(f"A is {left}. B is {right}. {data.suffix} ", _answer(_yes(path, number, row, data.label)), left))
+        examples.append(
+            Example(f"A is {left}. B is {right}. {data.suffix} ", _answer(_yes(path, number, row, data.label)), left)
+        )
     return examples
 
 
 def _cells(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wording) -> list[Example]:
-    """Cells to check. The split names a row of ``table`` by ``row_id`` and a column by ``col_name``, or its rows are complete themselves.
+    """Cells to check. The split names a row of ``table`` by ``row_id`` and a column by ``col_name``, or its rows are
+    complete themselves.
 
     In Adult ``table`` holds the labels too, and is what the authors read for every split.
     """
     table_path = find_table(folder, "table")
     table = read_table(table_path) if table_path else []
-    if rows and table_path and not _columns(rows, data, LABEL_COLUMNS) and "row_id" not in rows[0] and {"col_name", data.label} <= table[0].keys():
+    if (
+        rows
+        and table_path
+        and not _columns(rows, data, LABEL_COLUMNS)
+        and "row_id" not in rows[0]
+        and {"col_name", data.label} <= table[0].keys()
+    ):
         path, rows = table_path, table
     examples = []
     for number, label in enumerate(rows):
@@ -148,7 +167,9 @@ def _cells(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wo
         if "row_id" in label and table_path:
             place = int(float(_value(path, number, label, "row_id")))
             if not 0 <= place < len(table):
-                raise TableError(f"{path}, row {number}: row_id is {place}, and {table_path} has rows 0 to {len(table) - 1}")
+                raise TableError(
+                    f"{path}, row {number}: row_id is {place}, and {table_path} has rows 0 to {len(table) - 1}"
+                )
             row = {**table[place], **label}
         column = _value(path, number, label, "col_name")
         if column not in row:

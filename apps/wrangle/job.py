@@ -1,4 +1,5 @@
-"""A wrangling run: build the prompts of all trials, answer them in one block, score them, write predictions and scores."""
+"""A wrangling run: build the prompts of all trials, answer them in one block, score them, write predictions and
+scores."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class WrangleConfig:
 
 @dataclass(frozen=True)
 class Trial:
-    """Prompts and examples of one trial, with the answers once they are there; an answer is None where the engine refused the prompt."""
+    """Prompts and examples of one trial, with the answers once they are there; an answer is None where the engine
+    refused the prompt."""
 
     examples: list[Example]
     prompts: list[str]
@@ -51,12 +53,17 @@ class Trial:
 
     def scores(self, task: str) -> Scores:
         """Scores of the answered prompts."""
-        pairs = [(answer, example.label) for answer, example in zip(self.answers, self.examples, strict=True) if answer is not None]
+        pairs = [
+            (answer, example.label)
+            for answer, example in zip(self.answers, self.examples, strict=True)
+            if answer is not None
+        ]
         return score([answer for answer, _ in pairs], [label for _, label in pairs], task)
 
 
 def ask(llm: Any, prompts: Sequence[str], max_tokens: int) -> tuple[list[str | None], list[str]]:
-    """Greedy answers up to the end of the line, and the error of each prompt that could not be run. Equal prompts are asked once."""
+    """Greedy answers up to the end of the line, and the error of each prompt that could not be run. Equal prompts
+    are asked once."""
     places: dict[str, list[int]] = {}
     for place, text in enumerate(prompts):
         places.setdefault(text, []).append(place)
@@ -79,7 +86,8 @@ Plan = list[tuple[list[str], list[Example]]]
 
 
 def run(config: WrangleConfig, data: DataSet, llm: Any, plans: Plan | None = None) -> list[Trial]:
-    """All trials, as they are planned or as `plan` makes them. Raises TableError for data that is absent or wrong, and when every prompt fails."""
+    """All trials, as they are planned or as `plan` makes them. Raises TableError for data that is absent or wrong,
+    and when every prompt fails."""
     trials = []
     for prompts, examples in plan(config, data, llm) if plans is None else plans:
         answers, errors = ask(llm, prompts, config.max_tokens or data.max_tokens)
@@ -90,16 +98,23 @@ def run(config: WrangleConfig, data: DataSet, llm: Any, plans: Plan | None = Non
 
 
 def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> Plan:
-    """Prompts and examples of every trial. With clusters the model first answers the validation split, whose mistakes are the shots; else it is not needed."""
+    """Prompts and examples of every trial. With clusters the model first answers the validation split, whose
+    mistakes are the shots; else it is not needed."""
     wording = Wording(config.separator, config.missing)
     instruction = data.instruction if config.instruction else ""
     examples = read_examples(config.folder, data, config.split, wording)[: config.limit]
     if config.select == "manual":
-        path = config.manual or next((config.folder / name for name in ("manual.json", "manual.txt") if (config.folder / name).is_file()), None)
+        path = config.manual or next(
+            (config.folder / name for name in ("manual.json", "manual.txt") if (config.folder / name).is_file()), None
+        )
         if path is None:
-            raise TableError(f"hand-written shots: put manual.json or manual.txt into {config.folder}, or give --manual FILE")
+            raise TableError(
+                f"hand-written shots: put manual.json or manual.txt into {config.folder}, or give --manual FILE"
+            )
         manual = read_manual(path, data.name)
-        return [([prompt(manual_shots(manual, example), example, instruction) for example in examples], examples)] * config.trials
+        return [
+            ([prompt(manual_shots(manual, example), example, instruction) for example in examples], examples)
+        ] * config.trials
     train = read_examples(config.folder, data, "train", wording) if config.shots else []
     balanced = config.balanced and data.task in YES_NO
     plans = []
@@ -108,8 +123,15 @@ def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> Plan:
         shots = random_shots(train, config.shots, seed, balanced=balanced)
         if config.select == "clusters":
             validation = read_examples(config.folder, data, "validation", wording)
-            answers, _ = ask(llm, [prompt(join_shots(shots), example, instruction) for example in validation], config.max_tokens or data.max_tokens)
-            wrong = [answer is None or not is_right(answer, example.label, data.task) for answer, example in zip(answers, validation, strict=True)]
+            answers, _ = ask(
+                llm,
+                [prompt(join_shots(shots), example, instruction) for example in validation],
+                config.max_tokens or data.max_tokens,
+            )
+            wrong = [
+                answer is None or not is_right(answer, example.label, data.task)
+                for answer, example in zip(answers, validation, strict=True)
+            ]
             shots = cluster_shots(validation, wrong, config.shots, seed)
         text = join_shots(shots)
         plans.append(([prompt(text, example, instruction) for example in examples], examples))
@@ -132,7 +154,8 @@ def summary(config: WrangleConfig, data: DataSet, trials: Sequence[Trial]) -> di
 
 
 def write(output: Path, results: dict[str, Any], data: DataSet, trials: Sequence[Trial]) -> None:
-    """``scores.json``, and ``predictions.parquet`` with prompt, label, answer, right and error of every row and trial."""
+    """``scores.json``, and ``predictions.parquet`` with prompt, label, answer, right and error of every row and
+    trial."""
     import pyarrow
     import pyarrow.parquet
 
@@ -148,10 +171,19 @@ def write(output: Path, results: dict[str, Any], data: DataSet, trials: Sequence
             "error": error or None,
         }
         for number, trial in enumerate(trials)
-        for row, (text, example, answer, error) in enumerate(zip(trial.prompts, trial.examples, trial.answers, trial.errors, strict=True))
+        for row, (text, example, answer, error) in enumerate(
+            zip(trial.prompts, trial.examples, trial.answers, trial.errors, strict=True)
+        )
     ]
     text_columns = ("prompt", "label", "answer", "error")
-    types = {"trial": pyarrow.int32(), "row": pyarrow.int64(), "right": pyarrow.bool_(), **{name: pyarrow.string() for name in text_columns}}
-    schema = pyarrow.schema([(name, types[name]) for name in ("trial", "row", "prompt", "label", "answer", "right", "error")])
+    types = {
+        "trial": pyarrow.int32(),
+        "row": pyarrow.int64(),
+        "right": pyarrow.bool_(),
+        **{name: pyarrow.string() for name in text_columns},
+    }
+    schema = pyarrow.schema(
+        [(name, types[name]) for name in ("trial", "row", "prompt", "label", "answer", "right", "error")]
+    )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), output / "predictions.parquet")
     (output / "scores.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -21,8 +21,8 @@ class Scores:
 
 
 def is_right(prediction: str, label: str, task: str) -> bool:
-    """By the authors' rules, without regard to case and white space around: equal; or beginning with the label; or, where the model may
-    reason first, ending with it in the last paragraph."""
+    """By the authors' rules, without regard to case and white space around: equal; or beginning with the label; or,
+    where the model may reason first, ending with it in the last paragraph."""
     said, wanted = prediction.strip().lower(), label.strip().lower()
     if task == "error_detection":
         return said.split("\n\n")[-1].endswith(wanted)
@@ -32,9 +32,11 @@ def is_right(prediction: str, label: str, task: str) -> bool:
 
 
 def score(predictions: Sequence[str], labels: Sequence[str], task: str) -> Scores:
-    """Scores of predictions against labels. An answer to a No that is not No counts as a false Yes, as with the authors.
+    """Scores of predictions against labels. An answer to a No that is not No counts as a false Yes, as with the
+    authors.
 
-    F1 is 2pr / (p + r). The authors' code divides by max(1, p + r), which is lower wherever p + r < 1; their tables are not affected above that.
+    F1 is 2pr / (p + r). The authors' code divides by max(1, p + r), which is lower wherever p + r < 1; their tables
+    are not affected above that.
     """
     right = [is_right(prediction, label, task) for prediction, label in zip(predictions, labels, strict=True)]
     truth = [label.strip().lower() for label in labels]

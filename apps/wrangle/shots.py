@@ -18,7 +18,8 @@ Manual = str | dict[str, str]
 
 
 def prompt(shots: str, example: Example, instruction: str = "") -> str:
-    """Shots, an empty line, and the row, without white space at the end (a model continues words badly after a space)."""
+    """Shots, an empty line, and the row, without white space at the end (a model continues words badly after a
+    space)."""
     text = f"{shots}\n{example.text}".strip()
     return f"{instruction} {text}" if instruction else text
 
@@ -28,7 +29,8 @@ def join_shots(examples: Sequence[Example]) -> str:
 
 
 def random_shots(train: Sequence[Example], count: int, seed: int, *, balanced: bool = False) -> list[Example]:
-    """``count`` training examples; ``balanced`` draws as many of every answer as the rarest has. Raises TableError when there are too few."""
+    """``count`` training examples; ``balanced`` draws as many of every answer as the rarest has. Raises TableError
+    when there are too few."""
     draw = random.Random(seed)
     pool = list(train)
     if balanced:
@@ -38,16 +40,21 @@ def random_shots(train: Sequence[Example], count: int, seed: int, *, balanced: b
         least = min((len(examples) for examples in by_label.values()), default=0)
         pool = [example for examples in by_label.values() for example in draw.sample(examples, least)]
     if count > len(pool):
-        raise TableError(f"{count} shots asked for, and the training split has {len(pool)}{' after balancing' if balanced else ''}; lower --shots")
+        raise TableError(
+            f"{count} shots asked for, and the training split has "
+            f"{len(pool)}{' after balancing' if balanced else ''}; lower --shots"
+        )
     return draw.sample(pool, count)
 
 
 def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: int, seed: int) -> list[Example]:
-    """The mistakes on the validation split, clustered by their text into ``count`` groups: the example nearest to each centre.
+    """The mistakes on the validation split, clustered by their text into ``count`` groups: the example nearest to each
+    centre.
 
-    Where all chosen examples have one of two answers, the last gives its place to the mistake, else the example, of the other answer that is
-    nearest to its centre: a prompt that knows only Yes teaches Yes. Texts are compared by TF-IDF of character triples; needs scikit-learn.
-    Without ``count`` mistakes, the examples that are nearest to mistakes fill up. Raises TableError.
+    Where all chosen examples have one of two answers, the last gives its place to the mistake, else the example, of
+    the other answer that is nearest to its centre: a prompt that knows only Yes teaches Yes. Texts are compared by
+    TF-IDF of character triples; needs scikit-learn. Without ``count`` mistakes, the examples that are nearest to
+    mistakes fill up. Raises TableError.
     """
     if count > len(validation):
         raise TableError(f"{count} shots asked for, and the validation split has {len(validation)}; lower --shots")
@@ -59,7 +66,9 @@ def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: i
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ModuleNotFoundError as problem:
         raise TableError("--select clusters needs scikit-learn: pip install 'flexbatch[wrangle]'") from problem
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3)).fit_transform([example.text for example in validation])
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3)).fit_transform(
+        [example.text for example in validation]
+    )
     errors = [place for place, is_wrong in enumerate(wrong) if is_wrong]
     pool = errors if len(errors) >= count else list(range(len(validation)))
     centres = KMeans(count, random_state=seed, n_init=4).fit(vectors[pool])
@@ -67,18 +76,26 @@ def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: i
     chosen: list[int] = []
     for cluster in range(count):
         free = [place for place in pool if place not in chosen]
-        chosen.append(min(free, key=lambda place: (not wrong[place] and len(errors) < count, distances[place, cluster], place)))
+        chosen.append(
+            min(free, key=lambda place: (not wrong[place] and len(errors) < count, distances[place, cluster], place))
+        )
     labels = {validation[place].label for place in chosen}
-    others = [place for place, example in enumerate(validation) if example.label not in labels and example.label in ("Yes\n", "No\n")]
+    others = [
+        place
+        for place, example in enumerate(validation)
+        if example.label not in labels and example.label in ("Yes\n", "No\n")
+    ]
     if len(labels) == 1 and others and count > 1:
         chosen[-1] = min(others, key=lambda place: (not wrong[place], distances[place, count - 1], place))
     return [validation[place] for place in chosen]
 
 
 def read_manual(path: Path, data_set: str) -> Manual:
-    """Hand-written shots: a text file, a JSON file with a text or a text for every group, or the authors' ``constants.py``.
+    """Hand-written shots: a text file, a JSON file with a text or a text for every group, or the authors'
+    ``constants.py``.
 
-    The Python file is parsed, never executed: its ``PREFIXES`` dictionary holds the paper's shots by data set. Raises TableError.
+    The Python file is parsed, never executed: its ``PREFIXES`` dictionary holds the paper's shots by data set.
+    Raises TableError.
     """
     try:
         content = read_text(path).replace("\r\n", "\n")
@@ -99,7 +116,11 @@ def read_manual(path: Path, data_set: str) -> Manual:
 
 def _from_constants(path: Path, content: str, data_set: str) -> Manual:
     for statement in ast.parse(content).body:
-        if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Dict) or ast.unparse(statement.targets[0]) != "PREFIXES":
+        if (
+            not isinstance(statement, ast.Assign)
+            or not isinstance(statement.value, ast.Dict)
+            or ast.unparse(statement.targets[0]) != "PREFIXES"
+        ):
             continue
         for key, value in zip(statement.value.keys, statement.value.values, strict=True):
             ending = key.values[-1] if isinstance(key, ast.JoinedStr) and key.values else key

@@ -30,7 +30,8 @@ def find_table(folder: Path, name: str) -> Path | None:
 
 
 def read_table(path: Path) -> list[Row]:
-    """All rows of a CSV or Parquet file. Raises TableError for a file that is neither, or has rows of another length than its header."""
+    """All rows of a CSV or Parquet file. Raises TableError for a file that is neither, or has rows of another length
+    than its header."""
     if path.suffix == ".parquet":
         return _read_parquet(path)
     lines = csv.reader(io.StringIO(read_text(path), newline=""))
@@ -42,14 +43,19 @@ def read_table(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines):
         if line and len(line) != len(header):
-            raise TableError(f"{path}, line {lines.line_num} (row {number}): {len(line)} values for {len(header)} columns")
+            raise TableError(
+                f"{path}, line {lines.line_num} (row {number}): {len(line)} values for {len(header)} columns"
+            )
         rows += [line] if line else []
-    columns = [_printed([None if line[place] in MISSING else line[place] for line in rows]) for place in range(len(header))]
+    columns = [
+        _printed([None if line[place] in MISSING else line[place] for line in rows]) for place in range(len(header))
+    ]
     return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)] if rows else []
 
 
 def _printed(values: list[str | None]) -> list[str | None]:
-    """A CSV column as pandas would print it: whole numbers as they are, but with a decimal point when the column has gaps or fractions."""
+    """A CSV column as pandas would print it: whole numbers as they are, but with a decimal point when the column has
+    gaps or fractions."""
     present = [value.strip() for value in values if value is not None]
     if not present:
         return values
@@ -83,5 +89,7 @@ def _read_parquet(path: Path) -> list[Row]:
     for name, column in zip(table.column_names, table.columns, strict=True):
         values = column.to_pylist()
         gaps = pyarrow.types.is_integer(column.type) and column.null_count
-        columns[name] = [None if value is None or value != value else str(float(value) if gaps else value) for value in values]
+        columns[name] = [
+            None if value is None or value != value else str(float(value) if gaps else value) for value in values
+        ]
     return [{name: column[place] for name, column in columns.items()} for place in range(table.num_rows)]

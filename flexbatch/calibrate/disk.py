@@ -1,4 +1,5 @@
-"""Disk rates with the page cache out of the way: O_DIRECT where the file system has it, several threads, several block sizes."""
+"""Disk rates with the page cache out of the way: O_DIRECT where the file system has it, several threads, several
+block sizes."""
 
 from __future__ import annotations
 
@@ -58,9 +59,11 @@ def _latency(descriptor: int, requests: int = 64) -> float:
         return (time.perf_counter() - start) / requests
 
 
-def measure_disk(folder: Path, size: int, seconds: float) -> tuple[list[tuple[int, float]], list[tuple[int, float]], float]:
-    """(reads, writes, latency): lists of (block bytes, seconds of one request) in a temporary file of ``size`` bytes in ``folder``, within about
-    ``seconds``; and the seconds of a small read.
+def measure_disk(
+    folder: Path, size: int, seconds: float
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]], float]:
+    """(reads, writes, latency): lists of (block bytes, seconds of one request) in a temporary file of ``size`` bytes in
+    ``folder``, within about ``seconds``; and the seconds of a small read.
 
     Raises OSError when the folder cannot be written.
     """
@@ -70,15 +73,17 @@ def measure_disk(folder: Path, size: int, seconds: float) -> tuple[list[tuple[in
         path = Path(temporary) / "blocks"
         descriptor = _open(path, os.O_RDWR | os.O_CREAT)
         try:
-            # As the engine's cache file: allocated, then written for the first time. Writing again what is there already is another matter (3.3 GB/s
-            # instead of 0.9 on a virtual disk). One rate for the whole file: what disks buffer makes the first part of any file look fast.
+            # As the engine's cache file: allocated, then written for the first time. Writing again what is there
+            # already is another matter (3.3 GB/s instead of 0.9 on a virtual disk). One rate for the whole file: what
+            # disks buffer makes the first part of any file look fast.
             whole = size // BLOCKS[-1] * BLOCKS[-1]
             os.posix_fallocate(descriptor, 0, whole)
             writes = [(BLOCKS[1], _requests(descriptor, BLOCKS[1], whole, write=True))]
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             latency = _latency(descriptor, min(64, whole // BLOCKS[0]))
-            # All of the file each time: thirds of it, 0.15 seconds each, differed by 40 % on a virtual disk whose rate changes as it is used.
+            # All of the file each time: thirds of it, 0.15 seconds each, differed by 40 % on a virtual disk whose rate
+            # changes as it is used.
             reads: list[tuple[int, float]] = []
             for block in reversed(BLOCKS):
                 if not reads or time.perf_counter() < deadline:

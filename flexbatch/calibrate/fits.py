@@ -23,12 +23,14 @@ class RateFit:
 def fit_rate(amounts: Sequence[float], seconds: Sequence[float]) -> RateFit:
     """Non-negative least squares of the relative error, so that short measurements count as much as long ones.
 
-    Where the fit is faster than the largest measurement by more than half (a busy machine: time hardly grows with the amount), that
-    measurement alone gives the rate, and the error is large.
-    Raises ValueError for fewer than two timings or timings of zero.
+    Where the fit is faster than the largest measurement by more than half (a busy machine: time hardly grows with
+    the amount), that measurement alone gives the rate, and the error is large. Raises ValueError for fewer than two
+    timings or timings of zero.
     """
     if len(amounts) != len(seconds) or len(amounts) < 2 or min(seconds) <= 0:
-        raise ValueError(f"a rate needs at least two positive timings, got amounts {list(amounts)} and seconds {list(seconds)}")
+        raise ValueError(
+            f"a rate needs at least two positive timings, got amounts {list(amounts)} and seconds {list(seconds)}"
+        )
     x, t = np.asarray(amounts, dtype=float), np.asarray(seconds, dtype=float)
     # Scaled to the longest measurement: bytes and seconds differ by ten orders of magnitude.
     scale = x.max()

@@ -1,7 +1,8 @@
 """What the engine's own Python costs on this machine: per pass, per sequence and per tick.
 
-Small models and blocks that live on the GPU are limited by it (512 sequences of OPT-1.3B on an H200: 9 of 15 milliseconds a pass are the GPU's), and so
-is a single micro-batch that waits for CPU attention at every layer. Passes of a model too small to compute anything leave only these costs.
+Small models and blocks that live on the GPU are limited by it (512 sequences of OPT-1.3B on an H200: 9 of 15
+milliseconds a pass are the GPU's), and so is a single micro-batch that waits for CPU attention at every layer.
+Passes of a model too small to compute anything leave only these costs.
 """
 
 from __future__ import annotations
@@ -23,15 +24,11 @@ from scipy.optimize import nnls
 
 from flexbatch.execution.batcher import Batcher, Candidate
 from flexbatch.execution.block_sizes import block_sizes, cache_layout
-from flexbatch.execution.executor import Executor
 from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.execution.sampler import draw
 from flexbatch.job import Job
-from flexbatch.memory.activations import ActivationStore
-from flexbatch.memory.host_buffers import HostBuffers
-from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Pool, Tiers, host_memory_bytes
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weight_plan import plan_weights
@@ -51,29 +48,48 @@ PROMPT_TOKENS = 4
 FEW, MANY = 2, 10
 """Layers."""
 GRAPHED = (16, 512)
-"""Sequences of passes that are one graph each, whose layers cost the host nothing: they tell what a pass and a sequence cost from what a tick does. Without
-them the same three numbers fitted four passes of an H200's host at 0.5 or 1.2 ms a pass and 0.37 or 0.5 ms a tick."""
+"""Sequences of passes that are one graph each, whose layers cost the host nothing: they tell what a pass and a
+sequence cost from what a tick does. Without them the same three numbers fitted four passes of an H200's host at 0.5
+or 1.2 ms a pass and 0.37 or 0.5 ms a tick."""
 WARM_UP, PASSES = 3, 6
 ROUNDS = 2
-"""Of all measurements of the host, one after the other, the faster counts: its other users come and go within seconds."""
+"""Of all measurements of the host, one after the other, the faster counts: its other users come and go within
+seconds."""
 ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 8, (128, 512)
-"""Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with layers as wide as those of models of 7
-billion: calls of 67 and 268 MB, sixteen of them a pass. Of 0.67 GB a pass with half as wide layers the processor's caches kept a part: 130 to 154 GB/s on
-H200's hosts, where the passes of models of 7 and 13 billion saw 95 to 120."""
+"""Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with
+layers as wide as those of models of 7 billion: calls of 67 and 268 MB, sixteen of them a pass. Of 0.67 GB a pass
+with half as wide layers the processor's caches kept a part: 130 to 154 GB/s on H200's hosts, where the passes of
+models of 7 and 13 billion saw 95 to 120."""
 ATTENDED_BYTES = 144 * MIB
-"""Of host memory that such a sequence takes with its counterpart in the other micro-batch; with the weights a quarter of what is free has to do."""
+"""Of host memory that such a sequence takes with its counterpart in the other micro-batch; with the weights a
+quarter of what is free has to do."""
 
 
 ALONE = "cpu_attention_alone"
-"""Of what `host_rates` finds: bytes a second in passes whose weights stay on the GPU. `cpu_attention` of `Hardware` starts with it."""
+"""Of what `host_rates` finds: bytes a second in passes whose weights stay on the GPU. `cpu_attention` of `Hardware`
+starts with it."""
 
 
 def small_arch(num_layers: int, head_dim: int, num_heads: int = 1) -> Arch:
     """With several heads an MLP wide enough that its weights keep the link busy."""
     hidden_size = num_heads * head_dim
     sizes = {"hidden_size": hidden_size, "intermediate_size": hidden_size * min(2, num_heads), "vocab_size": 64}
-    config = {"model_type": "llama", "num_hidden_layers": num_layers, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5}
-    return read_arch({**config, **sizes, "num_attention_heads": num_heads, "num_key_value_heads": num_heads, "eos_token_id": 2, "bos_token_id": 1})
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": num_layers,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+    }
+    return read_arch(
+        {
+            **config,
+            **sizes,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_heads,
+            "eos_token_id": 2,
+            "bos_token_id": 1,
+        }
+    )
 
 
 def resident(sequences: int, num_gpu_batches: int = 2) -> Policy:
@@ -87,11 +103,18 @@ def attended(sequences: int, num_gpu_batches: int = 1) -> Policy:
 
 
 @contextlib.contextmanager
-def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer) -> Iterator[tuple[Executor, KVCache, int]]:
-    """Executor, cache and the tokens of a micro-batch, with random weights."""
+def small_runner(
+    arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer
+) -> Iterator[Runner]:
+    """A runner with random weights."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         pinned = device.type == "cuda"
-        tiers = Tiers(Pool("gpu", 8192 * MIB, device=device), Pool("cpu", 16384 * MIB, pinned=pinned), Pool("disk", MIB), Path(folder))
+        tiers = Tiers(
+            Pool("gpu", 8192 * MIB, device=device),
+            Pool("cpu", 16384 * MIB, pinned=pinned),
+            Pool("disk", MIB),
+            Path(folder),
+        )
         stack.callback(tiers.close)
         queues = TransferQueues(device, tracer, disk_threads=1)
         stack.callback(queues.close)
@@ -99,18 +122,14 @@ def open_block(arch: Arch, policy: Policy, job: Job, device: torch.device, dtype
         stack.callback(weights.close)
         Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
         layout = cache_layout(arch, 16, dtype)
-        sizes = block_sizes(policy, layout, job)
-        cache = KVCache(layout, sizes.cache, tiers, queues)
-        stack.callback(cache.close)
-        tokens = sizes.max_micro_batch_tokens
-        activations = ActivationStore(policy.activations, policy.num_gpu_batches, tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, queues)
-        stack.callback(activations.close)
-        buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, queues)
-        stack.callback(buffers.close)
-        yield Executor(arch, weights, cache, activations, queues, buffers, Rotary(arch, job.longest, dtype, tiers.gpu), dtype, policy.overlap), cache, tokens
+        runner = open_runner(arch, weights, layout, policy, block_sizes(policy, layout, job), tiers, queues)
+        stack.callback(runner.close)
+        yield runner
 
 
-def run_passes(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS) -> list[float]:
+def run_passes(
+    arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS
+) -> list[float]:
     """Seconds of the decode passes of a full block, after some that warm up."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     new_tokens = 1 + WARM_UP + PASSES
@@ -119,12 +138,17 @@ def run_passes(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer,
     requests = [Request(i, chance.choices(range(3, 64), k=prompt_tokens), params) for i in range(policy.block_size)]
     job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
     seconds = []
-    with open_block(arch, policy, job, device, dtype, tracer) as (executor, cache, tokens):
-        batcher = Batcher(policy, cache, (Candidate(RequestState(request), OutputText(None, params)) for request in requests), tokens)
+    with small_runner(arch, policy, job, device, dtype, tracer) as runner:
+        batcher = Batcher(
+            policy,
+            runner.cache,
+            (Candidate(RequestState(request), OutputText(None, params)) for request in requests),
+            runner.sizes.max_micro_batch_tokens,
+        )
         while batcher.has_work():
             start = time.perf_counter()
             work = batcher.next_pass()
-            batcher.commit(work, draw(executor.run(work)))
+            batcher.commit(work, draw(runner.executor.run(work)))
             seconds.append(time.perf_counter() - start)
     return seconds[1 + WARM_UP : -1]
 
@@ -139,7 +163,8 @@ def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> flo
 
 
 def attention_seconds(device: torch.device) -> float:
-    """Of a call of CPU attention that has next to nothing to attend to, while the host launches the other micro-batch: the lower quartile."""
+    """Of a call of CPU attention that has next to nothing to attend to, while the host launches the other
+    micro-batch: the lower quartile."""
     tracer = RecordingTracer(device)
     run_passes(small_arch(MANY, head_dim(device)), attended(16, 2), device, tracer)
     return quantiles([span.end - span.start for span in tracer.spans() if span.resource == "cpu_attention"], n=4)[0]
@@ -171,21 +196,25 @@ class AttentionInPasses(NamedTuple):
     rate: float
     """Bytes attended a second beside it."""
     link_rate: float
-    """Bytes a second of the copies of weights, those counted most that attention ran beside; infinite without copies."""
+    """Bytes a second of the copies of weights, those counted most that attention ran beside; infinite without
+    copies."""
 
 
 def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCalls) -> AttentionInPasses:
     """Measured in passes of a model with ``weights``.
 
-    Measured alone, beside nothing but copies, a call looked 0.3 to 0.5 ms cheaper and a third faster than it was in the passes of OPT-6.7B on an H200's host:
-    the interpreter launches kernels meanwhile, threads have to be woken, and the engine takes a core. The link ran at 47 of 55 GB/s beside it by the one
-    measurement, and at 51 to 54 in passes.
+    Measured alone, beside nothing but copies, a call looked 0.3 to 0.5 ms cheaper and a third faster than it was in
+    the passes of OPT-6.7B on an H200's host: the interpreter launches kernels meanwhile, threads have to be woken,
+    and the engine takes a core. The link ran at 47 of 55 GB/s beside it by the one measurement, and at 51 to 54 in
+    passes.
     """
     sizes, seconds = [], []
     arch = small_arch(calls.num_layers, head_dim(device), calls.num_heads)
     for context in calls.contexts:
         tracer = RecordingTracer(device)
-        policy = replace(attended(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context)
+        policy = replace(
+            attended(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context
+        )
         run_passes(arch, policy, device, tracer, context)
         spans = tracer.spans()
         attention = [span for span in spans if span.resource == "cpu_attention"]
@@ -203,15 +232,22 @@ def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCa
 
 
 def rate_beside(copies: list[Span], others: list[Span]) -> float:
-    """Bytes a second of ``copies``, each counted by how much of it one of ``others``, which do not overlap each other, ran beside; infinite for none."""
-    beside = [sum(max(0.0, min(copy.end, other.end) - max(copy.start, other.start)) for other in others) for copy in copies]
-    shares = [seconds / (copy.end - copy.start) if copy.end > copy.start else 0.0 for seconds, copy in zip(beside, copies, strict=True)]
+    """Bytes a second of ``copies``, each counted by how much of it one of ``others``, which do not overlap each
+    other, ran beside; infinite for none."""
+    beside = [
+        sum(max(0.0, min(copy.end, other.end) - max(copy.start, other.start)) for other in others) for copy in copies
+    ]
+    shares = [
+        seconds / (copy.end - copy.start) if copy.end > copy.start else 0.0
+        for seconds, copy in zip(beside, copies, strict=True)
+    ]
     moved = sum(share * copy.num_bytes for share, copy in zip(shares, copies, strict=True))
     return moved / sum(beside) if moved > 0 else math.inf
 
 
 class HostPasses:
-    """Decode passes of a few policies, measured in rounds: of each the fastest counts, and the machine's other users come and go between rounds."""
+    """Decode passes of a few policies, measured in rounds: of each the fastest counts, and the machine's other users
+    come and go between rounds."""
 
     def __init__(self, policies: dict[str, Policy], device: torch.device) -> None:
         cells = [(name, layers) for name in policies for layers in (FEW, MANY)]
@@ -224,7 +260,8 @@ class HostPasses:
 
 
 def graph_seconds(device: torch.device) -> float:
-    """Of a layer more in a CUDA graph, by the device's clock: on the host's, 0.02 ms a layer are lost in what composing a pass takes now and then."""
+    """Of a layer more in a CUDA graph, by the device's clock: on the host's, 0.02 ms a layer are lost in what
+    composing a pass takes now and then."""
 
     def replay(num_layers: int) -> float:
         tracer = RecordingTracer(device)
@@ -236,7 +273,8 @@ def graph_seconds(device: torch.device) -> float:
 
 
 def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) -> dict[str, float]:
-    """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` by non-negative least squares over ``policies``; a graph's ticks cost the host nothing."""
+    """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` by non-negative least squares over ``policies``;
+    a graph's ticks cost the host nothing."""
     terms, seconds = [], []
     for name, policy in policies.items():
         for layers in (FEW, MANY):
@@ -252,9 +290,11 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) 
 def host_rates(device: torch.device) -> dict[str, float]:
     """What passes of small models tell, as fields of `policy.rates.Hardware`.
 
-    ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``: 0 without a GPU, where there are no
-    graphs. ``exchange_seconds`` and ``settle_seconds``: from how passes of one micro-batch grow with the layers; ``staging_seconds`` and ``fetch_seconds``:
-    from how those of two do. ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
+    ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes.
+    ``graph_seconds``: 0 without a GPU, where there are no graphs. ``exchange_seconds`` and ``settle_seconds``: from
+    how passes of one micro-batch grow with the layers; ``staging_seconds`` and ``fetch_seconds``: from how those of
+    two do. ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and
+    ALONE.
     """
     gpu = device.type == "cuda"
     plain = {"few": resident(8), "many": resident(128)}

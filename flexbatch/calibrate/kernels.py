@@ -1,6 +1,8 @@
-"""Rates of the engine's own kernels on this machine, for the profile that the policy optimizer plans by; `host_rates` adds what its Python costs.
+"""Rates of the engine's own kernels on this machine, for the profile that the policy optimizer plans by; `host_rates`
+adds what its Python costs.
 
-`policy.profile` measures links, GEMMs and disks with torch alone; what runs in kernels of this project is measured here, by the calls that the engine makes.
+`policy.profile` measures links, GEMMs and disks with torch alone; what runs in kernels of this project is measured
+here, by the calls that the engine makes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ CONTEXT = 512
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The fastest of ``repeats`` after a warm-up; on a GPU each is ten calls in a row, so that launching hides behind running."""
+    """The fastest of ``repeats`` after a warm-up; on a GPU each is ten calls in a row, so that launching hides
+    behind running."""
     calls = 10 if device.type == "cuda" else 1
 
     def once() -> float:
@@ -64,9 +67,16 @@ def as_in_the_engine(rows: Tensor) -> Tensor:
 
 
 def attention_call(
-    num_sequences: int, query_tokens: int, context: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device, bits: int = 16
+    num_sequences: int,
+    query_tokens: int,
+    context: int,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int = 16,
 ) -> Any:
-    """(a call of `ops.paged_attention` over pages in random order, bytes of its cache). ``heads``: query heads, key-value heads."""
+    """(a call of `ops.paged_attention` over pages in random order, bytes of its cache). ``heads``: query heads,
+    key-value heads."""
     num_heads, kv_heads = heads
     pages_each = context // PAGE_TOKENS
     rows = normal((num_sequences * context, 2, kv_heads, HEAD_DIM), dtype, device)
@@ -74,7 +84,14 @@ def attention_call(
     if bits != 16:
         row_bytes = reference.token_bytes(kv_heads, HEAD_DIM, bits, GROUP, dtype.itemsize)
         packed = torch.zeros(rows.shape[0], row_bytes, dtype=torch.uint8, device=device)
-        ops.append_rows(packed, torch.arange(rows.shape[0], device=device), rows[:, 0].contiguous(), rows[:, 1].contiguous(), bits, GROUP)
+        ops.append_rows(
+            packed,
+            torch.arange(rows.shape[0], device=device),
+            rows[:, 0].contiguous(),
+            rows[:, 1].contiguous(),
+            bits,
+            GROUP,
+        )
         rows = packed
     if device.type == "cpu":
         rows = as_in_the_engine(rows)
@@ -106,7 +123,9 @@ def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     rates["attention_expand"] = size / seconds(call, device)
     prompts = 8 if gpu else 1
     call, _ = attention_call(prompts, CONTEXT, CONTEXT, heads, dtype, device)
-    rates["attention_prefill"] = 4.0 * prompts * heads[0] * HEAD_DIM * CONTEXT * (CONTEXT + 1) / 2 / seconds(call, device)
+    rates["attention_prefill"] = (
+        4.0 * prompts * heads[0] * HEAD_DIM * CONTEXT * (CONTEXT + 1) / 2 / seconds(call, device)
+    )
     return rates
 
 
@@ -123,15 +142,17 @@ def page_rates(device: torch.device) -> dict[str, Any]:
     return {
         "gather": staging.numel() / seconds(lambda: ops.gather_pages(host, ids.int(), staging), device),
         "scatter": staging.numel() / seconds(lambda: ops.scatter_rows(staging, host, ids), device),
-        "expand": moved / seconds(lambda: ops.dequantize(codes, parameters, weight.shape[1], 4, GROUP, out=dense), device),
+        "expand": moved
+        / seconds(lambda: ops.dequantize(codes, parameters, weight.shape[1], 4, GROUP, out=dense), device),
     }
 
 
 def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Alone, for more and more query heads of a key-value head, and without a GPU beside copies; with one `host_rates` measures that in passes.
+    """Alone, for more and more query heads of a key-value head, and without a GPU beside copies; with one `host_rates`
+    measures that in passes.
 
-    The cache is larger than any processor's own caches: a part of 134 MB was found there on a 16-core machine, and 309 GB/s measured; with 1 GiB still
-    159 GB/s, where engines with 9 GiB saw 120.
+    The cache is larger than any processor's own caches: a part of 134 MB was found there on a 16-core machine, and
+    309 GB/s measured; with 1 GiB still 159 GB/s, where engines with 9 GiB saw 120.
     """
     host = torch.device("cpu")
     size = min(2 * GIB, host_memory_bytes() // 8) if device.type == "cuda" else 128 * MIB
@@ -140,7 +161,15 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
 
     def call_of(query_heads: int, bits: int = 16) -> tuple[Callable[[], object], int]:
         # What is quantised takes the memory of both while it is made.
-        return attention_call(sequences if bits == 16 else sequences // 2, 1, CONTEXT, (query_heads * kv_heads, kv_heads), dtype, host, bits)
+        return attention_call(
+            sequences if bits == 16 else sequences // 2,
+            1,
+            CONTEXT,
+            (query_heads * kv_heads, kv_heads),
+            dtype,
+            host,
+            bits,
+        )
 
     def curve_of(bits: int) -> Curve:
         rates = []
@@ -152,7 +181,11 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
         falling, _ = fit_curve(QUERY_HEADS, rates[::-1])
         return Curve(falling.points, falling.values[::-1])
 
-    rates: dict[str, Any] = {"cpu_attention": curve_of(16), "cpu_attention_8": curve_of(8), "cpu_attention_4": curve_of(4)}
+    rates: dict[str, Any] = {
+        "cpu_attention": curve_of(16),
+        "cpu_attention_8": curve_of(8),
+        "cpu_attention_4": curve_of(4),
+    }
     if device.type == "cpu":
         attention, link = beside(*call_of(QUERY_HEADS[0]))
         rates |= {"cpu_attention_during_h2d": attention, "h2d_during_cpu_attention": link}
@@ -185,7 +218,8 @@ def beside(attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tu
 
 
 def kernel_rates(device: str) -> dict[str, Any]:
-    """Fields of `policy.rates.Hardware`, for `policy.profile.measure`. Takes about 20 seconds with a GPU, most of it compilation, and 5 without."""
+    """Fields of `policy.rates.Hardware`, for `policy.profile.measure`. Takes about 20 seconds with a GPU, most of it
+    compilation, and 5 without."""
     dev = torch.empty(0, device=device).device  # with its number
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
     with torch.no_grad():

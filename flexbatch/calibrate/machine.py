@@ -1,4 +1,5 @@
-"""The measured machine that plans are made for: named by the user, read from the user's cache folder, or measured at first use."""
+"""The measured machine that plans are made for: named by the user, read from the user's cache folder, or measured at
+first use."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def named(setting: str) -> Hardware | None:
 
 
 def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, measure: bool = True) -> Hardware:
-    """The cached profile of this machine, else a measured one; a shipped one where measuring is not wanted or would take long."""
+    """The cached profile of this machine, else a measured one; a shipped one where measuring is not wanted or would
+    take long."""
     from flexbatch.calibrate.profile import cache_path, cached
 
     while not disk_folder.exists():
@@ -56,9 +58,15 @@ def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, me
         hardware = cached(cache_folder, str(device), disk_folder, kernel_rates(str(device)))
         logger.info("measured %s -> %s", hardware.name, path)
         return hardware
-    why = f"measuring would take about {expected:.0f} s at a load of {os.getloadavg()[0]:.1f}" if measure else "nothing is measured for a dry run"
+    why = (
+        f"measuring would take about {expected:.0f} s at a load of {os.getloadavg()[0]:.1f}"
+        if measure
+        else "nothing is measured for a dry run"
+    )
     shipped = shipped_for(device)
-    logger.warning("no profile of this machine: planned with the shipped %s.json and this machine's memory (%s)", shipped, why)
+    logger.warning(
+        "no profile of this machine: planned with the shipped %s.json and this machine's memory (%s)", shipped, why
+    )
     return load_hardware(shipped)
 
 
@@ -67,7 +75,8 @@ def shipped_for(device: torch.device) -> str:
 
 
 def profile_path(setting: str, device: torch.device, disk_folder: Path, cache_folder: Path) -> Path:
-    """The file that --recalibrate writes: the user's, or this machine's in the cache folder. Raises ConfigurationError for a shipped machine."""
+    """The file that --recalibrate writes: the user's, or this machine's in the cache folder. Raises
+    ConfigurationError for a shipped machine."""
     from flexbatch.calibrate.profile import cache_path
 
     if setting == AUTO:
@@ -76,5 +85,8 @@ def profile_path(setting: str, device: torch.device, disk_folder: Path, cache_fo
         return cache_path(cache_folder, str(device), disk_folder)
     path = Path(setting).expanduser()
     if not path.is_file():
-        raise ConfigurationError(f"--recalibrate refines a profile of yours: --hardware {setting} is a shipped one; leave it out or name a JSON file")
+        raise ConfigurationError(
+            f"--recalibrate refines a profile of yours: --hardware {setting} is a shipped one; leave it out or name "
+            "a JSON file"
+        )
     return path

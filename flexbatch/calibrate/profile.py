@@ -1,7 +1,9 @@
-"""``python -m flexbatch.calibrate.profile -o hardware.json``: measure this machine. The only module of `policy` that imports torch.
+"""``python -m flexbatch.calibrate.profile -o hardware.json``: measure this machine. The only module of `policy` that
+imports torch.
 
-Pinned and plain buffers stay below 2 GiB together. Rates of the engine's own kernels can be given as ``overrides`` by a caller that may
-import them; without, library kernels or stated ratios stand in, and the JSON's ``source`` says so.
+Pinned and plain buffers stay below 2 GiB together. Rates of the engine's own kernels can be given as ``overrides``
+by a caller that may import them; without, library kernels or stated ratios stand in, and the JSON's ``source`` says
+so.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ MIB = 2**20
 TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}
 GROUPS = (1, 4, 8)
 OPS_PER_TICK = 24
-"""Kernels that a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and their events."""
+"""Kernels that a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and
+their events."""
 GATHER_SHARE = 0.93
 """Page gather by kernel against the copy engine, measured elsewhere (51.4 of 55.3 GB/s on an H200)."""
 
@@ -45,8 +48,8 @@ GATHER_SHARE = 0.93
 class Timer:
     """The fastest of repeated runs on one device: what is above it is the machine's other users.
 
-    On a GPU a run is as many calls in a row as take SPAN_SECONDS, or launching and waiting would be counted as work: 15 of 47 microseconds that a GEMM of
-    one token took on an H200.
+    On a GPU a run is as many calls in a row as take SPAN_SECONDS, or launching and waiting would be counted as work:
+    15 of 47 microseconds that a GEMM of one token took on an H200.
     """
 
     SPAN_SECONDS = 0.004
@@ -79,7 +82,8 @@ class Timer:
 
 
 def measure(device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None) -> Hardware:
-    """Measure everything that the cost model uses. ``overrides``: fields of `Hardware` that the caller measured better; they are not measured here.
+    """Measure everything that the cost model uses. ``overrides``: fields of `Hardware` that the caller measured better;
+    they are not measured here.
 
     Takes under 60 seconds with a GPU and under 20 without. Raises OSError when the disk folder cannot be written.
     """
@@ -98,16 +102,29 @@ def measure(device: str, disk_folder: Path, overrides: Mapping[str, Any] | None 
     _disk(values, errors, disk_folder, 1024 * MIB if dev.type == "cuda" else 128 * MIB)
     values |= _capacities(dev, disk_folder)
     given = dict(overrides or {})
-    source = {"measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}", "machine": machine_key(dev, disk_folder)[0]}
-    source["load average"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    source = {
+        "measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}",
+        "machine": machine_key(dev, disk_folder)[0],
+    }
+    source["load average"] = (
+        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    )
     if dev.type == "cuda":
-        stand_ins = {"gather": f"{GATHER_SHARE} of h2d", "scatter": f"{GATHER_SHARE} of d2h", "expand": "a PyTorch expression, not a fused kernel"}
+        stand_ins = {
+            "gather": f"{GATHER_SHARE} of h2d",
+            "scatter": f"{GATHER_SHARE} of d2h",
+            "expand": "a PyTorch expression, not a fused kernel",
+        }
         source |= {name: text for name, text in stand_ins.items() if name not in given}
     source |= dict.fromkeys(given, "the engine's own kernel")
     if {"cpu_attention_during_h2d", "h2d_during_cpu_attention"} <= given.keys():
         given["h2d_during_cpu_attention"] = min(given["h2d_during_cpu_attention"], values["h2d"])
-        values["host_bandwidth"] = max(values["host_bandwidth"], given["cpu_attention_during_h2d"] + given["h2d_during_cpu_attention"])
-    return Hardware(**{"name": source["machine"], "device": dev.type, **values, **given, "fit_error": errors, "source": source})
+        values["host_bandwidth"] = max(
+            values["host_bandwidth"], given["cpu_attention_during_h2d"] + given["h2d_during_cpu_attention"]
+        )
+    return Hardware(
+        **{"name": source["machine"], "device": dev.type, **values, **given, "fit_error": errors, "source": source}
+    )
 
 
 def _links(values: dict, errors: dict[str, float], dev: torch.device, timer: Timer) -> None:
@@ -149,7 +166,8 @@ def _both(dev: torch.device, *copies: tuple[Tensor, Tensor]) -> None:
 
 
 def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
-    """GEMM against tokens, memory bandwidth, attention for single tokens and for prompts, expansion of quantised weights."""
+    """GEMM against tokens, memory bandwidth, attention for single tokens and for prompts, expansion of quantised
+    weights."""
     gpu = dev.type == "cuda"
     rows, columns = (8192, 8192) if gpu else (2048, 2048)
     weight = torch.randn(rows, columns, device=dev, dtype=dtype)
@@ -164,7 +182,9 @@ def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: t
     cache = torch.randn(2, batch, heads, context, head_dim, device=dev, dtype=dtype)
     single = torch.randn(batch, heads, 1, head_dim, device=dev, dtype=dtype)
     attend = torch.nn.functional.scaled_dot_product_attention
-    values["attention_decode"] = cache.numel() * cache.element_size() / timer(lambda: attend(single, cache[0], cache[1]))
+    values["attention_decode"] = (
+        cache.numel() * cache.element_size() / timer(lambda: attend(single, cache[0], cache[1]))
+    )
     few = cache[:, : max(1, batch // 16)]
     flops = 4 * few.shape[1] * heads * head_dim * context * (context + 1) / 2
     values["attention_prefill"] = flops / timer(lambda: attend(few[0], few[0], few[1], is_causal=True))
@@ -176,7 +196,8 @@ def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: t
 
 def _cpu_attention(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
     """Grouped heads folded into the query length, alone and while copies to the GPU run."""
-    # Larger than any processor's own caches: of 134 MB a part was found there on a 16-core machine, and 309 GB/s measured.
+    # Larger than any processor's own caches: of 134 MB a part was found there on a 16-core machine, and 309 GB/s
+    # measured.
     batch, kv_heads, head_dim, context = (256, 8, 128, 1024) if dev.type == "cuda" else (16, 8, 64, 1024)
     cache = torch.randn(2, batch, kv_heads, context, head_dim, dtype=dtype)
     size = cache.numel() * cache.element_size()
@@ -208,7 +229,8 @@ def _beside(dev: torch.device, attend: Callable[[], Tensor], size: int, seconds:
         start, copied = time.perf_counter(), 0
         while not stop.is_set() or not copied:
             if dev.type == "cuda":
-                # Asleep while the copy engine works: spinning takes a core from the attention's threads, whose barriers wait for the slowest.
+                # Asleep while the copy engine works: spinning takes a core from the attention's threads, whose barriers
+                # wait for the slowest.
                 for _ in range(8):
                     near.copy_(host, non_blocking=True)
                 done = torch.cuda.Event()
@@ -258,7 +280,8 @@ def _disk(values: dict, errors: dict[str, float], folder: Path, size: int) -> No
 
 
 def _capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:
-    """What is there and free now; without a GPU, two thirds of the free memory are the compute device's tier and the rest is the host's."""
+    """What is there and free now; without a GPU, two thirds of the free memory are the compute device's tier and the
+    rest is the host's."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     disk = int(0.9 * shutil.disk_usage(disk_folder).free)
     if dev.type == "cuda":
@@ -282,12 +305,18 @@ def machine_key(device: torch.device, disk_folder: Path) -> tuple[str, str]:
         parts = [properties.name, f"{properties.total_memory / 2**30:.0f} GiB", f"CUDA {torch.version.cuda}", *parts]
     name = ", ".join(parts)
     stat = os.stat(disk_folder) if disk_folder.exists() else None
-    return name, hashlib.sha256(f"{name} disk {stat.st_dev if stat else None} torch {torch.__version__}".encode()).hexdigest()[:16]
+    return name, hashlib.sha256(
+        f"{name} disk {stat.st_dev if stat else None} torch {torch.__version__}".encode()
+    ).hexdigest()[:16]
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
     return names[0] if names else "unknown processor"
 
 
@@ -296,7 +325,13 @@ def cache_path(cache_folder: Path, device: str, disk_folder: Path) -> Path:
     return cache_folder / f"hardware-{machine_key(torch.device(device), disk_folder)[1]}.json"
 
 
-def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None, refresh: bool = False) -> Hardware:
+def cached(
+    cache_folder: Path,
+    device: str,
+    disk_folder: Path,
+    overrides: Mapping[str, Any] | None = None,
+    refresh: bool = False,
+) -> Hardware:
     """The machine's profile from ``cache_folder``, measured at first use, and again where the file is damaged or of
     another version."""
     path = cache_path(cache_folder, device, disk_folder)
@@ -305,7 +340,12 @@ def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mappin
         with contextlib.suppress(OSError, ValueError):
             hardware = read_hardware(path)
     if hardware is not None:
-        return hardware.with_memory(*(_capacities(torch.device(device), disk_folder)[f"{tier}_bytes"] for tier in ("gpu_memory", "cpu_memory", "disk")))
+        return hardware.with_memory(
+            *(
+                _capacities(torch.device(device), disk_folder)[f"{tier}_bytes"]
+                for tier in ("gpu_memory", "cpu_memory", "disk")
+            )
+        )
     hardware = measure(device, disk_folder, overrides)
     try:
         write_hardware(hardware, path)
@@ -316,7 +356,8 @@ def cached(cache_folder: Path, device: str, disk_folder: Path, overrides: Mappin
 
 
 def kernels_of(name: str, device: str) -> dict[str, Any]:
-    """What MODULE:FUNCTION measures on ``device``. Named and not imported, because this room knows nothing of the engine; empty for "none"."""
+    """What MODULE:FUNCTION measures on ``device``. Named and not imported, because this room knows nothing of the
+    engine; empty for "none"."""
     if name == "none":
         return {}
     module, _, function = name.partition(":")
@@ -324,10 +365,14 @@ def kernels_of(name: str, device: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m flexbatch.calibrate.profile", description="Measure this machine for the policy optimizer.")
+    parser = argparse.ArgumentParser(
+        "python -m flexbatch.calibrate.profile", description="Measure this machine for the policy optimizer."
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--offload-dir", type=Path, default=Path.cwd(), help="folder on the disk to measure (default: here)")
+    parser.add_argument(
+        "--offload-dir", type=Path, default=Path.cwd(), help="folder on the disk to measure (default: here)"
+    )
     parser.add_argument(
         "--kernels",
         default="flexbatch.calibrate.kernels:kernel_rates",

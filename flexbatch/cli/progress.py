@@ -19,7 +19,9 @@ SECONDS_PER_LINE = 10.0
 class Progress(AbstractContextManager["Progress"]):
     """Counts finished completions of `total`, and their tokens. Writes to stderr only."""
 
-    def __init__(self, total: int, *, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total: int, *, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.total, self.done, self.tokens = total, 0, 0
         self._clock = clock
         self._started = self._said = clock()
@@ -39,7 +41,9 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.update()
         elif now - self._said >= SECONDS_PER_LINE or self.done == self.total:
             self._said = now
-            logger.info("%d of %d completions, %d tokens, %.1f tokens/s", self.done, self.total, self.tokens, self._rate(now))
+            logger.info(
+                "%d of %d completions, %d tokens, %.1f tokens/s", self.done, self.total, self.tokens, self._rate(now)
+            )
 
     def _rate(self, now: float) -> float:
         return self.tokens / max(now - self._started, 1e-9)

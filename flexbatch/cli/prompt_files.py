@@ -1,4 +1,5 @@
-"""Prompts from files, with the fields beside them. Nothing in a file is executed, and nothing that is read is changed."""
+"""Prompts from files, with the fields beside them. Nothing in a file is executed, and nothing that is read is
+changed."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return parse_json(text, exact=True, constants=True)
     except ValueError as error:
-        raise ConfigurationError(f"{place} is {error}" if str(error).startswith("not ") else f"{place}: {error}") from None
+        raise ConfigurationError(
+            f"{place} is {error}" if str(error).startswith("not ") else f"{place}: {error}"
+        ) from None
 
 
 def _row_of(value: Any, place: str) -> PromptRow:

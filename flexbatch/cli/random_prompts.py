@@ -32,7 +32,11 @@ def output_line(row: PromptRow, completion: Completion) -> dict[str, Any]:
 
     A field that has the name of a result is carried as ``input_`` and its name, so that neither is lost.
     """
-    line: dict[str, Any] = {"prompt": row.prompt, **_sample(completion), "num_input_tokens": len(completion.prompt_token_ids)}
+    line: dict[str, Any] = {
+        "prompt": row.prompt,
+        **_sample(completion),
+        "num_input_tokens": len(completion.prompt_token_ids),
+    }
     line["num_generated_tokens"] = len(completion.token_ids)
     if completion.samples:
         line["samples"] = [_sample(sample) for sample in completion.samples]
@@ -45,7 +49,11 @@ def output_line(row: PromptRow, completion: Completion) -> dict[str, Any]:
 
 
 def _sample(completion: Completion) -> dict[str, Any]:
-    values: dict[str, Any] = {"text": completion.text, "token_ids": completion.token_ids, "finish_reason": completion.finish_reason}
+    values: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+    }
     if completion.error:
         values["error"] = completion.error
     if completion.logprobs is not None:
@@ -64,8 +72,8 @@ def _logprobs(entry: dict[int, Any]) -> list[dict[str, Any]]:
 def whole_file(path: str | Path) -> Iterator[IO[str]]:
     """A text file that appears under its name when the body ends, whole, and not at all when it fails.
 
-    Opened at once, so that a folder that cannot be written to is found before hours of work. Raises ConfigurationError for that. What a killed run
-    has left of the same file is removed.
+    Opened at once, so that a folder that cannot be written to is found before hours of work. Raises
+    ConfigurationError for that. What a killed run has left of the same file is removed.
     """
     temporary = temporary_name(Path(path))
     try:

@@ -1,6 +1,8 @@
-"""The rows of `flexbatch run --output`: written in order as they finish, kept when the run ends early, and gone on with by the same command.
+"""The rows of `flexbatch run --output`: written in order as they finish, kept when the run ends early, and gone on with
+by the same command.
 
-Beside the output lies ``OUTPUT.resume`` for as long as rows are missing: what the run was asked, as JSON. It is locked while a run writes.
+Beside the output lies ``OUTPUT.resume`` for as long as rows are missing: what the run was asked, as JSON. It is
+locked while a run writes.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ SHOWN_CHARACTERS = 60
 
 
 class ResultFile:
-    """Rows by their place, in any order; the file has them in order. A context manager that keeps what is there when the body fails.
+    """Rows by their place, in any order; the file has them in order. A context manager that keeps what is there when
+    the body fails.
 
-    Opened before anything is loaded: raises ConfigurationError for a folder that cannot be written to, or another run that writes the same file. A file
-    of an earlier run that ended is replaced when the first row is there.
+    Opened before anything is loaded: raises ConfigurationError for a folder that cannot be written to, or another
+    run that writes the same file. A file of an earlier run that ended is replaced when the first row is there.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,11 +68,17 @@ class ResultFile:
         try:
             before = json.loads(written)
         except ValueError:
-            raise ConfigurationError(f"{self.state_path} is damaged, so that nobody knows which run the rows in {self.path} are of. {remedy}") from None
+            raise ConfigurationError(
+                f"{self.state_path} is damaged, so that nobody knows which run the rows in {self.path} are of. {remedy}"
+            ) from None
         changed = [name for name in dict.fromkeys((*before, *self._facts)) if before.get(name) != self._facts.get(name)]
         if changed:
-            differences = "; ".join(f"{name} was {_shown(before.get(name))}, and is {_shown(self._facts.get(name))}" for name in changed)
-            raise ConfigurationError(f"{self.path} holds rows of another run: {differences}. Give what was given then to go on. {remedy}")
+            differences = "; ".join(
+                f"{name} was {_shown(before.get(name))}, and is {_shown(self._facts.get(name))}" for name in changed
+            )
+            raise ConfigurationError(
+                f"{self.path} holds rows of another run: {differences}. Give what was given then to go on. {remedy}"
+            )
 
     def _rows_there(self, prompts: Sequence[Any]) -> list[dict[str, Any]]:
         """Whole lines; what a killed run has left of one more is cut off."""
@@ -81,9 +90,13 @@ class ResultFile:
             try:
                 row = json.loads(line)
             except ValueError:
-                raise ConfigurationError(f"{self.path}: line {number} is no row of a run that ended early: it was changed; {remedy}") from None
+                raise ConfigurationError(
+                    f"{self.path}: line {number} is no row of a run that ended early: it was changed; {remedy}"
+                ) from None
             if number > len(prompts) or not isinstance(row, dict) or row.get("prompt") != prompts[number - 1]:
-                raise ConfigurationError(f"{self.path}: line {number} does not answer prompt {number - 1}: the file was changed; {remedy}")
+                raise ConfigurationError(
+                    f"{self.path}: line {number} does not answer prompt {number - 1}: the file was changed; {remedy}"
+                )
             rows.append(row)
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
@@ -188,21 +201,25 @@ def _shown(value: Any) -> str:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises OSError. A file that is there is opened and left as it is; of one that is not, its folder has to take the file of the state."""
+    """Raises OSError. A file that is there is opened and left as it is; of one that is not, its folder has to take
+    the file of the state."""
     if path.exists():
         with open(path, "r+b"):
             pass
 
 
 def _locked(path: Path) -> BinaryIO:
-    """The file of the state, made if need be, with a lock that ends with the process. Raises ConfigurationError when another run has it."""
+    """The file of the state, made if need be, with a lock that ends with the process. Raises ConfigurationError when
+    another run has it."""
     while True:
         file = open(path, "a+b")  # noqa: SIM115 (the caller closes it)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ConfigurationError(f"{path.with_suffix('')} is being written by another run; wait for it, or name another file") from None
+            raise ConfigurationError(
+                f"{path.with_suffix('')} is being written by another run; wait for it, or name another file"
+            ) from None
         except OSError:
             pass  # a file system without locks
         if os.fstat(file.fileno()).st_nlink:

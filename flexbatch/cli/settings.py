@@ -1,4 +1,5 @@
-"""What every command shares: flags derived from settings, where settings come from, logging and exit codes. Imports no torch."""
+"""What every command shares: flags derived from settings, where settings come from, logging and exit codes. Imports
+no torch."""
 
 from __future__ import annotations
 
@@ -68,9 +69,12 @@ class Setting:
         return parse_bool(text) if self.kind is bool else self.kind(text)
 
     def from_text(self, text: str, source: str) -> Any:
-        """The value of an environment variable; several elements stand apart by spaces or commas. Raises ConfigurationError that names `source`."""
+        """The value of an environment variable; several elements stand apart by spaces or commas. Raises
+        ConfigurationError that names `source`."""
         try:
-            value = tuple(self.parse(word) for word in text.replace(",", " ").split()) if self.many else self.parse(text)
+            value = (
+                tuple(self.parse(word) for word in text.replace(",", " ").split()) if self.many else self.parse(text)
+            )
         except ValueError as error:
             raise ConfigurationError(f"{source}={text!r}: {self.wanted}") from error
         return self._checked(value, source)
@@ -104,7 +108,8 @@ class Setting:
 
 
 def settings_of(config_class: type) -> list[Setting]:
-    """The fields of a settings dataclass. Types understood: bool, int, float, str, tuples of one of them, each optional."""
+    """The fields of a settings dataclass. Types understood: bool, int, float, str, tuples of one of them, each
+    optional."""
     hints = typing.get_type_hints(config_class)
     return [_setting(field, hints[field.name]) for field in dataclasses.fields(config_class)]
 
@@ -120,7 +125,8 @@ def _setting(field: dataclasses.Field, hint: Any) -> Setting:
 
 
 def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
-    """A flag for every field. What is not on the command line is absent from the namespace, so that lower sources can speak."""
+    """A flag for every field. What is not on the command line is absent from the namespace, so that lower sources
+    can speak."""
     group = parser.add_argument_group(title)
     for setting in settings_of(config_class):
         extra = {key: value for key, value in setting.metadata.items() if key not in ("help", "aliases")}
@@ -132,7 +138,9 @@ def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: st
         if setting.kind is bool and setting.default is False:
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **common, **extra)
         elif setting.kind is bool:
-            group.add_argument(*names, nargs="?", const=True, type=_argument(setting), metavar="true|false", **common, **extra)
+            group.add_argument(
+                *names, nargs="?", const=True, type=_argument(setting), metavar="true|false", **common, **extra
+            )
         else:
             group.add_argument(*names, type=_argument(setting), **common, **{"metavar": _metavar(setting), **extra})
 
@@ -155,12 +163,17 @@ def _argument(setting: Setting) -> Callable[[str], Any]:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of EngineConfig, and --config."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings: any flag by its name, e.g. gpu_batch_size: 32")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of settings: any flag by its name, e.g. gpu_batch_size: 32"
+    )
     add_arguments(parser, EngineConfig, "engine")
 
 
-def read_settings(classes: Sequence[type], args: argparse.Namespace, environ: Mapping[str, str], config_file: str | None) -> list[Any]:
-    """One instance of each settings dataclass: command line, then FLEXBATCH_* variables, then the YAML file, then defaults.
+def read_settings(
+    classes: Sequence[type], args: argparse.Namespace, environ: Mapping[str, str], config_file: str | None
+) -> list[Any]:
+    """One instance of each settings dataclass: command line, then FLEXBATCH_* variables, then the YAML file, then
+    defaults.
 
     Raises ConfigurationError that names the flag, variable, or file and key.
     """
@@ -178,26 +191,42 @@ def read_settings(classes: Sequence[type], args: argparse.Namespace, environ: Ma
             value = getattr(args, setting.name)
             values[setting.name] = tuple(value) if setting.many and value is not None else value
     return [
-        config_class(**{name: values[name] for name in (field.name for field in dataclasses.fields(config_class)) if name in values})
+        config_class(
+            **{
+                name: values[name]
+                for name in (field.name for field in dataclasses.fields(config_class))
+                if name in values
+            }
+        )
         for config_class in classes
     ]
 
 
-def engine_config(args: argparse.Namespace, environ: Mapping[str, str] = os.environ, config_file: str | None = None) -> EngineConfig:
+def engine_config(
+    args: argparse.Namespace, environ: Mapping[str, str] = os.environ, config_file: str | None = None
+) -> EngineConfig:
     """EngineConfig from all sources; see `read_settings`. `config_file` defaults to --config."""
     (config,) = read_settings([EngineConfig], args, environ, config_file or getattr(args, "config", None))
     return config
 
 
 def refuse_measurements(config: EngineConfig) -> None:
-    """For commands whose text counts, and which take prompts as they come. Raises ConfigurationError for settings that only measure an engine."""
+    """For commands whose text counts, and which take prompts as they come. Raises ConfigurationError for settings
+    that only measure an engine."""
     remedy = "measure with flexbatch run"
     if config.simulate_acceptance is not None:
-        raise ConfigurationError(f"--simulate-acceptance {config.simulate_acceptance:g} makes text that means nothing: leave it out here, or {remedy}")
+        raise ConfigurationError(
+            f"--simulate-acceptance {config.simulate_acceptance:g} makes text that means nothing: leave it out "
+            f"here, or {remedy}"
+        )
     if config.compare_plain:
-        raise ConfigurationError(f"--compare-plain runs a whole job twice, and here prompts come one by one: leave it out here, or {remedy}")
+        raise ConfigurationError(
+            f"--compare-plain runs a whole job twice, and here prompts come one by one: leave it out here, or {remedy}"
+        )
     if config.dummy_weights:
-        raise ConfigurationError(f"--dummy-weights has no tokenizer, so that prompts of text cannot be read: leave it out here, or {remedy}")
+        raise ConfigurationError(
+            f"--dummy-weights has no tokenizer, so that prompts of text cannot be read: leave it out here, or {remedy}"
+        )
 
 
 def _read_yaml(config_file: str | None) -> dict[Any, Any]:
@@ -210,17 +239,25 @@ def _read_yaml(config_file: str | None) -> dict[Any, Any]:
     except (OSError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{config_file}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict | None):
-        raise ConfigurationError(f"{config_file}: needs a mapping of settings, e.g. gpu_batch_size: 32; it holds a {type(content).__name__}")
+        raise ConfigurationError(
+            f"{config_file}: needs a mapping of settings, e.g. gpu_batch_size: 32; it holds a {type(content).__name__}"
+        )
     return content or {}
 
 
 def set_up_logging(level: str = "INFO", words: Sequence[str] | None = None) -> None:
     """Log lines of this package from `level` on, and warnings of libraries, to stderr: stdout is for data only.
 
-    No line shows credentials of URIs, nor those among the ``words`` of the command in any spelling.
-    Libraries say at level INFO what concerns no user of a command: every request over HTTP, every version that was found.
+    No line shows credentials of URIs, nor those among the ``words`` of the command in any spelling. Libraries say at
+    level INFO what concerns no user of a command: every request over HTTP, every version that was found.
     """
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
     logger.setLevel(level.upper())
     redact_logs(secrets_of(sys.argv if words is None else words))
 
@@ -233,12 +270,14 @@ def resume_command(command: Sequence[str]) -> str:
 def run_command(main: Callable[[TextIO], int | None], resume: str | None = None) -> int:
     """Runs a command and maps how it ended to the exit code. `main` returns 0, 3 for row errors, or None for 0.
 
-    `main` gets the stream for data; whatever else is printed to stdout meanwhile goes to stderr.
-    `resume`: the command line that goes on after an interruption. SIGTERM ends the command as Ctrl-C does, so that it can put things in order.
+    `main` gets the stream for data; whatever else is printed to stdout meanwhile goes to stderr. `resume`: the
+    command line that goes on after an interruption. SIGTERM ends the command as Ctrl-C does, so that it can put
+    things in order.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Forked helpers, such as the pool in which lm_eval computes errors, have nothing to put in order: ended, they would print a traceback.
+        # Forked helpers, such as the pool in which lm_eval computes errors, have nothing to put in order: ended, they
+        # would print a traceback.
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         with data_apart() as data:
@@ -268,6 +307,14 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return DOES_NOT_FIT
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOENT,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.EEXIST,
+        ):
             return USAGE
     return CRASH

@@ -18,10 +18,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
     def aligned(line: Sequence[str]) -> str:
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
         return "  ".join(cells).rstrip()
 
-    return "\n".join(["  " + aligned(lines[0]), "  " + "  ".join("-" * width for width in widths), *("  " + aligned(line) for line in lines[1:])])
+    return "\n".join(
+        [
+            "  " + aligned(lines[0]),
+            "  " + "  ".join("-" * width for width in widths),
+            *("  " + aligned(line) for line in lines[1:]),
+        ]
+    )
 
 
 def placement(report: Mapping[str, Any]) -> str:
@@ -32,7 +41,15 @@ def placement(report: Mapping[str, Any]) -> str:
         asked = [f"{100 * policy[kind][tier]:.1f}" for tier in TIERS]
         rows.append([kind, *asked, *(f"{realized[kind][tier]:.1f}" if realized.get(kind) else "-" for tier in TIERS)])
     shares = table(["% of", *TIERS, *(f"real {tier}" for tier in TIERS)], rows)
-    sizes = ("gpu_batch_size", "num_gpu_batches", "weight_bits", "cache_bits", "prefill_chunk", "cpu_attention", "overlap")
+    sizes = (
+        "gpu_batch_size",
+        "num_gpu_batches",
+        "weight_bits",
+        "cache_bits",
+        "prefill_chunk",
+        "cpu_attention",
+        "overlap",
+    )
     settings = ", ".join(f"{name.replace('_', ' ')} {policy[name]}" for name in sizes)
     return f"placement ({settings})\n{shares}\n{memory(report)}"
 
@@ -46,7 +63,10 @@ def memory(report: Mapping[str, Any]) -> str:
         return [name, *(f"{num_bytes[tier] / size:,.2f}" if num_bytes.get(tier) else "-" for tier in TIERS)]
 
     def total(what: str | None) -> dict[str, int]:
-        return {tier: sum(need["num_bytes"] for need in needs if need["tier"] == tier and what in (None, need["what"])) for tier in TIERS}
+        return {
+            tier: sum(need["num_bytes"] for need in needs if need["tier"] == tier and what in (None, need["what"]))
+            for tier in TIERS
+        }
 
     rows = [line(name, total(name)) for name in dict.fromkeys(need["what"] for need in needs)]
     rows += [line("needed", total(None)), *([line("peak", peaks)] if peaks else []), line("budget", budgets)]
@@ -64,35 +84,64 @@ def throughput(report: Mapping[str, Any]) -> str:
     ]
     simulated = (report.get("speculation") or {}).get("simulated_acceptance")
     label = "" if simulated is None else f", SIMULATED acceptance {simulated:g}: the tokens mean nothing"
-    text = f"throughput ({seconds:.2f} s, and {report['load_seconds']:.2f} s to load{label})\n{table(['', 'count', 'per second'], rows)}"
+    text = (
+        f"throughput ({seconds:.2f} s, and {report['load_seconds']:.2f} s to "
+        f"load{label})\n{table(['', 'count', 'per second'], rows)}"
+    )
     moved = {name: count for name, count in report.get("moved_bytes", {}).items() if count}
     if moved:
         unit, size = fitting_unit(max(moved.values()), DECIMAL)
-        traffic = [[name.replace("_", " "), f"{count / size:,.2f}", _rate(count / size, seconds)] for name, count in moved.items()]
+        traffic = [
+            [name.replace("_", " "), f"{count / size:,.2f}", _rate(count / size, seconds)]
+            for name, count in moved.items()
+        ]
         text += "\n" + table(["traffic", unit, f"{unit}/s of the run"], traffic)
     return text
 
 
 def prediction(report: Mapping[str, Any]) -> str:
-    """The plan beside the run: tokens per second, seconds of the passes, and of every resource in them its time, work, rate and share of the rate that the
-    machine was measured at; empty where nothing was planned."""
+    """The plan beside the run: tokens per second, seconds of the passes, and of every resource in them its time,
+    work, rate and share of the rate that the machine was measured at; empty where nothing was planned."""
     run = report.get("prediction")
     if not run:
         return ""
 
     def line(name: str, predicted: float, measured: float) -> list[str]:
-        return [name, f"{predicted:,.4g}", f"{measured:,.4g}", f"{100 * (measured / predicted - 1):+.0f} %" if predicted and measured else "-"]
+        return [
+            name,
+            f"{predicted:,.4g}",
+            f"{measured:,.4g}",
+            f"{100 * (measured / predicted - 1):+.0f} %" if predicted and measured else "-",
+        ]
 
-    rows = [[*line("tokens/s of the job", run["predicted_tokens_per_second"], run["measured_tokens_per_second"]), *EMPTY]]
-    rows.append([*line(f"seconds of {run['passes']:,} passes", run["predicted_pass_seconds"], run["measured_pass_seconds"]), *EMPTY])
+    rows = [
+        [*line("tokens/s of the job", run["predicted_tokens_per_second"], run["measured_tokens_per_second"]), *EMPTY]
+    ]
+    rows.append(
+        [
+            *line(f"seconds of {run['passes']:,} passes", run["predicted_pass_seconds"], run["measured_pass_seconds"]),
+            *EMPTY,
+        ]
+    )
     for name, use in run["resources"].items():
         if use["predicted_seconds"] or use["measured_seconds"]:
-            rows.append([*line(f"{RESOURCES.get(name, name.replace('_', ' '))}, busy s", use["predicted_seconds"], use["measured_seconds"]), *_done(name, use)])
+            rows.append(
+                [
+                    *line(
+                        f"{RESOURCES.get(name, name.replace('_', ' '))}, busy s",
+                        use["predicted_seconds"],
+                        use["measured_seconds"],
+                    ),
+                    *_done(name, use),
+                ]
+            )
     bound = run["bound_tokens_per_second"]
     share = f"; the run reached {100 * run['measured_tokens_per_second'] / bound:.0f} % of it" if bound else ""
     head = f"plan and run (limited by {run['limiting_resource']}; bound of this policy {bound:,.4g} tokens/s{share})"
     changes = "".join(f"\n  re-planned: {reason}" for reason in run["replans"])
-    return f"{head}\n{table(['', 'predicted', 'measured', 'off', 'work', 'while busy', '% of its best'], rows)}{changes}"
+    return (
+        f"{head}\n{table(['', 'predicted', 'measured', 'off', 'work', 'while busy', '% of its best'], rows)}{changes}"
+    )
 
 
 def _done(name: str, use: Mapping[str, float]) -> tuple[str, str, str]:
@@ -109,7 +158,8 @@ def _rate(count: float, seconds: float) -> str:
 
 
 def speculation(report: Mapping[str, Any]) -> str:
-    """What drafting was worth: tokens per pass, acceptance by place in the tree, and plain decoding beside it; empty without a draft."""
+    """What drafting was worth: tokens per pass, acceptance by place in the tree, and plain decoding beside it; empty
+    without a draft."""
     run = report.get("speculation")
     if not run:
         return ""
@@ -120,13 +170,21 @@ def speculation(report: Mapping[str, Any]) -> str:
         ["drafting, % of time", f"{100 * run['draft_share_of_time']:.1f}"],
     ]
     if "speed_up" in run:
-        rows += [["plain decoding, tokens/s", f"{run['plain_tokens_per_second']:,.2f}"], ["speed-up over plain", f"{run['speed_up']:.2f}"]]
+        rows += [
+            ["plain decoding, tokens/s", f"{run['plain_tokens_per_second']:,.2f}"],
+            ["speed-up over plain", f"{run['speed_up']:.2f}"],
+        ]
     text = f"speculation ({' + '.join(run['drafts'])}, tree {run['tree']}{label})\n{table(['', 'value'], rows)}"
     for group, acceptance in run["acceptance"].items():
-        places = [[f"depth {depth + 1}", *(f"{rate:.3f}" if rate is not None else "-" for rate in row)] for depth, row in enumerate(acceptance["by_position"])]
+        places = [
+            [f"depth {depth + 1}", *(f"{rate:.3f}" if rate is not None else "-" for rate in row)]
+            for depth, row in enumerate(acceptance["by_position"])
+        ]
         seen = [place for place in places if set(place[1:]) != {"-"}]
         if seen:
-            text += "\n" + table([f"accepted, {group}", *(f"child {rank + 1}" for rank in range(len(seen[0]) - 1))], seen)
+            text += "\n" + table(
+                [f"accepted, {group}", *(f"child {rank + 1}" for rank in range(len(seen[0]) - 1))], seen
+            )
     return text
 
 
@@ -137,6 +195,10 @@ def resources(report: Mapping[str, Any]) -> str:
     rows = []
     for name, use in uses.items():
         share = use["busy"] / use["wall"] if use["wall"] else 0.0
-        moved = [f"{use['num_bytes'] / size:,.2f}", f"{use['num_bytes'] / use['busy'] / size:,.2f}"] if use["busy"] and use["num_bytes"] else ["-", "-"]
+        moved = (
+            [f"{use['num_bytes'] / size:,.2f}", f"{use['num_bytes'] / use['busy'] / size:,.2f}"]
+            if use["busy"] and use["num_bytes"]
+            else ["-", "-"]
+        )
         rows.append([RESOURCES.get(name, name), f"{use['busy']:.3f}", f"{100 * share:.1f}", *moved])
     return "resources\n" + table(["", "busy s", "% of wall", unit, f"{unit}/s while busy"], rows) if rows else ""

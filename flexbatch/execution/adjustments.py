@@ -12,7 +12,8 @@ SMALLEST_PENALTY = 1e-30
 
 
 class Adjustments:
-    """For every token that a bias or a penalty concerns: bias, whether repetition counts it, and how often the output holds it.
+    """For every token that a bias or a penalty concerns: bias, whether repetition counts it, and how often the output
+    holds it.
 
     Updated in constant time per token, so that a pass over many long histories costs no loop over their tokens.
     """

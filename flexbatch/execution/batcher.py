@@ -54,11 +54,13 @@ class Retired:
 class Batcher:
     """The block: ``num_gpu_batches`` micro-batches of up to ``gpu_batch_size`` sequences, refilled at every pass.
 
-    A sequence is admitted when its home tier has pages for all the tokens that it may reach, so nothing is ever evicted. Homes are chosen by error
-    diffusion over the cache split, and a sequence joins the micro-batch with the fewest sequences of its tier, so that micro-batches are alike.
+    A sequence is admitted when its home tier has pages for all the tokens that it may reach, so nothing is ever
+    evicted. Homes are chosen by error diffusion over the cache split, and a sequence joins the micro-batch with the
+    fewest sequences of its tier, so that micro-batches are alike.
 
-    A request that is longer than the block was made for is refused where ``refusal`` says why no block can hold it (without it, always). Else nothing is
-    admitted any more; once the rest has run, it stands first in `remaining`, for a larger block.
+    A request that is longer than the block was made for is refused where ``refusal`` says why no block can hold it
+    (without it, always). Else nothing is admitted any more; once the rest has run, it stands first in `remaining`,
+    for a larger block.
     """
 
     def __init__(
@@ -116,7 +118,9 @@ class Batcher:
 
     def admit(self) -> None:
         """Fill the free places of the block, in the order of the requests."""
-        while not self.outgrown and self.num_sequences < self.admission_limit and (candidate := self.peek()) is not None:
+        while (
+            not self.outgrown and self.num_sequences < self.admission_limit and (candidate := self.peek()) is not None
+        ):
             if not self.holds(candidate):
                 problem = self.refusal(candidate)
                 if not problem:
@@ -136,7 +140,10 @@ class Batcher:
     def most_pages(self) -> int:
         """Pages that a sequence can have when nothing else runs."""
         sizes = self.cache.sizes
-        return max(sizes.pages(tier) if tier == "gpu" else min(sizes.pages(tier), sizes.staging_pages) for tier in self.allowed_tiers)
+        return max(
+            sizes.pages(tier) if tier == "gpu" else min(sizes.pages(tier), sizes.staging_pages)
+            for tier in self.allowed_tiers
+        )
 
     def holds(self, candidate: Candidate) -> bool:
         """Whether the block has pages for a request when nothing else runs, and takes one as long."""
@@ -146,8 +153,10 @@ class Batcher:
     def too_long(self, candidate: Candidate) -> str:
         need, page_tokens = self.cache.layout.num_pages(self.room(candidate)), self.cache.layout.page_tokens
         return (
-            f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {need} cache pages of {page_tokens} tokens; "
-            f"the largest tier has {self.most_pages}. Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
+            f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need "
+            f"{need} cache pages of {page_tokens} tokens; "
+            f"the largest tier has {self.most_pages}. Lower max_tokens, raise the budgets, or move the cache to a "
+            "larger tier with --percent"
         )
 
     def room(self, candidate: Candidate) -> int:
@@ -162,7 +171,8 @@ class Batcher:
         roomy = [
             tier
             for tier in self.allowed_tiers
-            if self.cache.can_open(tier, self.room(candidate), self.shareable(candidate, tier)) and self.places(candidate, tier)
+            if self.cache.can_open(tier, self.room(candidate), self.shareable(candidate, tier))
+            and self.places(candidate, tier)
         ]
         return self.homes.choose(1, roomy) if roomy else None
 
@@ -172,14 +182,18 @@ class Batcher:
         if tier == "gpu":
             return free
         room = self.cache.sizes.staging_pages - self.cache.layout.num_pages(self.room(candidate))
-        return [k for k in free if sum(len(s.table.pages) for s in self.micro_batches[k] if s.table.tier != "gpu") <= room]
+        return [
+            k for k in free if sum(len(s.table.pages) for s in self.micro_batches[k] if s.table.tier != "gpu") <= room
+        ]
 
     def shareable(self, candidate: Candidate, tier: str) -> list[int]:
         """Pages that already hold the beginning of the prompt, as far as its logits are not wanted."""
         if candidate.alone:
             return []
         prompt, params = candidate.state.request.prompt_token_ids, candidate.state.params
-        return self.cache.shareable(tier, prompt if params.prompt_logprobs is None else prompt[: params.prompt_logprobs_start])
+        return self.cache.shareable(
+            tier, prompt if params.prompt_logprobs is None else prompt[: params.prompt_logprobs_start]
+        )
 
     def join(self, candidate: Candidate, tier: str) -> None:
         self.homes.place(tier, 1)
@@ -190,11 +204,15 @@ class Batcher:
         # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
         read = () if candidate.alone else prompt[: len(prompt) - num_uncomputed(candidate.output, len(prompt))]
         table = self.cache.open(tier, self.room(candidate), read, self.shareable(candidate, tier), on_cpu)
-        k = min(self.places(candidate, tier), key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])))
+        k = min(
+            self.places(candidate, tier),
+            key=lambda k: (sum(s.table.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])),
+        )
         self.micro_batches[k].append(Sequence(candidate.state, candidate.output, table, k, list(prompt)))
 
     def adjust(self, admission_limit: int, prefill_budget: int, cpu_attention: float) -> None:
-        """New settings from the next pass on. Nothing moves: sequences in flight stay, and the share of CPU attention holds for those that come."""
+        """New settings from the next pass on. Nothing moves: sequences in flight stay, and the share of CPU
+        attention holds for those that come."""
         self.admission_limit = max(1, min(admission_limit, self.policy.block_size))
         self.prefill_budget = max(1, min(prefill_budget, self.policy.prompt_tokens_per_micro_batch))
         self.cpu_attention = cpu_attention
@@ -203,20 +221,29 @@ class Batcher:
     # Passes
 
     def next_pass(self) -> PassWork:
-        """The query tokens of every sequence: one token or a token tree each to decode, and chunks of prompts as far as the micro-batch's budget goes."""
+        """The query tokens of every sequence: one token or a token tree each to decode, and chunks of prompts as far
+        as the micro-batch's budget goes."""
         counts = [self.counts(batch) for batch in self.micro_batches]
-        trees = self.propose([sequence for batch in counts for sequence in batch], sum(count for batch in counts for count in batch.values() if count > 1))
+        trees = self.propose(
+            [sequence for batch in counts for sequence in batch],
+            sum(count for batch in counts for count in batch.values() if count > 1),
+        )
         composed = []
         for batch in counts:
             queries = []
             for sequence, count in batch.items():
                 tree = trees.get(sequence)
-                queries.append(self.tree_query(sequence, tree) if tree is not None and tree.token_ids else self.query(sequence, count))
+                queries.append(
+                    self.tree_query(sequence, tree)
+                    if tree is not None and tree.token_ids
+                    else self.query(sequence, count)
+                )
             composed.append(tuple(queries))
         return PassWork(tuple(queries for queries in composed if queries))
 
     def counts(self, batch: list[Sequence]) -> dict[Sequence, int]:
-        """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for room in the budget are left out."""
+        """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for room in
+        the budget are left out."""
         uncached = {sequence: sequence.num_uncached for sequence in batch}
         budget = self.micro_batch_tokens - (1 + self.spare_tokens) * sum(count == 1 for count in uncached.values())
         budget = min(budget, self.prefill_budget)
@@ -265,9 +292,16 @@ class Batcher:
         """Append what was drawn, keep the accepted paths of trees in the cache, and retire sequences that are done."""
         queries = [query for queries in work.micro_batches for query in queries]
         trees = [query for query in queries if query.parents is not None]
-        self.cache.keep([(query.sequence.table, query.start + 1, [query.start + place for place in drawn[query].path]) for query in trees])
+        self.cache.keep(
+            [
+                (query.sequence.table, query.start + 1, [query.start + place for place in drawn[query].path])
+                for query in trees
+            ]
+        )
         if self.proposer is not None:
-            self.proposer.observe([(query, drawn[query]) for query in queries if query in drawn and drawn[query].token_ids])
+            self.proposer.observe(
+                [(query, drawn[query]) for query in queries if query in drawn and drawn[query].token_ids]
+            )
         for query in queries:
             sequence, result = query.sequence, drawn.get(query) or SampledTokens()
             if query.parents is not None and result.fault is not None and result.fault.in_model:
@@ -340,18 +374,24 @@ class Batcher:
                 self.leave(sequence)
 
     def check(self) -> None:
-        """Invariants: places, homes and pages are counted right, every sequence is consistent. Only one batcher may use a cache at a time."""
+        """Invariants: places, homes and pages are counted right, every sequence is consistent. Only one batcher may
+        use a cache at a time."""
         sequences = [sequence for batch in self.micro_batches for sequence in batch]
         assert len(sequences) <= self.policy.block_size
         for k, batch in enumerate(self.micro_batches):
             assert len(batch) <= self.policy.gpu_batch_size
-            assert sum(len(sequence.table.pages) for sequence in batch if sequence.table.tier != "gpu") <= self.cache.sizes.staging_pages
+            assert (
+                sum(len(sequence.table.pages) for sequence in batch if sequence.table.tier != "gpu")
+                <= self.cache.sizes.staging_pages
+            )
             for sequence in batch:
                 assert sequence.micro_batch == k
                 sequence.check()
         for tier in TIERS:
             assert self.homes.placed[tier] == sum(sequence.table.tier == tier for sequence in sequences)
         on_cpu = [sequence.table.attend_on_cpu for sequence in sequences if sequence.table.tier == "cpu"]
-        assert self.attended.placed == {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}, self.attended.placed
+        assert self.attended.placed == {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}, (
+            self.attended.placed
+        )
         self.homes.check()
         self.cache.check([sequence.table for sequence in sequences])

@@ -10,22 +10,37 @@ from flexbatch.job import Job
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.models.arch import Arch
-from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS, LOGITS_CHUNK_BYTES, MAX_MICRO_BATCH_TOKENS, MIN_LOGIT_ROWS, PAGE_TOKENS, cache_group
+from flexbatch.policy.limits import (
+    CPU_ATTENTION_MAX_TREE_TOKENS,
+    LOGITS_CHUNK_BYTES,
+    MAX_MICRO_BATCH_TOKENS,
+    MIN_LOGIT_ROWS,
+    PAGE_TOKENS,
+    cache_group,
+)
 from flexbatch.policy.policy import TIERS, Policy
 
 
 def cache_layout(arch: Arch, bits: int, dtype: torch.dtype) -> CacheLayout:
-    return CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, bits, cache_group(arch.head_dim), PAGE_TOKENS, dtype)
+    return CacheLayout(
+        arch.num_layers, arch.num_kv_heads, arch.head_dim, bits, cache_group(arch.head_dim), PAGE_TOKENS, dtype
+    )
 
 
 def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
-    """Query tokens of one micro-batch, at most: every sequence's decode token with its tree, and one prompt chunk at least."""
-    prompts = policy.prompt_tokens_per_micro_batch if policy.prefill_budget else min(policy.prompt_tokens_per_micro_batch, MAX_MICRO_BATCH_TOKENS)
+    """Query tokens of one micro-batch, at most: every sequence's decode token with its tree, and one prompt chunk at
+    least."""
+    prompts = (
+        policy.prompt_tokens_per_micro_batch
+        if policy.prefill_budget
+        else min(policy.prompt_tokens_per_micro_batch, MAX_MICRO_BATCH_TOKENS)
+    )
     return policy.gpu_batch_size * (1 + max_query_nodes) + max(policy.chunk, prompts)
 
 
-def logits_block_bytes(arch: Arch, policy: Policy, max_query_nodes: int = 0) -> int:
-    """float32 logits that exist at one time: of all decode tokens of a micro-batch, as far as they fit the largest block."""
+def logits_chunk_bytes(arch: Arch, policy: Policy, max_query_nodes: int = 0) -> int:
+    """float32 logits that exist at one time: of all decode tokens of a micro-batch, as far as they fit the largest
+    block."""
     rows = max(MIN_LOGIT_ROWS, policy.gpu_batch_size * (1 + max_query_nodes))
     return min(LOGITS_CHUNK_BYTES, 4 * arch.vocab_size * rows)
 
@@ -48,7 +63,8 @@ class BlockSizes:
 
 
 def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: int = 0) -> BlockSizes:
-    """Pages for a full block of the job's longest requests on every tier's share (a tier may hold one sequence more than its share)."""
+    """Pages for a full block of the job's longest requests on every tier's share (a tier may hold one sequence more
+    than its share)."""
     block = min(policy.block_size, max(1, job.num_requests))
     sequence_tokens = tuple(sorted(job.cache_tokens, reverse=True)[:block])
     longest = [layout.num_pages(tokens + max_query_nodes) for tokens in sequence_tokens] or [1]
@@ -56,9 +72,17 @@ def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: 
     for tier, fraction in zip(TIERS, policy.cache.fractions, strict=True):
         count = min(block, int(block * fraction + 1 - 1e-9) + (1 if 0 < fraction < 1 else 0)) if fraction > 0 else 0
         pages[tier] = sum(longest[:count])
-    # Sequences of a micro-batch that go through staging: all that are not on the gpu tier (a CPU-attended one while its prompt is read).
+    # Sequences of a micro-batch that go through staging: all that are not on the gpu tier (a CPU-attended one while its
+    # prompt is read).
     per_micro_batch = min(policy.gpu_batch_size, block)
-    off_gpu = min(per_micro_batch, -(-int(block * (1 - policy.cache.gpu) + 2) // max(1, min(policy.num_gpu_batches, block))) + 1) if policy.cache.gpu < 1 else 0
+    off_gpu = (
+        min(
+            per_micro_batch,
+            -(-int(block * (1 - policy.cache.gpu) + 2) // max(1, min(policy.num_gpu_batches, block))) + 1,
+        )
+        if policy.cache.gpu < 1
+        else 0
+    )
     on_disk = min(block, int(block * policy.cache.disk + 2)) if policy.cache.disk > 0 else 0
     cache = CacheSizes(
         gpu_pages=pages["gpu"],
@@ -71,4 +95,6 @@ def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: 
     tokens = micro_batch_tokens(policy, max_query_nodes)
     attended = off_gpu if policy.cpu_attention > 0 else 0
     attended_tokens = attended * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1)
-    return BlockSizes(cache, tokens, attended_tokens, max_query_nodes, sequence_tokens, max(sequence_tokens, default=1), attended)
+    return BlockSizes(
+        cache, tokens, attended_tokens, max_query_nodes, sequence_tokens, max(sequence_tokens, default=1), attended
+    )

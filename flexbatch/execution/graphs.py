@@ -1,6 +1,7 @@
 """Decode passes as CUDA graphs, for blocks that live on the GPU whole: one launch for all layers instead of a thousand.
 
-Without them such a pass costs what Python needs to launch it: 30 ms for the 32 layers of OPT-6.7B on the H200 machine, where reading the weights takes 3.
+Without them such a pass costs what Python needs to launch it: 30 ms for the 32 layers of OPT-6.7B on the H200
+machine, where reading the weights takes 3.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 
 CONTEXT_STEP = 512
-"""Tokens. The longest context is rounded up to a multiple; it only decides how a sequence's keys are split over the chip."""
+"""Tokens. The longest context is rounded up to a multiple; it only decides how a sequence's keys are split over the
+chip."""
 
 MAX_GRAPHS = 16
-"""Graphs that are kept, at most. A block of 512 sequences has 20 sizes, each with a graph for every 512 tokens of context."""
+"""Graphs that are kept, at most. A block of 512 sequences has 20 sizes, each with a graph for every 512 tokens of
+context."""
 LAUNCHES_OF_LAYER, LAUNCH_BYTES = 16, 16 << 10
 """What the driver keeps of a graph: parameters and code of every kernel that it launches, about."""
 
@@ -40,7 +43,8 @@ def smallest_covering(keys: Iterable[tuple[int, int]], key: tuple[int, int]) -> 
 
 
 def graph_bytes(num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int) -> int:
-    """Of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs (page tables above all), and hidden states."""
+    """Of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs (page
+    tables above all), and hidden states."""
     bucket = bucket_of(min(sequences, MAX_GRAPH_SEQUENCES))
     pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens
     return LAUNCH_BYTES * (LAUNCHES_OF_LAYER * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
@@ -55,12 +59,13 @@ class Recorded(Protocol):
 
 
 Record = Callable[[Callable[[], Tensor]], tuple[Recorded, Tensor]]
-"""Records what a call launches, without running it; gives what replays it, and the call's result, which each replay writes anew."""
+"""Records what a call launches, without running it; gives what replays it, and the call's result, which each replay
+writes anew."""
 
 
 class CudaRecorder:
-    """Records into one memory pool: intermediate results of one graph take the place of another's. The allocator gives up
-    a pool with the last graph in it, so the next graph gets a new one.
+    """Records into one memory pool: intermediate results of one graph take the place of another's. The allocator
+    gives up a pool with the last graph in it, so the next graph gets a new one.
     """
 
     def __init__(self) -> None:
@@ -105,29 +110,48 @@ class Captured:
 
 
 class DecodeGraphs:
-    """Captured decode passes by (sequences, longest context); a bucket is captured when it comes for the second time. Of more than ``most`` the one that
-    was not used for longest goes.
+    """Captured decode passes by (sequences, longest context); a bucket is captured when it comes for the second time.
+    Of more than ``most`` the one that was not used for longest goes.
 
-    The first time a bucket runs in the smallest graph that covers it: at the end of a job, where sequences leave with every pass, most sizes come only once
-    (OPT-1.3B on the H200 machine: 17 to 22 ms launched one by one, 14 in the graph for 512).
+    The first time a bucket runs in the smallest graph that covers it: at the end of a job, where sequences leave with
+    every pass, most sizes come only once (OPT-1.3B on the H200 machine: 17 to 22 ms launched one by one, 14 in the
+    graph for 512).
 
-    Places beyond the real sequences repeat the first one: they compute the same keys and values and write them to the same slot.
+    Places beyond the real sequences repeat the first one: they compute the same keys and values and write them to
+    the same slot.
     """
 
-    def __init__(self, device: torch.device, page_tokens: int, max_positions: int, record: Record, most: int = MAX_GRAPHS) -> None:
-        self.device, self.page_tokens, self.max_positions, self.record, self.most = device, page_tokens, max_positions, record, most
+    def __init__(
+        self, device: torch.device, page_tokens: int, max_positions: int, record: Record, most: int = MAX_GRAPHS
+    ) -> None:
+        self.device, self.page_tokens, self.max_positions, self.record, self.most = (
+            device,
+            page_tokens,
+            max_positions,
+            record,
+            most,
+        )
         self.seen: set[tuple[int, int]] = set()
         self.captured: dict[tuple[int, int], Captured] = {}
         """The one that was used last at the end."""
 
     def run(self, inputs: MicroBatchInputs, layers: Layers) -> Tensor | None:
-        """Hidden states [num_sequences, hidden_size] of a decode pass, or None when it has to run as usual (no plain decode, or its bucket is new)."""
+        """Hidden states [num_sequences, hidden_size] of a decode pass, or None when it has to run as usual (no plain
+        decode, or its bucket is new)."""
         group = inputs.gpu
-        if group is None or group.max_query_len > 1 or group.tree_masks is not None or len(inputs.logit_rows) != inputs.num_tokens:
+        if (
+            group is None
+            or group.max_query_len > 1
+            or group.tree_masks is not None
+            or len(inputs.logit_rows) != inputs.num_tokens
+        ):
             return None
         if inputs.num_tokens > MAX_GRAPH_SEQUENCES or not self.most:
             return None
-        key = (bucket_of(inputs.num_tokens), min(-(-group.max_context_len // CONTEXT_STEP) * CONTEXT_STEP, self.max_positions))
+        key = (
+            bucket_of(inputs.num_tokens),
+            min(-(-group.max_context_len // CONTEXT_STEP) * CONTEXT_STEP, self.max_positions),
+        )
         if key not in self.captured and key in self.seen:
             while len(self.captured) >= self.most:
                 self.evict(next(iter(self.captured)))
@@ -175,7 +199,8 @@ class DecodeGraphs:
         return Captured(graph, static, hidden)
 
     def evict(self, key: tuple[int, int]) -> None:
-        """Let go of a graph. It has to come twice again: passes that go round among more buckets than are kept would capture all the time."""
+        """Let go of a graph. It has to come twice again: passes that go round among more buckets than are kept would
+        capture all the time."""
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         self.captured.pop(key).graph.reset()

@@ -1,4 +1,5 @@
-"""The query tokens of a micro-batch as tensors: positions, page tables, slots, masks, grouped by where the cache is attended."""
+"""The query tokens of a micro-batch as tensors: positions, page tables, slots, masks, grouped by where the cache is
+attended."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def place_of(query: QueryTokens) -> str:
 
 
 def ancestor_masks(parents: Many[int]) -> np.ndarray:
-    """Bit masks [n, ceil(n / 32)] int32: bit b of word w is set when token i continues token 32 * w + b (itself included)."""
+    """Bit masks [n, ceil(n / 32)] int32: bit b of word w is set when token i continues token 32 * w + b (itself
+    included)."""
     count = len(parents)
     masks = np.zeros((count, -(-count // 32)), dtype=np.uint32)
     for i, parent in enumerate(parents):
@@ -131,13 +133,17 @@ class InputBuilder:
         """Sequences attended in their own pool."""
         return self.group(queries, [query.sequence.table.page_ids for query in queries], start, device)
 
-    def group(self, queries: list[QueryTokens], tables: list[np.ndarray], start: int, device: torch.device) -> AttentionGroup:
+    def group(
+        self, queries: list[QueryTokens], tables: list[np.ndarray], start: int, device: torch.device
+    ) -> AttentionGroup:
         lengths = np.array([len(query.token_ids) for query in queries], dtype=np.int32)
         before = np.array([query.start for query in queries], dtype=np.int32)
         contexts = before + lengths
         used = -(-contexts // self.page_tokens)
         table = np.zeros((len(queries), used.max()), dtype=np.int32)
-        table[np.arange(table.shape[1]) < used[:, None]] = np.concatenate([pages[:count] for pages, count in zip(tables, used.tolist(), strict=True)])
+        table[np.arange(table.shape[1]) < used[:, None]] = np.concatenate(
+            [pages[:count] for pages, count in zip(tables, used.tolist(), strict=True)]
+        )
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         owner = np.repeat(np.arange(len(queries)), lengths)
         where = np.arange(starts[-1]) + (before - starts[:-1])[owner]
@@ -159,22 +165,31 @@ class InputBuilder:
             return None
         masks = [ancestor_masks(query.parents or range(-1, query.num_tokens - 1)) for query in queries]
         words = max(mask.shape[1] for mask in masks)
-        return self.upload(np.concatenate([np.pad(mask, ((0, 0), (0, words - mask.shape[1]))) for mask in masks]), device)
+        return self.upload(
+            np.concatenate([np.pad(mask, ((0, 0), (0, words - mask.shape[1]))) for mask in masks]), device
+        )
 
     def staged_group(self, queries: list[QueryTokens], start: int) -> StagedGroup:
-        """Staging holds the existing pages first, one sequence after another, then the pages that only this pass's tokens fill."""
+        """Staging holds the existing pages first, one sequence after another, then the pages that only this pass's
+        tokens fill."""
         page_tokens = self.page_tokens
         existing = [-(-query.start // page_tokens) for query in queries]
         total = [-(-(query.start + query.num_tokens) // page_tokens) for query in queries]
         starts = np.concatenate([[0], np.cumsum(existing)])
         cursor, tables = int(starts[-1]), []
         for first, old, count in zip(starts, existing, total, strict=False):
-            tables.append(np.concatenate([np.arange(first, first + old), np.arange(cursor, cursor + count - old)]).astype(np.int32))
+            tables.append(
+                np.concatenate([np.arange(first, first + old), np.arange(cursor, cursor + count - old)]).astype(
+                    np.int32
+                )
+            )
             cursor += count - old
         on_cpu = [query for query in queries if query.sequence.table.tier == "cpu"]
         on_disk = queries[len(on_cpu) :]
         cpu_pages = [query.sequence.table.page_ids[:old] for query, old in zip(on_cpu, existing, strict=False)]
-        home = [query.sequence.table.slots(query.start, query.start + query.num_tokens, page_tokens) for query in on_cpu]
+        home = [
+            query.sequence.table.slots(query.start, query.start + query.num_tokens, page_tokens) for query in on_cpu
+        ]
         gather = Gather(
             cpu_pages=self.upload(np.concatenate([np.zeros(0, dtype=np.int32), *cpu_pages])),
             disk_tables=tuple((query.sequence.table, query.start) for query in on_disk),
@@ -185,6 +200,8 @@ class InputBuilder:
             gather=gather,
             num_cpu_tokens=sum(len(slots) for slots in home),
             cpu_slots=self.upload(np.asarray([slot for slots in home for slot in slots], dtype=np.int64)),
-            disk_tables=tuple((query.sequence.table, query.start, query.num_tokens, query.tentative) for query in on_disk),
+            disk_tables=tuple(
+                (query.sequence.table, query.start, query.num_tokens, query.tentative) for query in on_disk
+            ),
             num_pages=cursor,
         )

@@ -1,6 +1,8 @@
-"""What the batcher asks of speculation: token trees before a pass, a verdict on them, and to be told what was committed.
+"""What the batcher asks of speculation: token trees before a pass, a verdict on them, and to be told what was
+committed.
 
-Speculation is a source of query tokens; nothing here knows where trees come from. Without a proposer every sequence brings its last token alone.
+Speculation is a source of query tokens; nothing here knows where trees come from. Without a proposer every sequence
+brings its last token alone.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ class Proposer(Protocol):
         """Nodes of the largest tree: room that a sequence's cache has beyond its tokens."""
 
     def propose(self, sequences: Many[Sequence], max_depths: Many[int], other_query_tokens: int) -> Many[Tree]:
-        """A tree for every sequence that decodes in the coming pass (there may be none); the empty tree is plain decoding.
+        """A tree for every sequence that decodes in the coming pass (there may be none); the empty tree is plain
+        decoding.
 
-        max_depths: longest path worth drafting, given that one more token follows it. other_query_tokens: prompt tokens that ride in the pass. Called
-        while the first layers' weights of the pass are on their way.
+        max_depths: longest path worth drafting, given that one more token follows it. other_query_tokens: prompt
+        tokens that ride in the pass. Called while the first layers' weights of the pass are on their way.
         """
 
     def needs_verification(self, query: QueryTokens) -> bool:
@@ -50,7 +53,8 @@ class Proposer(Protocol):
         """The path of a tree, given the token that plain decoding would draw after each of its query tokens."""
 
     def observe(self, results: Many[tuple[QueryTokens, SampledTokens]]) -> None:
-        """What the pass gave every sequence that drew tokens, before EOS, a stop string or a limit cuts their paths. Prompts just read are among them."""
+        """What the pass gave every sequence that drew tokens, before EOS, a stop string or a limit cuts their paths.
+        Prompts just read are among them."""
 
     def retire(self, sequence: Sequence) -> None:
         """The sequence has left the block. Also called for sequences never proposed for."""

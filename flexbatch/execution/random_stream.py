@@ -1,8 +1,10 @@
-"""Counter-based random numbers: a pure function of (stream key, position, lane), the same on every device and in every batch.
+"""Counter-based random numbers: a pure function of (stream key, position, lane), the same on every device and in every
+batch.
 
-The generator is SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) used by index: lane i of a
-stream is mix(key + i * gamma). One such hash per vocabulary entry costs about ten elementwise operations; a seeded generator object per row would
-cost a kernel launch per row, and its numbers would differ between CPU and CUDA.
+The generator is SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014)
+used by index: lane i of a stream is mix(key + i * gamma). One such hash per vocabulary entry costs about ten
+elementwise operations; a seeded generator object per row would cost a kernel launch per row, and its numbers would
+differ between CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -35,13 +37,18 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def uniforms(keys: list[int], positions: list[int], queues: int, device: torch.device | str, purpose: int = TOKEN_DRAW) -> Tensor:
+def uniforms(
+    keys: list[int], positions: list[int], queues: int, device: torch.device | str, purpose: int = TOKEN_DRAW
+) -> Tensor:
     """Uniform float64 [len(keys), lanes] in (0, 1), never 0 or 1.
 
-    keys: 64-bit stream keys; positions: index of the generated token each row draws. Row r depends on (keys[r], positions[r], purpose) alone.
+    keys: 64-bit stream keys; positions: index of the generated token each row draws. Row r depends on (keys[r],
+    positions[r], purpose) alone.
     """
     start = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
-    step = torch.tensor([_signed((2 * position + purpose + 1) * GAMMA) for position in positions], dtype=torch.int64, device=device)
+    step = torch.tensor(
+        [_signed((2 * position + purpose + 1) * GAMMA) for position in positions], dtype=torch.int64, device=device
+    )
     row = mix(start + step)
     queue = torch.arange(1, queues + 1, dtype=torch.int64, device=device) * _signed(GAMMA)
     # 52 bits and a half: the largest, 1 - 2**-53, is still below 1 in float64.
@@ -51,7 +58,8 @@ def uniforms(keys: list[int], positions: list[int], queues: int, device: torch.d
 def gumbel(keys: list[int], positions: list[int], queues: int, device: torch.device | str) -> Tensor:
     """Standard Gumbel noise float64 [len(keys), lanes]: argmax(log p + noise) is a draw from p.
 
-    Preferred over inverting the cumulative distribution: rounding of 1e-7 in the logits moves every boundary of a cumulative sum and flips about one
-    draw in 200 from 50,000 nearly equal tokens; it flips the argmax with a probability of about 1e-7.
+    Preferred over inverting the cumulative distribution: rounding of 1e-7 in the logits moves every boundary of a
+    cumulative sum and flips about one draw in 200 from 50,000 nearly equal tokens; it flips the argmax with a
+    probability of about 1e-7.
     """
     return -torch.log(-torch.log(uniforms(keys, positions, queues, device)))

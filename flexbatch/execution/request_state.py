@@ -15,11 +15,14 @@ from flexbatch.request import Request, SamplingParams
 def stream_key(request: Request, engine_seed: int) -> int:
     """64-bit key of the request's random stream.
 
-    A seed in the sampling parameters stands alone, so that the same prompt with the same seed gives the same output wherever it is
-    in the job; without one, the stream belongs to (engine seed, index of the request). The n samples of one prompt differ.
+    A seed in the sampling parameters stands alone, so that the same prompt with the same seed gives the same output
+    wherever it is in the job; without one, the stream belongs to (engine seed, index of the request). The n samples
+    of one prompt differ.
     """
     seed = request.params.seed
-    entropy = (1, _word(engine_seed), request.index, request.sample) if seed is None else (2, _word(seed), request.sample)
+    entropy = (
+        (1, _word(engine_seed), request.index, request.sample) if seed is None else (2, _word(seed), request.sample)
+    )
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
@@ -61,8 +64,11 @@ class RequestState:
             self.constraints.add(token_id)
 
     def check(self) -> None:
-        """Raises AssertionError when the counts do not match the output, or there are more tokens than were asked for."""
-        assert self.adjustments is None or self.adjustments.counts() == Counter(self.output_token_ids), "token counts do not match the output"
+        """Raises AssertionError when the counts do not match the output, or there are more tokens than were asked
+        for."""
+        assert self.adjustments is None or self.adjustments.counts() == Counter(self.output_token_ids), (
+            "token counts do not match the output"
+        )
         text = [*self.request.prompt_token_ids, *self.output_token_ids]
         assert self.constraints is None or self.constraints.follows(text), "constraints do not follow the text"
         limit = self.params.max_tokens

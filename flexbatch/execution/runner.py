@@ -1,4 +1,7 @@
-"""The block: everything that lives as long as the jobs fit it, and how it is made."""
+"""The one wiring of cache, activations, buffers and executor: the engine, drafts and calibration run passes through it.
+
+It lives as long as the jobs fit it; a job that needs more makes another one.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,25 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from flexbatch.execution.block_sizes import BlockSizes, logits_block_bytes
+from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.executor import Executor
+from flexbatch.execution.graphs import MAX_GRAPHS
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
-from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.models.arch import Arch
+from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.policy import Policy
 
 
 @dataclass
-class Block:
-    """Cache, activations, buffers and executor of one policy and one set of sizes."""
+class Runner:
+    """What runs passes: executor, and the stores that hold a block's state, of one policy and one set of sizes."""
 
     policy: Policy
     sizes: BlockSizes
@@ -33,8 +39,8 @@ class Block:
     give_back: Callable[[], None]
     """Frees whatever it has in the tiers."""
 
-    def suits(self, policy: Policy, sizes: BlockSizes) -> bool:
-        """Whether a job of these sizes can run in this block."""
+    def holds(self, policy: Policy, sizes: BlockSizes) -> bool:
+        """Whether a block of these sizes can run here."""
         mine, wanted = asdict(self.sizes.cache), asdict(sizes.cache)
         return (
             self.policy == policy
@@ -43,54 +49,65 @@ class Block:
         )
 
     def reach(self, sizes: BlockSizes) -> None:
-        """Take sequences as long as ``sizes`` says, otherwise the block's own; the caller has checked the budgets."""
+        """Take sequences as long as ``sizes`` says, otherwise the runner's own; the caller has checked the budgets."""
         self.executor.reach(sizes.longest)
         self.sizes = sizes
 
     def check(self) -> None:
-        self.cache.check()
-        self.activations.check()
-        self.host_buffers.check()
-        self.rotary.check()
-        if self.executor.graphs is not None:
-            self.executor.graphs.check()
+        for part in (self.cache, self.activations, self.host_buffers, self.rotary, self.executor):
+            part.check()
 
     def close(self) -> None:
-        """Also where one of its parts fails to close: the others are closed, and nothing stays in the tiers' accounts."""
+        """Also where one of its parts fails to close: the others are closed, and nothing stays in the tiers'
+        accounts."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.give_back)
-            for part in (self.rotary, self.host_buffers, self.activations, self.cache):
+            for part in (self.rotary, self.host_buffers, self.activations, self.cache, self.executor):
                 stack.callback(part.close)
-            if self.executor.graphs is not None:
-                stack.callback(self.executor.graphs.clear)
 
 
-def make_block(engine_plan: EnginePlan, sizes: BlockSizes, weights: WeightStore, tiers: Tiers, queues: TransferQueues) -> Block:
-    """A block for the decided policy; the caller has checked the budgets. One that fails half-way (a disk that is full,
-    a GPU without memory) leaves nothing behind.
-    """
-    with tiers.all_or_nothing() as give_back:
-        return assemble(engine_plan, sizes, weights, tiers, queues, give_back)
-
-
-def assemble(
-    engine_plan: EnginePlan,
-    sizes: BlockSizes,
+def open_runner(
+    arch: Arch,
     weights: WeightStore,
+    layout: CacheLayout,
+    policy: Policy,
+    sizes: BlockSizes,
     tiers: Tiers,
     queues: TransferQueues,
-    give_back: Callable[[], None],
-) -> Block:
-    policy, arch, dtype, layout = engine_plan.policy, engine_plan.arch, engine_plan.dtype, engine_plan.layout
-    cache = KVCache(layout, sizes.cache, tiers, queues)
-    activations = ActivationStore(
-        policy.activations, policy.num_gpu_batches, sizes.max_micro_batch_tokens, arch.hidden_size, dtype, layout.page_tokens, tiers, queues
-    )
-    host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, queues)
-    rotary = Rotary(arch, sizes.longest, dtype, tiers.gpu)
-    logits_bytes = logits_block_bytes(arch, policy, sizes.max_query_nodes)
-    executor = Executor(
-        arch, weights, cache, activations, queues, host_buffers, rotary, dtype, engine_plan.config.overlap, logits_bytes,
-        engine_plan.num_graphs(sizes),
-    )  # fmt: skip
-    return Block(policy, sizes, cache, activations, host_buffers, rotary, executor, give_back)
+    logits_chunk_bytes: int = LOGITS_CHUNK_BYTES,
+    max_graphs: int = MAX_GRAPHS,
+) -> Runner:
+    """A runner for blocks of these sizes; the caller has checked the budgets.
+
+    One that fails half-way (a disk that is full, a GPU without memory) leaves nothing behind.
+    """
+    dtype, width, page_tokens = layout.dtype, arch.hidden_size, layout.page_tokens
+    with tiers.all_or_nothing() as give_back:
+        cache = KVCache(layout, sizes.cache, tiers, queues)
+        activations = ActivationStore(
+            policy.activations,
+            policy.num_gpu_batches,
+            sizes.max_micro_batch_tokens,
+            width,
+            dtype,
+            page_tokens,
+            tiers,
+            queues,
+        )
+        heads = arch.num_heads, arch.num_kv_heads, arch.head_dim
+        host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, *heads, dtype, tiers.cpu, queues)
+        rotary = Rotary(arch, sizes.longest, dtype, tiers.gpu)
+        executor = Executor(
+            arch,
+            weights,
+            cache,
+            activations,
+            queues,
+            host_buffers,
+            rotary,
+            dtype,
+            policy.overlap,
+            logits_chunk_bytes,
+            max_graphs,
+        )
+    return Runner(policy, sizes, cache, activations, host_buffers, rotary, executor, give_back)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.sampling import NOT_FINITE, finite_rows, sample, token_logprobs
-from flexbatch.execution.work import Fault, LogitsBlock, QueryTokens
+from flexbatch.execution.work import Fault, LogitsChunk, QueryTokens
 from flexbatch.request import TokenLogprob
 
 
@@ -64,11 +64,13 @@ class Verifier(Protocol):
     def follow(self, query: QueryTokens, drawn: SampledTokens) -> SampledTokens: ...
 
 
-def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dict[QueryTokens, SampledTokens]:
-    """Sample the next token of every sequence whose newest token was in the pass, and score prompt tokens where that was asked for.
+def draw(blocks: Iterable[LogitsChunk], verifier: Verifier | None = None) -> dict[QueryTokens, SampledTokens]:
+    """Sample the next token of every sequence whose newest token was in the pass, and score prompt tokens where that
+    was asked for.
 
-    Logits are consumed block by block, so that those of a long prompt never exist at once. Of a tree, every query token draws what plain decoding
-    would draw there, and the path of matching tokens is the result; trees that ``verifier`` judges are handed to it whole.
+    Logits are consumed block by block, so that those of a long prompt never exist at once. Of a tree, every query
+    token draws what plain decoding would draw there, and the path of matching tokens is the result; trees that
+    ``verifier`` judges are handed to it whole.
     """
     results: dict[QueryTokens, SampledTokens] = {}
     verified_whole: set[QueryTokens] = set()
@@ -81,7 +83,10 @@ def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dic
         if not rows:
             continue
         queries = [block.rows[r][0] for r in rows]
-        drafted = [query.paths[block.rows[r][1]] if query.parents is not None else () for r, query in zip(rows, queries, strict=True)]
+        drafted = [
+            query.paths[block.rows[r][1]] if query.parents is not None else ()
+            for r, query in zip(rows, queries, strict=True)
+        ]
         sampled = sample(select(block.logits, rows), [query.sequence.state for query in queries], drafted)
         for query, token_id, entry in zip(queries, sampled.token_ids.tolist(), sampled.logprobs, strict=True):
             drawn = results.setdefault(query, SampledTokens())
@@ -94,10 +99,13 @@ def draw(blocks: Iterable[LogitsBlock], verifier: Verifier | None = None) -> dic
     return results
 
 
-def verify_trees(block: LogitsBlock, begun: dict[QueryTokens, Tensor], results: dict[QueryTokens, SampledTokens], verifier: Verifier) -> set[QueryTokens]:
+def verify_trees(
+    block: LogitsChunk, begun: dict[QueryTokens, Tensor], results: dict[QueryTokens, SampledTokens], verifier: Verifier
+) -> set[QueryTokens]:
     """Have every tree judged whose last query token is in the block, and return all that are judged, now or later.
 
-    begun: logits of a tree that goes on in the next block. They are copied: a view would keep the whole block beside the next one.
+    begun: logits of a tree that goes on in the next block. They are copied: a view would keep the whole block beside
+    the next one.
     """
     verified_whole = set()
     for query, rows in groupby(range(len(block.rows)), key=lambda r: block.rows[r][0]):
@@ -125,13 +133,15 @@ def draws(query: QueryTokens, token: int) -> bool:
     return newest and query.sequence.output.finish is None
 
 
-def score_prompts(block: LogitsBlock, results: dict[QueryTokens, SampledTokens]) -> None:
+def score_prompts(block: LogitsChunk, results: dict[QueryTokens, SampledTokens]) -> None:
     """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``, or a fault
     where a row has none."""
     rows, targets, counts = [], [], []
     for r, (query, token) in enumerate(block.rows):
         sequence = query.sequence
-        if (wanted := sequence.state.request.params.prompt_logprobs) is not None and (following := query.start + token + 1) < sequence.num_prompt_tokens:
+        if (wanted := sequence.state.request.params.prompt_logprobs) is not None and (
+            following := query.start + token + 1
+        ) < sequence.num_prompt_tokens:
             rows.append(r)
             targets.append(sequence.token_ids[following])
             counts.append(wanted)

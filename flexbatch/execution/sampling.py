@@ -27,7 +27,8 @@ NOT_FINITE, ALL_BARRED = -1, -2
 drawn."""
 
 Drafted = Sequence[tuple[int, ...]]
-"""Per row, the tokens after the committed output that the row has seen: the path of a tree node, () for an ordinary row."""
+"""Per row, the tokens after the committed output that the row has seen: the path of a tree node, () for an ordinary
+row."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Sampled:
 def sample(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None = None) -> Sampled:
     """Draw one token per row.
 
-    logits: [N, vocab] float32, not modified. states: the request of each row; a request may have several rows (nodes of a token tree), each with its
-    path in `drafted`. The noise of output token t is a function of (stream, t): a drawn tree node gets the token that plain decoding would draw there.
+    logits: [N, vocab] float32, not modified. states: the request of each row; a request may have several rows (nodes
+    of a token tree), each with its path in `drafted`. The noise of output token t is a function of (stream, t): a
+    drawn tree node gets the token that plain decoding would draw there.
     """
     _check_shapes(logits, states, drafted)
     if all(state.unadjusted_greedy for state in states):
@@ -93,7 +95,8 @@ def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Draf
     argmax. Of a row from which nothing can be
     drawn (see `Sampled`) they are NaN, also where it is greedy.
 
-    For verifying drafted tokens: one row per tree node, `drafted` gives the path that leads to it, penalties count that path.
+    For verifying drafted tokens: one row per tree node, `drafted` gives the path that leads to it, penalties count
+    that path.
     """
     _check_shapes(logits, states, drafted)
     paths = drafted or [()] * len(states)
@@ -105,7 +108,9 @@ def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Draf
         chunk = adjust(chunk, chosen, [paths[r] for r in rows])
         peaks, best = chunk.max(-1)
         drawn = restrict(chunk, chosen).softmax(-1)
-        greedy = torch.tensor([r for r, state in enumerate(chosen) if state.params.greedy], dtype=torch.int64, device=logits.device)
+        greedy = torch.tensor(
+            [r for r, state in enumerate(chosen) if state.params.greedy], dtype=torch.int64, device=logits.device
+        )
         drawn[greedy] = 0.0
         drawn[greedy, best[greedy]] = 1.0
         drawn.masked_fill_(~(finite & peaks.isfinite())[:, None], torch.nan)
@@ -144,7 +149,8 @@ def _biased(logits: Tensor, biases: Sequence[tuple[int, int, float]]) -> Tensor:
 def _penalized(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> Tensor:
     """Logit bias and penalties.
 
-    Repetition penalty (Keskar et al., "CTRL", 2019): logits of tokens in prompt or output are divided by it when positive, multiplied when negative.
+    Repetition penalty (Keskar et al., "CTRL", 2019): logits of tokens in prompt or output are divided by it when
+    positive, multiplied when negative.
     """
     pieces = [
         (row, state.adjustments.extended(path) if path else state.adjustments)
@@ -194,7 +200,8 @@ def _in_vocabulary(tokens: np.ndarray, vocab: int) -> np.ndarray:
 
 
 def restrict(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
-    """Temperature, min-p, top-k, top-p: scaled logits [N, vocab] float32 with -inf for every token that may not be drawn. Greedy rows pass with temperature 1.
+    """Temperature, min-p, top-k, top-p: scaled logits [N, vocab] float32 with -inf for every token that may not be
+    drawn. Greedy rows pass with temperature 1.
 
     At least the most likely token stays. Tokens tied with the k-th stay, as in vLLM and transformers.
     """
@@ -236,15 +243,21 @@ def _restrict_mass(logits: Tensor, top_p: list[float]) -> Tensor:
     return logits.index_put((index,), torch.empty_like(part).scatter_(1, order, ordered))
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int], rows: Sequence[int] | None = None) -> list[dict[int, TokenLogprob]]:
-    """The log-probability of `token_ids[i]` and of the counts[i] most likely tokens, given the unprocessed logits of its row.
+def token_logprobs(
+    logits: Tensor, token_ids: Sequence[int], counts: Sequence[int], rows: Sequence[int] | None = None
+) -> list[dict[int, TokenLogprob]]:
+    """The log-probability of `token_ids[i]` and of the counts[i] most likely tokens, given the unprocessed logits of
+    its row.
 
-    logits: [N, vocab] float32; `rows` picks the rows (default: all). The given token comes first in each dict, then by rank.
-    Serves generated tokens and, a block of rows at a time, the tokens of a prompt: row i's logits predict token i + 1 of the prompt.
+    logits: [N, vocab] float32; `rows` picks the rows (default: all). The given token comes first in each dict, then
+    by rank. Serves generated tokens and, a block of rows at a time, the tokens of a prompt: row i's logits predict
+    token i + 1 of the prompt.
     """
     selected = list(range(logits.shape[0])) if rows is None else list(rows)
     if not len(selected) == len(token_ids) == len(counts):
-        raise ValueError(f"{len(selected)} rows, {len(token_ids)} tokens, {len(counts)} counts: need one of each per row")
+        raise ValueError(
+            f"{len(selected)} rows, {len(token_ids)} tokens, {len(counts)} counts: need one of each per row"
+        )
     results: list[dict[int, TokenLogprob]] = []
     for block in _chunks(list(range(len(selected))), logits.shape[1]):
         chunk, _ = _take(logits, [selected[i] for i in block])
@@ -253,7 +266,9 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[in
         own = logprobs.gather(1, tokens)
         ranks = (logprobs > own).sum(-1) + 1
         values, ids = logprobs.topk(min(max(counts[i] for i in block), logits.shape[1]), dim=-1)
-        for i, logprob, rank, top_values, top_ids in zip(block, own[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), strict=True):
+        for i, logprob, rank, top_values, top_ids in zip(
+            block, own[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), strict=True
+        ):
             entry = {token_ids[i]: TokenLogprob(token_ids[i], logprob, rank)}
             for place, (token, value) in enumerate(zip(top_ids[: counts[i]], top_values, strict=False), 1):
                 entry.setdefault(token, TokenLogprob(token, value, place))

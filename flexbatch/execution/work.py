@@ -15,7 +15,8 @@ from flexbatch.text.detokenize import OutputText
 
 
 def num_uncomputed(output: OutputText, num_prompt_tokens: int) -> int:
-    """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It may stand past the context's end."""
+    """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It may
+    stand past the context's end."""
     return int(output.max_tokens == 0 and num_prompt_tokens > 1)
 
 
@@ -73,8 +74,9 @@ class Sequence:
 class QueryTokens:
     """What one sequence brings to a pass: a chunk of its prompt, one token to decode, or a token tree to verify.
 
-    ``parents`` is None for consecutive tokens. For a tree, token 0 is the last committed token and ``parents[i]`` the query token that
-    token i continues (-1 for token 0). Logits are wanted for query tokens ``first_logit`` and later.
+    ``parents`` is None for consecutive tokens. For a tree, token 0 is the last committed token and ``parents[i]``
+    the query token that token i continues (-1 for token 0). Logits are wanted for query tokens ``first_logit`` and
+    later.
     """
 
     sequence: Sequence
@@ -99,9 +101,13 @@ class QueryTokens:
         return positions
 
     def follow(self, token_ids: Many[int]) -> tuple[int, ...]:
-        """The path that plain decoding takes through the tree: query tokens from below token 0 down, given the token drawn after every query token."""
+        """The path that plain decoding takes through the tree: query tokens from below token 0 down, given the token
+        drawn after every query token."""
         assert self.parents is not None
-        places = {(parent, token): i for i, (parent, token) in reversed(list(enumerate(zip(self.parents, self.token_ids, strict=True))))}
+        places = {
+            (parent, token): i
+            for i, (parent, token) in reversed(list(enumerate(zip(self.parents, self.token_ids, strict=True))))
+        }
         path: list[int] = []
         place = 0
         while (following := places.get((place, token_ids[place]))) is not None:
@@ -132,7 +138,11 @@ class PassWork:
     @property
     def num_prompt_tokens(self) -> int:
         """Query tokens that are part of a prompt."""
-        return sum(max(0, min(query.num_tokens, query.sequence.num_prompt_tokens - query.start)) for queries in self.micro_batches for query in queries)
+        return sum(
+            max(0, min(query.num_tokens, query.sequence.num_prompt_tokens - query.start))
+            for queries in self.micro_batches
+            for query in queries
+        )
 
     @property
     def num_sequences(self) -> int:
@@ -140,8 +150,9 @@ class PassWork:
 
 
 @dataclass(frozen=True)
-class LogitsBlock:
-    """Some rows of a pass's logits. rows[i] = (query, query token) of logits[i]; logits: [len(rows), vocab] float32 on the compute device."""
+class LogitsChunk:
+    """Some rows of a pass's logits. rows[i] = (query, query token) of logits[i]; logits: [len(rows), vocab] float32
+    on the compute device."""
 
     rows: tuple[tuple[QueryTokens, int], ...]
     logits: Tensor

@@ -30,12 +30,20 @@ class Stored:
 class ActivationStore:
     """Homes of the hidden states [num_tokens, width] of every micro-batch.
 
-    Rows go to the tiers in pages of ``page_tokens`` by error diffusion, so that over a pass each tier holds its share to within one page.
-    Everything on the gpu tier is handed on without a copy.
+    Rows go to the tiers in pages of ``page_tokens`` by error diffusion, so that over a pass each tier holds its
+    share to within one page. Everything on the gpu tier is handed on without a copy.
     """
 
     def __init__(
-        self, split: Split, num_micro_batches: int, max_tokens: int, width: int, dtype: torch.dtype, page_tokens: int, tiers: Tiers, queues: TransferQueues
+        self,
+        split: Split,
+        num_micro_batches: int,
+        max_tokens: int,
+        width: int,
+        dtype: torch.dtype,
+        page_tokens: int,
+        tiers: Tiers,
+        queues: TransferQueues,
     ) -> None:
         self.split, self.page_tokens, self.dtype, self.width = split, page_tokens, dtype, width
         self.tiers, self.queues = tiers, queues
@@ -45,7 +53,11 @@ class ActivationStore:
         self.realized = dict.fromkeys(TIERS, 0)
         """Hidden rows on each tier in the pass that had most of them: what the split came to."""
         rows = max_tokens + page_tokens
-        self.host = [tiers.cpu.allocate(f"activations {k}", rows * self.row_bytes) for k in range(num_micro_batches)] if split.cpu or split.disk else []
+        self.host = (
+            [tiers.cpu.allocate(f"activations {k}", rows * self.row_bytes) for k in range(num_micro_batches)]
+            if split.cpu or split.disk
+            else []
+        )
         self.files: list[DiskFile] = []
         if split.disk:
             for k in range(num_micro_batches):
@@ -86,11 +98,15 @@ class ActivationStore:
             return
         host = self.host_rows(k, on_cpu + on_disk)
         leaving = hidden[on_gpu:]
-        stored.home = self.queues.d2h.submit(lambda: host.copy_(leaving, non_blocking=True), self.queues.mark(), f"activations {k}", leaving.nbytes)
+        stored.home = self.queues.d2h.submit(
+            lambda: host.copy_(leaving, non_blocking=True), self.queues.mark(), f"activations {k}", leaving.nbytes
+        )
         self.queues.d2h.guard(leaving)
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
-            stored.home = self.queues.disk_write.submit(lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data))
+            stored.home = self.queues.disk_write.submit(
+                lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data)
+            )
 
     def set(self, k: int, hidden: Tensor) -> None:
         """Pass hidden states on within the compute device: the rows that the head reads, a few per sequence."""
@@ -100,20 +116,28 @@ class ActivationStore:
         return self.host[k][: count * self.row_bytes].view(self.dtype).view(count, self.width)
 
     def fetch(self, k: int) -> None:
-        """Start bringing the hidden states of micro-batch ``k`` back; nothing to do when they are there or not yet put."""
+        """Start bringing the hidden states of micro-batch ``k`` back; nothing to do when they are there or not yet
+        put."""
         stored = self.stored.get(k)
         if stored is None or stored.fetched is not None:
             return
         on_gpu, on_cpu, on_disk = stored.counts
         # Allocated on the compute stream, written on the link's: the copy waits for a mark of everything before it.
-        fetched = stored.fetched = torch.empty(stored.num_tokens, self.width, dtype=self.dtype, device=self.queues.device)
+        fetched = stored.fetched = torch.empty(
+            stored.num_tokens, self.width, dtype=self.dtype, device=self.queues.device
+        )
         fetched[:on_gpu].copy_(stored.gpu)
         after = together(stored.home, self.queues.mark())
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
-            after = together(after, self.queues.disk_read.submit(lambda: self.files[k].read(data, 0), after, f"activations {k}", len(data)))
+            after = together(
+                after,
+                self.queues.disk_read.submit(lambda: self.files[k].read(data, 0), after, f"activations {k}", len(data)),
+            )
         host = self.host_rows(k, on_cpu + on_disk)
-        stored.fetch = self.queues.h2d.submit(lambda: fetched[on_gpu:].copy_(host, non_blocking=True), after, f"activations {k}", host.nbytes)
+        stored.fetch = self.queues.h2d.submit(
+            lambda: fetched[on_gpu:].copy_(host, non_blocking=True), after, f"activations {k}", host.nbytes
+        )
         self.queues.h2d.guard(fetched)
 
     def get(self, k: int) -> Tensor:

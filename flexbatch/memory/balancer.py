@@ -10,8 +10,9 @@ from flexbatch.policy.policy import TIERS, Split
 class TierBalancer:
     """Assigns pieces to tiers one after another by error diffusion.
 
-    Every piece goes to the tier that is furthest behind its share of all that was placed so far, this piece included; so at any moment each tier
-    holds its share to within the largest piece, and of any run of pieces to within two of them (1.26 was seen with three tiers).
+    Every piece goes to the tier that is furthest behind its share of all that was placed so far, this piece
+    included; so at any moment each tier holds its share to within the largest piece, and of any run of pieces to
+    within two of them (1.26 was seen with three tiers).
     """
 
     def __init__(self, split: Split) -> None:
@@ -21,7 +22,11 @@ class TierBalancer:
     def choose(self, size: float, allowed: Sequence[str] = TIERS) -> str:
         """The tier for a piece of ``size``; ``allowed`` leaves out tiers that have no room. Does not place it."""
         total = sum(self.placed.values()) + size
-        deficits = {tier: fraction * total - self.placed[tier] for tier, fraction in zip(TIERS, self.split.fractions, strict=True) if tier in allowed}
+        deficits = {
+            tier: fraction * total - self.placed[tier]
+            for tier, fraction in zip(TIERS, self.split.fractions, strict=True)
+            if tier in allowed
+        }
         # A tier with share zero may tie at deficit zero: it must never win over one that was asked for.
         return max(deficits, key=lambda tier: (deficits[tier], self.split.fractions[TIERS.index(tier)]))
 

@@ -15,12 +15,23 @@ from flexbatch.memory.tiers import Pool
 
 
 class DiskCache:
-    """Pages [num_layers, num_pages] in one file, and for every disk sequence a tail of ``tail_tokens`` token rows per layer in host memory.
+    """Pages [num_layers, num_pages] in one file, and for every disk sequence a tail of ``tail_tokens`` token rows per
+    layer in host memory.
 
-    Tokens from ``flushed`` (a multiple of page_tokens) on lie in the tail; a page is written when it is full and can no longer be taken back.
+    Tokens from ``flushed`` (a multiple of page_tokens) on lie in the tail; a page is written when it is full and can
+    no longer be taken back.
     """
 
-    def __init__(self, layout: CacheLayout, num_pages: int, num_sequences: int, tail_tokens: int, folder: Path, host: Pool, disk: Pool) -> None:
+    def __init__(
+        self,
+        layout: CacheLayout,
+        num_pages: int,
+        num_sequences: int,
+        tail_tokens: int,
+        folder: Path,
+        host: Pool,
+        disk: Pool,
+    ) -> None:
         self.layout, self.num_pages, self.tail_tokens = layout, num_pages, tail_tokens
         num_bytes = layout.num_layers * num_pages * layout.disk_page_bytes
         self.disk = disk
@@ -57,14 +68,18 @@ class DiskCache:
         flushed = self.flushed[table.tail_slot][layer]
         end, open_rows = start + len(rows), start - flushed
         full_until = max(flushed, (end - keep) // layout.page_tokens * layout.page_tokens)
-        assert end - full_until <= self.tail_tokens, f"{end - full_until} open tokens do not fit a tail of {self.tail_tokens}"
+        assert end - full_until <= self.tail_tokens, (
+            f"{end - full_until} open tokens do not fit a tail of {self.tail_tokens}"
+        )
         if full_until == flushed:
             # A decode pass completes a page once in page_tokens times; otherwise nothing moves but the new rows.
             tail[open_rows : open_rows + len(rows)].copy_(rows)
             return
         known = torch.cat([tail[:open_rows], rows])
         complete = known[: full_until - flushed].view(-1, layout.page_bytes)
-        for place, page, count in self.runs(table.pages[flushed // layout.page_tokens : full_until // layout.page_tokens]):
+        for place, page, count in self.runs(
+            table.pages[flushed // layout.page_tokens : full_until // layout.page_tokens]
+        ):
             buffer = aligned_empty(count * layout.disk_page_bytes)
             buffer.view(count, -1)[:, : layout.page_bytes].copy_(complete[place : place + count])
             self.file.write(buffer, self.offset(layer, page))
@@ -73,7 +88,8 @@ class DiskCache:
         self.flushed[table.tail_slot][layer] = full_until
 
     def runs(self, pages: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(place in ``pages``, first page, number of pages) of neighbours in the file, at most READ_CHUNK_BYTES each: one request instead of many."""
+        """(place in ``pages``, first page, number of pages) of neighbours in the file, at most READ_CHUNK_BYTES
+        each: one request instead of many."""
         longest, runs = max(1, READ_CHUNK_BYTES // self.layout.disk_page_bytes), list[tuple[int, int, int]]()
         for place, page in enumerate(pages):
             first, start, count = runs[-1] if runs else (0, -1, 0)
@@ -83,8 +99,11 @@ class DiskCache:
                 runs.append((place, page, 1))
         return runs
 
-    def read(self, tables: Sequence[tuple[PageTable, int]], layer: int, pages_out: Tensor, threads: ThreadPoolExecutor) -> None:
-        """Fill ``pages_out`` [total pages, page_bytes] (uint8, host) with the pages of every (table, num_tokens), one sequence after another."""
+    def read(
+        self, tables: Sequence[tuple[PageTable, int]], layer: int, pages_out: Tensor, threads: ThreadPoolExecutor
+    ) -> None:
+        """Fill ``pages_out`` [total pages, page_bytes] (uint8, host) with the pages of every (table, num_tokens),
+        one sequence after another."""
         layout = self.layout
         jobs, cursor = [], 0
         for table, num_tokens in tables:
@@ -112,7 +131,8 @@ class DiskCache:
         list(threads.map(read_run, jobs))
 
     def move(self, table: PageTable, layer: int, sources: Sequence[int], destination: int) -> None:
-        """Within the tail: rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ... (the accepted path of a tree)."""
+        """Within the tail: rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ... (the
+        accepted path of a tree)."""
         flushed = self.flushed[table.tail_slot][layer]
         tail = self.tails[layer, table.tail_slot]
         rows = tail[torch.tensor([source - flushed for source in sources])]
@@ -120,7 +140,10 @@ class DiskCache:
 
     def check(self) -> None:
         """Invariants: tails are owned once; flushed counts are whole pages."""
-        assert sorted([*self.free_tails, *self.flushed]) == list(range(self.tails.shape[1])), (self.free_tails, self.flushed.keys())
+        assert sorted([*self.free_tails, *self.flushed]) == list(range(self.tails.shape[1])), (
+            self.free_tails,
+            self.flushed.keys(),
+        )
         for flushed in self.flushed.values():
             assert all(count % self.layout.page_tokens == 0 for count in flushed), flushed
 
@@ -130,7 +153,8 @@ class DiskCache:
 
 
 def aligned_empty(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] on the host at a multiple of ALIGNMENT, as direct transfers need it; torch aligns to 64 bytes."""
+    """uint8 [num_bytes] on the host at a multiple of ALIGNMENT, as direct transfers need it; torch aligns to 64
+    bytes."""
     buffer = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
     start = -buffer.data_ptr() % ALIGNMENT
     return buffer[start : start + num_bytes]

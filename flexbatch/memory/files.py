@@ -1,4 +1,5 @@
-"""Files of the disk tier: aligned, read and written in place without the page cache, and trusted only when they are whole."""
+"""Files of the disk tier: aligned, read and written in place without the page cache, and trusted only when they are
+whole."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ class DiskFile:
 
     def transfer(self, buffer: Tensor, offset: int, operation: Callable[..., int], verb: str) -> None:
         done, size = 0, buffer.numel()
-        view = memoryview((ctypes.c_uint8 * size).from_address(buffer.data_ptr())).cast("B") if size else memoryview(b"")
+        view = (
+            memoryview((ctypes.c_uint8 * size).from_address(buffer.data_ptr())).cast("B") if size else memoryview(b"")
+        )
         aligned = offset % ALIGNMENT == 0 and size % ALIGNMENT == 0 and buffer.data_ptr() % ALIGNMENT == 0
         descriptor = self.direct if aligned else self.buffered
         while done < size:
@@ -80,7 +83,10 @@ class DiskFile:
                     continue
                 raise offload_error(self.path.parent, error, size) from error
             if count == 0:
-                raise OffloadError(f"{self.path}: {verb} of {size} bytes at {offset} ended after {done}; delete the file, it will be written again")
+                raise OffloadError(
+                    f"{self.path}: {verb} of {size} bytes at {offset} ended after {done}; delete the file, it will "
+                    "be written again"
+                )
             done += count
             if done % ALIGNMENT:
                 descriptor = self.buffered
@@ -124,8 +130,15 @@ def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
     room = ""
     with contextlib.suppress(OSError):
         space = os.statvfs(folder)
-        room = f" (needed {size_text(num_bytes)}; {size_text(space.f_bavail * space.f_frsize)} free there)" if num_bytes else ""
-    return OffloadError(error.errno, f"offload folder {folder}: {error.strerror or error}{room}; name a writable folder with room in --offload-dir")
+        room = (
+            f" (needed {size_text(num_bytes)}; {size_text(space.f_bavail * space.f_frsize)} free there)"
+            if num_bytes
+            else ""
+        )
+    return OffloadError(
+        error.errno,
+        f"offload folder {folder}: {error.strerror or error}{room}; name a writable folder with room in --offload-dir",
+    )
 
 
 def prepare_offload_dir(folder: Path) -> None:
@@ -155,7 +168,8 @@ def make_folder(folder: Path) -> None:
 def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> None:
     """Write ``pieces`` (uint8, host) one after another, padded to ALIGNMENT, under a temporary name; fsync; rename.
 
-    A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises OffloadError.
+    A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises
+    OffloadError.
     """
     temporary = temporary_name(path)
     try:

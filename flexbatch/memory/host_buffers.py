@@ -1,4 +1,5 @@
-"""Pinned host buffers of a pass: inputs on their way up; queries, keys and values for CPU attention on their way down, its results on their way up."""
+"""Pinned host buffers of a pass: inputs on their way up; queries, keys and values for CPU attention on their way
+down, its results on their way up."""
 
 from __future__ import annotations
 
@@ -14,24 +15,47 @@ NUM_BUFFERS = 4
 
 
 class HostBuffers:
-    """A ring of host buffers, each with one owner from `take` to `give_back`. On the CPU nothing is copied and only the output is new."""
+    """A ring of host buffers, each with one owner from `take` to `give_back`. On the CPU nothing is copied and only
+    the output is new."""
 
-    def __init__(self, max_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, host: Pool, queues: TransferQueues) -> None:
-        self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, self.host = num_heads, num_kv_heads, head_dim, dtype, host
+    def __init__(
+        self,
+        max_tokens: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        host: Pool,
+        queues: TransferQueues,
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, self.host = (
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            dtype,
+            host,
+        )
         self.copies = queues.device.type == "cuda"
         self.uploads = Uploads(host, queues)
         row_bytes = (2 * num_heads + 2 * num_kv_heads) * head_dim * dtype.itemsize
         self.max_tokens = max_tokens
-        self.buffers = [host.allocate(f"attention buffer {i}", max_tokens * row_bytes) for i in range(NUM_BUFFERS)] if self.copies and max_tokens else []
+        self.buffers = (
+            [host.allocate(f"attention buffer {i}", max_tokens * row_bytes) for i in range(NUM_BUFFERS)]
+            if self.copies and max_tokens
+            else []
+        )
         self.free_after: list[Handle] = [READY] * NUM_BUFFERS
         self.owners: dict[int, int] = {}
         self.next = 0
 
     def take(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Host copies of query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim], enqueued on the current stream; and an output."""
+        """Host copies of query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim], enqueued on the
+        current stream; and an output."""
         if not self.copies:
             return query, key, value, torch.empty_like(query)
-        assert len(query) <= self.max_tokens, f"{len(query)} query tokens for CPU attention, buffers hold {self.max_tokens}"
+        assert len(query) <= self.max_tokens, (
+            f"{len(query)} query tokens for CPU attention, buffers hold {self.max_tokens}"
+        )
         index, self.next = self.next, (self.next + 1) % NUM_BUFFERS
         # By buffer, not by place: where the output lies in a buffer depends on the number of tokens.
         assert index not in self.owners.values(), "a host buffer is taken before it was given back"
@@ -39,7 +63,9 @@ class HostBuffers:
         cursor, parts = 0, []
         for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads):
             size = len(query) * heads * self.head_dim * self.dtype.itemsize
-            parts.append(self.buffers[index][cursor : cursor + size].view(self.dtype).view(len(query), heads, self.head_dim))
+            parts.append(
+                self.buffers[index][cursor : cursor + size].view(self.dtype).view(len(query), heads, self.head_dim)
+            )
             cursor += size
         for target, source in zip(parts, (query, key, value), strict=False):
             target.copy_(source, non_blocking=True)

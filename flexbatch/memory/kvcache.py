@@ -34,7 +34,8 @@ class CacheSizes:
 
 @dataclass(frozen=True)
 class Gather:
-    """What to bring to staging for one micro-batch: existing pages, the cpu ones first, then those of disk sequences."""
+    """What to bring to staging for one micro-batch: existing pages, the cpu ones first, then those of disk
+    sequences."""
 
     cpu_pages: Tensor
     """[n] int32 page ids, on the compute device."""
@@ -49,7 +50,8 @@ class Gather:
 class KVCache:
     """Page pools, storage and staging of one model's cache.
 
-    Staging buffers alternate between ticks; each is handed over by handle: a gather into one waits for the attention that last read it.
+    Staging buffers alternate between ticks; each is handed over by handle: a gather into one waits for the attention
+    that last read it.
     """
 
     def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers, queues: TransferQueues) -> None:
@@ -57,18 +59,32 @@ class KVCache:
         self.device = queues.device
         self.pools = {tier: PagePool(tier, sizes.pages(tier), layout.page_tokens) for tier in ("gpu", "cpu", "disk")}
         self.storage = {
-            "gpu": tiers.gpu.allocate("cache", layout.num_layers * sizes.gpu_pages * layout.page_bytes).view(layout.num_layers, -1),
-            "cpu": tiers.cpu.allocate("cache", layout.num_layers * sizes.cpu_pages * layout.page_bytes).view(layout.num_layers, -1),
+            "gpu": tiers.gpu.allocate("cache", layout.num_layers * sizes.gpu_pages * layout.page_bytes).view(
+                layout.num_layers, -1
+            ),
+            "cpu": tiers.cpu.allocate("cache", layout.num_layers * sizes.cpu_pages * layout.page_bytes).view(
+                layout.num_layers, -1
+            ),
         }
         staging_bytes = sizes.staging_pages * layout.page_bytes
-        self.staging = [tiers.gpu.allocate(f"cache staging {i}", staging_bytes) for i in range(2)] if staging_bytes else []
+        self.staging = (
+            [tiers.gpu.allocate(f"cache staging {i}", staging_bytes) for i in range(2)] if staging_bytes else []
+        )
         self.staging_free: list[Handle] = [READY, READY]
         self.disk: DiskCache | None = None
         self.disk_staging: list[Tensor] = []
         self.disk_copied: list[Handle] = [READY, READY]
         """When the host's staging buffers have been read by the device."""
         if sizes.disk_pages:
-            self.disk = DiskCache(layout, sizes.disk_pages, sizes.disk_sequences, sizes.tail_tokens, tiers.offload_dir, tiers.cpu, tiers.disk)
+            self.disk = DiskCache(
+                layout,
+                sizes.disk_pages,
+                sizes.disk_sequences,
+                sizes.tail_tokens,
+                tiers.offload_dir,
+                tiers.cpu,
+                tiers.disk,
+            )
             if self.device.type == "cuda":
                 self.disk_staging = [tiers.cpu.allocate(f"cache disk staging {i}", staging_bytes) for i in range(2)]
         self.num_open = dict.fromkeys(self.pools, 0)
@@ -93,16 +109,31 @@ class KVCache:
     # Tables
 
     def shareable(self, tier: str, prompt: Sequence[int]) -> list[int]:
-        """Pages on ``tier`` that hold, or are about to hold, the beginning of a prompt. The last prompt token is never shared: its logits are needed."""
+        """Pages on ``tier`` that hold, or are about to hold, the beginning of a prompt. The last prompt token is
+        never shared: its logits are needed."""
         return self.pools[tier].prefixes.match(prompt, (len(prompt) - 1) // self.layout.page_tokens)
 
-    def open(self, tier: str, num_tokens: int, prompt: Sequence[int] = (), shared_pages: Sequence[int] = (), attend_on_cpu: bool = False) -> PageTable:
-        """A table with room for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`. ``prompt`` enters the prefix index."""
+    def open(
+        self,
+        tier: str,
+        num_tokens: int,
+        prompt: Sequence[int] = (),
+        shared_pages: Sequence[int] = (),
+        attend_on_cpu: bool = False,
+    ) -> PageTable:
+        """A table with room for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`. ``prompt``
+        enters the prefix index."""
         shared, pool = list(shared_pages), self.pools[tier]
         pool.share(shared)
         pages = shared + pool.allocate(self.layout.num_pages(num_tokens) - len(shared))
         pool.prefixes.enter(pages, prompt)
-        table = PageTable(tier, pages, num_tokens=len(shared) * self.layout.page_tokens, num_shared=len(shared), attend_on_cpu=attend_on_cpu)
+        table = PageTable(
+            tier,
+            pages,
+            num_tokens=len(shared) * self.layout.page_tokens,
+            num_shared=len(shared),
+            attend_on_cpu=attend_on_cpu,
+        )
         if tier == "disk":
             assert self.disk is not None
             table.tail_slot = self.disk.open()
@@ -119,7 +150,8 @@ class KVCache:
         return room and (tier != "disk" or (self.disk is not None and bool(self.disk.free_tails)))
 
     def commit(self, table: PageTable, num_tokens: int) -> None:
-        """The first ``num_tokens`` tokens of the sequence are in the cache and stay; full pages may be shared from now on."""
+        """The first ``num_tokens`` tokens of the sequence are in the cache and stay; full pages may be shared from
+        now on."""
         before, full = table.num_tokens // self.layout.page_tokens, num_tokens // self.layout.page_tokens
         if full > before:
             self.pools[table.tier].prefixes.mark_ready(table.pages[before:full])
@@ -158,9 +190,11 @@ class KVCache:
         return self.layout.row_view(self.staging[buffer])
 
     def begin_pass(self, inputs_sent: Handle) -> None:
-        """What the last pass drained, and the page ids that ``inputs_sent`` promises, is what this pass's gathers wait for.
+        """What the last pass drained, and the page ids that ``inputs_sent`` promises, is what this pass's gathers wait
+        for.
 
-        What was drained before that has to be home: a sequence that had no room in the last pass is read in this one.
+        What was drained before that has to be home: a sequence that had no room in the last pass is read in this
+        one.
         """
         together(*self.drained).synchronize()
         self.inputs_sent = inputs_sent
@@ -179,20 +213,32 @@ class KVCache:
             source = self.storage["cpu"][layer].view(-1, self.layout.page_bytes)
             handles.append(
                 self.queues.pages.submit(
-                    lambda: ops.gather_pages(source, work.cpu_pages, pages[:num_cpu]), after, f"cache {layer}", num_cpu * self.layout.page_bytes
+                    lambda: ops.gather_pages(source, work.cpu_pages, pages[:num_cpu]),
+                    after,
+                    f"cache {layer}",
+                    num_cpu * self.layout.page_bytes,
                 )
             )
         if work.num_disk_pages:
             target = pages[num_cpu : work.num_pages]
             num_bytes = work.num_disk_pages * self.layout.page_bytes
-            handles.append(self.queues.disk_read.submit(lambda: self.read_disk(work, layer, buffer, target), after, f"cache {layer}", num_bytes))
+            handles.append(
+                self.queues.disk_read.submit(
+                    lambda: self.read_disk(work, layer, buffer, target), after, f"cache {layer}", num_bytes
+                )
+            )
         return together(*handles)
 
     def read_disk(self, work: Gather, layer: int, buffer: int, target: Tensor) -> Handle:
-        """Runs on the disk lane, which does not wait for its copy: that queues behind slices of weights, and the next read need not."""
+        """Runs on the disk lane, which does not wait for its copy: that queues behind slices of weights, and the
+        next read need not."""
         assert self.disk is not None
         self.disk_copied[buffer].synchronize()
-        host = self.disk_staging[buffer].view(-1, self.layout.page_bytes)[: work.num_disk_pages] if self.disk_staging else target
+        host = (
+            self.disk_staging[buffer].view(-1, self.layout.page_bytes)[: work.num_disk_pages]
+            if self.disk_staging
+            else target
+        )
         self.disk.read(work.disk_tables, layer, host, self.queues.disk_chunks)
         if host is target:
             return READY
@@ -206,13 +252,18 @@ class KVCache:
     def drain_cpu(self, layer: int, rows: Tensor, slots: Tensor, after: Handle) -> None:
         """Scatter packed token rows to their slots on the cpu tier. slots: [n] int64 on the compute device."""
         target = self.rows("cpu", layer)
-        handle = self.queues.d2h.submit(lambda: ops.scatter_rows(rows, target, slots), after, f"cache {layer}", rows.nbytes)
+        handle = self.queues.d2h.submit(
+            lambda: ops.scatter_rows(rows, target, slots), after, f"cache {layer}", rows.nbytes
+        )
         self.queues.d2h.guard(rows)
         self.queues.d2h.guard(slots)
         self.draining[layer] = together(self.draining[layer], handle)
 
-    def drain_disk(self, layer: int, rows: Tensor, tables: Sequence[tuple[PageTable, int, int, int]], after: Handle) -> None:
-        """Append packed token rows of disk sequences. tables: (table, first token, number of rows, rows that may be taken back) in order."""
+    def drain_disk(
+        self, layer: int, rows: Tensor, tables: Sequence[tuple[PageTable, int, int, int]], after: Handle
+    ) -> None:
+        """Append packed token rows of disk sequences. tables: (table, first token, number of rows, rows that may be
+        taken back) in order."""
         disk, previous = self.disk, self.draining[layer]
         assert disk is not None
 
@@ -224,16 +275,24 @@ class KVCache:
                 disk.append(table, layer, start, host[cursor : cursor + count], keep)
                 cursor += count
 
-        self.draining[layer] = self.queues.disk_write.submit(append, together(after, self.drained[layer]), f"cache {layer}", rows.nbytes)
+        self.draining[layer] = self.queues.disk_write.submit(
+            append, together(after, self.drained[layer]), f"cache {layer}", rows.nbytes
+        )
 
     # Trees
 
     def keep(self, accepted: Sequence[tuple[PageTable, int, Sequence[int]]]) -> None:
-        """Commit the accepted path of each tree: rows of tokens ``sources`` move to ``start``, ``start`` + 1, ... on the sequence's home tier.
+        """Commit the accepted path of each tree: rows of tokens ``sources`` move to ``start``, ``start`` + 1, ... on
+        the sequence's home tier.
 
-        accepted: (table, start, sources), sources ascending and >= start. The rest of the tree is forgotten when num_tokens is set.
+        accepted: (table, start, sources), sources ascending and >= start. The rest of the tree is forgotten when
+        num_tokens is set.
         """
-        moves = [(table, start, sources) for table, start, sources in accepted if list(sources) != list(range(start, start + len(sources)))]
+        moves = [
+            (table, start, sources)
+            for table, start, sources in accepted
+            if list(sources) != list(range(start, start + len(sources)))
+        ]
         if not moves:
             return
         together(*self.draining).synchronize()
@@ -242,11 +301,15 @@ class KVCache:
             source_slots, target_slots = [], []
             for table, start, sources in moves:
                 if table.tier == tier:
-                    source_slots += [slot for source in sources for slot in table.slots(source, source + 1, page_tokens)]
+                    source_slots += [
+                        slot for source in sources for slot in table.slots(source, source + 1, page_tokens)
+                    ]
                     target_slots += table.slots(start, start + len(sources), page_tokens)
             if source_slots:
                 data = self.storage[tier].view(self.layout.num_layers, -1, self.layout.token_bytes)
-                data[:, torch.tensor(target_slots, device=data.device)] = data[:, torch.tensor(source_slots, device=data.device)]
+                data[:, torch.tensor(target_slots, device=data.device)] = data[
+                    :, torch.tensor(source_slots, device=data.device)
+                ]
         for table, start, sources in moves:
             if table.tier == "disk":
                 assert self.disk is not None
@@ -254,7 +317,8 @@ class KVCache:
                     self.disk.move(table, layer, sources, start)
 
     def check(self, tables: Sequence[PageTable] | None = None) -> None:
-        """Invariants of pools, of the disk, and with ``tables`` (all that are open) that every page has as many holders as it counts."""
+        """Invariants of pools, of the disk, and with ``tables`` (all that are open) that every page has as many
+        holders as it counts."""
         for pool in self.pools.values():
             pool.check()
         if self.disk is not None:
@@ -263,7 +327,11 @@ class KVCache:
             return
         for tier, pool in self.pools.items():
             holders = Counter(page for table in tables if table.tier == tier for page in table.pages)
-            assert pool.references == [holders[page] for page in range(pool.num_pages)], (tier, pool.references, holders)
+            assert pool.references == [holders[page] for page in range(pool.num_pages)], (
+                tier,
+                pool.references,
+                holders,
+            )
             assert self.num_open[tier] == sum(table.tier == tier for table in tables), (tier, self.num_open)
         tails = [table.tail_slot for table in tables if table.tier == "disk"]
         assert sorted(tails) == sorted(self.disk.flushed if self.disk is not None else []), tails

@@ -17,7 +17,8 @@ from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
 QUANTIZE_BLOCK_BYTES = 32 << 20
 """Bytes of fp32 of the rows that are quantised at a time; the search for their parameters holds eight times as many."""
 CACHED_BLOCK_BYTES = 1 << 20
-"""The same for every thread of a CPU, whose caches hold the search then: 5 million weights a second, where blocks of 16 MiB leave 1.4."""
+"""The same for every thread of a CPU, whose caches hold the search then: 5 million weights a second, where blocks of
+16 MiB leave 1.4."""
 
 Key = tuple[int, str]
 
@@ -80,15 +81,22 @@ class Loader:
         return True
 
     def load(self, stream: Callable[[set[Key]], Iterator[Piece | QuantizedPiece]]) -> int:
-        """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes that came from the checkpoint."""
+        """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes
+        that came from the checkpoint."""
         reused = self.reuse()
         taken = 0
         if len(reused) < len(self.stored):
             for piece in stream(reused):
                 taken += self.write(piece)
-        missing = [key for key, stored in self.stored.items() if key not in reused and self.rows_written.get(key, 0) < stored.spec.shape[0]]
+        missing = [
+            key
+            for key, stored in self.stored.items()
+            if key not in reused and self.rows_written.get(key, 0) < stored.spec.shape[0]
+        ]
         if missing:
-            raise CheckpointError(f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full")
+            raise CheckpointError(
+                f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full"
+            )
         return taken
 
     def check(self) -> None:
@@ -114,9 +122,15 @@ class Loader:
         return num_bytes
 
     def write_codes(self, piece: QuantizedPiece, target: TensorView, rows: slice) -> int:
-        """Codes of a quantised checkpoint as they are where the home has the same bits and a group that divides theirs, else expanded."""
+        """Codes of a quantised checkpoint as they are where the home has the same bits and a group that divides
+        theirs, else expanded."""
         num_bytes = piece.codes.nbytes + piece.parameters.nbytes
-        if target.codes is None or target.parameters is None or target.stored.bits != piece.bits or piece.group % target.stored.group:
+        if (
+            target.codes is None
+            or target.parameters is None
+            or target.stored.bits != piece.bits
+            or piece.group % target.stored.group
+        ):
             self.write_dense(piece.dense(self.store.dtype).tensor, target, rows)
         else:
             target.codes[rows].copy_(piece.codes)
@@ -133,7 +147,11 @@ class Loader:
         step = max(1, num_bytes // (4 * tensor.shape[1]))
         for start in range(0, tensor.shape[0], step):
             block = tensor[start : start + step].to(device=device, dtype=self.store.dtype)
-            codes, parameters = ops.fit(block, stored.bits, stored.group) if stored.bits == 4 else ops.quantize(block, stored.bits, stored.group)
+            codes, parameters = (
+                ops.fit(block, stored.bits, stored.group)
+                if stored.bits == 4
+                else ops.quantize(block, stored.bits, stored.group)
+            )
             place = slice(rows.start + start, rows.start + start + len(block))
             target.codes[place].copy_(codes)
             target.parameters[place].copy_(parameters)

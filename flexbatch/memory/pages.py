@@ -1,4 +1,5 @@
-"""Who owns which page: the layout of a page, a pool of page ids with reference counts, and the page table of a sequence."""
+"""Who owns which page: the layout of a page, a pool of page ids with reference counts, and the page table of a
+sequence."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class CacheLayout:
         return -(-num_tokens // self.page_tokens)
 
     def row_view(self, data: Tensor) -> Tensor:
-        """uint8 [n * token_bytes] as token rows: [n, 2, num_kv_heads, head_dim] in the compute dtype, or [n, token_bytes] when quantised."""
+        """uint8 [n * token_bytes] as token rows: [n, 2, num_kv_heads, head_dim] in the compute dtype, or [n,
+        token_bytes] when quantised."""
         if self.bits == 16:
             return data.view(self.dtype).view(-1, 2, self.num_kv_heads, self.head_dim)
         return data.view(-1, self.token_bytes)
@@ -54,7 +56,8 @@ class CacheLayout:
 class PagePool:
     """Page ids of one tier, with reference counts: shared prefixes hold a page together.
 
-    A page of a prompt that nobody holds any more is not forgotten at once: it stays in the prefix index until its room is needed (oldest first).
+    A page of a prompt that nobody holds any more is not forgotten at once: it stays in the prefix index until its
+    room is needed (oldest first).
     """
 
     def __init__(self, tier: str, num_pages: int, page_tokens: int) -> None:
@@ -71,7 +74,10 @@ class PagePool:
         return len(self.free_pages) + len(self.kept)
 
     def allocate(self, count: int) -> list[int]:
-        assert count <= self.num_available, f"{self.tier}: {count} pages wanted, {self.num_available} available of {self.num_pages}; admission must ask first"
+        assert count <= self.num_available, (
+            f"{self.tier}: {count} pages wanted, {self.num_available} available of {self.num_pages}; admission must "
+            "ask first"
+        )
         while len(self.free_pages) < count:
             page = next(iter(self.kept))
             del self.kept[page]
@@ -84,7 +90,9 @@ class PagePool:
 
     def share(self, pages: list[int]) -> None:
         for page in pages:
-            assert self.references[page] > 0 or page in self.kept, f"{self.tier}: page {page} is shared but its content is gone"
+            assert self.references[page] > 0 or page in self.kept, (
+                f"{self.tier}: page {page} is shared but its content is gone"
+            )
             self.kept.pop(page, None)
             self.references[page] += 1
 
@@ -108,11 +116,16 @@ class PagePool:
         self.kept.clear()
 
     def check(self) -> None:
-        """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free; who holds a page holds those before it."""
+        """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free; who holds
+        a page holds those before it."""
         assert len(set(self.free_pages)) == len(self.free_pages)
         free = set(self.free_pages)
         for page, references in enumerate(self.references):
-            assert (references > 0) + (page in free) + (page in self.kept) == 1 and references >= 0, (self.tier, page, references)
+            assert (references > 0) + (page in free) + (page in self.kept) == 1 and references >= 0, (
+                self.tier,
+                page,
+                references,
+            )
         assert len(free) + len(self.kept) + sum(references > 0 for references in self.references) == self.num_pages
         assert not free & set(self.prefixes.keys)
         assert self.kept.keys() <= self.prefixes.ready, (self.tier, self.kept.keys() - self.prefixes.ready)
@@ -120,7 +133,11 @@ class PagePool:
         for page, (before, _) in self.prefixes.keys.items():
             if before >= 0:
                 followers[before] += self.references[page]
-        assert all(count <= references for count, references in zip(followers, self.references, strict=True)), (self.tier, followers, self.references)
+        assert all(count <= references for count, references in zip(followers, self.references, strict=True)), (
+            self.tier,
+            followers,
+            self.references,
+        )
         self.prefixes.check()
 
 
@@ -150,8 +167,13 @@ class PageTable:
         return [self.pages[t // page_tokens] * page_tokens + t % page_tokens for t in range(start, end)]
 
     def check(self, page_tokens: int) -> None:
-        """Invariants: no page twice, valid tokens have a page, shared pages are full, and only a disk sequence has a tail."""
+        """Invariants: no page twice, valid tokens have a page, shared pages are full, and only a disk sequence has a
+        tail."""
         assert len(set(self.pages)) == len(self.pages), self.pages
-        assert self.num_shared * page_tokens <= self.num_tokens <= len(self.pages) * page_tokens, (self.num_shared, self.num_tokens, len(self.pages))
+        assert self.num_shared * page_tokens <= self.num_tokens <= len(self.pages) * page_tokens, (
+            self.num_shared,
+            self.num_tokens,
+            len(self.pages),
+        )
         assert (self.tail_slot >= 0) == (self.tier == "disk" and bool(self.pages)), (self.tier, self.tail_slot)
         assert not self.attend_on_cpu or self.tier == "cpu", self.tier

@@ -11,7 +11,8 @@ Key = tuple[int, tuple[int, ...]]
 class PrefixIndex:
     """Full pages of prompts in one pool, as a tree: a page is known by the page before it and its own tokens.
 
-    A page is entered when its sequence is admitted and is *ready* once its tokens are in the cache; sequences that share it wait for that.
+    A page is entered when its sequence is admitted and is *ready* once its tokens are in the cache; sequences that
+    share it wait for that.
     """
 
     def __init__(self, page_tokens: int) -> None:

@@ -1,8 +1,9 @@
 """Disk weights through pinned staging, read as far ahead as there are buffers.
 
-A working slab is free for a layer only when the layer two before it is done. That is too late for what comes from the disk: a share of 1 % of OPT-6.7B is one
-matrix of 134 MB in two of its layers, which takes 70 ms to read, and two layers hide 10 to 20 of them (on an H200 a pass took 0.33 s instead of 0.21).
-The staging buffers belong to no slab, so that reading goes on through all the layers in between, and on into the next pass.
+A working slab is free for a layer only when the layer two before it is done. That is too late for what comes from
+the disk: a share of 1 % of OPT-6.7B is one matrix of 134 MB in two of its layers, which takes 70 ms to read, and two
+layers hide 10 to 20 of them (on an H200 a pass took 0.33 s instead of 0.21). The staging buffers belong to no slab,
+so that reading goes on through all the layers in between, and on into the next pass.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from flexbatch.memory.transfer import READY, FutureHandle, Handle, TransferQueue
 
 
 class ReadAhead:
-    """Reads layers in the order in which passes use them, again and again; a buffer has one owner from the start of its read to the end of its copy."""
+    """Reads layers in the order in which passes use them, again and again; a buffer has one owner from the start of
+    its read to the end of its copy."""
 
-    def __init__(self, num_bytes: dict[int, int], buffers: Sequence[Tensor], read: Callable[[int, Tensor], None], queues: TransferQueues) -> None:
-        """``num_bytes``: on disk of each layer that has any, in order. ``buffers``: uint8, as long as the largest. ``read(layer, buffer)`` blocks."""
+    def __init__(
+        self,
+        num_bytes: dict[int, int],
+        buffers: Sequence[Tensor],
+        read: Callable[[int, Tensor], None],
+        queues: TransferQueues,
+    ) -> None:
+        """``num_bytes``: on disk of each layer that has any, in order. ``buffers``: uint8, as long as the largest.
+        ``read(layer, buffer)`` blocks."""
         self.num_bytes, self.buffers, self.read, self.queues = num_bytes, list(buffers), read, queues
         self.layers = list(num_bytes)
         self.next_place = 0
@@ -43,7 +52,10 @@ class ReadAhead:
             if buffer in owned or layer in self.reads:
                 continue
             job = partial(self.read, layer, self.buffers[buffer][: self.num_bytes[layer]])
-            self.reads[layer] = buffer, self.queues.disk_read.submit(job, self.free_after[buffer], f"weights {layer}", self.num_bytes[layer])
+            self.reads[layer] = (
+                buffer,
+                self.queues.disk_read.submit(job, self.free_after[buffer], f"weights {layer}", self.num_bytes[layer]),
+            )
             self.next_place = (self.next_place + 1) % len(self.layers)
 
     def arrived(self, layer: int) -> bool:
@@ -51,12 +63,15 @@ class ReadAhead:
         return layer in self.reads and self.reads[layer][1].done
 
     def copy_to_device(self, layer: int, target: Tensor, after: Handle) -> Handle:
-        """Copy what was read of ``layer`` to ``target`` on the compute device once ``after`` is done; waits for the read, and raises its error."""
+        """Copy what was read of ``layer`` to ``target`` on the compute device once ``after`` is done; waits for the
+        read, and raises its error."""
         self.expect(layer)
         buffer, read = self.reads.pop(layer)
         read.synchronize()
         rows, places = (x.view(-1, ALIGNMENT) for x in (self.buffers[buffer][: self.num_bytes[layer]], target))
-        handle = self.queues.staged.submit(lambda: self.queues.copy_to_device(rows, places), after, f"weights {layer} from disk", self.num_bytes[layer])
+        handle = self.queues.staged.submit(
+            lambda: self.queues.copy_to_device(rows, places), after, f"weights {layer} from disk", self.num_bytes[layer]
+        )
         self.free_after[buffer] = handle
         self.fill()
         return handle

@@ -23,7 +23,8 @@ def table_bytes(arch: Arch, longest: int, dtype: torch.dtype) -> int:
 
 
 class Rotary:
-    """The tables for the longest sequence of a block. A model's context may be a thousand times as long, at 256 bytes a position: 512 MiB for 2 million."""
+    """The tables for the longest sequence of a block. A model's context may be a thousand times as long, at 256
+    bytes a position: 512 MiB for 2 million."""
 
     def __init__(self, arch: Arch, longest: int, dtype: torch.dtype, gpu: Pool) -> None:
         self.arch, self.dtype, self.gpu = arch, dtype, gpu
@@ -33,7 +34,8 @@ class Rotary:
         self.reach(longest)
 
     def reach(self, longest: int) -> bool:
-        """Hold sequences of so many tokens. Whether the tables had to grow: then those before are gone. The caller has checked the budgets."""
+        """Hold sequences of so many tokens. Whether the tables had to grow: then those before are gone. The caller
+        has checked the budgets."""
         positions = table_positions(longest, self.arch.max_positions)
         if positions <= self.num_positions:
             return False
@@ -47,7 +49,10 @@ class Rotary:
     def check(self) -> None:
         """Invariant: the tables are as long as they say and are accounted for."""
         if self.tables is not None:
-            assert len(self.tables.cos) == self.num_positions <= self.arch.max_positions, (len(self.tables.cos), self.num_positions)
+            assert len(self.tables.cos) == self.num_positions <= self.arch.max_positions, (
+                len(self.tables.cos),
+                self.num_positions,
+            )
             assert self.gpu.used_bytes["rotary tables"] == table_bytes(self.arch, self.num_positions, self.dtype)
 
     def close(self) -> None:

@@ -38,14 +38,19 @@ def check_budgets(needs: Iterable[MemoryRequirement], budgets: dict[str, int]) -
     if not short:
         return
     unit, size = fitting_unit(max(totals.values()), BINARY)
-    rows = [f"  {need.what:<28} {need.tier:<5} {need.num_bytes / size:>10.3f} {unit}" for need in needs if need.num_bytes]
+    rows = [
+        f"  {need.what:<28} {need.tier:<5} {need.num_bytes / size:>10.3f} {unit}" for need in needs if need.num_bytes
+    ]
     sums = [
-        f"  {'total':<28} {tier:<5} {totals[tier] / size:>10.3f} {unit} of {size_text(budgets[tier])}" + ("   <- does not fit" if tier in short else "")
+        f"  {'total':<28} {tier:<5} {totals[tier] / size:>10.3f} {unit} of {size_text(budgets[tier])}"
+        + ("   <- does not fit" if tier in short else "")
         for tier in budgets
     ]
     remedy = {
-        "gpu": "lower the first number of a pair in --percent, --gpu-batch-size or --prefill-chunk, or raise --gpu-memory",
-        "cpu": "move more to disk with --percent, use fewer bits (--weight-bits, --cache-bits) or a smaller block, or raise --cpu-memory",
+        "gpu": "lower the first number of a pair in --percent, --gpu-batch-size or --prefill-chunk, or raise "
+        "--gpu-memory",
+        "cpu": "move more to disk with --percent, use fewer bits (--weight-bits, --cache-bits) or a smaller block, "
+        "or raise --cpu-memory",
         "disk": "free space in --offload-dir or name another folder",
     }
     advice = "; ".join(f"{tier}: {remedy[tier]}" for tier in short)
@@ -55,15 +60,16 @@ def check_budgets(needs: Iterable[MemoryRequirement], budgets: dict[str, int]) -
 class HostArena:
     """One exact-size block of host memory, pinned when a CUDA device will read it.
 
-    torch's own pinned allocator rounds up to powers of two, which wastes 20 to 30 % of the host for the sizes that matter here. The mapping is private
-    because Linux gives shared memory no huge pages unless told to. With them 4.5 GiB are touched and pinned in 0.2 s instead of 1.3 (H200's host), and CPU
-    attention reads 5 % faster.
+    torch's own pinned allocator rounds up to powers of two, which wastes 20 to 30 % of the host for the sizes that
+    matter here. The mapping is private because Linux gives shared memory no huge pages unless told to. With them 4.5
+    GiB are touched and pinned in 0.2 s instead of 1.3 (H200's host), and CPU attention reads 5 % faster.
     """
 
     def __init__(self, num_bytes: int, pinned: bool) -> None:
         self.num_bytes, self.pinned = num_bytes, pinned
         self.mapping = mmap.mmap(-1, max(align(num_bytes), ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Not for a child: writing after a fork would move a page away from where a device or an unbuffered read (open(2), O_DIRECT) puts its data.
+        # Not for a child: writing after a fork would move a page away from where a device or an unbuffered read
+        # (open(2), O_DIRECT) puts its data.
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
             if hasattr(mmap, advice):
                 with contextlib.suppress(OSError):
@@ -75,7 +81,8 @@ class HostArena:
             status = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), len(self.mapping), 0)
             if int(status) != 0:
                 raise DoesNotFitError(
-                    f"pinning {num_bytes / GIB:.2f} GiB of host memory failed (CUDA error {int(status)}); lower --cpu-memory or the CPU shares of --percent"
+                    f"pinning {num_bytes / GIB:.2f} GiB of host memory failed (CUDA error {int(status)}); lower "
+                    "--cpu-memory or the CPU shares of --percent"
                 )
             self.registered = True
             self.finalizer = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.tensor.data_ptr())
@@ -88,7 +95,8 @@ class HostArena:
 
 
 def touch_pages(tensor: Tensor) -> None:
-    """Fault the pages in with many threads before pinning does it with one (a virtual machine grows its memory on first touch)."""
+    """Fault the pages in with many threads before pinning does it with one (a virtual machine grows its memory on
+    first touch)."""
     chunk = 256 << 20
 
     def touch(start: int) -> None:
@@ -118,7 +126,10 @@ class Pool:
 
     def reserve(self, what: str, num_bytes: int) -> None:
         """Account for bytes; raises DoesNotFitError when the budget is short."""
-        needs = [*(MemoryRequirement(name, self.tier, used) for name, used in self.used_bytes.items()), MemoryRequirement(what, self.tier, num_bytes)]
+        needs = [
+            *(MemoryRequirement(name, self.tier, used) for name, used in self.used_bytes.items()),
+            MemoryRequirement(what, self.tier, num_bytes),
+        ]
         check_budgets(needs, {self.tier: self.budget_bytes})
         self.used_bytes[what] = self.used_bytes.get(what, 0) + num_bytes
         self.peak_bytes = max(self.peak_bytes, self.total_used_bytes)

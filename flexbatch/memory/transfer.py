@@ -1,7 +1,8 @@
 """Asynchronous work beside compute: lanes take jobs, handles say when a job's result may be used.
 
-On CUDA a link lane is a stream and a handle is an event; on the CPU, and for the disk and CPU attention, a lane is a set of worker threads
-and a handle is a future. Both kinds are waited on in the same way, so the executor is written once.
+On CUDA a link lane is a stream and a handle is an event; on the CPU, and for the disk and CPU attention, a lane is a
+set of worker threads and a handle is a future. Both kinds are waited on in the same way, so the executor is written
+once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.streams import current_stream
+from flexbatch.kernels.streams import current_stream
 from flexbatch.policy.limits import DISK_THREADS
 from flexbatch.trace import Tracer
 
@@ -29,7 +30,8 @@ class Handle(Protocol):
     """The promise of a finished job."""
 
     def wait(self) -> None:
-        """Order the caller's following work (its CUDA stream, or the calling thread) after the job. Re-raises the job's error."""
+        """Order the caller's following work (its CUDA stream, or the calling thread) after the job. Re-raises the
+        job's error."""
 
     def synchronize(self) -> None:
         """Block the calling thread until the job is done. Re-raises the job's error."""
@@ -62,7 +64,8 @@ class EventHandle:
 
 
 class FutureHandle:
-    """A job on a worker thread. Its result may itself be a handle (a disk read that ends in a copy on a CUDA stream)."""
+    """A job on a worker thread. Its result may itself be a handle (a disk read that ends in a copy on a CUDA
+    stream)."""
 
     def __init__(self, future: Future[Any]) -> None:
         self.future = future
@@ -109,7 +112,8 @@ def together(*handles: Handle) -> Handle:
 
 
 class ThreadQueue:
-    """A worker thread for one resource: jobs run in the order in which they were submitted. ``num_bytes`` counts what they moved."""
+    """A worker thread for one resource: jobs run in the order in which they were submitted. ``num_bytes`` counts
+    what they moved."""
 
     def __init__(self, resource: str, tracer: Tracer, stream: torch.cuda.Stream | None = None) -> None:
         self.resource, self.tracer, self.stream = resource, tracer, stream
@@ -140,8 +144,10 @@ class ThreadQueue:
         """The job holds the tensor itself: nothing to do on a thread."""
 
     def settle(self) -> None:
-        """Wait until the worker and its stream are idle, whatever became of the jobs: their errors are the waiters' on their handles."""
-        # A pool that is closed takes nothing; at the interpreter's end Python waits for the workers, then runs finalizers that close an engine.
+        """Wait until the worker and its stream are idle, whatever became of the jobs: their errors are the waiters'
+        on their handles."""
+        # A pool that is closed takes nothing; at the interpreter's end Python waits for the workers, then runs
+        # finalizers that close an engine.
         try:
             self.pool.submit(lambda: None).result()
         except RuntimeError:
@@ -165,7 +171,8 @@ class StreamQueue:
     def __init__(self, resource: str, tracer: Tracer, device: torch.device) -> None:
         self.resource, self.tracer, self.device = resource, tracer, device
         self.num_bytes = 0
-        # Kernels that read or write host memory need few multiprocessors but must not queue behind a GEMM's thread blocks.
+        # Kernels that read or write host memory need few multiprocessors but must not queue behind a GEMM's thread
+        # blocks.
         self.stream = torch.cuda.Stream(device, priority=-1)
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
@@ -186,7 +193,8 @@ class StreamQueue:
         return EventHandle(event, self.device)
 
     def guard(self, tensor: Tensor) -> None:
-        """Keep the allocator from handing out the memory of ``tensor`` before the jobs submitted so far are done with it."""
+        """Keep the allocator from handing out the memory of ``tensor`` before the jobs submitted so far are done
+        with it."""
         tensor.record_stream(self.stream)
 
     def settle(self) -> None:
@@ -211,7 +219,8 @@ class TransferQueues:
         self.device, self.tracer = device, tracer
         cuda = device.type == "cuda"
         self.h2d: TransferQueue = StreamQueue("h2d", tracer, device) if cuda else ThreadQueue("h2d", tracer)
-        # Pages ride on a stream of their own: the gather kernel and the copy engine share the link and neither waits for the other.
+        # Pages ride on a stream of their own: the gather kernel and the copy engine share the link and neither waits
+        # for the other.
         self.pages: TransferQueue = StreamQueue("h2d", tracer, device) if cuda else ThreadQueue("h2d", tracer)
         # So does what was read ahead from the disk: a copy may wait for a slab, and no page should wait for the copy.
         self.staged: TransferQueue = StreamQueue("h2d", tracer, device) if cuda else ThreadQueue("h2d", tracer)
@@ -232,10 +241,12 @@ class TransferQueues:
         return EventHandle(event, self.device)
 
     def copy_to_device(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows of pinned host memory into ``target`` of the same shape on the compute device, on the current stream and past the copy engine.
+        """Copy rows of pinned host memory into ``target`` of the same shape on the compute device, on the current
+        stream and past the copy engine.
 
-        The engine serves its queue in order, and the next layer's weights stand in it for up to 20 ms. What a tick waits for must not wait behind them: a
-        page table, an attention output, or what has come from the disk. So a kernel reads it.
+        The engine serves its queue in order, and the next layer's weights stand in it for up to 20 ms. What a tick
+        waits for must not wait behind them: a page table, an attention output, or what has come from the disk. So a
+        kernel reads it.
         """
         row_bytes = source[0].numel() * source.element_size() if len(source) else 0
         if self.device.type == "cuda" and row_bytes and row_bytes % ROW_BYTES == 0 and len(source) <= len(self.row_ids):

@@ -13,12 +13,15 @@ from flexbatch.policy.limits import INPUT_BUFFER_BYTES
 
 
 class Uploads:
-    """A pinned buffer in two halves: one is filled for the coming pass while the device may still read the other. On the CPU nothing is copied."""
+    """A pinned buffer in two halves: one is filled for the coming pass while the device may still read the other. On
+    the CPU nothing is copied."""
 
     def __init__(self, host: Pool, queues: TransferQueues) -> None:
         self.queues, self.device, self.host = queues, queues.device, host
         self.copies = self.device.type == "cuda"
-        self.halves = list(host.allocate("inputs", 2 * INPUT_BUFFER_BYTES).view(2, INPUT_BUFFER_BYTES)) if self.copies else []
+        self.halves = (
+            list(host.allocate("inputs", 2 * INPUT_BUFFER_BYTES).view(2, INPUT_BUFFER_BYTES)) if self.copies else []
+        )
         self.read: list[Handle] = [READY, READY]
         self.half, self.cursor = 0, 0
 

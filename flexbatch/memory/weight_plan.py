@@ -17,7 +17,8 @@ from flexbatch.policy.policy import TIERS, Split
 SLAB_ALIGNMENT = 256
 """Bytes. Every tensor in a slab starts at a multiple, which is what vector loads and cuBLAS want."""
 QUANTIZED_ROLES = frozenset({"qkv.weight", "o.weight", "gate_up.weight", "up.weight", "down.weight"})
-"""The matrices of a block. Norms, biases, embedding and head keep the compute dtype: they are under 3 % of a large model and the most sensitive part."""
+"""The matrices of a block. Norms, biases, embedding and head keep the compute dtype: they are under 3 % of a large
+model and the most sensitive part."""
 GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight"})
 """Tables whose rows are gathered where they live; never shipped."""
 
@@ -65,7 +66,8 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """The home of every tensor. ``layers[j]`` are the tensors that layer j fetches or holds; ``gathered`` are tables outside any layer.
+    """The home of every tensor. ``layers[j]`` are the tensors that layer j fetches or holds; ``gathered`` are tables
+    outside any layer.
 
     With tied embeddings the table is a tensor of the head, and its rows are gathered from its home as well.
     """
@@ -91,12 +93,16 @@ class WeightPlan:
     def slab_lengths(self) -> dict[str, tuple[int, ...]]:
         """`layer_bytes` of every layer by tier: every fetch asks, several times a tick."""
         return {
-            tier: tuple(sum(align(tensor.num_bytes, slab_alignment(tier)) for tensor in layer if tensor.tier == tier) for layer in self.layers)
+            tier: tuple(
+                sum(align(tensor.num_bytes, slab_alignment(tier)) for tensor in layer if tensor.tier == tier)
+                for layer in self.layers
+            )
             for tier in TIERS
         }
 
     def streamed_bytes(self, layer: int) -> int:
-        """What crosses the link for one layer of one pass: the disk part comes first in the working slab, then the cpu part."""
+        """What crosses the link for one layer of one pass: the disk part comes first in the working slab, then the
+        cpu part."""
         return self.layer_bytes(layer, "disk") + self.layer_bytes(layer, "cpu")
 
     @cached_property
@@ -105,22 +111,34 @@ class WeightPlan:
         return max(self.streamed_bytes(layer) for layer in range(len(self.layers)))
 
     def dequantization_bytes(self, stage: str) -> int:
-        """Room to expand the quantised tensors of one stage ("pre": before attention, "post": after it) of any layer."""
+        """Room to expand the quantised tensors of one stage ("pre": before attention, "post": after it) of any
+        layer."""
         return max(
-            sum(align(tensor.dense_bytes, SLAB_ALIGNMENT) for tensor in layer if tensor.quantized and stage_of(tensor.spec.role) == stage)
+            sum(
+                align(tensor.dense_bytes, SLAB_ALIGNMENT)
+                for tensor in layer
+                if tensor.quantized and stage_of(tensor.spec.role) == stage
+            )
             for layer in self.layers
         )
 
     def tier_bytes(self, tier: str) -> int:
         """All weight bytes whose home is ``tier``."""
-        outside = sum(align(tensor.num_bytes, slab_alignment(tier)) for tensor in (*self.gathered, *self.resident) if tensor.tier == tier)
+        outside = sum(
+            align(tensor.num_bytes, slab_alignment(tier))
+            for tensor in (*self.gathered, *self.resident)
+            if tensor.tier == tier
+        )
         return outside + sum(self.layer_bytes(layer, tier) for layer in range(len(self.layers)))
 
     @cached_property
     def realized_percent(self) -> dict[str, float]:
         """Per cent of the weight bytes on each tier."""
         total = sum(tensor.num_bytes for tensor in self.all_tensors)
-        return {tier: 100 * sum(tensor.num_bytes for tensor in self.all_tensors if tensor.tier == tier) / total for tier in TIERS}
+        return {
+            tier: 100 * sum(tensor.num_bytes for tensor in self.all_tensors if tensor.tier == tier) / total
+            for tier in TIERS
+        }
 
 
 def slab_alignment(tier: str) -> int:
@@ -132,11 +150,18 @@ def stage_of(role: str) -> str:
 
 
 def plan_weights(
-    arch: Arch, split: Split, bits: int, group: int, element_bytes: int, prequantized: Mapping[str, tuple[int, int]] | None = None, num_slabs: int = 2
+    arch: Arch,
+    split: Split,
+    bits: int,
+    group: int,
+    element_bytes: int,
+    prequantized: Mapping[str, tuple[int, int]] | None = None,
+    num_slabs: int = 2,
 ) -> WeightPlan:
     """Spread all tensors of the model over the tiers by error diffusion.
 
-    ``prequantized`` maps roles of a checkpoint that is quantised already to their (bits, group), which then win over ``bits``.
+    ``prequantized`` maps roles of a checkpoint that is quantised already to their (bits, group), which then win over
+    ``bits``.
     """
     specs = list(weight_specs(arch))
     formats = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs}
@@ -152,11 +177,19 @@ def plan_weights(
         offset = offsets.get((layer, tier), 0)
         offsets[layer, tier] = offset + align(tensor.num_bytes, slab_alignment(tier))
         groups[layer].append(StoredTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
-    resident = tuple(StoredTensor(spec, "gpu", 16, group, element_bytes) for spec in specs if spec.layer < 0 and spec.role not in GATHERED_ROLES)
-    return WeightPlan(arch, split, tuple(tuple(groups[layer]) for layer in range(head + 1)), tuple(groups[-1]), resident, num_slabs)
+    resident = tuple(
+        StoredTensor(spec, "gpu", 16, group, element_bytes)
+        for spec in specs
+        if spec.layer < 0 and spec.role not in GATHERED_ROLES
+    )
+    return WeightPlan(
+        arch, split, tuple(tuple(groups[layer]) for layer in range(head + 1)), tuple(groups[-1]), resident, num_slabs
+    )
 
 
-def tensor_format(spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+def tensor_format(
+    spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, tuple[int, int]]
+) -> tuple[int, int]:
     if spec.role in prequantized:
         return prequantized[spec.role]
     return (bits, group) if spec.role in QUANTIZED_ROLES and len(spec.shape) == 2 else (16, group)

@@ -54,13 +54,18 @@ def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tupl
 
 
 class WeightStore:
-    """Weights over the tiers. One owner per working slab: a layer claims it, fetches into it, computes, and releases it with a handle.
+    """Weights over the tiers. One owner per working slab: a layer claims it, fetches into it, computes, and releases it
+    with a handle.
 
-    ``homes`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once they have their name).
+    ``homes`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once
+    they have their name).
     """
 
-    def __init__(self, plan: WeightPlan, tiers: Tiers, queues: TransferQueues, dtype: torch.dtype, staged: bool | None = None) -> None:
-        """``staged``: whether disk tensors stop over in host memory, as they do on their way to a GPU (None: if there is one)."""
+    def __init__(
+        self, plan: WeightPlan, tiers: Tiers, queues: TransferQueues, dtype: torch.dtype, staged: bool | None = None
+    ) -> None:
+        """``staged``: whether disk tensors stop over in host memory, as they do on their way to a GPU (None: if
+        there is one)."""
         self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
         self.device = queues.device
         self.homes: dict[tuple[int, str], TensorView] = {}
@@ -68,7 +73,9 @@ class WeightStore:
         self.cpu_slabs: dict[int, Tensor] = {}
         self.allocate_homes()
         streamed = plan.slab_bytes
-        self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
+        self.slabs = (
+            [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
+        )
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
         staged = bool(disk_bytes) and (self.device.type == "cuda" if staged is None else staged)
         staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
@@ -80,7 +87,9 @@ class WeightStore:
         self.leases: dict[int, SlabLease] = {}
         self.next_slab = 0
         self.expansion = {
-            stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.dequantization_bytes(stage)) for stage in ("pre", "post") if plan.dequantization_bytes(stage)
+            stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.dequantization_bytes(stage))
+            for stage in ("pre", "post")
+            if plan.dequantization_bytes(stage)
         }
         self.expanded: dict[str, int] = {}
         self.ready: dict[int, dict[str, Tensor]] = {}
@@ -114,7 +123,8 @@ class WeightStore:
     # Fetching
 
     def fetch(self, layer: int, index: int, count: int) -> None:
-        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 claims a slab and starts the disk read."""
+        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 claims a slab
+        and starts the disk read."""
         if not self.plan.streamed_bytes(layer):
             return
         lease = self.leases.get(layer)
@@ -138,7 +148,11 @@ class WeightStore:
         start, end = slices(self.plan.layer_bytes(layer, "cpu"), index, count)
         if end > start:
             target, source = slab[disk_bytes + start : disk_bytes + end], self.cpu_slabs[layer][start:end]
-            lease.handles.append(self.queues.h2d.submit(lambda: target.copy_(source, non_blocking=True), after, f"weights {layer}.{index}", end - start))
+            lease.handles.append(
+                self.queues.h2d.submit(
+                    lambda: target.copy_(source, non_blocking=True), after, f"weights {layer}.{index}", end - start
+                )
+            )
 
     def forward(self, layer: int, lease: SlabLease) -> None:
         """Copy the part of a layer that the disk has from staging to its slab; waits for the disk."""
@@ -155,7 +169,9 @@ class WeightStore:
 
     def lease(self, layer: int) -> SlabLease:
         owners = {lease.slab: owner for owner, lease in self.leases.items()}
-        assert self.next_slab not in owners, f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
+        assert self.next_slab not in owners, (
+            f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
+        )
         lease = self.leases[layer] = SlabLease(self.next_slab)
         self.next_slab = (self.next_slab + 1) % len(self.slabs)
         return lease
@@ -177,7 +193,8 @@ class WeightStore:
     # Using
 
     def weights(self, layer: int, stage: str) -> dict[str, Tensor]:
-        """Role -> tensor of a layer, ready for the compute stream; quantised tensors of ``stage`` are expanded at their first use in a pass."""
+        """Role -> tensor of a layer, ready for the compute stream; quantised tensors of ``stage`` are expanded at
+        their first use in a pass."""
         ready = self.ready.get(layer)
         if ready is None:
             ready = self.ready[layer] = self.collect(layer)
@@ -236,7 +253,8 @@ class WeightStore:
             self.free_after[lease.slab] = done
 
     def gather_rows(self, role: str, row_ids: Tensor, host_ids: Tensor) -> Tensor:
-        """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids, host_ids: [n] int64, there and on the host."""
+        """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids,
+        host_ids: [n] int64, there and on the host."""
         home = self.homes.get((-1, role))
         if home is not None and home.dense is not None:
             table = home.dense
@@ -249,7 +267,9 @@ class WeightStore:
             rows = torch.empty(len(row_ids), table.shape[1], dtype=self.dtype, device=self.device)
             ops.gather_pages(table.view(torch.uint8), row_ids.to(torch.int32), rows.view(torch.uint8))
             return rows
-        stored = next(tensor for tensor in self.plan.all_tensors if tensor.spec.layer == -1 and tensor.spec.role == role)
+        stored = next(
+            tensor for tensor in self.plan.all_tensors if tensor.spec.layer == -1 and tensor.spec.role == role
+        )
         file = self.files[-1, role]
         row_bytes = stored.dense_bytes // stored.spec.shape[0]
         unique, inverse = torch.unique(host_ids, return_inverse=True)
@@ -261,14 +281,21 @@ class WeightStore:
     @property
     def embedding_weights(self) -> dict[str, Tensor]:
         """The resident tensors of the embedding stage (norm, projection)."""
-        return {stored.spec.role: dense for stored in self.plan.resident if (dense := self.homes[-1, stored.spec.role].dense) is not None}
+        return {
+            stored.spec.role: dense
+            for stored in self.plan.resident
+            if (dense := self.homes[-1, stored.spec.role].dense) is not None
+        }
 
     def check(self) -> None:
         """Invariants: no two layers own a slab; streamed weights in use have one; every tensor has exactly one home."""
         owners = [lease.slab for lease in self.leases.values()]
         assert len(owners) == len(set(owners)), self.leases
         assert all(0 <= slab < len(self.slabs) for slab in owners), (owners, len(self.slabs))
-        assert all(layer in self.leases or not self.plan.streamed_bytes(layer) for layer in self.ready), (self.ready.keys(), self.leases.keys())
+        assert all(layer in self.leases or not self.plan.streamed_bytes(layer) for layer in self.ready), (
+            self.ready.keys(),
+            self.leases.keys(),
+        )
         if self.read_ahead is not None:
             self.read_ahead.check()
         for stored in self.plan.all_tensors:
@@ -278,7 +305,8 @@ class WeightStore:
     def drain(self) -> None:
         """Wait for everything that is on its way and forget it (end of a job, or a failed pass).
 
-        The error of a fetch is its user's: here nobody uses it any more, and whoever needs the layer later fetches it again.
+        The error of a fetch is its user's: here nobody uses it any more, and whoever needs the layer later fetches
+        it again.
         """
         self.queues.settle()
         if self.read_ahead is not None:

@@ -14,9 +14,9 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
-    kind: "linear", "dynamic" (NTK), "llama3", "yarn" or "longrope". original_positions: tokens of the trained context that the formula refers to.
-    attention_factor multiplies both tables; None derives it from the factor where the kind has one. short_factor: "longrope" only, one number per
-    rotated pair.
+    kind: "linear", "dynamic" (NTK), "llama3", "yarn" or "longrope". original_positions: tokens of the trained
+    context that the formula refers to. attention_factor multiplies both tables; None derives it from the factor
+    where the kind has one. short_factor: "longrope" only, one number per rotated pair.
     """
 
     kind: str
@@ -37,11 +37,12 @@ class RopeScaling:
 class Arch:
     """A decoder-only transformer. Sizes count elements, lengths count tokens.
 
-    position: "rope" rotates the first ``rotary_dim`` of every head (``rope_interleaved``: neighbours form a pair, else the two halves do);
-    "learned" adds row ``position + position_offset`` of a table; "alibi" adds a slope per head to the scores.
-    parallel_residual: MLP and attention read the same hidden state (``shared_norm``: even the same norm) and are added together.
-    post_norm: norms come after the residual addition. sublayer_norm: the output of attention and of the MLP is normed before it is added.
-    sliding_layers: for every layer whether ``sliding_window`` holds there; empty when it holds everywhere.
+    position: "rope" rotates the first ``rotary_dim`` of every head (``rope_interleaved``: neighbours form a pair,
+    else the two halves do); "learned" adds row ``position + position_offset`` of a table; "alibi" adds a slope per
+    head to the scores. parallel_residual: MLP and attention read the same hidden state (``shared_norm``: even the
+    same norm) and are added together. post_norm: norms come after the residual addition. sublayer_norm: the output
+    of attention and of the MLP is normed before it is added. sliding_layers: for every layer whether
+    ``sliding_window`` holds there; empty when it holds everywhere.
     """
 
     family: str
@@ -98,7 +99,16 @@ class Arch:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size", "max_positions"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+            "max_positions",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -131,7 +141,9 @@ class Arch:
     @property
     def workspace_elements(self) -> int:
         """Intermediate results of one token in a layer, at most: hidden states, projections, MLP."""
-        return workspace_elements(self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size)
+        return workspace_elements(
+            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size
+        )
 
     @property
     def attention_scale(self) -> float:
@@ -148,10 +160,10 @@ class Arch:
     def alibi_slopes(self) -> list[float] | None:
         """Slope of the linear bias of every head, None without ALiBi.
 
-        Powers of one base for the largest power of two of heads; the remaining heads take every other power of the base for twice as many
-        (Press et al. 2022, "Train Short, Test Long", section 3 and its released code). With ``scaled_alibi`` the bias is rounded to
-        bfloat16 in every dtype, by key position, and scaled like the scores: so Falcon was published. Unrounded, logits differ by up to 1.5 at 16 heads and
-        400 tokens.
+        Powers of one base for the largest power of two of heads; the remaining heads take every other power of the
+        base for twice as many (Press et al. 2022, "Train Short, Test Long", section 3 and its released code). With
+        ``scaled_alibi`` the bias is rounded to bfloat16 in every dtype, by key position, and scaled like the scores:
+        so Falcon was published. Unrounded, logits differ by up to 1.5 at 16 heads and 400 tokens.
         """
         if self.position != "alibi":
             return None

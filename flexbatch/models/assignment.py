@@ -27,7 +27,8 @@ NUMBERS = re.compile(r"B?F\d|torch\.b?float")
 
 @dataclass(frozen=True)
 class Assignment:
-    """The source of one canonical tensor, or of a part. stored: one tensor, or the packed ones of a quantised matrix under their suffixes."""
+    """The source of one canonical tensor, or of a part. stored: one tensor, or the packed ones of a quantised matrix
+    under their suffixes."""
 
     stored: dict[str, StoredTensor]
     spec: WeightSpec
@@ -122,11 +123,15 @@ class _Assigner:
         wanted = _source_shape(spec, row)
         if suffix and self.packing is not None:
             try:
-                wanted = self.packing.shapes(*(spec.shape if row.part == "transposed" else wanted))[suffix]  # packed, outputs are rows in every family
+                wanted = self.packing.shapes(*(spec.shape if row.part == "transposed" else wanted))[
+                    suffix
+                ]  # packed, outputs are rows in every family
             except ValueError as error:
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be right: {error}") from error
         if tensor.shape != wanted:
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, wanted {list(wanted)}")
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, wanted {list(wanted)}"
+            )
         if not suffix and not NUMBERS.match(tensor.dtype):
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} holds {tensor.dtype}, wanted floating-point numbers; integers "
@@ -156,13 +161,19 @@ class _Assigner:
             lacking = [part for part in SUFFIXES[:3] if "" not in a.stored and part not in a.stored]
             if lacking:
                 first = next(iter(a.stored.values()))
-                raise CheckpointError(f"{first.file}: {first.name} is there, but the weight files lack {first.name.rpartition('.')[0]}.{lacking[0]}")
+                raise CheckpointError(
+                    f"{first.file}: {first.name} is there, but the weight files lack "
+                    f"{first.name.rpartition('.')[0]}.{lacking[0]}"
+                )
         _check_complete(found, self.specs, self.names, self.folder)
         return list(self.assignments.values())
 
 
 def _check_complete(
-    found: dict[tuple[int, str], set[str]], specs: dict[tuple[int, str], WeightSpec], names: dict[str, tuple[int, Row, str]], folder: Path
+    found: dict[tuple[int, str], set[str]],
+    specs: dict[tuple[int, str], WeightSpec],
+    names: dict[str, tuple[int, Row, str]],
+    folder: Path,
 ) -> None:
     """found: the parts that are there of every canonical tensor."""
     candidates: dict[tuple[int, str], list[tuple[str, Row]]] = {}
@@ -172,7 +183,9 @@ def _check_complete(
     for key, spec in specs.items():
         wanted, parts = {row.part for _, row in candidates[key]}, found.get(key, set())
         if parts != wanted:
-            missing += [f"{name} {list(_source_shape(spec, row))}" for name, row in candidates[key] if row.part not in parts]
+            missing += [
+                f"{name} {list(_source_shape(spec, row))}" for name, row in candidates[key] if row.part not in parts
+            ]
     if missing:
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(f"{folder}: the weight files lack {', '.join(missing[:5])}{rest}")

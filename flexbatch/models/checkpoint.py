@@ -1,4 +1,5 @@
-"""Model folders -> pieces of canonical tensors, streamed; completeness is asserted before the first byte of a weight is read."""
+"""Model folders -> pieces of canonical tensors, streamed; completeness is asserted before the first byte of a weight
+is read."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ __all__ = ["CheckpointError", "Piece", "QuantizedPiece", "load", "prequantized",
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
-    """config.json, with the special tokens of generation_config.json where there is one: `generate` of transformers stops at those."""
+    """config.json, with the special tokens of generation_config.json where there is one: `generate` of transformers
+    stops at those."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist")
@@ -60,7 +62,7 @@ def read_arch(folder: Path | str) -> Arch:
     if two is None:
         return arch
     logger.warning(
-        '%s says tie_word_embeddings, but %s and %s differ: both are used; '
+        "%s says tie_word_embeddings, but %s and %s differ: both are used; "
         'write "tie_word_embeddings": false there to say so',
         Path(folder) / "config.json",
         *(tensor.name for tensor in two),
@@ -88,18 +90,22 @@ def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (
 
 
 @overload
-def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (), *, packed: Literal[True]) -> Iterator[Piece | QuantizedPiece]: ...
+def stream(
+    folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (), *, packed: Literal[True]
+) -> Iterator[Piece | QuantizedPiece]: ...
 
 
-def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (), *, packed: bool = False) -> Iterator[Any]:
-    """Every tensor of the model once, as pieces, in the order of the files; those of the (layer, role) pairs in ``skip`` are not read.
+def stream(
+    folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (), *, packed: bool = False
+) -> Iterator[Any]:
+    """Every tensor of the model once, as pieces, in the order of the files; those of the (layer, role) pairs in
+    ``skip`` are not read.
 
-    The matrices of an AWQ or GPTQ checkpoint come as QuantizedPiece with ``packed``, else expanded to 16 bits, one at a time.
-    Memory: at most 256 MiB of mapped file beside the stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the
-    three. Other tensors are views of the file: copy or drop each before the next.
-    Raises CheckpointError, on the call and not at the first piece, for missing and mis-shaped tensors and damaged
-    files; what the files hold beside the model
-    is left alone, and said.
+    The matrices of an AWQ or GPTQ checkpoint come as QuantizedPiece with ``packed``, else expanded to 16 bits, one
+    at a time. Memory: at most 256 MiB of mapped file beside the stored tensor at hand and, where queries, keys and
+    values are interleaved, a copy of one of the three. Other tensors are views of the file: copy or drop each before
+    the next. Raises CheckpointError, on the call and not at the first piece, for missing and mis-shaped tensors and
+    damaged files; what the files hold beside the model is left alone, and said.
     """
     folder = Path(folder)
     packing = _packing(folder)
@@ -108,19 +114,25 @@ def stream(folder: Path | str, arch: Arch, skip: Collection[tuple[int, str]] = (
 
 
 def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:
-    """(bits, group) of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an ordinary checkpoint. Reads headers only."""
+    """(bits, group) of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an
+    ordinary checkpoint. Reads headers only."""
     folder = Path(folder)
     packing = _packing(folder)
     if packing is None:
         return {}
     formats: dict[str, set[tuple[int, int]]] = {}
     for a in assign(list_tensors(folder), arch, folder, packing):
-        # 16 stands for a matrix that the quantiser left alone; a role with both comes expanded or is quantised by the store.
-        formats.setdefault(a.spec.role, set()).add((16, 0) if "" in a.stored else (BITS, packing.group_of(a.spec.shape[1])))
+        # 16 stands for a matrix that the quantiser left alone; a role with both comes expanded or is quantised by the
+        # store.
+        formats.setdefault(a.spec.role, set()).add(
+            (16, 0) if "" in a.stored else (BITS, packing.group_of(a.spec.shape[1]))
+        )
     return {role: next(iter(found)) for role, found in formats.items() if len(found) == 1 and (16, 0) not in found}
 
 
-def _pieces(assignments: list[Assignment], arch: Arch, packing: Packing | None, packed: bool) -> Iterator[Piece | QuantizedPiece]:
+def _pieces(
+    assignments: list[Assignment], arch: Arch, packing: Packing | None, packed: bool
+) -> Iterator[Piece | QuantizedPiece]:
     tensors = read_tensors(stored for a in assignments for stored in a.stored.values())
     for a in assignments:
         parts = {suffix: next(tensors)[1] for suffix in a.stored}
@@ -130,22 +142,33 @@ def _pieces(assignments: list[Assignment], arch: Arch, packing: Packing | None, 
             del dense
             continue
         assert packing is not None
-        codes, parameters = unpack(packing, parts, f"{a.stored['qweight'].file}: {a.stored['qweight'].name.rpartition('.')[0]}")
+        codes, parameters = unpack(
+            packing, parts, f"{a.stored['qweight'].file}: {a.stored['qweight'].name.rpartition('.')[0]}"
+        )
         dtype = parts["scales"].dtype
         parts.clear()
         for rows, (block, block_parameters) in _blocks(a, arch, codes, parameters):
-            piece = QuantizedPiece(a.spec.layer, a.spec.role, rows, block, block_parameters, BITS, packing.group_of(a.spec.shape[1]))
+            piece = QuantizedPiece(
+                a.spec.layer, a.spec.role, rows, block, block_parameters, BITS, packing.group_of(a.spec.shape[1])
+            )
             yield piece if packed else piece.dense(dtype)
 
 
 def _blocks(assignment: Assignment, arch: Arch, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
-    """The tensors whole, or their queries, keys and values in turn where these are interleaved; with the destination rows."""
+    """The tensors whole, or their queries, keys and values in turn where these are interleaved; with the destination
+    rows."""
     if assignment.row.part not in ("grouped", "codegen"):
         yield assignment.rows, tensors
         return
     ends = list(accumulate(arch.qkv_sections, initial=0))
     for index, (start, end) in enumerate(pairwise(ends)):
-        yield slice(start, end), tuple(_separated(tensor, assignment.row.part, arch)[index].reshape(-1, *tensor.shape[1:]) for tensor in tensors)
+        yield (
+            slice(start, end),
+            tuple(
+                _separated(tensor, assignment.row.part, arch)[index].reshape(-1, *tensor.shape[1:])
+                for tensor in tensors
+            ),
+        )
 
 
 def _separated(tensor: Tensor, layout: str, arch: Arch) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,11 +16,13 @@ POOL_SIZE = 4_000_000
 
 
 def dummy(arch: Arch, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Piece]:
-    """Every tensor of the model in the order of a pass, in pieces of at most 2 million numbers. The same seed gives the same values.
+    """Every tensor of the model in the order of a pass, in pieces of at most 2 million numbers. The same seed gives the
+    same values.
 
-    Matrices are normal with standard deviation 0.02, those that write into the residual stream 0.02 / sqrt(2 x layers) (GPT-2's initialisation);
-    norms are normal around one with 0.1, biases around zero with 0.02. The numbers are not independent over a whole model: drawing 30 billion of them
-    takes many minutes, so pieces are views of one pool of 4 million normal numbers, each from a random place of its own. Copy them, never write to them.
+    Matrices are normal with standard deviation 0.02, those that write into the residual stream 0.02 / sqrt(2 x
+    layers) (GPT-2's initialisation); norms are normal around one with 0.1, biases around zero with 0.02. The numbers
+    are not independent over a whole model: drawing 30 billion of them takes many minutes, so pieces are views of one
+    pool of 4 million normal numbers, each from a random place of its own. Copy them, never write to them.
     """
     normal = torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(seed))
     pools: dict[tuple[float, float], Tensor] = {}

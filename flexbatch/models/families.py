@@ -1,7 +1,8 @@
 """The table of model families: Hugging Face ``model_type`` -> how its config is read and what its tensors are called.
 
-A family is data: a reader that turns config.json into an `Arch`, and rows that map a module's name to a canonical role. A new family is one entry here
-(docs/adding_a_family.md shows a real one); what it computes differently becomes one flag of `Arch`.
+A family is data: a reader that turns config.json into an `Arch`, and rows that map a module's name to a canonical
+role. A new family is one entry here (docs/adding_a_family.md shows a real one); what it computes differently becomes
+one flag of `Arch`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.config_types import KEYS, check_keys
 from flexbatch.validation.errors import CheckpointError
 
-# Buffers that older versions of transformers stored with the weights: frequencies, causal masks. They are computed here.
-BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bias|causal_mask)|attention\.(bias|masked_bias|rotary_emb\.inv_freq))$")
+# Buffers that older versions of transformers stored with the weights: frequencies, causal masks. They are computed
+# here.
+BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bias|causal_mask)|attention\.(bias|masked_bias|rotary_emb\.inv_freq))$"
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """module: name without ``.weight``/``.bias``. role: canonical name likewise. part: which rows of a fused tensor it fills ("q", "k", "v", "gate", "up"),
-    or how the source differs: "grouped" (per KV head its queries, key, value), "codegen" (per quarter of the heads queries, values, keys), "transposed"."""
+    """module: name without ``.weight``/``.bias``. role: canonical name likewise. part: which rows of a fused tensor
+    it fills ("q", "k", "v", "gate", "up"), or how the source differs: "grouped" (per KV head its queries, key,
+    value), "codegen" (per quarter of the heads queries, values, keys), "transposed"."""
 
     module: str
     role: str
@@ -32,8 +37,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Family:
-    """read: config -> Arch. prefixes: what may stand before the names of the base model, longest first. blocks: what stands before a layer's number.
-    defaults: values of transformers' configuration class that files may leave out. skip: further tensors of the files that are not part of the text model."""
+    """read: config -> Arch. prefixes: what may stand before the names of the base model, longest first. blocks: what
+    stands before a layer's number. defaults: values of transformers' configuration class that files may leave out.
+    skip: further tensors of the files that are not part of the text model."""
 
     read: Callable[[dict[str, Any]], Arch]
     prefixes: tuple[str, ...]
@@ -48,7 +54,9 @@ def _rows(*rows: tuple[str, ...]) -> tuple[Row, ...]:
     return tuple(Row(*row) for row in rows)
 
 
-SEPARATE_QKV = _rows(("self_attn.q_proj", "qkv", "q"), ("self_attn.k_proj", "qkv", "k"), ("self_attn.v_proj", "qkv", "v"))
+SEPARATE_QKV = _rows(
+    ("self_attn.q_proj", "qkv", "q"), ("self_attn.k_proj", "qkv", "k"), ("self_attn.v_proj", "qkv", "v")
+)
 GATED_MLP = _rows(("mlp.gate_proj", "gate_up", "gate"), ("mlp.up_proj", "gate_up", "up"), ("mlp.down_proj", "down"))
 FUSED_GATED_MLP = _rows(("mlp.gate_up_proj", "gate_up"), ("mlp.down_proj", "down"))
 OUTPUT = _rows(("self_attn.o_proj", "o"))
@@ -75,14 +83,32 @@ def _special(eos: int | list[int] | None, bos: int | None, **more: Any) -> dict[
     return {"eos_token_id": eos, "bos_token_id": bos, **more}
 
 
-def _llama_family(read: Callable[[dict[str, Any]], Arch], defaults: dict[str, Any], rows: tuple[Row, ...] = LLAMA_ROWS, **changes: Any) -> Family:
-    return Family(read, **{"defaults": defaults, "prefixes": ("model.", ""), "blocks": "layers", "block_rows": rows, "outer_rows": LLAMA_OUTER, **changes})
+def _llama_family(
+    read: Callable[[dict[str, Any]], Arch], defaults: dict[str, Any], rows: tuple[Row, ...] = LLAMA_ROWS, **changes: Any
+) -> Family:
+    return Family(
+        read,
+        **{
+            "defaults": defaults,
+            "prefixes": ("model.", ""),
+            "blocks": "layers",
+            "block_rows": rows,
+            "outer_rows": LLAMA_OUTER,
+            **changes,
+        },
+    )
 
 
 PHI3_DEFAULTS = _special(32000, 1, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
 GLM_DEFAULTS = _special([151329, 151336, 151338], None, head_dim=128, num_key_value_heads=2, rms_norm_eps=1.5625e-7)
 GEMMA_DEFAULTS = _special(1, 2, head_dim=256, tie_word_embeddings=True)
-GEMMA3_DEFAULTS = {**GEMMA_DEFAULTS, "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
+GEMMA3_DEFAULTS = {
+    **GEMMA_DEFAULTS,
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+}
 
 FAMILIES: dict[str, Family] = {
     "opt": Family(
@@ -238,18 +264,22 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """The row of a config. Code that a folder brings along (``auto_map``) is never run: its model must be in the table. Raises CheckpointError."""
+    """The row of a config. Code that a folder brings along (``auto_map``) is never run: its model must be in the
+    table. Raises CheckpointError."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         remote = " The folder brings its own code, which is never executed." if config.get("auto_map") else ""
-        raise CheckpointError(f"config.json: model_type {kind!r} is unknown; known: {', '.join(sorted(FAMILIES))}.{remote}")
+        raise CheckpointError(
+            f"config.json: model_type {kind!r} is unknown; known: {', '.join(sorted(FAMILIES))}.{remote}"
+        )
     return FAMILIES[kind]
 
 
 def read_arch(config: dict[str, Any]) -> Arch:
     """Arch of a Hugging Face config. Raises CheckpointError that names the key for what is missing or not supported.
 
-    A model that also sees images keeps its text model's entries under ``text_config``; what stands beside it (special tokens) counts more.
+    A model that also sees images keeps its text model's entries under ``text_config``; what stands beside it
+    (special tokens) counts more.
     """
     family = family_of(config)
     check_keys(config, KEYS)
@@ -265,10 +295,15 @@ def read_arch(config: dict[str, Any]) -> Arch:
 
 
 def source_names(arch: Arch) -> dict[str, tuple[int, Row, str]]:
-    """Tensor name without prefix -> (layer, row, ``.weight`` or ``.bias``) for everything that the files of this model may hold."""
+    """Tensor name without prefix -> (layer, row, ``.weight`` or ``.bias``) for everything that the files of this
+    model may hold."""
     family = FAMILIES[arch.family]
     stages = {row.role: _stage(row.role, arch.num_layers) for row in family.outer_rows}
-    names = {f"{row.module}{suffix}": (stages[row.role], row, suffix) for row in family.outer_rows for suffix in (".weight", ".bias")}
+    names = {
+        f"{row.module}{suffix}": (stages[row.role], row, suffix)
+        for row in family.outer_rows
+        for suffix in (".weight", ".bias")
+    }
     for layer in range(arch.num_layers):
         for row in family.block_rows:
             for suffix in (".weight", ".bias"):

@@ -1,6 +1,7 @@
 """The decoder as pure functions over a dict role -> tensor, on flat ragged tokens (no batch dimension).
 
-T: tokens, H: hidden size, E: width of the embedding table, D: head size. Attention itself lies between `pre_attention` and `post_attention`.
+T: tokens, H: hidden size, E: width of the embedding table, D: head size. Attention itself lies between
+`pre_attention` and `post_attention`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Weights = Mapping[str, Tensor]
 
 
 def embed(arch: Arch, weights: Weights, embed_rows: Tensor, pos_rows: Tensor | None) -> Tensor:
-    """Hidden state [T, H] of embedding rows [T, E] and, for learned positions, position rows [T, H] (row ``position + arch.position_offset``)."""
+    """Hidden state [T, H] of embedding rows [T, E] and, for learned positions, position rows [T, H] (row ``position
+    + arch.position_offset``)."""
     hidden = embed_rows
     if arch.embed_scale != 1.0:
         # The factor is rounded to the compute dtype first, as the published models were trained.
@@ -34,13 +36,18 @@ def embed(arch: Arch, weights: Weights, embed_rows: Tensor, pos_rows: Tensor | N
     return _norm(arch, weights, "embed_norm", hidden) if arch.embed_norm else hidden
 
 
-def pre_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, positions: Tensor, rope: RopeTables | None) -> tuple[Tensor, Tensor, Tensor]:
+def pre_attention(
+    arch: Arch, layer: int, weights: Weights, hidden: Tensor, positions: Tensor, rope: RopeTables | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query [T, Hq, D], key and value [T, Hkv, D] of ``hidden`` [T, H] at ``positions`` [T]."""
     normed = hidden if arch.post_norm else _norm(arch, weights, "attn_norm", hidden)
     fused = F.linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
     query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
     if arch.qk_norm:
-        query, key = (ops.rms_norm(x, weights[role], arch.norm_eps, offset=arch.norm_offset) for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight")))
+        query, key = (
+            ops.rms_norm(x, weights[role], arch.norm_eps, offset=arch.norm_offset)
+            for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight"))
+        )
     if rope is not None:
         cos, sin = rope.of(arch, layer)
         ops.rotary(query, key, cos, sin, positions, rotary_dim=arch.rotary_dim, interleaved=arch.rope_interleaved)
@@ -48,7 +55,8 @@ def pre_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, posi
 
 
 def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, attention: Tensor) -> Tensor:
-    """Hidden state [T, H] after the block: output projection of ``attention`` [T, Hq, D], residuals and MLP. ``hidden`` is the block's input."""
+    """Hidden state [T, H] after the block: output projection of ``attention`` [T, Hq, D], residuals and MLP.
+    ``hidden`` is the block's input."""
     update = F.linear(attention.flatten(1), weights["o.weight"], weights.get("o.bias"))
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_attn_norm", update)
@@ -67,7 +75,8 @@ def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, att
 
 
 def head(arch: Arch, weights: Weights, hidden: Tensor) -> Tensor:
-    """Logits [N, vocab] float32 of the hidden states [N, H] of the last block. With tied embeddings the caller gives the table as ``head.weight``."""
+    """Logits [N, vocab] float32 of the hidden states [N, H] of the last block. With tied embeddings the caller gives
+    the table as ``head.weight``."""
     if arch.final_norm:
         hidden = _norm(arch, weights, "final_norm", hidden)
     if arch.projects_embedding:
@@ -89,7 +98,9 @@ def _norm(arch: Arch, weights: Weights, name: str, x: Tensor, residual: Tensor |
 
 def _mlp(arch: Arch, weights: Weights, x: Tensor) -> Tensor:
     if arch.mlp == "gated":
-        inner = ops.gated_activation(F.linear(x, weights["gate_up.weight"], weights.get("gate_up.bias")), arch.activation)
+        inner = ops.gated_activation(
+            F.linear(x, weights["gate_up.weight"], weights.get("gate_up.bias")), arch.activation
+        )
     else:
         inner = _activate(arch.activation, F.linear(x, weights["up.weight"], weights.get("up.bias")))
     return F.linear(inner, weights["down.weight"], weights.get("down.bias"))

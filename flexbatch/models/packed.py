@@ -1,10 +1,11 @@
 """AWQ and GPTQ 4-bit checkpoints -> the project's own codes and parameters, without a detour over 16 bits.
 
-Both store int32 words of eight codes, scales per group of inputs and integer zero points: weight[n, k] = scale[g, n] * (code[k, n] - zero[g, n]).
-AWQ ("gemm" layout) packs eight neighbouring outputs into a word, interleaved; GPTQ packs eight neighbouring inputs, and its zero points are stored less
-one, in four bits: 15 stands for 0 (but not in "gptq_v2", which stores them as they are). The project's layout is in
-`kernels.reference.quantize`: two codes a byte along the input dimension, parameters (scale, minimum) per group with
-weight = scale * code + minimum; so minimum = -scale * zero.
+Both store int32 words of eight codes, scales per group of inputs and integer zero points: weight[n, k] = scale[g, n]
+* (code[k, n] - zero[g, n]). AWQ ("gemm" layout) packs eight neighbouring outputs into a word, interleaved; GPTQ
+packs eight neighbouring inputs, and its zero points are stored less one, in four bits: 15 stands for 0 (but not in
+"gptq_v2", which stores them as they are). The project's layout is in `kernels.reference.quantize`: two codes a byte
+along the input dimension, parameters (scale, minimum) per group with weight = scale * code + minimum; so minimum =
+-scale * zero.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ BITS = 4
 
 @dataclass(frozen=True)
 class QuantizedPiece:
-    """Rows of one canonical matrix in 4 bits. codes: [rows, columns / 2] uint8; parameters: [rows, columns / group, 2] float32 (scale, minimum)."""
+    """Rows of one canonical matrix in 4 bits. codes: [rows, columns / 2] uint8; parameters: [rows, columns / group,
+    2] float32 (scale, minimum)."""
 
     layer: int
     role: str
@@ -40,9 +42,12 @@ class QuantizedPiece:
     group: int
 
     def regrouped(self, group: int) -> QuantizedPiece:
-        """The same weights with smaller groups, by repeating parameters. Raises ValueError when ``group`` does not divide this piece's."""
+        """The same weights with smaller groups, by repeating parameters. Raises ValueError when ``group`` does not
+        divide this piece's."""
         if self.group % group:
-            raise ValueError(f"groups of {self.group} inputs cannot be split into groups of {group}; use a divisor of {self.group}")
+            raise ValueError(
+                f"groups of {self.group} inputs cannot be split into groups of {group}; use a divisor of {self.group}"
+            )
         parameters = self.parameters.repeat_interleave(self.group // group, dim=1)
         return QuantizedPiece(self.layer, self.role, self.rows, self.codes, parameters, self.bits, group)
 
@@ -54,7 +59,8 @@ class QuantizedPiece:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a checkpoint is quantised. group: inputs that share a scale, 0: all of a row. zero_offset: what is added to a stored zero point."""
+    """How a checkpoint is quantised. group: inputs that share a scale, 0: all of a row. zero_offset: what is added
+    to a stored zero point."""
 
     method: str
     group: int
@@ -64,12 +70,20 @@ class Packing:
         return self.group or columns
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """What the files must hold for a matrix [rows, columns]. Raises ValueError when the sizes do not fit whole words and groups."""
+        """What the files must hold for a matrix [rows, columns]. Raises ValueError when the sizes do not fit whole
+        words and groups."""
         group = self.group_of(columns)
         if columns % group or rows % 8 or columns % 8:
-            raise ValueError(f"a matrix [{rows}, {columns}] does not divide into words of 8 codes and groups of {group} inputs")
+            raise ValueError(
+                f"a matrix [{rows}, {columns}] does not divide into words of 8 codes and groups of {group} inputs"
+            )
         qweight = (columns, rows // 8) if self.method == "awq" else (columns // 8, rows)
-        return {"qweight": qweight, "qzeros": (columns // group, rows // 8), "scales": (columns // group, rows), "g_idx": (columns,)}
+        return {
+            "qweight": qweight,
+            "qzeros": (columns // group, rows // 8),
+            "scales": (columns // group, rows),
+            "g_idx": (columns,),
+        }
 
 
 FORMATS = {"awq": {"gemm": 0}, "gptq": {"gptq": 1, "gptq_v2": 0}}
@@ -79,7 +93,8 @@ PACKED = {"quant_method": TEXT, **dict.fromkeys(FORMAT_KEYS, TEXT), "pack_dtype"
 
 
 def read_packing(config: Mapping[str, Any]) -> Packing | None:
-    """The ``quantization_config`` of a config.json, None without one. Raises CheckpointError for what is not AWQ or GPTQ with 4 bits."""
+    """The ``quantization_config`` of a config.json, None without one. Raises CheckpointError for what is not AWQ or
+    GPTQ with 4 bits."""
     check_keys(config, {"quantization_config": OBJECT})
     quantization = config.get("quantization_config")
     if not quantization:
@@ -133,7 +148,8 @@ def _agreed(quantization: Mapping[str, Any], names: tuple[str, ...], default: An
 
 
 def unpack(packing: Packing, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns / 2] and parameters [rows, groups, 2] of one stored matrix. Raises CheckpointError for activation order."""
+    """Codes [rows, columns / 2] and parameters [rows, groups, 2] of one stored matrix. Raises CheckpointError for
+    activation order."""
     scales = tensors["scales"].float()
     if packing.method == "awq":
         codes, zeros = (_unpack_outputs(tensors[part], AWQ_ORDER) for part in ("qweight", "qzeros"))
@@ -145,7 +161,8 @@ def unpack(packing: Packing, tensors: Mapping[str, Tensor], name: str) -> tuple[
         group = packing.group_of(columns)
         if not torch.equal(tensors["g_idx"].long(), torch.arange(columns) // group):
             raise CheckpointError(
-                f"{name}.g_idx: inputs are assigned to groups out of order (GPTQ's desc_act), which contiguous groups of {group} cannot hold; "
+                f"{name}.g_idx: inputs are assigned to groups out of order (GPTQ's desc_act), which contiguous "
+                f"groups of {group} cannot hold; "
                 "quantise the model again with desc_act=false"
             )
     minimum = -scales * ((zeros + packing.zero_offset) & 0xF).float()

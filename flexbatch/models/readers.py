@@ -1,4 +1,5 @@
-"""config.json -> Arch for families with RMS norm and a gated MLP; keys that a file leaves out have the defaults of the row in `families`."""
+"""config.json -> Arch for families with RMS norm and a gated MLP; keys that a file leaves out have the defaults of
+the row in `families`."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def mistral(config: Config) -> Arch:
 
 
 def _qwen_windows(config: Config) -> dict[str, Any]:
-    """A window only where ``use_sliding_window`` says so, and then in the layers from ``max_window_layers`` on, or as ``layer_types`` names them."""
+    """A window only where ``use_sliding_window`` says so, and then in the layers from ``max_window_layers`` on, or
+    as ``layer_types`` names them."""
     layers, first = required(config, "num_hidden_layers"), optional(config, "max_window_layers", 28)
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     return read_windows(
@@ -83,7 +85,13 @@ def glm(config: Config) -> Arch:
     rope = read_rope(
         config, config["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5)
     )
-    return _llama_like(config, rope_interleaved=True, qkv_bias=optional(config, "attention_bias", True), sublayer_norm=config["model_type"] == "glm4", **rope)
+    return _llama_like(
+        config,
+        rope_interleaved=True,
+        qkv_bias=optional(config, "attention_bias", True),
+        sublayer_norm=config["model_type"] == "glm4",
+        **rope,
+    )
 
 
 def phi3(config: Config) -> Arch:
@@ -110,9 +118,13 @@ def gemma(config: Config) -> Arch:
     hidden = required(config, "hidden_size")
     # The official files say "gelu" and mean the tanh form; transformers reads them so.
     act = read_activation(
-        {**config, "hidden_act": "gelu_pytorch_tanh"} if config.get("hidden_act") == "gelu" else config, "hidden_act", default="gelu_pytorch_tanh"
+        {**config, "hidden_act": "gelu_pytorch_tanh"} if config.get("hidden_act") == "gelu" else config,
+        "hidden_act",
+        default="gelu_pytorch_tanh",
     )
-    return _llama_like(config, norm_offset=1.0, embed_scale=hidden**0.5, qkv_bias=bias, output_bias=bias, activation=act)
+    return _llama_like(
+        config, norm_offset=1.0, embed_scale=hidden**0.5, qkv_bias=bias, output_bias=bias, activation=act
+    )
 
 
 def _gemma(config: Config, period: int, **changes: Any) -> Arch:
@@ -134,7 +146,12 @@ def _gemma(config: Config, period: int, **changes: Any) -> Arch:
 
 
 def gemma2(config: Config) -> Arch:
-    return _gemma(config, 2, soft_cap=config.get("attn_logit_softcapping", 50.0) or 0.0, final_soft_cap=config.get("final_logit_softcapping", 30.0) or 0.0)
+    return _gemma(
+        config,
+        2,
+        soft_cap=config.get("attn_logit_softcapping", 50.0) or 0.0,
+        final_soft_cap=config.get("final_logit_softcapping", 30.0) or 0.0,
+    )
 
 
 def gemma3(config: Config) -> Arch:

@@ -1,4 +1,5 @@
-"""config.json -> Arch for families with layer norm; keys that a file leaves out have the defaults of the row in `families`."""
+"""config.json -> Arch for families with layer norm; keys that a file leaves out have the defaults of the row in
+`families`."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def bloom(config: Config) -> Arch:
 
 
 def falcon(config: Config) -> Arch:
-    """Its three shapes: multi-query with one norm, grouped heads with two norms, and ALiBi with or without parallel residual."""
+    """Its three shapes: multi-query with one norm, grouped heads with two norms, and ALiBi with or without parallel
+    residual."""
     sizes = read_sizes(config)
     heads, new, parallel = (
         sizes["num_heads"],
@@ -131,13 +133,22 @@ def gpt2(config: Config) -> Arch:
 
 def gpt_bigcode(config: Config) -> Arch:
     heads = 1 if optional(config, "multi_query", True) else read_sizes(config)["num_heads"]
-    return _learned_positions(config, num_kv_heads=heads, activation=read_activation(config, "activation_function", default="gelu_pytorch_tanh"))
+    return _learned_positions(
+        config,
+        num_kv_heads=heads,
+        activation=read_activation(config, "activation_function", default="gelu_pytorch_tanh"),
+    )
 
 
 def gpt_neox(config: Config) -> Arch:
     sizes = read_sizes(config)
     # These two names alone count beside the entry, whatever the others say.
-    rope = read_rope(config, sizes["head_dim"], theta=optional(config, "rotary_emb_base", 10000.0), fraction=optional(config, "rotary_pct", 0.25))
+    rope = read_rope(
+        config,
+        sizes["head_dim"],
+        theta=optional(config, "rotary_emb_base", 10000.0),
+        fraction=optional(config, "rotary_pct", 0.25),
+    )
     bias = optional(config, "attention_bias", True)
     return Arch(
         **sizes,

@@ -19,7 +19,8 @@ SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.mod
 
 
 def resolve(model: str) -> Path:
-    """Folder of ``model``: "demo" or "demo-draft" (bundled), a local folder, or a Hub id (downloaded). Raises CheckpointError that says what is wrong."""
+    """Folder of ``model``: "demo" or "demo-draft" (bundled), a local folder, or a Hub id (downloaded). Raises
+    CheckpointError that says what is wrong."""
     folder = BUNDLED.get(model) or Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -47,7 +48,8 @@ def _download(model: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"model {model!r} is no local folder and cannot be fetched from the Hugging Face Hub: {reason}. "
-            "Give a folder with config.json and the weights, or --model demo, or connect to the network (HF_HOME holds what was downloaded before)"
+            "Give a folder with config.json and the weights, or --model demo, or connect to the network (HF_HOME "
+            "holds what was downloaded before)"
         ) from error
     return folder
 
@@ -72,7 +74,8 @@ def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBas
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{folder} has no tokenizer that can be read (tokenizer.json, tokenizer.model, or vocab.json with merges.txt): {reason}"
+            f"{folder} has no tokenizer that can be read (tokenizer.json, tokenizer.model, or vocab.json with "
+            f"merges.txt): {reason}"
         ) from error
 
 

@@ -15,7 +15,8 @@ BUILT_POSITIONS = 4096
 
 @dataclass(frozen=True)
 class RopeTables:
-    """Cosines and sines [positions, rotary_dim / 2] in the compute dtype; the local pair is for layers with their own base, and the same where none has."""
+    """Cosines and sines [positions, rotary_dim / 2] in the compute dtype; the local pair is for layers with their
+    own base, and the same where none has."""
 
     cos: Tensor
     sin: Tensor
@@ -26,15 +27,19 @@ class RopeTables:
         return (self.local_cos, self.local_sin) if arch.uses_local_rope(layer) else (self.cos, self.sin)
 
 
-def rope_tables(arch: Arch, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, num_positions: int | None = None) -> RopeTables | None:
+def rope_tables(
+    arch: Arch, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, num_positions: int | None = None
+) -> RopeTables | None:
     """Tables for positions 0 .. num_positions - 1 (default: the model's context), None when the model does not rotate.
 
-    Two extensions depend on the sequence in transformers, and are functions of the position here, so that tokens depend neither on chunking nor on
-    the batch:
-    - "dynamic" NTK (the base grows with the sequence) uses the length ``position + 1``. That is what `generate` does for one sequence alone, as long as
-      its prompt fits the trained context: every later token is rotated with the base of the moment and keeps it in the cache. For longer prompts
-      transformers rotates the whole prompt with the base of the prompt's length.
-    - "longrope" uses its short factors; `families` limits such a model to its trained context, where transformers uses them too.
+    Two extensions depend on the sequence in transformers, and are functions of the position here, so that tokens depend
+    neither on chunking nor on the batch:
+    - "dynamic" NTK (the base grows with the sequence) uses the length ``position + 1``. That is what `generate` does
+      for one sequence alone, as long as
+      its prompt fits the trained context: every later token is rotated with the base of the moment and keeps it in the
+      cache. For longer prompts transformers rotates the whole prompt with the base of the prompt's length.
+    - "longrope" uses its short factors; `families` limits such a model to its trained context, where transformers
+      uses them too.
     """
     if arch.position != "rope":
         return None
@@ -90,7 +95,11 @@ def _scaled(scaling: RopeScaling | None, theta: float, dim: int, positions: rang
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         attention_factor = scaling.attention_factor
         if attention_factor is None:
-            attention_factor = 1.0 if scaling.factor <= 1 else math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_positions))
+            attention_factor = (
+                1.0
+                if scaling.factor <= 1
+                else math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_positions))
+            )
         return 1.0 / (factors * theta**exponents), attention_factor
     raise ValueError(f"rope scaling {scaling.kind!r} is unknown; known: linear, dynamic, llama3, yarn, longrope")
 
@@ -98,7 +107,9 @@ def _scaled(scaling: RopeScaling | None, theta: float, dim: int, positions: rang
 def _dynamic(scaling: RopeScaling, theta: float, dim: int, positions: range) -> Tensor:
     """[positions, pairs]: position p has the base of a sequence of p + 1 tokens (bloc97's NTK-aware scaling, dynamic
     variant)."""
-    seen = torch.arange(positions.start + 1, positions.stop + 1, dtype=torch.float32).clamp(min=scaling.original_positions)
+    seen = torch.arange(positions.start + 1, positions.stop + 1, dtype=torch.float32).clamp(
+        min=scaling.original_positions
+    )
     growth = (scaling.factor * seen / scaling.original_positions) - (scaling.factor - 1)
     return _frequencies((theta * growth ** (dim / (dim - 2)))[:, None], dim)
 
@@ -109,7 +120,9 @@ def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
     longest = scaling.original_positions / scaling.low_freq_factor
     shortest = scaling.original_positions / scaling.high_freq_factor
     stretched = torch.where(wavelength > longest, plain / scaling.factor, plain)
-    smooth = (scaling.original_positions / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (scaling.original_positions / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     between = (1 - smooth) * stretched / scaling.factor + smooth * stretched
     return torch.where((wavelength >= shortest) & (wavelength <= longest), between, stretched)
 

@@ -1,4 +1,5 @@
-"""Public model shapes for --dummy-weights: config entries as their authors published them, read by the same family readers as a real folder."""
+"""Public model shapes for --dummy-weights: config entries as their authors published them, read by the same family
+readers as a real folder."""
 
 from __future__ import annotations
 
@@ -11,25 +12,73 @@ from flexbatch.validation.errors import CheckpointError
 
 def _opt(hidden: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]:
     """Zhang et al. 2022, "OPT", table 1."""
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "ffn_dim": 4 * hidden, "word_embed_proj_dim": hidden}
-    return {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048, "eos_token_id": 2, "bos_token_id": 2, **sizes, **changes}
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden,
+        "word_embed_proj_dim": hidden,
+    }
+    return {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 2,
+        "bos_token_id": 2,
+        **sizes,
+        **changes,
+    }
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> dict[str, Any]:
-    """Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models", table 3; Jiang et al. 2023, "Mistral 7B", table 1."""
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    llama2 = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "eos_token_id": 2, "bos_token_id": 1}
+    """Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models", table 3; Jiang et al.
+    2023, "Mistral 7B", table 1."""
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+    llama2 = {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
     return {**llama2, **sizes, **changes}
 
 
 def _falcon(hidden: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]:
     """Almazrouei et al. 2023, "The Falcon series of open language models", table 16."""
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return {"model_type": "falcon", "vocab_size": 65024, "max_position_embeddings": 2048, "eos_token_id": 11, "bos_token_id": 11, **sizes, **changes}
+    return {
+        "model_type": "falcon",
+        "vocab_size": 65024,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 11,
+        "bos_token_id": 11,
+        **sizes,
+        **changes,
+    }
 
 
-LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0, "eos_token_id": 128001, "bos_token_id": 128000}
-LLAMA31_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "eos_token_id": 128001,
+    "bos_token_id": 128000,
+}
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 NEW_FALCON = {"new_decoder_architecture": True, "num_kv_heads": 8}
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -47,8 +96,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-70b": _llama(8192, 28672, 80, 64, 8),
     "llama-3-8b": _llama(4096, 14336, 32, 32, 8, **LLAMA3),
     "llama-3-70b": _llama(8192, 28672, 80, 64, 8, **LLAMA3),
-    "llama-3.1-405b": _llama(16384, 53248, 126, 128, 8, **{**LLAMA3, "max_position_embeddings": 131072, "rope_scaling": LLAMA31_ROPE}),
-    "mistral-7b": _llama(4096, 14336, 32, 32, 8, model_type="mistral", max_position_embeddings=32768, sliding_window=4096),
+    "llama-3.1-405b": _llama(
+        16384, 53248, 126, 128, 8, **{**LLAMA3, "max_position_embeddings": 131072, "rope_scaling": LLAMA31_ROPE}
+    ),
+    "mistral-7b": _llama(
+        4096, 14336, 32, 32, 8, model_type="mistral", max_position_embeddings=32768, sliding_window=4096
+    ),
     "falcon-7b": _falcon(4544, 32, 71),
     "falcon-40b": _falcon(8192, 60, 128, **NEW_FALCON),
     "falcon-180b": _falcon(14848, 80, 232, **NEW_FALCON),
@@ -68,7 +121,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape(name: str) -> Arch:
-    """Arch of a public shape; upper case and an organisation before the name ("facebook/opt-30b") are ignored. Raises CheckpointError with the names."""
+    """Arch of a public shape; upper case and an organisation before the name ("facebook/opt-30b") are ignored.
+    Raises CheckpointError with the names."""
     key = name.lower().rsplit("/", 1)[-1]
     if key not in SHAPES:
         raise CheckpointError(f"no public shape {name!r} for --dummy-weights; known: {', '.join(SHAPES)}")

@@ -49,14 +49,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights. Raises CheckpointError when there are none, or an index names a file that is absent or lies elsewhere."""
+    """The files that hold the weights. Raises CheckpointError when there are none, or an index names a file that is
+    absent or lies elsewhere."""
     found = next((folder / name for name in CANDIDATES if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(CANDIDATES)}")
     if not found.name.endswith(".index.json"):
         return [found]
     weight_map = read_json(found).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise CheckpointError(f"{found} has no weight_map from tensor names to files")
     names = sorted(set(weight_map.values()))
     for name in names:
@@ -64,20 +69,26 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{found} points outside its folder: {name!r}")
         if not (folder / name).is_file():
             tensors = [tensor for tensor, file in weight_map.items() if file == name]
-            raise CheckpointError(f"{folder / name} does not exist; {found.name} expects {len(tensors)} tensors in it, e.g. {tensors[0]}")
+            raise CheckpointError(
+                f"{folder / name} does not exist; {found.name} expects {len(tensors)} tensors in it, e.g. {tensors[0]}"
+            )
     return [folder / name for name in names]
 
 
 def list_tensors(folder: Path) -> list[StoredTensor]:
     """Every stored tensor in the order of the files; reads headers only."""
-    return [tensor for file in weight_files(folder) for tensor in (_list_safetensors(file) if file.suffix == ".safetensors" else _list_bin(file))]
+    return [
+        tensor
+        for file in weight_files(folder)
+        for tensor in (_list_safetensors(file) if file.suffix == ".safetensors" else _list_bin(file))
+    ]
 
 
 def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
     """The tensors themselves, in the given order. They are views of the mapped file: copy or drop each before the next.
 
-    A mapping keeps every page that was touched in the process's resident memory (measured: 1.0 GB for a file of 1.0 GB), so the file is mapped anew
-    after every REMAP_BYTES; opening costs about a millisecond.
+    A mapping keeps every page that was touched in the process's resident memory (measured: 1.0 GB for a file of 1.0
+    GB), so the file is mapped anew after every REMAP_BYTES; opening costs about a millisecond.
     """
     file: Path | None = None
     handle: Any = None
@@ -139,13 +150,15 @@ def _list_safetensors(file: Path) -> list[StoredTensor]:
 
 
 def _open_bin(file: Path) -> dict[str, Tensor]:
-    """weights_only refuses every pickle that would call anything but tensor constructors; mmap keeps the file out of memory."""
+    """weights_only refuses every pickle that would call anything but tensor constructors; mmap keeps the file out of
+    memory."""
     try:
         # The format before PyTorch 1.6 is no zip file and cannot be mapped.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} is refused: it is damaged, or holds more than tensors, and nothing in a checkpoint is executed: {str(error).splitlines()[0]}"
+            f"{file} is refused: it is damaged, or holds more than tensors, and nothing in a checkpoint is "
+            f"executed: {str(error).splitlines()[0]}"
         ) from error
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged or truncated ({file.stat().st_size} bytes): {error}") from error

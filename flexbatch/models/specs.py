@@ -1,4 +1,5 @@
-"""The canonical tensors of an architecture: one stage per layer, roles fused for GEMM speed. Follows from Arch alone."""
+"""The canonical tensors of an architecture: one stage per layer, roles fused for GEMM speed. Follows from Arch
+alone."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from flexbatch.models.arch import Arch
 class WeightSpec:
     """One canonical tensor.
 
-    layer: -1 for the embedding stage, 0 .. num_layers - 1 for blocks, num_layers for the head. shard: the dimension that tensor parallelism divides,
-    None for a copy on every rank. sections: rows of the parts of a fused tensor, each divided by itself (queries, keys, values; gate, up).
+    layer: -1 for the embedding stage, 0 .. num_layers - 1 for blocks, num_layers for the head. shard: the dimension
+    that tensor parallelism divides, None for a copy on every rank. sections: rows of the parts of a fused tensor,
+    each divided by itself (queries, keys, values; gate, up).
     """
 
     layer: int
@@ -40,14 +42,17 @@ class Piece:
 
 
 def weight_specs(arch: Arch) -> list[WeightSpec]:
-    """Every tensor of the model in the order of a pass. With tied embeddings there is no ``head.weight``: the table is the head."""
+    """Every tensor of the model in the order of a pass. With tied embeddings there is no ``head.weight``: the table
+    is the head."""
     specs = _embedding(arch)
     for layer in range(arch.num_layers):
         specs += _block(arch, layer)
     return specs + _head(arch)
 
 
-def _linear(layer: int, name: str, rows: int, columns: int, bias: bool, shard: int, sections: tuple[int, ...] = ()) -> list[WeightSpec]:
+def _linear(
+    layer: int, name: str, rows: int, columns: int, bias: bool, shard: int, sections: tuple[int, ...] = ()
+) -> list[WeightSpec]:
     """A divided input (shard 1) leaves the bias whole: it is added once, after the sum over ranks."""
     specs = [WeightSpec(layer, f"{name}.weight", (rows, columns), shard, sections)]
     return [*specs, WeightSpec(layer, f"{name}.bias", (rows,), 0 if shard == 0 else None, sections)] if bias else specs

@@ -28,13 +28,16 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigurationError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigurationError(f"device {name!r} was asked for, but torch {torch.__version__} finds no CUDA device; use --device cpu")
+            raise ConfigurationError(
+                f"device {name!r} was asked for, but torch {torch.__version__} finds no CUDA device; use --device cpu"
+            )
         device = torch.device("cuda", device.index or 0)
     return device
 
 
 def resolve_dtype(name: str, arch: Arch, device: torch.device) -> torch.dtype:
-    """The compute dtype: on the CPU float32 unless asked otherwise; on a GPU the checkpoint's 16-bit type, bfloat16 for float32 checkpoints."""
+    """The compute dtype: on the CPU float32 unless asked otherwise; on a GPU the checkpoint's 16-bit type, bfloat16
+    for float32 checkpoints."""
     if name != "auto":
         if name not in DTYPES:
             raise ConfigurationError(f"dtype {name!r} is not known; use auto, {', '.join(DTYPES)}")
@@ -45,10 +48,18 @@ def resolve_dtype(name: str, arch: Arch, device: torch.device) -> torch.dtype:
 
 
 def resolve_budgets(config: EngineConfig, device: torch.device, machine: Hardware | None = None) -> dict[str, int]:
-    """Bytes of every tier, of this machine or of a named one. Without a GPU, gpu and cpu tier are the same memory: half of what is available each."""
-    given = {tier: parse_bytes(size) for tier, size in (("gpu", config.gpu_memory), ("cpu", config.cpu_memory)) if size is not None}
+    """Bytes of every tier, of this machine or of a named one. Without a GPU, gpu and cpu tier are the same memory:
+    half of what is available each."""
+    given = {
+        tier: parse_bytes(size)
+        for tier, size in (("gpu", config.gpu_memory), ("cpu", config.cpu_memory))
+        if size is not None
+    }
     if machine is not None:
-        gpu, cpu = machine.gpu_memory_bytes - machine.gpu_reserved_bytes, machine.cpu_memory_bytes - machine.cpu_reserved_bytes
+        gpu, cpu = (
+            machine.gpu_memory_bytes - machine.gpu_reserved_bytes,
+            machine.cpu_memory_bytes - machine.cpu_reserved_bytes,
+        )
         return {"gpu": gpu, "cpu": cpu, "disk": machine.disk_bytes, **given}
     available = host_memory_bytes()
     if device.type == "cuda":
@@ -74,5 +85,3 @@ def default_offload_dir() -> Path:
 def offload_dir(config: EngineConfig) -> Path:
     """The folder of the disk tier, and of what is kept between starts: converted weights and digests."""
     return config.offload_path or default_offload_dir()
-
-

@@ -1,4 +1,5 @@
-"""From model, settings and job to a policy: the optimizer's sizes and rates on one side, the engine's exact sizes on the other."""
+"""From model, settings and job to a policy: the optimizer's sizes and rates on one side, the engine's exact sizes on
+the other."""
 
 from __future__ import annotations
 
@@ -34,15 +35,23 @@ SMALLEST_PREFILL_BUDGET = 32
 ROUNDING = 0.05
 """Share of a budget that whole tensors, sequences and pages may exceed a plan by."""
 KEPT_BLOCK_SHARE = 0.97
-"""Of the predicted throughput: what a block may lose when it is placed again in a little less room. A block of 70 sequences that was kept at any price went to
-disk with 9 % of its cache, and from 250 to 101 tokens a second."""
+"""Of the predicted throughput: what a block may lose when it is placed again in a little less room. A block of 70
+sequences that was kept at any price went to disk with 9 % of its cache, and from 250 to 101 tokens a second."""
 LENGTH_TOLERANCE = 0.25
 """Relative difference of mean lengths from which another job is decided for again."""
 ROUNDS = 12
 """Choices that may follow each other with less room, until the exact sizes fit."""
 ON_GPU, ON_CPU, ON_DISK = Split(1, 0), Split(0, 1), Split(0, 0, 1)
-FALLBACK_PLACEMENTS = ((ON_GPU, ON_GPU), (ON_CPU, ON_GPU), (ON_CPU, ON_CPU), (ON_DISK, ON_GPU), (ON_DISK, ON_CPU), (ON_DISK, ON_DISK))
-"""Placements of weights and cache that are tried with exact sizes when the optimizer, whose sizes are a little larger, finds none."""
+FALLBACK_PLACEMENTS = (
+    (ON_GPU, ON_GPU),
+    (ON_CPU, ON_GPU),
+    (ON_CPU, ON_CPU),
+    (ON_DISK, ON_GPU),
+    (ON_DISK, ON_CPU),
+    (ON_DISK, ON_DISK),
+)
+"""Placements of weights and cache that are tried with exact sizes when the optimizer, whose sizes are a little
+larger, finds none."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,14 @@ class Problem:
     def settled(self) -> bool:
         """Whether the user left nothing to choose."""
         config = self.config
-        sizes = (config.percent, config.gpu_batch_size, config.num_gpu_batches, config.cpu_attention, config.prefill_chunk, config.prefill_budget)
+        sizes = (
+            config.percent,
+            config.gpu_batch_size,
+            config.num_gpu_batches,
+            config.cpu_attention,
+            config.prefill_chunk,
+            config.prefill_budget,
+        )
         return None not in sizes and not config.allow_bits
 
 
@@ -95,18 +111,28 @@ Needs = Callable[[Policy], list[MemoryRequirement]]
 """The engine's exact needs under a policy."""
 
 
-def model_shape(name: str, arch: Arch, element_bytes: int, bits: int = 16, prequantized: Mapping[str, tuple[int, int]] | None = None) -> ModelShape:
+def model_shape(
+    name: str, arch: Arch, element_bytes: int, bits: int = 16, prequantized: Mapping[str, tuple[int, int]] | None = None
+) -> ModelShape:
     """The sizes of all tensors in placement order. Of tied embeddings the table belongs to the head, which ships it.
 
-    ``prequantized`` roles of a checkpoint keep their own (bits, group), and with them every matrix beside them is stored at ``bits`` already.
+    ``prequantized`` roles of a checkpoint keep their own (bits, group), and with them every matrix beside them is
+    stored at ``bits`` already.
     """
     specs = list(weight_specs(arch))
     block = [spec for spec in specs if spec.layer == 0]
     group = weight_group(arch.hidden_size)
-    stored = [StoredTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes for spec in block]
+    stored = [
+        StoredTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
+        for spec in block
+    ]
 
     def elements(layers: Iterable[int]) -> tuple[int, ...]:
-        return tuple(math.prod(spec.shape) for spec in specs if spec.layer in layers and not (spec.role == "embed.weight" and arch.tie_word_embeddings))
+        return tuple(
+            math.prod(spec.shape)
+            for spec in specs
+            if spec.layer in layers and not (spec.role == "embed.weight" and arch.tie_word_embeddings)
+        )
 
     table = tuple(math.prod(spec.shape) for spec in specs if spec.role == "embed.weight" and arch.tie_word_embeddings)
     return ModelShape(
@@ -130,7 +156,9 @@ def model_shape(name: str, arch: Arch, element_bytes: int, bits: int = 16, prequ
 def workload_of(job: Job) -> Workload:
     """Lengths as the cost model counts them: the last generated token needs no row of the cache."""
     outputs = [cache - prompt + 1 for cache, prompt in zip(job.cache_tokens, job.prompt_tokens, strict=True)]
-    return Workload.from_lengths([max(1, prompt) for prompt in job.prompt_tokens], [max(1, output) for output in outputs])
+    return Workload.from_lengths(
+        [max(1, prompt) for prompt in job.prompt_tokens], [max(1, output) for output in outputs]
+    )
 
 
 def constraints_of(problem: Problem, room: dict[str, int], block: tuple[int, int] | None = None) -> Constraints:
@@ -161,13 +189,18 @@ def constraints_of(problem: Problem, room: dict[str, int], block: tuple[int, int
     )
 
 
-def baseline_policy(problem: Problem, placement: tuple[Split, Split] = (ON_GPU, ON_GPU), most_sequences: int = WHOLE_BLOCK) -> Policy:
-    """The user's settings; where they say nothing, ``placement`` of weights and cache, one micro-batch and the block as large as the job."""
+def baseline_policy(
+    problem: Problem, placement: tuple[Split, Split] = (ON_GPU, ON_GPU), most_sequences: int = WHOLE_BLOCK
+) -> Policy:
+    """The user's settings; where they say nothing, ``placement`` of weights and cache, one micro-batch and the block
+    as large as the job."""
     config, job, percent = problem.config, problem.job, problem.percent
     weights, cache = placement
     activations = ON_GPU
     if config.percent is not None:
-        weights, cache, activations = (Split.from_percent(config.percent[2 * kind], config.percent[2 * kind + 1]) for kind in range(3))
+        weights, cache, activations = (
+            Split.from_percent(config.percent[2 * kind], config.percent[2 * kind + 1]) for kind in range(3)
+        )
     if problem.loaded is not None:
         weights = problem.loaded.weights
     assert percent is None or len(percent) == 6
@@ -183,7 +216,8 @@ def baseline_policy(problem: Problem, placement: tuple[Split, Split] = (ON_GPU, 
         weight_bits=max(constraints.weight_bits),
         cache_bits=max(constraints.cache_bits),
         cpu_attention=config.cpu_attention or 0.0,
-        prefill_chunk=config.prefill_chunk or min(MAX_PREFILL_CHUNK, -(-max(job.prompt_tokens) // PAGE_TOKENS) * PAGE_TOKENS),
+        prefill_chunk=config.prefill_chunk
+        or min(MAX_PREFILL_CHUNK, -(-max(job.prompt_tokens) // PAGE_TOKENS) * PAGE_TOKENS),
         overlap=config.overlap,
         prefill_budget=config.prefill_budget or 0,
     )
@@ -194,14 +228,19 @@ def overshoot(rows: Iterable[MemoryRequirement], budgets: dict[str, int], share:
     totals = dict.fromkeys(budgets, 0)
     for row in rows:
         totals[row.tier] += row.num_bytes
-    return {tier: math.ceil(total - share * budgets[tier]) for tier, total in totals.items() if total > share * budgets[tier]}
+    return {
+        tier: math.ceil(total - share * budgets[tier])
+        for tier, total in totals.items()
+        if total > share * budgets[tier]
+    }
 
 
 def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Needs) -> Choice:
     """The policy of the user's settings, the rest of it chosen; it fits by the engine's exact ``needs``.
 
-    ``hardware`` is called only when something has to be weighed. A job far below all budgets is not searched for: everything is where the user wants it, or
-    on the gpu tier. Raises DoesNotFitError with a table of what is missing.
+    ``hardware`` is called only when something has to be weighed. A job far below all budgets is not searched for:
+    everything is where the user wants it, or on the gpu tier. Raises DoesNotFitError with a table of what is
+    missing.
     """
     plain = baseline_policy(problem)
     if not overshoot(needs(plain), problem.budgets, SMALL):
@@ -220,7 +259,10 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Nee
     if not found:
         if problem.config.percent is not None:
             smallest = baseline_policy(problem, most_sequences=1)
-            check_budgets(needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or SMALLEST_PREFILL_BUDGET)), problem.budgets)
+            check_budgets(
+                needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or SMALLEST_PREFILL_BUDGET)),
+                problem.budgets,
+            )
         raise DoesNotFitError(str(refusal)) from refusal
     return max(found, key=predicted)
 
@@ -247,14 +289,19 @@ def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
         if not exceeded:
             # A block that was kept while rounding was mended may have lost more than another one would.
             return found if block is None else faster(found, problem, hardware, needs, room)
-        # Rounding is mended within the block; what is missing by more calls for another block, and so does rounding that cannot be mended.
+        # Rounding is mended within the block; what is missing by more calls for another block, and so does rounding
+        # that cannot be mended.
         small = all(size <= ROUNDING * problem.budgets[tier] for tier, size in exceeded.items())
         block = (policy.gpu_batch_size, policy.num_gpu_batches) if small and left > ROUNDS // 2 else None
-        # The same policy again: the optimizer still counts on bytes that the exact sizes do not leave, and more has to go than what is missing.
+        # The same policy again: the optimizer still counts on bytes that the exact sizes do not leave, and more has to
+        # go than what is missing.
         last, cut = policy, 2 * cut if policy == last else 1
         for tier, size in exceeded.items():
             room[tier] = max(1, room[tier] - cut * (size + size // 20) - PAGE_TOKENS)
-    raise DoesNotFit(f"{shape.name}: no policy was found in {ROUNDS} rounds whose exact sizes fit the budgets; give any tier one layer's weights more")
+    raise DoesNotFit(
+        f"{shape.name}: no policy was found in {ROUNDS} rounds whose exact sizes fit the budgets; give any tier one "
+        "layer's weights more"
+    )
 
 
 def choice_of(plan: Plan, problem: Problem, hardware: Hardware) -> Choice:
@@ -281,18 +328,24 @@ def faster(found: Choice, problem: Problem, hardware: Hardware, needs: Needs, ro
 
 
 def differs(problem: Problem, policy: Policy, job: Job) -> bool:
-    """Whether the sizes of a block that were chosen for the problem's job are wrong for another: lengths unlike, or more requests than the block was cut to."""
+    """Whether the sizes of a block that were chosen for the problem's job are wrong for another: lengths unlike, or
+    more requests than the block was cut to."""
     planned, config = problem.job, problem.config
     if None not in (config.gpu_batch_size, config.num_gpu_batches) or job == planned:
         return False
-    if job.num_requests > planned.num_requests and policy.block_size >= planned.num_requests and policy.block_size < min(job.num_requests, WHOLE_BLOCK):
+    if (
+        job.num_requests > planned.num_requests
+        and policy.block_size >= planned.num_requests
+        and policy.block_size < min(job.num_requests, WHOLE_BLOCK)
+    ):
         return True
     mean, expected = (sum(each.cache_tokens) / each.num_requests for each in (job, planned))
     return policy.block_size < job.num_requests and abs(mean / expected - 1) > LENGTH_TOLERANCE
 
 
 def executable(problem: Problem, policy: Policy) -> Policy:
-    """The policy as the engine runs it: loaded weights stay in their homes, and whole prompts are a budget where they exceed the engine's own."""
+    """The policy as the engine runs it: loaded weights stay in their homes, and whole prompts are a budget where
+    they exceed the engine's own."""
     if problem.loaded is not None:
         policy = dataclasses.replace(policy, weights=problem.loaded.weights)
     if not policy.prefill_budget and policy.prompt_tokens_per_micro_batch > MAX_MICRO_BATCH_TOKENS:
@@ -302,7 +355,8 @@ def executable(problem: Problem, policy: Policy) -> Policy:
 
 
 def fallbacks(problem: Problem, needs: Needs) -> Iterator[Policy]:
-    """Simple placements that fit, each with its largest block, and with few prompt tokens a pass where more do not fit."""
+    """Simple placements that fit, each with its largest block, and with few prompt tokens a pass where more do not
+    fit."""
     for placement in FALLBACK_PLACEMENTS[: 1 if problem.config.percent is not None else None]:
         for policy in ladder(problem, placement):
             if not overshoot(needs(policy), problem.budgets):
@@ -328,7 +382,12 @@ def without_reserves(hardware: Hardware) -> Hardware:
 def priced(problem: Problem, hardware: Hardware, policy: Policy) -> Plan:
     """What a policy costs for the problem's job within its budgets."""
     budgets = problem.budgets
-    return price(problem.shape, hardware.with_memory(budgets["gpu"], budgets["cpu"], budgets["disk"]), workload_of(problem.job), policy)
+    return price(
+        problem.shape,
+        hardware.with_memory(budgets["gpu"], budgets["cpu"], budgets["disk"]),
+        workload_of(problem.job),
+        policy,
+    )
 
 
 def with_search(plan: Plan, searched_plan: Plan) -> Plan:

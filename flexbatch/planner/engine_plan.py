@@ -1,4 +1,5 @@
-"""What is decided before any weight is loaded, and again for jobs that are not like the last: model, device, budgets, policy, homes of the weights."""
+"""What is decided before any weight is loaded, and again for jobs that are not like the last: model, device,
+budgets, policy, homes of the weights."""
 
 from __future__ import annotations
 
@@ -33,10 +34,11 @@ logger = logging.getLogger("flexbatch")
 
 
 class EnginePlan:
-    """The decisions of one engine. ``policy`` and ``plan`` follow the jobs; the weights stay where the first policy put them.
+    """The decisions of one engine. ``policy`` and ``plan`` follow the jobs; the weights stay where the first policy put
+    them.
 
-    With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it is described.
-    Raises DoesNotFitError when the job, or without one the smallest request, does not fit the budgets.
+    With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it
+    is described. Raises DoesNotFitError when the job, or without one the smallest request, does not fit the budgets.
     """
 
     def __init__(self, config: EngineConfig, job: Job | None = None, dry: bool = False) -> None:
@@ -49,10 +51,14 @@ class EnginePlan:
         self.budgets = budgets.resolve_budgets(config, self.device, named if elsewhere else None)
         self._hardware = named
         self.profile_path = (
-            machine.profile_path(config.hardware, self.device, self.offload_dir, machine.default_profile_dir()) if config.recalibrate else None
+            machine.profile_path(config.hardware, self.device, self.offload_dir, machine.default_profile_dir())
+            if config.recalibrate
+            else None
         )
         self.layout = block_sizes.cache_layout(self.arch, config.cache_bits, self.dtype)
-        self.encoder = PromptEncoder(self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size)
+        self.encoder = PromptEncoder(
+            self.tokenizer, max_context=self.arch.max_positions, vocab_size=self.arch.vocab_size
+        )
         self.speculation = plan_speculation(config, self.arch, self.tokenizer, self.layout)
         self._packed = {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
         self._shortest_refused = sys.maxsize
@@ -60,7 +66,8 @@ class EnginePlan:
         self._num_slabs: int | None = None
         """Working slabs of the loaded weights."""
         typical = Job.typical(self.arch.max_positions)
-        # The jobs to come may be smaller than a typical one: the smallest request has to fit, and each job is asked again.
+        # The jobs to come may be smaller than a typical one: the smallest request has to fit, and each job is asked
+        # again.
         jobs = [typical, typical.first(1), Job((1,), (1,))] if job is None else [job]
         for expected in jobs:
             try:
@@ -94,7 +101,9 @@ class EnginePlan:
     def hardware(self) -> Hardware:
         """The machine that plans are made for; measured at first use."""
         if self._hardware is None:
-            self._hardware = machine.this_machine(self.device, self.offload_dir, machine.default_profile_dir(), measure=not self.dry)
+            self._hardware = machine.this_machine(
+                self.device, self.offload_dir, machine.default_profile_dir(), measure=not self.dry
+            )
         return self._hardware
 
     def recalibrate(self, hardware: Hardware) -> None:
@@ -113,10 +122,16 @@ class EnginePlan:
         self.layout = block_sizes.cache_layout(self.arch, self.policy.cache_bits, self.dtype)
         if self.plan is not None:
             predicted = self.plan.predicted_tokens_per_second
-            logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(self.policy), predicted, self.plan.limiting_resource)
+            logger.info(
+                "chose %s: %.4g tok/s predicted, limited by %s",
+                described(self.policy),
+                predicted,
+                self.plan.limiting_resource,
+            )
 
     def suit(self, job: Job) -> None:
-        """Decide again for a job that is not like the one that the policy was chosen for; the weights stay where they are."""
+        """Decide again for a job that is not like the one that the policy was chosen for; the weights stay where
+        they are."""
         fits = not overshoot(self.needs(self.sizes(job)), self.budgets)
         if fits and not differs(self.problem, self.policy, job):
             return
@@ -129,7 +144,8 @@ class EnginePlan:
                 raise
 
     def exceeded(self, job: Job) -> dict[str, int]:
-        """Bytes by tier that a block for a job needs beyond the budgets; none where another policy, around the loaded weights, would hold it."""
+        """Bytes by tier that a block for a job needs beyond the budgets; none where another policy, around the
+        loaded weights, would hold it."""
         exceeded = overshoot(self.needs(self.sizes(job)), self.budgets)
         if not exceeded or self.problem.settled or job.longest >= self._shortest_refused:
             return exceeded
@@ -145,17 +161,23 @@ class EnginePlan:
 
     def sizes(self, job: Job) -> BlockSizes:
         """Of a block for a job under the decided policy."""
-        return block_sizes.block_sizes(self.policy, self.layout, job, self.speculation.max_nodes if self.speculation else 0)
+        return block_sizes.block_sizes(
+            self.policy, self.layout, job, self.speculation.max_nodes if self.speculation else 0
+        )
 
     def needs(self, sizes: BlockSizes) -> list[MemoryRequirement]:
         """Bytes by tier and purpose of the loaded weights and a block of these sizes."""
         rows = self._needs(self.weight_plan, self.policy, sizes)
-        return rows + requirements.graph_needs(self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.device.type == "cuda")
+        return rows + requirements.graph_needs(
+            self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.device.type == "cuda"
+        )
 
     def num_graphs(self, sizes: BlockSizes) -> int:
         """CUDA graphs that are kept beside a block of these sizes."""
         rows = self._needs(self.weight_plan, self.policy, sizes)
-        return requirements.num_graphs(self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.device.type == "cuda")
+        return requirements.num_graphs(
+            self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.device.type == "cuda"
+        )
 
     def requirements_of(self, policy: Policy, job: Job) -> list[MemoryRequirement]:
         """Exact needs of a job under any policy."""
@@ -166,12 +188,25 @@ class EnginePlan:
     def _needs(self, weight_plan: WeightPlan, policy: Policy, sizes: BlockSizes) -> list[MemoryRequirement]:
         layout = block_sizes.cache_layout(self.arch, policy.cache_bits, self.dtype)
         drafts = self.speculation.needs(sizes.sequence_tokens, self.device.type == "cuda") if self.speculation else []
-        return requirements.needs(weight_plan, policy, layout, sizes, self.dtype, self.device.type == "cuda", torch.get_num_threads()) + drafts
+        return (
+            requirements.needs(
+                weight_plan, policy, layout, sizes, self.dtype, self.device.type == "cuda", torch.get_num_threads()
+            )
+            + drafts
+        )
 
     def _weight_plan(self, policy: Policy) -> WeightPlan:
         bits = self.config.weight_bits if self._packed else policy.weight_bits
         slabs = self._num_slabs or policy.num_weight_slabs
-        return plan_weights(self.arch, policy.weights, bits, weight_group(self.arch.hidden_size), self.dtype.itemsize, self._packed, slabs)
+        return plan_weights(
+            self.arch,
+            policy.weights,
+            bits,
+            weight_group(self.arch.hidden_size),
+            self.dtype.itemsize,
+            self._packed,
+            slabs,
+        )
 
     # Told to the user
 
@@ -201,4 +236,7 @@ class EnginePlan:
 
 def described(policy: Policy) -> str:
     percent = " ".join(f"{share:.4g}" for share in policy.percent)
-    return f"--percent {percent}, {policy.num_gpu_batches} micro-batches of {policy.gpu_batch_size}, {policy.cpu_attention:.0%} CPU attention"
+    return (
+        f"--percent {percent}, {policy.num_gpu_batches} micro-batches of {policy.gpu_batch_size}, "
+        f"{policy.cpu_attention:.0%} CPU attention"
+    )

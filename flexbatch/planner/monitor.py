@@ -1,4 +1,5 @@
-"""A run beside its plan: what every pass should have taken and did take, per resource, and when that calls for other settings."""
+"""A run beside its plan: what every pass should have taken and did take, per resource, and when that calls for other
+settings."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from flexbatch.policy.plan import Plan
 from flexbatch.policy.replan import TOLERANCE, Replan, recalibrate, replan
 from flexbatch.trace import DeviceSpan, RecordingTracer, Span, Tracer, Use, covered
 
-RESOURCE_OF_SPAN = {name: name for name in ("h2d", "d2h", "disk_read", "disk_write", "cpu_attention")} | {"compute": "gpu_compute"}
+RESOURCE_OF_SPAN = {name: name for name in ("h2d", "d2h", "disk_read", "disk_write", "cpu_attention")} | {
+    "compute": "gpu_compute"
+}
 MEASURED = tuple(RESOURCE_OF_SPAN.values())
 """Resources that spans exist for; the memories are used by these."""
 WINDOW = 8
@@ -36,8 +39,8 @@ TIMED_FIRST, TIMED_EVERY = 16, 4
 class UsageTracer(RecordingTracer):
     """A tracer that keeps sums and no timeline: memory stays the same however long the run is.
 
-    It times the first passes and then one of a few, at random, which counts as that many: two events a span and reading them took 5 to 6 ms of a pass of
-    200 on an H200's host.
+    It times the first passes and then one of a few, at random, which counts as that many: two events a span and
+    reading them took 5 to 6 ms of a pass of 200 on an H200's host.
     """
 
     def __init__(self, device: torch.device | None = None, **stand_ins: Any) -> None:
@@ -102,14 +105,19 @@ def by_resource(spans: Iterable[Span]) -> dict[str, list[Span]]:
 
 
 class BusySeconds:
-    """Busy seconds of every resource since the last call that gave any, from a tracer that is on; None after a pass that was not timed."""
+    """Busy seconds of every resource since the last call that gave any, from a tracer that is on; None after a pass
+    that was not timed."""
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer, self.seen = tracer, 0
         self.take()
 
     def __call__(self) -> dict[str, float] | None:
-        return {RESOURCE_OF_SPAN[name]: seconds for name, seconds in self.take().items() if name in RESOURCE_OF_SPAN} if self.tracer.on else None
+        return (
+            {RESOURCE_OF_SPAN[name]: seconds for name, seconds in self.take().items() if name in RESOURCE_OF_SPAN}
+            if self.tracer.on
+            else None
+        )
 
     def take(self) -> dict[str, float]:
         """By the tracer's names."""
@@ -124,7 +132,8 @@ class BusySeconds:
 
 
 class PassMeter:
-    """Measures passes against a plan. ``busy()`` gives the busy seconds of a pass by resource, None for one that was not timed."""
+    """Measures passes against a plan. ``busy()`` gives the busy seconds of a pass by resource, None for one that was
+    not timed."""
 
     def __init__(self, plan: Plan, busy: Any) -> None:
         self.plan, self.busy = plan, busy
@@ -134,7 +143,9 @@ class PassMeter:
         self.work = dict.fromkeys(MEASURED, 0.0)
         """Bytes (FLOPs of gpu_compute) of the passes that ``measured`` counts."""
         self.seen = {"decode": 0, "mixed": 0}
-        self.windows: dict[str, deque[tuple[PassLoad, float, dict[str, float] | None]]] = {kind: deque() for kind in self.seen}
+        self.windows: dict[str, deque[tuple[PassLoad, float, dict[str, float] | None]]] = {
+            kind: deque() for kind in self.seen
+        }
         self.accepted = dict.fromkeys(self.seen, 1.0)
         """Measured over predicted seconds of each kind of pass, as of the last judgement that changed something."""
 
@@ -151,7 +162,8 @@ class PassMeter:
         return prompts + PassLoad(decoding, context)
 
     def record(self, load: PassLoad, seconds: float) -> Replan | None:
-        """Count a pass; other settings when the last passes of its kind are further from the plan than the tolerance."""
+        """Count a pass; other settings when the last passes of its kind are further from the plan than the
+        tolerance."""
         busy = self.busy()
         kind = "mixed" if load.prompt_tokens else "decode"
         self.seen[kind] += 1
@@ -188,7 +200,9 @@ class PassMeter:
         predicted_seconds = float(np.sum(model.pass_seconds(self.point)))
         timed = np.array([each is not None for each in busy])
         resources = {name: value for name, value in model.resource_seconds(self.point).items() if name in RESOURCES}
-        predicted = {name: float(np.sum(np.broadcast_to(value, len(loads)), where=timed)) for name, value in resources.items()}
+        predicted = {
+            name: float(np.sum(np.broadcast_to(value, len(loads)), where=timed)) for name, value in resources.items()
+        }
         measured = {name: sum(each.get(name, 0.0) for each in busy if each is not None) for name in MEASURED}
         work = model.resource_work(self.point)
         self.passes += len(loads)

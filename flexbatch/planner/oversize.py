@@ -1,4 +1,5 @@
-"""Streams whose requests outgrow the block: a job is sized by the requests that were seen, and what comes later may be longer."""
+"""Streams whose requests outgrow the block: a job is sized by the requests that were seen, and what comes later may
+be longer."""
 
 from __future__ import annotations
 
@@ -18,13 +19,19 @@ Exceeded = Callable[[Job], dict[str, int]]
 
 
 def job_of(candidates: Sequence[Candidate]) -> Job:
-    return Job(tuple(candidate.num_cache_tokens for candidate in candidates), tuple(candidate.num_prompt_tokens for candidate in candidates))
+    return Job(
+        tuple(candidate.num_cache_tokens for candidate in candidates),
+        tuple(candidate.num_prompt_tokens for candidate in candidates),
+    )
 
 
 def holdable(job: Job, exceeded: Exceeded) -> Job:
-    """The job without the requests for which even a block of their own exceeds the budgets; it is for the others that a block is made."""
+    """The job without the requests for which even a block of their own exceeds the budgets; it is for the others
+    that a block is made."""
     job = job.longest_first()
-    first = bisect.bisect_left(range(job.num_requests), True, key=lambda i: not exceeded(Job((job.cache_tokens[i],), (job.prompt_tokens[i],))))
+    first = bisect.bisect_left(
+        range(job.num_requests), True, key=lambda i: not exceeded(Job((job.cache_tokens[i],), (job.prompt_tokens[i],)))
+    )
     return Job(job.cache_tokens[first:], job.prompt_tokens[first:]) if first < job.num_requests else Job((1,), (1,))
 
 
@@ -35,7 +42,8 @@ def look_ahead(candidates: Iterator[Candidate], count: int) -> tuple[Job, Iterat
 
 
 def prepared(prepare: Callable[[Job], T], job: Job) -> T:
-    """``prepare`` for as many of the longest requests of a job as the budgets hold. Raises DoesNotFitError when the longest alone does not fit."""
+    """``prepare`` for as many of the longest requests of a job as the budgets hold. Raises DoesNotFitError when the
+    longest alone does not fit."""
     count, job = job.num_requests, job.longest_first()
     while True:
         try:
@@ -47,12 +55,17 @@ def prepared(prepare: Callable[[Job], T], job: Job) -> T:
 
 
 def refusal(candidate: Candidate, exceeded: Exceeded, budgets: dict[str, int]) -> str:
-    """Why no block within the budgets (bytes by tier) holds a request; empty where one does, if with nothing else in it."""
+    """Why no block within the budgets (bytes by tier) holds a request; empty where one does, if with nothing else in
+    it."""
     missing = exceeded(job_of([candidate]))
     if not missing:
         return ""
-    short = ", ".join(f"{size_text(size)} more on the {tier} tier than its budget of {size_text(budgets[tier])}" for tier, size in missing.items())
+    short = ", ".join(
+        f"{size_text(size)} more on the {tier} tier than its budget of {size_text(budgets[tier])}"
+        for tier, size in missing.items()
+    )
     return (
-        f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need {short}, in a block of their own. "
+        f"{candidate.num_prompt_tokens} prompt and up to {candidate.output.max_tokens} generated tokens need "
+        f"{short}, in a block of their own. "
         "Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
     )

@@ -50,7 +50,8 @@ class Statistics:
 
 
 def against_baseline(fast: Statistics, plain: Statistics) -> dict[str, Any]:
-    """Speculation against the plain runs of the same jobs in the same engine (--compare-plain); empty where there was none."""
+    """Speculation against the plain runs of the same jobs in the same engine (--compare-plain); empty where there
+    was none."""
     if not plain.generated_tokens:
         return {}
     return {

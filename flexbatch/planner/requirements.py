@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from flexbatch.execution.block_sizes import BlockSizes, logits_block_bytes, micro_batch_tokens
+from flexbatch.execution.block_sizes import BlockSizes, logits_chunk_bytes, micro_batch_tokens
 from flexbatch.execution.graphs import MAX_GRAPHS, bucket_of, graph_bytes
 from flexbatch.kernels.native_sizes import workspace_bytes
 from flexbatch.memory.files import align
@@ -21,22 +21,37 @@ from flexbatch.policy.policy import Policy
 
 
 def pass_workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
-    """Intermediate results of one tick: hidden states, projections, MLP, and one block of logits with what sampling makes of them."""
-    logits = logits_bytes(logits_block_bytes(arch, policy, max_query_nodes) // 4)
+    """Intermediate results of one tick: hidden states, projections, MLP, and one block of logits with what sampling
+    makes of them."""
+    logits = logits_bytes(logits_chunk_bytes(arch, policy, max_query_nodes) // 4)
     return micro_batch_tokens(policy, max_query_nodes) * arch.workspace_elements * dtype.itemsize + int(logits)
 
 
 def attention_workspace_bytes(arch: Arch, policy: Policy, sizes: BlockSizes, threads: int, device: str) -> int:
-    """What compiled attention takes beside its tensors: of the CPU's share (``device`` "cpu"), or of everything on a machine without a GPU ("gpu")."""
+    """What compiled attention takes beside its tensors: of the CPU's share (``device`` "cpu"), or of everything on a
+    machine without a GPU ("gpu")."""
     nodes, keys = sizes.max_query_nodes, sizes.longest + sizes.max_query_nodes
     sequences, tokens, queries = policy.gpu_batch_size, sizes.max_micro_batch_tokens, sizes.max_micro_batch_tokens
     if device == "cpu":
-        sequences, tokens, queries = sizes.attended_sequences, sizes.max_cpu_attention_tokens, min(CPU_ATTENTION_MAX_TREE_TOKENS, nodes + 1)
+        sequences, tokens, queries = (
+            sizes.attended_sequences,
+            sizes.max_cpu_attention_tokens,
+            min(CPU_ATTENTION_MAX_TREE_TOKENS, nodes + 1),
+        )
     return workspace_bytes(arch.num_heads, arch.num_kv_heads, arch.head_dim, sequences, tokens, queries, keys, threads)
 
 
-def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSizes, dtype: torch.dtype, cuda: bool, threads: int = 1) -> list[MemoryRequirement]:
-    """What needs how much on which tier: the table of `check_budgets` and of the report. threads: of attention on the CPU."""
+def needs(
+    plan: WeightPlan,
+    policy: Policy,
+    layout: CacheLayout,
+    sizes: BlockSizes,
+    dtype: torch.dtype,
+    cuda: bool,
+    threads: int = 1,
+) -> list[MemoryRequirement]:
+    """What needs how much on which tier: the table of `check_budgets` and of the report. threads: of attention on
+    the CPU."""
     arch, cache = plan.arch, sizes.cache
     expansion = plan.dequantization_bytes("pre") + plan.dequantization_bytes("post")
     disk_slab = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
@@ -55,18 +70,28 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
         MemoryRequirement("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
         MemoryRequirement("cache", "disk", layout.num_layers * cache.disk_pages * layout.disk_page_bytes),
         MemoryRequirement("cache staging (2)", "gpu", 2 * cache.staging_pages * layout.page_bytes),
-        MemoryRequirement("cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes),
+        MemoryRequirement(
+            "cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes
+        ),
         MemoryRequirement("activations", "gpu", activation if policy.activations.gpu > 0 else 0),
         MemoryRequirement("activations", "cpu", policy.num_gpu_batches * host_rows if off_gpu > 0 else 0),
-        MemoryRequirement("activations", "disk", policy.num_gpu_batches * align(host_rows) if policy.activations.disk > 0 else 0),
+        MemoryRequirement(
+            "activations", "disk", policy.num_gpu_batches * align(host_rows) if policy.activations.disk > 0 else 0
+        ),
         MemoryRequirement("rotary tables", "gpu", table_bytes(arch, sizes.longest, dtype)),
         MemoryRequirement("workspace", "gpu", pass_workspace_bytes(arch, policy, dtype, sizes.max_query_nodes)),
-        MemoryRequirement("attention workspace", "gpu", 0 if cuda else attention_workspace_bytes(arch, policy, sizes, threads, "gpu")),
+        MemoryRequirement(
+            "attention workspace", "gpu", 0 if cuda else attention_workspace_bytes(arch, policy, sizes, threads, "gpu")
+        ),
         MemoryRequirement("attention workspace", "cpu", attention_workspace_bytes(arch, policy, sizes, threads, "cpu")),
     ]
     if cuda:
         rows += [
-            MemoryRequirement("disk staging", "cpu", plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0)),
+            MemoryRequirement(
+                "disk staging",
+                "cpu",
+                plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0),
+            ),
             MemoryRequirement("inputs", "cpu", 2 * INPUT_BUFFER_BYTES),
             MemoryRequirement("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]
@@ -74,7 +99,13 @@ def needs(plan: WeightPlan, policy: Policy, layout: CacheLayout, sizes: BlockSiz
 
 
 def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes) -> int:
-    return graph_bytes(arch.num_layers, arch.hidden_size * layout.dtype.itemsize, policy.gpu_batch_size, sizes.longest, layout.page_tokens)
+    return graph_bytes(
+        arch.num_layers,
+        arch.hidden_size * layout.dtype.itemsize,
+        policy.gpu_batch_size,
+        sizes.longest,
+        layout.page_tokens,
+    )
 
 
 def graph_pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
@@ -82,8 +113,17 @@ def graph_pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
     return bucket_of(min(policy.gpu_batch_size, MAX_GRAPH_SEQUENCES)) * arch.workspace_elements * layout.dtype.itemsize
 
 
-def num_graphs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[MemoryRequirement], budget: int, cuda: bool) -> int:
-    """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its ``rows`` leave of the gpu tier's budget."""
+def num_graphs(
+    arch: Arch,
+    policy: Policy,
+    layout: CacheLayout,
+    sizes: BlockSizes,
+    rows: Iterable[MemoryRequirement],
+    budget: int,
+    cuda: bool,
+) -> int:
+    """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its
+    ``rows`` leave of the gpu tier's budget."""
     resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
     if not (cuda and resident and policy.overlap):
         return 0
@@ -91,7 +131,15 @@ def num_graphs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSize
     return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))
 
 
-def graph_needs(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes, rows: Iterable[MemoryRequirement], budget: int, cuda: bool) -> list[MemoryRequirement]:
+def graph_needs(
+    arch: Arch,
+    policy: Policy,
+    layout: CacheLayout,
+    sizes: BlockSizes,
+    rows: Iterable[MemoryRequirement],
+    budget: int,
+    cuda: bool,
+) -> list[MemoryRequirement]:
     """The row of the decode graphs, where there are any."""
     count = num_graphs(arch, policy, layout, sizes, rows, budget, cuda)
     size = count * one_graph_bytes(arch, policy, layout, sizes) + graph_pool_bytes(arch, policy, layout)

@@ -19,16 +19,20 @@ TRIED_PASSES = 3
 CHOOSING_SHARE = 0.02
 """Of the time, at most: a choice takes about a millisecond, a pass of a small model hardly more."""
 PROBED_SHARE = 16
-"""Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would cost as much as several passes."""
+"""Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would
+cost as much as several passes."""
 FIRST_PROBES, COLD_SECONDS = 2, 0.05
-"""Before drafting is found too dear, each of other sequences, where every level took that long: the first probe loads and compiles the draft's kernels (1.65 s
-on an H200, where a level takes 2 ms), and a job of 8 sequences that believed it was decoded plainly to the end, at half the speed."""
+"""Before drafting is found too dear, each of other sequences, where every level took that long: the first probe
+loads and compiles the draft's kernels (1.65 s on an H200, where a level takes 2 ms), and a job of 8 sequences that
+believed it was decoded plainly to the end, at half the speed."""
 MEASURING_SHARE = 0.01
-"""Of the time, at most, goes to measuring again what has lost: drafting where plain decoding has won, and plain decoding where trees have."""
+"""Of the time, at most, goes to measuring again what has lost: drafting where plain decoding has won, and plain
+decoding where trees have."""
 START_GAIN, KEPT_GAIN, WARY_GAIN = 0.2, 0.1, 0.4
-"""Predicted gain from which speculation begins, down to which it goes on, and from which it begins where it has lost more than it saved. Not all of what is
-predicted shows in a whole job: every job has prompts that the draft must read first, and with trees sequences end at different passes, so that the last ones
-run with few others. With the demo pair in memory (CPU, 4 to 64 sequences) predicted gains of 10 to 15 % were losses of 5 to 9 %.
+"""Predicted gain from which speculation begins, down to which it goes on, and from which it begins where it has lost
+more than it saved. Not all of what is predicted shows in a whole job: every job has prompts that the draft must read
+first, and with trees sequences end at different passes, so that the last ones run with few others. With the demo
+pair in memory (CPU, 4 to 64 sequences) predicted gains of 10 to 15 % were losses of 5 to 9 %.
 """
 LOSING_SHARE = 0.01
 """Of the time, that may be lost before that."""
@@ -37,8 +41,8 @@ NONE = TreePlan(0, 0)
 
 @dataclass(frozen=True)
 class Situation:
-    """The coming pass. groups: of every sequence that decodes; unread_tokens: that drafts must read before they can propose for all of them;
-    tokens_left: that these sequences may still generate."""
+    """The coming pass. groups: of every sequence that decodes; unread_tokens: that drafts must read before they can
+    propose for all of them; tokens_left: that these sequences may still generate."""
 
     groups: tuple[str, ...]
     other_query_tokens: int
@@ -55,9 +59,10 @@ class Situation:
 
 
 class Controller:
-    """Chooses by expected tokens per second. Exploring is bounded: a first plain pass, drafting for a few sequences only, then the tree that is best by
-    all that is known, corrected after every pass at first and ever more rarely later. A plain pass now and then keeps its cost known, and where
-    plain decoding has won, a few sequences are drafted for now and then: a slow moment must not decide for good.
+    """Chooses by expected tokens per second. Exploring is bounded: a first plain pass, drafting for a few sequences
+    only, then the tree that is best by all that is known, corrected after every pass at first and ever more rarely
+    later. A plain pass now and then keeps its cost known, and where plain decoding has won, a few sequences are
+    drafted for now and then: a slow moment must not decide for good.
     """
 
     def __init__(self, max_nodes: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -83,7 +88,8 @@ class Controller:
         self.plain_loss = self.next_plain = 0.0
         """What a plain pass costs where trees win, in seconds; and the earliest time of the next one."""
         self.seconds = self.saved = 0.0
-        """Of all passes with their drafting; and what those with trees have saved against plain decoding (below 0: lost), by measured costs."""
+        """Of all passes with their drafting; and what those with trees have saved against plain decoding (below 0:
+        lost), by measured costs."""
         self.situation: Situation | None = None
 
     def plan(self, now: Situation) -> list[TreePlan]:
@@ -106,11 +112,15 @@ class Controller:
 
     def may_be_cold(self, now: Situation, names: list[str]) -> bool:
         """Whether drafting has been measured once only, took as long as kernels take to load, and looks too dear."""
-        long = 0 < self.probes < FIRST_PROBES and min(point.seconds for point in self.drafting.points.values()) > COLD_SECONDS
+        long = (
+            0 < self.probes < FIRST_PROBES
+            and min(point.seconds for point in self.drafting.points.values()) > COLD_SECONDS
+        )
         return long and not any(map(len, self.best(now, names, drafted=True).shapes))
 
     def promising(self, now: Situation, names: list[str]) -> bool:
-        """Whether drafting is worth measuring: whether trees would gain anything if it cost nothing. Plain decoding until that is known."""
+        """Whether drafting is worth measuring: whether trees would gain anything if it cost nothing. Plain decoding
+        until that is known."""
         started = self.clock()
         promising = any(map(len, self.best(now, names, drafted=False).shapes))
         self.settle(started, now, dict.fromkeys(names, NONE), changed=promising)
@@ -142,7 +152,9 @@ class Controller:
             return
         choice = self.best(now, names, drafted=True)
         won = any(map(len, choice.shapes))
-        plans = {name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)}
+        plans = {
+            name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)
+        }
         self.settle(started, now, plans, changed=plans != {name: self.plans.get(name) for name in names})
         if won:
             plain_seconds = self.costs.curve(now.plain_query_tokens)(now.plain_query_tokens)
@@ -166,13 +178,16 @@ class Controller:
         def draft_seconds(levels: int, nodes: float) -> float:
             if drafting is None:
                 return 0.0
-            # A chain stays in the draft's cache and every level reads one token of each sequence; a wider tree is read anew at every level.
+            # A chain stays in the draft's cache and every level reads one token of each sequence; a wider tree is read
+            # anew at every level.
             reads = now.live + (nodes if nodes <= levels * now.live else nodes * levels / 2)
             return levels * drafting(reads / levels)
 
         extra = now.uncomputed_tokens - 4 * now.live
         # Of the tokens that a sequence may still generate it will generate half, for all one knows: EOS may come.
-        starting = (drafting(extra), max(1.0, now.tokens_left / 2)) if drafting is not None and extra > 0 else (0.0, 1.0)
+        starting = (
+            (drafting(extra), max(1.0, now.tokens_left / 2)) if drafting is not None and extra > 0 else (0.0, 1.0)
+        )
         return choose_shapes(
             [Group(now.groups.count(name), self.statistics[name].table()) for name in names],
             self.costs.hopeful_curve(now.plain_query_tokens),
@@ -188,8 +203,11 @@ class Controller:
     def statistics_of(self, group: str) -> AcceptanceStatistics:
         return self.statistics.setdefault(group, AcceptanceStatistics(AUTO_DEPTH, AUTO_RANKS, weight=4.0))
 
-    def observe_pass(self, query_tokens: int, seconds: float, decoded: bool, drafting_seconds: float = 0.0, new_tokens: int = 0) -> None:
-        """A pass of the target. decoded: some of its sequences were past their prompts, and drew ``new_tokens`` tokens."""
+    def observe_pass(
+        self, query_tokens: int, seconds: float, decoded: bool, drafting_seconds: float = 0.0, new_tokens: int = 0
+    ) -> None:
+        """A pass of the target. decoded: some of its sequences were past their prompts, and drew ``new_tokens``
+        tokens."""
         if self.probing:
             self.probing, self.probes = False, self.probes + bool(self.drafting.points)
             self.next_probe = self.clock() + drafting_seconds / MEASURING_SHARE

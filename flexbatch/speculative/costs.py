@@ -13,11 +13,12 @@ from flexbatch.speculative.acceptance import PiecewiseLinear
 BUCKETS_PER_DOUBLING = 3
 """Sizes within a quarter are one point of the curve."""
 RECENT = 7
-"""Measurements of a size that count, by the fastest: the context grows and with it the cost, while slow moments and caches that another size has left cold only
-ever add. A single plain pass among passes with trees took up to a third longer than many in a row."""
+"""Measurements of a size that count, by the fastest: the context grows and with it the cost, while slow moments and
+caches that another size has left cold only ever add. A single plain pass among passes with trees took up to a third
+longer than many in a row."""
 PATIENCE, MAX_PATIENCE = 16, 256
-"""Passes after which a size that was not seen again is doubted: one slow moment must not rule it out for good. When it comes back, it is believed for twice
-as long."""
+"""Passes after which a size that was not seen again is doubted: one slow moment must not rule it out for good. When
+it comes back, it is believed for twice as long."""
 
 
 @dataclass
@@ -71,24 +72,33 @@ class MeasuredCosts:
         return point is None or self.stale(point)
 
     def curve(self, anchor: int | None = None) -> PiecewiseLinear:
-        """Seconds by query tokens, linear between sizes that are not in doubt, and beyond the last two; of all sizes where all are in doubt.
+        """Seconds by query tokens, linear between sizes that are not in doubt, and beyond the last two; of all sizes
+        where all are in doubt.
 
-        anchor: a size that counts in any case. A larger pass is never cheaper: what contradicts that is shared out by the number of measurements.
+        anchor: a size that counts in any case. A larger pass is never cheaper: what contradicts that is shared out
+        by the number of measurements.
         """
-        kept = [point for key, point in self.points.items() if key == (None if anchor is None else bucket(anchor)) or not self.stale(point)]
+        kept = [
+            point
+            for key, point in self.points.items()
+            if key == (None if anchor is None else bucket(anchor)) or not self.stale(point)
+        ]
         ordered = sorted(kept or self.points.values(), key=lambda point: point.tokens)
         seconds = rising([(point.seconds, len(point.measured)) for point in ordered])
         return PiecewiseLinear(tuple((point.tokens, value) for point, value in zip(ordered, seconds, strict=True)))
 
     def hopeful_curve(self, anchor: int) -> PiecewiseLinear:
-        """`curve`, but flat up to twice the largest size and proportional from there: sizes in reach are tried and then known."""
+        """`curve`, but flat up to twice the largest size and proportional from there: sizes in reach are tried and
+        then known."""
         points = self.curve(anchor).points
         tokens, seconds = points[-1]
         return PiecewiseLinear((*points, (2 * tokens, seconds), (4 * tokens, 2 * seconds)))
 
     def report(self) -> list[dict[str, float]]:
         """The latest seconds by size."""
-        return [{"query_tokens": round(point.tokens), "seconds": point.seconds} for _, point in sorted(self.points.items())]
+        return [
+            {"query_tokens": round(point.tokens), "seconds": point.seconds} for _, point in sorted(self.points.items())
+        ]
 
 
 def bucket(query_tokens: int) -> int:
@@ -96,9 +106,11 @@ def bucket(query_tokens: int) -> int:
 
 
 def rising(values: Sequence[tuple[float, int]]) -> list[float]:
-    """The rising values nearest to these (value, weight) in the least-squares sense: isotonic regression by pooling adjacent violators.
+    """The rising values nearest to these (value, weight) in the least-squares sense: isotonic regression by pooling
+    adjacent violators.
 
-    Importing the one in SciPy takes 0.3 to 0.7 s in the middle of a job, as long as a hundred passes of a small model.
+    Importing the one in SciPy takes 0.3 to 0.7 s in the middle of a job, as long as a hundred passes of a small
+    model.
     """
     pools: list[tuple[float, int, int]] = []
     """(mean, weight, values)."""

@@ -1,10 +1,11 @@
-"""A draft model: resident weights, a cache of its own on the gpu tier, and trees grown for all sequences of the block together."""
+"""A draft model: resident weights, a cache of its own on the gpu tier, and trees grown for all sequences of the
+block together."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,38 +14,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexbatch.execution.executor import Executor
+from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.execution.sampling import adjust, restrict
-from flexbatch.execution.work import LogitsBlock, PassWork, QueryTokens, Sequence
-from flexbatch.memory.activations import ActivationStore
-from flexbatch.memory.host_buffers import HostBuffers
-from flexbatch.memory.kvcache import CacheSizes, KVCache
+from flexbatch.execution.work import LogitsChunk, PassWork, QueryTokens, Sequence
+from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
-from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
-from flexbatch.policy.policy import Split
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan
 from flexbatch.speculative.stochastic import drawn_children
 from flexbatch.speculative.tree import ROOT, Drawing, TokenTree
 
+RESIDENT = Policy(Split(1, 0), Split(1, 0), Split(1, 0), gpu_batch_size=1, num_gpu_batches=1)
+"""Where a draft lies: weights and cache on the compute device."""
 PASS_TOKENS = 4096
 """Query tokens of a draft pass, about."""
 SCORED_ELEMENTS = 1 << 21
 """Logits scored at one time."""
 SCORING_BYTES_PER_LOGIT = 48
 """Workspace of each of them, at most: a copy of the row, and what sampling makes of it."""
-LOGITS_BLOCK_BYTES = 32 << 20
+DRAFT_LOGITS_CHUNK_BYTES = 32 << 20
 """float32 logits of a draft that exist at one time."""
 
 
 @dataclass
 class Followed:
-    """What the draft keeps of one sequence. ``cached``: the tokens whose keys and values are in its cache, drafted ones at the end."""
+    """What the draft keeps of one sequence. ``cached``: the tokens whose keys and values are in its cache, drafted
+    ones at the end."""
 
     sequence: Sequence
     cached: list[int]
@@ -52,7 +54,8 @@ class Followed:
     """Leading tokens of ``cached`` known to be committed."""
 
     def rewind(self) -> None:
-        """Forget what was drafted but not committed. At least the newest token is left to be read: its logits start the next tree."""
+        """Forget what was drafted but not committed. At least the newest token is left to be read: its logits start
+        the next tree."""
         tokens = self.sequence.token_ids
         end = min(len(self.cached), len(tokens) - 1)
         keep = next((i for i in range(self.num_known, end) if self.cached[i] != tokens[i]), end)
@@ -74,8 +77,9 @@ class Wanted(NamedTuple):
 class DraftModel:
     """Proposes trees from a small model that stays on the compute device, through the same executor as the target.
 
-    Its cache holds committed tokens, and the trunk of the present tree. A tree beyond its trunk is read anew at every level: its few nodes cost less than
-    the weights that every level reads anyway, and nothing has to be moved when a path is accepted.
+    Its cache holds committed tokens, and the trunk of the present tree. A tree beyond its trunk is read anew at
+    every level: its few nodes cost less than the weights that every level reads anyway, and nothing has to be moved
+    when a path is accepted.
     """
 
     def __init__(
@@ -90,10 +94,18 @@ class DraftModel:
         grown_nodes: int,
         drawing: Drawing = Drawing.DETERMINISTIC,
     ) -> None:
-        """vocab_size: of the target; of padding that only one of the two has, nothing is proposed. grown_nodes: of the largest tree, candidates included.
-        drawing: how children of sampled requests are chosen; deterministic ones are those that the target would draw if it agreed.
+        """vocab_size: of the target; of padding that only one of the two has, nothing is proposed. grown_nodes: of
+        the largest tree, candidates included. drawing: how children of sampled requests are chosen; deterministic
+        ones are those that the target would draw if it agreed.
         """
-        self.name, self.arch, self.weights, self.tiers, self.queues, self.layout = name, arch, weights, tiers, queues, layout
+        self.name, self.arch, self.weights, self.tiers, self.queues, self.layout = (
+            name,
+            arch,
+            weights,
+            tiers,
+            queues,
+            layout,
+        )
         self.vocab_size, self.grown_nodes = vocab_size, grown_nodes
         self.drawing = drawing
         self.distributions: dict[RequestState, dict[int, Tensor]] = {}
@@ -101,44 +113,33 @@ class DraftModel:
         self.followed: dict[Sequence, Followed] = {}
         self.levels: list[tuple[int, float]] = []
         """Tokens read and seconds of every level of the latest trees; the first one reads new prompts too."""
-        self.num_pages = 0
-        self.cache: KVCache | None = None
-        self.executor: Executor | None = None
-        self.host_buffers: HostBuffers | None = None
-        self.rotary: Rotary | None = None
-        self.give_back: Callable[[], None] = lambda: None
-        """Frees whatever the present cache and buffers have in the tiers."""
+        self.runner: Runner | None = None
 
-    def open_block(self, num_pages: int, positions: int) -> None:
-        """Make room for sequences that together need ``num_pages`` pages, and reach so many positions with their trees."""
-        if num_pages <= self.num_pages and self.executor is not None:
-            self.executor.reach(positions)
+    def open_runner(self, num_pages: int, positions: int) -> None:
+        """Make room for sequences that together need ``num_pages`` pages, and reach so many positions with their
+        trees."""
+        if self.runner is not None and num_pages <= self.runner.sizes.cache.gpu_pages:
+            self.runner.executor.reach(positions)
             return
-        self.close_block()
-        arch, dtype, tiers, queues = self.arch, self.layout.dtype, self.tiers, self.queues
-        with tiers.all_or_nothing() as give_back:
-            cache = KVCache(self.layout, CacheSizes(num_pages, 0, 0, 0), tiers, queues)
-            activations = ActivationStore(
-                Split(1, 0), 1, 0, arch.hidden_size, dtype, self.layout.page_tokens, tiers, queues
-            )
-            buffers = HostBuffers(0, arch.num_heads, arch.num_kv_heads, arch.head_dim, dtype, tiers.cpu, queues)
-            rotary = Rotary(arch, positions, dtype, tiers.gpu)
-            executor = Executor(
-                arch, self.weights, cache, activations, queues, buffers, rotary, dtype, True, LOGITS_BLOCK_BYTES
-            )
-        self.cache, self.host_buffers, self.executor, self.num_pages = cache, buffers, executor, num_pages
-        self.rotary, self.give_back = rotary, give_back
+        self.close_runner()
+        sizes = BlockSizes(CacheSizes(num_pages, 0, 0, 0), 0, 0, longest=positions)
+        self.runner = open_runner(
+            self.arch, self.weights, self.layout, RESIDENT, sizes, self.tiers, self.queues, DRAFT_LOGITS_CHUNK_BYTES
+        )
 
     # Drafting
 
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
-        """One tree per sequence, grown as its plan says. Children are the likeliest tokens, for sampled requests under the noise that the target will draw
-        with: then a draft that agrees with the target's probabilities proposes the very token that the target draws."""
+        """One tree per sequence, grown as its plan says. Children are the likeliest tokens, for sampled requests
+        under the noise that the target will draw with: then a draft that agrees with the target's probabilities
+        proposes the very token that the target draws."""
         self.distributions = {}
         self.levels = []
         trees, followed = [], {}
         for i, (sequence, plan) in enumerate(zip(sequences, plans, strict=True)):
-            trees.append(GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0), self.drawing_of(sequence)))
+            trees.append(
+                GrowingTree(plan if self.reaches(sequence, plan) else TreePlan(0, 0), self.drawing_of(sequence))
+            )
             if trees[i].frontier:
                 followed[i] = self.follow(sequence)
         self.catch_up(list(followed.values()))
@@ -153,7 +154,10 @@ class DraftModel:
 
     def uncomputed_tokens(self, sequences: Many[Sequence]) -> int:
         """Committed tokens that are not in the draft's cache yet."""
-        return sum(len(sequence.token_ids) - len(self.followed[sequence].cached if sequence in self.followed else ()) for sequence in sequences)
+        return sum(
+            len(sequence.token_ids) - len(self.followed[sequence].cached if sequence in self.followed else ())
+            for sequence in sequences
+        )
 
     def drawing_of(self, sequence: Sequence) -> Drawing:
         return Drawing.DETERMINISTIC if sequence.state.params.greedy else self.drawing
@@ -162,17 +166,20 @@ class DraftModel:
         """The draft's own record of a sequence, with a cache table of its own, rewound to what is committed."""
         followed = self.followed.get(sequence)
         if followed is None:
-            assert self.cache is not None
-            followed = self.followed[sequence] = Followed(replace(sequence, table=self.cache.open("gpu", self.room(sequence))), [])
+            assert self.runner is not None
+            followed = self.followed[sequence] = Followed(
+                replace(sequence, table=self.runner.cache.open("gpu", self.room(sequence))), []
+            )
         followed.rewind()
         return followed
 
     def reaches(self, sequence: Sequence, plan: TreePlan) -> bool:
-        """Whether the draft's context, which may be shorter than the target's, holds the sequence and a tree, and its cache has room for it: a stream may
-        bring requests that are longer than those that the cache was sized for."""
-        if self.rotary is None or len(sequence.token_ids) + plan.max_depth > self.rotary.num_positions:
+        """Whether the draft's context, which may be shorter than the target's, holds the sequence and a tree, and
+        its cache has room for it: a stream may bring requests that are longer than those that the cache was sized
+        for."""
+        if self.runner is None or len(sequence.token_ids) + plan.max_depth > self.runner.rotary.num_positions:
             return False
-        return sequence in self.followed or (self.cache is not None and self.cache.can_open("gpu", self.room(sequence)))
+        return sequence in self.followed or self.runner.cache.can_open("gpu", self.room(sequence))
 
     def room(self, sequence: Sequence) -> int:
         """Token rows that the sequence may need in the draft's cache."""
@@ -180,10 +187,15 @@ class DraftModel:
 
     def known(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Tokens that the draft can read: ids in padding that only the target has become token 0."""
-        return tokens if max(tokens) < self.arch.vocab_size else tuple(token if token < self.arch.vocab_size else 0 for token in tokens)
+        return (
+            tokens
+            if max(tokens) < self.arch.vocab_size
+            else tuple(token if token < self.arch.vocab_size else 0 for token in tokens)
+        )
 
     def catch_up(self, followed: Many[Followed]) -> None:
-        """Read long stretches of committed text (prompts), a chunk per pass, until each sequence has at most one chunk left."""
+        """Read long stretches of committed text (prompts), a chunk per pass, until each sequence has at most one
+        chunk left."""
         while long := [item for item in followed if len(item.sequence.token_ids) - len(item.cached) > PASS_TOKENS]:
             list(self.run([self.text_query(item, PASS_TOKENS, logits=False) for item in long]))
 
@@ -194,7 +206,8 @@ class DraftModel:
         return QueryTokens(followed.sequence, self.known(tokens), start, len(tokens) - 1 if logits else len(tokens))
 
     def level_query(self, followed: Followed, tree: GrowingTree) -> QueryTokens:
-        """What the draft must read to know the children of the tree's frontier; its rows of logits end with those of the newest level."""
+        """What the draft must read to know the children of the tree's frontier; its rows of logits end with those of
+        the newest level."""
         sequence = followed.sequence
         if not tree.token_ids:
             return self.text_query(followed, PASS_TOKENS)
@@ -205,7 +218,9 @@ class DraftModel:
         if tree.is_chain:
             followed.cached += tokens
             return QueryTokens(sequence, tokens, start, first)
-        return QueryTokens(sequence, tokens, start, first, tuple(max(parent - trunk, ROOT) for parent in tree.parents[trunk:]))
+        return QueryTokens(
+            sequence, tokens, start, first, tuple(max(parent - trunk, ROOT) for parent in tree.parents[trunk:])
+        )
 
     def children(self, owner: dict[QueryTokens, int], trees: Many[GrowingTree]) -> dict[int, list[Candidates]]:
         """Run one level; candidates for every node of every frontier. owner: which tree every query reads."""
@@ -217,14 +232,22 @@ class DraftModel:
                 tree = trees[owner[query]]
                 node = ROOT if not tree.token_ids else len(tree.token_ids) - query.num_tokens + token
                 if node in tree.frontier:
-                    wanted.append(Wanted(r, owner[query], tree.frontier.index(node), query.sequence.state, tree.paths[node]))
+                    wanted.append(
+                        Wanted(r, owner[query], tree.frontier.index(node), query.sequence.state, tree.paths[node])
+                    )
             step = max(1, SCORED_ELEMENTS // self.vocab_size)
             for part in (wanted[start : start + step] for start in range(0, len(wanted), step)):
                 logits = self.fitted(block.logits[[row.row for row in part]])
                 by_chance = [trees[row.tree].drawing is not Drawing.DETERMINISTIC for row in part]
-                scored = likeliest(logits, [row.state for row in part], [row.path for row in part], width) if not all(by_chance) else []
+                scored = (
+                    likeliest(logits, [row.state for row in part], [row.path for row in part], width)
+                    if not all(by_chance)
+                    else []
+                )
                 for i, row in enumerate(part):
-                    offers[row.tree][row.place] = self.draw(logits[i], row.state, trees[row.tree], row.place) if by_chance[i] else scored[i]
+                    offers[row.tree][row.place] = (
+                        self.draw(logits[i], row.state, trees[row.tree], row.place) if by_chance[i] else scored[i]
+                    )
         return offers
 
     def draw(self, logits: Tensor, state: RequestState, tree: GrowingTree, place: int) -> Candidates:
@@ -238,20 +261,25 @@ class DraftModel:
     def fitted(self, logits: Tensor) -> Tensor:
         """Logits over the target's vocabulary."""
         missing = self.vocab_size - logits.shape[1]
-        return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, : self.vocab_size]
+        return (
+            torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+            if missing > 0
+            else logits[:, : self.vocab_size]
+        )
 
-    def run(self, queries: list[QueryTokens]) -> Iterator[LogitsBlock]:
-        """The rows of logits that were asked for. Weights and cache are on the GPU, so that a pass of each ``PASS_TOKENS`` costs no more than one of all."""
-        assert self.executor is not None
+    def run(self, queries: list[QueryTokens]) -> Iterator[LogitsChunk]:
+        """The rows of logits that were asked for. Weights and cache are on the GPU, so that a pass of each
+        ``PASS_TOKENS`` costs no more than one of all."""
+        assert self.runner is not None
         batch: list[QueryTokens] = []
         room = PASS_TOKENS
         for query in queries:
             if batch and query.num_tokens > room:
-                yield from self.executor.run(PassWork((tuple(batch),)))
+                yield from self.runner.executor.run(PassWork((tuple(batch),)))
                 batch, room = [], PASS_TOKENS
             batch.append(query)
             room -= query.num_tokens
-        yield from self.executor.run(PassWork((tuple(batch),)))
+        yield from self.runner.executor.run(PassWork((tuple(batch),)))
 
     # Lifetime
 
@@ -262,48 +290,45 @@ class DraftModel:
 
     def retire(self, sequence: Sequence) -> None:
         followed = self.followed.pop(sequence, None)
-        if followed is not None and self.cache is not None:
-            self.cache.free(followed.sequence.table)
+        if followed is not None and self.runner is not None:
+            self.runner.cache.free(followed.sequence.table)
 
     def forget(self) -> None:
         """Its cache goes too: the failure may have come between a sequence and its pages."""
         self.followed.clear()
         self.distributions = {}
-        self.close_block()
+        self.close_runner()
 
     def check(self) -> None:
         """Invariants: what is known to be committed is; no table holds more than it has pages for."""
-        if self.cache is not None:
-            self.cache.check()
-        if self.rotary is not None:
-            self.rotary.check()
+        if self.runner is not None:
+            self.runner.check()
         for sequence, followed in self.followed.items():
-            assert followed.cached[: followed.num_known] == sequence.token_ids[: followed.num_known], "the draft's cache does not follow the text"
+            assert followed.cached[: followed.num_known] == sequence.token_ids[: followed.num_known], (
+                "the draft's cache does not follow the text"
+            )
             assert len(followed.cached) <= len(followed.sequence.table.pages) * self.layout.page_tokens
 
-    def close_block(self) -> None:
+    def close_runner(self) -> None:
         assert not self.followed, f"{len(self.followed)} sequences are still followed"
-        cache, buffers, rotary = self.cache, self.host_buffers, self.rotary
-        self.cache = self.executor = self.host_buffers = self.rotary = None
-        self.num_pages = 0
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.give_back)
-            for part in (rotary, buffers, cache):
-                if part is not None:
-                    stack.callback(part.close)
+        runner, self.runner = self.runner, None
+        if runner is not None:
+            runner.close()
 
     def close(self) -> None:
         self.followed.clear()
         with contextlib.ExitStack() as stack:
-            for close in (self.tiers.close, self.weights.close, self.close_block):
+            for close in (self.tiers.close, self.weights.close, self.close_runner):
                 stack.callback(close)
 
 
 def likeliest(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int, ...]], count: int) -> list[Candidates]:
-    """For every row of logits [N, vocab], the ``count`` tokens that the target is most likely to draw there if it agrees with the draft.
+    """For every row of logits [N, vocab], the ``count`` tokens that the target is most likely to draw there if it
+    agrees with the draft.
 
-    Bias, penalties, temperature and cuts apply as in plain decoding; a sampled request adds the noise of that place in its stream, the same that the target
-    adds, so that of two equal distributions the same token comes first. Tokens that cannot be drawn are left out.
+    Bias, penalties, temperature and cuts apply as in plain decoding; a sampled request adds the noise of that place
+    in its stream, the same that the target adds, so that of two equal distributions the same token comes first.
+    Tokens that cannot be drawn are left out.
     """
     scores = noisy(logits, states, paths).log_softmax(-1)
     values, tokens = scores.topk(min(count, logits.shape[1]), dim=-1)

@@ -13,8 +13,9 @@ Candidates = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class TreePlan:
-    """How one tree is to be grown: ``shape`` with the likeliest children at its places, or, without one, ``beam`` nodes per level, from which the
-    ``max_nodes`` likeliest are kept in the end. No deeper than ``max_depth`` either way."""
+    """How one tree is to be grown: ``shape`` with the likeliest children at its places, or, without one, ``beam``
+    nodes per level, from which the ``max_nodes`` likeliest are kept in the end. No deeper than ``max_depth`` either
+    way."""
 
     max_depth: int
     max_nodes: int
@@ -24,7 +25,13 @@ class TreePlan:
     @property
     def num_levels(self) -> int:
         """Times the draft is asked for children."""
-        return min(self.max_depth, self.shape.max_depth) if self.shape is not None else self.max_depth if self.max_nodes else 0
+        return (
+            min(self.max_depth, self.shape.max_depth)
+            if self.shape is not None
+            else self.max_depth
+            if self.max_nodes
+            else 0
+        )
 
     @property
     def grown_nodes(self) -> int:
@@ -33,11 +40,15 @@ class TreePlan:
 
 
 class GrowingTree:
-    """A tree under construction. ``frontier``: nodes (or ROOT) whose children are wanted next; empty when the tree is complete."""
+    """A tree under construction. ``frontier``: nodes (or ROOT) whose children are wanted next; empty when the tree
+    is complete."""
 
     def __init__(self, plan: TreePlan, drawing: Drawing = Drawing.DETERMINISTIC) -> None:
-        """drawing: how the candidates that it will be given were chosen. Children drawn by chance need a shape: their number is fixed before the draw."""
-        assert drawing is Drawing.DETERMINISTIC or plan.shape is not None or not plan.num_levels, "a beam chooses by what was drawn"
+        """drawing: how the candidates that it will be given were chosen. Children drawn by chance need a shape:
+        their number is fixed before the draw."""
+        assert drawing is Drawing.DETERMINISTIC or plan.shape is not None or not plan.num_levels, (
+            "a beam chooses by what was drawn"
+        )
         self.plan, self.drawing = plan, drawing
         self.token_ids: list[int] = []
         self.parents: list[int] = []

@@ -1,4 +1,5 @@
-"""Drafting without a model: what followed the last few tokens when they came before, in the prompt or in the text so far."""
+"""Drafting without a model: what followed the last few tokens when they came before, in the prompt or in the text so
+far."""
 
 from __future__ import annotations
 
@@ -7,13 +8,15 @@ from collections.abc import Sequence
 from flexbatch.speculative.tree import TokenTree, chain, merge
 
 MAX_CANDIDATES = 32
-"""Most recent occurrences that are compared; older ones of a frequent n-gram cost time and are rarely the better guess."""
+"""Most recent occurrences that are compared; older ones of a frequent n-gram cost time and are rarely the better
+guess."""
 MAX_MATCH = 32
 """Longer matches are not told apart."""
 
 
 class Lookup:
-    """Where every n-gram of one sequence occurred (Saxena, "Prompt lookup decoding", 2023, with several continuations instead of one)."""
+    """Where every n-gram of one sequence occurred (Saxena, "Prompt lookup decoding", 2023, with several
+    continuations instead of one)."""
 
     def __init__(self, tokens: Sequence[int] = (), ngram: int = 2) -> None:
         """ngram: fewest tokens that must match. One more token of text costs one dictionary entry."""
@@ -32,9 +35,11 @@ class Lookup:
                 self._ends.setdefault(tuple(self.tokens[-self.ngram :]), []).append(len(self.tokens))
 
     def propose(self, max_nodes: int, max_depth: int) -> TokenTree:
-        """Continuations of the longest matches of the present suffix, the longest first and of equal ones the latest, merged into one tree.
+        """Continuations of the longest matches of the present suffix, the longest first and of equal ones the latest,
+        merged into one tree.
 
-        A continuation that reaches the end of the text goes on with itself, so that a loop is drafted to full depth. Empty where the suffix is new.
+        A continuation that reaches the end of the text goes on with itself, so that a loop is drafted to full depth.
+        Empty where the suffix is new.
         """
         here = len(self.tokens)
         ends = self._ends.get(tuple(self.tokens[-self.ngram :]), []) if here >= self.ngram else []
@@ -56,6 +61,10 @@ class Lookup:
     def check(self) -> None:
         """Raises AssertionError when the index does not hold every n-gram of the text exactly once."""
         grams = max(0, len(self.tokens) - self.ngram + 1)
-        assert sum(map(len, self._ends.values())) == grams, f"{sum(map(len, self._ends.values()))} n-grams indexed, the text has {grams}"
+        assert sum(map(len, self._ends.values())) == grams, (
+            f"{sum(map(len, self._ends.values()))} n-grams indexed, the text has {grams}"
+        )
         for gram, ends in self._ends.items():
-            assert all(tuple(self.tokens[end - self.ngram : end]) == gram for end in ends), f"n-gram {gram} is indexed at a wrong place"
+            assert all(tuple(self.tokens[end - self.ngram : end]) == gram for end in ends), (
+                f"n-gram {gram} is indexed at a wrong place"
+            )

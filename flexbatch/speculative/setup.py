@@ -24,7 +24,13 @@ from flexbatch.models.dummy import dummy
 from flexbatch.models.specs import Piece
 from flexbatch.policy.limits import INPUT_BUFFER_BYTES
 from flexbatch.policy.policy import Split
-from flexbatch.speculative.draft import LOGITS_BLOCK_BYTES, PASS_TOKENS, SCORED_ELEMENTS, SCORING_BYTES_PER_LOGIT, DraftModel
+from flexbatch.speculative.draft import (
+    DRAFT_LOGITS_CHUNK_BYTES,
+    PASS_TOKENS,
+    SCORED_ELEMENTS,
+    SCORING_BYTES_PER_LOGIT,
+    DraftModel,
+)
 from flexbatch.speculative.shapes import TreeSpec, parse_tree
 from flexbatch.speculative.speculator import AUTO_NODES, LookupSource, Source, Speculator, fixed_plan
 from flexbatch.speculative.tree import Drawing
@@ -32,13 +38,15 @@ from flexbatch.validation.errors import ConfigurationError
 
 NGRAM = "ngram"
 AUTO_MICRO_BATCH_TOKENS = 2048
-"""Query tokens of a micro-batch that an automatic tree may fill: intermediate results of every one take room on the GPU."""
+"""Query tokens of a micro-batch that an automatic tree may fill: intermediate results of every one take room on the
+GPU."""
 DEFAULT_MICRO_BATCH = 64
 
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """One draft model: where it comes from, and its weights and cache, all on the gpu tier. ``folder`` is None for random weights."""
+    """One draft model: where it comes from, and its weights and cache, all on the gpu tier. ``folder`` is None for
+    random weights."""
 
     name: str
     folder: Path | None
@@ -50,7 +58,7 @@ class DraftPlan:
     def workspace_bytes(self) -> int:
         """Intermediate results of one draft pass, and one block of its logits with what scoring makes of them."""
         layers = PASS_TOKENS * self.arch.workspace_elements * self.layout.dtype.itemsize
-        return layers + LOGITS_BLOCK_BYTES + SCORING_BYTES_PER_LOGIT * SCORED_ELEMENTS
+        return layers + DRAFT_LOGITS_CHUNK_BYTES + SCORING_BYTES_PER_LOGIT * SCORED_ELEMENTS
 
     def pages(self, tokens: Iterable[int], grown_nodes: int) -> int:
         """For sequences of so many tokens each, and their largest tree; the newest token of a sequence is read too."""
@@ -81,13 +89,24 @@ class Speculation:
         for draft in self.drafts:
             rows.append(MemoryRequirement(f"draft weights {draft.name}"[:28], "gpu", draft.weights.tier_bytes("gpu")))
             pages = draft.pages(longest, self.grown_nodes)
-            rows.append(MemoryRequirement(f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers))
-            rows.append(MemoryRequirement(f"draft rotary tables {draft.name}"[:28], "gpu", table_bytes(draft.arch, self.positions(longest), draft.layout.dtype)))
+            rows.append(
+                MemoryRequirement(
+                    f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers
+                )
+            )
+            rows.append(
+                MemoryRequirement(
+                    f"draft rotary tables {draft.name}"[:28],
+                    "gpu",
+                    table_bytes(draft.arch, self.positions(longest), draft.layout.dtype),
+                )
+            )
             rows.append(MemoryRequirement(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
             if cuda:
                 rows.append(MemoryRequirement(f"draft inputs {draft.name}"[:28], "cpu", 2 * INPUT_BUFFER_BYTES))
         if self.drawing is not Drawing.DETERMINISTIC:
-            # What the children of every inner node were drawn from, float32 until the trees are verified, and the noise of all children of one node.
+            # What the children of every inner node were drawn from, float32 until the trees are verified, and the noise
+            # of all children of one node.
             num_bytes = 4 * len(longest) * self.max_nodes + 28 * self.max_nodes + 40
             rows.append(MemoryRequirement("draft distributions", "gpu", self.target.vocab_size * num_bytes))
         return rows
@@ -109,37 +128,47 @@ class Speculation:
             stack.pop_all()
         return speculator
 
-    def open_block(self, speculator: Speculator, longest: Sequence[int]) -> None:
+    def open_runner(self, speculator: Speculator, longest: Sequence[int]) -> None:
         """Make room in the drafts' caches; see `needs`."""
         models = [source for source in speculator.sources if isinstance(source, DraftModel)]
         for draft, model in zip(self.drafts, models, strict=True):
-            model.open_block(draft.pages(longest, self.grown_nodes), self.positions(longest))
+            model.open_runner(draft.pages(longest, self.grown_nodes), self.positions(longest))
 
 
 def plan_speculation(config: EngineConfig, target: Arch, tokenizer: Any, layout: CacheLayout) -> Speculation | None:
     """Read the drafts' configurations and tokenizers; None when no draft is asked for. layout: of the target's cache.
 
-    Raises ConfigurationError for settings that contradict each other and for a draft whose tokenizer is not the target's.
+    Raises ConfigurationError for settings that contradict each other and for a draft whose tokenizer is not the
+    target's.
     """
     if not config.draft:
         for name in ("tree", "simulate_acceptance"):
             if getattr(config, name) is not None:
-                raise ConfigurationError(f"{name}={getattr(config, name)} needs a draft; give --draft MODEL, or --draft {NGRAM}")
+                raise ConfigurationError(
+                    f"{name}={getattr(config, name)} needs a draft; give --draft MODEL, or --draft {NGRAM}"
+                )
         if config.compare_plain:
-            raise ConfigurationError(f"compare_plain compares speculation with plain decoding; give --draft MODEL, or --draft {NGRAM}")
+            raise ConfigurationError(
+                f"compare_plain compares speculation with plain decoding; give --draft MODEL, or --draft {NGRAM}"
+            )
         return None
     spec = parse_tree(config.tree or "auto")
     room = AUTO_MICRO_BATCH_TOKENS // (config.gpu_batch_size or DEFAULT_MICRO_BATCH) - 1
     nodes = spec.nodes if spec.kind != "auto" else max(2, min(AUTO_NODES, room))
     names = [name for name in config.draft if name != NGRAM]
-    drawing = {"independent": Drawing.INDEPENDENT, "without-replacement": Drawing.WITHOUT_REPLACEMENT}.get(config.draft_sampling, Drawing.DETERMINISTIC)
+    drawing = {"independent": Drawing.INDEPENDENT, "without-replacement": Drawing.WITHOUT_REPLACEMENT}.get(
+        config.draft_sampling, Drawing.DETERMINISTIC
+    )
     if drawing is not Drawing.DETERMINISTIC and (len(config.draft) != 1 or not names or spec.kind == "best-first"):
         raise ConfigurationError(
-            f"draft_sampling={config.draft_sampling} verifies one draft model with a tree of fixed shape (chain, widths or auto), "
+            f"draft_sampling={config.draft_sampling} verifies one draft model with a tree of fixed shape (chain, "
+            "widths or auto), "
             f"not draft={' '.join(config.draft)} tree={config.tree}; use draft_sampling=matched"
         )
     drafts = tuple(plan_draft(name, config, target, tokenizer, layout) for name in names)
-    return Speculation(spec, nodes, drafts, NGRAM in config.draft, config.simulate_acceptance, drawing, config.seed, target)
+    return Speculation(
+        spec, nodes, drafts, NGRAM in config.draft, config.simulate_acceptance, drawing, config.seed, target
+    )
 
 
 def plan_draft(name: str, config: EngineConfig, target: Arch, tokenizer: Any, target_layout: CacheLayout) -> DraftPlan:
@@ -149,13 +178,22 @@ def plan_draft(name: str, config: EngineConfig, target: Arch, tokenizer: Any, ta
         arch = shapes.shape(name)
         if arch.vocab_size != target.vocab_size:
             raise ConfigurationError(
-                f"draft {name} has {arch.vocab_size} tokens and {config.model} has {target.vocab_size}: without tokenizers the vocabularies must be of one size"
+                f"draft {name} has {arch.vocab_size} tokens and {config.model} has {target.vocab_size}: without "
+                "tokenizers the vocabularies must be of one size"
             )
     else:
         folder = resolve.resolve(name)
         arch = checkpoint.read_arch(folder)
         check_tokenizers(name, resolve.load_tokenizer(folder), config.model, tokenizer)
-    layout = CacheLayout(arch.num_layers, arch.num_kv_heads, arch.head_dim, 16, target_layout.group, target_layout.page_tokens, target_layout.dtype)
+    layout = CacheLayout(
+        arch.num_layers,
+        arch.num_kv_heads,
+        arch.head_dim,
+        16,
+        target_layout.group,
+        target_layout.page_tokens,
+        target_layout.dtype,
+    )
     weights = plan_weights(arch, Split(1, 0), 16, target_layout.group, target_layout.dtype.itemsize)
     return DraftPlan(name, folder, arch, weights, layout)
 
@@ -165,18 +203,27 @@ def check_tokenizers(draft_name: str, draft: Any, target_name: str, target: Any)
     ours, theirs = target.get_vocab(), draft.get_vocab()
     if ours == theirs:
         return
-    token = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)), key=lambda token: (ours.get(token, 1 << 60), token))
+    token = min(
+        (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
+        key=lambda token: (ours.get(token, 1 << 60), token),
+    )
     here, there = (vocabulary.get(token, "unknown") for vocabulary in (theirs, ours))
     raise ConfigurationError(
-        f"draft {draft_name} and {target_name} have different tokenizers ({len(theirs)} and {len(ours)} tokens; {token!r} is {here} in the draft and "
+        f"draft {draft_name} and {target_name} have different tokenizers ({len(theirs)} and {len(ours)} tokens; "
+        f"{token!r} is {here} in the draft and "
         f"{there} in the target). Use a draft trained with the target's tokenizer, or --draft {NGRAM}"
     )
 
 
-def load_draft(plan: DraftPlan, speculation: Speculation, queues: TransferQueues, dtype: torch.dtype, offload_dir: Path) -> DraftModel:
+def load_draft(
+    plan: DraftPlan, speculation: Speculation, queues: TransferQueues, dtype: torch.dtype, offload_dir: Path
+) -> DraftModel:
     """Weights of one draft; its pools are its own, sized by the plan that the planner has checked."""
     unlimited = 1 << 62
-    gpu, cpu = (Pool("gpu", unlimited, device=queues.device), Pool("cpu", unlimited, pinned=queues.device.type == "cuda"))
+    gpu, cpu = (
+        Pool("gpu", unlimited, device=queues.device),
+        Pool("cpu", unlimited, pinned=queues.device.type == "cuda"),
+    )
     tiers = Tiers(gpu, cpu, Pool("disk", unlimited), offload_dir)
     vocab_size, nodes, drawing = speculation.target.vocab_size, speculation.grown_nodes, speculation.drawing
 

@@ -12,12 +12,16 @@ import numpy as np
 from flexbatch.speculative.tree import ROOT, TreeShape
 from flexbatch.validation.errors import ConfigurationError
 
-SYNTAX = "chain:N (one path of N tokens), <1,1,3,1,1> (children per node at each depth), best-first:N (the N likeliest nodes) or auto (the policy decides)"
+SYNTAX = (
+    "chain:N (one path of N tokens), <1,1,3,1,1> (children per node at each depth), best-first:N (the N "
+    "likeliest nodes) or auto (the policy decides)"
+)
 
 
 @dataclass(frozen=True)
 class TreeSpec:
-    """What ``--tree`` asks for: ``kind`` is "widths" (chains too), "best-first" or "auto"; ``nodes`` bounds the tree where the kind does."""
+    """What ``--tree`` asks for: ``kind`` is "widths" (chains too), "best-first" or "auto"; ``nodes`` bounds the tree
+    where the kind does."""
 
     kind: str
     widths: tuple[int, ...] = ()
@@ -26,18 +30,23 @@ class TreeSpec:
     @property
     def text(self) -> str:
         """As the user may write it."""
-        return {"widths": f"<{','.join(map(str, self.widths))}>", "best-first": f"best-first:{self.nodes}"}.get(self.kind, self.kind)
+        return {"widths": f"<{','.join(map(str, self.widths))}>", "best-first": f"best-first:{self.nodes}"}.get(
+            self.kind, self.kind
+        )
 
 
 def parse_tree(text: str) -> TreeSpec:
-    """Reads ``chain:N``, ``<1,1,3,1,1>``, ``best-first:N`` or ``auto``. Raises ConfigurationError that names the accepted forms."""
+    """Reads ``chain:N``, ``<1,1,3,1,1>``, ``best-first:N`` or ``auto``. Raises ConfigurationError that names the
+    accepted forms."""
     text = text.strip()
     if text == "auto":
         return TreeSpec("auto")
     if match := re.fullmatch(r"(chain|best-first):(\d+)", text):
         nodes = int(match[2])
         if nodes < 1:
-            raise ConfigurationError(f"tree {text!r} needs at least one node; to decode without speculation leave --draft out")
+            raise ConfigurationError(
+                f"tree {text!r} needs at least one node; to decode without speculation leave --draft out"
+            )
         return TreeSpec("widths", (1,) * nodes, nodes) if match[1] == "chain" else TreeSpec("best-first", (), nodes)
     if re.fullmatch(r"<\s*\d+(\s*,\s*\d+)*\s*>", text):
         widths = tuple(int(width) for width in text[1:-1].split(","))
@@ -48,7 +57,8 @@ def parse_tree(text: str) -> TreeSpec:
 
 
 def fixed_widths(widths: Sequence[int]) -> TreeShape:
-    """Every node at depth d has ``widths[d]`` children (SpecInfer's expansion configuration): <1,1,3,1,1> has 1 + 1 + 3 + 3 + 3 nodes."""
+    """Every node at depth d has ``widths[d]`` children (SpecInfer's expansion configuration): <1,1,3,1,1> has 1 + 1
+    + 3 + 3 + 3 nodes."""
     parents: list[int] = []
     level = [ROOT]
     for width in widths:
@@ -60,14 +70,17 @@ def fixed_widths(widths: Sequence[int]) -> TreeShape:
 
 @dataclass(frozen=True)
 class StaticTrees:
-    """The best tree of every size for an acceptance table, by the dynamic programme of Sequoia (section 3.1), with depth limited.
+    """The best tree of every size for an acceptance table, by the dynamic programme of Sequoia (section 3.1), with
+    depth limited.
 
-    acceptance: ``acceptance[d][r]`` is the probability that the child of rank r below an accepted node at depth d is the accepted one (d = 0: the
-    root); the ranks of one node sum to at most 1. Its size limits depth and children per node. max_nodes: largest tree considered.
+    acceptance: ``acceptance[d][r]`` is the probability that the child of rank r below an accepted node at depth d is
+    the accepted one (d = 0: the root); the ranks of one node sum to at most 1. Its size limits depth and children per
+    node. max_nodes: largest tree considered.
 
-    With T(m, d) the most tokens expected at and below an accepted node of depth d, itself included, from a subtree of m nodes, and G(m, r, d) the most
-    from m nodes spread over its children of rank r and higher: T(m, d) = 1 + G(m - 1, 0, d), and G(m, r, d) is the maximum over s of
-    acceptance[d][r] * T(s, d + 1) + G(m - s, r + 1, d). Raises ValueError for a table that is not one of probabilities.
+    With T(m, d) the most tokens expected at and below an accepted node of depth d, itself included, from a subtree
+    of m nodes, and G(m, r, d) the most from m nodes spread over its children of rank r and higher: T(m, d) = 1 + G(m
+    - 1, 0, d), and G(m, r, d) is the maximum over s of acceptance[d][r] * T(s, d + 1) + G(m - s, r + 1, d). Raises
+    ValueError for a table that is not one of probabilities.
     """
 
     acceptance: tuple[tuple[float, ...], ...]
@@ -76,7 +89,10 @@ class StaticTrees:
     def __post_init__(self) -> None:
         for depth, row in enumerate(self.acceptance):
             if min(row, default=0.0) < 0 or sum(row) > 1 + 1e-9 or len(row) != len(self.acceptance[0]):
-                raise ValueError(f"acceptance at depth {depth} must be probabilities that sum to at most 1, as many as at depth 0, got {row}")
+                raise ValueError(
+                    f"acceptance at depth {depth} must be probabilities that sum to at most 1, as many as at depth "
+                    f"0, got {row}"
+                )
 
     @cached_property
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
@@ -84,19 +100,23 @@ class StaticTrees:
         depths, ranks, nodes = len(self.acceptance), len(self.acceptance[0]) if self.acceptance else 0, self.max_nodes
         gain = np.zeros((depths + 1, ranks + 1, nodes + 1))
         size = np.zeros((depths + 1, ranks + 1, nodes + 1), dtype=np.int64)
-        # Child of this rank with s = 1 .. m nodes of its own subtree (column s - 1), the other m - s nodes with its younger siblings.
+        # Child of this rank with s = 1 .. m nodes of its own subtree (column s - 1), the other m - s nodes with its
+        # younger siblings.
         left = np.arange(1, nodes + 1)[:, None] - np.arange(1, nodes + 1)[None, :]
         for depth in reversed(range(depths)):
             below = 1 + gain[depth + 1, 0, :nodes]
             for rank in reversed(range(ranks)):
-                options = np.where(left >= 0, self.acceptance[depth][rank] * below + gain[depth, rank + 1][left], -np.inf)
+                options = np.where(
+                    left >= 0, self.acceptance[depth][rank] * below + gain[depth, rank + 1][left], -np.inf
+                )
                 best = options.argmax(1)
                 gain[depth, rank, 1:], size[depth, rank, 1:] = options[np.arange(nodes), best], best + 1
         return gain, size
 
     @cached_property
     def expected_tokens(self) -> np.ndarray:
-        """[max_nodes + 1]: tokens committed per pass by the best tree of 0, 1, ... nodes, the one after the path included."""
+        """[max_nodes + 1]: tokens committed per pass by the best tree of 0, 1, ... nodes, the one after the path
+        included."""
         return 1 + self._tables[0][0, 0]
 
     def shape(self, nodes: int) -> TreeShape:

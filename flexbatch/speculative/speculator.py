@@ -45,7 +45,8 @@ class Source(Protocol):
 
     @property
     def distributions(self) -> Mapping[RequestState, Mapping[int, Tensor]]:
-        """Of the present trees that were drawn by chance: what the children of each node (-1: of the last committed token) were drawn from, [vocab]."""
+        """Of the present trees that were drawn by chance: what the children of each node (-1: of the last committed
+        token) were drawn from, [vocab]."""
 
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         """One tree per sequence, no larger or deeper than its plan; possibly empty."""
@@ -120,8 +121,8 @@ class Totals:
 class Speculator:
     """A `proposals.Proposer`. Sequences are grouped by whether they are sampled: the two accept differently.
 
-    simulate: accept the likeliest child at every node with this probability, whatever the target says. For timing with random weights; tokens are
-    meaningless then, and the report says so.
+    simulate: accept the likeliest child at every node with this probability, whatever the target says. For timing
+    with random weights; tokens are meaningless then, and the report says so.
     """
 
     def __init__(self, sources: Many[Source], spec: TreeSpec, *, max_nodes: int, simulate: float | None = None) -> None:
@@ -141,7 +142,11 @@ class Speculator:
         if any(plan.num_levels for plan in plans):
             begun = time.perf_counter()
             drafts = [source.draft(sequences, plans) for source in self.sources]
-            trees = drafts[0] if len(drafts) == 1 else [merge(several, plan.max_nodes) for *several, plan in zip(*drafts, plans, strict=True)]
+            trees = (
+                drafts[0]
+                if len(drafts) == 1
+                else [merge(several, plan.max_nodes) for *several, plan in zip(*drafts, plans, strict=True)]
+            )
             self.observe_levels(time.perf_counter() - begun)
         else:
             trees = [TokenTree()] * len(sequences)
@@ -165,11 +170,14 @@ class Speculator:
         return [limited(plan, depth) for plan, depth in zip(plans, max_depths, strict=True)]
 
     def observe_levels(self, seconds: float) -> None:
-        """What each level of the latest trees cost, with its share of what was spent between the levels. seconds: of all drafting."""
+        """What each level of the latest trees cost, with its share of what was spent between the levels. seconds: of
+        all drafting."""
         levels = list(zip_longest(*(source.levels for source in self.sources), fillvalue=(0, 0.0)))
         share = seconds / (sum(seconds for level in levels for _, seconds in level) or 1.0)
         for level in levels:
-            self.controller.drafting.observe(max(tokens for tokens, _ in level), share * sum(seconds for _, seconds in level))
+            self.controller.drafting.observe(
+                max(tokens for tokens, _ in level), share * sum(seconds for _, seconds in level)
+            )
 
     # After a pass
 
@@ -182,7 +190,12 @@ class Speculator:
         state, tree = query.sequence.state, self.proposed[query.sequence]
         (source,) = self.sources
         kept = source.distributions[state]
-        accepted = verify(tree, target_probabilities(logits, state, query.paths), RequestDraws(state, logits.device), [kept[parent] for parent in tree.parents])
+        accepted = verify(
+            tree,
+            target_probabilities(logits, state, query.paths),
+            RequestDraws(state, logits.device),
+            [kept[parent] for parent in tree.parents],
+        )
         path = tuple(node + 1 for node in accepted.path)
         tokens = list(accepted.tokens(tree))
         if accepted.token == UNDRAWN:
@@ -195,10 +208,13 @@ class Speculator:
         return drawn.follow(query) if self.simulate is None else self.follow_simulated(query, drawn, self.simulate)
 
     def follow_simulated(self, query: QueryTokens, drawn: SampledTokens, chance: float) -> SampledTokens:
-        """A coin of the request's own stream at every depth decides about the likeliest child. Log-probabilities are those of the tokens drawn there."""
+        """A coin of the request's own stream at every depth decides about the likeliest child. Log-probabilities are
+        those of the tokens drawn there."""
         state, tree = query.sequence.state, self.proposed[query.sequence]
         depth = tree.shape.max_depth
-        uniform_draws = uniforms([state.key] * depth, [len(state.output_token_ids) + d for d in range(depth)], 1, "cpu", ACCEPT_DRAW)[:, 0].tolist()
+        uniform_draws = uniforms(
+            [state.key] * depth, [len(state.output_token_ids) + d for d in range(depth)], 1, "cpu", ACCEPT_DRAW
+        )[:, 0].tolist()
         path: list[int] = []
         while (children := tree.shape.children[path[-1] if path else 0]) and uniform_draws[len(path)] < chance:
             path.append(children[0] + 1)
@@ -256,7 +272,9 @@ class Speculator:
             "tree": self.spec.text,
             "simulated_acceptance": self.simulate,
             "passes": totals.passes,
-            "tokens_per_sequence_pass": totals.emitted_tokens / totals.sequence_passes if totals.sequence_passes else 0.0,
+            "tokens_per_sequence_pass": totals.emitted_tokens / totals.sequence_passes
+            if totals.sequence_passes
+            else 0.0,
             "drafted_tokens": totals.drafted_tokens,
             "accepted_tokens": totals.emitted_tokens - totals.sequence_passes,
             "emitted_tokens": totals.emitted_tokens,

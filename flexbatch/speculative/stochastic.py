@@ -1,8 +1,9 @@
 """Trees drawn by chance from the draft, and the coins that verify them: all from the request's own stream.
 
-By default a draft shares the target's noise, so that trees are deterministic given the stream and tokens are those of plain decoding. Drawing with noise
-of its own keeps only the distribution, but accepts more when the two models differ: with one child, 1 - TV(p, q) against at least (1 - TV) / (1 + TV)
-(Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant speculative decoding", 2024).
+By default a draft shares the target's noise, so that trees are deterministic given the stream and tokens are those
+of plain decoding. Drawing with noise of its own keeps only the distribution, but accepts more when the two models
+differ: with one child, 1 - TV(p, q) against at least (1 - TV) / (1 + TV) (Daliri, Musco and Suresh, "Coupling
+without communication and drafter-invariant speculative decoding", 2024).
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ def draft_key(state: RequestState, node: int) -> int:
     return int(np.random.SeedSequence((DRAFT_STREAM, state.key, node + 1)).generate_state(1, np.uint64)[0])
 
 
-def drawn_children(logits: Tensor, state: RequestState, path: tuple[int, ...], node: int, count: int, drawing: Drawing) -> tuple[Candidates, Tensor]:
-    """Up to ``count`` children of one node in draw order, and the distribution [vocab] float32, to be normalised, that they were drawn from.
+def drawn_children(
+    logits: Tensor, state: RequestState, path: tuple[int, ...], node: int, count: int, drawing: Drawing
+) -> tuple[Candidates, Tensor]:
+    """Up to ``count`` children of one node in draw order, and the distribution [vocab] float32, to be normalised, that
+    they were drawn from.
 
-    logits: [vocab] of the draft, processed as the target's will be. Without replacement there are no more children than tokens with a probability: the
-    order of log q + Gumbel noise is a draw without replacement (Vieira, 2014; Kool et al., "Stochastic beams", ICML 2019).
+    logits: [vocab] of the draft, processed as the target's will be. Without replacement there are no more children
+    than tokens with a probability: the order of log q + Gumbel noise is a draw without replacement (Vieira, 2014;
+    Kool et al., "Stochastic beams", ICML 2019).
     """
     distribution = process_logits(logits[None], [state], [path])[0]
     probabilities = distribution.double()
@@ -46,7 +51,9 @@ def drawn_children(logits: Tensor, state: RequestState, path: tuple[int, ...], n
         tokens = (scores + noise).argmax(-1).tolist()
     else:
         possible = int((probabilities > 0).sum())
-        tokens = (scores + gumbel([key], [position], vocab, logits.device)[0]).topk(min(count, possible)).indices.tolist()
+        tokens = (
+            (scores + gumbel([key], [position], vocab, logits.device)[0]).topk(min(count, possible)).indices.tolist()
+        )
     return [(token, float(scores[token])) for token in tokens], distribution
 
 
@@ -59,7 +66,9 @@ class RequestDraws:
 
     def accept(self, depth: int, rank: int, probability: float) -> bool:
         """See `verify.Draws`."""
-        return uniforms([self.state.key], [self.start + depth], rank + 1, "cpu", ACCEPT_DRAW)[0, rank].item() < probability
+        return (
+            uniforms([self.state.key], [self.start + depth], rank + 1, "cpu", ACCEPT_DRAW)[0, rank].item() < probability
+        )
 
     def token(self, depth: int, probabilities: Tensor) -> int:
         """See `verify.Draws`."""

@@ -1,7 +1,8 @@
 """Token trees: pure data. Positions are depths, slots are indices, the mask is "is an ancestor of".
 
-A tree hangs below the *root*, the last committed token of its sequence, which has no keys and values yet. In a pass the query tokens of the
-sequence are [root, node 0, node 1, ...]; *row* r of the query is the root for r = 0 and node r - 1 otherwise.
+A tree hangs below the *root*, the last committed token of its sequence, which has no keys and values yet. In a pass
+the query tokens of the sequence are [root, node 0, node 1, ...]; *row* r of the query is the root for r = 0 and node
+r - 1 otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Drawing(Enum):
     """How the children of each node were chosen; it decides the rule of verification."""
 
     DETERMINISTIC = "deterministic"
-    """Top-k, best-first, beam or n-gram: children do not depend on chance, or only on the noise that the target draws with too."""
+    """Top-k, best-first, beam or n-gram: children do not depend on chance, or only on the noise that the target
+    draws with too."""
     INDEPENDENT = "independent"
     """Each child is an independent draw from the draft; siblings may repeat a token."""
     WITHOUT_REPLACEMENT = "without replacement"
@@ -34,7 +36,8 @@ class Drawing(Enum):
 class TreeShape:
     """The skeleton of a tree: ``parents[i]`` is the index of node i's parent, ROOT (-1) below the last committed token.
 
-    Parents come before their children, and siblings in rank order (draw order, or most likely first). Raises ValueError otherwise.
+    Parents come before their children, and siblings in rank order (draw order, or most likely first). Raises
+    ValueError otherwise.
     """
 
     parents: tuple[int, ...] = ()
@@ -42,7 +45,9 @@ class TreeShape:
     def __post_init__(self) -> None:
         for node, parent in enumerate(self.parents):
             if not ROOT <= parent < node:
-                raise ValueError(f"node {node} of {len(self.parents)} has parent {parent}; it must be -1 (root) or an earlier node")
+                raise ValueError(
+                    f"node {node} of {len(self.parents)} has parent {parent}; it must be -1 (root) or an earlier node"
+                )
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -57,7 +62,8 @@ class TreeShape:
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """Nodes below every *row* of the query, in rank order: ``children[0]`` hang below the root, ``children[i + 1]`` below node i."""
+        """Nodes below every *row* of the query, in rank order: ``children[0]`` hang below the root, ``children[i +
+        1]`` below node i."""
         below: list[list[int]] = [[] for _ in range(len(self.parents) + 1)]
         for node, parent in enumerate(self.parents):
             below[parent + 1].append(node)
@@ -94,7 +100,8 @@ class TreeShape:
 
     @cached_property
     def query_masks(self) -> np.ndarray:
-        """int32 [n + 1, ceil((n + 1) / 32)]: ancestor masks of the query tokens, root included, as `kernels.reference.paged_attention` takes them."""
+        """int32 [n + 1, ceil((n + 1) / 32)]: ancestor masks of the query tokens, root included, as
+        `kernels.reference.paged_attention` takes them."""
         masks = ancestor_masks((ROOT, *(parent + 1 for parent in self.parents)))
         masks.flags.writeable = False
         return masks
@@ -104,8 +111,9 @@ class TreeShape:
 class TokenTree:
     """Drafted continuations of one sequence. ``TokenTree()`` is the empty tree: plain decoding.
 
-    token_ids: one per node. logprobs: natural log of the draft's probability of each node given its parent, where the draft has one.
-    Raises ValueError when lengths differ, a probability exceeds 1, or siblings repeat a token though they were not drawn independently.
+    token_ids: one per node. logprobs: natural log of the draft's probability of each node given its parent, where
+    the draft has one. Raises ValueError when lengths differ, a probability exceeds 1, or siblings repeat a token
+    though they were not drawn independently.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -124,7 +132,10 @@ class TokenTree:
         if self.logprobs is not None and not all(logprob <= 1e-5 for logprob in self.logprobs):
             raise ValueError(f"log-probabilities must be at most 0, got {max(self.logprobs)}")
         if self.drawn is not Drawing.INDEPENDENT and len(set(zip(self.parents, self.token_ids, strict=True))) < nodes:
-            raise ValueError(f"siblings repeat a token in a tree drawn {self.drawn.value}: tokens {self.token_ids}, parents {self.parents}")
+            raise ValueError(
+                f"siblings repeat a token in a tree drawn {self.drawn.value}: tokens {self.token_ids}, parents "
+                f"{self.parents}"
+            )
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -139,7 +150,8 @@ class TokenTree:
 
     @cached_property
     def path_logprobs(self) -> tuple[float, ...]:
-        """Log-probability that the draft gives to the whole path to each node, at most that of its prefix. Raises ValueError without probabilities."""
+        """Log-probability that the draft gives to the whole path to each node, at most that of its prefix. Raises
+        ValueError without probabilities."""
         if self.logprobs is None:
             raise ValueError("this tree carries no draft probabilities")
         totals: list[float] = []
@@ -160,14 +172,20 @@ class TokenTree:
         return next((node for node in self.shape.children[row] if self.token_ids[node] == token), None)
 
     def subtree(self, keep: Iterable[int]) -> TokenTree:
-        """The tree of the nodes ``keep``, in their present order. Raises ValueError when one of them loses its parent."""
+        """The tree of the nodes ``keep``, in their present order. Raises ValueError when one of them loses its
+        parent."""
         kept = sorted(set(keep))
         place = {ROOT: ROOT} | {node: i for i, node in enumerate(kept)}
         for node in kept:
             if self.parents[node] not in place:
                 raise ValueError(f"node {node} is kept without its parent {self.parents[node]}")
         logprobs = None if self.logprobs is None else tuple(self.logprobs[node] for node in kept)
-        return TokenTree(tuple(self.token_ids[node] for node in kept), TreeShape(tuple(place[self.parents[node]] for node in kept)), logprobs, self.drawn)
+        return TokenTree(
+            tuple(self.token_ids[node] for node in kept),
+            TreeShape(tuple(place[self.parents[node]] for node in kept)),
+            logprobs,
+            self.drawn,
+        )
 
     def cut(self, max_depth: int) -> TokenTree:
         """Without the nodes deeper than ``max_depth``, which a sequence near its token limit cannot commit."""
@@ -178,15 +196,18 @@ class TokenTree:
 
 def chain(token_ids: Sequence[int], logprobs: Sequence[float] | None = None) -> TokenTree:
     """One continuation without branches."""
-    return TokenTree(tuple(token_ids), TreeShape(tuple(range(-1, len(token_ids) - 1))), None if logprobs is None else tuple(logprobs))
+    return TokenTree(
+        tuple(token_ids), TreeShape(tuple(range(-1, len(token_ids) - 1))), None if logprobs is None else tuple(logprobs)
+    )
 
 
 def merge(trees: Sequence[TokenTree], max_nodes: int | None = None) -> TokenTree:
-    """One tree that holds every path of ``trees`` once: shared prefixes are shared (SpecInfer, section 3, merge-based speculation).
+    """One tree that holds every path of ``trees`` once: shared prefixes are shared (SpecInfer, section 3, merge-based
+    speculation).
 
-    Nodes keep the order of the trees, so that siblings rank by first appearance; a node in several trees takes the highest of its
-    probabilities. ``max_nodes`` stops the growth: the first trees win. Raises ValueError for trees drawn by chance, which no rule could verify
-    once merged.
+    Nodes keep the order of the trees, so that siblings rank by first appearance; a node in several trees takes the
+    highest of its probabilities. ``max_nodes`` stops the growth: the first trees win. Raises ValueError for trees
+    drawn by chance, which no rule could verify once merged.
     """
     trees = [tree for tree in trees if len(tree)]
     if not trees or max_nodes == 0:
@@ -210,15 +231,19 @@ def merge(trees: Sequence[TokenTree], max_nodes: int | None = None) -> TokenTree
             moved[node] = place[merged]
             logprobs[moved[node]] = max(logprobs[moved[node]], logprob)
     known = all(tree.logprobs is not None for tree in trees)
-    return TokenTree(tuple(token for _, token in place), TreeShape(tuple(parent for parent, _ in place)), tuple(logprobs) if known else None)
+    return TokenTree(
+        tuple(token for _, token in place),
+        TreeShape(tuple(parent for parent, _ in place)),
+        tuple(logprobs) if known else None,
+    )
 
 
 def best_first(tree: TokenTree, max_nodes: int) -> TokenTree:
     """The ``max_nodes`` nodes that the draft finds most likely to be reached (EAGLE-2, section 4.2, reranking).
 
-    Over a tree that holds all children of every node this is best-first search: a path is never more likely than its prefix, so that the kept
-    nodes keep their ancestors (ties go to the earlier node, and parents come first). Siblings keep their order. Raises ValueError for a tree
-    without probabilities.
+    Over a tree that holds all children of every node this is best-first search: a path is never more likely than its
+    prefix, so that the kept nodes keep their ancestors (ties go to the earlier node, and parents come first).
+    Siblings keep their order. Raises ValueError for a tree without probabilities.
     """
     if len(tree) <= max_nodes:
         return tree

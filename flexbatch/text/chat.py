@@ -85,8 +85,7 @@ class ChatTemplate:
             for other in (OTHER, [{"type": "text", "text": OTHER}]):
                 contents = [*([other] * len(earlier)), content, *([other] * len(later))]
                 messages = [
-                    {"role": who, "content": said}
-                    for who, said in zip((*earlier, role, *later), contents, strict=True)
+                    {"role": who, "content": said} for who, said in zip((*earlier, role, *later), contents, strict=True)
                 ]
                 try:
                     return self._apply(messages, add_generation_prompt=False).lower()

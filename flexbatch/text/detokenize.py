@@ -97,8 +97,8 @@ class StopSearch:
         return text.length - len(settled), settled + text.pending.rstrip(REPLACEMENT)
 
     def _across_special(self, start: int, text: str) -> Iterator[FoundStop]:
-        """Stop strings in the text with special tokens that hold the beginning or the end of one: an answer does not end
-        because of the letter d in <|im_end|>. The others are for the visible text to tell."""
+        """Stop strings in the text with special tokens that hold the beginning or the end of one: an answer does not
+        end because of the letter d in <|im_end|>. The others are for the visible text to tell."""
         for stop in self._stops:
             place = text.find(stop)
             while place >= 0:

@@ -36,7 +36,8 @@ def without_mark(data: bytes, name: object) -> bytes:
     for mark, encoding in OTHER_MARKS:
         if data.startswith(mark):
             raise ConfigurationError(
-                f"{name} is {encoding}, as its byte order mark says, and only UTF-8 is read: convert it with iconv -f {encoding} -t UTF-8 OLD > NEW"
+                f"{name} is {encoding}, as its byte order mark says, and only UTF-8 is read: convert it with iconv "
+                f"-f {encoding} -t UTF-8 OLD > NEW"
             )
     return data.removeprefix(UTF8_MARK)
 

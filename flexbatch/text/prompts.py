@@ -72,7 +72,8 @@ def plain_prompt(index: int, prompt: Any) -> PlainPrompt:
     if isinstance(content, Mapping):
         raise PromptError(
             index,
-            f"prompt is an object with {', '.join(map(repr, content))}; it is text, a list of token ids or chat messages",
+            f"prompt is an object with {', '.join(map(repr, content))}; it is text, a list of token ids or chat "
+            "messages",
         )
     return PlainPrompt(content, text if isinstance(text, str) else None)
 
@@ -105,7 +106,8 @@ def _is_one(parts: list[Any]) -> bool:
 class PromptEncoder:
     """Prompts to token ids, with the checks that need the model's sizes.
 
-    `max_context`: tokens of prompt and output that the model can attend to. `vocab_size`: of the model, not of the tokenizer.
+    `max_context`: tokens of prompt and output that the model can attend to. `vocab_size`: of the model, not of the
+    tokenizer.
     """
 
     def __init__(self, tokenizer: Any, *, max_context: int, vocab_size: int) -> None:
@@ -115,10 +117,11 @@ class PromptEncoder:
         self._chat = ChatTemplate(tokenizer)
 
     def encode(self, index: int, prompt: Prompt, max_tokens: int | None = 1) -> list[int]:
-        """Token ids of prompt number `index`. With max_tokens=0 (scoring) it may be one token longer than the context, as its last token is
-        predicted and never read; else it must leave room for one token.
+        """Token ids of prompt number `index`. With max_tokens=0 (scoring) it may be one token longer than the context,
+        as its last token is predicted and never read; else it must leave room for one token.
 
-        Raises PromptError: a type that is no prompt, an empty prompt, ids outside the vocabulary, a failing chat template, too many tokens.
+        Raises PromptError: a type that is no prompt, an empty prompt, ids outside the vocabulary, a failing chat
+        template, too many tokens.
         """
         content = plain_prompt(index, prompt).content
         if isinstance(content, str):
@@ -134,7 +137,10 @@ class PromptEncoder:
         self._check_ids(index, token_ids)
         longest = self._max_context + (1 if max_tokens == 0 else -1)
         if len(token_ids) > longest:
-            raise PromptError(index, f"has {len(token_ids)} tokens; the model's context of {self._max_context} allows {longest}. Shorten it")
+            raise PromptError(
+                index,
+                f"has {len(token_ids)} tokens; the model's context of {self._max_context} allows {longest}. Shorten it",
+            )
         return token_ids
 
     def room(self, token_ids: Sequence[int]) -> int:
@@ -159,7 +165,8 @@ class PromptEncoder:
         if place >= 0:
             half = text[place].encode("unicode_escape").decode()
             raise PromptError(index, f"holds half of a surrogate pair, {half}, at character {place}: no Unicode text")
-        # A long prompt gets its own error here, so the tokenizer's warning about its configured length would only be noise.
+        # A long prompt gets its own error here, so the tokenizer's warning about its configured length would only be
+        # noise.
         return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _render(self, index: int, messages: Sequence[Any]) -> str:
@@ -178,7 +185,9 @@ class PromptEncoder:
         for place, token in enumerate(prompt):
             token = as_list(token)
             if isinstance(token, bool) or not hasattr(token, "__index__"):
-                raise PromptError(index, f"element {place} is {token!r}; a list is either of token ids or of chat messages")
+                raise PromptError(
+                    index, f"element {place} is {token!r}; a list is either of token ids or of chat messages"
+                )
             token_ids.append(token.__index__())
         return token_ids
 

@@ -1,1 +1,2 @@
-"""What comes from outside is checked here: values by type and range, settings, secrets, and the errors that say what is wrong."""
+"""What comes from outside is checked here: values by type and range, settings, secrets, and the errors that say what
+is wrong."""

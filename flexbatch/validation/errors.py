@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A model folder is missing, incomplete, damaged or of an unknown kind. The message names the file, the tensor, what was wanted and what was found."""
+    """A model folder is missing, incomplete, damaged or of an unknown kind. The message names the file, the tensor,
+    what was wanted and what was found."""
 
 
 class ConfigurationError(ValueError):
@@ -12,7 +13,8 @@ class ConfigurationError(ValueError):
 
 
 class DoesNotFitError(RuntimeError):
-    """The plan needs more memory than the budgets give: exit code 4. The message holds a table of what needs how much."""
+    """The plan needs more memory than the budgets give: exit code 4. The message holds a table of what needs how
+    much."""
 
 
 class EngineBusyError(RuntimeError):

@@ -1,12 +1,13 @@
-"""The batch command as a process of its own: ``python -m tests.apps_batch.driver '{"block": 8}' INPUT OUTPUT ...`` with the fake engine.
+"""The batch command as a process of its own: ``python -m tests.apps_batch.driver '{"block": 8}' INPUT OUTPUT ...`` with
+the fake engine.
 
 ``{"config_file": ...}`` appends the settings that the engine gets to a file.
 
-``{"syncs": folder}`` notes there what every fsync makes durable, ``{"signal_at": [function, count, signal]}`` sends this
-process a signal at a chosen point, ``{"locks": false}`` takes its file locks away (`tests.apps_batch.power`).
+``{"syncs": folder}`` notes there what every fsync makes durable, ``{"signal_at": [function, count, signal]}`` sends
+this process a signal at a chosen point, ``{"locks": false}`` takes its file locks away (`tests.apps_batch.power`).
 
-With ``{"real": true, "count_file": ...}`` it runs the real one, and counts every token that is generated there, those of killed processes and of Ray's
-actors included.
+With ``{"real": true, "count_file": ...}`` it runs the real one, and counts every token that is generated there,
+those of killed processes and of Ray's actors included.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A deterministic engine in the place of `LLM`: tokens are a hash of the prompt, sequences finish out of order, generated tokens are counted."""
+"""A deterministic engine in the place of `LLM`: tokens are a hash of the prompt, sequences finish out of order,
+generated tokens are counted."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def fake_tokens(prompt: list[int], params: SamplingParams) -> list[int]:
 
 @dataclass
 class FakeLLM:
-    """``block`` sequences at one time, one token each per step of ``step_s`` seconds; fails with RuntimeError after ``fail_after`` steps."""
+    """``block`` sequences at one time, one token each per step of ``step_s`` seconds; fails with RuntimeError after
+    ``fail_after`` steps."""
 
     block: int = 16
     step_s: float = 0.0
@@ -63,7 +65,9 @@ class FakeLLM:
         if self._count >= 0:
             os.close(self._count)
 
-    def stream(self, items: Iterable[tuple[Any, list[int], SamplingParams]], on_tokens: Any = None) -> Iterator[tuple[Any, Completion]]:
+    def stream(
+        self, items: Iterable[tuple[Any, list[int], SamplingParams]], on_tokens: Any = None
+    ) -> Iterator[tuple[Any, Completion]]:
         source, flying, steps = iter(items), {}, 0
         more = True
         while more or flying:
@@ -92,5 +96,8 @@ class FakeLLM:
         reason = "length" if len(tokens) == params.max_tokens else "stop"
         logprobs = None
         if params.logprobs is not None:
-            logprobs = [{token: TokenLogprob(token, -0.5, 1), **({2: TokenLogprob(2, -1.5, 2)} if params.logprobs else {})} for token in tokens]
+            logprobs = [
+                {token: TokenLogprob(token, -0.5, 1), **({2: TokenLogprob(2, -1.5, 2)} if params.logprobs else {})}
+                for token in tokens
+            ]
         return Completion(list(prompt), list(tokens), self.tokenizer.decode(tokens), reason, logprobs=logprobs)

@@ -24,20 +24,32 @@ RESULTS = ("generated_text", "finish_reason", "num_input_tokens", "num_generated
 def benchmark_prompts(rows: int, longest: int = 200) -> list[str]:
     """Different prompts made of those of public benchmarks."""
     names = ("gsm8k_test.jsonl", "humaneval.jsonl", "mt_bench.jsonl")
-    texts = [json.loads(line)["prompt"] for name in names for line in (PROMPTS / name).read_text(encoding="utf-8").splitlines()]
+    texts = [
+        json.loads(line)["prompt"]
+        for name in names
+        for line in (PROMPTS / name).read_text(encoding="utf-8").splitlines()
+    ]
     return [f"{row}: {texts[row % len(texts)]}"[:longest] for row in range(rows)]
 
 
 def write_input(path: Path, prompts: Sequence[str | None], row_group_size: int = 37, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"id": list(range(len(prompts))), "prompt": pa.array(prompts, pa.string()), **columns}), path, row_group_size=row_group_size)
+    pq.write_table(
+        pa.table({"id": list(range(len(prompts))), "prompt": pa.array(prompts, pa.string()), **columns}),
+        path,
+        row_group_size=row_group_size,
+    )
     return path
 
 
 def run_here(*words: object, fake: FakeLLM | None = None, **settings: Any) -> int:
     """The command in this process; its exit code."""
     engine = fake or FakeLLM(**settings)
-    return main([str(word) for word in words], open_engine=lambda config, seen: engine, identity=lambda config: {"weights": f"fake {config.model}"})
+    return main(
+        [str(word) for word in words],
+        open_engine=lambda config, seen: engine,
+        identity=lambda config: {"weights": f"fake {config.model}"},
+    )
 
 
 def command(*words: object, **settings: Any) -> list[str]:
@@ -49,10 +61,14 @@ def start(*words: object, environ: dict[str, str] | None = None, **settings: Any
     import os
 
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})}
-    return subprocess.Popen(command(*words, **settings), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command(*words, **settings), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 30.0) -> None:
+def wait_for(
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 30.0
+) -> None:
     """Until the condition holds, or the process has ended."""
     end = time.monotonic() + seconds
     while not condition() and (process is None or process.poll() is None):

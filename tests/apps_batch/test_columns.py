@@ -288,7 +288,9 @@ def test_numbers_in_messages_are_doubles(tmp_path: Path) -> None:
     fake = FakeLLM()
     fake.tokenizer = Template()
     assert run_here(tmp_path / "in.jsonl", tmp_path / "out", fake=fake) == 0
-    assert '"arguments": {"x": 1.5, "y": [10000000000000000000000000]}' in next(text for text in seen if '"made"' in text)
+    assert '"arguments": {"x": 1.5, "y": [10000000000000000000000000]}' in next(
+        text for text in seen if '"made"' in text
+    )
 
 
 def test_settings_may_come_from_cells_of_text(tmp_path: Path) -> None:

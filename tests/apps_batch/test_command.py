@@ -28,10 +28,23 @@ except SystemExit:
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert time.monotonic() - began < 1.0
-    assert done.stderr.strip() == "False False" and "--prompt-template" in done.stdout and "--gpu-batch-size" in done.stdout
+    assert (
+        done.stderr.strip() == "False False"
+        and "--prompt-template" in done.stdout
+        and "--gpu-batch-size" in done.stdout
+    )
 
 
-@pytest.mark.parametrize("words", [(), ("in",), ("in", "out", "--no-such-flag"), ("in", "out", "--max-tok", "3"), ("in", "out", "--max-tokens", "many")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("in",),
+        ("in", "out", "--no-such-flag"),
+        ("in", "out", "--max-tok", "3"),
+        ("in", "out", "--max-tokens", "many"),
+    ],
+)
 def test_wrong_usage_is_exit_code_two(words: tuple[str, ...]) -> None:
     process = start(*words)
     out, err = process.communicate(timeout=20)
@@ -54,7 +67,10 @@ def test_settings_come_from_flags_then_environment_then_file(tmp_path: Path, mon
 
 
 def test_the_resume_command_does_not_discard() -> None:
-    assert resume_command(["python", "-m", "flexbatch.apps.batch", "in put", "out", "--overwrite"]) == "python -m flexbatch.apps.batch 'in put' out"
+    assert (
+        resume_command(["python", "-m", "flexbatch.apps.batch", "in put", "out", "--overwrite"])
+        == "python -m flexbatch.apps.batch 'in put' out"
+    )
 
 
 def test_ranks_divide_shards_and_hosts() -> None:
@@ -64,10 +80,18 @@ def test_ranks_divide_shards_and_hosts() -> None:
     assert share == Share(5, 8, 1, 4)
     assert find_share((1, 3), torchrun) == Share(13, 24, 1, 4)
     config = divide_host(EngineConfig(cpu_memory="64GiB", gpu_memory="20GiB"), share, 2, Path("/cache"))
-    assert (config.cpu_memory, config.gpu_memory, config.device, config.offload_dir) == (16 * 2**30, 10 * 2**30, "cuda:1", "/cache/rank-1")
+    assert (config.cpu_memory, config.gpu_memory, config.device, config.offload_dir) == (
+        16 * 2**30,
+        10 * 2**30,
+        "cuda:1",
+        "/cache/rank-1",
+    )
     config = divide_host(EngineConfig(offload_dir="/mine"), share, 0, Path("/cache"))
     assert config.offload_dir == "/mine/rank-1" and config.device == "auto"
-    assert isinstance(config.cpu_memory, int) and 0 < 4 * (config.cpu_memory + int(config.gpu_memory or 0)) <= available_memory() * 1.2
+    assert (
+        isinstance(config.cpu_memory, int)
+        and 0 < 4 * (config.cpu_memory + int(config.gpu_memory or 0)) <= available_memory() * 1.2
+    )
     assert divide_host(EngineConfig(), Share(5, 8), 0, Path("/cache")) == EngineConfig()
     for wrong in ({"RANK": "8"}, {"RANK": "x"}):
         with pytest.raises(ConfigurationError, match="RANK="):

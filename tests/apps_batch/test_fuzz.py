@@ -75,7 +75,8 @@ BAD_LINES = {
     "two values": line_of(request()) + b" {}",
     "nested and open": DEEP.encode(),
     "nested and closed": b'{"custom_id": "a", "body": ' + DEEP.encode() + b"]" * 100_000 + b"}",
-    "nested under metadata": line_of(request())[:-2] + b', "metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}}",
+    "nested under "
+    "metadata": line_of(request())[:-2] + b', "metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}}",
     "nested 300 deep": line_of(request())[:-2] + b', "metadata": ' + b"[" * 300 + b"]" * 300 + b"}}",
     "a byte that is not UTF-8": line_of(request()).replace(b"hello", b"hel\xfflo"),
     "latin-1": line_of(request()).replace(b"hello", "größer".encode("latin-1")),
@@ -85,7 +86,8 @@ BAD_LINES = {
     "half a pair in custom_id": line_of(request(custom_id=f"x{LONE}")),
     "half a pair in the model": line_of(request({**BODY, "model": f"x{LONE}"})),
     "half a pair in a stop string": line_of(request({**BODY, "stop": [f"x{LONE}"]})),
-    "half a pair in a message": line_of(request({"messages": [{"role": "user", "content": LONE}]}, "/v1/chat/completions")),
+    "half a pair in a "
+    "message": line_of(request({"messages": [{"role": "user", "content": LONE}]}, "/v1/chat/completions")),
     "half a pair as a field": line_of(request({**BODY, LONE: 1})),
     "a number of 5,000 digits": line_of(request()).replace(b'"max_tokens": 3', b'"max_tokens": ' + b"9" * 5000),
     "a number beyond doubles": line_of(request()).replace(b'"temperature": 0', b'"temperature": 1e400'),

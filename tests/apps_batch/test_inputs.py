@@ -33,7 +33,9 @@ def json_lines() -> bytes:
 def folder_of_parquet(path: Path) -> Path:
     path.mkdir()
     for place in range(3):
-        pq.write_table(pa.Table.from_pylist(ROWS[place * 20 : place * 20 + 20]), path / f"{place}.parquet", row_group_size=7)
+        pq.write_table(
+            pa.Table.from_pylist(ROWS[place * 20 : place * 20 + 20]), path / f"{place}.parquet", row_group_size=7
+        )
     (path / "notes.txt").write_text("not data")
     return path
 
@@ -79,12 +81,18 @@ def test_the_name_of_a_data_set_goes_to_the_datasets_library(tmp_path: Path, mon
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert run_here("org/prompts", tmp_path / "out", *SETTINGS, "--dataset-config", "main", "--split", "test[:60]") == 0
-    assert asked == [(("org/prompts", "main"), {"split": "test[:60]"})] and read_output(tmp_path / "out")["number"].to_pylist() == list(range(60))
+    assert asked == [(("org/prompts", "main"), {"split": "test[:60]"})] and read_output(tmp_path / "out")[
+        "number"
+    ].to_pylist() == list(range(60))
 
 
 def test_messages_come_as_lists_as_json_or_by_their_name(tmp_path: Path) -> None:
-    chats = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"question {i}"}] for i in range(9)]
-    source = write_input(tmp_path / "in.parquet", [""] * 9, chat=chats, packed=[json.dumps(chat) for chat in chats[:8]] + ["[]"])
+    chats = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"question {i}"}] for i in range(9)
+    ]
+    source = write_input(
+        tmp_path / "in.parquet", [""] * 9, chat=chats, packed=[json.dumps(chat) for chat in chats[:8]] + ["[]"]
+    )
     assert run_here(source, tmp_path / "lists", "--messages-column", "chat") == 0
     assert run_here(source, tmp_path / "json", "--messages-column", "packed") == 3
     pq.write_table(pa.table({"messages": chats}), tmp_path / "named.parquet")
@@ -100,7 +108,14 @@ def test_openai_batch_files(tmp_path: Path) -> None:
 
     lines = [
         request("a", "completions", prompt="hello", max_tokens=5, temperature=0),
-        request("b", "chat/completions", messages=[{"role": "user", "content": "hi"}], max_completion_tokens=7, logprobs=True, top_logprobs=1),
+        request(
+            "b",
+            "chat/completions",
+            messages=[{"role": "user", "content": "hi"}],
+            max_completion_tokens=7,
+            logprobs=True,
+            top_logprobs=1,
+        ),
         request("c", "chat/completions", messages=[]),
         request("d", "completions", prompt="x", tools=[{"type": "function"}]),
         request("e", "embeddings", input="x"),
@@ -112,15 +127,29 @@ def test_openai_batch_files(tmp_path: Path) -> None:
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     assert run_here(tmp_path / "in.jsonl", tmp_path / "out", "--input-format", "openai", "--part-rows", 4) == 3
-    out = [json.loads(line) for path in sorted((tmp_path / "out").glob("part-*.jsonl")) for line in path.read_text().splitlines()]
+    out = [
+        json.loads(line)
+        for path in sorted((tmp_path / "out").glob("part-*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
     assert [row["custom_id"] for row in out] == ["a", "b", "c", "d", "e", "f", "g", None, "h", None]
-    assert all(set(row) == {"id", "custom_id", "response", "error"} and (row["response"] is None) != (row["error"] is None) for row in out)
+    assert all(
+        set(row) == {"id", "custom_id", "response", "error"} and (row["response"] is None) != (row["error"] is None)
+        for row in out
+    )
     assert [row["error"]["code"] for row in out if row["error"]] == [
         "invalid_value", "unsupported_parameter", "invalid_url", "invalid_value", "invalid_request", "invalid_json_line", "missing_required_parameter",
     ]  # fmt: skip
     text, chat, ids = (out[i]["response"]["body"] for i in (0, 1, 8))
-    assert text["object"] == "text_completion" and len(text["choices"][0]["text"]) <= 5 and text["usage"]["prompt_tokens"] == 6
+    assert (
+        text["object"] == "text_completion"
+        and len(text["choices"][0]["text"]) <= 5
+        and text["usage"]["prompt_tokens"] == 6
+    )
     assert chat["choices"][0]["message"]["role"] == "assistant" and chat["usage"]["completion_tokens"] <= 7
     assert len(chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 1
-    assert ids["usage"]["prompt_tokens"] == 3 and len(ids["choices"][0]["logprobs"]["token_logprobs"]) == ids["usage"]["completion_tokens"]
+    assert (
+        ids["usage"]["prompt_tokens"] == 3
+        and len(ids["choices"][0]["logprobs"]["token_logprobs"]) == ids["usage"]["completion_tokens"]
+    )
     assert len({row["id"] for row in out}) == 10

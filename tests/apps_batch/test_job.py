@@ -62,14 +62,19 @@ def test_odd_rows_become_errors_and_the_rest_goes_on(tmp_path: Path, capsys: pyt
     assert run_here(source, tmp_path / "out") == 3
     table = read_output(tmp_path / "out")
     before = pq.read_table(source)
-    assert table.select(before.schema.names).equals(before) and table.schema.types[: len(before.schema)] == before.schema.types
+    assert (
+        table.select(before.schema.names).equals(before)
+        and table.schema.types[: len(before.schema)] == before.schema.types
+    )
     errors = table["error"].to_pylist()
     assert errors[0] == errors[2] == errors[4] == errors[5] == ""
     assert errors[1] == "'prompt' is null" and "100001 tokens" in errors[3] and "context of 512" in errors[3]
     assert [text is None for text in table["generated_text"].to_pylist()] == [bool(error) for error in errors]
     assert table["finish_reason"].to_pylist()[1] == "error"
     assert "2 of 6 rows have an error" in capsys.readouterr().err
-    torn = pq.read_table(source).append_column("torn", pa.array([b"a", b"\xff", b"", b"b", b"c", b"\x80"]).view(pa.string()))
+    torn = pq.read_table(source).append_column(
+        "torn", pa.array([b"a", b"\xff", b"", b"b", b"c", b"\x80"]).view(pa.string())
+    )
     pq.write_table(torn, tmp_path / "torn.parquet")
     assert run_here(tmp_path / "torn.parquet", tmp_path / "out-torn", "--prompt-column", "torn") == 3
     table = read_output(tmp_path / "out-torn")
@@ -93,7 +98,9 @@ def test_truncation_keeps_room_for_the_output(tmp_path: Path, side: str, kept: s
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_an_input_without_rows_gives_an_output_with_the_schema(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_input_without_rows_gives_an_output_with_the_schema(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / f"in.{kind}"
     if kind == "parquet":
         pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
@@ -113,14 +120,21 @@ def test_partition_folders_stay(tmp_path: Path) -> None:
         write_input(tmp_path / "in" / f"lang={lang}" / "x.parquet", [f"{lang}{i}" for i in range(50)])
     assert run_here(tmp_path / "in", tmp_path / "out", "--part-rows", 40, "--prompt-template", "{lang}: {prompt}") == 0
     names = [str(path.relative_to(tmp_path / "out")) for path in parts_of(tmp_path / "out")]
-    assert names == ["lang=de/part-00000.parquet", "lang=de/part-00001.parquet", "lang=fr/part-00002.parquet", "lang=fr/part-00003.parquet"]
+    assert names == [
+        "lang=de/part-00000.parquet",
+        "lang=de/part-00001.parquet",
+        "lang=fr/part-00002.parquet",
+        "lang=fr/part-00003.parquet",
+    ]
     frame = pd.read_parquet(tmp_path / "out")
     assert frame["lang"].tolist() == ["de"] * 50 + ["fr"] * 50
 
 
 def test_readers_read_the_output(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    frame = pd.DataFrame({"prompt": [f"p{i}" for i in range(250)]}, index=pd.Index([f"k{i}" for i in range(250)], name="key"))
+    frame = pd.DataFrame(
+        {"prompt": [f"p{i}" for i in range(250)]}, index=pd.Index([f"k{i}" for i in range(250)], name="key")
+    )
     frame.to_parquet(tmp_path / "in.parquet")
     assert run_here(tmp_path / "in.parquet", tmp_path / "out", "--logprobs", 2, "--generated-tokens") == 0
     assert pd.read_parquet(tmp_path / "out").index.tolist() == [f"k{i}" for i in range(250)]
@@ -137,12 +151,21 @@ def test_metadata_that_no_longer_holds_is_dropped(tmp_path: Path) -> None:
     datasets.Dataset.from_pandas(pd.DataFrame({"prompt": ["a", "b", "c"]})).to_parquet(str(tmp_path / "in.parquet"))
     assert run_here(tmp_path / "in.parquet", tmp_path / "out", "--part-rows", 2) == 0
     assert len(pd.read_parquet(tmp_path / "out")) == 3
-    table = pa.table({"prompt": ["a"]}, metadata={"huggingface": '{"info": {"features": {"prompt": {"dtype": "string", "_type": "Value"}}}}', "mine": "kept"})
+    table = pa.table(
+        {"prompt": ["a"]},
+        metadata={
+            "huggingface": '{"info": {"features": {"prompt": {"dtype": "string", "_type": "Value"}}}}',
+            "mine": "kept",
+        },
+    )
     pq.write_table(table, tmp_path / "hf.parquet")
     assert run_here(tmp_path / "hf.parquet", tmp_path / "hf") == 0
     metadata = pq.read_schema(parts_of(tmp_path / "hf")[0]).metadata
     assert b"huggingface" not in metadata and metadata[b"mine"] == b"kept"
-    assert "generated_text" in datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"].features
+    assert (
+        "generated_text"
+        in datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"].features
+    )
 
 
 def test_a_name_clash_is_found_before_the_model_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,20 +190,33 @@ def test_a_finished_job_does_not_load_the_model_again(tmp_path: Path) -> None:
     assert run_here(source, tmp_path / "out", fake=engine) == 0 and engine.prompts_seen == 0
 
 
-def test_another_job_is_refused_with_its_differences_until_it_may_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_job_is_refused_with_its_differences_until_it_may_overwrite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = (write_input(tmp_path / "in.parquet", ["a", "b"]), tmp_path / "out", "--temperature", 0)
     assert run_here(*words) == 0
     first = read_output(tmp_path / "out")
     other = (*words, "--max-tokens", 3, "--seed", 5)
     assert run_here(*other) == 2
     err = capsys.readouterr().err
-    assert "generation.max_tokens: 16 in the output, 3 now" in err and "seed: 0 in the output, 5 now" in err and "generation.temperature" not in err
+    assert (
+        "generation.max_tokens: 16 in the output, 3 now" in err
+        and "seed: 0 in the output, 5 now" in err
+        and "generation.temperature" not in err
+    )
     assert read_output(tmp_path / "out").equals(first)
-    assert run_here(*words, "--window-rows", 1, "--gpu-batch-size", 3) == 0, "placement, window and block are not part of a job"
-    assert run_here(*other, "--overwrite") == 0 and max(read_output(tmp_path / "out")["num_generated_tokens"].to_pylist()) <= 3
+    assert run_here(*words, "--window-rows", 1, "--gpu-batch-size", 3) == 0, (
+        "placement, window and block are not part of a job"
+    )
+    assert (
+        run_here(*other, "--overwrite") == 0
+        and max(read_output(tmp_path / "out")["num_generated_tokens"].to_pylist()) <= 3
+    )
 
 
-def test_an_engine_failure_keeps_what_is_finished_and_prints_the_resume_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_failure_keeps_what_is_finished_and_prints_the_resume_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(100)])
     assert run_here(source, tmp_path / "out", fail_after=40) == 1
     err = capsys.readouterr().err
@@ -243,7 +279,9 @@ def test_too_many_errors_stop_the_job(tmp_path: Path, limit: str, capsys: pytest
     assert run_here(source, tmp_path / "out") == 3
 
 
-def test_a_damaged_row_group_stops_the_job_after_what_was_in_flight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_row_group_stops_the_job_after_what_was_in_flight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "in.parquet"
     table = pa.table({"prompt": [f"prompt {i}" for i in range(90)]})
     pq.write_table(table, source, row_group_size=30, write_page_checksum=True, compression="none", use_dictionary=False)
@@ -288,7 +326,11 @@ def test_metrics_are_a_prometheus_file(tmp_path: Path) -> None:
     assert run_here(source, tmp_path / "out", "--metrics-file", tmp_path / "m.prom", "--shard", "0/1") == 3
     lines = (tmp_path / "m.prom").read_text().splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    assert values["flexbatch_rows_done"] == "3" and values["flexbatch_row_errors"] == "1" and values["flexbatch_parts_committed"] == "1"
+    assert (
+        values["flexbatch_rows_done"] == "3"
+        and values["flexbatch_row_errors"] == "1"
+        and values["flexbatch_parts_committed"] == "1"
+    )
     assert "# TYPE flexbatch_generated_tokens_total counter" in lines and not list(tmp_path.glob(".m.prom*"))
     assert run_here(source, tmp_path / "out2", "--metrics-file", tmp_path / "no" / "m.prom") == 3
 
@@ -307,7 +349,9 @@ def test_shards_write_the_same_parts_as_one_process(tmp_path: Path) -> None:
 def test_the_planner_sees_the_lengths_of_the_job(tmp_path: Path) -> None:
     prompts = ["x" * (i // 100 + 1) for i in range(1000)] + [None]
     source = write_input(tmp_path / "in.parquet", prompts)
-    job = plan_job(str(source), str(tmp_path / "out"), JobConfig(max_tokens=9, part_rows=50), EngineConfig(), lambda engine: {})
+    job = plan_job(
+        str(source), str(tmp_path / "out"), JobConfig(max_tokens=9, part_rows=50), EngineConfig(), lambda engine: {}
+    )
     seen = preview(job, job.parts[2:])
     engine = FakeLLM(max_positions=12)
     cache, prompt = seen.lengths(engine.tokenizer, engine.arch)

@@ -12,12 +12,16 @@ from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.records import HEADER, RecordLog, read_log, scan_log
 
 JOB, OTHER = b"j" * 16, b"o" * 16
-values = st.lists(st.recursive(st.none() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=4), max_size=8)
+values = st.lists(
+    st.recursive(st.none() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=4), max_size=8
+)
 
 
 @settings(max_examples=40, deadline=None)
 @given(values=values, cut=st.integers(0, 400), more=values)
-def test_a_log_cut_anywhere_keeps_its_whole_records_and_goes_on(tmp_path_factory: pytest.TempPathFactory, values: list, cut: int, more: list) -> None:
+def test_a_log_cut_anywhere_keeps_its_whole_records_and_goes_on(
+    tmp_path_factory: pytest.TempPathFactory, values: list, cut: int, more: list
+) -> None:
     path = tmp_path_factory.mktemp("log") / "x.log"
     log = RecordLog(path, JOB)
     ends = []
@@ -191,7 +195,9 @@ def test_a_writer_that_was_replaced_adds_nothing_that_counts_against_its_success
         successor._rotate()
         successor.append(0, 1, sequence)
     zombie.append(0, 2, "late, and the only one")
-    assert Journal(tmp_path, "0-of-1", JOB).recover(lambda part: True) == {0: {0: "new", 1: 2, 2: "late, and the only one"}}
+    assert Journal(tmp_path, "0-of-1", JOB).recover(lambda part: True) == {
+        0: {0: "new", 1: 2, 2: "late, and the only one"}
+    }
     successor.check()
     zombie.close()
     successor.close()
@@ -215,11 +221,16 @@ def test_sweeping_keeps_the_rows_of_parts_that_are_not_finished(tmp_path: Path) 
     mine.append(0, 1, "row")
     mine.sweep({0}.__contains__)
     mine.check()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal-0-of-1.000000.log", "journal-worker-a.000000.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "journal-0-of-1.000000.log",
+        "journal-worker-a.000000.log",
+    ]
     mine.close()
 
 
-def test_files_that_are_no_segments_of_this_job_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_are_no_segments_of_this_job_are_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "journal-notes.log").write_text("mine")
     foreign = RecordLog(tmp_path / "journal-0-of-1.000000.log", OTHER)
     foreign.append([0, 0, "of another job"])

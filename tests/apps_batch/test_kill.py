@@ -19,7 +19,18 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
-from tests.apps_batch.helpers import ROOT, benchmark_prompts, command, journal_bytes, parts_of, read_output, run_here, start, wait_for, write_input
+from tests.apps_batch.helpers import (
+    ROOT,
+    benchmark_prompts,
+    command,
+    journal_bytes,
+    parts_of,
+    read_output,
+    run_here,
+    start,
+    wait_for,
+    write_input,
+)
 
 
 def size_of(path: Path) -> int:
@@ -28,7 +39,11 @@ def size_of(path: Path) -> int:
 
 def kill_and_resume(tmp_path: Path, rows: int, kills: int, step_s: float, *flags: object) -> None:
     """A job killed at random moments, resumed each time, against an undisturbed one."""
-    source, out, counted = write_input(tmp_path / "in.parquet", benchmark_prompts(rows)), tmp_path / "out", tmp_path / "tokens"
+    source, out, counted = (
+        write_input(tmp_path / "in.parquet", benchmark_prompts(rows)),
+        tmp_path / "out",
+        tmp_path / "tokens",
+    )
     assert run_here(source, tmp_path / "whole", *flags, count_file=str(tmp_path / "once")) == 0
     once = size_of(tmp_path / "once")
     settings = {"block": 16, "step_s": step_s, "count_file": str(counted)}
@@ -81,7 +96,15 @@ def test_two_shards_killed_and_resumed_independently(tmp_path: Path) -> None:
     second.communicate()
     assert again.communicate(timeout=60) and again.returncode == 0
     assert len(parts_of(out)) < 15
-    ranks = [start(source, out, *flags, environ={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}) for rank in (0, 1)]
+    ranks = [
+        start(
+            source,
+            out,
+            *flags,
+            environ={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+        )
+        for rank in (0, 1)
+    ]
     for rank in ranks:
         _, err = rank.communicate(timeout=60)
         assert rank.returncode == 0, err
@@ -100,7 +123,9 @@ def test_ranks_of_torchrun_take_their_shards(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / ".flexbatch").glob("commits-*-of-3.log"))) == 3
     configs = [json.loads(line) for line in (tmp_path / "configs").read_text().splitlines()]
     assert {(config["cpu_memory"], config["gpu_memory"]) for config in configs} == {(2 * 2**30, 2**30)}
-    assert sorted(config["offload_dir"] for config in configs) == [str(tmp_path / "offload" / f"rank-{rank}") for rank in range(3)]
+    assert sorted(config["offload_dir"] for config in configs) == [
+        str(tmp_path / "offload" / f"rank-{rank}") for rank in range(3)
+    ]
 
 
 def begun(tmp_path: Path, rows: int = 400, **settings: float) -> tuple[subprocess.Popen[str], Path]:
@@ -122,7 +147,9 @@ def test_the_first_interrupt_finishes_the_parts_in_flight_and_the_resume_command
 
 
 @pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)])
-def test_the_second_interrupt_and_sigterm_stop_at_once_and_keep_finished_rows(tmp_path: Path, signals: tuple[int, ...]) -> None:
+def test_the_second_interrupt_and_sigterm_stop_at_once_and_keep_finished_rows(
+    tmp_path: Path, signals: tuple[int, ...]
+) -> None:
     process, out = begun(tmp_path, step_s=0.1)
     kept = journal_bytes(out)
     began = time.monotonic()
@@ -161,7 +188,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB, where this process may mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -170,7 +199,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_no_committed_part(tmp_path: Path, small_disk: Path) -> None:
     noise = np.random.default_rng(0).bytes(300 * 10_000)
     payload = [noise[i * 10_000 : (i + 1) * 10_000] for i in range(300)]
-    source, out = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(300)], payload=payload), small_disk / "out"
+    source, out = (
+        write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(300)], payload=payload),
+        small_disk / "out",
+    )
     process = start(source, out, "--part-rows", 20, "--window-rows", 20)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 4 and "No space left on device" in err and "resume with: " in err, err

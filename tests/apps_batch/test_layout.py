@@ -6,10 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.apps.jobs.layout import MAX_PART_ROWS, PART_BYTES, Part, Unit, check_layout, default_part_rows, plan_parts, shard_parts
+from flexbatch.apps.jobs.layout import (
+    MAX_PART_ROWS,
+    PART_BYTES,
+    Part,
+    Unit,
+    check_layout,
+    default_part_rows,
+    plan_parts,
+    shard_parts,
+)
 
 units = st.lists(
-    st.builds(Unit, file=st.just("f"), rows=st.integers(0, 50), nbytes=st.integers(0, 10**6), folder=st.sampled_from(["", "k=a", "k=b"])), max_size=12
+    st.builds(
+        Unit,
+        file=st.just("f"),
+        rows=st.integers(0, 50),
+        nbytes=st.integers(0, 10**6),
+        folder=st.sampled_from(["", "k=a", "k=b"]),
+    ),
+    max_size=12,
 )
 
 

@@ -19,7 +19,16 @@ from flexbatch.apps.ray import GenerateText
 from flexbatch.config import EngineConfig
 from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.fake import FakeLLM
-from tests.apps_batch.helpers import RESULTS, benchmark_prompts, parts_of, read_output, run_here, start, wait_for, write_input
+from tests.apps_batch.helpers import (
+    RESULTS,
+    benchmark_prompts,
+    parts_of,
+    read_output,
+    run_here,
+    start,
+    wait_for,
+    write_input,
+)
 
 
 def generate_text(**settings: object) -> GenerateText:
@@ -194,9 +203,25 @@ def test_a_ray_job_with_three_actors_survives_the_death_of_one(tmp_path: Path) -
     source, out = write_input(tmp_path / "in.parquet", benchmark_prompts(900)), tmp_path / "out"
     flags = ("--part-rows", 20)
     assert run_here(source, tmp_path / "whole", *flags, count_file=str(tmp_path / "once")) == 0
-    process = start(source, out, *flags, "--ray", "--ray-actors", 3, "--ray-cpus", 0.5, block=8, step_s=0.01, count_file=str(tmp_path / "tokens"))
+    process = start(
+        source,
+        out,
+        *flags,
+        "--ray",
+        "--ray-actors",
+        3,
+        "--ray-cpus",
+        0.5,
+        block=8,
+        step_s=0.01,
+        count_file=str(tmp_path / "tokens"),
+    )
     wait_for(lambda: len(parts_of(out)) >= 6, process, 120)
-    actors = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::Worker" in " ".join(child.cmdline())]
+    actors = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "ray::Worker" in " ".join(child.cmdline())
+    ]
     assert len(actors) == 3, process.communicate()
     actors[1].kill()
     printed, err = process.communicate(timeout=240)

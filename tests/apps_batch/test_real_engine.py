@@ -52,7 +52,10 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> None:
 
 
 def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> None:
-    source, out = write_input(tmp_path / "in.parquet", benchmark_prompts(rows, 120), row_group_size=97), tmp_path / "out"
+    source, out = (
+        write_input(tmp_path / "in.parquet", benchmark_prompts(rows, 120), row_group_size=97),
+        tmp_path / "out",
+    )
     with one_thread():
         assert run_demo(source, tmp_path / "whole", *flags, *SMALL_BLOCK) == 0
     size = (tmp_path / "whole" / ".flexbatch" / "commits-0-of-1.log").stat().st_size
@@ -61,7 +64,13 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> No
         process = start(source, out, *flags, count_file=tmp_path / "tokens")
         rate = size * (kill + chance.random()) / (kills + 1)
         before = journal_bytes(out)
-        wait_for(lambda rate=rate, before=before: committed.exists() and committed.stat().st_size > rate and journal_bytes(out) != before, process, 600)
+        wait_for(
+            lambda rate=rate, before=before: (
+                committed.exists() and committed.stat().st_size > rate and journal_bytes(out) != before
+            ),
+            process,
+            600,
+        )
         process.kill()
         process.communicate()
     finished(start(source, out, *flags, count_file=tmp_path / "tokens"))
@@ -83,18 +92,31 @@ def test_five_thousand_rows_killed_twenty_times(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_ray_job_with_three_engines_survives_the_death_of_one(tmp_path: Path) -> None:
-    """Real actors with the demo model, one killed, against one process. A third of a CPU each: with whole ones Ray would wait for ever on two CPUs."""
+    """Real actors with the demo model, one killed, against one process. A third of a CPU each: with whole ones Ray
+    would wait for ever on two CPUs."""
     pytest.importorskip("ray")
-    source, out, flags = write_input(tmp_path / "in.parquet", benchmark_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
+    source, out, flags = (
+        write_input(tmp_path / "in.parquet", benchmark_prompts(600, 120)),
+        tmp_path / "out",
+        ("--part-rows", "20", "--max-tokens", "16"),
+    )
     finished(start(source, tmp_path / "whole", *flags, count_file=tmp_path / "once"))
-    process = start(source, out, *flags, "--ray", "--ray-actors", "3", "--ray-cpus", "0.3", count_file=tmp_path / "tokens")
+    process = start(
+        source, out, *flags, "--ray", "--ray-actors", "3", "--ray-cpus", "0.3", count_file=tmp_path / "tokens"
+    )
     wait_for(lambda: len(busy_workers(out)) == 3, process, 300)
-    actors = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::Worker" in " ".join(child.cmdline())]
+    actors = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "ray::Worker" in " ".join(child.cmdline())
+    ]
     assert len(actors) == 3, process.communicate()
     actors[1].kill()
     committed = len(parts_of(out))
     finished(process)
-    assert committed < 27 and len(list((out / ".flexbatch").glob("commits-worker-*.log"))) == 4, "the fourth is the killed actor, started again"
+    assert committed < 27 and len(list((out / ".flexbatch").glob("commits-worker-*.log"))) == 4, (
+        "the fourth is the killed actor, started again"
+    )
     assert read_output(out).equals(read_output(tmp_path / "whole"))
     once, tokens = ((tmp_path / name).stat().st_size for name in ("once", "tokens"))
     print(f"3 actors, 1 killed after {committed} of 30 parts: {tokens} tokens generated, {once} in one process")
@@ -126,14 +148,29 @@ def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:
 
 
 def test_odd_prompts_through_the_real_tokenizer_and_engine(tmp_path: Path) -> None:
-    """Null, empty, 100,000 words, emoji, a null byte, bytes that are no text: an error of the row, or its text, alone as among the others."""
-    prompts = [b"fine", None, b"", b"word " * 100_000, "\U0001f600 \U0001f468\u200d\U0001f469".encode(), b"a\x00b", b"\xff\xfe", b"also fine"]
+    """Null, empty, 100,000 words, emoji, a null byte, bytes that are no text: an error of the row, or its text,
+    alone as among the others."""
+    prompts = [
+        b"fine",
+        None,
+        b"",
+        b"word " * 100_000,
+        "\U0001f600 \U0001f468\u200d\U0001f469".encode(),
+        b"a\x00b",
+        b"\xff\xfe",
+        b"also fine",
+    ]
     flags = ("--max-tokens", 4, "--part-rows", 3, *SMALL_BLOCK)
     rows: dict[int, dict] = {}
     for name, chosen in (("all", list(range(8))), ("good", [0, 4, 5, 7])):
-        pq.write_table(pa.table({"id": chosen, "prompt": pa.array([prompts[i] for i in chosen], pa.binary()), "seed": chosen}), tmp_path / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"id": chosen, "prompt": pa.array([prompts[i] for i in chosen], pa.binary()), "seed": chosen}),
+            tmp_path / f"{name}.parquet",
+        )
         out = tmp_path / name
-        assert run_demo(tmp_path / f"{name}.parquet", out, *flags, "--seed-column", "seed") == (3 if name == "all" else 0)
+        assert run_demo(tmp_path / f"{name}.parquet", out, *flags, "--seed-column", "seed") == (
+            3 if name == "all" else 0
+        )
         found = {row["id"]: row for row in read_output(out).to_pylist()}
         assert all(rows.get(number, row) == row for number, row in found.items())
         rows.update(found)
@@ -144,10 +181,16 @@ def test_odd_prompts_through_the_real_tokenizer_and_engine(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_shards_with_real_engines_killed_and_resumed_independently(tmp_path: Path) -> None:
-    source, out, flags = write_input(tmp_path / "in.parquet", benchmark_prompts(600, 120)), tmp_path / "out", ("--part-rows", "20", "--max-tokens", "16")
+    source, out, flags = (
+        write_input(tmp_path / "in.parquet", benchmark_prompts(600, 120)),
+        tmp_path / "out",
+        ("--part-rows", "20", "--max-tokens", "16"),
+    )
     finished(start(source, tmp_path / "whole", *flags, count_file=tmp_path / "once"))
     for turn, shards in enumerate([(0, 1), (1, 0)]):
-        processes = [start(source, out, *flags, "--shard", f"{shard}/2", count_file=tmp_path / "tokens") for shard in shards]
+        processes = [
+            start(source, out, *flags, "--shard", f"{shard}/2", count_file=tmp_path / "tokens") for shard in shards
+        ]
         goal = 5 * (turn + 1)
         wait_for(lambda goal=goal: len(parts_of(out)) >= goal, processes[0], 300)
         processes[0].kill()
@@ -156,11 +199,16 @@ def test_two_shards_with_real_engines_killed_and_resumed_independently(tmp_path:
         processes[1].kill()
         processes[1].communicate()
     committed = len(parts_of(out))
-    for process in [start(source, out, *flags, "--shard", f"{shard}/2", count_file=tmp_path / "tokens") for shard in (0, 1)]:
+    for process in [
+        start(source, out, *flags, "--shard", f"{shard}/2", count_file=tmp_path / "tokens") for shard in (0, 1)
+    ]:
         finished(process)
     assert committed < 30 and read_output(out).equals(read_output(tmp_path / "whole"))
     once, tokens = ((tmp_path / name).stat().st_size for name in ("once", "tokens"))
-    print(f"2 shards, each killed twice, {committed} of 30 parts before the last start: {tokens} tokens generated, {once} in one process")
+    print(
+        f"2 shards, each killed twice, {committed} of 30 parts before the last start: {tokens} tokens generated, "
+        f"{once} in one process"
+    )
     assert once <= tokens <= once + 4 * 16 * 16, "a death costs what one block of 16 sequences had in flight"
 
 
@@ -170,14 +218,20 @@ def test_a_rare_long_prompt_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFi
 
     prompts = [f"x_{i} = {i}" for i in range(40)]
     prompts[29] = "\n".join(f"value_{i} = {i}" for i in range(120))
-    source, flags = write_input(tmp_path / "in.parquet", prompts), ("--temperature", 0, "--max-tokens", 4, "--window-rows", 4, "--part-rows", 10)
+    source, flags = (
+        write_input(tmp_path / "in.parquet", prompts),
+        ("--temperature", 0, "--max-tokens", 4, "--window-rows", 4, "--part-rows", 10),
+    )
     assert run_demo(source, tmp_path / "out", *flags, "--gpu-batch-size", 2, "--num-gpu-batches", 1) == 0
     printed = capsys.readouterr()
     assert printed.out == "" and "made a larger block" in printed.err
     with LLM("demo", device="cpu", gpu_batch_size=2, num_gpu_batches=1) as llm:
         expected = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4))
     table = read_output(tmp_path / "out")
-    assert table["generated_text"].to_pylist() == [completion.text for completion in expected] and table["num_input_tokens"][29].as_py() > 400
+    assert (
+        table["generated_text"].to_pylist() == [completion.text for completion in expected]
+        and table["num_input_tokens"][29].as_py() > 400
+    )
 
 
 @pytest.mark.slow
@@ -205,7 +259,16 @@ def test_the_job_is_as_fast_as_generate_in_memory(tmp_path: Path) -> None:
             llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16))
 
         def as_job(turn: int) -> None:
-            words = [str(source), str(tmp_path / f"out{turn}"), "--temperature", "0", "--max-tokens", "16", "--device", "cpu"]
+            words = [
+                str(source),
+                str(tmp_path / f"out{turn}"),
+                "--temperature",
+                "0",
+                "--max-tokens",
+                "16",
+                "--device",
+                "cpu",
+            ]
             assert main(words, open_engine=lambda config, seen: Shared(llm), identity=model_identity) == 0
 
         def measured(run: Callable[[int], None], turn: int) -> np.ndarray:

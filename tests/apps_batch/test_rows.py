@@ -11,7 +11,9 @@ from flexbatch.validation.errors import ConfigurationError
 GREEDY = SamplingParams(temperature=0)
 
 
-def rows_of(table: pa.Table, params: SamplingParams = GREEDY, folder: str = "", partitions: tuple[str, ...] = (), **how: object) -> list:
+def rows_of(
+    table: pa.Table, params: SamplingParams = GREEDY, folder: str = "", partitions: tuple[str, ...] = (), **how: object
+) -> list:
     reader = RowReader(table.schema, partitions, params, 5, **how)  # type: ignore[arg-type]
     part = Part(3, folder, 100, (Span(0, 0, len(table)),))
     return list(reader.rows(table, part.number, part.first_row, part.folder, lambda row: False))
@@ -36,10 +38,15 @@ def test_a_template_without_fields_is_the_same_prompt_for_every_row() -> None:
 
 
 def test_attributes_of_values_cannot_be_reached() -> None:
-    assert rows_of(pa.table({"a": ["x"]}), template="{a.__class__}")[0].error == "template field 'a.__class__' is missing or null"
+    assert (
+        rows_of(pa.table({"a": ["x"]}), template="{a.__class__}")[0].error
+        == "template field 'a.__class__' is missing or null"
+    )
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.binary()])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.binary()]
+)
 def test_a_prompt_column_is_any_kind_of_text(kind: pa.DataType) -> None:
     values = [b"a\xc3\xa4", None] if kind == pa.binary() else ["aä", None]
     rows = rows_of(pa.table({"p": pa.array(values).cast(kind)}), prompt_column="p")
@@ -59,14 +66,21 @@ def torn_text(*values: bytes) -> pa.Array:
 def test_text_that_is_not_utf8_is_an_error_of_its_row() -> None:
     rows = rows_of(pa.table({"p": torn_text(b"a", b"\xff\xfe", b"", b"b\x80")}), prompt_column="p")
     assert [row.prompt for row in rows] == ["a", None, "", None]
-    assert [row.error for row in rows] == ["", "'p' is not UTF-8: invalid start byte at byte 0", "", "'p' is not UTF-8: invalid start byte at byte 1"]
+    assert [row.error for row in rows] == [
+        "",
+        "'p' is not UTF-8: invalid start byte at byte 0",
+        "",
+        "'p' is not UTF-8: invalid start byte at byte 1",
+    ]
 
 
 def test_a_time_that_python_cannot_hold_is_an_error_of_its_row() -> None:
     at = pa.array([0, 10**18], pa.int64())
     first, second = rows_of(pa.table({"at": at.view(pa.timestamp("us"))}), template="{at}")
     assert first.prompt == "1970-01-01 00:00:00" and second.error == "'at' cannot be read: date value out of range"
-    assert rows_of(pa.table({"at": at.view(pa.timestamp("s", "No/Where"))}), template="{at}")[0].error.startswith("'at' cannot be read: ")
+    assert rows_of(pa.table({"at": at.view(pa.timestamp("s", "No/Where"))}), template="{at}")[0].error.startswith(
+        "'at' cannot be read: "
+    )
 
 
 def test_a_prompt_column_of_numbers_or_an_unknown_one_is_refused_with_the_columns() -> None:
@@ -78,7 +92,13 @@ def test_a_prompt_column_of_numbers_or_an_unknown_one_is_refused_with_the_column
 
 @pytest.mark.parametrize(
     ("value", "problem"),
-    [(None, "null"), ("[", "not JSON"), ([], "no list"), ([{"role": "user"}], 'message 0 needs "role"'), ([{"role": "user", "content": "x"}, 3], "message 1")],
+    [
+        (None, "null"),
+        ("[", "not JSON"),
+        ([], "no list"),
+        ([{"role": "user"}], 'message 0 needs "role"'),
+        ([{"role": "user", "content": "x"}, 3], "message 1"),
+    ],
 )
 def test_messages_that_are_none_are_named(value: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
@@ -87,11 +107,22 @@ def test_messages_that_are_none_are_named(value: object, problem: str) -> None:
 
 def test_messages_come_as_lists_or_as_json() -> None:
     message = {"role": "user", "content": "x"}
-    assert messages_prompt([{**message, "name": None}], "m") == messages_prompt('[{"role": "user", "content": "x"}]', "m") == [message]
+    assert (
+        messages_prompt([{**message, "name": None}], "m")
+        == messages_prompt('[{"role": "user", "content": "x"}]', "m")
+        == [message]
+    )
 
 
 def test_settings_come_from_columns_and_null_means_the_flag() -> None:
-    table = pa.table({"p": ["a"] * 5, "m": [4.0, None, 1.5, -1.0, 3.0], "t": [0.5, None, 0.0, 0.0, float("nan")], "s": [["x"], None, None, None, None]})
+    table = pa.table(
+        {
+            "p": ["a"] * 5,
+            "m": [4.0, None, 1.5, -1.0, 3.0],
+            "t": [0.5, None, 0.0, 0.0, float("nan")],
+            "s": [["x"], None, None, None, None],
+        }
+    )
     rows = rows_of(table, prompt_column="p", columns={"max_tokens": "m", "temperature": "t", "stop": "s"})
     assert (rows[0].params.max_tokens, rows[0].params.temperature, rows[0].params.stop) == (4, 0.5, ("x",))
     assert rows[1].params == GREEDY
@@ -104,5 +135,8 @@ def test_streams_of_rows_depend_on_seed_and_place_alone() -> None:
     table = pa.table({"p": ["a"] * 3, "s": [None, 7, None]})
     rows = rows_of(table, SamplingParams(), prompt_column="p", columns={"seed": "s"})
     assert [row.params.seed for row in rows] == [row_seed(5, 100), 7, row_seed(5, 102)]
-    assert len({row_seed(5, 100), row_seed(6, 100), row_seed(5, 101), row_seed(51, 0)}) == 4 and 0 <= row_seed(5, 100) < 2**63
+    assert (
+        len({row_seed(5, 100), row_seed(6, 100), row_seed(5, 101), row_seed(51, 0)}) == 4
+        and 0 <= row_seed(5, 100) < 2**63
+    )
     assert rows_of(table, prompt_column="p")[0].params.seed is None

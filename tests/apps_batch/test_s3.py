@@ -26,7 +26,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     served = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     served.start()
     address = "{}:{}".format(*served.get_host_and_port())
-    pafs.S3FileSystem(endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True).create_dir("prompts")
+    pafs.S3FileSystem(
+        endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True
+    ).create_dir("prompts")
     yield address
     served.stop()
 
@@ -45,12 +47,18 @@ def test_a_partitioned_data_set_in_a_bucket_and_globs_in_it(server: str, tmp_pat
     for lang in ("de", "fr"):
         put(server, f"in/lang={lang}/x.parquet", [f"{lang}{i}" for i in range(70)])
     assert [file.name for file in list_files(uri(server, "in/lang=f?/*"))[1]] == ["lang=fr/x.parquet"]
-    assert run_here(uri(server, "in"), tmp_path / "out", "--part-rows", 50, "--prompt-template", "{lang}: {prompt}") == 0
+    assert (
+        run_here(uri(server, "in"), tmp_path / "out", "--part-rows", 50, "--prompt-template", "{lang}: {prompt}") == 0
+    )
     assert [path.parent.name for path in parts_of(tmp_path / "out")] == ["lang=de"] * 2 + ["lang=fr"] * 2
-    assert read_output(tmp_path / "out")["prompt"].to_pylist() == [f"{lang}{i}" for lang in ("de", "fr") for i in range(70)]
+    assert read_output(tmp_path / "out")["prompt"].to_pylist() == [
+        f"{lang}{i}" for lang in ("de", "fr") for i in range(70)
+    ]
 
 
-def test_a_job_on_a_bucket_resumes_and_names_an_object_that_is_gone(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_on_a_bucket_resumes_and_names_an_object_that_is_gone(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = (uri(server, "in/*.parquet"), tmp_path / "out", "--part-rows", 10)
     filesystem = put(server, "in/x.parquet", [f"p{i}" for i in range(100)])
     assert run_here(*words, fail_after=40) == 1
@@ -72,7 +80,9 @@ def test_a_job_on_a_bucket_resumes_and_names_an_object_that_is_gone(server: str,
     assert "holds no Parquet" in capsys.readouterr().err
 
 
-def test_an_object_that_was_rewritten_is_refused(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_object_that_was_rewritten_is_refused(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its size and statistics are equal, so is perhaps its time: the server says that it is another version."""
     prompts = [f"p{i:02d}" for i in range(20)]
     words = (uri(server, "in/*.parquet"), tmp_path / "out")

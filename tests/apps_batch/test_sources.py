@@ -71,7 +71,14 @@ def test_types_survive(tmp_path: Path) -> None:
 
 
 def test_hive_folders_hidden_files_and_globs(tmp_path: Path) -> None:
-    for name in ("year=2024/lang=de/x.parquet", "year=2024/lang=%C3%A9/x.parquet", "year=2025/x.parquet", "_tmp/x.parquet", ".hid.parquet", "plain/y.parquet"):
+    for name in (
+        "year=2024/lang=de/x.parquet",
+        "year=2024/lang=%C3%A9/x.parquet",
+        "year=2025/x.parquet",
+        "_tmp/x.parquet",
+        ".hid.parquet",
+        "plain/y.parquet",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"a": [name]}), tmp_path / name)
     (tmp_path / "readme.txt").write_text("no data")
@@ -84,7 +91,11 @@ def test_hive_folders_hidden_files_and_globs(tmp_path: Path) -> None:
         return [file.name for file in list_files(f"{tmp_path}/{pattern}")[1]]
 
     assert names("year=*/*.parquet") == ["year=2025/x.parquet"]
-    assert names("**/x.parquet") == ["year=2024/lang=%C3%A9/x.parquet", "year=2024/lang=de/x.parquet", "year=2025/x.parquet"]
+    assert names("**/x.parquet") == [
+        "year=2024/lang=%C3%A9/x.parquet",
+        "year=2024/lang=de/x.parquet",
+        "year=2025/x.parquet",
+    ]
     assert names("year=202[!4]/?.parquet") == ["year=2025/x.parquet"]
     with pytest.raises(ConfigurationError, match="does not exist"):
         names("nowhere")
@@ -133,7 +144,12 @@ def test_what_is_no_parquet_is_named(tmp_path: Path) -> None:
 def test_a_damaged_row_group_and_a_file_that_is_gone_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(
-        pa.table({"a": [f"row {i}" for i in range(300)]}), path, row_group_size=100, write_page_checksum=True, compression="none", use_dictionary=False
+        pa.table({"a": [f"row {i}" for i in range(300)]}),
+        path,
+        row_group_size=100,
+        write_page_checksum=True,
+        compression="none",
+        use_dictionary=False,
     )
     source = source_of(path)
     data = bytearray(path.read_bytes())
@@ -170,7 +186,9 @@ def test_csv_cells_are_text_unless_the_user_types_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexbatch.apps.jobs.text_sources.chunks_of", lambda stream, path: chunks_of(stream, path, 100))
-    rows = [{"n": i, "when": "2024-01-01T00:00:00", "m": [{"role": "user", "content": "ü" * (i % 5)}]} for i in range(40)]
+    rows = [
+        {"n": i, "when": "2024-01-01T00:00:00", "m": [{"role": "user", "content": "ü" * (i % 5)}]} for i in range(40)
+    ]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
     path = tmp_path / ("x.jsonl.gz" if packed else "x.jsonl")
     path.write_bytes(gzip.compress(text) if packed else text)

@@ -21,7 +21,12 @@ def test_the_manifest_refuses_another_job_and_lists_what_differs(tmp_path: Path)
     again.close()
     with pytest.raises(ConfigurationError) as caught:
         OutputStore(tmp_path, {"model": {"weights": "b"}, "new": [1]})
-    for line in ("model.weights: a in the output, b now", "new: absent in the output, [1] now", "seed: 0 in the output, absent now", "--overwrite"):
+    for line in (
+        "model.weights: a in the output, b now",
+        "new: absent in the output, [1] now",
+        "seed: 0 in the output, absent now",
+        "--overwrite",
+    ):
         assert line in str(caught.value)
 
 
@@ -57,11 +62,21 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 def test_overwrite_removes_the_job_and_nothing_else(tmp_path: Path) -> None:
     OutputStore(tmp_path, JOB).close()
-    for name in ("part-00000.parquet", "k=v/part-00001.parquet", ".part-00002.parquet.tmp", "k=v/notes.txt", "part-list.txt"):
+    for name in (
+        "part-00000.parquet",
+        "k=v/part-00001.parquet",
+        ".part-00002.parquet.tmp",
+        "k=v/notes.txt",
+        "part-list.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     OutputStore(tmp_path, {"other": 1}, overwrite=True).close()
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file() and ".flexbatch" not in path.parts)
+    left = sorted(
+        str(path.relative_to(tmp_path))
+        for path in tmp_path.rglob("*")
+        if path.is_file() and ".flexbatch" not in path.parts
+    )
     assert left == ["k=v/notes.txt", "part-list.txt"]
     assert json.loads((tmp_path / ".flexbatch" / "manifest.json").read_text())["fingerprint"] == {"other": 1}
 

@@ -13,7 +13,9 @@ prompts = st.lists(st.lists(st.integers(0, 2), max_size=8), max_size=30)
 
 
 @given(prompts, st.data())
-def test_every_row_is_issued_once_with_shared_beginnings_together(prompts: list[list[int]], data: st.DataObject) -> None:
+def test_every_row_is_issued_once_with_shared_beginnings_together(
+    prompts: list[list[int]], data: st.DataObject
+) -> None:
     max_tokens = [data.draw(st.integers(0, 9)) for _ in prompts]
     order = order_rows(prompts, max_tokens, shared_tokens=3)
     assert sorted(order) == list(range(len(prompts)))

@@ -6,7 +6,26 @@ import json
 import random
 from pathlib import Path
 
-WORDS = ["red", "dark", "pale", "brown", "ale", "stout", "lager", "porter", "quick", "lazy", "fox", "jumps", "over", "product", "name", "same", "yes", "no"]
+WORDS = [
+    "red",
+    "dark",
+    "pale",
+    "brown",
+    "ale",
+    "stout",
+    "lager",
+    "porter",
+    "quick",
+    "lazy",
+    "fox",
+    "jumps",
+    "over",
+    "product",
+    "name",
+    "same",
+    "yes",
+    "no",
+]
 
 TASKS = {
     "local_choice": (
@@ -14,19 +33,35 @@ TASKS = {
         {"doc_to_choice": "{{choices}}", "doc_to_target": "label", "num_fewshot": 3, "fewshot_split": "test"},
         ("acc", "acc_norm"),
     ),
-    "local_letter": ("multiple_choice", {"doc_to_choice": "{{letters}}", "doc_to_target": "label", "target_delimiter": ""}, ("acc",)),
-    "local_empty": ("loglikelihood", {"doc_to_text": "", "doc_to_target": "{{answer}}", "target_delimiter": ""}, ("perplexity", "acc")),
+    "local_letter": (
+        "multiple_choice",
+        {"doc_to_choice": "{{letters}}", "doc_to_target": "label", "target_delimiter": ""},
+        ("acc",),
+    ),
+    "local_empty": (
+        "loglikelihood",
+        {"doc_to_text": "", "doc_to_target": "{{answer}}", "target_delimiter": ""},
+        ("perplexity", "acc"),
+    ),
     "local_generate": (
         "generate_until",
-        {"doc_to_target": "answer", "generation_kwargs": {"until": ["\n", "d"], "max_gen_toks": 16, "do_sample": False}},
+        {
+            "doc_to_target": "answer",
+            "generation_kwargs": {"until": ["\n", "d"], "max_gen_toks": 16, "do_sample": False},
+        },
         ("exact_match",),
     ),
-    "local_rolling": ("loglikelihood_rolling", {"doc_to_text": "", "doc_to_target": "page"}, ("word_perplexity", "bits_per_byte")),
+    "local_rolling": (
+        "loglikelihood_rolling",
+        {"doc_to_text": "", "doc_to_target": "page"},
+        ("word_perplexity", "bits_per_byte"),
+    ),
 }
 
 
 def write_tasks(folder: Path, count: int, longest_page: int = 330) -> list[str]:
-    """Data and YAML of all tasks, ``count`` documents each; the last page has ``longest_page`` words. Returns the task names."""
+    """Data and YAML of all tasks, ``count`` documents each; the last page has ``longest_page`` words. Returns the
+    task names."""
     draw = random.Random(0)
 
     def words(number: int) -> str:

@@ -1,4 +1,5 @@
-"""A tiny model on disk, and an engine with the interface of `LLM` that runs it through transformers: the oracle of these tests."""
+"""A tiny model on disk, and an engine with the interface of `LLM` that runs it through transformers: the oracle of
+these tests."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ TEXT = (
     "Product A is name: red ale. Product B is name: dark ale. Are Product A and Product B the same? Yes\n"
     "Please complete the rest of the following Dyck sequences ( ( ) ) [ ] { }.\n0 1 2 3 4 5 6 7 8 9"
 )
-CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt "
+    "%}<|assistant|>{% endif %}"
+)
 
 
 def make_tokenizer(bos: bool = False, chat: bool = False):
@@ -29,7 +33,9 @@ def make_tokenizer(bos: bool = False, chat: bool = False):
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     special, alphabet = ["<s>", "</s>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     inner.train_from_iterator([TEXT], trainer)
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -41,7 +47,8 @@ def make_tokenizer(bos: bool = False, chat: bool = False):
 
 
 def make_pieces():
-    """A Unigram tokenizer as SentencePiece makes them: a space belongs to the word after it, and every text begins with one."""
+    """A Unigram tokenizer as SentencePiece makes them: a space belongs to the word after it, and every text begins
+    with one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,8 +66,11 @@ def make_pieces():
     )
 
 
-def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = False, positions: int = 512, tokenizer: Any = None) -> Path:
-    """A random Llama (2 layers, width 64) in fp32 with its tokenizer; weights are scaled up so that the logits differ clearly."""
+def make_model(
+    folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = False, positions: int = 512, tokenizer: Any = None
+) -> Path:
+    """A random Llama (2 layers, width 64) in fp32 with its tokenizer; weights are scaled up so that the logits
+    differ clearly."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -79,7 +89,10 @@ def make_model(folder: Path, *, seed: int = 0, bos: bool = False, chat: bool = F
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config).float()
-    model.generation_config.bos_token_id, model.generation_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -99,19 +112,26 @@ class OracleLLM:
         self.batches: list[int] = []
         self.closed = False
 
-    def generate(self, prompts, sampling_params: SamplingParams | list[SamplingParams] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts, sampling_params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Completion]:
         single = sampling_params is None or isinstance(sampling_params, SamplingParams)
         each = [sampling_params or SamplingParams()] * len(prompts) if single else sampling_params
         done = dict(self.stream((i, p, s) for i, (p, s) in enumerate(zip(prompts, each, strict=True))))
         return [done[i] for i in range(len(prompts))]
 
-    def stream(self, items: Iterable[tuple[Any, Any, SamplingParams]], on_tokens=None) -> Iterator[tuple[Any, Completion]]:
+    def stream(
+        self, items: Iterable[tuple[Any, Any, SamplingParams]], on_tokens=None
+    ) -> Iterator[tuple[Any, Completion]]:
         self.batches.append(0)
         for key, prompt, params in items:
             self.batches[-1] += 1
             ids = self._encode(prompt)
             if not ids or len(ids) + params.max_tokens > self.positions + (params.max_tokens == 0):
-                problem = f"the prompt has {len(ids)} tokens and asks for {params.max_tokens} more, the model has {self.positions} positions"
+                problem = (
+                    f"the prompt has {len(ids)} tokens and asks for {params.max_tokens} more, the model has "
+                    f"{self.positions} positions"
+                )
                 yield key, Completion(prompt_token_ids=list(ids), finish_reason="error", error=problem)
                 continue
             samples = [self._complete(ids, params, sample) for sample in range(params.n)]
@@ -144,7 +164,9 @@ class OracleLLM:
         result = Completion(prompt_token_ids=list(ids), finish_reason="length")
         if params.prompt_logprobs is not None:
             table = torch.log_softmax(logits, -1)
-            result.prompt_logprobs = [None] + [entry(table[i], ids[i + 1], params.prompt_logprobs) for i in range(len(ids) - 1)]
+            result.prompt_logprobs = [None] + [
+                entry(table[i], ids[i + 1], params.prompt_logprobs) for i in range(len(ids) - 1)
+            ]
         result.logprobs = [] if params.logprobs is not None else None
         random = torch.Generator().manual_seed((params.seed or 0) + 7919 * sample)
         for _ in range(params.max_tokens):
@@ -157,7 +179,9 @@ class OracleLLM:
             if token == self.tokenizer.eos_token_id and not params.ignore_eos:
                 result.finish_reason = "stop"
                 break
-            before, whole = (self.tokenizer.decode(each, skip_special_tokens=True) for each in (ids, ids + result.token_ids))
+            before, whole = (
+                self.tokenizer.decode(each, skip_special_tokens=True) for each in (ids, ids + result.token_ids)
+            )
             result.text = whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071
             found = [(result.text.index(stop), stop) for stop in params.stop if stop in result.text]
             if found:

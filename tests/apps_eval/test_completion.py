@@ -1,4 +1,5 @@
-"""Completion and chat on a real tiny model: streaming in order, several rounds, prompt files, FlexFlow's output, exit codes."""
+"""Completion and chat on a real tiny model: streaming in order, several rounds, prompt files, FlexFlow's output,
+exit codes."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def test_prompts_from_standard_input_and_json(tiny, command):
     code, out, _ = command(tiny, "--json", stdin="red ale\n\ndark ale\nThe quick")
     lines = sorted(map(json.loads, out.splitlines()), key=lambda line: line["index"])
     assert code == 0 and [line["prompt"] for line in lines] == prompts
-    assert [line["token_ids"] for line in lines] == [completion.token_ids for completion in OracleLLM(tiny).generate(prompts, GREEDY)]
+    assert [line["token_ids"] for line in lines] == [
+        completion.token_ids for completion in OracleLLM(tiny).generate(prompts, GREEDY)
+    ]
 
 
 def test_flexflow_files_in_and_out(tiny, command, tmp_path):

@@ -40,8 +40,13 @@ def tasks(tmp_path_factory):
 def responses(model, tasks, **options):
     """task -> responses of every request, in the order of documents, and the metrics."""
     names, manager = tasks
-    found = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True, **options)
-    samples = {name: [response for doc in sorted(docs, key=lambda d: d["doc_id"]) for response in doc["resps"]] for name, docs in found["samples"].items()}
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True, **options
+    )
+    samples = {
+        name: [response for doc in sorted(docs, key=lambda d: d["doc_id"]) for response in doc["resps"]]
+        for name, docs in found["samples"].items()
+    }
     return samples, found["results"]
 
 
@@ -70,7 +75,9 @@ def test_all_request_types_equal_hf(chat, tiny, tiny_chat, tasks):
     folder = tiny_chat if chat else tiny
     options = {"apply_chat_template": True, "fewshot_as_multiturn": True} if chat else {}
     theirs, their_metrics = responses(hugging_face(folder), tasks, **options)
-    model = FlexBatchLM(str(folder), prefill_chunk=96, gpu_batch_size=4, num_gpu_batches=2, percent="100 0 50 50 100 0", **ENGINE)
+    model = FlexBatchLM(
+        str(folder), prefill_chunk=96, gpu_batch_size=4, num_gpu_batches=2, percent="100 0 50 50 100 0", **ENGINE
+    )
     mine, my_metrics = responses(model, tasks, **options)
     model.llm.close()
     assert_equal(mine, theirs)
@@ -90,7 +97,9 @@ def model(tiny):
 
 
 def test_equal_requests_are_computed_once_and_in_one_block(model):
-    found = model.loglikelihood(requests("loglikelihood", *[("red ale", " dark"), ("red", " ale dark"), ("red ale", " dark"), ("x", " y")]))
+    found = model.loglikelihood(
+        requests("loglikelihood", *[("red ale", " dark"), ("red", " ale dark"), ("red ale", " dark"), ("x", " y")])
+    )
     assert model.llm.batches == [2], "context + continuation is the same text three times"
     assert found[0] == found[2] and found[0][0] > found[1][0]
 
@@ -108,7 +117,9 @@ def test_a_written_bos_is_not_doubled_and_long_contexts_lose_their_left_end(mode
     assert chat.tok_encode("<s>red ale") == chat.tok_encode("red ale") and chat.tok_encode("red ale").count(0) == 1
     context, kept = "red ale. " * 300, 256 - 6
     (text,) = model.generate_until(requests("generate_until", (context, {"max_gen_toks": 6, "until": []})))
-    (expected,) = model.llm.generate([model.tok_encode(context)[-kept:]], model._sampling_params(0, {"max_gen_toks": 6}))
+    (expected,) = model.llm.generate(
+        [model.tok_encode(context)[-kept:]], model._sampling_params(0, {"max_gen_toks": 6})
+    )
     assert text == model.tokenizer.decode(expected.token_ids, skip_special_tokens=True)
 
 
@@ -206,7 +217,9 @@ def test_thinking_is_for_generation_and_needs_its_end(tiny):
 
 
 def test_generation_options_are_passed_on_or_refused(model):
-    params = model._sampling_params(0, {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_tokens": 7})
+    params = model._sampling_params(
+        0, {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_tokens": 7}
+    )
     assert (params.stop, params.temperature, params.top_p, params.max_tokens) == (("x",), 0.5, 0.9, 7)
     assert model._sampling_params(0, {"do_sample": False, "temperature": 0.5}).greedy
     assert params.top_k == GenerationConfig._get_default_generation_params()["top_k"]
@@ -240,7 +253,9 @@ def test_what_cannot_be_run_is_told(model):
 
 
 def test_engine_arguments_from_a_command_line():
-    given = engine_arguments({"percent": "20 80 0 100 50 50", "draft": "small medium", "gpu_batch_size": 4, "device": None})
+    given = engine_arguments(
+        {"percent": "20 80 0 100 50 50", "draft": "small medium", "gpu_batch_size": 4, "device": None}
+    )
     assert given == {"percent": (20.0, 80.0, 0.0, 100.0, 50.0, 50.0), "draft": ("small", "medium"), "gpu_batch_size": 4}
 
 
@@ -260,12 +275,17 @@ def test_arguments_of_hf_are_taken_where_they_change_nothing():
             engine_arguments({name: value})
 
 
-@pytest.mark.parametrize(("arguments", "told"), [("pretrained=demo,percnt=1", "FlexBatch has no percnt"), ("pretrained=no/where", "model 'no/where'")])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [("pretrained=demo,percnt=1", "FlexBatch has no percnt"), ("pretrained=no/where", "model 'no/where'")],
+)
 def test_mistakes_in_model_args_are_exit_code_2_without_a_traceback(tmp_path, arguments, told):
     command = [sys.executable, "-m", "flexbatch", "lm-eval", "run", "--model", "flexbatch", "--model_args", arguments]
     command += ["--tasks", *write_tasks(tmp_path, 2)[:1], "--include_path", str(tmp_path)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=tmp_path, timeout=300)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=tmp_path, timeout=300
+    )
     assert done.returncode == 2 and told in done.stdout and "Traceback" not in done.stdout, done.stdout
 
 
@@ -278,9 +298,24 @@ def test_the_command_equals_hf_caches_and_is_timed(tiny, tmp_path):
     def run(module: str, model: str, output: str, *options: str) -> float:
         began = time.perf_counter()
         arguments = f"pretrained={tiny},dtype=float32"
-        command = [sys.executable, "-m", module, "run", "--model", model, "--model_args", arguments, *common, "--output_path", str(tmp_path / output), *options]
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            "run",
+            "--model",
+            model,
+            "--model_args",
+            arguments,
+            *common,
+            "--output_path",
+            str(tmp_path / output),
+            *options,
+        ]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=tmp_path, timeout=900)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=tmp_path, timeout=900
+        )
         assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout[-4000:]
         return time.perf_counter() - began
 
@@ -302,7 +337,9 @@ def test_the_command_equals_hf_caches_and_is_timed(tiny, tmp_path):
                 texts = [value for value in expected if isinstance(value, str)]
                 assert [value for value in ours if isinstance(value, str)] == texts, name
                 numbers = [value for value in expected if not isinstance(value, str)]
-                assert [value for value in ours if not isinstance(value, str)] == pytest.approx(numbers, rel=1e-6, abs=1e-4), name
+                assert [value for value in ours if not isinstance(value, str)] == pytest.approx(
+                    numbers, rel=1e-6, abs=1e-4
+                ), name
     print(f"hf {theirs:.1f} s, flexbatch {mine:.1f} s (ratio {theirs / mine:.2f}), from the cache {again:.1f} s")
 
 

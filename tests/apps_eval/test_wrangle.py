@@ -39,13 +39,26 @@ def make_matching(root: Path, parquet: bool = False, count: int = 12) -> Path:
     folder = root / "entity_matching/structured/Beer"
     for side in "AB":
         beers = [
-            {"id": i, "Beer_Name": f"{'red' if i % 2 else 'dark'} ale {i} ", "Brew_Factory_Name": f"works {side}", "Style": "ale", "ABV": 4 + i if i else None}
+            {
+                "id": i,
+                "Beer_Name": f"{'red' if i % 2 else 'dark'} ale {i} ",
+                "Brew_Factory_Name": f"works {side}",
+                "Style": "ale",
+                "ABV": 4 + i if i else None,
+            }
             for i in range(count)
         ]
         beers[1]["Brew_Factory_Name"] = None
         write(folder / f"table{side}", beers, parquet)
     for number, split in enumerate(("train", "valid", "test")):
-        write(folder / split, [{"ltable_id": i, "rtable_id": (i + i % 2 + number) % count, "label": int(i % 2 == 0)} for i in range(count)], parquet)
+        write(
+            folder / split,
+            [
+                {"ltable_id": i, "rtable_id": (i + i % 2 + number) % count, "label": int(i % 2 == 0)}
+                for i in range(count)
+            ],
+            parquet,
+        )
     return folder
 
 
@@ -53,7 +66,12 @@ def make_imputation(root: Path, parquet: bool = False, count: int = 12) -> Path:
     folder = root / "data_imputation/Restaurant"
     for number, split in enumerate(("train", "valid", "test")):
         rows = [
-            {"name": f"cafe {number}{i}", "addr": f"{i} main st.", "phone": None if i == 2 else 1000 + i, "city": ("new york", "denver")[i % 2]}
+            {
+                "name": f"cafe {number}{i}",
+                "addr": f"{i} main st.",
+                "phone": None if i == 2 else 1000 + i,
+                "city": ("new york", "denver")[i % 2],
+            }
             for i in range(count)
         ]
         write(folder / split, rows, parquet)
@@ -62,10 +80,19 @@ def make_imputation(root: Path, parquet: bool = False, count: int = 12) -> Path:
 
 def make_errors(root: Path, parquet: bool = False, count: int = 12) -> Path:
     folder = root / "error_detection/Hospital"
-    table = [{"name": f"hospital {i}" if i % 3 else f"hoxpital {i}", "state": "al" if i % 4 else "xl"} for i in range(count)]
+    table = [
+        {"name": f"hospital {i}" if i % 3 else f"hoxpital {i}", "state": "al" if i % 4 else "xl"} for i in range(count)
+    ]
     write(folder / "table", table, parquet)
     for split in ("train", "valid", "test"):
-        cells = [{"row_id": i, "col_name": ("name", "state")[i % 2], "is_clean": int("x" not in table[i][("name", "state")[i % 2]])} for i in range(count)]
+        cells = [
+            {
+                "row_id": i,
+                "col_name": ("name", "state")[i % 2],
+                "is_clean": int("x" not in table[i][("name", "state")[i % 2]]),
+            }
+            for i in range(count)
+        ]
         write(folder / split, cells, parquet)
     return folder
 
@@ -85,7 +112,15 @@ class Answers:
             self.prompts.append(text)
             said = self.rule(text)
             bad = said is None
-            yield key, Completion(prompt_token_ids=[], text=said or "", finish_reason="error" if bad else "stop", error="too long" if bad else "")
+            yield (
+                key,
+                Completion(
+                    prompt_token_ids=[],
+                    text=said or "",
+                    finish_reason="error" if bad else "stop",
+                    error="too long" if bad else "",
+                ),
+            )
 
 
 # Tables and texts
@@ -103,7 +138,10 @@ def test_pairs_read_as_in_the_paper(tmp_path):
 def test_imputation_hides_the_answer_and_prints_numbers_as_pandas_does(tmp_path):
     folder = make_imputation(tmp_path)
     first, _, third, *_ = read_examples(folder, find_data_set(folder), "train", Wording())
-    assert first.text == "name: cafe 00. addr: 0 main st.. phone: 1000.0. What is the city? " and first.label == "new york\n"
+    assert (
+        first.text == "name: cafe 00. addr: 0 main st.. phone: 1000.0. What is the city? "
+        and first.label == "new york\n"
+    )
     assert third.text == "name: cafe 02. addr: 2 main st.. phone: nan. What is the city? "
     spaced = read_examples(folder, find_data_set(folder), "train", Wording(separator="||"))[0]
     assert spaced.text == "name: cafe 00 || addr: 0 main st. || phone: 1000.0 || What is the city? "
@@ -119,9 +157,15 @@ def test_cells_come_from_the_table(tmp_path):
 @pytest.mark.parametrize("labels_in_table", [False, True])
 def test_whole_rows_are_shown_for_adult(tmp_path, labels_in_table):
     folder = tmp_path / "error_detection/Adult"
-    rows = [{"age": 30, "work": "x", "col_name": "age", "is_clean": 0}, {"age": 31, "work": None, "col_name": "work", "is_clean": 1}]
+    rows = [
+        {"age": 30, "work": "x", "col_name": "age", "is_clean": 0},
+        {"age": 31, "work": None, "col_name": "work", "is_clean": 1},
+    ]
     write(folder / "table", rows if labels_in_table else [{"age": 1, "work": "y"}])
-    write(folder / "test", [{"col_name": row["col_name"], "is_clean": row["is_clean"]} for row in rows] if labels_in_table else rows)
+    write(
+        folder / "test",
+        [{"col_name": row["col_name"], "is_clean": row["is_clean"]} for row in rows] if labels_in_table else rows,
+    )
     first, second = read_examples(folder, find_data_set(folder), "test", Wording())
     assert first.text == "age: 30. work: x\n\nIs there an error in age: 30?  " and first.label == "Yes\n"
     assert second.text == "age: 31. work: nan\n\nIs there an error in work: nan?  " and second.label == "No\n"
@@ -131,7 +175,9 @@ def test_schemas_are_two_names(tmp_path):
     folder = tmp_path / "schema_matching/Synthea"
     write(folder / "test", [{"omop": "person-id", "table": "patients-id", "des1": "secret", "label": 1}])
     (example,) = read_examples(folder, find_data_set(folder), "test", Wording())
-    assert example == Example("A is person-id. B is patients-id. Are A and B the same? Yes or No? ", "Yes\n", "person-id")
+    assert example == Example(
+        "A is person-id. B is patients-id. Are A and B the same? Yes or No? ", "Yes\n", "person-id"
+    )
 
 
 @pytest.mark.parametrize("task", MAKERS)
@@ -225,7 +271,10 @@ def test_clusters_choose_one_mistake_of_each_kind():
 def test_manual_shots_by_group_and_from_the_authors_file(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"acm": "shots of acm", "nan": "shots of none"}))
     manual = read_manual(tmp_path / "m.json", "DBLP-ACM")
-    assert manual_shots(manual, Example("", "", "acm")) == "shots of acm" and manual_shots(manual, Example("", "", None)) == "shots of none"
+    assert (
+        manual_shots(manual, Example("", "", "acm")) == "shots of acm"
+        and manual_shots(manual, Example("", "", None)) == "shots of none"
+    )
     with pytest.raises(TableError, match="no hand-written shots for 'vldb'; there are some for acm, nan"):
         manual_shots(manual, Example("", "", "vldb"))
     marker = tmp_path / "executed"
@@ -246,7 +295,9 @@ def test_manual_shots_by_group_and_from_the_authors_file(tmp_path):
 def test_right_answers_by_task():
     assert is_right(" Yes\n", "yes", "entity_matching") and not is_right("Yes, they are", "Yes", "entity_matching")
     assert is_right("Yes, it is", "Yes\n", "error_detection_spelling") and not is_right("No", "Yes", "schema_matching")
-    assert is_right("thoughts\n\nso yes", "Yes\n", "error_detection") and not is_right("yes\n\nso no", "Yes", "error_detection")
+    assert is_right("thoughts\n\nso yes", "Yes\n", "error_detection") and not is_right(
+        "yes\n\nso no", "Yes", "error_detection"
+    )
     assert is_right("New York ", "new york\n", "data_imputation")
 
 
@@ -254,8 +305,12 @@ def test_right_answers_by_task():
 def test_scores_equal_scikit_learn(pairs):
     metrics = pytest.importorskip("sklearn.metrics")
     said, truth = zip(*pairs, strict=True)
-    found = score(["Yes" if yes else "No" for yes in said], ["Yes\n" if yes else "No\n" for yes in truth], "entity_matching")
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(truth, said, average="binary", pos_label=True, zero_division=0)
+    found = score(
+        ["Yes" if yes else "No" for yes in said], ["Yes\n" if yes else "No\n" for yes in truth], "entity_matching"
+    )
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        truth, said, average="binary", pos_label=True, zero_division=0
+    )
     assert (found.precision, found.recall, found.f1) == pytest.approx((precision, recall, f1))
     assert found.accuracy == pytest.approx(metrics.accuracy_score(truth, said))
 
@@ -272,7 +327,11 @@ def test_a_run_asks_every_row_once_and_scores_it(tmp_path):
     assert len(llm.prompts) == 24 and all(text.count("the same?") == 5 for text in llm.prompts)
     assert trials[0].prompts != trials[1].prompts, "every trial draws its own examples"
     found = summary(config, data, trials)
-    assert found["mean"]["accuracy"] == found["mean"]["f1"] == 1.0 and found["deviation"]["f1"] == 0 and found["failed_prompts"] == 0
+    assert (
+        found["mean"]["accuracy"] == found["mean"]["f1"] == 1.0
+        and found["deviation"]["f1"] == 0
+        and found["failed_prompts"] == 0
+    )
 
 
 def test_clusters_take_the_models_own_mistakes(tmp_path):
@@ -281,9 +340,13 @@ def test_clusters_take_the_models_own_mistakes(tmp_path):
     data = find_data_set(folder)
     llm = Answers(lambda text: "Yes")
     prompts, _ = plan(WrangleConfig(folder, split="test", select="clusters", shots=3), data, llm)[0]
-    wrong = [example.shot for example in read_examples(folder, data, "validation", Wording()) if example.label == "No\n"]
+    wrong = [
+        example.shot for example in read_examples(folder, data, "validation", Wording()) if example.label == "No\n"
+    ]
     assert len(llm.prompts) == 12, "the validation split was answered"
-    assert sum(shot in prompts[0] for shot in wrong) == 2 and prompts[0].count("? Yes\n") == 1, "two mistakes, and one of the other answer"
+    assert sum(shot in prompts[0] for shot in wrong) == 2 and prompts[0].count("? Yes\n") == 1, (
+        "two mistakes, and one of the other answer"
+    )
 
 
 def test_a_prompt_that_fails_is_no_answer(tmp_path):
@@ -294,8 +357,22 @@ def test_a_prompt_that_fails_is_no_answer(tmp_path):
 @pytest.mark.parametrize("task", MAKERS)
 def test_the_command_end_to_end_on_the_demo_model(tmp_path, capsys, task):
     folder = MAKERS[task](tmp_path, parquet=task == "data_imputation")
-    arguments = [str(folder), "--split", "test", "--shots", "2", "--trials", "2", "--output", str(tmp_path / "out"), "--model", "demo"]
-    code = main([*arguments, "--device", "cpu", "--dtype", "float32", "--gpu-batch-size", "3", "--num-gpu-batches", "2"])
+    arguments = [
+        str(folder),
+        "--split",
+        "test",
+        "--shots",
+        "2",
+        "--trials",
+        "2",
+        "--output",
+        str(tmp_path / "out"),
+        "--model",
+        "demo",
+    ]
+    code = main(
+        [*arguments, "--device", "cpu", "--dtype", "float32", "--gpu-batch-size", "3", "--num-gpu-batches", "2"]
+    )
     found = json.loads(capsys.readouterr().out)
     assert code == 0 and found["task"].startswith(task) and found["trials"][0]["count"] == 12
     predictions = pyarrow.parquet.read_table(tmp_path / "out/predictions.parquet").to_pylist()
@@ -306,12 +383,28 @@ def test_the_command_end_to_end_on_the_demo_model(tmp_path, capsys, task):
 
 def test_too_long_rows_are_errors_and_exit_code_3(tmp_path, tiny, capsys):
     folder = make_imputation(tmp_path)
-    rows = [{"name": "long " * 400 if i == 1 else f"cafe {i}", "addr": "x", "phone": i, "city": "denver"} for i in range(4)]
+    rows = [
+        {"name": "long " * 400 if i == 1 else f"cafe {i}", "addr": "x", "phone": i, "city": "denver"} for i in range(4)
+    ]
     write(folder / "test", rows)
-    arguments = [str(folder), "--split", "test", "--shots", "1", "--output", str(tmp_path / "out"), "--model", str(tiny), "--device", "cpu"]
+    arguments = [
+        str(folder),
+        "--split",
+        "test",
+        "--shots",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+        "--model",
+        str(tiny),
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 3
     assert json.loads(capsys.readouterr().out)["failed_prompts"] == 1
-    failed = [row for row in pyarrow.parquet.read_table(tmp_path / "out/predictions.parquet").to_pylist() if row["error"]]
+    failed = [
+        row for row in pyarrow.parquet.read_table(tmp_path / "out/predictions.parquet").to_pylist() if row["error"]
+    ]
     assert [row["row"] for row in failed] == [1] and "tokens" in failed[0]["error"] and failed[0]["right"] is None
 
 

@@ -38,7 +38,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = LlamaConfig(vocab_size=259, max_position_embeddings=CONTEXT, bos_token_id=256, eos_token_id=257, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -50,6 +56,19 @@ def command(model_folder: Path) -> Callable[..., int]:
 
     def start(*words: str) -> int:
         fixed = ["--device", "cpu", "--hardware", "cpu"]
-        return run.main(["--model", str(model_folder), *fixed, "--gpu-memory", "64MiB", "--cpu-memory", "64MiB", "--max-tokens", "6", *words])
+        return run.main(
+            [
+                "--model",
+                str(model_folder),
+                *fixed,
+                "--gpu-memory",
+                "64MiB",
+                "--cpu-memory",
+                "64MiB",
+                "--max-tokens",
+                "6",
+                *words,
+            ]
+        )
 
     return start

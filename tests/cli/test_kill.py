@@ -1,4 +1,5 @@
-"""A run that is killed while it writes the offload folder: the next one finds whole files or none, and gives the same tokens."""
+"""A run that is killed while it writes the offload folder: the next one finds whole files or none, and gives the
+same tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +24,15 @@ ROOT = Path(__file__).parents[2]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """38 MB in 15 tensors, the largest of 12 MB: writing one takes long enough to be killed in it."""
     folder = tmp_path_factory.mktemp("model")
-    make_model("llama", folder, num_hidden_layers=2, hidden_size=256, intermediate_size=6000, num_attention_heads=4, head_dim=64)
+    make_model(
+        "llama",
+        folder,
+        num_hidden_layers=2,
+        hidden_size=256,
+        intermediate_size=6000,
+        num_attention_heads=4,
+        head_dim=64,
+    )
     return folder
 
 
@@ -49,7 +58,11 @@ def tokens(out: str) -> list[list[int]]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """What a run would trust: files with their final names."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.bin") if not path.name.startswith(".")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*.bin")
+        if not path.name.startswith(".")
+    }
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -90,7 +103,8 @@ Moment = tuple[Callable[[Path, int], Callable[[], bool]], int]
 
 
 def kill_and_repeat(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, moments: list[Moment]) -> None:
-    """Kill a run at every moment, one after another on the same folder; what is there is trusted only where it is what an undisturbed run writes."""
+    """Kill a run at every moment, one after another on the same folder; what is there is trusted only where it is
+    what an undisturbed run writes."""
     offload, undisturbed = tmp_path / "offload", tmp_path / "undisturbed"
     assert run.main(words_of(model, undisturbed)) == 0
     expected = tokens(capsys.readouterr().out)
@@ -114,7 +128,14 @@ def test_a_killed_load_is_not_trusted(model: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_loads_killed_at_many_moments_are_not_trusted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_loads_killed_at_many_moments_are_not_trusted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     chance = random.Random(3)
     counts = sorted(chance.sample(range(1, 15), 5))
-    kill_and_repeat(model, tmp_path, capsys, [(half_written, 1), (half_written, 6 << 20), *((whole, count) for count in counts), (half_written, 1)])
+    kill_and_repeat(
+        model,
+        tmp_path,
+        capsys,
+        [(half_written, 1), (half_written, 6 << 20), *((whole, count) for count in counts), (half_written, 1)],
+    )

@@ -22,7 +22,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB, where this process may mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -35,22 +37,31 @@ def error_of(capsys: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("words", [WEIGHTS_ON_DISK, CACHE_ON_DISK], ids=["weights", "cache"])
-def test_a_read_only_folder_is_a_usage_error(command: Command, small_disk: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+def test_a_read_only_folder_is_a_usage_error(
+    command: Command, small_disk: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert command("--offload-dir", str(small_disk / "offload"), *words) == 2
     message = error_of(capsys)
-    assert f"offload folder {small_disk}/offload: Read-only file system" in message and "name a writable folder with room in --offload-dir" in message
+    assert (
+        f"offload folder {small_disk}/offload: Read-only file system" in message
+        and "name a writable folder with room in --offload-dir" in message
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_a_usage_error(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_without_permission_is_a_usage_error(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     tmp_path.chmod(0o555)
     assert command("--offload-dir", str(tmp_path / "offload"), *WEIGHTS_ON_DISK) == 2
     assert "Permission denied" in error_of(capsys)
     tmp_path.chmod(0o755)
 
 
-def test_a_disk_that_is_too_small_is_refused_with_the_numbers(command: Command, small_disk: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
+    command: Command, small_disk: Path, capsys: pytest.CaptureFixture
+) -> None:
     (small_disk / "filler").write_bytes(bytes(2 * 2**20 - 12 * 4096))
     assert command("--offload-dir", str(small_disk), *WEIGHTS_ON_DISK) == 4
     message = error_of(capsys)
@@ -60,7 +71,11 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(command: Command, 
 
 @pytest.mark.parametrize("words", [WEIGHTS_ON_DISK, CACHE_ON_DISK], ids=["weights", "cache"])
 def test_a_disk_that_fills_up_meanwhile_ends_the_run_and_not_the_next(
-    command: Command, small_disk: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    command: Command,
+    small_disk: Path,
+    words: tuple[str, ...],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Somebody else takes the room after it was counted."""
     filler = small_disk / "filler"

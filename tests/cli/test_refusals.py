@@ -1,4 +1,5 @@
-"""Settings that only measure an engine are refused by the commands whose text counts, before anything is read or loaded."""
+"""Settings that only measure an engine are refused by the commands whose text counts, before anything is read or
+loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ from flexbatch.apps.wrangle import __main__ as wrangle
 from flexbatch.validation.errors import ConfigurationError
 
 MEASUREMENTS = [("--simulate-acceptance", "0.5"), ("--compare-plain",), ("--dummy-weights",)]
-COMMANDS = [(batch.main, ["/nowhere.parquet", "/nowhere/out"]), (completion.main, ["text"]), (wrangle.main, ["/nowhere"])]
+COMMANDS = [
+    (batch.main, ["/nowhere.parquet", "/nowhere/out"]),
+    (completion.main, ["text"]),
+    (wrangle.main, ["/nowhere"]),
+]
 
 
 @pytest.mark.parametrize("words", MEASUREMENTS, ids=lambda words: words[0])

@@ -1,4 +1,5 @@
-"""Rows of ``--output``: in order as they finish, kept when a run ends early, and gone on with by the same command alone."""
+"""Rows of ``--output``: in order as they finish, kept when a run ends early, and gone on with by the same command
+alone."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def interrupted(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--n", "2", "--seed", "3")], ids=["greedy", "samples"])
-def test_the_same_command_goes_on_and_gives_what_an_undisturbed_run_gives(command, interrupted, sampling, tmp_path: Path, capsys) -> None:
+def test_the_same_command_goes_on_and_gives_what_an_undisturbed_run_gives(
+    command, interrupted, sampling, tmp_path: Path, capsys
+) -> None:
     words = ["--prompts", prompt_file(tmp_path), *sampling]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert command(*words, "--output", str(whole)) == 0
@@ -108,11 +111,18 @@ def test_what_may_change_changes(command, interrupted, tmp_path: Path) -> None:
     """Places, budgets and blocks: who runs out of memory asks for less and goes on."""
     words = ["--prompts", prompt_file(tmp_path), "--output", str(tmp_path / "out.jsonl")]
     assert interrupted(3, *words) == 130
-    assert command(*words, "--gpu-batch-size", "1", "--percent", "50", "50", "50", "50", "100", "0", "--gpu-memory", "32MiB") == 0
+    assert (
+        command(
+            *words, "--gpu-batch-size", "1", "--percent", "50", "50", "50", "50", "100", "0", "--gpu-memory", "32MiB"
+        )
+        == 0
+    )
     assert len(rows_of(tmp_path / "out.jsonl")) == len(PROMPTS)
 
 
-def test_another_model_in_the_same_folder_is_refused(command, interrupted, tmp_path: Path, capsys, model_folder: Path) -> None:
+def test_another_model_in_the_same_folder_is_refused(
+    command, interrupted, tmp_path: Path, capsys, model_folder: Path
+) -> None:
     words = ["--prompts", prompt_file(tmp_path), "--output", str(tmp_path / "out.jsonl")]
     assert interrupted(3, *words) == 130
     settings = model_folder / "generation_config.json"
@@ -135,7 +145,9 @@ def test_a_finished_file_is_replaced_and_a_failure_leaves_it_alone(command, tmp_
 
 
 @pytest.mark.parametrize("place", ["nowhere/out.jsonl", ".", "file/out.jsonl", "locked.jsonl"])
-def test_where_nothing_can_be_written_is_told_before_anything_is_read(command, place: str, tmp_path: Path, capsys) -> None:
+def test_where_nothing_can_be_written_is_told_before_anything_is_read(
+    command, place: str, tmp_path: Path, capsys
+) -> None:
     (tmp_path / "file").write_text("")
     held = ResultFile(tmp_path / "locked.jsonl")
     with held:
@@ -217,7 +229,11 @@ def test_rows_in_any_order_and_ends_at_any_time_give_the_same_file(tmp_path: Pat
             except KeyboardInterrupt:
                 if path.exists() and chance.random() < 0.7:
                     content = path.read_bytes()
-                    path.write_bytes(content + json.dumps(row(out.written)).encode()[: chance.randrange(20)] if out.written < len(PROMPTS) else content)
+                    path.write_bytes(
+                        content + json.dumps(row(out.written)).encode()[: chance.randrange(20)]
+                        if out.written < len(PROMPTS)
+                        else content
+                    )
         assert rows_of(path) == [row(number) for number in range(len(PROMPTS))]
 
 
@@ -230,7 +246,12 @@ def test_a_file_that_was_changed_is_not_gone_on_with(tmp_path: Path, change: str
             out.add(number, row(number))
         raise KeyboardInterrupt
     lines = path.read_bytes().splitlines(keepends=True)
-    changed = {"reorder": [lines[1], lines[0]], "edit": [lines[0], b'{"text": 1}\n'], "more": [*lines, *lines, *lines], "garbage": [lines[0], b"x\n", lines[2]]}
+    changed = {
+        "reorder": [lines[1], lines[0]],
+        "edit": [lines[0], b'{"text": 1}\n'],
+        "more": [*lines, *lines, *lines],
+        "garbage": [lines[0], b"x\n", lines[2]],
+    }
     path.write_bytes(b"".join(changed.get(change, lines)))
     if change == "state":
         state.write_bytes(state.read_bytes()[:-3])
@@ -250,9 +271,35 @@ def test_a_file_that_was_changed_is_not_gone_on_with(tmp_path: Path, change: str
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_ended_keeps_its_rows(model_folder: Path, tmp_path: Path, kind: signal.Signals) -> None:
     out = tmp_path / "out.jsonl"
-    words = [sys.executable, "-m", "flexbatch.run", "--model", str(model_folder), "--device", "cpu", "--hardware", "cpu", "--max-tokens", "60"]
-    words += ["--prompts", prompt_file(tmp_path, [f"{number}: {PROMPTS[number % 8]}" for number in range(300)]), "--ignore-eos"]
-    words += ["--gpu-batch-size", "2", "--num-gpu-batches", "1", "--gpu-memory", "64MiB", "--cpu-memory", "64MiB", "--output"]
+    words = [
+        sys.executable,
+        "-m",
+        "flexbatch.run",
+        "--model",
+        str(model_folder),
+        "--device",
+        "cpu",
+        "--hardware",
+        "cpu",
+        "--max-tokens",
+        "60",
+    ]
+    words += [
+        "--prompts",
+        prompt_file(tmp_path, [f"{number}: {PROMPTS[number % 8]}" for number in range(300)]),
+        "--ignore-eos",
+    ]
+    words += [
+        "--gpu-batch-size",
+        "2",
+        "--num-gpu-batches",
+        "1",
+        "--gpu-memory",
+        "64MiB",
+        "--cpu-memory",
+        "64MiB",
+        "--output",
+    ]
     process = subprocess.Popen([*words, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not out.exists() or out.read_bytes().count(b"\n") < 5:

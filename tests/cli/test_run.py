@@ -27,18 +27,37 @@ def prompt_file(folder: Path, prompts: list = PROMPTS) -> str:
     return str(folder / "prompts.jsonl")
 
 
-def test_output_lines_are_transformers_tokens_in_input_order(command, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_output_lines_are_transformers_tokens_in_input_order(
+    command, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out.jsonl"
-    words = ("--percent", "30", "30", "50", "25", "100", "0", "--num-gpu-batches", "2", "--gpu-batch-size", "2", "--offload-dir", str(tmp_path / "offload"))
+    words = (
+        "--percent",
+        "30",
+        "30",
+        "50",
+        "25",
+        "100",
+        "0",
+        "--num-gpu-batches",
+        "2",
+        "--gpu-batch-size",
+        "2",
+        "--offload-dir",
+        str(tmp_path / "offload"),
+    )
     assert command("--prompts", prompt_file(tmp_path), "--output", str(out), "--ignore-eos", *words) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), AutoTokenizer.from_pretrained(model_folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(model_folder),
+    )
     for line, prompt in zip(lines, PROMPTS, strict=True):
         input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            expected = model.generate(input_ids, max_new_tokens=6, min_new_tokens=0, do_sample=False, eos_token_id=-1, pad_token_id=0)[
-                0, input_ids.shape[1] :
-            ].tolist()
+            expected = model.generate(
+                input_ids, max_new_tokens=6, min_new_tokens=0, do_sample=False, eos_token_id=-1, pad_token_id=0
+            )[0, input_ids.shape[1] :].tolist()
         assert line == {
             "prompt": prompt,
             "text": tokenizer.decode(expected, skip_special_tokens=True),
@@ -52,7 +71,9 @@ def test_output_lines_are_transformers_tokens_in_input_order(command, model_fold
     assert "placement" in captured.err and "throughput" in captured.err and "wrote 5 completions" in captured.err
 
 
-def test_completions_are_printed_as_data_and_tables_go_elsewhere(command, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_completions_are_printed_as_data_and_tables_go_elsewhere(
+    command, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert command("--prompts", prompt_file(tmp_path), "--num-prompts", "2") == 0
     captured = capsys.readouterr()
     assert captured.out.count("----- prompt") == 2 and PROMPTS[0] in captured.out and PROMPTS[2] not in captured.out
@@ -61,18 +82,41 @@ def test_completions_are_printed_as_data_and_tables_go_elsewhere(command, tmp_pa
 
 def test_json_is_one_document(command, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     trace = tmp_path / "trace.json"
-    assert command("--prompts", prompt_file(tmp_path), "--json", "--trace", str(trace), "--logprobs", "1", "--n", "2", "--temperature", "1") == 0
+    assert (
+        command(
+            "--prompts",
+            prompt_file(tmp_path),
+            "--json",
+            "--trace",
+            str(trace),
+            "--logprobs",
+            "1",
+            "--n",
+            "2",
+            "--temperature",
+            "1",
+        )
+        == 0
+    )
     document = json.loads(capsys.readouterr().out)
     assert [line["prompt"] for line in document["completions"]] == PROMPTS
-    assert all(len(line["samples"]) == 2 and len(line["logprobs"]) == line["num_generated_tokens"] for line in document["completions"])
+    assert all(
+        len(line["samples"]) == 2 and len(line["logprobs"]) == line["num_generated_tokens"]
+        for line in document["completions"]
+    )
     assert document["report"]["requests"] == 2 * len(PROMPTS)
     assert any(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
 
 
 def test_made_up_prompts_of_given_lengths(command, capsys: pytest.CaptureFixture) -> None:
-    assert command("--prompt-len", "11", "--gen-len", "5", "--gpu-batch-size", "3", "--num-gpu-batches", "2", "--json") == 0
+    assert (
+        command("--prompt-len", "11", "--gen-len", "5", "--gpu-batch-size", "3", "--num-gpu-batches", "2", "--json")
+        == 0
+    )
     lines = json.loads(capsys.readouterr().out)["completions"]
-    assert [(line["num_input_tokens"], line["num_generated_tokens"], line["finish_reason"]) for line in lines] == [(11, 5, "length")] * 6
+    assert [(line["num_input_tokens"], line["num_generated_tokens"], line["finish_reason"]) for line in lines] == [
+        (11, 5, "length")
+    ] * 6
     assert len({tuple(line["prompt"]) for line in lines}) == 6
 
 
@@ -94,8 +138,22 @@ def test_dry_run_prints_the_plan_and_loads_nothing(command, tmp_path: Path, caps
 
 
 def test_dummy_weights_of_a_public_shape_plan_without_a_download(capsys: pytest.CaptureFixture) -> None:
-    words = ["--model", "facebook/opt-125m", "--dummy-weights", "--prompt-len", "20", "--gen-len", "4", "--device", "cpu", "--gpu-memory", "2GiB"]
-    assert run.main([*words, "--dry-run", "--json", "--compress-weight", "--compress-cache", "--cpu-cache-compute"]) == 0
+    words = [
+        "--model",
+        "facebook/opt-125m",
+        "--dummy-weights",
+        "--prompt-len",
+        "20",
+        "--gen-len",
+        "4",
+        "--device",
+        "cpu",
+        "--gpu-memory",
+        "2GiB",
+    ]
+    assert (
+        run.main([*words, "--dry-run", "--json", "--compress-weight", "--compress-cache", "--cpu-cache-compute"]) == 0
+    )
     policy = json.loads(capsys.readouterr().out)["policy"]
     assert (policy["weight_bits"], policy["cache_bits"], policy["cpu_attention"]) == (4, 4, 1.0)
 
@@ -123,8 +181,16 @@ def test_path_names_the_folder_as_in_flexgen(model_folder: Path, capsys: pytest.
         (["--model", "/nowhere/at/all"], 2, "/nowhere/at/all"),
         (["--trace", "/nowhere/trace.json"], 2, "its folder does not exist"),
         (["--output", "/nowhere/out.jsonl"], 2, "cannot be written"),
-        (["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "EMPTY"], 2, "empty.txt"),
-        (["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "/proc/offload"], 4, "free space in --offload-dir"),
+        (
+            ["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "EMPTY"],
+            2,
+            "empty.txt",
+        ),
+        (
+            ["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "/proc/offload"],
+            4,
+            "free space in --offload-dir",
+        ),
         (["--prompt-len", "5", "--gpu-memory", "20KiB", "--percent", "100", "0", "100", "0", "100", "0"], 4, "gpu"),
     ],
 )
@@ -140,11 +206,57 @@ def test_what_goes_wrong_says_so_and_exits_with_its_code(
 
 def test_another_process_draws_the_same_tokens(command, model_folder: Path, tmp_path: Path) -> None:
     """Random streams and penalties after a restart: another placement, another block, other hashes."""
-    words = ["--prompts", prompt_file(tmp_path), "--temperature", "1", "--n", "2", "--frequency-penalty", "0.5", "--repetition-penalty", "1.2", "--seed", "5"]
-    assert command(*words, "--output", str(tmp_path / "first.jsonl"), "--percent", "100", "0", "100", "0", "100", "0") == 0
-    again = [sys.executable, "-m", "flexbatch.run", "--model", str(model_folder), "--device", "cpu", "--hardware", "cpu", "--max-tokens", "6", *words]
-    again += ["--percent", "30", "30", "50", "25", "50", "50", "--gpu-batch-size", "2", "--num-gpu-batches", "2", "--offload-dir", str(tmp_path / "offload")]
-    done = subprocess.run([*again, "--output", str(tmp_path / "second.jsonl")], capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    words = [
+        "--prompts",
+        prompt_file(tmp_path),
+        "--temperature",
+        "1",
+        "--n",
+        "2",
+        "--frequency-penalty",
+        "0.5",
+        "--repetition-penalty",
+        "1.2",
+        "--seed",
+        "5",
+    ]
+    assert (
+        command(*words, "--output", str(tmp_path / "first.jsonl"), "--percent", "100", "0", "100", "0", "100", "0") == 0
+    )
+    again = [
+        sys.executable,
+        "-m",
+        "flexbatch.run",
+        "--model",
+        str(model_folder),
+        "--device",
+        "cpu",
+        "--hardware",
+        "cpu",
+        "--max-tokens",
+        "6",
+        *words,
+    ]
+    again += [
+        "--percent",
+        "30",
+        "30",
+        "50",
+        "25",
+        "50",
+        "50",
+        "--gpu-batch-size",
+        "2",
+        "--num-gpu-batches",
+        "2",
+        "--offload-dir",
+        str(tmp_path / "offload"),
+    ]
+    done = subprocess.run(
+        [*again, "--output", str(tmp_path / "second.jsonl")],
+        capture_output=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
     assert done.returncode == 0, done.stderr
     first = (tmp_path / "first.jsonl").read_text()
     assert first == (tmp_path / "second.jsonl").read_text()
@@ -154,19 +266,26 @@ def test_another_process_draws_the_same_tokens(command, model_folder: Path, tmp_
 
 def test_help_answers_in_under_a_second_without_torch() -> None:
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "flexbatch.run", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "flexbatch.run", "--help"], capture_output=True, text=True
+    )
     assert time.perf_counter() - start < 1.5  # 0.3 s where nothing else runs
     assert done.returncode == 0 and "--gpu-batch-size" in done.stdout
     assert "import" in done.stderr and " torch\n" not in done.stderr and " transformers\n" not in done.stderr
 
 
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture) -> None:
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
     now = [0.0]
     with caplog.at_level(logging.INFO), Progress(4, terminal=False, clock=lambda: now[0]) as progress:
         for _ in range(4):
             now[0] += 4
             progress.finished(Completion([1], [1, 2, 3]))
-    assert caplog.messages == ["3 of 4 completions, 9 tokens, 0.8 tokens/s", "4 of 4 completions, 12 tokens, 0.8 tokens/s"]
+    assert caplog.messages == [
+        "3 of 4 completions, 9 tokens, 0.8 tokens/s",
+        "4 of 4 completions, 12 tokens, 0.8 tokens/s",
+    ]
     with Progress(2, terminal=True) as progress:
         progress.finished(Completion([1], [1]))
     captured = capsys.readouterr()
@@ -176,4 +295,6 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(caplog: pytest.LogC
 def test_made_up_prompts_go_on_after_eos_and_real_ones_do_not(model_folder: Path, tmp_path: Path) -> None:
     engine = EngineConfig(model=str(model_folder))
     assert run.make_work(engine, run.RunConfig(prompt_len=5), run.SamplingConfig()).params.ignore_eos
-    assert not run.make_work(engine, run.RunConfig(prompts=prompt_file(tmp_path)), run.SamplingConfig()).params.ignore_eos
+    assert not run.make_work(
+        engine, run.RunConfig(prompts=prompt_file(tmp_path)), run.SamplingConfig()
+    ).params.ignore_eos

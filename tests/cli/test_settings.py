@@ -60,7 +60,12 @@ def value_of(setting: settings.Setting) -> tuple[str, object]:
     if choices := setting.metadata.get("choices"):
         other = next(choice for choice in choices if choice != setting.default)
         return str(other), other
-    by_kind = {int: ("7", 7), float: ("0.5", 0.5), str: ("7", "7"), bool: (str(not setting.default).lower(), not setting.default)}
+    by_kind = {
+        int: ("7", 7),
+        float: ("0.5", 0.5),
+        str: ("7", "7"),
+        bool: (str(not setting.default).lower(), not setting.default),
+    }
     return VALUES.get(setting.name, by_kind[setting.kind])
 
 
@@ -123,7 +128,15 @@ def test_an_empty_file_and_null_mean_the_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--gpu-batch-size", "x"], ["--weight-bits", "5"], ["--overlap", "maybe"], ["--percent", "1", "2"], ["--nonsense"], ["--gpu-batch", "3"]]
+    "words",
+    [
+        ["--gpu-batch-size", "x"],
+        ["--weight-bits", "5"],
+        ["--overlap", "maybe"],
+        ["--percent", "1", "2"],
+        ["--nonsense"],
+        ["--gpu-batch", "3"],
+    ],
 )
 def test_bad_words_on_the_command_line_exit_2(words: list[str]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -201,9 +214,12 @@ def test_exit_codes(outcome, code: int, caplog: pytest.LogCaptureFixture) -> Non
 def test_sigterm_ends_a_command_as_an_interruption() -> None:
     script = (
         "import sys, time\nfrom flexbatch import cli\ncli.set_up_logging()\n"
-        "def main(data):\n    print('ready', file=data, flush=True)\n    time.sleep(30)\nsys.exit(settings.run_command(main, 'again'))"
+        "def main(data):\n    print('ready', file=data, flush=True)\n    "
+        "time.sleep(30)\nsys.exit(settings.run_command(main, 'again'))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=20)
@@ -214,8 +230,10 @@ def test_a_forked_helper_ends_without_a_traceback() -> None:
     """lm_eval ends its pool of processes so; a handler that raises would print one of each that waits for work."""
     script = (
         "import multiprocessing, sys, time\nfrom flexbatch import cli\n"
-        "def main(data):\n    helper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(30,))\n    helper.start()\n    time.sleep(0.5)\n"
-        "    helper.terminate()\n    helper.join()\n    print(helper.exitcode, file=data)\nsys.exit(settings.run_command(main))"
+        "def main(data):\n    helper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(30,))\n "
+        "   helper.start()\n    time.sleep(0.5)\n"
+        "    helper.terminate()\n    helper.join()\n    print(helper.exitcode, "
+        "file=data)\nsys.exit(settings.run_command(main))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{-signal.SIGTERM}\n", "")
@@ -224,7 +242,8 @@ def test_a_forked_helper_ends_without_a_traceback() -> None:
 def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> None:
     script = (
         "import logging\nfrom flexbatch import cli\ncli.set_up_logging()\n"
-        "for name in ('flexbatch', 'httpx'):\n    logging.getLogger(name).info('info of %s', name)\n    logging.getLogger(name).warning('warning of %s', name)"
+        "for name in ('flexbatch', 'httpx'):\n    logging.getLogger(name).info('info of %s', name)\n    "
+        "logging.getLogger(name).warning('warning of %s', name)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert [line.split(" ", 1)[1] for line in done.stderr.splitlines()] == [
@@ -236,7 +255,9 @@ def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> Non
 
 def test_a_reader_that_goes_away_is_no_crash_report() -> None:
     script = "import sys\nfrom flexbatch import cli\ndef main(data):\n    for i in range(100000): print(i, file=data)\nsys.exit(settings.run_command(main))"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()

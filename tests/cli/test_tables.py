@@ -6,7 +6,15 @@ from flexbatch.cli import tables
 from flexbatch.policy.units import BINARY, fitting_unit
 
 SPLIT = {"gpu": 0.2, "cpu": 0.5, "disk": 0.3}
-SIZES = {"gpu_batch_size": 4, "num_gpu_batches": 2, "weight_bits": 16, "cache_bits": 8, "prefill_chunk": 64, "cpu_attention": 0.5, "overlap": True}
+SIZES = {
+    "gpu_batch_size": 4,
+    "num_gpu_batches": 2,
+    "weight_bits": 16,
+    "cache_bits": 8,
+    "prefill_chunk": 64,
+    "cpu_attention": 0.5,
+    "overlap": True,
+}
 REPORT = {
     "policy": {"weights": SPLIT, "cache": SPLIT, "activations": SPLIT, **SIZES},
     "realized_percent": {"weights": {"gpu": 19.5, "cpu": 50.25, "disk": 30.25}, "cache": {}, "activations": {}},
@@ -24,7 +32,10 @@ REPORT = {
     "seconds": 2.0,
     "load_seconds": 0.5,
     "moved_bytes": {"h2d": 6_000_000, "d2h": 0},
-    "resources": {"h2d": {"spans": 3, "busy": 0.5, "num_bytes": 6_000_000, "wall": 2.0}, "compute": {"spans": 1, "busy": 2.0, "num_bytes": 0, "wall": 2.0}},
+    "resources": {
+        "h2d": {"spans": 3, "busy": 0.5, "num_bytes": 6_000_000, "wall": 2.0},
+        "compute": {"spans": 1, "busy": 2.0, "num_bytes": 0, "wall": 2.0},
+    },
 }
 
 
@@ -65,4 +76,10 @@ def test_resources_only_with_a_trace() -> None:
 
 
 def test_units_fit_the_largest_value() -> None:
-    assert [fitting_unit(count, BINARY)[0] for count in (0, 5, 2**20, 2**30, 2**40)] == ["KiB", "KiB", "MiB", "GiB", "GiB"]
+    assert [fitting_unit(count, BINARY)[0] for count in (0, 5, 2**20, 2**30, 2**40)] == [
+        "KiB",
+        "KiB",
+        "MiB",
+        "GiB",
+        "GiB",
+    ]

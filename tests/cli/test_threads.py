@@ -58,7 +58,9 @@ def test_what_the_user_has_set_stays(name: str, tmp_path: Path) -> None:
         ({}, None),
     ],
 )
-def test_a_containers_share_of_processors(files: dict[str, str], share: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_containers_share_of_processors(
+    files: dict[str, str], share: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)

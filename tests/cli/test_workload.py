@@ -67,7 +67,7 @@ def test_bundled_prompts_are_a_dozen_different_ones() -> None:
         ("a.txt", b"\xff", "is not UTF-8"),
         ("a.json", "{", "is not JSON: .*character 1"),
         ("a.json", '["a",\n"b",]', "is not JSON: .*line 2, character 5"),
-        ("a.jsonl", "\"a\"\r\"b\"", "line 1 is not JSON"),
+        ("a.jsonl", '"a"\r"b"', "line 1 is not JSON"),
         ("a.jsonl", '"a"\n{"prompt": "b", "prompt": "c"}', "line 2: the key 'prompt' stands twice"),
         ("a.jsonl", "[" * 100_000 + "]" * 100_000, "line 1 is not JSON .*: more than 200 levels"),
         ("a.json", "[" * 100_000, "more than 200 levels"),
@@ -108,7 +108,17 @@ def test_what_careless_editors_leave_is_not_in_prompts(tmp_path: Path) -> None:
         prompt_files.read_prompts(written(tmp_path, "a.txt", MARK))
 
 
-NUMBERS = ["1.10", "18446744073709551617", "0.12345678901234567890123", "1E+400", "-0.0", "9" * 5000, "1E-7", "-1", "NaN"]
+NUMBERS = [
+    "1.10",
+    "18446744073709551617",
+    "0.12345678901234567890123",
+    "1E+400",
+    "-0.0",
+    "9" * 5000,
+    "1E-7",
+    "-1",
+    "NaN",
+]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -189,11 +199,22 @@ def test_synthetic_prompts_differ_and_repeat() -> None:
 
 
 def test_output_lines_hold_what_was_promised() -> None:
-    one = Completion([1, 2, 3], [7, 8], " größer", "length", logprobs=[{7: TokenLogprob(7, -0.5, 1)}, {8: TokenLogprob(8, -2.0, 3)}])
+    one = Completion(
+        [1, 2, 3], [7, 8], " größer", "length", logprobs=[{7: TokenLogprob(7, -0.5, 1)}, {8: TokenLogprob(8, -2.0, 3)}]
+    )
     two = Completion([4], [9], "x", "stop", prompt_logprobs=[None])
     two.samples = [two, Completion([4], [5], "y", "stop")]
-    first, second = (random_prompts.output_line(PromptRow(prompt), answer) for prompt, answer in (("größer", one), ([4], two)))
-    expected = {"prompt": "größer", "text": " größer", "token_ids": [7, 8], "finish_reason": "length", "num_input_tokens": 3, "num_generated_tokens": 2}
+    first, second = (
+        random_prompts.output_line(PromptRow(prompt), answer) for prompt, answer in (("größer", one), ([4], two))
+    )
+    expected = {
+        "prompt": "größer",
+        "text": " größer",
+        "token_ids": [7, 8],
+        "finish_reason": "length",
+        "num_input_tokens": 3,
+        "num_generated_tokens": 2,
+    }
     assert {key: first[key] for key in expected} == expected
     assert first["logprobs"][1] == [{"token_id": 8, "logprob": -2.0, "rank": 3}]
     assert [sample["text"] for sample in second["samples"]] == ["x", "y"] and second["prompt_logprobs"] == [None]
@@ -212,7 +233,11 @@ def test_the_other_fields_of_the_input_come_along(tmp_path: Path) -> None:
 
 
 def test_no_field_is_lost_to_a_result_of_the_same_name() -> None:
-    fields = {**{name: f"given {name}" for name in RESULTS if name != "prompt"}, "input_text": "given already", "input_input_text": "and this"}
+    fields = {
+        **{name: f"given {name}" for name in RESULTS if name != "prompt"},
+        "input_text": "given already",
+        "input_input_text": "and this",
+    }
     line = random_prompts.output_line(PromptRow("p", fields), Completion((1,), [2], "t", "error", error="why"))
     assert line["text"] == "t" and line["error"] == "why"
     assert set(fields.values()) <= {value for value in line.values() if isinstance(value, str)}
@@ -231,7 +256,14 @@ def test_columns_of_every_type_come_along_as_json(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p"], **columns}), tmp_path / "a.parquet")
     (row,) = prompt_files.read_prompts(tmp_path / "a.parquet")
     nested = {"a": [1, None], "b": "eA=="}
-    assert row.fields == {"day": "2026-01-02", "price": "1.10", "raw": "AP8=", "rate": None, "nested": nested, "big": 2**63 - 1}
+    assert row.fields == {
+        "day": "2026-01-02",
+        "price": "1.10",
+        "raw": "AP8=",
+        "rate": None,
+        "nested": nested,
+        "big": 2**63 - 1,
+    }
     json.dumps(row.fields, allow_nan=False)
 
 
@@ -253,5 +285,8 @@ def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_pa
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"none/out\.jsonl: cannot be written: No such file"), random_prompts.whole_file(tmp_path / "none" / "out.jsonl"):
+    with (
+        pytest.raises(ConfigurationError, match=r"none/out\.jsonl: cannot be written: No such file"),
+        random_prompts.whole_file(tmp_path / "none" / "out.jsonl"),
+    ):
         pass

@@ -36,7 +36,9 @@ def reference(tmp_path_factory):
             outputs = []
             for prompt in prompts:
                 ids = torch.tensor([prompt])
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+                )
                 outputs.append(out[0, len(prompt) :].tolist())
             made[family] = Reference(folder, prompts, outputs)
         return made[family]

@@ -53,7 +53,10 @@ def exact_needs(arch, dtype, job, cuda=False):
 @pytest.mark.parametrize("name", ["opt-125m", "llama-3-8b", "falcon-7b", "opt-350m"])
 def test_shapes_weigh_what_the_engine_stores(name, bits):
     arch = shapes.shape(name)
-    stored = sum(tensor.num_bytes for tensor in plan_weights(arch, Split(1, 0), bits, weight_group(arch.hidden_size), 2).all_tensors)
+    stored = sum(
+        tensor.num_bytes
+        for tensor in plan_weights(arch, Split(1, 0), bits, weight_group(arch.hidden_size), 2).all_tensors
+    )
     shape = model_shape(name, arch, 2)
     assert shape.total_bytes(bits) == pytest.approx(stored, rel=1e-3 if bits == 16 else 0.01)
     if bits == 16:
@@ -114,7 +117,9 @@ def test_small_jobs_are_not_searched_for():
 def test_disk_only_when_memory_is_short_and_more_sequences_when_it_grows():
     fixed = {"hardware": "cpu", "device": "cpu", "num_gpu_batches": 2, "prefill_budget": 512}
     job = Job((160,) * 128, (128,) * 128)
-    plans = [plan("opt-125m", job, gpu_memory="480MiB", cpu_memory=cpu, **fixed) for cpu in ("330MiB", "700MiB", "3GiB")]
+    plans = [
+        plan("opt-125m", job, gpu_memory="480MiB", cpu_memory=cpu, **fixed) for cpu in ("330MiB", "700MiB", "3GiB")
+    ]
     disk = [p["policy"]["weights"]["disk"] + p["policy"]["cache"]["disk"] for p in plans]
     assert disk[0] > 0 and disk[2] == 0 and disk == sorted(disk, reverse=True)
     blocks = [p["policy"]["gpu_batch_size"] for p in plans]
@@ -167,9 +172,17 @@ def test_what_is_chosen_fits_on_a_tiny_shape(gpu, cpu, lengths, micro_batches, w
     batch=st.sampled_from([1, 5, 32]),
 )
 def test_what_is_chosen_fits_on_public_shapes(model, hardware, gpu, cpu, batch):
-    """LLM.plan raises when its own exact check refuses what was chosen: with the engine's table, not the optimizer's."""
+    """LLM.plan raises when its own exact check refuses what was chosen: with the engine's table, not the
+    optimizer's."""
     try:
-        report = plan(model, hardware=hardware, gpu_memory=f"{gpu}GiB", cpu_memory=f"{cpu}GiB", gpu_batch_size=batch, num_gpu_batches=2)
+        report = plan(
+            model,
+            hardware=hardware,
+            gpu_memory=f"{gpu}GiB",
+            cpu_memory=f"{cpu}GiB",
+            gpu_batch_size=batch,
+            num_gpu_batches=2,
+        )
     except DoesNotFitError as error:
         assert "the plan does not fit the memory budgets" not in str(error)
         return

@@ -1,4 +1,5 @@
-"""Runs under chosen policies: the same tokens however little memory there is, and a plan that is compared with the run, learnt from and changed."""
+"""Runs under chosen policies: the same tokens however little memory there is, and a plan that is compared with the
+run, learnt from and changed."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def open_tiny(reference, folder, **settings):
     return LLM(str(reference.folder), device="cpu", offload_dir=str(folder), **{"hardware": "cpu", **settings})
 
 
-@pytest.mark.parametrize(("gpu", "cpu", "on_disk"), [("4MiB", "2MiB", False), ("2400KiB", "1MiB", False), ("1600KiB", "100KiB", True)])
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "on_disk"), [("4MiB", "2MiB", False), ("2400KiB", "1MiB", False), ("1600KiB", "100KiB", True)]
+)
 def test_tokens_do_not_depend_on_the_memory(gpu, cpu, on_disk, reference, tmp_path):
     model = reference("llama")
     with open_tiny(model, tmp_path, gpu_memory=gpu, cpu_memory=cpu) as llm:
@@ -47,13 +50,20 @@ def test_report_compares_the_run_with_its_plan(reference, tmp_path):
     prediction = report["prediction"]
     assert prediction["passes"] > 0 and prediction["measured_pass_seconds"] > 0
     compute = prediction["resources"]["gpu_compute"]
-    assert 0 < compute["measured_seconds"] <= prediction["measured_pass_seconds"] * 1.01 and compute["predicted_seconds"] > 0
+    assert (
+        0 < compute["measured_seconds"] <= prediction["measured_pass_seconds"] * 1.01
+        and compute["predicted_seconds"] > 0
+    )
     text = tables.prediction(report)
     assert "predicted" in text and "gpu compute" in text and "tokens/s of the job" in text
     share = prediction["measured_tokens_per_second"] / prediction["bound_tokens_per_second"]
     assert share > 0 and f"the run reached {100 * share:.0f} % of it" in text
     assert {name for name, use in prediction["resources"].items() if use["work"]} >= {"h2d", "gpu_compute"}
-    assert f"{100 * compute['work'] / compute['measured_seconds'] / compute['ceiling']:.0f}" in text and " TFLOP/s" in text and " GB/s" in text
+    assert (
+        f"{100 * compute['work'] / compute['measured_seconds'] / compute['ceiling']:.0f}" in text
+        and " TFLOP/s" in text
+        and " GB/s" in text
+    )
 
 
 def test_work_and_ceilings_of_the_report_are_those_of_the_passes():
@@ -62,8 +72,13 @@ def test_work_and_ceilings_of_the_report_are_those_of_the_passes():
     resources, hardware = meter.report(1.0)["resources"], meter.plan.hardware
     weights = 48 * meter.plan.shape.block_bytes(16) * 0.8
     assert resources["h2d"]["work"] > 2 * WINDOW * weights
-    assert resources["cpu_attention"]["work"] == pytest.approx(2 * WINDOW * 48 * 80 * 0.4 * 528 * meter.plan.shape.token_bytes(16))
-    assert resources["h2d"]["ceiling"] == hardware.h2d and resources["cpu_attention"]["ceiling"] == hardware.cpu_attention.values[0]
+    assert resources["cpu_attention"]["work"] == pytest.approx(
+        2 * WINDOW * 48 * 80 * 0.4 * 528 * meter.plan.shape.token_bytes(16)
+    )
+    assert (
+        resources["h2d"]["ceiling"] == hardware.h2d
+        and resources["cpu_attention"]["ceiling"] == hardware.cpu_attention.values[0]
+    )
     assert 0.8 < resources["h2d"]["work"] / resources["h2d"]["measured_seconds"] / hardware.h2d <= 1.0
 
 
@@ -90,7 +105,9 @@ def test_recalibration_writes_the_users_profile_and_refuses_a_shipped_one(refere
     model, path = reference("llama"), tmp_path / "mine.json"
     path.write_text((SHIPPED / "cpu.json").read_text())
     sampling = dataclasses.replace(GREEDY, max_tokens=24, ignore_eos=True)
-    with open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB", hardware=str(path), recalibrate=True) as llm:
+    with open_tiny(
+        model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB", hardware=str(path), recalibrate=True
+    ) as llm:
         llm.generate(model.prompts, sampling)
     assert json.loads(path.read_text())["gemm"] != json.loads((SHIPPED / "cpu.json").read_text())["gemm"]
     with pytest.raises(ConfigurationError, match="shipped"):
@@ -105,10 +122,16 @@ POLICY = Policy(Split(0.2, 0.8), Split(0, 1), Split(1, 0), 40, 2, cpu_attention=
 def metered(slow_link: float):
     """A meter after a window of decode passes on a machine whose link is slower than planned, and what it said."""
     plan = price(public_shape("opt-30b"), load_hardware("h200"), Workload.uniform(512, 32), POLICY)
-    real = dataclasses.replace(plan.hardware, **{name: getattr(plan.hardware, name) / slow_link for name in ("h2d", "gather", "h2d_during_cpu_attention")})
+    real = dataclasses.replace(
+        plan.hardware,
+        **{name: getattr(plan.hardware, name) / slow_link for name in ("h2d", "gather", "h2d_during_cpu_attention")},
+    )
     load = PassLoad.decode(80, 528)
     model = PassModel(plan.shape, real, POLICY, load)
-    seconds, busy = float(model.pass_seconds(point_of(POLICY))), {name: float(value) for name, value in model.resource_seconds(point_of(POLICY)).items()}
+    seconds, busy = (
+        float(model.pass_seconds(point_of(POLICY))),
+        {name: float(value) for name, value in model.resource_seconds(point_of(POLICY)).items()},
+    )
     meter = PassMeter(plan, lambda: busy)
     said = [meter.record(load, seconds) for _ in range(WARM_UP + 2 * WINDOW)]
     return meter, said
@@ -124,7 +147,10 @@ def test_meter_moves_attention_once_when_the_link_is_slow():
     changes = [change for change in said if change is not None]
     assert changes and said.index(changes[0]) == WARM_UP + WINDOW - 1
     assert changes[0].cpu_attention > POLICY.cpu_attention and "h2d" in changes[0].reason
-    assert meter.report(1.0)["resources"]["h2d"]["measured_seconds"] > 3 * meter.report(1.0)["resources"]["h2d"]["predicted_seconds"]
+    assert (
+        meter.report(1.0)["resources"]["h2d"]["measured_seconds"]
+        > 3 * meter.report(1.0)["resources"]["h2d"]["predicted_seconds"]
+    )
     assert meter.recalibrated(meter.plan.hardware).h2d < meter.plan.hardware.h2d / 3
 
 
@@ -133,7 +159,10 @@ def test_passes_that_are_not_timed_do_not_count_against_the_plan():
     plan = price(public_shape("opt-30b"), load_hardware("h200"), Workload.uniform(512, 32), POLICY)
     load = PassLoad.decode(80, 528)
     model = PassModel(plan.shape, plan.hardware, POLICY, load)
-    seconds, busy = float(model.pass_seconds(point_of(POLICY))), {name: float(value) for name, value in model.resource_seconds(point_of(POLICY)).items()}
+    seconds, busy = (
+        float(model.pass_seconds(point_of(POLICY))),
+        {name: float(value) for name, value in model.resource_seconds(point_of(POLICY)).items()},
+    )
     chance = random.Random(0)
     meter = PassMeter(plan, lambda: busy if chance.random() < 0.3 else None)
     assert [meter.record(load, seconds) for _ in range(WARM_UP + 4 * WINDOW)] == [None] * (WARM_UP + 4 * WINDOW)

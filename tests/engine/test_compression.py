@@ -30,16 +30,27 @@ def test_windows_score_every_held_out_token_once(tokenizer):
 
 
 def test_table_has_weights_down_and_cache_across():
-    cells = [Cell("", 16, 16, 0.5, 0.0, 1.0), Cell("", 4, 16, 0.505, 1.0, 1.0), Cell("", 16, 4, 0.51, 2.0, 1.0), Cell("other", 4, 16, 0.6, 20.0, 1.0)]
+    cells = [
+        Cell("", 16, 16, 0.5, 0.0, 1.0),
+        Cell("", 4, 16, 0.505, 1.0, 1.0),
+        Cell("", 16, 4, 0.51, 2.0, 1.0),
+        Cell("other", 4, 16, 0.6, 20.0, 1.0),
+    ]
     lines = table(cells).splitlines()
-    assert lines[2] == "| 16 bits | 0.5000 (+0.00 %) |  | 0.5100 (+2.00 %) |" and lines[4] == "| 4 bits | 0.5050 (+1.00 %) |  |  |"
+    assert (
+        lines[2] == "| 16 bits | 0.5000 (+0.00 %) |  | 0.5100 (+2.00 %) |"
+        and lines[4] == "| 4 bits | 0.5050 (+1.00 %) |  |  |"
+    )
     assert lines[-1] == "| other | 0.6000 | +20.00 % |"
 
 
 @pytest.mark.slow
 def test_four_bits_of_both_cost_less_than_the_goal(tokenizer, monkeypatch):
-    """A minute or two: 32,768 tokens at 16 bits, and at 8 and 4 bits of both. Half as many differ too much from the whole: 16,384 gave 2.06 %."""
+    """A minute or two: 32,768 tokens at 16 bits, and at 8 and 4 bits of both. Half as many differ too much from the
+    whole: 16,384 gave 2.06 %."""
     monkeypatch.setattr(compression, "PLAIN", [("", bits, bits, {}) for bits in (16, 8, 4)])
     monkeypatch.setattr(compression, "VARIANTS", ())
-    cells = compression.measure(held_out_text(STDLIB, tokenizer, 16 * CONTEXT), {"device": "cpu", "gpu_batch_size": 4, "num_gpu_batches": 1})
+    cells = compression.measure(
+        held_out_text(STDLIB, tokenizer, 16 * CONTEXT), {"device": "cpu", "gpu_batch_size": 4, "num_gpu_batches": 1}
+    )
     assert abs(cells[1].added_percent) < 0.1 and 0 < cells[2].added_percent < GOAL_PERCENT

@@ -60,8 +60,8 @@ def test_decode_graphs_give_the_same_tokens(weight_bits, reference, tmp_path):
         with engine(model, tmp_path, ("gpu", "gpu", "gpu", 1, overlap, 64), weight_bits=weight_bits) as llm:
             for _ in range(2):
                 outputs.append([completion.token_ids for completion in llm.generate(model.prompts, params)])
-            assert llm.block is not None
-            graphs = llm.block.executor.graphs
+            assert llm.runner is not None
+            graphs = llm.runner.executor.graphs
             assert (graphs is not None and len(graphs.captured) > 0) == overlap
     assert all(output == outputs[0] for output in outputs)
 
@@ -70,9 +70,18 @@ def test_decode_graphs_give_the_same_tokens(weight_bits, reference, tmp_path):
 def test_compressed_placements_agree(bits, reference, tmp_path):
     model = reference("llama")
     outputs = []
-    for cell in (("gpu", "gpu", "gpu", 1, True, 64), ("mixed", "mixed", "mixed", 2, True, 7), ("disk", "disk", "cpu", 3, True, 64)):
+    for cell in (
+        ("gpu", "gpu", "gpu", 1, True, 64),
+        ("mixed", "mixed", "mixed", 2, True, 7),
+        ("disk", "disk", "cpu", 3, True, 64),
+    ):
         with engine(model, tmp_path, cell, weight_bits=bits[0], cache_bits=bits[1]) as llm:
-            outputs.append([completion.token_ids for completion in llm.generate(model.prompts, SamplingParams(max_tokens=8, temperature=0))])
+            outputs.append(
+                [
+                    completion.token_ids
+                    for completion in llm.generate(model.prompts, SamplingParams(max_tokens=8, temperature=0))
+                ]
+            )
     assert outputs[0] == outputs[1] == outputs[2]
 
 
@@ -95,10 +104,12 @@ def test_graphs_take_what_is_planned_for_them(reference, tmp_path):
     with engine(model, tmp_path, ("gpu", "gpu", "gpu", 1, True, 64), gpu_batch_size=64, dtype="bfloat16") as llm:
         prompts = [model.prompts[3]] * 64
         params = [SamplingParams(max_tokens=4 + 5 * i, temperature=0, ignore_eos=True) for i in range(64)]
-        llm.prepare(prompts, params)  # the block of the job itself: a smaller one would be replaced, and its graphs with it
+        llm.prepare(
+            prompts, params
+        )  # the block of the job itself: a smaller one would be replaced, and its graphs with it
         llm.generate(prompts, [SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)] * 64)
-        assert llm.block is not None
-        graphs = llm.block.executor.graphs
+        assert llm.runner is not None
+        graphs = llm.runner.executor.graphs
         assert graphs is not None
         graphs.clear()
         torch.cuda.synchronize()
@@ -106,7 +117,7 @@ def test_graphs_take_what_is_planned_for_them(reference, tmp_path):
         before = torch.cuda.mem_get_info()[0]
         for _ in range(3):
             llm.generate(prompts, params)
-        llm.block.check()
+        llm.runner.check()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         (planned,) = [row["num_bytes"] for row in llm.report()["memory"] if row["what"].startswith("decode graphs")]
@@ -119,6 +130,13 @@ def test_rotary_tables_are_there_once(tmp_path):
     """A context of two million positions: the device holds those of the block's longest sequence."""
     make_model("llama", tmp_path / "model", max_position_embeddings=2_000_000)
     before = torch.cuda.memory_allocated()
-    with LLM(str(tmp_path / "model"), percent=(100, 0, 100, 0, 100, 0), gpu_batch_size=2, num_gpu_batches=1, gpu_memory="1GiB", device="cuda") as llm:
+    with LLM(
+        str(tmp_path / "model"),
+        percent=(100, 0, 100, 0, 100, 0),
+        gpu_batch_size=2,
+        num_gpu_batches=1,
+        gpu_memory="1GiB",
+        device="cuda",
+    ) as llm:
         llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0))
         assert torch.cuda.memory_allocated() - before < 64 << 20

@@ -51,7 +51,7 @@ def fits_to_the_byte(model, seed):
     def run(**budgets):
         with LLM(str(folder), **settings, **budgets) as llm:
             tokens = [list(completion.token_ids) for completion in llm.generate(prompts, params)]
-            needs = llm.engine_plan.needs(llm.block.sizes)
+            needs = llm.engine_plan.needs(llm.runner.sizes)
             for tier in TIERS:
                 pool = getattr(llm.tiers, tier)
                 pool.check()
@@ -59,7 +59,9 @@ def fits_to_the_byte(model, seed):
                 held = sum(
                     need.num_bytes
                     for need in needs
-                    if need.tier == tier and not need.what.endswith("workspace") and (need.what, tier) != ("activations", "gpu")
+                    if need.tier == tier
+                    and not need.what.endswith("workspace")
+                    and (need.what, tier) != ("activations", "gpu")
                 )
                 assert sum(pool.used_bytes.values()) == held, (settings, tier, pool.used_bytes, needs)
             return tokens, {tier: sum(need.num_bytes for need in needs if need.tier == tier) for tier in TIERS}

@@ -18,7 +18,15 @@ from flexbatch.memory.files import DiskFile, OffloadError
 from tests.tiny_models import make_model, random_prompts
 
 ROOT = Path(flexbatch.__file__).parent
-MEMORY = ("memory/", "block.py", "loaded.py", "speculative/", "execution/executor.py", "execution/inputs.py", "models/layers.py")
+MEMORY = (
+    "memory/",
+    "block.py",
+    "loaded.py",
+    "speculative/",
+    "execution/executor.py",
+    "execution/inputs.py",
+    "models/layers.py",
+)
 PROMPTS = random_prompts([3, 20, 41, 9, 33], seed=9)
 GREEDY = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 MIXED = (20, 40, 30, 30, 30, 30)
@@ -31,7 +39,8 @@ ERRORS = (
 
 
 class Failing:
-    """Raises at the k-th call of a function in the given files of the package, in this thread. ``calls``: how many there were."""
+    """Raises at the k-th call of a function in the given files of the package, in this thread. ``calls``: how many
+    there were."""
 
     def __init__(self, k: int, files: tuple[str, ...] = MEMORY):
         self.k, self.calls = k, 0
@@ -106,11 +115,11 @@ def running(request, model, tmp_path):
         yield llm
 
 
-def close_block(llm):
-    llm._close_block()
+def close_runner(llm):
+    llm._close_runner()
     if llm.speculator is not None:
         for source in llm.speculator.sources:
-            source.close_block()
+            source.close_runner()
 
 
 def check(llm):
@@ -126,19 +135,19 @@ def test_a_block_that_fails_anywhere_is_undone(most, running):
     """At every call on the way; the error is still in hand when the next call is made."""
     llm = running
     wanted = tokens(llm)
-    close_block(llm)
+    close_runner(llm)
     nothing = held(llm)
     calls = calls_of(lambda: llm.prepare(PROMPTS, GREEDY))
     assert calls > 60
-    close_block(llm)
+    close_runner(llm)
     for k in spread(calls, most):
         with pytest.raises(FAILURES) as caught, Failing(k):
             llm.prepare(PROMPTS, GREEDY)
-        assert llm.block is None, k
+        assert llm.runner is None, k
         check(llm)
         if k % 5 == 1:
             assert tokens(llm) == wanted, k
-        close_block(llm)
+        close_runner(llm)
         assert held(llm) == nothing, k
         del caught
     assert tokens(llm) == wanted
@@ -147,18 +156,18 @@ def test_a_block_that_fails_anywhere_is_undone(most, running):
 def test_a_larger_block_that_fails_leaves_neither(running):
     """The old one is closed by then, also where closing it is what fails."""
     llm = running
-    close_block(llm)
+    close_runner(llm)
     nothing = held(llm)
     long = [prompt * 5 for prompt in PROMPTS]
     llm.prepare(PROMPTS, GREEDY)
     calls = calls_of(lambda: llm.prepare(long, GREEDY))
     for k in spread(calls, 25):
-        close_block(llm)
+        close_runner(llm)
         llm.prepare(PROMPTS, GREEDY)
         with pytest.raises(FAILURES), Failing(k):
             llm.prepare(long, GREEDY)
         check(llm)
-        close_block(llm)
+        close_runner(llm)
         assert held(llm) == nothing, k
 
 
@@ -166,7 +175,7 @@ def test_a_larger_block_that_fails_leaves_neither(running):
 def test_a_pass_that_fails_anywhere_is_undone(most, running):
     llm = running
     wanted = tokens(llm)
-    close_block(llm)
+    close_runner(llm)
     nothing = held(llm)
     llm.prepare(PROMPTS, GREEDY)
     calls = calls_of(lambda: tokens(llm))
@@ -175,7 +184,7 @@ def test_a_pass_that_fails_anywhere_is_undone(most, running):
         with pytest.raises(FAILURES), Failing(k):
             tokens(llm)
         check(llm)
-        close_block(llm)
+        close_runner(llm)
         assert held(llm) == nothing, k
     assert tokens(llm) == wanted
 

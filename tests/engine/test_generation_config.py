@@ -87,7 +87,7 @@ def engines(model):
 
 def tokens(llm: LLM, params: SamplingParams | None) -> list[list[int]]:
     found = [completion.token_ids for completion in llm.generate(PROMPTS, params)]
-    llm.block.check()
+    llm.runner.check()
     return found
 
 

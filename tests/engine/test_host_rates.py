@@ -41,7 +41,11 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "staging_seconds": 8e-4,
         "fetch_seconds": 9e-4,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
-        **({"cpu_attention_during_h2d": 1e11, "h2d_during_cpu_attention": 5e10, host.ALONE: 1.2e11} if device == "cuda" else {}),
+        **(
+            {"cpu_attention_during_h2d": 1e11, "h2d_during_cpu_attention": 5e10, host.ALONE: 1.2e11}
+            if device == "cuda"
+            else {}
+        ),
     }
     assert found == {name: pytest.approx(value) for name, value in wanted.items()}
 
@@ -62,19 +66,33 @@ def test_the_fastest_of_all_rounds_counts(late: bool, monkeypatch: pytest.Monkey
 
 
 def test_the_rate_of_copies_beside_attention() -> None:
-    """A copy counts by the part of it that attention ran beside: of these the last not at all, and the first twice as much as the second."""
-    copies = [Span("h2d", "weights 1", 0.0, 1.0, 40), Span("h2d", "weights 2", 1.0, 2.0, 70), Span("h2d", "weights 3", 3.0, 4.0, 1000)]
+    """A copy counts by the part of it that attention ran beside: of these the last not at all, and the first twice
+    as much as the second."""
+    copies = [
+        Span("h2d", "weights 1", 0.0, 1.0, 40),
+        Span("h2d", "weights 2", 1.0, 2.0, 70),
+        Span("h2d", "weights 3", 3.0, 4.0, 1000),
+    ]
     attention = [Span("cpu_attention", "cache 0.0", -1.0, 0.5), Span("cpu_attention", "cache 0.1", 0.5, 1.5)]
     assert host.rate_beside(copies, attention) == pytest.approx((40 + 0.5 * 70) / 1.5)
     assert host.rate_beside(copies[2:], attention) == host.rate_beside([], attention) == math.inf
 
 
 def test_costs_of_this_machine() -> None:
-    """Finite and not negative, whoever else uses the machine: a busy one gives any of them 0. The number of threads is as before."""
+    """Finite and not negative, whoever else uses the machine: a busy one gives any of them 0. The number of threads
+    is as before."""
     threads = torch.get_num_threads()
     found = host.host_rates(CPU)
     assert torch.get_num_threads() == threads
-    names = {"sequence_seconds", "launch_seconds", "pass_seconds", "exchange_seconds", "settle_seconds", "staging_seconds", "fetch_seconds"}
+    names = {
+        "sequence_seconds",
+        "launch_seconds",
+        "pass_seconds",
+        "exchange_seconds",
+        "settle_seconds",
+        "staging_seconds",
+        "fetch_seconds",
+    }
     assert found.keys() == {*names, "graph_seconds", "cpu_attention_seconds"}
     assert all(0 <= seconds < math.inf for seconds in found.values()) and found["cpu_attention_seconds"] > 0
     # Sequences and ticks together cost something: passes of 128 sequences and ten layers take longer than none.
@@ -83,7 +101,8 @@ def test_costs_of_this_machine() -> None:
 
 @pytest.mark.parametrize("noise", range(20))
 def test_costs_of_a_noisy_machine(noise: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes that take up to fifty times as long as they should, by chance: what is found is still finite and not negative."""
+    """Passes that take up to fifty times as long as they should, by chance: what is found is still finite and not
+    negative."""
     chance = random.Random(noise)
 
     def seconds(num_layers: int, policy, device) -> float:

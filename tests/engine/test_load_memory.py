@@ -48,7 +48,15 @@ print(json.dumps([max(seen), homes]))
 def folder(tmp_path_factory):
     """150 MB, the largest tensor 3 MB, the largest of the fused ones 6 MB."""
     folder = tmp_path_factory.mktemp("large")
-    make_model("llama", folder, num_hidden_layers=12, hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64)
+    make_model(
+        "llama",
+        folder,
+        num_hidden_layers=12,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        head_dim=64,
+    )
     return folder
 
 
@@ -67,9 +75,23 @@ def test_the_model_is_never_in_memory_twice(form, percent, bits, folder, tmp_pat
             if file.suffix != ".safetensors":
                 (tmp_path / file.name).symlink_to(file)
         torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    settings = {"model": str(tmp_path if form == "bin" else folder), "percent": [*percent, 100, 0, 100, 0], "weight_bits": bits, "device": "cpu"}
-    settings |= {"gpu_memory": "512MiB", "cpu_memory": "512MiB", "offload_dir": str(tmp_path / "offload"), "gpu_batch_size": 1, "num_gpu_batches": 1}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, check=True)
+    settings = {
+        "model": str(tmp_path if form == "bin" else folder),
+        "percent": [*percent, 100, 0, 100, 0],
+        "weight_bits": bits,
+        "device": "cpu",
+    }
+    settings |= {
+        "gpu_memory": "512MiB",
+        "cpu_memory": "512MiB",
+        "offload_dir": str(tmp_path / "offload"),
+        "gpu_batch_size": 1,
+        "num_gpu_batches": 1,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     peak, homes = json.loads(done.stdout)
-    # A fused tensor with its parts and a copy that is aligned for the disk, and what the allocator keeps: 6 to 18 MiB, as threads meet.
+    # A fused tensor with its parts and a copy that is aligned for the disk, and what the allocator keeps: 6 to 18 MiB,
+    # as threads meet.
     assert peak < homes + 24 * MIB, (peak / MIB, homes / MIB)

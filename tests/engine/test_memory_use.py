@@ -1,4 +1,5 @@
-"""Budgets hold: what a run allocates on the compute device beside its weights stays within the plan, whatever is asked of the logits."""
+"""Budgets hold: what a run allocates on the compute device beside its weights stays within the plan, whatever is
+asked of the logits."""
 
 from __future__ import annotations
 
@@ -87,13 +88,31 @@ class Everywhere(LiveBytes):
 @pytest.mark.parametrize("place", [RESIDENT, (100, 0, 0, 100, 100, 0)], ids=["resident", "attended on the CPU"])
 def test_long_contexts_and_trees_stay_within_their_plan(place, draft, monkeypatch, tmp_path):
     """Small heads in number, so that partial results and rotary tables are what a run takes most of."""
-    make_model("llama", tmp_path / "model", vocab_size=307, max_position_embeddings=1_000_000, num_attention_heads=12, num_key_value_heads=12, head_dim=32)
-    settings: dict[str, Any] = {"gpu_batch_size": 4, "num_gpu_batches": 2, "prefill_chunk": 64, "cpu_attention": 0.0 if place is RESIDENT else 1.0}
+    make_model(
+        "llama",
+        tmp_path / "model",
+        vocab_size=307,
+        max_position_embeddings=1_000_000,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        head_dim=32,
+    )
+    settings: dict[str, Any] = {
+        "gpu_batch_size": 4,
+        "num_gpu_batches": 2,
+        "prefill_chunk": 64,
+        "cpu_attention": 0.0 if place is RESIDENT else 1.0,
+    }
     budgets: dict[str, Any] = {"gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path)}
     bytes_ = Everywhere(monkeypatch)
-    with LLM(str(tmp_path / "model"), device="cpu", dtype="float32", percent=place, **settings, **budgets, **draft) as llm:
+    with LLM(
+        str(tmp_path / "model"), device="cpu", dtype="float32", percent=place, **settings, **budgets, **draft
+    ) as llm:
         with bytes_:
-            llm.generate(random_prompts([900, 40, 1300, 5, 700], 307, seed=3), SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+            llm.generate(
+                random_prompts([900, 40, 1300, 5, 700], 307, seed=3),
+                SamplingParams(max_tokens=6, temperature=0, ignore_eos=True),
+            )
         assert bytes_.peak <= needs_beside_weights(llm)
 
 
@@ -104,11 +123,17 @@ def prompts(count: int) -> list[list[int]]:
 
 def needs_beside_weights(llm: LLM) -> int:
     """On the gpu and the cpu tier: without a GPU both are this process's memory."""
-    rows = [row for row in llm.report()["memory"] if row["tier"] != "disk" and not row["what"].startswith(("weights", "draft weights"))]
+    rows = [
+        row
+        for row in llm.report()["memory"]
+        if row["tier"] != "disk" and not row["what"].startswith(("weights", "draft weights"))
+    ]
     return sum(row["num_bytes"] for row in rows)
 
 
-@pytest.mark.parametrize("draft", [{}, {"draft": ("ngram",)}, {"draft": ("d",)}, {"draft": ("d",), "draft_sampling": "independent"}], ids=str)
+@pytest.mark.parametrize(
+    "draft", [{}, {"draft": ("ngram",)}, {"draft": ("d",)}, {"draft": ("d",), "draft_sampling": "independent"}], ids=str
+)
 @pytest.mark.parametrize("params", [GREEDY, RANDOM, SCORED], ids=["greedy", "random", "scored"])
 def test_a_run_stays_within_its_plan(params, draft, monkeypatch, tmp_path):
     monkeypatch.setitem(SHAPES, "t", SHAPES["opt-125m"] | TINY | {"num_hidden_layers": 3})
@@ -140,7 +165,14 @@ def states(count: int, params: dict[str, Any]) -> list[RequestState]:
     return [RequestState(Request(i, [3, 5, 5, 7], SamplingParams(max_tokens=100, **params)), 0) for i in range(count)]
 
 
-KINDS = [GREEDY, RANDOM, SCORED, {"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.5}, {"temperature": 0.0, "frequency_penalty": 0.5}]
+KINDS = [
+    GREEDY,
+    RANDOM,
+    SCORED,
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_p": 0.5},
+    {"temperature": 0.0, "frequency_penalty": 0.5},
+]
 
 
 @pytest.mark.parametrize("params", KINDS, ids=str)
@@ -162,7 +194,9 @@ def test_sampling_takes_what_the_plan_counts_for_a_logit(params):
     assert bytes_per_logit(lambda: process_logits(logits, drawing)) <= 4 + SAMPLING_BYTES_PER_LOGIT
     assert bytes_per_logit(lambda: likeliest(logits.clone(), drawing, [()] * rows, 3)) <= SCORING_BYTES_PER_LOGIT
     if params is RANDOM:
-        assert bytes_per_logit(lambda: sample(logits, drawing)) > 0.8 * SAMPLING_BYTES_PER_LOGIT, "the plan counts too much"
+        assert bytes_per_logit(lambda: sample(logits, drawing)) > 0.8 * SAMPLING_BYTES_PER_LOGIT, (
+            "the plan counts too much"
+        )
 
 
 @torch.inference_mode()
@@ -183,12 +217,22 @@ def test_what_children_were_drawn_from_is_planned(monkeypatch, tmp_path):
 
     def watched(self: DraftModel, *arguments: Any) -> Any:
         trees = draft(self, *arguments)
-        kept.append(sum(x.untyped_storage().nbytes() for places in self.distributions.values() for x in places.values()))
+        kept.append(
+            sum(x.untyped_storage().nbytes() for places in self.distributions.values() for x in places.values())
+        )
         return trees
 
     monkeypatch.setattr(DraftModel, "draft", watched)
-    settings = {"draft": ("d",), "tree": "<2,2,1>", "draft_sampling": "without-replacement", "gpu_batch_size": 8, "num_gpu_batches": 2}
-    with LLM("t", dummy_weights=True, device="cpu", dtype="float32", percent=RESIDENT, gpu_memory="4GiB", **settings) as llm:
+    settings = {
+        "draft": ("d",),
+        "tree": "<2,2,1>",
+        "draft_sampling": "without-replacement",
+        "gpu_batch_size": 8,
+        "num_gpu_batches": 2,
+    }
+    with LLM(
+        "t", dummy_weights=True, device="cpu", dtype="float32", percent=RESIDENT, gpu_memory="4GiB", **settings
+    ) as llm:
         llm.generate(prompts(20), SamplingParams(max_tokens=5, ignore_eos=True, temperature=1.0))
         (planned,) = [row["num_bytes"] for row in llm.report()["memory"] if row["what"] == "draft distributions"]
     assert planned / 3 < max(kept) <= planned

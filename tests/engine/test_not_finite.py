@@ -86,7 +86,7 @@ def test_only_the_request_that_meets_it_fails(place, draft, broken, tmp_path):
         for kind, more in KINDS.items():
             params = SamplingParams(max_tokens=6, ignore_eos=True, **more)
             completions = llm.generate(PROMPTS, params)
-            llm.block.check()
+            llm.runner.check()
             assert [completion.finish_reason == "error" for completion in completions] == BAD, kind
             for index, completion in enumerate(completions):
                 if BAD[index]:
@@ -126,7 +126,7 @@ def test_scored_prompts(place, broken, tmp_path):
                     math.isfinite(entry.logprob) for step in completion.prompt_logprobs[1:] for entry in step.values()
                 )
         assert "logits for prompt token" in completions[0].error
-        llm.block.check()
+        llm.runner.check()
 
 
 LAYERS = {
@@ -158,7 +158,7 @@ def test_the_layer_of_doubt_is_named(where, broken, tmp_path):
         with start(broken(change, where), tmp_path, **settings) as llm:
             for completion in llm.generate(CLEAN, SamplingParams(max_tokens=4, temperature=0)):
                 assert completion.finish_reason == "error" and said in completion.error, completion.error
-            llm.block.check()
+            llm.runner.check()
 
 
 def test_float16_overflow(broken, tmp_path):
@@ -199,7 +199,7 @@ def test_a_drafted_token_that_is_poison_breaks_nothing(place, broken, tmp_path):
         llm.speculator.sources = [Scripted(tree)]
         assert outcome(llm.generate(CLEAN, params)) == plain
         llm.speculator.check()
-        llm.block.check()
+        llm.runner.check()
 
 
 @pytest.mark.parametrize("sampling", ["matched", "independent", "without-replacement"])
@@ -250,12 +250,11 @@ def test_barred_tokens_are_never_drawn(temperature, draft, broken, tmp_path):
     ]
     with start(broken(lambda model: None, "not at all"), tmp_path, draft=draft) as llm:
         completions = llm.generate(CLEAN, params)
-        llm.block.check()
+        llm.runner.check()
     assert [completion.finish_reason for completion in completions] == ["error", "error", "length", "error", "length"]
     for index, place in ((0, 1), (1, 1), (3, 3)):
         assert (
-            completions[index].error
-            == f"prompt {index}: bias, suppressed words and other constraints bar every token "
+            completions[index].error == f"prompt {index}: bias, suppressed words and other constraints bar every token "
             f"as generated token {place}"
         )
     assert set(completions[2].token_ids) <= set(two) and all(
@@ -288,7 +287,7 @@ def test_without_free_pages_the_layer_stays_unknown(broken, tmp_path, monkeypatc
     with start(broken(poison, "embedding"), tmp_path) as llm:
         (completion,) = llm.generate([POISONED[0]], SamplingParams(max_tokens=2))
         assert "no cache pages were free" in completion.error
-        llm.block.check()
+        llm.runner.check()
 
 
 def test_the_command_ends_with_row_errors(broken, tmp_path, capsys):

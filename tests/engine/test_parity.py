@@ -1,4 +1,5 @@
-"""The engine's greedy tokens equal those of transformers for every placement, micro-batch shape, overlap and chunk size."""
+"""The engine's greedy tokens equal those of transformers for every placement, micro-batch shape, overlap and chunk
+size."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ def run(reference, offload_dir, cell, cpu_attention=0.0, **settings):
         **settings,
     ) as llm:
         completions = llm.generate(reference.prompts, GREEDY)
-        assert llm.block is not None
-        assert_realized(llm.report(), llm.block)
-        llm.block.check()
+        assert llm.runner is not None
+        assert_realized(llm.report(), llm.runner)
+        llm.runner.check()
         llm.weights.check()
         llm.tiers.check()
     return [completion.token_ids for completion in completions]
@@ -54,7 +55,12 @@ def assert_realized(report, block):
     units = {"weights": 100 * largest / total, "cache": 100 / sequences, "activations": 100 * PAGE_TOKENS / rows}
     for kind, unit in units.items():
         for tier in ("gpu", "cpu", "disk"):
-            assert abs(found[kind][tier] - 100 * asked[kind][tier]) <= unit + 1e-6, (kind, tier, found[kind], asked[kind])
+            assert abs(found[kind][tier] - 100 * asked[kind][tier]) <= unit + 1e-6, (
+                kind,
+                tier,
+                found[kind],
+                asked[kind],
+            )
 
 
 def sampled(count: int, seed: int) -> list:
@@ -63,7 +69,9 @@ def sampled(count: int, seed: int) -> list:
     return random.Random(seed).sample(cheap, count)
 
 
-@pytest.mark.parametrize(("family", "cell"), [(family, cell) for i, family in enumerate(FAMILIES) for cell in sampled(5, i)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "cell"), [(family, cell) for i, family in enumerate(FAMILIES) for cell in sampled(5, i)], ids=str
+)
 def test_sampled_grid(family, cell, reference, tmp_path):
     model = reference(family)
     assert run(model, tmp_path, cell) == model.token_ids
@@ -90,8 +98,15 @@ def test_whole_grid(family, cell, reference, tmp_path_factory):
 def test_compressed_tokens_depend_on_nothing_but_the_bits(weight_bits, cache_bits, reference, tmp_path):
     """Quantised weights and cache change the tokens, but placement, chunking and overlap may not."""
     model = reference("llama")
-    cells = [("gpu", "gpu", "gpu", 1, True, 64), ("disk", "disk", "mixed", 2, True, 7), ("mixed", "cpu", "cpu", 3, False, 33)]
-    outputs = [run(model, tmp_path, cell, share, weight_bits=weight_bits, cache_bits=cache_bits) for cell, share in zip(cells, (0, 0, 0.5), strict=True)]
+    cells = [
+        ("gpu", "gpu", "gpu", 1, True, 64),
+        ("disk", "disk", "mixed", 2, True, 7),
+        ("mixed", "cpu", "cpu", 3, False, 33),
+    ]
+    outputs = [
+        run(model, tmp_path, cell, share, weight_bits=weight_bits, cache_bits=cache_bits)
+        for cell, share in zip(cells, (0, 0, 0.5), strict=True)
+    ]
     assert outputs[0] == outputs[1] == outputs[2]
 
 
@@ -100,7 +115,14 @@ def test_a_request_does_not_depend_on_the_batch(reference, tmp_path):
     model = reference("llama")
     prompts = [[*prompt, i + 3] for i in range(5) for prompt in model.prompts]
     params = [SamplingParams(max_tokens=8, temperature=0.0 if i % 2 else 0.9, seed=i) for i in range(len(prompts))]
-    settings = {"gpu_batch_size": 7, "num_gpu_batches": 3, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "percent": (50, 50, 50, 50, 100, 0), "device": "cpu"}
+    settings = {
+        "gpu_batch_size": 7,
+        "num_gpu_batches": 3,
+        "gpu_memory": "1GiB",
+        "cpu_memory": "1GiB",
+        "percent": (50, 50, 50, 50, 100, 0),
+        "device": "cpu",
+    }
     with LLM(str(model.folder), **settings) as llm:
         together = [completion.token_ids for completion in llm.generate(prompts, params)]
         for i in (0, 7, 23, 49):

@@ -1,4 +1,5 @@
-"""Converted layer files in --offload-dir: a second start takes them, another checkpoint, other bits or another dtype do not."""
+"""Converted layer files in --offload-dir: a second start takes them, another checkpoint, other bits or another dtype
+do not."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ ON_GPU_AND_CPU = (40, 60, 100, 0, 100, 0)
 
 def start(folder, offload, **settings):
     """Tokens, and what the report says about loading."""
-    with LLM(str(folder), device="cpu", offload_dir=str(offload), gpu_memory="1GiB", cpu_memory="1GiB", **settings) as llm:
+    with LLM(
+        str(folder), device="cpu", offload_dir=str(offload), gpu_memory="1GiB", cpu_memory="1GiB", **settings
+    ) as llm:
         completions = llm.generate(PROMPTS, GREEDY)
         report = llm.report()
     return [completion.token_ids for completion in completions], report["loaded_bytes"], report["reused_bytes"]
@@ -57,14 +60,17 @@ def header_bytes(model):
 
 
 def test_quantised_weights_in_memory_come_from_files_too(model, tmp_path, monkeypatch):
-    """What is left to read are the tensors that stay unquantised. Splits are no part of a file: another placement takes the same ones."""
+    """What is left to read are the tensors that stay unquantised. Splits are no part of a file: another placement
+    takes the same ones."""
     first, everything, _ = start(model, tmp_path / "offload", percent=ON_GPU_AND_CPU, weight_bits=4)
     before = files(tmp_path / "offload")
     monkeypatch.setattr(loading.ops, "quantize", None)
     second, loaded, reused = start(model, tmp_path / "offload", percent=ON_GPU_AND_CPU, weight_bits=4)
     assert (second, files(tmp_path / "offload")) == (first, before)
     assert 0 < reused <= sum(path.stat().st_size for path in before)
-    matrices = sum(parameter.numel() for name, parameter in parameters(model) if parameter.dim() == 2 and ".layers." in name)
+    matrices = sum(
+        parameter.numel() for name, parameter in parameters(model) if parameter.dim() == 2 and ".layers." in name
+    )
     assert everything - loaded == 4 * matrices
     third, _, _ = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=4)
     assert third == first and before.items() <= files(tmp_path / "offload").items()

@@ -1,4 +1,5 @@
-"""Prompts that begin alike: the common pages are prefilled once per tier, and the tokens are those of a run that shares nothing."""
+"""Prompts that begin alike: the common pages are prefilled once per tier, and the tokens are those of a run that
+shares nothing."""
 
 from __future__ import annotations
 
@@ -32,14 +33,21 @@ def run(model, placement, tmp_path, params, **settings):
     """Tokens of every sample, and the report."""
     percent, tiers = PLACEMENTS[placement]
     memory = {"gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path)}
-    with LLM(str(model), device="cpu", percent=percent, gpu_batch_size=25, num_gpu_batches=2, **{**memory, **settings}) as llm:
+    with LLM(
+        str(model), device="cpu", percent=percent, gpu_batch_size=25, num_gpu_batches=2, **{**memory, **settings}
+    ) as llm:
         completions = llm.generate(prompts(), params)
-        llm.block.check()
-        return [[sample.token_ids for sample in completion.samples or [completion]] for completion in completions], llm.report(), tiers
+        llm.runner.check()
+        return (
+            [[sample.token_ids for sample in completion.samples or [completion]] for completion in completions],
+            llm.report(),
+            tiers,
+        )
 
 
 def prefilled(num_samples: int) -> int:
-    """Prompt tokens that one tier has to read: the header, every prompt's end, and for further samples what does not fill a page of the prompt."""
+    """Prompt tokens that one tier has to read: the header, every prompt's end, and for further samples what does not
+    fill a page of the prompt."""
     ends = sum(len(prompt) - SHARED for prompt in prompts())
     rests = sum(len(prompt) - (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS for prompt in prompts())
     return SHARED + ends + (num_samples - 1) * rests
@@ -56,13 +64,20 @@ def test_a_header_is_prefilled_once_on_every_tier(placement, num_samples, model,
         assert report["prefilled_tokens"] == prefilled(num_samples) + (tiers - 1) * SHARED
     else:  # samples of a prompt may be on different tiers, and then share the header alone
         ends = num_samples * sum(len(prompt) - SHARED for prompt in prompts())
-        assert prefilled(num_samples) + (tiers - 1) * SHARED <= report["prefilled_tokens"] <= tiers * SHARED + ends < 0.07 * unshared
+        assert (
+            prefilled(num_samples) + (tiers - 1) * SHARED
+            <= report["prefilled_tokens"]
+            <= tiers * SHARED + ends
+            < 0.07 * unshared
+        )
     monkeypatch.setattr(KVCache, "shareable", lambda *arguments: [])
     alone, report, _ = run(model, placement, tmp_path, params)
     assert report["prefilled_tokens"] == unshared
     assert shared == alone
     if num_samples > 1:
-        assert any(samples[0] != samples[1] for samples in shared), "samples of one prompt have random streams of their own"
+        assert any(samples[0] != samples[1] for samples in shared), (
+            "samples of one prompt have random streams of their own"
+        )
 
 
 @pytest.mark.parametrize("chunk", [7, 512])

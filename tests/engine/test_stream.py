@@ -44,7 +44,9 @@ def checked(monkeypatch) -> list[Batcher]:
 
 
 def engine(folder, tmp_path, place: str = "gpu", **settings) -> LLM:
-    return LLM(str(folder), percent=PLACES[place], device="cpu", offload_dir=str(tmp_path), **{**BLOCK, **BUDGETS, **settings})
+    return LLM(
+        str(folder), percent=PLACES[place], device="cpu", offload_dir=str(tmp_path), **{**BLOCK, **BUDGETS, **settings}
+    )
 
 
 def items(prompts: list[list[int]], params: SamplingParams = PARAMS) -> Iterator[tuple[int, list[int], SamplingParams]]:
@@ -64,14 +66,18 @@ def longer(reference, tmp_path_factory) -> tuple[list[list[int]], list[list[int]
         return prompts, [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"cpu_attention": 0.5}, {"draft": ("ngram",), "tree": "chain:3"}, {"cache_bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"cpu_attention": 0.5}, {"draft": ("ngram",), "tree": "chain:3"}, {"cache_bits": 8}], ids=str
+)
 @pytest.mark.parametrize("place", PLACES)
-def test_longer_requests_share_the_block_as_far_as_pages_and_staging_go(place, settings, longer, reference, tmp_path, checked):
+def test_longer_requests_share_the_block_as_far_as_pages_and_staging_go(
+    place, settings, longer, reference, tmp_path, checked
+):
     """The pools hold them, and staging holds one or two in each micro-batch."""
     prompts, expected = longer
     with engine(reference("llama").folder, tmp_path, place, **settings) as llm:
         found = dict(llm.stream(items(prompts)))
-        llm.block.check()
+        llm.runner.check()
     assert not any(completion.error for completion in found.values())
     if "cache_bits" not in settings:
         assert [found[i].token_ids for i in range(len(prompts))] == expected
@@ -87,7 +93,7 @@ def test_a_request_that_outgrows_the_block_gets_a_larger_one(place, reference, t
     checked.clear()
     with engine(folder, tmp_path, place) as llm:
         found = dict(llm.stream(items(prompts)))
-        llm.block.check()
+        llm.runner.check()
         assert llm.report()["requests"] == len(prompts)
     assert [found[i].token_ids for i in range(len(prompts))] == expected
     assert len(checked) == 2, "one larger block: what lay ahead was looked at when it was made"
@@ -106,7 +112,10 @@ def roomy(tmp_path_factory):
     """A model with a context of 2048 tokens, and the GPU bytes of a block for one request of 900."""
     folder = tmp_path_factory.mktemp("roomy")
     make_model("llama", folder, max_position_embeddings=2048)
-    memory = LLM.plan(EngineConfig(model=str(folder), percent=PLACES["gpu"], device="cpu", **BLOCK, **SETTLED, **BUDGETS), Job((900,), (900,)))["memory"]
+    memory = LLM.plan(
+        EngineConfig(model=str(folder), percent=PLACES["gpu"], device="cpu", **BLOCK, **SETTLED, **BUDGETS),
+        Job((900,), (900,)),
+    )["memory"]
     return folder, sum(need["num_bytes"] for need in memory if need["tier"] == "gpu")
 
 
@@ -121,9 +130,15 @@ def test_requests_that_no_budget_holds_are_errors_and_drain_nothing(roomy, tmp_p
         found = dict(llm.stream(items(prompts)))
         assert llm.tiers.gpu.peak_bytes <= budget
     assert sorted(i for i, completion in found.items() if completion.error) == bad
-    assert "1500 prompt and up to 6 generated tokens need" in found[bad[0]].error and "iB more on the gpu tier than its budget of" in found[bad[0]].error
+    assert (
+        "1500 prompt and up to 6 generated tokens need" in found[bad[0]].error
+        and "iB more on the gpu tier than its budget of" in found[bad[0]].error
+    )
     assert all(found[i].token_ids == expected[i] for i in found if i not in bad)
-    assert len(checked) == 2, "the request of 700 tokens, which fits, has the block made anew; that of 690, which does not fit beside it, waits"
+    assert len(checked) == 2, (
+        "the request of 700 tokens, which fits, has the block made anew; that of 690, which does not fit beside it, "
+        "waits"
+    )
 
 
 def test_a_refused_request_among_the_first_does_not_refuse_the_stream(roomy, tmp_path):
@@ -144,7 +159,11 @@ def test_text_is_handed_on_once_and_never_taken_back(settings, roomy, tmp_path):
         stops = [(text[9:12], text[4:8] + "~", text[11:] + "~") for text in plain]
         params = [dataclasses.replace(drawn, stop=stop, n=1 + i % 3) for i, stop in enumerate(stops)]
         heard: dict[int, list[str]] = {i: [] for i in range(len(prompts))}
-        found = dict(llm.stream(((i, prompt, params[i]) for i, prompt in enumerate(prompts)), lambda key, text: heard[key].append(text)))
+        found = dict(
+            llm.stream(
+                ((i, prompt, params[i]) for i, prompt in enumerate(prompts)), lambda key, text: heard[key].append(text)
+            )
+        )
     assert {i: "".join(texts) for i, texts in heard.items()} == {i: completion.text for i, completion in found.items()}
     assert all(texts and all(texts) for texts in heard.values()) and sum(map(len, heard.values())) > 2 * len(prompts)
     assert any(completion.stop_reason for completion in found.values())
@@ -162,10 +181,13 @@ def test_parameters_that_the_model_cannot_follow_fail_their_item_alone(roomy, tm
 
 
 def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path, checked):
-    """Nothing is given but little memory: the policy of the short requests has no room for the long one, another has."""
+    """Nothing is given but little memory: the policy of the short requests has no room for the long one, another
+    has."""
     folder = reference("llama").folder
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    with LLM(str(folder), device="cpu", offload_dir=str(tmp_path), hardware="cpu", gpu_memory="2400KiB", cpu_memory="1MiB") as llm:
+    with LLM(
+        str(folder), device="cpu", offload_dir=str(tmp_path), hardware="cpu", gpu_memory="2400KiB", cpu_memory="1MiB"
+    ) as llm:
         short = [4] * (PEEKED_BLOCKS * llm.policy.block_size + 1)
         prompts = random_prompts([*short, 480, *short[:20], 300], seed=9)
         found = dict(llm.stream(items(prompts, params)))
@@ -173,11 +195,14 @@ def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path,
     assert not any(completion.error for completion in found.values()) and len(checked) > 1
     with engine(folder, tmp_path) as llm:
         long = [len(short), len(prompts) - 1]
-        assert [found[i].token_ids for i in long] == [completion.token_ids for completion in llm.generate([prompts[i] for i in long], params)]
+        assert [found[i].token_ids for i in long] == [
+            completion.token_ids for completion in llm.generate([prompts[i] for i in long], params)
+        ]
 
 
 def test_a_draft_without_room_proposes_nothing(reference, tmp_path, checked):
-    """The draft's cache is sized by the same requests as the block; with 41 tokens, four fit the block, three the draft: 48 rows and 49."""
+    """The draft's cache is sized by the same requests as the block; with 41 tokens, four fit the block, three the
+    draft: 48 rows and 49."""
     model = reference("llama")
     prompts = random_prompts(lengths([41] * 20 + [300, SMALL]), seed=8)
     with engine(model.folder, tmp_path) as llm:

@@ -1,4 +1,5 @@
-"""One engine, used from threads, from callbacks, beside an open stream, and after its end: right tokens, or an error that says what to do."""
+"""One engine, used from threads, from callbacks, beside an open stream, and after its end: right tokens, or an error
+that says what to do."""
 
 from __future__ import annotations
 
@@ -63,8 +64,8 @@ def items(indices=range(10)):
 def check(llm, wanted):
     """The engine is as good as new: nothing of what ended is in the cache."""
     assert tokens(llm) == wanted
-    llm.block.check()
-    llm.block.cache.check([])
+    llm.runner.check()
+    llm.runner.cache.check([])
     llm.tiers.check()
     llm._turns.check()
 
@@ -296,14 +297,18 @@ def test_everything_after_close_is_one_error(model, tmp_path):
 # Several of one
 
 
-@pytest.mark.parametrize("draft", ["demo-draft", ["demo-draft"], ("demo-draft",), Path("demo-draft"), {"demo-draft"}], ids=repr)
+@pytest.mark.parametrize(
+    "draft", ["demo-draft", ["demo-draft"], ("demo-draft",), Path("demo-draft"), {"demo-draft"}], ids=repr
+)
 def test_one_draft_is_one_draft(draft):
     assert EngineConfig(draft=draft).draft == ("demo-draft",)
     assert EngineConfig(draft=["demo-draft", "ngram"]).draft == ("demo-draft", "ngram")
 
 
 def test_a_draft_by_its_name_speculates(tmp_path):
-    with LLM("demo", draft="demo-draft", offload_dir=str(tmp_path), percent=(100, 0, 100, 0, 100, 0), **SETTINGS) as llm:
+    with LLM(
+        "demo", draft="demo-draft", offload_dir=str(tmp_path), percent=(100, 0, 100, 0, 100, 0), **SETTINGS
+    ) as llm:
         llm.generate("def add(a, b):", GREEDY)
         assert llm.report()["speculation"]["drafts"] == ["demo-draft"]
 

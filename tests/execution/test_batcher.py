@@ -1,4 +1,5 @@
-"""The batcher under any arrivals, lengths, ends, budgets and drafts: nobody is lost, nobody twice, no budget is broken, every token is read once."""
+"""The batcher under any arrivals, lengths, ends, budgets and drafts: nobody is lost, nobody twice, no budget is
+broken, every token is read once."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ class Desk:
 
 
 def draw_tokens(work: PassWork, chance: Any) -> dict[QueryTokens, SampledTokens]:
-    """What a sampler would give: a token for every sequence whose newest token was read, a path of its tree too; EOS now and then."""
+    """What a sampler would give: a token for every sequence whose newest token was read, a path of its tree too; EOS
+    now and then."""
     results = {}
     for query in (query for queries in work.micro_batches for query in queries):
         if query.parents is not None:
@@ -121,19 +123,30 @@ def check_pass(work: PassWork, batcher: Batcher, policy: Policy, read: dict[int,
     assert queries, "a pass without query tokens"
     assert len({query.sequence for query in queries}) == len(queries), "a sequence twice in a pass"
     for batch in work.micro_batches:
-        assert batch and len(batch) <= policy.gpu_batch_size and len({query.sequence.micro_batch for query in batch}) == 1
+        assert (
+            batch and len(batch) <= policy.gpu_batch_size and len({query.sequence.micro_batch for query in batch}) == 1
+        )
         assert sum(query.num_tokens for query in batch) <= batcher.micro_batch_tokens
         # One token of a prompt rides as a decode token does.
-        assert sum(q.num_tokens for q in batch if q.parents is None and q.num_tokens > 1) <= policy.prompt_tokens_per_micro_batch
+        assert (
+            sum(q.num_tokens for q in batch if q.parents is None and q.num_tokens > 1)
+            <= policy.prompt_tokens_per_micro_batch
+        )
     for query in queries:
         sequence = query.sequence
         index = sequence.state.request.index
-        assert query.start == sequence.num_cached == len(read.setdefault(index, [0] * sequence.table.num_shared * PAGE_TOKENS))
+        assert (
+            query.start
+            == sequence.num_cached
+            == len(read.setdefault(index, [0] * sequence.table.num_shared * PAGE_TOKENS))
+        )
         assert batcher.cache.prefix_ready(sequence.table)
         if query.parents is None:
             assert query.num_tokens <= policy.prefill_chunk
             assert list(query.token_ids) == sequence.token_ids[query.start : query.start + query.num_tokens]
-            assert (query.first_logit < query.num_tokens) == (query.start + query.num_tokens == len(sequence.token_ids) and sequence.output.max_tokens > 0)
+            assert (query.first_logit < query.num_tokens) == (
+                query.start + query.num_tokens == len(sequence.token_ids) and sequence.output.max_tokens > 0
+            )
         else:
             assert query.token_ids[0] == sequence.token_ids[-1] and query.num_tokens <= 1 + spare
         assert query.start + query.num_tokens <= len(sequence.table.pages) * PAGE_TOKENS, "tokens without a page"
@@ -142,7 +155,9 @@ def check_pass(work: PassWork, batcher: Batcher, policy: Policy, read: dict[int,
 def run(job: Job, chance: Any, drafter: Drafter | None) -> tuple[Batcher, Desk, list[Any]]:
     """Passes until there is no work; everything is checked after each."""
     policy, desk, retired = job.policy, Desk(job), []
-    sizes = CacheSizes(job.pages, job.pages, job.pages, job.staging, disk_sequences=3, tail_tokens=job.pages * PAGE_TOKENS)
+    sizes = CacheSizes(
+        job.pages, job.pages, job.pages, job.staging, disk_sequences=3, tail_tokens=job.pages * PAGE_TOKENS
+    )
     spare = MAX_NODES if drafter else 0
     tokens = policy.gpu_batch_size * (1 + spare) + max(policy.chunk, policy.prompt_tokens_per_micro_batch)
     with tempfile.TemporaryDirectory() as folder, open_cache(Path(folder), sizes) as cache:
@@ -154,7 +169,9 @@ def run(job: Job, chance: Any, drafter: Drafter | None) -> tuple[Batcher, Desk, 
                 break
             batcher.check()
             assert batcher.num_sequences <= max(in_flight, batcher.admission_limit)
-            assert len(desk.given) <= len(retired) + len(batcher.retired) + batcher.num_sequences + 1, "requests are pulled before there is room"
+            assert len(desk.given) <= len(retired) + len(batcher.retired) + batcher.num_sequences + 1, (
+                "requests are pulled before there is room"
+            )
             cache.begin_pass(READY)
             work = batcher.next_pass()
             batcher.check()
@@ -182,22 +199,33 @@ def test_every_request_is_answered_once_whatever_comes(job: Job, chance: Any) ->
     assert len(desk.given) == len(job.requests)
     for done in retired:
         if done.error:
-            assert done.sequence is None and not done.output.token_ids and "cache pages of 4 tokens" in done.error and "--percent" in done.error
+            assert (
+                done.sequence is None
+                and not done.output.token_ids
+                and "cache pages of 4 tokens" in done.error
+                and "--percent" in done.error
+            )
             continue
         output, params = done.output, done.state.params
         assert done.sequence is not None
         done.sequence.check()
         assert output.finish is not None
         assert output.finish.reason == ("stop" if EOS in output.token_ids else "length")
-        assert output.token_ids.count(EOS) == (output.finish.reason == "stop") and (EOS not in output.token_ids or output.token_ids[-1] == EOS)
+        assert output.token_ids.count(EOS) == (output.finish.reason == "stop") and (
+            EOS not in output.token_ids or output.token_ids[-1] == EOS
+        )
         assert len(output.token_ids) <= params.max_tokens
     if drafter is not None:
-        assert sorted(map(id, drafter.retired)) == sorted(id(done.sequence) for done in retired if not done.error), "retire is called once each"
+        assert sorted(map(id, drafter.retired)) == sorted(id(done.sequence) for done in retired if not done.error), (
+            "retire is called once each"
+        )
 
 
 @settings(max_examples=40, deadline=None)
 @given(split=splits(), count=st.integers(1, 12), cpu_attention=st.sampled_from([0.0, 0.3, 1.0]))
-def test_homes_are_within_one_sequence_of_the_split_and_micro_batches_alike(split: Split, count: int, cpu_attention: float) -> None:
+def test_homes_are_within_one_sequence_of_the_split_and_micro_batches_alike(
+    split: Split, count: int, cpu_attention: float
+) -> None:
     policy = Policy(Split(1, 0), split, Split(1, 0), 4, 3, cpu_attention=cpu_attention)
     sizes = CacheSizes(60, 60, 60, 60, disk_sequences=12, tail_tokens=8)
     with tempfile.TemporaryDirectory() as folder, open_cache(Path(folder), sizes) as cache:
@@ -220,10 +248,15 @@ def test_homes_are_within_one_sequence_of_the_split_and_micro_batches_alike(spli
 def test_what_can_never_run_is_answered_with_the_numbers_and_the_rest_goes_on(tmp_path: Path) -> None:
     policy = Policy(Split(1, 0), Split(0.5, 0.5), Split(1, 0), 2, 1)
     with open_cache(tmp_path, CacheSizes(3, 2, 9, 0)) as cache:
-        batcher = Batcher(policy, cache, iter([candidate(0, (2,) * 10, max_tokens=4), candidate(1, (2,) * 9, max_tokens=4)]), 100)
+        batcher = Batcher(
+            policy, cache, iter([candidate(0, (2,) * 10, max_tokens=4), candidate(1, (2,) * 9, max_tokens=4)]), 100
+        )
         assert batcher.has_work() and batcher.num_sequences == 1
         (done,) = batcher.take_retired()
-        assert done.error.startswith("10 prompt and up to 4 generated tokens need 4 cache pages of 4 tokens; the largest tier has 3. Lower max_tokens")
+        assert done.error.startswith(
+            "10 prompt and up to 4 generated tokens need 4 cache pages of 4 tokens; the largest tier has 3. Lower "
+            "max_tokens"
+        )
         batcher.abort()
 
 
@@ -231,11 +264,15 @@ def test_a_request_that_outgrows_the_block_waits_until_it_is_empty(tmp_path: Pat
     policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 2, 1)
     candidates = [candidate(i, (2,) * length, max_tokens=1) for i, length in enumerate((3, 40, 4, 13, 5))]
     with open_cache(tmp_path, CacheSizes(3, 0, 0, 0)) as cache:
-        batcher = Batcher(policy, cache, iter(candidates), 100, refusal=lambda each: "never" if each.num_prompt_tokens == 40 else "")
+        batcher = Batcher(
+            policy, cache, iter(candidates), 100, refusal=lambda each: "never" if each.num_prompt_tokens == 40 else ""
+        )
         finished = []
         while batcher.has_work():
             work = batcher.next_pass()
-            batcher.commit(work, {query: SampledTokens([20], [None]) for queries in work.micro_batches for query in queries})
+            batcher.commit(
+                work, {query: SampledTokens([20], [None]) for queries in work.micro_batches for query in queries}
+            )
             finished += [done.state.request.index for done in batcher.take_retired()]
         assert batcher.outgrown and sorted(finished) == [0, 1, 2]
         assert [each.state.request.index for each in batcher.remaining()] == [3, 4]
@@ -245,7 +282,9 @@ def test_a_request_that_outgrows_the_block_waits_until_it_is_empty(tmp_path: Pat
 def test_a_micro_batch_has_no_more_pages_off_the_gpu_than_staging(tmp_path: Path, tier: str) -> None:
     policy = Policy(Split(1, 0), Split(0, 1) if tier == "cpu" else Split(0, 0, 1), Split(1, 0), 3, 2)
     with open_cache(tmp_path, CacheSizes(0, 20, 20, 5, disk_sequences=6, tail_tokens=8)) as cache:
-        batcher = Batcher(policy, cache, iter([candidate(i, tuple(range(2 + i, 11 + i)), max_tokens=1) for i in range(6)]), 100)
+        batcher = Batcher(
+            policy, cache, iter([candidate(i, tuple(range(2 + i, 11 + i)), max_tokens=1) for i in range(6)]), 100
+        )
         assert batcher.has_work() and [len(batch) for batch in batcher.micro_batches] == [1, 1]
         batcher.check()
         batcher.abort()
@@ -259,8 +298,17 @@ def test_sequences_that_share_a_prefix_wait_until_it_is_read(tmp_path: Path) -> 
         counts = []
         while batcher.has_work() and len(counts) < 4:
             work = batcher.next_pass()
-            counts.append({query.sequence.state.request.index: (query.start, query.num_tokens) for query in work.micro_batches[0]})
-            batcher.commit(work, {query: SampledTokens([20], [None]) for query in work.micro_batches[0] if query.first_logit < query.num_tokens})
+            counts.append(
+                {query.sequence.state.request.index: (query.start, query.num_tokens) for query in work.micro_batches[0]}
+            )
+            batcher.commit(
+                work,
+                {
+                    query: SampledTokens([20], [None])
+                    for query in work.micro_batches[0]
+                    if query.first_logit < query.num_tokens
+                },
+            )
             batcher.check()
         assert counts == [{0: (0, 4)}, {0: (4, 4)}, {0: (8, 2), 1: (8, 1)}, {0: (10, 1), 1: (9, 1)}]
         batcher.abort()
@@ -284,11 +332,23 @@ def test_a_scored_prompt_of_whole_pages_does_not_hold_up_those_that_begin_like_i
     policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 2, 1, prefill_chunk=3)
     prompt = tuple(range(2, 2 + 2 * PAGE_TOKENS))
     with open_cache(tmp_path, CacheSizes(20, 0, 0, 0)) as cache:
-        batcher = Batcher(policy, cache, iter([candidate(0, prompt, max_tokens=0), candidate(1, (*prompt, 50, 51), max_tokens=1)]), 100)
+        batcher = Batcher(
+            policy,
+            cache,
+            iter([candidate(0, prompt, max_tokens=0), candidate(1, (*prompt, 50, 51), max_tokens=1)]),
+            100,
+        )
         passes = 0
         while batcher.has_work():
             work = batcher.next_pass()
-            batcher.commit(work, {query: SampledTokens([20], [None]) for query in work.micro_batches[0] if query.first_logit < query.num_tokens})
+            batcher.commit(
+                work,
+                {
+                    query: SampledTokens([20], [None])
+                    for query in work.micro_batches[0]
+                    if query.first_logit < query.num_tokens
+                },
+            )
             batcher.check()
             passes += 1
         assert [done.state.request.index for done in batcher.take_retired()] == [0, 1] and passes == 4

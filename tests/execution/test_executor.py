@@ -1,4 +1,5 @@
-"""The executor over links that are late: it waits for what a tick needs, whatever the order in which things arrive, and survives what fails."""
+"""The executor over links that are late: it waits for what a tick needs, whatever the order in which things arrive,
+and survives what fails."""
 
 from __future__ import annotations
 
@@ -41,8 +42,16 @@ def expected(folder: Path) -> list[list[int]]:
 
 
 def engine(folder: Path, offload_dir: Path | None, **settings: Any) -> LLM:
-    sizes = {"gpu_batch_size": 2, "num_gpu_batches": 3, "prefill_chunk": 7, "gpu_memory": "256MiB", "cpu_memory": "256MiB"}
-    return LLM(str(folder), device="cpu", hardware="cpu", offload_dir=offload_dir and str(offload_dir), **{**sizes, **settings})
+    sizes = {
+        "gpu_batch_size": 2,
+        "num_gpu_batches": 3,
+        "prefill_chunk": 7,
+        "gpu_memory": "256MiB",
+        "cpu_memory": "256MiB",
+    }
+    return LLM(
+        str(folder), device="cpu", hardware="cpu", offload_dir=offload_dir and str(offload_dir), **{**sizes, **settings}
+    )
 
 
 def tokens(llm: LLM) -> list[list[int]]:
@@ -53,15 +62,17 @@ def check(llm: LLM) -> None:
     llm.weights.check()
     llm.tiers.check()
     llm.queues.check()
-    if llm.block is not None:
-        llm.block.check()
-        llm.block.cache.check([])
-        assert not llm.block.activations.stored and not llm.block.host_buffers.owners
+    if llm.runner is not None:
+        llm.runner.check()
+        llm.runner.cache.check([])
+        assert not llm.runner.activations.stored and not llm.runner.host_buffers.owners
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("settings", [MIXED, DISK, HOST], ids=["mixed", "disk", "host"])
-def test_late_links_change_no_token(folder: Path, expected: list[list[int]], tmp_path: Path, settings: dict[str, Any], overlap: bool) -> None:
+def test_late_links_change_no_token(
+    folder: Path, expected: list[list[int]], tmp_path: Path, settings: dict[str, Any], overlap: bool
+) -> None:
     with engine(folder, tmp_path, overlap=overlap, **settings) as llm:
         dawdle(llm.queues, seed=5, most=0.02)
         assert tokens(llm) == expected
@@ -69,7 +80,9 @@ def test_late_links_change_no_token(folder: Path, expected: list[list[int]], tmp
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
-def test_cpu_attention_waits_for_the_rows_of_a_prompt_that_was_read_on_the_device(folder: Path, expected: list[list[int]]) -> None:
+def test_cpu_attention_waits_for_the_rows_of_a_prompt_that_was_read_on_the_device(
+    folder: Path, expected: list[list[int]]
+) -> None:
     """Chunks over 32 tokens are attended in staging; the pass after that finds their rows on the CPU, or waits."""
     settings = {"percent": (100, 0, 0, 100, 100, 0), "cpu_attention": 1.0, "prefill_chunk": 64}
     with engine(folder, None, overlap=True, **settings) as llm:
@@ -84,8 +97,11 @@ def test_cpu_attention_waits_for_the_rows_of_a_prompt_that_was_read_on_the_devic
         check(llm)
 
 
-def test_the_link_does_not_wait_for_a_half_that_is_put_off(folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With CPU attention the last half of a layer runs in the next one; a third slab takes the layer after that meanwhile."""
+def test_the_link_does_not_wait_for_a_half_that_is_put_off(
+    folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CPU attention the last half of a layer runs in the next one; a third slab takes the layer after that
+    meanwhile."""
     events: list[tuple[str, int]] = []
     fetch, release = WeightStore.fetch, WeightStore.release
 
@@ -108,16 +124,24 @@ def test_the_link_does_not_wait_for_a_half_that_is_put_off(folder: Path, expecte
             assert len(llm.weights.slabs) == llm.policy.num_weight_slabs == 2 + (attended > 0)
             assert tokens(llm) == expected
             check(llm)
-        before[attended] = any(event == ("fetch", 2) and ("release", 0) in events[i : i + 2] for i, event in enumerate(events))
+        before[attended] = any(
+            event == ("fetch", 2) and ("release", 0) in events[i : i + 2] for i, event in enumerate(events)
+        )
     assert before == {0.0: False, 1.0: True}
 
 
 @pytest.mark.parametrize("place", ["read", "write"])
 @pytest.mark.parametrize("settings", [MIXED, DISK], ids=["mixed", "disk"])
 def test_a_failed_transfer_ends_its_job_and_no_other(
-    folder: Path, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], place: str
+    folder: Path,
+    expected: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    place: str,
 ) -> None:
-    """The error of a background thread is raised in the job that needed the transfer; the next job starts afresh, and closing raises nothing."""
+    """The error of a background thread is raised in the job that needed the transfer; the next job starts afresh,
+    and closing raises nothing."""
     work = getattr(DiskFile, place)
     with engine(folder, tmp_path, overlap=True, **settings) as llm:
         for after in (3, 40):
@@ -144,7 +168,8 @@ def test_a_failed_transfer_ends_its_job_and_no_other(
 def test_a_write_that_fails_behind_the_last_pass_is_not_forgotten(
     folder: Path, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No attention waits for it any more, but the next job begins with the same prompts and must not find pages that never arrived."""
+    """No attention waits for it any more, but the next job begins with the same prompts and must not find pages that
+    never arrived."""
     write, calls = DiskFile.write, Counter[str]()
     first = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     prompts = random_prompts(LENGTHS)
@@ -167,7 +192,9 @@ def test_a_write_that_fails_behind_the_last_pass_is_not_forgotten(
         assert tokens(llm) == expected
 
 
-def test_a_stream_that_is_left_early_leaves_nothing_behind(folder: Path, expected: list[list[int]], tmp_path: Path) -> None:
+def test_a_stream_that_is_left_early_leaves_nothing_behind(
+    folder: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
     with engine(folder, tmp_path, overlap=True, **MIXED) as llm:
         items = ((i, prompt, PARAMS) for i, prompt in enumerate(random_prompts(LENGTHS)))
         stream = llm.stream(items)
@@ -178,7 +205,9 @@ def test_a_stream_that_is_left_early_leaves_nothing_behind(folder: Path, expecte
         assert tokens(llm) == expected
 
 
-def test_without_overlap_nothing_runs_beside_a_tick(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_overlap_nothing_runs_beside_a_tick(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After every tick all lanes are idle: what `--overlap false` is for."""
     settled = Executor.settle
     seen = []
@@ -194,7 +223,9 @@ def test_without_overlap_nothing_runs_beside_a_tick(folder: Path, tmp_path: Path
     assert len(seen) > 50 and all(seen)
 
 
-def test_logits_come_in_blocks_that_fit(folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_come_in_blocks_that_fit(
+    folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("flexbatch.execution.block_sizes.LOGITS_CHUNK_BYTES", 1)
     with engine(folder, None, percent=(100, 0, 100, 0, 100, 0)) as llm:
         assert tokens(llm) == expected

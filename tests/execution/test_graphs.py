@@ -1,4 +1,5 @@
-"""Which CUDA graph a decode pass runs in, and which graphs are kept; with stand-ins that run what was recorded, where there is no GPU."""
+"""Which CUDA graph a decode pass runs in, and which graphs are kept; with stand-ins that run what was recorded,
+where there is no GPU."""
 
 from __future__ import annotations
 
@@ -69,9 +70,28 @@ def decode_inputs(count: int, context: int, page_tokens: int) -> MicroBatchInput
     numbers = torch.randint(0, 1000, (count,))
     pages = torch.randint(0, 50, (count, -(-context // page_tokens)), dtype=torch.int32)
     group = AttentionGroup(
-        0, count, pages, torch.arange(count + 1, dtype=torch.int32), torch.full((count,), context, dtype=torch.int32), numbers + 5, None, 1, context
+        0,
+        count,
+        pages,
+        torch.arange(count + 1, dtype=torch.int32),
+        torch.full((count,), context, dtype=torch.int32),
+        numbers + 5,
+        None,
+        1,
+        context,
     )
-    return MicroBatchInputs((), numbers, numbers, numbers + 1, numbers + 1, group, None, None, tuple((None, i) for i in range(count)), torch.arange(count))  # type: ignore[misc]
+    return MicroBatchInputs(
+        (),
+        numbers,
+        numbers,
+        numbers + 1,
+        numbers + 1,
+        group,
+        None,
+        None,
+        tuple((None, i) for i in range(count)),
+        torch.arange(count),
+    )  # type: ignore[misc]
 
 
 def hidden_of(inputs: MicroBatchInputs) -> torch.Tensor:
@@ -109,22 +129,33 @@ def test_no_graphs_where_the_budget_has_no_room() -> None:
 
 @pytest.mark.parametrize("most", [1, 2, MAX_GRAPHS])
 def test_graphs_come_and_go_without_a_trace_in_the_tokens(most: int, tmp_path: Path) -> None:
-    """Blocks that shrink, a second job that is longer: its rotary tables are elsewhere, and no graph may read the old ones."""
+    """Blocks that shrink, a second job that is longer: its rotary tables are elsewhere, and no graph may read the
+    old ones."""
     make_model("llama", tmp_path, max_position_embeddings=4096)
-    settings: dict[str, Any] = {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 6, "num_gpu_batches": 1, "gpu_memory": "1GiB", "device": "cpu"}
+    settings: dict[str, Any] = {
+        "percent": (100, 0, 100, 0, 100, 0),
+        "gpu_batch_size": 6,
+        "num_gpu_batches": 1,
+        "gpu_memory": "1GiB",
+        "device": "cpu",
+    }
     params = [SamplingParams(max_tokens=4 + 3 * i, temperature=0, ignore_eos=True) for i in range(6)]
-    jobs = [random_prompts([5, 9, 3, 30, 17, 8], seed=1), random_prompts([5, 9, 3, 30, 17, 8], seed=2), random_prompts([5, 900, 3], seed=3)]
+    jobs = [
+        random_prompts([5, 9, 3, 30, 17, 8], seed=1),
+        random_prompts([5, 9, 3, 30, 17, 8], seed=2),
+        random_prompts([5, 900, 3], seed=3),
+    ]
     with LLM(str(tmp_path), **settings) as llm:
         plain = [[c.token_ids for c in llm.generate(job, params[: len(job)])] for job in jobs]
     record = Recorder()
     with LLM(str(tmp_path), **settings) as llm:
         for job, wanted in zip(jobs, plain, strict=True):
             llm.prepare(job, params[: len(job)])
-            assert llm.block is not None
-            if llm.block.executor.graphs is None:
-                llm.block.executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 4096, record, most)
+            assert llm.runner is not None
+            if llm.runner.executor.graphs is None:
+                llm.runner.executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 4096, record, most)
             assert [c.token_ids for c in llm.generate(job, params[: len(job)])] == wanted
-            llm.block.check()
+            llm.runner.check()
             assert record.kept <= most
         assert sum(graph.replays for graph in record.made) > 10
     assert record.kept == 0

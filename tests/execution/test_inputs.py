@@ -42,7 +42,13 @@ def queries(draw: st.DrawFn) -> list[QueryTokens]:
         used = -(-(start + count) // PAGE_TOKENS) + draw(st.integers(0, 2))
         pages = draw(st.permutations(range(taken[tier], taken[tier] + used)))
         taken[tier] += used
-        table = PageTable(tier, list(pages), start, tail_slot=number if tier == "disk" else -1, attend_on_cpu=tier == "cpu" and draw(st.booleans()))
+        table = PageTable(
+            tier,
+            list(pages),
+            start,
+            tail_slot=number if tier == "disk" else -1,
+            attend_on_cpu=tier == "cpu" and draw(st.booleans()),
+        )
         prompt = tuple(100 * number + i for i in range(start + count))
         first_logit = 0 if parents else draw(st.integers(0, count))
         made.append(QueryTokens(sequence(prompt, table), prompt[start:], start, first_logit, parents))
@@ -62,18 +68,27 @@ def bits(row: torch.Tensor) -> set[int]:
 
 
 def check_group(group: Any, mine: list[QueryTokens], home: bool) -> None:
-    """Arguments of the attention kernel for ``mine``, in their order; ``home``: attended in their own pool, not in staging."""
+    """Arguments of the attention kernel for ``mine``, in their order; ``home``: attended in their own pool, not in
+    staging."""
     assert group.query_starts.tolist() == [sum(q.num_tokens for q in mine[:i]) for i in range(len(mine) + 1)]
     assert group.context_lens.tolist() == [query.start + query.num_tokens for query in mine]
-    assert group.max_query_len == max(query.num_tokens for query in mine) and group.max_context_len == max(group.context_lens.tolist())
-    assert group.page_table.dtype == group.query_starts.dtype == group.context_lens.dtype == torch.int32 and group.slots.dtype == torch.int64
+    assert group.max_query_len == max(query.num_tokens for query in mine) and group.max_context_len == max(
+        group.context_lens.tolist()
+    )
+    assert (
+        group.page_table.dtype == group.query_starts.dtype == group.context_lens.dtype == torch.int32
+        and group.slots.dtype == torch.int64
+    )
     cursor, used = 0, []
     for row, query in zip(group.page_table.tolist(), mine, strict=True):
         count = -(-(query.start + query.num_tokens) // PAGE_TOKENS)
         used += row[:count]
         if home:
             assert row[:count] == query.sequence.table.pages[:count]
-        slots = [row[t // PAGE_TOKENS] * PAGE_TOKENS + t % PAGE_TOKENS for t in range(query.start, query.start + query.num_tokens)]
+        slots = [
+            row[t // PAGE_TOKENS] * PAGE_TOKENS + t % PAGE_TOKENS
+            for t in range(query.start, query.start + query.num_tokens)
+        ]
         assert group.slots[cursor : cursor + query.num_tokens].tolist() == slots
         if group.tree_masks is not None:
             wanted = paths_of(query.parents) if query.parents else [set(range(i + 1)) for i in range(query.num_tokens)]
@@ -89,11 +104,23 @@ def check_group(group: Any, mine: list[QueryTokens], home: bool) -> None:
 def test_every_query_token_is_where_it_belongs(builder: InputBuilder, made: list[QueryTokens]) -> None:
     inputs = builder.build(made)
     ordered = inputs.queries
-    assert sorted(map(id, ordered)) == sorted(map(id, made)) and inputs.num_tokens == sum(query.num_tokens for query in made)
-    assert inputs.token_ids.tolist() == inputs.host_token_ids.tolist() == [token for query in ordered for token in query.token_ids]
-    depths = [len(seen) - 1 for query in ordered for seen in paths_of(query.parents or tuple(range(-1, query.num_tokens - 1)))]
+    assert sorted(map(id, ordered)) == sorted(map(id, made)) and inputs.num_tokens == sum(
+        query.num_tokens for query in made
+    )
+    assert (
+        inputs.token_ids.tolist()
+        == inputs.host_token_ids.tolist()
+        == [token for query in ordered for token in query.token_ids]
+    )
+    depths = [
+        len(seen) - 1 for query in ordered for seen in paths_of(query.parents or tuple(range(-1, query.num_tokens - 1)))
+    ]
     starts = [query.start for query in ordered for _ in query.token_ids]
-    assert inputs.positions.tolist() == inputs.host_positions.tolist() == [start + depth for start, depth in zip(starts, depths, strict=True)]
+    assert (
+        inputs.positions.tolist()
+        == inputs.host_positions.tolist()
+        == [start + depth for start, depth in zip(starts, depths, strict=True)]
+    )
     flat = [(query, i) for query in ordered for i in range(query.num_tokens)]
     assert [flat[row] for row in inputs.logit_index.tolist()] == list(inputs.logit_rows)
     assert list(inputs.logit_rows) == [(query, i) for query, i in flat if i >= query.first_logit]
@@ -116,7 +143,9 @@ def check_staging(staged: Any, mine: list[QueryTokens]) -> None:
     on_disk = [query for query in mine if query.sequence.table.tier == "disk"]
     assert mine == on_cpu + on_disk
     existing = [-(-query.start // PAGE_TOKENS) for query in mine]
-    assert staged.gather.cpu_pages.tolist() == [page for q, old in zip(on_cpu, existing, strict=False) for page in q.sequence.table.pages[:old]]
+    assert staged.gather.cpu_pages.tolist() == [
+        page for q, old in zip(on_cpu, existing, strict=False) for page in q.sequence.table.pages[:old]
+    ]
     assert staged.gather.disk_tables == tuple((query.sequence.table, query.start) for query in on_disk)
     assert staged.gather.num_disk_pages == sum(existing[len(on_cpu) :]) and staged.gather.num_pages == sum(existing)
     cursor = 0
@@ -126,7 +155,9 @@ def check_staging(staged: Any, mine: list[QueryTokens]) -> None:
     assert staged.num_cpu_tokens == sum(query.num_tokens for query in on_cpu) == len(staged.cpu_slots)
     home = [slot for q in on_cpu for slot in q.sequence.table.slots(q.start, q.start + q.num_tokens, PAGE_TOKENS)]
     assert staged.cpu_slots.tolist() == home
-    assert staged.disk_tables == tuple((q.sequence.table, q.start, q.num_tokens, q.num_tokens - 1 if q.parents else 0) for q in on_disk)
+    assert staged.disk_tables == tuple(
+        (q.sequence.table, q.start, q.num_tokens, q.num_tokens - 1 if q.parents else 0) for q in on_disk
+    )
     assert staged.num_pages == sum(-(-(query.start + query.num_tokens) // PAGE_TOKENS) for query in mine)
 
 
@@ -140,15 +171,25 @@ def test_masks_hold_the_ancestors_beyond_one_word(below: tuple[int, ...]) -> Non
 
 def test_prompts_and_large_trees_of_cpu_sequences_are_attended_on_the_device() -> None:
     most = CPU_ATTENTION_MAX_TREE_TOKENS
-    for count, tree, place in ((1, False, "cpu"), (2, False, "staged"), (2, True, "cpu"), (most, True, "cpu"), (most + 1, True, "staged")):
+    for count, tree, place in (
+        (1, False, "cpu"),
+        (2, False, "staged"),
+        (2, True, "cpu"),
+        (most, True, "cpu"),
+        (most + 1, True, "staged"),
+    ):
         prompt = tuple(range(count))
         parents = tuple(range(-1, count - 1)) if tree else None
-        query = QueryTokens(sequence(prompt, PageTable("cpu", list(range(20)), attend_on_cpu=True)), prompt, 0, count, parents)
+        query = QueryTokens(
+            sequence(prompt, PageTable("cpu", list(range(20)), attend_on_cpu=True)), prompt, 0, count, parents
+        )
         assert place_of(query) == place
 
 
 def test_a_pass_counts_its_prompt_tokens() -> None:
     table = PageTable("gpu", list(range(9)))
     young, old = sequence((5, 6, 7), table), sequence((5, 6), table, output=(9, 9))
-    work = PassWork(((QueryTokens(young, (5, 6), 0, 2), QueryTokens(old, (9,), 3, 0)), (QueryTokens(old, (6, 9, 9), 1, 2),)))
+    work = PassWork(
+        ((QueryTokens(young, (5, 6), 0, 2), QueryTokens(old, (9,), 3, 0)), (QueryTokens(old, (6, 9, 9), 1, 2),))
+    )
     assert (work.num_prompt_tokens, work.num_sequences) == (3, 3)

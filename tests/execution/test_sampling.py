@@ -6,7 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from flexbatch.execution import sampling
 from flexbatch.execution.random_stream import ACCEPT_DRAW, mix, uniforms
@@ -18,8 +24,18 @@ from flexbatch.request import Request, SamplingParams
 VOCAB = 211
 
 
-def state(index: int = 0, output: tuple[int, ...] = (), *, prompt: tuple[int, ...] = (3, 5, 5, 7), engine_seed=0, sample_index=0, **params) -> RequestState:
-    made = RequestState(Request(index, list(prompt), SamplingParams(**{"max_tokens": 100, **params}), sample=sample_index), engine_seed)
+def state(
+    index: int = 0,
+    output: tuple[int, ...] = (),
+    *,
+    prompt: tuple[int, ...] = (3, 5, 5, 7),
+    engine_seed=0,
+    sample_index=0,
+    **params,
+) -> RequestState:
+    made = RequestState(
+        Request(index, list(prompt), SamplingParams(**{"max_tokens": 100, **params}), sample=sample_index), engine_seed
+    )
     for token in output:
         made.append(token)
     made.check()
@@ -31,7 +47,8 @@ def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 
 
 def test_split_mix_matches_the_published_sequence() -> None:
-    # First outputs of SplitMix64 for seed 0, as java.util.SplittableRandom and the xoshiro authors' reference give them.
+    # First outputs of SplitMix64 for seed 0, as java.util.SplittableRandom and the xoshiro authors' reference give
+    # them.
     gamma = torch.tensor([0x9E3779B97F4A7C15 - 2**64])
     words = [int(mix(gamma * i)) % 2**64 for i in (1, 2, 3)]
     assert words == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
@@ -90,9 +107,17 @@ def test_processing_agrees_with_transformers(params: dict, warpers: list) -> Non
 def test_bias_and_penalties_by_hand() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [5, 11, 12]] = torch.tensor([2.0, 2.0, -2.0])
-    request = state(0, (11, 11, 12), repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={11: 1.0, 99: 4.0})
+    request = state(
+        0,
+        (11, 11, 12),
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        logit_bias={11: 1.0, 99: 4.0},
+    )
     adjusted = sampling.adjust(logits, [request], [()])
-    # 5: only in the prompt, so repetition alone. 11: (2 + 1) / 2 - 2 * 0.25 - 0.5. 12: -2 * 2 - 0.25 - 0.5. 99: bias alone.
+    # 5: only in the prompt, so repetition alone. 11: (2 + 1) / 2 - 2 * 0.25 - 0.5. 12: -2 * 2 - 0.25 - 0.5. 99: bias
+    # alone.
     torch.testing.assert_close(adjusted[0, [5, 11, 12, 99, 0]], torch.tensor([1.0, 0.5, -4.75, 4.0, 0.0]))
     assert sample(logits, [request]).token_ids.shape == (1,)
 
@@ -110,13 +135,19 @@ def test_a_path_counts_as_if_it_had_been_committed() -> None:
     logits = random_logits(2, seed=3)
     params = {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
     root, committed = state(4, (11,), **params), state(4, (11, 30, 11), **params)
-    torch.testing.assert_close(process_logits(logits[:1], [root], [(30, 11)]), process_logits(logits[:1], [committed]), rtol=0, atol=0)
-    assert sample(logits[:1], [root], [(30, 11)]).token_ids.tolist() == sample(logits[:1], [committed]).token_ids.tolist()
+    torch.testing.assert_close(
+        process_logits(logits[:1], [root], [(30, 11)]), process_logits(logits[:1], [committed]), rtol=0, atol=0
+    )
+    assert (
+        sample(logits[:1], [root], [(30, 11)]).token_ids.tolist() == sample(logits[:1], [committed]).token_ids.tolist()
+    )
     assert root.output_token_ids == [11]
     process_logits(logits[:1], [root], [tuple(range(50, 110))])
     root.append(40)
     root.check()
-    torch.testing.assert_close(process_logits(logits[:1], [root]), process_logits(logits[:1], [state(4, (11, 40), **params)]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        process_logits(logits[:1], [root]), process_logits(logits[:1], [state(4, (11, 40), **params)]), rtol=0, atol=0
+    )
 
 
 def test_a_bias_outside_the_vocabulary_is_an_error() -> None:
@@ -162,7 +193,11 @@ MIX = [
 
 
 @settings(max_examples=40, deadline=None)
-@given(order=st.permutations(range(len(MIX))), size=st.integers(1, len(MIX)), chunk=st.sampled_from([1, 2 * VOCAB, 1 << 22]))
+@given(
+    order=st.permutations(range(len(MIX))),
+    size=st.integers(1, len(MIX)),
+    chunk=st.sampled_from([1, 2 * VOCAB, 1 << 22]),
+)
 def test_a_row_does_not_depend_on_the_others(order: list[int], size: int, chunk: int) -> None:
     logits = random_logits(len(MIX), seed=9)
     alone = [int(sample(logits[i : i + 1], [state(i, (2, i), **MIX[i])]).token_ids) for i in range(len(MIX))]
@@ -191,7 +226,18 @@ def test_seeds_and_streams() -> None:
         return int(sample(logits, [state(**kwargs)]).token_ids)
 
     assert token(index=3) == token(index=3)
-    assert len({token(index=0), token(index=1), token(index=0, engine_seed=1), token(index=0, sample_index=1), token(index=0, output=(1,))}) == 5
+    assert (
+        len(
+            {
+                token(index=0),
+                token(index=1),
+                token(index=0, engine_seed=1),
+                token(index=0, sample_index=1),
+                token(index=0, output=(1,)),
+            }
+        )
+        == 5
+    )
     assert token(index=0, seed=7) == token(index=9, seed=7, engine_seed=4)
     assert len({token(seed=7), token(seed=-7), token(seed=7, sample_index=1), token()}) == 4
 
@@ -223,7 +269,11 @@ def test_prompt_logprobs_by_blocks_of_rows() -> None:
     targets = torch.randint(VOCAB, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     whole = token_logprobs(logits, targets, [3] * 9)
     blocks = [slice(start, min(start + 4, 9)) for start in range(0, 9, 4)]
-    parts = [entry for block in blocks for entry in token_logprobs(logits[block], targets[block], [3] * (block.stop - block.start))]
+    parts = [
+        entry
+        for block in blocks
+        for entry in token_logprobs(logits[block], targets[block], [3] * (block.stop - block.start))
+    ]
     assert parts == whole
     assert [next(iter(entry)) for entry in whole] == targets
 

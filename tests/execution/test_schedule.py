@@ -27,7 +27,9 @@ def test_inputs_are_fetched_one_tick_ahead_and_drained_one_tick_later(num_layers
 
 
 @given(**SIZES, passes=st.integers(1, 3))
-def test_weights_come_in_even_slices_before_their_layer_and_two_slabs_are_enough(num_layers: int, count: int, passes: int) -> None:
+def test_weights_come_in_even_slices_before_their_layer_and_two_slabs_are_enough(
+    num_layers: int, count: int, passes: int
+) -> None:
     """Over several passes: what is fetched is always the next layer; a third slab is never needed."""
     held: dict[int, set[int]] = {0: set(range(count))}
     for _ in range(passes):

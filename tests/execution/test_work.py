@@ -15,7 +15,11 @@ from flexbatch.memory.pages import PageTable
 from flexbatch.request import Request, SamplingParams
 from tests.execution.rigs import sequence
 
-TREES = st.integers(0, 30).flatmap(lambda count: st.tuples(st.tuples(*(st.integers(0, i) for i in range(count))), st.lists(st.integers(0, 3), min_size=count)))
+TREES = st.integers(0, 30).flatmap(
+    lambda count: st.tuples(
+        st.tuples(*(st.integers(0, i) for i in range(count))), st.lists(st.integers(0, 3), min_size=count)
+    )
+)
 
 
 def tree(below: tuple[int, ...], tokens: list[int]) -> QueryTokens:
@@ -35,14 +39,18 @@ def test_positions_and_paths_of_a_tree(made: tuple[tuple[int, ...], list[int]]) 
 
 
 @given(TREES, st.lists(st.integers(0, 3), min_size=31, max_size=31))
-def test_following_a_tree_goes_where_the_drawn_tokens_lead_and_no_further(made: tuple[tuple[int, ...], list[int]], drawn: list[int]) -> None:
+def test_following_a_tree_goes_where_the_drawn_tokens_lead_and_no_further(
+    made: tuple[tuple[int, ...], list[int]], drawn: list[int]
+) -> None:
     query = tree(*made)
     assert query.parents is not None
     path = query.follow(drawn)
     for before, place in zip((0, *path), path, strict=False):
         assert query.parents[place] == before and query.token_ids[place] == drawn[before]
     last = path[-1] if path else 0
-    assert not [i for i, parent in enumerate(query.parents) if parent == last and query.token_ids[i] == drawn[last]], "it could go on"
+    assert not [i for i, parent in enumerate(query.parents) if parent == last and query.token_ids[i] == drawn[last]], (
+        "it could go on"
+    )
 
 
 def test_a_chunk_has_no_tree() -> None:
@@ -69,8 +77,15 @@ def test_the_last_token_of_a_scored_prompt_is_not_read(prompt: tuple[int, ...], 
 
 def state(**changes: object) -> RequestState:
     fields = {"index": 0, "prompt": (3, 5, 5), "sample": 0, "engine_seed": 0, **changes}
-    params = SamplingParams(**{"max_tokens": 50, **{key: value for key, value in fields.items() if key not in ("index", "prompt", "sample", "engine_seed")}})  # type: ignore[arg-type]
-    return RequestState(Request(fields["index"], list(fields["prompt"]), params, fields["sample"]), fields["engine_seed"])  # type: ignore[arg-type]
+    params = SamplingParams(
+        **{
+            "max_tokens": 50,
+            **{key: value for key, value in fields.items() if key not in ("index", "prompt", "sample", "engine_seed")},
+        }
+    )  # type: ignore[arg-type]
+    return RequestState(
+        Request(fields["index"], list(fields["prompt"]), params, fields["sample"]), fields["engine_seed"]
+    )  # type: ignore[arg-type]
 
 
 def test_streams_belong_to_the_request() -> None:
@@ -84,7 +99,10 @@ def test_streams_belong_to_the_request() -> None:
     assert stream_key(Request(0, [1], SamplingParams(seed=0)), 3) != stream_key(Request(0, [1], SamplingParams()), 0)
 
 
-@given(output=st.lists(st.integers(0, 9), max_size=50), bias=st.dictionaries(st.integers(0, 9), st.floats(-5, 5), max_size=3))
+@given(
+    output=st.lists(st.integers(0, 9), max_size=50),
+    bias=st.dictionaries(st.integers(0, 9), st.floats(-5, 5), max_size=3),
+)
 def test_counts_follow_the_output(output: list[int], bias: dict[int, float]) -> None:
     made = state(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.25, logit_bias=bias)
     for token in output:
@@ -121,7 +139,12 @@ def test_more_tokens_than_were_asked_for_are_noticed() -> None:
 
 @pytest.mark.parametrize(
     ("params", "plain"),
-    [({"temperature": 0.0}, True), ({"temperature": 0.0, "logprobs": 0}, False), ({"temperature": 0.0, "logit_bias": {1: 1.0}}, False), ({}, False)],
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.0, "logprobs": 0}, False),
+        ({"temperature": 0.0, "logit_bias": {1: 1.0}}, False),
+        ({}, False),
+    ],
 )
 def test_plain_greedy_is_argmax_without_further_ado(params: dict, plain: bool) -> None:
     assert state(**params).unadjusted_greedy is plain

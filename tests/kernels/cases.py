@@ -37,14 +37,31 @@ class Case:
         num_pages = len(self.contexts) * max_pages
         table = torch.randperm(num_pages, generator=random).view(len(self.contexts), max_pages).int()
         slots = torch.cat([self.slots_of(table[s], context) for s, context in enumerate(self.contexts)])
-        key, value = (torch.randn(len(slots), self.num_kv_heads, self.head_dim, generator=random).to(self.dtype) for _ in range(2))
-        reference.append_rows(rows := self.garbage(num_pages * self.page_tokens, random), slots, key, value, self.bits, self.group)
+        key, value = (
+            torch.randn(len(slots), self.num_kv_heads, self.head_dim, generator=random).to(self.dtype) for _ in range(2)
+        )
+        reference.append_rows(
+            rows := self.garbage(num_pages * self.page_tokens, random), slots, key, value, self.bits, self.group
+        )
         query = torch.randn(sum(self.queries), self.num_heads, self.head_dim, generator=random).to(self.dtype)
         starts = torch.tensor([0, *self.queries]).cumsum(0).int()
-        options: dict[str, Any] = {"num_kv_heads": self.num_kv_heads, "page_tokens": self.page_tokens, "scale": self.head_dim**-0.5, "bits": self.bits}
-        options |= {"group": self.group, "window": self.window, "soft_cap": self.soft_cap, "max_query_len": max(self.queries)}
+        options: dict[str, Any] = {
+            "num_kv_heads": self.num_kv_heads,
+            "page_tokens": self.page_tokens,
+            "scale": self.head_dim**-0.5,
+            "bits": self.bits,
+        }
+        options |= {
+            "group": self.group,
+            "window": self.window,
+            "soft_cap": self.soft_cap,
+            "max_query_len": max(self.queries),
+        }
         if self.alibi:
-            options |= {"alibi_slopes": torch.rand(self.num_heads, generator=random) / 4, "alibi_scale": self.alibi_scale}
+            options |= {
+                "alibi_slopes": torch.rand(self.num_heads, generator=random) / 4,
+                "alibi_scale": self.alibi_scale,
+            }
         if self.tree:
             options |= self.random_trees(random)
         options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
@@ -62,7 +79,10 @@ class Case:
     def random_trees(self, random: torch.Generator) -> dict[str, torch.Tensor]:
         """Every query token hangs on an earlier one of its sequence."""
         words = -(-max(self.queries) // 32)
-        masks, positions = torch.zeros(sum(self.queries), words * 32, dtype=torch.int64), torch.zeros(sum(self.queries), dtype=torch.int32)
+        masks, positions = (
+            torch.zeros(sum(self.queries), words * 32, dtype=torch.int64),
+            torch.zeros(sum(self.queries), dtype=torch.int32),
+        )
         begin = 0
         for queries, context in zip(self.queries, self.contexts, strict=True):
             for q, parent in enumerate(self.random_parents(queries, random)):
@@ -76,8 +96,9 @@ class Case:
 
     @staticmethod
     def random_parents(queries: int, random: torch.Generator) -> list[int]:
-        """Chains of several drafts after one another, as these are merged: each begins anywhere in what is there. How long they are is drawn too, from
-        nodes that hang on anything to a single chain, as of a prompt. In every second tree the last token hangs on the root, however deep others are."""
+        """Chains of several drafts after one another, as these are merged: each begins anywhere in what is there.
+        How long they are is drawn too, from nodes that hang on anything to a single chain, as of a prompt. In every
+        second tree the last token hangs on the root, however deep others are."""
         new_chain = torch.rand(queries, generator=random) < torch.rand((), generator=random).square()
         anywhere = (torch.rand(queries, generator=random) * torch.arange(queries)).long()
         parents = torch.where(new_chain, anywhere, torch.arange(queries) - 1)
@@ -88,21 +109,29 @@ class Case:
 
 CASES = {
     "decode": Case((1, 1, 1), (1, 37, 130), num_heads=8, head_dim=64),
-    "mixed, many heads of one": Case((1, 3, 0, 40), (10, 37, 5, 70), num_heads=6, num_kv_heads=1, head_dim=33, alibi=True),
+    "mixed, many heads of one": Case(
+        (1, 3, 0, 40), (10, 37, 5, 70), num_heads=6, num_kv_heads=1, head_dim=33, alibi=True
+    ),
     "chunks, no groups": Case((5, 40), (37, 90), num_heads=2, head_dim=80),
     "window": Case((1, 5, 40), (100, 37, 90), head_dim=96, window=11),
     "window shorter than a block": Case((1, 3), (100, 37), head_dim=16, window=3),
     "soft cap": Case((1, 20), (70, 41), head_dim=112, soft_cap=3.0),
     "trees": Case((9, 37, 1), (10, 80, 60), num_heads=6, head_dim=64, tree=True),
-    "ALiBi rounded as Falcon does": Case((1, 40, 3), (300, 400, 520), num_heads=6, num_kv_heads=6, head_dim=16, alibi=True, alibi_scale=0.25),
-    "trees with rounded ALiBi": Case((9, 34), (30, 380), num_heads=6, head_dim=24, tree=True, alibi=True, alibi_scale=0.2),
+    "ALiBi rounded as Falcon does": Case(
+        (1, 40, 3), (300, 400, 520), num_heads=6, num_kv_heads=6, head_dim=16, alibi=True, alibi_scale=0.25
+    ),
+    "trees with rounded ALiBi": Case(
+        (9, 34), (30, 380), num_heads=6, head_dim=24, tree=True, alibi=True, alibi_scale=0.2
+    ),
     "trees, ALiBi and window": Case((9, 34), (30, 80), num_heads=6, head_dim=24, tree=True, alibi=True, window=6),
     "half precision": Case((2, 13, 1), (10, 60, 130), head_dim=128, dtype=torch.float16),
     "head of 256": Case((1, 2), (33, 20), num_heads=2, num_kv_heads=1, head_dim=256, dtype=torch.float16),
     "8 bits": Case((2, 13, 1), (10, 60, 70), head_dim=96, bits=8),
     "4 bits": Case((2, 13, 1), (10, 60, 70), head_dim=112, dtype=torch.float16, bits=4),
     "decode, 4 bits": Case((1, 1, 0, 1), (1, 37, 5, 130), num_heads=3, num_kv_heads=3, dtype=torch.float16, bits=4),
-    "decode, 8 bits, ALiBi": Case((1, 1), (70, 33), num_heads=2, head_dim=128, dtype=torch.float16, bits=8, group=64, alibi=True),
+    "decode, 8 bits, ALiBi": Case(
+        (1, 1), (70, 33), num_heads=2, head_dim=128, dtype=torch.float16, bits=8, group=64, alibi=True
+    ),
     "4 bits, short group": Case((1, 20), (40, 41), head_dim=34, bits=4),
 }
 WINDOWED = [
@@ -117,14 +146,16 @@ WINDOWED = [
 ]
 """Shorter than a page, than a tree, than the context, and longer than all."""
 CASES |= {
-    f"trees, window of {window}{name}": Case((9, 40, 1, 33), (30, 130, 60, 140), num_heads=6, head_dim=24, tree=True, window=window, **options)
+    f"trees, window of {window}{name}": Case(
+        (9, 40, 1, 33), (30, 130, 60, 140), num_heads=6, head_dim=24, tree=True, window=window, **options
+    )
     for window, name, options in WINDOWED
 }
 
 
 def awkward(dtype: torch.dtype, shape: tuple[int, ...], group: int, seed: int) -> torch.Tensor:
-    """Vectors whose groups hold, by turns, what arithmetic treats apart: NaN (first, last, alone), infinities, zeros of both signs, the smallest and the
-    largest numbers there are, a constant."""
+    """Vectors whose groups hold, by turns, what arithmetic treats apart: NaN (first, last, alone), infinities, zeros
+    of both signs, the smallest and the largest numbers there are, a constant."""
     random, limits = torch.Generator().manual_seed(seed), torch.finfo(dtype)
     x, nan, inf = torch.randn(shape, generator=random).to(dtype), torch.nan, torch.inf
     smallest = limits.smallest_normal * limits.eps
@@ -136,7 +167,9 @@ def awkward(dtype: torch.dtype, shape: tuple[int, ...], group: int, seed: int) -
     for i, part in enumerate(part for row in rows for part in row.split(group)):
         chosen = torch.tensor(specials[(i + seed) % len(specials)]).to(dtype)
         everywhere = torch.rand((), generator=random) < 0.5
-        places = torch.arange(len(part)) if everywhere else torch.randint(0, len(part), (len(chosen),), generator=random)
+        places = (
+            torch.arange(len(part)) if everywhere else torch.randint(0, len(part), (len(chosen),), generator=random)
+        )
         if everywhere or i % 3 == 0:
             part[places] = chosen[torch.randint(0, len(chosen), (len(places),), generator=random)]
         else:
@@ -144,7 +177,9 @@ def awkward(dtype: torch.dtype, shape: tuple[int, ...], group: int, seed: int) -
     return x
 
 
-def assert_same_rows(got: torch.Tensor, wanted: torch.Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> None:
+def assert_same_rows(
+    got: torch.Tensor, wanted: torch.Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype
+) -> None:
     """Bit for bit; of a NaN in quantised rows only that it is one."""
     if bits == 16:
         assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))

@@ -31,7 +31,9 @@ def test_native(case, dtype):
 @pytest.mark.parametrize("options", [{}, {"window": 100}, {"tree": True}, {"bits": 4}, {"num_heads": 32}], ids=str)
 def test_native_cuts_shorter_where_rows_are_wider(options):
     """16 heads of 128 elements: 128 keys in one piece, not 512."""
-    case = replace(Case((1, 3, 1, 1, 33), (300, 131, 128, 129, 400), num_heads=16, num_kv_heads=16, head_dim=128), **options)
+    case = replace(
+        Case((1, 3, 1, 1, 33), (300, 131, 128, 129, 400), num_heads=16, num_kv_heads=16, head_dim=128), **options
+    )
     arguments, others = case.build()
     assert_close(native.paged_attention(*arguments, **others), reference.paged_attention(*arguments, **others))
 
@@ -39,16 +41,22 @@ def test_native_cuts_shorter_where_rows_are_wider(options):
 @needs_compiler
 @pytest.mark.parametrize("window", [0, 300])
 def test_native_cuts_long_contexts(window):
-    arguments, options = Case((1, 4, 17, 1), (1025, 600, 1600, 512), num_heads=6, num_kv_heads=2, head_dim=40, window=window).build()
+    arguments, options = Case(
+        (1, 4, 17, 1), (1025, 600, 1600, 512), num_heads=6, num_kv_heads=2, head_dim=40, window=window
+    ).build()
     assert_close(native.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options))
 
 
 @needs_compiler
-@pytest.mark.parametrize("heads", [{"head_dim": 32}, {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128}], ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    "heads", [{"head_dim": 32}, {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128}], ids=["narrow", "wide"]
+)
 def test_native_result_depends_on_the_sequence_alone(heads):
     """Bit for bit, whatever the number of threads and the neighbours in the batch."""
     (query, rows, table, starts, lens), options = Case((1, 3, 1), (700, 90, 1100), **heads).build()
-    together = [native.paged_attention(query, rows, table, starts, lens, **options, threads=threads) for threads in (1, 3)]
+    together = [
+        native.paged_attention(query, rows, table, starts, lens, **options, threads=threads) for threads in (1, 3)
+    ]
     alone = native.paged_attention(query[4:], rows, table[2:], torch.tensor([0, 1]), lens[2:], **options)
     assert torch.equal(together[0], together[1])
     assert torch.equal(together[0][4:], alone)
@@ -76,7 +84,11 @@ def test_native_on_random_cases(case):
 
 
 @pytest.mark.parametrize(
-    ("name", "splits"), [*((name, 1) for name in CASES), *((name, 3) for name in ("decode", "window", "trees", "4 bits", "decode, 4 bits"))]
+    ("name", "splits"),
+    [
+        *((name, 1) for name in CASES),
+        *((name, 3) for name in ("decode", "window", "trees", "4 bits", "decode, 4 bits")),
+    ],
 )
 def test_triton(name, splits, device):
     from flexbatch.kernels import attention
@@ -95,7 +107,10 @@ def test_triton_looks_pages_up_once(device):
         arguments, options = CASES[name].build()
         wanted = reference.paged_attention(*arguments, **options)
         arguments, options = CASES[name].build(device)
-        assert_close(attention.paged_attention(*arguments, **options, launch=attention.Launch(32, 32, 4, 1, page_slices=True)), wanted)
+        assert_close(
+            attention.paged_attention(*arguments, **options, launch=attention.Launch(32, 32, 4, 1, page_slices=True)),
+            wanted,
+        )
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -106,7 +121,9 @@ def test_scores_in_the_thousands(splits, device):
     arguments, options = (case := Case((1, 4), (90, 70), head_dim=16)).build()
     wanted = reference.paged_attention(*arguments, **options | {"scale": 300.0})
     if native.library() is not None:
-        torch.testing.assert_close(native.paged_attention(*arguments, **options | {"scale": 300.0}), wanted, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            native.paged_attention(*arguments, **options | {"scale": 300.0}), wanted, atol=1e-3, rtol=1e-3
+        )
     arguments, options = case.build(device)
     got = attention.paged_attention(*arguments, **options | {"scale": 300.0}, splits=splits)
     torch.testing.assert_close(got.cpu(), wanted, atol=1e-3, rtol=1e-3)
@@ -119,7 +136,10 @@ def test_triton_reads_a_slice_of_a_fused_projection(device):
     fused = torch.cat([query.flatten(1), torch.full((len(query), 40), float("nan"), device=device)], dim=1)
     part = fused[:, : query[0].numel()].view(query.shape)
     assert part.stride(0) > query.stride(0)
-    assert torch.equal(attention.paged_attention(part, *rest, **options, splits=1), attention.paged_attention(query, *rest, **options, splits=1))
+    assert torch.equal(
+        attention.paged_attention(part, *rest, **options, splits=1),
+        attention.paged_attention(query, *rest, **options, splits=1),
+    )
 
 
 def test_triton_refuses_what_it_cannot_read():
@@ -145,7 +165,9 @@ def test_triton_in_a_cuda_graph():
     """A replay sees new lengths and new queries: nothing of the first call is baked in but the bounds."""
     from flexbatch.kernels import attention
 
-    (query, rows, table, starts, lens), options = Case((1, 1, 1), (20, 900, 300), head_dim=128, dtype=torch.bfloat16).build("cuda")
+    (query, rows, table, starts, lens), options = Case(
+        (1, 1, 1), (20, 900, 300), head_dim=128, dtype=torch.bfloat16
+    ).build("cuda")
     options |= {"max_query_len": 1, "max_context_len": 900}
     attention.paged_attention(query, rows, table, starts, lens, **options)
     graph = torch.cuda.CUDAGraph()
@@ -160,4 +182,6 @@ def test_triton_in_a_cuda_graph():
 
 def test_ops_choose_by_device():
     arguments, options = CASES["trees"].build()
-    assert_close(ops.paged_attention(*arguments, **options, threads=1), reference.paged_attention(*arguments, **options))
+    assert_close(
+        ops.paged_attention(*arguments, **options, threads=1), reference.paged_attention(*arguments, **options)
+    )

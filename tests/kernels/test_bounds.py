@@ -1,7 +1,8 @@
-"""Kernels read nothing beyond their tensors: each argument ends where its memory does, before a page that nobody may touch.
+"""Kernels read nothing beyond their tensors: each argument ends where its memory does, before a page that nobody may
+touch.
 
-A read behind the end changes no result, so that no comparison shows it; on a GPU it is an illegal access once the allocator
-has nothing there.
+A read behind the end changes no result, so that no comparison shows it; on a GPU it is an illegal access once the
+allocator has nothing there.
 """
 
 from __future__ import annotations

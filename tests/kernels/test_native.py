@@ -28,7 +28,11 @@ def test_append_rows_bit_for_bit(tokens, heads, head_dim, bits, group, dtype, si
     key[0] = 1.25  # a constant group
     slots = torch.randperm(9, generator=random)[:tokens]
     row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
-    wanted = torch.zeros((9, 2, heads, head_dim), dtype=dtype) if bits == 16 else torch.zeros((9, row_bytes), dtype=torch.uint8)
+    wanted = (
+        torch.zeros((9, 2, heads, head_dim), dtype=dtype)
+        if bits == 16
+        else torch.zeros((9, row_bytes), dtype=torch.uint8)
+    )
     got = wanted.clone()
     reference.append_rows(wanted, slots, key, value, bits, group)
     native.append_rows(got, slots, key, value, bits, group)
@@ -43,7 +47,11 @@ def test_append_rows_of_what_arithmetic_treats_apart(dtype, bits):
     for seed, (heads, head_dim, group) in enumerate([(2, 64, 16), (1, 33, 8), (3, 20, 64), (2, 7, 1)] * 6):
         key, value = (awkward(dtype, (8, heads, head_dim), group, 2 * seed + side) for side in range(2))
         row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
-        wanted = torch.zeros((9, 2, heads, head_dim), dtype=dtype) if bits == 16 else torch.zeros((9, row_bytes), dtype=torch.uint8)
+        wanted = (
+            torch.zeros((9, 2, heads, head_dim), dtype=dtype)
+            if bits == 16
+            else torch.zeros((9, row_bytes), dtype=torch.uint8)
+        )
         got, slots = wanted.clone(), torch.randperm(9)[:8]
         reference.append_rows(wanted, slots, key, value, bits, group)
         native.append_rows(got, slots, key, value, bits, group)
@@ -86,11 +94,18 @@ def test_without_a_compiler_the_oracle_serves_after_one_warning(tmp_path):
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
         "    for _ in range(2):\n"
-        "        print(ops.paged_attention(torch.ones(1, 1, 4), torch.ones(4, 2, 1, 4), torch.zeros(1, 1).int(), torch.tensor([0, 1]),"
+        "        print(ops.paged_attention(torch.ones(1, 1, 4), torch.ones(4, 2, 1, 4), torch.zeros(1, 1).int(), "
+        "torch.tensor([0, 1]),"
         " torch.tensor([2]), num_kv_heads=1, page_tokens=4, scale=1.0).tolist())\n"
         "print(len([w for w in seen if 'no C compiler' in str(w.message)]))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": str(tmp_path), "HOME": str(tmp_path)}, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        check=False,
+    )
     assert result.stdout.split("\n")[:3] == ["[[[1.0, 1.0, 1.0, 1.0]]]", "[[[1.0, 1.0, 1.0, 1.0]]]", "1"], result.stderr
 
 
@@ -124,16 +139,20 @@ class Workspaces(TorchDispatchMode):
 def test_a_call_takes_no_more_than_is_planned_for_it(lengths, kv_heads, group, head_dim, threads, window):
     queries = [max(1, count) if i == 0 else count for i, (count, _) in enumerate(lengths)]
     contexts = [max(1, count) + prefix for count, (_, prefix) in zip(queries, lengths, strict=True)]
-    (query, rows, *places), options = Case(tuple(queries), tuple(contexts), kv_heads * group, kv_heads, head_dim, window=window).build()
+    (query, rows, *places), options = Case(
+        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, head_dim, window=window
+    ).build()
     with Workspaces() as seen:
         native.paged_attention(query, rows, *places, **options, threads=threads)
-    planned = workspace_bytes(kv_heads * group, kv_heads, head_dim, len(queries), sum(queries), max(queries), max(contexts), threads)
+    planned = workspace_bytes(
+        kv_heads * group, kv_heads, head_dim, len(queries), sum(queries), max(queries), max(contexts), threads
+    )
     assert seen.sizes[-1] <= planned
 
 
 def test_what_many_sequences_take_is_bounded_by_the_threads():
-    """32 heads of 128 elements, trees of 32 nodes over 2,048 keys: 16.6 MiB of partial results for each of them once, and
-    for all at the same time. Of fewer nodes, whose items have all heads, it is 7.6 MiB."""
+    """32 heads of 128 elements, trees of 32 nodes over 2,048 keys: 16.6 MiB of partial results for each of them
+    once, and for all at the same time. Of fewer nodes, whose items have all heads, it is 7.6 MiB."""
     sizes = [workspace_bytes(32, 32, 128, sequences, 32 * sequences, 32, 2048, 4) for sequences in (1, 5, 64)]
     assert sizes[0] < 11 << 20 and sizes[2] - sizes[1] < 59 * 32 * 1024
     assert sizes[2] < 48 << 20  # all at the same time: 1 GiB

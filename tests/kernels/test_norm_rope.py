@@ -34,7 +34,10 @@ def test_rms_norm_with_residual(dtype, offset, size, norm_rope, device):
 def test_rms_norm_of_heads_in_a_fused_projection(norm_rope, device):
     fused, weight = torch.randn(6, 5 * 16), torch.randn(16)
     heads = fused.to(device)[:, 16:48].unflatten(-1, (2, 16))
-    close(norm_rope.rms_norm(heads, weight.to(device), 1e-6), reference.rms_norm(fused[:, 16:48].unflatten(-1, (2, 16)), weight, 1e-6))
+    close(
+        norm_rope.rms_norm(heads, weight.to(device), 1e-6),
+        reference.rms_norm(fused[:, 16:48].unflatten(-1, (2, 16)), weight, 1e-6),
+    )
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -55,8 +58,16 @@ def test_rotary_in_place(dtype, interleaved, rotary_dim, norm_rope, device):
     turned = fused.to(device, copy=True)
     for x, tables, operation in ((fused, (cos, sin, positions), reference.rotary), (turned, None, norm_rope.rotary)):
         query, key, _ = (part.unflatten(-1, (-1, 40)) for part in x.split([160, 80, 80], dim=-1))
-        operation(query, key, *(tables or (t.to(device) for t in (cos, sin, positions))), rotary_dim=rotary_dim, interleaved=interleaved)
-    torch.testing.assert_close(turned.cpu(), fused, atol=5e-6 if dtype == torch.float32 else 1e-2, rtol=TOLERANCE[dtype])
+        operation(
+            query,
+            key,
+            *(tables or (t.to(device) for t in (cos, sin, positions))),
+            rotary_dim=rotary_dim,
+            interleaved=interleaved,
+        )
+    torch.testing.assert_close(
+        turned.cpu(), fused, atol=5e-6 if dtype == torch.float32 else 1e-2, rtol=TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_tanh"])
@@ -72,7 +83,10 @@ def test_rotary_is_that_of_transformers():
     query, key = torch.randn(7, 3, 16), torch.randn(7, 1, 16)
     angles = torch.randn(7, 8)
     wanted = apply_rotary_pos_emb(
-        query.transpose(0, 1)[None], key.transpose(0, 1)[None], torch.cat([angles.cos()] * 2, -1)[None], torch.cat([angles.sin()] * 2, -1)[None]
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        torch.cat([angles.cos()] * 2, -1)[None],
+        torch.cat([angles.sin()] * 2, -1)[None],
     )
     reference.rotary(query, key, angles.cos(), angles.sin(), torch.arange(7), rotary_dim=16)
     assert torch.equal(query, wanted[0][0].transpose(0, 1))

@@ -6,7 +6,10 @@ import torch
 from flexbatch.kernels import ops, reference
 
 
-@pytest.mark.parametrize(("num_pages", "chosen", "row_bytes"), [(9, 5, 4096), (9, 7, 100), (3, 2, 40_000), (5, 5, 33), (200, 150, 16), (4, 0, 64)])
+@pytest.mark.parametrize(
+    ("num_pages", "chosen", "row_bytes"),
+    [(9, 5, 4096), (9, 7, 100), (3, 2, 40_000), (5, 5, 33), (200, 150, 16), (4, 0, 64)],
+)
 def test_gather_and_scatter(num_pages, chosen, row_bytes, device):
     from flexbatch.kernels import pages
 

@@ -42,18 +42,27 @@ def test_there_and_back(dtype, shape, group, bits, dim, quant, device):
     got = quant.quantize(x.to(device), bits, group, dim)
     assert torch.equal(got[0].cpu(), wanted[0])
     assert torch.equal(got[1].cpu(), wanted[1])
-    assert torch.equal(quant.dequantize(*got, shape[dim], bits, group, dim).cpu(), reference.dequantize(*wanted, shape[dim], bits, group, dim))
+    assert torch.equal(
+        quant.dequantize(*got, shape[dim], bits, group, dim).cpu(),
+        reference.dequantize(*wanted, shape[dim], bits, group, dim),
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("shape", "group"), SHAPES)
 def test_error_is_half_a_step_along_either_dimension(shape, group, bits):
-    """Of the oracle itself: an element comes back within half a step of its group, the rounding of scale and minimum apart."""
+    """Of the oracle itself: an element comes back within half a step of its group, the rounding of scale and minimum
+    apart."""
     x = values((shape[0] * 9, shape[-1]), torch.float32)
     for dim in (-1, 0):
         back = reference.dequantize(*reference.quantize(x, bits, group, dim), x.shape[dim], bits, group, dim)
         reach = torch.stack(
-            [part.amax(dim, keepdim=True) - part.amin(dim, keepdim=True) for part in x.split(group, dim) if part.shape[dim] == group] or [x.max() - x.min()]
+            [
+                part.amax(dim, keepdim=True) - part.amin(dim, keepdim=True)
+                for part in x.split(group, dim)
+                if part.shape[dim] == group
+            ]
+            or [x.max() - x.min()]
         ).max()
         assert (back - x).abs().max() <= reach / ((1 << bits) - 1) / 2 * 1.001
 
@@ -71,17 +80,25 @@ def test_a_fit_is_never_worse_than_the_range(dtype, shape, group, bits):
     assert [part.shape for part in fitted] == [part.shape for part in plain] and fitted[1].dtype == dtype
     whole = x.shape[1] // group * group  # a short last group counts its padding
     errors = [
-        squared_error(x.float(), (codes, parameters.float()), bits, group)[:, :whole].unflatten(1, (-1, group)).sum(-1) for codes, parameters in (fitted, plain)
+        squared_error(x.float(), (codes, parameters.float()), bits, group)[:, :whole].unflatten(1, (-1, group)).sum(-1)
+        for codes, parameters in (fitted, plain)
     ]
     assert (errors[0] <= errors[1] * 1.0001 + 1e-9).all()
-    assert torch.equal(reference.dequantize(*fitted, shape[1], bits, group)[0], x[0]), "constant groups come back exactly"
+    assert torch.equal(reference.dequantize(*fitted, shape[1], bits, group)[0], x[0]), (
+        "constant groups come back exactly"
+    )
     alone = reference.fit(x[5:7], bits, group)
-    assert all(torch.equal(one, all_rows[5:7]) for one, all_rows in zip(alone, fitted, strict=True)), "rows do not depend on what is fitted beside them"
+    assert all(torch.equal(one, all_rows[5:7]) for one, all_rows in zip(alone, fitted, strict=True)), (
+        "rows do not depend on what is fitted beside them"
+    )
 
 
 def test_a_fit_of_normal_weights_saves_a_sixth_of_the_squared_error():
     x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(2))
-    assert squared_error(x, reference.fit(x, 4, 64), 4, 64).sum() < 0.84 * squared_error(x, reference.quantize(x, 4, 64), 4, 64).sum()
+    assert (
+        squared_error(x, reference.fit(x, 4, 64), 4, 64).sum()
+        < 0.84 * squared_error(x, reference.quantize(x, 4, 64), 4, 64).sum()
+    )
 
 
 def test_an_overflow_stays_visible_in_a_fit():
@@ -98,7 +115,10 @@ def test_dequantize_into_a_slab(quant, device):
     assert torch.equal(slab.cpu(), reference.dequantize(codes, parameters, 64, 4, 32))
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "group", "bits"), [(3, 64, 32, 4), (2, 80, 64, 4), (1, 33, 16, 8), (2, 16, 64, 8), (2, 24, 8, 16)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "group", "bits"),
+    [(3, 64, 32, 4), (2, 80, 64, 4), (1, 33, 16, 8), (2, 16, 64, 8), (2, 24, 8, 16)],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_rows(dtype, heads, head_dim, group, bits, quant, device):
     skip_interpreted(dtype, device)
@@ -109,7 +129,9 @@ def test_append_rows(dtype, heads, head_dim, group, bits, quant, device):
         row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
         wanted = torch.zeros(20, -(-row_bytes // 4) * 4, dtype=torch.uint8)[:, :row_bytes]
     got, slots = wanted.clone().to(device), torch.randperm(20)[:9]
-    if row_misaligned := (bits != 16 and (row_bytes % dtype.itemsize or 2 * heads * reference.code_bytes(head_dim, bits) % dtype.itemsize)):
+    if row_misaligned := (
+        bits != 16 and (row_bytes % dtype.itemsize or 2 * heads * reference.code_bytes(head_dim, bits) % dtype.itemsize)
+    ):
         with pytest.raises(ValueError, match="misaligned"):
             quant.append_rows(got, slots.to(device), key.to(device), value.to(device), bits, group)
     else:
@@ -126,7 +148,11 @@ def test_append_rows_of_what_arithmetic_treats_apart(dtype, bits, quant, device)
     for seed, (heads, head_dim, group) in enumerate([(2, 64, 16), (3, 32, 64), (2, 48, 32)] * 2):
         key, value = (awkward(dtype, (9, heads, head_dim), group, 2 * seed + side) for side in range(2))
         row_bytes = reference.token_bytes(heads, head_dim, bits, group, dtype.itemsize)
-        wanted = torch.zeros((12, 2, heads, head_dim), dtype=dtype) if bits == 16 else torch.zeros((12, row_bytes), dtype=torch.uint8)
+        wanted = (
+            torch.zeros((12, 2, heads, head_dim), dtype=dtype)
+            if bits == 16
+            else torch.zeros((12, row_bytes), dtype=torch.uint8)
+        )
         got, slots = wanted.clone().to(device), torch.randperm(12)[:9]
         reference.append_rows(wanted, slots, key, value, bits, group)
         quant.append_rows(got, slots.to(device), key.to(device), value.to(device), bits, group)
@@ -134,11 +160,21 @@ def test_append_rows_of_what_arithmetic_treats_apart(dtype, bits, quant, device)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("tokens", "outputs", "size", "group"), [(5, 70, 288, 64), (16, 64, 100, 32), (1, 130, 512, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "size", "group"), [(5, 70, 288, 64), (16, 64, 100, 32), (1, 130, 512, 128)]
+)
 def test_quantized_linear(tokens, outputs, size, group, bits, quant, device):
-    x, codes, parameters = values((tokens, size), torch.float32), *reference.quantize(values((outputs, size), torch.float32), bits, group)
+    x, codes, parameters = (
+        values((tokens, size), torch.float32),
+        *reference.quantize(values((outputs, size), torch.float32), bits, group),
+    )
     wanted = reference.quantized_linear(x, codes, parameters, bits, group)
-    torch.testing.assert_close(quant.quantized_linear(x.to(device), codes.to(device), parameters.to(device), bits, group).cpu(), wanted, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        quant.quantized_linear(x.to(device), codes.to(device), parameters.to(device), bits, group).cpu(),
+        wanted,
+        atol=1e-3,
+        rtol=1e-4,
+    )
 
 
 def test_what_is_refused(quant, device):

@@ -24,7 +24,9 @@ MIB = 1 << 20
 
 
 @contextmanager
-def open_tiers(folder: Path, gpu: int = 64 * MIB, cpu: int = 64 * MIB, disk: int = 64 * MIB) -> Iterator[tuple[Tiers, TransferQueues]]:
+def open_tiers(
+    folder: Path, gpu: int = 64 * MIB, cpu: int = 64 * MIB, disk: int = 64 * MIB
+) -> Iterator[tuple[Tiers, TransferQueues]]:
     """Pools of plain memory and the lanes between them; both are checked and closed at the end."""
     tiers = Tiers(Pool("gpu", gpu), Pool("cpu", cpu), Pool("disk", disk), folder)
     queues = TransferQueues(torch.device("cpu"), Tracer(), disk_threads=2)
@@ -47,8 +49,21 @@ def splits(draw: st.DrawFn) -> Split:
 
 def tiny_arch(num_layers: int = 2, tied: bool = False, **changes: object) -> Arch:
     """A Llama of awkward sizes."""
-    sizes = {"hidden_size": 20, "intermediate_size": 36, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "vocab_size": 37}
-    config = {"model_type": "llama", "num_hidden_layers": num_layers, "max_position_embeddings": 128, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
+    sizes = {
+        "hidden_size": 20,
+        "intermediate_size": 36,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "vocab_size": 37,
+    }
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": num_layers,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-5,
+    }
     return read_arch({**config, **sizes, "eos_token_id": 2, "bos_token_id": 1, **changes})
 
 

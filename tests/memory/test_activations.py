@@ -1,4 +1,5 @@
-"""Hidden states between layers: they come back as they were put, from any mix of tiers, and the mix is the one that was asked for."""
+"""Hidden states between layers: they come back as they were put, from any mix of tiers, and the mix is the one that
+was asked for."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def test_the_rows_of_a_pass_are_within_one_page_of_the_split(split: Split, token
 
 @settings(max_examples=40, deadline=None)
 @given(split=splits(), passes=st.lists(TOKENS, min_size=1, max_size=2), layers=st.integers(1, 4), ahead=st.booleans())
-def test_hidden_states_come_back_as_they_were_put(split: Split, passes: list[list[int]], layers: int, ahead: bool) -> None:
+def test_hidden_states_come_back_as_they_were_put(
+    split: Split, passes: list[list[int]], layers: int, ahead: bool
+) -> None:
     """Zig-zag over layers and micro-batches, with and without the fetch ahead of the next tick."""
     generator = torch.Generator().manual_seed(0)
     with open_store(split, 3) as store:

@@ -37,10 +37,14 @@ def open_cache(tail_tokens: int = 2 * PAGE_TOKENS + MAX_NODES) -> Iterator[tuple
 
 
 def rows_of(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, LAYOUT.token_bytes), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, LAYOUT.token_bytes), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
-def read(cache: DiskCache, queues: TransferQueues, tables: list[tuple[PageTable, int]], layer: int) -> list[torch.Tensor]:
+def read(
+    cache: DiskCache, queues: TransferQueues, tables: list[tuple[PageTable, int]], layer: int
+) -> list[torch.Tensor]:
     """Rows of every sequence, as the staging buffer gets them."""
     pages = torch.zeros(sum(LAYOUT.num_pages(count) for _, count in tables), LAYOUT.page_bytes, dtype=torch.uint8)
     cache.read(tables, layer, pages, queues.disk_chunks)
@@ -58,10 +62,16 @@ CHUNKS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, MAX_NODES)), min_s
 @settings(max_examples=60, deadline=None)
 @given(chunks=CHUNKS, other=CHUNKS, pages=st.permutations(range(PAGES)), accept=st.randoms(use_true_random=False))
 @example(chunks=[(9, 0)], other=[(9, 2)], pages=list(range(PAGES)), accept=random.Random(0))
-def test_rows_are_read_as_they_were_appended(chunks: list[tuple[int, int]], other: list[tuple[int, int]], pages: list[int], accept) -> None:
-    """Two sequences by turns, in chunks of any size, some with drafted tokens of which a part is taken back; pages next to each other or not."""
+def test_rows_are_read_as_they_were_appended(
+    chunks: list[tuple[int, int]], other: list[tuple[int, int]], pages: list[int], accept
+) -> None:
+    """Two sequences by turns, in chunks of any size, some with drafted tokens of which a part is taken back; pages
+    next to each other or not."""
     with open_cache() as (cache, queues):
-        tables = [PageTable("disk", pages[:4], tail_slot=cache.open()), PageTable("disk", pages[4:], tail_slot=cache.open())]
+        tables = [
+            PageTable("disk", pages[:4], tail_slot=cache.open()),
+            PageTable("disk", pages[4:], tail_slot=cache.open()),
+        ]
         known = [torch.empty(LAYERS, 0, LAYOUT.token_bytes, dtype=torch.uint8)] * 2
         for turn, (first, second) in enumerate(zip(chunks, other, strict=False)):
             for i, (count, drafted) in enumerate((first, second)):
@@ -86,7 +96,10 @@ def test_rows_are_read_as_they_were_appended(chunks: list[tuple[int, int]], othe
 
 def test_a_shared_prefix_is_read_from_the_pages_of_another() -> None:
     with open_cache() as (cache, queues):
-        first, second = PageTable("disk", [3, 4], tail_slot=cache.open()), PageTable("disk", [3, 5], tail_slot=cache.open())
+        first, second = (
+            PageTable("disk", [3, 4], tail_slot=cache.open()),
+            PageTable("disk", [3, 5], tail_slot=cache.open()),
+        )
         prompt, end = rows_of(PAGE_TOKENS, 1), rows_of(2, 2)
         cache.append(first, 0, 0, prompt, 0)
         cache.adopt(second.tail_slot, PAGE_TOKENS)

@@ -43,7 +43,10 @@ def test_slices_and_chunks_cover_every_byte_once(num_bytes: int, count: int, chu
 
 
 @settings(max_examples=40, deadline=None)
-@given(writes=st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 9000), st.booleans()), min_size=1, max_size=6), seed=st.integers(0, 99))
+@given(
+    writes=st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 9000), st.booleans()), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
 def test_a_disk_file_holds_what_was_written_wherever_it_was(writes: list[tuple[int, int, bool]], seed: int) -> None:
     """Aligned requests go past the page cache, others through it: they see each other's bytes."""
     size = 32_768
@@ -80,7 +83,10 @@ def test_a_read_past_the_end_is_an_error_that_names_the_file(tmp_path: Path) -> 
 
 
 def test_a_file_appears_whole_padded_and_alone(tmp_path: Path) -> None:
-    path, pieces = tmp_path / "layer" / "w.bin", [torch.arange(100, dtype=torch.uint8), torch.arange(200, dtype=torch.uint8)]
+    path, pieces = (
+        tmp_path / "layer" / "w.bin",
+        [torch.arange(100, dtype=torch.uint8), torch.arange(200, dtype=torch.uint8)],
+    )
     for _ in range(2):  # again over a file that is there
         write_atomically(path, pieces, 300)
         assert path.read_bytes() == bytes(range(100)) + bytes(range(200)) + bytes(ALIGNMENT - 300)
@@ -89,7 +95,9 @@ def test_a_file_appears_whole_padded_and_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("operation", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, error: BaseException) -> None:
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, error: BaseException
+) -> None:
     path = tmp_path / "w.bin"
     write_atomically(path, [torch.zeros(10, dtype=torch.uint8)], 10)
 
@@ -102,11 +110,16 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert path.read_bytes() == bytes(ALIGNMENT) and list(tmp_path.iterdir()) == [path]
     if isinstance(error, OSError):
         assert caught.value.errno == errno.ENOSPC
-        assert "needed 1.000 MiB" in str(caught.value) and "iB free there" in str(caught.value) and "--offload-dir" in str(caught.value)
+        assert (
+            "needed 1.000 MiB" in str(caught.value)
+            and "iB free there" in str(caught.value)
+            and "--offload-dir" in str(caught.value)
+        )
 
 
 def test_a_cache_file_that_does_not_fit_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file system has given a part of it when it is full (a real one would be full for everybody while this runs)."""
+    """The file system has given a part of it when it is full (a real one would be full for everybody while this
+    runs)."""
 
     def give_a_part(descriptor: int, offset: int, num_bytes: int) -> None:
         os.ftruncate(descriptor, num_bytes // 2)

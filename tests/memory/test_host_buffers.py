@@ -88,12 +88,20 @@ def test_without_a_gpu_nothing_is_copied(queues: TransferQueues) -> None:
     made.close()
 
 
-ARRAYS = arrays.arrays(st.sampled_from([np.int32, np.int64]), arrays.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=7), elements=st.integers(0, 99))
+ARRAYS = arrays.arrays(
+    st.sampled_from([np.int32, np.int64]),
+    arrays.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=7),
+    elements=st.integers(0, 99),
+)
 
 
 @settings(max_examples=40, deadline=None)
-@given(passes=st.lists(st.lists(ARRAYS, max_size=6), min_size=1, max_size=5), half_bytes=st.sampled_from([64, 256, 4096]))
-def test_inputs_arrive_as_they_were_sent_whether_they_fit_or_not(passes: list[list[np.ndarray]], half_bytes: int) -> None:
+@given(
+    passes=st.lists(st.lists(ARRAYS, max_size=6), min_size=1, max_size=5), half_bytes=st.sampled_from([64, 256, 4096])
+)
+def test_inputs_arrive_as_they_were_sent_whether_they_fit_or_not(
+    passes: list[list[np.ndarray]], half_bytes: int
+) -> None:
     queues = TransferQueues(torch.device("cpu"), Tracer())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploads, "INPUT_BUFFER_BYTES", half_bytes)
@@ -112,7 +120,9 @@ def test_inputs_arrive_as_they_were_sent_whether_they_fit_or_not(passes: list[li
     queues.close()
 
 
-def test_a_half_is_filled_again_only_when_the_device_has_read_it(queues: TransferQueues, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_is_filled_again_only_when_the_device_has_read_it(
+    queues: TransferQueues, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sender = Uploads(Pool("cpu", 0), queues)
     sender.copies = True
     marks: list[list[str]] = []

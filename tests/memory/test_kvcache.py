@@ -1,4 +1,5 @@
-"""The cache over the tiers, driven as a pass drives it: every sequence finds its own rows again, wherever they live and however late they arrive."""
+"""The cache over the tiers, driven as a pass drives it: every sequence finds its own rows again, wherever they live
+and however late they arrive."""
 
 from __future__ import annotations
 
@@ -24,7 +25,14 @@ from flexbatch.memory.uploads import Uploads
 from tests.memory.rigs import dawdle, open_tiers
 
 LAYERS, PAGE_TOKENS, MAX_NODES = 2, 4, 5
-SIZES = CacheSizes(gpu_pages=10, cpu_pages=10, disk_pages=10, staging_pages=40, disk_sequences=3, tail_tokens=2 * PAGE_TOKENS + MAX_NODES)
+SIZES = CacheSizes(
+    gpu_pages=10,
+    cpu_pages=10,
+    disk_pages=10,
+    staging_pages=40,
+    disk_sequences=3,
+    tail_tokens=2 * PAGE_TOKENS + MAX_NODES,
+)
 
 
 def layout_of(bits: int) -> CacheLayout:
@@ -33,7 +41,8 @@ def layout_of(bits: int) -> CacheLayout:
 
 @dataclass(eq=False)
 class Text:
-    """A sequence in the model: its prompt, its table, its room and the rows [layers, tokens, token_bytes] that it must find."""
+    """A sequence in the model: its prompt, its table, its room and the rows [layers, tokens, token_bytes] that it
+    must find."""
 
     prompt: tuple[int, ...]
     table: PageTable
@@ -46,7 +55,8 @@ class Text:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Rows are random bytes but for prompts, whose rows follow from the prompt's beginning, so that a shared page holds what its sharers would write."""
+    """Rows are random bytes but for prompts, whose rows follow from the prompt's beginning, so that a shared page
+    holds what its sharers would write."""
 
     bits = 16
 
@@ -64,13 +74,19 @@ class CacheMachine(RuleBasedStateMachine):
 
     def new_rows(self, text: Text, start: int, count: int) -> torch.Tensor:
         """[layers, count, token_bytes] uint8."""
-        rows = torch.randint(0, 256, (LAYERS, count, self.layout.token_bytes), generator=self.generator, dtype=torch.uint8)
+        rows = torch.randint(
+            0, 256, (LAYERS, count, self.layout.token_bytes), generator=self.generator, dtype=torch.uint8
+        )
         for i in range(count):
             if start + i < text.num_prompt_tokens:
                 rows[:, i] = hash(text.prompt[: start + i + 1]) % 251
         return rows
 
-    @rule(tier=st.sampled_from(["gpu", "cpu", "disk"]), prompt=st.lists(st.integers(0, 1), min_size=1, max_size=10).map(tuple), more=st.integers(0, 8))
+    @rule(
+        tier=st.sampled_from(["gpu", "cpu", "disk"]),
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=10).map(tuple),
+        more=st.integers(0, 8),
+    )
     def open(self, tier: str, prompt: tuple[int, ...], more: int) -> None:
         room = len(prompt) + more
         shared = self.cache.shareable(tier, prompt)
@@ -104,7 +120,9 @@ class CacheMachine(RuleBasedStateMachine):
         """What the executor does with the cache in one pass of one micro-batch."""
         inputs = self.builder.build(queries)
         self.cache.begin_pass(READY)
-        fresh = {query.sequence: self.new_rows(query.sequence, query.start, query.num_tokens) for query in inputs.queries}
+        fresh = {
+            query.sequence: self.new_rows(query.sequence, query.start, query.num_tokens) for query in inputs.queries
+        }
         handle = READY if inputs.staged is None else self.cache.gather(inputs.staged.gather, 0, 0)
         for layer in range(LAYERS):
             following = READY
@@ -140,7 +158,10 @@ class CacheMachine(RuleBasedStateMachine):
     def look(self, group: Any, rows: torch.Tensor, queries: list[Any], layer: int) -> None:
         for table, query in zip(group.page_table, queries, strict=True):
             slots = (table.long()[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()[: query.start]
-            assert torch.equal(rows[slots], query.sequence.rows[layer, : query.start]), (query.sequence.table.tier, layer)
+            assert torch.equal(rows[slots], query.sequence.rows[layer, : query.start]), (
+                query.sequence.table.tier,
+                layer,
+            )
 
     def commit(self, queries: tuple[Any, ...], fresh: dict[Any, torch.Tensor], chance: Any) -> None:
         """Accept a random path of every tree."""
@@ -150,7 +171,9 @@ class CacheMachine(RuleBasedStateMachine):
             kept = range(query.num_tokens)
             if query.parents is not None:
                 path, place = [], 0
-                while (below := [i for i, parent in enumerate(query.parents) if parent == place]) and chance.random() < 0.8:
+                while (
+                    below := [i for i, parent in enumerate(query.parents) if parent == place]
+                ) and chance.random() < 0.8:
                     place = chance.choice(below)
                     path.append(place)
                 path = path[: max(0, text.room - query.start - 1)]
@@ -226,7 +249,8 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
 
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
 def test_rows_of_a_sequence_that_sat_out_a_pass_are_waited_for(tmp_path: Path, tier: str) -> None:
-    """A prompt that finds no room in a pass: what it drained in the pass before may still be under way when the pass after reads it."""
+    """A prompt that finds no room in a pass: what it drained in the pass before may still be under way when the pass
+    after reads it."""
     rows = torch.randn(PAGE_TOKENS, 2, 2, 6)
     with open_tiers(tmp_path) as (tiers, queues):
         cache = KVCache(layout_of(16), SIZES, tiers, queues)

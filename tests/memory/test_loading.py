@@ -1,4 +1,5 @@
-"""Files of the offload folder: written once, reused by later runs, and trusted only when they are whole and of the same kind."""
+"""Files of the offload folder: written once, reused by later runs, and trusted only when they are whole and of the
+same kind."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ DISK, CPU, MIXED = Split(0, 0, 1), Split(0, 1, 0), Split(0.4, 0.2, 0.4)
 
 
 @contextmanager
-def loaded(folder: Path, split: Split = DISK, bits: int = 16, seed: int = 3, stream=None) -> Iterator[tuple[WeightStore, set[tuple[int, str]]]]:
+def loaded(
+    folder: Path, split: Split = DISK, bits: int = 16, seed: int = 3, stream=None
+) -> Iterator[tuple[WeightStore, set[tuple[int, str]]]]:
     """A store loaded from random weights by way of ``folder``, and which tensors were read from the checkpoint."""
     read: set[tuple[int, str]] = set()
 
@@ -59,7 +62,10 @@ def same_weights(store: WeightStore, bits: int = 16, seed: int = 3) -> bool:
     for layer in range(ARCH.num_layers + 1):
         store.fetch_rest(layer, 1)
         found = {**store.weights(layer, "pre")}
-        found = {**store.weights(layer, "post"), **{role: tensor for role, tensor in found.items() if role == "qkv.weight"}}
+        found = {
+            **store.weights(layer, "post"),
+            **{role: tensor for role, tensor in found.items() if role == "qkv.weight"},
+        }
         for piece in pieces(ARCH, seed):
             tensor = piece.tensor
             if piece.layer != layer:
@@ -229,7 +235,9 @@ def test_another_checkpoint_never_meets_these_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 14])
-def test_a_load_that_breaks_off_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_a_load_that_breaks_off_leaves_whole_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     """The disk fills up after ``count`` files; the next run takes what is there and writes the rest."""
     written: list[Path] = []
     write = layer_files.write_atomically
@@ -257,7 +265,10 @@ def test_a_tensor_that_is_not_delivered_in_full_is_named_and_not_filed(tmp_path:
             torn_one = (piece.layer, piece.role) == (0, "o.weight")
             yield Piece(piece.layer, piece.role, slice(0, half), piece.tensor[:half]) if torn_one else piece
 
-    with pytest.raises(CheckpointError, match=r"incomplete weights: \[\(0, 'o.weight'\)\] were not delivered"), loaded(tmp_path, stream=torn):
+    with (
+        pytest.raises(CheckpointError, match=r"incomplete weights: \[\(0, 'o.weight'\)\] were not delivered"),
+        loaded(tmp_path, stream=torn),
+    ):
         pass
     assert not list((tmp_path / "layer-0000").glob("*o.weight*"))
 

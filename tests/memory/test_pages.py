@@ -1,4 +1,5 @@
-"""Page ids: owned once, counted right, shared only when they hold the same beginning of a prompt, free after release."""
+"""Page ids: owned once, counted right, shared only when they hold the same beginning of a prompt, free after
+release."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class PagesMachine(RuleBasedStateMachine):
         self.pool = PagePool("cpu", NUM_PAGES, PAGE_TOKENS)
         self.holders: list[Holder] = []
         self.content: dict[int, tuple[int, ...]] = {}
-        """Page -> the prompt up to its end, once that has been read; what a page with other content must not be shared for."""
+        """Page -> the prompt up to its end, once that has been read; what a page with other content must not be
+        shared for."""
 
     @rule(prompt=PROMPTS, more=st.integers(0, 3))
     def open(self, prompt: tuple[int, ...], more: int) -> None:
@@ -54,7 +56,9 @@ class PagesMachine(RuleBasedStateMachine):
         self.pool.share(shared)
         fresh = self.pool.allocate(need)
         held = {page for holder in self.holders for page in holder.pages}
-        assert not held & set(fresh) and len(set(fresh)) == need and not set(shared) & set(fresh), "a page is owned twice"
+        assert not held & set(fresh) and len(set(fresh)) == need and not set(shared) & set(fresh), (
+            "a page is owned twice"
+        )
         for page in fresh:
             self.content.pop(page, None)
         self.pool.prefixes.enter([*shared, *fresh], prompt)
@@ -66,7 +70,9 @@ class PagesMachine(RuleBasedStateMachine):
         return owner.prompt[: (owner.pages.index(page) + 1) * PAGE_TOKENS]
 
     def readable(self) -> list[Holder]:
-        return [h for h in self.holders if not h.filled and all(map(self.pool.prefixes.is_ready, h.pages[: h.num_shared]))]
+        return [
+            h for h in self.holders if not h.filled and all(map(self.pool.prefixes.is_ready, h.pages[: h.num_shared]))
+        ]
 
     @precondition(lambda self: self.readable())
     @rule(choice=st.randoms(use_true_random=False))
@@ -137,7 +143,9 @@ def test_a_page_whose_content_is_gone_cannot_be_shared() -> None:
 def test_two_prompts_share_their_common_full_pages(first: tuple[int, ...], second: tuple[int, ...]) -> None:
     index = PrefixIndex(PAGE_TOKENS)
     index.enter(range(10, 20), first)
-    common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    common = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
     assert index.match(second, 10) == list(range(10, 10 + common // PAGE_TOKENS))
     index.check()
     for page in reversed(range(10, 20)):
@@ -150,7 +158,9 @@ def test_two_prompts_share_their_common_full_pages(first: tuple[int, ...], secon
 def test_slots_follow_the_page_table(start: int, count: int, page_tokens: int) -> None:
     pages = [3 * i + 5 for i in range(40)]
     slots = PageTable("gpu", pages, start + count).slots(start, start + count, page_tokens)
-    assert [(slot // page_tokens, slot % page_tokens) for slot in slots] == [(pages[t // page_tokens], t % page_tokens) for t in range(start, start + count)]
+    assert [(slot // page_tokens, slot % page_tokens) for slot in slots] == [
+        (pages[t // page_tokens], t % page_tokens) for t in range(start, start + count)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,13 @@ def test_a_wrong_table_is_noticed(table: PageTable) -> None:
         table.check(PAGE_TOKENS)
 
 
-@given(bits=st.sampled_from([16, 8, 4]), heads=st.integers(1, 5), head_dim=st.integers(1, 130), page_tokens=st.integers(1, 20), tokens=st.integers(1, 60))
+@given(
+    bits=st.sampled_from([16, 8, 4]),
+    heads=st.integers(1, 5),
+    head_dim=st.integers(1, 130),
+    page_tokens=st.integers(1, 20),
+    tokens=st.integers(1, 60),
+)
 def test_sizes_of_a_layout(bits: int, heads: int, head_dim: int, page_tokens: int, tokens: int) -> None:
     layout = CacheLayout(2, heads, head_dim, bits, 64, page_tokens, torch.float32)
     assert (layout.num_pages(tokens) - 1) * page_tokens < tokens <= layout.num_pages(tokens) * page_tokens

@@ -17,7 +17,8 @@ def deviations(sizes: list[int], tiers: list[str], split: Split) -> list[float]:
     """Placed less asked, per tier, of all pieces."""
     total = sum(sizes)
     return [
-        sum(size for size, tier in zip(sizes, tiers, strict=True) if tier == name) - part * total for name, part in zip(TIERS, split.fractions, strict=True)
+        sum(size for size, tier in zip(sizes, tiers, strict=True) if tier == name) - part * total
+        for name, part in zip(TIERS, split.fractions, strict=True)
     ]
 
 
@@ -26,7 +27,8 @@ def test_every_beginning_is_within_one_piece_of_the_split(sizes: list[int], spli
     tiers = spread(sizes, split)
     for count in range(1, len(sizes) + 1):
         for deviation in deviations(sizes[:count], tiers[:count], split):
-            # The tier furthest behind is behind by a third of the piece at least: it is ahead by two thirds afterwards at most.
+            # The tier furthest behind is behind by a third of the piece at least: it is ahead by two thirds afterwards
+            # at most.
             assert -max(sizes[:count]) - 1e-6 <= deviation <= 2 / 3 * max(sizes[:count]) + 1e-6
 
 
@@ -48,7 +50,10 @@ def test_percentages_that_flexgen_misses_are_met(percent: tuple[int, int]) -> No
     # 48 layers of OPT-30B's tensor sizes: FlexGen's rule puts 8 % on the GPU for 20 80 and 0.06 % for 10 90.
     sizes = [3 * 7168**2, 7168**2, 4 * 7168**2, 4 * 7168**2, 7168, 7168] * 48
     split = Split.from_percent(*percent)
-    realized = [part + deviation / sum(sizes) for part, deviation in zip(split.fractions, deviations(sizes, spread(sizes, split), split), strict=True)]
+    realized = [
+        part + deviation / sum(sizes)
+        for part, deviation in zip(split.fractions, deviations(sizes, spread(sizes, split), split), strict=True)
+    ]
     assert realized == pytest.approx(split.fractions, abs=4 * 7168**2 / sum(sizes))
 
 

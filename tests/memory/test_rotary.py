@@ -20,7 +20,13 @@ from flexbatch.validation.errors import DoesNotFitError
 from tests.tiny_models import make_model, random_prompts
 
 CONTEXT = 2_000_000
-PLACE: dict[str, Any] = {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 3, "num_gpu_batches": 1, "device": "cpu", "cpu_memory": "64MiB"}
+PLACE: dict[str, Any] = {
+    "percent": (100, 0, 100, 0, 100, 0),
+    "gpu_batch_size": 3,
+    "num_gpu_batches": 1,
+    "device": "cpu",
+    "cpu_memory": "64MiB",
+}
 GREEDY = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
 
 
@@ -46,7 +52,11 @@ def test_tables_grow_and_never_shrink(folder: Path, lengths: list[int]) -> None:
         rotary.check()
         assert grew == (rotary.num_positions > before) and min(longest, arch.max_positions) <= rotary.num_positions
         assert rotary.num_positions < max(lengths[: i + 1]) + POSITION_STEP
-        assert pool.total_used_bytes == table_bytes(arch, rotary.num_positions, torch.bfloat16) == used(arch) * rotary.num_positions * 2
+        assert (
+            pool.total_used_bytes
+            == table_bytes(arch, rotary.num_positions, torch.bfloat16)
+            == used(arch) * rotary.num_positions * 2
+        )
         whole = rope.rope_tables(arch, dtype=torch.bfloat16, num_positions=rotary.num_positions)
         assert (rotary.tables is None) == (whole is None)
         if rotary.tables is not None and whole is not None:
@@ -75,15 +85,21 @@ def test_a_context_of_two_million_costs_nothing(folder: Path, tmp_path: Path) ->
         wanted = [[completion.token_ids for completion in llm.generate(prompts, GREEDY)] for prompts in (long, short)]
     with LLM(str(folder), gpu_memory="64MiB", offload_dir=str(tmp_path), **PLACE) as llm:
         assert [completion.token_ids for completion in llm.generate(short, GREEDY)] == wanted[1]
-        assert llm.block is not None
+        assert llm.runner is not None
         rows = {row["what"]: row["num_bytes"] for row in llm.report()["memory"]}
-        assert rows.get("rotary tables", 0) == used(arch) * POSITION_STEP * 4 == llm.tiers.gpu.used_bytes.get("rotary tables", 0)
+        assert (
+            rows.get("rotary tables", 0)
+            == used(arch) * POSITION_STEP * 4
+            == llm.tiers.gpu.used_bytes.get("rotary tables", 0)
+        )
         prompts = [*short, *long, *short]
         found = dict(llm.stream((i, prompt, GREEDY) for i, prompt in enumerate(prompts)))
         assert [found[i].token_ids for i in range(len(prompts))] == [*wanted[1], *wanted[0], *wanted[1]]
-        assert llm.block.rotary.num_positions >= 604 and llm.block.sizes.longest == 604
-        assert {row["what"]: row["num_bytes"] for row in llm.report()["memory"]}.get("rotary tables", 0) == used(arch) * 3 * POSITION_STEP * 4
-        llm.block.check()
+        assert llm.runner.rotary.num_positions >= 604 and llm.runner.sizes.longest == 604
+        assert {row["what"]: row["num_bytes"] for row in llm.report()["memory"]}.get("rotary tables", 0) == used(
+            arch
+        ) * 3 * POSITION_STEP * 4
+        llm.runner.check()
         llm.tiers.check()
     if arch.position == "rope":
         pool = Pool("gpu", table_bytes(arch, 300, torch.float32) - 1)

@@ -77,16 +77,28 @@ def test_a_name_is_allocated_once() -> None:
 
 
 def test_the_error_of_a_budget_holds_the_numbers_and_the_remedy() -> None:
-    needs = [MemoryRequirement("weights", "gpu", 3 * GIB), MemoryRequirement("cache", "gpu", GIB // 2), MemoryRequirement("weights", "cpu", GIB), MemoryRequirement("nothing", "cpu", 0)]
+    needs = [
+        MemoryRequirement("weights", "gpu", 3 * GIB),
+        MemoryRequirement("cache", "gpu", GIB // 2),
+        MemoryRequirement("weights", "cpu", GIB),
+        MemoryRequirement("nothing", "cpu", 0),
+    ]
     with pytest.raises(DoesNotFitError) as caught:
         check_budgets(needs, {"gpu": 2 * GIB, "cpu": 2 * GIB})
     lines = str(caught.value).splitlines()
-    assert [" ".join(line.split()) for line in lines[1:4]] == ["weights gpu 3.000 GiB", "cache gpu 0.500 GiB", "weights cpu 1.000 GiB"]
+    assert [" ".join(line.split()) for line in lines[1:4]] == [
+        "weights gpu 3.000 GiB",
+        "cache gpu 0.500 GiB",
+        "weights cpu 1.000 GiB",
+    ]
     assert " ".join(lines[4].split()) == "total gpu 3.500 GiB of 2.000 GiB <- does not fit"
     assert "<-" not in lines[5] and "--gpu-memory" in lines[6] and "--cpu-memory" not in lines[6] and len(lines) == 7
 
 
-@given(st.lists(st.tuples(st.sampled_from(["gpu", "cpu", "disk"]), st.integers(0, 100)), max_size=8), st.tuples(*[st.integers(0, 150)] * 3))
+@given(
+    st.lists(st.tuples(st.sampled_from(["gpu", "cpu", "disk"]), st.integers(0, 100)), max_size=8),
+    st.tuples(*[st.integers(0, 150)] * 3),
+)
 def test_budgets_are_checked_to_the_byte(needs: list[tuple[str, int]], limits: tuple[int, int, int]) -> None:
     budgets = dict(zip(("gpu", "cpu", "disk"), limits, strict=True))
     short = [tier for tier, budget in budgets.items() if sum(size for home, size in needs if home == tier) > budget]
@@ -106,7 +118,9 @@ def test_host_memory_is_private_and_stays_out_of_children() -> None:
     arena.tensor.fill_(1)
     blocks = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
     place = arena.tensor.data_ptr()
-    block = next(block for block in blocks[1:] if int(block.split("-")[0], 16) <= place < int(block.split("-")[1].split()[0], 16))
+    block = next(
+        block for block in blocks[1:] if int(block.split("-")[0], 16) <= place < int(block.split("-")[1].split()[0], 16)
+    )
     assert block.split()[1] == "rw-p"
     flags = block.split("VmFlags:")[1].split("\n")[0].split()
     assert "dc" in flags and ("hg" in flags or not hasattr(mmap, "MADV_HUGEPAGE"))

@@ -26,12 +26,16 @@ def queues() -> Iterator[TransferQueues]:
     made.close()
 
 
-JOBS = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 30), max_size=3), st.booleans()), min_size=1, max_size=16)
+JOBS = st.lists(
+    st.tuples(st.integers(0, 5), st.lists(st.integers(0, 30), max_size=3), st.booleans()), min_size=1, max_size=16
+)
 
 
 @settings(max_examples=40, deadline=None)
 @given(JOBS)
-def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(jobs: list[tuple[int, list[int], bool]]) -> None:
+def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(
+    jobs: list[tuple[int, list[int], bool]],
+) -> None:
     """Any graph of jobs over the lanes: (lane, earlier jobs it waits for, whether it fails)."""
     queues, ended, handles, doomed = TransferQueues(torch.device("cpu"), Tracer()), [], [], []
     dawdle(queues, 2, 0.004)
@@ -60,7 +64,9 @@ def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(jobs
             assert mine == sorted(mine)
         queues.settle()
         queues.check()
-        assert all(queue.num_ended == queue.num_submitted for queue in queues.all_queues if isinstance(queue, ThreadQueue))
+        assert all(
+            queue.num_ended == queue.num_submitted for queue in queues.all_queues if isinstance(queue, ThreadQueue)
+        )
     finally:
         queues.close()
 

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.memory.weight_plan import GATHERED_ROLES, QUANTIZED_ROLES, SLAB_ALIGNMENT, WeightPlan, plan_weights, slab_alignment, stage_of
+from flexbatch.memory.weight_plan import (
+    GATHERED_ROLES,
+    QUANTIZED_ROLES,
+    SLAB_ALIGNMENT,
+    WeightPlan,
+    plan_weights,
+    slab_alignment,
+    stage_of,
+)
 from flexbatch.models.shapes import shape
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.policy import TIERS, Split
@@ -27,7 +35,9 @@ def plans(draw: st.DrawFn) -> WeightPlan:
 @given(plans())
 def test_every_tensor_has_one_home_within_one_tensor_of_the_split(plan: WeightPlan) -> None:
     tensors = plan.all_tensors
-    assert sorted((t.spec.layer, t.spec.role) for t in tensors) == sorted((spec.layer, spec.role) for spec in weight_specs(plan.arch))
+    assert sorted((t.spec.layer, t.spec.role) for t in tensors) == sorted(
+        (spec.layer, spec.role) for spec in weight_specs(plan.arch)
+    )
     placed = [t for t in tensors if t not in plan.resident]
     total = sum(t.num_bytes for t in placed)
     for tier, part in zip(TIERS, plan.split.fractions, strict=True):
@@ -49,7 +59,11 @@ def test_slabs_are_aligned_without_overlap_and_as_long_as_said(plan: WeightPlan)
             assert all(first.offset + first.num_bytes <= second.offset for first, second in pairwise(there))
             end = there[-1].offset + there[-1].num_bytes if there else 0
             assert end <= plan.layer_bytes(layer, tier) < end + slab_alignment(tier)
-        assert plan.streamed_bytes(layer) == plan.layer_bytes(layer, "disk") + plan.layer_bytes(layer, "cpu") <= plan.slab_bytes
+        assert (
+            plan.streamed_bytes(layer)
+            == plan.layer_bytes(layer, "disk") + plan.layer_bytes(layer, "cpu")
+            <= plan.slab_bytes
+        )
     for tier in TIERS:
         least = sum(t.num_bytes for t in plan.all_tensors if t.tier == tier)
         assert least <= plan.tier_bytes(tier) <= least + len(plan.all_tensors) * slab_alignment(tier)
@@ -66,7 +80,9 @@ def test_matrices_of_blocks_alone_are_quantised_and_tables_alone_gathered(plan: 
     if plan.arch.tie_word_embeddings:
         assert "embed.weight" in {t.spec.role for t in plan.layers[-1]}
     for stage in ("pre", "post"):
-        rooms = [sum(t.dense_bytes for t in layer if t.quantized and stage_of(t.spec.role) == stage) for layer in plan.layers]
+        rooms = [
+            sum(t.dense_bytes for t in layer if t.quantized and stage_of(t.spec.role) == stage) for layer in plan.layers
+        ]
         assert max(rooms) <= plan.dequantization_bytes(stage) <= max(rooms) + SLAB_ALIGNMENT * len(QUANTIZED_ROLES)
 
 
@@ -81,4 +97,6 @@ def test_layers_of_a_large_model_carry_like_shares(gpu: float, cpu: float) -> No
     layer_bytes = sum(t.num_bytes for t in plan.layers[0])
     for layer in range(plan.arch.num_layers):
         for tier, part in zip(TIERS, split.fractions, strict=True):
-            assert abs(sum(t.num_bytes for t in plan.layers[layer] if t.tier == tier) - part * layer_bytes) <= 2 * biggest
+            assert (
+                abs(sum(t.num_bytes for t in plan.layers[layer] if t.tier == tier) - part * layer_bytes) <= 2 * biggest
+            )

@@ -1,4 +1,5 @@
-"""Weights on their way: each layer computes with its own weights, however late they come, and no slab is overwritten while it is read."""
+"""Weights on their way: each layer computes with its own weights, however late they come, and no slab is overwritten
+while it is read."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ MIXED = Split(0.3, 0.3, 0.4)
 
 
 @contextmanager
-def open_store(arch: Arch, split: Split, bits: int = 16, late: float = 0.0, staged: bool = False) -> Iterator[tuple[WeightStore, TransferQueues]]:
+def open_store(
+    arch: Arch, split: Split, bits: int = 16, late: float = 0.0, staged: bool = False
+) -> Iterator[tuple[WeightStore, TransferQueues]]:
     with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
         store = WeightStore(plan_weights(arch, split, bits, 8, 4), tiers, queues, torch.float32, staged)
         loader = Loader(store, Path(folder) / "files", cache_quantized=False)
@@ -82,8 +85,17 @@ def sweep(store: WeightStore, arch: Arch, bits: int, count: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(split=splits(), layers=st.integers(1, 4), count=st.integers(1, 3), bits=st.sampled_from([16, 8, 4]), tied=st.booleans(), staged=st.booleans())
-def test_every_tick_of_every_pass_sees_its_layers_weights(split: Split, layers: int, count: int, bits: int, tied: bool, staged: bool) -> None:
+@given(
+    split=splits(),
+    layers=st.integers(1, 4),
+    count=st.integers(1, 3),
+    bits=st.sampled_from([16, 8, 4]),
+    tied=st.booleans(),
+    staged=st.booleans(),
+)
+def test_every_tick_of_every_pass_sees_its_layers_weights(
+    split: Split, layers: int, count: int, bits: int, tied: bool, staged: bool
+) -> None:
     arch = tiny_arch(layers, tied)
     with open_store(arch, split, bits, late=0.006, staged=staged) as (store, _):
         for _ in range(3):
@@ -138,12 +150,17 @@ def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it(staged: bool) -
 
 
 def test_weights_are_not_used_before_they_were_fetched() -> None:
-    with open_store(tiny_arch(2), MIXED) as (store, _), pytest.raises(AssertionError, match="layer 0 is used before it was fetched"):
+    with (
+        open_store(tiny_arch(2), MIXED) as (store, _),
+        pytest.raises(AssertionError, match="layer 0 is used before it was fetched"),
+    ):
         store.weights(0, "pre")
 
 
 @pytest.mark.parametrize("staged", [False, True])
-def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(staged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(
+    staged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arch = tiny_arch(3)
     with open_store(arch, Split(0, 0, 1), staged=staged) as (store, _):
         read = DiskFile.read
@@ -162,7 +179,8 @@ def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(staged: 
 
 
 def test_staging_is_filled_before_any_slab_is_free() -> None:
-    """A share of the disk is a few whole tensors: what reads them must not wait for the slab, which is free one layer before."""
+    """A share of the disk is a few whole tensors: what reads them must not wait for the slab, which is free one
+    layer before."""
     arch = tiny_arch(6)
     with open_store(arch, Split(0, 0.5, 0.5), staged=True) as (store, queues):
         ahead = store.read_ahead

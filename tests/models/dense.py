@@ -19,7 +19,9 @@ class DenseModel:
         self.arch, self.stages = arch, stages
         pages = -(-max_tokens // PAGE_TOKENS)
         # Pages of the sequences interleave, so that a wrong page table shows.
-        self.page_table = torch.arange(pages * num_sequences, dtype=torch.int32).view(pages, num_sequences).t().contiguous()
+        self.page_table = (
+            torch.arange(pages * num_sequences, dtype=torch.int32).view(pages, num_sequences).t().contiguous()
+        )
         shape = (pages * num_sequences * PAGE_TOKENS, 2, arch.num_kv_heads, arch.head_dim)
         self.caches = [torch.full(shape, float("nan")) for _ in range(arch.num_layers)]
         self.lengths = [0] * num_sequences
@@ -33,7 +35,9 @@ class DenseModel:
         """Logits [tokens of the chunk, vocab] of every sequence; a chunk may be empty."""
         counts = [len(chunk) for chunk in chunks]
         tokens = torch.tensor([token for chunk in chunks for token in chunk])
-        positions = torch.cat([torch.arange(start, start + count) for start, count in zip(self.lengths, counts, strict=True)])
+        positions = torch.cat(
+            [torch.arange(start, start + count) for start, count in zip(self.lengths, counts, strict=True)]
+        )
         sequence = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(counts))
         slots = self.page_table[sequence, positions // PAGE_TOKENS].long() * PAGE_TOKENS + positions % PAGE_TOKENS
         self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]
@@ -62,5 +66,9 @@ class DenseModel:
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         stage = self.stages[-1]
-        rows = stage["pos_embed.weight"][positions + self.arch.position_offset] if self.arch.position == "learned" else None
+        rows = (
+            stage["pos_embed.weight"][positions + self.arch.position_offset]
+            if self.arch.position == "learned"
+            else None
+        )
         return layers.embed(self.arch, stage, stage["embed.weight"][tokens], rows)

@@ -31,7 +31,15 @@ REQUIRED = {
         "ffn_dim",
         "word_embed_proj_dim",
     ),
-    *("max_position_embeddings", "n_positions", "num_key_value_heads", "head_dim", "text_config", "model_type", "layer_types"),
+    *(
+        "max_position_embeddings",
+        "n_positions",
+        "num_key_value_heads",
+        "head_dim",
+        "text_config",
+        "model_type",
+        "layer_types",
+    ),
 }
 
 
@@ -51,16 +59,26 @@ def test_keys_left_out_have_the_defaults_of_transformers(case):
     assert families.read_arch(sparse) == families.read_arch(full)
 
 
-ROTARY = [case for case in FAMILY_CASES if not case.startswith(("opt", "bloom", "gpt_big", "gpt2", "gptj", "codegen", "gemma3"))]
+ROTARY = [
+    case
+    for case in FAMILY_CASES
+    if not case.startswith(("opt", "bloom", "gpt_big", "gpt2", "gptj", "codegen", "gemma3"))
+]
 
 
 @pytest.mark.parametrize("case", ROTARY)
 def test_rope_keys_of_transformers_4(case):
     full = configuration(case).to_dict()
     rope = dict(full["rope_parameters"])
-    old = {key: value for key, value in full.items() if key not in ("rope_parameters", "dtype")} | {"torch_dtype": "float32"}
+    old = {key: value for key, value in full.items() if key not in ("rope_parameters", "dtype")} | {
+        "torch_dtype": "float32"
+    }
     theta, fraction = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
-    names = ("rotary_emb_base", "rotary_pct") if full["model_type"] == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    names = (
+        ("rotary_emb_base", "rotary_pct")
+        if full["model_type"] == "gpt_neox"
+        else ("rope_theta", "partial_rotary_factor")
+    )
     old |= {names[0]: theta} | ({} if fraction is None else {names[1]: fraction})
     kind = rope.pop("rope_type")
     old["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
@@ -79,7 +97,9 @@ def test_windows_without_layer_types(case):
     """Files of transformers 4 give the rule, not the layers."""
     full = configuration(case).to_dict()
     assert 0 < sum(families.read_arch(full).sliding_layers) < full["num_hidden_layers"]
-    assert families.read_arch({key: value for key, value in full.items() if key != "layer_types"}) == families.read_arch(full)
+    assert families.read_arch(
+        {key: value for key, value in full.items() if key != "layer_types"}
+    ) == families.read_arch(full)
 
 
 def test_mistral_files_without_a_window_have_that_of_the_first_release():
@@ -104,7 +124,14 @@ def test_dynamic_rope_past_the_trained_context_equals_generate(tmp_path):
     arch = checkpoint.read_arch(tmp_path)
     assert arch.max_positions == 120
     (prompt,), new = random_prompts([38]), 30
-    wanted = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+    wanted = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     dense = DenseModel(arch, checkpoint.load(tmp_path, arch, torch.float32), 1, 128)
     chunk = prompt
     for step in range(new):
@@ -112,7 +139,9 @@ def test_dynamic_rope_past_the_trained_context_equals_generate(tmp_path):
         torch.testing.assert_close(logits, wanted.logits[step][0], atol=5e-5, rtol=1e-5)
         chunk = [logits.argmax().item()]
         assert chunk == wanted.sequences[0, len(prompt) + step : len(prompt) + step + 1].tolist()
-    plain = layers.rope_tables(families.read_arch({**checkpoint.read_config(tmp_path), "rope_parameters": {"rope_theta": 10000.0}}))
+    plain = layers.rope_tables(
+        families.read_arch({**checkpoint.read_config(tmp_path), "rope_parameters": {"rope_theta": 10000.0}})
+    )
     assert not torch.allclose(dense.rope.cos[60], plain.cos[39])
 
 
@@ -150,7 +179,15 @@ def test_bad_configs_are_named(kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("opt-125m", 0.125), ("opt-350m", 0.331), ("opt-30b", 29.97), ("opt-175b", 174.6), ("llama-2-70b", 68.98), ("llama-3-8b", 8.03)]
+    ("name", "billions"),
+    [
+        ("opt-125m", 0.125),
+        ("opt-350m", 0.331),
+        ("opt-30b", 29.97),
+        ("opt-175b", 174.6),
+        ("llama-2-70b", 68.98),
+        ("llama-3-8b", 8.03),
+    ],
 )
 def test_public_shapes_have_their_published_size(name, billions):
     assert sum(spec.numel for spec in weight_specs(shape(name))) / 1e9 == pytest.approx(billions, rel=2e-3)
@@ -176,7 +213,9 @@ def test_shape_names():
 def test_dummy_weights_fill_everything_with_different_numbers(case):
     arch = families.read_arch(configuration(case).to_dict())
     pieces = list(dummy(arch, seed=3))
-    assert [(piece.layer, piece.role, tuple(piece.tensor.shape)) for piece in pieces] == [(spec.layer, spec.role, spec.shape) for spec in weight_specs(arch)]
+    assert [(piece.layer, piece.role, tuple(piece.tensor.shape)) for piece in pieces] == [
+        (spec.layer, spec.role, spec.shape) for spec in weight_specs(arch)
+    ]
     assert len({tuple(piece.tensor.flatten()[:4].tolist()) for piece in pieces}) == len(pieces)
     again, other = list(dummy(arch, seed=3)), list(dummy(arch, seed=4))
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(pieces, again, strict=True))

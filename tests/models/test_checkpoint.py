@@ -94,7 +94,10 @@ def test_bin_of_the_format_before_torch_1_6(folder, pristine):
     assert_same(folder, pristine / "llama")
 
 
-@pytest.mark.parametrize(("case", "old"), [("llama", "model."), ("opt", "model.decoder."), ("falcon-40b", "transformer."), ("codegen", "transformer.")])
+@pytest.mark.parametrize(
+    ("case", "old"),
+    [("llama", "model."), ("opt", "model.decoder."), ("falcon-40b", "transformer."), ("codegen", "transformer.")],
+)
 def test_names_without_the_prefix_of_the_base_model(pristine, tmp_path, case, old):
     folder = shutil.copytree(pristine / case, tmp_path / "model")
 
@@ -108,7 +111,10 @@ def test_names_without_the_prefix_of_the_base_model(pristine, tmp_path, case, ol
 
 def test_opt_names_with_decoder_only(pristine, tmp_path):
     folder = shutil.copytree(pristine / "opt", tmp_path / "model")
-    change(folder, lambda tensors: [tensors.__setitem__(name.removeprefix("model."), tensors.pop(name)) for name in list(tensors)])
+    change(
+        folder,
+        lambda tensors: [tensors.__setitem__(name.removeprefix("model."), tensors.pop(name)) for name in list(tensors)],
+    )
     assert_same(folder, pristine / "opt")
 
 
@@ -283,14 +289,23 @@ def lack(name):
 
 
 SPOILED = {
-    "missing": (lack("model.layers.1.self_attn.k_proj.weight"), r"lack layers\.1\.self_attn\.k_proj\.weight \[24, 60\]"),
+    "missing": (
+        lack("model.layers.1.self_attn.k_proj.weight"),
+        r"lack layers\.1\.self_attn\.k_proj\.weight \[24, 60\]",
+    ),
     "missing norm": (lack("model.norm.weight"), r"lack norm\.weight \[60\]"),
-    "unexpected bias": (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(72)}), r"q_proj\.bias \[72\] is not expected"),
+    "unexpected bias": (
+        lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(72)}),
+        r"q_proj\.bias \[72\] is not expected",
+    ),
     "mis-shaped": (
         lambda t: t.update({"model.layers.2.self_attn.v_proj.weight": torch.ones(25, 60)}),
         r"model\.layers\.2\.self_attn\.v_proj\.weight has shape \[25, 60\], wanted \[24, 60\]",
     ),
-    "twice": (lambda t: t.update({"layers.0.mlp.up_proj.weight": torch.ones(92, 60)}), r"stands for the same weights as"),
+    "twice": (
+        lambda t: t.update({"layers.0.mlp.up_proj.weight": torch.ones(92, 60)}),
+        r"stands for the same weights as",
+    ),
 }
 
 
@@ -322,7 +337,11 @@ def test_truncated_file_is_named(folder, form):
 def test_absent_shard_is_named(folder):
     shard_safetensors(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors does not exist; model\.safetensors\.index\.json expects \d+ tensors in it"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model-00002-of-00003\.safetensors does not exist; model\.safetensors\.index\.json expects \d+ "
+        r"tensors in it",
+    ):
         load(folder)
 
 
@@ -347,7 +366,11 @@ class Exploit:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_bin_is_never_executed(folder, tmp_path, zipped):
     (folder / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Exploit(tmp_path / "pwned")}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model.norm.weight": Exploit(tmp_path / "pwned")},
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is refused: .*nothing in a checkpoint is executed"):
         load(folder)
     assert not (tmp_path / "pwned").exists()
@@ -357,7 +380,11 @@ def test_code_beside_the_weights_is_never_executed(folder, tmp_path):
     """auto_map with a known model_type is ignored, with an unknown one it is an error that says so."""
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
     config = json.loads((folder / "config.json").read_text()) | {
-        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]}
+        "auto_map": {
+            "AutoConfig": "evil.Config",
+            "AutoModelForCausalLM": "evil.Model",
+            "AutoTokenizer": ["evil.T", None],
+        }
     }
     (folder / "config.json").write_text(json.dumps(config))
     load(folder)
@@ -370,10 +397,16 @@ def test_code_beside_the_weights_is_never_executed(folder, tmp_path):
 
 def test_folders_that_are_no_models(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, message in (("absent/at/all", "does not exist"), ("./absent", "does not exist"), (str(folder / "config.json"), "is a file")):
+    for name, message in (
+        ("absent/at/all", "does not exist"),
+        ("./absent", "does not exist"),
+        (str(folder / "config.json"), "is a file"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             resolve.resolve(name)
-    with pytest.raises(CheckpointError, match=r"'nobody/nothing' is no local folder and cannot be fetched .*--model demo"):
+    with pytest.raises(
+        CheckpointError, match=r"'nobody/nothing' is no local folder and cannot be fetched .*--model demo"
+    ):
         resolve.resolve("nobody/nothing")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         resolve.resolve(str(tmp_path))

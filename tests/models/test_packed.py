@@ -16,14 +16,27 @@ from flexbatch.models.specs import weight_specs
 from tests.models.dense import DenseModel
 from tests.tiny_models import make_model, random_prompts
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 GROUP = 32
 # AutoAWQ packs the outputs of a word in this order.
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 METHODS = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False},
-    "gptq_v2": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "checkpoint_format": "gptq_v2"},
+    "gptq_v2": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "checkpoint_format": "gptq_v2",
+    },
 }
 
 
@@ -47,7 +60,11 @@ def quantise(rows, columns, method, group, generator):
     scales = (0.02 + 0.02 * torch.rand(groups, rows, generator=generator)).half()
     meant = torch.stack([scales[k // group].float() * (codes[k] - zeros[k // group]) for k in range(columns)], dim=1)
     if method == "awq":
-        return {"qweight": pack_outputs(codes, AWQ_ORDER), "qzeros": pack_outputs(zeros, AWQ_ORDER), "scales": scales}, meant
+        return {
+            "qweight": pack_outputs(codes, AWQ_ORDER),
+            "qzeros": pack_outputs(zeros, AWQ_ORDER),
+            "scales": scales,
+        }, meant
     stored_zeros = zeros if method == "gptq_v2" else zeros - 1
     qweight = words(codes.unflatten(0, (-1, 8)).movedim(1, -1))
     g_idx = torch.arange(columns, dtype=torch.int32) // group
@@ -55,7 +72,8 @@ def quantise(rows, columns, method, group, generator):
 
 
 def make(folder, method, case="llama", group=GROUP, tokenizer=False, **overrides):
-    """Replace the matrices of the blocks in a tiny model by quantised ones. Returns the torch model with what they mean."""
+    """Replace the matrices of the blocks in a tiny model by quantised ones. Returns the torch model with what they
+    mean."""
     model = make_model(case, folder, tokenizer=tokenizer, **overrides)
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
     for name in list(tensors):
@@ -86,7 +104,10 @@ def read(folder, packed=False):
         stages.setdefault(spec.layer, {})[spec.role] = torch.full(spec.shape, float("nan"))
     for piece in checkpoint.stream(folder, arch, packed=packed):
         if isinstance(piece, QuantizedPiece):
-            assert piece.codes.dtype == torch.uint8 and piece.codes.shape[1] * 2 == stages[piece.layer][piece.role].shape[1]
+            assert (
+                piece.codes.dtype == torch.uint8
+                and piece.codes.shape[1] * 2 == stages[piece.layer][piece.role].shape[1]
+            )
             piece = piece.dense(torch.float32)
         stages[piece.layer][piece.role][piece.rows or slice(None)] = piece.tensor.float()
     return arch, stages
@@ -113,7 +134,9 @@ def test_interleaved_projections_stay_packed(method, tmp_path):
     model = make(tmp_path, method, "falcon-40b", **sizes)
     arch, stages = read(tmp_path, packed=True)
     (prompt,) = random_prompts([20])
-    torch.testing.assert_close(DenseModel(arch, stages, 1, 32).step([prompt])[0], model(torch.tensor([prompt])).logits[0], atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        DenseModel(arch, stages, 1, 32).step([prompt])[0], model(torch.tensor([prompt])).logits[0], atol=5e-5, rtol=1e-5
+    )
 
 
 def test_one_group_for_a_whole_row(tmp_path):
@@ -124,19 +147,33 @@ def test_one_group_for_a_whole_row(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "weight_bits", "percent"),
-    [("awq", 16, None), ("awq", 4, (0, 0, 100, 0, 100, 0)), ("gptq", 16, (0, 100, 30, 40, 50, 50)), ("gptq_v2", 4, (30, 40, 0, 100, 100, 0))],
+    [
+        ("awq", 16, None),
+        ("awq", 4, (0, 0, 100, 0, 100, 0)),
+        ("gptq", 16, (0, 100, 30, 40, 50, 50)),
+        ("gptq_v2", 4, (30, 40, 0, 100, 100, 0)),
+    ],
     ids=str,
 )
 @torch.no_grad()
 def test_engine_runs_packed_weights_as_they_are(method, weight_bits, percent, tmp_path):
-    """Their own bits win over --weight-bits; in float32 the parameters are exact, so the tokens are those of the meant matrices. A second start reuses them."""
+    """Their own bits win over --weight-bits; in float32 the parameters are exact, so the tokens are those of the
+    meant matrices. A second start reuses them."""
     model = make(tmp_path, method, tokenizer=True, **SIZES)
     prompts, read = random_prompts([3, 20]), []
     for _ in range(2):
-        settings = {"weight_bits": weight_bits, "percent": percent, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path / "offload")}
+        settings = {
+            "weight_bits": weight_bits,
+            "percent": percent,
+            "gpu_memory": "1GiB",
+            "cpu_memory": "1GiB",
+            "offload_dir": str(tmp_path / "offload"),
+        }
         with LLM(str(tmp_path), device="cpu", gpu_batch_size=1, num_gpu_batches=2, **settings) as llm:
             completions = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
-            assert {t.bits for t in llm.engine_plan.weight_plan.all_tensors if t.spec.role in ("qkv.weight", "down.weight")} == {4}
+            assert {
+                t.bits for t in llm.engine_plan.weight_plan.all_tensors if t.spec.role in ("qkv.weight", "down.weight")
+            } == {4}
             read.append(llm.report()["loaded_bytes"])
         for prompt, completion in zip(prompts, completions, strict=True):
             wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
@@ -147,7 +184,9 @@ def test_engine_runs_packed_weights_as_they_are(method, weight_bits, percent, tm
 def test_roles_that_are_packed_everywhere(tmp_path):
     make(tmp_path, "awq", **SIZES)
     arch = checkpoint.read_arch(tmp_path)
-    assert checkpoint.prequantized(tmp_path, arch) == dict.fromkeys(("qkv.weight", "o.weight", "gate_up.weight", "down.weight"), (4, GROUP))
+    assert checkpoint.prequantized(tmp_path, arch) == dict.fromkeys(
+        ("qkv.weight", "o.weight", "gate_up.weight", "down.weight"), (4, GROUP)
+    )
 
     def leave_alone(tensors):
         for suffix in ("qweight", "qzeros", "scales"):
@@ -161,7 +200,8 @@ def test_roles_that_are_packed_everywhere(tmp_path):
 @pytest.mark.parametrize("group", [32, 8])
 @pytest.mark.parametrize("weight_bits", [16, 4])
 def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
-    """Its own groups, a matrix that one layer has unquantised and so all have at --weight-bits, norms: as stored, byte for byte."""
+    """Its own groups, a matrix that one layer has unquantised and so all have at --weight-bits, norms: as stored,
+    byte for byte."""
     make(tmp_path, "gptq", group=group, tokenizer=True, **SIZES)
 
     def leave_alone(tensors):
@@ -170,13 +210,24 @@ def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
         tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(64, 96)
 
     change(tmp_path, leave_alone)
-    with LLM(str(tmp_path), device="cpu", weight_bits=weight_bits, gpu_memory="1GiB", cpu_memory="1GiB", offload_dir=str(tmp_path / "offload")) as llm:
+    with LLM(
+        str(tmp_path),
+        device="cpu",
+        weight_bits=weight_bits,
+        gpu_memory="1GiB",
+        cpu_memory="1GiB",
+        offload_dir=str(tmp_path / "offload"),
+    ) as llm:
         stored = llm.engine_plan.weight_plan.all_tensors
         assert {tensor.spec.role: tensor.group for tensor in stored}["o.weight"] == group
         assert [tensor.bits for tensor in stored if tensor.spec.role == "down.weight"] == [weight_bits] * 2
         assert llm.engine_plan.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in stored)
         assert llm.policy.weight_bits == 4
-        (need,) = (row["num_bytes"] for row in llm.plan(llm.config, llm.engine_plan.problem.job)["memory"] if row["what"] == "weights")
+        (need,) = (
+            row["num_bytes"]
+            for row in llm.plan(llm.config, llm.engine_plan.problem.job)["memory"]
+            if row["what"] == "weights"
+        )
         assert need == llm.tiers.gpu.used_bytes["weights"]
 
 
@@ -200,12 +251,17 @@ def test_activation_order_is_refused_and_a_regular_order_is_not(tmp_path):
     make(tmp_path, "gptq", **SIZES)
     configure(tmp_path, quantization_config={**METHODS["gptq"], "desc_act": True})
     assert packed_pieces(tmp_path)
-    change(tmp_path, lambda tensors: tensors["model.layers.1.mlp.up_proj.g_idx"].copy_(torch.arange(64).flip(0) // GROUP))
+    change(
+        tmp_path, lambda tensors: tensors["model.layers.1.mlp.up_proj.g_idx"].copy_(torch.arange(64).flip(0) // GROUP)
+    )
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.g_idx: .*desc_act=false"):
         packed_pieces(tmp_path)
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes", "bits": 4}, {"quant_method": "gptq", "bits": 8}, {"quant_method": "fp8"}])
+@pytest.mark.parametrize(
+    "quantization",
+    [{"quant_method": "bitsandbytes", "bits": 4}, {"quant_method": "gptq", "bits": 8}, {"quant_method": "fp8"}],
+)
 def test_other_quantisations_are_refused(tmp_path, quantization):
     make(tmp_path, "gptq", **SIZES)
     configure(tmp_path, quantization_config=quantization)
@@ -307,7 +363,10 @@ SPOILED = {
         lambda t: t.update({"model.layers.0.self_attn.o_proj.qweight": torch.zeros(9, 64, dtype=torch.int32)}),
         r"o_proj\.qweight has shape \[9, 64\], wanted \[8, 64\]",
     ),
-    "bias": (lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}), r"o_proj\.bias \[64\] is not expected"),
+    "bias": (
+        lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}),
+        r"o_proj\.bias \[64\] is not expected",
+    ),
     "all": (
         lambda t: [t.pop(f"model.layers.0.self_attn.o_proj.{s}") for s in ("qweight", "qzeros", "scales", "g_idx")],
         r"lack layers\.0\.self_attn\.o_proj\.weight",

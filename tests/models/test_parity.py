@@ -1,4 +1,5 @@
-"""Every family against transformers in float32: ragged prompts in one flat batch, whole and in chunks, against each prompt alone."""
+"""Every family against transformers in float32: ragged prompts in one flat batch, whole and in chunks, against each
+prompt alone."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ def test_logits_equal_transformers(tiny):
     wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
     whole = DenseModel(arch, stages, len(prompts), max(LENGTHS)).step(prompts)
     chunked_model, size = DenseModel(arch, stages, len(prompts), max(LENGTHS)), 23
-    chunks = [chunked_model.step([prompt[start : start + size] for prompt in prompts]) for start in range(0, max(LENGTHS), size)]
+    chunks = [
+        chunked_model.step([prompt[start : start + size] for prompt in prompts])
+        for start in range(0, max(LENGTHS), size)
+    ]
     chunked = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
     for w, a, b in zip(wanted, whole, chunked, strict=True):
         assert w.std() > 0.3, "logits without gaps would prove nothing"

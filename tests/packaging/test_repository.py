@@ -1,4 +1,5 @@
-"""What a newcomer relies on: the README's commands, the subcommands, and a repository root that breaks nobody's imports."""
+"""What a newcomer relies on: the README's commands, the subcommands, and a repository root that breaks nobody's
+imports."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ COMMANDS_OF_THE_README = ["pip install -e . && python -m flexbatch.run", 'pip in
 
 
 def first_bash_block() -> list[str]:
-    block = re.search(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    block = re.search(
+        r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     assert block is not None
     return block[1].splitlines()
 
@@ -36,11 +39,14 @@ def test_a_transformers_model_is_built_from_the_root() -> None:
     code = (
         "import torch\n"
         "from transformers import AutoModelForCausalLM, LlamaConfig\n"
-        "c = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)\n"
+        "c = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, "
+        "num_attention_heads=2)\n"
         "m = AutoModelForCausalLM.from_config(c)\n"
         "print(m(torch.arange(5)[None]).logits.shape[-1])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "64"
 
@@ -50,7 +56,9 @@ def test_the_layout_in_contributing_is_that_of_the_repository() -> None:
     files = set(re.findall(r"`(?:flexbatch/)?(\w+\.py)`", layout.partition("`tests/test_imports.py`")[0]))
     assert files == {path.name for path in (ROOT / "flexbatch").glob("*.py")} - {"__init__.py"}
     folders = set(re.findall(r"`flexbatch/(\w+)/`", layout))
-    assert folders == {path.parent.name for path in (ROOT / "flexbatch").glob("*/__init__.py") if not path.parent.is_symlink()}
+    assert folders == {
+        path.parent.name for path in (ROOT / "flexbatch").glob("*/__init__.py") if not path.parent.is_symlink()
+    }
 
 
 @pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])

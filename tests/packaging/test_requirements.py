@@ -14,7 +14,8 @@ IMPORTED_AS = {"pyyaml": "yaml", "scikit-learn": "sklearn", "huggingface-hub": "
 BRING_THEIR_OWN = {"helm", "ray", "lm_eval", "sklearn", "matplotlib"}
 """Modules of extras and of HELM's environment: what uses them says which extra to install."""
 COME_ALONG = {"fsspec": "datasets", "jinja2": "torch"}
-"""Modules that another requirement cannot be without. What transformers loads tokenizers with is required, and imported nowhere."""
+"""Modules that another requirement cannot be without. What transformers loads tokenizers with is required, and
+imported nowhere."""
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -47,17 +48,32 @@ def test_every_import_is_a_requirement_and_every_requirement_is_imported() -> No
     for folder in ("flexbatch", "policy", "kernels", "apps"):
         for name, places in third_party_imports(ROOT / folder).items():
             imported.setdefault(name, []).extend(places)
-    missing = {name: places for name, places in imported.items() if name not in required | BRING_THEIR_OWN and COME_ALONG.get(name) not in required}
+    missing = {
+        name: places
+        for name, places in imported.items()
+        if name not in required | BRING_THEIR_OWN and COME_ALONG.get(name) not in required
+    }
     assert not missing, "imported, and in no environment that install_requires makes"
     assert required - imported.keys() <= {"tokenizers"}, "required, and imported nowhere"
 
 
 def test_nothing_depends_on_what_only_the_tests_bring() -> None:
-    """A solver that was looked for and found wherever the extra `test` was installed made every check pass and every fresh environment fail."""
+    """A solver that was looked for and found wherever the extra `test` was installed made every check pass and every
+    fresh environment fail."""
     options, extras = setup_cfg()["options"], setup_cfg()["options.extras_require"]
-    for_users = modules_of("\n".join([options["install_requires"], *(extras[name] for name in ("lm-eval", "ray", "plot", "wrangle"))]))
+    for_users = modules_of(
+        "\n".join([options["install_requires"], *(extras[name] for name in ("lm-eval", "ray", "plot", "wrangle"))])
+    )
     only_tests = modules_of(extras["test"] + extras["dev"]) - for_users - {"flexbatch"}
-    wanted = re.compile(rf"""(?:import|from|find_spec\(["']|import_module\(["'])\s*({"|".join(map(re.escape, only_tests))})\b""")
-    files = [path for folder in ("flexbatch", "policy", "kernels", "apps") for path in sorted((ROOT / folder).rglob("*.py"))]
+    wanted = re.compile(
+        rf"""(?:import|from|find_spec\(["']|import_module\(["'])\s*({"|".join(map(re.escape, only_tests))})\b"""
+    )
+    files = [
+        path for folder in ("flexbatch", "policy", "kernels", "apps") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
     assert len(files) > 100
-    assert not {str(path.relative_to(ROOT)): wanted.findall(path.read_text(encoding="utf-8")) for path in files if wanted.search(path.read_text())}
+    assert not {
+        str(path.relative_to(ROOT)): wanted.findall(path.read_text(encoding="utf-8"))
+        for path in files
+        if wanted.search(path.read_text())
+    }

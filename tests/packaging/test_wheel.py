@@ -14,9 +14,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the committed and new files, without isolation: nothing is downloaded, and no build folder is left in the tree."""
+    """Built from a copy of the committed and new files, without isolation: nothing is downloaded, and no build
+    folder is left in the tree."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     for name in (name for name in names if not name.startswith("tests/") and (ROOT / name).exists()):
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -33,10 +36,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_package_and_its_data_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    data = [f"data/{model}/{file}" for model in ("demo", "demo-draft") for file in ("config.json", "model.safetensors", "tokenizer.json", "README.md")]
-    linked = ["policy/policy.py", "policy/profiles/t4.json", "kernels/reference.py", "kernels/native_attention.c", "kernels/native_rows.h", "apps/jobs/plan.py"]
+    data = [
+        f"data/{model}/{file}"
+        for model in ("demo", "demo-draft")
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "README.md")
+    ]
+    linked = [
+        "policy/policy.py",
+        "policy/profiles/t4.json",
+        "kernels/reference.py",
+        "kernels/native_attention.c",
+        "kernels/native_rows.h",
+        "apps/jobs/plan.py",
+    ]
     assert not {f"flexbatch/{name}" for name in ("engine.py", "models/families.py", *data, *linked)} - set(names)
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"flexbatch"}, "only flexbatch may be a top-level name"
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"flexbatch"}, (
+        "only flexbatch may be a top-level name"
+    )
     assert not [name for name in names if name.endswith("kernels/__init__.py")]
 
 
@@ -47,7 +63,8 @@ def test_wheel_runs_outside_the_root(wheel: Path, tmp_path: Path) -> None:
         "import flexbatch.kernels.reference, flexbatch.policy.policy, flexbatch.apps\n"
         "from flexbatch import LLM, SamplingParams\n"
         "with LLM('demo', device='cpu') as llm:\n"
-        "    print(len(llm.generate(['import os'], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))[0].token_ids), llm.decided.folder)\n"
+        "    print(len(llm.generate(['import os'], SamplingParams(max_tokens=3, temperature=0, "
+        "ignore_eos=True))[0].token_ids), llm.decided.folder)\n"
     )
     environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

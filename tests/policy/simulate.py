@@ -1,8 +1,10 @@
-"""A pass walked tick by tick with the rates of the cost model: sequence by sequence, no averages, no affine forms. The check of the closed form.
+"""A pass walked tick by tick with the rates of the cost model: sequence by sequence, no averages, no affine forms. The
+check of the closed form.
 
-Every resource is a queue that serves one task at a time in the order of issue. A tick waits for its layer's weights, its micro-batch's pages
-and hidden states, and for the CPU attention of two ticks before (of the last tick, when there is one micro-batch only). With a tick start the
-copies to the GPU for the next tick, one K-th of the next layer's weights, and the disk reads for the tick after it and for the layer after it.
+Every resource is a queue that serves one task at a time in the order of issue. A tick waits for its layer's weights,
+its micro-batch's pages and hidden states, and for the CPU attention of two ticks before (of the last tick, when
+there is one micro-batch only). With a tick start the copies to the GPU for the next tick, one K-th of the next
+layer's weights, and the disk reads for the tick after it and for the layer after it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class _TickCosts:
         away = [s for s in sequences if s.home != "gpu"]
         gathered = [s for s in away if not s.attended_on_cpu and s.before + (not s.prompt) * s.query_tokens]
         pages = sum(row * (s.before if s.prompt else s.before + 1 + (PAGE_TOKENS - 1) / 2) for s in gathered)
-        disk_pages = sum(row * (s.before if s.prompt else s.before + 1 + (PAGE_TOKENS - 1) / 2) for s in gathered if s.home == "disk")
+        disk_pages = sum(
+            row * (s.before if s.prompt else s.before + 1 + (PAGE_TOKENS - 1) / 2) for s in gathered if s.home == "disk"
+        )
         fresh = row * sum(s.query_tokens for s in away)
         attended = [s for s in sequences if s.attended_on_cpu]
         exchanged = sum(s.query_tokens for s in attended) * shape.num_heads * shape.head_dim * shape.element_bytes
@@ -61,16 +65,24 @@ class _TickCosts:
         self.h2d = pages / hardware.gather + (hidden + exchanged) / hardware.h2d
         self.d2h = fresh / hardware.scatter + (hidden + exchanged) / hardware.d2h
         self.disk_read = (disk_pages + hidden_disk) / hardware.disk_read
-        self.disk_write = (row * sum(s.query_tokens for s in sequences if s.home == "disk") + hidden_disk) / hardware.disk_write
+        self.disk_write = (
+            row * sum(s.query_tokens for s in sequences if s.home == "disk") + hidden_disk
+        ) / hardware.disk_write
         rate = hardware.cpu_attention_rate(shape.num_heads / shape.num_kv_heads, policy.cache_bits)
         self.cpu_attention = sum(shape.token_bytes(16) * (s.before + 1) for s in attended) / rate
         self.gpu = self._gpu(sequences, tokens, row)
         rows = sum((s.query_tokens if not s.prompt else 1) for s in sequences if s.needs_logits)
-        self.head = float(hardware.gemm_seconds(shape.head_elements, rows, shape.element_bytes)) + 12 * rows * shape.vocab_size / hardware.gpu_bandwidth
+        self.head = (
+            float(hardware.gemm_seconds(shape.head_elements, rows, shape.element_bytes))
+            + 12 * rows * shape.vocab_size / hardware.gpu_bandwidth
+        )
 
     def _gpu(self, sequences: Sequence[SimulatedSequence], tokens: int, row: int) -> float:
         shape, hardware = self.shape, self.hardware
-        seconds = float(hardware.gemm_seconds(shape.block_elements, tokens, shape.element_bytes)) + 2 * tokens * shape.workspace_bytes / hardware.gpu_bandwidth
+        seconds = (
+            float(hardware.gemm_seconds(shape.block_elements, tokens, shape.element_bytes))
+            + 2 * tokens * shape.workspace_bytes / hardware.gpu_bandwidth
+        )
         for s in sequences:
             if s.prompt:
                 pairs = sum(s.before + i + 1 for i in range(s.query_tokens))
@@ -86,19 +98,31 @@ class _TickCosts:
 class _Walk:
     """The state of a walk: when every queue is free and when every tick's data, weights and attention are there."""
 
-    def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, sequences: Sequence[SimulatedSequence], passes: int):
+    def __init__(
+        self, shape: ModelShape, hardware: Hardware, policy: Policy, sequences: Sequence[SimulatedSequence], passes: int
+    ):
         count = policy.num_gpu_batches
         self.shape, self.hardware, self.policy, self.count = shape, hardware, policy, count
-        self.costs = [_TickCosts(shape, hardware, policy, [s for s in sequences if s.micro_batch == k]) for k in range(count)]
+        self.costs = [
+            _TickCosts(shape, hardware, policy, [s for s in sequences if s.micro_batch == k]) for k in range(count)
+        ]
         self.queues = {name: _Queue() for name in ("h2d", "d2h", "disk", "gpu", "cpu_attention")}
-        self.ticks = [(number, tick.layer, tick.micro_batch) for number in range(passes) for tick in zigzag(shape.num_layers + 1, count)]
+        self.ticks = [
+            (number, tick.layer, tick.micro_batch)
+            for number in range(passes)
+            for tick in zigzag(shape.num_layers + 1, count)
+        ]
         self.weights_ready, self.weights_read = {0: 0.0}, {0: 0.0, 1: 0.0}
         self.data_ready, self.data_read = [0.0], [0.0, 0.0]
         self.attention_done, self.ends = [0.0] * min(2, count), [0.0]
 
     def cost_of(self, index: int) -> _TickCosts | None:
         """Of a tick that has a cache; None for the head and behind the end."""
-        return self.costs[self.ticks[index][2]] if index < len(self.ticks) and self.ticks[index][1] < self.shape.num_layers else None
+        return (
+            self.costs[self.ticks[index][2]]
+            if index < len(self.ticks) and self.ticks[index][1] < self.shape.num_layers
+            else None
+        )
 
     def stored_bytes(self, stage: int) -> int:
         """Weights of a stage as they are stored: the head keeps 16 bits."""
@@ -114,7 +138,9 @@ class _Walk:
         """What starts with tick ``index``: disk reads for two ticks and layers on, copies for one."""
         later, following = self.cost_of(index + 2), self.cost_of(index + 1)
         self.data_read.append(self.serve("disk", start, later.disk_read if later else 0.0))
-        self.data_ready.append(self.serve("h2d", max(start, self.data_read[index + 1]), following.h2d if following else 0.0))
+        self.data_ready.append(
+            self.serve("h2d", max(start, self.data_read[index + 1]), following.h2d if following else 0.0)
+        )
         weights = self.policy.weights
         on_disk = self.stored_bytes(stage + 2) / self.count * weights.disk / self.hardware.disk_read
         self.weights_read[stage + 2] = self.serve("disk", start, on_disk)
@@ -135,10 +161,13 @@ class _Walk:
             self.serve("disk", max(end, self.serve("d2h", end, cost.d2h)), cost.disk_write)
 
 
-def simulate(shape: ModelShape, hardware: Hardware, policy: Policy, sequences: Sequence[SimulatedSequence], passes: int = 4) -> float:
+def simulate(
+    shape: ModelShape, hardware: Hardware, policy: Policy, sequences: Sequence[SimulatedSequence], passes: int = 4
+) -> float:
     """Seconds of one pass once the pipeline is full: the mean over all but the first of ``passes`` equal passes.
 
-    CPU attention and the link do not slow each other here, and launching costs nothing: both are terms that the closed form adds.
+    CPU attention and the link do not slow each other here, and launching costs nothing: both are terms that the
+    closed form adds.
     """
     walk = _Walk(shape, hardware, policy, sequences, passes)
     first_pass_end = 0.0

@@ -38,11 +38,16 @@ def free_launch(name: str) -> Hardware:
 
 
 def block(policy: Policy, context: int, chunk: int = 0, before: int = 0) -> tuple[list[SimulatedSequence], PassLoad]:
-    """Every micro-batch with the same mix of homes; ``chunk``: each also brings that many prompt tokens of one more sequence."""
+    """Every micro-batch with the same mix of homes; ``chunk``: each also brings that many prompt tokens of one more
+    sequence."""
     size, cache = policy.gpu_batch_size, policy.cache
     on_cpu, on_disk = round(size * cache.cpu), round(size * cache.disk)
     attended = round(on_cpu * policy.cpu_attention)
-    homes = [("cpu", i < attended) for i in range(on_cpu)] + [("disk", False)] * on_disk + [("gpu", False)] * (size - on_cpu - on_disk)
+    homes = (
+        [("cpu", i < attended) for i in range(on_cpu)]
+        + [("disk", False)] * on_disk
+        + [("gpu", False)] * (size - on_cpu - on_disk)
+    )
     sequences, load = [], PassLoad()
     for k in range(policy.num_gpu_batches):
         for home, on_cpu_attended in homes:
@@ -97,7 +102,9 @@ def test_prefill_pass_is_the_walk(before):
     hardware, shape = free_launch("t4"), public_shape("opt-30b")
     policy = Policy(Split(0.2, 0.8), Split(0, 1), Split(0, 1), 48, 3)
     sequences = [SimulatedSequence(k, "cpu", 512, before, prompt=True) for k in range(3) for _ in range(48)]
-    closed = float(PassModel(shape, hardware, policy, PassLoad.prefill(144, 512, before)).pass_seconds(point_of(policy)))
+    closed = float(
+        PassModel(shape, hardware, policy, PassLoad.prefill(144, 512, before)).pass_seconds(point_of(policy))
+    )
     assert closed == pytest.approx(simulate(shape, hardware, policy, sequences), rel=0.02)
 
 
@@ -126,7 +133,9 @@ def test_weights_on_disk_cross_both_the_disk_and_the_link():
 
 def test_a_disk_reads_and_writes_in_turn():
     policy = Policy(Split(1, 0), Split(0, 0, 1), Split(1, 0), 2, 2)
-    seconds = PassModel(TINY, small(), policy, PassLoad.decode(4, 100) + PassLoad.prefill(4, 50)).resource_seconds(point_of(policy))
+    seconds = PassModel(TINY, small(), policy, PassLoad.decode(4, 100) + PassLoad.prefill(4, 50)).resource_seconds(
+        point_of(policy)
+    )
     assert min(seconds["disk_read"], seconds["disk_write"]) > 0
     assert seconds["disk_read + disk_write"] == pytest.approx(seconds["disk_read"] + seconds["disk_write"])
 
@@ -151,7 +160,9 @@ def test_no_overlap_costs_the_sum():
     seconds = model.resource_seconds(point_of(policy))
     in_turn = sum(seconds[n] for n in ("h2d", "d2h", "gpu_compute"))
     assert float(serial.pass_seconds(point_of(policy))) == pytest.approx(in_turn)
-    settled = PassModel(public_shape("opt-6.7b"), small(settle_seconds=1e-3), dataclasses.replace(policy, overlap=False), load)
+    settled = PassModel(
+        public_shape("opt-6.7b"), small(settle_seconds=1e-3), dataclasses.replace(policy, overlap=False), load
+    )
     assert float(settled.pass_seconds(point_of(policy))) == pytest.approx(in_turn + 33 * 2 * 1e-3)
 
 
@@ -176,15 +187,24 @@ def test_launch_cost_counts_every_tick():
     ],
 )
 def test_what_is_staged_or_fetched_is_launched_too(weights, cache, share, load, staged, fetched):
-    """A single micro-batch has nothing ahead to launch: it comes on top. With two it matters where it takes longer than the busiest resource."""
-    shape, slow, fast = public_shape("opt-6.7b"), small(staging_seconds=10.0, fetch_seconds=1e-2), small(staging_seconds=1e-9, fetch_seconds=1e-9)
+    """A single micro-batch has nothing ahead to launch: it comes on top. With two it matters where it takes longer
+    than the busiest resource."""
+    shape, slow, fast = (
+        public_shape("opt-6.7b"),
+        small(staging_seconds=10.0, fetch_seconds=1e-2),
+        small(staging_seconds=1e-9, fetch_seconds=1e-9),
+    )
     one = Policy(weights, cache, Split(1, 0), 16, 1, cpu_attention=share)
     two = Policy(weights, cache, Split(1, 0), 8, 2, cpu_attention=share)
     each = staged * 10.0 + fetched * 1e-2
     for policy in (one, dataclasses.replace(two, overlap=False)):
-        assert float(PassModel(shape, slow, policy, load).launched(point_of(policy))) == pytest.approx(32 * policy.num_gpu_batches * each)
+        assert float(PassModel(shape, slow, policy, load).launched(point_of(policy))) == pytest.approx(
+            32 * policy.num_gpu_batches * each
+        )
     assert float(PassModel(shape, slow, two, load).launched(point_of(two))) == 0
-    hidden, shown, none = (float(PassModel(shape, hardware, two, load).pass_seconds(point_of(two))) for hardware in (fast, slow, small()))
+    hidden, shown, none = (
+        float(PassModel(shape, hardware, two, load).pass_seconds(point_of(two))) for hardware in (fast, slow, small())
+    )
     assert hidden == none
     assert max(none, 32 * 2 * each) <= shown <= none + 32 * 2 * each
 
@@ -195,9 +215,17 @@ def test_quantised_rows_are_expanded_at_their_own_rate():
     assert hardware.cpu_attention_rate(1) == hardware.cpu_attention.values[0]
     assert [hardware.cpu_attention_rate(heads, cache_bits=8) for heads in (1, 4, 8)] == [5e10, 3e10, 1.5e10]
     assert hardware.cpu_attention_rate(4, cache_bits=4) == 2e10
-    assert dataclasses.replace(hardware, cpu_attention_8=None).cpu_attention_rate(1, cache_bits=8) == hardware.cpu_attention.values[0]
+    assert (
+        dataclasses.replace(hardware, cpu_attention_8=None).cpu_attention_rate(1, cache_bits=8)
+        == hardware.cpu_attention.values[0]
+    )
     policy = Policy(Split(1, 0), Split(0, 1), Split(1, 0), 8, 2, cache_bits=8, cpu_attention=1.0)
-    model = PassModel(public_shape("opt-6.7b"), dataclasses.replace(hardware, cpu_attention_seconds=0.0), policy, PassLoad.decode(16, 500))
+    model = PassModel(
+        public_shape("opt-6.7b"),
+        dataclasses.replace(hardware, cpu_attention_seconds=0.0),
+        policy,
+        PassLoad.decode(16, 500),
+    )
     seconds = model.resource_seconds(point_of(policy))["cpu_attention"]
     assert float(seconds) == pytest.approx(32 * 16 * 500 * 2 * 4096 * 2 / 5e10)
 
@@ -209,7 +237,10 @@ def test_half_of_a_last_tile_is_empty():
     for bits, rate in ((16, exact.attention_decode), (4, exact.quantized_attention)):
         for attended, read in ((0.0, 24), (0.25, 18)):
             policy = Policy(Split(1, 0), Split(0, 1), Split(1, 0), 12, 2, cache_bits=bits, cpu_attention=attended)
-            before, after = (float(PassModel(shape, hardware, policy, load).resource_seconds(point_of(policy))["gpu_compute"]) for hardware in (exact, tiled))
+            before, after = (
+                float(PassModel(shape, hardware, policy, load).resource_seconds(point_of(policy))["gpu_compute"])
+                for hardware in (exact, tiled)
+            )
             assert after - before == pytest.approx(32 * read * 32 * 2 * 4096 * 2 / rate)
 
 
@@ -218,9 +249,14 @@ def test_a_graph_launches_by_layer():
     policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 24, 1)
     shape = public_shape("opt-6.7b")
     hardware = dataclasses.replace(load_hardware("h200"), launch_seconds=1e-3, graph_seconds=0.0)
-    for load, seconds in ((PassLoad.decode(24, 500), 33 * 2e-4), (PassLoad.decode(24, 500) + PassLoad.prefill(1, 64), 0.0)):
+    for load, seconds in (
+        (PassLoad.decode(24, 500), 33 * 2e-4),
+        (PassLoad.decode(24, 500) + PassLoad.prefill(1, 64), 0.0),
+    ):
         base = PassModel(shape, hardware, policy, load).pass_seconds(point_of(policy))
-        found = PassModel(shape, dataclasses.replace(hardware, graph_seconds=2e-4), policy, load).pass_seconds(point_of(policy))
+        found = PassModel(shape, dataclasses.replace(hardware, graph_seconds=2e-4), policy, load).pass_seconds(
+            point_of(policy)
+        )
         assert float(found) == pytest.approx(float(base) + seconds)
 
 
@@ -228,7 +264,9 @@ def test_every_sequence_costs_the_host():
     policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 3)
     load, shape = PassLoad.decode(24, 500) + PassLoad.prefill(2, 100), public_shape("opt-6.7b")
     base = float(PassModel(shape, small(), policy, load).pass_seconds(point_of(policy)))
-    assert float(PassModel(shape, small(sequence_seconds=1e-4), policy, load).pass_seconds(point_of(policy))) == pytest.approx(base + 26e-4)
+    assert float(
+        PassModel(shape, small(sequence_seconds=1e-4), policy, load).pass_seconds(point_of(policy))
+    ) == pytest.approx(base + 26e-4)
 
 
 def test_fixed_costs_of_cpu_attention_and_of_disk_pages():
@@ -239,7 +277,9 @@ def test_fixed_costs_of_cpu_attention_and_of_disk_pages():
     slow = small(cpu_attention_seconds=1.0, exchange_seconds=10.0, disk_read_seconds=100.0)
     for policy in (one, two):
         point, calls = point_of(policy), 32 * policy.num_gpu_batches * 0.5
-        base, costly = (PassModel(shape, hardware, policy, load).resource_seconds(point) for hardware in (small(), slow))
+        base, costly = (
+            PassModel(shape, hardware, policy, load).resource_seconds(point) for hardware in (small(), slow)
+        )
         # As many with a few sequences attended as with all.
         assert costly["cpu_attention"] - base["cpu_attention"] == pytest.approx(2 * calls)
         assert costly["disk_read"] - base["disk_read"] == pytest.approx(100 * (calls + 32 * 24 / 4 * 0.5))

@@ -55,13 +55,29 @@ def test_json_has_the_promised_names(capsys):
     assert data["predicted_tokens_per_second"] <= data["bound_tokens_per_second"]
     assert data["limiting_resource"] in data["resource_seconds"] or data["limiting_resource"] == "launch"
     assert sum(data["splits_percent"]["weights"].values()) == pytest.approx(100)
-    assert data["bytes"]["weights"]["gpu"] + data["bytes"]["weights"]["cpu"] == pytest.approx(2 * public_shape("opt-6.7b").total_elements, rel=0.01)
+    assert data["bytes"]["weights"]["gpu"] + data["bytes"]["weights"]["cpu"] == pytest.approx(
+        2 * public_shape("opt-6.7b").total_elements, rel=0.01
+    )
     assert all(size >= 0 for size in data["free_bytes"].values())
 
 
 def test_sweep_grows_with_memory_and_is_drawn(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    assert main([*ARGUMENTS[:4], "--sweep", "gpu_memory=2GiB:24GiB:3", "--gpu-batch-size", "64", "--json", "--plot", str(tmp_path / "s.png")]) == 0
+    assert (
+        main(
+            [
+                *ARGUMENTS[:4],
+                "--sweep",
+                "gpu_memory=2GiB:24GiB:3",
+                "--gpu-batch-size",
+                "64",
+                "--json",
+                "--plot",
+                str(tmp_path / "s.png"),
+            ]
+        )
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)
     rates = [row["plan"]["predicted_tokens_per_second"] if row["plan"] else 0 for row in rows]
     assert len(rates) == 3 and rates == sorted(rates) and rates[-1] > rates[0]
@@ -99,13 +115,19 @@ def test_exit_codes(extra, code, words, capsys):
 
 def test_help_answers_without_heavy_imports():
     start = time.perf_counter()
-    code = "import sys; from flexbatch.policy.__main__ import parser; parser().format_help(); print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys; from flexbatch.policy.__main__ import parser; parser().format_help(); print([m for m in "
+        "('torch', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize("name, billions", [("opt-30b", 30.0), ("opt-175b", 174.6), ("llama-3-8b", 8.03), ("llama-3-70b", 70.6), ("llama-3.2-1b", 1.236)])
+@pytest.mark.parametrize(
+    "name, billions",
+    [("opt-30b", 30.0), ("opt-175b", 174.6), ("llama-3-8b", 8.03), ("llama-3-70b", 70.6), ("llama-3.2-1b", 1.236)],
+)
 def test_public_shapes_have_their_size(name, billions):
     assert public_shape(name).total_elements == pytest.approx(billions * 1e9, rel=0.005)
     assert name in names()

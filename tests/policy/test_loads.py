@@ -81,8 +81,12 @@ def test_fluid_follows_the_walk(sequences, budget):
     loads, counts = trajectory(workload, policy)
     phases = job_phases(workload, policy)
     assert sum(count for _, count in phases) == pytest.approx(counts.sum(), rel=0.1)
-    assert sum(count * load.prompt_tokens for load, count in phases) == pytest.approx(float(np.sum(counts * loads.prompt_tokens)), rel=0.05)
-    assert sum(count * load.decode_sequences for load, count in phases) == pytest.approx(float(np.sum(counts * loads.decode_sequences)), rel=0.1)
+    assert sum(count * load.prompt_tokens for load, count in phases) == pytest.approx(
+        float(np.sum(counts * loads.prompt_tokens)), rel=0.05
+    )
+    assert sum(count * load.decode_sequences for load, count in phases) == pytest.approx(
+        float(np.sum(counts * loads.decode_sequences)), rel=0.1
+    )
 
 
 def test_merged_lengths_keep_their_sums():
@@ -95,5 +99,10 @@ def test_merged_lengths_keep_their_sums():
 
 def test_loads_add_and_scale():
     total = (PassLoad.decode(4, 100) + PassLoad.prefill(2, 50, before=10)).scaled(2)
-    assert (total.decode_context, total.prompt_tokens, total.prompt_context, total.finished_prompts) == (800, 200, 40, 4)
+    assert (total.decode_context, total.prompt_tokens, total.prompt_context, total.finished_prompts) == (
+        800,
+        200,
+        40,
+        4,
+    )
     assert total.prompt_pairs == 2 * 2 * sum(range(11, 61))

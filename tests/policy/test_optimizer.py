@@ -36,7 +36,10 @@ def instance(model="opt-30b", machine="h200", gpu=16, cpu=96, batch=24, count=3,
     policy = Policy(one, one, one, batch, count, *bits, prefill_budget=512)
     load, _ = steady_load(WORKLOAD, policy)
     phases = [(PassModel(shape, hardware, policy, load), 1.0)]
-    memory = {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in memory_rows(shape, hardware, WORKLOAD, policy).items()}
+    memory = {
+        tier: np.sum(list(kinds.values()), axis=0)
+        for tier, kinds in memory_rows(shape, hardware, WORKLOAD, policy).items()
+    }
     return shape, hardware, policy, phases, memory
 
 
@@ -51,7 +54,8 @@ INSTANCES = [
 
 
 def by_interior_points(phases, memory, room) -> float:
-    """The same program, written down a second time for another algorithm: interior points instead of the simplex method."""
+    """The same program, written down a second time for another algorithm: interior points instead of the simplex
+    method."""
     stages, constant = time_rows(phases)
     n = len(VARIABLES)
     cost = np.r_[np.zeros(n), [weight for weight, _ in stages]]
@@ -68,7 +72,15 @@ def by_interior_points(phases, memory, room) -> float:
     attended = np.zeros(n + len(stages))
     attended[VARIABLES.index("attended")], attended[VARIABLES.index("cache_cpu")] = 1, -1
     sums = [np.r_[[float(name.startswith(kind)) for name in VARIABLES], np.zeros(len(stages))] for kind in KINDS]
-    result = linprog(cost, np.array([*upper, attended]), [*limits, 0.0], np.array(sums), np.ones(3), [(0, 1)] * n + [(0, None)] * len(stages), "highs-ipm")
+    result = linprog(
+        cost,
+        np.array([*upper, attended]),
+        [*limits, 0.0],
+        np.array(sums),
+        np.ones(3),
+        [(0, 1)] * n + [(0, None)] * len(stages),
+        "highs-ipm",
+    )
     assert result.status == 0
     return constant + result.fun
 
@@ -79,7 +91,8 @@ def test_program_agrees_with_interior_points(options):
     found = solve(phases, memory, capacity(hardware), Constraints())
     assert found is not None
     assert found.seconds == pytest.approx(by_interior_points(phases, memory, capacity(hardware)), rel=1e-4)
-    # What the program promises is what the cost model says of its point, but for what a placement launches, which it cannot know.
+    # What the program promises is what the cost model says of its point, but for what a placement launches, which it
+    # cannot know.
     model = phases[0][0]
     launched = float(model.launched(found.point) - model.launch_seconds)
     assert float(model.pass_seconds(found.point)) == pytest.approx(found.seconds + launched, rel=1e-4)
@@ -93,10 +106,20 @@ def test_no_grid_point_is_better(options):
     steps = np.linspace(0, 1, 11)
     splits = [(a, b, 1 - a - b) for a, b in itertools.product(steps, steps) if a + b <= 1 + 1e-9]
     best = np.inf
-    points = np.array([[1.0, *w, *c, *a, c[1] * share] for w in splits for c in splits for a in ((1, 0, 0), (0, 1, 0)) for share in np.linspace(0, 1, 6)])
+    points = np.array(
+        [
+            [1.0, *w, *c, *a, c[1] * share]
+            for w in splits
+            for c in splits
+            for a in ((1, 0, 0), (0, 1, 0))
+            for share in np.linspace(0, 1, 6)
+        ]
+    )
     fits = np.all([points @ memory[tier] <= room[tier] for tier in room], axis=0)
     assert fits.any()
-    times = sum(stage.count * np.max([points @ row for row in stage.seconds.values()], axis=0) for stage in model.stages)
+    times = sum(
+        stage.count * np.max([points @ row for row in stage.seconds.values()], axis=0) for stage in model.stages
+    )
     best = float(times[fits].min()) + model.launch_seconds
     assert found.seconds <= best * 1.0001
 
@@ -187,7 +210,8 @@ def test_disk_only_when_memory_is_short():
 
 @pytest.mark.parametrize(("model", "bits", "cpu"), [("llama-3-70b", 4, 200), ("opt-6.7b", 16, 14)])
 def test_the_disk_is_used_for_a_gain_or_not_at_all(model, bits, cpu):
-    """Where compute limits, a block that is a little larger on the disk is predicted as little faster, and writes tens of GiB first."""
+    """Where compute limits, a block that is a little larger on the disk is predicted as little faster, and writes
+    tens of GiB first."""
     machine, shape = load_hardware("t4").with_memory(cpu=cpu * GIB), public_shape(model)
     given = Constraints(weight_bits=(bits,), cache_bits=(bits,))
     plan = choose(shape, machine, WORKLOAD, given)
@@ -202,21 +226,43 @@ def test_the_disk_is_used_for_a_gain_or_not_at_all(model, bits, cpu):
 
 
 def test_more_sequences_when_host_memory_grows():
-    blocks = [choose(public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=16 * GIB, cpu=cpu * GIB), WORKLOAD).policy.block_size for cpu in (60, 120)]
+    blocks = [
+        choose(
+            public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=16 * GIB, cpu=cpu * GIB), WORKLOAD
+        ).policy.block_size
+        for cpu in (60, 120)
+    ]
     assert blocks[0] < blocks[1]
 
 
 def test_what_the_user_fixed_stays():
-    given = Constraints(percent=(20, 80, 0, 100, None, None), gpu_batch_size=20, num_gpu_batches=2, cpu_attention=0.25, prefill_chunk=128, prefill_budget=256)
+    given = Constraints(
+        percent=(20, 80, 0, 100, None, None),
+        gpu_batch_size=20,
+        num_gpu_batches=2,
+        cpu_attention=0.25,
+        prefill_chunk=128,
+        prefill_budget=256,
+    )
     policy = choose(public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=24 * GIB), WORKLOAD, given).policy
     assert policy.weights.fractions == pytest.approx((0.2, 0.8, 0))
     assert policy.cache.fractions == pytest.approx((0, 1, 0))
-    assert (policy.gpu_batch_size, policy.num_gpu_batches, policy.prefill_chunk, policy.prefill_budget) == (20, 2, 128, 256)
+    assert (policy.gpu_batch_size, policy.num_gpu_batches, policy.prefill_chunk, policy.prefill_budget) == (
+        20,
+        2,
+        128,
+        256,
+    )
     assert policy.cpu_attention == 0.25
 
 
 def test_a_fixed_size_leaves_the_other_free():
-    plan = choose(public_shape("opt-6.7b"), load_hardware("h200").with_memory(gpu=24 * GIB), WORKLOAD, Constraints(gpu_batch_size=13))
+    plan = choose(
+        public_shape("opt-6.7b"),
+        load_hardware("h200").with_memory(gpu=24 * GIB),
+        WORKLOAD,
+        Constraints(gpu_batch_size=13),
+    )
     assert plan.policy.gpu_batch_size == 13
 
 
@@ -226,7 +272,12 @@ def test_refusal_says_what_is_missing():
     text = str(refusal.value)
     assert "weight slabs" in text and "--gpu-memory" in text
     with pytest.raises(DoesNotFit) as refusal:
-        choose(public_shape("opt-30b"), load_hardware("h200"), WORKLOAD, Constraints(percent=(100, 0, 100, 0, 100, 0), gpu_batch_size=4000, num_gpu_batches=1))
+        choose(
+            public_shape("opt-30b"),
+            load_hardware("h200"),
+            WORKLOAD,
+            Constraints(percent=(100, 0, 100, 0, 100, 0), gpu_batch_size=4000, num_gpu_batches=1),
+        )
     assert "--percent" in str(refusal.value)
 
 
@@ -235,7 +286,10 @@ def test_cpu_attention_costs_nothing_without_a_cache_on_the_cpu():
     policies = [Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 1, cpu_attention=share) for share in (0.0, 1.0)]
     without, with_share = (price(shape, hardware, WORKLOAD, policy) for policy in policies)
     assert with_share.policy.cpu_attention == 1.0, "the plan says what was asked for"
-    assert with_share.predicted_tokens_per_second == without.predicted_tokens_per_second and with_share.memory == without.memory
+    assert (
+        with_share.predicted_tokens_per_second == without.predicted_tokens_per_second
+        and with_share.memory == without.memory
+    )
 
 
 def test_the_machines_bound_knows_no_tiles():
@@ -266,4 +320,6 @@ def test_without_overlap_is_slower():
     hardware, shape = load_hardware("h200").with_memory(gpu=16 * GIB), public_shape("opt-30b")
     policy = choose(shape, hardware, WORKLOAD).policy
     serial = price(shape, hardware, WORKLOAD, dataclasses.replace(policy, overlap=False))
-    assert serial.predicted_tokens_per_second < 0.8 * price(shape, hardware, WORKLOAD, policy).predicted_tokens_per_second
+    assert (
+        serial.predicted_tokens_per_second < 0.8 * price(shape, hardware, WORKLOAD, policy).predicted_tokens_per_second
+    )

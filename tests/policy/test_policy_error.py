@@ -22,4 +22,6 @@ def test_error_and_verdict(tmp_path, capsys, factors, code):
     runs.write_text("\n".join(json.dumps({**RUN, "tokens_per_second": predicted / factor}) for factor in factors))
     assert main([str(runs), "--hardware", "h200", "--output", str(tmp_path)]) == code
     assert f"worst {max(abs(f - 1) for f in factors):.1%}" in capsys.readouterr().out
-    assert [r["error"] for r in json.loads((tmp_path / "policy_error.json").read_text())] == pytest.approx([f - 1 for f in factors])
+    assert [r["error"] for r in json.loads((tmp_path / "policy_error.json").read_text())] == pytest.approx(
+        [f - 1 for f in factors]
+    )

@@ -16,15 +16,32 @@ from flexbatch.models.shapes import SHAPES
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.policy import Policy, Split
 
-TINY = Setting("tiny", (0.003, 0.003), 6, (20, 40), (3, 6), {"device": "cpu", "dtype": "float32", "gpu_batch_size": 2, "num_gpu_batches": 2})
+TINY = Setting(
+    "tiny",
+    (0.003, 0.003),
+    6,
+    (20, 40),
+    (3, 6),
+    {"device": "cpu", "dtype": "float32", "gpu_batch_size": 2, "num_gpu_batches": 2},
+)
 
 
 def run(monkeypatch, tmp_path, names, *extra, table=None):
-    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512}
+    sizes = {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+    }
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["opt-125m"] | sizes)
     monkeypatch.setattr(policy_runs, "SETTINGS", table or {"tiny": TINY})
     monkeypatch.setattr(policy_runs, "NEIGHBOURHOODS", table or {"tiny": TINY})
-    monkeypatch.setattr("sys.argv", ["policy_runs", str(tmp_path / "runs.jsonl"), "--hardware", "cpu", "--child", "--only", *names, *extra])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["policy_runs", str(tmp_path / "runs.jsonl"), "--hardware", "cpu", "--child", "--only", *names, *extra],
+    )
     code = policy_runs.main()
     return code, [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
 
@@ -48,10 +65,18 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
 
 
 def test_an_error_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
-    table = {"unknown": Setting("no-such-model", (1, 1), 2, (8, 8), (2, 2)), "slow": Setting(**{**TINY.__dict__, "limit_seconds": 0.05}), "tiny": TINY}
+    table = {
+        "unknown": Setting("no-such-model", (1, 1), 2, (8, 8), (2, 2)),
+        "slow": Setting(**{**TINY.__dict__, "limit_seconds": 0.05}),
+        "tiny": TINY,
+    }
     code, records = run(monkeypatch, tmp_path, list(table), table=table)
     assert code == 0 and [record["name"] for record in records] == list(table)
-    assert "no-such-model" in records[0]["error"] and "limit" in records[1]["error"] and records[2]["tokens_per_second"] > 0
+    assert (
+        "no-such-model" in records[0]["error"]
+        and "limit" in records[1]["error"]
+        and records[2]["tokens_per_second"] > 0
+    )
 
 
 def test_a_cut_run_goes_on_with_what_is_missing(monkeypatch, tmp_path):
@@ -102,10 +127,14 @@ def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
     monkeypatch.setattr(policy_runs.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(policy_runs.time, "sleep", lambda seconds: None)
     names = list(SETTINGS)[:2]
-    monkeypatch.setattr("sys.argv", ["policy_runs", str(tmp_path / "runs.jsonl"), "--seconds", "2000", "--only", *names])
+    monkeypatch.setattr(
+        "sys.argv", ["policy_runs", str(tmp_path / "runs.jsonl"), "--seconds", "2000", "--only", *names]
+    )
     assert policy_runs.main() == 0
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [(record["name"], record["error"]) for record in records] == [(name, "hangs") for name in names] and len(killed) == 2
+    assert [(record["name"], record["error"]) for record in records] == [(name, "hangs") for name in names] and len(
+        killed
+    ) == 2
 
 
 def test_neighbours_differ_from_the_policy_and_from_each_other():
@@ -117,18 +146,45 @@ def test_neighbours_differ_from_the_policy_and_from_each_other():
 
 
 def test_a_neighbourhood_runs_every_policy(monkeypatch, tmp_path):
-    tiny = Setting(**{**TINY.__dict__, "memory": (0.003, 0.003), "num_prompts": 4, "gen_len": (2, 2), "fixed": {"device": "cpu", "dtype": "float32"}})
+    tiny = Setting(
+        **{
+            **TINY.__dict__,
+            "memory": (0.003, 0.003),
+            "num_prompts": 4,
+            "gen_len": (2, 2),
+            "fixed": {"device": "cpu", "dtype": "float32"},
+        }
+    )
     _, (record,) = run(monkeypatch, tmp_path, ["tiny"], "--neighbours", table={"tiny": tiny})
     tried = record["tried"]
     assert [each["name"] for each in tried].count("chosen") == 2 and len(tried) == 2 + policy_neighbours.NUM_NEIGHBOURS
-    assert all(each["gpu_batch_size"] * each["num_gpu_batches"] <= tiny.num_prompts for each in tried), "blocks that no job of so many sequences fills"
-    assert len({json.dumps([each[key] for key in ("percent", "gpu_batch_size", "num_gpu_batches", "cpu_attention", "prefill_budget")]) for each in tried}) > 5
+    assert all(each["gpu_batch_size"] * each["num_gpu_batches"] <= tiny.num_prompts for each in tried), (
+        "blocks that no job of so many sequences fills"
+    )
+    assert (
+        len(
+            {
+                json.dumps(
+                    [
+                        each[key]
+                        for key in ("percent", "gpu_batch_size", "num_gpu_batches", "cpu_attention", "prefill_budget")
+                    ]
+                )
+                for each in tried
+            }
+        )
+        > 5
+    )
 
 
 def test_settings_cover_what_the_model_distinguishes():
     settings = SETTINGS.values()
     assert len(settings) >= 12 and len(NEIGHBOURHOODS) == 3
-    assert {s.fixed.get("weight_bits", 16) for s in settings} == {s.fixed.get("cache_bits", 16) for s in settings} == {16, 8, 4}
+    assert (
+        {s.fixed.get("weight_bits", 16) for s in settings}
+        == {s.fixed.get("cache_bits", 16) for s in settings}
+        == {16, 8, 4}
+    )
     assert min(s.prompt_len[0] for s in settings) == 32 and max(s.prompt_len[1] for s in settings) == 1024
     assert max(s.memory[1] for s in settings) < 100
 
@@ -146,7 +202,11 @@ def test_a_time_limit_is_seen_through_code_that_changes_errors():
         except TimeoutError:
             raise TypeError("addRow(): incompatible function arguments") from None
     assert isinstance(found.value.__cause__, TypeError)
-    with pytest.raises(TimeoutError, match=r"limit of 0\.05 s"), policy_runs.time_limit(0.05), contextlib.suppress(TimeoutError):
+    with (
+        pytest.raises(TimeoutError, match=r"limit of 0\.05 s"),
+        policy_runs.time_limit(0.05),
+        contextlib.suppress(TimeoutError),
+    ):
         time.sleep(2)
     assert time.monotonic() < started + 2
 

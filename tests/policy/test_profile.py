@@ -76,9 +76,17 @@ def test_this_machine_is_measured_and_cached(tmp_path, monkeypatch):
     start = time.perf_counter()
     hardware = profile.cached(tmp_path / "cache", "cpu", tmp_path, overrides={"scatter": 123e6})
     elapsed = time.perf_counter() - start
-    assert hardware.device == "cpu" and hardware.scatter == 123e6 and hardware.source["scatter"] == "the engine's own kernel"
+    assert (
+        hardware.device == "cpu"
+        and hardware.scatter == 123e6
+        and hardware.source["scatter"] == "the engine's own kernel"
+    )
     # A disk that is busy gives one block size in its time, and nothing to fit.
-    assert {"h2d", "d2h", "gemm", "cpu_attention"} <= set(hardware.fit_error) <= {"h2d", "d2h", "gemm", "cpu_attention", "disk_read", "disk_write"}
+    assert (
+        {"h2d", "d2h", "gemm", "cpu_attention"}
+        <= set(hardware.fit_error)
+        <= {"h2d", "d2h", "gemm", "cpu_attention", "disk_read", "disk_write"}
+    )
     assert hardware.cpu_attention_during_h2d <= hardware.cpu_attention.values[0]
     # The promise is 20 seconds on an idle machine; tests share theirs.
     assert elapsed < 60

@@ -77,7 +77,13 @@ def test_budget_stays_between_pace_and_plan():
 def test_recalibration_finds_the_machine():
     plan = planned()
     machine = plan.hardware
-    other = dataclasses.replace(machine, h2d=0.5 * machine.h2d, gather=0.5 * machine.gather, d2h=0.4 * machine.d2h, scatter=0.4 * machine.scatter)
+    other = dataclasses.replace(
+        machine,
+        h2d=0.5 * machine.h2d,
+        gather=0.5 * machine.gather,
+        d2h=0.4 * machine.d2h,
+        scatter=0.4 * machine.scatter,
+    )
     _, busy = measured_on(other)
     found = recalibrate(machine, plan.resource_seconds, busy)
     # What a copy costs whatever its size is not a rate: half a per cent of these copies.

@@ -29,7 +29,10 @@ class Scripted:
         return 0
 
     def draft(self, sequences, plans):
-        return [self.make(sequence, plan.num_levels).cut(plan.num_levels) for sequence, plan in zip(sequences, plans, strict=True)]
+        return [
+            self.make(sequence, plan.num_levels).cut(plan.num_levels)
+            for sequence, plan in zip(sequences, plans, strict=True)
+        ]
 
     def retire(self, sequence) -> None:
         pass
@@ -42,7 +45,14 @@ class Scripted:
 
 
 def engine(model, tmp_path, place="gpu", **settings) -> LLM:
-    common = {"gpu_batch_size": 3, "num_gpu_batches": 2, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "device": "cpu", "prefill_chunk": 50}
+    common = {
+        "gpu_batch_size": 3,
+        "num_gpu_batches": 2,
+        "gpu_memory": "1GiB",
+        "cpu_memory": "1GiB",
+        "device": "cpu",
+        "prefill_chunk": 50,
+    }
     return LLM(str(model.folder), percent=PLACES[place], offload_dir=str(tmp_path), **{**common, **settings})
 
 
@@ -50,7 +60,7 @@ def tokens(llm: LLM, prompts, params=GREEDY) -> list[list[int]]:
     completions = llm.generate(prompts, params)
     if llm.speculator is not None:
         llm.speculator.check()
-    llm.block.check()
+    llm.runner.check()
     return [completion.token_ids for completion in completions]
 
 

@@ -93,7 +93,9 @@ def test_of_trees_about_as_good_the_smallest_is_taken() -> None:
 
 
 def test_a_hopeless_draft_and_a_slow_one_are_left_out() -> None:
-    assert not len(choose_shapes([Group(8, ((0.01, 0.001),) * 4)], lambda q: 1.0, lambda depth, nodes: 0.02 * depth).shapes[0])
+    assert not len(
+        choose_shapes([Group(8, ((0.01, 0.001),) * 4)], lambda q: 1.0, lambda depth, nodes: 0.02 * depth).shapes[0]
+    )
     slow = choose_shapes([Group(8, TABLE)], lambda q: 1.0, lambda depth, nodes: 1.0 * depth)
     quick = choose_shapes([Group(8, TABLE)], lambda q: 1.0, lambda depth, nodes: 0.1 * depth)
     assert slow.shapes[0].max_depth < quick.shapes[0].max_depth
@@ -102,13 +104,20 @@ def test_a_hopeless_draft_and_a_slow_one_are_left_out() -> None:
 
 def test_the_tree_shrinks_as_the_block_grows() -> None:
     cost = PiecewiseLinear(((1, 1.0), (512, 1.0), (1024, 2.0)))
-    sizes = [len(choose_shapes([Group(live, TABLE)], cost, free, max_nodes=64).shapes[0]) for live in (4, 16, 64, 256, 512)]
+    sizes = [
+        len(choose_shapes([Group(live, TABLE)], cost, free, max_nodes=64).shapes[0]) for live in (4, 16, 64, 256, 512)
+    ]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 40 and sizes[-1] == 0
     assert len(choose_shapes([Group(16, TABLE)], cost, free, other_query_tokens=500).shapes[0]) < sizes[1]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.lists(st.tuples(st.floats(0.05, 0.7), st.floats(0, 0.25)), min_size=1, max_size=2), st.floats(0, 0.2), st.floats(0, 0.3))
+@given(
+    st.integers(1, 5),
+    st.lists(st.tuples(st.floats(0.05, 0.7), st.floats(0, 0.25)), min_size=1, max_size=2),
+    st.floats(0, 0.2),
+    st.floats(0, 0.3),
+)
 def test_choice_is_the_best_of_all_sizes_for_every_group(live: int, parts, slope: float, per_depth: float) -> None:
     groups = [Group(live, ((first, min(first, second)),) * 3) for first, second in parts]
 
@@ -121,12 +130,22 @@ def test_choice_is_the_best_of_all_sizes_for_every_group(live: int, parts, slope
     choice = choose_shapes(groups, pass_seconds, draft_seconds, max_nodes=6, margin=0.0)
     best = 0.0
     for depth, sizes in product(range(4), product(range(7), repeat=len(groups))):
-        shapes = [StaticTrees(group.acceptance[:depth], 6).shape(size) for group, size in zip(groups, sizes, strict=True)]
-        tokens = sum(group.sequences * expected_tokens(shape, group.acceptance) for group, shape in zip(groups, shapes, strict=True))
-        seconds = pass_seconds(sum(group.sequences * (1 + len(shape)) for group, shape in zip(groups, shapes, strict=True)))
+        shapes = [
+            StaticTrees(group.acceptance[:depth], 6).shape(size) for group, size in zip(groups, sizes, strict=True)
+        ]
+        tokens = sum(
+            group.sequences * expected_tokens(shape, group.acceptance)
+            for group, shape in zip(groups, shapes, strict=True)
+        )
+        seconds = pass_seconds(
+            sum(group.sequences * (1 + len(shape)) for group, shape in zip(groups, shapes, strict=True))
+        )
         best = max(best, tokens / (seconds + (draft_seconds(depth, 0) if any(map(len, shapes)) else 0)))
     assert choice.tokens_per_second == pytest.approx(best)
-    tokens = sum(group.sequences * expected_tokens(shape, group.acceptance) for group, shape in zip(groups, choice.shapes, strict=True))
+    tokens = sum(
+        group.sequences * expected_tokens(shape, group.acceptance)
+        for group, shape in zip(groups, choice.shapes, strict=True)
+    )
     assert choice.tokens == pytest.approx(tokens)
 
 
@@ -139,7 +158,10 @@ def test_gains_of_nodes_are_those_of_the_dynamic_programme(rows) -> None:
 
 
 def test_what_beginning_costs_is_weighed_against_the_tokens_left() -> None:
-    begin = [len(choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, starting=(20.0, left)).shapes[0]) for left in (50.0, 5000.0)]
+    begin = [
+        len(choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, starting=(20.0, left)).shapes[0])
+        for left in (50.0, 5000.0)
+    ]
     assert begin[0] == 0 and begin[1] > 10
     assert not len(choose_shapes([Group(8, TABLE)], lambda q: 1.0, free, least_gain=4.0).shapes[0])
 

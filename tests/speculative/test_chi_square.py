@@ -26,14 +26,17 @@ def near(reference, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(reference("llama-single").folder)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            parameter += (
+                0.1 * parameter.std() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            )
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
 def exact(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What is drawn from rows of transformers' logits: probabilities from the likeliest down, [rows, vocab], and their tokens."""
+    """What is drawn from rows of transformers' logits: probabilities from the likeliest down, [rows, vocab], and
+    their tokens."""
     scores = logits.double() / TEMPERATURE
     scores[scores < scores.topk(TOP_K).values[:, -1:]] = -torch.inf
     ordered, order = scores.softmax(-1).sort(descending=True)
@@ -44,8 +47,8 @@ def exact(logits: Tensor) -> tuple[Tensor, Tensor]:
 def transforms(model, prompts: list[list[int]], samples: list[list[list[int]]]) -> Tensor:
     """For every drawn token the place of a uniform point of its share of the distribution that it should come from.
 
-    Given all that was drawn before, each is uniform in (0, 1) when the distribution is right (Rosenblatt, 1952), so that together they are independent and
-    uniform whatever the contexts were. A token that cannot be drawn is at 2.
+    Given all that was drawn before, each is uniform in (0, 1) when the distribution is right (Rosenblatt, 1952), so
+    that together they are independent and uniform whatever the contexts were. A token that cannot be drawn is at 2.
     """
     uniform_draws = torch.Generator().manual_seed(0)
     found = []
@@ -63,11 +66,14 @@ def transforms(model, prompts: list[list[int]], samples: list[list[list[int]]]) 
 
 
 def p_value(points: Tensor) -> float:
-    """Of the chi-square test that the points are uniform. Draws that the reference does not know come from its own rounding at top-p's edge, if at all."""
+    """Of the chi-square test that the points are uniform. Draws that the reference does not know come from its own
+    rounding at top-p's edge, if at all."""
     from scipy.stats import chisquare
 
     known = points[points <= 1]
-    assert len(points) - len(known) <= 1e-5 * len(points) + 1, f"{len(points) - len(known)} draws that the target cannot make"
+    assert len(points) - len(known) <= 1e-5 * len(points) + 1, (
+        f"{len(points) - len(known)} draws that the target cannot make"
+    )
     return float(chisquare(torch.histc(known, BINS, 0, 1).numpy()).pvalue)
 
 
@@ -79,9 +85,21 @@ def run(reference, near, tmp_path, drawing: str, tree: str, count: int) -> tuple
     generator = random.Random(2)
     prompts = [[generator.randrange(3, 307) for _ in range(length)] for length in (3, 17, 30, 64)]
     params = SamplingParams(
-        max_tokens=NEW_TOKENS, temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P, ignore_eos=True, n=count // NEW_TOKENS // len(prompts), seed=5
+        max_tokens=NEW_TOKENS,
+        temperature=TEMPERATURE,
+        top_k=TOP_K,
+        top_p=TOP_P,
+        ignore_eos=True,
+        n=count // NEW_TOKENS // len(prompts),
+        seed=5,
     )
-    settings = {"gpu_batch_size": 250, "num_gpu_batches": 1, "draft": (str(near),), "tree": tree, "draft_sampling": drawing}
+    settings = {
+        "gpu_batch_size": 250,
+        "num_gpu_batches": 1,
+        "draft": (str(near),),
+        "tree": tree,
+        "draft_sampling": drawing,
+    }
     with engine(model, tmp_path, **settings) as llm:
         completions = llm.generate(prompts, params)
         positions = llm.report()["speculation"]["acceptance"]["sampled"]["by_position"]
@@ -114,7 +132,9 @@ def test_chi_square_detects_a_wrong_pairing(reference, near, tmp_path, monkeypat
         from flexbatch.execution.sampling import process_logits
 
         probabilities = process_logits(logits[None], [state], [path])[0].double()
-        return [(token, 0.0) for token in probabilities.topk(count).indices.tolist() if probabilities[token] > 0], probabilities
+        return [
+            (token, 0.0) for token in probabilities.topk(count).indices.tolist() if probabilities[token] > 0
+        ], probabilities
 
     monkeypatch.setattr(draft, "drawn_children", likeliest_children)
     p, _ = run(reference, near, tmp_path, "independent", "<2,2>", 1600)

@@ -17,7 +17,8 @@ from tests.tiny_models import VOCAB
 
 
 def capture(monkeypatch, rows: dict) -> None:
-    """Keep every sequence's cached keys and values as it retires: tokens -> [layers, tokens, 2, num_kv_heads, head_dim]."""
+    """Keep every sequence's cached keys and values as it retires: tokens -> [layers, tokens, 2, num_kv_heads,
+    head_dim]."""
     retire = Batcher.retire
 
     def keep(self, sequence) -> None:
@@ -31,7 +32,9 @@ def capture(monkeypatch, rows: dict) -> None:
                 rows_of_layer = layout.row_view(pages.view(-1))[: table.num_tokens]
             else:
                 rows_of_layer = cache.rows(table.tier, layer)[table.slots(0, table.num_tokens, layout.page_tokens)]
-            values = unpack_rows(rows_of_layer, layout.num_kv_heads, layout.head_dim, layout.bits, layout.group, layout.dtype)
+            values = unpack_rows(
+                rows_of_layer, layout.num_kv_heads, layout.head_dim, layout.bits, layout.group, layout.dtype
+            )
             found.append(torch.stack(values, dim=1))
         rows[tuple(sequence.token_ids[: table.num_tokens])] = torch.stack(found)
         retire(self, sequence)
@@ -78,5 +81,6 @@ def test_the_cache_after_commit_equals_a_fresh_prefill(place, settings, referenc
         if settings.get("cache_bits", 16) == 16:
             torch.testing.assert_close(committed[text], kept[text], rtol=1e-4, atol=1e-4)
         else:
-            # Where a value lies halfway between two codes, rounding may go either way. Rows of another token differ nearly everywhere.
+            # Where a value lies halfway between two codes, rounding may go either way. Rows of another token differ
+            # nearly everywhere.
             assert ((committed[text] - kept[text]).abs() < 1e-4).float().mean() > 0.99

@@ -26,7 +26,11 @@ def test_costs_are_the_fastest_of_late_and_never_fall_with_size() -> None:
     curve, hopeful = costs.curve(), costs.hopeful_curve(8)
     assert curve(8) == curve(64) == pytest.approx(0.9), "a larger pass measured cheaper: both take the mean"
     assert curve(256) == pytest.approx(3.0) and curve(448) == pytest.approx(5.1)
-    assert hopeful(64) == pytest.approx(0.9) and hopeful(256) == hopeful(512) == pytest.approx(3.0) and hopeful(1024) == pytest.approx(6.0)
+    assert (
+        hopeful(64) == pytest.approx(0.9)
+        and hopeful(256) == hopeful(512) == pytest.approx(3.0)
+        and hopeful(1024) == pytest.approx(6.0)
+    )
 
 
 def test_sizes_not_seen_for_long_are_doubted_ever_more_rarely() -> None:
@@ -39,7 +43,9 @@ def test_sizes_not_seen_for_long_are_doubted_ever_more_rarely() -> None:
             assert costs.curve(8)(256) == pytest.approx(50.0) and not costs.doubted(256)
         costs.elapse()
         costs.observe(8, 1.0)
-        assert costs.hopeful_curve(8)(16) == pytest.approx(1.0) and costs.doubted(256), "one slow moment does not rule a size out for good"
+        assert costs.hopeful_curve(8)(16) == pytest.approx(1.0) and costs.doubted(256), (
+            "one slow moment does not rule a size out for good"
+        )
         assert costs.curve(256)(256) == pytest.approx(50.0)
     for _ in range(10):
         costs.points[max(costs.points)].seen = -MAX_PATIENCE
@@ -71,18 +77,28 @@ def test_in_doubt_only_what_was_measured_anew_counts() -> None:
 class Machine:
     """Runs jobs under a controller with counted seconds."""
 
-    def __init__(self, pass_seconds: Callable[[float], float], level_seconds: Callable[[float], float], accept: float, noise: float, seed: int) -> None:
+    def __init__(
+        self,
+        pass_seconds: Callable[[float], float],
+        level_seconds: Callable[[float], float],
+        accept: float,
+        noise: float,
+        seed: int,
+    ) -> None:
         self.pass_seconds, self.level_seconds, self.accept, self.noise = pass_seconds, level_seconds, accept, noise
         self.random = random.Random(seed)
         self.now = 0.0
         self.cold_seconds = 0.0
-        """That the first level which reads more than a few tokens, and the first of the others, take longer: kernels are loaded."""
+        """That the first level which reads more than a few tokens, and the first of the others, take longer: kernels
+        are loaded."""
         self.warm: set[bool] = set()
         self.controller = Controller(32, clock=lambda: self.now)
 
     def take(self, seconds: float) -> float:
         """Time passes: now and then a busy machine takes three times as long."""
-        factor = self.random.lognormvariate(0.0, self.noise) * (3.0 if self.noise and self.random.random() < 0.02 else 1.0)
+        factor = self.random.lognormvariate(0.0, self.noise) * (
+            3.0 if self.noise and self.random.random() < 0.02 else 1.0
+        )
         self.now += seconds * factor
         return seconds * factor
 
@@ -93,12 +109,21 @@ class Machine:
         plain = self.pass_seconds(batch * prompt) + sum(self.pass_seconds(batch) for _ in range(new_tokens - 1))
         left, unread = [new_tokens - 1] * batch, [prompt + 1] * batch
         while live := [i for i in range(batch) if left[i]]:
-            plans = controller.plan(Situation(("greedy",) * len(live), 0, sum(unread[i] for i in live), sum(left[i] for i in live)))
-            shapes = [plan.shape.children and plan.shape if plan.shape is not None and left[i] > 1 else None for i, plan in zip(live, plans, strict=True)]
+            plans = controller.plan(
+                Situation(("greedy",) * len(live), 0, sum(unread[i] for i in live), sum(left[i] for i in live))
+            )
+            shapes = [
+                plan.shape.children and plan.shape if plan.shape is not None and left[i] > 1 else None
+                for i, plan in zip(live, plans, strict=True)
+            ]
             drafting, new_tokens = self.now, 0
             depth = max((shape.max_depth for shape in shapes if shape is not None), default=0)
             for level in range(depth):
-                drafted = [(i, shape) for i, shape in zip(live, shapes, strict=True) if shape is not None and shape.max_depth > level]
+                drafted = [
+                    (i, shape)
+                    for i, shape in zip(live, shapes, strict=True)
+                    if shape is not None and shape.max_depth > level
+                ]
                 wide = level and any(len(shape) > shape.max_depth for _, shape in drafted)
                 reads = sum(unread[i] if level == 0 else len(shape) if wide else 1 for i, shape in drafted)
                 for i, _ in drafted:
@@ -111,7 +136,11 @@ class Machine:
             seconds = self.take(self.pass_seconds(queries))
             for i, shape in zip(live, shapes, strict=True):
                 path: list[int] = []
-                while shape is not None and (children := shape.children[path[-1] + 1 if path else 0]) and self.random.random() < self.accept:
+                while (
+                    shape is not None
+                    and (children := shape.children[path[-1] + 1 if path else 0])
+                    and self.random.random() < self.accept
+                ):
                     path.append(children[0])
                 if shape is not None:
                     tree = TokenTree(tuple(range(len(shape))), shape)
@@ -135,8 +164,12 @@ FROM_DISK = (lambda tokens: max(0.06, 4e-3 + 0.35e-3 * tokens), work(1.5e-3, 0.0
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
-@pytest.mark.parametrize("accept", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 0.67, pytest.param(0.9, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "accept", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 0.67, pytest.param(0.9, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "batch", [1, pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("machine", ["demo", "from disk", "slow draft", "step"])
 def test_speculation_never_costs_more_than_three_per_cent(machine, batch, accept, noise) -> None:
     costs = {"demo": DEMO, "from disk": FROM_DISK, "slow draft": (DEMO[0], work(2e-3, 0.17e-3)), "step": STEP}[machine]
@@ -156,7 +189,8 @@ def test_speculation_never_costs_more_than_three_per_cent(machine, batch, accept
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_a_slow_moment_does_not_decide_for_good(batch) -> None:
-    """Drafting measured while something else keeps the machine busy looks too slow; when that is over, speculation begins."""
+    """Drafting measured while something else keeps the machine busy looks too slow; when that is over, speculation
+    begins."""
     runner = Machine(*FROM_DISK, accept=0.8, noise=0.1, seed=0)
     quick = runner.level_seconds
     runner.level_seconds = lambda tokens: 10 * quick(tokens)
@@ -170,7 +204,8 @@ def test_a_slow_moment_does_not_decide_for_good(batch) -> None:
 
 
 def test_a_shrinking_block_goes_on_with_trees() -> None:
-    """Sequences end at different passes; that plain decoding was never measured for so few is no reason to try it where it loses three tokens of four."""
+    """Sequences end at different passes; that plain decoding was never measured for so few is no reason to try it
+    where it loses three tokens of four."""
     runner = Machine(lambda tokens: max(0.95, 0.9 + 1e-4 * tokens), work(8e-3, 5e-6), accept=0.8, noise=0.02, seed=1)
     plain, plan = [], runner.controller.plan
 
@@ -186,7 +221,8 @@ def test_a_shrinking_block_goes_on_with_trees() -> None:
 
 @pytest.mark.parametrize("batch", [8, 64])
 def test_kernels_that_are_loaded_at_first_do_not_decide(batch) -> None:
-    """As OPT-30B and OPT-125m on an H200: a pass takes a second, a level of drafting 2 ms, and its first one another."""
+    """As OPT-30B and OPT-125m on an H200: a pass takes a second, a level of drafting 2 ms, and its first one
+    another."""
     runner = Machine(work(0.95, 0.4e-3), work(1.7e-3, 1e-5), 0.8, 0.0, 0)
     runner.cold_seconds = 1.0
     runner.job(4, 64, 6)

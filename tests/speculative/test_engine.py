@@ -16,7 +16,9 @@ CELLS = [(place, TREES[(i + 2 * j) % 6], draft) for i, place in enumerate(PLACES
 
 
 def drafts_of(name: str, model, other) -> tuple[str, ...]:
-    return {"other": (str(other),), "target": (str(model.folder),), "both": (str(other), str(model.folder), "ngram")}[name]
+    return {"other": (str(other),), "target": (str(model.folder),), "both": (str(other), str(model.folder), "ngram")}[
+        name
+    ]
 
 
 @pytest.mark.parametrize(("place", "tree", "draft"), CELLS)
@@ -38,7 +40,9 @@ def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, 
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_every_tree_on_every_tier(family, place, tree, draft, reference, other, tmp_path):
     model = reference(family)
-    with engine(model, tmp_path, place, draft=drafts_of(draft, model, other), tree=tree, overlap=tree != "<3,2>") as llm:
+    with engine(
+        model, tmp_path, place, draft=drafts_of(draft, model, other), tree=tree, overlap=tree != "<3,2>"
+    ) as llm:
         assert tokens(llm, model.prompts) == model.token_ids
 
 
@@ -48,7 +52,9 @@ def test_trees_attended_on_the_cpu(share, family, reference, tmp_path):
     model = reference(family)
     with engine(model, tmp_path, "cpu", cpu_attention=share, draft=(str(model.folder),), tree="<2,2,1>") as llm:
         assert tokens(llm, model.prompts) == model.token_ids
-    with engine(model, tmp_path, "cpu", cpu_attention=share, draft=(str(model.folder),), tree="best-first:40", overlap=False) as llm:
+    with engine(
+        model, tmp_path, "cpu", cpu_attention=share, draft=(str(model.folder),), tree="best-first:40", overlap=False
+    ) as llm:
         assert tokens(llm, model.prompts) == model.token_ids
 
 
@@ -65,7 +71,8 @@ def test_compressed_cache_gives_its_own_plain_tokens(place, cache_bits, referenc
 
 @pytest.mark.parametrize("place", ["gpu", "cpu", "disk"])
 def test_scripted_drafts(place, reference, tmp_path):
-    """Always wrong, always EOS, a true path hidden in a ragged tree of 100 nodes, one that changes size from pass to pass."""
+    """Always wrong, always EOS, a true path hidden in a ragged tree of 100 nodes, one that changes size from pass to
+    pass."""
     model = reference("llama")
     generator = random.Random(0)
 
@@ -94,7 +101,9 @@ def test_scripted_drafts(place, reference, tmp_path):
         return TokenTree(tuple(token for _, token in nodes), TreeShape(tuple(parent for parent, _ in nodes)))
 
     def changing(sequence, depth):
-        return generator.choice([wrong, ends, hidden, lambda *_: TokenTree(), lambda *_: chain(continuation(model, sequence))])(sequence, depth)
+        return generator.choice(
+            [wrong, ends, hidden, lambda *_: TokenTree(), lambda *_: chain(continuation(model, sequence))]
+        )(sequence, depth)
 
     with engine(model, tmp_path, place, draft=("ngram",), tree="best-first:100") as llm:
         for script, low, high in ((wrong, 1.0, 1.0), (ends, 1.0, 1.0), (hidden, 1.5, 6.0), (changing, 1.0, 4.0)):

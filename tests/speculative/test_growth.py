@@ -17,9 +17,13 @@ VOCAB = 7
 
 def children(path: tuple[int, ...]) -> list[tuple[int, float]]:
     """A made-up draft: distinct probabilities for every path, the likeliest first."""
-    weights = [(math.sin(13.7 * token + 3.1 * sum((i + 1) * t for i, t in enumerate(path))) + 1.01) for token in range(VOCAB)]
+    weights = [
+        (math.sin(13.7 * token + 3.1 * sum((i + 1) * t for i, t in enumerate(path))) + 1.01) for token in range(VOCAB)
+    ]
     total = sum(weights)
-    return sorted(((token, math.log(weight / total)) for token, weight in enumerate(weights)), key=lambda item: -item[1])
+    return sorted(
+        ((token, math.log(weight / total)) for token, weight in enumerate(weights)), key=lambda item: -item[1]
+    )
 
 
 def grown(plan: TreePlan) -> tuple[TokenTree, int]:
@@ -56,7 +60,9 @@ def test_a_beam_keeps_the_likeliest_paths_of_every_level(beam: int, depth: int, 
     assert levels == depth and len(tree) == min(nodes, len(tree)) <= beam * depth
     level, candidates = [((), 0.0)], []
     for _ in range(depth):
-        offers = [((*path, token), above + logprob) for path, above in level for token, logprob in children(path)[:beam]]
+        offers = [
+            ((*path, token), above + logprob) for path, above in level for token, logprob in children(path)[:beam]
+        ]
         level = sorted(offers, key=lambda item: -item[1])[:beam]
         candidates += level
     best = sorted((value for _, value in candidates), reverse=True)[:nodes]

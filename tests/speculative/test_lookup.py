@@ -29,7 +29,9 @@ def by_scanning(tokens: list[int], ngram: int, max_depth: int) -> list[tuple[int
 
 @settings(deadline=None)
 @given(texts, st.integers(1, 3), st.integers(1, 12), st.integers(1, 5))
-def test_tree_holds_the_continuations_of_the_longest_matches(tokens: list[int], ngram: int, nodes: int, depth: int) -> None:
+def test_tree_holds_the_continuations_of_the_longest_matches(
+    tokens: list[int], ngram: int, nodes: int, depth: int
+) -> None:
     lookup = Lookup(tokens, ngram)
     lookup.check()
     tree = lookup.propose(nodes, depth)

@@ -35,12 +35,21 @@ def test_compare_plain_measures_both_in_one_run(reference, tmp_path):
         report = llm.report()
     speculation, text = report["speculation"], tables.speculation(report)
     assert 0 < speculation["draft_share_of_time"] < 1
-    for words in ("accepted, greedy", "child 1", "depth 3", "tokens per sequence and pass", "drafting, % of time", "speed-up over plain"):
+    for words in (
+        "accepted, greedy",
+        "child 1",
+        "depth 3",
+        "tokens per sequence and pass",
+        "drafting, % of time",
+        "speed-up over plain",
+    ):
         assert words in text
     assert speculation["plain_passes"] > report["passes"] and speculation["speed_up"] > 0
     assert report["requests"] == len(model.prompts), "the plain run is not counted twice"
     read = sum(len(prompt) for prompt in model.prompts)
-    assert llm.baseline_statistics.prefilled_tokens == llm.statistics.prefilled_tokens == read, "no run finds the prompts that another one has read"
+    assert llm.baseline_statistics.prefilled_tokens == llm.statistics.prefilled_tokens == read, (
+        "no run finds the prompts that another one has read"
+    )
 
 
 def test_wrong_settings_are_refused_before_anything_is_loaded(reference, tmp_path):
@@ -116,15 +125,25 @@ HUMANEVAL = Path(__file__).parents[1] / "data" / "humaneval.jsonl"
 def test_the_demo_pair_saves_passes_on_real_prompts(draft, tmp_path):
     """Weights on disk; the ratio of seconds is reported, and asserted nowhere: it belongs to the machine."""
     prompts = [json.loads(line)["prompt"] for line in HUMANEVAL.read_text().splitlines()[:6]]
-    settings = {"percent": (0, 0, 100, 0, 100, 0), "gpu_batch_size": 6, "num_gpu_batches": 1, "offload_dir": str(tmp_path), "device": "cpu"}
+    settings = {
+        "percent": (0, 0, 100, 0, 100, 0),
+        "gpu_batch_size": 6,
+        "num_gpu_batches": 1,
+        "offload_dir": str(tmp_path),
+        "device": "cpu",
+    }
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-    with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", draft=draft, tree="chain:4", compare_plain=True, **settings) as llm:
+    with LLM(
+        "demo", gpu_memory="1GiB", cpu_memory="1GiB", draft=draft, tree="chain:4", compare_plain=True, **settings
+    ) as llm:
         fast = [completion.token_ids for completion in llm.generate(prompts, params)]
         report = llm.report()
     with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", **settings) as llm:
         assert [completion.token_ids for completion in llm.generate(prompts, params)] == fast
     run = report["speculation"]
-    assert run["tokens_per_sequence_pass"] > 1.3 and report["passes"] < 0.9 * run["plain_passes"] and run["speed_up"] > 0
+    assert (
+        run["tokens_per_sequence_pass"] > 1.3 and report["passes"] < 0.9 * run["plain_passes"] and run["speed_up"] > 0
+    )
 
 
 def test_a_prepared_engine_reports_before_its_first_pass(reference, tmp_path):

@@ -15,7 +15,8 @@ from flexbatch.validation.errors import ConfigurationError
 
 
 def expected_tokens(shape: TreeShape, acceptance: Sequence[Sequence[float]]) -> float:
-    """Tokens per pass that ``shape`` commits on average under an acceptance table (see `StaticTrees`), the one after the path included."""
+    """Tokens per pass that ``shape`` commits on average under an acceptance table (see `StaticTrees`), the one after
+    the path included."""
     reached: list[float] = []
     for parent, depth, rank in zip(shape.parents, shape.depths, shape.ranks, strict=True):
         inside = depth <= len(acceptance) and rank < len(acceptance[depth - 1])
@@ -37,7 +38,9 @@ def test_syntax(text: str, spec: TreeSpec) -> None:
     assert parse_tree(text) == spec
 
 
-@pytest.mark.parametrize("text", ["", "chain", "chain:0", "chain:-1", "best-first:x", "<>", "<1,0>", "1,2", "<1,2", "beam:3"])
+@pytest.mark.parametrize(
+    "text", ["", "chain", "chain:0", "chain:-1", "best-first:x", "<>", "<1,0>", "1,2", "<1,2", "beam:3"]
+)
 def test_wrong_syntax_names_the_text_and_a_remedy(text: str) -> None:
     with pytest.raises(ConfigurationError) as error:
         parse_tree(text)
@@ -84,7 +87,8 @@ def test_dynamic_programme_equals_brute_force(table, nodes: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(tables(max_depth=6, max_rank=4, falling=True), st.integers(0, 40))
 def test_with_falling_ranks_it_equals_greedy_growth_and_gains_fall(table, nodes: int) -> None:
-    """A child's worth is the product of acceptances on its path; with ranks falling, the best tree is the most worthy nodes."""
+    """A child's worth is the product of acceptances on its path; with ranks falling, the best tree is the most
+    worthy nodes."""
     worths, level = [], [1.0]
     for row in table:
         level = sorted((worth * chance for worth in level for chance in row), reverse=True)[: nodes + 1]

@@ -55,7 +55,9 @@ def test_masks_hold_exactly_the_ancestors(tree: TokenTree) -> None:
         seen = {0, row, *(node + 1 for node in tree.shape.path(row - 1))}
         assert set(np.flatnonzero(bits[row]).tolist()) == seen
     spare = rows % 32
-    assert not spare or not (masks.view(np.uint32)[:, -1] >> np.uint32(spare)).any(), "bits beyond the last token must be zero"
+    assert not spare or not (masks.view(np.uint32)[:, -1] >> np.uint32(spare)).any(), (
+        "bits beyond the last token must be zero"
+    )
 
 
 def test_a_chain_is_causal_beyond_one_word() -> None:
@@ -67,11 +69,18 @@ def test_a_chain_is_causal_beyond_one_word() -> None:
 @settings(max_examples=25, deadline=None)
 @given(trees(max_nodes=70), st.integers(1, 9), st.integers(0, 2**31 - 1))
 def test_tree_attention_equals_attention_over_each_path(tree: TokenTree, prefix: int, seed: int) -> None:
-    """The masks and depths, through the attention oracle, against plain causal attention over prefix + path (with ALiBi and a window)."""
+    """The masks and depths, through the attention oracle, against plain causal attention over prefix + path (with
+    ALiBi and a window)."""
     generator = torch.Generator().manual_seed(seed)
     rows, page, heads, kv_heads, dim = len(tree) + 1, 4, 4, 2, 8
     query, key, value = (torch.randn(prefix + rows, h, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
-    settings_ = {"num_kv_heads": kv_heads, "page_tokens": page, "scale": dim**-0.5, "alibi_slopes": torch.tensor([0.5, 0.3, 0.2, 0.1]), "window": 6}
+    settings_ = {
+        "num_kv_heads": kv_heads,
+        "page_tokens": page,
+        "scale": dim**-0.5,
+        "alibi_slopes": torch.tensor([0.5, 0.3, 0.2, 0.1]),
+        "window": 6,
+    }
 
     def attend(slots: list[int], queries: int, **extra) -> torch.Tensor:
         pages = -(-len(slots) // page)
@@ -79,7 +88,9 @@ def test_tree_attention_equals_attention_over_each_path(tree: TokenTree, prefix:
         cache[: len(slots)] = torch.stack([key[slots], value[slots]], dim=1)
         table, starts = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([0, queries], dtype=torch.int32)
         lens = torch.tensor([len(slots)], dtype=torch.int32)
-        return reference.paged_attention(query[slots[len(slots) - queries :]], cache, table, starts, lens, **settings_, **extra)
+        return reference.paged_attention(
+            query[slots[len(slots) - queries :]], cache, table, starts, lens, **settings_, **extra
+        )
 
     masks = torch.from_numpy(tree.shape.query_masks.copy())
     positions = torch.from_numpy(tree.shape.query_depths + np.int32(prefix))
@@ -123,7 +134,9 @@ def test_beams_share_their_prefix() -> None:
 def test_best_first_keeps_the_likeliest_closed_set(tree: TokenTree, budget: int) -> None:
     kept = best_first(tree, budget)
     assert len(kept) == min(budget, len(tree)) and paths(kept) <= paths(tree)
-    assert sum(np.exp(kept.path_logprobs)) == pytest.approx(sum(sorted(np.exp(tree.path_logprobs), reverse=True)[:budget]))
+    assert sum(np.exp(kept.path_logprobs)) == pytest.approx(
+        sum(sorted(np.exp(tree.path_logprobs), reverse=True)[:budget])
+    )
 
 
 @settings(deadline=None)

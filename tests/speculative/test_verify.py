@@ -1,4 +1,5 @@
-"""Verification keeps the target's distribution: the production functions run over every outcome of chance, with exact probabilities."""
+"""Verification keeps the target's distribution: the production functions run over every outcome of chance, with
+exact probabilities."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Prefix = tuple[int, ...]
 
 
 class Script:
-    """Draws that replay a list of choices and take the first possible outcome after it; ``weight`` is the probability of all choices taken."""
+    """Draws that replay a list of choices and take the first possible outcome after it; ``weight`` is the
+    probability of all choices taken."""
 
     def __init__(self, choices: list[int]) -> None:
         self.choices, self.weight = choices, 1.0
@@ -100,8 +102,11 @@ def draw_tree(draft: Model, shape: TreeShape, drawn: Drawing, script: Script) ->
     return TokenTree(tuple(tokens), shape, None, drawn), sources
 
 
-def emitted(target: Model, draft: Model, shape: TreeShape, drawn: Drawing, rule: Drawing | None = None, length: int = 2) -> Tensor:
-    """Exact distribution of the first ``length`` tokens when one tree is drafted and verified (by ``rule`` if given) and plain decoding follows."""
+def emitted(
+    target: Model, draft: Model, shape: TreeShape, drawn: Drawing, rule: Drawing | None = None, length: int = 2
+) -> Tensor:
+    """Exact distribution of the first ``length`` tokens when one tree is drafted and verified (by ``rule`` if given)
+    and plain decoding follows."""
     result = torch.zeros((target.vocab,) * length, dtype=torch.float64)
 
     def procedure(script: Script) -> tuple[int, ...]:
@@ -164,7 +169,10 @@ def test_drafts_with_impossible_tokens() -> None:
         target, draft = Model(4, seed), Model(4, seed + 50, zeros=0.4)
         for drawn in (Drawing.DETERMINISTIC, Drawing.INDEPENDENT):
             assert total_variation(emitted(target, draft, SHAPES["two by one"], drawn), wanted(target)) < 1e-12
-        assert total_variation(emitted(target, draft, SHAPES["chain"], Drawing.WITHOUT_REPLACEMENT), wanted(target)) < 1e-12
+        assert (
+            total_variation(emitted(target, draft, SHAPES["chain"], Drawing.WITHOUT_REPLACEMENT), wanted(target))
+            < 1e-12
+        )
 
 
 @pytest.mark.parametrize("drawn", [Drawing.INDEPENDENT, Drawing.WITHOUT_REPLACEMENT])
@@ -173,13 +181,18 @@ def test_a_perfect_draft_is_always_accepted(drawn: Drawing) -> None:
 
     def procedure(script: Script) -> AcceptedPath:
         tree, sources = draw_tree(model, SHAPES["two by one"], drawn, script)
-        return verify(tree, torch.stack([model(tree.path_tokens(node)) for node in range(-1, len(tree))]), script, sources)
+        return verify(
+            tree, torch.stack([model(tree.path_tokens(node)) for node in range(-1, len(tree))]), script, sources
+        )
 
-    assert sum(weight for weight, accepted in outcomes(procedure) if len(accepted.path) == 2) == pytest.approx(1.0, abs=1e-12)
+    assert sum(weight for weight, accepted in outcomes(procedure) if len(accepted.path) == 2) == pytest.approx(
+        1.0, abs=1e-12
+    )
 
 
 def test_wrong_pairings_are_detected() -> None:
-    """The rule for i.i.d. children on top-k children is biased by about 0.3, and on children without replacement too: the enumeration can tell."""
+    """The rule for i.i.d. children on top-k children is biased by about 0.3, and on children without replacement
+    too: the enumeration can tell."""
     worst = 0.0
     for seed in range(6):
         target, draft = Model(4, seed), Model(4, seed + 9)
@@ -199,7 +212,9 @@ def test_several_drafts_one_distribution_per_child() -> None:
     result = torch.zeros(4, dtype=torch.float64)
 
     def procedure(script: Script) -> int:
-        tree = TokenTree(tuple(script.token(-1, draft(())) for draft in drafts), fixed_widths((2,)), None, Drawing.INDEPENDENT)
+        tree = TokenTree(
+            tuple(script.token(-1, draft(())) for draft in drafts), fixed_widths((2,)), None, Drawing.INDEPENDENT
+        )
         rows = torch.stack([target(tree.path_tokens(node)) for node in range(-1, 2)])
         return verify(tree, rows, script, [draft(()) for draft in drafts]).tokens(tree)[0]
 

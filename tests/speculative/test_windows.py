@@ -51,7 +51,11 @@ def random_settings(rng: random.Random, drafts: list[str]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("seeds", [range(2), *(pytest.param(range(i, i + PART), marks=pytest.mark.slow) for i in range(0, WHOLE, PART))], ids=str)
+@pytest.mark.parametrize(
+    "seeds",
+    [range(2), *(pytest.param(range(i, i + PART), marks=pytest.mark.slow) for i in range(0, WHOLE, PART))],
+    ids=str,
+)
 def test_tokens_are_those_of_plain_decoding(seeds, folders, tmp_path):
     differing, drafted = [], 0
     for seed in seeds:
@@ -61,7 +65,13 @@ def test_tokens_are_those_of_plain_decoding(seeds, folders, tmp_path):
         settings = random_settings(rng, drafts)
         prompts = [repetitive(rng) for _ in range(rng.randint(2, 5))]
         params = SamplingParams(max_tokens=rng.randint(8, 32), temperature=0, ignore_eos=True)
-        common: dict[str, Any] = {"device": "cpu", "dtype": "float32", "gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path)}
+        common: dict[str, Any] = {
+            "device": "cpu",
+            "dtype": "float32",
+            "gpu_memory": "1GiB",
+            "cpu_memory": "1GiB",
+            "offload_dir": str(tmp_path),
+        }
         with LLM(drafts[0], percent=PLACES["gpu"], gpu_batch_size=4, num_gpu_batches=1, **common) as llm:
             plain = [completion.token_ids for completion in llm.generate(prompts, params)]
         with LLM(drafts[0], **common, **settings) as llm:

@@ -1,4 +1,5 @@
-"""A small byte-level BPE tokenizer, made on the spot: every byte is a token, so that random ids cut characters anywhere."""
+"""A small byte-level BPE tokenizer, made on the spot: every byte is a token, so that random ids cut characters
+anywhere."""
 
 from __future__ import annotations
 
@@ -19,11 +20,20 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     corpus = ["def add(x, y):\n    return x + y\n", "stop here, stop there", "größer 漢字 🙂 naïve"]
-    trainer = trainers.BpeTrainer(vocab_size=320, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"])
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+    )
     model.train_from_iterator(corpus * 3, trainer)
-    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))])
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))]
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE, model_max_length=50).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE, model_max_length=50
+    ).save_pretrained(folder)
     return folder
 
 

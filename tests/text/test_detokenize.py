@@ -42,7 +42,9 @@ def test_incremental_text_grows_and_ends_as_the_whole_decoded_at_once(tokenizer,
         whole = tokenizer.decode(tokens[:count], skip_special_tokens=True)
         assert stream.text.startswith(seen)
         assert stream.text + stream.pending == whole
-        assert not stream.text.endswith("\ufffd") or whole.endswith("\ufffd" * 4), "three bytes may still become a character"
+        assert not stream.text.endswith("\ufffd") or whole.endswith("\ufffd" * 4), (
+            "three bytes may still become a character"
+        )
         seen = stream.text
 
 
@@ -85,7 +87,9 @@ texts = st.text(st.sampled_from("abSTOP é漢🙂\n"), max_size=20)
 
 @fixtures
 @given(before=texts, stop=texts.filter(bool), after=texts, single_bytes=st.booleans(), whole=st.booleans())
-def test_a_stop_string_is_cut_exactly(tokenizer, before: str, stop: str, after: str, single_bytes: bool, whole: bool) -> None:
+def test_a_stop_string_is_cut_exactly(
+    tokenizer, before: str, stop: str, after: str, single_bytes: bool, whole: bool
+) -> None:
     text = before + stop + after
     tokens = byte_ids(tokenizer, text) if single_bytes else ids(tokenizer, text)
     result = output(tokenizer, stop=[stop, "zzz"])
@@ -111,7 +115,13 @@ def test_a_stop_string_is_seen_before_the_next_character_is_whole(tokenizer) -> 
 
 @pytest.mark.parametrize(
     ("text", "stops", "found"),
-    [("abcabc", ["c", "b"], (1, "b")), ("abc", ["b", "bc"], (1, "bc")), ("abc", ["x"], (3, None)), ("", ["x"], (0, None)), ("xaxa", ["xa"], (0, "xa"))],
+    [
+        ("abcabc", ["c", "b"], (1, "b")),
+        ("abc", ["b", "bc"], (1, "bc")),
+        ("abc", ["x"], (3, None)),
+        ("", ["x"], (0, None)),
+        ("xaxa", ["xa"], (0, "xa")),
+    ],
 )
 def test_the_earliest_stop_wins(text: str, stops: list[str], found: tuple) -> None:
     assert first_stop(text, stops) == found
@@ -163,7 +173,20 @@ def test_text_so_far_holds_back_what_may_become_a_stop_string(tokenizer) -> None
     for token in byte_ids(tokenizer, "yabzabcbabcd"):
         result.append(token)
         shown.append(result.text)
-    assert shown == ["y", "y", "y", "yabz", "yabz", "yabz", "yabz", "yabzabc", "yabzabcb", "yabzabcb", "yabzabcb", "yabzabcb"]
+    assert shown == [
+        "y",
+        "y",
+        "y",
+        "yabz",
+        "yabz",
+        "yabz",
+        "yabz",
+        "yabzabc",
+        "yabzabcb",
+        "yabzabcb",
+        "yabzabcb",
+        "yabzabcb",
+    ]
     assert result.finish == Finish("stop", "abcd")
 
 

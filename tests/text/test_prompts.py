@@ -88,11 +88,15 @@ def test_a_model_without_tokenizer_takes_token_ids_only() -> None:
 def test_parameters_that_this_model_cannot_follow_are_errors_of_their_prompt(encoder) -> None:
     encoder.check_params(0, SamplingParams(stop="x", logit_bias={0: 1.0, VOCAB - 1: -1.0}))
     for token in (-1, VOCAB):
-        with pytest.raises(PromptError, match=f"prompt 3: logit_bias names token id {token}, outside the model's vocabulary of {VOCAB}"):
+        with pytest.raises(
+            PromptError, match=f"prompt 3: logit_bias names token id {token}, outside the model's vocabulary of {VOCAB}"
+        ):
             encoder.check_params(3, SamplingParams(logit_bias={5: 1.0, token: 1.0}))
     bare = PromptEncoder(None, max_context=100, vocab_size=VOCAB)
     bare.check_params(0, SamplingParams(stop_token_ids=[3]))
-    with pytest.raises(PromptError, match="prompt 4: has stop strings, but the model has no tokenizer; use stop_token_ids"):
+    with pytest.raises(
+        PromptError, match="prompt 4: has stop strings, but the model has no tokenizer; use stop_token_ids"
+    ):
         bare.check_params(4, SamplingParams(stop="x"))
 
 

@@ -39,7 +39,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=str
+)
 def test_values_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=rf"sampling parameter {name}=.* must be "):
         SamplingParams(**{name: value})
@@ -47,13 +49,23 @@ def test_values_out_of_range_are_named(name, value):
 
 def test_the_ends_of_the_ranges_are_in_them():
     params = SamplingParams(
-        max_tokens=0, temperature=0, top_p=1, top_k=-1, min_p=1, presence_penalty=-2, frequency_penalty=2, logit_bias={3: -math.inf}, seed=-1
+        max_tokens=0,
+        temperature=0,
+        top_p=1,
+        top_k=-1,
+        min_p=1,
+        presence_penalty=-2,
+        frequency_penalty=2,
+        logit_bias={3: -math.inf},
+        seed=-1,
     )
     assert params.greedy and params.logit_bias == {3: -math.inf}
 
 
 def test_one_stop_string_is_a_list_of_one():
-    assert SamplingParams(stop="ab").stop == ("ab",) and SamplingParams(stop=["a", "b"], stop_token_ids=[3]).stop_token_ids == (3,)
+    assert SamplingParams(stop="ab").stop == ("ab",) and SamplingParams(
+        stop=["a", "b"], stop_token_ids=[3]
+    ).stop_token_ids == (3,)
 
 
 NO_WHOLE = (1.5, 2.0, "2", b"2", True, np.float32(2), [2], (), {}, Decimal(2), Fraction(5, 2), object)

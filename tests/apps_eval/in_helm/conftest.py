@@ -1,4 +1,5 @@
-"""Tests for HELM's environment (apps/helm_env.sh); in the project's own they are skipped. test_helm.py runs them there."""
+"""Tests for HELM's environment (apps/helm_env.sh); in the project's own they are skipped. test_helm.py runs them
+there."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from flexbatch.apps.helm_client import FlexBatchClient
 from flexbatch.request import Completion
 
 PROMPT = "Question: which letter?\nAnswer:"
-REQUEST = Request(model="tiny/llama", model_deployment="flexbatch/tiny/llama", prompt=PROMPT, temperature=0, max_tokens=12)
+REQUEST = Request(
+    model="tiny/llama", model_deployment="flexbatch/tiny/llama", prompt=PROMPT, temperature=0, max_tokens=12
+)
 
 
 class OracleClient(FlexBatchClient):
@@ -44,7 +46,9 @@ def test_a_completion_has_all_its_fields(client):
     (completion,) = result.completions
     oracle = client.llm.generate([PROMPT], client._work(REQUEST, 0).params)[0]
     assert completion.text == client.llm.tokenizer.decode(oracle.token_ids)
-    assert [token.logprob for token in completion.tokens] == [row[token].logprob for row, token in zip(oracle.logprobs, oracle.token_ids, strict=True)]
+    assert [token.logprob for token in completion.tokens] == [
+        row[token].logprob for row, token in zip(oracle.logprobs, oracle.token_ids, strict=True)
+    ]
     assert completion.logprob == sum(token.logprob for token in completion.tokens) < 0
     assert completion.finish_reason == {"reason": "length"}
     assert (result.cached, result.batch_size) == (False, 1)
@@ -101,7 +105,9 @@ def test_the_chat_template_is_applied_once(tiny_chat):
     work = client._work(REQUEST, 0)
     assert client.llm.tokenizer.decode(work.prompt_token_ids) == f"<|user|>{PROMPT}\n<|assistant|>"
     chat = replace(REQUEST, prompt="", messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-    assert client.llm.tokenizer.decode(client._work(chat, 0).prompt_token_ids) == "<|system|>s\n<|user|>u\n<|assistant|>"
+    assert (
+        client.llm.tokenizer.decode(client._work(chat, 0).prompt_token_ids) == "<|system|>s\n<|user|>u\n<|assistant|>"
+    )
 
 
 def test_samples_differ_and_do_not_depend_on_the_batch(client):
@@ -139,7 +145,9 @@ def test_what_was_done_before_a_crash_is_in_the_cache(tiny, tmp_path):
 
     class Dies(OracleLLM):
         def stream(self, items, on_tokens=None):
-            yield from ((key, completion) for _, (key, completion) in zip(range(2), super().stream(items), strict=False))
+            yield from (
+                (key, completion) for _, (key, completion) in zip(range(2), super().stream(items), strict=False)
+            )
             raise OSError("the disk is gone")
 
     client = make(tiny, cache)
@@ -176,7 +184,10 @@ def test_threads_share_blocks_and_get_their_own_answers(tiny):
     requests = [replace(REQUEST, prompt=f"Question {number}:", max_tokens=3) for number in range(12)]
     expected = [result.completions for result in make(tiny).make_requests(requests)]
     found = {}
-    threads = [threading.Thread(target=lambda n=number: found.update({n: client.make_request(requests[n])})) for number in range(12)]
+    threads = [
+        threading.Thread(target=lambda n=number: found.update({n: client.make_request(requests[n])}))
+        for number in range(12)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

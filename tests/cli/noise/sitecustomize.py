@@ -1,4 +1,5 @@
-"""Makes libraries noisy, in processes that have this folder on PYTHONPATH: each prints in every way when it is imported, and at exit."""
+"""Makes libraries noisy, in processes that have this folder on PYTHONPATH: each prints in every way when it is
+imported, and at exit."""
 
 import atexit
 import ctypes
