@@ -213,7 +213,7 @@ def test_exit_codes(outcome, code: int, caplog: pytest.LogCaptureFixture) -> Non
 
 def test_sigterm_ends_a_command_as_an_interruption() -> None:
     script = (
-        "import sys, time\nfrom flexbatch import cli\ncli.set_up_logging()\n"
+        "import sys, time\nfrom flexbatch.cli import settings\nsettings.set_up_logging()\n"
         "def main(data):\n    print('ready', file=data, flush=True)\n    "
         "time.sleep(30)\nsys.exit(settings.run_command(main, 'again'))"
     )
@@ -229,7 +229,7 @@ def test_sigterm_ends_a_command_as_an_interruption() -> None:
 def test_a_forked_helper_ends_without_a_traceback() -> None:
     """lm_eval ends its pool of processes so; a handler that raises would print one of each that waits for work."""
     script = (
-        "import multiprocessing, sys, time\nfrom flexbatch import cli\n"
+        "import multiprocessing, sys, time\nfrom flexbatch.cli import settings\n"
         "def main(data):\n    helper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(30,))\n "
         "   helper.start()\n    time.sleep(0.5)\n"
         "    helper.terminate()\n    helper.join()\n    print(helper.exitcode, "
@@ -241,7 +241,7 @@ def test_a_forked_helper_ends_without_a_traceback() -> None:
 
 def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> None:
     script = (
-        "import logging\nfrom flexbatch import cli\ncli.set_up_logging()\n"
+        "import logging\nfrom flexbatch.cli import settings\nsettings.set_up_logging()\n"
         "for name in ('flexbatch', 'httpx'):\n    logging.getLogger(name).info('info of %s', name)\n    "
         "logging.getLogger(name).warning('warning of %s', name)"
     )
@@ -254,7 +254,10 @@ def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> Non
 
 
 def test_a_reader_that_goes_away_is_no_crash_report() -> None:
-    script = "import sys\nfrom flexbatch import cli\ndef main(data):\n    for i in range(100000): print(i, file=data)\nsys.exit(settings.run_command(main))"
+    script = (
+        "import sys\nfrom flexbatch.cli import settings\ndef main(data):\n"
+        "    for i in range(100000): print(i, file=data)\nsys.exit(settings.run_command(main))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -143,16 +143,16 @@ def test_settling_after_the_end_of_the_workers_is_done_at_once() -> None:
     queues.settle()
     script = """
 import torch, weakref
-from flexbatch.memory.transfer import Lanes
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.trace import Tracer
-lanes = Lanes(torch.device("cpu"), Tracer())
-for lane in lanes.all_lanes:
-    lane.submit(lambda: None)
+queues = TransferQueues(torch.device("cpu"), Tracer())
+for queue in queues.all_queues:
+    queue.submit(lambda: None)
 def close():
-    lanes.settle()
-    lanes.check()
-    lanes.close()
-    print("closed", *(lane.num_ended for lane in lanes.all_lanes))
+    queues.settle()
+    queues.check()
+    queues.close()
+    print("closed", *(queue.num_ended for queue in queues.all_queues))
 class Owner: pass
 owner = Owner()
 weakref.finalize(owner, close)
