@@ -1,20 +1,24 @@
-"""What a job is given, as requests: prompts encoded, each with its parameters and its samples; and their completions
-put back together."""
+"""Requests that wait for the engine, and who gets their completions. Nothing here ever blocks a running block."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
 from typing import Any
 
-from flexbatch.execution.batcher import Candidate
-from flexbatch.execution.request_state import RequestState
+from flexbatch.execution import sequence as execution
+from flexbatch.execution.observer import RunObserver
+from flexbatch.execution.pass_batch import PassBatch
+from flexbatch.execution.scheduler import Scheduler
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
-from flexbatch.planner.report import with_samples
+from flexbatch.planner.report import described_failure
 from flexbatch.request import Completion, Request, SamplingParams
 from flexbatch.text.decoder import TextDecoder
-from flexbatch.text.detokenize import OutputText
 from flexbatch.text.prompts import Prompt, PromptEncoder, as_prompts, plain_prompt
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
@@ -25,47 +29,7 @@ Item = tuple[Hashable, Prompt, SamplingParams | None]
 """Of a stream: the caller's key, a prompt, how to complete it (None: as the model's generation_config.json says)."""
 Params = SamplingParams | Sequence[SamplingParams | None] | None
 """Of a job: for all prompts, or one each."""
-
-
-def requests_of(
-    prompts: Prompt | Sequence[Prompt],
-    sampling_params: Params,
-    encoder: PromptEncoder,
-    defaults: Defaults,
-    first_index: int = 0,
-) -> list[Request]:
-    """One request for every sample of every prompt, in the order of the prompts, which are counted from
-    ``first_index``. One SamplingParams is for all.
-
-    Raises PromptError for the first prompt that cannot be run, ConfigurationError for prompts that are none, and when
-    there are not as many parameters as prompts, or others than those.
-    """
-    prompts = as_prompts(prompts)
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        params = [defaults.instead_of(sampling_params)] * len(prompts)
-    else:
-        if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Iterable):
-            raise ConfigurationError(
-                f"sampling_params {not_params(sampling_params)}, or a list of them, one for each prompt"
-            )
-        params = [
-            defaults.instead_of(entry, f"sampling_params[{place}]") for place, entry in enumerate(sampling_params)
-        ]
-        if len(params) != len(prompts):
-            raise ConfigurationError(
-                f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each"
-            )
-    return [
-        request
-        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), first_index)
-        for request in samples_of(i, prompt, p, encoder)
-    ]
-
-
-def not_params(value: Any) -> str:
-    """What is wrong with a value that is given for SamplingParams."""
-    remedy = "SamplingParams(**settings)" if isinstance(value, Mapping) else "SamplingParams(...)"
-    return f"is {short(value)}, a {type(value).__name__}; give {remedy}"
+OnText = Callable[[str], None]
 
 
 class Defaults:
@@ -89,9 +53,49 @@ class Defaults:
             logger.warning(
                 "%s: not applied, as the given SamplingParams leave it out: %s. "
                 "LLM.get_default_sampling_params() has what the file says",
-                self._generation.source, ", ".join(missing),
-            )  # fmt: skip
+                self._generation.source,
+                ", ".join(missing),
+            )
         return params
+
+
+def not_params(value: Any) -> str:
+    """What is wrong with a value that is given for SamplingParams."""
+    remedy = "SamplingParams(**settings)" if isinstance(value, Mapping) else "SamplingParams(...)"
+    return f"is {short(value)}, a {type(value).__name__}; give {remedy}"
+
+
+def requests_of(
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: Params,
+    encoder: PromptEncoder,
+    defaults: Defaults,
+    first_index: int = 0,
+) -> list[Request]:
+    """One request for every sample of every prompt, in the order of the prompts, which are counted from
+    ``first_index``. One SamplingParams is for all.
+
+    Raises PromptError for the first prompt that cannot be run, ConfigurationError for prompts that are none, and when
+    there are not as many parameters as prompts, or others than those.
+    """
+    prompts = as_prompts(prompts)
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        params = [defaults.instead_of(sampling_params)] * len(prompts)
+    else:
+        if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Iterable):
+            raise ConfigurationError(
+                f"sampling_params {not_params(sampling_params)}, or a list of them, one for each prompt"
+            )
+        params = [defaults.instead_of(entry, f"sampling_params[{i}]") for i, entry in enumerate(sampling_params)]
+        if len(params) != len(prompts):
+            raise ConfigurationError(
+                f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each"
+            )
+    return [
+        request
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), first_index)
+        for request in samples_of(i, prompt, p, encoder)
+    ]
 
 
 def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> Iterator[Request]:
@@ -104,73 +108,159 @@ def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: Prom
     return (Request(index, token_ids, limited, sample, text) for sample in range(limited.n))
 
 
-def candidates_of(requests: Iterable[Request], tokenizer: Any, arch: Arch, engine_seed: int) -> Iterator[Candidate]:
-    """Requests with the state that their sampling and their text need, one by one as they are asked for."""
-    decoder = None if tokenizer is None else TextDecoder(tokenizer)
-    for request in requests:
-        output = OutputText(
-            decoder,
-            request.params,
-            eos_token_ids=arch.eos_token_ids,
-            prompt_token_ids=request.prompt_token_ids,
-            max_context=arch.max_positions,
-        )
-        yield Candidate(RequestState(request, engine_seed, arch.eos_token_ids), output)
+def completion_of(sequence: execution.Sequence) -> Completion:
+    """Of a sequence that ended, or of a request that failed."""
+    request, output = sequence.request, sequence.output
+    completion = Completion(
+        list(request.prompt_token_ids),
+        prompt=request.prompt,
+        index=request.index,
+        error=described_failure(sequence),
+        finish_reason="error",
+    )
+    if output.finish is None or sequence.error:
+        return completion
+    completion.token_ids, completion.text = output.token_ids, output.text
+    completion.finish_reason, completion.stop_reason = output.finish.reason, output.finish.stop_reason
+    if request.params.logprobs is not None:
+        completion.logprobs = sequence.logprobs
+    if request.params.prompt_logprobs is not None:
+        unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
+        completion.prompt_logprobs = [*[None] * unscored, *sequence.prompt_logprobs]
+    return completion
 
 
-class Gathering:
-    """Completions by prompt, until all samples of one are there."""
-
-    def __init__(self) -> None:
-        self._pending: dict[int, dict[int, Completion]] = {}
-
-    def add(self, request: Request, completion: Completion) -> Completion | None:
-        """The prompt's first completion, with all of them as its samples, once the last has come."""
-        found = self._pending.setdefault(request.index, {})
-        found[request.sample] = completion
-        if len(found) < request.params.n:
-            return None
-        return with_samples(self._pending.pop(request.index))
+def with_samples(completions: Mapping[int, Completion]) -> Completion:
+    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in
+    any order. One that failed comes before the first, so that nobody takes the rest for the whole."""
+    first = next((completions[sample] for sample in sorted(completions) if completions[sample].error), completions[0])
+    if len(completions) > 1:
+        first.samples = [completions[sample] for sample in sorted(completions)]
+    return first
 
 
-class Intake:
-    """The items of a stream as requests, encoded one by one as they are asked for, and who gets the completions.
+@dataclass
+class Expected:
+    """Who waits for the samples of one prompt."""
 
-    ``failed`` collects the items that cannot be run, as completions that say why.
-    """
+    key: Hashable
+    num_samples: int
+    on_text: OnText | None = None
+    completions: dict[int, Completion] = field(default_factory=dict)
 
-    def __init__(self, items: Iterable[Item], encoder: PromptEncoder, defaults: Defaults) -> None:
-        self._items, self._encoder, self._defaults = items, encoder, defaults
-        self._keys: dict[int, Hashable] = {}
-        self._gathering = Gathering()
-        self.failed: list[tuple[Hashable, Completion]] = []
 
-    def requests(self) -> Iterator[Request]:
-        for index, item in enumerate(self._items):
-            if not isinstance(item, tuple | list) or len(item) != 3:
-                raise ConfigurationError(
-                    f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams)"
-                )
-            key, prompt, params = item
+class Intake(RunObserver):
+    """The line of waiting requests. New ones may be added at any time, from any thread; they become sequences when the
+    scheduler has capacity for them."""
+
+    def __init__(self, encoder: PromptEncoder, generation: GenerationDefaults, arch: Arch, engine_seed: int) -> None:
+        self.encoder, self.defaults = encoder, Defaults(generation)
+        self._decoder = None if encoder.tokenizer is None else TextDecoder(encoder.tokenizer)
+        self._arch, self._engine_seed = arch, engine_seed
+        self._waiting: deque[Request] = deque()
+        self._expected: dict[int, Expected] = {}
+        self._sequence_ids, self._indices = count(), count()
+        self._has_listeners = False
+
+    def __len__(self) -> int:
+        """Prompts that are not finished, waiting and running ones."""
+        return len(self._expected)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not sequences yet."""
+        return len(self._waiting)
+
+    def add(
+        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None, index: int
+    ) -> None:
+        """Encode a prompt and let it wait. Raises PromptError, ConfigurationError."""
+        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder))
+        self.add_requests(samples, key, on_text)
+
+    def add_requests(self, samples: Iterable[Request], key: Hashable = None, on_text: OnText | None = None) -> None:
+        """Let encoded requests wait; without ``key`` they go by their index."""
+        self._has_listeners |= on_text is not None
+        for request in samples:
+            index, num_samples = request.index, request.params.n
+            self._expected.setdefault(index, Expected(index if key is None else key, num_samples, on_text))
+            self._waiting.append(request)
+
+    def add_item(
+        self, index: int, item: Any, on_tokens: Callable[[Hashable, str], None] | None
+    ) -> tuple[Hashable, Completion] | None:
+        """Let an item of a stream wait; returns its key and a completion that says why, where it cannot be run. Raises
+        ConfigurationError for what is no item."""
+        if not isinstance(item, tuple | list) or len(item) != 3:
+            raise ConfigurationError(
+                f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams)"
+            )
+        key, prompt, params = item
+        try:
+            self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index)
+        except ValueError as error:
+            return key, Completion([], finish_reason="error", error=str(error), index=index)
+        return None
+
+    def new_index(self) -> int:
+        """A number for a prompt that has none: its random stream, without a seed, belongs to it."""
+        return next(self._indices)
+
+    def arrivals(self) -> Iterator[execution.Sequence | None]:
+        """Sequences in the order of the requests, made as they are asked for; None while nobody waits. Never ends."""
+        while True:
             try:
-                samples = samples_of(index, prompt, self._defaults.instead_of(params), self._encoder)
-            except ValueError as error:
-                self.failed.append((key, Completion([], finish_reason="error", error=str(error), index=index)))
+                request = self._waiting.popleft()
+            except IndexError:
+                yield None
                 continue
-            self._keys[index] = key
-            yield from samples
+            yield execution.Sequence(
+                request,
+                self._decoder,
+                engine_seed=self._engine_seed,
+                eos_token_ids=self._arch.eos_token_ids,
+                max_context=self._arch.max_positions,
+                sequence_id=next(self._sequence_ids),
+            )
 
-    def key(self, index: int) -> Hashable:
-        """Of item number ``index``, while it runs."""
-        return self._keys[index]
+    def ahead(self, limit: int | None) -> list[Request]:
+        """The first requests that wait; None: all."""
+        return list(islice(self._waiting, limit))
 
-    def finished(self, request: Request, completion: Completion) -> Iterator[tuple[Hashable, Completion]]:
-        """What can be handed out now: items that failed meanwhile, and this one if its last sample has come."""
-        yield from self.take_failed()
-        whole = self._gathering.add(request, completion)
-        if whole is not None:
-            yield self._keys.pop(request.index), whole
+    def deliver(self, completion: Completion, request: Request) -> tuple[Hashable, Completion] | None:
+        """The key of a prompt and its first completion, with all of them as its samples, once the last has come."""
+        expected = self._expected.get(request.index)
+        if expected is None:
+            return None
+        expected.completions[request.sample] = completion
+        if len(expected.completions) < expected.num_samples:
+            return None
+        del self._expected[request.index]
+        return expected.key, with_samples(expected.completions)
 
-    def take_failed(self) -> list[tuple[Hashable, Completion]]:
-        failed, self.failed = self.failed, []
-        return failed
+    def drop(self, key: Hashable) -> set[int]:
+        """Expect a prompt no longer; returns its indices, none where nobody waits for ``key``."""
+        dropped = {index for index, expected in list(self._expected.items()) if expected.key == key}
+        for index in dropped:
+            del self._expected[index]
+        self._waiting = deque(request for request in self._waiting if request.index not in dropped)
+        return dropped
+
+    def clear(self) -> None:
+        self._waiting.clear()
+        self._expected.clear()
+
+    def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
+        """Hand on the new text of every prompt's first sample, where somebody listens."""
+        if not self._has_listeners:
+            return
+        for sequence in [*scheduler.running.values(), *scheduler.finished]:
+            expected = self._expected.get(sequence.request.index)
+            if expected is not None and expected.on_text is not None and sequence.request.sample == 0:
+                text = sequence.output.take()
+                if text:
+                    expected.on_text(text)
+
+    def check(self) -> None:
+        """Invariant: somebody expects every request that waits."""
+        assert {request.index for request in self._waiting} <= self._expected.keys()

@@ -33,6 +33,11 @@ class Job:
         """The job of its first requests alone."""
         return Job(self.cache_tokens[:count], self.prompt_tokens[:count])
 
+    def repeated(self, count: int) -> Job:
+        """At least ``count`` requests of these lengths: what comes later is expected to be like what came first."""
+        times = -(-count // self.num_requests)
+        return Job(self.cache_tokens * times, self.prompt_tokens * times) if times > 1 else self
+
     def longest_first(self) -> Job:
         pairs = sorted(zip(self.cache_tokens, self.prompt_tokens, strict=True), reverse=True)
         return Job(tuple(cache for cache, _ in pairs), tuple(prompt for _, prompt in pairs))

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from flexbatch.execution.batcher import Batcher, Candidate
 from flexbatch.execution.block_sizes import block_sizes, cache_layout
-from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.runner import Runner, open_runner
-from flexbatch.execution.sampler import draw
+from flexbatch.execution.sampler import sample_tokens
+from flexbatch.execution.scheduler import Scheduler
+from flexbatch.execution.sequence import Sequence
 from flexbatch.job import Job
 from flexbatch.memory.loading import Loader
 from flexbatch.memory.tiers import Pool, Tiers, host_memory_bytes
@@ -39,7 +39,6 @@ from flexbatch.models.families import read_arch
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.request import Request, SamplingParams
-from flexbatch.text.detokenize import OutputText
 from flexbatch.trace import RecordingTracer, Span, Tracer
 
 MIB = 2**20
@@ -139,16 +138,12 @@ def run_passes(
     job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
     seconds = []
     with small_runner(arch, policy, job, device, dtype, tracer) as runner:
-        batcher = Batcher(
-            policy,
-            runner.cache,
-            (Candidate(RequestState(request), OutputText(None, params)) for request in requests),
-            runner.sizes.max_micro_batch_tokens,
-        )
-        while batcher.has_work():
+        sequences = (Sequence(request, sequence_id=request.index) for request in requests)
+        scheduler = Scheduler(policy, runner.cache, sequences, runner.sizes.max_micro_batch_tokens)
+        while scheduler.has_work():
             start = time.perf_counter()
-            work = batcher.next_pass()
-            batcher.commit(work, draw(runner.executor.run(work)))
+            batch = scheduler.next_pass()
+            scheduler.commit(batch, sample_tokens(runner.executor.run(batch), scheduler.running))
             seconds.append(time.perf_counter() - start)
     return seconds[1 + WARM_UP : -1]
 

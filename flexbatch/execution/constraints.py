@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from flexbatch.request import Request
+from flexbatch.request import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Constraints:
     """Of one request with any of `request.CONSTRAINTS`. A drafted path counts like text: every node of a token tree has
     what plain decoding would have there."""
 
-    def __init__(self, request: Request, eos_token_ids: Collection[int]) -> None:
-        params = request.params
-        self._params, self._num_prompt = params, len(request.prompt_token_ids)
+    def __init__(self, params: SamplingParams, token_ids: list[int], eos_token_ids: Collection[int]) -> None:
+        """token_ids: the text, which holds the prompt now; `catch_up` takes in what is appended to this very list."""
+        self._params, self._tokens, self._num_prompt, self._seen = params, token_ids, len(token_ids), 0
         self._eos = tuple(eos_token_ids)
         self._ends = tuple(dict.fromkeys((*eos_token_ids, *params.stop_token_ids)))
         # The bias of a sequence that is named twice is the last one, as in transformers. Nothing can keep an output
@@ -58,16 +58,15 @@ class Constraints:
             (tokens, 0.0) for tokens in params.bad_words_ids if len(tokens) > 1 or tokens[0] not in self._eos
         )
         self._ngrams: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        self._tokens: list[int] = []
-        for token in request.prompt_token_ids:
-            self.add(token)
+        self.catch_up()
 
-    def add(self, token: int) -> None:
-        """One more token of the text."""
-        self._tokens.append(token)
+    def catch_up(self) -> None:
+        """Take in the tokens that were appended to the text since the last call."""
         size = self._params.no_repeat_ngram_size
-        if 0 < size <= len(self._tokens):
-            self._ngrams[tuple(self._tokens[len(self._tokens) - size : -1])].append(token)
+        if size:
+            for end in range(max(size, self._seen + 1), len(self._tokens) + 1):
+                self._ngrams[tuple(self._tokens[end - size : end - 1])].append(self._tokens[end - 1])
+        self._seen = len(self._tokens)
 
     def effect(self, path: tuple[int, ...] = ()) -> Effect:
         """On the token that follows the text and ``path``."""
@@ -103,6 +102,6 @@ class Constraints:
         along = [text[i + size - 1] for i in range(len(text) - size + 1) if text[i : i + size - 1] == end]
         return [*self._ngrams.get(end, ()), *along]
 
-    def follows(self, tokens: Sequence[int]) -> bool:
-        """Whether these are the tokens that it has been told of; for checks."""
-        return self._tokens == list(tokens)
+    def check(self) -> None:
+        """Invariant: every token of the text was taken in."""
+        assert self._seen == len(self._tokens), "constraints do not follow the text"

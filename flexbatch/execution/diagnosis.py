@@ -8,15 +8,17 @@ of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexbatch.execution.batcher import Batcher, Retired
 from flexbatch.execution.executor import Executor
 from flexbatch.execution.inputs import MicroBatchInputs
-from flexbatch.execution.work import PassWork, QueryTokens, Sequence
+from flexbatch.execution.pass_batch import PassBatch, QueryTokens
+from flexbatch.execution.scheduler import Scheduler
+from flexbatch.execution.sequence import Sequence
+from flexbatch.memory.pages import PageTable
 
 EMBEDDING = -1
 
@@ -26,41 +28,32 @@ class Reading:
     """A failed sequence with pages of its own: nothing that others share is written again."""
 
     failed: Sequence
-    copy: Sequence
+    table: PageTable
     token_ids: list[int]
     layer: int | None = None
     """The first one after which hidden states are not finite; None: none so far."""
 
 
-def explained(retired: Iterable[Retired], batcher: Batcher, executor: Executor) -> list[Retired]:
-    """The same, with the layer of doubt in the errors of those whose logits are not finite. The batcher has given back
-    their pages."""
-    retired = list(retired)
-    faulty = [
-        item.sequence
-        for item in retired
-        if item.sequence is not None and item.sequence.fault is not None and item.sequence.fault.in_model
-    ]
-    layers: dict[Sequence, int | None] = {}
+def explain_faults(finished: Iterable[Sequence], scheduler: Scheduler, executor: Executor) -> None:
+    """Name the layer of doubt in the errors of those whose logits are not finite. The scheduler has given back their
+    pages."""
+    faulty = [sequence for sequence in finished if sequence.fault is not None and sequence.fault.in_model]
+    layers: dict[Sequence, int | None] = dict.fromkeys(faulty)
     while faulty:
-        readings = opened(faulty, batcher)
+        readings = opened(faulty, scheduler)
         if not readings:
             break
         try:
-            read(readings, batcher, executor)
+            read(readings, scheduler, executor)
         finally:
             for reading in readings:
-                batcher.cache.free(reading.copy.table)
+                scheduler.cache.free(reading.table)
         layers |= {
             reading.failed: executor.arch.num_layers if reading.layer is None else reading.layer for reading in readings
         }
-        faulty = [sequence for sequence in faulty if sequence not in layers]
-    return [
-        replace(item, error=f"{item.error}; {described(layers.get(item.sequence), executor)}")
-        if item.sequence is not None and item.sequence.fault is not None and item.sequence.fault.in_model
-        else item
-        for item in retired
-    ]
+        faulty = [sequence for sequence in faulty if layers[sequence] is None]
+    for sequence, layer in layers.items():
+        sequence.error += f"; {described(layer, executor)}"
 
 
 def described(layer: int | None, executor: Executor) -> str:
@@ -85,49 +78,51 @@ def wider(dtype: torch.dtype) -> str:
     return "bfloat16 or float32" if dtype == torch.float16 else "float32"
 
 
-def opened(sequences: list[Sequence], batcher: Batcher) -> list[Reading]:
-    """As many as have room in the cache together, in a micro-batch."""
-    cache, readings, staged = batcher.cache, [], 0
-    for sequence in sequences[: batcher.policy.gpu_batch_size]:
+def opened(sequences: list[Sequence], scheduler: Scheduler) -> list[Reading]:
+    """As many as have pages in the cache together, in a micro-batch."""
+    cache, readings, staged = scheduler.cache, [], 0
+    for sequence in sequences[: scheduler.policy.gpu_batch_size]:
         token_ids = sequence.token_ids[: len(sequence.token_ids) - sequence.num_uncomputed]
-        tier, pages = sequence.table.tier, cache.layout.num_pages(len(token_ids))
+        tier, pages = sequence.pages.tier, cache.layout.num_pages(len(token_ids))
         staged += pages if tier != "gpu" else 0
         if staged > cache.sizes.staging_pages or not cache.can_open(tier, len(token_ids)):
             break
-        readings.append(Reading(sequence, replace(sequence, table=cache.open(tier, len(token_ids))), token_ids))
+        readings.append(Reading(sequence, cache.open(tier, len(token_ids)), token_ids))
     return readings
 
 
-def read(readings: list[Reading], batcher: Batcher, executor: Executor) -> None:
+def read(readings: list[Reading], scheduler: Scheduler, executor: Executor) -> None:
     """Read their tokens from the first on, a chunk of each in a pass, until the layer of every one is known or its text
     at its end."""
-    by_copy = {reading.copy: reading for reading in readings}
+    by_id = dict(enumerate(readings))
 
     def watch(layer: int, inputs: MicroBatchInputs, hidden: Tensor) -> None:
         finite = hidden.isfinite().all(-1).tolist()
         for query, rows in rows_of(inputs):
-            reading = by_copy[query.sequence]
+            reading = by_id[query.sequence_id]
             if not all(finite[rows]) and (reading.layer is None or layer < reading.layer):
                 reading.layer = layer
 
     chunk = max(
         1,
         min(
-            batcher.policy.prefill_chunk,
-            batcher.prefill_budget // len(readings),
-            batcher.micro_batch_tokens // len(readings),
+            scheduler.policy.prefill_chunk,
+            scheduler.prefill_budget // len(readings),
+            scheduler.micro_batch_tokens // len(readings),
         ),
     )
-    while unread := [item for item in readings if item.layer is None and item.copy.num_cached < len(item.token_ids)]:
+    while unread := {
+        i: item for i, item in by_id.items() if item.layer is None and item.table.num_tokens < len(item.token_ids)
+    }:
         queries = []
-        for item in unread:
-            start = item.copy.num_cached
+        for i, item in unread.items():
+            start = item.table.num_tokens
             tokens = tuple(item.token_ids[start : start + chunk])
-            queries.append(QueryTokens(item.copy, tokens, start, len(tokens)))
-        for _ in executor.run(PassWork((tuple(queries),)), watch):
+            queries.append(QueryTokens(i, tokens, start, len(tokens), item.table.location, len(item.token_ids)))
+        for _ in executor.run(PassBatch((tuple(queries),)), watch):
             pass
         for query in queries:
-            batcher.cache.commit(query.sequence.table, query.start + query.num_tokens)
+            scheduler.cache.commit(by_id[query.sequence_id].table, query.start + query.num_tokens)
 
 
 def rows_of(inputs: MicroBatchInputs) -> Iterator[tuple[QueryTokens, slice]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
 from flexbatch.execution.graphs import MAX_GRAPHS, CudaRecorder, DecodeGraphs
-from flexbatch.execution.inputs import AttentionGroup, InputBuilder, MicroBatchInputs, StagedGroup
-from flexbatch.execution.work import LogitsChunk, PassWork
-from flexbatch.kernels import ops
+from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
+from flexbatch.execution.pass_batch import LogitsChunk, PassBatch
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
@@ -23,28 +22,6 @@ from flexbatch.models.arch import Arch
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.schedule import Tick, zigzag
 from flexbatch.trace import Tracer
-
-SPARE_FROM_THREADS = 8
-"""With a GPU and at least as many threads, CPU attention leaves one to launching: its threads meet later when one of
-them has to make room. Passes of OPT-6.7B took 231 to 265 ms with 15 of 16 threads and 253 to 268 with 16."""
-
-
-Watch = Callable[[int, MicroBatchInputs, Tensor], None]
-"""Is shown the hidden states of a micro-batch after every layer, and first what the layers are given, as those of layer
--1."""
-
-
-@dataclass
-class PendingTick:
-    """A tick between its two halves: attention is done, but for the CPU's share, which may still be running."""
-
-    tick: Tick
-    inputs: MicroBatchInputs
-    hidden: Tensor
-    attention: Tensor
-    cpu_output: Tensor | None = None
-    cpu_done: Handle = READY
-    watch: Watch | None = None
 
 
 class Executor:
@@ -76,19 +53,8 @@ class Executor:
         self.uploads = host_buffers.uploads
         self.builder = InputBuilder(cache.layout.page_tokens, self.uploads)
         self.rotary = rotary
-        slopes = arch.alibi_slopes()
-        self.slopes = (
-            {
-                device: torch.tensor(slopes, dtype=torch.float32, device=device)
-                for device in {self.device, torch.device("cpu")}
-            }
-            if slopes
-            else {}
-        )
         self.host_buffers = host_buffers
-        threads = torch.get_num_threads()
-        self.attention_threads = threads - 1 if self.device.type == "cuda" and threads >= SPARE_FROM_THREADS else 0
-        """Of CPU attention; 0: torch's number."""
+        self.attention = CacheAttention(arch, cache, queues, host_buffers)
         resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
         self.graphs: DecodeGraphs | None = None
         if resident and overlap:
@@ -109,14 +75,14 @@ class Executor:
         if self.graphs is not None:
             self.graphs.clear()
 
-    def run(self, work: PassWork, watch: Watch | None = None) -> Iterator[LogitsChunk]:
-        """One sweep through all layers. Yields logits by blocks of rows; the pass is complete when the iterator is
+    def run(self, batch: PassBatch, watch: Watch | None = None) -> Iterator[LogitsChunk]:
+        """One sweep through all layers. Yields logits by chunks of rows; the pass is complete when the iterator is
         exhausted."""
         self.uploads.begin_pass()
-        inputs = [self.builder.build(queries) for queries in work.micro_batches]
+        inputs = [self.builder.build(queries) for queries in batch.micro_batches]
         count, num_layers = len(inputs), self.arch.num_layers + 1
         self.cache.begin_pass(self.queues.mark())
-        self.activations.plan([batch.num_tokens for batch in inputs])
+        self.activations.plan([each.num_tokens for each in inputs])
         if self.graphs is not None and count == 1 and watch is None and (hidden := self.replay(inputs[0])) is not None:
             self.activations.set(0, hidden)
             yield from self.head(inputs[0], num_layers - 1, 0, count)
@@ -137,12 +103,12 @@ class Executor:
                     # A third slab: the link need not wait for the second half of the layer before.
                     self.weights.fetch(*tick.fetch_weights)
                 if not self.overlap:
-                    self.settle()
+                    self.synchronize()
                 if tick.layer == num_layers - 1:
                     yield from self.head(inputs[tick.micro_batch], tick.layer, tick.micro_batch, count)
                 else:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
-                    begun = self.begin(
+                    pending = self.begin(
                         tick,
                         inputs[tick.micro_batch],
                         gathered,
@@ -152,17 +118,17 @@ class Executor:
                     if deferred:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
-                    if begun.cpu_output is not None and tick.fetch_weights is not None:
+                    if pending.cpu_output is not None and tick.fetch_weights is not None:
                         # The host is about to wait for the CPU's share: what the link needs until then has to be queued
                         # now. With one slice a tick both links idled by turns (OPT-30B, 92 sequences on the CPU: 1.26 s
                         # a pass where the link needs 1.0).
                         self.weights.fetch_rest(tick.fetch_weights[0], count)
                     # With CPU attention the second half waits until the next tick has given the CPU more work.
-                    deferred = begun if begun.cpu_output is not None and self.overlap else None
+                    deferred = pending if pending.cpu_output is not None and self.overlap else None
                     if deferred is None:
-                        self.finish(begun, count)
+                        self.finish(pending, count)
             if not self.overlap:
-                self.settle()
+                self.synchronize()
         # Only the head's slab was missing for the second layer of the next pass.
         if self.overlap and num_layers > 2:
             self.weights.fetch_rest(1, count)
@@ -192,7 +158,7 @@ class Executor:
     def staging_buffer(layer: int, micro_batch: int, count: int) -> int:
         return (layer * count + micro_batch) % 2
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for everything that was launched (no overlap): page gathers, too, of which nobody has asked for the
         result yet."""
         self.queues.settle()
@@ -217,119 +183,34 @@ class Executor:
             query, key, value = layers.pre_attention(
                 self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables
             )
-            begun = PendingTick(tick, inputs, hidden, torch.empty_like(query), watch=watch)
+            pending = PendingTick(tick, inputs, hidden, torch.empty_like(query), watch=watch)
             if inputs.cpu is not None:
-                self.start_cpu_attention(begun, inputs.cpu, query, key, value)
+                self.attention.start_cpu_attention(pending, inputs.cpu, query, key, value)
             if inputs.gpu is not None:
-                part = slice(inputs.gpu.start, inputs.gpu.end)
-                rows = self.cache.rows("gpu", tick.layer)
-                ops.append_rows(
-                    rows, inputs.gpu.slots, key[part], value[part], self.cache.layout.bits, self.cache.layout.group
-                )
-                self.attend(begun.attention[part], tick.layer, query[part], rows, inputs.gpu, inputs.positions[part])
+                self.attention.attend_resident(pending, inputs.gpu, query, key, value)
             if inputs.staged is not None:
-                self.attend_staged(begun, inputs.staged, gathered, buffer, query, key, value)
-        return begun
+                self.attention.attend_staged(pending, inputs.staged, gathered, buffer, query, key, value)
+        return pending
 
-    def attend(
-        self,
-        out: Tensor,
-        layer: int,
-        query: Tensor,
-        rows: Tensor,
-        group: AttentionGroup,
-        positions: Tensor,
-        threads: int = 0,
-    ) -> None:
-        """Attention of one group over token rows that already hold its own keys and values."""
-        arch, layout = self.arch, self.cache.layout
-        ops.paged_attention(
-            query,
-            rows,
-            group.page_table,
-            group.query_starts,
-            group.context_lens,
-            num_kv_heads=arch.num_kv_heads,
-            page_tokens=layout.page_tokens,
-            scale=arch.attention_scale,
-            bits=layout.bits,
-            group=layout.group,
-            alibi_slopes=self.slopes.get(query.device),
-            alibi_scale=arch.attention_scale if arch.scaled_alibi else 0.0,
-            window=arch.window(layer),
-            soft_cap=arch.soft_cap,
-            tree_masks=group.tree_masks,
-            positions=None if group.tree_masks is None else positions.to(torch.int32),
-            max_query_len=group.max_query_len,
-            max_context_len=group.max_context_len,
-            out=out,
-            threads=threads,
-        )
-
-    def attend_staged(
-        self,
-        begun: PendingTick,
-        staged: StagedGroup,
-        gathered: Handle,
-        buffer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-    ) -> None:
-        """Attention over staging; the new token rows go home beside it."""
-        layer, group, layout = begun.tick.layer, staged.attention, self.cache.layout
-        gathered.wait()
-        part = slice(group.start, group.end)
-        rows = self.cache.staging_rows(buffer)
-        ops.append_rows(rows, group.slots, key[part], value[part], layout.bits, layout.group)
-        new_rows = rows.index_select(0, group.slots)
-        written = self.queues.mark()
-        if staged.num_cpu_tokens:
-            self.cache.drain_cpu(layer, new_rows[: staged.num_cpu_tokens], staged.cpu_slots, written)
-        if staged.disk_tables:
-            self.cache.drain_disk(layer, new_rows[staged.num_cpu_tokens :], staged.disk_tables, written)
-        self.attend(begun.attention[part], layer, query[part], rows, group, begun.inputs.positions[part])
-        self.cache.release_staging(buffer, self.queues.mark())
-
-    def start_cpu_attention(
-        self, begun: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor
-    ) -> None:
-        """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache
-        lies."""
-        layer, part, layout = begun.tick.layer, slice(group.start, group.end), self.cache.layout
-        host_query, host_key, host_value, output = self.host_buffers.take(query[part], key[part], value[part])
-        arrived = self.queues.mark()
-        rows, positions = self.cache.rows("cpu", layer), begun.inputs.host_positions[part]
-        drained = self.cache.drained[layer]
-
-        def attend() -> None:
-            drained.synchronize()
-            ops.append_rows(rows, group.slots, host_key, host_value, layout.bits, layout.group)
-            self.attend(output, layer, host_query, rows, group, positions, self.attention_threads)
-
-        num_bytes = int(group.context_lens.sum()) * layout.token_bytes
-        begun.cpu_done = self.queues.cpu_attention.submit(
-            attend, arrived, f"cache {layer}.{begun.tick.micro_batch}", num_bytes
-        )
-        begun.cpu_output = output
-
-    def finish(self, begun: PendingTick, count: int) -> None:
-        """Output projection and MLP, then the hidden states go home; the last micro-batch of a layer gives the
+    def finish(self, pending: PendingTick, count: int) -> None:
+        """Output projection and MLP, then the hidden states are stored; the last micro-batch of a layer gives the
         layer's slab back."""
-        tick = begun.tick
-        if begun.cpu_output is not None:
-            assert begun.inputs.cpu is not None
-            begun.cpu_done.wait()
-            self.queues.copy_to_device(begun.cpu_output, begun.attention[begun.inputs.cpu.start : begun.inputs.cpu.end])
-            self.host_buffers.give_back(begun.cpu_output, self.queues.mark())
+        tick = pending.tick
+        if pending.cpu_output is not None:
+            assert pending.inputs.cpu is not None
+            pending.cpu_done.wait()
+            self.queues.copy_to_device(
+                pending.cpu_output, pending.attention[pending.inputs.cpu.start : pending.inputs.cpu.end]
+            )
+            self.host_buffers.give_back(pending.cpu_output, self.queues.mark())
         weights = self.weights.weights(tick.layer, "post")
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
-            hidden = layers.post_attention(self.arch, tick.layer, weights, begun.hidden, begun.attention)
-        if begun.watch is not None:
-            begun.watch(tick.layer, begun.inputs, hidden)
+            hidden = layers.post_attention(self.arch, tick.layer, weights, pending.hidden, pending.attention)
+        if pending.watch is not None:
+            pending.watch(tick.layer, pending.inputs, hidden)
         if tick.layer == self.arch.num_layers - 1:
             # Only the rows that the head reads go on.
-            hidden = hidden.index_select(0, begun.inputs.logit_index)
+            hidden = hidden.index_select(0, pending.inputs.logit_index)
             self.activations.set(tick.micro_batch, hidden)
         else:
             self.activations.put(tick.micro_batch, hidden)
@@ -346,7 +227,7 @@ class Executor:
         return layers.embed(self.arch, self.weights.embedding_weights, rows, position_rows)
 
     def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsChunk]:
-        """Logits of the rows that were asked for, in blocks."""
+        """Logits of the rows that were asked for, in chunks."""
         weights = self.weights.weights(layer, "head")
         hidden = self.activations.get(micro_batch)
         step = max(1, self.logits_chunk_bytes // (4 * self.arch.vocab_size))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexbatch.execution.work import QueryTokens
+from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.memory.kvcache import Gather
-from flexbatch.memory.pages import PageTable
+from flexbatch.memory.pages import SequencePages
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 
@@ -35,14 +35,14 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class StagedGroup:
-    """A group in staging, with what to bring there and where the new rows go home to."""
+    """A group in staging, with what to bring there and where the new rows are stored."""
 
     attention: AttentionGroup
     gather: Gather
     num_cpu_tokens: int
     """The group's tokens of cpu sequences come first, then those of disk sequences."""
     cpu_slots: Tensor
-    disk_tables: tuple[tuple[PageTable, int, int, int], ...]
+    disk_pages: tuple[tuple[SequencePages, int, int, int], ...]
     num_pages: int
 
 
@@ -67,13 +67,13 @@ class MicroBatchInputs:
         return len(self.token_ids)
 
 
-def place_of(query: QueryTokens) -> str:
+def attention_place(query: QueryTokens) -> str:
     """Where the cache of a query is attended: "gpu", "staged" or "cpu"."""
-    table = query.sequence.table
-    if table.tier == "gpu":
+    pages = query.pages
+    if pages.tier == "gpu":
         return "gpu"
     most = 1 if query.parents is None else CPU_ATTENTION_MAX_TREE_TOKENS
-    return "cpu" if table.attend_on_cpu and query.num_tokens <= most else "staged"
+    return "cpu" if pages.attend_on_cpu and query.num_tokens <= most else "staged"
 
 
 def ancestor_masks(parents: Many[int]) -> np.ndarray:
@@ -98,8 +98,8 @@ class InputBuilder:
         # Groups are consecutive: resident sequences, staged ones (cpu before disk), then those attended on the CPU.
         groups: dict[str, list[QueryTokens]] = {"gpu": [], "staged": [], "cpu": []}
         for query in queries:
-            groups[place_of(query)].append(query)
-        groups["staged"].sort(key=lambda query: query.sequence.table.tier == "disk")
+            groups[attention_place(query)].append(query)
+        groups["staged"].sort(key=lambda query: query.pages.tier == "disk")
         ordered = [query for group in groups.values() for query in group]
         # Flat, not array by array: of 512 decode tokens each array of one takes longer to make than to fill.
         token_ids = np.fromiter((token for query in ordered for token in query.token_ids), dtype=np.int64)
@@ -131,7 +131,7 @@ class InputBuilder:
 
     def pool_group(self, queries: list[QueryTokens], start: int, device: torch.device) -> AttentionGroup:
         """Sequences attended in their own pool."""
-        return self.group(queries, [query.sequence.table.page_ids for query in queries], start, device)
+        return self.group(queries, [query.pages.page_ids for query in queries], start, device)
 
     def group(
         self, queries: list[QueryTokens], tables: list[np.ndarray], start: int, device: torch.device
@@ -184,24 +184,20 @@ class InputBuilder:
                 )
             )
             cursor += count - old
-        on_cpu = [query for query in queries if query.sequence.table.tier == "cpu"]
+        on_cpu = [query for query in queries if query.pages.tier == "cpu"]
         on_disk = queries[len(on_cpu) :]
-        cpu_pages = [query.sequence.table.page_ids[:old] for query, old in zip(on_cpu, existing, strict=False)]
-        home = [
-            query.sequence.table.slots(query.start, query.start + query.num_tokens, page_tokens) for query in on_cpu
-        ]
+        cpu_pages = [query.pages.page_ids[:old] for query, old in zip(on_cpu, existing, strict=False)]
+        cpu_slots = [query.pages.slots(query.start, query.start + query.num_tokens, page_tokens) for query in on_cpu]
         gather = Gather(
             cpu_pages=self.upload(np.concatenate([np.zeros(0, dtype=np.int32), *cpu_pages])),
-            disk_tables=tuple((query.sequence.table, query.start) for query in on_disk),
+            disk_pages=tuple((query.pages, query.start) for query in on_disk),
             num_disk_pages=sum(existing[len(on_cpu) :]),
         )
         return StagedGroup(
             attention=self.group(queries, tables, start, self.device),
             gather=gather,
-            num_cpu_tokens=sum(len(slots) for slots in home),
-            cpu_slots=self.upload(np.asarray([slot for slots in home for slot in slots], dtype=np.int64)),
-            disk_tables=tuple(
-                (query.sequence.table, query.start, query.num_tokens, query.tentative) for query in on_disk
-            ),
+            num_cpu_tokens=sum(len(slots) for slots in cpu_slots),
+            cpu_slots=self.upload(np.asarray([slot for slots in cpu_slots for slot in slots], dtype=np.int64)),
+            disk_pages=tuple((query.pages, query.start, query.num_tokens, query.num_tentative) for query in on_disk),
             num_pages=cursor,
         )

@@ -1,4 +1,4 @@
-"""What the batcher asks of speculation: token trees before a pass, a verdict on them, and to be told what was
+"""What the scheduler asks of speculation: token trees before a pass, their verification, and to be told what was
 committed.
 
 Speculation is a source of query tokens; nothing here knows where trees come from. Without a proposer every sequence
@@ -7,13 +7,15 @@ brings its last token alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Protocol
 
 from torch import Tensor
 
+from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.execution.sampler import SampledTokens
-from flexbatch.execution.work import QueryTokens, Sequence
+from flexbatch.execution.sequence import Sequence
 
 
 class Tree(Protocol):
@@ -29,11 +31,11 @@ class Tree(Protocol):
 
 
 class Proposer(Protocol):
-    """Called as propose, verify, observe, once per pass, and retire for every sequence that leaves the block."""
+    """Called as propose, verify, observe, once per pass, and release for every sequence that leaves the block."""
 
     @property
     def max_nodes(self) -> int:
-        """Nodes of the largest tree: room that a sequence's cache has beyond its tokens."""
+        """Nodes of the largest tree: rows that a sequence's cache has beyond its tokens."""
 
     def propose(self, sequences: Many[Sequence], max_depths: Many[int], other_query_tokens: int) -> Many[Tree]:
         """A tree for every sequence that decodes in the coming pass (there may be none); the empty tree is plain
@@ -49,12 +51,15 @@ class Proposer(Protocol):
     def verify(self, query: QueryTokens, logits: Tensor) -> SampledTokens:
         """The accepted path and its tokens. logits: [query.num_tokens, vocab] float32."""
 
-    def follow(self, query: QueryTokens, drawn: SampledTokens) -> SampledTokens:
+    def follow(self, query: QueryTokens, sampled: SampledTokens) -> SampledTokens:
         """The path of a tree, given the token that plain decoding would draw after each of its query tokens."""
 
-    def observe(self, results: Many[tuple[QueryTokens, SampledTokens]]) -> None:
-        """What the pass gave every sequence that drew tokens, before EOS, a stop string or a limit cuts their paths.
-        Prompts just read are among them."""
+    def observe(self, results: Mapping[int, SampledTokens]) -> None:
+        """What the pass gave every sequence that drew tokens, by sequence id, before EOS, a stop string or a limit
+        cuts their paths. Prompts just read are among them."""
 
-    def retire(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         """The sequence has left the block. Also called for sequences never proposed for."""
+
+    def forget(self) -> None:
+        """Let go of all sequences, after a run that failed half-way."""

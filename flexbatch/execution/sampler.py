@@ -1,8 +1,8 @@
-"""From the logits of a pass to the tokens of its sequences, one block of rows at a time."""
+"""From the logits of a pass to the tokens of its sequences, one chunk of rows at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flexbatch.execution.pass_batch import LogitsChunk, QueryTokens
 from flexbatch.execution.sampling import NOT_FINITE, finite_rows, sample, token_logprobs
-from flexbatch.execution.work import Fault, LogitsChunk, QueryTokens
+from flexbatch.execution.sequence import Fault, Sequence
 from flexbatch.request import TokenLogprob
 
 
@@ -28,26 +29,27 @@ class SampledTokens:
     fault: Fault | None = None
     """With one there are no new tokens."""
 
-    def settle(self, query: QueryTokens) -> None:
-        """Turn a mark in the place of the last token (`sampling.NOT_FINITE`, `sampling.ALL_BARRED`) into a fault."""
+    def mark_fault(self, num_output_tokens: int) -> None:
+        """Turn a mark in the place of the last token (`sampling.NOT_FINITE`, `sampling.ALL_BARRED`) into a fault.
+        num_output_tokens: that the sequence had before the pass."""
         if self.fault is not None or not self.token_ids or self.token_ids[-1] >= 0:
             return
         *path, mark = self.token_ids
-        place = len(query.sequence.state.output_token_ids) + len(path) + 1
+        number = num_output_tokens + len(path) + 1
         if mark == NOT_FINITE:
-            problem = f"the model's logits for generated token {place} are not finite numbers"
+            problem = f"the model's logits for generated token {number} are not finite numbers"
         else:
-            problem = f"bias, suppressed words and other constraints bar every token as generated token {place}"
+            problem = f"bias, suppressed words and other constraints bar every token as generated token {number}"
         self.fault = Fault(problem, mark == NOT_FINITE)
         self.token_ids, self.logprobs, self.path = [], [], ()
 
     def follow(self, query: QueryTokens) -> SampledTokens:
         """From a token after every query token of a tree to the path that plain decoding takes."""
         path = query.follow(self.token_ids)
-        places = (0, *path)
+        nodes = (0, *path)
         return SampledTokens(
-            [self.token_ids[place] for place in places],
-            [self.logprobs[place] for place in places],
+            [self.token_ids[node] for node in nodes],
+            [self.logprobs[node] for node in nodes],
             self.prompt_logprobs,
             path,
             self.fault,
@@ -61,97 +63,107 @@ class Verifier(Protocol):
 
     def verify(self, query: QueryTokens, logits: Tensor) -> SampledTokens: ...
 
-    def follow(self, query: QueryTokens, drawn: SampledTokens) -> SampledTokens: ...
+    def follow(self, query: QueryTokens, sampled: SampledTokens) -> SampledTokens: ...
 
 
-def draw(blocks: Iterable[LogitsChunk], verifier: Verifier | None = None) -> dict[QueryTokens, SampledTokens]:
+def sample_tokens(
+    chunks: Iterable[LogitsChunk], sequences: Mapping[int, Sequence], verifier: Verifier | None = None
+) -> dict[int, SampledTokens]:
     """Sample the next token of every sequence whose newest token was in the pass, and score prompt tokens where that
-    was asked for.
+    was asked for. Sequences and results go by sequence id.
 
-    Logits are consumed block by block, so that those of a long prompt never exist at once. Of a tree, every query
-    token draws what plain decoding would draw there, and the path of matching tokens is the result; trees that
-    ``verifier`` judges are handed to it whole.
+    Logits are consumed chunk by chunk, so that those of a long prompt never exist at once. Of a tree, every query
+    token draws what plain decoding would draw there, and the path of matching tokens is the result; trees that need
+    ``verifier`` are handed to it whole.
     """
-    results: dict[QueryTokens, SampledTokens] = {}
-    verified_whole: set[QueryTokens] = set()
-    begun: dict[QueryTokens, Tensor] = {}
-    for block in blocks:
-        score_prompts(block, results)
+    results: dict[int, SampledTokens] = {}
+    trees: dict[int, QueryTokens] = {}
+    verified: set[int] = set()
+    incomplete: dict[int, Tensor] = {}
+    for chunk in chunks:
+        score_prompts(chunk, sequences, results)
         if verifier is not None:
-            verified_whole |= verify_trees(block, begun, results, verifier)
-        rows = [r for r, (query, token) in enumerate(block.rows) if query not in verified_whole and draws(query, token)]
+            verified |= verify_trees(chunk, incomplete, results, verifier)
+        rows = [
+            r
+            for r, (query, token) in enumerate(chunk.rows)
+            if query.sequence_id not in verified and draws(query, token, sequences[query.sequence_id])
+        ]
         if not rows:
             continue
-        queries = [block.rows[r][0] for r in rows]
+        queries = [chunk.rows[r][0] for r in rows]
+        trees |= {query.sequence_id: query for query in queries if query.parents is not None}
         drafted = [
-            query.paths[block.rows[r][1]] if query.parents is not None else ()
+            query.paths[chunk.rows[r][1]] if query.parents is not None else ()
             for r, query in zip(rows, queries, strict=True)
         ]
-        sampled = sample(select(block.logits, rows), [query.sequence.state for query in queries], drafted)
-        for query, token_id, entry in zip(queries, sampled.token_ids.tolist(), sampled.logprobs, strict=True):
-            drawn = results.setdefault(query, SampledTokens())
-            drawn.token_ids.append(token_id)
-            drawn.logprobs.append(entry)
-    for query, drawn in results.items():
-        if query.parents is not None and query not in verified_whole:
-            results[query] = drawn.follow(query) if verifier is None else verifier.follow(query, drawn)
-        results[query].settle(query)
+        drawn = sample(select(chunk.logits, rows), [sequences[query.sequence_id] for query in queries], drafted)
+        for query, token_id, entry in zip(queries, drawn.token_ids.tolist(), drawn.logprobs, strict=True):
+            sampled = results.setdefault(query.sequence_id, SampledTokens())
+            sampled.token_ids.append(token_id)
+            sampled.logprobs.append(entry)
+    for sequence_id, query in trees.items():
+        sampled = results[sequence_id]
+        results[sequence_id] = sampled.follow(query) if verifier is None else verifier.follow(query, sampled)
+    for sequence_id, sampled in results.items():
+        sampled.mark_fault(sequences[sequence_id].num_output_tokens)
     return results
 
 
 def verify_trees(
-    block: LogitsChunk, begun: dict[QueryTokens, Tensor], results: dict[QueryTokens, SampledTokens], verifier: Verifier
-) -> set[QueryTokens]:
-    """Have every tree judged whose last query token is in the block, and return all that are judged, now or later.
+    chunk: LogitsChunk, incomplete: dict[int, Tensor], results: dict[int, SampledTokens], verifier: Verifier
+) -> set[int]:
+    """Have every tree verified whose last query token is in the chunk; returns the sequences of all trees that need
+    it, now or later.
 
-    begun: logits of a tree that goes on in the next block. They are copied: a view would keep the whole block beside
-    the next one.
+    incomplete: logits of a tree that goes on in the next chunk. They are copied: a view would keep the whole chunk
+    beside the next one.
     """
-    verified_whole = set()
-    for query, rows in groupby(range(len(block.rows)), key=lambda r: block.rows[r][0]):
+    verified = set()
+    for query, rows in groupby(range(len(chunk.rows)), key=lambda r: chunk.rows[r][0]):
         if query.parents is None or not verifier.needs_verification(query):
             continue
-        verified_whole.add(query)
-        start, *_ = places = list(rows)
-        logits = block.logits[start : start + len(places)]
-        if query in begun:
-            logits = torch.cat((begun.pop(query), logits))
+        verified.add(query.sequence_id)
+        start, *_ = indices = list(rows)
+        logits = chunk.logits[start : start + len(indices)]
+        if query.sequence_id in incomplete:
+            logits = torch.cat((incomplete.pop(query.sequence_id), logits))
         if len(logits) == query.num_tokens:
-            results[query] = verifier.verify(query, logits)
+            results[query.sequence_id] = verifier.verify(query, logits)
         else:
-            begun[query] = logits.clone()
-    return verified_whole
+            incomplete[query.sequence_id] = logits.clone()
+    return verified
 
 
 def select(logits: Tensor, rows: list[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
-def draws(query: QueryTokens, token: int) -> bool:
+def draws(query: QueryTokens, token: int, sequence: Sequence) -> bool:
     """Whether the row predicts a token that the sequence does not have yet (and wants)."""
-    newest = query.parents is not None or query.start + token + 1 == len(query.sequence.token_ids)
-    return newest and query.sequence.output.finish is None
+    newest = query.parents is not None or query.start + token + 1 == len(sequence.token_ids)
+    return newest and sequence.output.finish is None
 
 
-def score_prompts(block: LogitsChunk, results: dict[QueryTokens, SampledTokens]) -> None:
+def score_prompts(chunk: LogitsChunk, sequences: Mapping[int, Sequence], results: dict[int, SampledTokens]) -> None:
     """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``, or a fault
     where a row has none."""
     rows, targets, counts = [], [], []
-    for r, (query, token) in enumerate(block.rows):
-        sequence = query.sequence
-        if (wanted := sequence.state.request.params.prompt_logprobs) is not None and (
+    for r, (query, token) in enumerate(chunk.rows):
+        sequence = sequences[query.sequence_id]
+        if (wanted := sequence.params.prompt_logprobs) is not None and (
             following := query.start + token + 1
         ) < sequence.num_prompt_tokens:
             rows.append(r)
             targets.append(sequence.token_ids[following])
             counts.append(wanted)
     if rows:
-        finite = finite_rows(block.logits).tolist()
-        for r, entry in zip(rows, token_logprobs(block.logits, targets, counts, rows=rows), strict=True):
-            query, token = block.rows[r]
-            drawn = results.setdefault(query, SampledTokens())
-            drawn.prompt_logprobs.append(entry)
+        finite = finite_rows(chunk.logits).tolist()
+        for r, entry in zip(rows, token_logprobs(chunk.logits, targets, counts, rows=rows), strict=True):
+            query, token = chunk.rows[r]
+            sampled = results.setdefault(query.sequence_id, SampledTokens())
+            sampled.prompt_logprobs.append(entry)
             if not finite[r]:
-                place = query.start + token + 1
-                problem = f"the model's logits for prompt token {place} (the first is 0) are not finite numbers"
-                drawn.fault = drawn.fault or Fault(problem)
+                number = query.start + token + 1
+                problem = f"the model's logits for prompt token {number} (the first is 0) are not finite numbers"
+                sampled.fault = sampled.fault or Fault(problem)

@@ -9,7 +9,8 @@ Log-probabilities are those of the model (before any processing), vLLM's default
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from flexbatch.execution.constraints import Effect
 from flexbatch.execution.random_stream import gumbel
-from flexbatch.execution.request_state import RequestState
+from flexbatch.execution.sequence import Sequence
 from flexbatch.policy.limits import SAMPLING_CHUNK_LOGITS
 from flexbatch.request import TokenLogprob
 
@@ -26,7 +27,7 @@ NOT_FINITE, ALL_BARRED = -1, -2
 """In the place of a token id: the model's logits are NaN or infinite; bias and constraints leave no token that can be
 drawn."""
 
-Drafted = Sequence[tuple[int, ...]]
+Drafted = Many[tuple[int, ...]]
 """Per row, the tokens after the committed output that the row has seen: the path of a tree node, () for an ordinary
 row."""
 
@@ -40,39 +41,39 @@ class Sampled:
     logprobs: list[dict[int, TokenLogprob] | None]
 
 
-def sample(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None = None) -> Sampled:
+def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = None) -> Sampled:
     """Draw one token per row.
 
-    logits: [N, vocab] float32, not modified. states: the request of each row; a request may have several rows (nodes
+    logits: [N, vocab] float32, not modified. sequences: the request of each row; a request may have several rows (nodes
     of a token tree), each with its path in `drafted`. The noise of output token t is a function of (stream, t): a
     drawn tree node gets the token that plain decoding would draw there.
     """
-    _check_shapes(logits, states, drafted)
-    if all(state.unadjusted_greedy for state in states):
+    _check_shapes(logits, sequences, drafted)
+    if all(sequence.unadjusted_greedy for sequence in sequences):
         # The maximum comes with its place: NaN and infinity, which it would be, are seen without another look at the
         # logits.
         peaks, token_ids = logits.max(-1)
-        return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE), [None] * len(states))
-    paths = drafted or [()] * len(states)
-    token_ids = torch.empty(len(states), dtype=torch.int64, device=logits.device)
-    for rows in _chunks([r for r, state in enumerate(states) if state.params.greedy], logits.shape[1]):
+        return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE), [None] * len(sequences))
+    paths = drafted or [()] * len(sequences)
+    token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+    for rows in _chunks([r for r, sequence in enumerate(sequences) if sequence.params.greedy], logits.shape[1]):
         chunk, index = _take(logits, rows)
-        token_ids[index] = _best(adjust(chunk, [states[r] for r in rows], [paths[r] for r in rows]))
-    for rows in _chunks([r for r, state in enumerate(states) if not state.params.greedy], logits.shape[1]):
+        token_ids[index] = _best(adjust(chunk, [sequences[r] for r in rows], [paths[r] for r in rows]))
+    for rows in _chunks([r for r, sequence in enumerate(sequences) if not sequence.params.greedy], logits.shape[1]):
         chunk, index = _take(logits, rows)
-        chosen = [states[r] for r in rows]
+        chosen = [sequences[r] for r in rows]
         chunk = restrict(adjust(chunk, chosen, [paths[r] for r in rows]), chosen)
-        positions = [len(states[r].output_token_ids) + len(paths[r]) for r in rows]
+        positions = [sequences[r].num_output_tokens + len(paths[r]) for r in rows]
         token_ids[index] = _best(
-            chunk + gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)
+            chunk + gumbel([sequence.stream_key for sequence in chosen], positions, logits.shape[1], logits.device)
         )
     token_ids = torch.where(finite_rows(logits), token_ids, NOT_FINITE)
-    logprobs: list[dict[int, TokenLogprob] | None] = [None] * len(states)
-    wanting = [r for r, state in enumerate(states) if state.params.logprobs is not None]
+    logprobs: list[dict[int, TokenLogprob] | None] = [None] * len(sequences)
+    wanting = [r for r, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
     if wanting:
         drawn = dict(zip(wanting, token_ids[wanting].tolist(), strict=True))
         wanting = [r for r in wanting if drawn[r] >= 0]
-        chosen_tokens, counts = [drawn[r] for r in wanting], [states[r].params.logprobs or 0 for r in wanting]
+        chosen_tokens, counts = [drawn[r] for r in wanting], [sequences[r].params.logprobs or 0 for r in wanting]
         for r, entry in zip(wanting, token_logprobs(logits, chosen_tokens, counts, rows=wanting), strict=True):
             logprobs[r] = entry
     return Sampled(token_ids, logprobs)
@@ -90,7 +91,7 @@ def finite_rows(logits: Tensor) -> Tensor:
     return logits.amax(-1).isfinite()
 
 
-def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None = None) -> Tensor:
+def process_logits(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = None) -> Tensor:
     """The distribution each row draws from, as probabilities [N, vocab] float32; a greedy row has all mass on its
     argmax. Of a row from which nothing can be
     drawn (see `Sampled`) they are NaN, also where it is greedy.
@@ -98,18 +99,18 @@ def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Draf
     For verifying drafted tokens: one row per tree node, `drafted` gives the path that leads to it, penalties count
     that path.
     """
-    _check_shapes(logits, states, drafted)
-    paths = drafted or [()] * len(states)
+    _check_shapes(logits, sequences, drafted)
+    paths = drafted or [()] * len(sequences)
     probabilities = torch.zeros_like(logits)
-    for rows in _chunks(list(range(len(states))), logits.shape[1]):
+    for rows in _chunks(list(range(len(sequences))), logits.shape[1]):
         chunk, index = _take(logits, rows)
-        chosen = [states[r] for r in rows]
+        chosen = [sequences[r] for r in rows]
         finite = finite_rows(chunk)
         chunk = adjust(chunk, chosen, [paths[r] for r in rows])
         peaks, best = chunk.max(-1)
         drawn = restrict(chunk, chosen).softmax(-1)
         greedy = torch.tensor(
-            [r for r, state in enumerate(chosen) if state.params.greedy], dtype=torch.int64, device=logits.device
+            [r for r, sequence in enumerate(chosen) if sequence.params.greedy], dtype=torch.int64, device=logits.device
         )
         drawn[greedy] = 0.0
         drawn[greedy, best[greedy]] = 1.0
@@ -118,23 +119,23 @@ def process_logits(logits: Tensor, states: Sequence[RequestState], drafted: Draf
     return probabilities
 
 
-def adjust(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> Tensor:
+def adjust(logits: Tensor, sequences: Many[Sequence], drafted: Drafted) -> Tensor:
     """Bias, penalties and constraints, which can change the argmax. logits [N, vocab] is returned as it is when no row
     asks for any, else a copy."""
-    if not any(state.adjusted for state in states):
+    if not any(sequence.adjusted for sequence in sequences):
         return logits
     effects = {
-        row: state.constraints.effect(path)
-        for row, (state, path) in enumerate(zip(states, drafted, strict=True))
-        if state.constraints is not None
+        row: sequence.constraints.effect(path)
+        for row, (sequence, path) in enumerate(zip(sequences, drafted, strict=True))
+        if sequence.constraints is not None
     }
     logits = _biased(
         logits, [(row, token, bias) for row, effect in effects.items() for token, bias in effect.bias.items()]
     )
-    return _confined(_penalized(logits, states, drafted), effects)
+    return _confined(_penalized(logits, sequences, drafted), effects)
 
 
-def _biased(logits: Tensor, biases: Sequence[tuple[int, int, float]]) -> Tensor:
+def _biased(logits: Tensor, biases: Many[tuple[int, int, float]]) -> Tensor:
     """biases: (row, token, what to add), every token of a row once."""
     if not biases:
         return logits
@@ -146,16 +147,16 @@ def _biased(logits: Tensor, biases: Sequence[tuple[int, int, float]]) -> Tensor:
     return logits.index_put(where, logits[where] + torch.tensor(values, dtype=logits.dtype, device=logits.device))
 
 
-def _penalized(logits: Tensor, states: Sequence[RequestState], drafted: Drafted) -> Tensor:
+def _penalized(logits: Tensor, sequences: Many[Sequence], drafted: Drafted) -> Tensor:
     """Logit bias and penalties.
 
     Repetition penalty (Keskar et al., "CTRL", 2019): logits of tokens in prompt or output are divided by it when
     positive, multiplied when negative.
     """
     pieces = [
-        (row, state.adjustments.extended(path) if path else state.adjustments)
-        for row, (state, path) in enumerate(zip(states, drafted, strict=True))
-        if state.adjustments is not None
+        (row, sequence.adjustments.extended(path) if path else sequence.adjustments)
+        for row, (sequence, path) in enumerate(zip(sequences, drafted, strict=True))
+        if sequence.adjustments is not None
     ]
     rows = np.repeat([row for row, _ in pieces], [len(piece.token_ids) for _, piece in pieces])
     if not len(rows):
@@ -199,7 +200,7 @@ def _in_vocabulary(tokens: np.ndarray, vocab: int) -> np.ndarray:
     return tokens
 
 
-def restrict(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
+def restrict(logits: Tensor, sequences: Many[Sequence]) -> Tensor:
     """Temperature, min-p, top-k, top-p: scaled logits [N, vocab] float32 with -inf for every token that may not be
     drawn. Greedy rows pass with temperature 1.
 
@@ -209,22 +210,22 @@ def restrict(logits: Tensor, states: Sequence[RequestState]) -> Tensor:
     # Within what float32 holds: infinity would make a number of -inf, and 0 none of the maximum. Subtracting that first
     # keeps a tiny one from inf - inf.
     limits = torch.finfo(logits.dtype)
-    temperatures = [min(max(state.params.temperature or 1.0, limits.tiny), limits.max) for state in states]
+    temperatures = [min(max(sequence.params.temperature or 1.0, limits.tiny), limits.max) for sequence in sequences]
     temperature = torch.tensor(temperatures, dtype=logits.dtype, device=device)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
-    min_p = [state.params.min_p for state in states]
+    min_p = [sequence.params.min_p for sequence in sequences]
     if any(min_p):
         floor = torch.tensor(min_p, dtype=logits.dtype, device=device).log()
         logits = logits.masked_fill(logits < floor[:, None], -torch.inf)
-    top_k = [min(state.params.top_k, vocab) if state.params.top_k > 0 else vocab for state in states]
+    top_k = [min(sequence.params.top_k, vocab) if sequence.params.top_k > 0 else vocab for sequence in sequences]
     if min(top_k) < vocab:
         limited = [r for r, k in enumerate(top_k) if k < vocab]
         part, index = _take(logits, limited)
         last = torch.tensor([top_k[r] - 1 for r in limited], device=device)
         kth = part.topk(max(top_k[r] for r in limited), dim=-1).values.gather(1, last[:, None])
         logits = logits.index_put((index,), part.masked_fill(part < kth, -torch.inf))
-    if any(state.params.top_p < 1 for state in states):
-        logits = _restrict_mass(logits, [state.params.top_p for state in states])
+    if any(sequence.params.top_p < 1 for sequence in sequences):
+        logits = _restrict_mass(logits, [sequence.params.top_p for sequence in sequences])
     return logits
 
 
@@ -244,7 +245,7 @@ def _restrict_mass(logits: Tensor, top_p: list[float]) -> Tensor:
 
 
 def token_logprobs(
-    logits: Tensor, token_ids: Sequence[int], counts: Sequence[int], rows: Sequence[int] | None = None
+    logits: Tensor, token_ids: Many[int], counts: Many[int], rows: Many[int] | None = None
 ) -> list[dict[int, TokenLogprob]]:
     """The log-probability of `token_ids[i]` and of the counts[i] most likely tokens, given the unprocessed logits of
     its row.
@@ -282,7 +283,7 @@ def _chunks(rows: list[int], vocab: int) -> list[list[int]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _take(logits: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _take(logits: Tensor, rows: Many[int]) -> tuple[Tensor, Tensor]:
     """(the rows, their indices as a tensor); without a copy where they are a range of all."""
     index = torch.tensor(rows, dtype=torch.int64, device=logits.device)
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
@@ -290,7 +291,9 @@ def _take(logits: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     return logits[index], index
 
 
-def _check_shapes(logits: Tensor, states: Sequence[RequestState], drafted: Drafted | None) -> None:
-    paths = len(states) if drafted is None else len(drafted)
-    if logits.ndim != 2 or not logits.shape[0] == len(states) == paths:
-        raise ValueError(f"logits {tuple(logits.shape)} for {len(states)} states and {paths} paths: need one row each")
+def _check_shapes(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None) -> None:
+    paths = len(sequences) if drafted is None else len(drafted)
+    if logits.ndim != 2 or not logits.shape[0] == len(sequences) == paths:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} for {len(sequences)} sequences and {paths} paths: need one row each"
+        )

@@ -27,6 +27,10 @@ class Turns:
         self._runner: int | None = None
         """The thread whose call runs."""
         self._stream: Generator | None = None
+        self._helpers: set[int] = set()
+        """Threads that work for a stream: what they call is called by it."""
+        self._open_to_requests = False
+        """Whether callbacks of what runs may add and abort requests."""
         self.closed = False
 
     @contextlib.contextmanager
@@ -37,6 +41,36 @@ class Turns:
         with self._running(what):
             self._check_free(what)
             yield
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """For one pass over requests that were added one by one; its callbacks may add and abort others."""
+        with self.whole("step"):
+            self._open_to_requests = True
+            try:
+                yield
+            finally:
+                self._open_to_requests = False
+
+    @contextlib.contextmanager
+    def change(self, what: str) -> Iterator[None]:
+        """For adding or aborting a request: beside steps, out of their callbacks, too."""
+        if not (self._runner == threading.get_ident() and self._open_to_requests):
+            self._check_own(what)
+            self._check_free(what)
+        with self._lock:
+            self.check_open(what)
+            self._check_free(what)
+            yield
+
+    @contextlib.contextmanager
+    def helper(self) -> Iterator[None]:
+        """For a thread that works for a stream."""
+        self._helpers.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._helpers.discard(threading.get_ident())
 
     def stream(self, run: Generator[T, None, None]) -> Generator[T, None, None]:
         """What ``run`` yields. Its turn lasts from the first item that is asked for until it ends or is closed."""
@@ -87,7 +121,7 @@ class Turns:
                 self._runner = None
 
     def _check_own(self, what: str) -> None:
-        if self._runner == threading.get_ident():
+        if threading.get_ident() in (self._runner, *self._helpers):
             raise EngineBusyError(
                 f"{what} was called by what this LLM is running (a callback, or the items of a stream); "
                 "call it after the run, or use a second LLM"

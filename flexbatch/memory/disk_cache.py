@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES
-from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.pages import CacheLayout, SequencePages
 from flexbatch.memory.tiers import Pool
 
 
@@ -59,13 +59,13 @@ class DiskCache:
     def offset(self, layer: int, page: int) -> int:
         return (layer * self.num_pages + page) * self.layout.disk_page_bytes
 
-    def append(self, table: PageTable, layer: int, start: int, rows: Tensor, keep: int) -> None:
+    def append(self, location: SequencePages, layer: int, start: int, rows: Tensor, keep: int) -> None:
         """Token rows [n, token_bytes] (uint8, host) of tokens from ``start`` on.
 
         The last ``keep`` of them may be taken back (nodes of a tree): they stay in the tail, as does the open page.
         """
-        layout, tail = self.layout, self.tails[layer, table.tail_slot]
-        flushed = self.flushed[table.tail_slot][layer]
+        layout, tail = self.layout, self.tails[layer, location.tail_slot]
+        flushed = self.flushed[location.tail_slot][layer]
         end, open_rows = start + len(rows), start - flushed
         full_until = max(flushed, (end - keep) // layout.page_tokens * layout.page_tokens)
         assert end - full_until <= self.tail_tokens, (
@@ -78,14 +78,14 @@ class DiskCache:
         known = torch.cat([tail[:open_rows], rows])
         complete = known[: full_until - flushed].view(-1, layout.page_bytes)
         for place, page, count in self.runs(
-            table.pages[flushed // layout.page_tokens : full_until // layout.page_tokens]
+            location.pages[flushed // layout.page_tokens : full_until // layout.page_tokens]
         ):
             buffer = aligned_empty(count * layout.disk_page_bytes)
             buffer.view(count, -1)[:, : layout.page_bytes].copy_(complete[place : place + count])
             self.file.write(buffer, self.offset(layer, page))
         rest = known[full_until - flushed :]
         tail[: len(rest)].copy_(rest)
-        self.flushed[table.tail_slot][layer] = full_until
+        self.flushed[location.tail_slot][layer] = full_until
 
     def runs(self, pages: Sequence[int]) -> list[tuple[int, int, int]]:
         """(place in ``pages``, first page, number of pages) of neighbours in the file, at most READ_CHUNK_BYTES
@@ -100,21 +100,21 @@ class DiskCache:
         return runs
 
     def read(
-        self, tables: Sequence[tuple[PageTable, int]], layer: int, pages_out: Tensor, threads: ThreadPoolExecutor
+        self, sequences: Sequence[tuple[SequencePages, int]], layer: int, pages_out: Tensor, threads: ThreadPoolExecutor
     ) -> None:
-        """Fill ``pages_out`` [total pages, page_bytes] (uint8, host) with the pages of every (table, num_tokens),
+        """Fill ``pages_out`` [total pages, page_bytes] (uint8, host) with the pages of every (location, num_tokens),
         one sequence after another."""
         layout = self.layout
         jobs, cursor = [], 0
-        for table, num_tokens in tables:
-            flushed = self.flushed[table.tail_slot][layer]
+        for location, num_tokens in sequences:
+            flushed = self.flushed[location.tail_slot][layer]
             full_pages = flushed // layout.page_tokens
-            jobs += [(cursor + place, page, count) for place, page, count in self.runs(table.pages[:full_pages])]
+            jobs += [(cursor + place, page, count) for place, page, count in self.runs(location.pages[:full_pages])]
             count = layout.num_pages(num_tokens)
             open_rows = num_tokens - flushed
             if open_rows > 0:
                 flat = pages_out[cursor + full_pages : cursor + count].view(-1, layout.token_bytes)
-                flat[:open_rows].copy_(self.tails[layer, table.tail_slot, :open_rows])
+                flat[:open_rows].copy_(self.tails[layer, location.tail_slot, :open_rows])
             cursor += count
 
         @torch.inference_mode()  # worker threads have a mode of their own
@@ -130,11 +130,11 @@ class DiskCache:
 
         list(threads.map(read_run, jobs))
 
-    def move(self, table: PageTable, layer: int, sources: Sequence[int], destination: int) -> None:
+    def move(self, location: SequencePages, layer: int, sources: Sequence[int], destination: int) -> None:
         """Within the tail: rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ... (the
         accepted path of a tree)."""
-        flushed = self.flushed[table.tail_slot][layer]
-        tail = self.tails[layer, table.tail_slot]
+        flushed = self.flushed[location.tail_slot][layer]
+        tail = self.tails[layer, location.tail_slot]
         rows = tail[torch.tensor([source - flushed for source in sources])]
         tail[destination - flushed : destination - flushed + len(rows)].copy_(rows)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexbatch.kernels import ops
 from flexbatch.memory.disk_cache import DiskCache
-from flexbatch.memory.pages import CacheLayout, PagePool, PageTable
+from flexbatch.memory.pages import CacheLayout, PagePool, PageTable, SequencePages
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
 
@@ -39,7 +39,7 @@ class Gather:
 
     cpu_pages: Tensor
     """[n] int32 page ids, on the compute device."""
-    disk_tables: tuple[tuple[PageTable, int], ...]
+    disk_pages: tuple[tuple[SequencePages, int], ...]
     num_disk_pages: int
 
     @property
@@ -239,7 +239,7 @@ class KVCache:
             if self.disk_staging
             else target
         )
-        self.disk.read(work.disk_tables, layer, host, self.queues.disk_chunks)
+        self.disk.read(work.disk_pages, layer, host, self.queues.disk_chunks)
         if host is target:
             return READY
         self.queues.copy_to_device(host, target)
@@ -260,9 +260,9 @@ class KVCache:
         self.draining[layer] = together(self.draining[layer], handle)
 
     def drain_disk(
-        self, layer: int, rows: Tensor, tables: Sequence[tuple[PageTable, int, int, int]], after: Handle
+        self, layer: int, rows: Tensor, pages: Sequence[tuple[SequencePages, int, int, int]], after: Handle
     ) -> None:
-        """Append packed token rows of disk sequences. tables: (table, first token, number of rows, rows that may be
+        """Append packed token rows of disk sequences. pages: (pages, first token, number of rows, rows that may be
         taken back) in order."""
         disk, previous = self.disk, self.draining[layer]
         assert disk is not None
@@ -271,8 +271,8 @@ class KVCache:
             previous.synchronize()
             host = rows.cpu().reshape(len(rows), -1).view(torch.uint8)
             cursor = 0
-            for table, start, count, keep in tables:
-                disk.append(table, layer, start, host[cursor : cursor + count], keep)
+            for location, start, count, keep in pages:
+                disk.append(location, layer, start, host[cursor : cursor + count], keep)
                 cursor += count
 
         self.draining[layer] = self.queues.disk_write.submit(
@@ -302,9 +302,9 @@ class KVCache:
             for table, start, sources in moves:
                 if table.tier == tier:
                     source_slots += [
-                        slot for source in sources for slot in table.slots(source, source + 1, page_tokens)
+                        slot for source in sources for slot in table.location.slots(source, source + 1, page_tokens)
                     ]
-                    target_slots += table.slots(start, start + len(sources), page_tokens)
+                    target_slots += table.location.slots(start, start + len(sources), page_tokens)
             if source_slots:
                 data = self.storage[tier].view(self.layout.num_layers, -1, self.layout.token_bytes)
                 data[:, torch.tensor(target_slots, device=data.device)] = data[
@@ -314,7 +314,7 @@ class KVCache:
             if table.tier == "disk":
                 assert self.disk is not None
                 for layer in range(self.layout.num_layers):
-                    self.disk.move(table, layer, sources, start)
+                    self.disk.move(table.location, layer, sources, start)
 
     def check(self, tables: Sequence[PageTable] | None = None) -> None:
         """Invariants of pools, of the disk, and with ``tables`` (all that are open) that every page has as many

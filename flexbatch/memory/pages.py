@@ -141,6 +141,27 @@ class PagePool:
         self.prefixes.check()
 
 
+@dataclass(frozen=True)
+class SequencePages:
+    """Where the cache of one sequence lies, as plain data: what a pass needs of its `PageTable`."""
+
+    tier: str
+    pages: tuple[int, ...]
+    tail_slot: int = -1
+    """Index of a disk sequence's open page in host memory (-1 on other tiers)."""
+    attend_on_cpu: bool = False
+    """A cpu sequence whose decode tokens are attended where the cache lies."""
+
+    @cached_property
+    def page_ids(self) -> np.ndarray:
+        """``pages`` as int32."""
+        return np.asarray(self.pages, dtype=np.int32)
+
+    def slots(self, start: int, end: int, page_tokens: int) -> list[int]:
+        """Token-row slots of tokens [start, end)."""
+        return [self.pages[t // page_tokens] * page_tokens + t % page_tokens for t in range(start, end)]
+
+
 @dataclass
 class PageTable:
     """The cache of one sequence: its home tier, its pages there, and how many tokens are valid.
@@ -158,13 +179,9 @@ class PageTable:
     """A cpu sequence whose decode tokens are attended where the cache lies."""
 
     @cached_property
-    def page_ids(self) -> np.ndarray:
-        """``pages`` as int32: they are the same until the sequence is gone."""
-        return np.asarray(self.pages, dtype=np.int32)
-
-    def slots(self, start: int, end: int, page_tokens: int) -> list[int]:
-        """Token-row slots of tokens [start, end)."""
-        return [self.pages[t // page_tokens] * page_tokens + t % page_tokens for t in range(start, end)]
+    def location(self) -> SequencePages:
+        """The pages as plain data: they are the same until the sequence is gone."""
+        return SequencePages(self.tier, tuple(self.pages), self.tail_slot, self.attend_on_cpu)
 
     def check(self, page_tokens: int) -> None:
         """Invariants: no page twice, valid tokens have a page, shared pages are full, and only a disk sequence has a

@@ -4,6 +4,7 @@ settings."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 from collections import deque
 from collections.abc import Iterable
@@ -15,13 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexbatch.execution.work import PassWork
+from flexbatch.execution.observer import RunObserver
+from flexbatch.execution.pass_batch import PassBatch
+from flexbatch.execution.scheduler import Scheduler
+from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.report import Statistics
 from flexbatch.policy.cost import RESOURCES, PassModel, point_of
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.replan import TOLERANCE, Replan, recalibrate, replan
 from flexbatch.trace import DeviceSpan, RecordingTracer, Span, Tracer, Use, covered
+
+logger = logging.getLogger("flexbatch")
 
 RESOURCE_OF_SPAN = {name: name for name in ("h2d", "d2h", "disk_read", "disk_write", "cpu_attention")} | {
     "compute": "gpu_compute"
@@ -150,11 +157,11 @@ class PassMeter:
         """Measured over predicted seconds of each kind of pass, as of the last judgement that changed something."""
 
     @staticmethod
-    def load(work: PassWork) -> PassLoad:
-        """What a composed pass carries, as the cost model counts it; to be asked before the pass is committed."""
+    def load(batch: PassBatch) -> PassLoad:
+        """What a pass carries, as the cost model counts it."""
         decoding, context, prompts = 0, 0, PassLoad()
-        for query in (query for queries in work.micro_batches for query in queries):
-            before, count, prompt = query.start, query.num_tokens, query.sequence.num_prompt_tokens
+        for query in batch:
+            before, count, prompt = query.start, query.num_tokens, query.num_prompt_tokens
             if before >= prompt:
                 decoding, context = decoding + 1, context + before + 1
             else:
@@ -250,3 +257,36 @@ class PassMeter:
         """The machine as this run shows it."""
         self.finish()
         return recalibrate(hardware, {name: self.predicted[name] for name in MEASURED}, self.measured)
+
+
+class PlanMonitor(RunObserver):
+    """Holds a run beside its plan: re-plans what may change between passes, and reports predicted against measured.
+
+    cpu_attention: whether there are buffers for CPU attention; without them there is none, whatever a re-plan says.
+    """
+
+    def __init__(
+        self, engine_plan: EnginePlan, meter: PassMeter, statistics: Statistics, replans: list[str], cpu_attention: bool
+    ) -> None:
+        self.engine_plan, self.meter, self.statistics, self.replans = engine_plan, meter, statistics, replans
+        self.cpu_attention = cpu_attention
+        self.generated_tokens, self.seconds = statistics.generated_tokens, statistics.seconds
+        self.prediction: dict[str, Any] = {}
+
+    def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
+        change = self.meter.record(self.meter.load(batch), seconds)
+        if change is None:
+            return
+        share = change.cpu_attention if self.cpu_attention else 0.0
+        scheduler.adjust(change.admission_limit, change.prefill_budget, share)
+        logger.info("re-planned: %s", change.reason)
+        self.replans.append(change.reason)
+
+    def after_run(self) -> None:
+        seconds = self.statistics.seconds - self.seconds
+        rate = (self.statistics.generated_tokens - self.generated_tokens) / seconds if seconds else 0.0
+        self.prediction = self.meter.report(rate)
+        path = self.engine_plan.profile_path
+        if path is not None and self.meter.passes:
+            self.engine_plan.recalibrate(self.meter.recalibrated(self.engine_plan.hardware))
+            logger.info("recalibrated the machine's profile by %d passes -> %s", self.meter.passes, path)

@@ -1,17 +1,27 @@
-"""What the runs of an engine measured, and how completions are put together from what the batcher hands back."""
+"""What the runs of an engine measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import logging
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flexbatch.execution.batcher import Batcher, Retired
-from flexbatch.request import Completion
+from flexbatch.execution.observer import RunObserver
+from flexbatch.execution.pass_batch import PassBatch
+from flexbatch.execution.runner import Runner
+from flexbatch.execution.scheduler import Scheduler
+from flexbatch.execution.sequence import Sequence
+from flexbatch.memory.tiers import Tiers
+from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.speculative.speculator import Speculator
+
+logger = logging.getLogger("flexbatch")
+
+LOGGED_FAILURES = 3
 
 
 @dataclass
-class Statistics:
+class Statistics(RunObserver):
     """Sums over the runs of an engine."""
 
     seconds: float = 0.0
@@ -30,10 +40,14 @@ class Statistics:
     def total_tokens_per_second(self) -> float:
         return (self.prompt_tokens + self.generated_tokens) / self.seconds if self.seconds else 0.0
 
-    def count(self, retired: Retired) -> None:
+    def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
+        self.passes += 1
+        self.prefilled_tokens += batch.num_prompt_tokens
+
+    def after_sequence(self, sequence: Sequence) -> None:
         self.requests += 1
-        self.prompt_tokens += len(retired.state.request.prompt_token_ids)
-        self.generated_tokens += len(retired.output.token_ids)
+        self.prompt_tokens += sequence.num_prompt_tokens
+        self.generated_tokens += sequence.num_output_tokens
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -49,53 +63,56 @@ class Statistics:
         }
 
 
-def against_baseline(fast: Statistics, plain: Statistics) -> dict[str, Any]:
-    """Speculation against the plain runs of the same jobs in the same engine (--compare-plain); empty where there
+def against_baseline(fast: Statistics, baseline: Statistics) -> dict[str, Any]:
+    """Speculation against the runs without it of the same jobs in the same engine (--compare-plain); empty where there
     was none."""
-    if not plain.generated_tokens:
+    if not baseline.generated_tokens:
         return {}
     return {
-        "plain_seconds": plain.seconds,
-        "plain_tokens_per_second": plain.generated_tokens_per_second,
-        "plain_tokens": plain.generated_tokens,
-        "plain_passes": plain.passes,
-        "speed_up": fast.generated_tokens_per_second / plain.generated_tokens_per_second,
+        "plain_seconds": baseline.seconds,
+        "plain_tokens_per_second": baseline.generated_tokens_per_second,
+        "plain_tokens": baseline.generated_tokens,
+        "plain_passes": baseline.passes,
+        "speed_up": fast.generated_tokens_per_second / baseline.generated_tokens_per_second,
     }
 
 
-def completion_of(retired: Retired) -> Completion:
-    """Of a sequence that ended, or of a request that failed."""
-    request, output, sequence = retired.state.request, retired.output, retired.sequence
+def describe_memory(
+    engine_plan: EnginePlan, runner: Runner | None, tiers: Tiers, speculator: Speculator | None
+) -> dict[str, Any]:
+    """Where everything is, what the plan counts for it, and the most that there was (bytes by tier)."""
+    return {
+        "realized_percent": {
+            "weights": engine_plan.weight_plan.realized_percent,
+            "cache": runner.cache.realized_percent if runner else {},
+            "activations": runner.activations.realized_percent if runner else {},
+        },
+        "memory": [asdict(row) for row in engine_plan.needs(runner.sizes)] if runner else [],
+        "peak_bytes": {
+            "gpu": tiers.gpu.peak_bytes + (speculator.peak_bytes if speculator is not None else 0),
+            "cpu": tiers.cpu.peak_bytes,
+            "disk": tiers.disk.peak_bytes,
+        },
+    }
+
+
+class FailureLog(RunObserver):
+    """Says in the log why sequences failed: of the first few, as all of them may."""
+
+    def __init__(self) -> None:
+        self.num_failed = 0
+
+    def after_sequence(self, sequence: Sequence) -> None:
+        if not sequence.error or sequence.table is None:
+            return
+        self.num_failed += 1
+        if self.num_failed <= LOGGED_FAILURES:
+            more = "; more failures are only in their completions" if self.num_failed == LOGGED_FAILURES else ""
+            logger.error("%s%s", described_failure(sequence), more)
+
+
+def described_failure(sequence: Sequence) -> str:
+    """Which request failed, and why; empty for one that did not."""
+    request = sequence.request
     sample = f", sample {request.sample}" if request.params.n > 1 else ""
-    error = f"prompt {request.index}{sample}: {retired.error}" if retired.error else ""
-    completion = Completion(
-        list(request.prompt_token_ids), prompt=request.prompt, index=request.index, error=error, finish_reason="error"
-    )
-    if sequence is None or output.finish is None or retired.error:
-        return completion
-    completion.token_ids, completion.text = list(output.token_ids), output.text
-    completion.finish_reason, completion.stop_reason = output.finish.reason, output.finish.stop_reason
-    if request.params.logprobs is not None:
-        completion.logprobs = sequence.logprobs
-    if request.params.prompt_logprobs is not None:
-        unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
-        completion.prompt_logprobs = [*[None] * unscored, *sequence.prompt_logprobs]
-    return completion
-
-
-def with_samples(completions: dict[int, Completion]) -> Completion:
-    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in
-    any order. One that failed comes before
-    the first, so that nobody takes the rest for the whole."""
-    first = next((completions[sample] for sample in sorted(completions) if completions[sample].error), completions[0])
-    if len(completions) > 1:
-        first.samples = [completions[sample] for sample in sorted(completions)]
-    return first
-
-
-def report_text(batcher: Batcher, on_tokens: Callable[[int, str], None]) -> None:
-    """Hand on the new text of every prompt's first sample."""
-    running = [(sequence.state.request, sequence.output) for batch in batcher.micro_batches for sequence in batch]
-    for request, output in [*running, *((retired.state.request, retired.output) for retired in batcher.retired)]:
-        if request.sample == 0 and (text := output.take()):
-            on_tokens(request.index, text)
+    return f"prompt {request.index}{sample}: {sequence.error}" if sequence.error else ""

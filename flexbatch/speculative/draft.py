@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.block_sizes import BlockSizes
+from flexbatch.execution.pass_batch import LogitsChunk, PassBatch, QueryTokens
 from flexbatch.execution.random_stream import gumbel
-from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.execution.sampling import adjust, restrict
-from flexbatch.execution.work import LogitsChunk, PassWork, QueryTokens, Sequence
+from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import CacheSizes
-from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.pages import CacheLayout, PageTable
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
@@ -49,9 +49,25 @@ class Followed:
     ones at the end."""
 
     sequence: Sequence
+    table: PageTable
+    """Its pages in the draft's cache."""
     cached: list[int]
     num_known: int = 0
     """Leading tokens of ``cached`` known to be committed."""
+
+    def query(
+        self, token_ids: tuple[int, ...], start: int, first_logit: int, parents: tuple[int, ...] | None = None
+    ) -> QueryTokens:
+        sequence = self.sequence
+        return QueryTokens(
+            sequence.sequence_id,
+            token_ids,
+            start,
+            first_logit,
+            self.table.location,
+            sequence.num_prompt_tokens,
+            parents,
+        )
 
     def rewind(self) -> None:
         """Forget what was drafted but not committed. At least the newest token is left to be read: its logits start
@@ -68,9 +84,9 @@ class Wanted(NamedTuple):
 
     row: int
     tree: int
-    place: int
+    frontier_index: int
     """Of the node in the tree's frontier."""
-    state: RequestState
+    sequence: Sequence
     path: tuple[int, ...]
 
 
@@ -108,7 +124,7 @@ class DraftModel:
         )
         self.vocab_size, self.grown_nodes = vocab_size, grown_nodes
         self.drawing = drawing
-        self.distributions: dict[RequestState, dict[int, Tensor]] = {}
+        self.distributions: dict[Sequence, dict[int, Tensor]] = {}
         """Of the present trees drawn by chance: what the children of each node were drawn from, [vocab]."""
         self.followed: dict[Sequence, Followed] = {}
         self.levels: list[tuple[int, float]] = []
@@ -146,7 +162,7 @@ class DraftModel:
         while growing := [i for i, tree in enumerate(trees) if tree.frontier]:
             started = time.perf_counter()
             queries = {self.level_query(followed[i], trees[i]): i for i in growing}
-            offers = self.children(queries, trees)
+            offers = self.children(queries, trees, sequences)
             for i in growing:
                 trees[i].extend(offers[i])
             self.levels.append((sum(query.num_tokens for query in queries), time.perf_counter() - started))
@@ -160,16 +176,15 @@ class DraftModel:
         )
 
     def drawing_of(self, sequence: Sequence) -> Drawing:
-        return Drawing.DETERMINISTIC if sequence.state.params.greedy else self.drawing
+        return Drawing.DETERMINISTIC if sequence.params.greedy else self.drawing
 
     def follow(self, sequence: Sequence) -> Followed:
         """The draft's own record of a sequence, with a cache table of its own, rewound to what is committed."""
         followed = self.followed.get(sequence)
         if followed is None:
             assert self.runner is not None
-            followed = self.followed[sequence] = Followed(
-                replace(sequence, table=self.runner.cache.open("gpu", self.room(sequence))), []
-            )
+            table = self.runner.cache.open("gpu", self.max_rows(sequence))
+            followed = self.followed[sequence] = Followed(sequence, table, [])
         followed.rewind()
         return followed
 
@@ -179,9 +194,9 @@ class DraftModel:
         for."""
         if self.runner is None or len(sequence.token_ids) + plan.max_depth > self.runner.rotary.num_positions:
             return False
-        return sequence in self.followed or self.runner.cache.can_open("gpu", self.room(sequence))
+        return sequence in self.followed or self.runner.cache.can_open("gpu", self.max_rows(sequence))
 
-    def room(self, sequence: Sequence) -> int:
+    def max_rows(self, sequence: Sequence) -> int:
         """Token rows that the sequence may need in the draft's cache."""
         return sequence.num_prompt_tokens + sequence.output.max_tokens + self.grown_nodes
 
@@ -203,7 +218,7 @@ class DraftModel:
         start = len(followed.cached)
         tokens = tuple(islice(followed.sequence.token_ids, start, start + count))
         followed.cached += tokens
-        return QueryTokens(followed.sequence, self.known(tokens), start, len(tokens) - 1 if logits else len(tokens))
+        return followed.query(self.known(tokens), start, len(tokens) - 1 if logits else len(tokens))
 
     def level_query(self, followed: Followed, tree: GrowingTree) -> QueryTokens:
         """What the draft must read to know the children of the tree's frontier; its rows of logits end with those of
@@ -217,45 +232,45 @@ class DraftModel:
         first = tree.frontier[0] - trunk
         if tree.is_chain:
             followed.cached += tokens
-            return QueryTokens(sequence, tokens, start, first)
-        return QueryTokens(
-            sequence, tokens, start, first, tuple(max(parent - trunk, ROOT) for parent in tree.parents[trunk:])
-        )
+            return followed.query(tokens, start, first)
+        return followed.query(tokens, start, first, tuple(max(parent - trunk, ROOT) for parent in tree.parents[trunk:]))
 
-    def children(self, owner: dict[QueryTokens, int], trees: Many[GrowingTree]) -> dict[int, list[Candidates]]:
+    def children(
+        self, owner: dict[QueryTokens, int], trees: Many[GrowingTree], sequences: Many[Sequence]
+    ) -> dict[int, list[Candidates]]:
         """Run one level; candidates for every node of every frontier. owner: which tree every query reads."""
         width = max(trees[i].width for i in owner.values())
         offers: dict[int, list[Candidates]] = {i: [()] * len(trees[i].frontier) for i in owner.values()}
-        for block in self.run(list(owner)):
+        for chunk in self.run(list(owner)):
             wanted: list[Wanted] = []
-            for r, (query, token) in enumerate(block.rows):
-                tree = trees[owner[query]]
+            for r, (query, token) in enumerate(chunk.rows):
+                i, tree = owner[query], trees[owner[query]]
                 node = ROOT if not tree.token_ids else len(tree.token_ids) - query.num_tokens + token
                 if node in tree.frontier:
-                    wanted.append(
-                        Wanted(r, owner[query], tree.frontier.index(node), query.sequence.state, tree.paths[node])
-                    )
+                    wanted.append(Wanted(r, i, tree.frontier.index(node), sequences[i], tree.paths[node]))
             step = max(1, SCORED_ELEMENTS // self.vocab_size)
             for part in (wanted[start : start + step] for start in range(0, len(wanted), step)):
-                logits = self.fitted(block.logits[[row.row for row in part]])
-                by_chance = [trees[row.tree].drawing is not Drawing.DETERMINISTIC for row in part]
+                logits = self.fitted(chunk.logits[[row.row for row in part]])
+                stochastic = [trees[row.tree].drawing is not Drawing.DETERMINISTIC for row in part]
                 scored = (
-                    likeliest(logits, [row.state for row in part], [row.path for row in part], width)
-                    if not all(by_chance)
+                    likeliest(logits, [row.sequence for row in part], [row.path for row in part], width)
+                    if not all(stochastic)
                     else []
                 )
                 for i, row in enumerate(part):
-                    offers[row.tree][row.place] = (
-                        self.draw(logits[i], row.state, trees[row.tree], row.place) if by_chance[i] else scored[i]
+                    offers[row.tree][row.frontier_index] = (
+                        self.draw(logits[i], row.sequence, trees[row.tree], row.frontier_index)
+                        if stochastic[i]
+                        else scored[i]
                     )
         return offers
 
-    def draw(self, logits: Tensor, state: RequestState, tree: GrowingTree, place: int) -> Candidates:
+    def draw(self, logits: Tensor, sequence: Sequence, tree: GrowingTree, frontier_index: int) -> Candidates:
         """Children by chance of one node of a tree's frontier; what they were drawn from is kept for verification."""
-        node = tree.frontier[place]
+        node = tree.frontier[frontier_index]
         count = tree.num_children(node)
-        children, distribution = drawn_children(logits, state, tree.paths[node], node, count, tree.drawing)
-        self.distributions.setdefault(state, {})[node] = distribution
+        children, distribution = drawn_children(logits, sequence, tree.paths[node], node, count, tree.drawing)
+        self.distributions.setdefault(sequence, {})[node] = distribution
         return children
 
     def fitted(self, logits: Tensor) -> Tensor:
@@ -272,14 +287,14 @@ class DraftModel:
         ``PASS_TOKENS`` costs no more than one of all."""
         assert self.runner is not None
         batch: list[QueryTokens] = []
-        room = PASS_TOKENS
+        left = PASS_TOKENS
         for query in queries:
-            if batch and query.num_tokens > room:
-                yield from self.runner.executor.run(PassWork((tuple(batch),)))
-                batch, room = [], PASS_TOKENS
+            if batch and query.num_tokens > left:
+                yield from self.runner.executor.run(PassBatch((tuple(batch),)))
+                batch, left = [], PASS_TOKENS
             batch.append(query)
-            room -= query.num_tokens
-        yield from self.runner.executor.run(PassWork((tuple(batch),)))
+            left -= query.num_tokens
+        yield from self.runner.executor.run(PassBatch((tuple(batch),)))
 
     # Lifetime
 
@@ -288,10 +303,10 @@ class DraftModel:
         """Most memory of the gpu tier that weights and cache took."""
         return self.tiers.gpu.peak_bytes
 
-    def retire(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         followed = self.followed.pop(sequence, None)
         if followed is not None and self.runner is not None:
-            self.runner.cache.free(followed.sequence.table)
+            self.runner.cache.free(followed.table)
 
     def forget(self) -> None:
         """Its cache goes too: the failure may have come between a sequence and its pages."""
@@ -307,7 +322,7 @@ class DraftModel:
             assert followed.cached[: followed.num_known] == sequence.token_ids[: followed.num_known], (
                 "the draft's cache does not follow the text"
             )
-            assert len(followed.cached) <= len(followed.sequence.table.pages) * self.layout.page_tokens
+            assert len(followed.cached) <= len(followed.table.pages) * self.layout.page_tokens
 
     def close_runner(self) -> None:
         assert not self.followed, f"{len(self.followed)} sequences are still followed"
@@ -322,7 +337,7 @@ class DraftModel:
                 stack.callback(close)
 
 
-def likeliest(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int, ...]], count: int) -> list[Candidates]:
+def likeliest(logits: Tensor, sequences: Many[Sequence], paths: Many[tuple[int, ...]], count: int) -> list[Candidates]:
     """For every row of logits [N, vocab], the ``count`` tokens that the target is most likely to draw there if it
     agrees with the draft.
 
@@ -330,7 +345,7 @@ def likeliest(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int,
     in its stream, the same that the target adds, so that of two equal distributions the same token comes first.
     Tokens that cannot be drawn are left out.
     """
-    scores = noisy(logits, states, paths).log_softmax(-1)
+    scores = noisy(logits, sequences, paths).log_softmax(-1)
     values, tokens = scores.topk(min(count, logits.shape[1]), dim=-1)
     return [
         [(token, value) for token, value in zip(row_tokens, row_values, strict=True) if value > -torch.inf]
@@ -338,18 +353,18 @@ def likeliest(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int,
     ]
 
 
-def noisy(logits: Tensor, states: Many[RequestState], paths: Many[tuple[int, ...]]) -> Tensor:
+def noisy(logits: Tensor, sequences: Many[Sequence], paths: Many[tuple[int, ...]]) -> Tensor:
     """Scores [N, vocab] whose largest is the token that plain decoding would draw from these logits."""
-    if all(state.params.greedy and not state.adjusted for state in states):
+    if all(sequence.params.greedy and not sequence.adjusted for sequence in sequences):
         return logits
-    adjusted = adjust(logits, states, paths)
-    rows = [r for r, state in enumerate(states) if not state.params.greedy]
+    adjusted = adjust(logits, sequences, paths)
+    rows = [r for r, sequence in enumerate(sequences) if not sequence.params.greedy]
     if not rows:
         return adjusted.double()
-    chosen = [states[r] for r in rows]
-    positions = [len(states[r].output_token_ids) + len(paths[r]) for r in rows]
+    chosen = [sequences[r] for r in rows]
+    positions = [sequences[r].num_output_tokens + len(paths[r]) for r in rows]
     restricted = restrict(adjusted[rows], chosen)
-    noise = gumbel([state.key for state in chosen], positions, logits.shape[1], logits.device)
+    noise = gumbel([sequence.stream_key for sequence in chosen], positions, logits.shape[1], logits.device)
     scores = adjusted.double()
     scores[rows] = noise.add_(restricted)
     return scores

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
-from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sampling import ALL_BARRED, NOT_FINITE, finite_rows, token_logprobs
-from flexbatch.execution.work import QueryTokens, Sequence
+from flexbatch.execution.sequence import Sequence
 from flexbatch.request import TokenLogprob
 from flexbatch.speculative.controller import Controller, Situation
 from flexbatch.speculative.growth import TreePlan
@@ -44,7 +44,7 @@ class Source(Protocol):
         """Tokens read and seconds of every level of the latest trees."""
 
     @property
-    def distributions(self) -> Mapping[RequestState, Mapping[int, Tensor]]:
+    def distributions(self) -> Mapping[Sequence, Mapping[int, Tensor]]:
         """Of the present trees that were drawn by chance: what the children of each node (-1: of the last committed
         token) were drawn from, [vocab]."""
 
@@ -54,7 +54,7 @@ class Source(Protocol):
     def uncomputed_tokens(self, sequences: Many[Sequence]) -> int:
         """Committed tokens that it has to read before it can draft for these."""
 
-    def retire(self, sequence: Sequence) -> None: ...
+    def release(self, sequence: Sequence) -> None: ...
 
     def forget(self) -> None:
         """Let go of all sequences and of what is kept of them, after a run that failed half-way."""
@@ -71,7 +71,7 @@ class LookupSource:
     peak_bytes = 0
 
     def __init__(self) -> None:
-        self.distributions: dict[RequestState, dict[int, Tensor]] = {}
+        self.distributions: dict[Sequence, dict[int, Tensor]] = {}
         self.lookups: dict[Sequence, Lookup] = {}
         self.levels: list[tuple[int, float]] = []
 
@@ -90,7 +90,7 @@ class LookupSource:
     def uncomputed_tokens(self, sequences: Many[Sequence]) -> int:
         return 0
 
-    def retire(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         self.lookups.pop(sequence, None)
 
     def forget(self) -> None:
@@ -129,7 +129,8 @@ class Speculator:
         self.sources, self.spec, self.max_nodes, self.simulate = list(sources), spec, max_nodes, simulate
         self.controller = Controller(max_nodes)
         self.totals = Totals()
-        self.proposed: dict[Sequence, TokenTree] = {}
+        self.proposed: dict[int, tuple[Sequence, TokenTree]] = {}
+        """The trees of the present pass, by sequence id."""
         self.query_tokens = 0
         self.pass_started = self.drafting_seconds = 0.0
 
@@ -153,7 +154,9 @@ class Speculator:
         self.pass_started = time.perf_counter()
         self.drafting_seconds = self.pass_started - started
         self.totals.draft_seconds += self.drafting_seconds
-        self.proposed = dict(zip(sequences, trees, strict=True))
+        self.proposed = {
+            sequence.sequence_id: (sequence, tree) for sequence, tree in zip(sequences, trees, strict=True)
+        }
         self.query_tokens = other_query_tokens + len(trees) + sum(map(len, trees))
         return trees
 
@@ -183,17 +186,17 @@ class Speculator:
 
     def needs_verification(self, query: QueryTokens) -> bool:
         """See `proposals.Proposer`."""
-        return self.simulate is None and self.proposed[query.sequence].drawn is not Drawing.DETERMINISTIC
+        return self.simulate is None and self.proposed[query.sequence_id][1].drawn is not Drawing.DETERMINISTIC
 
     def verify(self, query: QueryTokens, logits: Tensor) -> SampledTokens:
         """See `proposals.Proposer`: trees drawn by chance."""
-        state, tree = query.sequence.state, self.proposed[query.sequence]
+        sequence, tree = self.proposed[query.sequence_id]
         (source,) = self.sources
-        kept = source.distributions[state]
+        kept = source.distributions[sequence]
         accepted = verify(
             tree,
-            target_probabilities(logits, state, query.paths),
-            RequestDraws(state, logits.device),
+            target_probabilities(logits, sequence, query.paths),
+            RequestDraws(sequence, logits.device),
             [kept[parent] for parent in tree.parents],
         )
         path = tuple(node + 1 for node in accepted.path)
@@ -201,54 +204,54 @@ class Speculator:
         if accepted.token == UNDRAWN:
             tokens[-1] = ALL_BARRED if bool(finite_rows(logits[[path[-1] if path else 0]])) else NOT_FINITE
             return SampledTokens(tokens, [], path=path)
-        return SampledTokens(tokens, entries(logits[[0, *path]], tokens, state), path=path)
+        return SampledTokens(tokens, entries(logits[[0, *path]], tokens, sequence), path=path)
 
-    def follow(self, query: QueryTokens, drawn: SampledTokens) -> SampledTokens:
+    def follow(self, query: QueryTokens, sampled: SampledTokens) -> SampledTokens:
         """See `proposals.Proposer`: the matching path, or a simulated one."""
-        return drawn.follow(query) if self.simulate is None else self.follow_simulated(query, drawn, self.simulate)
+        return sampled.follow(query) if self.simulate is None else self.follow_simulated(query, sampled, self.simulate)
 
-    def follow_simulated(self, query: QueryTokens, drawn: SampledTokens, chance: float) -> SampledTokens:
-        """A coin of the request's own stream at every depth decides about the likeliest child. Log-probabilities are
+    def follow_simulated(self, query: QueryTokens, sampled: SampledTokens, acceptance: float) -> SampledTokens:
+        """A uniform draw from the request's own stream decides at every depth about the likeliest child. Log-probabilities are
         those of the tokens drawn there."""
-        state, tree = query.sequence.state, self.proposed[query.sequence]
+        sequence, tree = self.proposed[query.sequence_id]
         depth = tree.shape.max_depth
         uniform_draws = uniforms(
-            [state.key] * depth, [len(state.output_token_ids) + d for d in range(depth)], 1, "cpu", ACCEPT_DRAW
+            [sequence.stream_key] * depth, [sequence.num_output_tokens + d for d in range(depth)], 1, "cpu", ACCEPT_DRAW
         )[:, 0].tolist()
         path: list[int] = []
-        while (children := tree.shape.children[path[-1] if path else 0]) and uniform_draws[len(path)] < chance:
+        while (children := tree.shape.children[path[-1] if path else 0]) and uniform_draws[len(path)] < acceptance:
             path.append(children[0] + 1)
-        places = (0, *path)
-        tokens = [*query.paths[places[-1]], drawn.token_ids[places[-1]]]
-        return SampledTokens(tokens, [drawn.logprobs[place] for place in places], drawn.prompt_logprobs, tuple(path))
+        nodes = (0, *path)
+        tokens = [*query.paths[nodes[-1]], sampled.token_ids[nodes[-1]]]
+        return SampledTokens(tokens, [sampled.logprobs[node] for node in nodes], sampled.prompt_logprobs, tuple(path))
 
-    def observe(self, results: Many[tuple[QueryTokens, SampledTokens]]) -> None:
+    def observe(self, results: Mapping[int, SampledTokens]) -> None:
         """See `proposals.Proposer`."""
         if not self.query_tokens:
             return
         seconds = time.perf_counter() - self.pass_started
         totals = self.totals
-        new_tokens = sum(len(drawn.token_ids) for query, drawn in results if query.sequence in self.proposed)
+        new_tokens = sum(len(sampled.token_ids) for id, sampled in results.items() if id in self.proposed)
         self.controller.observe_pass(self.query_tokens, seconds, bool(self.proposed), self.drafting_seconds, new_tokens)
         totals.passes += bool(self.proposed)
         totals.pass_seconds += seconds if self.proposed else 0.0
         self.query_tokens = 0
-        for query, drawn in results:
-            tree = self.proposed.pop(query.sequence, None)
-            if tree is None:
+        for sequence_id, sampled in results.items():
+            if sequence_id not in self.proposed:
                 continue
+            sequence, tree = self.proposed[sequence_id]
             totals.sequence_passes += 1
             totals.drafted_tokens += len(tree)
-            totals.emitted_tokens += len(drawn.token_ids)
+            totals.emitted_tokens += len(sampled.token_ids)
             if len(tree):
-                accepted = AcceptedPath(tuple(place - 1 for place in drawn.path), drawn.token_ids[-1])
-                self.controller.statistics_of(group_of(query.sequence)).observe(tree, accepted)
+                accepted = AcceptedPath(tuple(node - 1 for node in sampled.path), sampled.token_ids[-1])
+                self.controller.statistics_of(group_of(sequence)).observe(tree, accepted)
         self.proposed = {}
 
-    def retire(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         """See `proposals.Proposer`."""
         for source in self.sources:
-            source.retire(sequence)
+            source.release(sequence)
 
     def forget(self) -> None:
         """Let go of all sequences, after a run that failed half-way; the next one opens its block anew."""
@@ -298,14 +301,14 @@ class Speculator:
             source.close()
 
 
-def entries(logits: Tensor, tokens: list[int], state: RequestState) -> list[dict[int, TokenLogprob] | None]:
+def entries(logits: Tensor, tokens: list[int], sequence: Sequence) -> list[dict[int, TokenLogprob] | None]:
     """Log-probabilities of tokens drawn from rows of logits, where the request wants them."""
-    count = state.params.logprobs
+    count = sequence.params.logprobs
     return [*token_logprobs(logits, tokens, [count] * len(tokens))] if count is not None else [None] * len(tokens)
 
 
 def group_of(sequence: Sequence) -> str:
-    return "greedy" if sequence.state.params.greedy else "sampled"
+    return "greedy" if sequence.params.greedy else "sampled"
 
 
 def fixed_plan(spec: TreeSpec) -> TreePlan:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.random_stream import ACCEPT_DRAW, gumbel, uniforms
-from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampling import process_logits
+from flexbatch.execution.sequence import Sequence
 from flexbatch.speculative.growth import Candidates
 from flexbatch.speculative.tree import Drawing
 
@@ -24,13 +24,13 @@ DRAFT_STREAM = 3
 """Tells the drafts' noise from that of requests, whose keys derive from (1, ...) and (2, ...)."""
 
 
-def draft_key(state: RequestState, node: int) -> int:
+def draft_key(sequence: Sequence, node: int) -> int:
     """Key of the noise that draws the children of one node; ``node`` is -1 for the last committed token."""
-    return int(np.random.SeedSequence((DRAFT_STREAM, state.key, node + 1)).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((DRAFT_STREAM, sequence.stream_key, node + 1)).generate_state(1, np.uint64)[0])
 
 
 def drawn_children(
-    logits: Tensor, state: RequestState, path: tuple[int, ...], node: int, count: int, drawing: Drawing
+    logits: Tensor, sequence: Sequence, path: tuple[int, ...], node: int, count: int, drawing: Drawing
 ) -> tuple[Candidates, Tensor]:
     """Up to ``count`` children of one node in draw order, and the distribution [vocab] float32, to be normalised, that
     they were drawn from.
@@ -39,13 +39,13 @@ def drawn_children(
     than tokens with a probability: the order of log q + Gumbel noise is a draw without replacement (Vieira, 2014;
     Kool et al., "Stochastic beams", ICML 2019).
     """
-    distribution = process_logits(logits[None], [state], [path])[0]
+    distribution = process_logits(logits[None], [sequence], [path])[0]
     probabilities = distribution.double()
     if not bool(probabilities.sum() > 0):  # NaN: nothing is drawn from a draft that has no logits here
         return [], distribution
     probabilities /= probabilities.sum()
-    position, vocab = len(state.output_token_ids) + len(path), len(probabilities)
-    key, scores = draft_key(state, node), probabilities.log()
+    position, vocab = sequence.num_output_tokens + len(path), len(probabilities)
+    key, scores = draft_key(sequence, node), probabilities.log()
     if drawing is Drawing.INDEPENDENT:
         noise = gumbel([key], [position], vocab * count, logits.device).view(count, vocab)
         tokens = (scores + noise).argmax(-1).tolist()
@@ -60,22 +60,23 @@ def drawn_children(
 class RequestDraws:
     """`verify.Draws` of one request, one after the other from the pass on."""
 
-    def __init__(self, state: RequestState, device: torch.device) -> None:
-        self.state, self.device = state, device
-        self.start = len(state.output_token_ids)
+    def __init__(self, sequence: Sequence, device: torch.device) -> None:
+        self.sequence, self.device = sequence, device
+        self.start = sequence.num_output_tokens
 
     def accept(self, depth: int, rank: int, probability: float) -> bool:
         """See `verify.Draws`."""
         return (
-            uniforms([self.state.key], [self.start + depth], rank + 1, "cpu", ACCEPT_DRAW)[0, rank].item() < probability
+            uniforms([self.sequence.stream_key], [self.start + depth], rank + 1, "cpu", ACCEPT_DRAW)[0, rank].item()
+            < probability
         )
 
     def token(self, depth: int, probabilities: Tensor) -> int:
         """See `verify.Draws`."""
-        noise = gumbel([self.state.key], [self.start + depth], len(probabilities), self.device)[0]
+        noise = gumbel([self.sequence.stream_key], [self.start + depth], len(probabilities), self.device)[0]
         return int((probabilities.double().log() + noise).argmax())
 
 
-def target_probabilities(logits: Tensor, state: RequestState, paths: Many[tuple[int, ...]]) -> Tensor:
+def target_probabilities(logits: Tensor, sequence: Sequence, paths: Many[tuple[int, ...]]) -> Tensor:
     """What plain decoding draws from at every query token of a tree, [n + 1, vocab]."""
-    return process_logits(logits, [state] * len(paths), paths)
+    return process_logits(logits, [sequence] * len(paths), paths)

@@ -176,8 +176,19 @@ class OutputText:
         self._cut: int | None = None
         """Where a stop string begins."""
         self._final: str | None = None
-        self.token_ids: list[int] = []
+        self.text_token_ids = list(prompt_token_ids)
+        """Prompt and kept tokens."""
         self.finish: Finish | None = None if self.max_tokens else Finish("length")
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The kept tokens."""
+        return self.text_token_ids[len(self._prompt_token_ids) :]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are kept."""
+        return len(self.text_token_ids) - len(self._prompt_token_ids)
 
     def _open_search(self) -> StopSearch:
         assert self._decoder is not None
@@ -185,23 +196,23 @@ class OutputText:
 
     def extend(self, token_ids: Iterable[int]) -> int:
         """Offer tokens in order; returns how many were kept. Stops keeping once the output has ended."""
-        before = len(self.token_ids)
+        before = self.num_tokens
         for token_id in token_ids:
             if self.finish is not None:
                 break
             self.append(token_id)
-        return len(self.token_ids) - before
+        return self.num_tokens - before
 
     def append(self, token_id: int) -> Finish | None:
         """Keep one token; returns why the output ends with it, or None. Raises RuntimeError after the end."""
         if self.finish is not None:
             raise RuntimeError(f"a token after the end of an output ({self.finish.reason})")
-        self.token_ids.append(token_id)
+        self.text_token_ids.append(token_id)
         if token_id in self._eos_token_ids:
             self.finish = Finish("stop")
         elif token_id in self._stop_token_ids:
             self.finish = Finish("stop", token_id)
-        elif len(self.token_ids) >= self.max_tokens:
+        elif self.num_tokens >= self.max_tokens:
             self.finish = Finish("length")
         found, length = self._completed_stop(token_id)
         # An EOS or stop token is no text; a stop string that it completes counts where it takes text before it away.
@@ -250,15 +261,15 @@ class OutputText:
         """The text as far as there are tokens."""
         if self._search is None:
             self._search = self._open_search()
-        for token_id in self.token_ids[self._read :]:
+        for token_id in self.text_token_ids[len(self._prompt_token_ids) + self._read :]:
             self._search.append(token_id)
-        self._read = len(self.token_ids)
+        self._read = self.num_tokens
         return self._search
 
     def check(self) -> None:
         """Invariants of the tokens, and of the text that was read."""
-        assert len(self.token_ids) <= self.max_tokens, f"{len(self.token_ids)} tokens of {self.max_tokens}"
-        assert self._read <= len(self.token_ids)
+        assert self.num_tokens <= self.max_tokens, f"{self.num_tokens} tokens of {self.max_tokens}"
+        assert self._read <= self.num_tokens
         assert self._cut is None or (self.finish is not None and isinstance(self.finish.stop_reason, str))
         if self._search is not None:
             self._search.check()

@@ -111,7 +111,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, *, max_context: int, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._max_context = max_context
         self._vocab_size = vocab_size
         self._chat = ChatTemplate(tokenizer)
@@ -155,11 +155,11 @@ class PromptEncoder:
                 raise PromptError(
                     index, f"{name} names token id {token}, outside the model's vocabulary of {self._vocab_size}"
                 )
-        if params.stop and self._tokenizer is None:
+        if params.stop and self.tokenizer is None:
             raise PromptError(index, "has stop strings, but the model has no tokenizer; use stop_token_ids")
 
     def _tokenize(self, index: int, text: str, *, special: bool) -> list[int]:
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             raise PromptError(index, "is text, but the model has no tokenizer; give token ids")
         place = lone_surrogate(text)
         if place >= 0:
@@ -167,11 +167,11 @@ class PromptEncoder:
             raise PromptError(index, f"holds half of a surrogate pair, {half}, at character {place}: no Unicode text")
         # A long prompt gets its own error here, so the tokenizer's warning about its configured length would only be
         # noise.
-        return list(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _render(self, index: int, messages: Sequence[Any]) -> str:
         """Chat messages as text by the tokenizer's own template."""
-        if getattr(self._tokenizer, "chat_template", None) is None:
+        if getattr(self.tokenizer, "chat_template", None) is None:
             raise PromptError(index, "is a list of chat messages, but the tokenizer has no chat template; give text")
         try:
             return self._chat.render(messages)

@@ -28,15 +28,15 @@ from tests.apps_batch.power import record_syncs, signal_at, without_locks
 
 def open_counted(count_file: str, config: EngineConfig, seen: Any) -> Any:
     """The real engine of this process, be it an actor, with its tokens counted."""
-    from flexbatch.execution.batcher import Batcher
+    from flexbatch.execution.sequence import Sequence
 
-    descriptor, extend = os.open(count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), Batcher.extend
+    descriptor, extend = os.open(count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), Sequence.extend
 
-    def counted(self: Batcher, sequence: Any, result: Any) -> int:
-        os.write(descriptor, b"." * len(result.token_ids))
-        return extend(self, sequence, result)
+    def counted(self: Sequence, token_ids: Any) -> int:
+        os.write(descriptor, b"." * len(token_ids))
+        return extend(self, token_ids)
 
-    Batcher.extend = counted  # type: ignore[method-assign]
+    Sequence.extend = counted  # type: ignore[method-assign]
     return open_llm(config, seen)
 
 

@@ -116,7 +116,7 @@ def running(request, model, tmp_path):
 
 
 def close_runner(llm):
-    llm._close_runner()
+    llm._capacity.close()
     if llm.speculator is not None:
         for source in llm.speculator.sources:
             source.close_runner()

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampling import process_logits, sample, token_logprobs
+from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.transfer import ThreadQueue
 from flexbatch.models.shapes import SHAPES
 from flexbatch.policy.limits import SAMPLING_BYTES_PER_LOGIT
@@ -161,8 +161,8 @@ def test_a_run_stays_within_its_plan(params, draft, monkeypatch, tmp_path):
         assert [len(completion.token_ids) for completion in completions] == [4] * 64
 
 
-def states(count: int, params: dict[str, Any]) -> list[RequestState]:
-    return [RequestState(Request(i, [3, 5, 5, 7], SamplingParams(max_tokens=100, **params)), 0) for i in range(count)]
+def states(count: int, params: dict[str, Any]) -> list[Sequence]:
+    return [Sequence(Request(i, [3, 5, 5, 7], SamplingParams(max_tokens=100, **params))) for i in range(count)]
 
 
 KINDS = [

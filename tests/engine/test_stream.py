@@ -10,7 +10,7 @@ import pytest
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.engine import PEEKED_BLOCKS
-from flexbatch.execution.batcher import Batcher
+from flexbatch.execution.scheduler import Scheduler
 from flexbatch.job import Job
 from flexbatch.text.prompts import PromptError
 from tests.tiny_models import make_model, random_prompts
@@ -30,16 +30,16 @@ BUDGETS = {"gpu_memory": "1GiB", "cpu_memory": "1GiB"}
 
 
 @pytest.fixture
-def checked(monkeypatch) -> list[Batcher]:
+def checked(monkeypatch) -> list[Scheduler]:
     """Every batcher of the test, each checked after every admission."""
-    found: list[Batcher] = []
+    found: list[Scheduler] = []
 
-    def admit(self: Batcher, plain=Batcher.admit) -> None:
+    def admit(self: Scheduler, plain=Scheduler.admit) -> None:
         found.extend([self] if self not in found else [])
         plain(self)
         self.check()
 
-    monkeypatch.setattr(Batcher, "admit", admit)
+    monkeypatch.setattr(Scheduler, "admit", admit)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Requests, sequences and caches for the tests of the execution room."""
+"""Requests, sequences and caches for the tests of the execution package."""
 
 from __future__ import annotations
 
@@ -9,33 +9,26 @@ from typing import Any
 
 import torch
 
-from flexbatch.execution.batcher import Candidate
-from flexbatch.execution.request_state import RequestState
-from flexbatch.execution.work import Sequence
+from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import CacheSizes, KVCache
 from flexbatch.memory.pages import CacheLayout, PageTable
 from flexbatch.request import Request, SamplingParams
-from flexbatch.text.detokenize import OutputText
 from tests.memory.rigs import open_tiers
 
 EOS = 1
 PAGE_TOKENS = 4
 
 
-def candidate(index: int, prompt: tuple[int, ...], max_context: int = 1000, **params: Any) -> Candidate:
+def waiting(index: int, prompt: tuple[int, ...], max_context: int = 1000, **params: Any) -> Sequence:
     request = Request(index, list(prompt), SamplingParams(**{"max_tokens": 4, "temperature": 0, **params}))
-    output = OutputText(None, request.params, eos_token_ids=(EOS,), prompt_token_ids=prompt, max_context=max_context)
-    return Candidate(RequestState(request), output)
+    return Sequence(request, eos_token_ids=(EOS,), max_context=max_context, sequence_id=index)
 
 
 def sequence(prompt: tuple[int, ...], table: PageTable, output: tuple[int, ...] = (), **params: Any) -> Sequence:
     """A sequence in flight that has generated ``output``."""
-    waiting = candidate(0, prompt, **{"max_tokens": len(output) + 4, **params})
-    made = Sequence(waiting.state, waiting.output, table, 0, list(prompt))
-    for token in output:
-        made.output.append(token)
-        made.state.append(token)
-        made.token_ids.append(token)
+    made = waiting(0, prompt, **{"max_tokens": len(output) + 4, **params})
+    made.table = table
+    made.extend(output)
     made.check()
     return made
 

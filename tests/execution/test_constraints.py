@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor, SequenceBiasLogitsProcessor
 
-from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampling import adjust, process_logits
+from flexbatch.execution.sequence import Sequence
 from flexbatch.request import Request, SamplingParams
 
 VOCAB, EOS = 6, 5
@@ -33,10 +33,11 @@ PARAMS = st.fixed_dictionaries(
 )
 
 
-def state(prompt, output, params) -> RequestState:
-    made = RequestState(Request(0, tuple(prompt), SamplingParams(**{"max_tokens": 9, **params})), eos_token_ids=(EOS,))
+def state(prompt, output, params) -> Sequence:
+    made = Sequence(Request(0, list(prompt), SamplingParams(**{"max_tokens": 9, **params})), eos_token_ids=(EOS,))
     for token in output:
-        made.append(token)
+        made.token_ids.append(token)
+    made.catch_up(len(output))
     made.check()
     return made
 
@@ -59,7 +60,8 @@ def test_a_path_counts_as_if_it_had_been_committed(prompt, output, path, params)
     )
     drafted.check()
     for token in path:
-        drafted.append(token)
+        drafted.token_ids.append(token)
+    drafted.catch_up(len(path))
     assert torch.equal(adjust(logits, [drafted], [()]), adjust(logits, [committed], [()]))
 
 

@@ -209,14 +209,14 @@ def test_without_overlap_nothing_runs_beside_a_tick(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After every tick all lanes are idle: what `--overlap false` is for."""
-    settled = Executor.settle
+    settled = Executor.synchronize
     seen = []
 
-    def settle(self: Executor) -> None:
+    def synchronize(self: Executor) -> None:
         settled(self)
         seen.append(all(queue.num_ended == queue.num_submitted for queue in self.queues.all_queues))  # type: ignore[union-attr]
 
-    monkeypatch.setattr(Executor, "settle", settle)
+    monkeypatch.setattr(Executor, "synchronize", synchronize)
     with engine(folder, tmp_path, overlap=False, **MIXED) as llm:
         dawdle(llm.queues, seed=6, most=0.01)
         tokens(llm)

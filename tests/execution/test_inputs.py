@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.execution.inputs import InputBuilder, ancestor_masks, place_of
-from flexbatch.execution.work import PassWork, QueryTokens
+from flexbatch.execution.inputs import InputBuilder, ancestor_masks, attention_place
+from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.memory.pages import PageTable
 from flexbatch.memory.tiers import Pool
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 from flexbatch.trace import Tracer
-from tests.execution.rigs import PAGE_TOKENS, sequence
+from tests.execution.rigs import PAGE_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,18 @@ def builder():
     queues = TransferQueues(torch.device("cpu"), Tracer())
     yield InputBuilder(PAGE_TOKENS, Uploads(Pool("cpu", 0), queues))
     queues.close()
+
+
+def query_of(
+    sequence_id: int,
+    token_ids: tuple[int, ...],
+    start: int,
+    first_logit: int,
+    table: PageTable,
+    parents: tuple[int, ...] | None = None,
+    num_prompt_tokens: int = 0,
+) -> QueryTokens:
+    return QueryTokens(sequence_id, token_ids, start, first_logit, table.location, num_prompt_tokens, parents)
 
 
 @st.composite
@@ -51,7 +64,7 @@ def queries(draw: st.DrawFn) -> list[QueryTokens]:
         )
         prompt = tuple(100 * number + i for i in range(start + count))
         first_logit = 0 if parents else draw(st.integers(0, count))
-        made.append(QueryTokens(sequence(prompt, table), prompt[start:], start, first_logit, parents))
+        made.append(query_of(number, prompt[start:], start, first_logit, table, parents))
     return made
 
 
@@ -84,7 +97,7 @@ def check_group(group: Any, mine: list[QueryTokens], home: bool) -> None:
         count = -(-(query.start + query.num_tokens) // PAGE_TOKENS)
         used += row[:count]
         if home:
-            assert row[:count] == query.sequence.table.pages[:count]
+            assert row[:count] == list(query.pages.pages[:count])
         slots = [
             row[t // PAGE_TOKENS] * PAGE_TOKENS + t % PAGE_TOKENS
             for t in range(query.start, query.start + query.num_tokens)
@@ -124,7 +137,9 @@ def test_every_query_token_is_where_it_belongs(builder: InputBuilder, made: list
     flat = [(query, i) for query in ordered for i in range(query.num_tokens)]
     assert [flat[row] for row in inputs.logit_index.tolist()] == list(inputs.logit_rows)
     assert list(inputs.logit_rows) == [(query, i) for query, i in flat if i >= query.first_logit]
-    places = {place: [query for query in ordered if place_of(query) == place] for place in ("gpu", "staged", "cpu")}
+    places = {
+        place: [query for query in ordered if attention_place(query) == place] for place in ("gpu", "staged", "cpu")
+    }
     cursor = 0
     for place in ("gpu", "staged", "cpu"):
         group = inputs.staged.attention if place == "staged" and inputs.staged is not None else getattr(inputs, place)
@@ -139,24 +154,24 @@ def test_every_query_token_is_where_it_belongs(builder: InputBuilder, made: list
 
 def check_staging(staged: Any, mine: list[QueryTokens]) -> None:
     """Existing pages come first, in the order in which they are gathered: of cpu sequences, then of disk sequences."""
-    on_cpu = [query for query in mine if query.sequence.table.tier == "cpu"]
-    on_disk = [query for query in mine if query.sequence.table.tier == "disk"]
+    on_cpu = [query for query in mine if query.pages.tier == "cpu"]
+    on_disk = [query for query in mine if query.pages.tier == "disk"]
     assert mine == on_cpu + on_disk
     existing = [-(-query.start // PAGE_TOKENS) for query in mine]
     assert staged.gather.cpu_pages.tolist() == [
-        page for q, old in zip(on_cpu, existing, strict=False) for page in q.sequence.table.pages[:old]
+        page for q, old in zip(on_cpu, existing, strict=False) for page in q.pages.pages[:old]
     ]
-    assert staged.gather.disk_tables == tuple((query.sequence.table, query.start) for query in on_disk)
+    assert staged.gather.disk_pages == tuple((query.pages, query.start) for query in on_disk)
     assert staged.gather.num_disk_pages == sum(existing[len(on_cpu) :]) and staged.gather.num_pages == sum(existing)
     cursor = 0
     for row, old in zip(staged.attention.page_table.tolist(), existing, strict=True):
         assert row[:old] == list(range(cursor, cursor + old))
         cursor += old
     assert staged.num_cpu_tokens == sum(query.num_tokens for query in on_cpu) == len(staged.cpu_slots)
-    home = [slot for q in on_cpu for slot in q.sequence.table.slots(q.start, q.start + q.num_tokens, PAGE_TOKENS)]
+    home = [slot for q in on_cpu for slot in q.pages.slots(q.start, q.start + q.num_tokens, PAGE_TOKENS)]
     assert staged.cpu_slots.tolist() == home
-    assert staged.disk_tables == tuple(
-        (q.sequence.table, q.start, q.num_tokens, q.num_tokens - 1 if q.parents else 0) for q in on_disk
+    assert staged.disk_pages == tuple(
+        (q.pages, q.start, q.num_tokens, q.num_tokens - 1 if q.parents else 0) for q in on_disk
     )
     assert staged.num_pages == sum(-(-(query.start + query.num_tokens) // PAGE_TOKENS) for query in mine)
 
@@ -180,16 +195,12 @@ def test_prompts_and_large_trees_of_cpu_sequences_are_attended_on_the_device() -
     ):
         prompt = tuple(range(count))
         parents = tuple(range(-1, count - 1)) if tree else None
-        query = QueryTokens(
-            sequence(prompt, PageTable("cpu", list(range(20)), attend_on_cpu=True)), prompt, 0, count, parents
-        )
-        assert place_of(query) == place
+        query = query_of(0, prompt, 0, count, PageTable("cpu", list(range(20)), attend_on_cpu=True), parents)
+        assert attention_place(query) == place
 
 
 def test_a_pass_counts_its_prompt_tokens() -> None:
     table = PageTable("gpu", list(range(9)))
-    young, old = sequence((5, 6, 7), table), sequence((5, 6), table, output=(9, 9))
-    work = PassWork(
-        ((QueryTokens(young, (5, 6), 0, 2), QueryTokens(old, (9,), 3, 0)), (QueryTokens(old, (6, 9, 9), 1, 2),))
-    )
+    young, old = partial(query_of, 0, num_prompt_tokens=3), partial(query_of, 1, num_prompt_tokens=2)
+    work = PassBatch(((young((5, 6), 0, 2, table), old((9,), 3, 0, table)), (old((6, 9, 9), 1, 2, table),)))
     assert (work.num_prompt_tokens, work.num_sequences) == (3, 3)

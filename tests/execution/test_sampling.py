@@ -16,8 +16,8 @@ from transformers import (
 
 from flexbatch.execution import sampling
 from flexbatch.execution.random_stream import ACCEPT_DRAW, mix, uniforms
-from flexbatch.execution.request_state import RequestState
 from flexbatch.execution.sampling import process_logits, sample, token_logprobs
+from flexbatch.execution.sequence import Sequence
 from flexbatch.policy import limits
 from flexbatch.request import Request, SamplingParams
 
@@ -32,12 +32,13 @@ def state(
     engine_seed=0,
     sample_index=0,
     **params,
-) -> RequestState:
-    made = RequestState(
-        Request(index, list(prompt), SamplingParams(**{"max_tokens": 100, **params}), sample=sample_index), engine_seed
+) -> Sequence:
+    made = Sequence(
+        Request(index, list(prompt), SamplingParams(**{"max_tokens": 100, **params}), sample=sample_index),
+        engine_seed=engine_seed,
     )
     for token in output:
-        made.append(token)
+        made.extend([token])
     made.check()
     return made
 
@@ -141,9 +142,9 @@ def test_a_path_counts_as_if_it_had_been_committed() -> None:
     assert (
         sample(logits[:1], [root], [(30, 11)]).token_ids.tolist() == sample(logits[:1], [committed]).token_ids.tolist()
     )
-    assert root.output_token_ids == [11]
+    assert root.output.token_ids == [11]
     process_logits(logits[:1], [root], [tuple(range(50, 110))])
-    root.append(40)
+    root.extend([40])
     root.check()
     torch.testing.assert_close(
         process_logits(logits[:1], [root]), process_logits(logits[:1], [state(4, (11, 40), **params)]), rtol=0, atol=0
@@ -174,7 +175,7 @@ def test_successive_positions_of_one_stream_are_independent_draws() -> None:
     request, tokens = state(0, max_tokens=2000), []
     for _ in range(2000):
         tokens.append(int(sample(logits, [request]).token_ids))
-        request.output_token_ids.append(tokens[-1])
+        request.extend(tokens[-1:])
     pairs = torch.bincount(torch.tensor(tokens[:-1]) * 8 + torch.tensor(tokens[1:]), minlength=64)
     expected = 1999 / 64
     assert ((pairs - expected) ** 2 / expected).sum() < 112  # 99.99 % quantile of chi square with 63 degrees of freedom
@@ -279,7 +280,7 @@ def test_prompt_logprobs_by_blocks_of_rows() -> None:
 
 
 def test_shapes_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"logits \(3, 211\) for 2 states"):
+    with pytest.raises(ValueError, match=r"logits \(3, 211\) for 2 sequences"):
         sample(random_logits(3), [state(0), state(1)])
     with pytest.raises(ValueError, match="need one of each per row"):
         token_logprobs(random_logits(3), [1], [1])
@@ -287,7 +288,7 @@ def test_shapes_are_checked() -> None:
 
 def test_check_finds_a_state_out_of_step() -> None:
     request = state(0, (4,), presence_penalty=1.0)
-    request.output_token_ids.append(9)
+    request.token_ids.append(9)
     with pytest.raises(AssertionError, match="counts"):
         request.check()
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
-from flexbatch.execution.work import QueryTokens
+from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.memory.kvcache import CacheSizes, Gather, KVCache
 from flexbatch.memory.pages import CacheLayout, PageTable
 from flexbatch.memory.transfer import READY, FutureHandle
@@ -72,6 +72,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.texts: list[Text] = []
         self.generator = torch.Generator().manual_seed(0)
 
+    def text_of(self, query: QueryTokens) -> Text:
+        return next(text for text in self.texts if id(text) == query.sequence_id)
+
     def new_rows(self, text: Text, start: int, count: int) -> torch.Tensor:
         """[layers, count, token_bytes] uint8."""
         rows = torch.randint(
@@ -112,7 +115,9 @@ class CacheMachine(RuleBasedStateMachine):
                 nodes = chance.randint(1, MAX_NODES)
                 parents = (-1, *(chance.randrange(i) for i in range(1, nodes + 1)))
                 count = len(parents)
-            queries.append(QueryTokens(text, (0,) * count, start, count, parents))  # type: ignore[arg-type]
+            queries.append(
+                QueryTokens(id(text), (0,) * count, start, count, text.table.location, text.num_prompt_tokens, parents)
+            )
         if queries:
             self.sweep(queries, chance)
 
@@ -120,15 +125,13 @@ class CacheMachine(RuleBasedStateMachine):
         """What the executor does with the cache in one pass of one micro-batch."""
         inputs = self.builder.build(queries)
         self.cache.begin_pass(READY)
-        fresh = {
-            query.sequence: self.new_rows(query.sequence, query.start, query.num_tokens) for query in inputs.queries
-        }
+        fresh = {query: self.new_rows(self.text_of(query), query.start, query.num_tokens) for query in inputs.queries}
         handle = READY if inputs.staged is None else self.cache.gather(inputs.staged.gather, 0, 0)
         for layer in range(LAYERS):
             following = READY
             if inputs.staged is not None and layer + 1 < LAYERS:
                 following = self.cache.gather(inputs.staged.gather, layer + 1, (layer + 1) % 2)
-            new = torch.cat([fresh[query.sequence][layer] for query in inputs.queries])
+            new = torch.cat([fresh[query][layer] for query in inputs.queries])
             self.compute(inputs, layer, handle, new)
             handle = following
         self.commit(inputs.queries, fresh, chance)
@@ -138,18 +141,18 @@ class CacheMachine(RuleBasedStateMachine):
         if inputs.gpu is not None:
             group = inputs.gpu
             rows = self.as_bytes(self.cache.rows("gpu", layer))
-            self.look(group, rows, [q for q in inputs.queries if q.sequence.table.tier == "gpu"], layer)
+            self.look(group, rows, [q for q in inputs.queries if q.pages.tier == "gpu"], layer)
             rows[group.slots] = new[group.start : group.end]
         if inputs.staged is not None:
             staged, group = inputs.staged, inputs.staged.attention
             gathered.wait()
             rows = self.as_bytes(self.cache.staging_rows(layer % 2))
-            self.look(group, rows, [q for q in inputs.queries if q.sequence.table.tier != "gpu"], layer)
+            self.look(group, rows, [q for q in inputs.queries if q.pages.tier != "gpu"], layer)
             leaving = self.layout.row_view(new[group.start : group.end].clone().view(-1))
             if staged.num_cpu_tokens:
                 self.cache.drain_cpu(layer, leaving[: staged.num_cpu_tokens], staged.cpu_slots, READY)
-            if staged.disk_tables:
-                self.cache.drain_disk(layer, leaving[staged.num_cpu_tokens :], staged.disk_tables, READY)
+            if staged.disk_pages:
+                self.cache.drain_disk(layer, leaving[staged.num_cpu_tokens :], staged.disk_pages, READY)
             self.cache.release_staging(layer % 2, READY)
 
     def as_bytes(self, rows: torch.Tensor) -> torch.Tensor:
@@ -158,8 +161,8 @@ class CacheMachine(RuleBasedStateMachine):
     def look(self, group: Any, rows: torch.Tensor, queries: list[Any], layer: int) -> None:
         for table, query in zip(group.page_table, queries, strict=True):
             slots = (table.long()[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()[: query.start]
-            assert torch.equal(rows[slots], query.sequence.rows[layer, : query.start]), (
-                query.sequence.table.tier,
+            assert torch.equal(rows[slots], self.text_of(query).rows[layer, : query.start]), (
+                query.pages.tier,
                 layer,
             )
 
@@ -167,7 +170,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Accept a random path of every tree."""
         accepted = []
         for query in queries:
-            text, rows = query.sequence, fresh[query.sequence]
+            text, rows = self.text_of(query), fresh[query]
             kept = range(query.num_tokens)
             if query.parents is not None:
                 path, place = [], 0
@@ -182,7 +185,7 @@ class CacheMachine(RuleBasedStateMachine):
             text.rows = torch.cat([text.rows, rows[:, list(kept)]], dim=1)
         self.cache.keep(accepted)
         for query in queries:
-            self.cache.commit(query.sequence.table, query.sequence.rows.shape[1])
+            self.cache.commit(self.text_of(query).table, self.text_of(query).rows.shape[1])
 
     @precondition(lambda self: any(text.table.num_tokens >= text.num_prompt_tokens for text in self.texts))
     @rule(chance=st.randoms(use_true_random=False))
@@ -229,7 +232,9 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
         queue.submit(lambda: gate.wait(10))
         cache.begin_pass(READY)
         if late != "disk":
-            cache.drain_cpu(0, rows["cpu"], torch.tensor(tables["cpu"].slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
+            cache.drain_cpu(
+                0, rows["cpu"], torch.tensor(tables["cpu"].location.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY
+            )
         if late != "cpu":
             cache.drain_disk(0, rows["disk"], [(tables["disk"], 0, PAGE_TOKENS, 0)], READY)
         for table in tables.values():
@@ -258,7 +263,7 @@ def test_rows_of_a_sequence_that_sat_out_a_pass_are_waited_for(tmp_path: Path, t
         (queues.disk_write if tier == "disk" else queues.d2h).submit(lambda: time.sleep(0.2))
         cache.begin_pass(READY)
         if tier == "cpu":
-            cache.drain_cpu(0, rows, torch.tensor(table.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
+            cache.drain_cpu(0, rows, torch.tensor(table.location.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
         else:
             cache.drain_disk(0, rows, [(table, 0, PAGE_TOKENS, 0)], READY)
         cache.commit(table, PAGE_TOKENS)

@@ -157,7 +157,7 @@ def test_two_prompts_share_their_common_full_pages(first: tuple[int, ...], secon
 @given(start=st.integers(0, 20), count=st.integers(0, 20), page_tokens=st.integers(1, 7))
 def test_slots_follow_the_page_table(start: int, count: int, page_tokens: int) -> None:
     pages = [3 * i + 5 for i in range(40)]
-    slots = PageTable("gpu", pages, start + count).slots(start, start + count, page_tokens)
+    slots = PageTable("gpu", pages, start + count).location.slots(start, start + count, page_tokens)
     assert [(slot // page_tokens, slot % page_tokens) for slot in slots] == [
         (pages[t // page_tokens], t % page_tokens) for t in range(start, start + count)
     ]

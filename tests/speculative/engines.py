@@ -34,7 +34,7 @@ class Scripted:
             for sequence, plan in zip(sequences, plans, strict=True)
         ]
 
-    def retire(self, sequence) -> None:
+    def release(self, sequence) -> None:
         pass
 
     def check(self) -> None:
@@ -67,4 +67,4 @@ def tokens(llm: LLM, prompts, params=GREEDY) -> list[list[int]]:
 def continuation(model, sequence) -> list[int]:
     """What the target will generate next."""
     index = model.prompts.index(sequence.token_ids[: sequence.num_prompt_tokens])
-    return model.token_ids[index][len(sequence.output.token_ids) :]
+    return model.token_ids[index][sequence.num_output_tokens :]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexbatch import SamplingParams
-from flexbatch.execution.batcher import Batcher
+from flexbatch.execution.scheduler import Scheduler
 from flexbatch.kernels.reference import unpack_rows
 from flexbatch.speculative.tree import TokenTree, TreeShape
 from tests.speculative.engines import PLACES, Scripted, continuation, engine, tokens
@@ -17,9 +17,9 @@ from tests.tiny_models import VOCAB
 
 
 def capture(monkeypatch, rows: dict) -> None:
-    """Keep every sequence's cached keys and values as it retires: tokens -> [layers, tokens, 2, num_kv_heads,
+    """Keep every sequence's cached keys and values as it leaves: tokens -> [layers, tokens, 2, num_kv_heads,
     head_dim]."""
-    retire = Batcher.retire
+    release = Scheduler.release
 
     def keep(self, sequence) -> None:
         cache, table, layout = self.cache, sequence.table, self.cache.layout
@@ -31,15 +31,17 @@ def capture(monkeypatch, rows: dict) -> None:
                 cache.disk.read([(table, table.num_tokens)], layer, pages, cache.queues.disk_chunks)
                 rows_of_layer = layout.row_view(pages.view(-1))[: table.num_tokens]
             else:
-                rows_of_layer = cache.rows(table.tier, layer)[table.slots(0, table.num_tokens, layout.page_tokens)]
+                rows_of_layer = cache.rows(table.tier, layer)[
+                    table.location.slots(0, table.num_tokens, layout.page_tokens)
+                ]
             values = unpack_rows(
                 rows_of_layer, layout.num_kv_heads, layout.head_dim, layout.bits, layout.group, layout.dtype
             )
             found.append(torch.stack(values, dim=1))
         rows[tuple(sequence.token_ids[: table.num_tokens])] = torch.stack(found)
-        retire(self, sequence)
+        release(self, sequence)
 
-    monkeypatch.setattr(Batcher, "retire", keep)
+    monkeypatch.setattr(Scheduler, "release", keep)
 
 
 CASES = [

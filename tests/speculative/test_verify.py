@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexbatch.execution.work import QueryTokens
+from flexbatch.execution.pass_batch import QueryTokens
+from flexbatch.memory.pages import SequencePages
 from flexbatch.speculative.shapes import fixed_widths
 from flexbatch.speculative.tree import Drawing, TokenTree, TreeShape, chain
 from flexbatch.speculative.verify import AcceptedPath, verify
@@ -226,7 +227,8 @@ def test_several_drafts_one_distribution_per_child() -> None:
 def test_follow_takes_the_matching_path_and_equals_verify() -> None:
     """The batched rule of the executor is the deterministic rule of `verify`."""
     tree = TokenTree((4, 5, 6, 7, 8), TreeShape((-1, -1, 0, 0, 3)))
-    query = QueryTokens(None, tree.query_tokens(1), 0, 0, (-1, *(parent + 1 for parent in tree.parents)))  # type: ignore[arg-type]
+    parents = (-1, *(parent + 1 for parent in tree.parents))
+    query = QueryTokens(0, tree.query_tokens(1), 0, 0, SequencePages("gpu", ()), 1, parents)
     assert query.follow([4, 7, 0, 0, 8, 2]) == (1, 4, 5)
     assert query.follow([9, 7, 0, 0, 8, 2]) == ()
     assert query.paths == ((), (4,), (5,), (4, 6), (4, 7), (4, 7, 8))

@@ -1,0 +1,144 @@
+"""Attention over the cache, wherever it lies: in its pool on the compute device, in staging, or on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs, StagedGroup
+from flexbatch.kernels import ops
+from flexbatch.memory.host_buffers import HostBuffers
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.transfer import READY, Handle, TransferQueues
+from flexbatch.models.arch import Arch
+from flexbatch.policy.schedule import Tick
+
+SPARE_FROM_THREADS = 8
+"""With a GPU and at least as many threads, CPU attention leaves one to launching: its threads meet later when one of
+them has to make room. Passes of OPT-6.7B took 231 to 265 ms with 15 of 16 threads and 253 to 268 with 16."""
+
+
+Watch = Callable[[int, MicroBatchInputs, Tensor], None]
+"""Is shown the hidden states of a micro-batch after every layer, and first what the layers are given, as those of layer
+-1."""
+
+
+@dataclass
+class PendingTick:
+    """A tick between its two halves: attention is done, but for the CPU's share, which may still be running."""
+
+    tick: Tick
+    inputs: MicroBatchInputs
+    hidden: Tensor
+    attention: Tensor
+    cpu_output: Tensor | None = None
+    cpu_done: Handle = READY
+    watch: Watch | None = None
+
+
+class CacheAttention:
+    """Appends the keys and values of a tick to the cache and attends, group by group."""
+
+    def __init__(self, arch: Arch, cache: KVCache, queues: TransferQueues, host_buffers: HostBuffers) -> None:
+        self.arch, self.cache, self.queues, self.host_buffers = arch, cache, queues, host_buffers
+        slopes, devices = arch.alibi_slopes(), {queues.device, torch.device("cpu")}
+        self.slopes = (
+            {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in devices} if slopes else {}
+        )
+        threads = torch.get_num_threads()
+        self.cpu_threads = threads - 1 if queues.device.type == "cuda" and threads >= SPARE_FROM_THREADS else 0
+        """Of CPU attention; 0: torch's number."""
+
+    def attend_resident(
+        self, pending: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Attention of sequences on the gpu tier."""
+        layer, layout, part = pending.tick.layer, self.cache.layout, slice(group.start, group.end)
+        rows = self.cache.rows("gpu", layer)
+        ops.append_rows(rows, group.slots, key[part], value[part], layout.bits, layout.group)
+        self.attend(pending.attention[part], layer, query[part], rows, group, pending.inputs.positions[part])
+
+    def attend(
+        self,
+        out: Tensor,
+        layer: int,
+        query: Tensor,
+        rows: Tensor,
+        group: AttentionGroup,
+        positions: Tensor,
+        threads: int = 0,
+    ) -> None:
+        """Attention of one group over token rows that already hold its own keys and values."""
+        arch, layout = self.arch, self.cache.layout
+        ops.paged_attention(
+            query,
+            rows,
+            group.page_table,
+            group.query_starts,
+            group.context_lens,
+            num_kv_heads=arch.num_kv_heads,
+            page_tokens=layout.page_tokens,
+            scale=arch.attention_scale,
+            bits=layout.bits,
+            group=layout.group,
+            alibi_slopes=self.slopes.get(query.device),
+            alibi_scale=arch.attention_scale if arch.scaled_alibi else 0.0,
+            window=arch.window(layer),
+            soft_cap=arch.soft_cap,
+            tree_masks=group.tree_masks,
+            positions=None if group.tree_masks is None else positions.to(torch.int32),
+            max_query_len=group.max_query_len,
+            max_context_len=group.max_context_len,
+            out=out,
+            threads=threads,
+        )
+
+    def attend_staged(
+        self,
+        pending: PendingTick,
+        staged: StagedGroup,
+        gathered: Handle,
+        buffer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        """Attention over staging; the new token rows are stored beside it."""
+        layer, group, layout = pending.tick.layer, staged.attention, self.cache.layout
+        gathered.wait()
+        part = slice(group.start, group.end)
+        rows = self.cache.staging_rows(buffer)
+        ops.append_rows(rows, group.slots, key[part], value[part], layout.bits, layout.group)
+        new_rows = rows.index_select(0, group.slots)
+        written = self.queues.mark()
+        if staged.num_cpu_tokens:
+            self.cache.drain_cpu(layer, new_rows[: staged.num_cpu_tokens], staged.cpu_slots, written)
+        if staged.disk_pages:
+            self.cache.drain_disk(layer, new_rows[staged.num_cpu_tokens :], staged.disk_pages, written)
+        self.attend(pending.attention[part], layer, query[part], rows, group, pending.inputs.positions[part])
+        self.cache.release_staging(buffer, self.queues.mark())
+
+    def start_cpu_attention(
+        self, pending: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache
+        lies."""
+        layer, part, layout = pending.tick.layer, slice(group.start, group.end), self.cache.layout
+        host_query, host_key, host_value, output = self.host_buffers.take(query[part], key[part], value[part])
+        arrived = self.queues.mark()
+        rows, positions = self.cache.rows("cpu", layer), pending.inputs.host_positions[part]
+        drained = self.cache.drained[layer]
+
+        def attend() -> None:
+            drained.synchronize()
+            ops.append_rows(rows, group.slots, host_key, host_value, layout.bits, layout.group)
+            self.attend(output, layer, host_query, rows, group, positions, self.cpu_threads)
+
+        num_bytes = int(group.context_lens.sum()) * layout.token_bytes
+        pending.cpu_done = self.queues.cpu_attention.submit(
+            attend, arrived, f"cache {layer}.{pending.tick.micro_batch}", num_bytes
+        )
+        pending.cpu_output = output

@@ -1,0 +1,271 @@
+"""Composes passes: admits sequences, cuts prompts into chunks, chooses query tokens, and releases what is done."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+
+from flexbatch.execution.block import Block
+from flexbatch.execution.pass_batch import PassBatch, QueryTokens
+from flexbatch.execution.proposals import Proposer, Tree
+from flexbatch.execution.sampler import SampledTokens
+from flexbatch.execution.sequence import Sequence
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.policy.policy import Policy
+
+
+class Scheduler:
+    """Keeps a `Block` full and decides what every pass runs.
+
+    A request that is longer than the block was made for is refused where ``refusal`` says why no block can hold it
+    (without it, always). Else nothing is admitted any more; once the rest has run, it stands first in `remaining`,
+    for a larger block.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        cache: KVCache,
+        arrivals: Iterator[Sequence | None],
+        micro_batch_tokens: int,
+        proposer: Proposer | None = None,
+        refusal: Callable[[Sequence], str] | None = None,
+        reach: Callable[[int], bool] | None = None,
+    ) -> None:
+        """arrivals: waiting sequences, pulled one by one as there is capacity; None where nobody waits now, though
+        more may come."""
+        self.policy, self.cache, self.arrivals, self.proposer = policy, cache, arrivals, proposer
+        self.block = Block(policy, cache, 0 if proposer is None else proposer.max_nodes)
+        self.refusal = refusal or self.block.too_long
+        self.reach = reach
+        """Whether the runner takes a sequence of so many tokens, for which it may grow; not asked for where None."""
+        self.micro_batch_tokens = micro_batch_tokens
+        self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
+        self.admission_limit = policy.block_size
+        """Sequences in flight, at most."""
+        self.waiting: deque[Sequence] = deque()
+        self.finished: list[Sequence] = []
+        self.outgrown = False
+
+    @property
+    def running(self) -> dict[int, Sequence]:
+        """The sequences in flight by their ids."""
+        return self.block.running
+
+    # Admission
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.block.running)
+
+    def has_work(self) -> bool:
+        """Whether there is anything to run; admits what fits."""
+        self.admit()
+        return self.num_sequences > 0
+
+    def peek(self) -> Sequence | None:
+        """The next sequence in line; None where nobody waits at present."""
+        if not self.waiting and (sequence := next(self.arrivals, None)) is not None:
+            self.waiting.append(sequence)
+        return self.waiting[0] if self.waiting else None
+
+    def remaining(self) -> Iterator[Sequence | None]:
+        """Sequences that were not admitted: none, unless one of them has outgrown the block."""
+        return itertools.chain(self.waiting, self.arrivals)
+
+    def admit(self) -> None:
+        """Fill the free slots of the block, in the order of arrival."""
+        while not self.outgrown and self.num_sequences < self.admission_limit and (sequence := self.peek()) is not None:
+            if not self.block.holds(sequence) or (self.reach is not None and not self.reach(sequence.max_cache_tokens)):
+                problem = self.refusal(sequence)
+                if not problem:
+                    self.outgrown = True
+                    return
+                self.finish(self.waiting.popleft(), problem)
+                continue
+            tier = self.block.choose_tier(sequence)
+            if tier is None:
+                assert self.num_sequences, "nothing runs and the next request finds no pages: pages are lost"
+                return
+            self.block.admit(self.waiting.popleft(), tier)
+
+    def adjust(self, admission_limit: int, prefill_budget: int, cpu_attention: float) -> None:
+        """New settings from the next pass on. Nothing moves: sequences in flight stay, and the share of CPU
+        attention holds for those that come."""
+        self.admission_limit = max(1, min(admission_limit, self.policy.block_size))
+        self.prefill_budget = max(1, min(prefill_budget, self.policy.prompt_tokens_per_micro_batch))
+        self.block.set_cpu_attention(cpu_attention)
+
+    # Passes
+
+    def next_pass(self) -> PassBatch:
+        """The query tokens of every sequence: one token or a token tree each to decode, and chunks of prompts as far
+        as the micro-batch's budget goes."""
+        counts = [self.token_counts(batch) for batch in self.block.micro_batches]
+        trees = self.propose(
+            [sequence for batch in counts for sequence in batch],
+            sum(count for batch in counts for count in batch.values() if count > 1),
+        )
+        composed = (
+            tuple(
+                tree_query(sequence, tree)
+                if (tree := trees.get(sequence)) is not None and tree.token_ids
+                else text_query(sequence, count)
+                for sequence, count in batch.items()
+            )
+            for batch in counts
+        )
+        return PassBatch(tuple(queries for queries in composed if queries))
+
+    def token_counts(self, batch: list[Sequence]) -> dict[Sequence, int]:
+        """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for the
+        budget of a later pass are left out."""
+        uncached = {sequence: sequence.num_uncached for sequence in batch}
+        budget = self.micro_batch_tokens - (1 + self.block.spare_tokens) * sum(
+            count == 1 for count in uncached.values()
+        )
+        budget = min(budget, self.prefill_budget)
+        counts = {}
+        for sequence, uncached_tokens in uncached.items():
+            if not self.cache.prefix_ready(sequence.pages):
+                continue
+            count = 1
+            if uncached_tokens > 1:
+                count = min(uncached_tokens, self.prefill_chunk, budget)
+                budget -= count
+            if count > 0:
+                counts[sequence] = count
+        return counts
+
+    def propose(self, sequences: list[Sequence], num_prompt_tokens: int) -> dict[Sequence, Tree]:
+        """The trees of those that decode in this pass."""
+        if self.proposer is None:
+            return {}
+        decoding = [
+            sequence
+            for sequence in sequences
+            if sequence.num_uncached == 1
+            and sequence.output.finish is None
+            and sequence.drafted
+            and sequence.fault is None
+        ]
+        depths = [sequence.output.max_tokens - sequence.num_output_tokens - 1 for sequence in decoding]
+        return dict(zip(decoding, self.proposer.propose(decoding, depths, num_prompt_tokens), strict=True))
+
+    def commit(self, batch: PassBatch, sampled: Mapping[int, SampledTokens]) -> None:
+        """Append what was sampled (by sequence id), keep the accepted paths of trees in the cache, and release
+        sequences that are done."""
+        trees = [query for query in batch if query.parents is not None]
+        self.cache.keep(
+            [
+                (
+                    self.running[query.sequence_id].pages,
+                    query.start + 1,
+                    [query.start + node for node in sampled[query.sequence_id].path],
+                )
+                for query in trees
+            ]
+        )
+        if self.proposer is not None:
+            self.proposer.observe(
+                {id: sampled[id] for query in batch if (id := query.sequence_id) in sampled and sampled[id].token_ids}
+            )
+        for query in batch:
+            self.commit_one(query, sampled.get(query.sequence_id) or SampledTokens())
+
+    def commit_one(self, query: QueryTokens, result: SampledTokens) -> None:
+        sequence = self.running[query.sequence_id]
+        if query.parents is not None and result.fault is not None and result.fault.in_model:
+            # Attention multiplies masked values by 0, which leaves NaN: a drafted token that plain decoding never
+            # reads may have done this.
+            sequence.drafted = False
+            return
+        sequence.fault = sequence.fault or result.fault
+        kept = 0
+        if sequence.fault is None:
+            kept = sequence.extend(result.token_ids)
+            sequence.logprobs += [entry for entry in result.logprobs[:kept] if entry is not None]
+            sequence.prompt_logprobs += result.prompt_logprobs
+        # Of a tree, the rows of its root and of the kept part of its path; the token after the path has none yet.
+        cached = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)
+        self.cache.commit(sequence.pages, query.start + cached)
+        if (sequence.output.finish is not None or sequence.fault is not None) and sequence.prompt_is_read:
+            if self.may_be_others(sequence):
+                self.restart(sequence)
+            else:
+                self.release(sequence)
+                self.finish(sequence, "" if sequence.fault is None else sequence.fault.problem)
+
+    # The end of a sequence
+
+    @staticmethod
+    def may_be_others(sequence: Sequence) -> bool:
+        """Whether a fault may come from the sequence that filled the shared pages: a token of its own after them makes
+        NaN of them too, as above."""
+        return (
+            sequence.fault is not None
+            and sequence.fault.in_model
+            and sequence.pages.num_shared > 0
+            and not sequence.num_output_tokens
+        )
+
+    def restart(self, sequence: Sequence) -> None:
+        """Read a prompt once more, next, in pages of its own."""
+        self.release(sequence)
+        sequence.restart()
+        self.waiting.appendleft(sequence)
+
+    def finish(self, sequence: Sequence, error: str = "") -> None:
+        sequence.error, sequence.finished = error, True
+        self.finished.append(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back the slot and the pages of a running sequence."""
+        self.block.release(sequence)
+        if self.proposer is not None:
+            self.proposer.release(sequence)
+
+    def take_finished(self) -> list[Sequence]:
+        finished, self.finished = self.finished, []
+        return finished
+
+    def abort(self, wanted: Callable[[Sequence], bool] = lambda sequence: True) -> None:
+        """Give back the pages of the sequences in flight that are ``wanted``, and let those that wait go."""
+        for sequence in [each for each in self.running.values() if wanted(each)]:
+            self.release(sequence)
+        self.waiting = deque(sequence for sequence in self.waiting if not wanted(sequence))
+
+    def check(self) -> None:
+        """Invariants: every sequence is where it should be, and the block consistent."""
+        assert all(sequence.status == "waiting" for sequence in self.waiting)
+        assert all(sequence.status == "finished" for sequence in self.finished)
+        self.block.check()
+
+
+def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:
+    """The newest token, whose keys and values are still missing, and the nodes below it."""
+    parents = (-1, *(parent + 1 for parent in tree.parents))
+    token_ids = (sequence.token_ids[-1], *tree.token_ids)
+    return QueryTokens(
+        sequence.sequence_id,
+        token_ids,
+        sequence.num_cached,
+        0,
+        sequence.pages.location,
+        sequence.num_prompt_tokens,
+        parents,
+    )
+
+
+def text_query(sequence: Sequence, count: int) -> QueryTokens:
+    """The next ``count`` tokens of the text."""
+    start = sequence.num_cached
+    last = start + count == len(sequence.token_ids)
+    first_logit = count - 1 if last and sequence.output.finish is None else count
+    if sequence.params.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
+        first_logit = min(first_logit, max(0, sequence.params.prompt_logprobs_start - 1 - start))
+    token_ids = tuple(sequence.token_ids[start : start + count])
+    return QueryTokens(
+        sequence.sequence_id, token_ids, start, first_logit, sequence.pages.location, sequence.num_prompt_tokens
+    )

@@ -1,0 +1,183 @@
+"""One request from its arrival to its completion: prompt, output, sampling state, text and page table in one place.
+
+::
+
+    waiting  --admit-->  running  --release-->  finished
+                            |
+                            +--restart--> waiting      (its prompt is read again, in pages of its own)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexbatch.execution.adjustments import Adjustments
+from flexbatch.execution.constraints import Constraints
+from flexbatch.memory.pages import PageTable
+from flexbatch.request import Request, SamplingParams, TokenLogprob
+from flexbatch.text.decoder import TextDecoder
+from flexbatch.text.detokenize import OutputText
+
+
+def stream_key(request: Request, engine_seed: int) -> int:
+    """Returns the 64-bit key of the request's random stream.
+
+    A seed in the sampling parameters stands alone, so that the same prompt with the same seed gives the same output
+    wherever it is in the job; without one, the stream belongs to (engine seed, index of the request). The n samples
+    of one prompt differ.
+    """
+    seed = request.params.seed
+    entropy = (
+        (1, _word(engine_seed), request.index, request.sample) if seed is None else (2, _word(seed), request.sample)
+    )
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+def _word(seed: int) -> int:
+    """SeedSequence takes no negative numbers; two's complement keeps -1 and 1 apart."""
+    return seed % 2**64
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a sequence cannot go on. ``in_model``: the model's own logits are not finite, whatever was asked of them."""
+
+    problem: str
+    in_model: bool = True
+
+
+class Sequence:
+    """A request and all that belongs to it while it waits and runs. Sequences are compared by identity.
+
+    Raises ValueError where the request cannot be followed: stop strings without a tokenizer, max_tokens=None without
+    ``max_context``.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        decoder: TextDecoder | None = None,
+        *,
+        engine_seed: int = 0,
+        eos_token_ids: Collection[int] = (),
+        max_context: int | None = None,
+        sequence_id: int = 0,
+    ) -> None:
+        """decoder: of the model's tokenizer; None without one. max_context: tokens of prompt and output together, at
+        most. sequence_id: by which passes name the sequence; unique among those that run together."""
+        params = request.params
+        self.request, self.sequence_id = request, sequence_id
+        self.output = OutputText(
+            decoder,
+            params,
+            eos_token_ids=eos_token_ids,
+            prompt_token_ids=request.prompt_token_ids,
+            max_context=max_context,
+        )
+        self.token_ids: list[int] = self.output.text_token_ids
+        """Prompt and generated tokens; the output appends to this very list."""
+        # Attributes, as they never change and are asked for several times a pass by every sequence.
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_uncomputed = int(self.output.max_tokens == 0 and self.num_prompt_tokens > 1)
+        """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It
+        may stand past the context's end."""
+        penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+        self.stream_key = stream_key(request, engine_seed)
+        self.adjustments = Adjustments(request) if penalized or params.logit_bias else None
+        self.constraints = Constraints(params, self.token_ids, eos_token_ids) if params.constrained else None
+        self.adjusted = self.adjustments is not None or self.constraints is not None
+        """Whether anything changes the model's logits before a token is drawn."""
+        self.unadjusted_greedy = params.greedy and not self.adjusted and params.logprobs is None
+        self.logprobs: list[dict[int, TokenLogprob]] = []
+        self.prompt_logprobs: list[dict[int, TokenLogprob] | None] = []
+        self.table: PageTable | None = None
+        """Its pages while it runs."""
+        self.micro_batch = 0
+        """Which micro-batch it belongs to while it runs."""
+        self.shares_pages = True
+        self.drafted = True
+        """Whether anything may be drafted for it."""
+        self.fault: Fault | None = None
+        """Why it cannot go on. It stays until its prompt is read: others may wait for the pages that they share with
+        it."""
+        self.error = ""
+        """Of a finished one: why it failed."""
+        self.finished = False
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def status(self) -> str:
+        """``waiting``, ``running`` or ``finished``."""
+        return "finished" if self.finished else "waiting" if self.table is None else "running"
+
+    @property
+    def pages(self) -> PageTable:
+        """The page table of a running sequence."""
+        assert self.table is not None, "a sequence that does not run has no pages"
+        return self.table
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_cache_tokens(self) -> int:
+        """Token rows it may need: the last token that it generates needs none."""
+        return self.num_prompt_tokens + max(0, self.output.max_tokens - 1)
+
+    @property
+    def num_cached(self) -> int:
+        """Leading tokens whose keys and values are in the cache."""
+        return 0 if self.table is None else self.table.num_tokens
+
+    @property
+    def num_uncached(self) -> int:
+        """Tokens that still have to be read."""
+        return len(self.token_ids) - self.num_uncomputed - self.num_cached
+
+    @property
+    def prompt_is_read(self) -> bool:
+        return self.num_cached >= self.num_prompt_tokens - self.num_uncomputed
+
+    def extend(self, token_ids: Collection[int]) -> int:
+        """Append generated tokens up to the end of the output; returns how many were kept."""
+        kept = self.output.extend(token_ids)
+        self.catch_up(kept)
+        return kept
+
+    def catch_up(self, count: int) -> None:
+        """Let what depends on the output take in its last ``count`` tokens."""
+        if self.adjustments is not None:
+            for token_id in self.token_ids[len(self.token_ids) - count :]:
+                self.adjustments.add(token_id)
+        if self.constraints is not None:
+            self.constraints.catch_up()
+
+    def restart(self) -> None:
+        """Wait again, to read the prompt in pages of its own: nothing was generated, and what was scored is not to be
+        trusted."""
+        self.table, self.fault, self.prompt_logprobs = None, None, []
+        self.shares_pages, self.drafted = False, True
+
+    def check(self) -> None:
+        """Invariants: the cache never holds more than the tokens, what depends on the output has seen all of it, and
+        there are no more tokens than were asked for."""
+        assert self.token_ids is self.output.text_token_ids
+        assert self.num_cached <= len(self.token_ids), (self.num_cached, len(self.token_ids))
+        assert self.token_ids[: self.num_prompt_tokens] == list(self.request.prompt_token_ids)
+        generated = self.token_ids[self.num_prompt_tokens :]
+        assert self.adjustments is None or self.adjustments.counts() == Counter(generated), (
+            "token counts do not match the output"
+        )
+        if self.constraints is not None:
+            self.constraints.check()
+        limit = self.params.max_tokens
+        assert limit is None or len(generated) <= limit, f"{len(generated)} tokens for max_tokens={limit}"
+        self.output.check()

@@ -1,0 +1,186 @@
+"""The loop of the engine: sequences from the intake through the scheduler and the executor, a pass at a time.
+
+`EngineLoop.run_pass` is the algorithm; what else happens to a run (statistics, the comparison with its plan, text for
+readers) watches it as a `RunObserver`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+
+from flexbatch.execution.diagnosis import explain_faults
+from flexbatch.execution.observer import RunObserver
+from flexbatch.execution.proposals import Proposer
+from flexbatch.execution.runner import Runner
+from flexbatch.execution.sampler import sample_tokens
+from flexbatch.execution.scheduler import Scheduler
+from flexbatch.execution.sequence import Sequence
+from flexbatch.intake import Intake, completion_of
+from flexbatch.job import Job
+from flexbatch.planner.capacity import Capacity
+from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor
+from flexbatch.planner.report import FailureLog, Statistics
+from flexbatch.request import Completion, Request
+from flexbatch.speculative.speculator import Speculator
+from flexbatch.trace import Tracer
+
+logger = logging.getLogger("flexbatch")
+
+PEEKED_BLOCKS = 4
+"""Blocks of requests that are looked at to size the cache, when the job's lengths are not known."""
+
+
+class EngineLoop:
+    """Runs one block at a time. A run begins with the first request and ends when nothing is left, or fails."""
+
+    def __init__(
+        self,
+        engine_plan: EnginePlan,
+        capacity: Capacity,
+        intake: Intake,
+        speculator: Speculator | None,
+        tracer: Tracer,
+    ) -> None:
+        self.engine_plan, self.capacity, self.intake = engine_plan, capacity, intake
+        self.speculator, self.tracer = speculator, tracer
+        self.statistics = Statistics()
+        self.replans: list[str] = []
+        self.monitor: PlanMonitor | None = None
+        """Of the last run that had a plan."""
+        self.failures = FailureLog()
+        self.scheduler: Scheduler | None = None
+        """Of the run that goes on; None between runs."""
+        self.observers: list[RunObserver] = []
+
+    @property
+    def prediction(self) -> dict[str, Any]:
+        """Predicted against measured, of the last run that had a plan."""
+        return self.monitor.prediction if self.monitor is not None else {}
+
+    @property
+    def running(self) -> bool:
+        """Whether sequences are in flight."""
+        return self.scheduler is not None and self.scheduler.num_sequences > 0
+
+    def advance(self, complete: bool) -> list[Sequence]:
+        """A pass, of a new run where there is none or a request has outgrown it. complete: nothing more will come."""
+        if self.scheduler is None or (self.scheduler.outgrown and not self.running):
+            self.begin_for_waiting(complete)
+        return self.run_pass()
+
+    def begin_for_waiting(self, complete: bool) -> None:
+        """A run whose block suits the requests that wait, and those that its predecessor was too small for."""
+        before, capacity = self.scheduler, self.capacity
+        left = [] if before is None else list(before.waiting)
+        lengths = [(sequence.num_prompt_tokens, sequence.output.max_tokens) for sequence in left]
+        ahead = self.intake.ahead(PEEKED_BLOCKS * self.engine_plan.policy.block_size - len(left))
+        job = capacity.holdable(self.job(ahead, lengths))
+        if before is not None:
+            self.end()
+            runner = capacity.prepare_largest(job)
+            logger.info("made a larger block: a request was longer than those that the stream began with")
+        elif complete or job.num_requests >= self.engine_plan.policy.block_size:
+            runner = capacity.prepare(job)
+        else:
+            runner = capacity.prepare_largest(job.repeated(self.engine_plan.policy.block_size))
+        proposer = self.speculator if before is None else before.proposer
+        self.begin(runner, chain(left, self.intake.arrivals()), proposer)
+
+    def job(self, requests: Iterable[Request], lengths: Iterable[tuple[int, int]] = ()) -> Job:
+        """The lengths of requests, beside those of others, (prompt tokens, most generated tokens)."""
+        context = self.engine_plan.arch.max_positions
+        pairs = ((len(request.prompt_token_ids), request.params) for request in requests)
+        mine = ((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs)
+        return Job.of(chain(lengths, mine), context)
+
+    def begin(self, runner: Runner, arrivals: Iterator[Sequence | None], proposer: Proposer | None) -> None:
+        capacity = self.capacity
+        self.end()
+        self.scheduler = Scheduler(
+            self.engine_plan.policy,
+            runner.cache,
+            arrivals,
+            runner.sizes.max_micro_batch_tokens,
+            proposer,
+            capacity.refusal,
+            capacity.reach,
+        )
+        self.observers = [self.statistics, self.intake, self.failures]
+        # Drafts change what a pass is, so that runs with them are not held beside the plan.
+        if self.engine_plan.plan is not None and self.speculator is None:
+            meter = PassMeter(self.engine_plan.plan, BusySeconds(self.tracer))
+            buffers = runner.sizes.max_cpu_attention_tokens > 0
+            self.monitor = PlanMonitor(self.engine_plan, meter, self.statistics, self.replans, buffers)
+            self.observers.append(self.monitor)
+
+    @torch.inference_mode()
+    def run_pass(self) -> list[Sequence]:
+        """One turn of the loop. Returns the sequences that have ended since the last one."""
+        scheduler, runner, started = self.scheduler, self.capacity.runner, time.perf_counter()
+        assert scheduler is not None and runner is not None
+        try:
+            if scheduler.has_work():
+                self.tracer.begin_pass()
+                begun = time.perf_counter()
+                batch = scheduler.next_pass()
+                logits = runner.executor.run(batch)
+                scheduler.commit(batch, sample_tokens(logits, scheduler.running, scheduler.proposer))
+                for observer in self.observers:
+                    observer.after_pass(scheduler, batch, time.perf_counter() - begun)
+            finished = scheduler.take_finished()
+            explain_faults(finished, scheduler, runner.executor)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        finally:
+            self.statistics.seconds += time.perf_counter() - started
+        for sequence in finished:
+            for observer in self.observers:
+                observer.after_sequence(sequence)
+        return finished
+
+    def fail(self, error: BaseException) -> None:
+        """What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it."""
+        proposer = self.scheduler.proposer if self.scheduler is not None else None
+        self.capacity.close()
+        if proposer is not None:
+            proposer.forget()
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            # The frames of the error hold what filled the memory for as long as it is handled.
+            traceback.clear_frames(error.__traceback__)
+        self.drop_all()
+
+    @torch.inference_mode()
+    def end(self) -> None:
+        """Give back what is in flight, and tell the observers."""
+        scheduler, self.scheduler = self.scheduler, None
+        if scheduler is None:
+            return
+        scheduler.abort()
+        self.capacity.weights.drain()
+        self.statistics.moved_bytes = self.capacity.queues.moved_bytes()
+        for observer in self.observers:
+            observer.after_run()
+
+    def abort(self, wanted: Callable[[Sequence], bool]) -> None:
+        """Release those of the sequences that wait or run."""
+        if self.scheduler is not None:
+            self.scheduler.abort(wanted)
+
+    def drop_all(self) -> None:
+        self.intake.clear()
+        self.end()
+
+    def step(self, complete: bool) -> list[tuple[Hashable, Completion]]:
+        """A pass over what has come in; what was asked for is in the results once its last sample is there."""
+        finished = self.advance(complete)
+        delivered = (self.intake.deliver(completion_of(sequence), sequence.request) for sequence in finished)
+        return [whole for whole in delivered if whole is not None]

@@ -1,0 +1,117 @@
+"""The runner that jobs find: made for one job, kept for those that it holds, made anew for one that has outgrown it."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import replace
+
+from flexbatch.execution.block_sizes import logits_chunk_bytes
+from flexbatch.execution.runner import Runner, open_runner
+from flexbatch.execution.sequence import Sequence
+from flexbatch.job import Job
+from flexbatch.memory.tiers import Tiers, check_budgets
+from flexbatch.memory.transfer import TransferQueues
+from flexbatch.memory.weights import WeightStore
+from flexbatch.planner.choose import overshoot
+from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.policy.units import size_text
+from flexbatch.speculative.speculator import Speculator
+from flexbatch.validation.errors import DoesNotFitError
+
+
+class Capacity:
+    """Owns the runner, within the budgets. ``runner`` is None before the first job, and after a failure."""
+
+    def __init__(
+        self,
+        engine_plan: EnginePlan,
+        weights: WeightStore,
+        tiers: Tiers,
+        queues: TransferQueues,
+        speculator: Speculator | None,
+    ) -> None:
+        self.engine_plan, self.weights, self.tiers, self.queues = engine_plan, weights, tiers, queues
+        self.speculator = speculator
+        self.runner: Runner | None = None
+
+    def prepare(self, job: Job) -> Runner:
+        """A runner whose sizes suit the job. Raises DoesNotFitError."""
+        engine_plan = self.engine_plan
+        engine_plan.suit(job)
+        sizes = engine_plan.sizes(job)
+        if engine_plan.speculation is not None and self.speculator is not None:
+            check_budgets(engine_plan.needs(sizes), engine_plan.budgets)
+            engine_plan.speculation.open_runner(self.speculator, sizes.sequence_tokens)
+        if self.runner is not None and self.runner.holds(engine_plan.policy, sizes) and self.reach(sizes.longest):
+            return self.runner
+        self.close()
+        check_budgets(engine_plan.needs(sizes), engine_plan.budgets)
+        self.runner = open_runner(
+            engine_plan.arch,
+            self.weights,
+            engine_plan.layout,
+            engine_plan.policy,
+            sizes,
+            self.tiers,
+            self.queues,
+            logits_chunk_bytes(engine_plan.arch, engine_plan.policy, sizes.max_query_nodes),
+            engine_plan.num_graphs(sizes),
+        )
+        return self.runner
+
+    def prepare_largest(self, job: Job) -> Runner:
+        """`prepare` for as many of the longest requests of a job as the budgets hold. Raises DoesNotFitError when the
+        longest alone does not fit."""
+        count, job = job.num_requests, job.longest_first()
+        while True:
+            try:
+                return self.prepare(job.first(count))
+            except DoesNotFitError:
+                if count == 1:
+                    raise
+                count //= 2
+
+    def holdable(self, job: Job) -> Job:
+        """The job without the requests for which even a block of their own exceeds the budgets; it is for the others
+        that a block is made."""
+        job, exceeded = job.longest_first(), self.engine_plan.exceeded
+        first = bisect.bisect_left(
+            range(job.num_requests),
+            True,
+            key=lambda i: not exceeded(Job((job.cache_tokens[i],), (job.prompt_tokens[i],))),
+        )
+        return Job(job.cache_tokens[first:], job.prompt_tokens[first:]) if first < job.num_requests else Job((1,), (1,))
+
+    def reach(self, longest: int) -> bool:
+        """Whether the runner takes sequences of so many tokens: where its pages do and its tables do not, these grow,
+        as far as the budgets go."""
+        assert self.runner is not None
+        if longest <= self.runner.sizes.longest:
+            return True
+        sizes = replace(self.runner.sizes, longest=longest)
+        if overshoot(self.engine_plan.needs(sizes), self.engine_plan.budgets):
+            return False
+        self.runner.reach(sizes)
+        return True
+
+    def refusal(self, sequence: Sequence) -> str:
+        """Why no block within the budgets holds a sequence; empty where one does, if with nothing else in it."""
+        budgets = self.engine_plan.budgets
+        missing = self.engine_plan.exceeded(Job((sequence.max_cache_tokens,), (sequence.num_prompt_tokens,)))
+        if not missing:
+            return ""
+        short = ", ".join(
+            f"{size_text(size)} more on the {tier} tier than its budget of {size_text(budgets[tier])}"
+            for tier, size in missing.items()
+        )
+        return (
+            f"{sequence.num_prompt_tokens} prompt and up to {sequence.output.max_tokens} generated tokens need "
+            f"{short}, in a block of their own. "
+            "Lower max_tokens, raise the budgets, or move the cache to a larger tier with --percent"
+        )
+
+    def close(self) -> None:
+        """Close the runner; the next job makes another."""
+        runner, self.runner = self.runner, None
+        if runner is not None:
+            runner.close()

@@ -1,0 +1,220 @@
+"""Requests added one by one and run pass by pass: they come and go at any time, and the tokens are those of `generate`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.validation.errors import ConfigurationError, EngineBusyError
+from tests.tiny_models import random_prompts
+
+GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+PLACES = {"gpu": (100, 0, 100, 0, 100, 0), "mixed": (50, 30, 30, 40, 50, 20)}
+PROMPTS = random_prompts([5, 19, 33, 8, 21, 40, 3, 17, 26, 11, 9], seed=21)
+
+
+@pytest.fixture(scope="module", params=["gpu", "mixed", "draft"])
+def llm(request, reference, tmp_path_factory) -> Iterator[LLM]:
+    settings = {"draft": ("ngram",), "tree": "chain:3"} if request.param == "draft" else {}
+    with LLM(
+        str(reference("llama").folder),
+        percent=PLACES.get(request.param, PLACES["mixed"]),
+        gpu_batch_size=2,
+        num_gpu_batches=2,
+        device="cpu",
+        gpu_memory="1GiB",
+        cpu_memory="1GiB",
+        offload_dir=str(tmp_path_factory.mktemp("step")),
+        **settings,
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def wanted(llm) -> list[list[int]]:
+    return [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)]
+
+
+def finish(llm: LLM) -> dict[object, list[int]]:
+    """Step until nothing is left; every owner is checked after every step."""
+    found = {}
+    while llm.has_unfinished():
+        found |= {key: completion.token_ids for key, completion in llm.step()}
+        check(llm)
+    return found
+
+
+def check(llm: LLM) -> None:
+    llm._intake.check()
+    llm._turns.check()
+    llm.tiers.check()
+    if llm._loop.scheduler is not None:
+        llm._loop.scheduler.check()
+    else:
+        llm.runner.check()
+        llm.runner.cache.check([])
+
+
+def test_requests_may_come_between_any_two_passes(llm, wanted):
+    """More than the block holds; the queue is empty for a while, which is not the end."""
+    found, keys = {}, []
+    for prompt in PROMPTS[:6]:
+        keys.append(llm.add_request(prompt, GREEDY))
+        found |= {key: completion.token_ids for key, completion in llm.step()}
+        check(llm)
+    found |= finish(llm)
+    assert not llm.has_unfinished() and llm.step() == []
+    keys += [llm.add_request(prompt, GREEDY) for prompt in PROMPTS[6:]]
+    found |= finish(llm)
+    assert [found[key] for key in keys] == wanted
+
+
+def test_ids_are_the_callers_and_samples_come_together(llm):
+    params = SamplingParams(temperature=0.8, max_tokens=5, seed=3, n=3, ignore_eos=True)
+    assert llm.add_request(PROMPTS[0], params, request_id=("mine", 1)) == ("mine", 1)
+    with pytest.raises(ConfigurationError, match="'mine', 1.*has not finished"):
+        llm.add_request(PROMPTS[1], GREEDY, request_id=("mine", 1))
+    done = []
+    while llm.has_unfinished():
+        done += llm.step()
+    ((key, completion),) = done
+    (same,) = llm.generate(PROMPTS[:1], params)
+    assert key == ("mine", 1) and [s.token_ids for s in completion.samples] == [s.token_ids for s in same.samples]
+    llm.add_request(PROMPTS[1], GREEDY, request_id=("mine", 1))
+    assert llm.abort(("mine", 1)) and not llm.has_unfinished()
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_an_aborted_request_frees_its_pages_and_touches_nobody(after, llm, wanted):
+    """Waiting ones and running ones, one with several samples among them."""
+    keys = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    several = llm.add_request(PROMPTS[0], SamplingParams(temperature=1, n=3, max_tokens=9, ignore_eos=True))
+    found = {}
+    for _ in range(after):
+        found |= {key: completion.token_ids for key, completion in llm.step()}
+    gone = [keys[0], keys[3], keys[-1], several]
+    assert [llm.abort(key) for key in gone] == [key not in found for key in gone] and not llm.abort("nobody")
+    check(llm)
+    found |= finish(llm)
+    assert found.keys() == set(keys) - set(gone) | (found.keys() & set(gone))
+    assert all(found[key] == wanted[i] for i, key in enumerate(keys) if key in found)
+
+
+def test_text_comes_while_it_grows_and_callbacks_may_add_and_abort(llm, wanted):
+    heard: dict[int, list[str]] = {0: [], 1: []}
+
+    def on_text(text: str) -> None:
+        heard[0].append(text)
+        if len(heard[0]) == 2:
+            llm.add_request(PROMPTS[1], GREEDY, request_id="second", on_text=heard[1].append)
+            assert llm.abort("third")
+            for call in (lambda: llm.generate(PROMPTS[:1], GREEDY), llm.step, llm.close):
+                with pytest.raises(EngineBusyError):
+                    call()
+
+    llm.add_request(PROMPTS[0], GREEDY, request_id="first", on_text=on_text)
+    llm.add_request(PROMPTS[2], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), request_id="third")
+    texts, tokens = {}, {}
+    while llm.has_unfinished():
+        for key, completion in llm.step():
+            texts[key], tokens[key] = completion.text, completion.token_ids
+        check(llm)
+    assert tokens == {"first": wanted[0], "second": wanted[1]}
+    assert ["".join(heard[0]), "".join(heard[1])] == [texts["first"], texts["second"]] and len(heard[0]) > 2
+
+
+def test_calls_that_need_the_whole_block_wait_for_no_leftovers(llm, wanted):
+    llm.add_request(PROMPTS[0], GREEDY, request_id="left")
+    llm.step()
+    for call in (lambda: llm.generate(PROMPTS[:1], GREEDY), lambda: next(llm.stream([(0, PROMPTS[0], GREEDY)]))):
+        with pytest.raises(EngineBusyError, match="1 requests of add_request are not finished.*abort"):
+            call()
+    llm.report()
+    assert finish(llm) == {"left": wanted[0]}
+    stream = llm.stream((i, prompt, GREEDY) for i, prompt in enumerate(PROMPTS))
+    next(stream)
+    for call in (lambda: llm.add_request(PROMPTS[0]), lambda: llm.abort(0), llm.step):
+        with pytest.raises(EngineBusyError, match="while a stream of this LLM is open"):
+            call()
+    stream.close()
+    assert [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)] == wanted
+
+
+def test_requests_come_from_many_threads(llm, wanted):
+    keys: dict[object, int] = {}
+    lock = threading.Lock()
+
+    def add(numbers: range) -> None:
+        for number in numbers:
+            key = llm.add_request(PROMPTS[number], GREEDY)
+            with lock:
+                keys[key] = number
+
+    threads = [threading.Thread(target=add, args=(range(k, len(PROMPTS), 3),)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    found = {}
+    while llm.has_unfinished() or any(thread.is_alive() for thread in threads):
+        found |= {key: completion.token_ids for key, completion in llm.step()}
+    assert {keys[key]: tokens for key, tokens in found.items()} == dict(enumerate(wanted))
+
+
+def test_a_failing_pass_ends_the_requests_and_the_next_ones_work(llm, wanted, monkeypatch):
+    llm.add_request(PROMPTS[0], GREEDY, request_id="lost")
+    llm.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.runner.executor, "run", lambda batch: (_ for _ in ()).throw(RuntimeError("broken link")))
+        with pytest.raises(RuntimeError, match="broken link"):
+            llm.step()
+    assert not llm.has_unfinished() and not llm.abort("lost")
+    key = llm.add_request(PROMPTS[1], GREEDY, request_id="lost")
+    assert finish(llm) == {key: wanted[1]}
+
+
+def test_a_slow_source_holds_up_nothing(llm, wanted):
+    """The second item comes when the first is answered, and not before: whoever waits for it first waits for ever."""
+    answered = threading.Event()
+
+    def source():
+        yield 0, PROMPTS[0], GREEDY
+        assert answered.wait(60), "the first item was not run"
+        yield 1, PROMPTS[1], GREEDY
+
+    found = {}
+    for key, completion in llm.stream(source()):
+        found[key] = completion.token_ids
+        answered.set()
+    assert found == {0: wanted[0], 1: wanted[1]}
+
+
+def test_a_stream_begins_with_what_is_there(llm, wanted):
+    """And goes on with what comes while it runs, in the same block."""
+    begun = threading.Event()
+
+    def source():
+        yield from ((i, prompt, GREEDY) for i, prompt in enumerate(PROMPTS[:3]))
+        assert begun.wait(60), "no pass was run"
+        yield from ((i, prompt, GREEDY) for i, prompt in enumerate(PROMPTS[3:], 3))
+
+    found = dict(llm.stream(source(), lambda key, text: begun.set()))
+    assert [found[i].token_ids for i in range(len(PROMPTS))] == wanted
+
+
+def test_a_source_that_never_answers_does_not_hold_up_close(llm, wanted):
+    release = threading.Event()
+
+    def source():
+        yield 0, PROMPTS[0], GREEDY
+        release.wait(60)
+
+    stream = llm.stream(source())
+    assert next(stream)[1].token_ids == wanted[0]
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 30 and not release.is_set()
+    release.set()
+    assert [completion.token_ids for completion in llm.generate(PROMPTS[:2], GREEDY)] == wanted[:2]
