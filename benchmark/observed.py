@@ -10,7 +10,9 @@ from typing import Any, cast
 from benchmark.policy_settings import Setting
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
+from flexbatch.execution.runner import Runner
 from flexbatch.job import Job
+from flexbatch.loop import EngineLoop
 from flexbatch.planner import monitor
 from flexbatch.planner.choose import overshoot, priced, without_reserves
 from flexbatch.planner.engine_plan import EnginePlan
@@ -40,22 +42,36 @@ class PassLog(monitor.PassMeter):
         )
 
 
+class ObservedLoop(EngineLoop):
+    """Logs every pass, also where nothing was planned."""
+
+    pass_log: PassLog | None = None
+
+    def plan_monitor(self, runner: Runner) -> monitor.PlanMonitor:
+        engine_plan = self.engine_plan
+        plan = engine_plan.plan or priced_by_sizes(engine_plan, engine_plan.policy)
+        self.pass_log = PassLog(plan, monitor.BusySeconds(self.tracer))
+        return monitor.PlanMonitor(engine_plan, self.pass_log, self.statistics, self.replans, cpu_attention=False)
+
+
+def priced_by_sizes(engine_plan: EnginePlan, policy: Policy) -> Plan:
+    return priced(engine_plan.problem, without_reserves(engine_plan.hardware), policy)
+
+
 class ObservedLLM(LLM):
     """An engine that logs its passes, and runs the policy that it is told to."""
 
-    pass_log: PassLog | None = None
+    loop_class = ObservedLoop
     num_measured = 0
+
+    @property
+    def pass_log(self) -> PassLog | None:
+        """Of the last run."""
+        assert isinstance(self._loop, ObservedLoop)
+        return self._loop.pass_log
 
     def __enter__(self) -> ObservedLLM:
         return self
-
-    def _meter(self) -> monitor.PassMeter:
-        plan = self.engine_plan.plan or self.priced(self.policy)
-        self.pass_log = PassLog(plan, monitor.BusySeconds(self.tracer))
-        return self.pass_log
-
-    def priced(self, policy: Policy) -> Plan:
-        return priced(self.engine_plan.problem, without_reserves(self.engine_plan.hardware), policy)
 
     def fits(self, policy: Policy) -> bool:
         """By the engine's exact sizes, in its budgets."""
@@ -65,7 +81,7 @@ class ObservedLLM(LLM):
 
     def use(self, policy: Policy) -> None:
         """Run the next job by ``policy``, whose weights are where the loaded ones are."""
-        self.engine_plan.policy, self.engine_plan.plan = policy, self.priced(policy)
+        self.engine_plan.policy, self.engine_plan.plan = policy, priced_by_sizes(self.engine_plan, policy)
 
 
 class Unchanging(EnginePlan):

@@ -49,6 +49,8 @@ class LLM:
     budgets are short (before anything is loaded), CheckpointError for a bad model.
     """
 
+    loop_class = EngineLoop
+
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
         check_keywords("LLM", settings, ["trace", *EngineConfig.__dataclass_fields__])
         self._start(EnginePlan(EngineConfig(model=model, **settings)), trace)
@@ -100,7 +102,7 @@ class LLM:
             traceback.clear_frames(error.__traceback__)
             raise
         self._capacity = Capacity(engine_plan, self.weights, self.tiers, self.queues, self.speculator)
-        self._loop = EngineLoop(engine_plan, self._capacity, self._intake, self.speculator, self.tracer)
+        self._loop = self.loop_class(engine_plan, self._capacity, self._intake, self.speculator, self.tracer)
         if self.config.simulate_acceptance is not None:
             logger.warning(
                 "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",

@@ -114,12 +114,19 @@ class EngineLoop:
             capacity.reach,
         )
         self.observers = [self.statistics, self.intake, self.failures]
-        # Drafts change what a pass is, so that runs with them are not held beside the plan.
-        if self.engine_plan.plan is not None and self.speculator is None:
-            meter = PassMeter(self.engine_plan.plan, BusySeconds(self.tracer))
-            buffers = runner.sizes.max_cpu_attention_tokens > 0
-            self.monitor = PlanMonitor(self.engine_plan, meter, self.statistics, self.replans, buffers)
-            self.observers.append(self.monitor)
+        monitor = self.plan_monitor(runner)
+        if monitor is not None:
+            self.monitor = monitor
+            self.observers.append(monitor)
+
+    def plan_monitor(self, runner: Runner) -> PlanMonitor | None:
+        """None where nothing was planned, or drafts change what a pass is."""
+        plan = self.engine_plan.plan
+        if plan is None or self.speculator is not None:
+            return None
+        meter = PassMeter(plan, BusySeconds(self.tracer))
+        has_buffers = runner.sizes.max_cpu_attention_tokens > 0
+        return PlanMonitor(self.engine_plan, meter, self.statistics, self.replans, has_buffers)
 
     @torch.inference_mode()
     def run_pass(self) -> list[Sequence]:

@@ -24,6 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("calibrate",),
     ("planner",),
     ("intake", "loader"),
+    ("loop",),
     ("engine",),
     ("cli",),
     ("run", "__main__"),

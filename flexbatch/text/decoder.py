@@ -25,6 +25,11 @@ def common_length(first: str, second: str) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
+def overlaps(first: str, second: str) -> bool:
+    """Whether ``first`` ends with what ``second`` begins with."""
+    return any(first.endswith(second[:length]) for length in range(1, min(len(first), len(second)) + 1))
+
+
 def run_text(run: bytes | bytearray) -> str:
     """What byte fallback makes of a run of byte pieces: its characters, or a replacement character for every byte
     when any is wrong."""
@@ -50,6 +55,9 @@ class TextDecoder:
         }
         self._size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
         self._hidden: dict[int, bool] = {}
+        self._written: list[str] | None = None
+        """Special tokens as they are written, once somebody asks."""
+        self._meets: dict[tuple[str, ...], bool] = {}
         self.tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self.byte_pieces = self._find_byte_pieces()
 
@@ -83,6 +91,19 @@ class TextDecoder:
         if token_id not in self._hidden:
             self._hidden[token_id] = self.decode([token_id]) == "" != self.decode([token_id], special=True)
         return self._hidden[token_id]
+
+    def may_meet_special(self, stops: tuple[str, ...]) -> bool:
+        """Whether a stop string may hold the beginning, the end or the whole of a special token as it is written,
+        with a space around it."""
+        if stops not in self._meets:
+            if self._written is None:
+                special = filter(self.is_special, self._added)
+                texts = [self.decode([token_id], special=True).strip() for token_id in special]
+                self._written = [*texts, *(f" {text} " for text in texts)]
+            self._meets[stops] = any(
+                text in stop or overlaps(text, stop) or overlaps(stop, text) for stop in stops for text in self._written
+            )
+        return self._meets[stops]
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """With ``special``, special tokens are written out."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flexbatch.request import SamplingParams
-from flexbatch.text.decoder import REPLACEMENT, WINDOW, Detokenizer, TextDecoder
+from flexbatch.text.decoder import REPLACEMENT, Detokenizer, TextDecoder
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,22 @@ class FoundStop:
 class StopSearch:
     """The text of an answer as its tokens come, searched for stop strings.
 
-    A stop string may be, or hold, a special token, which the text does not show. So from the first special token on,
-    the text with special tokens is decoded and searched as well; `_marks` tells where its places lie in the text
-    without them.
+    A stop string may be, or hold, a special token, which the text does not show. Where one may, the text with special
+    tokens is decoded and searched as well; `_marks` tells where its places lie in the text without them.
     """
 
     def __init__(
         self, decoder: TextDecoder, prompt_token_ids: Sequence[int], stops: Sequence[str], min_tokens: int = 0
     ) -> None:
-        self._decoder, self._prompt_token_ids, self._stops = decoder, prompt_token_ids, tuple(stops)
-        self._min_tokens = min_tokens
+        self._decoder, self._stops, self._min_tokens = decoder, tuple(stops), min_tokens
         self._passed, self._passed_spelled = 0, 0
         """Lengths of the text, and of that with special tokens, after ``min_tokens``: what ends there is no stop."""
         self._reach = max(map(len, self._stops), default=1) - 1
         self._token_ids: list[int] = []
         self.visible = Detokenizer(decoder, prompt_token_ids)
-        self._spelled: Detokenizer | None = None
+        self._spelled = (
+            Detokenizer(decoder, prompt_token_ids, special=True) if decoder.may_meet_special(self._stops) else None
+        )
         self._marks: list[tuple[int, int, int]] = []
         """Of every special token: the lengths of the text with special tokens before and after it, and of the
         visible text there."""
@@ -52,8 +52,6 @@ class StopSearch:
     def append(self, token_id: int) -> FoundStop | None:
         """Read one token; returns the stop string that it completes, the earliest and of these the longest."""
         special = self._decoder.is_special(token_id)
-        if special and self._stops and self._spelled is None:
-            self._spelled = self._spell()
         self._token_ids.append(token_id)
         searched, searched_spelled = self.visible.length, self._spelled.length if self._spelled is not None else 0
         self.visible.append(token_id)
@@ -77,19 +75,6 @@ class StopSearch:
             found += self._across_special(start, text)
         return min(found, key=lambda each: (each.cut, -len(each.stop)), default=None)
 
-    def _spell(self) -> Detokenizer:
-        """The text with special tokens, from as many tokens before the newest as a stop string can reach back to."""
-        kept = min(len(self._token_ids), self._reach + WINDOW)
-        earlier = len(self._token_ids) - kept
-        # the decoder looks back by a window, which may lie in the prompt
-        context = (
-            [*self._prompt_token_ids, *self._token_ids[:earlier]] if earlier < 4 * WINDOW else self._token_ids[:earlier]
-        )
-        spelled = Detokenizer(self._decoder, context, special=True)
-        for token_id in self._token_ids[earlier:]:
-            spelled.append(token_id)
-        return spelled
-
     def _unsearched(self, text: Detokenizer, searched: int) -> tuple[int, str]:
         """Where it begins, and what may hold a stop string that the first ``searched`` characters do not; also
         characters that may still change."""
@@ -112,6 +97,10 @@ class StopSearch:
 
     def _visible_place(self, place: int) -> int:
         """The length of the visible text at a place of the text with special tokens."""
+        if not self._marks:
+            # The two may differ at their beginnings: by the space of a first piece.
+            assert self._spelled is not None
+            return max(0, self.visible.total - (self._spelled.total - place))
         for before, after, visible in self._marks:
             if place < after:
                 return max(0, visible - max(0, before - place))

@@ -44,13 +44,13 @@ def test_generation_goes_to_the_end_of_the_context_and_the_plan_counts_it() -> N
         prompts = [[5 + i] * (context - rest) for i, rest in enumerate((1, 4, 9))]
         rest = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
         jobs: list[Job] = []
-        prepare = llm._prepare
+        prepare = llm._capacity.prepare
 
         def watched(job: Job):  # type: ignore[no-untyped-def]
             jobs.append(job)
             return prepare(job)
 
-        llm._prepare = watched  # type: ignore[method-assign]
+        llm._capacity.prepare = watched  # type: ignore[method-assign]
         found = llm.generate(prompts, rest)
         assert [(len(one.token_ids), one.finish_reason) for one in found] == [
             (1, "length"),

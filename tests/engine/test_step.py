@@ -76,7 +76,7 @@ def test_requests_may_come_between_any_two_passes(llm, wanted):
 def test_ids_are_the_callers_and_samples_come_together(llm):
     params = SamplingParams(temperature=0.8, max_tokens=5, seed=3, n=3, ignore_eos=True)
     assert llm.add_request(PROMPTS[0], params, request_id=("mine", 1)) == ("mine", 1)
-    with pytest.raises(ConfigurationError, match="'mine', 1.*has not finished"):
+    with pytest.raises(ConfigurationError, match=r"'mine', 1.*has not finished"):
         llm.add_request(PROMPTS[1], GREEDY, request_id=("mine", 1))
     done = []
     while llm.has_unfinished():
@@ -131,7 +131,7 @@ def test_calls_that_need_the_whole_block_wait_for_no_leftovers(llm, wanted):
     llm.add_request(PROMPTS[0], GREEDY, request_id="left")
     llm.step()
     for call in (lambda: llm.generate(PROMPTS[:1], GREEDY), lambda: next(llm.stream([(0, PROMPTS[0], GREEDY)]))):
-        with pytest.raises(EngineBusyError, match="1 requests of add_request are not finished.*abort"):
+        with pytest.raises(EngineBusyError, match=r"1 requests of add_request are not finished.*abort"):
             call()
     llm.report()
     assert finish(llm) == {"left": wanted[0]}

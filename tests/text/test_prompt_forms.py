@@ -16,7 +16,8 @@ from flexbatch.validation.errors import ConfigurationError
 
 USER = {"role": "user", "content": "hi"}
 PARAMS = SamplingParams(max_tokens=2)
-DEFAULTS = Defaults(GenerationDefaults())
+GENERATION = GenerationDefaults()
+DEFAULTS = Defaults(GENERATION)
 FORMS = {
     "text": ("stop here", "stop here"),
     "ids": ([5, 6], [5, 6]),
@@ -43,8 +44,10 @@ def encoder(tokenizer) -> PromptEncoder:
 
 
 def streamed(items, encoder):
-    intake = Intake(items, encoder, DEFAULTS)
-    return list(intake.requests()), intake.failed
+    intake = Intake(encoder, GENERATION, None, 0)
+    refused = [intake.add_item(index, item, None) for index, item in enumerate(items)]
+    intake.check()
+    return intake.ahead(None), [each for each in refused if each is not None]
 
 
 @pytest.mark.parametrize("name", FORMS)
