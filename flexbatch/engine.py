@@ -17,26 +17,19 @@ from flexbatch.config import EngineConfig
 from flexbatch.execution.feed import Feed
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
-from flexbatch.intake import Intake, Item, OnText, Params, completion_of, requests_of
+from flexbatch.intake import Intake, Item, OnText, Params, requests_of
 from flexbatch.job import Job
 from flexbatch.loader import load_model
 from flexbatch.loop import PEEKED_BLOCKS, EngineLoop
-from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.transfer import TransferQueues
-from flexbatch.memory.weights import WeightStore
-from flexbatch.models.arch import Arch
-from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.report import Statistics, against_baseline, describe_memory
 from flexbatch.policy.policy import Policy
-from flexbatch.request import Completion, Request, SamplingParams
-from flexbatch.speculative.speculator import Speculator
+from flexbatch.request import Completion, SamplingParams
 from flexbatch.text.prompts import Prompt
 from flexbatch.trace import RecordingTracer, Tracer
 from flexbatch.validation.checks import check_keywords
-from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 
 logger = logging.getLogger("flexbatch")
 
@@ -79,6 +72,9 @@ class LLM:
 
     def _start(self, engine_plan: EnginePlan, trace: bool) -> None:
         self.engine_plan, self.config = engine_plan, engine_plan.config
+        self.arch, self.generation = engine_plan.arch, engine_plan.generation
+        self.tokenizer: Any = engine_plan.tokenizer
+        """The transformers tokenizer; None for dummy weights."""
         device = engine_plan.device
         self.tracer: Tracer = (
             RecordingTracer(device)
@@ -88,11 +84,7 @@ class LLM:
             else Tracer()
         )
         self._turns = Turns()
-        self._request_ids: set[Hashable] = set()
-        """Of `add_request`, not finished."""
         self._intake = Intake(engine_plan.encoder, engine_plan.generation, engine_plan.arch, self.config.seed)
-        self.baseline_statistics = Statistics()
-        """Of the runs without speculation that --compare-plain asks for."""
         self._stack = contextlib.ExitStack()
         try:
             self._loaded = load_model(engine_plan, self.tracer, self._stack)
@@ -101,6 +93,9 @@ class LLM:
             # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
             traceback.clear_frames(error.__traceback__)
             raise
+        loaded = self._loaded
+        self.tiers, self.queues = loaded.tiers, loaded.queues
+        self.weights, self.speculator = loaded.weights, loaded.speculator
         self._capacity = Capacity(engine_plan, self.weights, self.tiers, self.queues, self.speculator)
         self._loop = self.loop_class(engine_plan, self._capacity, self._intake, self.speculator, self.tracer)
         if self.config.simulate_acceptance is not None:
@@ -113,37 +108,6 @@ class LLM:
     def policy(self) -> Policy:
         """As decided for the latest job."""
         return self.engine_plan.policy
-
-    @property
-    def arch(self) -> Arch:
-        return self.engine_plan.arch
-
-    @property
-    def tokenizer(self) -> Any:
-        """The transformers tokenizer; None for dummy weights."""
-        return self.engine_plan.tokenizer
-
-    @property
-    def tiers(self) -> Tiers:
-        return self._loaded.tiers
-
-    @property
-    def queues(self) -> TransferQueues:
-        return self._loaded.queues
-
-    @property
-    def weights(self) -> WeightStore:
-        return self._loaded.weights
-
-    @property
-    def generation(self) -> GenerationDefaults:
-        """What the model's generation_config.json says."""
-        return self.engine_plan.generation
-
-    @property
-    def speculator(self) -> Speculator | None:
-        """None without a draft."""
-        return self._loaded.speculator
 
     @property
     def statistics(self) -> Statistics:
@@ -196,13 +160,13 @@ class LLM:
         has a completion with ``finish_reason`` "error" and the rest goes on.
         """
         with self._turns.whole("generate"):
-            self._check_idle("generate")
+            self._intake.check_empty("generate")
             requests = requests_of(prompts, sampling_params, self._intake.encoder, self._intake.defaults, first_index)
             if self.config.compare_plain and self.speculator is not None:
-                self._run_baseline(requests)
+                self._loop.run_baseline(requests)
             results: dict[int, Completion] = {}
             # Closed with the loop, however that ends: its error would keep a run alive, and the pages of its sequences.
-            with contextlib.closing(self._completions(requests, self.speculator)) as completions:
+            with contextlib.closing(self._loop.completions(requests, self.speculator)) as completions:
                 for request, completion in completions:
                     whole = self._intake.deliver(completion, request)
                     if on_finished is not None:
@@ -217,7 +181,7 @@ class LLM:
         """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start:
         outside of a measurement, say."""
         with self._turns.whole("prepare"):
-            self._check_idle("prepare")
+            self._intake.check_empty("prepare")
             requests = requests_of(prompts, sampling_params, self._intake.encoder, self._intake.defaults)
             self._capacity.prepare(self._loop.job(requests))
 
@@ -239,9 +203,9 @@ class LLM:
     def _stream(
         self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None
     ) -> Generator[tuple[Hashable, Completion], None, None]:
-        self._check_idle("stream")
+        self._intake.check_empty("stream")
         numbers = count()
-        with contextlib.closing(Feed(items, self._turns.helper)) as feed, self._ending_run():
+        with contextlib.closing(Feed(items, self._turns.helper)) as feed, self._loop.ending():
             while True:
                 limit = self.policy.block_size if self._loop.running else PEEKED_BLOCKS * self.policy.block_size
                 for item in feed.take(limit - self._intake.num_waiting, wait=not self._intake):
@@ -269,113 +233,48 @@ class LLM:
         EngineBusyError while a stream is open.
         """
         with self._turns.change("add_request"):
-            index = self._intake.new_index()
-            key = index if request_id is None else request_id
-            if key in self._request_ids:
-                raise ConfigurationError(f"request_id {key!r} belongs to a request that has not finished")
-            self._intake.add(key, prompt, sampling_params, on_text, index)
-            self._request_ids.add(key)
-            return key
+            return self._intake.add_named(request_id, prompt, sampling_params, on_text)
 
     def step(self) -> list[tuple[Hashable, Completion]]:
         """Run one pass over the requests that were added; returns (id, completion) of those that finished. A request
         that cannot go on has ``finish_reason`` "error". An error of the pass itself ends all of them."""
         with self._turns.step():
             try:
-                finished = self._loop.step(complete=False) if self._intake else []
-                self._request_ids.difference_update(key for key, _ in finished)
-                return finished
+                return self._loop.step(complete=False) if self._intake else []
             finally:
                 if not self._intake:
-                    self._drop()
+                    self._loop.end()
 
     def abort(self, request_id: Hashable) -> bool:
         """Give up a request that waits or runs: its pages are free at once, and nothing comes of it. Others go on.
         Returns whether there was one."""
         with self._turns.change("abort"):
-            if request_id not in self._request_ids:
-                return False
-            self._request_ids.discard(request_id)
             dropped = self._intake.drop(request_id)
             self._loop.abort(lambda sequence: sequence.request.index in dropped)
-            return True
+            return bool(dropped)
 
     def has_unfinished(self) -> bool:
         """Whether requests that were added wait or run."""
         self._turns.check_open("has_unfinished")
         return len(self._intake) > 0
 
-    # Runs
-
-    def _check_idle(self, what: str) -> None:
-        if self._intake:
-            raise EngineBusyError(
-                f"{what} was called while {len(self._intake)} requests of add_request are not finished; call step() "
-                "until has_unfinished() is false, or abort them"
-            )
-
-    def _completions(
-        self, requests: Sequence[Request], proposer: Speculator | None
-    ) -> Generator[tuple[Request, Completion], None, None]:
-        """The completion of every request of a job, as it ends; the caller delivers it. Raises ConfigurationError for
-        one that no block holds."""
-        with self._ending_run():
-            self._loop.begin(self._capacity.prepare(self._loop.job(requests)), self._intake.arrivals(), proposer)
-            self._intake.add_requests(requests)
-            while self._intake:
-                for sequence in self._loop.advance(complete=True):
-                    completion = completion_of(sequence)
-                    if sequence.table is None:
-                        raise ConfigurationError(completion.error)
-                    yield sequence.request, completion
-
-    def _run_baseline(self, requests: Sequence[Request]) -> None:
-        """The same job without speculation, for the report alone. Neither run finds prompts in the cache that an
-        earlier one has read."""
-        statistics, self._loop.statistics = self.statistics, self.baseline_statistics
-        job = self._loop.job(requests)
-        try:
-            self._capacity.prepare(job).cache.forget_prefixes()
-            for request, completion in self._completions(requests, None):
-                self._intake.deliver(completion, request)
-            self._capacity.prepare(job).cache.forget_prefixes()
-        finally:
-            self.baseline_statistics, self._loop.statistics = self.statistics, statistics
-
-    @contextlib.contextmanager
-    def _ending_run(self) -> Iterator[None]:
-        """Leaves nothing running and nobody waiting, however the body ends."""
-        try:
-            yield
-        finally:
-            self._drop()
-
-    def _drop(self) -> None:
-        self._request_ids.clear()
-        self._loop.drop_all()
-
     # Report and end
 
     def report(self) -> dict[str, Any]:
         """Plan, realised placement, throughput and bytes per resource of what was run so far."""
         self._turns.check_open("report")
-        engine_plan, runner, tiers, speculator = self.engine_plan, self.runner, self.tiers, self.speculator
         report = {
-            **engine_plan.describe(),
-            **describe_memory(engine_plan, runner, tiers, speculator),
-            "load_seconds": self._loaded.seconds,
-            "loaded_bytes": self._loaded.loaded_bytes,
-            "reused_bytes": self._loaded.reused_bytes,
+            **self.engine_plan.describe(),
+            **describe_memory(self.engine_plan, self.runner, self.tiers, self.speculator),
+            **self._loaded.describe(),
             **self.statistics.describe(),
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
         }
         if self.prediction:
             report["prediction"] = {**self.prediction, "replans": list(self.replans)}
-        if speculator is not None:
-            report["speculation"] = {
-                **speculator.report(),
-                **against_baseline(self.statistics, self.baseline_statistics),
-            }
+        if self.speculator is not None:
+            baseline = against_baseline(self.statistics, self._loop.baseline_statistics)
+            report["speculation"] = {**self.speculator.report(), **baseline}
         return report
 
     def close(self) -> None:
@@ -388,7 +287,7 @@ class LLM:
         with self._turns.closing() as stream, self._stack as stack:
             # Whatever of it fails, the rest is closed all the same.
             stack.callback(self._capacity.close)
-            stack.callback(self._drop)
+            stack.callback(self._loop.drop_all)
             if stream is not None:
                 stack.callback(stream.close)
 

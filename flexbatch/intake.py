@@ -21,7 +21,7 @@ from flexbatch.request import Completion, Request, SamplingParams
 from flexbatch.text.decoder import TextDecoder
 from flexbatch.text.prompts import Prompt, PromptEncoder, as_prompts, plain_prompt
 from flexbatch.validation.checks import short
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 
 logger = logging.getLogger("flexbatch")
 
@@ -146,6 +146,7 @@ class Expected:
     key: Hashable
     num_samples: int
     on_text: OnText | None = None
+    named: bool = False
     completions: dict[int, Completion] = field(default_factory=dict)
 
 
@@ -160,6 +161,8 @@ class Intake(RunObserver):
         self._waiting: deque[Request] = deque()
         self._expected: dict[int, Expected] = {}
         self._sequence_ids, self._indices = count(), count()
+        self._named: dict[Hashable, int] = {}
+        """Indices of the prompts that have an id, by it."""
         self._has_listeners = False
 
     def __len__(self) -> int:
@@ -170,6 +173,14 @@ class Intake(RunObserver):
     def num_waiting(self) -> int:
         """Requests that are not sequences yet."""
         return len(self._waiting)
+
+    def check_empty(self, what: str) -> None:
+        """Raises EngineBusyError while prompts are not finished. what: the call that needs the whole block."""
+        if self._expected:
+            raise EngineBusyError(
+                f"{what} was called while {len(self)} requests of add_request are not finished; call step() until "
+                "has_unfinished() is false, or abort them"
+            )
 
     def add(
         self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None, index: int
@@ -202,9 +213,19 @@ class Intake(RunObserver):
             return key, Completion([], finish_reason="error", error=str(error), index=index)
         return None
 
-    def new_index(self) -> int:
-        """A number for a prompt that has none: its random stream, without a seed, belongs to it."""
-        return next(self._indices)
+    def add_named(
+        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None
+    ) -> Hashable:
+        """Let a prompt wait under its own id; returns the id, a number where None is given. Raises
+        ConfigurationError for an id that is in use."""
+        # Without a seed, the random stream of a prompt belongs to its number.
+        index = next(self._indices)
+        key = index if key is None else key
+        if key in self._named:
+            raise ConfigurationError(f"request_id {key!r} belongs to a request that has not finished")
+        self.add(key, prompt, params, on_text, index)
+        self._named[key], self._expected[index].named = index, True
+        return key
 
     def arrivals(self) -> Iterator[execution.Sequence | None]:
         """Sequences in the order of the requests, made as they are asked for; None while nobody waits. Never ends."""
@@ -236,19 +257,23 @@ class Intake(RunObserver):
         if len(expected.completions) < expected.num_samples:
             return None
         del self._expected[request.index]
+        if expected.named:
+            del self._named[expected.key]
         return expected.key, with_samples(expected.completions)
 
     def drop(self, key: Hashable) -> set[int]:
-        """Expect a prompt no longer; returns its indices, none where nobody waits for ``key``."""
-        dropped = {index for index, expected in list(self._expected.items()) if expected.key == key}
-        for index in dropped:
-            del self._expected[index]
-        self._waiting = deque(request for request in self._waiting if request.index not in dropped)
-        return dropped
+        """Expect the prompt of an id no longer; returns its index, nothing where nobody waits for it."""
+        index = self._named.pop(key, None)
+        if index is None:
+            return set()
+        del self._expected[index]
+        self._waiting = deque(request for request in self._waiting if request.index != index)
+        return {index}
 
     def clear(self) -> None:
         self._waiting.clear()
         self._expected.clear()
+        self._named.clear()
 
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
         """Hand on the new text of every prompt's first sample, where somebody listens."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,6 +39,10 @@ class LoadedModel:
     seconds: float
     loaded_bytes: int
     reused_bytes: int
+
+    def describe(self) -> dict[str, Any]:
+        """How long loading took, and what was read."""
+        return {"load_seconds": self.seconds, "loaded_bytes": self.loaded_bytes, "reused_bytes": self.reused_bytes}
 
 
 def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitStack) -> LoadedModel:

@@ -6,10 +6,12 @@ readers) watches it as a `RunObserver`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from collections.abc import Sequence as Many
 from itertools import chain
 from typing import Any
 
@@ -31,6 +33,7 @@ from flexbatch.planner.report import FailureLog, Statistics
 from flexbatch.request import Completion, Request
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import Tracer
+from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 
@@ -52,6 +55,8 @@ class EngineLoop:
         self.engine_plan, self.capacity, self.intake = engine_plan, capacity, intake
         self.speculator, self.tracer = speculator, tracer
         self.statistics = Statistics()
+        self.baseline_statistics = Statistics()
+        """Of the runs without speculation that --compare-plain asks for."""
         self.replans: list[str] = []
         self.monitor: PlanMonitor | None = None
         """Of the last run that had a plan."""
@@ -176,6 +181,42 @@ class EngineLoop:
         self.statistics.moved_bytes = self.capacity.queues.moved_bytes()
         for observer in self.observers:
             observer.after_run()
+
+    def completions(
+        self, requests: Many[Request], proposer: Speculator | None
+    ) -> Generator[tuple[Request, Completion], None, None]:
+        """The completion of every request of a job, as it ends; the caller delivers it. Raises ConfigurationError for
+        one that no block holds."""
+        with self.ending():
+            self.begin(self.capacity.prepare(self.job(requests)), self.intake.arrivals(), proposer)
+            self.intake.add_requests(requests)
+            while self.intake:
+                for sequence in self.advance(complete=True):
+                    completion = completion_of(sequence)
+                    if sequence.table is None:
+                        raise ConfigurationError(completion.error)
+                    yield sequence.request, completion
+
+    def run_baseline(self, requests: Many[Request]) -> None:
+        """The same job without speculation, for the report alone. Neither run finds prompts in the cache that an
+        earlier one has read."""
+        statistics, self.statistics = self.statistics, self.baseline_statistics
+        job = self.job(requests)
+        try:
+            self.capacity.prepare(job).cache.forget_prefixes()
+            for request, completion in self.completions(requests, None):
+                self.intake.deliver(completion, request)
+            self.capacity.prepare(job).cache.forget_prefixes()
+        finally:
+            self.baseline_statistics, self.statistics = self.statistics, statistics
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Leaves nothing running and nobody waiting, however the body ends."""
+        try:
+            yield
+        finally:
+            self.drop_all()
 
     def abort(self, wanted: Callable[[Sequence], bool]) -> None:
         """Release those of the sequences that wait or run."""
