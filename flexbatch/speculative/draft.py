@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,18 +15,18 @@ from torch import Tensor
 
 from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.pass_batch import LogitsChunk, PassBatch, QueryTokens
-from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.runner import Runner, open_runner
-from flexbatch.execution.sampling import adjust, restrict
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import CacheSizes
-from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.policy.policy import Policy, Split
+from flexbatch.speculative.followed import Followed
 from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan
+from flexbatch.speculative.scoring import likeliest
 from flexbatch.speculative.stochastic import drawn_children
 from flexbatch.speculative.tree import ROOT, Drawing, TokenTree
 
@@ -41,42 +40,6 @@ SCORING_BYTES_PER_LOGIT = 48
 """Workspace of each of them, at most: a copy of the row, and what sampling makes of it."""
 DRAFT_LOGITS_CHUNK_BYTES = 32 << 20
 """float32 logits of a draft that exist at one time."""
-
-
-@dataclass
-class Followed:
-    """What the draft keeps of one sequence. ``cached``: the tokens whose keys and values are in its cache, drafted
-    ones at the end."""
-
-    sequence: Sequence
-    table: PageTable
-    """Its pages in the draft's cache."""
-    cached: list[int]
-    num_known: int = 0
-    """Leading tokens of ``cached`` known to be committed."""
-
-    def query(
-        self, token_ids: tuple[int, ...], start: int, first_logit: int, parents: tuple[int, ...] | None = None
-    ) -> QueryTokens:
-        sequence = self.sequence
-        return QueryTokens(
-            sequence.sequence_id,
-            token_ids,
-            start,
-            first_logit,
-            self.table.location,
-            sequence.num_prompt_tokens,
-            parents,
-        )
-
-    def rewind(self) -> None:
-        """Forget what was drafted but not committed. At least the newest token is left to be read: its logits start
-        the next tree."""
-        tokens = self.sequence.token_ids
-        end = min(len(self.cached), len(tokens) - 1)
-        keep = next((i for i in range(self.num_known, end) if self.cached[i] != tokens[i]), end)
-        del self.cached[keep:]
-        self.num_known = keep
 
 
 class Wanted(NamedTuple):
@@ -335,36 +298,3 @@ class DraftModel:
         with contextlib.ExitStack() as stack:
             for close in (self.tiers.close, self.weights.close, self.close_runner):
                 stack.callback(close)
-
-
-def likeliest(logits: Tensor, sequences: Many[Sequence], paths: Many[tuple[int, ...]], count: int) -> list[Candidates]:
-    """For every row of logits [N, vocab], the ``count`` tokens that the target is most likely to draw there if it
-    agrees with the draft.
-
-    Bias, penalties, temperature and cuts apply as in plain decoding; a sampled request adds the noise of that place
-    in its stream, the same that the target adds, so that of two equal distributions the same token comes first.
-    Tokens that cannot be drawn are left out.
-    """
-    scores = noisy(logits, sequences, paths).log_softmax(-1)
-    values, tokens = scores.topk(min(count, logits.shape[1]), dim=-1)
-    return [
-        [(token, value) for token, value in zip(row_tokens, row_values, strict=True) if value > -torch.inf]
-        for row_tokens, row_values in zip(tokens.tolist(), values.tolist(), strict=True)
-    ]
-
-
-def noisy(logits: Tensor, sequences: Many[Sequence], paths: Many[tuple[int, ...]]) -> Tensor:
-    """Scores [N, vocab] whose largest is the token that plain decoding would draw from these logits."""
-    if all(sequence.params.greedy and not sequence.adjusted for sequence in sequences):
-        return logits
-    adjusted = adjust(logits, sequences, paths)
-    rows = [r for r, sequence in enumerate(sequences) if not sequence.params.greedy]
-    if not rows:
-        return adjusted.double()
-    chosen = [sequences[r] for r in rows]
-    positions = [sequences[r].num_output_tokens + len(paths[r]) for r in rows]
-    restricted = restrict(adjusted[rows], chosen)
-    noise = gumbel([sequence.stream_key for sequence in chosen], positions, logits.shape[1], logits.device)
-    scores = adjusted.double()
-    scores[rows] = noise.add_(restricted)
-    return scores

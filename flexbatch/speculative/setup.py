@@ -32,7 +32,8 @@ from flexbatch.speculative.draft import (
     DraftModel,
 )
 from flexbatch.speculative.shapes import TreeSpec, parse_tree
-from flexbatch.speculative.speculator import AUTO_NODES, LookupSource, Source, Speculator, fixed_plan
+from flexbatch.speculative.sources import LookupSource, Source
+from flexbatch.speculative.speculator import AUTO_NODES, Speculator, fixed_plan
 from flexbatch.speculative.tree import Drawing
 from flexbatch.validation.errors import ConfigurationError
 

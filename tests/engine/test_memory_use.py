@@ -21,7 +21,8 @@ from flexbatch.memory.transfer import ThreadQueue
 from flexbatch.models.shapes import SHAPES
 from flexbatch.policy.limits import SAMPLING_BYTES_PER_LOGIT
 from flexbatch.request import Request
-from flexbatch.speculative.draft import SCORING_BYTES_PER_LOGIT, DraftModel, likeliest
+from flexbatch.speculative.draft import SCORING_BYTES_PER_LOGIT, DraftModel
+from flexbatch.speculative.scoring import likeliest
 from flexbatch.speculative.stochastic import drawn_children
 from flexbatch.speculative.tree import Drawing
 from tests.tiny_models import make_model, random_prompts
