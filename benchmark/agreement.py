@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmark.suite import machine
+from benchmark.machine import machine
 from flexbatch import LLM, SamplingParams
 from flexbatch.models import resolve
 from flexbatch.policy.stdout import data_apart, run_process

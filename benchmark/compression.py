@@ -25,7 +25,7 @@ from unittest import mock
 from tokenizers import Tokenizer
 
 from benchmark.demo_files import CONTEXT, END, held_out, read_sources, write_json
-from benchmark.suite import machine
+from benchmark.machine import machine
 from flexbatch import LLM, SamplingParams
 from flexbatch.kernels import reference
 from flexbatch.models import resolve

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.suite import machine
+from benchmark.machine import machine
 from flexbatch.policy.stdout import data_apart, run_process
 
 ROOT = Path(__file__).parents[1]

@@ -34,31 +34,15 @@ def neighbours(policy: Policy) -> Iterator[tuple[str, Policy]]:
     if c.cpu:
         yield attention(0.0)
         yield attention(1.0)
-    moved = min(0.1, w.gpu)
-    yield (
-        f"weights on the GPU {w.gpu - moved:.0%}",
-        dataclasses.replace(policy, weights=Split(w.gpu - moved, w.cpu + moved, w.disk)),
-    )
-    moved = min(0.05, w.cpu)
-    yield (
-        f"weights on the GPU {w.gpu + moved:.0%}",
-        dataclasses.replace(policy, weights=Split(w.gpu + moved, w.cpu - moved, w.disk)),
-    )
+    yield with_weights(policy, -min(0.1, w.gpu))
+    yield with_weights(policy, min(0.05, w.cpu))
     yield sizes(b / 2, 2 * k)
     yield sizes(0.75 * b, k)
     if c.cpu:
         yield attention(policy.cpu_attention - 0.25)
         yield attention(policy.cpu_attention + 0.25)
-    moved = min(0.1, c.cpu)
-    yield (
-        f"cache on the GPU {c.gpu + moved:.0%}",
-        dataclasses.replace(policy, cache=Split(c.gpu + moved, c.cpu - moved, c.disk)),
-    )
-    moved = min(0.1, c.gpu)
-    yield (
-        f"cache on the GPU {c.gpu - moved:.0%}",
-        dataclasses.replace(policy, cache=Split(c.gpu - moved, c.cpu + moved, c.disk)),
-    )
+    yield with_cache(policy, min(0.1, c.cpu))
+    yield with_cache(policy, -min(0.1, c.gpu))
     if c.disk:
         yield (
             "no cache on disk",
@@ -76,6 +60,20 @@ def neighbours(policy: Policy) -> Iterator[tuple[str, Policy]]:
     yield f"prompt budget {budget // 4}", dataclasses.replace(policy, prefill_budget=max(32, budget // 4))
     for factor in (0.9, 1.1, 0.6, 1.25):
         yield sizes(factor * b, k)
+
+
+def with_weights(policy: Policy, moved: float) -> tuple[str, Policy]:
+    """``moved`` of the weights go from the CPU to the GPU."""
+    w = policy.weights
+    split = Split(w.gpu + moved, w.cpu - moved, w.disk)
+    return f"weights on the GPU {split.gpu:.0%}", dataclasses.replace(policy, weights=split)
+
+
+def with_cache(policy: Policy, moved: float) -> tuple[str, Policy]:
+    """``moved`` of the cache goes from the CPU to the GPU."""
+    c = policy.cache
+    split = Split(c.gpu + moved, c.cpu - moved, c.disk)
+    return f"cache on the GPU {split.gpu:.0%}", dataclasses.replace(policy, cache=split)
 
 
 def run_neighbourhood(setting: Setting, hardware: str, fixed: dict[str, Any]) -> dict[str, Any]:

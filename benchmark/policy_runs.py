@@ -24,10 +24,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmark.machine import machine
 from benchmark.observed import chosen_here, measure, open_engine
 from benchmark.policy_neighbours import run_neighbourhood
 from benchmark.policy_settings import NEIGHBOURHOODS, SETTINGS, Setting
-from benchmark.suite import machine
 
 GRACE_SECONDS = 30.0
 """After a setting's limit: then its process is taken to hang, and is ended."""

@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmark.suite import machine, speculation_of
+from benchmark.machine import machine
+from benchmark.suite import speculation_of
 from flexbatch import LLM, SamplingParams
 from flexbatch.policy.stdout import data_apart, run_process
 

@@ -37,31 +37,8 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "python -m flexbatch.policy",
-        description="Choose the policy with the highest predicted throughput, or price a given one.",
-    )
-    p.add_argument(
-        "--hardware",
-        required=True,
-        help="a shipped machine (t4, h200, cpu) or a JSON file of python -m flexbatch.calibrate.profile",
-    )
-    p.add_argument(
-        "--model-shape",
-        required=True,
-        help="a public shape such as opt-30b or llama-3-70b, or a JSON file with the model's sizes",
-    )
-    p.add_argument(
-        "--prompt-len", type=int, nargs="+", default=[512], help="prompt tokens; several are taken as equally likely"
-    )
-    p.add_argument(
-        "--gen-len", type=int, nargs="+", default=[32], help="generated tokens; several are taken as equally likely"
-    )
-    p.add_argument("--num-sequences", type=int, help="size of the job (default: a job without end)")
-    p.add_argument("--gpu-memory", type=parse_bytes, help="GPU memory budget, e.g. 16GiB (default: the machine's)")
-    p.add_argument("--cpu-memory", type=parse_bytes, help="host memory budget (default: the machine's)")
-    p.add_argument("--disk", type=parse_bytes, help="disk budget (default: the machine's)")
+def add_choices(p: argparse.ArgumentParser) -> None:
+    """What the optimizer chooses unless it is given."""
     p.add_argument(
         "--percent",
         type=float,
@@ -91,6 +68,34 @@ def parser() -> argparse.ArgumentParser:
         choices=(16, 8, 4),
         help="bits of the cache that may be chosen",
     )
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m flexbatch.policy",
+        description="Choose the policy with the highest predicted throughput, or price a given one.",
+    )
+    p.add_argument(
+        "--hardware",
+        required=True,
+        help="a shipped machine (t4, h200, cpu) or a JSON file of python -m flexbatch.calibrate.profile",
+    )
+    p.add_argument(
+        "--model-shape",
+        required=True,
+        help="a public shape such as opt-30b or llama-3-70b, or a JSON file with the model's sizes",
+    )
+    p.add_argument(
+        "--prompt-len", type=int, nargs="+", default=[512], help="prompt tokens; several are taken as equally likely"
+    )
+    p.add_argument(
+        "--gen-len", type=int, nargs="+", default=[32], help="generated tokens; several are taken as equally likely"
+    )
+    p.add_argument("--num-sequences", type=int, help="size of the job (default: a job without end)")
+    p.add_argument("--gpu-memory", type=parse_bytes, help="GPU memory budget, e.g. 16GiB (default: the machine's)")
+    p.add_argument("--cpu-memory", type=parse_bytes, help="host memory budget (default: the machine's)")
+    p.add_argument("--disk", type=parse_bytes, help="disk budget (default: the machine's)")
+    add_choices(p)
     p.add_argument("--no-overlap", action="store_true", help="price a pass that waits for everything after every tick")
     p.add_argument("--json", action="store_true", help="print the plan as JSON")
     p.add_argument(

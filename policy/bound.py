@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from flexbatch.policy.cost import KINDS, VARIABLES, PassModel, total
+from flexbatch.policy.affine import KINDS, VARIABLES, total
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.footprint import capacity
 from flexbatch.policy.hardware import Curve, Hardware
 from flexbatch.policy.lp import LinearProgram, add_attention, column, fixed_fractions

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from flexbatch.policy.cost import affine, evaluate, point_of
+from flexbatch.policy.affine import affine, evaluate, point_of
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import (
     INPUT_BUFFER_BYTES,

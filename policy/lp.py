@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linprog
 
-from flexbatch.policy.cost import COLUMNS, KINDS, VARIABLES, PassModel, Stage
+from flexbatch.policy.affine import COLUMNS, KINDS, VARIABLES
+from flexbatch.policy.cost import PassModel, Stage
 from flexbatch.policy.policy import TIERS, Constraints
 from flexbatch.policy.units import GIB
 

@@ -9,15 +9,15 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 
-from flexbatch.policy.bound import MachineBound, machine_bound
-from flexbatch.policy.cost import KINDS
+from flexbatch.policy.affine import KINDS
+from flexbatch.policy.bound import MachineBound
+from flexbatch.policy.families import families, templates
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import MAX_PREFILL_CHUNK, PAGE_TOKENS
 from flexbatch.policy.lp import fixed_fractions
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import Lengths
 from flexbatch.policy.plan import Plan
-from flexbatch.policy.policy import Constraints, Policy, Split
+from flexbatch.policy.policy import Constraints, Policy
 from flexbatch.policy.rounding import does_not_fit
 from flexbatch.policy.search import Search
 from flexbatch.policy.workload import Workload
@@ -34,7 +34,6 @@ CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
 WITHIN_REACH = 0.85
 """Of what is needed: sizes between the grid's powers of two, and pricing, change no more."""
-BOUNDLESS = 2**50
 POLISHED = 4
 """Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 DISK_GAIN = 0.01
@@ -42,34 +41,6 @@ DISK_GAIN = 0.01
 lies there is written first."""
 GOOD_ENOUGH = 0.995
 """Of the machine's bound: nothing is left to search for."""
-
-
-def attention_shares(constraints: Constraints) -> tuple[float, ...]:
-    """What a searched policy has for CPU attention: the user's share, or once some, which the program finds, and
-    once none."""
-    return (1.0, 0.0) if constraints.cpu_attention is None else (constraints.cpu_attention,)
-
-
-def cache_places(constraints: Constraints) -> tuple[Split, ...]:
-    """What a searched policy has for its cache: once none of it may be on the disk, and once some, which the program
-    finds; as far as the user's percentages leave open. The first sequence there takes host memory to stop over, as
-    much as a micro-batch of them."""
-    on_disk = fixed_fractions(constraints).get("cache_disk")
-    return (
-        (Split(1.0, 0.0), Split(0.0, 0.0, 1.0))
-        if on_disk is None
-        else (Split(0.0, 0.0, 1.0),)
-        if on_disk
-        else (Split(1.0, 0.0),)
-    )
-
-
-def chunk_of(workload: Workload, constraints: Constraints) -> int:
-    """The user's chunk, or whole prompts up to MAX_PREFILL_CHUNK tokens."""
-    if constraints.prefill_chunk is not None:
-        return constraints.prefill_chunk
-    longest = workload.longest_prompt
-    return min(MAX_PREFILL_CHUNK, math.ceil(longest / PAGE_TOKENS) * PAGE_TOKENS)
 
 
 def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
@@ -271,36 +242,6 @@ def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best
     return dataclasses.replace(
         plan, hardware=search.hardware, tokens_per_second_per_gib={**plan.tokens_per_second_per_gib, "disk": 0.0}
     )
-
-
-def templates(workload: Workload, constraints: Constraints) -> list[Policy]:
-    """Bits that the constraints leave open, sizes and places still to be found."""
-    anywhere = Split(1.0, 0.0)
-    plain = Policy(
-        anywhere, anywhere, anywhere, 1, 1, prefill_chunk=chunk_of(workload, constraints), overlap=constraints.overlap
-    )
-    return [
-        dataclasses.replace(plain, weight_bits=weight_bits, cache_bits=cache_bits)
-        for weight_bits, cache_bits in itertools.product(constraints.weight_bits, constraints.cache_bits)
-    ]
-
-
-def families(search: Search) -> list[tuple[MachineBound, Policy]]:
-    """A template of each family of policies (see `search.family_of`) with the machine's bound for it."""
-    found = []
-    for template in templates(search.workload, search.constraints):
-        bits = template.weight_bits, template.cache_bits
-        bound = machine_bound(search.shape, search.hardware, search.workload, search.constraints, *bits)
-        if bound is None and search.placement_given:
-            # Whole tensors may meet the percentages with less on a tier than these say; the exact sizes will tell.
-            boundless = search.hardware.with_memory(BOUNDLESS, BOUNDLESS, BOUNDLESS)
-            bound = machine_bound(search.shape, boundless, search.workload, search.constraints, *bits)
-        if bound is not None:
-            kinds = itertools.product(cache_places(search.constraints), attention_shares(search.constraints))
-            found += [
-                (bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in kinds
-            ]
-    return found
 
 
 def best_plan(search: Search, bounds: list[tuple[MachineBound, Policy]]) -> Plan | None:

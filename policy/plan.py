@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexbatch.policy.cost import JOINT, RESOURCES, PassModel, point_of
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import JOINT, RESOURCES, PassModel
 from flexbatch.policy.footprint import capacity, peak_memory, shortfall
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.model_shape import ModelShape

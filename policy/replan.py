@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from flexbatch.policy.cost import RESOURCES, PassModel, point_of
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import RESOURCES, PassModel
 from flexbatch.policy.hardware import Curve, Hardware
 from flexbatch.policy.pass_load import steady_load
 from flexbatch.policy.plan import Plan

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flexbatch.policy.cost import KINDS, VARIABLES
+from flexbatch.policy.affine import KINDS, VARIABLES
 from flexbatch.policy.footprint import capacity, memory_rows, round_cache, spread_weights
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import fixed_fractions, least_shortage

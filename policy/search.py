@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexbatch.policy.cost import KINDS, VARIABLES, PassModel, evaluate, total
+from flexbatch.policy.affine import KINDS, VARIABLES, evaluate, total
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import Solution, fixed_fractions, solve, time_rows

@@ -21,7 +21,8 @@ from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.report import Statistics
-from flexbatch.policy.cost import RESOURCES, PassModel, point_of
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import RESOURCES, PassModel
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import Plan

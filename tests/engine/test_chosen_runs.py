@@ -13,7 +13,8 @@ import pytest
 from flexbatch import LLM, SamplingParams
 from flexbatch.cli import tables
 from flexbatch.planner.monitor import TIMED_EVERY, TIMED_FIRST, WARM_UP, WINDOW, BusySeconds, PassMeter, UsageTracer
-from flexbatch.policy.cost import PassModel, point_of
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.hardware import SHIPPED, load_hardware
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import price

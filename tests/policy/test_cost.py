@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flexbatch.policy.cost import PassModel, point_of
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.hardware import Curve, Hardware, load_hardware
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from flexbatch.policy.affine import KINDS, VARIABLES
 from flexbatch.policy.bound import machine_bound
-from flexbatch.policy.cost import KINDS, VARIABLES, PassModel
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.lp import solve, time_rows

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from flexbatch.policy.cost import PassModel, point_of
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.pass_load import steady_load
 from flexbatch.policy.plan import price
