@@ -34,7 +34,7 @@ from flexbatch.validation.errors import ConfigurationError
 if TYPE_CHECKING:
     from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
-    from flexbatch.apps.jobs.shares import Share
+    from flexbatch.apps.jobs.shard_assignment import ShardAssignment
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -97,12 +97,12 @@ def run(
 ) -> int:
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard
-    from flexbatch.apps.jobs.shares import find_share
+    from flexbatch.apps.jobs.shard_assignment import find_assignment
 
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
-    share = find_share(config.shard_of(), environ)
-    if share.shards > 1 and config.overwrite:
+    assignment = find_assignment(config.shard_of(), environ)
+    if assignment.shards > 1 and config.overwrite:
         raise ConfigurationError(
             "--overwrite with several processes would discard the others' parts: remove the output folder, then "
             "start them"
@@ -112,18 +112,20 @@ def run(
         from flexbatch.apps.jobs.cluster import run_on_ray
 
         return run_on_ray(job, open_engine, resume)
-    if share.local_size > 1:
-        job = dataclasses.replace(job, engine=_divided(engine, share))
-    return run_shard(job, share, open_engine, resume)
+    if assignment.local_size > 1:
+        job = dataclasses.replace(job, engine=_divided(engine, assignment))
+    return run_shard(job, assignment, open_engine, resume)
 
 
-def _divided(engine: EngineConfig, share: Share) -> EngineConfig:
+def _divided(engine: EngineConfig, assignment: ShardAssignment) -> EngineConfig:
     import torch
 
-    from flexbatch.apps.jobs.shares import divide_host
+    from flexbatch.apps.jobs.shard_assignment import divide_host
+    from flexbatch.memory.tiers import host_memory_bytes
     from flexbatch.planner.budgets import default_offload_dir
 
-    return divide_host(engine, share, 0 if engine.device == "cpu" else torch.cuda.device_count(), default_offload_dir())
+    gpus = 0 if engine.device == "cpu" else torch.cuda.device_count()
+    return divide_host(engine, assignment, gpus, default_offload_dir(), host_memory_bytes())
 
 
 def main(

@@ -39,7 +39,7 @@ and 2)."""
 
 
 @dataclass(frozen=True)
-class Work:
+class PendingRequest:
     """One request to compute: its cache key, prompt and parameters, and the places of the requests that wait for it."""
 
     key: dict[str, Any]
@@ -160,7 +160,7 @@ class FlexBatchClient(CachingClient):
 
     def _answer(self, requests: list[Request]) -> list[RequestResult]:
         results: list[RequestResult | None] = [None] * len(requests)
-        pending: dict[str, Work] = {}
+        pending: dict[str, PendingRequest] = {}
         _ = self._weights  # a folder without weights is an error of the run, not of its requests
         with create_key_value_store(self.cache.config) as store:
             for place, request in enumerate(requests):
@@ -190,14 +190,16 @@ class FlexBatchClient(CachingClient):
             raise RuntimeError(f"the engine returned no completion for requests {missing[:10]} of {len(requests)}")
         return [result for result in results if result is not None]
 
-    def _compute(self, works: list[Work], store: Any) -> Iterator[tuple[Work, dict[str, Any] | str]]:
+    def _compute(
+        self, requests_to_run: list[PendingRequest], store: Any
+    ) -> Iterator[tuple[PendingRequest, dict[str, Any] | str]]:
         """Runs all works in one `LLM.stream`; yields each with its response, or with the message of its error."""
         began = time.time()
-        responses: list[tuple[Work, dict[str, Any]]] = []
-        running: dict[Hashable, Work] = dict(enumerate(works))
+        responses: list[tuple[PendingRequest, dict[str, Any]]] = []
+        running: dict[Hashable, PendingRequest] = dict(enumerate(requests_to_run))
         items = ((number, work.prompt_token_ids, work.params) for number, work in running.items())
-        batch_size = sum(len(work.places) for work in works)  # equal requests are computed once and all count
-        with tqdm(total=len(works), desc="FlexBatch", unit="request", disable=None) as progress:
+        batch_size = sum(len(work.places) for work in requests_to_run)  # equal requests are computed once and all count
+        with tqdm(total=len(requests_to_run), desc="FlexBatch", unit="request", disable=None) as progress:
             for number, completion in self.llm.stream(items):
                 work = running[number]
                 progress.update()
@@ -220,7 +222,7 @@ class FlexBatchClient(CachingClient):
             write_to_key_value_store(store, work.key, response)
             yield work, response
 
-    def _work(self, request: Request, place: int) -> Work:
+    def _work(self, request: Request, place: int) -> PendingRequest:
         """Raises ValueError for what the engine does not do: embeddings, images, JSON schemas, out-of-range
         parameters."""
         for field in ("embedding", "multimodal_prompt", "image_generation_parameters", "response_format"):
@@ -261,7 +263,7 @@ class FlexBatchClient(CachingClient):
         )
         with self._tokenizer as tokenizer:
             ids = tokenizer(prompt, add_special_tokens=not templated)["input_ids"]
-        return Work(key, ids, params, request, [place])
+        return PendingRequest(key, ids, params, request, [place])
 
     def _prompt(self, request: Request) -> tuple[str, bool]:
         """The prompt's text and whether it went through the chat template (which writes its own special tokens)."""
@@ -275,7 +277,7 @@ class FlexBatchClient(CachingClient):
         with self._tokenizer as tokenizer:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
 
-    def _response(self, work: Work, completion: Completion) -> dict[str, Any]:
+    def _response(self, work: PendingRequest, completion: Completion) -> dict[str, Any]:
         """What the cache keeps: text, token texts, log-probabilities and the finish reason of every sample."""
         request, samples = work.request, completion.samples or [completion]
         ids = list(completion.prompt_token_ids)

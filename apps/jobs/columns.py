@@ -30,7 +30,7 @@ MOST_DIGITS, MOST_FIELDS, DEEPEST_TYPE = 76, 1000, 30
 DECIMAL = re.compile(r"decimal(?:128|256)?\((\d+),\s*(\d+)\)")
 
 
-class Unfit(ValueError):
+class UnfitValue(ValueError):
     """A value that its column does not hold; the message says which and why."""
 
 
@@ -84,15 +84,15 @@ def _is_double(value: Decimal) -> bool:
 
 
 @dataclass
-class Seen:
+class ObservedValues:
     """The values of one column, or of one place in nested ones, that were seen so far: from them follows a type that
     holds them all.
     """
 
     plain: set[type] = field(default_factory=set)
     numbers: Numbers | None = None
-    items: Seen | None = None
-    fields: dict[str, Seen] | None = None
+    items: ObservedValues | None = None
+    fields: dict[str, ObservedValues] | None = None
 
     def add(self, value: Any) -> None:
         kind = type(value)
@@ -104,10 +104,10 @@ class Seen:
             self.fields = {} if self.fields is None else self.fields
             for name, item in value.items():
                 if name not in self.fields:
-                    self.fields[name] = Seen()
+                    self.fields[name] = ObservedValues()
                 self.fields[name].add(item)
         elif kind is list:
-            self.items = Seen() if self.items is None else self.items
+            self.items = ObservedValues() if self.items is None else self.items
             for item in value:
                 self.items.add(item)
         else:
@@ -149,7 +149,7 @@ def holds_json(column: pa.Field) -> bool:
 def _sizable(value: Any) -> Any:
     """The value. Raises Unfit for a number that no type holds: Arrow would write out every digit of 1e999999999."""
     if isinstance(value, Decimal) and not -MOST_DIGITS <= value.adjusted() <= MOST_DIGITS and value:
-        raise Unfit(f"{value} has more digits than any type holds")
+        raise UnfitValue(f"{value} has more digits than any type holds")
     return value
 
 
@@ -175,7 +175,7 @@ def check_text(value: Any, name: str) -> None:
     if isinstance(value, str):
         place = lone_surrogate(value)
         if place >= 0:
-            raise Unfit(
+            raise UnfitValue(
                 f"{name!r} holds half of a surrogate pair, {value[place].encode('unicode_escape').decode()}, at "
                 f"character {place}: no Unicode text"
             )
@@ -230,7 +230,7 @@ def column(
             except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
                 errors[place] = errors[place] or (
                     str(error)
-                    if isinstance(error, Unfit)
+                    if isinstance(error, UnfitValue)
                     else f"column {kind.name!r}: {short(value)} is no {kind.type}"
                 )
                 pieces.append(pa.nulls(1, kind.type))
@@ -276,7 +276,7 @@ def _utf8(value: str | None, name: str) -> str | None:
     try:
         return None if value is None else value.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError as error:
-        raise Unfit(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise UnfitValue(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def refuse_reserved(columns: Iterable[str], file: str) -> None:

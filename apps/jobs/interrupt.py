@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-INTERRUPTED = 130
+from flexbatch.cli.settings import INTERRUPTED
 
 
 class Interrupts:

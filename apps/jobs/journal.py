@@ -134,11 +134,3 @@ class Journal:
         if self._active is not None:
             log, self._active = self._active, None
             self._retire(log)
-
-    def check(self) -> None:
-        """Asserts that the active segment holds exactly what was appended and that no finished segment was left
-        behind."""
-        if self._active is not None:
-            self._active.check()
-        for path, parts in self._closed.items():
-            assert parts and path.exists(), f"{path} holds no part in flight and should be gone"

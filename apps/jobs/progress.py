@@ -35,7 +35,7 @@ class Counts:
     generated_tokens_total: int = 0
 
 
-class Progress:
+class JobProgress:
     """Shows `Counts` until closed. ``total`` and ``done`` in rows; ``metrics_file`` is replaced atomically, every
     ten seconds and at the end."""
 

@@ -32,7 +32,7 @@ MAGIC, MARK = b"FBJ2", b"\xff\xfaR\xf5"
 
 
 @dataclass(frozen=True)
-class Entry:
+class LogRecord:
     """One record: ``term`` and ``stamp`` say in which order the values of several logs were written, bytes [start, end)
     where it lies."""
 
@@ -48,7 +48,7 @@ class Scan:
     """What a log holds: whole records in the order of the file, and byte ranges that are damaged."""
 
     data: bytes = b""
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[LogRecord] = field(default_factory=list)
     damage: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -73,7 +73,7 @@ def _head_at(data: bytes, place: int, seed: int) -> tuple[int, int, int, int] | 
     return (length, term, stamp, checksum) if mark == MARK and check == zlib.crc32(head[:-4], seed) else None
 
 
-def _record_at(data: bytes, place: int, seed: int) -> Entry | None:
+def _record_at(data: bytes, place: int, seed: int) -> LogRecord | None:
     head = _head_at(data, place, seed)
     if head is None:
         return None
@@ -82,7 +82,7 @@ def _record_at(data: bytes, place: int, seed: int) -> Entry | None:
     payload = data[start : start + length]
     if len(payload) < length or zlib.crc32(payload, seed) != checksum:
         return None
-    return Entry(term, stamp, json.loads(payload), place, start + length)
+    return LogRecord(term, stamp, json.loads(payload), place, start + length)
 
 
 def _next_record(data: bytes, place: int, seed: int) -> int:
@@ -200,12 +200,3 @@ class RecordLog:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def check(self) -> None:
-        """Asserts that the file holds exactly the records that were appended."""
-        scan = scan_log(self.path, self.fingerprint)
-        end = scan.entries[-1].end if scan.entries else HEADER.size
-        assert len(scan.entries) == self.records and end == self.size == len(scan.data) and not scan.damage, (
-            f"{self.path}: {len(scan.entries)} records, {len(scan.data)} bytes, damage {scan.damage}; "
-            f"expected {self.records} records, {self.size} bytes"
-        )

@@ -1,13 +1,15 @@
-"""Where rows come from: Parquet files and data sets of the `datasets` library. CSV and JSON lines are in
-`text_sources`.
+"""Where rows come from: Parquet files and data sets of the `datasets` library. CSV is in `csv_source`, JSON lines are in
+`json_lines`.
 
-A source knows its schema, its units (row groups) and its identity before the first row is read, and streams record
-batches of one unit at a time.
+A source knows its schema, its row groups and its identity before the first row is read, and streams record batches of
+one row group at a time.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,25 +23,25 @@ import pyarrow.parquet as pq
 from flexbatch.apps.jobs.columns import refuse_reserved
 from flexbatch.apps.jobs.content import content, wanted_whole
 from flexbatch.apps.jobs.files import InputFile, SourceError
-from flexbatch.apps.jobs.layout import Part, Unit
+from flexbatch.apps.jobs.layout import Part, RowGroup
 from flexbatch.validation.errors import ConfigurationError
 
 BATCH_ROWS = 1024
-DATASET_UNIT_ROWS = 1000
+DATASET_GROUP_ROWS = 1000
 
 
-class Source(Protocol):
-    """``schema``: columns of the rows; ``units``: what there is to read, in order; ``identity``: JSON value that
+class RowSource(Protocol):
+    """``schema``: columns of the rows; ``row_groups``: what there is to read, in order; ``identity``: JSON value that
     changes when the input changes."""
 
     schema: pa.Schema
     identity: dict[str, Any]
 
     @property
-    def units(self) -> Sequence[Unit]: ...
+    def row_groups(self) -> Sequence[RowGroup]: ...
 
-    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
-        """The rows of one unit from row ``start`` on, a batch at a time. Raises SourceError that names the file and
+    def batches(self, row_group: int, start: int) -> Iterator[pa.RecordBatch]:
+        """The rows of one row group from row ``start`` on, a batch at a time. Raises SourceError that names the file and
         the row group."""
         ...
 
@@ -91,12 +93,14 @@ class ParquetSource:
                 raise ConfigurationError(f"{file.name}: column names repeat: {', '.join(sorted(repeated))}")
         self._open: tuple[str, pa.NativeFile, pq.ParquetFile] | None = None
         self.schema = unify([file.name for file in files], [schema for _, schema, _ in found])
-        self.units: list[Unit] = []
+        self.row_groups: list[RowGroup] = []
         self._paths: list[str] = []
         for file, (metadata, _, _) in zip(files, found, strict=True):
             for group in range(metadata.num_row_groups):
-                row_group = metadata.row_group(group)
-                self.units.append(Unit(file.name, row_group.num_rows, row_group.total_byte_size, file.folder, group))
+                found_group = metadata.row_group(group)
+                self.row_groups.append(
+                    RowGroup(file.name, found_group.num_rows, found_group.total_byte_size, file.folder, group)
+                )
                 self._paths.append(file.path)
         self.identity = {
             "format": "parquet",
@@ -137,10 +141,12 @@ class ParquetSource:
             self._open[1].close()
             self._open = None
 
-    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
-        where, row = self.units[unit], 0
+    def batches(self, row_group: int, start: int) -> Iterator[pa.RecordBatch]:
+        where, row = self.row_groups[row_group], 0
         try:
-            for batch in self._file(self._paths[unit]).iter_batches(batch_size=BATCH_ROWS, row_groups=[where.group]):
+            for batch in self._file(self._paths[row_group]).iter_batches(
+                batch_size=BATCH_ROWS, row_groups=[where.group]
+            ):
                 skip = min(max(start - row, 0), len(batch))
                 row += len(batch)
                 if skip < len(batch):
@@ -177,23 +183,23 @@ class DatasetSource:
         self._name, self._dataset = name, found.with_format("arrow")
         self.schema = found.features.arrow_schema.remove_metadata()
         row_bytes = (found.data.nbytes if found.data is not None else 0) // max(len(found), 1)
-        self.units = [
-            Unit(
+        self.row_groups = [
+            RowGroup(
                 name,
-                min(DATASET_UNIT_ROWS, len(found) - row),
-                min(DATASET_UNIT_ROWS, len(found) - row) * row_bytes,
-                group=row // DATASET_UNIT_ROWS,
+                min(DATASET_GROUP_ROWS, len(found) - row),
+                min(DATASET_GROUP_ROWS, len(found) - row) * row_bytes,
+                group=row // DATASET_GROUP_ROWS,
             )
-            for row in range(0, len(found), DATASET_UNIT_ROWS)
+            for row in range(0, len(found), DATASET_GROUP_ROWS)
         ]
         identity: dict[str, Any] = {"rows": len(found), "fingerprint": found._fingerprint}
         if Path(name).is_dir():
-            # A fingerprint is what the folder says of itself; what is at its place may have been written since.
+            # A fingerprint is what the folder says of itself; the files there may have been written since.
             identity |= _saved_content(Path(name), [entry["filename"] for entry in found.cache_files])
         self.identity = {"format": "dataset", "files": {name: identity}}
 
-    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
-        first, rows = unit * DATASET_UNIT_ROWS, self.units[unit].rows
+    def batches(self, row_group: int, start: int) -> Iterator[pa.RecordBatch]:
+        first, rows = row_group * DATASET_GROUP_ROWS, self.row_groups[row_group].rows
         try:
             table = self._dataset[first + start : first + rows]
             for batch in table.to_batches():
@@ -212,27 +218,32 @@ def _saved_content(folder: Path, paths: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def read_parts(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, pa.Table]]:
-    """The input rows of each part. Parts that follow each other in the input share one pass over its units. Raises
-    SourceError."""
-    unit, row = -1, 0
+def read_parts(source: RowSource, parts: Iterable[Part]) -> Iterator[tuple[Part, pa.Table]]:
+    """The input rows of each part. Parts that follow each other in the input share one pass over its row groups.
+    Raises SourceError."""
+    groups = source.row_groups
+    starts = list(itertools.accumulate((group.rows for group in groups), initial=0))
+    current, row = -1, 0
     stream: Iterator[pa.RecordBatch] = iter(())
     rest: pa.RecordBatch | None = None
     for part in parts:
+        end = part.first_row + part.rows
         pieces: list[pa.RecordBatch] = []
-        for span in part.spans:
-            if span.unit != unit or span.start < row:
-                unit, row, rest, stream = span.unit, span.start, None, source.batches(span.unit, span.start)
-            while row < span.stop:
+        for index in range(bisect.bisect_right(starts, part.first_row) - 1, bisect.bisect_left(starts, end)):
+            first = max(part.first_row - starts[index], 0)
+            stop = min(end - starts[index], groups[index].rows)
+            if index != current or first < row:
+                current, row, rest, stream = index, first, None, source.batches(index, first)
+            while row < stop:
                 if rest is None or not len(rest):
                     rest = next(stream, None)
                     if rest is None:
                         raise SourceError(
-                            f"{source.units[unit].file}: the file ends before row {span.stop} of its unit "
-                            f"{source.units[unit].group}; it changed during the job"
+                            f"{groups[index].file}: the file ends before row {stop} of its row group "
+                            f"{groups[index].group}; it changed during the job"
                         )
-                skip = max(span.start - row, 0)
-                take = rest.slice(skip, max(span.stop - row - skip, 0))
+                skip = max(first - row, 0)
+                take = rest.slice(skip, max(stop - row - skip, 0))
                 row, rest = row + min(skip, len(rest)) + len(take), rest.slice(skip + len(take))
                 if len(take):
                     pieces.append(take)

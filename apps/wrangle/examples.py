@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexbatch.apps.wrangle.datasets import DataSet
-from flexbatch.apps.wrangle.tables import INDEX_COLUMNS, Row, TableError, find_table, read_table
+from flexbatch.apps.wrangle.tables import INDEX_COLUMNS, TableError, TableRow, find_table, read_table
 
 FILES = {"train": "train", "validation": "valid", "test": "test"}
 SIDES = {"A": ("tableA", "ltable_id"), "B": ("tableB", "rtable_id")}
@@ -36,7 +36,7 @@ class Wording:
     separator: str = "."
     missing: str = "nan"
 
-    def row(self, row: Row, columns: dict[str, str]) -> str:
+    def row(self, row: TableRow, columns: dict[str, str]) -> str:
         """``name: value`` of every column of ``columns`` (column -> name in the text)."""
         parts = [
             f"{name}: {self.missing if row[column] is None else str(row[column]).strip()}".lstrip()
@@ -67,20 +67,20 @@ def read_examples(folder: Path, data: DataSet, split: str, wording: Wording) -> 
     return _cells(folder, path, rows, data, wording)
 
 
-def _columns(rows: list[Row], data: DataSet, without: Iterable[str] = ()) -> dict[str, str]:
+def _columns(rows: list[TableRow], data: DataSet, without: Iterable[str] = ()) -> dict[str, str]:
     """Column -> name in the text, of the columns that a text shows."""
     hidden = {"id", *INDEX_COLUMNS, *data.drop, *without}
     return {column: data.rename.get(column, column) for column in (rows[0] if rows else {}) if column not in hidden}
 
 
-def _value(path: Path, number: int, row: Row, column: str) -> str:
+def _value(path: Path, number: int, row: TableRow, column: str) -> str:
     value = row.get(column)
     if value is None:
         raise TableError(f"{path}, row {number}: no value in column {column!r}; the file has {', '.join(row)}")
     return value
 
 
-def _yes(path: Path, number: int, row: Row, column: str) -> bool:
+def _yes(path: Path, number: int, row: TableRow, column: str) -> bool:
     """Whether a 0/1 label is 1."""
     value = _value(path, number, row, column)
     try:
@@ -93,7 +93,7 @@ def _answer(yes: bool) -> str:
     return "Yes\n" if yes else "No\n"
 
 
-def _pairs(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wording) -> list[Example]:
+def _pairs(folder: Path, path: Path, rows: list[TableRow], data: DataSet, wording: Wording) -> list[Example]:
     sides = {}
     for side, (table, _) in SIDES.items():
         found = find_table(folder, table)
@@ -104,7 +104,7 @@ def _pairs(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wo
     examples = []
     for number, row in enumerate(rows):
         text = ""
-        left: Row = {}
+        left: TableRow = {}
         for side, (_, key) in SIDES.items():
             found, by_id, columns = sides[side]
             identity = _value(path, number, row, key)
@@ -118,11 +118,11 @@ def _pairs(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wo
     return examples
 
 
-def _group(row: Row, column: str | None) -> str | None:
+def _group(row: TableRow, column: str | None) -> str | None:
     return None if column is None else (row.get(column) or "nan")
 
 
-def _imputation(path: Path, rows: list[Row], data: DataSet, wording: Wording) -> list[Example]:
+def _imputation(path: Path, rows: list[TableRow], data: DataSet, wording: Wording) -> list[Example]:
     columns = _columns(rows, data, [data.label])
     return [
         Example(
@@ -134,7 +134,7 @@ def _imputation(path: Path, rows: list[Row], data: DataSet, wording: Wording) ->
     ]
 
 
-def _schemas(path: Path, rows: list[Row], data: DataSet) -> list[Example]:
+def _schemas(path: Path, rows: list[TableRow], data: DataSet) -> list[Example]:
     names = {new: old for old, new in data.rename.items()}
     examples = []
     for number, row in enumerate(rows):
@@ -145,7 +145,7 @@ def _schemas(path: Path, rows: list[Row], data: DataSet) -> list[Example]:
     return examples
 
 
-def _cells(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wording) -> list[Example]:
+def _cells(folder: Path, path: Path, rows: list[TableRow], data: DataSet, wording: Wording) -> list[Example]:
     """Cells to check. The split names a row of ``table`` by ``row_id`` and a column by ``col_name``, or its rows are
     complete themselves.
 

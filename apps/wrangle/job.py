@@ -81,11 +81,11 @@ def ask(llm: Any, prompts: Sequence[str], max_tokens: int) -> tuple[list[str | N
     return answers, errors
 
 
-Plan = list[tuple[list[str], list[Example]]]
+TrialPrompts = list[tuple[list[str], list[Example]]]
 """Prompts and examples of every trial."""
 
 
-def run(config: WrangleConfig, data: DataSet, llm: Any, plans: Plan | None = None) -> list[Trial]:
+def run(config: WrangleConfig, data: DataSet, llm: Any, plans: TrialPrompts | None = None) -> list[Trial]:
     """All trials, as they are planned or as `plan` makes them. Raises TableError for data that is absent or wrong,
     and when every prompt fails."""
     trials = []
@@ -97,7 +97,7 @@ def run(config: WrangleConfig, data: DataSet, llm: Any, plans: Plan | None = Non
     return trials
 
 
-def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> Plan:
+def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> TrialPrompts:
     """Prompts and examples of every trial. With clusters the model first answers the validation split, whose
     mistakes are the shots; else it is not needed."""
     wording = Wording(config.separator, config.missing)

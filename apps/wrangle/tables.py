@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flexbatch.text.files import read_text
 
-Row = dict[str, str | None]
+TableRow = dict[str, str | None]
 """Column -> printed value; None where a value is missing."""
 
 MISSING = frozenset(
@@ -29,7 +29,7 @@ def find_table(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / f"{name}.csv", folder / f"{name}.parquet") if path.is_file()), None)
 
 
-def read_table(path: Path) -> list[Row]:
+def read_table(path: Path) -> list[TableRow]:
     """All rows of a CSV or Parquet file. Raises TableError for a file that is neither, or has rows of another length
     than its header."""
     if path.suffix == ".parquet":
@@ -77,7 +77,7 @@ def _all(kind: Callable[[str], object], values: Iterable[str]) -> bool:
     return True
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[TableRow]:
     import pyarrow
     import pyarrow.parquet
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch.apps.jobs.openai import RequestError, parse_request
+from flexbatch.apps.jobs.openai_requests import RequestError, parse_request
 from flexbatch.request import SamplingParams
 from flexbatch.text.files import split_lines
 from tests.apps_batch.fake import FakeLLM

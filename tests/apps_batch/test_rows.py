@@ -3,8 +3,9 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from flexbatch.apps.jobs.layout import Part, Span
-from flexbatch.apps.jobs.rows import RowReader, Template, messages_prompt, row_seed
+from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.prompts import Template, messages_prompt
+from flexbatch.apps.jobs.rows import RowReader, row_seed
 from flexbatch.request import SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 
@@ -15,8 +16,8 @@ def rows_of(
     table: pa.Table, params: SamplingParams = GREEDY, folder: str = "", partitions: tuple[str, ...] = (), **how: object
 ) -> list:
     reader = RowReader(table.schema, partitions, params, 5, **how)  # type: ignore[arg-type]
-    part = Part(3, folder, 100, (Span(0, 0, len(table)),))
-    return list(reader.rows(table, part.number, part.first_row, part.folder, lambda row: False))
+    part = Part(3, folder, 100, len(table))
+    return list(reader.rows(table, part, lambda row: False))
 
 
 def test_a_template_takes_columns_nested_fields_and_partitions() -> None:

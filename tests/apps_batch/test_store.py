@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from flexbatch.apps.jobs.manifest import differences
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.apps.jobs.store import OutputStore, differences
+from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.validation.errors import ConfigurationError
 
 JOB = {"model": {"weights": "a"}, "seed": 0}

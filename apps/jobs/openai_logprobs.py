@@ -1,12 +1,15 @@
-"""Single tokens as OpenAI's log-probabilities show them: their bytes, which join to the text, a name for each, and
-where in the text they lie."""
+"""Log-probabilities as OpenAI's responses show them: for each token its bytes, which join to the text, its name, and its
+offset in the text."""
 
 from __future__ import annotations
 
 import codecs
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from flexbatch.request import Completion, TokenLogprob
 from flexbatch.text.decoder import TextDecoder
 
 CONTEXT = 256
@@ -18,7 +21,49 @@ def byte_of_letter() -> dict[str, int]:
     the others for letters above 255."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """A token with its log-probability, its name, and its bytes in the text."""
+
+    name: str
+    text_bytes: bytes
+    entry: TokenLogprob
+
+    @property
+    def logprob(self) -> float:
+        """JSON has no infinity, so a token that cannot come gets what OpenAI and vLLM give it."""
+        return max(self.entry.logprob, -9999.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"token": self.name, "logprob": self.logprob, "bytes": list(self.text_bytes)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of an output: the character of the text where it begins, the token itself, and all tokens whose
+    log-probability is known there, itself first."""
+
+    offset: int
+    chosen: ShownToken
+    known: Sequence[ShownToken]
+
+
+def chat_logprobs(step: Step, count: int) -> dict[str, Any]:
+    """Returns the token and the ``count`` most likely ones, whether it is among them or not."""
+    best = sorted(step.known, key=lambda shown: (-shown.entry.logprob, shown.entry.rank))[:count]
+    return {**step.chosen.as_dict(), "top_logprobs": [shown.as_dict() for shown in best]}
+
+
+def legacy_logprobs(steps: Sequence[Step]) -> dict[str, Any]:
+    return {
+        "tokens": [step.chosen.name for step in steps],
+        "token_logprobs": [step.chosen.logprob for step in steps],
+        "top_logprobs": [{shown.name: shown.logprob for shown in step.known} for step in steps],
+        "text_offset": [step.offset for step in steps],
+    }
 
 
 class TokenTexts:
@@ -38,6 +83,21 @@ class TokenTexts:
         texts = self._decoder.alternatives(before[-CONTEXT:], open_ids) if open_ids else []
         spelled.update((token_id, text.encode()) for token_id, text in zip(open_ids, texts, strict=True))
         return [spelled[token_id] or b"" for token_id in token_ids]
+
+    def steps(self, sample: Completion) -> list[Step]:
+        """Returns the tokens of an output that has log-probabilities, each with its alternatives, as they are shown."""
+        known = [*sample.prompt_token_ids, *sample.token_ids]
+        start, shown, pieces = len(sample.prompt_token_ids), [], []
+        for index, entries in enumerate(sample.logprobs or [], start):
+            token_ids = list(entries)  # the chosen one first
+            found = self.alternatives(known[max(0, index - CONTEXT) : index], token_ids)
+            names = self.names(token_ids, found)
+            shown.append([ShownToken(*each) for each in zip(names, found, entries.values(), strict=True)])
+            pieces.append(found[0])
+        return [
+            Step(offset, dataclasses.replace(tokens[0], text_bytes=kept), tokens)
+            for (offset, kept), tokens in zip(offsets_in(sample.text, pieces), shown, strict=True)
+        ]
 
     def _spelled(self, token_id: int) -> bytes | None:
         """The bytes of a token that is the same in every context; None for others."""
@@ -70,20 +130,20 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def places_in(text: str, pieces: Sequence[bytes]) -> list[tuple[int, bytes]]:
-    """Of every token's bytes: the character of the text where they begin, at most its end, and those of them that
-    are in the text.
+def offsets_in(text: str, pieces: Sequence[bytes]) -> list[tuple[int, bytes]]:
+    """Returns, for the bytes of every token, the character of the text where they begin, at most its end, and those of
+    them that are in the text.
 
     A stop string cuts the text, so that tokens before the end of the output may lie past the end of the text, whole
     or in part.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    places: list[tuple[int, bytes]] = []
-    begun = 0
+    offsets: list[tuple[int, bytes]] = []
+    decoded = 0
     for piece in pieces:
-        kept, place = 0, begun
-        while kept < len(piece) and begun < len(text):
-            begun += len(decoder.decode(piece[kept : kept + 1]))
+        kept, offset = 0, decoded
+        while kept < len(piece) and decoded < len(text):
+            decoded += len(decoder.decode(piece[kept : kept + 1]))
             kept += 1
-        places.append((min(place, len(text)), piece[:kept]))
-    return places
+        offsets.append((min(offset, len(text)), piece[:kept]))
+    return offsets

@@ -1,0 +1,65 @@
+"""OpenAI batch files as rows: each line stays as it is, in one binary column, and is parsed when its row is prepared."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from flexbatch.apps.jobs.files import InputFile
+from flexbatch.apps.jobs.lines_source import LinesSource
+from flexbatch.text.files import parse_json
+
+LINE = "line"
+
+
+class OpenAISource(LinesSource):
+    """The lines of batch files. ``repeated`` has the index of every line whose ``custom_id`` an earlier line has, with
+    the index of the first of these."""
+
+    format, empty = "openai", bytes
+
+    def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile]) -> None:
+        self._keys = array("Q")
+        super().__init__(filesystem, files)
+        self.repeated = first_of_repeated(self._keys)
+        self.schema = pa.schema([pa.field(LINE, pa.binary()), *self._error_column()])
+        self._keys = array("Q")
+
+    def parse(self, line: bytes, number: int, name: str) -> tuple[bytes, None]:
+        return line, None
+
+    def observe(self, rows: Sequence[bytes], errors: list[str | None], name: str) -> None:
+        for line, error in zip(rows, errors, strict=True):
+            self._keys.append(key_hash(None if error else custom_id_of(line), len(self._keys)))
+
+    def columns(self, rows: Sequence[bytes], errors: list[str | None]) -> list[pa.Array]:
+        return [pa.array(rows, pa.binary())]
+
+
+def custom_id_of(line: bytes) -> str | None:
+    """What tells one request of a file from another; None where the line has none."""
+    try:
+        found = parse_json(line)
+    except ValueError:
+        return None
+    custom_id = found.get("custom_id") if isinstance(found, dict) else None
+    return custom_id if isinstance(custom_id, str) else None
+
+
+def key_hash(key: str | None, index: int) -> int:
+    """64 bits that stand for a key; bits of its own for a line without one."""
+    text = f"line {index}" if key is None else f"key {key}"
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def first_of_repeated(keys: array[int]) -> dict[int, int]:
+    """Index -> first index with the same key, for every index but the first of each key."""
+    hashes = np.frombuffer(keys, np.uint64) if keys else np.empty(0, np.uint64)
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    earlier = first[group]
+    return {int(index): int(earlier[index]) for index in np.flatnonzero(earlier != np.arange(len(hashes)))}
