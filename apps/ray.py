@@ -34,7 +34,7 @@ import pyarrow as pa
 
 from flexbatch.apps.batch import open_llm
 from flexbatch.apps.jobs.layout import Part
-from flexbatch.apps.jobs.plan import choose_prompt, make_encode, parquet_form
+from flexbatch.apps.jobs.plan import choose_prompt, make_encode
 from flexbatch.apps.jobs.prompts import RowError
 from flexbatch.apps.jobs.results import ParquetOutput, RowRecord
 from flexbatch.apps.jobs.rows import RowReader, RowRequest
@@ -126,5 +126,6 @@ class GenerateText:
     def _form_for(self, schema: pa.Schema) -> tuple[RowReader, ParquetOutput]:
         if self._form is None:
             config = choose_prompt(self._config, schema.names)
-            self._form = parquet_form(config, schema, (), self._params, self._seed, seed_by_prompt=True)
+            reader = RowReader(config, schema, (), self._params, self._seed, seed_by_prompt=True)
+            self._form = reader, ParquetOutput(config, schema, ())
         return self._form

@@ -230,8 +230,6 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
                         f"{counts.row_errors} rows failed, more than the {limit} that --max-errors allows"
                     )
                 ray.get(done)
-            for commit in ray.get(part_queue.take_commits.remote()):
-                _count(counts, commit, journaled.pop(commit["part"], {}), shard)
     finally:
         progress.close()
     return ended(shard, counts, progress.line(), resume)

@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 from flexbatch.apps.jobs.columns import ROW_ERROR, check_names, refuse_reserved, text_column
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import RowGroup
-from flexbatch.apps.jobs.text_stream import CHUNK_BYTES, MAX_LINE, UNREADABLE, DigestingStream, record_batch
+from flexbatch.apps.jobs.text_source import CHUNK_BYTES, MAX_LINE, UNREADABLE, DigestingStream, record_batch
 from flexbatch.text.files import lone_surrogate
 from flexbatch.validation.errors import ConfigurationError
 
@@ -46,7 +46,7 @@ class CsvRows:
                 raise ConfigurationError(
                     f"{self._name}: line {self._reader.line_num + 1} is longer than {MAX_LINE:,} characters: is it CSV?"
                 )
-            yield line.replace("\x00", NUL) if "\x00" in line else line
+            yield line.replace("\x00", NUL)
         self._ended = True
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
@@ -65,11 +65,7 @@ class CsvRows:
                     f"{self._name}: the row that begins in line {number} opens a quote that is never closed"
                 )
             if cells:
-                yield number, [_with_zero_bytes(cell) for cell in cells]
-
-
-def _with_zero_bytes(cell: str) -> str:
-    return cell.replace(NUL, "\x00") if NUL in cell else cell
+                yield number, [cell.replace(NUL, "\x00") for cell in cells]
 
 
 class CsvSource:
@@ -140,15 +136,13 @@ class CsvSource:
                     columns.append(text_column(values, kind, errors))
             yield record_batch(columns, errors, self.schema)
 
-    def batches(self, row_group: int, start: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
         row = 0
         try:
             with self._open(self._files[row_group]) as (records, _):
                 for batch in self._batches(records, self.row_groups[row_group].file):
-                    skip = min(max(start - row, 0), len(batch))
                     row += len(batch)
-                    if skip < len(batch):
-                        yield batch.slice(skip)
+                    yield batch
         except ConfigurationError as error:
             raise SourceError(f"{self.row_groups[row_group].file}: row {row} and on cannot be read: {error}") from error
 

@@ -19,7 +19,7 @@ from flexbatch.apps.jobs.columns import (
     refuse_reserved,
 )
 from flexbatch.apps.jobs.files import InputFile
-from flexbatch.apps.jobs.lines_source import LinesSource
+from flexbatch.apps.jobs.text_source import LinesSource
 from flexbatch.text.files import parse_json
 from flexbatch.validation.errors import ConfigurationError
 
@@ -82,7 +82,7 @@ class JsonLinesSource(LinesSource):
             pa.field(column, self._types[column]) if column in self._types else values.field(column)
             for column, values in self._observed.items()
         ]
-        return pa.schema([*columns, *self._error_column()])
+        return pa.schema([*columns, *self.error_columns])
 
 
 def _object(line: bytes, problems: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from flexbatch.apps.jobs.openai_logprobs import TokenTexts, chat_logprobs, legacy_logprobs
 from flexbatch.apps.jobs.openai_requests import CHAT, Call
-from flexbatch.apps.jobs.results import RowRecord, failure_text, write_lines
+from flexbatch.apps.jobs.results import RowRecord, failure_text
 from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.request import Completion
 from flexbatch.text.files import split_lines
@@ -83,7 +84,15 @@ class OpenAIOutput:
         return usage["prompt_tokens"], usage["completion_tokens"]
 
     def write(self, path: Path, table: pa.Table, records: Sequence[RowRecord]) -> None:
-        write_lines(path, records)
+        with path.open("wb") as file:
+            for record in records:
+                try:
+                    line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+                except UnicodeEncodeError:  # half of a surrogate pair, which no text can hold as it is, is escaped
+                    line = json.dumps(record, separators=(",", ":")).encode()
+                file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self, path: Path, rows: int) -> list[RowRecord]:
         try:

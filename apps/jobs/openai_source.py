@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from flexbatch.apps.jobs.files import InputFile
-from flexbatch.apps.jobs.lines_source import LinesSource
+from flexbatch.apps.jobs.text_source import LinesSource
 from flexbatch.text.files import parse_json
 
 LINE = "line"
@@ -27,15 +27,12 @@ class OpenAISource(LinesSource):
         self._keys = array("Q")
         super().__init__(filesystem, files)
         self.repeated = first_of_repeated(self._keys)
-        self.schema = pa.schema([pa.field(LINE, pa.binary()), *self._error_column()])
+        self.schema = pa.schema([pa.field(LINE, pa.binary()), *self.error_columns])
         self._keys = array("Q")
 
-    def parse(self, line: bytes, number: int, name: str) -> tuple[bytes, None]:
-        return line, None
-
     def observe(self, rows: Sequence[bytes], errors: list[str | None], name: str) -> None:
-        for line, error in zip(rows, errors, strict=True):
-            self._keys.append(key_hash(None if error else custom_id_of(line), len(self._keys)))
+        for line in rows:
+            self._keys.append(key_hash(custom_id_of(line), len(self._keys)))
 
     def columns(self, rows: Sequence[bytes], errors: list[str | None]) -> list[pa.Array]:
         return [pa.array(rows, pa.binary())]

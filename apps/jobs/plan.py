@@ -130,37 +130,6 @@ def settings_for_manifest(params: SamplingParams) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def parquet_form(
-    config: JobConfig,
-    schema: pa.Schema,
-    partitions: Sequence[str],
-    params: SamplingParams,
-    seed: int,
-    *,
-    seed_by_prompt: bool = False,
-) -> tuple[RowReader, ParquetOutput]:
-    """What reads rows with these columns and what writes them with their results. Raises ConfigurationError."""
-    reader = RowReader(
-        schema,
-        partitions,
-        params,
-        seed,
-        prompt_column=config.prompt_column,
-        messages_column=config.messages_column,
-        template=config.prompt_template,
-        columns=config.setting_columns(),
-        seed_by_prompt=seed_by_prompt,
-    )
-    output = ParquetOutput(
-        schema,
-        partitions,
-        prefix=config.output_prefix,
-        tokens=config.generated_tokens,
-        logprobs=config.logprobs is not None,
-    )
-    return reader, output
-
-
 def plan_job(
     location: str,
     folder: str,
@@ -193,7 +162,8 @@ def plan_job(
         reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated)
         output = OpenAIOutput(fingerprint_digest(fingerprint).hex()[:12])
     else:
-        reader, output = parquet_form(config, schema, partitions, params, engine.seed)
+        reader = RowReader(config, schema, partitions, params, engine.seed)
+        output = ParquetOutput(config, schema, partitions)
     parts = plan_parts(source.row_groups, part_rows)
     return BatchJob(config, engine, folder, source, reader, output, parts, fingerprint)
 

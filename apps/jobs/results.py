@@ -3,7 +3,6 @@ part is written."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ import pyarrow.parquet as pq
 
 from flexbatch.apps.jobs.columns import ROW_ERROR
 from flexbatch.apps.jobs.rows import RowRequest
-from flexbatch.request import Completion, TokenLogprob
+from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.request import Completion
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted
 
@@ -92,12 +92,11 @@ def listed_logprobs(completion: Completion) -> list[list[list[float]]] | None:
     """Per generated token, its candidates as [token id, natural-log probability, rank], most likely first."""
     if completion.logprobs is None:
         return None
-
-    def order(entry: TokenLogprob) -> tuple[int, int]:
-        return entry.rank, entry.token_id
-
     return [
-        [[entry.token_id, entry.logprob, entry.rank] for entry in sorted(step.values(), key=order)]
+        [
+            [entry.token_id, entry.logprob, entry.rank]
+            for entry in sorted(step.values(), key=lambda entry: (entry.rank, entry.token_id))
+        ]
         for step in completion.logprobs
     ]
 
@@ -108,20 +107,11 @@ class ParquetOutput:
 
     suffix = ".parquet"
 
-    def __init__(
-        self,
-        schema: pa.Schema,
-        partitions: Sequence[str],
-        *,
-        prefix: str = "",
-        tokens: bool = False,
-        logprobs: bool = False,
-    ) -> None:
-        self._prefix = prefix
-        self._kept = [
-            name for name, _ in COLUMNS if (name != "generated_tokens" or tokens) and (name != "logprobs" or logprobs)
-        ]
-        self.schema = result_schema(schema, partitions, prefix, self._kept)
+    def __init__(self, config: JobConfig, schema: pa.Schema, partitions: Sequence[str]) -> None:
+        self._prefix = config.output_prefix
+        left_out = {"generated_tokens": not config.generated_tokens, "logprobs": config.logprobs is None}
+        self._kept = [name for name, _ in COLUMNS if not left_out.get(name)]
+        self.schema = result_schema(schema, partitions, self._prefix, self._kept)
 
     def start(self, created: int, tokenizer: Any) -> None:
         """Does nothing: the records hold neither times nor names of tokens."""
@@ -187,16 +177,3 @@ class ParquetOutput:
             ]
         absent = [None] * rows
         return [list(values) for values in zip(*(columns.get(name, absent) for name, _ in COLUMNS), strict=True)]
-
-
-def write_lines(path: Path, values: Sequence[Any]) -> None:
-    """JSON lines, durable. What a text cannot hold as it is, half of a surrogate pair, is escaped as it was."""
-    with path.open("wb") as file:
-        for value in values:
-            try:
-                line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-            except UnicodeEncodeError:
-                line = json.dumps(value, separators=(",", ":")).encode()
-            file.write(line + b"\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from flexbatch.apps.jobs.prompts import (
     text_prompt,
     unicode_text,
 )
+from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.request import SamplingParams
 from flexbatch.text.files import parse_json, short
 from flexbatch.validation.errors import ConfigurationError
@@ -77,47 +78,44 @@ def row_seed(seed: int, place: int | str) -> int:
 
 
 class RowReader:
-    """Makes the requests of a table.
+    """Makes the requests of a table, as ``config`` says: from its column of prompts or messages, else its template.
 
-    Exactly one of ``prompt_column``, ``messages_column`` and ``template`` is given. ``columns`` maps a setting of
-    `SETTINGS` to the column that holds it per row; null there means the value of ``params``. ``seed_by_prompt``
-    derives seeds from prompts, where the index of a row is not known. Raises ConfigurationError for columns that the
-    schema lacks or whose type cannot be a prompt.
+    A setting that has a column takes its value per row from there; null means the value of ``params``.
+    ``seed_by_prompt`` derives seeds from prompts, where the index of a row is not known. Raises ConfigurationError for
+    columns that the schema lacks or whose type cannot be a prompt.
     """
 
     def __init__(
         self,
+        config: JobConfig,
         schema: pa.Schema,
         partitions: Sequence[str],
         params: SamplingParams,
         seed: int,
         *,
-        prompt_column: str | None = None,
-        messages_column: str | None = None,
-        template: str | None = None,
-        columns: Mapping[str, str] | None = None,
         seed_by_prompt: bool = False,
     ) -> None:
         self._params, self._seed, self._seed_by_prompt = params, seed, seed_by_prompt
-        self._columns = dict(columns or {})
+        self._columns = config.setting_columns()
+        prompts, messages = config.prompt_column, config.messages_column
         self._prompt: Callable[[dict[str, Any]], Any]
-        if prompt_column is not None:
-            names, self._prompt = [prompt_column], lambda row: text_prompt(row[prompt_column], prompt_column)
-        elif messages_column is not None:
-            names, self._prompt = [messages_column], lambda row: messages_prompt(row[messages_column], messages_column)
+        if prompts is not None:
+            names, self._prompt = [prompts], lambda row: text_prompt(row[prompts], prompts)
+        elif messages is not None:
+            names, self._prompt = [messages], lambda row: messages_prompt(row[messages], messages)
         else:
-            filled = Template(template or "")
-            names, self._prompt = list(filled.columns), filled.render
+            template = Template(config.prompt_template or "")
+            names, self._prompt = list(template.columns), template.render
         wanted = [*names, *self._columns.values()]
         for name in wanted:
             if name not in schema.names and name not in partitions:
                 raise ConfigurationError(
                     f"the input has no column {name!r}; its columns are: {', '.join([*schema.names, *partitions])}"
                 )
-        if prompt_column in schema.names and not _is_text(schema.field(prompt_column).type):
+        if prompts in schema.names and not _is_text(schema.field(prompts).type):
             raise ConfigurationError(
-                f"column {prompt_column!r} holds {schema.field(prompt_column).type}, not text; --prompt-template "
-                f"'{{{prompt_column}}}' writes it as text"
+                f"column {prompts!r} holds {schema.field(prompts).type}, not text; --prompt-template "
+                f"'{{{prompts}}}' writes it as text"
             )
         self._names = [name for name in dict.fromkeys(wanted) if name in schema.names]
         self._json = [name for name in self._names if holds_json(schema.field(name))]

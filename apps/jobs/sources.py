@@ -40,8 +40,8 @@ class RowSource(Protocol):
     @property
     def row_groups(self) -> Sequence[RowGroup]: ...
 
-    def batches(self, row_group: int, start: int) -> Iterator[pa.RecordBatch]:
-        """The rows of one row group from row ``start`` on, a batch at a time. Raises SourceError that names the file and
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
+        """The rows of one row group, a batch at a time. Raises SourceError that names the file and
         the row group."""
         ...
 
@@ -141,16 +141,14 @@ class ParquetSource:
             self._open[1].close()
             self._open = None
 
-    def batches(self, row_group: int, start: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
         where, row = self.row_groups[row_group], 0
         try:
             for batch in self._file(self._paths[row_group]).iter_batches(
                 batch_size=BATCH_ROWS, row_groups=[where.group]
             ):
-                skip = min(max(start - row, 0), len(batch))
                 row += len(batch)
-                if skip < len(batch):
-                    yield conform(batch.slice(skip), self.schema)
+                yield conform(batch, self.schema)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"{where.file}: row group {where.group} cannot be read: {error}") from error
         if row != where.rows:
@@ -198,10 +196,10 @@ class DatasetSource:
             identity |= _saved_content(Path(name), [entry["filename"] for entry in found.cache_files])
         self.identity = {"format": "dataset", "files": {name: identity}}
 
-    def batches(self, row_group: int, start: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
         first, rows = row_group * DATASET_GROUP_ROWS, self.row_groups[row_group].rows
         try:
-            table = self._dataset[first + start : first + rows]
+            table = self._dataset[first : first + rows]
             for batch in table.to_batches():
                 yield conform(batch, self.schema)
         except (pa.ArrowException, OSError, IndexError) as error:
@@ -233,7 +231,7 @@ def read_parts(source: RowSource, parts: Iterable[Part]) -> Iterator[tuple[Part,
             first = max(part.first_row - starts[index], 0)
             stop = min(end - starts[index], groups[index].rows)
             if index != current or first < row:
-                current, row, rest, stream = index, first, None, source.batches(index, first)
+                current, row, rest, stream = index, 0, None, source.batches(index)
             while row < stop:
                 if rest is None or not len(rest):
                     rest = next(stream, None)

@@ -140,7 +140,10 @@ class OutputStore:
                 continue
             commit = known.get(part.number, {}).get(found)
             if commit is None or (retry_failed and commit.errors):
-                records = self._read(path, part, output)
+                try:
+                    records = output.read(path, part.rows)
+                except ValueError as error:
+                    raise ConfigurationError(f"{error}. Remove it to have it written again") from None
                 if commit is None:
                     commit = self._commit(part, records, output)
                     self._record(commit, found)
@@ -175,13 +178,6 @@ class OutputStore:
                         and name[1:].split(output.suffix)[0] + output.suffix in mine
                     ):
                         (self.folder / folder / name).unlink(missing_ok=True)
-
-    @staticmethod
-    def _read(path: Path, part: Part, output: Output) -> list[RowRecord]:
-        try:
-            return output.read(path, part.rows)
-        except ValueError as error:
-            raise ConfigurationError(f"{error}. Remove it to have it written again") from None
 
     def _record(self, commit: Commit, found: Identity) -> None:
         self._commits_log.append({**asdict(commit), "bytes": found[0], "mtime_ns": found[1]})

@@ -19,8 +19,6 @@ from flexbatch.apps.wrangle.shots import cluster_shots, join_shots, manual_shots
 from flexbatch.apps.wrangle.tables import TableError
 from flexbatch.request import SamplingParams
 
-SELECTIONS = ("random", "manual", "clusters")
-
 
 @dataclass(frozen=True)
 class WrangleConfig:
@@ -148,7 +146,7 @@ def summary(config: WrangleConfig, data: DataSet, trials: Sequence[Trial]) -> di
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
         "mean": {name: statistics.fmean(getattr(each, name) for each in scores) for name in names},
         "deviation": {name: statistics.pstdev(getattr(each, name) for each in scores) for name in names},
-        "trials": [each.as_dict() for each in scores],
+        "trials": [asdict(each) for each in scores],
         "failed_prompts": sum(bool(error) for trial in trials for error in trial.errors),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,6 @@ class Scores:
     precision: float
     recall: float
     f1: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def is_right(prediction: str, label: str, task: str) -> bool:

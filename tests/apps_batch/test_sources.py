@@ -14,10 +14,10 @@ import pytest
 
 from flexbatch.apps.jobs.files import SourceError, list_files, partition_values
 from flexbatch.apps.jobs.layout import plan_parts
-from flexbatch.apps.jobs.lines_source import chunks_of
 from flexbatch.apps.jobs.plan import open_source
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import RowSource, read_parts
+from flexbatch.apps.jobs.text_source import chunks_of
 from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.invariants import check_layout
 
@@ -191,7 +191,7 @@ def test_csv_cells_are_text_unless_the_user_types_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexbatch.apps.jobs.lines_source.chunks_of", lambda stream, path: chunks_of(stream, path, 100))
+    monkeypatch.setattr("flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path: chunks_of(stream, path, 100))
     rows = [
         {"n": i, "when": "2024-01-01T00:00:00", "m": [{"role": "user", "content": "ü" * (i % 5)}]} for i in range(40)
     ]

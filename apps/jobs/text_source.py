@@ -1,10 +1,16 @@
-"""Files of lines, read in chunks of whole lines. One pass before the job finds the row counts and a digest; the job then
-streams them like Parquet."""
+"""Files of text: one pass before the job finds the row counts and a digest; the job then streams them like Parquet.
+Lines are read in chunks of whole ones; CSV has its own way to find rows.
+
+A row that cannot be read, such as a line that is not JSON, is null in every column, and the column `ROW_ERROR` says
+why.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, cast
@@ -15,9 +21,13 @@ import pyarrow.fs as pafs
 from flexbatch.apps.jobs.columns import ROW_ERROR
 from flexbatch.apps.jobs.files import COMPRESSED, InputFile, SourceError
 from flexbatch.apps.jobs.layout import RowGroup
-from flexbatch.apps.jobs.text_stream import CHUNK_BYTES, MAX_LINE, UNREADABLE, DigestingStream, record_batch
-from flexbatch.text.files import UTF8_MARK
+from flexbatch.text.files import UTF8_MARK, without_mark
 from flexbatch.validation.errors import ConfigurationError
+
+CHUNK_BYTES = 4 * 2**20
+MAX_LINE = 64 * 2**20
+"""The longest line of JSON in bytes, and the longest line and cell of CSV in characters."""
+UNREADABLE = (pa.ArrowException, OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,42 @@ def _skip_line(stream: BinaryIO, length: int, chunk_bytes: int) -> tuple[int, by
     return length, bytearray()
 
 
+class DigestingStream(io.RawIOBase):
+    """The uncompressed bytes of a text file that is read as a whole, and their digest.
+
+    Reading raises ConfigurationError for a file that says by its byte order mark that it is not UTF-8.
+    """
+
+    def __init__(self, filesystem: pafs.FileSystem, file: InputFile) -> None:
+        self._stream, self._name = cast(BinaryIO, filesystem.open_input_stream(file.path)), file.name
+        self._digest, self._began = hashlib.sha256(), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        if not self._began:
+            without_mark(data, self._name)
+            self._began = True
+        self._digest.update(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def record_batch(columns: Sequence[pa.Array], errors: Sequence[str | None], schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of a source. Its schema has a column for their errors where its first pass has found one."""
+    whole = [*columns, pa.array(errors, pa.string())] if ROW_ERROR in schema.names else list(columns)
+    return pa.RecordBatch.from_arrays(whole, schema=schema)
+
+
 class LinesSource:
     """One row for every line that is not blank. What a row is, a subclass says: how a line is parsed, what the pass
     before the job learns of the rows, and the columns that they make. Raises ConfigurationError where no row can be
@@ -83,10 +129,11 @@ class LinesSource:
         self.identity: dict[str, Any] = {"format": self.format, "files": {}}
         for file in files:
             self._scan_file(file)
+        self.error_columns = [pa.field(ROW_ERROR, pa.string())] if self._first_error else []
 
     def parse(self, line: bytes, number: int, name: str) -> tuple[Any, str | None]:
-        """The row of line ``number`` (from 1) of the file ``name``, and what is wrong with it."""
-        raise NotImplementedError
+        """The row of line ``number`` (from 1) of the file ``name``, here the line itself, and what is wrong with it."""
+        return line, None
 
     def observe(self, rows: Sequence[Any], errors: list[str | None], name: str) -> None:
         """Takes note of the rows of a chunk in the pass before the job, and adds what else is wrong to ``errors``."""
@@ -128,7 +175,7 @@ class LinesSource:
         ]
         return [row for row, _ in parsed], [error for _, error in parsed]
 
-    def batches(self, row_group: int, start: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
         chunk, where = self._chunks[row_group], self.row_groups[row_group]
         try:
             data = b""
@@ -144,12 +191,7 @@ class LinesSource:
                 f"{where.file}: {len(batch)} rows from line {chunk.first_line + 1} on, {where.rows} at the start of "
                 "the job: the file changed"
             )
-        if start < len(batch):
-            yield batch.slice(start)
-
-    def _error_column(self) -> list[pa.Field]:
-        """The column for the errors of rows, where the pass before the job has found one."""
-        return [pa.field(ROW_ERROR, pa.string())] if self._first_error else []
+        yield batch
 
     def _stream_at(self, chunk: Chunk) -> BinaryIO:
         if chunk.path.endswith(COMPRESSED):
