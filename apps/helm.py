@@ -146,34 +146,34 @@ class FlexBatchExecutor(Executor):
             return super().execute(scenario_state)
         states = list(scenario_state.request_states)
         by_deployment: dict[str, list[int]] = defaultdict(list)
-        for place, state in enumerate(states):
-            by_deployment[state.request.model_deployment].append(place)
-        for name, places in by_deployment.items():
+        for index, state in enumerate(states):
+            by_deployment[state.request.model_deployment].append(index)
+        for name, indices in by_deployment.items():
             client = self.context.client._get_client(name)
             if isinstance(client, FlexBatchClient):
                 self.clients += [client] if client not in self.clients else []
-                results = client.make_requests([states[place].request for place in places])
+                results = client.make_requests([states[index].request for index in indices])
                 done = [
-                    dataclasses.replace(states[place], result=result)
-                    for place, result in zip(places, results, strict=True)
+                    dataclasses.replace(states[index], result=result)
+                    for index, result in zip(indices, results, strict=True)
                 ]
             else:
                 done = parallel_map(
-                    self.process, [states[place] for place in places], parallelism=self.execution_spec.parallelism
+                    self.process, [states[index] for index in indices], parallelism=self.execution_spec.parallelism
                 )
-            for place, state in zip(places, done, strict=True):
-                states[place] = state
+            for index, state in zip(indices, done, strict=True):
+                states[index] = state
         hlog(f"Processed {len(states)} requests")
         return dataclasses.replace(scenario_state, request_states=self._without_failures(states))
 
     def _without_failures(self, states: list[RequestState]) -> list[RequestState]:
-        for place, state in enumerate(states):
+        for index, state in enumerate(states):
             if state.result.success or state.result.completions:
                 continue
             if state.result.error_flags is None or state.result.error_flags.is_fatal is not False:
                 raise ExecutorError(f"{state.result.error} Request: {state.request}")
-            hwarn(f"Request {place} of {len(states)} failed and is left out of the metrics: {state.result.error}")
-            self.failed.append((place, state))
+            hwarn(f"Request {index} of {len(states)} failed and is left out of the metrics: {state.result.error}")
+            self.failed.append((index, state))
         if not self.failed:
             return states
         bad = {_group(state) for _, state in self.failed}
@@ -183,7 +183,7 @@ class FlexBatchExecutor(Executor):
                 f"all {len(states)} requests failed or belong to a failed instance; the first error: "
                 f"{self.failed[0][1].result.error}"
             )
-        left_out = [(place, state) for place, state in enumerate(states) if _group(state) in bad]
+        left_out = [(index, state) for index, state in enumerate(states) if _group(state) in bad]
         self.failed = left_out
         return kept
 
@@ -221,17 +221,17 @@ class FlexBatchRunner(Runner):
     def _record(folder: Path, left_out: list[tuple[int, RequestState]]) -> None:
         path = folder / "scenario_state.json"
         content = json.loads(path.read_text())
-        for place, state in left_out:  # ascending, so that every insertion lands at the place in the whole scenario
-            content["request_states"].insert(place, asdict_without_nones(state))
+        for index, state in left_out:  # ascending, so that every insertion lands at the place in the whole scenario
+            content["request_states"].insert(index, asdict_without_nones(state))
         path.write_text(json.dumps(content, indent=2))
         errors = [
             {
-                "place": place,
+                "place": index,
                 "instance": state.instance.id,
                 "reference": state.reference_index,
                 "error": state.result.error,
             }
-            for place, state in left_out
+            for index, state in left_out
             if not state.result.success
         ]
         (folder / ERRORS_FILE).write_text(json.dumps(errors, indent=2))

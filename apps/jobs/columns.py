@@ -89,7 +89,7 @@ class ObservedValues:
     holds them all.
     """
 
-    plain: set[type] = field(default_factory=set)
+    scalars: set[type] = field(default_factory=set)
     numbers: Numbers | None = None
     items: ObservedValues | None = None
     fields: dict[str, ObservedValues] | None = None
@@ -99,7 +99,7 @@ class ObservedValues:
         if value is None:
             return
         if kind is str or kind is bool:
-            self.plain.add(kind)
+            self.scalars.add(kind)
         elif kind is dict:
             self.fields = {} if self.fields is None else self.fields
             for name, item in value.items():
@@ -117,12 +117,12 @@ class ObservedValues:
     def type(self, depth: int = 0) -> pa.DataType | None:
         """The type, or None where only JSON text holds all the values."""
         if (
-            len(self.plain) + (self.numbers is not None) + (self.items is not None) + (self.fields is not None) > 1
+            len(self.scalars) + (self.numbers is not None) + (self.items is not None) + (self.fields is not None) > 1
             or depth > DEEPEST_TYPE
         ):
             return None
-        if self.plain:
-            return pa.string() if str in self.plain else pa.bool_()
+        if self.scalars:
+            return pa.string() if str in self.scalars else pa.bool_()
         if self.numbers is not None:
             return self.numbers.type()
         if self.items is not None:
@@ -153,7 +153,7 @@ def _sizable(value: Any) -> Any:
     return value
 
 
-def plain_value(kind: pa.DataType) -> Callable[[Any], Any]:
+def arrow_value(kind: pa.DataType) -> Callable[[Any], Any]:
     """Makes of a parsed JSON value what Arrow takes for this type: doubles of Decimals where the column is one of
     doubles.
     """
@@ -162,10 +162,10 @@ def plain_value(kind: pa.DataType) -> Callable[[Any], Any]:
     if pa.types.is_decimal(kind):
         return lambda value: _sizable(Decimal(value))
     if pa.types.is_list(kind):
-        inner = plain_value(kind.value_type)
+        inner = arrow_value(kind.value_type)
         return lambda value: [None if item is None else inner(item) for item in value]
     if pa.types.is_struct(kind):
-        fields = [(entry.name, plain_value(entry.type)) for entry in kind]
+        fields = [(entry.name, arrow_value(entry.type)) for entry in kind]
         return lambda value: {name: None if value.get(name) is None else make(value[name]) for name, make in fields}
     return _sizable
 
@@ -173,11 +173,11 @@ def plain_value(kind: pa.DataType) -> Callable[[Any], Any]:
 def check_text(value: Any, name: str) -> None:
     """Raises Unfit where a text, or one anywhere in a value, is no Unicode text."""
     if isinstance(value, str):
-        place = lone_surrogate(value)
-        if place >= 0:
+        index = lone_surrogate(value)
+        if index >= 0:
             raise UnfitValue(
-                f"{name!r} holds half of a surrogate pair, {value[place].encode('unicode_escape').decode()}, at "
-                f"character {place}: no Unicode text"
+                f"{name!r} holds half of a surrogate pair, {value[index].encode('unicode_escape').decode()}, at "
+                f"character {index}: no Unicode text"
             )
     elif isinstance(value, dict):
         for key, item in value.items():
@@ -224,11 +224,11 @@ def column(
         return make(values)
     except (pa.ArrowException, ValueError, TypeError, ArithmeticError):
         pieces = []
-        for place, value in enumerate(values):
+        for index, value in enumerate(values):
             try:
                 pieces.append(make([value]))
             except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
-                errors[place] = errors[place] or (
+                errors[index] = errors[index] or (
                     str(error)
                     if isinstance(error, UnfitValue)
                     else f"column {kind.name!r}: {short(value)} is no {kind.type}"
@@ -239,12 +239,12 @@ def column(
 
 def json_column(values: Sequence[Any], kind: pa.Field, errors: list[str | None]) -> pa.Array:
     """Parsed JSON values as their column; see `column`. As text, what is no text is its JSON."""
-    plain = json_text if holds_json(kind) else text_of if pa.types.is_string(kind.type) else plain_value(kind.type)
+    scalars = json_text if holds_json(kind) else text_of if pa.types.is_string(kind.type) else arrow_value(kind.type)
     return column(
         values,
         kind,
         errors,
-        lambda chosen: pa.array([None if value is None else plain(value) for value in chosen], kind.type),
+        lambda chosen: pa.array([None if value is None else scalars(value) for value in chosen], kind.type),
     )
 
 

@@ -41,10 +41,10 @@ def content(filesystem: pafs.FileSystem, file: InputFile, handle: pa.NativeFile,
     elif version := _version(filesystem, file.path, handle):
         return {"version": version}
     elif whole:
-        digest, place = hashlib.sha256(), 0
-        while data := handle.read_at(CHUNK_BYTES, place):
+        digest, offset = hashlib.sha256(), 0
+        while data := handle.read_at(CHUNK_BYTES, offset):
             digest.update(data)
-            place += len(data)
+            offset += len(data)
         return {"content": f"sha256 {digest.hexdigest()[:32]}"}
     changed = filesystem.get_file_info(file.path).mtime
     digest, last = hashlib.sha256(), max(file.size - SAMPLE_BYTES, 0)

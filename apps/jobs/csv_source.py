@@ -131,8 +131,8 @@ class CsvSource:
             columns = []
             for kind in self.schema:
                 if kind.name != ROW_ERROR:
-                    place = header.index(kind.name) if kind.name in header else None
-                    values = [None if place is None or place >= len(cells) else cells[place] for _, cells in group]
+                    index = header.index(kind.name) if kind.name in header else None
+                    values = [None if index is None or index >= len(cells) else cells[index] for _, cells in group]
                     columns.append(text_column(values, kind, errors))
             yield record_batch(columns, errors, self.schema)
 

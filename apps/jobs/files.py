@@ -80,12 +80,12 @@ def _fsspec(location: str, head: str) -> tuple[pafs.FileSystem, str]:
 
         found, path = url_to_fs(head)
     except (ImportError, ValueError) as error:
-        reason = _plain(error, location)
+        reason = _redacted(error, location)
         raise ConfigurationError(f"{hide_uri(location)}: no file system for this URI: {reason}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
 
 
-def _plain(error: Exception, location: str) -> str:
+def _redacted(error: Exception, location: str) -> str:
     """What a library says, without the credentials of the location in any spelling."""
     return redacted(str(error) or type(error).__name__, secrets_of([location]))
 
@@ -117,7 +117,7 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
     except ConfigurationError:
         raise
     except Exception as error:  # every file system has errors of its own, fsspec's those of HTTP clients too
-        raise ConfigurationError(f"input {hide_uri(location)} cannot be listed: {_plain(error, location)}") from None
+        raise ConfigurationError(f"input {hide_uri(location)} cannot be listed: {_redacted(error, location)}") from None
     root = info.path.rstrip("/") + "/"
     try:
         names = [(entry, entry.path.removeprefix(root)) for entry in infos if entry.type == pafs.FileType.File]

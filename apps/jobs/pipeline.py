@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -33,12 +33,6 @@ SYNC_S = 5.0
 """Journal records reach the disk within this time, whether another row comes or not, plus the time in which a part is
 written; until then a machine that loses power may lose them, a process that dies may not."""
 OUTCOMES_WAITING = 4096
-
-
-class Engine(Protocol):
-    """What a job needs of `LLM`."""
-
-    def stream(self, items: Iterable[tuple[Any, Any, SamplingParams]]) -> Iterator[tuple[Any, Completion]]: ...
 
 
 class OutputError(OSError):
@@ -88,7 +82,7 @@ class Pipeline:
     _sync_due: float | None = None
     _open: dict[int, OpenPart] = field(default_factory=dict)
 
-    def run(self, engine: Engine) -> None:
+    def run(self, engine: Any) -> None:
         """Raises SourceError (input gone or damaged; what was in flight is finished first), OutputError, TakenOver,
         TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the finished rows are in the
         journal and the whole parts are committed."""

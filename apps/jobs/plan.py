@@ -20,8 +20,8 @@ from flexbatch.apps.jobs.files import list_files, partition_values
 from flexbatch.apps.jobs.json_lines import JsonLinesSource
 from flexbatch.apps.jobs.layout import Part, default_part_rows, plan_parts
 from flexbatch.apps.jobs.manifest import FORMAT, fingerprint_digest
-from flexbatch.apps.jobs.openai import OpenAIOutput
 from flexbatch.apps.jobs.openai_requests import OpenAIReader
+from flexbatch.apps.jobs.openai_responses import OpenAIOutput
 from flexbatch.apps.jobs.openai_source import OpenAISource
 from flexbatch.apps.jobs.prompts import row_error
 from flexbatch.apps.jobs.results import Output, ParquetOutput

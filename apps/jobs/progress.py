@@ -73,9 +73,9 @@ class JobProgress:
         counts, seconds = self.counts, max(self.elapsed_s, 1e-9)
         fresh = counts.rows_done - self._first_rows
         left = (counts.rows_total - counts.rows_done) * seconds / fresh if fresh else None
-        share = 100 * counts.rows_done / max(counts.rows_total, 1)
+        percent = 100 * counts.rows_done / max(counts.rows_total, 1)
         return (
-            f"{counts.rows_done:,}/{counts.rows_total:,} rows ({share:.1f} %), "
+            f"{counts.rows_done:,}/{counts.rows_total:,} rows ({percent:.1f} %), "
             f"{counts.input_tokens_total / seconds:,.0f} input tok/s, "
             f"{counts.generated_tokens_total / seconds:,.0f} output tok/s, ETA {_duration(left)}, "
             f"{counts.row_errors:,} errors"

@@ -64,39 +64,39 @@ def _pack(value: Any, fingerprint: bytes, term: int, stamp: int) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head, seed)) + payload
 
 
-def _head_at(data: bytes, place: int, seed: int) -> tuple[int, int, int, int] | None:
+def _head_at(data: bytes, offset: int, seed: int) -> tuple[int, int, int, int] | None:
     """(length, term, stamp, checksum of the payload) where an undamaged head of a record lies."""
-    head = data[place : place + RECORD.size]
+    head = data[offset : offset + RECORD.size]
     if len(head) < RECORD.size:
         return None
     mark, length, term, stamp, checksum, check = RECORD.unpack(head)
     return (length, term, stamp, checksum) if mark == MARK and check == zlib.crc32(head[:-4], seed) else None
 
 
-def _record_at(data: bytes, place: int, seed: int) -> LogRecord | None:
-    head = _head_at(data, place, seed)
+def _record_at(data: bytes, offset: int, seed: int) -> LogRecord | None:
+    head = _head_at(data, offset, seed)
     if head is None:
         return None
     length, term, stamp, checksum = head
-    start = place + RECORD.size
+    start = offset + RECORD.size
     payload = data[start : start + length]
     if len(payload) < length or zlib.crc32(payload, seed) != checksum:
         return None
-    return LogRecord(term, stamp, json.loads(payload), place, start + length)
+    return LogRecord(term, stamp, json.loads(payload), offset, start + length)
 
 
-def _next_record(data: bytes, place: int, seed: int) -> int:
+def _next_record(data: bytes, offset: int, seed: int) -> int:
     """Where the next whole record begins, -1 where there is none."""
-    while (place := data.find(MARK, place)) >= 0 and _record_at(data, place, seed) is None:
-        place += 1
-    return place
+    while (offset := data.find(MARK, offset)) >= 0 and _record_at(data, offset, seed) is None:
+        offset += 1
+    return offset
 
 
-def _torn(data: bytes, place: int, written: int, seed: int) -> bool:
+def _torn(data: bytes, offset: int, written: int, seed: int) -> bool:
     """Whether the last record is one that was being written: its bytes end, or only zeros follow, before it is whole.
     A payload never holds a zero byte."""
-    head = _head_at(data, place, seed)
-    return written < place + RECORD.size + (0 if head is None else head[0])
+    head = _head_at(data, offset, seed)
+    return written < offset + RECORD.size + (0 if head is None else head[0])
 
 
 def scan_log(path: Path, fingerprint: bytes) -> Scan:
@@ -112,17 +112,17 @@ def scan_log(path: Path, fingerprint: bytes) -> Scan:
         if head[:4] == MAGIC and HEADER.unpack(head)[2] == zlib.crc32(head[:-4]):
             raise ValueError(f"{path} is not a log of this job")
         scan.damage.append((0, HEADER.size))
-    place = HEADER.size
-    while place < written:
-        if (entry := _record_at(data, place, seed)) is not None:
+    offset = HEADER.size
+    while offset < written:
+        if (entry := _record_at(data, offset, seed)) is not None:
             scan.entries.append(entry)
-            place = entry.end
+            offset = entry.end
             continue
-        following = _next_record(data, place + 1, seed)
-        if following < 0 and _torn(data, place, written, seed):
+        following = _next_record(data, offset + 1, seed)
+        if following < 0 and _torn(data, offset, written, seed):
             break
-        scan.damage.append((place, following if following >= 0 else len(data)))
-        place = following if following >= 0 else written
+        scan.damage.append((offset, following if following >= 0 else len(data)))
+        offset = following if following >= 0 else written
     return scan
 
 

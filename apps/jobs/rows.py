@@ -70,10 +70,10 @@ class RequestReader(Protocol):
         ...
 
 
-def row_seed(seed: int, place: int | str) -> int:
+def row_seed(seed: int, key: int | str) -> int:
     """The seed of a row's random stream, 63 bits: from the job's seed and the row's index in the input (or its prompt),
     so neither order nor restarts change its tokens."""
-    digest = hashlib.blake2b(f"{seed}:{place}".encode(errors="surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -165,12 +165,12 @@ def _cells(folder: Path, path: Path, rows: list[TableRow], data: DataSet, wordin
     for number, label in enumerate(rows):
         row = label
         if "row_id" in label and table_path:
-            place = int(float(_value(path, number, label, "row_id")))
-            if not 0 <= place < len(table):
+            index = int(float(_value(path, number, label, "row_id")))
+            if not 0 <= index < len(table):
                 raise TableError(
-                    f"{path}, row {number}: row_id is {place}, and {table_path} has rows 0 to {len(table) - 1}"
+                    f"{path}, row {number}: row_id is {index}, and {table_path} has rows 0 to {len(table) - 1}"
                 )
-            row = {**table[place], **label}
+            row = {**table[index], **label}
         column = _value(path, number, label, "col_name")
         if column not in row:
             raise TableError(f"{path}, row {number}: col_name is {column!r}, and the table has {', '.join(row)}")

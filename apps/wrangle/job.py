@@ -62,20 +62,20 @@ class Trial:
 def ask(llm: Any, prompts: Sequence[str], max_tokens: int) -> tuple[list[str | None], list[str]]:
     """Greedy answers up to the end of the line, and the error of each prompt that could not be run. Equal prompts
     are asked once."""
-    places: dict[str, list[int]] = {}
-    for place, text in enumerate(prompts):
-        places.setdefault(text, []).append(place)
+    indices: dict[str, list[int]] = {}
+    for index, text in enumerate(prompts):
+        indices.setdefault(text, []).append(index)
     answers: list[str | None] = [None] * len(prompts)
     errors = [""] * len(prompts)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop="\n")
-    with tqdm(total=len(places), desc="FlexBatch", unit="prompt", disable=None) as progress:
-        for text, completion in llm.stream((text, text, params) for text in places):
+    with tqdm(total=len(indices), desc="FlexBatch", unit="prompt", disable=None) as progress:
+        for text, completion in llm.stream((text, text, params) for text in indices):
             progress.update()
-            for place in places[text]:
+            for index in indices[text]:
                 if completion.finish_reason == "error":
-                    errors[place] = completion.error
+                    errors[index] = completion.error
                 else:
-                    answers[place] = completion.text.strip()
+                    answers[index] = completion.text.strip()
     return answers, errors
 
 

@@ -69,25 +69,25 @@ def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: i
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3)).fit_transform(
         [example.text for example in validation]
     )
-    errors = [place for place, is_wrong in enumerate(wrong) if is_wrong]
+    errors = [index for index, is_wrong in enumerate(wrong) if is_wrong]
     pool = errors if len(errors) >= count else list(range(len(validation)))
-    centres = KMeans(count, random_state=seed, n_init=4).fit(vectors[pool])
-    distances = numpy.asarray(centres.transform(vectors))  # [examples, clusters]
+    centers = KMeans(count, random_state=seed, n_init=4).fit(vectors[pool])
+    distances = numpy.asarray(centers.transform(vectors))  # [examples, clusters]
     chosen: list[int] = []
     for cluster in range(count):
-        free = [place for place in pool if place not in chosen]
+        free = [index for index in pool if index not in chosen]
         chosen.append(
-            min(free, key=lambda place: (not wrong[place] and len(errors) < count, distances[place, cluster], place))
+            min(free, key=lambda index: (not wrong[index] and len(errors) < count, distances[index, cluster], index))
         )
-    labels = {validation[place].label for place in chosen}
+    labels = {validation[index].label for index in chosen}
     others = [
-        place
-        for place, example in enumerate(validation)
+        index
+        for index, example in enumerate(validation)
         if example.label not in labels and example.label in ("Yes\n", "No\n")
     ]
     if len(labels) == 1 and others and count > 1:
-        chosen[-1] = min(others, key=lambda place: (not wrong[place], distances[place, count - 1], place))
-    return [validation[place] for place in chosen]
+        chosen[-1] = min(others, key=lambda index: (not wrong[index], distances[index, count - 1], index))
+    return [validation[index] for index in chosen]
 
 
 def read_manual(path: Path, data_set: str) -> Manual:

@@ -48,7 +48,7 @@ def read_table(path: Path) -> list[TableRow]:
             )
         rows += [line] if line else []
     columns = [
-        _printed([None if line[place] in MISSING else line[place] for line in rows]) for place in range(len(header))
+        _printed([None if line[index] in MISSING else line[index] for line in rows]) for index in range(len(header))
     ]
     return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)] if rows else []
 
@@ -92,4 +92,4 @@ def _read_parquet(path: Path) -> list[TableRow]:
         columns[name] = [
             None if value is None or value != value else str(float(value) if gaps else value) for value in values
         ]
-    return [{name: column[place] for name, column in columns.items()} for place in range(table.num_rows)]
+    return [{name: column[index] for name, column in columns.items()} for index in range(table.num_rows)]
