@@ -52,8 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def model_identity(config: EngineConfig) -> dict[str, Any]:
-    """What the answers depend on beside the requests: every file that is read of the model, or the shape's name and the
-    seed of random weights, and the settings that change tokens, as they work out on this machine.
+    """Returns what the answers depend on besides the requests: a digest of every file that is read of the model (or the
+    shape's name and the seed of random weights), and the settings that change tokens, with the values that they have on
+    this machine.
 
     Digests of files are recorded in the offload folder, so that a resumed job need not read the checkpoint once more.
     Raises ConfigurationError.
@@ -85,7 +86,7 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
 
 
 def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
-    """The engine, planned for sequences like those that were seen."""
+    """Opens the engine, planned for sequences like those of the preview."""
     from flexbatch.apps.jobs.preview import planner_job
     from flexbatch.engine import LLM
 
@@ -131,7 +132,7 @@ def _divided(engine: EngineConfig, assignment: ShardAssignment) -> EngineConfig:
 def main(
     argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity
 ) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     args = make_parser().parse_args(argv)
     set_up_logging(words=argv)
     resume = resume_command(sys.orig_argv)

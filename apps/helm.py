@@ -55,7 +55,7 @@ __all__ = ["ERRORS_FILE", "PREFIX", "FlexBatchClient", "FlexBatchExecutor", "Fle
 
 PREFIX = "flexbatch"
 ERRORS_FILE = "flexbatch_errors.json"
-"""In a run's folder, only when requests failed: which, and why."""
+"""Lists the requests of a run that failed, and why; it lies in the run's folder only if there are any."""
 
 
 def register(name: str, **client_args: Any) -> ModelDeployment:
@@ -115,7 +115,7 @@ def generate_deployment(name: str) -> ModelDeployment:
 
 @tokenizer_config_generator(PREFIX)
 def generate_tokenizer_config(name: str) -> TokenizerConfig | None:
-    """For a YAML deployment that names ``tokenizer_name: flexbatch/<model>``."""
+    """Called by HELM for a YAML deployment that names ``tokenizer_name: flexbatch/<model>``."""
     from helm.benchmark.tokenizer_config_registry import TOKENIZER_NAME_TO_CONFIG
 
     _register_tokenizer(name, model_folder(name.removeprefix(f"{PREFIX}/")))
@@ -130,12 +130,12 @@ class FlexBatchExecutor(Executor):
         self.execution_spec = executor.execution_spec
         self.context = executor.context
         self.failed: list[tuple[int, RequestState]] = []
-        """Place and state of the requests of the last scenario that failed without being fatal."""
+        """Index and state of the requests of the last scenario that failed without being fatal."""
         self.clients: list[FlexBatchClient] = []
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
-        """A scenario state with the results; failed requests are in `failed` instead, with the others of the same
-        instance and trial left out.
+        """Returns the scenario state with its results; failed requests are in `failed` instead, with the others of the
+        same instance and trial left out.
 
         HELM's executor turns a failed request into an empty completion, which scores as an answer: wrong in
         generation, and in ``multiple_choice_separate_*`` the most likely of all, with log-probability 0. Raises
@@ -189,12 +189,12 @@ class FlexBatchExecutor(Executor):
 
 
 def _group(state: RequestState) -> tuple[Any, ...]:
-    """What HELM scores together: the requests of one instance, perturbation and trial."""
+    """Returns a key for what HELM scores together: the requests of one instance, perturbation and trial."""
     return state.instance.id, state.instance.split, state.instance.perturbation, state.train_trial_index
 
 
 class FlexBatchRunner(Runner):
-    """HELM's runner with `FlexBatchExecutor`. Failed requests keep their place and error in ``scenario_state.json``,
+    """HELM's runner with `FlexBatchExecutor`. Failed requests keep their index and error in ``scenario_state.json``,
     and are listed in `ERRORS_FILE`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -221,7 +221,7 @@ class FlexBatchRunner(Runner):
     def _record(folder: Path, left_out: list[tuple[int, RequestState]]) -> None:
         path = folder / "scenario_state.json"
         content = json.loads(path.read_text())
-        for index, state in left_out:  # ascending, so that every insertion lands at the place in the whole scenario
+        for index, state in left_out:  # ascending, so that every insertion lands at its index in the whole scenario
             content["request_states"].insert(index, asdict_without_nones(state))
         path.write_text(json.dumps(content, indent=2))
         errors = [

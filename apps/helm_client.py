@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 
 LOGPROBS = ("model", "huggingface")
 OUTPUT_FIELDS = ("weight_bits", "cache_bits", "dtype", "device", "dummy_weights", "seed")
-"""Engine settings that can change a token, and so belong to the cache key; placement and batching cannot (promises 1
-and 2)."""
+"""Engine settings that can change a token, and so belong to the cache key; placement and batching cannot."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ class FlexBatchClient(CachingClient):
 
     @cached_property
     def _weights(self) -> str:
-        """What the model's folder holds, for the cache key: a folder is trained further under the same name. Empty
-        for a Hub id."""
+        """A digest of the model's folder for the cache key: a folder may be trained further under the same name.
+        Empty for a Hub id."""
         folder = Path(model_folder(self.pretrained))
         if not folder.is_dir() or self.engine.get("dummy_weights"):
             return ""
@@ -125,8 +124,8 @@ class FlexBatchClient(CachingClient):
                 self._llm = None
 
     def make_request(self, request: Request) -> RequestResult:
-        """For the ordinary runner: requests that other threads make within ``queue_seconds``, or while a block runs,
-        join the next block."""
+        """Answers one request of HELM's ordinary runner: requests that other threads make within ``queue_seconds``,
+        or while a block runs, join the next block."""
         answer: Future[RequestResult] = Future()
         with self._queue_lock:
             self._queue.append((request, answer))
@@ -148,8 +147,8 @@ class FlexBatchClient(CachingClient):
         return answer.result()
 
     def make_requests(self, requests: list[Request]) -> list[RequestResult]:
-        """Results in the order of the requests, all of them in one block. Answers from the cache first, and stores
-        each new answer when it is there."""
+        """Returns results in the order of the requests, all of them computed in one block. Answers from the cache
+        first, and stores each new answer when it is there."""
         with self._engine_lock:
             return self._answer(requests)
 
@@ -186,7 +185,7 @@ class FlexBatchClient(CachingClient):
     def _compute(
         self, pending_requests: list[PendingRequest], store: Any
     ) -> Iterator[tuple[PendingRequest, dict[str, Any] | str]]:
-        """Runs all works in one `LLM.stream`; yields each with its response, or with the message of its error."""
+        """Runs all requests in one `LLM.stream`; yields each with its response, or with the message of its error."""
         began = time.time()
         responses: list[tuple[PendingRequest, dict[str, Any]]] = []
         running: dict[Hashable, PendingRequest] = dict(enumerate(pending_requests))
@@ -216,8 +215,8 @@ class FlexBatchClient(CachingClient):
             yield pending, response
 
     def _pending(self, request: Request, index: int) -> PendingRequest:
-        """Raises ValueError for what the engine does not do: embeddings, images, JSON schemas, out-of-range
-        parameters."""
+        """Makes the prompt, parameters and cache key of a request. Raises ValueError for what the engine does not
+        do: embeddings, images, JSON schemas, out-of-range parameters."""
         for field in ("embedding", "multimodal_prompt", "image_generation_parameters", "response_format"):
             if getattr(request, field):
                 raise ValueError(f"{field} is not available: FlexBatch runs text decoders")
@@ -259,7 +258,8 @@ class FlexBatchClient(CachingClient):
         return PendingRequest(key, ids, params, request, [index])
 
     def _prompt(self, request: Request) -> tuple[str, bool]:
-        """The prompt's text and whether it went through the chat template (which writes its own special tokens)."""
+        """Returns the prompt's text and whether it went through the chat template (which writes its own special
+        tokens)."""
         if request.prompt and request.messages:
             raise ValueError("set either prompt or messages, not both")
         if not self._chat:
@@ -271,7 +271,7 @@ class FlexBatchClient(CachingClient):
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
 
     def _response(self, pending: PendingRequest, completion: Completion) -> dict[str, Any]:
-        """What the cache keeps: text, token texts, log-probabilities and the finish reason of every sample."""
+        """Returns what the cache keeps: text, token texts, log-probabilities and the finish reason of every sample."""
         request, samples = pending.request, completion.samples or [completion]
         zeros = self.logprobs == "huggingface" and request.temperature == 0
         ids = list(completion.prompt_token_ids)

@@ -1,4 +1,4 @@
-"""Completions as HELM wants them: what its cache keeps of one, and what becomes of it or of an error.
+"""Converts completions to HELM's results: what its cache keeps of one, and what HELM gets of it or of an error.
 
 Behavior follows ``helm.clients.huggingface_client`` of crfm-helm 0.5.16.
 """
@@ -14,8 +14,8 @@ from flexbatch.request import Completion
 
 
 def failure(error: str, *, fatal: bool = False) -> RequestResult:
-    """A failed request with both flags set: HELM retries for 150 s when ``is_retriable`` is unset, and drops the run
-    when ``is_fatal`` is unset."""
+    """Returns a failed result with both flags set: HELM retries for 150 s when ``is_retriable`` is unset, and drops
+    the run when ``is_fatal`` is unset."""
     flags = ErrorFlags(is_retriable=False, is_fatal=fatal)
     return RequestResult(success=False, cached=False, completions=[], embedding=[], error=error, error_flags=flags)
 
@@ -23,7 +23,7 @@ def failure(error: str, *, fatal: bool = False) -> RequestResult:
 def sample_of(
     tokenizer: Any, sample: Completion, request: Request, end_ids: Collection[int], zero_logprobs: bool
 ) -> dict[str, Any]:
-    """One completion as the cache keeps it: text, token texts, log-probabilities and the finish reason.
+    """Returns one completion as the cache keeps it: text, token texts, log-probabilities and the finish reason.
 
     ``end_ids`` are the tokens that end a text and are no part of it. With ``zero_logprobs`` every token has
     log-probability 0.
@@ -50,7 +50,7 @@ def sample_of(
 
 
 def result_of(response: dict[str, Any], *, cached: bool) -> RequestResult:
-    """What HELM gets of a response that the cache keeps."""
+    """Returns HELM's result for a response that the cache keeps."""
     completions = [
         GeneratedOutput(
             text=answer["text"],

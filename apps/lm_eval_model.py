@@ -24,7 +24,7 @@ from flexbatch.request import Completion, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 
 Scoring = tuple[tuple[str, str] | None, list[int], list[int]]
-"""Cache key (None: not kept), context tokens, continuation tokens."""
+"""A continuation to score: cache key (None: not kept), context tokens, continuation tokens."""
 
 
 class FlexBatchLM(TemplateLM):
@@ -110,7 +110,8 @@ class FlexBatchLM(TemplateLM):
         return self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special}))
 
     def _encode_context(self, string: str) -> list[int]:
-        """A context to generate after; ``hf`` looks for a written BOS here, and for the prefix token when it scores."""
+        """Returns the tokens of a context to generate after; ``hf`` looks for a written BOS here, and for the prefix
+        token when it scores."""
         special = False if has_bos_prefix(string, self.tokenizer.bos_token) else self.add_bos_token
         return self.tokenizer(
             string, truncation=self.truncation, **({} if special is None else {"add_special_tokens": special})
@@ -125,8 +126,8 @@ class FlexBatchLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The history as text. A template that refuses system messages gets the history without them, as ``hf``
-        does."""
+        """Returns the history as text. A template that refuses system messages gets the history without them, as
+        ``hf`` does."""
         from jinja2.exceptions import TemplateError
 
         options = dict(
@@ -142,8 +143,8 @@ class FlexBatchLM(TemplateLM):
             return self.tokenizer.apply_chat_template(rest, **options)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts: disjoint windows of the full context, every token scored once, all windows
-        of all texts in one block."""
+        """Returns log-likelihoods of whole texts: disjoint windows of the full context, every token scored once, all
+        windows of all texts in one block."""
         windows: list[Scoring] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -163,7 +164,7 @@ class FlexBatchLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Scoring], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would give it) of each request.
+        """Returns (log-probability of the continuation, whether greedy decoding would give it) for each request.
 
         Too long requests lose tokens on the left, down to the context plus the last token, which is scored but never
         read. Raises ValueError for a continuation that is empty or longer than the context.
@@ -204,7 +205,7 @@ class FlexBatchLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generated texts, cut before the first stop sequence; too long contexts lose tokens on the left."""
+        """Returns generated texts, cut before the first stop sequence; too long contexts lose tokens on the left."""
         items = []
         for index, request in enumerate(requests):
             context, gen_kwargs = request.args
@@ -228,8 +229,8 @@ class FlexBatchLM(TemplateLM):
         return texts
 
     def _answer(self, completion: Completion, until: Sequence[str]) -> str:
-        """The generated text as ``hf`` gives it: tokens decoded by themselves, so that SentencePiece drops a first
-        space, without thoughts, cut."""
+        """Returns the generated text as ``hf`` does: without thoughts, its tokens decoded by themselves, so that
+        SentencePiece drops a first space, and cut at stop sequences."""
         token_ids, thought = list(completion.token_ids), self.think_end_token
         if isinstance(thought, int) and thought in token_ids:
             token_ids = token_ids[len(token_ids) - token_ids[::-1].index(thought) :]
@@ -274,7 +275,8 @@ class FlexBatchLM(TemplateLM):
 
 
 def score(completion: Completion, tokens: Sequence[int], count: int) -> tuple[float, bool]:
-    """Sum of the log-probabilities of the last ``count`` prompt tokens, and whether each was the most likely one."""
+    """Returns the sum of the log-probabilities of the last ``count`` prompt tokens, and whether each was the most
+    likely one."""
     rows = [(completion.prompt_logprobs or [])[index] for index in range(len(tokens) - count, len(tokens))]
     entries = [row[token] for row, token in zip(rows, tokens[len(tokens) - count :], strict=True) if row is not None]
     return sum(entry.logprob for entry in entries), all(entry.rank == 1 for entry in entries)

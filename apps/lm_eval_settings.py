@@ -1,4 +1,5 @@
-"""Settings of lm-evaluation-harness as FlexBatch takes them: ``--model_args``, and the generation options of requests."""
+"""Converts settings of lm-evaluation-harness to FlexBatch's: ``--model_args``, and the generation options of
+requests."""
 
 from __future__ import annotations
 
@@ -30,13 +31,13 @@ NEUTRAL_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "tp_plan": (None,),
     "tokenizer": (None,),
 }
-"""Arguments of ``hf`` that are taken where they say what happens anyway."""
+"""Arguments of ``hf`` that are accepted with a value that asks for what happens anyway."""
 NEUTRAL_OPTIONS = {**NOTHING, "num_return_sequences": (1,)}
-"""Options of requests that are taken where they say what happens anyway."""
+"""Options of requests that are accepted with a value that asks for what happens anyway."""
 BEAM_OPTIONS = ("length_penalty", "early_stopping")
 """Options that change nothing without beams."""
 TRANSFORMERS_TOP_K = 50
-"""What `generate` of transformers draws from where nobody says ``top_k``."""
+"""The ``top_k`` of transformers' `generate` where nobody sets one."""
 SAMPLING_KEYS = (
     "top_p",
     "top_k",
@@ -65,7 +66,8 @@ def sampling_params(
     max_gen_toks: int,
     stop_in_engine: bool = True,
 ) -> SamplingParams:
-    """The parameters of request ``index``: what it says, else the model's generation_config.json, as with ``hf``.
+    """Returns the parameters of request ``index``: its own, else those of the model's generation_config.json, as with
+    ``hf``.
 
     ``max_gen_toks`` holds where the request names no limit. Without ``stop_in_engine`` the engine gets no stop
     sequences. Raises ValueError for what the engine does not have, such as ``num_beams``.
@@ -94,8 +96,8 @@ def sampling_params(
 
 
 def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``, ``draft=small
-    medium``; None means unset.
+    """Returns keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``,
+    ``draft=small medium``; None means unset.
 
     Raises ConfigurationError for a keyword that `LLM` does not have.
     """

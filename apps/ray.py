@@ -79,12 +79,12 @@ class GenerateText:
         self._llm.__exit__(None, None, None)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """One batch of Ray Data (``batch_format="pyarrow"``)."""
+        """Processes one batch of Ray Data (``batch_format="pyarrow"``)."""
         batches = self.stream(table.combine_chunks().to_batches())
         return pa.Table.from_batches(batches, schema=self._form_for(table.schema)[1].schema)
 
     def stream(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Batches with the result columns, in order; the engine is refilled across their borders."""
+        """Yields the batches with the result columns, in order; the engine is refilled across batch boundaries."""
         waiting: deque[tuple[pa.RecordBatch, list[RowRecord]]] = deque()
         in_flight: dict[int, tuple[list[RowRecord], RowRequest]] = {}
         for key, completion in self._llm.stream(self._items(batches, waiting, in_flight)):

@@ -29,13 +29,13 @@ from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 RESTARTS = 3
-"""How often an actor that dies is started again; a part that kills every actor must not run for ever."""
+"""How often an actor that dies is started again: a part that kills every actor must not run forever."""
 POLL_S = 0.5
 
 
 class PartQueue:
-    """Hands out the parts of a job to workers, one at a time and in order; a Ray actor, as all workers must see the
-    same list.
+    """Hands out the parts of a job to workers, one at a time and in order. It is a Ray actor, so that all workers see
+    the same list.
 
     ``parts``: number -> records of rows that are finished; ``seen`` is for the workers' planners, ``grant`` is the
     driver's, in whose name they write. What a worker held when it died goes to the front again, with what its journal
@@ -60,12 +60,12 @@ class PartQueue:
         self._stopped = False
 
     def job(self) -> tuple[BatchJob, Preview | None, Path | None]:
-        """What the workers do. A restarted actor cannot count on large arguments of its own, which Ray may have lost
-        with their node."""
+        """Returns what the workers need. A restarted actor cannot count on large arguments of its own, which Ray may
+        have lost with their node."""
         return self._job, self._seen, self._grant
 
     def register(self, worker: int) -> None:
-        """A worker begins, perhaps again."""
+        """Registers a worker that begins, perhaps again."""
         lost = self._held.pop(worker, set())
         self._held[worker] = set()
         if not lost:
@@ -87,8 +87,8 @@ class PartQueue:
         self._waiting.extendleft(sorted(lost, reverse=True))
 
     def take(self, worker: int) -> tuple[int, dict[int, RowRecord], int] | None:
-        """The next part, its finished rows and the number of this hand-out; None when there is none, or no more are
-        wanted."""
+        """Returns the next part, its finished rows and the number of this hand-out; None when there is none, or no
+        more are wanted."""
         if self._stopped or not self._waiting:
             return None
         part = self._waiting.popleft()
@@ -101,17 +101,17 @@ class PartQueue:
         self._add(commit)
 
     def _add(self, commit: dict[str, int]) -> None:
-        """A worker that was only thought dead may report a part twice."""
+        """Adds a commit once: a worker that was only thought dead may report a part twice."""
         if commit["part"] not in self._done:
             self._done.add(commit["part"])
             self._commits.append(commit)
 
     def stop(self) -> None:
-        """No more parts: workers finish what they have."""
+        """Hands out no more parts: workers finish what they have."""
         self._stopped = True
 
     def take_commits(self) -> list[dict[str, int]]:
-        """What was committed since the last call."""
+        """Returns what was committed since the last call."""
         commits, self._commits = self._commits, []
         return commits
 
@@ -123,7 +123,7 @@ class Worker:
         self._number, self._open_engine = number, open_engine
 
     def run(self, part_queue: Any) -> None:
-        """Does parts until there are none left. Called again after a restart, it first gives back what its
+        """Processes parts until there are none left. Called again after a restart, it first gives back what its
         predecessor held."""
         import ray
 
@@ -153,7 +153,7 @@ class Worker:
 
 
 def check_cluster(resources: dict[str, float], actors: int, cpus: float, gpus: float) -> None:
-    """Raises ConfigurationError where Ray would wait for ever for resources that the cluster does not have."""
+    """Raises ConfigurationError where Ray would wait forever for resources that the cluster does not have."""
     for name, each in (("CPU", cpus), ("GPU", gpus)):
         if resources.get(name, 0) < actors * each:
             raise ConfigurationError(
@@ -263,7 +263,7 @@ def _start_actors(
 
 
 def _count(counts: Counts, commit: dict[str, int], before: dict[int, RowRecord], shard: Shard) -> None:
-    """Adds a committed part, less what was counted of it when the job began."""
+    """Adds a committed part, minus what was counted of it when the job began."""
     output = shard.job.output
     shard.store.commits[commit["part"]] = Commit(**commit)
     counts.parts_committed += 1

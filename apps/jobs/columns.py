@@ -24,8 +24,8 @@ from flexbatch.validation.errors import ConfigurationError
 JSON_FIELD = {b"flexbatch.json": b"1"}
 """Metadata of a string column that holds JSON texts."""
 ROW_ERROR = "\x00row error"
-"""Column of a source beside those of the input: why a row could not be read, null for the others. It is there only
-where such rows are."""
+"""Column of a source besides those of the input: why a row could not be read, null for the others. It exists only
+where there are such rows."""
 MOST_DIGITS, MOST_FIELDS, DEEPEST_TYPE = 76, 1000, 30
 DECIMAL = re.compile(r"decimal(?:128|256)?\((\d+),\s*(\d+)\)")
 
@@ -36,16 +36,16 @@ class UnfitValue(ValueError):
 
 @dataclass
 class Numbers:
-    """What the numbers of one column have in common."""
+    """The properties that the numbers of one column have in common."""
 
     whole: bool = True
     doubles: bool = True
     least: int = 0
     most: int = 0
     digits: int = 0
-    """In front of the point, at most."""
+    """The most digits before the decimal point."""
     scale: int = 0
-    """Behind it."""
+    """The most digits after the decimal point."""
 
     def add(self, value: int | Decimal | float) -> None:
         if type(value) is int:
@@ -76,7 +76,7 @@ class Numbers:
 
 
 def _is_double(value: Decimal) -> bool:
-    """Whether a double holds the number: printed with as many digits, it is the number again."""
+    """Returns whether a double holds the number: printed with as many digits, it is the number again."""
     if not -400 < value.adjusted() < 400:
         return not value
     digits = len(value.as_tuple().digits)
@@ -85,9 +85,8 @@ def _is_double(value: Decimal) -> bool:
 
 @dataclass
 class ObservedValues:
-    """The values of one column, or of one place in nested ones, that were seen so far: from them follows a type that
-    holds them all.
-    """
+    """The values seen so far of one column, or of one field of nested ones: the type that holds them all follows
+    from them."""
 
     scalars: set[type] = field(default_factory=set)
     numbers: Numbers | None = None
@@ -115,7 +114,7 @@ class ObservedValues:
             self.numbers.add(value)
 
     def type(self, depth: int = 0) -> pa.DataType | None:
-        """The type, or None where only JSON text holds all the values."""
+        """Returns the type, or None where only JSON text holds all the values."""
         if (
             len(self.scalars) + (self.numbers is not None) + (self.items is not None) + (self.fields is not None) > 1
             or depth > DEEPEST_TYPE
@@ -147,16 +146,16 @@ def holds_json(column: pa.Field) -> bool:
 
 
 def _sizable(value: Any) -> Any:
-    """The value. Raises Unfit for a number that no type holds: Arrow would write out every digit of 1e999999999."""
+    """Returns the value. Raises UnfitValue for a number that no type holds: Arrow would write out every digit of
+    1e999999999."""
     if isinstance(value, Decimal) and not -MOST_DIGITS <= value.adjusted() <= MOST_DIGITS and value:
         raise UnfitValue(f"{value} has more digits than any type holds")
     return value
 
 
 def arrow_value(kind: pa.DataType) -> Callable[[Any], Any]:
-    """Makes of a parsed JSON value what Arrow takes for this type: doubles of Decimals where the column is one of
-    doubles.
-    """
+    """Returns the function that makes of a parsed JSON value what Arrow takes for this type: doubles of Decimals
+    where the column is one of doubles."""
     if pa.types.is_floating(kind):
         return float
     if pa.types.is_decimal(kind):
@@ -171,7 +170,7 @@ def arrow_value(kind: pa.DataType) -> Callable[[Any], Any]:
 
 
 def check_text(value: Any, name: str) -> None:
-    """Raises Unfit where a text, or one anywhere in a value, is no Unicode text."""
+    """Raises UnfitValue where a text, or one anywhere in a value, is no Unicode text."""
     if isinstance(value, str):
         index = lone_surrogate(value)
         if index >= 0:
@@ -189,7 +188,7 @@ def check_text(value: Any, name: str) -> None:
 
 
 def parse_types(words: Sequence[str]) -> dict[str, pa.DataType]:
-    """``("id=int64", "price=decimal(10,2)")`` as types. Raises ConfigurationError that names the word."""
+    """Parses ``("id=int64", "price=decimal(10,2)")``. Raises ConfigurationError that names the word."""
     types: dict[str, pa.DataType] = {}
     for word in words:
         name, separator, kind = word.rpartition("=")
@@ -217,9 +216,8 @@ def _decimal(precision: int, scale: int) -> pa.DataType:
 def column(
     values: Sequence[Any], kind: pa.Field, errors: list[str | None], make: Callable[[Sequence[Any]], pa.Array]
 ) -> pa.Array:
-    """``make`` of all values. One that does not fit is null, and the reason goes to its place in ``errors`` unless
-    there is one already.
-    """
+    """Returns ``make`` of all values. One that does not fit is null, and the reason goes to its index in ``errors``
+    unless there is one already."""
     try:
         return make(values)
     except (pa.ArrowException, ValueError, TypeError, ArithmeticError):
@@ -238,7 +236,8 @@ def column(
 
 
 def json_column(values: Sequence[Any], kind: pa.Field, errors: list[str | None]) -> pa.Array:
-    """Parsed JSON values as their column; see `column`. As text, what is no text is its JSON."""
+    """Returns parsed JSON values as their column; see `column`. In a column of text, a value that is no text is its
+    JSON."""
     scalars = json_text if holds_json(kind) else text_of if pa.types.is_string(kind.type) else arrow_value(kind.type)
     return column(
         values,
@@ -253,7 +252,7 @@ def text_of(value: Any) -> str:
 
 
 def text_column(values: Sequence[str | None], kind: pa.Field, errors: list[str | None]) -> pa.Array:
-    """Texts as the type that the user gives; see `column`. An empty one is null, except where it is text.
+    """Returns texts as the type that the user gives; see `column`. An empty one is null, except in a column of text.
 
     Bytes that are not UTF-8 come as surrogate escapes: no reader could read the column that held them as text.
     """
@@ -280,7 +279,7 @@ def _utf8(value: str | None, name: str) -> str | None:
 
 
 def refuse_reserved(columns: Iterable[str], file: str) -> None:
-    """Raises ConfigurationError where a column has the name under which a source tells the errors of its rows."""
+    """Raises ConfigurationError where a column has the name of the column that holds the errors of rows."""
     if ROW_ERROR in columns:
         raise ConfigurationError(
             f"{file}: a column has the name {ROW_ERROR!r}, which FlexBatch keeps for itself: rename it"

@@ -1,4 +1,4 @@
-"""What each committed part holds: one log of records per writer."""
+"""The log of commits: what each committed part holds, in one log of records per writer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger("flexbatch")
 
 @dataclass(frozen=True)
 class Commit:
-    """What one committed part holds."""
+    """The counts of one committed part."""
 
     part: int
     rows: int
@@ -23,8 +23,8 @@ class Commit:
 
 
 Identity = tuple[int, int]
-"""Size and time of the last change, in ns, of a part's file. Copying a folder may change the time: then the part is
-read."""
+"""Size in bytes of a part's file and the time of its last change in ns. Copying a folder may change the time: then
+the part is read."""
 
 
 def identity(path: Path) -> Identity | None:
@@ -36,8 +36,8 @@ def identity(path: Path) -> Identity | None:
 
 
 def read_commits(state: Path, digest: bytes) -> dict[int, dict[Identity, Commit]]:
-    """Part -> what the files that were ever written for it hold. A record says what one file holds, not that it is the
-    one in place: a process may have died between writing the record and giving the file its name."""
+    """Maps each part to what the files that were ever written for it hold. A record says what one file holds, not
+    that it is the one in use: a process may have died between writing the record and giving the file its name."""
     found: dict[int, dict[Identity, Commit]] = {}
     names = [field.name for field in fields(Commit)]
     for path in sorted(state.glob("commits-*.log")):

@@ -100,7 +100,8 @@ class CsvSource:
 
     @contextlib.contextmanager
     def _open(self, file: InputFile) -> Iterator[tuple[Iterator[tuple[int, list[str]]], DigestingStream]]:
-        """The rows of a file, its header first. Raises ConfigurationError for what is no CSV file or cannot be read."""
+        """Opens a file as rows, its header first. Raises ConfigurationError for a file that is not CSV or cannot be
+        read."""
         try:
             with contextlib.closing(DigestingStream(self._filesystem, file)) as stream:
                 text = io.TextIOWrapper(
@@ -111,7 +112,7 @@ class CsvSource:
             raise ConfigurationError(f"{file.name}: cannot be read: {error}") from None
 
     def _scan(self, file: InputFile) -> tuple[int, int, str]:
-        """Rows, rows with an error, digest of the file."""
+        """Returns the rows, the rows with an error, and the digest of the file."""
         rows = errors = 0
         with self._open(file) as (records, stream):
             for batch in self._batches(records, file.name):

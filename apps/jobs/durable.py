@@ -32,7 +32,8 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside ``path`` that no other process, thread or machine chooses, whatever their pids are."""
+    """Returns a hidden name beside ``path`` that no other process, thread or machine chooses, whatever their pids
+    are."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 

@@ -1,5 +1,4 @@
-"""JSON lines: one object a line, whose keys are the columns. The pass before the job finds the types that hold all their
-values."""
+"""JSON lines: one object a line, whose keys are the columns. A pass before the job finds types that hold all values."""
 
 from __future__ import annotations
 
@@ -69,7 +68,7 @@ class JsonLinesSource(LinesSource):
         ]
 
     def _schema(self, name: str) -> pa.Schema:
-        """Raises ConfigurationError where there is no column."""
+        """Returns the columns. Raises ConfigurationError where there is none."""
         if not self._observed:
             raise ConfigurationError(
                 f"no line of the input is a JSON object: {self._first_error}"
@@ -86,8 +85,8 @@ class JsonLinesSource(LinesSource):
 
 
 def _object(line: bytes, problems: list[str]) -> dict[str, Any]:
-    """The cells of a line as far as they can be read; what is wrong with the others, or with the line, is added to
-    ``problems``."""
+    """Returns the cells of a line as far as they can be read; what is wrong with the others, or with the line, is
+    added to ``problems``."""
     try:
         value = parse_json(line, exact=True, constants=True)
     except ValueError as error:
@@ -109,7 +108,8 @@ def _object(line: bytes, problems: list[str]) -> dict[str, Any]:
 
 
 def _refuse_list(line: bytes, name: str) -> None:
-    """A file that is one JSON list, on one line or over several, would be a job of nothing but errors."""
+    """Raises ConfigurationError for a file that is one JSON list, on one line or over several: it would be a job of
+    nothing but errors."""
     try:
         whole = parse_json(line)
     except ValueError:

@@ -34,14 +34,14 @@ class Part:
     rows: int
 
     def file_name(self, suffix: str) -> str:
-        """Relative to the output folder, e.g. ``year=2024/part-00003.parquet``."""
+        """Returns the name relative to the output folder, e.g. ``year=2024/part-00003.parquet``."""
         name = f"part-{self.number:05d}{suffix}"
         return f"{self.folder}/{name}" if self.folder else name
 
 
 def default_part_rows(row_groups: Sequence[RowGroup]) -> int:
-    """Rows of a part: about 64 parts of 100 to 10,000 rows, so that small jobs commit often and large ones leave few
-    files, and 64 MiB of input at most."""
+    """Returns the rows of a part: about 64 parts of 100 to 10,000 rows, so that small jobs commit often and large
+    ones write few files, and at most 64 MiB of input."""
     rows = sum(group.rows for group in row_groups)
     row_bytes = sum(group.num_bytes for group in row_groups) / max(rows, 1)
     wanted = min(max(-(-rows // WANTED_PARTS), MIN_PART_ROWS), MAX_PART_ROWS)
@@ -68,8 +68,8 @@ def plan_parts(row_groups: Sequence[RowGroup], part_rows: int) -> list[Part]:
 
 
 def shard_parts(parts: Sequence[Part], shard: int, shards: int) -> list[Part]:
-    """The parts of shard ``shard`` of ``shards`` (counted from 0): neighbors, with close to the same number of rows,
-    so that each shard reads its own files.
+    """Returns the parts of shard ``shard`` of ``shards`` (counted from 0): neighbors, with close to the same number of
+    rows, so that each shard reads its own files.
 
     Every part belongs to exactly one shard. Raises ValueError for a shard outside [0, shards).
     """

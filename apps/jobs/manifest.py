@@ -17,8 +17,8 @@ from flexbatch.validation.errors import ConfigurationError
 
 STATE, MANIFEST = ".flexbatch", "manifest.json"
 FORMAT = 2
-"""Version of what lies in the output folder. It is part of a job's fingerprint, so a job is never resumed by a program
-that would read its logs differently."""
+"""Version of the format of the output folder. It is part of a job's fingerprint, so a job is never resumed by a
+program that would read its logs differently."""
 PART_FILE = re.compile(r"part-\d{5,}\.(parquet|jsonl)|\.part-\d{5,}\.(parquet|jsonl)(\.[0-9a-f]{32})?\.tmp")
 
 
@@ -27,7 +27,7 @@ def fingerprint_digest(fingerprint: dict[str, Any]) -> bytes:
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """``generation.temperature: 0.0 in the output, 0.7 now`` for every leaf that differs."""
+    """Yields ``generation.temperature: 0.0 in the output, 0.7 now`` for every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from differences(old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key)
@@ -39,7 +39,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def refuse_other_files(folder: Path) -> None:
-    """Raises ConfigurationError for a folder that holds something, none of which is a job."""
+    """Raises ConfigurationError for a folder that holds files but no job."""
     others = [entry.name for entry in folder.iterdir() if entry.name != STATE] if folder.is_dir() else []
     if others:
         listing = ", ".join(sorted(others)[:3])
@@ -80,8 +80,8 @@ def open_manifest(folder: Path, fingerprint: dict[str, Any], ours: bool) -> int:
 
 
 def discard_job(folder: Path) -> bool:
-    """Removes parts and state of whatever job wrote here, if one did; other files stay. The manifest goes last,
-    so that it can be repeated."""
+    """Removes parts and state of whatever job wrote here, if one did; other files stay. The manifest goes last, so
+    that an interrupted removal can be repeated."""
     if not (folder / STATE / MANIFEST).exists():
         return False
     for path in folder.rglob("*part-*"):

@@ -52,15 +52,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
 }
-"""Fields that are refused unless they say what happens anyway."""
+"""Fields that are accepted only with a value that asks for what happens anyway."""
 MAX_DOUBLE = sys.float_info.max
 TOKEN_ID = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
-"""One spelling each: of two for one token, one bias would be dropped."""
+"""A token id has one spelling: of two spellings of one token, one bias would be dropped."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the response needs of its request. ``error_code`` is the word for why the request fails, if it does."""
+    """The part of a request that its response needs. ``error_code`` is the word for why the request fails, if it
+    does."""
 
     custom_id: str | None = None
     url: str = ""
@@ -70,7 +71,7 @@ class Call:
 
 
 class RequestError(RowError):
-    """A request that cannot be served. ``call`` holds what was read of it, and the ``code`` that its response carries."""
+    """A request that cannot be served. ``call`` holds what was read of it, and ``code`` for its response."""
 
     def __init__(self, code: str, message: str, call: Call | None = None) -> None:
         super().__init__(message)
@@ -80,8 +81,8 @@ class RequestError(RowError):
 def parse_request(
     line: bytes | str, defaults: SamplingParams, chat_limit: int | None = None
 ) -> tuple[Call, Any, SamplingParams]:
-    """Returns the call, the prompt and the sampling parameters of one line. ``chat_limit`` is the ``max_tokens`` of chat
-    requests without a limit: None for the rest of the context.
+    """Returns the call, the prompt and the sampling parameters of one line. ``chat_limit`` is the ``max_tokens`` of
+    chat requests that set none; None means the rest of the context.
 
     Raises RequestError, with the call as far as it was read in ``call``, whatever the line holds.
     """
@@ -138,7 +139,8 @@ def _prompt(value: Any) -> Any:
 
 
 def _params(body: Mapping[str, Any], url: str, defaults: SamplingParams) -> SamplingParams:
-    """A null counts as absent. Raises RequestError that names the field, ValueError for values out of range."""
+    """Returns the sampling parameters of a body, in which a null counts as absent. Raises RequestError that names
+    the field, ValueError for values out of range."""
     for name, value in body.items():
         if name not in COPIED and name not in OTHER and value is not None and value not in NEUTRAL.get(name, ()):
             raise RequestError("unsupported_parameter", f"{short(name)} is not supported")
@@ -194,7 +196,8 @@ def _logit_bias(value: Any) -> dict[int, float]:
 
 
 def _logprobs(body: Mapping[str, Any], url: str) -> int | None:
-    """Chat asks with true or false and ``top_logprobs``, completions with a number."""
+    """Returns the number of log-probabilities: chat asks with true or false and ``top_logprobs``, completions with a
+    number."""
     wanted = body.get("logprobs")
     if url != CHAT:
         return None if wanted is None or wanted is False else _number(body, "logprobs", int)
@@ -207,8 +210,8 @@ def _logprobs(body: Mapping[str, Any], url: str) -> int | None:
 
 
 class OpenAIReader:
-    """Makes requests of the lines of a batch file. ``chat_limit`` as in `parse_request`; ``repeated`` maps a row whose
-    ``custom_id`` an earlier row has to that row."""
+    """Makes requests of the lines of a batch file. ``chat_limit`` is as in `parse_request`; ``repeated`` maps a row
+    whose ``custom_id`` an earlier row has to that row."""
 
     def __init__(
         self,

@@ -24,12 +24,12 @@ from flexbatch.text.decoder import TextDecoder
 from flexbatch.text.files import split_lines
 
 CONTEXT = 256
-"""Tokens before a token that can decide how it is written, special ones among them."""
+"""Number of tokens before a token that can decide how it is written, special ones among them."""
 
 
 def byte_of_letter() -> dict[str, int]:
-    """The letters by which byte-level BPE spells bytes (Radford et al. 2019): printable ones stand for themselves,
-    the others for letters above 255."""
+    """Returns the letters by which byte-level BPE spells bytes (Radford et al. 2019): printable ones stand for
+    themselves, the others for letters above 255."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
@@ -45,7 +45,8 @@ class ShownToken:
 
     @property
     def logprob(self) -> float:
-        """JSON has no infinity, so a token that cannot come gets what OpenAI and vLLM give it."""
+        """The log-probability as JSON can hold it, which has no infinity: -9999 for a token that cannot come, as
+        with OpenAI and vLLM."""
         return max(self.entry.logprob, -9999.0)
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def legacy_logprobs(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 class TokenTexts:
-    """Bytes and names of tokens, from what their tokenizer says of them."""
+    """Bytes and names of tokens, as their tokenizer gives them."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -87,8 +88,8 @@ class TokenTexts:
         self._letters = byte_of_letter()
 
     def alternatives(self, before: Sequence[int], token_ids: Sequence[int]) -> list[bytes]:
-        """The bytes that each of the tokens would add to a text of the tokens ``before``; none for special tokens.
-        They may be a part of a character."""
+        """Returns the bytes that each of the tokens would add to a text of the tokens ``before``; none for special
+        tokens. They may be a part of a character."""
         spelled = {token_id: self._spelled(token_id) for token_id in token_ids}
         open_ids = [token_id for token_id, found in spelled.items() if found is None]
         texts = self._decoder.alternatives(before[-CONTEXT:], open_ids) if open_ids else []
@@ -111,7 +112,7 @@ class TokenTexts:
         ]
 
     def _spelled(self, token_id: int) -> bytes | None:
-        """The bytes of a token that is the same in every context; None for others."""
+        """Returns the bytes of a token that is the same in every context; None for others."""
         if self._decoder.hides(token_id):
             return b""
         if token_id in self._decoder.byte_pieces:
@@ -124,8 +125,8 @@ class TokenTexts:
         return bytes(self._letters[letter] for letter in letters)
 
     def names(self, token_ids: Sequence[int], pieces: Sequence[bytes]) -> list[str]:
-        """What to call tokens with these bytes: their text, ``bytes:\\xe6`` for a part of a character, the token's
-        own name where it has no text. No two are equal: ``token_id:7`` where a name is taken."""
+        """Returns names for tokens with these bytes: their text, ``bytes:\\xe6`` for a part of a character, the
+        token's own name where it has no text. No two are equal: ``token_id:7`` where a name is taken."""
         names: list[str] = []
         for token_id, piece in zip(token_ids, pieces, strict=True):
             name = self._name(token_id, piece)

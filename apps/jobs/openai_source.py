@@ -1,4 +1,4 @@
-"""OpenAI batch files as rows: each line stays as it is, in one binary column, and is parsed when its row is prepared."""
+"""OpenAI batch files as rows: each line is kept unchanged in one binary column, and parsed when its row is prepared."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LINE = "line"
 
 
 class OpenAISource(LinesSource):
-    """The lines of batch files. ``repeated`` has the index of every line whose ``custom_id`` an earlier line has, with
-    the index of the first of these."""
+    """The lines of batch files. ``repeated`` maps the index of every line whose ``custom_id`` an earlier line has to
+    the index of the first such line."""
 
     format, empty = "openai", bytes
 
@@ -39,7 +39,7 @@ class OpenAISource(LinesSource):
 
 
 def custom_id_of(line: bytes) -> str | None:
-    """What tells one request of a file from another; None where the line has none."""
+    """Returns what tells one request of a file from another; None where the line has none."""
     try:
         found = parse_json(line)
     except ValueError:
@@ -49,13 +49,13 @@ def custom_id_of(line: bytes) -> str | None:
 
 
 def key_hash(key: str | None, index: int) -> int:
-    """64 bits that stand for a key; bits of its own for a line without one."""
+    """Returns 64 bits that stand for a key; a line without one gets bits of its own."""
     text = f"line {index}" if key is None else f"key {key}"
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def first_of_repeated(keys: array[int]) -> dict[int, int]:
-    """Index -> first index with the same key, for every index but the first of each key."""
+    """Maps every index whose key an earlier index has to the first such index."""
     hashes = np.frombuffer(keys, np.uint64) if keys else np.empty(0, np.uint64)
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     earlier = first[group]

@@ -55,7 +55,8 @@ class OpenPart:
 
 
 Outcome = tuple[OpenPart, RowRequest | None, Completion | None]
-"""For the writer: a row with its completion, or with an error of its own. Without a row it only commits the part."""
+"""What the writer gets: a row with its completion, or with an error of its own. Without a row it only commits the
+part."""
 
 
 @dataclass
@@ -83,9 +84,9 @@ class Pipeline:
     _open: dict[int, OpenPart] = field(default_factory=dict)
 
     def run(self, engine: Any) -> None:
-        """Raises SourceError (input gone or damaged; what was in flight is finished first), OutputError, TakenOver,
-        TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the finished rows are in the
-        journal and the whole parts are committed."""
+        """Runs the job. Raises SourceError (input gone or damaged; what was in flight is finished first),
+        OutputError, TakenOver, TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the
+        finished rows are in the journal and the whole parts are committed."""
         threads = [
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
             for target in (self._read, self._prepare, self._write)
@@ -109,7 +110,7 @@ class Pipeline:
             raise self._failure
 
     def describe_open(self) -> str:
-        """``3 parts, 120 rows left``: what a drain finishes."""
+        """Returns what a drain finishes, e.g. ``3 parts, 120 rows left``."""
         started = [open_part for open_part in list(self._open.values()) if open_part.started]
         return f"{len(started)} parts, {sum(open_part.left for open_part in started):,} rows left"
 
@@ -139,7 +140,7 @@ class Pipeline:
         self._tables.cancel()
 
     def _sort_buffers(self) -> Iterator[list[RowRequest]]:
-        """The encoded rows, as many at a time as are ordered among each other."""
+        """Yields the encoded rows, as many at a time as are ordered among each other."""
         buffer: list[RowRequest] = []
         failure: BaseException | None = None
         try:
@@ -157,7 +158,7 @@ class Pipeline:
             raise failure
 
     def _encoded(self, part: Part, table: pa.Table) -> Iterator[RowRequest]:
-        """The rows of a part that are left to do. Those with an error go straight to the writer."""
+        """Yields the encoded rows of a part that are left to do. Those with an error go straight to the writer."""
         finished = self.finished.pop(part.number, {})
         open_part = OpenPart(part, table, [finished.get(row) for row in range(part.rows)], part.rows - len(finished))
         self._open[part.number] = open_part
@@ -178,8 +179,8 @@ class Pipeline:
         return [rows[index] for index in order]
 
     def _items(self, in_flight: dict[int, RowRequest]) -> Iterator[tuple[int, Sequence[int], SamplingParams]]:
-        """What the engine draws. An input that fails ends it like an input that is over, so that the sequences in
-        flight are finished."""
+        """Yields what the engine draws. An input that fails ends like an input that is over, so that the sequences
+        in flight are finished."""
         try:
             for rows in self._sorted:
                 for row in rows:

@@ -1,5 +1,5 @@
-"""From settings to a job that can run: source, parts, output form and fingerprint. Everything that can be wrong is
-found here, before a model loads."""
+"""Makes of settings a job that can run: source, reader, parts, output and fingerprint. Everything that can be wrong
+is found here, before a model loads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ NO_LIMIT = 2**62
 
 @dataclass(frozen=True)
 class BatchJob:
-    """What there is to do, the same on every machine: ``fingerprint`` names everything that changes the output."""
+    """A job, the same on every machine. ``reader`` makes requests of the rows of ``source``, ``output`` makes files
+    of their completions; ``fingerprint`` names everything that changes the output."""
 
     config: JobConfig
     engine: EngineConfig
@@ -53,7 +54,7 @@ class BatchJob:
 
 
 def open_source(location: str, config: JobConfig) -> RowSource:
-    """The source behind an input. Raises ConfigurationError."""
+    """Opens the source behind an input. Raises ConfigurationError."""
     types = parse_types(config.column_types)
     source = _open_source(location, config, types)
     if types and source.identity["format"] not in ("csv", "jsonl"):
@@ -86,7 +87,8 @@ def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]
 
 
 def choose_prompt(config: JobConfig, names: Sequence[str]) -> JobConfig:
-    """With neither column nor template given, a column called "prompt" or "messages" is meant."""
+    """Returns the settings with a source of prompts: where none is given, the column "prompt" or "messages". Raises
+    ConfigurationError where there is neither."""
     if config.prompt_column or config.messages_column or config.prompt_template is not None:
         return config
     if "prompt" in names:
@@ -100,13 +102,13 @@ def choose_prompt(config: JobConfig, names: Sequence[str]) -> JobConfig:
 
 
 def without_errors(schema: pa.Schema) -> pa.Schema:
-    """The columns of the input, without what its source says of its rows."""
+    """Returns the columns of the input, without the column in which its source reports errors."""
     index = schema.get_field_index(ROW_ERROR)
     return schema if index < 0 else schema.remove(index)
 
 
 def check_folders(location: str, folder: str) -> None:
-    """The output must be a local folder that is not part of the input. Raises ConfigurationError."""
+    """Raises ConfigurationError unless the output is a local folder that is not part of the input."""
     if "://" in folder:
         raise ConfigurationError(
             f"output {redacted_word(folder)}: parts are committed by renaming, which object stores lack; give a "
@@ -122,7 +124,8 @@ def check_folders(location: str, folder: str) -> None:
 
 
 def settings_for_manifest(params: SamplingParams) -> dict[str, Any]:
-    """Sampling parameters as JSON values: those that differ from the defaults, and a few that are always shown."""
+    """Returns sampling parameters as JSON values: those that differ from the defaults, and a few that are always
+    shown."""
     neutral, shown = dataclasses.asdict(SamplingParams()), ("max_tokens", "temperature", "top_p", "top_k", "stop")
     values = {
         name: value for name, value in dataclasses.asdict(params).items() if name in shown or value != neutral[name]
@@ -137,7 +140,7 @@ def plan_job(
     engine: EngineConfig,
     model_identity: Callable[[EngineConfig], dict[str, Any]],
 ) -> BatchJob:
-    """Reads schemas and footers, nothing else of the input. Raises ConfigurationError."""
+    """Plans a job; reads schemas and footers of the input, nothing else of Parquet. Raises ConfigurationError."""
     check_folders(location, folder)
     source = open_source(location, config)
     partitions = sorted({name for group in source.row_groups for name in partition_values(group.folder)})
@@ -169,8 +172,8 @@ def plan_job(
 
 
 def make_encode(llm: Any, truncate: str | None) -> Encode:
-    """Returns what makes rows ready for the engine. It works on a copy of the tokenizer: the engine decodes with its
-    own in another thread meanwhile."""
+    """Returns the function that makes rows ready for the engine. It works on a copy of the tokenizer: the engine
+    decodes with its own in another thread meanwhile."""
     from flexbatch.text.prompts import PromptEncoder
 
     tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.max_positions

@@ -24,15 +24,15 @@ PLANNED_ROWS = 16_384
 
 @dataclass(frozen=True)
 class Preview:
-    """``rows`` of a job that has ``num_rows`` of them; ``truncate`` as in `JobConfig`."""
+    """Some ``rows`` of a job that has ``num_rows`` of them; ``truncate`` is as in `JobConfig`."""
 
     rows: Sequence[RowRequest]
     num_rows: int
     truncate: str | None = None
 
     def lengths(self, tokenizer: Any, arch: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job has, by
-        repeating the rows seen."""
+        """Returns (tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job
+        has, by repeating the rows seen."""
         encode = make_encode(SimpleNamespace(tokenizer=tokenizer, arch=arch), self.truncate)
         pairs = []
         for seen in self.rows:
@@ -49,8 +49,8 @@ class Preview:
 
 
 def preview(job: BatchJob, parts: Sequence[Part]) -> Preview:
-    """The first rows of up to eight parts that lie evenly over the job. What cannot be read is left to the job to
-    report."""
+    """Returns the first rows of up to eight parts that are spread evenly over the job. What cannot be read is left
+    to the job to report."""
     chosen = [parts[index * len(parts) // PARTS] for index in range(PARTS)] if len(parts) > PARTS else list(parts)
     rows: list[RowRequest] = []
     try:
@@ -66,8 +66,8 @@ def preview(job: BatchJob, parts: Sequence[Part]) -> Preview:
 
 
 def planner_job(config: EngineConfig, seen: Preview) -> Any:
-    """The planner's `Job` of what was seen; None where nothing was, or where random weights come without a
-    tokenizer. Raises CheckpointError."""
+    """Returns the planner's `Job` for the rows of a preview; None where there are none, or where random weights come
+    without a tokenizer. Raises CheckpointError."""
     from flexbatch.job import Job
     from flexbatch.models import checkpoint, resolve
 

@@ -1,5 +1,5 @@
-"""How far a job is: a bar on a terminal, else a line every ten seconds, and a Prometheus text file. All on stderr:
-stdout is data only."""
+"""Reports how far a job is: a bar on a terminal, else a line every ten seconds, and a Prometheus text file. All on
+stderr: stdout is data only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ METRICS = (
 
 @dataclass
 class Counts:
-    """``rows_done``, ``row_errors`` and ``parts_committed`` hold what earlier runs did too; tokens are of this run."""
+    """The counts of a shard. ``rows_done``, ``row_errors`` and ``parts_committed`` include earlier runs; tokens are
+    of this run."""
 
     rows_total: int
     rows_done: int = 0
@@ -69,7 +70,7 @@ class JobProgress:
         return time.monotonic() - self._began
 
     def line(self) -> str:
-        """One line: rows, tokens per second in and out, time left, errors."""
+        """Returns one line: rows, tokens per second in and out, time left, errors."""
         counts, seconds = self.counts, max(self.elapsed_s, 1e-9)
         fresh = counts.rows_done - self._first_rows
         left = (counts.rows_total - counts.rows_done) * seconds / fresh if fresh else None
@@ -82,7 +83,7 @@ class JobProgress:
         )
 
     def say(self, message: str) -> None:
-        """A line of its own, beside the bar."""
+        """Prints a line of its own, beside the bar."""
         if self._bar is not None:
             self._bar.write(message, file=self._stream)
         else:
@@ -108,8 +109,8 @@ class JobProgress:
             )
 
     def write_metrics(self) -> None:
-        """Replaces the metrics file; a file that cannot be written is said once and then left alone, for it is not
-        worth the job."""
+        """Replaces the metrics file. A file that cannot be written is reported once and then left alone, for it is
+        not worth the job."""
         if self._metrics is None:
             return
         values = {**vars(self.counts), "elapsed_seconds": round(self.elapsed_s, 3)}

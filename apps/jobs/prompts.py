@@ -1,4 +1,4 @@
-"""Prompts out of the values of a row: a text, chat messages, or a template filled with columns."""
+"""Makes prompts of the values of a row: a text, chat messages, or a template filled with columns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RowError(ValueError):
 
 
 class Template:
-    """``Summarize: {text}``: fields are columns, or ``column.field`` of nested ones; ``{{`` and ``}}`` are braces.
-    Else raises ConfigurationError."""
+    """A template such as ``Summarize: {text}``: fields are columns, or ``column.field`` of nested ones; ``{{`` and
+    ``}}`` are braces. Raises ConfigurationError for anything else."""
 
     def __init__(self, text: str) -> None:
         self._pieces: list[tuple[str, tuple[str, ...] | None]] = []
@@ -36,7 +36,7 @@ class Template:
         return tuple(dict.fromkeys(path[0] for _, path in self._pieces if path))
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """The prompt of one row. Raises RowError that names a missing or undecodable field."""
+        """Returns the prompt of one row. Raises RowError that names a missing or undecodable field."""
         out = []
         for literal, path in self._pieces:
             out.append(literal)
@@ -68,7 +68,7 @@ def not_utf8(name: str, error: UnicodeDecodeError) -> RowError:
 
 
 def row_error(error: Exception) -> RowError:
-    """Whatever went wrong with one row, as the reason that its error column gives."""
+    """Returns whatever went wrong with one row as the reason that its error column gives."""
     if isinstance(error, RowError):
         return error
     known = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
@@ -76,7 +76,7 @@ def row_error(error: Exception) -> RowError:
 
 
 def text_prompt(value: Any, name: str) -> str:
-    """A text, or bytes that are UTF-8. Raises RowError."""
+    """Returns a text, or bytes that are UTF-8, as text. Raises RowError."""
     if value is None:
         raise RowError(f"{name!r} is null")
     if isinstance(value, bytes):
@@ -87,7 +87,7 @@ def text_prompt(value: Any, name: str) -> str:
 
 
 def unicode_text(value: Any, name: str) -> Any:
-    """The value. Raises RowError where a text in it holds half of a surrogate pair."""
+    """Returns the value. Raises RowError where a text in it holds half of a surrogate pair."""
     try:
         check_text(value, name)
     except UnfitValue as error:
@@ -96,7 +96,8 @@ def unicode_text(value: Any, name: str) -> Any:
 
 
 def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:
-    """Chat messages: a list of {role, content}, or the JSON text of one. Raises RowError that names the message."""
+    """Returns chat messages of a list of {role, content}, or of the JSON text of one. Raises RowError that names the
+    message."""
     if value is None:
         raise RowError(f"{name!r} is null")
     if isinstance(value, str | bytes):

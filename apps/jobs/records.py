@@ -4,7 +4,7 @@ A log is a header ``<magic><fingerprint of the job><crc32>`` and records
 ``<mark><length><term><stamp><crc32 of the payload><crc32 of the record's head>`` with a payload of JSON in ASCII. Both
 checksums begin with the job's fingerprint, so a record of another job, or a run of zeros, is never one of this job,
 and records count even where the header in front of them was lost. The mark holds bytes that JSON in ASCII cannot, so
-the next record behind a damaged place is found without any trust in lengths.
+the next record after damaged bytes is found without any trust in lengths.
 
 What a crash leaves at the end (a cut record, or zeros where a file had grown and its data was not written yet) is a
 torn tail and simply not there. Everything else that does not check is damage: it is reported, and what follows counts.
@@ -33,8 +33,8 @@ MAGIC, MARK = b"FBJ2", b"\xff\xfaR\xf5"
 
 @dataclass(frozen=True)
 class LogRecord:
-    """One record: ``term`` and ``stamp`` say in which order the values of several logs were written, bytes [start, end)
-    where it lies."""
+    """One record: ``term`` and ``stamp`` give the order in which the values of several logs were written; the record
+    takes the bytes [start, end) of its file."""
 
     term: int
     stamp: int
@@ -65,7 +65,7 @@ def _pack(value: Any, fingerprint: bytes, term: int, stamp: int) -> bytes:
 
 
 def _head_at(data: bytes, offset: int, seed: int) -> tuple[int, int, int, int] | None:
-    """(length, term, stamp, checksum of the payload) where an undamaged head of a record lies."""
+    """Returns (length, term, stamp, checksum of the payload) where an undamaged head of a record lies."""
     head = data[offset : offset + RECORD.size]
     if len(head) < RECORD.size:
         return None
@@ -86,21 +86,22 @@ def _record_at(data: bytes, offset: int, seed: int) -> LogRecord | None:
 
 
 def _next_record(data: bytes, offset: int, seed: int) -> int:
-    """Where the next whole record begins, -1 where there is none."""
+    """Returns where the next whole record begins, -1 where there is none."""
     while (offset := data.find(MARK, offset)) >= 0 and _record_at(data, offset, seed) is None:
         offset += 1
     return offset
 
 
 def _torn(data: bytes, offset: int, written: int, seed: int) -> bool:
-    """Whether the last record is one that was being written: its bytes end, or only zeros follow, before it is whole.
-    A payload never holds a zero byte."""
+    """Returns whether the last record was being written: its bytes end, or only zeros follow, before it is whole. A
+    payload never holds a zero byte."""
     head = _head_at(data, offset, seed)
     return written < offset + RECORD.size + (0 if head is None else head[0])
 
 
 def scan_log(path: Path, fingerprint: bytes) -> Scan:
-    """Everything that a log still holds. A file that is gone is empty; a log of another job raises ValueError."""
+    """Returns everything that a log still holds. A file that is gone is empty; a log of another job raises
+    ValueError."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -136,7 +137,7 @@ def report_damage(path: Path, scan: Scan) -> None:
 
 
 def read_log(path: Path, fingerprint: bytes) -> Iterator[Any]:
-    """The values of one log; what is damaged is reported. Raises ValueError for a log of another job."""
+    """Yields the values of one log and reports what is damaged. Raises ValueError for a log of another job."""
     scan = scan_log(path, fingerprint)
     report_damage(path, scan)
     for entry in scan.entries:
@@ -147,7 +148,7 @@ class RecordLog:
     """One log, written by one process.
 
     ``fingerprint`` is the job's, 16 bytes. An existing log is taken over: its whole records are copied to a new file
-    that takes its place, so that its torn tail is gone, and a process that still writes to the old file, because
+    that replaces it, so that its torn tail is gone, and a process that still writes to the old file, because
     everybody thought it dead, writes to nobody. With ``new`` a path that exists raises FileExistsError. A log of
     another job raises ValueError.
     """

@@ -1,4 +1,4 @@
-"""What a job writes: the columns of the Parquet parts, and the record of one row that the journal keeps until its
+"""The results of a job: the columns of the Parquet parts, and the record of one row that the journal keeps until its
 part is written."""
 
 from __future__ import annotations
@@ -46,25 +46,26 @@ class Output(Protocol):
     def failure(self, row: RowRequest, message: str) -> RowRecord: ...
 
     def error_of(self, record: RowRecord) -> str:
-        """The error of a row, "" when it is fine."""
+        """Returns the error of a row, "" when it is fine."""
         ...
 
     def tokens_of(self, record: RowRecord) -> tuple[int, int]:
-        """(input tokens, generated tokens)."""
+        """Returns (input tokens, generated tokens)."""
         ...
 
     def write(self, path: Path, table: pa.Table, records: Sequence[RowRecord]) -> None:
-        """Writes one part and makes it durable; the caller renames it into place."""
+        """Writes one part and makes it durable; the caller gives the file its final name."""
         ...
 
     def read(self, path: Path, rows: int) -> list[RowRecord]:
-        """The records of a committed part. Raises ValueError when the file does not hold ``rows`` rows of this job."""
+        """Returns the records of a committed part. Raises ValueError when the file does not hold ``rows`` rows of
+        this job."""
         ...
 
 
 def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, names: Sequence[str]) -> pa.Schema:
-    """Input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where two names
-    clash.
+    """Returns the input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where
+    two names clash.
 
     Metadata that other libraries keep about their columns is dropped where it would no longer be true.
     """
@@ -84,12 +85,12 @@ def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, nam
 
 
 def failure_text(message: str) -> str:
-    """The error of a row as every file can hold it: a reason, in Unicode, without credentials."""
+    """Returns the error of a row as every file can hold it: a reason, in Unicode, without credentials."""
     return redacted(message.encode("utf-8", "backslashreplace").decode()) or "failed without a message"
 
 
 def listed_logprobs(completion: Completion) -> list[list[list[float]]] | None:
-    """Per generated token, its candidates as [token id, natural-log probability, rank], most likely first."""
+    """Returns, per generated token, its candidates as [token id, natural-log probability, rank], most likely first."""
     if completion.logprobs is None:
         return None
     return [
@@ -139,7 +140,7 @@ class ParquetOutput:
         return record[2], record[3]
 
     def table(self, table: pa.Table, records: Sequence[RowRecord]) -> pa.Table:
-        """Input rows and their records as output rows."""
+        """Returns input rows and their records as output rows."""
         results: list[pa.Array] = []
         for index, (name, kind) in enumerate(COLUMNS):
             if name not in self._kept:

@@ -1,4 +1,4 @@
-"""From input rows to requests: the prompt and the sampling parameters of each row."""
+"""Makes requests of input rows: the prompt and the sampling parameters of each row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SETTINGS: dict[str, type] = {
 
 @dataclass
 class RowRequest:
-    """What one input row asks for: ``offset`` counts the rows of its part, ``index`` those of the whole input. With
+    """The request of one input row: ``offset`` counts the rows of its part, ``index`` those of the whole input. With
     ``error`` there is no prompt; ``token_ids`` are those of the prompt once it is encoded."""
 
     part: int
@@ -53,7 +53,7 @@ class RowRequest:
     token_ids: Sequence[int] = ()
     error: str = ""
     extra: Any = None
-    """What the output of this row needs besides the completion."""
+    """Whatever the output of this row needs besides the completion."""
 
 
 Encode = Callable[[RowRequest], RowRequest]
@@ -65,14 +65,14 @@ class RequestReader(Protocol):
     """Makes the requests of one form of input."""
 
     def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[RowRequest]:
-        """The requests of one part, whose input rows are ``table``, in order; without those whose offset ``skip``
-        names."""
+        """Yields the requests of one part, whose input rows are ``table``, in order; those whose offset ``skip``
+        names are left out."""
         ...
 
 
 def row_seed(seed: int, key: int | str) -> int:
-    """The seed of a row's random stream, 63 bits: from the job's seed and the row's index in the input (or its prompt),
-    so neither order nor restarts change its tokens."""
+    """Returns the seed of a row's random stream, 63 bits: from the job's seed and the row's index in the input (or
+    its prompt), so that neither order nor restarts change its tokens."""
     digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -121,7 +121,7 @@ class RowReader:
         self._json = [name for name in self._names if holds_json(schema.field(name))]
 
     def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[RowRequest]:
-        """The requests of one part in order, without those whose offset ``skip`` names."""
+        """Yields the requests of one part in order, without those whose offset ``skip`` names."""
         fixed = partition_values(part.folder)
         offset = 0
         names = [*self._names, *([ROW_ERROR] if ROW_ERROR in table.schema.names else [])]
@@ -153,8 +153,8 @@ class RowReader:
 
 
 def _python_rows(batch: pa.RecordBatch) -> Sequence[dict[str, Any] | RowError]:
-    """The rows as Python values; RowError instead of a row with a value that Python cannot hold, such as text
-    that is not UTF-8 or the year 10000."""
+    """Returns the rows as Python values; RowError instead of a row with a value that Python cannot hold, such as
+    text that is not UTF-8 or the year 10000."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError, LookupError):  # so rare that only then each row is tried by itself
@@ -181,8 +181,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _setting(name: str, value: Any) -> Any:
-    """A per-row value as its setting's type, from text too (cells of CSV); None where there is none. Raises RowError
-    for values that are not of this type."""
+    """Returns a per-row value as its setting's type, from text too (cells of CSV); None where there is none. Raises
+    RowError for values that are not of this type."""
     kind = SETTINGS[name]
     if value is None or value == "":
         return None

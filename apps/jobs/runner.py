@@ -25,8 +25,8 @@ from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 logger = logging.getLogger("flexbatch")
 
 OpenEngine = Callable[[EngineConfig, Preview | None], Any]
-"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. What was
-seen of the job helps it to plan."""
+"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. The preview
+of the job helps it to plan."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Shard:
 
     @classmethod
     def open(cls, job: BatchJob, assignment: ShardAssignment) -> Shard:
-        """Compares the manifest and recovers the journal. Raises ConfigurationError."""
+        """Opens a shard: compares the manifest and recovers the journal. Raises ConfigurationError."""
         parts = shard_parts(job.parts, assignment.shard, assignment.shards)
         store = OutputStore(
             job.folder, job.fingerprint, (assignment.shard, assignment.shards), overwrite=job.config.overwrite
@@ -54,7 +54,7 @@ class Shard:
         return cls(job, parts, store, left, finished)
 
     def counts(self) -> Counts:
-        """Where the shard stands before it goes on."""
+        """Returns where the shard stands before it goes on."""
         output = self.job.output
         numbers = {part.number for part in self.left}
         commits = [commit for commit in self.store.commits.values() if commit.part not in numbers]
@@ -69,8 +69,7 @@ class Shard:
 
 
 def run_shard(job: BatchJob, assignment: ShardAssignment, open_engine: OpenEngine, resume: str) -> int:
-    """Does one shard of a job; returns the exit code. ``resume`` is the command line that goes on where this
-    one stops.
+    """Runs one shard of a job; returns the exit code. ``resume`` is the command line that goes on where this one stops.
 
     Raises ConfigurationError before it begins; after that, what stops it is logged together with the resume command.
     """
@@ -148,7 +147,7 @@ def stopped(error: Exception, resume: str) -> int:
     code = exit_code(error)
     if isinstance(error, OutputError):
         logger.error(
-            "the output cannot be written: %s. Committed parts and finished rows are kept: free some space, or repair it, "
+            "the output cannot be written: %s. Committed parts and finished rows are kept: free space, or repair it, "
             "and resume",
             error,
         )
@@ -165,7 +164,7 @@ def stopped(error: Exception, resume: str) -> int:
 
 
 def close_shard(shard: Shard, assignment: ShardAssignment) -> None:
-    """A disk that is full must not hide why the job stopped."""
+    """Closes the store. A disk that is full must not hide why the job stopped."""
     try:
         if assignment.shards == 1:
             shard.store.sweep()

@@ -24,7 +24,7 @@ class ShardAssignment:
 
 
 def find_assignment(flag: tuple[int, int] | None, environ: Mapping[str, str]) -> ShardAssignment:
-    """The shard that ``--shard`` or torchrun gives. With both, the ranks divide the shard among them. Raises
+    """Returns the shard that ``--shard`` or torchrun gives. With both, the ranks divide the shard among them. Raises
     ConfigurationError."""
     shard, shards = flag or (0, 1)
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
@@ -44,8 +44,8 @@ def find_assignment(flag: tuple[int, int] | None, environ: Mapping[str, str]) ->
 def divide_host(
     config: EngineConfig, assignment: ShardAssignment, gpus: int, offload_dir: Path, host_memory: int
 ) -> EngineConfig:
-    """The engine settings of one of several processes on a host: equal parts of its memory, of which ``host_memory``
-    bytes are free, one of ``gpus`` devices, an offload folder of its own.
+    """Returns the engine settings of one of several processes on a host: equal parts of its memory, of which
+    ``host_memory`` bytes are free, one of ``gpus`` devices, an offload folder of its own.
 
     Processes share a device where there are fewer devices than processes; then each gets an equal part of the GPU
     budget that was given. Without a GPU the gpu tier is host memory too. ``offload_dir`` is the folder where none is

@@ -1,5 +1,5 @@
-"""Where rows come from: Parquet files and data sets of the `datasets` library. CSV is in `csv_source`, JSON lines are in
-`json_lines`.
+"""Where rows come from: Parquet files and data sets of the `datasets` library; see `csv_source`, `json_lines` and
+`openai_source` for text.
 
 A source knows its schema, its row groups and its identity before the first row is read, and streams record batches of
 one row group at a time.
@@ -31,8 +31,8 @@ DATASET_GROUP_ROWS = 1000
 
 
 class RowSource(Protocol):
-    """``schema``: columns of the rows; ``row_groups``: what there is to read, in order; ``identity``: JSON value that
-    changes when the input changes."""
+    """Where rows come from. ``schema``: columns of the rows; ``row_groups``: what there is to read, in order;
+    ``identity``: JSON value that changes when the input changes."""
 
     schema: pa.Schema
     identity: dict[str, Any]
@@ -41,14 +41,14 @@ class RowSource(Protocol):
     def row_groups(self) -> Sequence[RowGroup]: ...
 
     def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
-        """The rows of one row group, a batch at a time. Raises SourceError that names the file and
-        the row group."""
+        """Yields the rows of one row group, a batch at a time. Raises SourceError that names the file and the row
+        group."""
         ...
 
 
 def unify(files: Sequence[str], schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """One schema for all files; a column that only some files have is null in the others. Raises ConfigurationError
-    that names file and types."""
+    """Returns one schema for all files; a column that only some files have is null in the others. Raises
+    ConfigurationError that names file and types."""
     schema = schemas[0]
     for name, other in zip(files, schemas, strict=True):
         if other.equals(schema):
@@ -61,8 +61,8 @@ def unify(files: Sequence[str], schemas: Sequence[pa.Schema]) -> pa.Schema:
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch with exactly these columns: missing ones null, others cast. Raises pa.ArrowInvalid where a value
-    does not fit."""
+    """Returns the batch with exactly these columns: missing ones null, others cast. Raises pa.ArrowInvalid where a
+    value does not fit."""
     if batch.schema.equals(schema):
         return batch
     names = set(batch.schema.names)
@@ -123,8 +123,8 @@ class ParquetSource:
             raise ConfigurationError(f"{file.name}: not a readable Parquet file: {error}") from None
 
     def _file(self, path: str) -> pq.ParquetFile:
-        """The file, opened once for all its row groups: parsing the footer again for each would be quadratic in
-        their number."""
+        """Returns the file, opened once for all its row groups: parsing the footer again for each would be quadratic
+        in their number."""
         if self._open is None or self._open[0] != path:
             self.close()
             handle = self._filesystem.open_input_file(path)
@@ -133,7 +133,7 @@ class ParquetSource:
         return self._open[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process (a Ray actor) opens its files itself."""
+        """Leaves out open files: a copy in another process (a Ray actor) opens its files itself."""
         return {**self.__dict__, "_open": None}
 
     def close(self) -> None:
@@ -217,8 +217,8 @@ def _saved_content(folder: Path, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def read_parts(source: RowSource, parts: Iterable[Part]) -> Iterator[tuple[Part, pa.Table]]:
-    """The input rows of each part. Parts that follow each other in the input share one pass over its row groups.
-    Raises SourceError."""
+    """Yields the input rows of each part. For parts that follow each other in the input, its row groups are read
+    once. Raises SourceError."""
     groups = source.row_groups
     starts = list(itertools.accumulate((group.rows for group in groups), initial=0))
     current, row = -1, 0

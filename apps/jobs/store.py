@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from flexbatch.apps.jobs.commits import Commit, Identity, identity, read_commits
 from flexbatch.apps.jobs.durable import make_folder, rename_if_absent, sync_folder, temporary_name
-from flexbatch.apps.jobs.grants import Grant, gate, refuse_other_writers
+from flexbatch.apps.jobs.grants import Grant, refuse_other_writers, writers_lock
 from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.manifest import (
@@ -39,8 +39,8 @@ from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 TERM_BITS = 32
-"""A record's term is its writer's, times 2 to this power, plus the count of the lease where a writer leases parts
-on."""
+"""A record's term is its writer's, times 2 to this power, plus the number of the hand-out where a writer hands parts
+to workers."""
 
 
 class OutputStore:
@@ -72,7 +72,7 @@ class OutputStore:
             make_folder(self.state)
             sync_folder(self.folder)
             sync_folder(self.folder.parent)
-            with gate(self.state):
+            with writers_lock(self.state):
                 if worker is None:
                     self.created = self._open_shard(fingerprint, shard, overwrite)
                 else:
@@ -95,11 +95,11 @@ class OutputStore:
         self._folders = {self.folder}
 
     def _open_shard(self, fingerprint: dict[str, Any], shard: tuple[int, int], overwrite: bool) -> int:
-        """Under the gate. A job that is refused takes nothing from anybody."""
+        """Called under the lock; returns when the job began. A job that is refused takes nothing from anybody."""
         refuse_other_writers(self.state, shard)
         created = None if overwrite else open_manifest(self.folder, fingerprint, False)
         self.grant = Grant.take(self.state, shard)
-        for path in self.state.glob(".*.tmp"):  # written under the gate alone: of processes that died there
+        for path in self.state.glob(".*.tmp"):  # written under the lock alone: of processes that died there
             path.unlink(missing_ok=True)
         return open_manifest(self.folder, fingerprint, discard_job(self.folder)) if created is None else created
 
@@ -113,15 +113,15 @@ class OutputStore:
             self.grant.check()
 
     def begin(self, part: Part, output: Output, lease: int = 0) -> None:
-        """A worker was given this part, perhaps after another one that may still believe that it has it; ``lease``
-        counts what is handed out. What the part's file is by now is what its commit may replace."""
+        """Called when a worker is given this part, perhaps after another one that may still believe that it has it;
+        ``lease`` counts what is handed out. The commit may replace the file that the part has by now."""
         self._replaced[part.number] = identity(self.folder / part.file_name(output.suffix))
         self.journal.lease(part.number, self.term + lease)
 
     def recover(
         self, parts: Sequence[Part], output: Output, retry_failed: bool = False
     ) -> tuple[list[Part], dict[int, dict[int, RowRecord]]]:
-        """What is left to do: the parts without a committed file, and per part the records of the rows that are
+        """Returns what is left to do: the parts without a committed file, and per part the records of the rows that are
         finished already.
 
         With ``retry_failed`` rows that ended in an error count as not finished, also those of committed parts: such
@@ -167,7 +167,7 @@ class OutputStore:
         return open_parts, kept
 
     def _remove_temporary(self, parts: Sequence[Part], output: Output) -> None:
-        """What processes that died had begun to write of these parts."""
+        """Removes what processes that died had begun to write of these parts."""
         for folder in {part.folder for part in parts}:
             mine = {Path(part.file_name(output.suffix)).name for part in parts if part.folder == folder}
             with contextlib.suppress(FileNotFoundError):
@@ -202,7 +202,7 @@ class OutputStore:
                 raise FileNotFoundError(errno.ENOENT, "it was removed while it was written", str(temporary))
             self._record(commit, written)
             self._commits_log.sync()
-            with gate(self.state):
+            with writers_lock(self.state):
                 self.check_writer()
                 ours = self._publish(temporary, path, self._replaced.get(part.number))
         except FileNotFoundError:  # a successor removes what its predecessors had begun
@@ -219,7 +219,7 @@ class OutputStore:
         return commit
 
     def _make_folder(self, folder: Path) -> None:
-        """Also a folder that is there was perhaps made by a process that died before it was durable."""
+        """Makes a folder durable, even one that exists: perhaps a process made it that died before it was durable."""
         if folder not in self._folders:
             make_folder(folder)
             for path in (folder, *folder.parents[: len(folder.relative_to(self.folder).parts) - 1]):
@@ -228,7 +228,7 @@ class OutputStore:
 
     @staticmethod
     def _publish(temporary: Path, path: Path, before: Identity | None) -> bool:
-        """Under the gate: gives the file its name if the part is what it was when it was begun."""
+        """Called under the lock: gives the file its name if the part is what it was when it was begun."""
         if before is None or not path.exists():
             return rename_if_absent(temporary, path)
         if identity(path) != before:
@@ -259,7 +259,7 @@ class OutputStore:
 
     def sweep(self) -> None:
         """Removes journals of other owners (shards of another count, workers) once all their parts are committed.
-        Only where nobody else writes."""
+        Called only where nobody else writes."""
         if self.grant is not None and self.grant.path.exists():
             self.journal.sweep(self.commits.__contains__)
 

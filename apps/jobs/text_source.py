@@ -1,5 +1,5 @@
-"""Files of text: one pass before the job finds the row counts and a digest; the job then streams them like Parquet.
-Lines are read in chunks of whole ones; CSV has its own way to find rows.
+"""Files of text. One pass before the job finds the row counts and a digest; the job then streams them like Parquet.
+Lines are read in chunks of whole lines; CSV finds its rows in another way (`csv_source`).
 
 A row that cannot be read, such as a line that is not JSON, is null in every column, and the column `ROW_ERROR` says
 why.
@@ -66,7 +66,7 @@ def chunks_of(
 
 
 def _skip_line(stream: BinaryIO, length: int, chunk_bytes: int) -> tuple[int, bytearray]:
-    """(length of a line of which ``length`` bytes are read, what was read behind it)."""
+    """Returns (length of a line of which ``length`` bytes are read, what was read after it)."""
     while data := stream.read(chunk_bytes):
         end = data.find(b"\n") + 1
         if end:
@@ -106,13 +106,14 @@ class DigestingStream(io.RawIOBase):
 
 
 def record_batch(columns: Sequence[pa.Array], errors: Sequence[str | None], schema: pa.Schema) -> pa.RecordBatch:
-    """The rows of a source. Its schema has a column for their errors where its first pass has found one."""
+    """Returns rows of a source as a batch. Its schema has a column for their errors where the pass before the job
+    has found one."""
     whole = [*columns, pa.array(errors, pa.string())] if ROW_ERROR in schema.names else list(columns)
     return pa.RecordBatch.from_arrays(whole, schema=schema)
 
 
 class LinesSource:
-    """One row for every line that is not blank. What a row is, a subclass says: how a line is parsed, what the pass
+    """A source with one row for every line that is not blank. A subclass defines how a line is parsed, what the pass
     before the job learns of the rows, and the columns that they make. Raises ConfigurationError where no row can be
     read."""
 
@@ -132,7 +133,8 @@ class LinesSource:
         self.error_columns = [pa.field(ROW_ERROR, pa.string())] if self._first_error else []
 
     def parse(self, line: bytes, number: int, name: str) -> tuple[Any, str | None]:
-        """The row of line ``number`` (from 1) of the file ``name``, here the line itself, and what is wrong with it."""
+        """Returns the row of line ``number`` (from 1) of the file ``name``, by default the line itself, and what is
+        wrong with it."""
         return line, None
 
     def observe(self, rows: Sequence[Any], errors: list[str | None], name: str) -> None:
@@ -140,7 +142,7 @@ class LinesSource:
         raise NotImplementedError
 
     def columns(self, rows: Sequence[Any], errors: list[str | None]) -> list[pa.Array]:
-        """The rows of a chunk as the columns of the schema, without the errors."""
+        """Returns the rows of a chunk as the columns of the schema, without the errors."""
         raise NotImplementedError
 
     def _scan_file(self, file: InputFile) -> None:
@@ -160,7 +162,7 @@ class LinesSource:
         self.identity["files"][file.name] = f"{count} rows, sha256 {digest}"
 
     def _rows(self, chunk: Chunk, data: bytes, name: str) -> tuple[list[Any], list[str | None]]:
-        """The rows of the lines that are not blank, and what is wrong with each."""
+        """Returns the rows of the lines that are not blank, and what is wrong with each."""
         if chunk.too_long:
             size = (chunk.stop - chunk.start) / 2**20
             return [self.empty()], [

@@ -1,4 +1,4 @@
-"""Answer and score a data wrangling task: ``python -m flexbatch.apps.wrangle
+"""Answers and scores a data wrangling task: ``python -m flexbatch.apps.wrangle
 data/datasets/entity_matching/structured/Beer --model M``."""
 
 from __future__ import annotations

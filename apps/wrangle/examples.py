@@ -31,13 +31,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Wording:
-    """How a row is written: ``separator`` between its attributes, ``missing`` for a value that is not there."""
+    """The way a row is written: ``separator`` between its attributes, ``missing`` for a value that is not there."""
 
     separator: str = "."
     missing: str = "nan"
 
     def row(self, row: TableRow, columns: dict[str, str]) -> str:
-        """``name: value`` of every column of ``columns`` (column -> name in the text)."""
+        """Returns ``name: value`` of every column of ``columns`` (column -> name in the text)."""
         parts = [
             f"{name}: {self.missing if row[column] is None else str(row[column]).strip()}".lstrip()
             for column, name in columns.items()
@@ -51,7 +51,7 @@ class Wording:
 
 
 def read_examples(folder: Path, data: DataSet, split: str, wording: Wording) -> list[Example]:
-    """Examples of ``train``, ``validation`` or ``test``, in the order of the file. Raises TableError."""
+    """Returns the examples of ``train``, ``validation`` or ``test``, in the order of the file. Raises TableError."""
     path = find_table(folder, FILES[split])
     if path is None:
         raise TableError(
@@ -68,7 +68,7 @@ def read_examples(folder: Path, data: DataSet, split: str, wording: Wording) -> 
 
 
 def _columns(rows: list[TableRow], data: DataSet, without: Iterable[str] = ()) -> dict[str, str]:
-    """Column -> name in the text, of the columns that a text shows."""
+    """Maps the columns that a text shows to their names in the text."""
     hidden = {"id", *INDEX_COLUMNS, *data.drop, *without}
     return {column: data.rename.get(column, column) for column in (rows[0] if rows else {}) if column not in hidden}
 
@@ -81,7 +81,7 @@ def _value(path: Path, number: int, row: TableRow, column: str) -> str:
 
 
 def _yes(path: Path, number: int, row: TableRow, column: str) -> bool:
-    """Whether a 0/1 label is 1."""
+    """Returns whether a 0/1 label is 1."""
     value = _value(path, number, row, column)
     try:
         return {0.0: False, 1.0: True}[float({"true": "1", "false": "0"}.get(value.lower(), value))]
@@ -146,8 +146,8 @@ def _schemas(path: Path, rows: list[TableRow], data: DataSet) -> list[Example]:
 
 
 def _cells(folder: Path, path: Path, rows: list[TableRow], data: DataSet, wording: Wording) -> list[Example]:
-    """Cells to check. The split names a row of ``table`` by ``row_id`` and a column by ``col_name``, or its rows are
-    complete themselves.
+    """Returns the cells to check. The split names a row of ``table`` by ``row_id`` and a column by ``col_name``, or its
+    rows are complete themselves.
 
     In Adult ``table`` holds the labels too, and is what the authors read for every split.
     """

@@ -22,7 +22,7 @@ from flexbatch.request import SamplingParams
 
 @dataclass(frozen=True)
 class WrangleConfig:
-    """What one run does; the command's flags."""
+    """The settings of one run; the command's flags."""
 
     folder: Path
     split: str = "validation"
@@ -50,7 +50,7 @@ class Trial:
     errors: list[str]
 
     def scores(self, task: str) -> Scores:
-        """Scores of the answered prompts."""
+        """Returns the scores of the answered prompts."""
         pairs = [
             (answer, example.label)
             for answer, example in zip(self.answers, self.examples, strict=True)
@@ -60,8 +60,8 @@ class Trial:
 
 
 def ask(llm: Any, prompts: Sequence[str], max_tokens: int) -> tuple[list[str | None], list[str]]:
-    """Greedy answers up to the end of the line, and the error of each prompt that could not be run. Equal prompts
-    are asked once."""
+    """Returns greedy answers up to the end of the line, and the error of each prompt that could not be run. Equal
+    prompts are asked once."""
     indices: dict[str, list[int]] = {}
     for index, text in enumerate(prompts):
         indices.setdefault(text, []).append(index)
@@ -84,8 +84,8 @@ TrialPrompts = list[tuple[list[str], list[Example]]]
 
 
 def run(config: WrangleConfig, data: DataSet, llm: Any, plans: TrialPrompts | None = None) -> list[Trial]:
-    """All trials, as they are planned or as `plan` makes them. Raises TableError for data that is absent or wrong,
-    and when every prompt fails."""
+    """Runs all trials, as they are planned or as `plan` makes them. Raises TableError for data that is absent or
+    wrong, and when every prompt fails."""
     trials = []
     for prompts, examples in plan(config, data, llm) if plans is None else plans:
         answers, errors = ask(llm, prompts, config.max_tokens or data.max_tokens)
@@ -96,8 +96,8 @@ def run(config: WrangleConfig, data: DataSet, llm: Any, plans: TrialPrompts | No
 
 
 def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> TrialPrompts:
-    """Prompts and examples of every trial. With clusters the model first answers the validation split, whose
-    mistakes are the shots; else it is not needed."""
+    """Returns prompts and examples of every trial. With clusters the model first answers the validation split, whose
+    mistakes are the shots; otherwise it is not needed."""
     wording = Wording(config.separator, config.missing)
     instruction = data.instruction if config.instruction else ""
     examples = read_examples(config.folder, data, config.split, wording)[: config.limit]
@@ -137,7 +137,7 @@ def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> TrialPrompts:
 
 
 def summary(config: WrangleConfig, data: DataSet, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Scores of every trial, their mean and population standard deviation, and how many prompts failed."""
+    """Returns the scores of every trial, their mean and population standard deviation, and how many prompts failed."""
     scores = [trial.scores(data.task) for trial in trials]
     names = ("accuracy", "precision", "recall", "f1") if data.task in YES_NO else ("accuracy",)
     return {
@@ -152,8 +152,8 @@ def summary(config: WrangleConfig, data: DataSet, trials: Sequence[Trial]) -> di
 
 
 def write(output: Path, results: dict[str, Any], data: DataSet, trials: Sequence[Trial]) -> None:
-    """``scores.json``, and ``predictions.parquet`` with prompt, label, answer, right and error of every row and
-    trial."""
+    """Writes ``scores.json``, and ``predictions.parquet`` with prompt, label, answer, right and error of every row
+    and trial."""
     import pyarrow
     import pyarrow.parquet
 

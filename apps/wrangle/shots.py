@@ -18,8 +18,8 @@ Manual = str | dict[str, str]
 
 
 def prompt(shots: str, example: Example, instruction: str = "") -> str:
-    """Shots, an empty line, and the row, without white space at the end (a model continues words badly after a
-    space)."""
+    """Returns shots, an empty line, and the row, without white space at the end (a model continues words badly after
+    a space)."""
     text = f"{shots}\n{example.text}".strip()
     return f"{instruction} {text}" if instruction else text
 
@@ -29,8 +29,8 @@ def join_shots(examples: Sequence[Example]) -> str:
 
 
 def random_shots(train: Sequence[Example], count: int, seed: int, *, balanced: bool = False) -> list[Example]:
-    """``count`` training examples; ``balanced`` draws as many of every answer as the rarest has. Raises TableError
-    when there are too few."""
+    """Returns ``count`` training examples; ``balanced`` draws as many of every answer as the rarest has. Raises
+    TableError when there are too few."""
     draw = random.Random(seed)
     pool = list(train)
     if balanced:
@@ -48,11 +48,11 @@ def random_shots(train: Sequence[Example], count: int, seed: int, *, balanced: b
 
 
 def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: int, seed: int) -> list[Example]:
-    """The mistakes on the validation split, clustered by their text into ``count`` groups: the example nearest to each
-    centre.
+    """Clusters the mistakes on the validation split by their text into ``count`` groups; returns the example nearest to
+    each center.
 
     Where all chosen examples have one of two answers, the last gives its place to the mistake, else the example, of
-    the other answer that is nearest to its centre: a prompt that knows only Yes teaches Yes. Texts are compared by
+    the other answer that is nearest to its center: a prompt that knows only Yes teaches Yes. Texts are compared by
     TF-IDF of character triples; needs scikit-learn. Without ``count`` mistakes, the examples that are nearest to
     mistakes fill up. Raises TableError.
     """
@@ -91,7 +91,7 @@ def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: i
 
 
 def read_manual(path: Path, data_set: str) -> Manual:
-    """Hand-written shots: a text file, a JSON file with a text or a text for every group, or the authors'
+    """Reads hand-written shots: a text file, a JSON file with a text or a text for every group, or the authors'
     ``constants.py``.
 
     The Python file is parsed, never executed: its ``PREFIXES`` dictionary holds the paper's shots by data set.
@@ -130,7 +130,7 @@ def _from_constants(path: Path, content: str, data_set: str) -> Manual:
 
 
 def manual_shots(manual: Manual, example: Example) -> str:
-    """The shots for one example. Raises TableError for a group without shots."""
+    """Returns the shots for one example. Raises TableError for a group without shots."""
     if isinstance(manual, str):
         return manual
     group = example.group or "nan"

@@ -10,13 +10,13 @@ from pathlib import Path
 from flexbatch.text.files import read_text
 
 TableRow = dict[str, str | None]
-"""Column -> printed value; None where a value is missing."""
+"""Maps a column to its printed value; None where a value is missing."""
 
 MISSING = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"}
     | {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 )
-"""What pandas.read_csv takes for a missing value."""
+"""The texts that pandas.read_csv takes for a missing value."""
 INDEX_COLUMNS = frozenset(["", "Unnamed: 0", "__index_level_0__"])
 
 
@@ -25,13 +25,13 @@ class TableError(ValueError):
 
 
 def find_table(folder: Path, name: str) -> Path | None:
-    """``name.csv`` or ``name.parquet`` in the folder."""
+    """Returns ``name.csv`` or ``name.parquet`` in the folder, None where there is neither."""
     return next((path for path in (folder / f"{name}.csv", folder / f"{name}.parquet") if path.is_file()), None)
 
 
 def read_table(path: Path) -> list[TableRow]:
-    """All rows of a CSV or Parquet file. Raises TableError for a file that is neither, or has rows of another length
-    than its header."""
+    """Returns all rows of a CSV or Parquet file. Raises TableError for a file that is neither, or has rows of
+    another length than its header."""
     if path.suffix == ".parquet":
         return _read_parquet(path)
     lines = csv.reader(io.StringIO(read_text(path), newline=""))
@@ -54,8 +54,8 @@ def read_table(path: Path) -> list[TableRow]:
 
 
 def _printed(values: list[str | None]) -> list[str | None]:
-    """A CSV column as pandas would print it: whole numbers as they are, but with a decimal point when the column has
-    gaps or fractions."""
+    """Returns a CSV column as pandas would print it: whole numbers unchanged, but with a decimal point when the
+    column has gaps or fractions."""
     present = [value.strip() for value in values if value is not None]
     if not present:
         return values

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from flexbatch.apps.jobs.grants import TakenOver, gate, grants
+from flexbatch.apps.jobs.grants import TakenOver, grants, writers_lock
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.plan import BatchJob, plan_job
 from flexbatch.apps.jobs.settings import JobConfig
@@ -221,7 +221,11 @@ def test_terms_grow_and_one_grant_is_left_per_shard(tmp_path: Path) -> None:
 
 
 def test_a_gate_that_stays_closed_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with gate(tmp_path), pytest.raises(OSError, match=r"held the lock for 0\.05 s"), gate(tmp_path, 0.05):
+    with (
+        writers_lock(tmp_path),
+        pytest.raises(OSError, match=r"held the lock for 0\.05 s"),
+        writers_lock(tmp_path, 0.05),
+    ):
         pass
 
 
