@@ -34,7 +34,6 @@ from flexbatch.validation.errors import ConfigurationError
 if TYPE_CHECKING:
     from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
-    from flexbatch.apps.jobs.shard_assignment import ShardAssignment
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,7 +97,7 @@ def run(
 ) -> int:
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard
-    from flexbatch.apps.jobs.shard_assignment import find_assignment
+    from flexbatch.apps.jobs.shard_assignment import divide_host, find_assignment
 
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
@@ -114,19 +113,15 @@ def run(
 
         return run_on_ray(job, open_engine, resume)
     if assignment.local_size > 1:
-        job = dataclasses.replace(job, engine=_divided(engine, assignment))
+        import torch
+
+        from flexbatch.memory.tiers import host_memory_bytes
+        from flexbatch.planner.budgets import default_offload_dir
+
+        gpus = 0 if engine.device == "cpu" else torch.cuda.device_count()
+        engine = divide_host(engine, assignment, gpus, default_offload_dir(), host_memory_bytes())
+        job = dataclasses.replace(job, engine=engine)
     return run_shard(job, assignment, open_engine, resume)
-
-
-def _divided(engine: EngineConfig, assignment: ShardAssignment) -> EngineConfig:
-    import torch
-
-    from flexbatch.apps.jobs.shard_assignment import divide_host
-    from flexbatch.memory.tiers import host_memory_bytes
-    from flexbatch.planner.budgets import default_offload_dir
-
-    gpus = 0 if engine.device == "cpu" else torch.cuda.device_count()
-    return divide_host(engine, assignment, gpus, default_offload_dir(), host_memory_bytes())
 
 
 def main(

@@ -136,10 +136,6 @@ def flexflow_record(completion: Completion, seconds: float, prompt: str, text: s
     return f"end-to-end latency: {seconds * 1e6:.3f}\ntoken IDs: {ids}\n{prompt}{text}\n"
 
 
-def print_json(value: Any, stdout: IO[str]) -> None:
-    print(json_text(value), file=stdout, flush=True)
-
-
 def complete(
     llm: LLM, prompts: Sequence[Any], params: SamplingParams, config: CompletionConfig, stdout: IO[str]
 ) -> int:
@@ -163,17 +159,9 @@ def complete(
         if output:
             output.finish(number, text)
         else:
-            print_json(
-                {
-                    "index": number,
-                    **(
-                        failure
-                        if completion.error
-                        else random_prompts.output_line(PromptRow(prompts[number]), completion)
-                    ),
-                },
-                stdout,
-            )
+            row = PromptRow(prompts[number])
+            line = failure if completion.error else random_prompts.output_line(row, completion)
+            print(json_text({"index": number, **line}), file=stdout, flush=True)
     if output:
         output.check()
     if config.output_file is not None:
@@ -201,7 +189,8 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
         if output:
             output.finish(0, completion.text)
         else:
-            print_json(random_prompts.output_line(PromptRow(list(messages[:-1])), completion), stdout)
+            line = random_prompts.output_line(PromptRow(list(messages[:-1])), completion)
+            print(json_text(line), file=stdout, flush=True)
     return ROW_ERRORS if failed else DONE
 
 

@@ -183,8 +183,7 @@ class FlexBatchExecutor(Executor):
                 f"all {len(states)} requests failed or belong to a failed instance; the first error: "
                 f"{self.failed[0][1].result.error}"
             )
-        left_out = [(index, state) for index, state in enumerate(states) if _group(state) in bad]
-        self.failed = left_out
+        self.failed = [(index, state) for index, state in enumerate(states) if _group(state) in bad]
         return kept
 
 
@@ -213,9 +212,8 @@ class FlexBatchRunner(Runner):
         (folder / ERRORS_FILE).unlink(missing_ok=True)
         self.executor.failed = []
         super().run_one(run_spec)
-        failed = self.executor.failed
-        if failed:
-            self._record(folder, failed)
+        if self.executor.failed:
+            self._record(folder, self.executor.failed)
 
     @staticmethod
     def _record(folder: Path, left_out: list[tuple[int, RequestState]]) -> None:

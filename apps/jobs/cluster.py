@@ -224,7 +224,7 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
             while pending:
                 done, pending = ray.wait(pending, timeout=POLL_S)
                 for commit in ray.get(part_queue.take_commits.remote()):
-                    _count(counts, commit, journaled.pop(commit["part"], {}), shard)
+                    _count(counts, Commit(**commit), journaled.pop(commit["part"], {}), shard)
                 if limit is not None and counts.row_errors > limit:
                     raise TooManyErrors(
                         f"{counts.row_errors} rows failed, more than the {limit} that --max-errors allows"
@@ -262,14 +262,14 @@ def _start_actors(
     return part_queue, [worker.remote(number, open_engine) for number in range(actors)]
 
 
-def _count(counts: Counts, commit: dict[str, int], before: dict[int, RowRecord], shard: Shard) -> None:
+def _count(counts: Counts, commit: Commit, before: dict[int, RowRecord], shard: Shard) -> None:
     """Adds a committed part, minus what was counted of it when the job began."""
-    output = shard.job.output
-    shard.store.commits[commit["part"]] = Commit(**commit)
+    shard.store.commits[commit.part] = commit
     counts.parts_committed += 1
-    counts.rows_done += commit["rows"] - len(before)
-    counts.row_errors += commit["errors"] - sum(bool(output.error_of(record)) for record in before.values())
-    counts.input_tokens_total += commit["input_tokens"] - sum(output.tokens_of(record)[0] for record in before.values())
-    counts.generated_tokens_total += commit["generated_tokens"] - sum(
-        output.tokens_of(record)[1] for record in before.values()
+    old = Commit.of(commit.part, before.values(), shard.job.output)
+    counts.add(
+        commit.rows - old.rows,
+        commit.errors - old.errors,
+        commit.input_tokens - old.input_tokens,
+        commit.generated_tokens - old.generated_tokens,
     )

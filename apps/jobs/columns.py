@@ -238,12 +238,12 @@ def column(
 def json_column(values: Sequence[Any], kind: pa.Field, errors: list[str | None]) -> pa.Array:
     """Returns parsed JSON values as their column; see `column`. In a column of text, a value that is no text is its
     JSON."""
-    scalars = json_text if holds_json(kind) else text_of if pa.types.is_string(kind.type) else arrow_value(kind.type)
+    convert = json_text if holds_json(kind) else text_of if pa.types.is_string(kind.type) else arrow_value(kind.type)
     return column(
         values,
         kind,
         errors,
-        lambda chosen: pa.array([None if value is None else scalars(value) for value in chosen], kind.type),
+        lambda chosen: pa.array([None if value is None else convert(value) for value in chosen], kind.type),
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from flexbatch.apps.jobs.records import read_log
+from flexbatch.apps.jobs.results import Output, RowRecord
 
 logger = logging.getLogger("flexbatch")
 
@@ -20,6 +22,13 @@ class Commit:
     errors: int
     input_tokens: int
     generated_tokens: int
+
+    @classmethod
+    def of(cls, part: int, records: Collection[RowRecord], output: Output) -> Commit:
+        """Counts the records of a part."""
+        tokens = [output.tokens_of(record) for record in records]
+        errors = sum(bool(output.error_of(record)) for record in records)
+        return cls(part, len(records), errors, sum(used for used, _ in tokens), sum(made for _, made in tokens))
 
 
 Identity = tuple[int, int]

@@ -91,7 +91,8 @@ def parse_request(
         value = parse_json(line)
         if not isinstance(value, dict):
             raise RequestError("invalid_json_line", f"not a JSON object but a {type(value).__name__}")
-        call = _call(value)
+        custom_id, url = value.get("custom_id"), value.get("url")
+        call = Call(custom_id if isinstance(custom_id, str) else None, url if isinstance(url, str) else "")
         body = _checked_body(value, call)
         if call.url == CHAT:
             defaults = dataclasses.replace(defaults, max_tokens=chat_limit)
@@ -106,11 +107,6 @@ def parse_request(
         known = "invalid_json_line" if call is None else "invalid_value"
         code = error.code if isinstance(error, RequestError) else known
         raise RequestError(code, str(row_error(error)), call) from None
-
-
-def _call(value: Mapping[str, Any]) -> Call:
-    custom_id, url = value.get("custom_id"), value.get("url")
-    return Call(custom_id if isinstance(custom_id, str) else None, url if isinstance(url, str) else "")
 
 
 def _checked_body(value: Mapping[str, Any], call: Call) -> Mapping[str, Any]:

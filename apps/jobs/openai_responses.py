@@ -169,7 +169,7 @@ class OpenAIOutput:
     def __init__(self, identity: str) -> None:
         self._identity = identity
         self._created = 0
-        self._texts: TokenTexts | None = None
+        self._texts: Any = None  # TokenTexts from `start` on
 
     def start(self, created: int, tokenizer: Any) -> None:
         self._created, self._texts = created, TokenTexts(tokenizer)
@@ -199,10 +199,7 @@ class OpenAIOutput:
 
     def _choice(self, index: int, sample: Completion, call: Call) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "finish_reason": sample.finish_reason}
-        steps = None
-        if sample.logprobs is not None:
-            assert self._texts is not None, "log-probabilities are shown before there is a tokenizer"
-            steps = self._texts.steps(sample)
+        steps = None if sample.logprobs is None else self._texts.steps(sample)
         if call.url != CHAT:
             return {**choice, "text": sample.text, "logprobs": None if steps is None else legacy_logprobs(steps)}
         content = None if steps is None else {"content": [chat_logprobs(step, call.logprobs or 0) for step in steps]}

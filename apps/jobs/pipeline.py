@@ -222,7 +222,7 @@ class Pipeline:
             self.store.journal.append(open_part.part.number, row.offset, record)
             open_part.records[row.offset] = record
             open_part.left -= 1
-            self._count(record)
+            self.counts.add(1, bool(output.error_of(record)), *output.tokens_of(record))
         if open_part.left == 0:
             self.store.commit(open_part.part, open_part.table, open_part.records, output)
             del self._open[open_part.part.number]
@@ -234,10 +234,3 @@ class Pipeline:
                 f"{self.counts.row_errors} rows failed, more than the {self.max_errors} that --max-errors allows; "
                 f"row {row.index}: {output.error_of(open_part.records[row.offset])}"
             )
-
-    def _count(self, record: RowRecord) -> None:
-        used, made = self.job.output.tokens_of(record)
-        self.counts.rows_done += 1
-        self.counts.input_tokens_total += used
-        self.counts.generated_tokens_total += made
-        self.counts.row_errors += bool(self.job.output.error_of(record))

@@ -35,10 +35,16 @@ class Counts:
     input_tokens_total: int = 0
     generated_tokens_total: int = 0
 
+    def add(self, rows: int, errors: int, input_tokens: int, generated_tokens: int) -> None:
+        """Adds rows that are finished, and what they hold."""
+        self.rows_done += rows
+        self.row_errors += errors
+        self.input_tokens_total += input_tokens
+        self.generated_tokens_total += generated_tokens
+
 
 class JobProgress:
-    """Shows `Counts` until closed. ``total`` and ``done`` in rows; ``metrics_file`` is replaced atomically, every
-    ten seconds and at the end."""
+    """Shows `Counts` until closed. ``metrics_file`` is replaced atomically, every ten seconds and at the end."""
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexbatch.apps.jobs.commits import Commit
 from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.grants import TakenOver
 from flexbatch.apps.jobs.interrupt import Interrupts
@@ -58,12 +59,11 @@ class Shard:
         output = self.job.output
         numbers = {part.number for part in self.left}
         commits = [commit for commit in self.store.commits.values() if commit.part not in numbers]
-        journaled = [record for part in self.left for record in self.finished.get(part.number, {}).values()]
+        journaled = [Commit.of(part.number, self.finished.get(part.number, {}).values(), output) for part in self.left]
         return Counts(
             rows_total=sum(part.rows for part in self.parts),
-            rows_done=sum(commit.rows for commit in commits) + len(journaled),
-            row_errors=sum(commit.errors for commit in commits)
-            + sum(bool(output.error_of(record)) for record in journaled),
+            rows_done=sum(commit.rows for commit in commits + journaled),
+            row_errors=sum(commit.errors for commit in commits + journaled),
             parts_committed=len(commits),
         )
 
@@ -108,14 +108,10 @@ def _generate(
     )
     encode, limit = make_encode(llm, job.config.truncate), job.config.error_limit(counts.rows_total)
     pipeline = Pipeline(job, shard.left, shard.finished, shard.store, encode, counts, interrupts, limit)
-
-    def draining() -> None:
-        progress.say(
-            f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs "
-            "the tokens of the sequences in flight"
-        )
-
-    interrupts.on_drain = draining
+    interrupts.on_drain = lambda: progress.say(
+        f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs "
+        "the tokens of the sequences in flight"
+    )
     try:
         pipeline.run(llm)
     finally:

@@ -93,15 +93,16 @@ class ParquetSource:
                 raise ConfigurationError(f"{file.name}: column names repeat: {', '.join(sorted(repeated))}")
         self._open: tuple[str, pa.NativeFile, pq.ParquetFile] | None = None
         self.schema = unify([file.name for file in files], [schema for _, schema, _ in found])
-        self.row_groups: list[RowGroup] = []
-        self._paths: list[str] = []
-        for file, (metadata, _, _) in zip(files, found, strict=True):
-            for group in range(metadata.num_row_groups):
-                found_group = metadata.row_group(group)
-                self.row_groups.append(
-                    RowGroup(file.name, found_group.num_rows, found_group.total_byte_size, file.folder, group)
-                )
-                self._paths.append(file.path)
+        groups = [
+            (file, index, metadata.row_group(index))
+            for file, (metadata, _, _) in zip(files, found, strict=True)
+            for index in range(metadata.num_row_groups)
+        ]
+        self.row_groups = [
+            RowGroup(file.name, group.num_rows, group.total_byte_size, file.folder, index)
+            for file, index, group in groups
+        ]
+        self._paths = [file.path for file, _, _ in groups]
         self.identity = {
             "format": "parquet",
             "files": {

@@ -145,7 +145,7 @@ class OutputStore:
                 except ValueError as error:
                     raise ConfigurationError(f"{error}. Remove it to have it written again") from None
                 if commit is None:
-                    commit = self._commit(part, records, output)
+                    commit = Commit.of(part.number, records, output)
                     self._record(commit, found)
                 if retry_failed and commit.errors:
                     open_parts.append(part)
@@ -182,19 +182,13 @@ class OutputStore:
     def _record(self, commit: Commit, found: Identity) -> None:
         self._commits_log.append({**asdict(commit), "bytes": found[0], "mtime_ns": found[1]})
 
-    @staticmethod
-    def _commit(part: Part, records: Sequence[RowRecord], output: Output) -> Commit:
-        tokens = [output.tokens_of(record) for record in records]
-        errors = sum(bool(output.error_of(record)) for record in records)
-        return Commit(part.number, part.rows, errors, sum(used for used, _ in tokens), sum(made for _, made in tokens))
-
     def commit(self, part: Part, table: pa.Table, records: Sequence[RowRecord], output: Output) -> Commit:
         """Writes a part, makes it durable and gives it its name; where another process has committed it meanwhile, that
         one counts. Raises OSError or TakenOver; then nothing of it is visible and its journal stays."""
         path = self.folder / part.file_name(output.suffix)
         self._make_folder(path.parent)
         temporary = temporary_name(path)
-        commit = self._commit(part, records, output)
+        commit = Commit.of(part.number, records, output)
         try:
             output.write(temporary, table, records)
             written = identity(temporary)
@@ -243,7 +237,7 @@ class OutputStore:
         if found in known:
             return known[found]
         try:
-            commit = self._commit(part, output.read(path, part.rows), output)
+            commit = Commit.of(part.number, output.read(path, part.rows), output)
         except ValueError as error:
             raise OSError(
                 errno.EEXIST, f"a file lies in the way that is no part of this job ({error})", str(path)

@@ -7,6 +7,7 @@ why.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import hashlib
 import io
@@ -112,7 +113,7 @@ def record_batch(columns: Sequence[pa.Array], errors: Sequence[str | None], sche
     return pa.RecordBatch.from_arrays(whole, schema=schema)
 
 
-class LinesSource:
+class LinesSource(abc.ABC):
     """A source with one row for every line that is not blank. A subclass defines how a line is parsed, what the pass
     before the job learns of the rows, and the columns that they make. Raises ConfigurationError where no row can be
     read."""
@@ -137,13 +138,13 @@ class LinesSource:
         wrong with it."""
         return line, None
 
+    @abc.abstractmethod
     def observe(self, rows: Sequence[Any], errors: list[str | None], name: str) -> None:
         """Takes note of the rows of a chunk in the pass before the job, and adds what else is wrong to ``errors``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def columns(self, rows: Sequence[Any], errors: list[str | None]) -> list[pa.Array]:
         """Returns the rows of a chunk as the columns of the schema, without the errors."""
-        raise NotImplementedError
 
     def _scan_file(self, file: InputFile) -> None:
         count = 0

@@ -38,10 +38,6 @@ class DataSet:
     def name(self) -> str:
         return self.folder.rsplit("/", 1)[-1]
 
-    @property
-    def pairs(self) -> bool:
-        return self.task == "entity_matching"
-
 
 def _matching(name: str, noun: str = "Product", suffix: str | None = None, **other: Any) -> DataSet:
     question = f" Are {noun} A and {noun} B the same?"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexbatch.apps.jobs.commits import identity, read_commits
+from flexbatch.apps.jobs.commits import Commit, identity, read_commits
 from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part, RowGroup
 from flexbatch.apps.jobs.records import HEADER, RecordLog, scan_log
@@ -57,7 +57,7 @@ def check_store(store: OutputStore, parts: Sequence[Part], output: Output) -> No
         found = identity(path)
         if found is not None:
             commit = store.commits[part.number]
-            assert store._commit(part, output.read(path, part.rows), output) == commit, (
+            assert Commit.of(part.number, output.read(path, part.rows), output) == commit, (
                 f"{path} is not what was committed"
             )
             assert known.get(part.number, {}).get(found) == commit, f"{path} is not what the log of commits says"
