@@ -152,15 +152,17 @@ def complete(
         text = "\n".join(sample.text for sample in completion.samples or [completion])
         if completion.error:
             failed += 1
-            failure = {"prompt": prompts[number], "error": completion.bare_error}
-            print(f"prompt {number}: {failure['error']}", file=sys.stderr)
+            print(f"prompt {number}: {completion.bare_error}", file=sys.stderr)
         else:
             records[number] = flexflow_record(completion, time.perf_counter() - began, shown[number], text)
         if output:
             output.finish(number, text)
         else:
-            row = PromptRow(prompts[number])
-            line = failure if completion.error else random_prompts.output_line(row, completion)
+            line = (
+                {"prompt": prompts[number], "error": completion.bare_error}
+                if completion.error
+                else random_prompts.output_line(PromptRow(prompts[number]), completion)
+            )
             print(json_text({"index": number, **line}), file=stdout, flush=True)
     if output:
         output.check()

@@ -246,10 +246,13 @@ class FlexBatchLM(TemplateLM):
 
     def _sampling_params(self, index: int, gen_kwargs: dict[str, Any]) -> SamplingParams:
         generation = getattr(self.llm, "generation", None) or GenerationDefaults()
-        # A reasoning model's stop sequences are for its answer and may occur in its thoughts.
-        stop_in_engine = self.think_end_token is None
         return sampling_params(
-            index, gen_kwargs, generation, max_gen_toks=self.max_gen_toks, stop_in_engine=stop_in_engine
+            index,
+            gen_kwargs,
+            generation,
+            max_gen_toks=self.max_gen_toks,
+            # A reasoning model's stop sequences are for its answer and may occur in its thoughts.
+            stop_in_engine=self.think_end_token is None,
         )
 
     def _run(

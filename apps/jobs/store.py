@@ -80,14 +80,15 @@ class OutputStore:
                     self.check_writer()
                     self.created = open_manifest(self.folder, fingerprint, False)
                 self._commits_log = RecordLog(self.state / f"commits-{self._owner}.log", self.digest)
-        except OSError as error:
-            self._release()
-            raise ConfigurationError(f"output {self.folder} cannot be written: {error}") from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             self._release()
             if isinstance(error, ConfigurationError):
                 raise
-            raise ConfigurationError(f"{error}, though its manifest is: remove that file") from None
+            raise ConfigurationError(
+                f"output {self.folder} cannot be written: {error}"
+                if isinstance(error, OSError)
+                else f"{error}, though its manifest is: remove that file"
+            ) from None
         self.term = self.grant.term << TERM_BITS if self.grant is not None else 0
         self.journal = Journal(self.state, self._owner, self.digest, term=self.term)
         self.commits: dict[int, Commit] = {}

@@ -220,7 +220,7 @@ def test_terms_grow_and_one_grant_is_left_per_shard(tmp_path: Path) -> None:
     assert [found[:3] for found in grants(store.state)] == [(6, 2, 3)]
 
 
-def test_a_gate_that_stays_closed_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_lock_that_stays_taken_is_an_error_that_names_it(tmp_path: Path) -> None:
     with (
         writers_lock(tmp_path),
         pytest.raises(OSError, match=r"held the lock for 0\.05 s"),
