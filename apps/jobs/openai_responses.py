@@ -91,6 +91,10 @@ class TokenTexts:
         """Returns the bytes that each of the tokens would add to a text of the tokens ``before``; none for special
         tokens. They may be a part of a character."""
         spelled = {token_id: self._spelled(token_id) for token_id in token_ids}
+        spaces = [token_id for token_id in spelled if self._decoder.byte_pieces.get(token_id) == ord(" ")]
+        if spaces and not self._decoder.decode(before[-CONTEXT:]):
+            # Decoders with byte fallback strip the space that a text begins with.
+            spelled |= dict.fromkeys(spaces)
         open_ids = [token_id for token_id, found in spelled.items() if found is None]
         texts = self._decoder.alternatives(before[-CONTEXT:], open_ids) if open_ids else []
         spelled.update((token_id, text.encode()) for token_id, text in zip(open_ids, texts, strict=True))
