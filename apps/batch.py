@@ -34,7 +34,6 @@ from flexbatch.validation.errors import ConfigurationError
 if TYPE_CHECKING:
     from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
-    from flexbatch.apps.jobs.shares import Share
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,8 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def model_identity(config: EngineConfig) -> dict[str, Any]:
-    """What the answers depend on beside the requests: every file that is read of the model, or the shape's name and the
-    seed of random weights, and the settings that change tokens, as they work out on this machine.
+    """Returns what the answers depend on besides the requests: a digest of every file that is read of the model (or the
+    shape's name and the seed of random weights), and the settings that change tokens, with the values that they have on
+    this machine.
 
     Digests of files are recorded in the offload folder, so that a resumed job need not read the checkpoint once more.
     Raises ConfigurationError.
@@ -85,7 +85,7 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
 
 
 def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
-    """The engine, planned for sequences like those that were seen."""
+    """Opens the engine, planned for sequences like those of the preview."""
     from flexbatch.apps.jobs.preview import planner_job
     from flexbatch.engine import LLM
 
@@ -97,12 +97,12 @@ def run(
 ) -> int:
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard
-    from flexbatch.apps.jobs.shares import find_share
+    from flexbatch.apps.jobs.shard_assignment import divide_host, find_assignment
 
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
-    share = find_share(config.shard_of(), environ)
-    if share.shards > 1 and config.overwrite:
+    assignment = find_assignment(config.shard_of(), environ)
+    if assignment.shards > 1 and config.overwrite:
         raise ConfigurationError(
             "--overwrite with several processes would discard the others' parts: remove the output folder, then "
             "start them"
@@ -112,24 +112,22 @@ def run(
         from flexbatch.apps.jobs.cluster import run_on_ray
 
         return run_on_ray(job, open_engine, resume)
-    if share.local_size > 1:
-        job = dataclasses.replace(job, engine=_divided(engine, share))
-    return run_shard(job, share, open_engine, resume)
+    if assignment.local_size > 1:
+        import torch
 
+        from flexbatch.memory.tiers import host_memory_bytes
+        from flexbatch.planner.budgets import default_offload_dir
 
-def _divided(engine: EngineConfig, share: Share) -> EngineConfig:
-    import torch
-
-    from flexbatch.apps.jobs.shares import divide_host
-    from flexbatch.planner.budgets import default_offload_dir
-
-    return divide_host(engine, share, 0 if engine.device == "cpu" else torch.cuda.device_count(), default_offload_dir())
+        gpus = 0 if engine.device == "cpu" else torch.cuda.device_count()
+        engine = divide_host(engine, assignment, gpus, default_offload_dir(), host_memory_bytes())
+        job = dataclasses.replace(job, engine=engine)
+    return run_shard(job, assignment, open_engine, resume)
 
 
 def main(
     argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity
 ) -> int:
-    """The command; returns its exit code."""
+    """Runs the command; returns its exit code."""
     args = make_parser().parse_args(argv)
     set_up_logging(words=argv)
     resume = resume_command(sys.orig_argv)

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ RULE = "-" * 70
 
 @dataclass(frozen=True)
 class CompletionConfig:
-    """What to complete, and how it is shown."""
+    """The settings of what to complete, and of how it is shown."""
 
     prompts: str | None = option(
         None,
@@ -88,7 +88,7 @@ class OrderedOutput:
         self.stream, self.prompts, self.titles = stream, prompts, titles
         self.texts = [""] * len(prompts)
         self.endings: dict[int, str] = {}
-        """Number of a prompt that is done -> what to write after its text."""
+        """Maps the number of a prompt that is done to what is written after its text."""
         self.current = 0
         self.written = 0
         self._begin()
@@ -103,12 +103,12 @@ class OrderedOutput:
         self.stream.flush()
 
     def add(self, number: int, text: str) -> None:
-        """More text of a prompt."""
+        """Adds text to a prompt."""
         self.texts[number] += text
         self._advance()
 
     def finish(self, number: int, text: str) -> None:
-        """The whole text of a prompt; what of it has not been written is written now or at its turn."""
+        """Sets the whole text of a prompt; what has not been written of it is written now or at its turn."""
         self.texts[number] = text
         self.endings[number] = "\n"
         self._advance()
@@ -130,14 +130,10 @@ class OrderedOutput:
 
 
 def flexflow_record(completion: Completion, seconds: float, prompt: str, text: str) -> str:
-    """One prompt as FlexFlow's ``-output-file`` has it: latency in microseconds, the ids of prompt and output, and
-    their text."""
+    """Returns one prompt in the format of FlexFlow's ``-output-file``: latency in microseconds, the ids of prompt
+    and output, and their text."""
     ids = ",".join(map(str, [*completion.prompt_token_ids, *completion.token_ids]))
     return f"end-to-end latency: {seconds * 1e6:.3f}\ntoken IDs: {ids}\n{prompt}{text}\n"
-
-
-def print_json(value: Any, stdout: IO[str]) -> None:
-    print(json_text(value), file=stdout, flush=True)
 
 
 def complete(
@@ -149,31 +145,25 @@ def complete(
     began = time.perf_counter()
     records: dict[int, str] = {}
     failed = 0
-    # with several samples of one prompt their texts would run into each other
-    report: Callable[[Hashable, str], None] | None = output.add if output and params.n == 1 else None  # type: ignore[assignment]
+    # With several samples of one prompt their texts would run into each other.
+    report: Any = output.add if output and params.n == 1 else None
     for key, completion in llm.stream(((number, prompt, params) for number, prompt in enumerate(prompts)), report):
         number: int = key  # type: ignore[assignment]
         text = "\n".join(sample.text for sample in completion.samples or [completion])
         if completion.error:
             failed += 1
-            failure = {"prompt": prompts[number], "error": completion.bare_error}
-            print(f"prompt {number}: {failure['error']}", file=sys.stderr)
+            print(f"prompt {number}: {completion.bare_error}", file=sys.stderr)
         else:
             records[number] = flexflow_record(completion, time.perf_counter() - began, shown[number], text)
         if output:
             output.finish(number, text)
         else:
-            print_json(
-                {
-                    "index": number,
-                    **(
-                        failure
-                        if completion.error
-                        else random_prompts.output_line(PromptRow(prompts[number]), completion)
-                    ),
-                },
-                stdout,
+            line = (
+                {"prompt": prompts[number], "error": completion.bare_error}
+                if completion.error
+                else random_prompts.output_line(PromptRow(prompts[number]), completion)
             )
+            print(json_text({"index": number, **line}), file=stdout, flush=True)
     if output:
         output.check()
     if config.output_file is not None:
@@ -183,14 +173,14 @@ def complete(
 
 
 def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: CompletionConfig, stdout: IO[str]) -> int:
-    """One conversation: every turn of the user is answered with all that was said before in view. A turn that cannot
-    be run is taken back."""
+    """Holds one conversation: every turn of the user is answered with all that was said before in view. A turn that
+    cannot be run is taken back."""
     messages: list[dict[str, str]] = [{"role": "system", "content": config.system}] if config.system else []
     failed = 0
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         output = None if config.json else OrderedOutput(stdout, [""], titles=False)
-        report: Callable[[Hashable, str], None] | None = output.add if output else None  # type: ignore[assignment]
+        report: Any = output.add if output else None
         ((_, completion),) = llm.stream([(0, list(messages), params)], report)
         if completion.error:
             failed += 1
@@ -201,14 +191,14 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
         if output:
             output.finish(0, completion.text)
         else:
-            print_json(random_prompts.output_line(PromptRow(list(messages[:-1])), completion), stdout)
+            line = random_prompts.output_line(PromptRow(list(messages[:-1])), completion)
+            print(json_text(line), file=stdout, flush=True)
     return ROW_ERRORS if failed else DONE
 
 
 def lines_of(stream: IO[str], question: str = "") -> Iterable[str]:
-    """Lines without empty ones, as they are typed; ``question`` is asked on stderr before each. A file that is piped
-    in may begin with a byte order mark.
-    """
+    """Yields lines as they are typed, without empty ones; ``question`` is asked on stderr before each. A file that
+    is piped in may begin with a byte order mark."""
     first = True
     while True:
         if question:

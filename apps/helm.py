@@ -55,7 +55,7 @@ __all__ = ["ERRORS_FILE", "PREFIX", "FlexBatchClient", "FlexBatchExecutor", "Fle
 
 PREFIX = "flexbatch"
 ERRORS_FILE = "flexbatch_errors.json"
-"""In a run's folder, only when requests failed: which, and why."""
+"""Lists the requests of a run that failed, and why; it lies in the run's folder only if there are any."""
 
 
 def register(name: str, **client_args: Any) -> ModelDeployment:
@@ -115,7 +115,7 @@ def generate_deployment(name: str) -> ModelDeployment:
 
 @tokenizer_config_generator(PREFIX)
 def generate_tokenizer_config(name: str) -> TokenizerConfig | None:
-    """For a YAML deployment that names ``tokenizer_name: flexbatch/<model>``."""
+    """Called by HELM for a YAML deployment that names ``tokenizer_name: flexbatch/<model>``."""
     from helm.benchmark.tokenizer_config_registry import TOKENIZER_NAME_TO_CONFIG
 
     _register_tokenizer(name, model_folder(name.removeprefix(f"{PREFIX}/")))
@@ -130,12 +130,12 @@ class FlexBatchExecutor(Executor):
         self.execution_spec = executor.execution_spec
         self.context = executor.context
         self.failed: list[tuple[int, RequestState]] = []
-        """Place and state of the requests of the last scenario that failed without being fatal."""
+        """Index and state of the requests of the last scenario that failed without being fatal."""
         self.clients: list[FlexBatchClient] = []
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
-        """A scenario state with the results; failed requests are in `failed` instead, with the others of the same
-        instance and trial left out.
+        """Returns the scenario state with its results; failed requests are in `failed` instead, with the others of the
+        same instance and trial left out.
 
         HELM's executor turns a failed request into an empty completion, which scores as an answer: wrong in
         generation, and in ``multiple_choice_separate_*`` the most likely of all, with log-probability 0. Raises
@@ -146,34 +146,34 @@ class FlexBatchExecutor(Executor):
             return super().execute(scenario_state)
         states = list(scenario_state.request_states)
         by_deployment: dict[str, list[int]] = defaultdict(list)
-        for place, state in enumerate(states):
-            by_deployment[state.request.model_deployment].append(place)
-        for name, places in by_deployment.items():
+        for index, state in enumerate(states):
+            by_deployment[state.request.model_deployment].append(index)
+        for name, indices in by_deployment.items():
             client = self.context.client._get_client(name)
             if isinstance(client, FlexBatchClient):
                 self.clients += [client] if client not in self.clients else []
-                results = client.make_requests([states[place].request for place in places])
+                results = client.make_requests([states[index].request for index in indices])
                 done = [
-                    dataclasses.replace(states[place], result=result)
-                    for place, result in zip(places, results, strict=True)
+                    dataclasses.replace(states[index], result=result)
+                    for index, result in zip(indices, results, strict=True)
                 ]
             else:
                 done = parallel_map(
-                    self.process, [states[place] for place in places], parallelism=self.execution_spec.parallelism
+                    self.process, [states[index] for index in indices], parallelism=self.execution_spec.parallelism
                 )
-            for place, state in zip(places, done, strict=True):
-                states[place] = state
+            for index, state in zip(indices, done, strict=True):
+                states[index] = state
         hlog(f"Processed {len(states)} requests")
         return dataclasses.replace(scenario_state, request_states=self._without_failures(states))
 
     def _without_failures(self, states: list[RequestState]) -> list[RequestState]:
-        for place, state in enumerate(states):
+        for index, state in enumerate(states):
             if state.result.success or state.result.completions:
                 continue
             if state.result.error_flags is None or state.result.error_flags.is_fatal is not False:
                 raise ExecutorError(f"{state.result.error} Request: {state.request}")
-            hwarn(f"Request {place} of {len(states)} failed and is left out of the metrics: {state.result.error}")
-            self.failed.append((place, state))
+            hwarn(f"Request {index} of {len(states)} failed and is left out of the metrics: {state.result.error}")
+            self.failed.append((index, state))
         if not self.failed:
             return states
         bad = {_group(state) for _, state in self.failed}
@@ -183,18 +183,17 @@ class FlexBatchExecutor(Executor):
                 f"all {len(states)} requests failed or belong to a failed instance; the first error: "
                 f"{self.failed[0][1].result.error}"
             )
-        left_out = [(place, state) for place, state in enumerate(states) if _group(state) in bad]
-        self.failed = left_out
+        self.failed = [(index, state) for index, state in enumerate(states) if _group(state) in bad]
         return kept
 
 
 def _group(state: RequestState) -> tuple[Any, ...]:
-    """What HELM scores together: the requests of one instance, perturbation and trial."""
+    """Returns a key for what HELM scores together: the requests of one instance, perturbation and trial."""
     return state.instance.id, state.instance.split, state.instance.perturbation, state.train_trial_index
 
 
 class FlexBatchRunner(Runner):
-    """HELM's runner with `FlexBatchExecutor`. Failed requests keep their place and error in ``scenario_state.json``,
+    """HELM's runner with `FlexBatchExecutor`. Failed requests keep their index and error in ``scenario_state.json``,
     and are listed in `ERRORS_FILE`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -213,25 +212,24 @@ class FlexBatchRunner(Runner):
         (folder / ERRORS_FILE).unlink(missing_ok=True)
         self.executor.failed = []
         super().run_one(run_spec)
-        failed = self.executor.failed
-        if failed:
-            self._record(folder, failed)
+        if self.executor.failed:
+            self._record(folder, self.executor.failed)
 
     @staticmethod
     def _record(folder: Path, left_out: list[tuple[int, RequestState]]) -> None:
         path = folder / "scenario_state.json"
         content = json.loads(path.read_text())
-        for place, state in left_out:  # ascending, so that every insertion lands at the place in the whole scenario
-            content["request_states"].insert(place, asdict_without_nones(state))
+        for index, state in left_out:  # ascending, so that every insertion lands at its index in the whole scenario
+            content["request_states"].insert(index, asdict_without_nones(state))
         path.write_text(json.dumps(content, indent=2))
         errors = [
             {
-                "place": place,
+                "place": index,
                 "instance": state.instance.id,
                 "reference": state.reference_index,
                 "error": state.result.error,
             }
-            for place, state in left_out
+            for index, state in left_out
             if not state.result.success
         ]
         (folder / ERRORS_FILE).write_text(json.dumps(errors, indent=2))

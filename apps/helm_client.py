@@ -1,7 +1,7 @@
 """HELM's view of the engine: a client that answers one request, or all the requests of a scenario, with one block of
 sequences.
 
-Behaviour follows crfm-helm 0.5.16: ``helm.clients.huggingface_client`` (what a completion holds),
+Behavior follows crfm-helm 0.5.16: ``helm.clients.huggingface_client`` (what a completion holds),
 ``helm.benchmark.executor`` (what becomes of an error), ``helm.proxy.retry`` (when a request is sent again) and
 ``helm.common.cache`` (keys and stores).
 """
@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from helm.clients.client import CachingClient
 from helm.common.cache import cache_stats, create_key_value_store, write_to_key_value_store
-from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
+from helm.common.request import Request, RequestResult
 from tqdm import tqdm
 
 from flexbatch.apps.helm_models import model_folder
+from flexbatch.apps.helm_responses import failure, result_of, sample_of
 from flexbatch.models.fingerprint import combined, model_files_digest
 from flexbatch.request import Completion, SamplingParams
 
@@ -34,26 +35,19 @@ if TYPE_CHECKING:
 
 LOGPROBS = ("model", "huggingface")
 OUTPUT_FIELDS = ("weight_bits", "cache_bits", "dtype", "device", "dummy_weights", "seed")
-"""Engine settings that can change a token, and so belong to the cache key; placement and batching cannot (promises 1
-and 2)."""
+"""Engine settings that can change a token, and so belong to the cache key; placement and batching cannot."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """One request to compute: its cache key, prompt and parameters, and the places of the requests that wait for it."""
+class PendingRequest:
+    """One request to compute: its cache key, prompt and parameters, and the indices of the requests that wait for its
+    result."""
 
     key: dict[str, Any]
     prompt_token_ids: list[int]
     params: SamplingParams
     request: Request
-    places: list[int]
-
-
-def failure(error: str, *, fatal: bool = False) -> RequestResult:
-    """A failed request with both flags set: HELM retries for 150 s when ``is_retriable`` is unset, and drops the run
-    when ``is_fatal`` is unset."""
-    flags = ErrorFlags(is_retriable=False, is_fatal=fatal)
-    return RequestResult(success=False, cached=False, completions=[], embedding=[], error=error, error_flags=flags)
+    indices: list[int]
 
 
 class FlexBatchClient(CachingClient):
@@ -116,8 +110,8 @@ class FlexBatchClient(CachingClient):
 
     @cached_property
     def _weights(self) -> str:
-        """What the model's folder holds, for the cache key: a folder is trained further under the same name. Empty
-        for a Hub id."""
+        """A digest of the model's folder for the cache key: a folder may be trained further under the same name.
+        Empty for a Hub id."""
         folder = Path(model_folder(self.pretrained))
         if not folder.is_dir() or self.engine.get("dummy_weights"):
             return ""
@@ -130,8 +124,8 @@ class FlexBatchClient(CachingClient):
                 self._llm = None
 
     def make_request(self, request: Request) -> RequestResult:
-        """For the ordinary runner: requests that other threads make within ``queue_seconds``, or while a block runs,
-        share the next block."""
+        """Answers one request of HELM's ordinary runner: requests that other threads make within ``queue_seconds``,
+        or while a block runs, join the next block."""
         answer: Future[RequestResult] = Future()
         with self._queue_lock:
             self._queue.append((request, answer))
@@ -153,76 +147,76 @@ class FlexBatchClient(CachingClient):
         return answer.result()
 
     def make_requests(self, requests: list[Request]) -> list[RequestResult]:
-        """Results in the order of the requests, all of them in one block. Answers from the cache first, and stores
-        each new answer when it is there."""
+        """Returns results in the order of the requests, all of them computed in one block. Answers from the cache
+        first, and stores each new answer when it is there."""
         with self._engine_lock:
             return self._answer(requests)
 
     def _answer(self, requests: list[Request]) -> list[RequestResult]:
         results: list[RequestResult | None] = [None] * len(requests)
-        pending: dict[str, Work] = {}
+        to_compute: dict[str, PendingRequest] = {}
         _ = self._weights  # a folder without weights is an error of the run, not of its requests
         with create_key_value_store(self.cache.config) as store:
-            for place, request in enumerate(requests):
+            for index, request in enumerate(requests):
                 try:
-                    work = self._work(request, place)
+                    pending = self._pending(request, index)
                 except (ValueError, TypeError) as problem:
-                    results[place] = failure(str(problem))
+                    results[index] = failure(str(problem))
                     continue
                 cache_stats.increment_query(self.cache.config.cache_stats_key)
-                name = json.dumps(work.key, sort_keys=True)
-                if name in pending:
-                    pending[name].places.append(place)
-                elif response := store.get(work.key):
-                    results[place] = self._result(request, response, cached=True)
+                name = json.dumps(pending.key, sort_keys=True)
+                if name in to_compute:
+                    to_compute[name].indices.append(index)
+                elif response := store.get(pending.key):
+                    results[index] = result_of(response, cached=True)
                 else:
-                    pending[name] = work
-            if pending:
-                for work, response in self._compute(list(pending.values()), store):
-                    for place in work.places:
-                        results[place] = (
-                            failure(response)
-                            if isinstance(response, str)
-                            else self._result(requests[place], response, cached=False)
+                    to_compute[name] = pending
+            if to_compute:
+                for pending, response in self._compute(list(to_compute.values()), store):
+                    for index in pending.indices:
+                        results[index] = (
+                            failure(response) if isinstance(response, str) else result_of(response, cached=False)
                         )
-        missing = [place for place, result in enumerate(results) if result is None]
+        missing = [index for index, result in enumerate(results) if result is None]
         if missing:
             raise RuntimeError(f"the engine returned no completion for requests {missing[:10]} of {len(requests)}")
         return [result for result in results if result is not None]
 
-    def _compute(self, works: list[Work], store: Any) -> Iterator[tuple[Work, dict[str, Any] | str]]:
-        """Runs all works in one `LLM.stream`; yields each with its response, or with the message of its error."""
+    def _compute(
+        self, pending_requests: list[PendingRequest], store: Any
+    ) -> Iterator[tuple[PendingRequest, dict[str, Any] | str]]:
+        """Runs all requests in one `LLM.stream`; yields each with its response, or with the message of its error."""
         began = time.time()
-        responses: list[tuple[Work, dict[str, Any]]] = []
-        running: dict[Hashable, Work] = dict(enumerate(works))
-        items = ((number, work.prompt_token_ids, work.params) for number, work in running.items())
-        batch_size = sum(len(work.places) for work in works)  # equal requests are computed once and all count
-        with tqdm(total=len(works), desc="FlexBatch", unit="request", disable=None) as progress:
+        responses: list[tuple[PendingRequest, dict[str, Any]]] = []
+        running: dict[Hashable, PendingRequest] = dict(enumerate(pending_requests))
+        items = ((number, pending.prompt_token_ids, pending.params) for number, pending in running.items())
+        batch_size = sum(len(pending.indices) for pending in pending_requests)  # of equal requests all count
+        with tqdm(total=len(pending_requests), desc="FlexBatch", unit="request", disable=None) as progress:
             for number, completion in self.llm.stream(items):
-                work = running[number]
+                pending = running[number]
                 progress.update()
                 cache_stats.increment_compute(self.cache.config.cache_stats_key)
                 if completion.finish_reason == "error":
-                    yield work, completion.error or "the engine gave no reason"
+                    yield pending, completion.error or "the engine gave no reason"
                     continue
-                response = self._response(work, completion)
+                response = self._response(pending, completion)
                 response |= {
                     "request_time": time.time() - began,
                     "request_datetime": int(began),
                     "batch_size": batch_size,
                 }
                 response["batch_request_time"] = response["request_time"]
-                write_to_key_value_store(store, work.key, response)
-                responses.append((work, response))
+                write_to_key_value_store(store, pending.key, response)
+                responses.append((pending, response))
         seconds = time.time() - began
-        for work, response in responses:
+        for pending, response in responses:
             response["batch_request_time"] = seconds
-            write_to_key_value_store(store, work.key, response)
-            yield work, response
+            write_to_key_value_store(store, pending.key, response)
+            yield pending, response
 
-    def _work(self, request: Request, place: int) -> Work:
-        """Raises ValueError for what the engine does not do: embeddings, images, JSON schemas, out-of-range
-        parameters."""
+    def _pending(self, request: Request, index: int) -> PendingRequest:
+        """Makes the prompt, parameters and cache key of a request. Raises ValueError for what the engine does not
+        do: embeddings, images, JSON schemas, out-of-range parameters."""
         for field in ("embedding", "multimodal_prompt", "image_generation_parameters", "response_format"):
             if getattr(request, field):
                 raise ValueError(f"{field} is not available: FlexBatch runs text decoders")
@@ -261,10 +255,11 @@ class FlexBatchClient(CachingClient):
         )
         with self._tokenizer as tokenizer:
             ids = tokenizer(prompt, add_special_tokens=not templated)["input_ids"]
-        return Work(key, ids, params, request, [place])
+        return PendingRequest(key, ids, params, request, [index])
 
     def _prompt(self, request: Request) -> tuple[str, bool]:
-        """The prompt's text and whether it went through the chat template (which writes its own special tokens)."""
+        """Returns the prompt's text and whether it went through the chat template (which writes its own special
+        tokens)."""
         if request.prompt and request.messages:
             raise ValueError("set either prompt or messages, not both")
         if not self._chat:
@@ -275,14 +270,15 @@ class FlexBatchClient(CachingClient):
         with self._tokenizer as tokenizer:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
 
-    def _response(self, work: Work, completion: Completion) -> dict[str, Any]:
-        """What the cache keeps: text, token texts, log-probabilities and the finish reason of every sample."""
-        request, samples = work.request, completion.samples or [completion]
+    def _response(self, pending: PendingRequest, completion: Completion) -> dict[str, Any]:
+        """Returns what the cache keeps: text, token texts, log-probabilities and the finish reason of every sample."""
+        request, samples = pending.request, completion.samples or [completion]
+        zeros = self.logprobs == "huggingface" and request.temperature == 0
         ids = list(completion.prompt_token_ids)
         with self._tokenizer as tokenizer:
             prompt_tokens = [tokenizer.decode([i]) for i in ids] if request.echo_prompt else []
             prompt_text = tokenizer.decode(ids) if request.echo_prompt else ""
-            answers = [self._sample(tokenizer, sample, request) for sample in samples]
+            answers = [sample_of(tokenizer, sample, request, self._end_ids, zeros) for sample in samples]
         # as HELM wants it, the first token has no context and log-probability 0
         rows = zip(ids[1:], (completion.prompt_logprobs or [])[1:], strict=True) if prompt_tokens else ()
         prompt_logprobs = [0.0][: len(prompt_tokens)] + [row[i].logprob for i, row in rows if row is not None]
@@ -291,44 +287,3 @@ class FlexBatchClient(CachingClient):
             answer["tokens"] = prompt_tokens + answer["tokens"]
             answer["logprobs"] = prompt_logprobs + answer["logprobs"]
         return {"completions": answers}
-
-    def _sample(self, tokenizer: Any, sample: Completion, request: Request) -> dict[str, Any]:
-        ids, reason = list(sample.token_ids), "length"
-        if sample.finish_reason == "stop":
-            reason = "endoftext" if sample.stop_reason is None else "stop"
-        if ids and ids[-1] in self._end_ids:
-            ids = ids[:-1]
-        text = tokenizer.decode(ids)
-        kept = len(ids)
-        cuts = [text.index(stop) for stop in request.stop_sequences if stop and stop in text]
-        if cuts:
-            text = text[: min(cuts)]
-            kept = next(count for count in range(len(ids) + 1) if len(tokenizer.decode(ids[:count])) >= len(text))
-        certain = self.logprobs == "huggingface" and request.temperature == 0
-        rows = sample.logprobs or []
-        logprobs = [0.0 if certain else rows[place][token].logprob for place, token in enumerate(ids[:kept])]
-        return {
-            "text": text,
-            "tokens": [tokenizer.decode([i]) for i in ids[:kept]],
-            "logprobs": logprobs,
-            "finish_reason": reason,
-        }
-
-    @staticmethod
-    def _result(request: Request, response: dict[str, Any], *, cached: bool) -> RequestResult:
-        completions = [
-            GeneratedOutput(
-                text=answer["text"],
-                logprob=sum(answer["logprobs"]),
-                tokens=[
-                    Token(text=text, logprob=logprob)
-                    for text, logprob in zip(answer["tokens"], answer["logprobs"], strict=True)
-                ],
-                finish_reason={"reason": answer["finish_reason"]},
-            )
-            for answer in response["completions"]
-        ]
-        timing = {
-            name: response[name] for name in ("request_time", "request_datetime", "batch_size", "batch_request_time")
-        }
-        return RequestResult(success=True, cached=cached, completions=completions, embedding=[], **timing)

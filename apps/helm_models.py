@@ -13,8 +13,8 @@ LENGTH_FIELDS = ("n_positions", "max_position_embeddings", "n_ctx", "seq_length"
 
 
 def model_folder(name: str) -> str:
-    """The folder of the bundled model or of a local one, absolute; anything else is a Hub id and comes back as it
-    is."""
+    """Returns the folder of the bundled model or of a local one, absolute; anything else is a Hub id and comes back
+    unchanged."""
     if name == "demo":
         from flexbatch.models.resolve import resolve
 
@@ -23,7 +23,7 @@ def model_folder(name: str) -> str:
 
 
 def positions(folder: str) -> int | None:
-    """Longest sequence of the model in tokens by its configuration, None where it sets no limit (ALiBi)."""
+    """Returns the longest sequence of the model in tokens by its configuration, None where it sets no limit (ALiBi)."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -32,7 +32,7 @@ def positions(folder: str) -> int | None:
 
 
 def changed_settings(config: EngineConfig) -> dict[str, Any]:
-    """The keywords of `LLM` that differ from their defaults, without the model, as JSON can hold them."""
+    """Returns the keywords of `LLM` that differ from their defaults, without the model, as JSON can hold them."""
     pairs = (
         (field.name, getattr(config, field.name), field.default)
         for field in dataclasses.fields(config)
@@ -44,8 +44,8 @@ def changed_settings(config: EngineConfig) -> dict[str, Any]:
 
 
 def engine_settings() -> dict[str, Any]:
-    """Engine settings for a plain ``helm-run``, whose command line has no flag for them: ``FLEXBATCH_*`` over the
-    defaults."""
+    """Returns the engine settings for ``helm-run`` itself, whose command line has no flag for them: ``FLEXBATCH_*``
+    over the defaults."""
     from flexbatch.cli.settings import add_engine_arguments, engine_config
 
     parser = argparse.ArgumentParser(add_help=False)

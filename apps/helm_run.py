@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def helm_arguments(args: argparse.Namespace, rest: Sequence[str], deployment: str) -> list[str]:
-    """The command line of ``helm-run``."""
+    """Returns the command line of ``helm-run``."""
     return [
         *("--run-entries", *args.description),
         *("--models-to-run", deployment),

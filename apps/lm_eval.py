@@ -29,8 +29,8 @@ def register() -> None:
 
 
 def print_to(data: TextIO) -> None:
-    """What the modules of the harness's command line print are its results and lists; what the rest of it prints is
-    not."""
+    """Sends what the modules of the harness's command line print, its results and lists, to ``data``; what the rest
+    of it prints is not data."""
     import lm_eval._cli as commands
 
     for module in pkgutil.iter_modules(commands.__path__, f"{commands.__name__}."):

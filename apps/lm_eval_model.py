@@ -6,46 +6,25 @@ tokens, what is cut when a request is longer than the context, and what a result
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from flexbatch.config import EngineConfig
-from flexbatch.models.generation_config import FIELDS, NOTHING, GenerationDefaults
+from flexbatch.apps.lm_eval_settings import engine_arguments, sampling_params
+from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.models.resolve import load_tokenizer
 from flexbatch.request import Completion, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 
 Scoring = tuple[tuple[str, str] | None, list[int], list[int]]
-"""Cache key (None: not kept), context tokens, continuation tokens."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "backend": ("default", "causal"), "revision": ("main", None), "subfolder": ("", None), "trust_remote_code": (False, None),
-    "use_fast_tokenizer": (True, None), "logits_cache": (True, False), "parallelize": (False, None), "peft": (None,), "delta": (None,),
-    "autogptq": (False, None), "gptqmodel": (False, None), "gguf_file": (None,), "tp_plan": (None,), "tokenizer": (None,),
-}  # fmt: skip
-"""Arguments of ``hf`` that are taken where they say what happens anyway."""
-NEUTRAL_OPTIONS = {**NOTHING, "num_return_sequences": (1,)}
-"""Options of requests that are taken where they say what happens anyway."""
-OF_BEAMS = ("length_penalty", "early_stopping")
-"""Options that change nothing without beams."""
-TRANSFORMERS_TOP_K = 50
-"""What `generate` of transformers draws from where nobody says ``top_k``."""
-SAMPLING_KEYS = (
-    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "no_repeat_ngram_size", "min_new_tokens", "min_length",
-    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-    "sequence_bias",
-)  # fmt: skip
+"""A continuation to score: cache key (None: not kept), context tokens, continuation tokens."""
 
 
 class FlexBatchLM(TemplateLM):
@@ -131,7 +110,8 @@ class FlexBatchLM(TemplateLM):
         return self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special}))
 
     def _encode_context(self, string: str) -> list[int]:
-        """A context to generate after; ``hf`` looks for a written BOS here, and for the prefix token when it scores."""
+        """Returns the tokens of a context to generate after; ``hf`` looks for a written BOS here, and for the prefix
+        token when it scores."""
         special = False if has_bos_prefix(string, self.tokenizer.bos_token) else self.add_bos_token
         return self.tokenizer(
             string, truncation=self.truncation, **({} if special is None else {"add_special_tokens": special})
@@ -146,8 +126,8 @@ class FlexBatchLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The history as text. A template that refuses system messages gets the history without them, as ``hf``
-        does."""
+        """Returns the history as text. A template that refuses system messages gets the history without them, as
+        ``hf`` does."""
         from jinja2.exceptions import TemplateError
 
         options = dict(
@@ -163,52 +143,52 @@ class FlexBatchLM(TemplateLM):
             return self.tokenizer.apply_chat_template(rest, **options)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts: disjoint windows of the full context, every token scored once, all windows
-        of all texts in one block."""
+        """Returns log-likelihoods of whole texts: disjoint windows of the full context, every token scored once, all
+        windows of all texts in one block."""
         windows: list[Scoring] = []
         owners: list[int] = []
-        for place, request in enumerate(requests):
+        for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((None, *make_disjoint_window(window)))
-                owners.append(place)
+                owners.append(index)
         totals: dict[int, float] = defaultdict(float)
-        for place, (logprob, _) in zip(
+        for index, (logprob, _) in zip(
             owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True
         ):
-            totals[place] += logprob
-        for place, request in enumerate(requests):
-            self.cache_hook.add_partial("loglikelihood_rolling", (request.args[0],), totals[place])
-        return [totals[place] for place in range(len(requests))]
+            totals[index] += logprob
+        for index, request in enumerate(requests):
+            self.cache_hook.add_partial("loglikelihood_rolling", (request.args[0],), totals[index])
+        return [totals[index] for index in range(len(requests))]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Scoring], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would give it) of each request.
+        """Returns (log-probability of the continuation, whether greedy decoding would give it) for each request.
 
         Too long requests lose tokens on the left, down to the context plus the last token, which is scored but never
         read. Raises ValueError for a continuation that is empty or longer than the context.
         """
-        places: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, (_, context, continuation) in enumerate(requests):
+        indices: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
-                    f"request {place}: a context of {len(context)} and a continuation of {len(continuation)} tokens "
+                    f"request {index}: a context of {len(context)} and a continuation of {len(continuation)} tokens "
                     "cannot be scored; "
                     f"both need a token, and the continuation at most the model's {self.max_length}"
                 )
-            places[tuple((context + continuation)[-(self.max_length + 1) :])].append(place)
+            indices[tuple((context + continuation)[-(self.max_length + 1) :])].append(index)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
 
         def finish(tokens: tuple[int, ...], completion: Completion) -> None:
-            for place in places[tokens]:
-                key, _, continuation = requests[place]
-                answers[place] = score(completion, tokens, len(continuation))
+            for index in indices[tokens]:
+                key, _, continuation = requests[index]
+                answers[index] = score(completion, tokens, len(continuation))
                 if key is not None:
-                    self.cache_hook.add_partial("loglikelihood", key, answers[place])
+                    self.cache_hook.add_partial("loglikelihood", key, answers[index])
 
         def params(tokens: tuple[int, ...]) -> SamplingParams:
-            longest = max(len(requests[place][2]) for place in places[tokens])
+            longest = max(len(requests[index][2]) for index in indices[tokens])
             return SamplingParams(
                 max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=max(1, len(tokens) - longest)
             )
@@ -216,41 +196,41 @@ class FlexBatchLM(TemplateLM):
         # sorted, so that requests with the same few-shot prefix come to the engine one after the other and share its
         # pages
         self._run(
-            ((tokens, list(tokens), params(tokens)) for tokens in sorted(places)),
+            ((tokens, list(tokens), params(tokens)) for tokens in sorted(indices)),
             finish,
-            len(places),
+            len(indices),
             "loglikelihood",
             disable_tqdm,
         )
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generated texts, cut before the first stop sequence; too long contexts lose tokens on the left."""
+        """Returns generated texts, cut before the first stop sequence; too long contexts lose tokens on the left."""
         items = []
-        for place, request in enumerate(requests):
+        for index, request in enumerate(requests):
             context, gen_kwargs = request.args
-            params = self._sampling_params(place, gen_kwargs)
-            room = self.max_length - (params.max_tokens or 0)
-            if room <= 0:
+            params = self._sampling_params(index, gen_kwargs)
+            prompt_limit = self.max_length - (params.max_tokens or 0)
+            if prompt_limit <= 0:
                 raise ValueError(
-                    f"request {place}: max_gen_toks={params.max_tokens} leaves no room for a prompt in "
+                    f"request {index}: max_gen_toks={params.max_tokens} leaves no room for a prompt in "
                     f"{self.max_length} positions; lower it"
                 )
-            items.append((place, self._encode_context(context)[-room:], params))
+            items.append((index, self._encode_context(context)[-prompt_limit:], params))
         texts = [""] * len(requests)
 
-        def finish(place: int, completion: Completion) -> None:
-            context, gen_kwargs = requests[place].args
+        def finish(index: int, completion: Completion) -> None:
+            context, gen_kwargs = requests[index].args
             until = gen_kwargs.get("until") or []
-            texts[place] = self._answer(completion, [until] if isinstance(until, str) else until)
-            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[place])
+            texts[index] = self._answer(completion, [until] if isinstance(until, str) else until)
+            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), texts[index])
 
         self._run(sorted(items, key=lambda item: item[1]), finish, len(items), "generate_until", disable_tqdm)
         return texts
 
     def _answer(self, completion: Completion, until: Sequence[str]) -> str:
-        """The generated text as ``hf`` gives it: tokens decoded by themselves, so that SentencePiece drops a first
-        space, without thoughts, cut."""
+        """Returns the generated text as ``hf`` does: without thoughts, its tokens decoded by themselves, so that
+        SentencePiece drops a first space, and cut at stop sequences."""
         token_ids, thought = list(completion.token_ids), self.think_end_token
         if isinstance(thought, int) and thought in token_ids:
             token_ids = token_ids[len(token_ids) - token_ids[::-1].index(thought) :]
@@ -264,34 +244,16 @@ class FlexBatchLM(TemplateLM):
             text, thought = text.lstrip(), None
         return postprocess_generated_text(text, [*until, self.tokenizer.decode([self.eot_token_id])], thought)
 
-    def _sampling_params(self, place: int, gen_kwargs: dict[str, Any]) -> SamplingParams:
-        """What the request says, else the model's generation_config.json, as with ``hf``. Raises ValueError for what
-        the engine does not have, such as
-        ``num_beams``."""
-        options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-        until, max_tokens = options.pop("until"), options.pop("max_gen_toks")
-        sample, temperature = options.pop("do_sample"), float(options.pop("temperature", 0.0))
-        known = {FIELDS.get(name, name): options.pop(name) for name in SAMPLING_KEYS if name in options}
-        neutral = {name for name, value in options.items() if value is None or value in NEUTRAL_OPTIONS.get(name, ())}
-        options = {name: value for name, value in options.items() if name not in {*neutral, *OF_BEAMS}}
-        if options:
-            raise ValueError(
-                f"request {place}: generation options {sorted(options)} are not available; the engine has "
-                f"{', '.join(SAMPLING_KEYS)}"
-            )
-        # a reasoning model's stop sequences are for its answer and may occur in its thoughts
-        stop = () if self.think_end_token is not None else tuple(text for text in until if text)
-        given = {"max_tokens": max_tokens, "temperature": temperature if sample else 0.0, "stop": stop, **known}
-        generation: GenerationDefaults = getattr(self.llm, "generation", None) or GenerationDefaults()
-        said = {name: value for name, value in generation.unavailable.items() if name not in neutral}
-        generation = dataclasses.replace(generation, unavailable=said)
-        if "max_new_tokens" in generation.settings:
-            del given[
-                "max_tokens"
-            ]  # of max_new_tokens in the file and the max_length that hf gives, transformers takes the first
-        if given["temperature"] > 0 and generation.settings.get("top_k") is None:
-            given.setdefault("top_k", TRANSFORMERS_TOP_K)
-        return generation.params(given)
+    def _sampling_params(self, index: int, gen_kwargs: dict[str, Any]) -> SamplingParams:
+        generation = getattr(self.llm, "generation", None) or GenerationDefaults()
+        return sampling_params(
+            index,
+            gen_kwargs,
+            generation,
+            max_gen_toks=self.max_gen_toks,
+            # A reasoning model's stop sequences are for its answer and may occur in its thoughts.
+            stop_in_engine=self.think_end_token is None,
+        )
 
     def _run(
         self,
@@ -316,29 +278,8 @@ class FlexBatchLM(TemplateLM):
 
 
 def score(completion: Completion, tokens: Sequence[int], count: int) -> tuple[float, bool]:
-    """Sum of the log-probabilities of the last ``count`` prompt tokens, and whether each was the most likely one."""
-    rows = [(completion.prompt_logprobs or [])[place] for place in range(len(tokens) - count, len(tokens))]
+    """Returns the sum of the log-probabilities of the last ``count`` prompt tokens, and whether each was the most
+    likely one."""
+    rows = [(completion.prompt_logprobs or [])[index] for index in range(len(tokens) - count, len(tokens))]
     entries = [row[token] for row, token in zip(rows, tokens[len(tokens) - count :], strict=True) if row is not None]
     return sum(entry.logprob for entry in entries), all(entry.rank == 1 for entry in entries)
-
-
-def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``, ``draft=small
-    medium``; None means unset.
-
-    Raises ConfigurationError for a keyword that `LLM` does not have.
-    """
-    engine = {name: value for name, value in engine.items() if name not in NEUTRAL or value not in NEUTRAL[name]}
-    if unknown := engine.keys() - {field.name for field in dataclasses.fields(EngineConfig)}:
-        raise ConfigurationError(
-            f"--model_args: FlexBatch has no {', '.join(sorted(unknown))}; engine settings are the flags of "
-            "flexbatch run --help"
-        )
-    given = {name: value for name, value in engine.items() if value is not None}
-    if str(given.get("device")).startswith("cuda") and not torch.cuda.is_available():
-        del given["device"]  # the harness gives cuda:0 where the user gives nothing; its hf takes the CPU then
-    if isinstance(given.get("percent"), str):
-        given["percent"] = tuple(float(number) for number in re.split(r"[\s/:;]+", given["percent"].strip()))
-    if isinstance(given.get("draft"), str):
-        given["draft"] = tuple(given["draft"].split())
-    return given

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -35,8 +35,9 @@ import pyarrow as pa
 from flexbatch.apps.batch import open_llm
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.plan import choose_prompt, make_encode
-from flexbatch.apps.jobs.results import ParquetOutput, Record
-from flexbatch.apps.jobs.rows import Row, RowError, RowReader
+from flexbatch.apps.jobs.prompts import RowError
+from flexbatch.apps.jobs.results import ParquetOutput, RowRecord
+from flexbatch.apps.jobs.rows import RowReader, RowRequest
 from flexbatch.apps.jobs.runner import OpenEngine
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli.settings import refuse_measurements
@@ -50,8 +51,8 @@ class GenerateText:
     """Adds the result columns of a batch job to Arrow tables; loads its engine once.
 
     Keywords are the fields of `JobConfig` and `EngineConfig` that speak of prompts, generation, result columns and
-    the engine. Without a seed column, rows with equal prompts draw equal texts: a batch does not know its place in
-    the data set. Raises ConfigurationError for wrong keywords.
+    the engine. Without a seed column, rows with equal prompts draw equal texts: a batch does not know where in
+    the data set it lies. Raises ConfigurationError for wrong keywords.
     """
 
     SPARK_COLUMNS = (
@@ -69,7 +70,7 @@ class GenerateText:
         self._params = generation_of(engine).params(self._config.given(), sample=True)
         self._seed, self._llm = engine.seed, open_engine(engine, None)
         self._encode = make_encode(self._llm, self._config.truncate)
-        self._output: ParquetOutput | None = None
+        self._form: tuple[RowReader, ParquetOutput] | None = None
 
     def __enter__(self) -> GenerateText:
         return self
@@ -78,64 +79,53 @@ class GenerateText:
         self._llm.__exit__(None, None, None)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """One batch of Ray Data (``batch_format="pyarrow"``)."""
-        return pa.Table.from_batches(
-            self.stream(table.combine_chunks().to_batches()), schema=self._output_for(table.schema).schema
-        )
+        """Processes one batch of Ray Data (``batch_format="pyarrow"``)."""
+        batches = self.stream(table.combine_chunks().to_batches())
+        return pa.Table.from_batches(batches, schema=self._form_for(table.schema)[1].schema)
 
     def stream(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Batches with the result columns, in order; the engine is refilled across their borders."""
-        waiting: deque[tuple[pa.RecordBatch, list[Record]]] = deque()
-        flying: dict[int, tuple[list[Record], Row]] = {}
-        for key, completion in self._llm.stream(self._items(batches, waiting, flying)):
-            records, row = flying.pop(key)
-            assert self._output is not None
-            records[row.offset] = self._output.record(row, completion)
+        """Yields the batches with the result columns, in order; the engine is refilled across batch boundaries."""
+        waiting: deque[tuple[pa.RecordBatch, list[RowRecord]]] = deque()
+        in_flight: dict[int, tuple[list[RowRecord], RowRequest]] = {}
+        for key, completion in self._llm.stream(self._items(batches, waiting, in_flight)):
+            records, row = in_flight.pop(key)
+            assert self._form is not None
+            records[row.offset] = self._form[1].record(row, completion)
             yield from self._whole(waiting)
         yield from self._whole(waiting)
 
-    def _whole(self, waiting: deque[tuple[pa.RecordBatch, list[Record]]]) -> Iterator[pa.RecordBatch]:
+    def _whole(self, waiting: deque[tuple[pa.RecordBatch, list[RowRecord]]]) -> Iterator[pa.RecordBatch]:
         while waiting and None not in waiting[0][1]:
             batch, records = waiting.popleft()
-            table = self._output_for(batch.schema).table(pa.Table.from_batches([batch]), records)
+            table = self._form_for(batch.schema)[1].table(pa.Table.from_batches([batch]), records)
             yield from table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
 
     def _items(
         self,
         batches: Iterable[pa.RecordBatch],
-        waiting: deque[tuple[pa.RecordBatch, list[Record]]],
-        flying: dict[int, tuple[list[Record], Row]],
-    ) -> Iterator[tuple[int, list[int], SamplingParams]]:
+        waiting: deque[tuple[pa.RecordBatch, list[RowRecord]]],
+        in_flight: dict[int, tuple[list[RowRecord], RowRequest]],
+    ) -> Iterator[tuple[int, Sequence[int], SamplingParams]]:
         key = 0
         for batch in batches:
-            output, records = self._output_for(batch.schema), [None] * len(batch)
+            (reader, output), records = self._form_for(batch.schema), [None] * len(batch)
             waiting.append((batch, records))
-            for row in output.rows(pa.Table.from_batches([batch]), Part(0, "", 0, ()), lambda offset: False):
+            part = Part(0, "", 0, len(batch))
+            for row in reader.rows(pa.Table.from_batches([batch]), part, lambda offset: False):
                 try:
                     if row.error:
                         raise RowError(row.error)
-                    row, token_ids = self._encode(row)
+                    row = self._encode(row)
                 except RowError as error:
                     records[row.offset] = output.failure(row, str(error))
                     continue
-                flying[key] = (records, row)
-                yield key, token_ids, row.params
+                in_flight[key] = (records, row)
+                yield key, row.token_ids, row.params
                 key += 1
 
-    def _output_for(self, schema: pa.Schema) -> ParquetOutput:
-        if self._output is None:
+    def _form_for(self, schema: pa.Schema) -> tuple[RowReader, ParquetOutput]:
+        if self._form is None:
             config = choose_prompt(self._config, schema.names)
-            reader = RowReader(
-                schema, (), self._params, self._seed, prompt_column=config.prompt_column,
-                messages_column=config.messages_column,
-                template=config.prompt_template, columns=config.setting_columns(), seed_by_prompt=True,
-            )  # fmt: skip
-            self._output = ParquetOutput(
-                reader,
-                schema,
-                (),
-                prefix=config.output_prefix,
-                tokens=config.generated_tokens,
-                logprobs=config.logprobs is not None,
-            )
-        return self._output
+            reader = RowReader(config, schema, (), self._params, self._seed, seed_by_prompt=True)
+            self._form = reader, ParquetOutput(config, schema, ())
+        return self._form

@@ -1,1 +1,1 @@
-"""The parts of a batch job: sources, layout, prompts, results, journal, store, pipeline, progress."""
+"""The modules of batch jobs: sources, layout, prompts, results, journal, store, pipeline, progress."""

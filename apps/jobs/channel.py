@@ -1,4 +1,4 @@
-"""A bounded hand-over between two threads that carries the end and the failure of its producer too."""
+"""A bounded channel between two threads, which also carries the end and the failure of its producer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Channel(Generic[T]):
         self._error: BaseException | None = None
 
     def put(self, value: T) -> None:
-        """Waits for room. Raises Cancelled when the channel is closed or nobody will read it."""
+        """Waits for free capacity. Raises Cancelled when the channel is closed or nobody will read it."""
         with self._changed:
             while len(self._values) >= self._capacity and not self._cancelled and not self._closed:
                 self._changed.wait()
@@ -53,8 +53,8 @@ class Channel(Generic[T]):
             yield value[0]
 
     def until(self, deadline: Callable[[], float | None]) -> Iterator[tuple[T] | None]:
-        """The values, each in a tuple, and None whenever the deadline (of `time.monotonic`, None for never; asked again
-        for every value) has passed without one."""
+        """Yields the values, each in a tuple, and None whenever the deadline (of `time.monotonic`, None for never;
+        asked again for every value) has passed without one."""
         while True:
             end = deadline()
             with self._changed:

@@ -16,38 +16,41 @@ from flexbatch.apps.jobs.commits import Commit, identity, read_commits
 from flexbatch.apps.jobs.interrupt import Interrupts
 from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
-from flexbatch.apps.jobs.openai import OpenAIOutput
+from flexbatch.apps.jobs.manifest import STATE
 from flexbatch.apps.jobs.pipeline import Pipeline, TooManyErrors
-from flexbatch.apps.jobs.plan import Job, make_encode
+from flexbatch.apps.jobs.plan import BatchJob, make_encode
 from flexbatch.apps.jobs.preview import Preview, preview
-from flexbatch.apps.jobs.progress import Counts, Progress
-from flexbatch.apps.jobs.results import Record
+from flexbatch.apps.jobs.progress import Counts, JobProgress
+from flexbatch.apps.jobs.results import RowRecord
 from flexbatch.apps.jobs.runner import OpenEngine, Shard, close_shard, ended, stopped
-from flexbatch.apps.jobs.shares import Share
-from flexbatch.apps.jobs.store import STATE, OutputStore
-from flexbatch.apps.jobs.token_texts import TokenTexts
+from flexbatch.apps.jobs.shard_assignment import ShardAssignment
+from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 RESTARTS = 3
-"""How often an actor that dies is started again; a part that kills every actor must not run for ever."""
+"""How often an actor that dies is started again: a part that kills every actor must not run forever."""
 POLL_S = 0.5
 
 
-class Dispenser:
-    """Hands out the parts of a job to workers, one at a time and in order; a Ray actor, as all workers must see the
-    same list.
+class PartQueue:
+    """Hands out the parts of a job to workers, one at a time and in order. It is a Ray actor, so that all workers see
+    the same list.
 
     ``parts``: number -> records of rows that are finished; ``seen`` is for the workers' planners, ``grant`` is the
     driver's, in whose name they write. What a worker held when it died goes to the front again, with what its journal
-    says. Every hand-out has a number of its own, so that what a worker still records that was only thought dead counts
+    holds. Every hand-out has a number of its own, so that what a worker still records that was only thought dead counts
     as older than what its successor does.
     """
 
     def __init__(
-        self, job: Job, digest: bytes, parts: dict[int, dict[int, Record]], seen: Preview | None = None,
+        self,
+        job: BatchJob,
+        digest: bytes,
+        parts: dict[int, dict[int, RowRecord]],
+        seen: Preview | None = None,
         grant: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._job, self._digest, self._finished, self._seen, self._grant = job, digest, parts, seen, grant
         self._leases = 0
         self._waiting = deque(parts)
@@ -56,13 +59,13 @@ class Dispenser:
         self._done: set[int] = set()
         self._stopped = False
 
-    def job(self) -> tuple[Job, Preview | None, Path | None]:
-        """What the workers do. A restarted actor cannot count on large arguments of its own, which Ray may have lost
-        with their node."""
+    def job(self) -> tuple[BatchJob, Preview | None, Path | None]:
+        """Returns what the workers need. A restarted actor cannot count on large arguments of its own, which Ray may
+        have lost with their node."""
         return self._job, self._seen, self._grant
 
     def register(self, worker: int) -> None:
-        """A worker begins, perhaps again."""
+        """Registers a worker that begins, perhaps again."""
         lost = self._held.pop(worker, set())
         self._held[worker] = set()
         if not lost:
@@ -76,16 +79,16 @@ class Dispenser:
                 if found is not None and (commit := known.get(number, {}).get(found)) is not None:
                     self._add(dataclasses.asdict(commit))
                     lost.discard(number)
-        for number, records in Journal(state, "dispenser", self._digest).recover(lost.__contains__).items():
+        for number, records in Journal(state, "part-queue", self._digest).recover(lost.__contains__).items():
             self._finished[number] = {
                 **self._finished[number],
                 **{row: record for row, record in records.items() if not (retry and job.output.error_of(record))},
             }
         self._waiting.extendleft(sorted(lost, reverse=True))
 
-    def take(self, worker: int) -> tuple[int, dict[int, Record], int] | None:
-        """The next part, its finished rows and the number of this hand-out; None when there is none, or no more are
-        wanted."""
+    def take(self, worker: int) -> tuple[int, dict[int, RowRecord], int] | None:
+        """Returns the next part, its finished rows and the number of this hand-out; None when there is none, or no
+        more are wanted."""
         if self._stopped or not self._waiting:
             return None
         part = self._waiting.popleft()
@@ -98,17 +101,17 @@ class Dispenser:
         self._add(commit)
 
     def _add(self, commit: dict[str, int]) -> None:
-        """A worker that was only thought dead tells of a part once more."""
+        """Adds a commit once: a worker that was only thought dead may report a part twice."""
         if commit["part"] not in self._done:
             self._done.add(commit["part"])
             self._commits.append(commit)
 
     def stop(self) -> None:
-        """No more parts: workers finish what they have."""
+        """Hands out no more parts: workers finish what they have."""
         self._stopped = True
 
     def take_commits(self) -> list[dict[str, int]]:
-        """What was committed since the last call."""
+        """Returns what was committed since the last call."""
         commits, self._commits = self._commits, []
         return commits
 
@@ -119,18 +122,18 @@ class Worker:
     def __init__(self, number: int, open_engine: OpenEngine) -> None:
         self._number, self._open_engine = number, open_engine
 
-    def run(self, dispenser: Any) -> None:
-        """Does parts until there are none left. Called again after a restart, it first gives back what its
+    def run(self, part_queue: Any) -> None:
+        """Processes parts until there are none left. Called again after a restart, it first gives back what its
         predecessor held."""
         import ray
 
         number = self._number
-        ray.get(dispenser.register.remote(number))
-        job, seen, grant = ray.get(dispenser.job.remote())
-        finished: dict[int, dict[int, Record]] = {}
+        ray.get(part_queue.register.remote(number))
+        job, seen, grant = ray.get(part_queue.job.remote())
+        finished: dict[int, dict[int, RowRecord]] = {}
 
         def parts() -> Iterator[Part]:
-            while (task := ray.get(dispenser.take.remote(number))) is not None:
+            while (task := ray.get(part_queue.take.remote(number))) is not None:
                 finished[task[0]] = task[1]
                 store.begin(job.parts[task[0]], job.output, task[2])
                 yield job.parts[task[0]]
@@ -140,20 +143,17 @@ class Worker:
             store = OutputStore(job.folder, job.fingerprint, worker=name, grant=grant)
             stack.callback(store.close)
             llm = stack.enter_context(self._open_engine(job.engine, seen))
-            if isinstance(job.output, OpenAIOutput):
-                job.output.created, job.output.texts = store.created, TokenTexts(llm.tokenizer)
+            job.output.start(store.created, llm.tokenizer)
 
             def committed(part: Part) -> None:
-                ray.get(dispenser.done.remote(number, dataclasses.asdict(store.commits[part.number])))
+                ray.get(part_queue.done.remote(number, dataclasses.asdict(store.commits[part.number])))
 
-            Pipeline(
-                job.source, parts(), finished, job.output, store, make_encode(llm, job.config.truncate), Counts(0), Interrupts(),
-                window_rows=job.config.window_rows, on_commit=committed,
-            ).run(llm)  # fmt: skip
+            encode = make_encode(llm, job.config.truncate)
+            Pipeline(job, parts(), finished, store, encode, Counts(0), Interrupts(), on_commit=committed).run(llm)
 
 
 def check_cluster(resources: dict[str, float], actors: int, cpus: float, gpus: float) -> None:
-    """Raises ConfigurationError where Ray would wait for ever for resources that the cluster does not have."""
+    """Raises ConfigurationError where Ray would wait forever for resources that the cluster does not have."""
     for name, each in (("CPU", cpus), ("GPU", gpus)):
         if resources.get(name, 0) < actors * each:
             raise ConfigurationError(
@@ -164,7 +164,7 @@ def check_cluster(resources: dict[str, float], actors: int, cpus: float, gpus: f
             )
 
 
-def run_on_ray(job: Job, open_engine: OpenEngine, resume: str) -> int:
+def run_on_ray(job: BatchJob, open_engine: OpenEngine, resume: str) -> int:
     """Runs a job on a Ray cluster: the same parts, manifest and exit codes as `run_shard`. The output folder must be
     shared by all nodes.
 
@@ -175,7 +175,7 @@ def run_on_ray(job: Job, open_engine: OpenEngine, resume: str) -> int:
         import ray
     except ImportError:
         raise ConfigurationError("--ray needs Ray: pip install 'flexbatch[ray]'") from None
-    shard = Shard.open(job, Share())
+    shard = Shard.open(job, ShardAssignment())
     try:
         counts = shard.counts()
         if not shard.left:
@@ -195,39 +195,21 @@ def run_on_ray(job: Job, open_engine: OpenEngine, resume: str) -> int:
     except Exception as error:
         return stopped(error, resume)
     finally:
-        close_shard(shard, Share())
+        close_shard(shard, ShardAssignment())
 
 
 def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -> int:
     """Starts the actors and counts what they commit."""
     import ray
 
-    job, config = shard.job, shard.job.config
-    resources = ray.cluster_resources()
-    gpus = 0.0 if job.engine.device == "cpu" or not resources.get("GPU") else 1.0
-    actors = min(config.ray_actors or int(resources.get("GPU", 0) if gpus else 1), len(shard.left))
-    check_cluster(resources, actors, config.ray_cpus, gpus)
-    if ray.available_resources().get("CPU", 0) < actors * config.ray_cpus:
-        logger.warning("other jobs hold CPUs of the Ray cluster: actors that find none wait until they are free")
-    # Small windows keep one actor from taking most parts of a small job.
-    rows = sum(part.rows for part in shard.left)
-    job = dataclasses.replace(
-        job, config=dataclasses.replace(config, window_rows=max(1, min(config.window_rows, rows // (8 * actors))))
-    )
     waiting = {part.number: shard.finished.get(part.number, {}) for part in shard.left}
-    assert shard.store.grant is not None
-    dispenser: Any = ray.remote(num_cpus=0)(Dispenser).remote(
-        job, shard.store.digest, waiting, preview(job, shard.left), shard.store.grant.path
-    )
-    kind: Any = ray.remote(num_cpus=config.ray_cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(
-        Worker
-    )
-    workers = [kind.remote(number, open_engine) for number in range(actors)]
-    interrupts, progress = Interrupts(), Progress(counts, metrics_file=config.metrics_file)
+    part_queue, workers = _start_actors(shard, waiting, open_engine)
+    config = shard.job.config
+    interrupts, progress = Interrupts(), JobProgress(counts, metrics_file=config.metrics_file)
     limit = config.error_limit(counts.rows_total)
 
     def draining() -> None:
-        dispenser.stop.remote()
+        part_queue.stop.remote()
         progress.say(
             "flexbatch: the actors finish the parts that they have; Ctrl-C again stops now, and costs the tokens of "
             "the sequences in flight"
@@ -238,31 +220,56 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
     journaled = {number: finished for number, finished in waiting.items() if finished}
     try:
         with interrupts.installed():
-            pending = [worker.run.remote(dispenser) for worker in workers]
+            pending = [worker.run.remote(part_queue) for worker in workers]
             while pending:
                 done, pending = ray.wait(pending, timeout=POLL_S)
-                for commit in ray.get(dispenser.take_commits.remote()):
-                    _count(counts, commit, journaled.pop(commit["part"], {}), shard)
+                for commit in ray.get(part_queue.take_commits.remote()):
+                    _count(counts, Commit(**commit), journaled.pop(commit["part"], {}), shard)
                 if limit is not None and counts.row_errors > limit:
                     raise TooManyErrors(
                         f"{counts.row_errors} rows failed, more than the {limit} that --max-errors allows"
                     )
                 ray.get(done)
-            for commit in ray.get(dispenser.take_commits.remote()):
-                _count(counts, commit, journaled.pop(commit["part"], {}), shard)
     finally:
         progress.close()
     return ended(shard, counts, progress.line(), resume)
 
 
-def _count(counts: Counts, commit: dict[str, int], before: dict[int, Record], shard: Shard) -> None:
-    """Adds a committed part, less what was counted of it when the job began."""
-    output = shard.job.output
-    shard.store.commits[commit["part"]] = Commit(**commit)
+def _start_actors(
+    shard: Shard, waiting: dict[int, dict[int, RowRecord]], open_engine: OpenEngine
+) -> tuple[Any, list[Any]]:
+    """Returns the actors of the part queue and of the workers. Raises ConfigurationError."""
+    import ray
+
+    job, config = shard.job, shard.job.config
+    resources = ray.cluster_resources()
+    gpus = 0.0 if job.engine.device == "cpu" or not resources.get("GPU") else 1.0
+    actors = min(config.ray_actors or int(resources.get("GPU", 0) if gpus else 1), len(shard.left))
+    check_cluster(resources, actors, config.ray_cpus, gpus)
+    if ray.available_resources().get("CPU", 0) < actors * config.ray_cpus:
+        logger.warning("other jobs hold CPUs of the Ray cluster: actors that find none wait until they are free")
+    # Small sort buffers keep one actor from taking most parts of a small job.
+    rows = sum(part.rows for part in shard.left)
+    buffer_rows = max(1, min(config.window_rows, rows // (8 * actors)))
+    job = dataclasses.replace(job, config=dataclasses.replace(config, window_rows=buffer_rows))
+    assert shard.store.grant is not None
+    part_queue: Any = ray.remote(num_cpus=0)(PartQueue).remote(
+        job, shard.store.digest, waiting, preview(job, shard.left), shard.store.grant.path
+    )
+    worker: Any = ray.remote(num_cpus=config.ray_cpus, num_gpus=gpus, max_restarts=RESTARTS, max_task_retries=RESTARTS)(
+        Worker
+    )
+    return part_queue, [worker.remote(number, open_engine) for number in range(actors)]
+
+
+def _count(counts: Counts, commit: Commit, before: dict[int, RowRecord], shard: Shard) -> None:
+    """Adds a committed part, minus what was counted of it when the job began."""
+    shard.store.commits[commit.part] = commit
     counts.parts_committed += 1
-    counts.rows_done += commit["rows"] - len(before)
-    counts.row_errors += commit["errors"] - sum(bool(output.error_of(record)) for record in before.values())
-    counts.input_tokens_total += commit["input_tokens"] - sum(output.tokens_of(record)[0] for record in before.values())
-    counts.generated_tokens_total += commit["generated_tokens"] - sum(
-        output.tokens_of(record)[1] for record in before.values()
+    old = Commit.of(commit.part, before.values(), shard.job.output)
+    counts.add(
+        commit.rows - old.rows,
+        commit.errors - old.errors,
+        commit.input_tokens - old.input_tokens,
+        commit.generated_tokens - old.generated_tokens,
     )

@@ -24,28 +24,28 @@ from flexbatch.validation.errors import ConfigurationError
 JSON_FIELD = {b"flexbatch.json": b"1"}
 """Metadata of a string column that holds JSON texts."""
 ROW_ERROR = "\x00row error"
-"""Column of a source beside those of the input: why a row could not be read, null for the others. It is there only
-where such rows are."""
+"""Column of a source besides those of the input: why a row could not be read, null for the others. It exists only
+where there are such rows."""
 MOST_DIGITS, MOST_FIELDS, DEEPEST_TYPE = 76, 1000, 30
 DECIMAL = re.compile(r"decimal(?:128|256)?\((\d+),\s*(\d+)\)")
 
 
-class Unfit(ValueError):
+class UnfitValue(ValueError):
     """A value that its column does not hold; the message says which and why."""
 
 
 @dataclass
 class Numbers:
-    """What the numbers of one column have in common."""
+    """The properties that the numbers of one column have in common."""
 
     whole: bool = True
     doubles: bool = True
     least: int = 0
     most: int = 0
     digits: int = 0
-    """In front of the point, at most."""
+    """The most digits before the decimal point."""
     scale: int = 0
-    """Behind it."""
+    """The most digits after the decimal point."""
 
     def add(self, value: int | Decimal | float) -> None:
         if type(value) is int:
@@ -76,7 +76,7 @@ class Numbers:
 
 
 def _is_double(value: Decimal) -> bool:
-    """Whether a double holds the number: printed with as many digits, it is the number again."""
+    """Returns whether a double holds the number: printed with as many digits, it is the number again."""
     if not -400 < value.adjusted() < 400:
         return not value
     digits = len(value.as_tuple().digits)
@@ -84,30 +84,29 @@ def _is_double(value: Decimal) -> bool:
 
 
 @dataclass
-class Seen:
-    """The values of one column, or of one place in nested ones, that were seen so far: from them follows a type that
-    holds them all.
-    """
+class ObservedValues:
+    """The values seen so far of one column, or of one field of nested ones: the type that holds them all follows
+    from them."""
 
-    plain: set[type] = field(default_factory=set)
+    scalars: set[type] = field(default_factory=set)
     numbers: Numbers | None = None
-    items: Seen | None = None
-    fields: dict[str, Seen] | None = None
+    items: ObservedValues | None = None
+    fields: dict[str, ObservedValues] | None = None
 
     def add(self, value: Any) -> None:
         kind = type(value)
         if value is None:
             return
         if kind is str or kind is bool:
-            self.plain.add(kind)
+            self.scalars.add(kind)
         elif kind is dict:
             self.fields = {} if self.fields is None else self.fields
             for name, item in value.items():
                 if name not in self.fields:
-                    self.fields[name] = Seen()
+                    self.fields[name] = ObservedValues()
                 self.fields[name].add(item)
         elif kind is list:
-            self.items = Seen() if self.items is None else self.items
+            self.items = ObservedValues() if self.items is None else self.items
             for item in value:
                 self.items.add(item)
         else:
@@ -115,14 +114,14 @@ class Seen:
             self.numbers.add(value)
 
     def type(self, depth: int = 0) -> pa.DataType | None:
-        """The type, or None where only JSON text holds all the values."""
+        """Returns the type, or None where only JSON text holds all the values."""
         if (
-            len(self.plain) + (self.numbers is not None) + (self.items is not None) + (self.fields is not None) > 1
+            len(self.scalars) + (self.numbers is not None) + (self.items is not None) + (self.fields is not None) > 1
             or depth > DEEPEST_TYPE
         ):
             return None
-        if self.plain:
-            return pa.string() if str in self.plain else pa.bool_()
+        if self.scalars:
+            return pa.string() if str in self.scalars else pa.bool_()
         if self.numbers is not None:
             return self.numbers.type()
         if self.items is not None:
@@ -147,37 +146,37 @@ def holds_json(column: pa.Field) -> bool:
 
 
 def _sizable(value: Any) -> Any:
-    """The value. Raises Unfit for a number that no type holds: Arrow would write out every digit of 1e999999999."""
+    """Returns the value. Raises UnfitValue for a number that no type holds: Arrow would write out every digit of
+    1e999999999."""
     if isinstance(value, Decimal) and not -MOST_DIGITS <= value.adjusted() <= MOST_DIGITS and value:
-        raise Unfit(f"{value} has more digits than any type holds")
+        raise UnfitValue(f"{value} has more digits than any type holds")
     return value
 
 
-def plain_value(kind: pa.DataType) -> Callable[[Any], Any]:
-    """Makes of a parsed JSON value what Arrow takes for this type: doubles of Decimals where the column is one of
-    doubles.
-    """
+def arrow_value(kind: pa.DataType) -> Callable[[Any], Any]:
+    """Returns the function that makes of a parsed JSON value what Arrow takes for this type: doubles of Decimals
+    where the column is one of doubles."""
     if pa.types.is_floating(kind):
         return float
     if pa.types.is_decimal(kind):
         return lambda value: _sizable(Decimal(value))
     if pa.types.is_list(kind):
-        inner = plain_value(kind.value_type)
+        inner = arrow_value(kind.value_type)
         return lambda value: [None if item is None else inner(item) for item in value]
     if pa.types.is_struct(kind):
-        fields = [(entry.name, plain_value(entry.type)) for entry in kind]
+        fields = [(entry.name, arrow_value(entry.type)) for entry in kind]
         return lambda value: {name: None if value.get(name) is None else make(value[name]) for name, make in fields}
     return _sizable
 
 
 def check_text(value: Any, name: str) -> None:
-    """Raises Unfit where a text, or one anywhere in a value, is no Unicode text."""
+    """Raises UnfitValue where a text, or one anywhere in a value, is no Unicode text."""
     if isinstance(value, str):
-        place = lone_surrogate(value)
-        if place >= 0:
-            raise Unfit(
-                f"{name!r} holds half of a surrogate pair, {value[place].encode('unicode_escape').decode()}, at "
-                f"character {place}: no Unicode text"
+        index = lone_surrogate(value)
+        if index >= 0:
+            raise UnfitValue(
+                f"{name!r} holds half of a surrogate pair, {value[index].encode('unicode_escape').decode()}, at "
+                f"character {index}: no Unicode text"
             )
     elif isinstance(value, dict):
         for key, item in value.items():
@@ -189,7 +188,7 @@ def check_text(value: Any, name: str) -> None:
 
 
 def parse_types(words: Sequence[str]) -> dict[str, pa.DataType]:
-    """``("id=int64", "price=decimal(10,2)")`` as types. Raises ConfigurationError that names the word."""
+    """Parses ``("id=int64", "price=decimal(10,2)")``. Raises ConfigurationError that names the word."""
     types: dict[str, pa.DataType] = {}
     for word in words:
         name, separator, kind = word.rpartition("=")
@@ -217,20 +216,19 @@ def _decimal(precision: int, scale: int) -> pa.DataType:
 def column(
     values: Sequence[Any], kind: pa.Field, errors: list[str | None], make: Callable[[Sequence[Any]], pa.Array]
 ) -> pa.Array:
-    """``make`` of all values. One that does not fit is null, and the reason goes to its place in ``errors`` unless
-    there is one already.
-    """
+    """Returns ``make`` of all values. One that does not fit is null, and the reason goes to its index in ``errors``
+    unless there is one already."""
     try:
         return make(values)
     except (pa.ArrowException, ValueError, TypeError, ArithmeticError):
         pieces = []
-        for place, value in enumerate(values):
+        for index, value in enumerate(values):
             try:
                 pieces.append(make([value]))
             except (pa.ArrowException, ValueError, TypeError, ArithmeticError) as error:
-                errors[place] = errors[place] or (
+                errors[index] = errors[index] or (
                     str(error)
-                    if isinstance(error, Unfit)
+                    if isinstance(error, UnfitValue)
                     else f"column {kind.name!r}: {short(value)} is no {kind.type}"
                 )
                 pieces.append(pa.nulls(1, kind.type))
@@ -238,13 +236,14 @@ def column(
 
 
 def json_column(values: Sequence[Any], kind: pa.Field, errors: list[str | None]) -> pa.Array:
-    """Parsed JSON values as their column; see `column`. As text, what is no text is its JSON."""
-    plain = json_text if holds_json(kind) else text_of if pa.types.is_string(kind.type) else plain_value(kind.type)
+    """Returns parsed JSON values as their column; see `column`. In a column of text, a value that is no text is its
+    JSON."""
+    convert = json_text if holds_json(kind) else text_of if pa.types.is_string(kind.type) else arrow_value(kind.type)
     return column(
         values,
         kind,
         errors,
-        lambda chosen: pa.array([None if value is None else plain(value) for value in chosen], kind.type),
+        lambda chosen: pa.array([None if value is None else convert(value) for value in chosen], kind.type),
     )
 
 
@@ -253,7 +252,7 @@ def text_of(value: Any) -> str:
 
 
 def text_column(values: Sequence[str | None], kind: pa.Field, errors: list[str | None]) -> pa.Array:
-    """Texts as the type that the user gives; see `column`. An empty one is null, except where it is text.
+    """Returns texts as the type that the user gives; see `column`. An empty one is null, except in a column of text.
 
     Bytes that are not UTF-8 come as surrogate escapes: no reader could read the column that held them as text.
     """
@@ -276,11 +275,11 @@ def _utf8(value: str | None, name: str) -> str | None:
     try:
         return None if value is None else value.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError as error:
-        raise Unfit(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise UnfitValue(f"{name!r} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def refuse_reserved(columns: Iterable[str], file: str) -> None:
-    """Raises ConfigurationError where a column has the name under which a source tells the errors of its rows."""
+    """Raises ConfigurationError where a column has the name of the column that holds the errors of rows."""
     if ROW_ERROR in columns:
         raise ConfigurationError(
             f"{file}: a column has the name {ROW_ERROR!r}, which FlexBatch keeps for itself: rename it"

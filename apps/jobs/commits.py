@@ -1,19 +1,21 @@
-"""What each committed part holds: one log of records per writer."""
+"""The log of commits: what each committed part holds, in one log of records per writer."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from flexbatch.apps.jobs.records import read_log
+from flexbatch.apps.jobs.results import Output, RowRecord
 
 logger = logging.getLogger("flexbatch")
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What one committed part holds."""
+    """The counts of one committed part."""
 
     part: int
     rows: int
@@ -21,10 +23,17 @@ class Commit:
     input_tokens: int
     generated_tokens: int
 
+    @classmethod
+    def of(cls, part: int, records: Collection[RowRecord], output: Output) -> Commit:
+        """Counts the records of a part."""
+        tokens = [output.tokens_of(record) for record in records]
+        errors = sum(bool(output.error_of(record)) for record in records)
+        return cls(part, len(records), errors, sum(used for used, _ in tokens), sum(made for _, made in tokens))
+
 
 Identity = tuple[int, int]
-"""Size and time of the last change, in ns, of a part's file. Copying a folder may change the time: then the part is
-read."""
+"""Size in bytes of a part's file and the time of its last change in ns. Copying a folder may change the time: then
+the part is read."""
 
 
 def identity(path: Path) -> Identity | None:
@@ -36,8 +45,8 @@ def identity(path: Path) -> Identity | None:
 
 
 def read_commits(state: Path, digest: bytes) -> dict[int, dict[Identity, Commit]]:
-    """Part -> what the files that were ever written for it hold. A record says what one file holds, not that it is the
-    one in place: a process may have died between writing the record and giving the file its name."""
+    """Maps each part to what the files that were ever written for it hold. A record says what one file holds, not
+    that it is the one in use: a process may have died between writing the record and giving the file its name."""
     found: dict[int, dict[Identity, Commit]] = {}
     names = [field.name for field in fields(Commit)]
     for path in sorted(state.glob("commits-*.log")):

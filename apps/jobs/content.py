@@ -1,4 +1,5 @@
-"""What an input file holds, as far as it can be told before the job: a job is resumed on the rows that it began with.
+"""The identity of an input file, as far as it can be told before the job: a job is resumed on the rows that it began
+with.
 
 Sizes and statistics do not tell: two values that change places, or one between the smallest and the largest, leave them
 as they were. So files are digested whole, at the speed of the disk, up to a size that a job of days does not notice;
@@ -21,11 +22,11 @@ from flexbatch.models.fingerprint import file_digest
 from flexbatch.validation.errors import CheckpointError, ConfigurationError
 
 WHOLE_BYTES = 8 * 2**30
-"""An input of this size at most is digested whole: 10 s at 800 MB/s. Of a larger one 256 samples per file, and the time
-of its last change."""
+"""An input of at most this size is digested whole: 10 s at 800 MB/s. Of a larger one, 256 samples per file and the
+time of its last change count."""
 SAMPLES, SAMPLE_BYTES, CHUNK_BYTES = 256, 2**16, 4 * 2**20
 VERSIONS = ("etag", "versionid", "version_id", "version-id", "generation", "md5hash", "content-md5", "content_md5")
-"""What object stores call a version of an object, in lower case."""
+"""Names by which object stores know a version of an object, in lower case."""
 
 
 def wanted_whole(sizes: Iterable[int]) -> bool:
@@ -33,18 +34,19 @@ def wanted_whole(sizes: Iterable[int]) -> bool:
 
 
 def content(filesystem: pafs.FileSystem, file: InputFile, handle: pa.NativeFile, whole: bool) -> dict[str, str]:
-    """JSON value that changes when the content does: the same for a copy of a file, or one that was only touched,
-    unless it is too large to be read whole. ``handle`` is the open file. Raises OSError, ConfigurationError."""
+    """Returns a JSON value that changes when the content does. It is the same for a copy of a file, or one that was
+    only touched, unless the file is too large to be read whole. ``handle`` is the open file. Raises OSError,
+    ConfigurationError."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         if whole:
             return {"content": local_digest(file.path)}
     elif version := _version(filesystem, file.path, handle):
         return {"version": version}
     elif whole:
-        digest, place = hashlib.sha256(), 0
-        while data := handle.read_at(CHUNK_BYTES, place):
+        digest, offset = hashlib.sha256(), 0
+        while data := handle.read_at(CHUNK_BYTES, offset):
             digest.update(data)
-            place += len(data)
+            offset += len(data)
         return {"content": f"sha256 {digest.hexdigest()[:32]}"}
     changed = filesystem.get_file_info(file.path).mtime
     digest, last = hashlib.sha256(), max(file.size - SAMPLE_BYTES, 0)
@@ -57,7 +59,8 @@ def content(filesystem: pafs.FileSystem, file: InputFile, handle: pa.NativeFile,
 
 
 def local_digest(path: str) -> str:
-    """Raises ConfigurationError for a file that cannot be read, or is being written."""
+    """Returns the digest of a local file. Raises ConfigurationError for a file that cannot be read, or is being
+    written."""
     try:
         return f"sha256 {file_digest(Path(path))[:32]}"
     except CheckpointError as error:
@@ -65,8 +68,8 @@ def local_digest(path: str) -> str:
 
 
 def _version(filesystem: pafs.FileSystem, path: str, handle: pa.NativeFile) -> str:
-    """What the store says of the object; empty where it says nothing that every change of the content changes, as a
-    weak ETag or a time would not."""
+    """Returns the version that the store gives the object; empty where it gives nothing that changes with every
+    change of the content, as a weak ETag or a time would not."""
     found: Mapping[str, Any] = {}
     if isinstance(filesystem, pafs.PyFileSystem) and isinstance(filesystem.handler, pafs.FSSpecHandler):
         found = filesystem.handler.fs.info(path)

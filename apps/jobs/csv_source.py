@@ -14,8 +14,8 @@ import pyarrow.fs as pafs
 
 from flexbatch.apps.jobs.columns import ROW_ERROR, check_names, refuse_reserved, text_column
 from flexbatch.apps.jobs.files import InputFile, SourceError
-from flexbatch.apps.jobs.layout import Unit
-from flexbatch.apps.jobs.text_sources import CHUNK_BYTES, MAX_LINE, UNREADABLE, Scanned, record_batch
+from flexbatch.apps.jobs.layout import RowGroup
+from flexbatch.apps.jobs.text_source import CHUNK_BYTES, MAX_LINE, UNREADABLE, DigestingStream, record_batch
 from flexbatch.text.files import lone_surrogate
 from flexbatch.validation.errors import ConfigurationError
 
@@ -25,7 +25,7 @@ NUL = "\udc00"
 as this one."""
 
 
-class Records:
+class CsvRows:
     """The rows of a CSV file: (number of the first line, cells). Bytes that are not UTF-8 are surrogate escapes.
 
     A line ends with ``\\n``, ``\\r\\n`` or ``\\r``; ends of lines inside quotes belong to the cell. Blank lines are no
@@ -46,7 +46,7 @@ class Records:
                 raise ConfigurationError(
                     f"{self._name}: line {self._reader.line_num + 1} is longer than {MAX_LINE:,} characters: is it CSV?"
                 )
-            yield line.replace("\x00", NUL) if "\x00" in line else line
+            yield line.replace("\x00", NUL)
         self._ended = True
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
@@ -65,11 +65,7 @@ class Records:
                     f"{self._name}: the row that begins in line {number} opens a quote that is never closed"
                 )
             if cells:
-                yield number, [_with_zero_bytes(cell) for cell in cells]
-
-
-def _with_zero_bytes(cell: str) -> str:
-    return cell.replace(NUL, "\x00") if NUL in cell else cell
+                yield number, [cell.replace(NUL, "\x00") for cell in cells]
 
 
 class CsvSource:
@@ -91,31 +87,32 @@ class CsvSource:
         given = dict(types or {})
         check_names(given, headers)
         columns = [pa.field(name, given.get(name, pa.string())) for name in headers]
-        self.units: list[Unit] = []
+        self.row_groups: list[RowGroup] = []
         self.identity: dict[str, Any] = {"format": "csv", "files": {}}
         self.schema, wrong = pa.schema([*columns, pa.field(ROW_ERROR, pa.string())]), False
         for file in files:
             rows, errors, digest = self._scan(file)
             wrong = wrong or errors > 0
-            self.units.append(Unit(file.name, rows, file.size, file.folder))
+            self.row_groups.append(RowGroup(file.name, rows, file.size, file.folder))
             self.identity["files"][file.name] = f"{rows} rows, sha256 {digest}"
         if not wrong:
             self.schema = pa.schema(columns)
 
     @contextlib.contextmanager
-    def _open(self, file: InputFile) -> Iterator[tuple[Iterator[tuple[int, list[str]]], Scanned]]:
-        """The rows of a file, its header first. Raises ConfigurationError for what is no CSV file or cannot be read."""
+    def _open(self, file: InputFile) -> Iterator[tuple[Iterator[tuple[int, list[str]]], DigestingStream]]:
+        """Opens a file as rows, its header first. Raises ConfigurationError for a file that is not CSV or cannot be
+        read."""
         try:
-            with contextlib.closing(Scanned(self._filesystem, file)) as stream:
+            with contextlib.closing(DigestingStream(self._filesystem, file)) as stream:
                 text = io.TextIOWrapper(
                     io.BufferedReader(stream, CHUNK_BYTES), encoding="utf-8-sig", errors="surrogateescape", newline=""
                 )
-                yield iter(Records(text, file.name, "\t" if ".tsv" in file.path.lower() else ",")), stream
+                yield iter(CsvRows(text, file.name, "\t" if ".tsv" in file.path.lower() else ",")), stream
         except UNREADABLE as error:
             raise ConfigurationError(f"{file.name}: cannot be read: {error}") from None
 
     def _scan(self, file: InputFile) -> tuple[int, int, str]:
-        """Rows, rows with an error, digest of the file."""
+        """Returns the rows, the rows with an error, and the digest of the file."""
         rows = errors = 0
         with self._open(file) as (records, stream):
             for batch in self._batches(records, file.name):
@@ -135,22 +132,20 @@ class CsvSource:
             columns = []
             for kind in self.schema:
                 if kind.name != ROW_ERROR:
-                    place = header.index(kind.name) if kind.name in header else None
-                    values = [None if place is None or place >= len(cells) else cells[place] for _, cells in group]
+                    index = header.index(kind.name) if kind.name in header else None
+                    values = [None if index is None or index >= len(cells) else cells[index] for _, cells in group]
                     columns.append(text_column(values, kind, errors))
             yield record_batch(columns, errors, self.schema)
 
-    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
         row = 0
         try:
-            with self._open(self._files[unit]) as (records, _):
-                for batch in self._batches(records, self.units[unit].file):
-                    skip = min(max(start - row, 0), len(batch))
+            with self._open(self._files[row_group]) as (records, _):
+                for batch in self._batches(records, self.row_groups[row_group].file):
                     row += len(batch)
-                    if skip < len(batch):
-                        yield batch.slice(skip)
+                    yield batch
         except ConfigurationError as error:
-            raise SourceError(f"{self.units[unit].file}: row {row} and on cannot be read: {error}") from error
+            raise SourceError(f"{self.row_groups[row_group].file}: row {row} and on cannot be read: {error}") from error
 
 
 def _header(records: Iterator[tuple[int, list[str]]], name: str) -> list[str]:

@@ -12,15 +12,11 @@ def sync_folder(folder: Path) -> None:
     """Makes the entries of a folder durable: what was created, renamed or linked there. Where this process may not read
     the folder, that is left to the system."""
     with contextlib.suppress(PermissionError):
-        _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
@@ -36,7 +32,8 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside ``path`` that no other process, thread or machine chooses, whatever their pids are."""
+    """Returns a hidden name beside ``path`` that no other process, thread or machine chooses, whatever their pids
+    are."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 

@@ -40,7 +40,7 @@ class InputFile:
 
     @property
     def folder(self) -> str:
-        """The hive part of the folder, ``year=2024/lang=de``; plain folders do not count."""
+        """The hive part of the folder, ``year=2024/lang=de``; other folders do not count."""
         return "/".join(part for part in PurePosixPath(self.name).parts[:-1] if "=" in part)
 
     @property
@@ -52,14 +52,14 @@ class InputFile:
 
 
 def partition_values(folder: str) -> dict[str, str | None]:
-    """``{"year": "2024"}`` of ``year=2024``."""
+    """Returns ``{"year": "2024"}`` for ``year=2024``."""
     pairs = (part.split("=", 1) for part in folder.split("/") if "=" in part)
     return {unquote(name): None if value == NULL_PARTITION else unquote(value) for name, value in pairs}
 
 
 def resolve(location: str) -> tuple[pafs.FileSystem, str]:
-    """File system and path of a local path or a URI (``s3://``, ``gs://``, ``file://``, and what fsspec knows).
-    Raises ConfigurationError."""
+    """Returns the file system and path of a local path or a URI (``s3://``, ``gs://``, ``file://``, and what fsspec
+    knows). Raises ConfigurationError."""
     if "://" not in location:
         return pafs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     given = URI_OPTIONS.search(location)
@@ -80,18 +80,18 @@ def _fsspec(location: str, head: str) -> tuple[pafs.FileSystem, str]:
 
         found, path = url_to_fs(head)
     except (ImportError, ValueError) as error:
-        reason = _plain(error, location)
+        reason = _redacted(error, location)
         raise ConfigurationError(f"{hide_uri(location)}: no file system for this URI: {reason}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
 
 
-def _plain(error: Exception, location: str) -> str:
-    """What a library says, without the credentials of the location in any spelling."""
+def _redacted(error: Exception, location: str) -> str:
+    """Returns a library's message without the credentials of the location in any spelling."""
     return redacted(str(error) or type(error).__name__, secrets_of([location]))
 
 
 def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
-    """Every input file behind a file, folder, glob (``*``, ``?``, ``[]``, ``**``) or URI, sorted by name.
+    """Returns every input file behind a file, folder, glob (``*``, ``?``, ``[]``, ``**``) or URI, sorted by name.
 
     Names that begin with a dot or an underscore are left out, as every reader of such folders does. Raises
     ConfigurationError when there are none.
@@ -117,7 +117,7 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
     except ConfigurationError:
         raise
     except Exception as error:  # every file system has errors of its own, fsspec's those of HTTP clients too
-        raise ConfigurationError(f"input {hide_uri(location)} cannot be listed: {_plain(error, location)}") from None
+        raise ConfigurationError(f"input {hide_uri(location)} cannot be listed: {_redacted(error, location)}") from None
     root = info.path.rstrip("/") + "/"
     try:
         names = [(entry, entry.path.removeprefix(root)) for entry in infos if entry.type == pafs.FileType.File]
@@ -138,7 +138,7 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
 
 
 def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """``**`` crosses folders, ``*`` and ``?`` do not."""
+    """Compiles a glob: ``**`` crosses folders, ``*`` and ``?`` do not."""
     out, i = "", 0
     while i < len(pattern):
         if pattern.startswith("**/", i):

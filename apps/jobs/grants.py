@@ -2,7 +2,7 @@
 
 A grant is a file ``writer-{term}-{k}-of-{n}`` of the state folder. Its term is a fencing token: one more than any
 before, created only if nobody has it. Its owner holds a lock on it while it lives; whoever finds the lock free may take
-the share over, with a grant of its own, and removes the old one. A process that was thought dead (a machine that was
+the shard over, with a grant of its own, and removes the old one. A process that was thought dead (a machine that was
 suspended, a lock that its network file system lost) finds its grant gone before it commits anything more, and stops.
 
 Grants are given, taken back and looked at before a commit under one lock, ``lock``, that nobody holds for longer than
@@ -25,20 +25,20 @@ from pathlib import Path
 from flexbatch.apps.jobs.durable import sync_folder
 from flexbatch.validation.errors import ConfigurationError
 
-GATE = "lock"
-GATE_WAIT_S = 60.0
+LOCK_FILE = "lock"
+LOCK_WAIT_S = 60.0
 GRANT = re.compile(r"writer-(\d+)-(\d+)-of-(\d+)")
 
 
 class TakenOver(RuntimeError):
-    """Another process has the share of this one by now. What this one had committed stays."""
+    """Another process has taken over the shard of this one. What this one had committed stays."""
 
 
 @contextlib.contextmanager
-def gate(state: Path, wait_s: float = GATE_WAIT_S) -> Iterator[None]:
-    """One process of all at one time. Raises OSError where it stays closed for ``wait_s`` seconds, or there are no
-    locks."""
-    path, end = state / GATE, time.monotonic() + wait_s
+def writers_lock(state: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Lets in one process at a time. Raises OSError where the lock stays taken for ``wait_s`` seconds, or there are
+    no locks."""
+    path, end = state / LOCK_FILE, time.monotonic() + wait_s
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         while True:
@@ -57,18 +57,19 @@ def gate(state: Path, wait_s: float = GATE_WAIT_S) -> Iterator[None]:
 
 
 def grants(state: Path) -> list[tuple[int, int, int, Path]]:
-    """(term, k, n, path) of every grant, oldest first."""
+    """Returns (term, k, n, path) of every grant, oldest first."""
     found = ((GRANT.fullmatch(name), name) for name in os.listdir(state))
     return sorted((int(match[1]), int(match[2]), int(match[3]), state / name) for match, name in found if match)
 
 
 def _conflict(shard: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Shards of different counts share parts, so only shards of one and the same count may write at one time."""
+    """Returns whether two shards must not write at the same time: shards of different counts have parts in common,
+    so only shards of the same count may."""
     return shard[1] != other[1] or shard[0] == other[0]
 
 
 def _describe(path: Path) -> str:
-    """``shard 0-of-2 (process 17 on node3, since ...)`` as far as the grant can be read."""
+    """Returns ``shard 0-of-2 (process 17 on node3, since ...)`` as far as the grant can be read."""
     match = GRANT.fullmatch(path.name)
     name = f"shard {match[2]}-of-{match[3]}" if match else path.name
     try:
@@ -79,7 +80,7 @@ def _describe(path: Path) -> str:
 
 
 def refuse_other_writers(state: Path, shard: tuple[int, int]) -> None:
-    """Under the gate. Raises ConfigurationError while a living process writes what this shard would."""
+    """Called under the lock. Raises ConfigurationError while a living process writes what this shard would."""
     for _, k, n, path in grants(state):
         if not _conflict(shard, (k, n)):
             continue
@@ -95,8 +96,8 @@ def refuse_other_writers(state: Path, shard: tuple[int, int]) -> None:
 class Grant:
     """The right of this process to write one shard, or of a worker to write in the name of such a process.
 
-    `check` raises TakenOver once somebody else was given the share. Under the gate its answer holds until the gate
-    opens.
+    `check` raises TakenOver once somebody else was given the shard. Under the lock its answer holds until the
+    lock is free.
     """
 
     def __init__(self, path: Path, descriptor: int = -1) -> None:
@@ -107,7 +108,7 @@ class Grant:
 
     @classmethod
     def take(cls, state: Path, shard: tuple[int, int]) -> Grant:
-        """Under the gate, behind `refuse_other_writers`. The grants that this one replaces are gone then."""
+        """Called under the lock, after `refuse_other_writers`. The grants that this one replaces are gone then."""
         before = grants(state)
         term = before[-1][0] if before else 0
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
@@ -145,7 +146,7 @@ class Grant:
         )
 
     def release(self) -> None:
-        """Lets others have the share. The file stays: the terms go on from it."""
+        """Lets others take the shard. The file stays: the terms go on from it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

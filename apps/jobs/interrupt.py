@@ -9,11 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-INTERRUPTED = 130
+from flexbatch.cli.settings import INTERRUPTED
 
 
 class Interrupts:
-    """What the signals asked for so far. ``draining`` is set from the first Ctrl-C on."""
+    """The state that signals have asked for so far. ``draining`` is set from the first Ctrl-C on."""
 
     def __init__(self) -> None:
         self.draining = threading.Event()
@@ -23,7 +23,7 @@ class Interrupts:
         self._stopping = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler. SIGTERM comes with a deadline (job schedulers, preempted machines), so it stops at once."""
+        """Handles a signal. SIGTERM comes with a deadline (job schedulers, preempted machines), so it stops at once."""
         if self._stopping:
             os._exit(INTERRUPTED)
         if number == signal.SIGINT and self.on_drain is not None and not self.draining.is_set():
@@ -36,8 +36,8 @@ class Interrupts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM meanwhile; only the main thread may do so, elsewhere (a Ray actor) this changes
-        nothing."""
+        """Handles SIGINT and SIGTERM in the body. Only the main thread may do so; elsewhere (a Ray actor) this
+        changes nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,4 +1,4 @@
-"""What a job has finished and not yet committed: rows of unfinished parts, in segments of checksummed records."""
+"""The journal of a job: finished rows of parts that are not committed yet, in segments of checksummed records."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Journal:
         self._sequence = self._stamp = 0
 
     def segments(self) -> Iterator[tuple[Path, str, int, Scan]]:
-        """(path, owner, sequence, content) of every segment of every owner; damage is reported. A log of another job
-        can only be the last word of a process that did not notice that its job was discarded: it is left alone."""
+        """Yields (path, owner, sequence, content) of every segment of every owner; damage is reported. A log of
+        another job can only be the last write of a process that did not notice that its job was discarded: it is
+        left alone."""
         for path in sorted(self._folder.glob(f"{self._prefix}-*.log")):
             name = re.fullmatch(rf"{re.escape(self._prefix)}-(.+)\.(\d+)\.log", path.name)
             if name is None:
@@ -55,8 +56,8 @@ class Journal:
             yield path, name[1], int(name[2]), scan
 
     def recover(self, wanted: Callable[[int], bool]) -> dict[int, dict[int, Any]]:
-        """Reads every segment of every owner: part -> row in the part -> its latest record, for the parts that
-        ``wanted`` names."""
+        """Reads every segment of every owner. Returns part -> row in the part -> its latest record, for the parts
+        that ``wanted`` names."""
         found: dict[int, dict[int, tuple[tuple[int, int], Any]]] = {}
         for path, owner, sequence, scan in self.segments():
             parts: set[int] = set()
@@ -74,7 +75,7 @@ class Journal:
         return {part: {row: record for row, (_, record) in rows.items()} for part, rows in found.items()}
 
     def lease(self, part: int, term: int) -> None:
-        """Records of this part are written under a term of its own from now on."""
+        """From now on, records of this part are written under a term of its own."""
         self._terms[part] = term
 
     def append(self, part: int, row: int, record: Any) -> None:
@@ -108,7 +109,7 @@ class Journal:
             log.path.unlink(missing_ok=True)
 
     def committed(self, part: int) -> None:
-        """The part's rows are in the output: segments that hold nothing else go."""
+        """Called when the part's rows are in the output: segments that hold nothing else are removed."""
         self._terms.pop(part, None)
         self._active_parts.discard(part)
         for path, parts in list(self._closed.items()):
@@ -118,7 +119,8 @@ class Journal:
                 del self._closed[path]
 
     def sweep(self, finished: Callable[[int], bool]) -> None:
-        """Removes the segments of all owners that hold rows of finished parts alone. Only where nobody else writes."""
+        """Removes the segments of all owners that hold only rows of finished parts. Called only where nobody else
+        writes."""
         for path, _, _, scan in self.segments():
             active = self._active is not None and path == self._active.path
             if not active and all(finished(entry.value[0]) for entry in scan.entries):
@@ -130,15 +132,7 @@ class Journal:
             self._active.sync()
 
     def close(self) -> None:
-        """Closes the files; an active segment without open parts goes too."""
+        """Closes the files and removes an active segment without open parts."""
         if self._active is not None:
             log, self._active = self._active, None
             self._retire(log)
-
-    def check(self) -> None:
-        """Asserts that the active segment holds exactly what was appended and that no finished segment was left
-        behind."""
-        if self._active is not None:
-            self._active.check()
-        for path, parts in self._closed.items():
-            assert parts and path.exists(), f"{path} holds no part in flight and should be gone"

@@ -3,6 +3,7 @@ restart."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,87 +13,63 @@ MIN_PART_ROWS, MAX_PART_ROWS, WANTED_PARTS = 100, 10_000, 64
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What a source reads at one time, a row group: ``rows`` rows of ``file``, ``nbytes`` uncompressed, in partition
-    folder ``folder`` ("" for none)."""
+class RowGroup:
+    """What a source reads at one time: ``rows`` rows of ``file``, ``num_bytes`` uncompressed, in the partition folder
+    ``folder`` ("" for none). ``group`` counts the row groups of the file."""
 
     file: str
     rows: int
-    nbytes: int
+    num_bytes: int
     folder: str = ""
     group: int = 0
 
 
 @dataclass(frozen=True)
-class Span:
-    """Rows [start, stop) of the unit with this index."""
-
-    unit: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Part:
-    """One output file: a contiguous range of input rows, in input order."""
+    """One output file: ``rows`` rows of the input in their order, from row ``first_row`` of the whole input on."""
 
     number: int
     folder: str
     first_row: int
-    spans: tuple[Span, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(span.stop - span.start for span in self.spans)
+    rows: int
 
     def file_name(self, suffix: str) -> str:
-        """Relative to the output folder, e.g. ``year=2024/part-00003.parquet``."""
+        """Returns the name relative to the output folder, e.g. ``year=2024/part-00003.parquet``."""
         name = f"part-{self.number:05d}{suffix}"
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def default_part_rows(units: Sequence[Unit]) -> int:
-    """Rows of a part: about 64 parts of 100 to 10,000 rows, so that small jobs commit often and large ones leave few
-    files, and 64 MiB of input at most."""
-    rows = sum(unit.rows for unit in units)
-    row_bytes = sum(unit.nbytes for unit in units) / max(rows, 1)
+def default_part_rows(row_groups: Sequence[RowGroup]) -> int:
+    """Returns the rows of a part: about 64 parts of 100 to 10,000 rows, so that small jobs commit often and large
+    ones write few files, and at most 64 MiB of input."""
+    rows = sum(group.rows for group in row_groups)
+    row_bytes = sum(group.num_bytes for group in row_groups) / max(rows, 1)
     wanted = min(max(-(-rows // WANTED_PARTS), MIN_PART_ROWS), MAX_PART_ROWS)
     return max(1, min(wanted, int(PART_BYTES / max(row_bytes, 1))))
 
 
-def plan_parts(units: Sequence[Unit], part_rows: int) -> list[Part]:
-    """Cuts the rows of all units, in order, into parts of ``part_rows`` rows; a part never crosses a partition folder.
+def plan_parts(row_groups: Sequence[RowGroup], part_rows: int) -> list[Part]:
+    """Cuts the rows of all row groups, in order, into parts of ``part_rows`` rows; a part never crosses a partition
+    folder.
 
     An input without any row gives one empty part, so that readers of the output find its schema.
     """
     parts: list[Part] = []
-    spans: list[Span] = []
-    folder, room, first_row, row = units[0].folder if units else "", part_rows, 0, 0
-
-    def close() -> None:
-        nonlocal spans, room, first_row
-        if spans:
-            parts.append(Part(len(parts), folder, first_row, tuple(spans)))
-        spans, room, first_row = [], part_rows, row
-
-    for index, unit in enumerate(units):
-        if unit.rows and unit.folder != folder:
-            close()
-            folder = unit.folder
-        start = 0
-        while start < unit.rows:
-            stop = min(unit.rows, start + room)
-            spans.append(Span(index, start, stop))
-            row, room, start = row + stop - start, room - (stop - start), stop
-            if room == 0:
-                close()
-    close()
-    return parts or [Part(0, folder, 0, ())]
+    first = 0
+    filled = (group for group in row_groups if group.rows)
+    for folder, groups in itertools.groupby(filled, lambda group: group.folder):
+        end = first + sum(group.rows for group in groups)
+        parts += [
+            Part(number, folder, start, min(part_rows, end - start))
+            for number, start in enumerate(range(first, end, part_rows), len(parts))
+        ]
+        first = end
+    return parts or [Part(0, row_groups[0].folder if row_groups else "", 0, 0)]
 
 
 def shard_parts(parts: Sequence[Part], shard: int, shards: int) -> list[Part]:
-    """The parts of shard ``shard`` of ``shards`` (counted from 0): neighbours, with close to the same number of rows,
-    so that each shard reads its own files.
+    """Returns the parts of shard ``shard`` of ``shards`` (counted from 0): neighbors, with close to the same number of
+    rows, so that each shard reads its own files.
 
     Every part belongs to exactly one shard. Raises ValueError for a shard outside [0, shards).
     """
@@ -106,23 +83,3 @@ def shard_parts(parts: Sequence[Part], shard: int, shards: int) -> list[Part]:
             mine.append(part)
         before += part.rows
     return mine
-
-
-def check_layout(parts: Sequence[Part], units: Sequence[Unit]) -> None:
-    """Asserts that the parts hold every row of every unit once and in order."""
-    read = [0] * len(units)
-    row = 0
-    for number, part in enumerate(parts):
-        assert part.number == number and part.first_row == row, (
-            f"part {number} begins at row {part.first_row}, expected {row}"
-        )
-        for span in part.spans:
-            assert read[span.unit] == span.start < span.stop, (
-                f"part {number}: {span} does not follow row {read[span.unit]}"
-            )
-            assert units[span.unit].folder == part.folder, (
-                f"part {number} in {part.folder!r} holds rows of {units[span.unit].folder!r}"
-            )
-            read[span.unit] = span.stop
-        row += part.rows
-    assert read == [unit.rows for unit in units], "the parts miss rows of the input"

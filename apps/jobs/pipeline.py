@@ -1,8 +1,8 @@
-"""A job on the move: reading, making prompts and tokenising, generating, and writing overlap, each in its own thread.
+"""Runs a job: reading, making and tokenizing prompts, generating, and writing overlap, each in its own thread.
 
-``reader -> tables -> preparer -> windows -> engine (the calling thread) -> outcomes -> writer``, with bounded
-hand-overs, so memory does not grow with the input. Nothing waits for the end of a row group or a part: the engine's
-block is refilled as long as there are rows.
+``reader -> tables -> preparer -> sorted rows -> engine (the calling thread) -> outcomes -> writer``, through bounded
+channels, so memory does not grow with the input. Nothing waits for the end of a row group or a part: the engine's block
+is refilled as long as there are rows.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
 from flexbatch.apps.jobs.channel import Cancelled, Channel
 from flexbatch.apps.jobs.interrupt import Interrupts
 from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.plan import BatchJob
 from flexbatch.apps.jobs.progress import Counts
-from flexbatch.apps.jobs.results import Output, Record
-from flexbatch.apps.jobs.rows import Row, RowError
-from flexbatch.apps.jobs.sources import Source, read_parts
+from flexbatch.apps.jobs.prompts import RowError
+from flexbatch.apps.jobs.results import RowRecord
+from flexbatch.apps.jobs.rows import Encode, RowRequest
+from flexbatch.apps.jobs.sort_buffer import order_rows
+from flexbatch.apps.jobs.sources import read_parts
 from flexbatch.apps.jobs.store import OutputStore
-from flexbatch.apps.jobs.window import order_rows
 from flexbatch.request import Completion, SamplingParams
 
 SYNC_S = 5.0
@@ -32,19 +34,9 @@ SYNC_S = 5.0
 written; until then a machine that loses power may lose them, a process that dies may not."""
 OUTCOMES_WAITING = 4096
 
-Encode = Callable[[Row], tuple[Row, list[int]]]
-"""A row with a number for max_tokens, and the token ids of its prompt. Raises RowError with the reason why it cannot
-be run."""
-
-
-class Engine(Protocol):
-    """What a job needs of `LLM`."""
-
-    def stream(self, items: Iterable[tuple[Any, Any, SamplingParams]]) -> Iterator[tuple[Any, Completion]]: ...
-
 
 class OutputError(OSError):
-    """The output cannot be written any more: a full disk, a share that is gone."""
+    """The output cannot be written any more: the disk is full, or a network file system is gone."""
 
 
 class TooManyErrors(RuntimeError):
@@ -57,67 +49,60 @@ class OpenPart:
 
     part: Part
     table: pa.Table
-    records: list[Record]
+    records: list[RowRecord]
     left: int
     started: bool = False
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A finished row for the writer: a completion, or the row's own error. Without a row: look whether the part is
-    whole."""
-
-    open: OpenPart
-    row: Row | None = None
-    completion: Completion | None = None
+Outcome = tuple[OpenPart, RowRequest | None, Completion | None]
+"""What the writer gets: a row with its completion, or with an error of its own. Without a row it only commits the
+part."""
 
 
 @dataclass
 class Pipeline:
-    """One run over ``parts`` (any iterable, drawn one at a time in the order of the input).
+    """One run of a job over ``parts`` (any iterable, drawn one at a time in the order of the input).
 
     ``finished`` holds the records of earlier runs per part. ``max_errors`` counts the whole shard. `run` returns
     when everything is committed or, after the first Ctrl-C, when every part that had begun is.
     """
 
-    source: Source
+    job: BatchJob
     parts: Iterable[Part]
-    finished: dict[int, dict[int, Record]]
-    output: Output
+    finished: dict[int, dict[int, RowRecord]]
     store: OutputStore
     encode: Encode
     counts: Counts
     interrupts: Interrupts
-    window_rows: int = 1024
     max_errors: int | None = None
     on_commit: Callable[[Part], None] | None = None
     _tables: Channel[tuple[Part, pa.Table]] = field(default_factory=lambda: Channel(2))
-    _windows: Channel[list[tuple[OpenPart, Row, list[int]]]] = field(default_factory=lambda: Channel(2))
+    _sorted: Channel[list[RowRequest]] = field(default_factory=lambda: Channel(2))
     _outcomes: Channel[Outcome] = field(default_factory=lambda: Channel(OUTCOMES_WAITING))
     _failure: BaseException | None = None
     _sync_due: float | None = None
     _open: dict[int, OpenPart] = field(default_factory=dict)
 
-    def run(self, engine: Engine) -> None:
-        """Raises SourceError (input gone or damaged; what was in flight is finished first), OutputError, TakenOver,
-        TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the finished rows are in the
-        journal and the whole parts are committed."""
+    def run(self, engine: Any) -> None:
+        """Runs the job. Raises SourceError (input gone or damaged; what was in flight is finished first),
+        OutputError, TakenOver, TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the
+        finished rows are in the journal and the whole parts are committed."""
         threads = [
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
             for target in (self._read, self._prepare, self._write)
         ]
         for thread in threads:
             thread.start()
-        flying: dict[int, tuple[OpenPart, Row]] = {}
+        in_flight: dict[int, RowRequest] = {}
         try:
-            for key, completion in engine.stream(self._items(flying)):
-                open_part, row = flying.pop(key)
-                self._outcomes.put(Outcome(open_part, row, completion))
+            for index, completion in engine.stream(self._items(in_flight)):
+                row = in_flight.pop(index)
+                self._outcomes.put((self._open[row.part], row, completion))
         except Cancelled:
             pass
         finally:
             self._tables.cancel()
-            self._windows.cancel()
+            self._sorted.cancel()
             self._outcomes.close()
             for thread in threads:
                 thread.join()
@@ -125,7 +110,7 @@ class Pipeline:
             raise self._failure
 
     def describe_open(self) -> str:
-        """``3 parts, 120 rows left``: what a drain finishes."""
+        """Returns what a drain finishes, e.g. ``3 parts, 120 rows left``."""
         started = [open_part for open_part in list(self._open.values()) if open_part.started]
         return f"{len(started)} parts, {sum(open_part.left for open_part in started):,} rows left"
 
@@ -136,7 +121,7 @@ class Pipeline:
                     return
                 yield part
 
-        self._produce(self._tables, (pair for pair in read_parts(self.source, wanted())))
+        self._produce(self._tables, read_parts(self.job.source, wanted()))
 
     @staticmethod
     def _produce(channel: Channel[Any], values: Iterator[Any]) -> None:
@@ -151,59 +136,62 @@ class Pipeline:
             channel.close()
 
     def _prepare(self) -> None:
-        self._produce(self._windows, self._make_windows())
+        self._produce(self._sorted, self._sort_buffers())
         self._tables.cancel()
 
-    def _make_windows(self) -> Iterator[list[tuple[OpenPart, Row, list[int]]]]:
-        window: list[tuple[OpenPart, Row, list[int]]] = []
+    def _sort_buffers(self) -> Iterator[list[RowRequest]]:
+        """Yields the encoded rows, as many at a time as are ordered among each other."""
+        buffer: list[RowRequest] = []
         failure: BaseException | None = None
         try:
             for part, table in self._tables:
-                for entry in self._part_entries(part, table):
-                    window.append(entry)
-                    if len(window) >= self.window_rows:
-                        yield self._ordered(window)
-                        window = []
+                for row in self._encoded(part, table):
+                    buffer.append(row)
+                    if len(buffer) >= self.job.config.window_rows:
+                        yield self._ordered(buffer)
+                        buffer = []
         except Exception as error:
             failure = error
-        if window:
-            yield self._ordered(window)
+        if buffer:
+            yield self._ordered(buffer)
         if failure is not None:
             raise failure
 
-    def _part_entries(self, part: Part, table: pa.Table) -> Iterator[tuple[OpenPart, Row, list[int]]]:
+    def _encoded(self, part: Part, table: pa.Table) -> Iterator[RowRequest]:
+        """Yields the encoded rows of a part that are left to do. Those with an error go straight to the writer."""
         finished = self.finished.pop(part.number, {})
         open_part = OpenPart(part, table, [finished.get(row) for row in range(part.rows)], part.rows - len(finished))
         self._open[part.number] = open_part
         if not open_part.left:
-            self._outcomes.put(Outcome(open_part))
-        for row in self.output.rows(table, part, finished.__contains__):
+            self._outcomes.put((open_part, None, None))
+        for row in self.job.reader.rows(table, part, finished.__contains__):
             if not row.error:
                 try:
-                    yield open_part, *self.encode(row)
+                    yield self.encode(row)
                     continue
                 except RowError as error:
                     row = dataclasses.replace(row, error=str(error))
-            self._outcomes.put(Outcome(open_part, row))
+            self._outcomes.put((open_part, row, None))
 
     @staticmethod
-    def _ordered(window: list[tuple[OpenPart, Row, list[int]]]) -> list[tuple[OpenPart, Row, list[int]]]:
-        limits = [row.params.max_tokens or 0 for _, row, _ in window]
-        return [window[place] for place in order_rows([ids for _, _, ids in window], limits)]
+    def _ordered(rows: list[RowRequest]) -> list[RowRequest]:
+        order = order_rows([row.token_ids for row in rows], [row.params.max_tokens or 0 for row in rows])
+        return [rows[index] for index in order]
 
-    def _items(self, flying: dict[int, tuple[OpenPart, Row]]) -> Iterator[tuple[int, list[int], SamplingParams]]:
-        """What the engine draws. An input that fails ends it like an input that is over, so that the sequences in
-        flight are finished."""
+    def _items(self, in_flight: dict[int, RowRequest]) -> Iterator[tuple[int, Sequence[int], SamplingParams]]:
+        """Yields what the engine draws. An input that fails ends like an input that is over, so that the sequences
+        in flight are finished."""
         try:
-            for window in self._windows:
-                for open_part, row, token_ids in window:
+            for rows in self._sorted:
+                for row in rows:
+                    open_part = self._open[row.part]
                     if self.interrupts.draining.is_set() and not open_part.started:
                         continue
                     if self._failure is not None:
                         return
                     open_part.started = True
-                    flying[row.index] = (open_part, row)
-                    yield row.index, token_ids, row.params
+                    in_flight[row.index] = row
+                    yield row.index, row.token_ids, row.params
         except Exception as error:
             self._failure = self._failure or error
 
@@ -211,7 +199,7 @@ class Pipeline:
         try:
             for outcome in self._outcomes.until(lambda: self._sync_due):
                 if outcome is not None:
-                    self._settle(outcome[0])
+                    self._finish(*outcome[0])
                     self._sync_due = self._sync_due or time.monotonic() + SYNC_S
                 if self._sync_due is not None and time.monotonic() >= self._sync_due:
                     self.store.sync()
@@ -224,22 +212,19 @@ class Pipeline:
                 else error
             )
             self._outcomes.cancel()
-            self._windows.cancel()
+            self._sorted.cancel()
 
-    def _settle(self, outcome: Outcome) -> None:
-        open_part, row = outcome.open, outcome.row
+    def _finish(self, open_part: OpenPart, row: RowRequest | None, completion: Completion | None) -> None:
+        """Records a finished row in the journal, and commits the part whose last row it is."""
+        output = self.job.output
         if row is not None:
-            record = (
-                self.output.record(row, outcome.completion)
-                if outcome.completion is not None
-                else self.output.failure(row, row.error)
-            )
+            record = output.failure(row, row.error) if completion is None else output.record(row, completion)
             self.store.journal.append(open_part.part.number, row.offset, record)
             open_part.records[row.offset] = record
             open_part.left -= 1
-            self._count(record)
+            self.counts.add(1, bool(output.error_of(record)), *output.tokens_of(record))
         if open_part.left == 0:
-            self.store.commit(open_part.part, open_part.table, open_part.records, self.output)
+            self.store.commit(open_part.part, open_part.table, open_part.records, output)
             del self._open[open_part.part.number]
             self.counts.parts_committed += 1
             if self.on_commit is not None:
@@ -247,12 +232,5 @@ class Pipeline:
         if row is not None and self.max_errors is not None and self.counts.row_errors > self.max_errors:
             raise TooManyErrors(
                 f"{self.counts.row_errors} rows failed, more than the {self.max_errors} that --max-errors allows; "
-                f"row {row.index}: {self.output.error_of(open_part.records[row.offset])}"
+                f"row {row.index}: {output.error_of(open_part.records[row.offset])}"
             )
-
-    def _count(self, record: Record) -> None:
-        used, made = self.output.tokens_of(record)
-        self.counts.rows_done += 1
-        self.counts.input_tokens_total += used
-        self.counts.generated_tokens_total += made
-        self.counts.row_errors += bool(self.output.error_of(record))

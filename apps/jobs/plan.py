@@ -1,5 +1,5 @@
-"""From settings to a job that can run: source, parts, output form and fingerprint. Everything that can be wrong is
-found here, before a model loads."""
+"""Makes of settings a job that can run: source, reader, parts, output and fingerprint. Everything that can be wrong
+is found here, before a model loads."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ import pyarrow as pa
 from flexbatch.apps.jobs.columns import ROW_ERROR, parse_types
 from flexbatch.apps.jobs.csv_source import CsvSource
 from flexbatch.apps.jobs.files import list_files, partition_values
+from flexbatch.apps.jobs.json_lines import JsonLinesSource
 from flexbatch.apps.jobs.layout import Part, default_part_rows, plan_parts
-from flexbatch.apps.jobs.openai import OpenAIOutput, custom_id_of
-from flexbatch.apps.jobs.pipeline import Encode
+from flexbatch.apps.jobs.manifest import FORMAT, fingerprint_digest
+from flexbatch.apps.jobs.openai_requests import OpenAIReader
+from flexbatch.apps.jobs.openai_responses import OpenAIOutput
+from flexbatch.apps.jobs.openai_source import OpenAISource
+from flexbatch.apps.jobs.prompts import row_error
 from flexbatch.apps.jobs.results import Output, ParquetOutput
-from flexbatch.apps.jobs.rows import Row, RowReader, row_error
+from flexbatch.apps.jobs.rows import Encode, RequestReader, RowReader, RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, Source
-from flexbatch.apps.jobs.store import FORMAT, fingerprint_digest
-from flexbatch.apps.jobs.text_sources import LinesSource
+from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, RowSource
 from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import generation_of
 from flexbatch.request import SAMPLING_RULES, SamplingParams
@@ -37,20 +39,22 @@ NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
-class Job:
-    """What there is to do, the same on every machine: ``fingerprint`` names everything that changes the output."""
+class BatchJob:
+    """A job, the same on every machine. ``reader`` makes requests of the rows of ``source``, ``output`` makes files
+    of their completions; ``fingerprint`` names everything that changes the output."""
 
     config: JobConfig
     engine: EngineConfig
     folder: str
-    source: Source
+    source: RowSource
+    reader: RequestReader
     output: Output
     parts: Sequence[Part]
     fingerprint: dict[str, Any]
 
 
-def open_source(location: str, config: JobConfig) -> Source:
-    """The source behind an input. Raises ConfigurationError."""
+def open_source(location: str, config: JobConfig) -> RowSource:
+    """Opens the source behind an input. Raises ConfigurationError."""
     types = parse_types(config.column_types)
     source = _open_source(location, config, types)
     if types and source.identity["format"] not in ("csv", "jsonl"):
@@ -59,7 +63,7 @@ def open_source(location: str, config: JobConfig) -> Source:
     return source
 
 
-def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]) -> Source:
+def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]) -> RowSource:
     kind, path = config.input_format, Path(location).expanduser()
     if "://" not in location:
         saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
@@ -76,14 +80,15 @@ def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]
             )
         kind = str(kinds.pop())
     if kind == "openai":
-        return LinesSource(filesystem, files, key=custom_id_of)
+        return OpenAISource(filesystem, files)
     if kind in ("csv", "jsonl"):
-        return (CsvSource if kind == "csv" else LinesSource)(filesystem, files, types)
+        return (CsvSource if kind == "csv" else JsonLinesSource)(filesystem, files, types)
     return ParquetSource(filesystem, files)
 
 
 def choose_prompt(config: JobConfig, names: Sequence[str]) -> JobConfig:
-    """With neither column nor template given, a column called "prompt" or "messages" is meant."""
+    """Returns the settings with a source of prompts: where none is given, the column "prompt" or "messages". Raises
+    ConfigurationError where there is neither."""
     if config.prompt_column or config.messages_column or config.prompt_template is not None:
         return config
     if "prompt" in names:
@@ -97,13 +102,13 @@ def choose_prompt(config: JobConfig, names: Sequence[str]) -> JobConfig:
 
 
 def without_errors(schema: pa.Schema) -> pa.Schema:
-    """The columns of the input, without what its source says of its rows."""
-    place = schema.get_field_index(ROW_ERROR)
-    return schema if place < 0 else schema.remove(place)
+    """Returns the columns of the input, without the column in which its source reports errors."""
+    index = schema.get_field_index(ROW_ERROR)
+    return schema if index < 0 else schema.remove(index)
 
 
 def check_folders(location: str, folder: str) -> None:
-    """The output must be a local folder that is not part of the input. Raises ConfigurationError."""
+    """Raises ConfigurationError unless the output is a local folder that is not part of the input."""
     if "://" in folder:
         raise ConfigurationError(
             f"output {redacted_word(folder)}: parts are committed by renaming, which object stores lack; give a "
@@ -118,9 +123,9 @@ def check_folders(location: str, folder: str) -> None:
             raise ConfigurationError(f"output {folder} lies in the input {location}: its parts would be read as input")
 
 
-def plain_settings(params: SamplingParams) -> dict[str, Any]:
-    """Sampling parameters as JSON has them, for the manifest: those that a job without any settings would not have, and
-    those that it shows always."""
+def settings_for_manifest(params: SamplingParams) -> dict[str, Any]:
+    """Returns sampling parameters as JSON values: those that differ from the defaults, and a few that are always
+    shown."""
     neutral, shown = dataclasses.asdict(SamplingParams()), ("max_tokens", "temperature", "top_p", "top_k", "stop")
     values = {
         name: value for name, value in dataclasses.asdict(params).items() if name in shown or value != neutral[name]
@@ -134,53 +139,41 @@ def plan_job(
     config: JobConfig,
     engine: EngineConfig,
     model_identity: Callable[[EngineConfig], dict[str, Any]],
-    created: int = 0,
-) -> Job:
-    """Reads schemas and footers, nothing else of the input. Raises ConfigurationError."""
+) -> BatchJob:
+    """Plans a job; reads schemas and footers of the input, nothing else of Parquet. Raises ConfigurationError."""
     check_folders(location, folder)
     source = open_source(location, config)
-    partitions = sorted({name for unit in source.units for name in partition_values(unit.folder)})
-    openai = source.identity["format"] == "openai"
+    partitions = sorted({name for group in source.row_groups for name in partition_values(group.folder)})
     schema = without_errors(source.schema)
-    if not openai:
+    if not isinstance(source, OpenAISource):
         config = choose_prompt(config, [*schema.names, *partitions])
     params = generation_of(engine).params(config.given(), sample=True)
-    part_rows = config.part_rows or default_part_rows(source.units)
+    part_rows = config.part_rows or default_part_rows(source.row_groups)
     identity = config.identity()
     identity["output"]["part_rows"] = part_rows
     identity["seed"] = engine.seed
-    identity["generation"] |= {name: value for name, value in plain_settings(params).items() if name != "logprobs"}
+    generation = settings_for_manifest(params)
+    identity["generation"] |= {name: value for name, value in generation.items() if name != "logprobs"}
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
     fingerprint = {"input": source.identity, "model": {**precision, **model_identity(engine)}, **identity}
     fingerprint["versions"] = {"sampling": SAMPLING_RULES, "output folder": FORMAT}
+    reader: RequestReader
     output: Output
-    if openai:
+    if isinstance(source, OpenAISource):
         # Chat requests without a limit of their own have this one, or none.
         fingerprint["generation"]["chat_max_tokens"] = config.max_tokens
-        repeated = source.repeated if isinstance(source, LinesSource) else {}
-        digest = fingerprint_digest(fingerprint).hex()[:12]
-        output = OpenAIOutput(params, engine.seed, digest, created, config.max_tokens, repeated)
+        reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated)
+        output = OpenAIOutput(fingerprint_digest(fingerprint).hex()[:12])
     else:
-        reader = RowReader(
-            schema, partitions, params, engine.seed, prompt_column=config.prompt_column,
-            messages_column=config.messages_column,
-            template=config.prompt_template, columns=config.setting_columns(),
-        )  # fmt: skip
-        output = ParquetOutput(
-            reader,
-            schema,
-            partitions,
-            prefix=config.output_prefix,
-            tokens=config.generated_tokens,
-            logprobs=config.logprobs is not None,
-        )
-    return Job(config, engine, folder, source, output, plan_parts(source.units, part_rows), fingerprint)
+        reader = RowReader(config, schema, partitions, params, engine.seed)
+        output = ParquetOutput(config, schema, partitions)
+    parts = plan_parts(source.row_groups, part_rows)
+    return BatchJob(config, engine, folder, source, reader, output, parts, fingerprint)
 
 
 def make_encode(llm: Any, truncate: str | None) -> Encode:
-    """Makes rows ready for the engine. It works on a copy of the tokenizer: the engine decodes with its own in
-    another thread meanwhile.
-    """
+    """Returns the function that makes rows ready for the engine. It works on a copy of the tokenizer: the engine
+    decodes with its own in another thread meanwhile."""
     from flexbatch.text.prompts import PromptEncoder
 
     tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.max_positions
@@ -194,14 +187,14 @@ def make_encode(llm: Any, truncate: str | None) -> Encode:
         start = token_ids[:1] if token_ids[0] == getattr(tokenizer, "bos_token_id", None) and limit > 1 else []
         return start + token_ids[len(token_ids) - limit + len(start) :]
 
-    def encode(row: Row) -> tuple[Row, list[int]]:
+    def encode(row: RowRequest) -> RowRequest:
         try:
             wanted = row.params.max_tokens
             encoder.check_params(row.index, row.params)
-            # Without a limit of its own a row that is cut leaves room for one token, as one that just fits does.
+            # Without a limit of its own a row that is cut has one position left for a token, as one that just fits.
             limit = max(context - (1 if wanted is None else wanted), 1)
             token_ids = cut(list(encoder.encode(row.index, row.prompt, wanted)), limit)
-            return dataclasses.replace(row, params=row.params.within(context - len(token_ids))), token_ids
+            return dataclasses.replace(row, token_ids=token_ids, params=row.params.within(context - len(token_ids)))
         except Exception as error:
             raise row_error(error) from error
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.layout import Part
-from flexbatch.apps.jobs.plan import Job, make_encode
-from flexbatch.apps.jobs.rows import Row, RowError
+from flexbatch.apps.jobs.plan import BatchJob, make_encode
+from flexbatch.apps.jobs.prompts import RowError
+from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.apps.jobs.sources import read_parts
 from flexbatch.config import EngineConfig
 
@@ -23,40 +24,40 @@ PLANNED_ROWS = 16_384
 
 @dataclass(frozen=True)
 class Preview:
-    """``rows`` of a job that has ``num_rows`` of them; ``truncate`` as in `JobConfig`."""
+    """Some ``rows`` of a job that has ``num_rows`` of them; ``truncate`` is as in `JobConfig`."""
 
-    rows: Sequence[Row]
+    rows: Sequence[RowRequest]
     num_rows: int
     truncate: str | None = None
 
     def lengths(self, tokenizer: Any, arch: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job has, by
-        repeating the rows seen."""
+        """Returns (tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job
+        has, by repeating the rows seen."""
         encode = make_encode(SimpleNamespace(tokenizer=tokenizer, arch=arch), self.truncate)
         pairs = []
         for seen in self.rows:
             try:
-                row, token_ids = encode(seen)
+                row = encode(seen)
             except RowError:
                 continue
-            prompt = len(token_ids)
-            room = row.params.tokens_within(arch.max_positions - prompt)
-            pairs += [(prompt + max(0, room - 1), prompt)] * row.params.n
+            prompt = len(row.token_ids)
+            output = row.params.tokens_within(arch.max_positions - prompt)
+            pairs += [(prompt + max(0, output - 1), prompt)] * row.params.n
         count = min(self.num_rows, PLANNED_ROWS)
         repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))
         return tuple(cache for cache, _ in repeated), tuple(prompt for _, prompt in repeated)
 
 
-def preview(job: Job, parts: Sequence[Part]) -> Preview:
-    """The first rows of up to eight parts that lie evenly over the job. What cannot be read is left to the job to
-    report."""
-    chosen = [parts[place * len(parts) // PARTS] for place in range(PARTS)] if len(parts) > PARTS else list(parts)
-    rows: list[Row] = []
+def preview(job: BatchJob, parts: Sequence[Part]) -> Preview:
+    """Returns the first rows of up to eight parts that are spread evenly over the job. What cannot be read is left
+    to the job to report."""
+    chosen = [parts[index * len(parts) // PARTS] for index in range(PARTS)] if len(parts) > PARTS else list(parts)
+    rows: list[RowRequest] = []
     try:
         for part, table in read_parts(job.source, chosen):
             rows += [
                 row
-                for row in job.output.rows(table.slice(0, ROWS_PER_PART), part, lambda offset: False)
+                for row in job.reader.rows(table.slice(0, ROWS_PER_PART), part, lambda offset: False)
                 if not row.error
             ]
     except SourceError:
@@ -65,13 +66,13 @@ def preview(job: Job, parts: Sequence[Part]) -> Preview:
 
 
 def planner_job(config: EngineConfig, seen: Preview) -> Any:
-    """The planner's `Job` of what was seen; None where nothing was, or where random weights come without a
-    tokenizer. Raises CheckpointError."""
-    from flexbatch.job import Job as PlannerJob
+    """Returns the planner's `Job` for the rows of a preview; None where there are none, or where random weights come
+    without a tokenizer. Raises CheckpointError."""
+    from flexbatch.job import Job
     from flexbatch.models import checkpoint, resolve
 
     if config.dummy_weights:
         return None
     folder = resolve.resolve(config.model)
     cache_tokens, prompt_tokens = seen.lengths(resolve.load_tokenizer(folder), checkpoint.read_arch(folder))
-    return PlannerJob(cache_tokens, prompt_tokens) if cache_tokens else None
+    return Job(cache_tokens, prompt_tokens) if cache_tokens else None

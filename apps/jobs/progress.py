@@ -1,5 +1,5 @@
-"""How far a job is: a bar on a terminal, else a line every ten seconds, and a Prometheus text file. All on stderr:
-stdout is data only."""
+"""Reports how far a job is: a bar on a terminal, else a line every ten seconds, and a Prometheus text file. All on
+stderr: stdout is data only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ METRICS = (
 
 @dataclass
 class Counts:
-    """``rows_done``, ``row_errors`` and ``parts_committed`` hold what earlier runs did too; tokens are of this run."""
+    """The counts of a shard. ``rows_done``, ``row_errors`` and ``parts_committed`` include earlier runs; tokens are
+    of this run."""
 
     rows_total: int
     rows_done: int = 0
@@ -34,10 +35,16 @@ class Counts:
     input_tokens_total: int = 0
     generated_tokens_total: int = 0
 
+    def add(self, rows: int, errors: int, input_tokens: int, generated_tokens: int) -> None:
+        """Adds rows that are finished, and what they hold."""
+        self.rows_done += rows
+        self.row_errors += errors
+        self.input_tokens_total += input_tokens
+        self.generated_tokens_total += generated_tokens
 
-class Progress:
-    """Shows `Counts` until closed. ``total`` and ``done`` in rows; ``metrics_file`` is replaced atomically, every
-    ten seconds and at the end."""
+
+class JobProgress:
+    """Shows `Counts` until closed. ``metrics_file`` is replaced atomically, every ten seconds and at the end."""
 
     def __init__(
         self,
@@ -69,20 +76,20 @@ class Progress:
         return time.monotonic() - self._began
 
     def line(self) -> str:
-        """One line: rows, tokens per second in and out, time left, errors."""
+        """Returns one line: rows, tokens per second in and out, time left, errors."""
         counts, seconds = self.counts, max(self.elapsed_s, 1e-9)
         fresh = counts.rows_done - self._first_rows
         left = (counts.rows_total - counts.rows_done) * seconds / fresh if fresh else None
-        share = 100 * counts.rows_done / max(counts.rows_total, 1)
+        percent = 100 * counts.rows_done / max(counts.rows_total, 1)
         return (
-            f"{counts.rows_done:,}/{counts.rows_total:,} rows ({share:.1f} %), "
+            f"{counts.rows_done:,}/{counts.rows_total:,} rows ({percent:.1f} %), "
             f"{counts.input_tokens_total / seconds:,.0f} input tok/s, "
             f"{counts.generated_tokens_total / seconds:,.0f} output tok/s, ETA {_duration(left)}, "
             f"{counts.row_errors:,} errors"
         )
 
     def say(self, message: str) -> None:
-        """A line of its own, beside the bar."""
+        """Prints a line of its own, beside the bar."""
         if self._bar is not None:
             self._bar.write(message, file=self._stream)
         else:
@@ -108,8 +115,8 @@ class Progress:
             )
 
     def write_metrics(self) -> None:
-        """Replaces the metrics file; a file that cannot be written is said once and then left alone, for it is not
-        worth the job."""
+        """Replaces the metrics file. A file that cannot be written is reported once and then left alone, for it is
+        not worth the job."""
         if self._metrics is None:
             return
         values = {**vars(self.counts), "elapsed_seconds": round(self.elapsed_s, 3)}

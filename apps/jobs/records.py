@@ -4,7 +4,7 @@ A log is a header ``<magic><fingerprint of the job><crc32>`` and records
 ``<mark><length><term><stamp><crc32 of the payload><crc32 of the record's head>`` with a payload of JSON in ASCII. Both
 checksums begin with the job's fingerprint, so a record of another job, or a run of zeros, is never one of this job,
 and records count even where the header in front of them was lost. The mark holds bytes that JSON in ASCII cannot, so
-the next record behind a damaged place is found without any trust in lengths.
+the next record after damaged bytes is found without any trust in lengths.
 
 What a crash leaves at the end (a cut record, or zeros where a file had grown and its data was not written yet) is a
 torn tail and simply not there. Everything else that does not check is damage: it is reported, and what follows counts.
@@ -32,9 +32,9 @@ MAGIC, MARK = b"FBJ2", b"\xff\xfaR\xf5"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One record: ``term`` and ``stamp`` say in which order the values of several logs were written, bytes [start, end)
-    where it lies."""
+class LogRecord:
+    """One record: ``term`` and ``stamp`` give the order in which the values of several logs were written; the record
+    takes the bytes [start, end) of its file."""
 
     term: int
     stamp: int
@@ -48,7 +48,7 @@ class Scan:
     """What a log holds: whole records in the order of the file, and byte ranges that are damaged."""
 
     data: bytes = b""
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[LogRecord] = field(default_factory=list)
     damage: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -64,43 +64,44 @@ def _pack(value: Any, fingerprint: bytes, term: int, stamp: int) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head, seed)) + payload
 
 
-def _head_at(data: bytes, place: int, seed: int) -> tuple[int, int, int, int] | None:
-    """(length, term, stamp, checksum of the payload) where an undamaged head of a record lies."""
-    head = data[place : place + RECORD.size]
+def _head_at(data: bytes, offset: int, seed: int) -> tuple[int, int, int, int] | None:
+    """Returns (length, term, stamp, checksum of the payload) where an undamaged head of a record lies."""
+    head = data[offset : offset + RECORD.size]
     if len(head) < RECORD.size:
         return None
     mark, length, term, stamp, checksum, check = RECORD.unpack(head)
     return (length, term, stamp, checksum) if mark == MARK and check == zlib.crc32(head[:-4], seed) else None
 
 
-def _record_at(data: bytes, place: int, seed: int) -> Entry | None:
-    head = _head_at(data, place, seed)
+def _record_at(data: bytes, offset: int, seed: int) -> LogRecord | None:
+    head = _head_at(data, offset, seed)
     if head is None:
         return None
     length, term, stamp, checksum = head
-    start = place + RECORD.size
+    start = offset + RECORD.size
     payload = data[start : start + length]
     if len(payload) < length or zlib.crc32(payload, seed) != checksum:
         return None
-    return Entry(term, stamp, json.loads(payload), place, start + length)
+    return LogRecord(term, stamp, json.loads(payload), offset, start + length)
 
 
-def _next_record(data: bytes, place: int, seed: int) -> int:
-    """Where the next whole record begins, -1 where there is none."""
-    while (place := data.find(MARK, place)) >= 0 and _record_at(data, place, seed) is None:
-        place += 1
-    return place
+def _next_record(data: bytes, offset: int, seed: int) -> int:
+    """Returns where the next whole record begins, -1 where there is none."""
+    while (offset := data.find(MARK, offset)) >= 0 and _record_at(data, offset, seed) is None:
+        offset += 1
+    return offset
 
 
-def _torn(data: bytes, place: int, written: int, seed: int) -> bool:
-    """Whether the last record is one that was being written: its bytes end, or only zeros follow, before it is whole.
-    A payload never holds a zero byte."""
-    head = _head_at(data, place, seed)
-    return written < place + RECORD.size + (0 if head is None else head[0])
+def _torn(data: bytes, offset: int, written: int, seed: int) -> bool:
+    """Returns whether the last record was being written: its bytes end, or only zeros follow, before it is whole. A
+    payload never holds a zero byte."""
+    head = _head_at(data, offset, seed)
+    return written < offset + RECORD.size + (0 if head is None else head[0])
 
 
 def scan_log(path: Path, fingerprint: bytes) -> Scan:
-    """Everything that a log still holds. A file that is gone is empty; a log of another job raises ValueError."""
+    """Returns everything that a log still holds. A file that is gone is empty; a log of another job raises
+    ValueError."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -112,17 +113,17 @@ def scan_log(path: Path, fingerprint: bytes) -> Scan:
         if head[:4] == MAGIC and HEADER.unpack(head)[2] == zlib.crc32(head[:-4]):
             raise ValueError(f"{path} is not a log of this job")
         scan.damage.append((0, HEADER.size))
-    place = HEADER.size
-    while place < written:
-        if (entry := _record_at(data, place, seed)) is not None:
+    offset = HEADER.size
+    while offset < written:
+        if (entry := _record_at(data, offset, seed)) is not None:
             scan.entries.append(entry)
-            place = entry.end
+            offset = entry.end
             continue
-        following = _next_record(data, place + 1, seed)
-        if following < 0 and _torn(data, place, written, seed):
+        following = _next_record(data, offset + 1, seed)
+        if following < 0 and _torn(data, offset, written, seed):
             break
-        scan.damage.append((place, following if following >= 0 else len(data)))
-        place = following if following >= 0 else written
+        scan.damage.append((offset, following if following >= 0 else len(data)))
+        offset = following if following >= 0 else written
     return scan
 
 
@@ -136,7 +137,7 @@ def report_damage(path: Path, scan: Scan) -> None:
 
 
 def read_log(path: Path, fingerprint: bytes) -> Iterator[Any]:
-    """The values of one log; what is damaged is reported. Raises ValueError for a log of another job."""
+    """Yields the values of one log and reports what is damaged. Raises ValueError for a log of another job."""
     scan = scan_log(path, fingerprint)
     report_damage(path, scan)
     for entry in scan.entries:
@@ -147,7 +148,7 @@ class RecordLog:
     """One log, written by one process.
 
     ``fingerprint`` is the job's, 16 bytes. An existing log is taken over: its whole records are copied to a new file
-    that takes its place, so that its torn tail is gone, and a process that still writes to the old file, because
+    that replaces it, so that its torn tail is gone, and a process that still writes to the old file, because
     everybody thought it dead, writes to nobody. With ``new`` a path that exists raises FileExistsError. A log of
     another job raises ValueError.
     """
@@ -200,12 +201,3 @@ class RecordLog:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def check(self) -> None:
-        """Asserts that the file holds exactly the records that were appended."""
-        scan = scan_log(self.path, self.fingerprint)
-        end = scan.entries[-1].end if scan.entries else HEADER.size
-        assert len(scan.entries) == self.records and end == self.size == len(scan.data) and not scan.damage, (
-            f"{self.path}: {len(scan.entries)} records, {len(scan.data)} bytes, damage {scan.damage}; "
-            f"expected {self.records} records, {self.size} bytes"
-        )

@@ -1,11 +1,10 @@
-"""What a job writes: the columns of the Parquet parts, and the record of one row that the journal keeps until its
+"""The results of a job: the columns of the Parquet parts, and the record of one row that the journal keeps until its
 part is written."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexbatch.apps.jobs.columns import ROW_ERROR
-from flexbatch.apps.jobs.layout import Part
-from flexbatch.apps.jobs.rows import Row, RowReader
-from flexbatch.request import Completion, TokenLogprob
+from flexbatch.apps.jobs.rows import RowRequest
+from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.request import Completion
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted
 
-Record = Any
+RowRecord = Any
 """JSON value that holds the outcome of one row; its form belongs to the output that wrote it."""
 LOGPROB = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("rank", pa.int32())])
 COLUMNS = [
@@ -34,36 +33,39 @@ COLUMNS = [
 
 
 class Output(Protocol):
-    """One form of output files. ``suffix`` of the parts, ``schema`` of their rows (None for text)."""
+    """One form of output files, whose names end with ``suffix``."""
 
     suffix: str
 
-    def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[Row]: ...
-
-    def record(self, row: Row, completion: Completion) -> Record: ...
-
-    def failure(self, row: Row, message: str) -> Record: ...
-
-    def error_of(self, record: Record) -> str:
-        """The error of a row, "" when it is fine."""
+    def start(self, created: int, tokenizer: Any) -> None:
+        """Called before the first record: the unix time at which the job began, and the model's tokenizer."""
         ...
 
-    def tokens_of(self, record: Record) -> tuple[int, int]:
-        """(input tokens, generated tokens)."""
+    def record(self, row: RowRequest, completion: Completion) -> RowRecord: ...
+
+    def failure(self, row: RowRequest, message: str) -> RowRecord: ...
+
+    def error_of(self, record: RowRecord) -> str:
+        """Returns the error of a row, "" when it is fine."""
         ...
 
-    def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:
-        """Writes one part and makes it durable; the caller renames it into place."""
+    def tokens_of(self, record: RowRecord) -> tuple[int, int]:
+        """Returns (input tokens, generated tokens)."""
         ...
 
-    def read(self, path: Path, rows: int) -> list[Record]:
-        """The records of a committed part. Raises ValueError when the file does not hold ``rows`` rows of this job."""
+    def write(self, path: Path, table: pa.Table, records: Sequence[RowRecord]) -> None:
+        """Writes one part and makes it durable; the caller gives the file its final name."""
+        ...
+
+    def read(self, path: Path, rows: int) -> list[RowRecord]:
+        """Returns the records of a committed part. Raises ValueError when the file does not hold ``rows`` rows of
+        this job."""
         ...
 
 
 def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, names: Sequence[str]) -> pa.Schema:
-    """Input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where two names
-    clash.
+    """Returns the input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where
+    two names clash.
 
     Metadata that other libraries keep about their columns is dropped where it would no longer be true.
     """
@@ -83,20 +85,19 @@ def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, nam
 
 
 def failure_text(message: str) -> str:
-    """The error of a row as every file can hold it: a reason, in Unicode, without credentials."""
+    """Returns the error of a row as every file can hold it: a reason, in Unicode, without credentials."""
     return redacted(message.encode("utf-8", "backslashreplace").decode()) or "failed without a message"
 
 
-def plain_logprobs(completion: Completion) -> list[list[list[float]]] | None:
-    """Per generated token, its candidates as [token id, natural-log probability, rank], most likely first."""
+def listed_logprobs(completion: Completion) -> list[list[list[float]]] | None:
+    """Returns, per generated token, its candidates as [token id, natural-log probability, rank], most likely first."""
     if completion.logprobs is None:
         return None
-
-    def order(entry: TokenLogprob) -> tuple[int, int]:
-        return entry.rank, entry.token_id
-
     return [
-        [[entry.token_id, entry.logprob, entry.rank] for entry in sorted(step.values(), key=order)]
+        [
+            [entry.token_id, entry.logprob, entry.rank]
+            for entry in sorted(step.values(), key=lambda entry: (entry.rank, entry.token_id))
+        ]
         for step in completion.logprobs
     ]
 
@@ -107,57 +108,44 @@ class ParquetOutput:
 
     suffix = ".parquet"
 
-    def __init__(
-        self,
-        reader: RowReader,
-        schema: pa.Schema,
-        partitions: Sequence[str],
-        *,
-        prefix: str = "",
-        tokens: bool = False,
-        logprobs: bool = False,
-    ) -> None:
-        self._reader, self._prefix = reader, prefix
-        self._kept = [
-            name for name, _ in COLUMNS if (name != "generated_tokens" or tokens) and (name != "logprobs" or logprobs)
-        ]
-        self.schema = result_schema(schema, partitions, prefix, self._kept)
+    def __init__(self, config: JobConfig, schema: pa.Schema, partitions: Sequence[str]) -> None:
+        self._prefix = config.output_prefix
+        left_out = {"generated_tokens": not config.generated_tokens, "logprobs": config.logprobs is None}
+        self._kept = [name for name, _ in COLUMNS if not left_out.get(name)]
+        self.schema = result_schema(schema, partitions, self._prefix, self._kept)
 
-    def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[Row]:
-        return self._reader.rows(table, part.number, part.first_row, part.folder, skip)
+    def start(self, created: int, tokenizer: Any) -> None:
+        """Does nothing: the records hold neither times nor names of tokens."""
 
-    def record(self, row: Row, completion: Completion) -> Record:
+    def record(self, row: RowRequest, completion: Completion) -> RowRecord:
         if completion.finish_reason == "error":
             return self.failure(row, completion.bare_error, len(completion.prompt_token_ids))
-        record = [
+        return [
             completion.text,
             completion.finish_reason,
             len(completion.prompt_token_ids),
             len(completion.token_ids),
             "",
-        ]
-        return [
-            *record,
             [int(token) for token in completion.token_ids] if "generated_tokens" in self._kept else None,
-            plain_logprobs(completion) if "logprobs" in self._kept else None,
+            listed_logprobs(completion) if "logprobs" in self._kept else None,
         ]
 
-    def failure(self, row: Row, message: str, input_tokens: int = 0) -> Record:
+    def failure(self, row: RowRequest, message: str, input_tokens: int = 0) -> RowRecord:
         return [None, "error", input_tokens, 0, failure_text(message), None, None]
 
-    def error_of(self, record: Record) -> str:
+    def error_of(self, record: RowRecord) -> str:
         return record[4]
 
-    def tokens_of(self, record: Record) -> tuple[int, int]:
+    def tokens_of(self, record: RowRecord) -> tuple[int, int]:
         return record[2], record[3]
 
-    def table(self, table: pa.Table, records: Sequence[Record]) -> pa.Table:
-        """Input rows and their records as output rows."""
+    def table(self, table: pa.Table, records: Sequence[RowRecord]) -> pa.Table:
+        """Returns input rows and their records as output rows."""
         results: list[pa.Array] = []
-        for place, (name, kind) in enumerate(COLUMNS):
+        for index, (name, kind) in enumerate(COLUMNS):
             if name not in self._kept:
                 continue
-            values = [record[place] for record in records]
+            values = [record[index] for record in records]
             if name == "logprobs":
                 values = [
                     v
@@ -170,13 +158,13 @@ class ParquetOutput:
         columns = [column for name, column in zip(table.column_names, table.columns, strict=True) if name != ROW_ERROR]
         return pa.Table.from_arrays([*columns, *results], schema=self.schema)
 
-    def write(self, path: Path, table: pa.Table, records: Sequence[Record]) -> None:
+    def write(self, path: Path, table: pa.Table, records: Sequence[RowRecord]) -> None:
         with path.open("wb") as file:
             pq.write_table(self.table(table, records), file, write_page_checksum=True)
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self, path: Path, rows: int) -> list[Record]:
+    def read(self, path: Path, rows: int) -> list[RowRecord]:
         try:
             table = pq.read_table(path, columns=[self._prefix + name for name in self._kept], partitioning=None)
         except (pa.ArrowException, OSError) as error:
@@ -190,16 +178,3 @@ class ParquetOutput:
             ]
         absent = [None] * rows
         return [list(values) for values in zip(*(columns.get(name, absent) for name, _ in COLUMNS), strict=True)]
-
-
-def write_lines(path: Path, values: Sequence[Any]) -> None:
-    """JSON lines, durable. What a text cannot hold as it is, half of a surrogate pair, is escaped as it was."""
-    with path.open("wb") as file:
-        for value in values:
-            try:
-                line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-            except UnicodeEncodeError:
-                line = json.dumps(value, separators=(",", ":")).encode()
-            file.write(line + b"\n")
-        file.flush()
-        os.fsync(file.fileno())

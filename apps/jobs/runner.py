@@ -7,76 +7,73 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexbatch.apps.jobs.commits import Commit
 from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.grants import TakenOver
-from flexbatch.apps.jobs.interrupt import INTERRUPTED, Interrupts
+from flexbatch.apps.jobs.interrupt import Interrupts
 from flexbatch.apps.jobs.layout import Part, shard_parts
-from flexbatch.apps.jobs.openai import OpenAIOutput
 from flexbatch.apps.jobs.pipeline import OutputError, Pipeline, TooManyErrors
-from flexbatch.apps.jobs.plan import Job, make_encode
+from flexbatch.apps.jobs.plan import BatchJob, make_encode
 from flexbatch.apps.jobs.preview import Preview, preview
-from flexbatch.apps.jobs.progress import Counts, Progress
-from flexbatch.apps.jobs.results import Record
-from flexbatch.apps.jobs.shares import Share
+from flexbatch.apps.jobs.progress import Counts, JobProgress
+from flexbatch.apps.jobs.results import RowRecord
+from flexbatch.apps.jobs.shard_assignment import ShardAssignment
 from flexbatch.apps.jobs.store import OutputStore
-from flexbatch.apps.jobs.token_texts import TokenTexts
+from flexbatch.cli.settings import CRASH, DONE, INTERRUPTED, ROW_ERRORS, exit_code
 from flexbatch.config import EngineConfig
 from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
-DONE, CRASH, ROW_ERRORS = 0, 1, 3
 
 OpenEngine = Callable[[EngineConfig, Preview | None], Any]
-"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. What was
-seen of the job helps it to plan."""
+"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. The preview
+of the job helps it to plan."""
 
 
 @dataclass
 class Shard:
     """The state of one shard: what is left, and what earlier runs finished."""
 
-    job: Job
+    job: BatchJob
     parts: Sequence[Part]
     store: OutputStore
     left: list[Part]
-    finished: dict[int, dict[int, Record]]
+    finished: dict[int, dict[int, RowRecord]]
 
     @classmethod
-    def open(cls, job: Job, share: Share) -> Shard:
-        """Compares the manifest and recovers the journal. Raises ConfigurationError."""
-        parts = shard_parts(job.parts, share.shard, share.shards)
-        store = OutputStore(job.folder, job.fingerprint, (share.shard, share.shards), overwrite=job.config.overwrite)
+    def open(cls, job: BatchJob, assignment: ShardAssignment) -> Shard:
+        """Opens a shard: compares the manifest and recovers the journal. Raises ConfigurationError."""
+        parts = shard_parts(job.parts, assignment.shard, assignment.shards)
+        store = OutputStore(
+            job.folder, job.fingerprint, (assignment.shard, assignment.shards), overwrite=job.config.overwrite
+        )
         try:
             left, finished = store.recover(parts, job.output, job.config.retry_failed)
         except (ConfigurationError, ValueError, OSError):
             store.close()
             raise
-        if isinstance(job.output, OpenAIOutput):
-            job.output.created = store.created
         return cls(job, parts, store, left, finished)
 
     def counts(self) -> Counts:
-        """Where the shard stands before it goes on."""
+        """Returns where the shard stands before it goes on."""
         output = self.job.output
         numbers = {part.number for part in self.left}
         commits = [commit for commit in self.store.commits.values() if commit.part not in numbers]
-        journaled = [record for part in self.left for record in self.finished.get(part.number, {}).values()]
+        journaled = [Commit.of(part.number, self.finished.get(part.number, {}).values(), output) for part in self.left]
         return Counts(
             rows_total=sum(part.rows for part in self.parts),
-            rows_done=sum(commit.rows for commit in commits) + len(journaled),
-            row_errors=sum(commit.errors for commit in commits)
-            + sum(bool(output.error_of(record)) for record in journaled),
+            rows_done=sum(commit.rows for commit in commits + journaled),
+            row_errors=sum(commit.errors for commit in commits + journaled),
             parts_committed=len(commits),
         )
 
 
-def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> int:
-    """Does the shard's share of a job; returns the exit code. ``resume`` is the command line that goes on where this
-    one stops.
+def run_shard(job: BatchJob, assignment: ShardAssignment, open_engine: OpenEngine, resume: str) -> int:
+    """Runs one shard of a job; returns the exit code. ``resume`` is the command line that goes on where this one stops.
 
     Raises ConfigurationError before it begins; after that, what stops it is logged together with the resume command.
     """
-    shard = Shard.open(job, share)
+    shard = Shard.open(job, assignment)
     try:
         counts = shard.counts()
         if counts.rows_done and shard.left:
@@ -90,36 +87,31 @@ def run_shard(job: Job, share: Share, open_engine: OpenEngine, resume: str) -> i
             return ended(shard, counts, "nothing left to do", resume)
         interrupts = Interrupts()
         with interrupts.installed(), open_engine(job.engine, preview(job, shard.left)) as llm:
-            if isinstance(job.output, OpenAIOutput):
-                job.output.texts = TokenTexts(llm.tokenizer)
-            return _generate(shard, counts, llm, interrupts, resume, share)
+            job.output.start(shard.store.created, llm.tokenizer)
+            return _generate(shard, counts, llm, interrupts, resume, assignment)
     except ConfigurationError:
         raise
     except Exception as error:
         return stopped(error, resume)
     finally:
-        close_shard(shard, share)
+        close_shard(shard, assignment)
 
 
-def _generate(shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, resume: str, share: Share) -> int:
+def _generate(
+    shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, resume: str, assignment: ShardAssignment
+) -> int:
     job = shard.job
-    progress = Progress(
+    progress = JobProgress(
         counts,
         metrics_file=job.config.metrics_file,
-        labels={"shard": f"{share.shard}/{share.shards}"} if share.shards > 1 else {},
+        labels={"shard": f"{assignment.shard}/{assignment.shards}"} if assignment.shards > 1 else {},
     )
-    pipeline = Pipeline(
-        job.source, shard.left, shard.finished, job.output, shard.store, make_encode(llm, job.config.truncate), counts, interrupts,
-        window_rows=job.config.window_rows, max_errors=job.config.error_limit(counts.rows_total),
-    )  # fmt: skip
-
-    def draining() -> None:
-        progress.say(
-            f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs "
-            "the tokens of the sequences in flight"
-        )
-
-    interrupts.on_drain = draining
+    encode, limit = make_encode(llm, job.config.truncate), job.config.error_limit(counts.rows_total)
+    pipeline = Pipeline(job, shard.left, shard.finished, shard.store, encode, counts, interrupts, limit)
+    interrupts.on_drain = lambda: progress.say(
+        f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs "
+        "the tokens of the sequences in flight"
+    )
     try:
         pipeline.run(llm)
     finally:
@@ -148,12 +140,10 @@ def ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:
 def stopped(error: Exception, resume: str) -> int:
     """Says why the job stopped and how it goes on; returns the exit code. Only a failure that nobody expected comes
     with a traceback."""
-    from flexbatch.cli.settings import exit_code
-
     code = exit_code(error)
     if isinstance(error, OutputError):
         logger.error(
-            "the output cannot be written: %s. Committed parts and finished rows are kept: make room, or mend it, "
+            "the output cannot be written: %s. Committed parts and finished rows are kept: free space, or repair it, "
             "and resume",
             error,
         )
@@ -169,10 +159,10 @@ def stopped(error: Exception, resume: str) -> int:
     return code
 
 
-def close_shard(shard: Shard, share: Share) -> None:
-    """A disk that is full must not hide why the job stopped."""
+def close_shard(shard: Shard, assignment: ShardAssignment) -> None:
+    """Closes the store. A disk that is full must not hide why the job stopped."""
     try:
-        if share.shards == 1:
+        if assignment.shards == 1:
             shard.store.sweep()
         shard.store.close()
     except OSError as error:

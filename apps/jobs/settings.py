@@ -17,8 +17,8 @@ SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop"
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What to read, how to make prompts of it, how to generate, and what to write. Raises ConfigurationError that
-    names the setting."""
+    """The settings of a job: what to read, how to make prompts of it, how to generate, and what to write. Raises
+    ConfigurationError that names the setting."""
 
     input_format: str = option("auto", "form of the input; auto looks at file names", choices=FORMATS)
     dataset_config: str | None = option(None, "configuration of a data set of the datasets library")
@@ -35,7 +35,7 @@ class JobConfig:
     messages_column: str | None = option(
         None, "column that holds chat messages, as a list of {role, content} or as JSON"
     )
-    prompt_template: str | None = option(None, "prompt made of columns, e.g. 'Summarise: {text}'; {{ and }} are braces")
+    prompt_template: str | None = option(None, "prompt made of columns, e.g. 'Summarize: {text}'; {{ and }} are braces")
     truncate: str | None = option(
         None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right")
     )
@@ -59,7 +59,7 @@ class JobConfig:
     top_p_column: str | None = option(None, "column with top_p per row")
     top_k_column: str | None = option(None, "column with top_k per row")
     seed_column: str | None = option(
-        None, "column with the seed per row; null means one derived from --seed and the row's place"
+        None, "column with the seed per row; null means one derived from --seed and the row's index"
     )
     stop_column: str | None = option(None, "column with stop texts per row")
     logprobs: int | None = option(
@@ -106,19 +106,19 @@ class JobConfig:
         SamplingParams(**self.given())
 
     def given(self) -> dict[str, Any]:
-        """What the user has set, of the sampling parameters of the rows that bring none of their own."""
+        """Returns the sampling parameters that the user has set, for rows that have none of their own."""
         values = {
             name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "stop", "logprobs")
         }
         return {name: value for name, value in values.items() if value is not None and value != ()}
 
     def setting_columns(self) -> dict[str, str]:
-        """Setting -> column that holds it per row."""
+        """Maps a setting to the column that holds it per row."""
         pairs = ((name, getattr(self, f"{name}_column")) for name in SETTING_COLUMNS)
         return {name: column for name, column in pairs if column is not None}
 
     def error_limit(self, rows: int) -> int | None:
-        """Rows that may fail, of ``rows``; None for any number."""
+        """Returns how many of ``rows`` rows may fail; None for any number."""
         if self.max_errors is None:
             return None
         match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", self.max_errors.strip())
@@ -127,7 +127,7 @@ class JobConfig:
         return int(match[1]) if match[1] else int(rows * float(match[2]) / 100)
 
     def shard_of(self) -> tuple[int, int] | None:
-        """(K, N) of ``--shard K/N``."""
+        """Returns (K, N) of ``--shard K/N``."""
         if self.shard is None:
             return None
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
@@ -138,8 +138,8 @@ class JobConfig:
         return int(match[1]), int(match[2])
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change what is in the output, without the sampling parameters: those depend on the model,
-        too."""
+        """Returns the settings that change what is in the output, without the sampling parameters: those depend on
+        the model, too."""
         prompt = {
             name: getattr(self, name) for name in ("prompt_column", "messages_column", "prompt_template", "truncate")
         }

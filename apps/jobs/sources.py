@@ -1,13 +1,15 @@
-"""Where rows come from: Parquet files and data sets of the `datasets` library. CSV and JSON lines are in
-`text_sources`.
+"""Where rows come from: Parquet files and data sets of the `datasets` library; see `csv_source`, `json_lines` and
+`openai_source` for text.
 
-A source knows its schema, its units (row groups) and its identity before the first row is read, and streams record
-batches of one unit at a time.
+A source knows its schema, its row groups and its identity before the first row is read, and streams record batches of
+one row group at a time.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,32 +23,32 @@ import pyarrow.parquet as pq
 from flexbatch.apps.jobs.columns import refuse_reserved
 from flexbatch.apps.jobs.content import content, wanted_whole
 from flexbatch.apps.jobs.files import InputFile, SourceError
-from flexbatch.apps.jobs.layout import Part, Unit
+from flexbatch.apps.jobs.layout import Part, RowGroup
 from flexbatch.validation.errors import ConfigurationError
 
 BATCH_ROWS = 1024
-DATASET_UNIT_ROWS = 1000
+DATASET_GROUP_ROWS = 1000
 
 
-class Source(Protocol):
-    """``schema``: columns of the rows; ``units``: what there is to read, in order; ``identity``: JSON value that
-    changes when the input changes."""
+class RowSource(Protocol):
+    """Where rows come from. ``schema``: columns of the rows; ``row_groups``: what there is to read, in order;
+    ``identity``: JSON value that changes when the input changes."""
 
     schema: pa.Schema
     identity: dict[str, Any]
 
     @property
-    def units(self) -> Sequence[Unit]: ...
+    def row_groups(self) -> Sequence[RowGroup]: ...
 
-    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
-        """The rows of one unit from row ``start`` on, a batch at a time. Raises SourceError that names the file and
-        the row group."""
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
+        """Yields the rows of one row group, a batch at a time. Raises SourceError that names the file and the row
+        group."""
         ...
 
 
 def unify(files: Sequence[str], schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """One schema for all files; a column that only some files have is null in the others. Raises ConfigurationError
-    that names file and types."""
+    """Returns one schema for all files; a column that only some files have is null in the others. Raises
+    ConfigurationError that names file and types."""
     schema = schemas[0]
     for name, other in zip(files, schemas, strict=True):
         if other.equals(schema):
@@ -59,8 +61,8 @@ def unify(files: Sequence[str], schemas: Sequence[pa.Schema]) -> pa.Schema:
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch with exactly these columns: missing ones null, others cast. Raises pa.ArrowInvalid where a value
-    does not fit."""
+    """Returns the batch with exactly these columns: missing ones null, others cast. Raises pa.ArrowInvalid where a
+    value does not fit."""
     if batch.schema.equals(schema):
         return batch
     names = set(batch.schema.names)
@@ -91,13 +93,16 @@ class ParquetSource:
                 raise ConfigurationError(f"{file.name}: column names repeat: {', '.join(sorted(repeated))}")
         self._open: tuple[str, pa.NativeFile, pq.ParquetFile] | None = None
         self.schema = unify([file.name for file in files], [schema for _, schema, _ in found])
-        self.units: list[Unit] = []
-        self._paths: list[str] = []
-        for file, (metadata, _, _) in zip(files, found, strict=True):
-            for group in range(metadata.num_row_groups):
-                row_group = metadata.row_group(group)
-                self.units.append(Unit(file.name, row_group.num_rows, row_group.total_byte_size, file.folder, group))
-                self._paths.append(file.path)
+        groups = [
+            (file, index, metadata.row_group(index))
+            for file, (metadata, _, _) in zip(files, found, strict=True)
+            for index in range(metadata.num_row_groups)
+        ]
+        self.row_groups = [
+            RowGroup(file.name, group.num_rows, group.total_byte_size, file.folder, index)
+            for file, index, group in groups
+        ]
+        self._paths = [file.path for file, _, _ in groups]
         self.identity = {
             "format": "parquet",
             "files": {
@@ -119,8 +124,8 @@ class ParquetSource:
             raise ConfigurationError(f"{file.name}: not a readable Parquet file: {error}") from None
 
     def _file(self, path: str) -> pq.ParquetFile:
-        """The file, opened once for all its row groups: parsing the footer again for each would be quadratic in
-        their number."""
+        """Returns the file, opened once for all its row groups: parsing the footer again for each would be quadratic
+        in their number."""
         if self._open is None or self._open[0] != path:
             self.close()
             handle = self._filesystem.open_input_file(path)
@@ -129,7 +134,7 @@ class ParquetSource:
         return self._open[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process (a Ray actor) opens its files itself."""
+        """Leaves out open files: a copy in another process (a Ray actor) opens its files itself."""
         return {**self.__dict__, "_open": None}
 
     def close(self) -> None:
@@ -137,14 +142,14 @@ class ParquetSource:
             self._open[1].close()
             self._open = None
 
-    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
-        where, row = self.units[unit], 0
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
+        where, row = self.row_groups[row_group], 0
         try:
-            for batch in self._file(self._paths[unit]).iter_batches(batch_size=BATCH_ROWS, row_groups=[where.group]):
-                skip = min(max(start - row, 0), len(batch))
+            for batch in self._file(self._paths[row_group]).iter_batches(
+                batch_size=BATCH_ROWS, row_groups=[where.group]
+            ):
                 row += len(batch)
-                if skip < len(batch):
-                    yield conform(batch.slice(skip), self.schema)
+                yield conform(batch, self.schema)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"{where.file}: row group {where.group} cannot be read: {error}") from error
         if row != where.rows:
@@ -177,25 +182,25 @@ class DatasetSource:
         self._name, self._dataset = name, found.with_format("arrow")
         self.schema = found.features.arrow_schema.remove_metadata()
         row_bytes = (found.data.nbytes if found.data is not None else 0) // max(len(found), 1)
-        self.units = [
-            Unit(
+        self.row_groups = [
+            RowGroup(
                 name,
-                min(DATASET_UNIT_ROWS, len(found) - row),
-                min(DATASET_UNIT_ROWS, len(found) - row) * row_bytes,
-                group=row // DATASET_UNIT_ROWS,
+                min(DATASET_GROUP_ROWS, len(found) - row),
+                min(DATASET_GROUP_ROWS, len(found) - row) * row_bytes,
+                group=row // DATASET_GROUP_ROWS,
             )
-            for row in range(0, len(found), DATASET_UNIT_ROWS)
+            for row in range(0, len(found), DATASET_GROUP_ROWS)
         ]
         identity: dict[str, Any] = {"rows": len(found), "fingerprint": found._fingerprint}
         if Path(name).is_dir():
-            # A fingerprint is what the folder says of itself; what is at its place may have been written since.
+            # A fingerprint is what the folder says of itself; the files there may have been written since.
             identity |= _saved_content(Path(name), [entry["filename"] for entry in found.cache_files])
         self.identity = {"format": "dataset", "files": {name: identity}}
 
-    def batches(self, unit: int, start: int) -> Iterator[pa.RecordBatch]:
-        first, rows = unit * DATASET_UNIT_ROWS, self.units[unit].rows
+    def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
+        first, rows = row_group * DATASET_GROUP_ROWS, self.row_groups[row_group].rows
         try:
-            table = self._dataset[first + start : first + rows]
+            table = self._dataset[first : first + rows]
             for batch in table.to_batches():
                 yield conform(batch, self.schema)
         except (pa.ArrowException, OSError, IndexError) as error:
@@ -212,27 +217,32 @@ def _saved_content(folder: Path, paths: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def read_parts(source: Source, parts: Iterable[Part]) -> Iterator[tuple[Part, pa.Table]]:
-    """The input rows of each part. Parts that follow each other in the input share one pass over its units. Raises
-    SourceError."""
-    unit, row = -1, 0
+def read_parts(source: RowSource, parts: Iterable[Part]) -> Iterator[tuple[Part, pa.Table]]:
+    """Yields the input rows of each part. For parts that follow each other in the input, its row groups are read
+    once. Raises SourceError."""
+    groups = source.row_groups
+    starts = list(itertools.accumulate((group.rows for group in groups), initial=0))
+    current, row = -1, 0
     stream: Iterator[pa.RecordBatch] = iter(())
     rest: pa.RecordBatch | None = None
     for part in parts:
+        end = part.first_row + part.rows
         pieces: list[pa.RecordBatch] = []
-        for span in part.spans:
-            if span.unit != unit or span.start < row:
-                unit, row, rest, stream = span.unit, span.start, None, source.batches(span.unit, span.start)
-            while row < span.stop:
+        for index in range(bisect.bisect_right(starts, part.first_row) - 1, bisect.bisect_left(starts, end)):
+            first = max(part.first_row - starts[index], 0)
+            stop = min(end - starts[index], groups[index].rows)
+            if index != current or first < row:
+                current, row, rest, stream = index, 0, None, source.batches(index)
+            while row < stop:
                 if rest is None or not len(rest):
                     rest = next(stream, None)
                     if rest is None:
                         raise SourceError(
-                            f"{source.units[unit].file}: the file ends before row {span.stop} of its unit "
-                            f"{source.units[unit].group}; it changed during the job"
+                            f"{groups[index].file}: the file ends before row {stop} of its row group "
+                            f"{groups[index].group}; it changed during the job"
                         )
-                skip = max(span.start - row, 0)
-                take = rest.slice(skip, max(span.stop - row - skip, 0))
+                skip = max(first - row, 0)
+                take = rest.slice(skip, max(stop - row - skip, 0))
                 row, rest = row + min(skip, len(rest)) + len(take), rest.slice(skip + len(take))
                 if len(take):
                     pieces.append(take)

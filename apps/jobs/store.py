@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import logging
 import os
-import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,38 +22,25 @@ import pyarrow as pa
 
 from flexbatch.apps.jobs.commits import Commit, Identity, identity, read_commits
 from flexbatch.apps.jobs.durable import make_folder, rename_if_absent, sync_folder, temporary_name
-from flexbatch.apps.jobs.grants import Grant, gate, refuse_other_writers
+from flexbatch.apps.jobs.grants import Grant, refuse_other_writers, writers_lock
 from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.manifest import (
+    PART_FILE,
+    STATE,
+    discard_job,
+    fingerprint_digest,
+    open_manifest,
+    refuse_other_files,
+)
 from flexbatch.apps.jobs.records import RecordLog
-from flexbatch.apps.jobs.results import Output, Record
+from flexbatch.apps.jobs.results import Output, RowRecord
 from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
-STATE = ".flexbatch"
-FORMAT = 2
-"""Version of what lies in the output folder. It is part of a job's fingerprint, so a job is never resumed by a program
-that would read its logs differently."""
-PART_FILE = re.compile(r"part-\d{5,}\.(parquet|jsonl)|\.part-\d{5,}\.(parquet|jsonl)(\.[0-9a-f]{32})?\.tmp")
 TERM_BITS = 32
-"""A record's term is its writer's, times 2 to this power, plus the count of the lease where a writer leases parts
-on."""
-
-
-def fingerprint_digest(fingerprint: dict[str, Any]) -> bytes:
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).digest()[:16]
-
-
-def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """``generation.temperature: 0.0 in the output, 0.7 now`` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differences(old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield (
-            f"{path}: {old if isinstance(old, str) else json.dumps(old)} in the output, "
-            f"{new if isinstance(new, str) else json.dumps(new)} now"
-        )
+"""A record's term is its writer's, times 2 to this power, plus the number of the hand-out where a writer hands parts
+to workers."""
 
 
 class OutputStore:
@@ -70,35 +53,42 @@ class OutputStore:
     """
 
     def __init__(
-        self, folder: str | Path, fingerprint: dict[str, Any], shard: tuple[int, int] = (0, 1), *, overwrite: bool = False,
-        worker: str | None = None, grant: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: str | Path,
+        fingerprint: dict[str, Any],
+        shard: tuple[int, int] = (0, 1),
+        *,
+        overwrite: bool = False,
+        worker: str | None = None,
+        grant: Path | None = None,
+    ) -> None:
         self.folder, self.state = Path(folder).expanduser(), Path(folder).expanduser() / STATE
         self._owner = worker or f"{shard[0]}-of-{shard[1]}"
         self.digest = fingerprint_digest(fingerprint)
         self.grant: Grant | None = None
         try:
             if not self.state.exists():  # nothing is left in a folder that is refused
-                self._refuse_others()
+                refuse_other_files(self.folder)
             make_folder(self.state)
             sync_folder(self.folder)
             sync_folder(self.folder.parent)
-            with gate(self.state):
+            with writers_lock(self.state):
                 if worker is None:
                     self.created = self._open_shard(fingerprint, shard, overwrite)
                 else:
                     self.grant = None if grant is None else Grant(grant)
                     self.check_writer()
-                    self.created = self._manifest(fingerprint, False)
+                    self.created = open_manifest(self.folder, fingerprint, False)
                 self._commits_log = RecordLog(self.state / f"commits-{self._owner}.log", self.digest)
-        except OSError as error:
-            self._release()
-            raise ConfigurationError(f"output {self.folder} cannot be written: {error}") from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             self._release()
             if isinstance(error, ConfigurationError):
                 raise
-            raise ConfigurationError(f"{error}, though its manifest is: remove that file") from None
+            raise ConfigurationError(
+                f"output {self.folder} cannot be written: {error}"
+                if isinstance(error, OSError)
+                else f"{error}, though its manifest is: remove that file"
+            ) from None
         self.term = self.grant.term << TERM_BITS if self.grant is not None else 0
         self.journal = Journal(self.state, self._owner, self.digest, term=self.term)
         self.commits: dict[int, Commit] = {}
@@ -106,13 +96,13 @@ class OutputStore:
         self._folders = {self.folder}
 
     def _open_shard(self, fingerprint: dict[str, Any], shard: tuple[int, int], overwrite: bool) -> int:
-        """Under the gate. A job that is refused takes nothing from anybody."""
+        """Called under the lock; returns when the job began. A job that is refused takes nothing from anybody."""
         refuse_other_writers(self.state, shard)
-        created = None if overwrite else self._manifest(fingerprint, False)
+        created = None if overwrite else open_manifest(self.folder, fingerprint, False)
         self.grant = Grant.take(self.state, shard)
-        for path in self.state.glob(".*.tmp"):  # written under the gate alone: of processes that died there
+        for path in self.state.glob(".*.tmp"):  # written under the lock alone: of processes that died there
             path.unlink(missing_ok=True)
-        return self._manifest(fingerprint, self._discard()) if created is None else created
+        return open_manifest(self.folder, fingerprint, discard_job(self.folder)) if created is None else created
 
     def _release(self) -> None:
         if self.grant is not None:
@@ -123,74 +113,16 @@ class OutputStore:
         if self.grant is not None:
             self.grant.check()
 
-    def _refuse_others(self) -> None:
-        """Raises ConfigurationError for a folder that holds something, none of which is a job."""
-        others = [entry.name for entry in self.folder.iterdir() if entry.name != STATE] if self.folder.is_dir() else []
-        if others:
-            listing = ", ".join(sorted(others)[:3])
-            raise ConfigurationError(
-                f"output {self.folder} already holds {listing} and no job of FlexBatch: choose an empty folder"
-            )
-
-    def _manifest(self, fingerprint: dict[str, Any], ours: bool) -> int:
-        path = self.state / "manifest.json"
-        if not path.exists():
-            if not ours:
-                self._refuse_others()
-            temporary = temporary_name(path)
-            with temporary.open("w") as file:
-                json.dump(
-                    {"format": FORMAT, "created": int(time.time()), "fingerprint": fingerprint},
-                    file,
-                    indent=1,
-                    sort_keys=True,
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            if not rename_if_absent(temporary, path):
-                temporary.unlink(missing_ok=True)
-        sync_folder(self.state)
-        try:
-            found = json.loads(path.read_text())
-            changes = list(differences(found["fingerprint"], fingerprint))
-            created = int(found["created"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(
-                f"{path} is damaged ({error}): restore it, or start over with --overwrite"
-            ) from None
-        if changes:
-            listing = "\n  ".join(changes[:20] + ([f"and {len(changes) - 20} more"] if len(changes) > 20 else []))
-            raise ConfigurationError(
-                f"output {self.folder} belongs to another job:\n  {listing}\nUse those settings, another output "
-                "folder, or --overwrite to start over"
-            )
-        return created
-
-    def _discard(self) -> bool:
-        """Removes parts and state of whatever job wrote here, if one did; other files stay. The manifest goes last,
-        so that it can be repeated."""
-        if not (self.state / "manifest.json").exists():
-            return False
-        for path in self.folder.rglob("*part-*"):
-            if PART_FILE.fullmatch(path.name) and path.is_file():
-                path.unlink()
-        for path in [*self.state.glob("*.log"), self.state / "manifest.json"]:
-            path.unlink(missing_ok=True)
-        for path in sorted((path for path in self.folder.rglob("*=*") if path.is_dir()), reverse=True):
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        return True
-
     def begin(self, part: Part, output: Output, lease: int = 0) -> None:
-        """A worker was given this part, perhaps after another one that may still believe that it has it; ``lease``
-        counts what is handed out. What the part's file is by now is what its commit may replace."""
+        """Called when a worker is given this part, perhaps after another one that may still believe that it has it;
+        ``lease`` counts what is handed out. The commit may replace the file that the part has by now."""
         self._replaced[part.number] = identity(self.folder / part.file_name(output.suffix))
         self.journal.lease(part.number, self.term + lease)
 
     def recover(
         self, parts: Sequence[Part], output: Output, retry_failed: bool = False
-    ) -> tuple[list[Part], dict[int, dict[int, Record]]]:
-        """What is left to do: the parts without a committed file, and per part the records of the rows that are
+    ) -> tuple[list[Part], dict[int, dict[int, RowRecord]]]:
+        """Returns what is left to do: the parts without a committed file, and per part the records of the rows that are
         finished already.
 
         With ``retry_failed`` rows that ended in an error count as not finished, also those of committed parts: such
@@ -200,7 +132,7 @@ class OutputStore:
         known = read_commits(self.state, self.digest)
         self._remove_temporary(parts, output)
         open_parts: list[Part] = []
-        kept: dict[int, dict[int, Record]] = {}
+        kept: dict[int, dict[int, RowRecord]] = {}
         for part in parts:
             path = self.folder / part.file_name(output.suffix)
             found = identity(path)
@@ -209,9 +141,12 @@ class OutputStore:
                 continue
             commit = known.get(part.number, {}).get(found)
             if commit is None or (retry_failed and commit.errors):
-                records = self._read(path, part, output)
+                try:
+                    records = output.read(path, part.rows)
+                except ValueError as error:
+                    raise ConfigurationError(f"{error}. Remove it to have it written again") from None
                 if commit is None:
-                    commit = self._commit(part, records, output)
+                    commit = Commit.of(part.number, records, output)
                     self._record(commit, found)
                 if retry_failed and commit.errors:
                     open_parts.append(part)
@@ -233,7 +168,7 @@ class OutputStore:
         return open_parts, kept
 
     def _remove_temporary(self, parts: Sequence[Part], output: Output) -> None:
-        """What processes that died had begun to write of these parts."""
+        """Removes what processes that died had begun to write of these parts."""
         for folder in {part.folder for part in parts}:
             mine = {Path(part.file_name(output.suffix)).name for part in parts if part.folder == folder}
             with contextlib.suppress(FileNotFoundError):
@@ -245,29 +180,16 @@ class OutputStore:
                     ):
                         (self.folder / folder / name).unlink(missing_ok=True)
 
-    @staticmethod
-    def _read(path: Path, part: Part, output: Output) -> list[Record]:
-        try:
-            return output.read(path, part.rows)
-        except ValueError as error:
-            raise ConfigurationError(f"{error}. Remove it to have it written again") from None
-
     def _record(self, commit: Commit, found: Identity) -> None:
         self._commits_log.append({**asdict(commit), "bytes": found[0], "mtime_ns": found[1]})
 
-    @staticmethod
-    def _commit(part: Part, records: Sequence[Record], output: Output) -> Commit:
-        tokens = [output.tokens_of(record) for record in records]
-        errors = sum(bool(output.error_of(record)) for record in records)
-        return Commit(part.number, part.rows, errors, sum(used for used, _ in tokens), sum(made for _, made in tokens))
-
-    def commit(self, part: Part, table: pa.Table, records: Sequence[Record], output: Output) -> Commit:
+    def commit(self, part: Part, table: pa.Table, records: Sequence[RowRecord], output: Output) -> Commit:
         """Writes a part, makes it durable and gives it its name; where another process has committed it meanwhile, that
         one counts. Raises OSError or TakenOver; then nothing of it is visible and its journal stays."""
         path = self.folder / part.file_name(output.suffix)
         self._make_folder(path.parent)
         temporary = temporary_name(path)
-        commit = self._commit(part, records, output)
+        commit = Commit.of(part.number, records, output)
         try:
             output.write(temporary, table, records)
             written = identity(temporary)
@@ -275,7 +197,7 @@ class OutputStore:
                 raise FileNotFoundError(errno.ENOENT, "it was removed while it was written", str(temporary))
             self._record(commit, written)
             self._commits_log.sync()
-            with gate(self.state):
+            with writers_lock(self.state):
                 self.check_writer()
                 ours = self._publish(temporary, path, self._replaced.get(part.number))
         except FileNotFoundError:  # a successor removes what its predecessors had begun
@@ -292,7 +214,7 @@ class OutputStore:
         return commit
 
     def _make_folder(self, folder: Path) -> None:
-        """Also a folder that is there was perhaps made by a process that died before it was durable."""
+        """Makes a folder durable, even one that exists: perhaps a process made it that died before it was durable."""
         if folder not in self._folders:
             make_folder(folder)
             for path in (folder, *folder.parents[: len(folder.relative_to(self.folder).parts) - 1]):
@@ -301,7 +223,7 @@ class OutputStore:
 
     @staticmethod
     def _publish(temporary: Path, path: Path, before: Identity | None) -> bool:
-        """Under the gate: gives the file its name if the part is what it was when it was begun."""
+        """Called under the lock: gives the file its name if the part is what it was when it was begun."""
         if before is None or not path.exists():
             return rename_if_absent(temporary, path)
         if identity(path) != before:
@@ -316,7 +238,7 @@ class OutputStore:
         if found in known:
             return known[found]
         try:
-            commit = self._commit(part, output.read(path, part.rows), output)
+            commit = Commit.of(part.number, output.read(path, part.rows), output)
         except ValueError as error:
             raise OSError(
                 errno.EEXIST, f"a file lies in the way that is no part of this job ({error})", str(path)
@@ -332,7 +254,7 @@ class OutputStore:
 
     def sweep(self) -> None:
         """Removes journals of other owners (shards of another count, workers) once all their parts are committed.
-        Only where nobody else writes."""
+        Called only where nobody else writes."""
         if self.grant is not None and self.grant.path.exists():
             self.journal.sweep(self.commits.__contains__)
 
@@ -342,20 +264,3 @@ class OutputStore:
         finally:
             self._commits_log.close()
             self._release()
-
-    def check(self, parts: Sequence[Part], output: Output) -> None:
-        """Asserts that every committed part holds its rows and that nothing temporary lies about."""
-        self.journal.check()
-        self._commits_log.check()
-        known = read_commits(self.state, self.digest)
-        for part in parts:
-            path = self.folder / part.file_name(output.suffix)
-            assert path.exists() == (part.number in self.commits), f"{path}: committed and present disagree"
-            found = identity(path)
-            if found is not None:
-                commit = self.commits[part.number]
-                assert self._commit(part, output.read(path, part.rows), output) == commit, (
-                    f"{path} is not what was committed"
-                )
-                assert known.get(part.number, {}).get(found) == commit, f"{path} is not what the log of commits says"
-            assert not list(path.parent.glob(f".{path.name}.*tmp")), f"{path}: a temporary file was left behind"

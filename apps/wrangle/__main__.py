@@ -1,4 +1,4 @@
-"""Answer and score a data wrangling task: ``python -m flexbatch.apps.wrangle
+"""Answers and scores a data wrangling task: ``python -m flexbatch.apps.wrangle
 data/datasets/entity_matching/structured/Beer --model M``."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -50,6 +51,25 @@ def make_parser() -> argparse.ArgumentParser:
         default="validation",
         help="what to answer (default: validation)",
     )
+    _add_example_arguments(add)
+    add("--trials", type=int, default=1, metavar="N", help="repetitions with other random examples (default: 1)")
+    add("--limit", type=int, metavar="N", help="rows to answer (default: all)")
+    add("--instruction", action="store_true", help="put the task's instruction before the prompt")
+    add("--separator", default=".", help="between the attributes of a row (default: .)")
+    add(
+        "--missing",
+        default="nan",
+        help='how a missing value is written (default: nan; the paper\'s entity matching uses "")',
+    )
+    add("--max-tokens", type=int, metavar="N", help="longest answer (default: as in the paper, 3 to 10)")
+    add("--example-seed", type=int, default=1234, metavar="N", help="seed of the random examples (default: 1234)")
+    add("--output", type=Path, metavar="DIR", help="folder for predictions.parquet and scores.json")
+    add("--dry-run", action="store_true", help="print the first prompt and stop, without loading a model")
+    add_engine_arguments(parser)
+    return parser
+
+
+def _add_example_arguments(add: Callable[..., object]) -> None:
     add(
         "--select",
         choices=("random", "manual", "clusters"),
@@ -70,21 +90,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="hand-written examples: .txt, .json, or the authors' constants.py (default: manual.json in FOLDER)",
     )
     add("--balanced", action="store_true", help="as many random examples of Yes as of No")
-    add("--trials", type=int, default=1, metavar="N", help="repetitions with other random examples (default: 1)")
-    add("--limit", type=int, metavar="N", help="rows to answer (default: all)")
-    add("--instruction", action="store_true", help="put the task's instruction before the prompt")
-    add("--separator", default=".", help="between the attributes of a row (default: .)")
-    add(
-        "--missing",
-        default="nan",
-        help='how a missing value is written (default: nan; the paper\'s entity matching uses "")',
-    )
-    add("--max-tokens", type=int, metavar="N", help="longest answer (default: as in the paper, 3 to 10)")
-    add("--example-seed", type=int, default=1234, metavar="N", help="seed of the random examples (default: 1234)")
-    add("--output", type=Path, metavar="DIR", help="folder for predictions.parquet and scores.json")
-    add("--dry-run", action="store_true", help="print the first prompt and stop, without loading a model")
-    add_engine_arguments(parser)
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:

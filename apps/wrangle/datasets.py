@@ -24,12 +24,12 @@ class DataSet:
     """The question at the end of a row's text."""
     instruction: str = ""
     noun: str = "Product"
-    """What the two sides of a pair are called."""
+    """The name of the two sides of a pair."""
     label: str = "label"
     """The column to impute, or that holds the answer."""
     drop: tuple[str, ...] = ()
     rename: dict[str, str] = field(default_factory=dict)
-    """Column -> name in the text. Columns are dropped before they are renamed."""
+    """Maps a column to its name in the text. Columns are dropped before they are renamed."""
     group: str | None = None
     """The column by whose value hand-written examples differ; ``_A`` at the end means the left row of a pair."""
     max_tokens: int = 3
@@ -37,10 +37,6 @@ class DataSet:
     @property
     def name(self) -> str:
         return self.folder.rsplit("/", 1)[-1]
-
-    @property
-    def pairs(self) -> bool:
-        return self.task == "entity_matching"
 
 
 def _matching(name: str, noun: str = "Product", suffix: str | None = None, **other: Any) -> DataSet:
@@ -123,12 +119,12 @@ DEFAULTS = {
     "error_detection_spelling": DATA_SETS[9],
     "schema_matching": DATA_SETS[11],
 }
-"""task -> the data set whose wording a data set of one's own takes."""
+"""Maps a task to the data set whose wording a data set of one's own takes."""
 
 
 def find_data_set(folder: Path, task: str | None = None, label: str | None = None) -> DataSet:
-    """The data set that lies in a folder: one of the twelve by the folder's name, or with ``task`` one's own in the
-    same layout.
+    """Returns the data set of a folder: one of the twelve by the folder's name, or with ``task`` one's own in the same
+    layout.
 
     ``label`` names the column to impute. Raises TableError that says where to get the data when the folder is
     absent.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexbatch.apps.wrangle.datasets import DataSet
-from flexbatch.apps.wrangle.tables import INDEX_COLUMNS, Row, TableError, find_table, read_table
+from flexbatch.apps.wrangle.tables import INDEX_COLUMNS, TableError, TableRow, find_table, read_table
 
 FILES = {"train": "train", "validation": "valid", "test": "test"}
 SIDES = {"A": ("tableA", "ltable_id"), "B": ("tableB", "rtable_id")}
@@ -31,13 +31,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Wording:
-    """How a row is written: ``separator`` between its attributes, ``missing`` for a value that is not there."""
+    """The way a row is written: ``separator`` between its attributes, ``missing`` for a value that is not there."""
 
     separator: str = "."
     missing: str = "nan"
 
-    def row(self, row: Row, columns: dict[str, str]) -> str:
-        """``name: value`` of every column of ``columns`` (column -> name in the text)."""
+    def row(self, row: TableRow, columns: dict[str, str]) -> str:
+        """Returns ``name: value`` of every column of ``columns`` (column -> name in the text)."""
         parts = [
             f"{name}: {self.missing if row[column] is None else str(row[column]).strip()}".lstrip()
             for column, name in columns.items()
@@ -51,7 +51,7 @@ class Wording:
 
 
 def read_examples(folder: Path, data: DataSet, split: str, wording: Wording) -> list[Example]:
-    """Examples of ``train``, ``validation`` or ``test``, in the order of the file. Raises TableError."""
+    """Returns the examples of ``train``, ``validation`` or ``test``, in the order of the file. Raises TableError."""
     path = find_table(folder, FILES[split])
     if path is None:
         raise TableError(
@@ -67,21 +67,21 @@ def read_examples(folder: Path, data: DataSet, split: str, wording: Wording) -> 
     return _cells(folder, path, rows, data, wording)
 
 
-def _columns(rows: list[Row], data: DataSet, without: Iterable[str] = ()) -> dict[str, str]:
-    """Column -> name in the text, of the columns that a text shows."""
+def _columns(rows: list[TableRow], data: DataSet, without: Iterable[str] = ()) -> dict[str, str]:
+    """Maps the columns that a text shows to their names in the text."""
     hidden = {"id", *INDEX_COLUMNS, *data.drop, *without}
     return {column: data.rename.get(column, column) for column in (rows[0] if rows else {}) if column not in hidden}
 
 
-def _value(path: Path, number: int, row: Row, column: str) -> str:
+def _value(path: Path, number: int, row: TableRow, column: str) -> str:
     value = row.get(column)
     if value is None:
         raise TableError(f"{path}, row {number}: no value in column {column!r}; the file has {', '.join(row)}")
     return value
 
 
-def _yes(path: Path, number: int, row: Row, column: str) -> bool:
-    """Whether a 0/1 label is 1."""
+def _yes(path: Path, number: int, row: TableRow, column: str) -> bool:
+    """Returns whether a 0/1 label is 1."""
     value = _value(path, number, row, column)
     try:
         return {0.0: False, 1.0: True}[float({"true": "1", "false": "0"}.get(value.lower(), value))]
@@ -93,7 +93,7 @@ def _answer(yes: bool) -> str:
     return "Yes\n" if yes else "No\n"
 
 
-def _pairs(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wording) -> list[Example]:
+def _pairs(folder: Path, path: Path, rows: list[TableRow], data: DataSet, wording: Wording) -> list[Example]:
     sides = {}
     for side, (table, _) in SIDES.items():
         found = find_table(folder, table)
@@ -104,7 +104,7 @@ def _pairs(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wo
     examples = []
     for number, row in enumerate(rows):
         text = ""
-        left: Row = {}
+        left: TableRow = {}
         for side, (_, key) in SIDES.items():
             found, by_id, columns = sides[side]
             identity = _value(path, number, row, key)
@@ -118,11 +118,11 @@ def _pairs(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wo
     return examples
 
 
-def _group(row: Row, column: str | None) -> str | None:
+def _group(row: TableRow, column: str | None) -> str | None:
     return None if column is None else (row.get(column) or "nan")
 
 
-def _imputation(path: Path, rows: list[Row], data: DataSet, wording: Wording) -> list[Example]:
+def _imputation(path: Path, rows: list[TableRow], data: DataSet, wording: Wording) -> list[Example]:
     columns = _columns(rows, data, [data.label])
     return [
         Example(
@@ -134,7 +134,7 @@ def _imputation(path: Path, rows: list[Row], data: DataSet, wording: Wording) ->
     ]
 
 
-def _schemas(path: Path, rows: list[Row], data: DataSet) -> list[Example]:
+def _schemas(path: Path, rows: list[TableRow], data: DataSet) -> list[Example]:
     names = {new: old for old, new in data.rename.items()}
     examples = []
     for number, row in enumerate(rows):
@@ -145,9 +145,9 @@ def _schemas(path: Path, rows: list[Row], data: DataSet) -> list[Example]:
     return examples
 
 
-def _cells(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wording) -> list[Example]:
-    """Cells to check. The split names a row of ``table`` by ``row_id`` and a column by ``col_name``, or its rows are
-    complete themselves.
+def _cells(folder: Path, path: Path, rows: list[TableRow], data: DataSet, wording: Wording) -> list[Example]:
+    """Returns the cells to check. The split names a row of ``table`` by ``row_id`` and a column by ``col_name``, or its
+    rows are complete themselves.
 
     In Adult ``table`` holds the labels too, and is what the authors read for every split.
     """
@@ -165,12 +165,12 @@ def _cells(folder: Path, path: Path, rows: list[Row], data: DataSet, wording: Wo
     for number, label in enumerate(rows):
         row = label
         if "row_id" in label and table_path:
-            place = int(float(_value(path, number, label, "row_id")))
-            if not 0 <= place < len(table):
+            index = int(float(_value(path, number, label, "row_id")))
+            if not 0 <= index < len(table):
                 raise TableError(
-                    f"{path}, row {number}: row_id is {place}, and {table_path} has rows 0 to {len(table) - 1}"
+                    f"{path}, row {number}: row_id is {index}, and {table_path} has rows 0 to {len(table) - 1}"
                 )
-            row = {**table[place], **label}
+            row = {**table[index], **label}
         column = _value(path, number, label, "col_name")
         if column not in row:
             raise TableError(f"{path}, row {number}: col_name is {column!r}, and the table has {', '.join(row)}")

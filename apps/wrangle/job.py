@@ -19,12 +19,10 @@ from flexbatch.apps.wrangle.shots import cluster_shots, join_shots, manual_shots
 from flexbatch.apps.wrangle.tables import TableError
 from flexbatch.request import SamplingParams
 
-SELECTIONS = ("random", "manual", "clusters")
-
 
 @dataclass(frozen=True)
 class WrangleConfig:
-    """What one run does; the command's flags."""
+    """The settings of one run; the command's flags."""
 
     folder: Path
     split: str = "validation"
@@ -52,7 +50,7 @@ class Trial:
     errors: list[str]
 
     def scores(self, task: str) -> Scores:
-        """Scores of the answered prompts."""
+        """Returns the scores of the answered prompts."""
         pairs = [
             (answer, example.label)
             for answer, example in zip(self.answers, self.examples, strict=True)
@@ -62,32 +60,32 @@ class Trial:
 
 
 def ask(llm: Any, prompts: Sequence[str], max_tokens: int) -> tuple[list[str | None], list[str]]:
-    """Greedy answers up to the end of the line, and the error of each prompt that could not be run. Equal prompts
-    are asked once."""
-    places: dict[str, list[int]] = {}
-    for place, text in enumerate(prompts):
-        places.setdefault(text, []).append(place)
+    """Returns greedy answers up to the end of the line, and the error of each prompt that could not be run. Equal
+    prompts are asked once."""
+    indices: dict[str, list[int]] = {}
+    for index, text in enumerate(prompts):
+        indices.setdefault(text, []).append(index)
     answers: list[str | None] = [None] * len(prompts)
     errors = [""] * len(prompts)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop="\n")
-    with tqdm(total=len(places), desc="FlexBatch", unit="prompt", disable=None) as progress:
-        for text, completion in llm.stream((text, text, params) for text in places):
+    with tqdm(total=len(indices), desc="FlexBatch", unit="prompt", disable=None) as progress:
+        for text, completion in llm.stream((text, text, params) for text in indices):
             progress.update()
-            for place in places[text]:
+            for index in indices[text]:
                 if completion.finish_reason == "error":
-                    errors[place] = completion.error
+                    errors[index] = completion.error
                 else:
-                    answers[place] = completion.text.strip()
+                    answers[index] = completion.text.strip()
     return answers, errors
 
 
-Plan = list[tuple[list[str], list[Example]]]
+TrialPrompts = list[tuple[list[str], list[Example]]]
 """Prompts and examples of every trial."""
 
 
-def run(config: WrangleConfig, data: DataSet, llm: Any, plans: Plan | None = None) -> list[Trial]:
-    """All trials, as they are planned or as `plan` makes them. Raises TableError for data that is absent or wrong,
-    and when every prompt fails."""
+def run(config: WrangleConfig, data: DataSet, llm: Any, plans: TrialPrompts | None = None) -> list[Trial]:
+    """Runs all trials, as they are planned or as `plan` makes them. Raises TableError for data that is absent or
+    wrong, and when every prompt fails."""
     trials = []
     for prompts, examples in plan(config, data, llm) if plans is None else plans:
         answers, errors = ask(llm, prompts, config.max_tokens or data.max_tokens)
@@ -97,9 +95,9 @@ def run(config: WrangleConfig, data: DataSet, llm: Any, plans: Plan | None = Non
     return trials
 
 
-def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> Plan:
-    """Prompts and examples of every trial. With clusters the model first answers the validation split, whose
-    mistakes are the shots; else it is not needed."""
+def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> TrialPrompts:
+    """Returns prompts and examples of every trial. With clusters the model first answers the validation split, whose
+    mistakes are the shots; otherwise it is not needed."""
     wording = Wording(config.separator, config.missing)
     instruction = data.instruction if config.instruction else ""
     examples = read_examples(config.folder, data, config.split, wording)[: config.limit]
@@ -139,7 +137,7 @@ def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> Plan:
 
 
 def summary(config: WrangleConfig, data: DataSet, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Scores of every trial, their mean and population standard deviation, and how many prompts failed."""
+    """Returns the scores of every trial, their mean and population standard deviation, and how many prompts failed."""
     scores = [trial.scores(data.task) for trial in trials]
     names = ("accuracy", "precision", "recall", "f1") if data.task in YES_NO else ("accuracy",)
     return {
@@ -148,14 +146,14 @@ def summary(config: WrangleConfig, data: DataSet, trials: Sequence[Trial]) -> di
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
         "mean": {name: statistics.fmean(getattr(each, name) for each in scores) for name in names},
         "deviation": {name: statistics.pstdev(getattr(each, name) for each in scores) for name in names},
-        "trials": [each.as_dict() for each in scores],
+        "trials": [asdict(each) for each in scores],
         "failed_prompts": sum(bool(error) for trial in trials for error in trial.errors),
     }
 
 
 def write(output: Path, results: dict[str, Any], data: DataSet, trials: Sequence[Trial]) -> None:
-    """``scores.json``, and ``predictions.parquet`` with prompt, label, answer, right and error of every row and
-    trial."""
+    """Writes ``scores.json``, and ``predictions.parquet`` with prompt, label, answer, right and error of every row
+    and trial."""
     import pyarrow
     import pyarrow.parquet
 

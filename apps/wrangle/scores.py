@@ -1,9 +1,9 @@
-"""How many answers are right: accuracy, and precision, recall and F1 of the answer Yes."""
+"""Counts right answers: accuracy, and precision, recall and F1 of the answer Yes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,11 @@ class Scores:
     recall: float
     f1: float
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
 
 def is_right(prediction: str, label: str, task: str) -> bool:
-    """By the authors' rules, without regard to case and white space around: equal; or beginning with the label; or,
-    where the model may reason first, ending with it in the last paragraph."""
+    """Returns whether an answer is right by the authors' rules, regardless of case and surrounding white space:
+    equal to the label; or beginning with it; or, where the model may reason first, ending with it in the last
+    paragraph."""
     said, wanted = prediction.strip().lower(), label.strip().lower()
     if task == "error_detection":
         return said.split("\n\n")[-1].endswith(wanted)
@@ -32,8 +30,8 @@ def is_right(prediction: str, label: str, task: str) -> bool:
 
 
 def score(predictions: Sequence[str], labels: Sequence[str], task: str) -> Scores:
-    """Scores of predictions against labels. An answer to a No that is not No counts as a false Yes, as with the
-    authors.
+    """Returns the scores of predictions against labels. An answer to a No that is not No counts as a false Yes, as with
+    the authors.
 
     F1 is 2pr / (p + r). The authors' code divides by max(1, p + r), which is lower wherever p + r < 1; their tables
     are not affected above that.

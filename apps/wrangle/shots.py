@@ -18,8 +18,8 @@ Manual = str | dict[str, str]
 
 
 def prompt(shots: str, example: Example, instruction: str = "") -> str:
-    """Shots, an empty line, and the row, without white space at the end (a model continues words badly after a
-    space)."""
+    """Returns shots, an empty line, and the row, without white space at the end (a model continues words badly after
+    a space)."""
     text = f"{shots}\n{example.text}".strip()
     return f"{instruction} {text}" if instruction else text
 
@@ -29,8 +29,8 @@ def join_shots(examples: Sequence[Example]) -> str:
 
 
 def random_shots(train: Sequence[Example], count: int, seed: int, *, balanced: bool = False) -> list[Example]:
-    """``count`` training examples; ``balanced`` draws as many of every answer as the rarest has. Raises TableError
-    when there are too few."""
+    """Returns ``count`` training examples; ``balanced`` draws as many of every answer as the rarest has. Raises
+    TableError when there are too few."""
     draw = random.Random(seed)
     pool = list(train)
     if balanced:
@@ -48,11 +48,11 @@ def random_shots(train: Sequence[Example], count: int, seed: int, *, balanced: b
 
 
 def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: int, seed: int) -> list[Example]:
-    """The mistakes on the validation split, clustered by their text into ``count`` groups: the example nearest to each
-    centre.
+    """Clusters the mistakes on the validation split by their text into ``count`` groups; returns the example nearest to
+    each center.
 
     Where all chosen examples have one of two answers, the last gives its place to the mistake, else the example, of
-    the other answer that is nearest to its centre: a prompt that knows only Yes teaches Yes. Texts are compared by
+    the other answer that is nearest to its center: a prompt that knows only Yes teaches Yes. Texts are compared by
     TF-IDF of character triples; needs scikit-learn. Without ``count`` mistakes, the examples that are nearest to
     mistakes fill up. Raises TableError.
     """
@@ -69,29 +69,29 @@ def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: i
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3)).fit_transform(
         [example.text for example in validation]
     )
-    errors = [place for place, is_wrong in enumerate(wrong) if is_wrong]
+    errors = [index for index, is_wrong in enumerate(wrong) if is_wrong]
     pool = errors if len(errors) >= count else list(range(len(validation)))
-    centres = KMeans(count, random_state=seed, n_init=4).fit(vectors[pool])
-    distances = numpy.asarray(centres.transform(vectors))  # [examples, clusters]
+    centers = KMeans(count, random_state=seed, n_init=4).fit(vectors[pool])
+    distances = numpy.asarray(centers.transform(vectors))  # [examples, clusters]
     chosen: list[int] = []
     for cluster in range(count):
-        free = [place for place in pool if place not in chosen]
+        free = [index for index in pool if index not in chosen]
         chosen.append(
-            min(free, key=lambda place: (not wrong[place] and len(errors) < count, distances[place, cluster], place))
+            min(free, key=lambda index: (not wrong[index] and len(errors) < count, distances[index, cluster], index))
         )
-    labels = {validation[place].label for place in chosen}
+    labels = {validation[index].label for index in chosen}
     others = [
-        place
-        for place, example in enumerate(validation)
+        index
+        for index, example in enumerate(validation)
         if example.label not in labels and example.label in ("Yes\n", "No\n")
     ]
     if len(labels) == 1 and others and count > 1:
-        chosen[-1] = min(others, key=lambda place: (not wrong[place], distances[place, count - 1], place))
-    return [validation[place] for place in chosen]
+        chosen[-1] = min(others, key=lambda index: (not wrong[index], distances[index, count - 1], index))
+    return [validation[index] for index in chosen]
 
 
 def read_manual(path: Path, data_set: str) -> Manual:
-    """Hand-written shots: a text file, a JSON file with a text or a text for every group, or the authors'
+    """Reads hand-written shots: a text file, a JSON file with a text or a text for every group, or the authors'
     ``constants.py``.
 
     The Python file is parsed, never executed: its ``PREFIXES`` dictionary holds the paper's shots by data set.
@@ -130,7 +130,7 @@ def _from_constants(path: Path, content: str, data_set: str) -> Manual:
 
 
 def manual_shots(manual: Manual, example: Example) -> str:
-    """The shots for one example. Raises TableError for a group without shots."""
+    """Returns the shots for one example. Raises TableError for a group without shots."""
     if isinstance(manual, str):
         return manual
     group = example.group or "nan"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from flexbatch.text.files import read_text
 
-Row = dict[str, str | None]
-"""Column -> printed value; None where a value is missing."""
+TableRow = dict[str, str | None]
+"""Maps a column to its printed value; None where a value is missing."""
 
 MISSING = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"}
     | {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 )
-"""What pandas.read_csv takes for a missing value."""
+"""The texts that pandas.read_csv takes for a missing value."""
 INDEX_COLUMNS = frozenset(["", "Unnamed: 0", "__index_level_0__"])
 
 
@@ -25,13 +25,13 @@ class TableError(ValueError):
 
 
 def find_table(folder: Path, name: str) -> Path | None:
-    """``name.csv`` or ``name.parquet`` in the folder."""
+    """Returns ``name.csv`` or ``name.parquet`` in the folder, None where there is neither."""
     return next((path for path in (folder / f"{name}.csv", folder / f"{name}.parquet") if path.is_file()), None)
 
 
-def read_table(path: Path) -> list[Row]:
-    """All rows of a CSV or Parquet file. Raises TableError for a file that is neither, or has rows of another length
-    than its header."""
+def read_table(path: Path) -> list[TableRow]:
+    """Returns all rows of a CSV or Parquet file. Raises TableError for a file that is neither, or has rows of
+    another length than its header."""
     if path.suffix == ".parquet":
         return _read_parquet(path)
     lines = csv.reader(io.StringIO(read_text(path), newline=""))
@@ -48,14 +48,14 @@ def read_table(path: Path) -> list[Row]:
             )
         rows += [line] if line else []
     columns = [
-        _printed([None if line[place] in MISSING else line[place] for line in rows]) for place in range(len(header))
+        _printed([None if line[index] in MISSING else line[index] for line in rows]) for index in range(len(header))
     ]
     return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)] if rows else []
 
 
 def _printed(values: list[str | None]) -> list[str | None]:
-    """A CSV column as pandas would print it: whole numbers as they are, but with a decimal point when the column has
-    gaps or fractions."""
+    """Returns a CSV column as pandas would print it: whole numbers unchanged, but with a decimal point when the
+    column has gaps or fractions."""
     present = [value.strip() for value in values if value is not None]
     if not present:
         return values
@@ -77,7 +77,7 @@ def _all(kind: Callable[[str], object], values: Iterable[str]) -> bool:
     return True
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[TableRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -92,4 +92,4 @@ def _read_parquet(path: Path) -> list[Row]:
         columns[name] = [
             None if value is None or value != value else str(float(value) if gaps else value) for value in values
         ]
-    return [{name: column[place] for name, column in columns.items()} for place in range(table.num_rows)]
+    return [{name: column[index] for name, column in columns.items()} for index in range(table.num_rows)]

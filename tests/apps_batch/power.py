@@ -80,7 +80,7 @@ def without_locks() -> None:
 POINTS = (
     "records:RecordLog._write", "records:RecordLog.sync", "records:sync_folder", "store:OutputStore._publish",
     "store:rename_if_absent", "store:sync_folder", "store:make_folder", "grants:Grant.take", "grants:sync_folder",
-    "journal:Journal._rotate", "journal:Journal.committed", "store:OutputStore.sync", "store:OutputStore._manifest",
+    "journal:Journal._rotate", "journal:Journal.committed", "store:OutputStore.sync", "store:open_manifest",
 )  # fmt: skip
 """Where a job is killed on purpose: around every step that makes something durable or visible."""
 

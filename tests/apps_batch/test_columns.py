@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexbatch.apps.jobs.columns import ROW_ERROR, holds_json, parse_types
-from flexbatch.apps.jobs.text_sources import chunks_of
+from flexbatch.apps.jobs.text_source import chunks_of
 from flexbatch.text.files import json_text, parse_json
 from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.fake import FakeLLM, FakeTokenizer
@@ -364,7 +364,7 @@ def test_a_line_that_is_too_long_is_skipped_and_its_row_has_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "flexbatch.apps.jobs.text_sources.chunks_of", lambda stream, path: chunks_of(stream, path, 100, 1000)
+        "flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path: chunks_of(stream, path, 100, 1000)
     )
     rows = [json.dumps({"id": i, "prompt": "x" * (5000 if i in (3, 9) else i)}) for i in range(10)]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))

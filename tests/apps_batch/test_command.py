@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch.apps.jobs.progress import Counts, Progress
-from flexbatch.apps.jobs.shares import Share, available_memory, divide_host, find_share
+from flexbatch.apps.jobs.progress import Counts, JobProgress
+from flexbatch.apps.jobs.shard_assignment import ShardAssignment, divide_host, find_assignment
 from flexbatch.cli.settings import resume_command
 from flexbatch.config import EngineConfig
+from flexbatch.memory.tiers import host_memory_bytes
 from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_input
 
@@ -75,31 +76,33 @@ def test_the_resume_command_does_not_discard() -> None:
 
 def test_ranks_divide_shards_and_hosts() -> None:
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert find_share(None, {}) == Share() and find_share((1, 3), {}) == Share(1, 3)
-    share = find_share(None, torchrun)
-    assert share == Share(5, 8, 1, 4)
-    assert find_share((1, 3), torchrun) == Share(13, 24, 1, 4)
-    config = divide_host(EngineConfig(cpu_memory="64GiB", gpu_memory="20GiB"), share, 2, Path("/cache"))
+    assert find_assignment(None, {}) == ShardAssignment() and find_assignment((1, 3), {}) == ShardAssignment(1, 3)
+    share = find_assignment(None, torchrun)
+    assert share == ShardAssignment(5, 8, 1, 4)
+    assert find_assignment((1, 3), torchrun) == ShardAssignment(13, 24, 1, 4)
+    config = divide_host(
+        EngineConfig(cpu_memory="64GiB", gpu_memory="20GiB"), share, 2, Path("/cache"), host_memory_bytes()
+    )
     assert (config.cpu_memory, config.gpu_memory, config.device, config.offload_dir) == (
         16 * 2**30,
         10 * 2**30,
         "cuda:1",
         "/cache/rank-1",
     )
-    config = divide_host(EngineConfig(offload_dir="/mine"), share, 0, Path("/cache"))
+    config = divide_host(EngineConfig(offload_dir="/mine"), share, 0, Path("/cache"), host_memory_bytes())
     assert config.offload_dir == "/mine/rank-1" and config.device == "auto"
     assert (
         isinstance(config.cpu_memory, int)
-        and 0 < 4 * (config.cpu_memory + int(config.gpu_memory or 0)) <= available_memory() * 1.2
+        and 0 < 4 * (config.cpu_memory + int(config.gpu_memory or 0)) <= host_memory_bytes() * 1.2
     )
-    assert divide_host(EngineConfig(), Share(5, 8), 0, Path("/cache")) == EngineConfig()
+    assert divide_host(EngineConfig(), ShardAssignment(5, 8), 0, Path("/cache"), host_memory_bytes()) == EngineConfig()
     for wrong in ({"RANK": "8"}, {"RANK": "x"}):
         with pytest.raises(ConfigurationError, match="RANK="):
-            find_share(None, {**torchrun, **wrong})
+            find_assignment(None, {**torchrun, **wrong})
 
 
 def test_progress_says_a_line_now_and_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(Counts(100, 40), metrics_file=str(tmp_path / "m.prom"), interval_s=0.05)
+    progress = JobProgress(Counts(100, 40), metrics_file=str(tmp_path / "m.prom"), interval_s=0.05)
     progress.counts.rows_done, progress.counts.generated_tokens_total = 70, 600
     time.sleep(0.3)
     assert (tmp_path / "m.prom").exists()
@@ -116,7 +119,7 @@ def test_a_terminal_gets_one_bar(tmp_path: Path) -> None:
             return True
 
     screen = Terminal()
-    progress = Progress(Counts(10), stream=screen, interval_s=0.05)
+    progress = JobProgress(Counts(10), stream=screen, interval_s=0.05)
     progress.counts.rows_done = 10
     progress.say("a message")
     progress.close()

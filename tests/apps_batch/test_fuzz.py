@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch.apps.jobs.openai import RequestError, parse_request
+from flexbatch.apps.jobs.openai_requests import RequestError, parse_request
 from flexbatch.request import SamplingParams
 from flexbatch.text.files import split_lines
 from tests.apps_batch.fake import FakeLLM
@@ -28,16 +28,19 @@ CHAT = {
     "seed": 1,
 }
 FIELDS = (
-    "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty",
-    "ignore_eos", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "logit_bias", "prompt", "messages",
-    "model", "user", "metadata", "stream", "echo", "best_of", "suffix", "tools", "response_format", "unknown",
+    "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
+    "repetition_penalty", "ignore_eos", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
+    "logit_bias", "prompt", "messages", "model", "user", "metadata", "stream", "echo", "best_of", "suffix", "tools",
+    "response_format", "unknown",
 )  # fmt: skip
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 5, 5.5, -0.0, 1e308, 1e-308, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**400, float("nan"), float("inf"),
-    "", "x", "5", LONE, "a" + LONE + "b", "\x00", "\u2028", [], [5], [None], ["x"], [LONE], [""], [[5]], [["x"]], [{}], [True], {},
-    {"5": 1}, {"x": 1}, {"5": "x"}, {"5": None}, {"-1": 1}, {"5": 1e400}, {"99999999999999999999": 1}, {LONE: 1}, {"a": {"b": [LONE]}},
-    [{"role": "user"}], [{"role": "user", "content": LONE}], [{"role": 5, "content": "x"}], [{"role": "user", "content": 5}],
-    [{"role": "user", "content": "x", "name": LONE}], [{"role": LONE, "content": "x"}], [5, "x"], ["x", "y"], [10**30], "x" * 5000,
+    None, True, False, 0, -1, 1, 5, 5.5, -0.0, 1e308, 1e-308, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**400,
+    float("nan"), float("inf"), "", "x", "5", LONE, "a" + LONE + "b", "\x00", "\u2028", [], [5], [None], ["x"], [LONE],
+    [""], [[5]], [["x"]], [{}], [True], {}, {"5": 1}, {"x": 1}, {"5": "x"}, {"5": None}, {"-1": 1}, {"5": 1e400},
+    {"99999999999999999999": 1}, {LONE: 1}, {"a": {"b": [LONE]}}, [{"role": "user"}],
+    [{"role": "user", "content": LONE}], [{"role": 5, "content": "x"}], [{"role": "user", "content": 5}],
+    [{"role": "user", "content": "x", "name": LONE}], [{"role": LONE, "content": "x"}], [5, "x"], ["x", "y"], [10**30],
+    "x" * 5000,
 )  # fmt: skip
 
 

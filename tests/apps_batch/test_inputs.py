@@ -138,7 +138,8 @@ def test_openai_batch_files(tmp_path: Path) -> None:
         for row in out
     )
     assert [row["error"]["code"] for row in out if row["error"]] == [
-        "invalid_value", "unsupported_parameter", "invalid_url", "invalid_value", "invalid_request", "invalid_json_line", "missing_required_parameter",
+        "invalid_value", "unsupported_parameter", "invalid_url", "invalid_value", "invalid_request",
+        "invalid_json_line", "missing_required_parameter",
     ]  # fmt: skip
     text, chat, ids = (out[i]["response"]["body"] for i in (0, 1, 8))
     assert (

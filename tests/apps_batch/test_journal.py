@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.records import HEADER, RecordLog, read_log, scan_log
+from tests.apps_batch.invariants import check_journal, check_log
 
 JOB, OTHER = b"j" * 16, b"o" * 16
 values = st.lists(
@@ -28,7 +29,7 @@ def test_a_log_cut_anywhere_keeps_its_whole_records_and_goes_on(
     for value in values:
         log.append(value)
         ends.append(log.size)
-    log.check()
+    check_log(log)
     log.close()
     path.write_bytes(path.read_bytes()[:cut])
     whole = [value for value, end in zip(values, ends, strict=True) if end <= cut]
@@ -36,7 +37,7 @@ def test_a_log_cut_anywhere_keeps_its_whole_records_and_goes_on(
     log = RecordLog(path, JOB)
     for value in more:
         log.append(value)
-    log.check()
+    check_log(log)
     log.close()
     assert list(read_log(path, JOB)) == whole + more
 
@@ -70,7 +71,7 @@ def test_every_truncation_and_every_zero_tail_is_a_torn_tail(tmp_path: Path) -> 
         path.write_bytes(data[:cut] + bytes(600))
         log = RecordLog(path, JOB)
         log.append("more")
-        log.check()
+        check_log(log)
         log.close()
         assert list(read_log(path, JOB))[-1] == "more" and log.records == 1 + sum(end <= cut for end in ends[1:])
 
@@ -149,7 +150,7 @@ def test_taking_a_log_over_leaves_its_old_writer_alone(tmp_path: Path) -> None:
     old.append("of a process that everybody thought dead")
     new.append("after")
     old.append("again")
-    new.check()
+    check_log(new)
     assert list(read_log(tmp_path / "x.log", JOB)) == ["before", "after"]
     with pytest.raises(FileExistsError):
         RecordLog(tmp_path / "x.log", JOB, new=True)
@@ -198,7 +199,7 @@ def test_a_writer_that_was_replaced_adds_nothing_that_counts_against_its_success
     assert Journal(tmp_path, "0-of-1", JOB).recover(lambda part: True) == {
         0: {0: "new", 1: 2, 2: "late, and the only one"}
     }
-    successor.check()
+    check_journal(successor)
     zombie.close()
     successor.close()
 
@@ -220,7 +221,7 @@ def test_sweeping_keeps_the_rows_of_parts_that_are_not_finished(tmp_path: Path) 
     mine = Journal(tmp_path, "0-of-1", JOB)
     mine.append(0, 1, "row")
     mine.sweep({0}.__contains__)
-    mine.check()
+    check_journal(mine)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "journal-0-of-1.000000.log",
         "journal-worker-a.000000.log",
@@ -258,7 +259,7 @@ def test_check_finds_bytes_that_nobody_appended(tmp_path: Path) -> None:
     with (tmp_path / "x.log").open("ab") as file:
         file.write(b"?")
     with pytest.raises(AssertionError, match="1 records"):
-        log.check()
+        check_log(log)
 
 
 def test_lone_surrogates_survive(tmp_path: Path) -> None:
@@ -274,11 +275,11 @@ def test_segments_go_when_their_parts_are_committed(tmp_path: Path) -> None:
         journal.append(row % 2, row, "x" * 20)
     assert len(list(tmp_path.glob("*.log"))) > 3
     journal.committed(0)
-    journal.check()
+    check_journal(journal)
     found = Journal(tmp_path, "0-of-1", JOB).recover(lambda part: part == 1)
     assert sorted(found[1]) == [1, 3, 5, 7, 9, 11]
     journal.committed(1)
-    journal.check()
+    check_journal(journal)
     assert len(list(tmp_path.glob("*.log"))) == 1
     journal.close()
     assert not list(tmp_path.glob("*.log"))

@@ -34,7 +34,7 @@ def kill_lose_and_resume(tmp_path: Path, rows: int, kills: int, seed: int) -> No
     for kill in range(kills):
         point = [points[kill // 3 % len(points)], chance.randint(1, 4), signal.SIGKILL]
         if kill % 3 == 0:
-            point[:2] = "pipeline:Pipeline._settle", chance.randint(2, 2 * rows // kills)
+            point[:2] = "pipeline:Pipeline._finish", chance.randint(2, 2 * rows // kills)
         process = start(source, out, *flags, **settings, **({} if kill % 3 == 2 else {"signal_at": point}))
         if kill % 3 == 2:
             history.append("from outside")

@@ -11,8 +11,8 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from flexbatch.apps.jobs.cluster import Dispenser, Worker, check_cluster
-from flexbatch.apps.jobs.plan import Job, plan_job
+from flexbatch.apps.jobs.cluster import PartQueue, Worker, check_cluster
+from flexbatch.apps.jobs.plan import BatchJob, plan_job
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.apps.ray import GenerateText
@@ -29,6 +29,7 @@ from tests.apps_batch.helpers import (
     wait_for,
     write_input,
 )
+from tests.apps_batch.invariants import check_store
 
 
 def generate_text(**settings: object) -> GenerateText:
@@ -74,7 +75,7 @@ def test_a_cluster_that_is_too_small_is_refused_and_not_waited_for() -> None:
         check_cluster({"CPU": 9.0}, 1, 1, 1)
 
 
-def planned(tmp_path: Path, **settings: object) -> Job:
+def planned(tmp_path: Path, **settings: object) -> BatchJob:
     source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(40)])
     config = JobConfig(part_rows=10, **settings)  # type: ignore[arg-type]
     return plan_job(str(source), str(tmp_path / "out"), config, EngineConfig(), lambda engine: {"weights": "fake"})
@@ -83,22 +84,22 @@ def planned(tmp_path: Path, **settings: object) -> Job:
 def test_parts_of_a_worker_that_died_go_out_again_with_what_it_finished(tmp_path: Path) -> None:
     job = planned(tmp_path)
     store = OutputStore(job.folder, job.fingerprint, worker="worker-0-a")
-    dispenser = Dispenser(job, store.digest, {number: {} for number in range(4)})
+    part_queue = PartQueue(job, store.digest, {number: {} for number in range(4)})
     for worker in (0, 1):
-        dispenser.register(worker)
-    assert [dispenser.take(0), dispenser.take(0), dispenser.take(1)] == [(0, {}, 1), (1, {}, 2), (2, {}, 3)]
+        part_queue.register(worker)
+    assert [part_queue.take(0), part_queue.take(0), part_queue.take(1)] == [(0, {}, 1), (1, {}, 2), (2, {}, 3)]
     record = ["text", "stop", 1, 2, "", None, None]
     store.journal.append(1, 5, record)
     part = job.parts[0]
     store.commit(part, next(iter_tables(job)), [record] * 10, job.output)
-    dispenser.register(0)
-    assert dispenser.take(1) == (1, {5: record}, 4) and dispenser.take(1) == (3, {}, 5) and dispenser.take(0) is None
-    commits = dispenser.take_commits()
-    assert commits == [dataclasses.asdict(store.commits[0])] and dispenser.take_commits() == []
+    part_queue.register(0)
+    assert part_queue.take(1) == (1, {5: record}, 4) and part_queue.take(1) == (3, {}, 5) and part_queue.take(0) is None
+    commits = part_queue.take_commits()
+    assert commits == [dataclasses.asdict(store.commits[0])] and part_queue.take_commits() == []
     store.close()
 
 
-def iter_tables(job: Job):  # type: ignore[no-untyped-def]
+def iter_tables(job: BatchJob):  # type: ignore[no-untyped-def]
     from flexbatch.apps.jobs.sources import read_parts
 
     return (table for _, table in read_parts(job.source, job.parts))
@@ -132,7 +133,7 @@ def test_a_worker_that_was_thought_dead_counts_nothing_twice(
     left, finished = driver.recover(job.parts, job.output, retry)
     waiting = {part.number: finished.get(part.number, {}) for part in left}
     assert len(waiting) == 4 and driver.grant is not None
-    dispenser = Dispenser(job, driver.digest, waiting, None, driver.grant.path)
+    part_queue = PartQueue(job, driver.digest, waiting, None, driver.grant.path)
     held, go_on = threading.Event(), threading.Event()
 
     class HeldUp(FakeLLM):
@@ -143,7 +144,7 @@ def test_a_worker_that_was_thought_dead_counts_nothing_twice(
                     assert go_on.wait(60)
                 yield pair
 
-    handle = Remote(dispenser)
+    handle = Remote(part_queue)
     first = threading.Thread(target=Worker(0, lambda config, seen: HeldUp(block=4)).run, args=(handle,))
     first.start()
     assert held.wait(60)
@@ -153,24 +154,24 @@ def test_a_worker_that_was_thought_dead_counts_nothing_twice(
     first.join(60)
     assert not first.is_alive() and len(sizes) == 4
     assert {path: path.stat().st_mtime_ns for path in parts_of(tmp_path / "out")} == sizes
-    assert sorted(commit["part"] for commit in dispenser.take_commits()) == [0, 1, 2, 3]
+    assert sorted(commit["part"] for commit in part_queue.take_commits()) == [0, 1, 2, 3]
     table = read_output(tmp_path / "out")
     assert table["id"].to_pylist() == list(range(40)) and set(table["error"].to_pylist()) == {""}
     driver.close()
     again = OutputStore(job.folder, job.fingerprint)
     assert again.recover(job.parts, job.output)[0] == []
-    again.check(job.parts, job.output)
+    check_store(again, job.parts, job.output)
     again.sweep()
     again.close()
     assert not list(tmp_path.rglob("journal-*")) and not list(tmp_path.rglob(".part-*"))
 
 
-def test_a_stopped_dispenser_hands_out_nothing(tmp_path: Path) -> None:
+def test_a_stopped_part_queue_hands_out_nothing(tmp_path: Path) -> None:
     job = planned(tmp_path)
-    dispenser = Dispenser(job, b"x" * 16, {0: {}})
-    dispenser.register(0)
-    dispenser.stop()
-    assert dispenser.take(0) is None
+    part_queue = PartQueue(job, b"x" * 16, {0: {}})
+    part_queue.register(0)
+    part_queue.stop()
+    assert part_queue.take(0) is None
 
 
 @pytest.mark.slow

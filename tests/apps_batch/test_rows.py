@@ -3,8 +3,10 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from flexbatch.apps.jobs.layout import Part, Span
-from flexbatch.apps.jobs.rows import RowReader, Template, messages_prompt, row_seed
+from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.prompts import Template, messages_prompt
+from flexbatch.apps.jobs.rows import RowReader, row_seed
+from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.request import SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 
@@ -14,14 +16,14 @@ GREEDY = SamplingParams(temperature=0)
 def rows_of(
     table: pa.Table, params: SamplingParams = GREEDY, folder: str = "", partitions: tuple[str, ...] = (), **how: object
 ) -> list:
-    reader = RowReader(table.schema, partitions, params, 5, **how)  # type: ignore[arg-type]
-    part = Part(3, folder, 100, (Span(0, 0, len(table)),))
-    return list(reader.rows(table, part.number, part.first_row, part.folder, lambda row: False))
+    reader = RowReader(JobConfig(**how), table.schema, partitions, params, 5)  # type: ignore[arg-type]
+    part = Part(3, folder, 100, len(table))
+    return list(reader.rows(table, part, lambda row: False))
 
 
 def test_a_template_takes_columns_nested_fields_and_partitions() -> None:
     table = pa.table({"text": ["a", None], "meta": [{"lang": "de"}, {"lang": "en"}], "n": [1, 2]})
-    rows = rows_of(table, folder="year=2024", partitions=("year",), template="{{{text}}} {meta.lang} {n} {year}")
+    rows = rows_of(table, folder="year=2024", partitions=("year",), prompt_template="{{{text}}} {meta.lang} {n} {year}")
     assert rows[0].prompt == "{a} de 1 2024"
     assert (rows[1].error, rows[1].prompt) == ("template field 'text' is missing or null", None)
     assert [(row.part, row.offset, row.index) for row in rows] == [(3, 0, 100), (3, 1, 101)]
@@ -34,12 +36,14 @@ def test_a_template_is_names_of_columns_and_nothing_else(text: str) -> None:
 
 
 def test_a_template_without_fields_is_the_same_prompt_for_every_row() -> None:
-    assert [row.prompt for row in rows_of(pa.table({"x": [1, 2, 3]}), template="Tell a joke")] == ["Tell a joke"] * 3
+    assert [row.prompt for row in rows_of(pa.table({"x": [1, 2, 3]}), prompt_template="Tell a joke")] == [
+        "Tell a joke"
+    ] * 3
 
 
 def test_attributes_of_values_cannot_be_reached() -> None:
     assert (
-        rows_of(pa.table({"a": ["x"]}), template="{a.__class__}")[0].error
+        rows_of(pa.table({"a": ["x"]}), prompt_template="{a.__class__}")[0].error
         == "template field 'a.__class__' is missing or null"
     )
 
@@ -76,11 +80,11 @@ def test_text_that_is_not_utf8_is_an_error_of_its_row() -> None:
 
 def test_a_time_that_python_cannot_hold_is_an_error_of_its_row() -> None:
     at = pa.array([0, 10**18], pa.int64())
-    first, second = rows_of(pa.table({"at": at.view(pa.timestamp("us"))}), template="{at}")
+    first, second = rows_of(pa.table({"at": at.view(pa.timestamp("us"))}), prompt_template="{at}")
     assert first.prompt == "1970-01-01 00:00:00" and second.error == "'at' cannot be read: date value out of range"
-    assert rows_of(pa.table({"at": at.view(pa.timestamp("s", "No/Where"))}), template="{at}")[0].error.startswith(
-        "'at' cannot be read: "
-    )
+    assert rows_of(pa.table({"at": at.view(pa.timestamp("s", "No/Where"))}), prompt_template="{at}")[
+        0
+    ].error.startswith("'at' cannot be read: ")
 
 
 def test_a_prompt_column_of_numbers_or_an_unknown_one_is_refused_with_the_columns() -> None:
@@ -123,7 +127,7 @@ def test_settings_come_from_columns_and_null_means_the_flag() -> None:
             "s": [["x"], None, None, None, None],
         }
     )
-    rows = rows_of(table, prompt_column="p", columns={"max_tokens": "m", "temperature": "t", "stop": "s"})
+    rows = rows_of(table, prompt_column="p", max_tokens_column="m", temperature_column="t", stop_column="s")
     assert (rows[0].params.max_tokens, rows[0].params.temperature, rows[0].params.stop) == (4, 0.5, ("x",))
     assert rows[1].params == GREEDY
     assert rows[2].error == "setting max_tokens is 1.5, wanted a whole number"
@@ -133,7 +137,7 @@ def test_settings_come_from_columns_and_null_means_the_flag() -> None:
 
 def test_streams_of_rows_depend_on_seed_and_place_alone() -> None:
     table = pa.table({"p": ["a"] * 3, "s": [None, 7, None]})
-    rows = rows_of(table, SamplingParams(), prompt_column="p", columns={"seed": "s"})
+    rows = rows_of(table, SamplingParams(), prompt_column="p", seed_column="s")
     assert [row.params.seed for row in rows] == [row_seed(5, 100), 7, row_seed(5, 102)]
     assert (
         len({row_seed(5, 100), row_seed(6, 100), row_seed(5, 101), row_seed(51, 0)}) == 4

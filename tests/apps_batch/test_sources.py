@@ -13,21 +13,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from flexbatch.apps.jobs.files import SourceError, list_files, partition_values
-from flexbatch.apps.jobs.layout import check_layout, plan_parts
+from flexbatch.apps.jobs.layout import plan_parts
 from flexbatch.apps.jobs.plan import open_source
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.apps.jobs.sources import Source, read_parts
-from flexbatch.apps.jobs.text_sources import chunks_of
+from flexbatch.apps.jobs.sources import RowSource, read_parts
+from flexbatch.apps.jobs.text_source import chunks_of
 from flexbatch.validation.errors import ConfigurationError
+from tests.apps_batch.invariants import check_layout
 
 
-def source_of(location: object, **settings: object) -> Source:
+def source_of(location: object, **settings: object) -> RowSource:
     return open_source(str(location), JobConfig(**settings))  # type: ignore[arg-type]
 
 
-def rows_in_parts(source: Source, part_rows: int, every: int = 1) -> list[dict]:
-    parts = plan_parts(source.units, part_rows)
-    check_layout(parts, source.units)
+def rows_in_parts(source: RowSource, part_rows: int, every: int = 1) -> list[dict]:
+    parts = plan_parts(source.row_groups, part_rows)
+    check_layout(parts, source.row_groups)
     rows = []
     for part, table in read_parts(source, parts[::every]):
         assert len(table) == part.rows and table.schema.equals(source.schema)
@@ -83,7 +84,12 @@ def test_hive_folders_hidden_files_and_globs(tmp_path: Path) -> None:
         pq.write_table(pa.table({"a": [name]}), tmp_path / name)
     (tmp_path / "readme.txt").write_text("no data")
     source = source_of(tmp_path)
-    assert [unit.folder for unit in source.units] == ["", "year=2024/lang=%C3%A9", "year=2024/lang=de", "year=2025"]
+    assert [group.folder for group in source.row_groups] == [
+        "",
+        "year=2024/lang=%C3%A9",
+        "year=2024/lang=de",
+        "year=2025",
+    ]
     assert partition_values("year=2024/lang=%C3%A9") == {"year": "2024", "lang": "é"}
     assert partition_values("a=__HIVE_DEFAULT_PARTITION__") == {"a": None}
 
@@ -110,7 +116,7 @@ def test_uris_go_through_file_systems(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1, 2]}), sink)
     fsspec.filesystem("memory").pipe("/bucket/k=v/x.parquet", sink.getvalue())
     source = source_of("memory://bucket")
-    assert rows_in_parts(source, 1) == [{"a": 1}, {"a": 2}] and source.units[0].folder == "k=v"
+    assert rows_in_parts(source, 1) == [{"a": 1}, {"a": 2}] and source.row_groups[0].folder == "k=v"
     (tmp_path / "x.parquet").write_bytes(sink.getvalue())
     assert rows_in_parts(source_of(f"file://{tmp_path}/*.parquet"), 5) == [{"a": 1}, {"a": 2}]
     with pytest.raises(ConfigurationError, match="no file system"):
@@ -156,14 +162,14 @@ def test_a_damaged_row_group_and_a_file_that_is_gone_are_named(tmp_path: Path) -
     place = data.index(b"row 150")
     data[place : place + 7] = b"ROW 150"
     path.write_bytes(data)
-    stream = read_parts(source, plan_parts(source.units, 100))
+    stream = read_parts(source, plan_parts(source.row_groups, 100))
     assert next(stream)[1]["a"][0].as_py() == "row 0"
     with pytest.raises(SourceError, match=r"x\.parquet: row group 1 cannot be read"):
         next(stream)
     source = source_of(path)
     path.unlink()
     with pytest.raises(SourceError, match="row group 0 cannot be read"):
-        next(read_parts(source, plan_parts(source.units, 100)))
+        next(read_parts(source, plan_parts(source.row_groups, 100)))
 
 
 def test_csv_cells_are_text_unless_the_user_types_them(tmp_path: Path) -> None:
@@ -180,12 +186,12 @@ def test_csv_cells_are_text_unless_the_user_types_them(tmp_path: Path) -> None:
         {"n": 2, "f": Decimal("1.10"), "b": False, "t": "", "zip": "x1", "empty": None},
     ]
     (tmp_path / "y.tsv").write_text("a\tb\n")
-    assert source_of(tmp_path / "y.tsv").units[0].rows == 0
+    assert source_of(tmp_path / "y.tsv").row_groups[0].rows == 0
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexbatch.apps.jobs.text_sources.chunks_of", lambda stream, path: chunks_of(stream, path, 100))
+    monkeypatch.setattr("flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path: chunks_of(stream, path, 100))
     rows = [
         {"n": i, "when": "2024-01-01T00:00:00", "m": [{"role": "user", "content": "ü" * (i % 5)}]} for i in range(40)
     ]
@@ -193,7 +199,7 @@ def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.
     path = tmp_path / ("x.jsonl.gz" if packed else "x.jsonl")
     path.write_bytes(gzip.compress(text) if packed else text)
     source = source_of(path)
-    assert len(source.units) > 10
+    assert len(source.row_groups) > 10
     assert rows_in_parts(source, 7) == rows
     assert rows_in_parts(source, 7, every=3) == [row for i, row in enumerate(rows) if i // 7 % 3 == 0]
 
@@ -204,7 +210,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     source = source_of(path)
     path.write_text('{"a": 100000000}\n')
     with pytest.raises(SourceError, match=r"1 rows from line 1 on, 2 at the start"):
-        list(read_parts(source, plan_parts(source.units, 5)))
+        list(read_parts(source, plan_parts(source.row_groups, 5)))
 
 
 def test_a_saved_data_set_and_its_splits(tmp_path: Path) -> None:
@@ -212,10 +218,10 @@ def test_a_saved_data_set_and_its_splits(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"prompt": [f"p{i}" for i in range(2300)]})
     data.save_to_disk(str(tmp_path / "one"))
     source = source_of(tmp_path / "one")
-    assert [unit.rows for unit in source.units] == [1000, 1000, 300]
+    assert [group.rows for group in source.row_groups] == [1000, 1000, 300]
     assert [row["prompt"] for row in rows_in_parts(source, 170)] == [f"p{i}" for i in range(2300)]
     datasets.DatasetDict({"train": data, "test": data.select(range(5))}).save_to_disk(str(tmp_path / "two"))
-    assert sum(unit.rows for unit in source_of(tmp_path / "two", split="test").units) == 5
+    assert sum(group.rows for group in source_of(tmp_path / "two", split="test").row_groups) == 5
     with pytest.raises(ConfigurationError, match="splits train, test: choose one"):
         source_of(tmp_path / "two")
     with pytest.raises(ConfigurationError, match="no split 'x'"):

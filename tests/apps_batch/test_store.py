@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from flexbatch.apps.jobs.manifest import differences
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.apps.jobs.store import OutputStore, differences
+from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.validation.errors import ConfigurationError
 
 JOB = {"model": {"weights": "a"}, "seed": 0}
@@ -84,8 +85,9 @@ def test_overwrite_removes_the_job_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"prompt_column": "a", "prompt_template": "b"}, {"shard": "2/2"}, {"shard": "x"}, {"max_errors": "-1"}, {"max_errors": "200%"}, {"part_rows": 0},
-        {"temperature": -1.0}, {"overwrite": True, "shard": "0/2"}, {"overwrite": True, "retry_failed": True}, {"ray": True, "shard": "0/2"},
+        {"prompt_column": "a", "prompt_template": "b"}, {"shard": "2/2"}, {"shard": "x"}, {"max_errors": "-1"},
+        {"max_errors": "200%"}, {"part_rows": 0}, {"temperature": -1.0}, {"overwrite": True, "shard": "0/2"},
+        {"overwrite": True, "retry_failed": True}, {"ray": True, "shard": "0/2"},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings: dict) -> None:

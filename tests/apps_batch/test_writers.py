@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from flexbatch.apps.jobs.grants import TakenOver, gate, grants
+from flexbatch.apps.jobs.grants import TakenOver, grants, writers_lock
 from flexbatch.apps.jobs.layout import Part
-from flexbatch.apps.jobs.plan import Job, plan_job
+from flexbatch.apps.jobs.plan import BatchJob, plan_job
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import read_parts
 from flexbatch.apps.jobs.store import OutputStore
@@ -24,6 +24,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import journal_bytes, parts_of, read_output, run_here, start, wait_for, write_input
+from tests.apps_batch.invariants import check_store
 
 JOB = {"model": {"weights": "a"}, "seed": 0}
 SHARDS = [(0, 1), (0, 2), (1, 2), (0, 3), (2, 3), (1, 4)]
@@ -89,7 +90,7 @@ def test_four_hundred_starts_with_different_counts_of_shards(tmp_path: Path) -> 
     race(tmp_path, 400)
 
 
-def planned(tmp_path: Path, rows: int = 40, **settings: object) -> Job:
+def planned(tmp_path: Path, rows: int = 40, **settings: object) -> BatchJob:
     source = tmp_path / "in.parquet"
     if not source.exists():
         write_input(source, [f"p{i}" for i in range(rows)])
@@ -97,11 +98,11 @@ def planned(tmp_path: Path, rows: int = 40, **settings: object) -> Job:
     return plan_job(str(source), str(tmp_path / "out"), config, EngineConfig(), lambda engine: {"weights": "fake"})
 
 
-def table_of(job: Job, part: Part):  # type: ignore[no-untyped-def]
+def table_of(job: BatchJob, part: Part):  # type: ignore[no-untyped-def]
     return next(table for found, table in read_parts(job.source, job.parts) if found == part)
 
 
-def worker(job: Job, driver: OutputStore, name: str) -> OutputStore:
+def worker(job: BatchJob, driver: OutputStore, name: str) -> OutputStore:
     assert driver.grant is not None
     return OutputStore(job.folder, job.fingerprint, worker=f"worker-{name}", grant=driver.grant.path)
 
@@ -135,13 +136,13 @@ def test_the_first_commit_of_a_part_counts(tmp_path: Path, links: bool, monkeypa
     late, early = (stores[place].commit(part, table, records("ab"[place]), job.output) for place in (1, 0))
     assert texts(tmp_path / "out" / "part-00001.parquet") == {"b"} and late == early
     for store in stores:
-        store.check([part], job.output)
+        check_store(store, [part], job.output)
         store.close()
     driver.close()
     again = OutputStore(job.folder, job.fingerprint)
     left, _ = again.recover(job.parts, job.output)
     assert [found.number for found in left] == [0, 2, 3]
-    again.check([part], job.output)
+    check_store(again, [part], job.output)
     again.close()
 
 
@@ -193,7 +194,7 @@ def test_who_was_replaced_commits_nothing_more(
     lost.close()
     successor.recover(other.parts, other.output)
     successor.commit(part, table_of(other, part), records("good"), other.output)
-    successor.check(other.parts, other.output)
+    check_store(successor, other.parts, other.output)
     successor.close()
     if by == "worker":
         with pytest.raises(TakenOver):
@@ -219,8 +220,12 @@ def test_terms_grow_and_one_grant_is_left_per_shard(tmp_path: Path) -> None:
     assert [found[:3] for found in grants(store.state)] == [(6, 2, 3)]
 
 
-def test_a_gate_that_stays_closed_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with gate(tmp_path), pytest.raises(OSError, match=r"held the lock for 0\.05 s"), gate(tmp_path, 0.05):
+def test_a_lock_that_stays_taken_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with (
+        writers_lock(tmp_path),
+        pytest.raises(OSError, match=r"held the lock for 0\.05 s"),
+        writers_lock(tmp_path, 0.05),
+    ):
         pass
 
 

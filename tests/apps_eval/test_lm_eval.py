@@ -22,7 +22,8 @@ from lm_eval_tasks import write_tasks  # noqa: E402
 from oracle import OracleLLM, make_model, make_pieces  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
-from flexbatch.apps.lm_eval_model import FlexBatchLM, engine_arguments  # noqa: E402
+from flexbatch.apps.lm_eval_model import FlexBatchLM  # noqa: E402
+from flexbatch.apps.lm_eval_settings import engine_arguments  # noqa: E402
 from flexbatch.models.generation_config import GenerationDefaults  # noqa: E402
 from flexbatch.models.resolve import DEMO  # noqa: E402
 from flexbatch.validation.errors import ConfigurationError  # noqa: E402

@@ -44,7 +44,7 @@ def answer(client, request):
 def test_a_completion_has_all_its_fields(client):
     result = answer(client, REQUEST)
     (completion,) = result.completions
-    oracle = client.llm.generate([PROMPT], client._work(REQUEST, 0).params)[0]
+    oracle = client.llm.generate([PROMPT], client._pending(REQUEST, 0).params)[0]
     assert completion.text == client.llm.tokenizer.decode(oracle.token_ids)
     assert [token.logprob for token in completion.tokens] == [
         row[token].logprob for row, token in zip(oracle.logprobs, oracle.token_ids, strict=True)
@@ -95,18 +95,19 @@ def test_an_echoed_prompt_has_exactly_the_tokenizers_tokens(which, request):
     ids = tokenizer(PROMPT)["input_ids"]
     assert [token.text for token in completion.tokens] == [tokenizer.decode([i]) for i in ids]
     assert completion.text == tokenizer.decode(ids)
-    oracle = client.llm.generate([ids], client._work(replace(REQUEST, echo_prompt=True, max_tokens=0), 0).params)[0]
+    oracle = client.llm.generate([ids], client._pending(replace(REQUEST, echo_prompt=True, max_tokens=0), 0).params)[0]
     expected = [0.0] + [row[i].logprob for i, row in zip(ids[1:], oracle.prompt_logprobs[1:], strict=True)]
     assert [token.logprob for token in completion.tokens] == expected
 
 
 def test_the_chat_template_is_applied_once(tiny_chat):
     client = make(tiny_chat)
-    work = client._work(REQUEST, 0)
+    work = client._pending(REQUEST, 0)
     assert client.llm.tokenizer.decode(work.prompt_token_ids) == f"<|user|>{PROMPT}\n<|assistant|>"
     chat = replace(REQUEST, prompt="", messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
     assert (
-        client.llm.tokenizer.decode(client._work(chat, 0).prompt_token_ids) == "<|system|>s\n<|user|>u\n<|assistant|>"
+        client.llm.tokenizer.decode(client._pending(chat, 0).prompt_token_ids)
+        == "<|system|>s\n<|user|>u\n<|assistant|>"
     )
 
 

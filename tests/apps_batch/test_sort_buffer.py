@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexbatch.apps.jobs.channel import Cancelled, Channel
-from flexbatch.apps.jobs.window import order_rows
+from flexbatch.apps.jobs.sort_buffer import order_rows
 
 prompts = st.lists(st.lists(st.integers(0, 2), max_size=8), max_size=30)
 

@@ -1,19 +1,19 @@
-"""The order in which the rows of a window go to the engine. Pure."""
+"""The order in which the rows of the sort buffer go to the engine. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 SHARED_TOKENS = 32
-"""Prompts that begin with this many equal tokens stay together."""
+"""Number of equal first tokens from which on prompts stay together."""
 
 
 def order_rows(
     prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], shared_tokens: int = SHARED_TOKENS
 ) -> list[int]:
-    """Indices of the rows in the order to issue them.
+    """Returns the indices of the rows in the order to issue them.
 
-    Prompts with a long common beginning are neighbours, so that what an engine keeps of one serves the next. Among
+    Prompts with a long common beginning are neighbors, so that what an engine keeps of one serves the next. Among
     these groups the longest sequence (prompt and output tokens) goes first: what is left for the end of a job is
     short, so that its last passes are few (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969, longest
     processing time first).

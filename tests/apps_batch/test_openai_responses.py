@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch.apps.jobs.openai import CHAT, COMPLETIONS, Call, OpenAIOutput
-from flexbatch.apps.jobs.rows import Row
-from flexbatch.apps.jobs.token_texts import TokenTexts, places_in
+from flexbatch.apps.jobs.openai_requests import CHAT, COMPLETIONS, Call
+from flexbatch.apps.jobs.openai_responses import OpenAIOutput, TokenTexts, offsets_in
+from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.request import Completion, SamplingParams, TokenLogprob
 from flexbatch.text.decoder import TextDecoder
 from flexbatch.text.detokenize import OutputText
@@ -52,9 +52,9 @@ def completion(
 
 
 def choice(kind: str, done: Completion, url: str, count: int) -> dict:
-    output = OpenAIOutput(SamplingParams(), 0, "job", 1)
-    output.texts = tools(kind)[1]
-    record = output.record(Row(0, 0, 0, extra=Call("a", url, "m", count)), done)
+    output = OpenAIOutput("job")
+    output.start(1, tools(kind)[0])
+    record = output.record(RowRequest(0, 0, 0, extra=Call("a", url, "m", count)), done)
     return json.loads(json.dumps(record, allow_nan=False))["response"]["body"]["choices"][0]
 
 
@@ -143,10 +143,10 @@ def test_special_tokens_are_named_and_have_no_bytes() -> None:
 
 
 def test_places_of_bytes_that_are_no_text() -> None:
-    assert places_in("", [b"a", b"\xff"]) == [(0, b""), (0, b"")]
-    assert places_in("\ufffdb", [b"\xff", b"b", b"c"]) == [(0, b"\xff"), (1, b"b"), (2, b"")]
-    assert places_in("a\ufffd", [b"a", b"\xe6"]) == [(0, b"a"), (1, b"\xe6")]
-    assert places_in("ab", [b"a", b"bcd"]) == [(0, b"a"), (1, b"b")]
+    assert offsets_in("", [b"a", b"\xff"]) == [(0, b""), (0, b"")]
+    assert offsets_in("\ufffdb", [b"\xff", b"b", b"c"]) == [(0, b"\xff"), (1, b"b"), (2, b"")]
+    assert offsets_in("a\ufffd", [b"a", b"\xe6"]) == [(0, b"a"), (1, b"\xe6")]
+    assert offsets_in("ab", [b"a", b"bcd"]) == [(0, b"a"), (1, b"b")]
 
 
 def test_a_token_that_cannot_come_has_a_number_for_its_log_probability() -> None:

@@ -1,10 +1,9 @@
-"""Which share of a job and of the host a process has: ranks started by ``torch.distributed.run`` find theirs in the
-environment."""
+"""Which shard of a job and which part of the host a process has: ranks started by ``torch.distributed.run`` find theirs
+in the environment."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from flexbatch.validation.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
-class Share:
+class ShardAssignment:
     """Shard ``shard`` of ``shards``, run by process ``local_rank`` of ``local_size`` on this host."""
 
     shard: int = 0
@@ -24,12 +23,12 @@ class Share:
     local_size: int = 1
 
 
-def find_share(flag: tuple[int, int] | None, environ: Mapping[str, str]) -> Share:
-    """The share that ``--shard`` or torchrun gives. With both, the ranks divide the shard among them. Raises
+def find_assignment(flag: tuple[int, int] | None, environ: Mapping[str, str]) -> ShardAssignment:
+    """Returns the shard that ``--shard`` or torchrun gives. With both, the ranks divide the shard among them. Raises
     ConfigurationError."""
     shard, shards = flag or (0, 1)
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
-        return Share(shard, shards)
+        return ShardAssignment(shard, shards)
     try:
         rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
         local_rank, local_size = int(environ.get("LOCAL_RANK", rank)), int(environ.get("LOCAL_WORLD_SIZE", size))
@@ -39,41 +38,35 @@ def find_share(flag: tuple[int, int] | None, environ: Mapping[str, str]) -> Shar
         ) from None
     if not 0 <= rank < size:
         raise ConfigurationError(f"RANK={rank} must be from 0 to WORLD_SIZE-1={size - 1}")
-    return Share(shard * size + rank, shards * size, local_rank, local_size)
+    return ShardAssignment(shard * size + rank, shards * size, local_rank, local_size)
 
 
-def available_memory() -> int:
-    """Bytes of host memory that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def divide_host(config: EngineConfig, share: Share, gpus: int, offload_dir: Path) -> EngineConfig:
-    """The engine settings of one of several processes on a host: equal parts of its memory, one of ``gpus`` devices, an
-    offload folder of its own.
+def divide_host(
+    config: EngineConfig, assignment: ShardAssignment, gpus: int, offload_dir: Path, host_memory: int
+) -> EngineConfig:
+    """Returns the engine settings of one of several processes on a host: equal parts of its memory, of which
+    ``host_memory`` bytes are free, one of ``gpus`` devices, an offload folder of its own.
 
     Processes share a device where there are fewer devices than processes; then each gets an equal part of the GPU
     budget that was given. Without a GPU the gpu tier is host memory too. ``offload_dir`` is the folder where none is
     set; disk files of two engines in one folder would overwrite each other.
     """
-    if share.local_size == 1:
+    if assignment.local_size == 1:
         return config
     tiers = 1 if gpus else 2
 
     def part(given: int | str | None, processes: int) -> int:
-        return (int(available_memory() * 0.9) // tiers if given is None else parse_bytes(given)) // processes
+        return (int(host_memory * 0.9) // tiers if given is None else parse_bytes(given)) // processes
 
     folder = Path(config.offload_dir).expanduser() if config.offload_dir else offload_dir
     changes: dict[str, Any] = {
-        "cpu_memory": part(config.cpu_memory, share.local_size),
-        "offload_dir": str(folder / f"rank-{share.local_rank}"),
+        "cpu_memory": part(config.cpu_memory, assignment.local_size),
+        "offload_dir": str(folder / f"rank-{assignment.local_rank}"),
     }
     if gpus and config.device in ("auto", "cuda"):
-        changes["device"] = f"cuda:{share.local_rank % gpus}"
+        changes["device"] = f"cuda:{assignment.local_rank % gpus}"
     if not gpus:
-        changes["gpu_memory"] = part(config.gpu_memory, share.local_size)
+        changes["gpu_memory"] = part(config.gpu_memory, assignment.local_size)
     elif config.gpu_memory is not None:
-        changes["gpu_memory"] = part(config.gpu_memory, -(-share.local_size // gpus))
+        changes["gpu_memory"] = part(config.gpu_memory, -(-assignment.local_size // gpus))
     return dataclasses.replace(config, **changes)

@@ -1,0 +1,242 @@
+"""The requests of OpenAI batch files: one JSON line each, with ``custom_id``, ``method``, ``url`` and ``body``.
+
+Known are ``/v1/completions`` and ``/v1/chat/completions``; ``top_k``, ``min_p``, ``repetition_penalty`` and
+``ignore_eos`` are accepted too, as in vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from flexbatch.apps.jobs.columns import ROW_ERROR
+from flexbatch.apps.jobs.layout import Part
+from flexbatch.apps.jobs.openai_source import LINE
+from flexbatch.apps.jobs.prompts import RowError, messages_prompt, row_error, unicode_text
+from flexbatch.apps.jobs.rows import RowRequest, row_seed
+from flexbatch.request import SamplingParams
+from flexbatch.text.files import parse_json, short
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
+WHOLE = ("n", "seed", "top_k", "max_tokens")
+COPIED = (*NUMBERS, *WHOLE, "ignore_eos", "stop")
+OTHER = (
+    "model",
+    "prompt",
+    "messages",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+)
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "stream_options": ({},),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+}
+"""Fields that are accepted only with a value that asks for what happens anyway."""
+MAX_DOUBLE = sys.float_info.max
+TOKEN_ID = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
+"""A token id has one spelling: of two spellings of one token, one bias would be dropped."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The part of a request that its response needs. ``error_code`` is the word for why the request fails, if it
+    does."""
+
+    custom_id: str | None = None
+    url: str = ""
+    model: str = ""
+    logprobs: int | None = None
+    error_code: str = "invalid_request"
+
+
+class RequestError(RowError):
+    """A request that cannot be served. ``call`` holds what was read of it, and ``code`` for its response."""
+
+    def __init__(self, code: str, message: str, call: Call | None = None) -> None:
+        super().__init__(message)
+        self.code, self.call = code, dataclasses.replace(call or Call(), error_code=code)
+
+
+def parse_request(
+    line: bytes | str, defaults: SamplingParams, chat_limit: int | None = None
+) -> tuple[Call, Any, SamplingParams]:
+    """Returns the call, the prompt and the sampling parameters of one line. ``chat_limit`` is the ``max_tokens`` of
+    chat requests that set none; None means the rest of the context.
+
+    Raises RequestError, with the call as far as it was read in ``call``, whatever the line holds.
+    """
+    call: Call | None = None
+    try:
+        value = parse_json(line)
+        if not isinstance(value, dict):
+            raise RequestError("invalid_json_line", f"not a JSON object but a {type(value).__name__}")
+        custom_id, url = value.get("custom_id"), value.get("url")
+        call = Call(custom_id if isinstance(custom_id, str) else None, url if isinstance(url, str) else "")
+        body = _checked_body(value, call)
+        if call.url == CHAT:
+            defaults = dataclasses.replace(defaults, max_tokens=chat_limit)
+        params = _params(body, call.url, defaults)
+        prompt = messages_prompt(body.get("messages"), "messages") if call.url == CHAT else _prompt(body.get("prompt"))
+        model = body.get("model")
+        if model is not None and not isinstance(model, str):
+            raise RequestError("invalid_type", f"model is {short(model)}, not text")
+        call = dataclasses.replace(call, model=unicode_text(model or "", "model"), logprobs=params.logprobs)
+        return call, prompt, params
+    except Exception as error:
+        known = "invalid_json_line" if call is None else "invalid_value"
+        code = error.code if isinstance(error, RequestError) else known
+        raise RequestError(code, str(row_error(error)), call) from None
+
+
+def _checked_body(value: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
+    """Returns the body of a request that is otherwise in order. Raises RequestError."""
+    if call.custom_id is None:
+        raise RequestError("missing_required_parameter", "custom_id is missing or not a string")
+    unicode_text(call.custom_id, "custom_id")
+    if value.get("method") not in (None, "POST"):
+        raise RequestError("invalid_method", f"method is {short(value['method'])}, only POST is known")
+    if call.url not in (COMPLETIONS, CHAT):
+        raise RequestError("invalid_url", f"url is {short(value.get('url'))}, wanted {COMPLETIONS} or {CHAT}")
+    body = value.get("body")
+    if not isinstance(body, dict):
+        raise RequestError("missing_required_parameter", "body is missing or not an object")
+    return body
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str):
+        return unicode_text(value, "prompt")
+    if isinstance(value, list) and value and all(type(token) is int for token in value):
+        return value
+    raise RowError("prompt must be a text or a list of token ids; send several prompts as several lines")
+
+
+def _params(body: Mapping[str, Any], url: str, defaults: SamplingParams) -> SamplingParams:
+    """Returns the sampling parameters of a body, in which a null counts as absent. Raises RequestError that names
+    the field, ValueError for values out of range."""
+    for name, value in body.items():
+        if name not in COPIED and name not in OTHER and value is not None and value not in NEUTRAL.get(name, ()):
+            raise RequestError("unsupported_parameter", f"{short(name)} is not supported")
+    changes: dict[str, Any] = {name: _number(body, name, float) for name in NUMBERS if body.get(name) is not None}
+    changes |= {name: _number(body, name, int) for name in WHOLE if body.get(name) is not None}
+    if body.get("max_completion_tokens") is not None:
+        changes["max_tokens"] = _number(body, "max_completion_tokens", int)
+    if body.get("ignore_eos") is not None:
+        changes["ignore_eos"] = _flag(body, "ignore_eos")
+    if body.get("stop") is not None:
+        changes["stop"] = _stop(body["stop"])
+    if body.get("logit_bias") is not None:
+        changes["logit_bias"] = _logit_bias(body["logit_bias"]) or None
+    logprobs = _logprobs(body, url)
+    if logprobs is not None:
+        changes["logprobs"] = logprobs
+    return dataclasses.replace(defaults, **changes)
+
+
+def _wrong_type(name: str, value: Any, wanted: str) -> RequestError:
+    return RequestError("invalid_type", f"{name} is {short(value)}, wanted {wanted}")
+
+
+def _number(body: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = body[name]
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        raise _wrong_type(name, value, "a whole number" if kind is int else "a number")
+    if not (-(2**63) <= value < 2**63 if kind is int else -MAX_DOUBLE <= value <= MAX_DOUBLE):
+        raise RequestError("invalid_value", f"{name} is {short(value)}, which is out of range")
+    return kind(value)
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(body[name], bool):
+        raise _wrong_type(name, body[name], "true or false")
+    return body[name]
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise _wrong_type("stop", value, "a text or a list of texts")
+    return tuple(unicode_text(texts, "stop"))
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise _wrong_type("logit_bias", value, "an object from token ids to numbers")
+    for token in value:
+        if not TOKEN_ID.fullmatch(token):
+            raise RequestError("invalid_value", f"logit_bias names {short(token)}, which is no token id")
+    return {int(token): _number({"logit_bias": bias}, "logit_bias", float) for token, bias in value.items()}
+
+
+def _logprobs(body: Mapping[str, Any], url: str) -> int | None:
+    """Returns the number of log-probabilities: chat asks with true or false and ``top_logprobs``, completions with a
+    number."""
+    wanted = body.get("logprobs")
+    if url != CHAT:
+        return None if wanted is None or wanted is False else _number(body, "logprobs", int)
+    top = _number(body, "top_logprobs", int) if body.get("top_logprobs") is not None else 0
+    if wanted is None or not _flag(body, "logprobs"):
+        if top:
+            raise RequestError("invalid_value", f"top_logprobs is {top}, but logprobs is not true")
+        return None
+    return top
+
+
+class OpenAIReader:
+    """Makes requests of the lines of a batch file. ``chat_limit`` is as in `parse_request`; ``repeated`` maps a row
+    whose ``custom_id`` an earlier row has to that row."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        chat_limit: int | None = None,
+        repeated: Mapping[int, int] | None = None,
+    ) -> None:
+        self._params, self._seed = params, seed
+        self._chat_limit, self._repeated = chat_limit, dict(repeated or {})
+
+    def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[RowRequest]:
+        problems = table[ROW_ERROR].to_pylist() if ROW_ERROR in table.schema.names else [None] * len(table)
+        for offset, (line, problem) in enumerate(zip(table[LINE].to_pylist(), problems, strict=True)):
+            if not skip(offset):
+                index = part.first_row + offset
+                try:
+                    if problem is not None:
+                        raise RequestError("invalid_json_line", problem)
+                    call, prompt, params = self._request(line, index)
+                    yield RowRequest(part.number, offset, index, prompt, params, extra=call)
+                except RequestError as error:
+                    yield RowRequest(part.number, offset, index, error=str(error), extra=error.call)
+
+    def _request(self, line: bytes, index: int) -> tuple[Call, Any, SamplingParams]:
+        call, prompt, params = parse_request(line, self._params, self._chat_limit)
+        if index in self._repeated:
+            told = f"custom_id {short(call.custom_id)} is that of row {self._repeated[index]} already"
+            raise RequestError("duplicate_custom_id", told, call)
+        if params.seed is None and params.temperature > 0:
+            params = dataclasses.replace(params, seed=row_seed(self._seed, index))
+        return call, prompt, params

@@ -1,0 +1,248 @@
+"""The responses to OpenAI batch files: one JSON line each, with ``id``, ``custom_id``, ``response`` and ``error``.
+
+Log-probabilities show for each token its bytes, which join to the text, its name, and its offset in the text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from flexbatch.apps.jobs.openai_requests import CHAT, Call
+from flexbatch.apps.jobs.results import RowRecord, failure_text
+from flexbatch.apps.jobs.rows import RowRequest
+from flexbatch.request import Completion, TokenLogprob
+from flexbatch.text.decoder import TextDecoder
+from flexbatch.text.files import split_lines
+
+CONTEXT = 256
+"""Number of tokens before a token that can decide how it is written, special ones among them."""
+
+
+def byte_of_letter() -> dict[str, int]:
+    """Returns the letters by which byte-level BPE spells bytes (Radford et al. 2019): printable ones stand for
+    themselves, the others for letters above 255."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """A token with its log-probability, its name, and its bytes in the text."""
+
+    name: str
+    text_bytes: bytes
+    entry: TokenLogprob
+
+    @property
+    def logprob(self) -> float:
+        """The log-probability as JSON can hold it, which has no infinity: -9999 for a token that cannot come, as
+        with OpenAI and vLLM."""
+        return max(self.entry.logprob, -9999.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"token": self.name, "logprob": self.logprob, "bytes": list(self.text_bytes)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of an output: the character of the text where it begins, the token itself, and all tokens whose
+    log-probability is known there, itself first."""
+
+    offset: int
+    chosen: ShownToken
+    known: Sequence[ShownToken]
+
+
+def chat_logprobs(step: Step, count: int) -> dict[str, Any]:
+    """Returns the token and the ``count`` most likely ones, whether it is among them or not."""
+    best = sorted(step.known, key=lambda shown: (-shown.entry.logprob, shown.entry.rank))[:count]
+    return {**step.chosen.as_dict(), "top_logprobs": [shown.as_dict() for shown in best]}
+
+
+def legacy_logprobs(steps: Sequence[Step]) -> dict[str, Any]:
+    return {
+        "tokens": [step.chosen.name for step in steps],
+        "token_logprobs": [step.chosen.logprob for step in steps],
+        "top_logprobs": [{shown.name: shown.logprob for shown in step.known} for step in steps],
+        "text_offset": [step.offset for step in steps],
+    }
+
+
+class TokenTexts:
+    """Bytes and names of tokens, as their tokenizer gives them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = TextDecoder(tokenizer)
+        self._byte_level = "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+        self._letters = byte_of_letter()
+
+    def alternatives(self, before: Sequence[int], token_ids: Sequence[int]) -> list[bytes]:
+        """Returns the bytes that each of the tokens would add to a text of the tokens ``before``; none for special
+        tokens. They may be a part of a character."""
+        spelled = {token_id: self._spelled(token_id) for token_id in token_ids}
+        spaces = [token_id for token_id in spelled if self._decoder.byte_pieces.get(token_id) == ord(" ")]
+        if spaces and not self._decoder.decode(before[-CONTEXT:]):
+            # Decoders with byte fallback strip the space that a text begins with.
+            spelled |= dict.fromkeys(spaces)
+        open_ids = [token_id for token_id, found in spelled.items() if found is None]
+        texts = self._decoder.alternatives(before[-CONTEXT:], open_ids) if open_ids else []
+        spelled.update((token_id, text.encode()) for token_id, text in zip(open_ids, texts, strict=True))
+        return [spelled[token_id] or b"" for token_id in token_ids]
+
+    def steps(self, sample: Completion) -> list[Step]:
+        """Returns the tokens of an output that has log-probabilities, each with its alternatives, as they are shown."""
+        known = [*sample.prompt_token_ids, *sample.token_ids]
+        start, shown, pieces = len(sample.prompt_token_ids), [], []
+        for index, entries in enumerate(sample.logprobs or [], start):
+            token_ids = list(entries)  # the chosen one first
+            found = self.alternatives(known[max(0, index - CONTEXT) : index], token_ids)
+            names = self.names(token_ids, found)
+            shown.append([ShownToken(*each) for each in zip(names, found, entries.values(), strict=True)])
+            pieces.append(found[0])
+        return [
+            Step(offset, dataclasses.replace(tokens[0], text_bytes=kept), tokens)
+            for (offset, kept), tokens in zip(offsets_in(sample.text, pieces), shown, strict=True)
+        ]
+
+    def _spelled(self, token_id: int) -> bytes | None:
+        """Returns the bytes of a token that is the same in every context; None for others."""
+        if self._decoder.hides(token_id):
+            return b""
+        if token_id in self._decoder.byte_pieces:
+            return bytes([self._decoder.byte_pieces[token_id]])
+        if not self._byte_level:
+            return None
+        letters = self._tokenizer.convert_ids_to_tokens(token_id)
+        if any(letter not in self._letters for letter in letters) or self._decoder.is_added(token_id):
+            return letters.encode()
+        return bytes(self._letters[letter] for letter in letters)
+
+    def names(self, token_ids: Sequence[int], pieces: Sequence[bytes]) -> list[str]:
+        """Returns names for tokens with these bytes: their text, ``bytes:\\xe6`` for a part of a character, the
+        token's own name where it has no text. No two are equal: ``token_id:7`` where a name is taken."""
+        names: list[str] = []
+        for token_id, piece in zip(token_ids, pieces, strict=True):
+            name = self._name(token_id, piece)
+            names.append(f"token_id:{token_id}" if name in names else name)
+        return names
+
+    def _name(self, token_id: int, piece: bytes) -> str:
+        if not piece and self._decoder.is_special(token_id):
+            return str(self._tokenizer.convert_ids_to_tokens(token_id))
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def offsets_in(text: str, pieces: Sequence[bytes]) -> list[tuple[int, bytes]]:
+    """Returns, for the bytes of every token, the character of the text where they begin, at most its end, and those of
+    them that are in the text.
+
+    A stop string cuts the text, so that tokens before the end of the output may lie past the end of the text, whole
+    or in part.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    offsets: list[tuple[int, bytes]] = []
+    decoded = 0
+    for piece in pieces:
+        kept, offset = 0, decoded
+        while kept < len(piece) and decoded < len(text):
+            decoded += len(decoder.decode(piece[kept : kept + 1]))
+            kept += 1
+        offsets.append((min(offset, len(text)), piece[:kept]))
+    return offsets
+
+
+class OpenAIOutput:
+    """JSON-lines parts of a batch file. ``identity``, a digest of the job, makes the ids of its responses."""
+
+    suffix = ".jsonl"
+
+    def __init__(self, identity: str) -> None:
+        self._identity = identity
+        self._created = 0
+        self._texts: Any = None  # TokenTexts from `start` on
+
+    def start(self, created: int, tokenizer: Any) -> None:
+        self._created, self._texts = created, TokenTexts(tokenizer)
+
+    def record(self, row: RowRequest, completion: Completion) -> RowRecord:
+        if completion.finish_reason == "error":
+            return self.failure(row, completion.bare_error)
+        call: Call = row.extra
+        samples = completion.samples or [completion]
+        used, made = len(completion.prompt_token_ids), sum(len(sample.token_ids) for sample in samples)
+        chat = call.url == CHAT
+        body = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._identity}-{row.index}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": self._created,
+            "model": call.model,
+            "choices": [self._choice(index, sample, call) for index, sample in enumerate(samples)],
+            "usage": {"prompt_tokens": used, "completion_tokens": made, "total_tokens": used + made},
+        }
+        response = {"status_code": 200, "request_id": f"req-{self._identity}-{row.index}", "body": body}
+        return {
+            "id": f"batch_req_{self._identity}-{row.index}",
+            "custom_id": call.custom_id,
+            "response": response,
+            "error": None,
+        }
+
+    def _choice(self, index: int, sample: Completion, call: Call) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "finish_reason": sample.finish_reason}
+        steps = None if sample.logprobs is None else self._texts.steps(sample)
+        if call.url != CHAT:
+            return {**choice, "text": sample.text, "logprobs": None if steps is None else legacy_logprobs(steps)}
+        content = None if steps is None else {"content": [chat_logprobs(step, call.logprobs or 0) for step in steps]}
+        return {**choice, "message": {"role": "assistant", "content": sample.text}, "logprobs": content}
+
+    def failure(self, row: RowRequest, message: str) -> RowRecord:
+        call: Call = row.extra
+        return {
+            "id": f"batch_req_{self._identity}-{row.index}",
+            "custom_id": call.custom_id,
+            "response": None,
+            "error": {"code": call.error_code, "message": failure_text(message)},
+        }
+
+    def error_of(self, record: RowRecord) -> str:
+        return record["error"]["message"] if record["error"] else ""
+
+    def tokens_of(self, record: RowRecord) -> tuple[int, int]:
+        usage = (
+            record["response"]["body"]["usage"] if record["response"] else {"prompt_tokens": 0, "completion_tokens": 0}
+        )
+        return usage["prompt_tokens"], usage["completion_tokens"]
+
+    def write(self, path: Path, table: pa.Table, records: Sequence[RowRecord]) -> None:
+        with path.open("wb") as file:
+            for record in records:
+                try:
+                    line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+                except UnicodeEncodeError:  # half of a surrogate pair, which no text can hold as it is, is escaped
+                    line = json.dumps(record, separators=(",", ":")).encode()
+                file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, path: Path, rows: int) -> list[RowRecord]:
+        try:
+            records = [json.loads(line) for line in split_lines(path.read_bytes().decode())]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        if len(records) != rows:
+            raise ValueError(f"{path} holds {len(records)} lines, this job's part has {rows}")
+        return records
