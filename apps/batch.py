@@ -58,8 +58,8 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
     Digests of files are recorded in the offload folder, so that a resumed job need not read the checkpoint once more.
     Raises ConfigurationError.
     """
-    from flexbatch.models import checkpoint, shapes
     from flexbatch.models.fingerprint import RECORDS, model_files_digest
+    from flexbatch.models.opened import open_model
     from flexbatch.models.resolve import resolve
     from flexbatch.planner.budgets import offload_dir, resolve_device, resolve_dtype
 
@@ -72,7 +72,7 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
 
     try:
         found = identity(config.model)
-        arch = shapes.shape(config.model) if config.dummy_weights else checkpoint.read_arch(resolve(config.model))
+        arch = open_model(config.model, config.dummy_weights).arch
         dtype = resolve_dtype(config.dtype, arch, resolve_device(config.device))
         found |= {"dtype": str(dtype).removeprefix("torch."), "allow_bits": sorted(config.allow_bits or ())}
         if config.draft and config.draft_sampling != "matched":

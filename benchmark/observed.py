@@ -16,6 +16,7 @@ from flexbatch.loop import EngineLoop
 from flexbatch.planner import monitor
 from flexbatch.planner.choose import overshoot, priced, without_reserves
 from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.planner import Planner
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import Plan
@@ -48,14 +49,14 @@ class ObservedLoop(EngineLoop):
     pass_log: PassLog | None = None
 
     def plan_monitor(self, runner: Runner) -> monitor.PlanMonitor:
-        engine_plan = self.engine_plan
-        plan = engine_plan.plan or priced_by_sizes(engine_plan, engine_plan.policy)
+        engine_plan = self.planner.engine_plan
+        plan = engine_plan.plan or priced_by_sizes(self.planner, engine_plan.policy)
         self.pass_log = PassLog(plan, monitor.BusySeconds(self.tracer))
-        return monitor.PlanMonitor(engine_plan, self.pass_log, self.statistics, self.replans, cpu_attention=False)
+        return monitor.PlanMonitor(self.planner, self.pass_log, self.statistics, self.replans, cpu_attention=False)
 
 
-def priced_by_sizes(engine_plan: EnginePlan, policy: Policy) -> Plan:
-    return priced(engine_plan.problem, without_reserves(engine_plan.hardware), policy)
+def priced_by_sizes(planner: Planner, policy: Policy) -> Plan:
+    return priced(planner.problem, without_reserves(planner.hardware), policy)
 
 
 class ObservedLLM(LLM):
@@ -75,20 +76,19 @@ class ObservedLLM(LLM):
 
     def fits(self, policy: Policy) -> bool:
         """By the engine's exact sizes, in its budgets."""
-        return not overshoot(
-            self.engine_plan.requirements_of(policy, self.engine_plan.problem.job), self.engine_plan.budgets
-        )
+        return not overshoot(self.planner.requirements_of(policy, self.planner.problem.job), self.engine_plan.budgets)
 
     def use(self, policy: Policy) -> None:
         """Run the next job by ``policy``, whose weights are where the loaded ones are."""
-        self.engine_plan.policy, self.engine_plan.plan = policy, priced_by_sizes(self.engine_plan, policy)
+        plan = priced_by_sizes(self.planner, policy)
+        self.planner.engine_plan = dataclasses.replace(self.engine_plan, policy=policy, plan=plan)
 
 
-class Unchanging(EnginePlan):
+class Unchanging(Planner):
     """Decided once: the policy that is measured stays, also for the few prompts that warm up."""
 
-    def suit(self, job: Job) -> None:
-        return
+    def replan(self, job: Job) -> EnginePlan:
+        return self.engine_plan
 
 
 def fixed_by(policy: Policy) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def job_of(setting: Setting) -> Job:
 
 def open_engine(setting: Setting, hardware: str, fixed: dict[str, Any]) -> ObservedLLM:
     config = EngineConfig(model=setting.model, hardware=hardware, **{**setting.llm_settings, **fixed})
-    return cast("ObservedLLM", ObservedLLM.from_engine_plan(Unchanging(config, job_of(setting))))
+    return cast("ObservedLLM", ObservedLLM.from_planner(Unchanging(config, job_of(setting))))
 
 
 def chosen_here(setting: Setting, hardware: str) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
     percent = [weights["gpu"], weights["cpu"], *llm.policy.percent[2:]]
     return {
         "model": setting.model,
-        "shape": llm.engine_plan.problem.shape.as_dict(),
+        "shape": llm.planner.problem.shape.as_dict(),
         **fixed_by(llm.policy),
         "prefill_budget": llm.policy.prefill_budget,
         "percent": percent,

@@ -24,6 +24,7 @@ from flexbatch.loop import PEEKED_BLOCKS, EngineLoop
 from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Statistics, against_baseline, describe_memory
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
@@ -46,18 +47,18 @@ class LLM:
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
         check_keywords("LLM", settings, ["trace", *EngineConfig.__dataclass_fields__])
-        self._start(EnginePlan(EngineConfig(model=model, **settings)), trace)
+        self._start(Planner(EngineConfig(model=model, **settings)), trace)
 
     @classmethod
     def from_config(cls, config: EngineConfig, trace: bool = False, job: Job | None = None) -> LLM:
         """An engine from a ready configuration; ``job`` tells the planner what will be run."""
-        return cls.from_engine_plan(EnginePlan(config, job), trace)
+        return cls.from_planner(Planner(config, job), trace)
 
     @classmethod
-    def from_engine_plan(cls, engine_plan: EnginePlan, trace: bool = False) -> LLM:
-        """An engine as decided."""
+    def from_planner(cls, planner: Planner, trace: bool = False) -> LLM:
+        """An engine as planned."""
         engine = cls.__new__(cls)
-        engine._start(engine_plan, trace)
+        engine._start(planner, trace)
         return engine
 
     @classmethod
@@ -68,23 +69,16 @@ class LLM:
         With a named machine (--hardware) and the default device, it is planned for that machine and its memory;
         nothing is measured. Raises DoesNotFitError when the job does not fit the budgets.
         """
-        return EnginePlan(config, job, dry=True).describe_plan(job)
+        return Planner(config, job, dry=True).describe(job)
 
-    def _start(self, engine_plan: EnginePlan, trace: bool) -> None:
-        self.engine_plan, self.config = engine_plan, engine_plan.config
-        self.arch, self.generation = engine_plan.arch, engine_plan.generation
-        self.tokenizer: Any = engine_plan.tokenizer
-        """The transformers tokenizer; None for dummy weights."""
-        device = engine_plan.device
-        self.tracer: Tracer = (
-            RecordingTracer(device)
-            if trace
-            else monitor.UsageTracer(device)
-            if engine_plan.plan is not None
-            else Tracer()
-        )
+    def _start(self, planner: Planner, trace: bool) -> None:
+        self.planner, self.config, self.generation = planner, planner.config, planner.generation
+        engine_plan = planner.engine_plan
+        self.arch, self.tokenizer = engine_plan.arch, engine_plan.model.tokenizer
+        device, priced = engine_plan.device, engine_plan.plan is not None
+        self.tracer: Tracer = RecordingTracer(device) if trace else monitor.UsageTracer(device) if priced else Tracer()
         self._turns = Turns()
-        self._intake = Intake(engine_plan.encoder, engine_plan.generation, engine_plan.arch, self.config.seed)
+        self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed)
         self._stack = contextlib.ExitStack()
         try:
             self._loaded = load_model(engine_plan, self.tracer, self._stack)
@@ -96,13 +90,18 @@ class LLM:
         loaded = self._loaded
         self.tiers, self.queues = loaded.tiers, loaded.queues
         self.weights, self.speculator = loaded.weights, loaded.speculator
-        self._capacity = Capacity(engine_plan, self.weights, self.tiers, self.queues, self.speculator)
-        self._loop = self.loop_class(engine_plan, self._capacity, self._intake, self.speculator, self.tracer)
+        self._capacity = Capacity(planner, self.weights, self.tiers, self.queues, self.speculator)
+        self._loop = self.loop_class(planner, self._capacity, self._intake, self.speculator, self.tracer)
         if self.config.simulate_acceptance is not None:
             logger.warning(
                 "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",
                 self.config.simulate_acceptance,
             )
+
+    @property
+    def engine_plan(self) -> EnginePlan:
+        """As decided for the latest job."""
+        return self.planner.engine_plan
 
     @property
     def policy(self) -> Policy:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,6 @@ from flexbatch.memory.loading import Loader
 from flexbatch.memory.tiers import Pool, Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
-from flexbatch.models import checkpoint
-from flexbatch.models.checkpoint import Piece, QuantizedPiece
-from flexbatch.models.dummy import dummy
 from flexbatch.models.fingerprint import RECORDS, WeightFiles, combined
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.speculative.speculator import Speculator
@@ -46,7 +42,7 @@ class LoadedModel:
 
 
 def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitStack) -> LoadedModel:
-    """Weights to their homes. What has to be closed is left on ``stack``, also when loading fails.
+    """Weights to their tiers. What has to be closed is left on ``stack``, also when loading fails.
 
     Raises CheckpointError for a bad model, OffloadError for an offload folder that cannot be used.
     """
@@ -74,15 +70,17 @@ def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitSt
     stack.callback(weights.close)
     loader = make_loader(engine_plan, weights, keeps_files)
     with torch.inference_mode():
-        loaded_bytes = loader.load(lambda skip: pieces(engine_plan, skip))
+        loaded_bytes = loader.load(
+            lambda skip: engine_plan.model.pieces(skip, config.seed, engine_plan.dtype, packed=True)
+        )
     weights.check()
     speculator = None
     if engine_plan.speculation is not None:
         speculator = engine_plan.speculation.load(queues, engine_plan.dtype, offload_dir)
         stack.callback(speculator.close)
     seconds = time.perf_counter() - started
-    homes = ", ".join(f"{value:.1f} % {tier}" for tier, value in engine_plan.weight_plan.realized_percent.items())
-    logger.info("loaded %s in %.1f s: %s", config.model, seconds, homes)
+    placed = ", ".join(f"{value:.1f} % {tier}" for tier, value in engine_plan.weight_plan.realized_percent.items())
+    logger.info("loaded %s in %.1f s: %s", config.model, seconds, placed)
     return LoadedModel(tiers, queues, weights, speculator, seconds, loaded_bytes, loader.reused_bytes)
 
 
@@ -97,19 +95,9 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
     if not any(tensor.tier == "disk" or (keeps_files and tensor.quantized) for tensor in tensors):
         return Loader(weights, None, cache_quantized=False)
     dtype = str(engine_plan.dtype).removeprefix("torch.")
-    if engine_plan.folder is None:
+    if engine_plan.model.folder is None:
         drawn = f"{torch.__version__} {engine_plan.config.seed} {engine_plan.arch}"
         identity = f"dummy-{combined(drawn, ())[:32]}"
         return Loader(weights, engine_plan.offload_dir / f"{identity}-{dtype}", cache_quantized=keeps_files)
-    files = WeightFiles(engine_plan.folder, engine_plan.offload_dir / RECORDS)
+    files = WeightFiles(engine_plan.model.folder, engine_plan.offload_dir / RECORDS)
     return Loader(weights, engine_plan.offload_dir / f"{files.identity}-{dtype}", keeps_files, files.check)
-
-
-def pieces(engine_plan: EnginePlan, skip: set[tuple[int, str]]) -> Iterator[Piece | QuantizedPiece]:
-    """The checkpoint's stream, or random weights, without the (layer, role) pairs in ``skip``."""
-    if engine_plan.folder is not None:
-        yield from checkpoint.stream(engine_plan.folder, engine_plan.arch, skip, packed=True)
-        return
-    for piece in dummy(engine_plan.arch, engine_plan.config.seed, engine_plan.dtype):
-        if (piece.layer, piece.role) not in skip:
-            yield piece

@@ -27,8 +27,8 @@ from flexbatch.execution.sequence import Sequence
 from flexbatch.intake import Intake, completion_of
 from flexbatch.job import Job
 from flexbatch.planner.capacity import Capacity
-from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor
+from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import FailureLog, Statistics
 from flexbatch.request import Completion, Request
 from flexbatch.speculative.speculator import Speculator
@@ -46,13 +46,13 @@ class EngineLoop:
 
     def __init__(
         self,
-        engine_plan: EnginePlan,
+        planner: Planner,
         capacity: Capacity,
         intake: Intake,
         speculator: Speculator | None,
         tracer: Tracer,
     ) -> None:
-        self.engine_plan, self.capacity, self.intake = engine_plan, capacity, intake
+        self.planner, self.capacity, self.intake = planner, capacity, intake
         self.speculator, self.tracer = speculator, tracer
         self.statistics = Statistics()
         self.baseline_statistics = Statistics()
@@ -86,22 +86,22 @@ class EngineLoop:
         before, capacity = self.scheduler, self.capacity
         left = [] if before is None else list(before.waiting)
         lengths = [(sequence.num_prompt_tokens, sequence.output.max_tokens) for sequence in left]
-        ahead = self.intake.ahead(PEEKED_BLOCKS * self.engine_plan.policy.block_size - len(left))
+        ahead = self.intake.ahead(PEEKED_BLOCKS * self.planner.engine_plan.policy.block_size - len(left))
         job = capacity.holdable(self.job(ahead, lengths))
         if before is not None:
             self.end()
             runner = capacity.prepare_largest(job)
             logger.info("made a larger block: a request was longer than those that the stream began with")
-        elif complete or job.num_requests >= self.engine_plan.policy.block_size:
+        elif complete or job.num_requests >= self.planner.engine_plan.policy.block_size:
             runner = capacity.prepare(job)
         else:
-            runner = capacity.prepare_largest(job.repeated(self.engine_plan.policy.block_size))
+            runner = capacity.prepare_largest(job.repeated(self.planner.engine_plan.policy.block_size))
         proposer = self.speculator if before is None else before.proposer
         self.begin(runner, chain(left, self.intake.arrivals()), proposer)
 
     def job(self, requests: Iterable[Request], lengths: Iterable[tuple[int, int]] = ()) -> Job:
         """The lengths of requests, beside those of others, (prompt tokens, most generated tokens)."""
-        context = self.engine_plan.arch.max_positions
+        context = self.planner.engine_plan.arch.max_positions
         pairs = ((len(request.prompt_token_ids), request.params) for request in requests)
         mine = ((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs)
         return Job.of(chain(lengths, mine), context)
@@ -110,7 +110,7 @@ class EngineLoop:
         capacity = self.capacity
         self.end()
         self.scheduler = Scheduler(
-            self.engine_plan.policy,
+            self.planner.engine_plan.policy,
             runner.cache,
             arrivals,
             runner.sizes.max_micro_batch_tokens,
@@ -126,12 +126,12 @@ class EngineLoop:
 
     def plan_monitor(self, runner: Runner) -> PlanMonitor | None:
         """None where nothing was planned, or drafts change what a pass is."""
-        plan = self.engine_plan.plan
+        plan = self.planner.engine_plan.plan
         if plan is None or self.speculator is not None:
             return None
         meter = PassMeter(plan, BusySeconds(self.tracer))
         has_buffers = runner.sizes.max_cpu_attention_tokens > 0
-        return PlanMonitor(self.engine_plan, meter, self.statistics, self.replans, has_buffers)
+        return PlanMonitor(self.planner, meter, self.statistics, self.replans, has_buffers)
 
     @torch.inference_mode()
     def run_pass(self) -> list[Sequence]:

@@ -247,28 +247,25 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     rows = (
         [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.num_prompts]
     )
-    from flexbatch.models import resolve, shapes
-    from flexbatch.models.checkpoint import read_arch
     from flexbatch.models.generation_config import GenerationDefaults, generation_of
+    from flexbatch.models.opened import open_model
     from flexbatch.text.prompts import PromptEncoder
 
     sampling.params(GenerationDefaults())  # what is wrong with it comes before what is wrong with the model
     params = sampling.params(generation_of(engine), ignore_eos=sampling.ignore_eos or synthetic)
-    folder = None if engine.dummy_weights else resolve.resolve(engine.model)
-    if folder is None:
-        arch, tokenizer = shapes.shape(engine.model), None
-    else:
-        arch, tokenizer = read_arch(folder), None if synthetic else resolve.load_tokenizer(folder)
+    model = open_model(engine.model, engine.dummy_weights)
+    context, vocab_size = model.arch.max_positions, model.arch.vocab_size
     if synthetic:
         count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
         made_up = random_prompts.synthetic_prompts(
-            count, run.prompt_len or SYNTHETIC_PROMPT_LEN, arch.vocab_size, engine.seed
+            count, run.prompt_len or SYNTHETIC_PROMPT_LEN, vocab_size, engine.seed
         )
         rows = [PromptRow(prompt) for prompt in made_up]
-    encoder = PromptEncoder(tokenizer, max_context=arch.max_positions, vocab_size=arch.vocab_size)
+    tokenizer = None if synthetic else model.tokenizer
+    encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=vocab_size)
     encoder.check_params(0, params)
     token_ids = [encoder.encode(index, row.prompt, params.max_tokens) for index, row in enumerate(rows)]
-    return Work(rows, token_ids, params, arch.max_positions, folder)
+    return Work(rows, token_ids, params, context, model.folder)
 
 
 def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None, data: TextIO) -> int:

@@ -69,10 +69,10 @@ def planner_job(config: EngineConfig, seen: Preview) -> Any:
     """Returns the planner's `Job` for the rows of a preview; None where there are none, or where random weights come
     without a tokenizer. Raises CheckpointError."""
     from flexbatch.job import Job
-    from flexbatch.models import checkpoint, resolve
+    from flexbatch.models.opened import open_model
 
     if config.dummy_weights:
         return None
-    folder = resolve.resolve(config.model)
-    cache_tokens, prompt_tokens = seen.lengths(resolve.load_tokenizer(folder), checkpoint.read_arch(folder))
+    model = open_model(config.model)
+    cache_tokens, prompt_tokens = seen.lengths(model.tokenizer, model.arch)
     return Job(cache_tokens, prompt_tokens) if cache_tokens else None

@@ -13,7 +13,7 @@ from flexbatch.memory.tiers import Tiers, check_budgets
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.planner.choose import overshoot
-from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.planner import Planner
 from flexbatch.policy.units import size_text
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.validation.errors import DoesNotFitError
@@ -24,28 +24,27 @@ class Capacity:
 
     def __init__(
         self,
-        engine_plan: EnginePlan,
+        planner: Planner,
         weights: WeightStore,
         tiers: Tiers,
         queues: TransferQueues,
         speculator: Speculator | None,
     ) -> None:
-        self.engine_plan, self.weights, self.tiers, self.queues = engine_plan, weights, tiers, queues
+        self.planner, self.weights, self.tiers, self.queues = planner, weights, tiers, queues
         self.speculator = speculator
         self.runner: Runner | None = None
 
     def prepare(self, job: Job) -> Runner:
         """A runner whose sizes suit the job. Raises DoesNotFitError."""
-        engine_plan = self.engine_plan
-        engine_plan.suit(job)
+        engine_plan = self.planner.replan(job)
         sizes = engine_plan.sizes(job)
         if engine_plan.speculation is not None and self.speculator is not None:
-            check_budgets(engine_plan.needs(sizes), engine_plan.budgets)
+            check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
             engine_plan.speculation.open_runner(self.speculator, sizes.sequence_tokens)
         if self.runner is not None and self.runner.holds(engine_plan.policy, sizes) and self.reach(sizes.longest):
             return self.runner
         self.close()
-        check_budgets(engine_plan.needs(sizes), engine_plan.budgets)
+        check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
         self.runner = open_runner(
             engine_plan.arch,
             self.weights,
@@ -74,11 +73,11 @@ class Capacity:
     def holdable(self, job: Job) -> Job:
         """The job without the requests for which even a block of their own exceeds the budgets; it is for the others
         that a block is made."""
-        job, exceeded = job.longest_first(), self.engine_plan.exceeded
+        job, shortfall = job.longest_first(), self.planner.shortfall
         first = bisect.bisect_left(
             range(job.num_requests),
             True,
-            key=lambda i: not exceeded(Job((job.cache_tokens[i],), (job.prompt_tokens[i],))),
+            key=lambda i: not shortfall(Job((job.cache_tokens[i],), (job.prompt_tokens[i],))),
         )
         return Job(job.cache_tokens[first:], job.prompt_tokens[first:]) if first < job.num_requests else Job((1,), (1,))
 
@@ -89,15 +88,16 @@ class Capacity:
         if longest <= self.runner.sizes.longest:
             return True
         sizes = replace(self.runner.sizes, longest=longest)
-        if overshoot(self.engine_plan.needs(sizes), self.engine_plan.budgets):
+        engine_plan = self.planner.engine_plan
+        if overshoot(engine_plan.requirements(sizes), engine_plan.budgets):
             return False
         self.runner.reach(sizes)
         return True
 
     def refusal(self, sequence: Sequence) -> str:
         """Why no block within the budgets holds a sequence; empty where one does, if with nothing else in it."""
-        budgets = self.engine_plan.budgets
-        missing = self.engine_plan.exceeded(Job((sequence.max_cache_tokens,), (sequence.num_prompt_tokens,)))
+        budgets = self.planner.deployment.budgets
+        missing = self.planner.shortfall(Job((sequence.max_cache_tokens,), (sequence.num_prompt_tokens,)))
         if not missing:
             return ""
         short = ", ".join(

@@ -19,7 +19,7 @@ import torch
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.scheduler import Scheduler
-from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Statistics
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import RESOURCES, PassModel
@@ -267,9 +267,9 @@ class PlanMonitor(RunObserver):
     """
 
     def __init__(
-        self, engine_plan: EnginePlan, meter: PassMeter, statistics: Statistics, replans: list[str], cpu_attention: bool
+        self, planner: Planner, meter: PassMeter, statistics: Statistics, replans: list[str], cpu_attention: bool
     ) -> None:
-        self.engine_plan, self.meter, self.statistics, self.replans = engine_plan, meter, statistics, replans
+        self.planner, self.meter, self.statistics, self.replans = planner, meter, statistics, replans
         self.cpu_attention = cpu_attention
         self.generated_tokens, self.seconds = statistics.generated_tokens, statistics.seconds
         self.prediction: dict[str, Any] = {}
@@ -287,7 +287,7 @@ class PlanMonitor(RunObserver):
         seconds = self.statistics.seconds - self.seconds
         rate = (self.statistics.generated_tokens - self.generated_tokens) / seconds if seconds else 0.0
         self.prediction = self.meter.report(rate)
-        path = self.engine_plan.profile_path
+        path = self.planner.profile_path
         if path is not None and self.meter.passes:
-            self.engine_plan.recalibrate(self.meter.recalibrated(self.engine_plan.hardware))
+            self.planner.recalibrate(self.meter.recalibrated(self.planner.hardware))
             logger.info("recalibrated the machine's profile by %d passes -> %s", self.meter.passes, path)

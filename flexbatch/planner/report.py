@@ -87,7 +87,7 @@ def describe_memory(
             "cache": runner.cache.realized_percent if runner else {},
             "activations": runner.activations.realized_percent if runner else {},
         },
-        "memory": [asdict(row) for row in engine_plan.needs(runner.sizes)] if runner else [],
+        "memory": [asdict(row) for row in engine_plan.requirements(runner.sizes)] if runner else [],
         "peak_bytes": {
             "gpu": tiers.gpu.peak_bytes + (speculator.peak_bytes if speculator is not None else 0),
             "cpu": tiers.cpu.peak_bytes,

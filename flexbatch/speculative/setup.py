@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ from flexbatch.memory.tiers import MemoryRequirement, Pool, Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.memory.weights import WeightStore
-from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.arch import Arch
-from flexbatch.models.dummy import dummy
-from flexbatch.models.specs import Piece
+from flexbatch.models.opened import OpenModel, open_model
 from flexbatch.policy.limits import INPUT_BUFFER_BYTES
 from flexbatch.policy.policy import Split
 from flexbatch.speculative.draft import (
@@ -46,14 +44,15 @@ DEFAULT_MICRO_BATCH = 64
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """One draft model: where it comes from, and its weights and cache, all on the gpu tier. ``folder`` is None for
-    random weights."""
+    """One draft model, with its weights and cache, all on the gpu tier."""
 
-    name: str
-    folder: Path | None
-    arch: Arch
+    model: OpenModel
     weights: WeightPlan
     layout: CacheLayout
+
+    @property
+    def arch(self) -> Arch:
+        return self.model.arch
 
     @property
     def workspace_bytes(self) -> int:
@@ -88,23 +87,27 @@ class Speculation:
         """Rows of the memory table. longest: tokens of the longest requests, one per sequence of the block."""
         rows = []
         for draft in self.drafts:
-            rows.append(MemoryRequirement(f"draft weights {draft.name}"[:28], "gpu", draft.weights.tier_bytes("gpu")))
+            rows.append(
+                MemoryRequirement(f"draft weights {draft.model.name}"[:28], "gpu", draft.weights.tier_bytes("gpu"))
+            )
             pages = draft.pages(longest, self.grown_nodes)
             rows.append(
                 MemoryRequirement(
-                    f"draft cache {draft.name}"[:28], "gpu", pages * draft.layout.page_bytes * draft.arch.num_layers
+                    f"draft cache {draft.model.name}"[:28],
+                    "gpu",
+                    pages * draft.layout.page_bytes * draft.arch.num_layers,
                 )
             )
             rows.append(
                 MemoryRequirement(
-                    f"draft rotary tables {draft.name}"[:28],
+                    f"draft rotary tables {draft.model.name}"[:28],
                     "gpu",
                     table_bytes(draft.arch, self.positions(longest), draft.layout.dtype),
                 )
             )
-            rows.append(MemoryRequirement(f"draft workspace {draft.name}"[:28], "gpu", draft.workspace_bytes))
+            rows.append(MemoryRequirement(f"draft workspace {draft.model.name}"[:28], "gpu", draft.workspace_bytes))
             if cuda:
-                rows.append(MemoryRequirement(f"draft inputs {draft.name}"[:28], "cpu", 2 * INPUT_BUFFER_BYTES))
+                rows.append(MemoryRequirement(f"draft inputs {draft.model.name}"[:28], "cpu", 2 * INPUT_BUFFER_BYTES))
         if self.drawing is not Drawing.DETERMINISTIC:
             # What the children of every inner node were drawn from, float32 until the trees are verified, and the noise
             # of all children of one node.
@@ -174,18 +177,15 @@ def plan_speculation(config: EngineConfig, target: Arch, tokenizer: Any, layout:
 
 def plan_draft(name: str, config: EngineConfig, target: Arch, tokenizer: Any, target_layout: CacheLayout) -> DraftPlan:
     """One draft model. Raises ConfigurationError when it does not fit the target."""
-    folder: Path | None = None
-    if config.dummy_weights:
-        arch = shapes.shape(name)
-        if arch.vocab_size != target.vocab_size:
-            raise ConfigurationError(
-                f"draft {name} has {arch.vocab_size} tokens and {config.model} has {target.vocab_size}: without "
-                "tokenizers the vocabularies must be of one size"
-            )
-    else:
-        folder = resolve.resolve(name)
-        arch = checkpoint.read_arch(folder)
-        check_tokenizers(name, resolve.load_tokenizer(folder), config.model, tokenizer)
+    model = open_model(name, config.dummy_weights)
+    arch = model.arch
+    if model.folder is not None:
+        check_tokenizers(name, model.tokenizer, config.model, tokenizer)
+    elif arch.vocab_size != target.vocab_size:
+        raise ConfigurationError(
+            f"draft {name} has {arch.vocab_size} tokens and {config.model} has {target.vocab_size}: without "
+            "tokenizers the vocabularies must be of one size"
+        )
     layout = CacheLayout(
         arch.num_layers,
         arch.num_kv_heads,
@@ -196,7 +196,7 @@ def plan_draft(name: str, config: EngineConfig, target: Arch, tokenizer: Any, ta
         target_layout.dtype,
     )
     weights = plan_weights(arch, Split(1, 0), 16, target_layout.group, target_layout.dtype.itemsize)
-    return DraftPlan(name, folder, arch, weights, layout)
+    return DraftPlan(model, weights, layout)
 
 
 def check_tokenizers(draft_name: str, draft: Any, target_name: str, target: Any) -> None:
@@ -227,18 +227,14 @@ def load_draft(
     )
     tiers = Tiers(gpu, cpu, Pool("disk", unlimited), offload_dir)
     vocab_size, nodes, drawing = speculation.target.vocab_size, speculation.grown_nodes, speculation.drawing
-
-    def pieces(skip: set[tuple[int, str]]) -> Iterator[Piece]:
-        if plan.folder is None:
-            return dummy(plan.arch, speculation.seed, dtype)
-        return checkpoint.stream(plan.folder, plan.arch, skip)
-
     with tiers.all_or_nothing(), contextlib.ExitStack() as stack:
         store = WeightStore(plan.weights, tiers, queues, dtype)
         stack.callback(store.close)
         with torch.inference_mode():
-            Loader(store, None, cache_quantized=False).load(pieces)
+            Loader(store, None, cache_quantized=False).load(
+                lambda skip: plan.model.pieces(skip, speculation.seed, dtype)
+            )
         store.check()
-        model = DraftModel(plan.name, plan.arch, store, tiers, queues, plan.layout, vocab_size, nodes, drawing)
+        model = DraftModel(plan.model.name, plan.arch, store, tiers, queues, plan.layout, vocab_size, nodes, drawing)
         stack.pop_all()
     return model

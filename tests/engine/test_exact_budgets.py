@@ -51,7 +51,7 @@ def fits_to_the_byte(model, seed):
     def run(**budgets):
         with LLM(str(folder), **settings, **budgets) as llm:
             tokens = [list(completion.token_ids) for completion in llm.generate(prompts, params)]
-            needs = llm.engine_plan.needs(llm.runner.sizes)
+            needs = llm.engine_plan.requirements(llm.runner.sizes)
             for tier in TIERS:
                 pool = getattr(llm.tiers, tier)
                 pool.check()

@@ -284,7 +284,7 @@ def test_everything_after_close_is_one_error(model, tmp_path):
     calls = {**CALLS, "report": LLM.report, "with": LLM.__enter__, "stream ": lambda llm: next(early)}
     calls |= {"add_request": lambda llm: llm.add_request([5]), "abort": lambda llm: llm.abort(0)}
     calls |= {"step": LLM.step, "has_unfinished": LLM.has_unfinished}
-    made = {"from_config", "from_engine_plan", "plan", "close"}
+    made = {"from_config", "from_planner", "plan", "close"}
     # What the model's file says needs nothing that close() frees.
     made |= {"get_default_sampling_params"}
     public = {name for name, _ in inspect.getmembers(LLM, inspect.isroutine) if not name.startswith("_")}

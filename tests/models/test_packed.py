@@ -221,11 +221,11 @@ def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
         stored = llm.engine_plan.weight_plan.all_tensors
         assert {tensor.spec.role: tensor.group for tensor in stored}["o.weight"] == group
         assert [tensor.bits for tensor in stored if tensor.spec.role == "down.weight"] == [weight_bits] * 2
-        assert llm.engine_plan.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in stored)
+        assert llm.planner.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in stored)
         assert llm.policy.weight_bits == 4
         (need,) = (
             row["num_bytes"]
-            for row in llm.plan(llm.config, llm.engine_plan.problem.job)["memory"]
+            for row in llm.plan(llm.config, llm.planner.problem.job)["memory"]
             if row["what"] == "weights"
         )
         assert need == llm.tiers.gpu.used_bytes["weights"]

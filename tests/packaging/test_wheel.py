@@ -64,7 +64,7 @@ def test_wheel_runs_outside_the_root(wheel: Path, tmp_path: Path) -> None:
         "from flexbatch import LLM, SamplingParams\n"
         "with LLM('demo', device='cpu') as llm:\n"
         "    print(len(llm.generate(['import os'], SamplingParams(max_tokens=3, temperature=0, "
-        "ignore_eos=True))[0].token_ids), llm.engine_plan.folder)\n"
+        "ignore_eos=True))[0].token_ids), llm.engine_plan.model.folder)\n"
     )
     environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

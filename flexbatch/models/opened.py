@@ -1,0 +1,60 @@
+"""A model by its name: what it is, and where its tensors come from. The one place that turns names into models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexbatch.models import checkpoint, resolve, shapes
+from flexbatch.models.arch import Arch
+from flexbatch.models.checkpoint import Piece, QuantizedPiece
+from flexbatch.models.dummy import dummy
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model folder, or a public shape with random weights (``folder`` is None). Nothing but its configuration is
+    read before it is asked for."""
+
+    name: str
+    folder: Path | None
+    arch: Arch
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer; None for random weights. Raises CheckpointError."""
+        return None if self.folder is None else resolve.load_tokenizer(self.folder)
+
+    @cached_property
+    def prequantized(self) -> dict[str, tuple[int, int]]:
+        """(bits, group) by role of a checkpoint that is quantized already."""
+        return {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
+
+    def pieces(
+        self, skip: set[tuple[int, str]], seed: int, dtype: torch.dtype, packed: bool = False
+    ) -> Iterator[Piece | QuantizedPiece]:
+        """The tensors one by one, without the (layer, role) pairs in ``skip``: the checkpoint's, ``packed`` ones as
+        they are stored, or random ones. Raises CheckpointError."""
+        if self.folder is not None:
+            if packed:
+                yield from checkpoint.stream(self.folder, self.arch, skip, packed=True)
+            else:
+                yield from checkpoint.stream(self.folder, self.arch, skip)
+            return
+        for piece in dummy(self.arch, seed, dtype):
+            if (piece.layer, piece.role) not in skip:
+                yield piece
+
+
+def open_model(name: str, dummy_weights: bool = False) -> OpenModel:
+    """By "demo" or "demo-draft" (bundled), a local folder, or a Hub id, which is downloaded; with ``dummy_weights`` by
+    the name of a public shape. Raises CheckpointError that says what is wrong."""
+    if dummy_weights:
+        return OpenModel(name, None, shapes.shape(name))
+    folder = resolve.resolve(name)
+    return OpenModel(name, folder, checkpoint.read_arch(folder))
