@@ -17,16 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.cli.settings import (
-    Parser,
-    add_arguments,
-    add_engine_arguments,
-    read_settings,
-    refuse_measurements,
-    resume_command,
-    run_command,
-    set_up_logging,
-)
+from flexbatch.cli.command import resume_command, run_command, set_up_logging
+from flexbatch.cli.settings import Parser, add_arguments, add_engine_arguments, read_settings, refuse_measurements
 from flexbatch.config import EngineConfig
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import ConfigurationError

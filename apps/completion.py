@@ -19,25 +19,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from flexbatch.cli import prompt_files, random_prompts
+from flexbatch.cli import prompt_files, result_file, result_rows
+from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.prompt_files import PromptRow
-from flexbatch.cli.settings import (
-    DONE,
-    ROW_ERRORS,
-    Parser,
-    add_arguments,
-    add_engine_arguments,
-    read_settings,
-    refuse_measurements,
-    run_command,
-    set_up_logging,
-)
+from flexbatch.cli.run_settings import SamplingConfig
+from flexbatch.cli.settings import Parser, add_arguments, add_engine_arguments, read_settings, refuse_measurements
 from flexbatch.config import EngineConfig, option
 from flexbatch.policy.stdout import run_process
 from flexbatch.request import Completion, SamplingParams
-from flexbatch.run import SamplingConfig
 from flexbatch.text.files import MARK, json_text
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import DONE, ROW_ERRORS, ConfigurationError
 
 if TYPE_CHECKING:
     from flexbatch import LLM
@@ -161,13 +152,13 @@ def complete(
             line = (
                 {"prompt": prompts[number], "error": completion.bare_error}
                 if completion.error
-                else random_prompts.output_line(PromptRow(prompts[number]), completion)
+                else result_rows.output_line(PromptRow(prompts[number]), completion)
             )
             print(json_text({"index": number, **line}), file=stdout, flush=True)
     if output:
         output.check()
     if config.output_file is not None:
-        with random_prompts.whole_file(config.output_file) as file:
+        with result_file.whole_file(config.output_file) as file:
             file.writelines(records[number] for number in sorted(records))
     return ROW_ERRORS if failed else DONE
 
@@ -191,7 +182,7 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
         if output:
             output.finish(0, completion.text)
         else:
-            line = random_prompts.output_line(PromptRow(list(messages[:-1])), completion)
+            line = result_rows.output_line(PromptRow(list(messages[:-1])), completion)
             print(json_text(line), file=stdout, flush=True)
     return ROW_ERRORS if failed else DONE
 

@@ -17,18 +17,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flexbatch.cli.settings import (
-    CRASH,
-    ROW_ERRORS,
-    Parser,
-    add_engine_arguments,
-    engine_config,
-    refuse_measurements,
-    run_command,
-    set_up_logging,
-)
+from flexbatch.cli.command import run_command, set_up_logging
+from flexbatch.cli.settings import Parser, add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import CRASH, ROW_ERRORS, ConfigurationError
 
 RUNNER = "flexbatch.apps.helm.FlexBatchRunner"
 ALL_INSTANCES = 10**9

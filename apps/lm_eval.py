@@ -13,8 +13,9 @@ import sys
 from importlib import import_module
 from typing import TextIO
 
-from flexbatch.cli.settings import USAGE, run_command
+from flexbatch.cli.command import run_command
 from flexbatch.policy.stdout import run_process
+from flexbatch.validation.errors import USAGE
 
 MODEL = "flexbatch.apps.lm_eval_model:FlexBatchLM"
 

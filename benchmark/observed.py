@@ -10,8 +10,8 @@ from typing import Any, cast
 from benchmark.policy_settings import Setting
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
+from flexbatch.execution.job import Job
 from flexbatch.execution.runner import Runner
-from flexbatch.job import Job
 from flexbatch.loop import EngineLoop
 from flexbatch.planner import monitor
 from flexbatch.planner.choose import overshoot, priced, without_reserves

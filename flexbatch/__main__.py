@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from collections.abc import Callable
+from typing import Any
 
 from flexbatch.policy.stdout import run_process
+from flexbatch.validation.errors import USAGE
 
-COMMANDS = {
-    "run": ("flexbatch.run", "the main job: prompts from a file through a model over the tiers"),
-    "batch": ("flexbatch.apps.batch", "a resumable job from Parquet, JSON lines or CSV to Parquet"),
-    "complete": ("flexbatch.apps.completion", "a few prompts, or a chat, with the text as it comes"),
-    "wrangle": ("flexbatch.apps.wrangle.__main__", "entity matching, imputation and error detection on tables"),
-    "helm": ("flexbatch.apps.helm_run", "HELM scenarios, each in one block (in HELM's environment)"),
-    "lm-eval": ("flexbatch.apps.lm_eval", "lm-evaluation-harness with FlexBatch as a model"),
+Main = Callable[[], Any]
+
+
+def _run() -> Main:
+    from flexbatch.run import main
+
+    return main
+
+
+def _batch() -> Main:
+    from flexbatch.apps.batch import main
+
+    return main
+
+
+def _complete() -> Main:
+    from flexbatch.apps.completion import main
+
+    return main
+
+
+def _wrangle() -> Main:
+    from flexbatch.apps.wrangle.__main__ import main
+
+    return main
+
+
+def _helm() -> Main:
+    from flexbatch.apps.helm_run import main
+
+    return main
+
+
+def _lm_eval() -> Main:
+    from flexbatch.apps.lm_eval import main
+
+    return main
+
+
+COMMANDS: dict[str, tuple[Callable[[], Main], str]] = {
+    "run": (_run, "the main job: prompts from a file through a model over the tiers"),
+    "batch": (_batch, "a resumable job from Parquet, JSON lines or CSV to Parquet"),
+    "complete": (_complete, "a few prompts, or a chat, with the text as it comes"),
+    "wrangle": (_wrangle, "entity matching, imputation and error detection on tables"),
+    "helm": (_helm, "HELM scenarios, each in one block (in HELM's environment)"),
+    "lm-eval": (_lm_eval, "lm-evaluation-harness with FlexBatch as a model"),
 }
-USAGE_ERROR = 2
+"""By name: what imports its main function, and a line of help."""
 
 
 def usage() -> str:
@@ -52,10 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] not in COMMANDS:
         problem = f"unknown command {words[0]!r}" if words else "a command is needed"
         print(f"flexbatch: {problem}\n\n{usage()}", file=sys.stderr)
-        return USAGE_ERROR
+        return USAGE
     # The harness behind lm-eval reads sys.argv itself, so the words are handed over there and not as an argument.
     sys.argv = [f"flexbatch {words[0]}", *words[1:]]
-    return import_module(COMMANDS[words[0]][0]).main() or 0
+    load, _ = COMMANDS[words[0]]
+    return load()() or 0
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from typing import Any
 
 from flexbatch.config import EngineConfig
 from flexbatch.execution.feed import Feed
+from flexbatch.execution.job import Job
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
 from flexbatch.intake import Intake, Item, OnText, Params, requests_of
-from flexbatch.job import Job
 from flexbatch.loader import load_model
 from flexbatch.loop import PEEKED_BLOCKS, EngineLoop
 from flexbatch.planner import monitor

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from flexbatch.execution.diagnosis import explain_faults
+from flexbatch.execution.job import Job
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.proposals import Proposer
 from flexbatch.execution.runner import Runner
@@ -25,7 +26,6 @@ from flexbatch.execution.sampler import sample_tokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 from flexbatch.intake import Intake, completion_of
-from flexbatch.job import Job
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor
 from flexbatch.planner.planner import Planner

@@ -17,7 +17,7 @@ LEAVES = ("policy", "kernels")
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("validation",),
     ("config", "request", "trace"),
-    ("job", "models"),
+    ("models",),
     ("memory", "text"),
     ("execution",),
     ("speculative",),

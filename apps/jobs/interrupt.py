@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from flexbatch.cli.settings import INTERRUPTED
+from flexbatch.validation.errors import INTERRUPTED
 
 
 class Interrupts:

@@ -68,7 +68,7 @@ def preview(job: BatchJob, parts: Sequence[Part]) -> Preview:
 def planner_job(config: EngineConfig, seen: Preview) -> Any:
     """Returns the planner's `Job` for the rows of a preview; None where there are none, or where random weights come
     without a tokenizer. Raises CheckpointError."""
-    from flexbatch.job import Job
+    from flexbatch.execution.job import Job
     from flexbatch.models.opened import open_model
 
     if config.dummy_weights:

@@ -19,9 +19,9 @@ from flexbatch.apps.jobs.progress import Counts, JobProgress
 from flexbatch.apps.jobs.results import RowRecord
 from flexbatch.apps.jobs.shard_assignment import ShardAssignment
 from flexbatch.apps.jobs.store import OutputStore
-from flexbatch.cli.settings import CRASH, DONE, INTERRUPTED, ROW_ERRORS, exit_code
+from flexbatch.cli.command import exit_code
 from flexbatch.config import EngineConfig
-from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
+from flexbatch.validation.errors import CRASH, DONE, INTERRUPTED, ROW_ERRORS, ConfigurationError, DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
 

@@ -12,17 +12,10 @@ from typing import TextIO
 
 from flexbatch.apps.wrangle.datasets import TASKS, find_data_set
 from flexbatch.apps.wrangle.tables import TableError
-from flexbatch.cli.settings import (
-    ROW_ERRORS,
-    Parser,
-    add_engine_arguments,
-    engine_config,
-    refuse_measurements,
-    run_command,
-    set_up_logging,
-)
+from flexbatch.cli.command import run_command, set_up_logging
+from flexbatch.cli.settings import Parser, add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ROW_ERRORS, ConfigurationError
 
 
 def make_parser() -> argparse.ArgumentParser:

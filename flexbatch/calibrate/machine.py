@@ -38,7 +38,7 @@ def named(setting: str) -> Hardware | None:
 def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, measure: bool = True) -> Hardware:
     """The cached profile of this machine, else a measured one; a shipped one where measuring is not wanted or would
     take long."""
-    from flexbatch.calibrate.profile import cache_path, cached
+    from flexbatch.calibrate.cache import cache_path, cached
 
     while not disk_folder.exists():
         disk_folder = disk_folder.parent
@@ -77,7 +77,7 @@ def shipped_for(device: torch.device) -> str:
 def profile_path(setting: str, device: torch.device, disk_folder: Path, cache_folder: Path) -> Path:
     """The file that --recalibrate writes: the user's, or this machine's in the cache folder. Raises
     ConfigurationError for a shipped machine."""
-    from flexbatch.calibrate.profile import cache_path
+    from flexbatch.calibrate.cache import cache_path
 
     if setting == AUTO:
         while not disk_folder.exists():

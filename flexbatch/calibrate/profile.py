@@ -9,9 +9,7 @@ so.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import hashlib
 import logging
 import os
 import shutil
@@ -21,16 +19,16 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexbatch.calibrate.cache import machine_key
 from flexbatch.calibrate.disk import measure_disk
 from flexbatch.calibrate.fits import fit_curve, fit_rate
-from flexbatch.policy.hardware import Hardware, read_hardware, write_hardware
+from flexbatch.policy.hardware import Hardware, write_hardware
 from flexbatch.policy.stdout import data_apart, run_process
 
 logger = logging.getLogger("flexbatch")
@@ -297,71 +295,13 @@ def _capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:
     return {"gpu_memory_bytes": available * 2 // 3, "cpu_memory_bytes": available // 4, "disk_bytes": disk}
 
 
-def machine_key(device: torch.device, disk_folder: Path) -> tuple[str, str]:
-    """(readable name, short hash) of what a profile depends on: GPU and driver, processor and cores, the disk."""
-    parts = [_processor(), f"{os.cpu_count()} cores"]
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        parts = [properties.name, f"{properties.total_memory / 2**30:.0f} GiB", f"CUDA {torch.version.cuda}", *parts]
-    name = ", ".join(parts)
-    stat = os.stat(disk_folder) if disk_folder.exists() else None
-    return name, hashlib.sha256(
-        f"{name} disk {stat.st_dev if stat else None} torch {torch.__version__}".encode()
-    ).hexdigest()[:16]
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return names[0] if names else "unknown processor"
-
-
-def cache_path(cache_folder: Path, device: str, disk_folder: Path) -> Path:
-    """The file of this machine's profile."""
-    return cache_folder / f"hardware-{machine_key(torch.device(device), disk_folder)[1]}.json"
-
-
-def cached(
-    cache_folder: Path,
-    device: str,
-    disk_folder: Path,
-    overrides: Mapping[str, Any] | None = None,
-    refresh: bool = False,
-) -> Hardware:
-    """The machine's profile from ``cache_folder``, measured at first use, and again where the file is damaged or of
-    another version."""
-    path = cache_path(cache_folder, device, disk_folder)
-    hardware = None
-    if path.is_file() and not refresh:
-        with contextlib.suppress(OSError, ValueError):
-            hardware = read_hardware(path)
-    if hardware is not None:
-        return hardware.with_memory(
-            *(
-                _capacities(torch.device(device), disk_folder)[f"{tier}_bytes"]
-                for tier in ("gpu_memory", "cpu_memory", "disk")
-            )
-        )
-    hardware = measure(device, disk_folder, overrides)
-    try:
-        write_hardware(hardware, path)
-    except OSError as error:
-        # What was measured is right for this process, wherever the next one will find it.
-        logger.warning("the profile of this machine cannot be kept, and is measured at every start: %s", error)
-    return hardware
-
-
 def kernels_of(name: str, device: str) -> dict[str, Any]:
-    """What MODULE:FUNCTION measures on ``device``. Named and not imported, because this room knows nothing of the
-    engine; empty for "none"."""
+    """What the kernels of the engine reach on ``device``; empty for "none"."""
     if name == "none":
         return {}
-    module, _, function = name.partition(":")
-    return getattr(import_module(module), function)(device)
+    from flexbatch.calibrate.kernels import kernel_rates  # with SciPy 0.4 s that --help does not need
+
+    return kernel_rates(device)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -375,9 +315,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--kernels",
-        default="flexbatch.calibrate.kernels:kernel_rates",
-        metavar="MODULE:FUNCTION",
-        help="measures the kernels that the engine runs; none takes torch's in their place (default: %(default)s)",
+        default="engine",
+        choices=("engine", "none"),
+        help="whose kernels are measured: the engine's, or torch's in their place (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     with data_apart():

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, BinaryIO, TextIO
 
+from flexbatch.memory.files import open_locked, remove_leftovers, temporary_name
 from flexbatch.text.files import json_text
 from flexbatch.validation.errors import ConfigurationError
 
@@ -226,3 +229,27 @@ def _locked(path: Path) -> BinaryIO:
             file.seek(0)
             return file
         file.close()  # Removed between opening and locking, by a run that was done.
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[str]]:
+    """A text file that appears under its name when the body ends, whole, and not at all when it fails.
+
+    Opened at once, so that a folder that cannot be written to is found before hours of work. Raises
+    ConfigurationError for that. What a killed run has left of the same file is removed.
+    """
+    temporary = temporary_name(Path(path))
+    try:
+        remove_leftovers(Path(path))
+        stream = io.TextIOWrapper(open_locked(temporary), encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"output {path}: cannot be written: {error.strerror}") from error
+    try:
+        with stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            # While it is locked: until it has its name, another run may not take it for a leftover.
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -5,26 +5,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import logging
 import os
-import shlex
-import signal
-import sys
-import threading
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from flexbatch.config import EngineConfig
-from flexbatch.policy.stdout import READER_GONE, data_apart
 from flexbatch.text.files import read_text
 from flexbatch.validation.checks import closest
-from flexbatch.validation.errors import CheckpointError, ConfigurationError, DoesNotFitError
-from flexbatch.validation.secrets import redact_logs, redacted, redacted_word, secrets_of
+from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.secrets import redacted
 
-DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 ENVIRONMENT_PREFIX = "FLEXBATCH_"
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -243,78 +236,3 @@ def _read_yaml(config_file: str | None) -> dict[Any, Any]:
             f"{config_file}: needs a mapping of settings, e.g. gpu_batch_size: 32; it holds a {type(content).__name__}"
         )
     return content or {}
-
-
-def set_up_logging(level: str = "INFO", words: Sequence[str] | None = None) -> None:
-    """Log lines of this package from `level` on, and warnings of libraries, to stderr: stdout is for data only.
-
-    No line shows credentials of URIs, nor those among the ``words`` of the command in any spelling. Libraries say at
-    level INFO what concerns no user of a command: every request over HTTP, every version that was found.
-    """
-    logging.basicConfig(
-        level=logging.WARNING,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
-    logger.setLevel(level.upper())
-    redact_logs(secrets_of(sys.argv if words is None else words))
-
-
-def resume_command(command: Sequence[str]) -> str:
-    """The command line that goes on: the same one, without what would discard the output, and without credentials."""
-    return shlex.join(redacted_word(word) for word in command if word not in ("--overwrite", "--overwrite=true"))
-
-
-def run_command(main: Callable[[TextIO], int | None], resume: str | None = None) -> int:
-    """Runs a command and maps how it ended to the exit code. `main` returns 0, 3 for row errors, or None for 0.
-
-    `main` gets the stream for data; whatever else is printed to stdout meanwhile goes to stderr. `resume`: the
-    command line that goes on after an interruption. SIGTERM ends the command as Ctrl-C does, so that it can put
-    things in order.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Forked helpers, such as the pool in which lm_eval computes errors, have nothing to put in order: ended, they
-        # would print a traceback.
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    try:
-        with data_apart() as data:
-            return main(data) or DONE
-    except KeyboardInterrupt:
-        logger.error("interrupted%s", f"; resume with: {resume}" if resume else "")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read stdout, or stderr, has gone: nobody is there to be told.
-        return READER_GONE
-    except Exception as error:
-        code = exit_code(error)
-        if code == CRASH:
-            logger.exception("crashed: %s", error)
-        else:
-            explained = isinstance(error, OSError) and error.filename is None and error.strerror
-            logger.error("%s", explained or error)
-        return code
-
-
-def exit_code(error: BaseException) -> int:
-    """2 for what the user can set right, 4 for what does not fit, 1 for the rest."""
-    if isinstance(error, (ConfigurationError, CheckpointError)):
-        return USAGE
-    if isinstance(error, DoesNotFitError) or type(error).__name__ == "OutOfMemoryError":
-        return DOES_NOT_FIT
-    if isinstance(error, OSError):
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DOES_NOT_FIT
-        if error.errno in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOENT,
-            errno.ENOTDIR,
-            errno.EISDIR,
-            errno.EEXIST,
-        ):
-            return USAGE
-    return CRASH

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexbatch.job import Job
+from flexbatch.execution.job import Job
 from flexbatch.memory.kvcache import CacheSizes
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.models.arch import Arch

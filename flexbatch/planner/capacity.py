@@ -6,9 +6,9 @@ import bisect
 from dataclasses import replace
 
 from flexbatch.execution.block_sizes import logits_chunk_bytes
+from flexbatch.execution.job import Job
 from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.execution.sequence import Sequence
-from flexbatch.job import Job
 from flexbatch.memory.tiers import Tiers, check_budgets
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore

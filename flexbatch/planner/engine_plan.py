@@ -10,7 +10,7 @@ import torch
 
 from flexbatch.config import EngineConfig
 from flexbatch.execution.block_sizes import BlockSizes, block_sizes, cache_layout
-from flexbatch.job import Job
+from flexbatch.execution.job import Job
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import MemoryRequirement
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights

@@ -13,13 +13,14 @@ import torch
 from flexbatch.calibrate import machine
 from flexbatch.config import EngineConfig
 from flexbatch.execution.block_sizes import cache_layout
-from flexbatch.job import Job
+from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
 from flexbatch.models.generation_config import generation_of
 from flexbatch.models.opened import open_model
 from flexbatch.planner import budgets
-from flexbatch.planner.choose import Problem, choose_policy, differs, overshoot, priced, without_reserves
+from flexbatch.planner.choose import choose_policy, differs, overshoot, priced, without_reserves
 from flexbatch.planner.engine_plan import Deployment, EnginePlan, described
+from flexbatch.planner.problem import Problem
 from flexbatch.policy.hardware import Hardware, write_hardware
 from flexbatch.policy.policy import Policy
 from flexbatch.speculative.setup import plan_speculation

@@ -1,6 +1,10 @@
-"""The one error of everything that is read from a model folder."""
+"""Errors that say what is wrong and what to do, and the exit codes of every command."""
 
 from __future__ import annotations
+
+DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+"""Exit codes: done, crashed, usage or configuration, done with errors in rows, does not fit the budgets, interrupted and
+resumable."""
 
 
 class CheckpointError(ValueError):

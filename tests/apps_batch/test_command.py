@@ -10,7 +10,7 @@ import pytest
 
 from flexbatch.apps.jobs.progress import Counts, JobProgress
 from flexbatch.apps.jobs.shard_assignment import ShardAssignment, divide_host, find_assignment
-from flexbatch.cli.settings import resume_command
+from flexbatch.cli.command import resume_command
 from flexbatch.config import EngineConfig
 from flexbatch.memory.tiers import host_memory_bytes
 from flexbatch.validation.errors import ConfigurationError

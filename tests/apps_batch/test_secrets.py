@@ -20,7 +20,7 @@ from flexbatch.apps import completion
 from flexbatch.apps.batch import main
 from flexbatch.apps.jobs.files import list_files
 from flexbatch.apps.wrangle import __main__ as wrangle
-from flexbatch.cli.settings import resume_command
+from flexbatch.cli.command import resume_command
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import hide_uri, redact_logs, redacted, secrets_of
 from tests.apps_batch.fake import FakeLLM

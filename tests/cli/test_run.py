@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexbatch import run
+from flexbatch.cli import run_settings, run_work
 from flexbatch.cli.progress import Progress
 from flexbatch.config import EngineConfig
 from flexbatch.request import Completion
@@ -294,7 +295,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
 
 def test_made_up_prompts_go_on_after_eos_and_real_ones_do_not(model_folder: Path, tmp_path: Path) -> None:
     engine = EngineConfig(model=str(model_folder))
-    assert run.make_work(engine, run.RunConfig(prompt_len=5), run.SamplingConfig()).params.ignore_eos
-    assert not run.make_work(
-        engine, run.RunConfig(prompts=prompt_file(tmp_path)), run.SamplingConfig()
+    assert run_work.make_work(engine, run_settings.RunConfig(prompt_len=5), run_settings.SamplingConfig()).params.ignore_eos
+    assert not run_work.make_work(
+        engine, run_settings.RunConfig(prompts=prompt_file(tmp_path)), run_settings.SamplingConfig()
     ).params.ignore_eos

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch.cli import settings
+from flexbatch.cli import command, settings
 from flexbatch.config import EngineConfig, option
 from flexbatch.validation.errors import CheckpointError, ConfigurationError, DoesNotFitError
 
@@ -202,7 +202,7 @@ def test_exit_codes(outcome, code: int, caplog: pytest.LogCaptureFixture) -> Non
 
     previous = signal.getsignal(signal.SIGTERM)
     try:
-        assert settings.run_command(main, resume="flexbatch again") == code
+        assert command.run_command(main, resume="flexbatch again") == code
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert ("Traceback" in caplog.text) == (code == 1)
@@ -213,9 +213,9 @@ def test_exit_codes(outcome, code: int, caplog: pytest.LogCaptureFixture) -> Non
 
 def test_sigterm_ends_a_command_as_an_interruption() -> None:
     script = (
-        "import sys, time\nfrom flexbatch.cli import settings\nsettings.set_up_logging()\n"
+        "import sys, time\nfrom flexbatch.cli import command\ncommand.set_up_logging()\n"
         "def main(data):\n    print('ready', file=data, flush=True)\n    "
-        "time.sleep(30)\nsys.exit(settings.run_command(main, 'again'))"
+        "time.sleep(30)\nsys.exit(command.run_command(main, 'again'))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -229,11 +229,11 @@ def test_sigterm_ends_a_command_as_an_interruption() -> None:
 def test_a_forked_helper_ends_without_a_traceback() -> None:
     """lm_eval ends its pool of processes so; a handler that raises would print one of each that waits for work."""
     script = (
-        "import multiprocessing, sys, time\nfrom flexbatch.cli import settings\n"
+        "import multiprocessing, sys, time\nfrom flexbatch.cli import command\n"
         "def main(data):\n    helper = multiprocessing.get_context('fork').Process(target=time.sleep, args=(30,))\n "
         "   helper.start()\n    time.sleep(0.5)\n"
         "    helper.terminate()\n    helper.join()\n    print(helper.exitcode, "
-        "file=data)\nsys.exit(settings.run_command(main))"
+        "file=data)\nsys.exit(command.run_command(main))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{-signal.SIGTERM}\n", "")
@@ -241,7 +241,7 @@ def test_a_forked_helper_ends_without_a_traceback() -> None:
 
 def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> None:
     script = (
-        "import logging\nfrom flexbatch.cli import settings\nsettings.set_up_logging()\n"
+        "import logging\nfrom flexbatch.cli import command\ncommand.set_up_logging()\n"
         "for name in ('flexbatch', 'httpx'):\n    logging.getLogger(name).info('info of %s', name)\n    "
         "logging.getLogger(name).warning('warning of %s', name)"
     )
@@ -255,8 +255,8 @@ def test_the_log_holds_what_this_package_says_and_warnings_of_libraries() -> Non
 
 def test_a_reader_that_goes_away_is_no_crash_report() -> None:
     script = (
-        "import sys\nfrom flexbatch.cli import settings\ndef main(data):\n"
-        "    for i in range(100000): print(i, file=data)\nsys.exit(settings.run_command(main))"
+        "import sys\nfrom flexbatch.cli import command\ndef main(data):\n"
+        "    for i in range(100000): print(i, file=data)\nsys.exit(command.run_command(main))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

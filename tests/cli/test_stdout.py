@@ -165,7 +165,7 @@ def test_a_reader_that_has_gone_is_no_traceback(words: list[str]) -> None:
 def test_a_reader_that_leaves_early_is_no_traceback() -> None:
     """More than a pipe holds, of which the first lines are read."""
     code = (
-        "import sys\nfrom flexbatch.cli.settings import run_command\nfrom flexbatch.policy.stdout import run_process\n"
+        "import sys\nfrom flexbatch.cli.command import run_command\nfrom flexbatch.policy.stdout import run_process\n"
     )
     code += (
         "sys.exit(run_process(lambda: run_command(lambda data: [print('x' * 99, file=data) for _ in "
@@ -190,7 +190,7 @@ def test_streams_that_are_closed_or_full(redirection: str, code: int, tmp_path: 
     out = tmp_path / "out"
     program = f"""
 import os, sys
-from flexbatch.cli.settings import run_command
+from flexbatch.cli.command import run_command
 from flexbatch.policy.stdout import run_process
 def command(data):
     with open({str(out)!r}, "w") as file:

@@ -11,13 +11,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from flexbatch.cli import prompt_files, random_prompts
+from flexbatch.cli import prompt_files, random_prompts, result_file, result_rows
 from flexbatch.cli.prompt_files import PromptRow
-from flexbatch.cli.random_prompts import RESULTS
 from flexbatch.cli.result_file import ResultFile
+from flexbatch.cli.result_rows import RESULTS
+from flexbatch.cli.run_work import digest
 from flexbatch.memory.files import remove_leftovers
 from flexbatch.request import Completion, TokenLogprob
-from flexbatch.run import digest
 from flexbatch.text.files import parse_json
 from flexbatch.validation.errors import ConfigurationError
 
@@ -131,7 +131,7 @@ def test_numbers_come_along_digit_by_digit(tmp_path: Path, number: str) -> None:
     json.dumps(row.prompt)
     with ResultFile(tmp_path / "out.jsonl") as out:
         out.begin({"prompts": digest([row.prompt, row.fields])}, [row.prompt])
-        out.add(0, random_prompts.output_line(row, Completion((1,), [2], "t", "stop")))
+        out.add(0, result_rows.output_line(row, Completion((1,), [2], "t", "stop")))
     line = (tmp_path / "out.jsonl").read_bytes().decode()
     assert f'"x": {number}, ' in line and f'"a": [{number}, "\\ud83d"]' in line and '"\\ude00"' in line
     parse_json(line, exact=True, constants=True)
@@ -205,7 +205,7 @@ def test_output_lines_hold_what_was_promised() -> None:
     two = Completion([4], [9], "x", "stop", prompt_logprobs=[None])
     two.samples = [two, Completion([4], [5], "y", "stop")]
     first, second = (
-        random_prompts.output_line(PromptRow(prompt), answer) for prompt, answer in (("größer", one), ([4], two))
+        result_rows.output_line(PromptRow(prompt), answer) for prompt, answer in (("größer", one), ([4], two))
     )
     expected = {
         "prompt": "größer",
@@ -228,7 +228,7 @@ def test_the_other_fields_of_the_input_come_along(tmp_path: Path) -> None:
         content = json.dumps({**FIELDS, "prompt": "p"})
         (row,) = prompt_files.read_prompts(written(tmp_path, name, f"[{content}]" if name == "a.json" else content))
         assert row == PromptRow("p", FIELDS)
-        line = random_prompts.output_line(row, Completion((1,), [2], "t", "stop"))
+        line = result_rows.output_line(row, Completion((1,), [2], "t", "stop"))
         assert {name: line[name] for name in FIELDS} == FIELDS and line["prompt"] == "p" and line["text"] == "t"
 
 
@@ -238,7 +238,7 @@ def test_no_field_is_lost_to_a_result_of_the_same_name() -> None:
         "input_text": "given already",
         "input_input_text": "and this",
     }
-    line = random_prompts.output_line(PromptRow("p", fields), Completion((1,), [2], "t", "error", error="why"))
+    line = result_rows.output_line(PromptRow("p", fields), Completion((1,), [2], "t", "error", error="why"))
     assert line["text"] == "t" and line["error"] == "why"
     assert set(fields.values()) <= {value for value in line.values() if isinstance(value, str)}
     assert line["input_token_ids"] == "given token_ids"
@@ -269,7 +269,7 @@ def test_columns_of_every_type_come_along_as_json(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
     path = written(tmp_path, "out.jsonl", "old\n")
-    with pytest.raises(KeyboardInterrupt), random_prompts.whole_file(path) as stream:
+    with pytest.raises(KeyboardInterrupt), result_file.whole_file(path) as stream:
         stream.write("half a li")
         raise KeyboardInterrupt
     assert path.read_text() == "old\n" and [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
@@ -277,7 +277,7 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
     written(tmp_path, ".out.jsonl.12345.tmp", "half a li")
-    with random_prompts.whole_file(tmp_path / "out.jsonl") as first:
+    with result_file.whole_file(tmp_path / "out.jsonl") as first:
         assert [entry.name for entry in tmp_path.iterdir()] == [Path(first.name).name]
         remove_leftovers(tmp_path / "out.jsonl")
         first.write("whole\n")
@@ -287,6 +287,6 @@ def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_pa
 def test_a_folder_that_cannot_be_written_to_is_found_at_once(tmp_path: Path) -> None:
     with (
         pytest.raises(ConfigurationError, match=r"none/out\.jsonl: cannot be written: No such file"),
-        random_prompts.whole_file(tmp_path / "none" / "out.jsonl"),
+        result_file.whole_file(tmp_path / "none" / "out.jsonl"),
     ):
         pass

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from flexbatch import LLM
 from flexbatch.config import EngineConfig
 from flexbatch.execution import block_sizes
-from flexbatch.job import Job
+from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import check_budgets
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.models import families, shapes
 from flexbatch.models.specs import weight_specs
 from flexbatch.planner import requirements
-from flexbatch.planner.choose import Problem, choose_policy, model_shape, workload_of
+from flexbatch.planner.choose import choose_policy
+from flexbatch.planner.problem import Problem, model_shape, workload_of
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.limits import (
     weight_group,

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from flexbatch.calibrate import host
+from flexbatch.calibrate import host, passes
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import Span
 
@@ -60,8 +60,8 @@ def test_the_fastest_of_all_rounds_counts(late: bool, monkeypatch: pytest.Monkey
         return num_layers * (1e-3 if (len(calls) > 4) == late else 5e-3)
 
     monkeypatch.setattr(host, "decode_seconds", seconds)
-    passes = host.HostPasses({"one": host.resident(8), "two": host.resident(16)}, CPU)
-    assert passes.layer_seconds("one") == passes.layer_seconds("two") == pytest.approx(1e-3)
+    timed = host.HostPasses({"one": passes.resident(8), "two": passes.resident(16)}, CPU)
+    assert timed.layer_seconds("one") == timed.layer_seconds("two") == pytest.approx(1e-3)
     assert len(calls) == 8
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flexbatch.calibrate import machine
+from flexbatch.calibrate.cache import cache_path, cached
 from flexbatch.calibrate.machine import named, this_machine
-from flexbatch.calibrate.profile import cache_path, cached
 from flexbatch.policy.hardware import Hardware, load_hardware, write_hardware
 from flexbatch.validation.errors import ConfigurationError
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.job import Job
+from flexbatch.execution.job import Job
 from flexbatch.request import Request
 from flexbatch.text.detokenize import OutputText
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexbatch.calibrate import cache
 from flexbatch.calibrate.fits import fit_curve, fit_rate
 from flexbatch.policy.hardware import Curve, Hardware, load_hardware
 
@@ -74,7 +75,7 @@ def test_this_machine_is_measured_and_cached(tmp_path, monkeypatch):
     from flexbatch.calibrate import profile
 
     start = time.perf_counter()
-    hardware = profile.cached(tmp_path / "cache", "cpu", tmp_path, overrides={"scatter": 123e6})
+    hardware = cache.cached(tmp_path / "cache", "cpu", tmp_path, overrides={"scatter": 123e6})
     elapsed = time.perf_counter() - start
     assert (
         hardware.device == "cpu"
@@ -92,5 +93,5 @@ def test_this_machine_is_measured_and_cached(tmp_path, monkeypatch):
     assert elapsed < 60
     assert not list(tmp_path.glob("profile-*"))
     monkeypatch.setattr(profile, "measure", lambda *_: pytest.fail("measured again"))
-    again = profile.cached(tmp_path / "cache", "cpu", tmp_path)
+    again = cache.cached(tmp_path / "cache", "cpu", tmp_path)
     assert again.with_memory(1, 1, 1) == hardware.with_memory(1, 1, 1)

@@ -1,0 +1,115 @@
+"""Passes of models that are too small to compute anything, or as wide as large ones: what is timed to know a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from flexbatch.execution.block_sizes import block_sizes, cache_layout
+from flexbatch.execution.job import Job
+from flexbatch.execution.runner import Runner, open_runner
+from flexbatch.execution.sampler import sample_tokens
+from flexbatch.execution.scheduler import Scheduler
+from flexbatch.execution.sequence import Sequence
+from flexbatch.memory.loading import Loader
+from flexbatch.memory.tiers import Pool, Tiers
+from flexbatch.memory.transfer import TransferQueues
+from flexbatch.memory.weight_plan import plan_weights
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models.arch import Arch
+from flexbatch.models.dummy import dummy
+from flexbatch.models.families import read_arch
+from flexbatch.policy.policy import Policy, Split
+from flexbatch.request import Request, SamplingParams
+from flexbatch.trace import Tracer
+
+MIB = 2**20
+
+PROMPT_TOKENS = 4
+WARM_UP, PASSES = 3, 6
+ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
+
+
+def small_arch(num_layers: int, head_dim: int, num_heads: int = 1) -> Arch:
+    """With several heads an MLP wide enough that its weights keep the link busy."""
+    hidden_size = num_heads * head_dim
+    sizes = {"hidden_size": hidden_size, "intermediate_size": hidden_size * min(2, num_heads), "vocab_size": 64}
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": num_layers,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+    }
+    return read_arch(
+        {
+            **config,
+            **sizes,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_heads,
+            "eos_token_id": 2,
+            "bos_token_id": 1,
+        }
+    )
+
+
+def resident(sequences: int, num_gpu_batches: int = 2) -> Policy:
+    """Two micro-batches: one alone on the GPU is a graph, whose ticks cost the host nothing."""
+    return Policy(ON_GPU, ON_GPU, ON_GPU, sequences, num_gpu_batches, prefill_chunk=PROMPT_TOKENS)
+
+
+def attended(sequences: int, num_gpu_batches: int = 1) -> Policy:
+    """Micro-batches whose cache the CPU attends."""
+    return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, num_gpu_batches, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
+
+
+@contextlib.contextmanager
+def small_runner(
+    arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer
+) -> Iterator[Runner]:
+    """A runner with random weights."""
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        pinned = device.type == "cuda"
+        tiers = Tiers(
+            Pool("gpu", 8192 * MIB, device=device),
+            Pool("cpu", 16384 * MIB, pinned=pinned),
+            Pool("disk", MIB),
+            Path(folder),
+        )
+        stack.callback(tiers.close)
+        queues = TransferQueues(device, tracer, disk_threads=1)
+        stack.callback(queues.close)
+        weights = WeightStore(plan_weights(arch, policy.weights, 16, 64, dtype.itemsize), tiers, queues, dtype)
+        stack.callback(weights.close)
+        Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
+        layout = cache_layout(arch, 16, dtype)
+        runner = open_runner(arch, weights, layout, policy, block_sizes(policy, layout, job), tiers, queues)
+        stack.callback(runner.close)
+        yield runner
+
+
+def run_passes(
+    arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS
+) -> list[float]:
+    """Seconds of the decode passes of a full block, after some that warm up."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    new_tokens = 1 + WARM_UP + PASSES
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+    chance = random.Random(0)
+    requests = [Request(i, chance.choices(range(3, 64), k=prompt_tokens), params) for i in range(policy.block_size)]
+    job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
+    seconds = []
+    with small_runner(arch, policy, job, device, dtype, tracer) as runner:
+        sequences = (Sequence(request, sequence_id=request.index) for request in requests)
+        scheduler = Scheduler(policy, runner.cache, sequences, runner.sizes.max_micro_batch_tokens)
+        while scheduler.has_work():
+            start = time.perf_counter()
+            batch = scheduler.next_pass()
+            scheduler.commit(batch, sample_tokens(runner.executor.run(batch), scheduler.running))
+            seconds.append(time.perf_counter() - start)
+    return seconds[1 + WARM_UP : -1]

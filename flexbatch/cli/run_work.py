@@ -1,0 +1,101 @@
+"""What a run does: its prompts read or made up, encoded, with how to complete them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexbatch.cli import prompt_files, random_prompts
+from flexbatch.cli.prompt_files import PromptRow
+from flexbatch.cli.run_settings import SYNTHETIC_PROMPT_LEN, SYNTHETIC_PROMPTS, RunConfig, SamplingConfig
+from flexbatch.config import EngineConfig
+from flexbatch.execution.job import Job
+from flexbatch.models.generation_config import GenerationDefaults
+from flexbatch.request import SAMPLING_RULES, SamplingParams
+from flexbatch.validation.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Work:
+    """The rows as given, the token ids of their prompts, and how to complete them."""
+
+    rows: list[PromptRow]
+    token_ids: list[list[int]]
+    params: SamplingParams
+    max_context: int
+    folder: Path | None
+    """Of the model; None with random weights."""
+
+    def job(self, first: int = 0) -> Job:
+        """What the planner needs to know of it, from prompt number ``first`` on."""
+        from flexbatch.execution.job import Job
+
+        rest = self.token_ids[first:]
+        lengths = [(len(ids), self.params.tokens_within(self.max_context - len(ids))) for ids in rest]
+        return Job.of(lengths * self.params.n, self.max_context)
+
+    def facts(self, engine: EngineConfig) -> dict[str, Any]:
+        """What the completions depend on, by the names of the flags: where tensors lie and in which blocks prompts run
+        may change from run to run."""
+        settings = (
+            *("weight_bits", "cache_bits", "allow_bits", "dtype", "device", "seed"),
+            *("draft", "draft_sampling", "simulate_acceptance", "dummy_weights"),
+        )
+        rows = [[row.prompt, row.fields, ids] for row, ids in zip(self.rows, self.token_ids, strict=True)]
+        facts = {
+            "prompts": f"{len(self.rows)} with digest {digest(rows)}",
+            "model": engine.model if self.folder is None else digest(model_files(self.folder, engine)),
+            "sampling_rules": SAMPLING_RULES,
+            **dataclasses.asdict(self.params),
+        }
+        return {**facts, **{name: getattr(engine, name) for name in settings}}
+
+
+def model_files(folder: Path, engine: EngineConfig) -> dict[str, str]:
+    """Digests of the files of a model. They are recorded in the offload folder, so that a run that goes on, or the next
+    one of the same model, need not read the checkpoint once more."""
+    from flexbatch.models.fingerprint import RECORDS, model_files_digest
+    from flexbatch.planner.budgets import offload_dir
+
+    return model_files_digest(folder, offload_dir(engine) / RECORDS)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) -> Work:
+    """Read or make up the prompts and encode them: everything that can be wrong with them is found before any weight
+    is loaded."""
+    for name in ("num_prompts", "prompt_len"):
+        if getattr(run, name) is not None and getattr(run, name) < 1:
+            raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(run, name)} must be at least 1")
+    if run.prompts is not None and run.prompt_len is not None:
+        raise ConfigurationError("--prompts reads prompts and --prompt-len makes them up; leave one out")
+    synthetic = run.prompts is None and (run.prompt_len is not None or engine.dummy_weights)
+    rows = (
+        [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.num_prompts]
+    )
+    from flexbatch.models.generation_config import generation_of
+    from flexbatch.models.opened import open_model
+    from flexbatch.text.prompts import PromptEncoder
+
+    sampling.params(GenerationDefaults())  # what is wrong with it comes before what is wrong with the model
+    params = sampling.params(generation_of(engine), ignore_eos=sampling.ignore_eos or synthetic)
+    model = open_model(engine.model, engine.dummy_weights)
+    context, vocab_size = model.arch.max_positions, model.arch.vocab_size
+    if synthetic:
+        count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
+        made_up = random_prompts.synthetic_prompts(
+            count, run.prompt_len or SYNTHETIC_PROMPT_LEN, vocab_size, engine.seed
+        )
+        rows = [PromptRow(prompt) for prompt in made_up]
+    tokenizer = None if synthetic else model.tokenizer
+    encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=vocab_size)
+    encoder.check_params(0, params)
+    token_ids = [encoder.encode(index, row.prompt, params.max_tokens) for index, row in enumerate(rows)]
+    return Work(rows, token_ids, params, context, model.folder)

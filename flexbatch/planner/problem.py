@@ -1,0 +1,140 @@
+"""What a policy is chosen for, in the optimizer's terms: sizes of the model, lengths of the job, and what is fixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flexbatch.config import EngineConfig
+from flexbatch.execution.job import Job
+from flexbatch.memory.weight_plan import StoredTensor, tensor_format
+from flexbatch.models.arch import Arch
+from flexbatch.models.specs import weight_specs
+from flexbatch.policy.limits import weight_group
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.policy import Constraints, Policy
+from flexbatch.policy.workload import Workload
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a policy is chosen for. ``budgets``: bytes by tier."""
+
+    arch: Arch
+    config: EngineConfig
+    job: Job
+    budgets: dict[str, int]
+    element_bytes: int
+    prequantized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(bits, group) by role of a checkpoint that is quantised already."""
+    loaded: Policy | None = None
+    """The policy whose weights and bits are in memory and stay as they are."""
+
+    @property
+    def shape(self) -> ModelShape:
+        return model_shape(self.config.model, self.arch, self.element_bytes, self.config.weight_bits, self.prequantized)
+
+    @property
+    def stored_bits(self) -> int | None:
+        """Bits of the weights of a checkpoint that is quantised already."""
+        return max((bits for bits, _ in self.prequantized.values()), default=None)
+
+    @property
+    def percent(self) -> tuple[float | None, ...] | None:
+        """The six numbers that are fixed, by the user or because the weights are loaded."""
+        if self.config.percent is not None or self.loaded is None:
+            return self.config.percent
+        return (100 * self.loaded.weights.gpu, 100 * self.loaded.weights.cpu, None, None, None, None)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the user left nothing to choose."""
+        config = self.config
+        sizes = (
+            config.percent,
+            config.gpu_batch_size,
+            config.num_gpu_batches,
+            config.cpu_attention,
+            config.prefill_chunk,
+            config.prefill_budget,
+        )
+        return None not in sizes and not config.allow_bits
+
+
+def model_shape(
+    name: str, arch: Arch, element_bytes: int, bits: int = 16, prequantized: Mapping[str, tuple[int, int]] | None = None
+) -> ModelShape:
+    """The sizes of all tensors in placement order. Of tied embeddings the table belongs to the head, which ships it.
+
+    ``prequantized`` roles of a checkpoint keep their own (bits, group), and with them every matrix beside them is
+    stored at ``bits`` already.
+    """
+    specs = list(weight_specs(arch))
+    block = [spec for spec in specs if spec.layer == 0]
+    group = weight_group(arch.hidden_size)
+    stored = [
+        StoredTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
+        for spec in block
+    ]
+
+    def elements(layers: Iterable[int]) -> tuple[int, ...]:
+        return tuple(
+            math.prod(spec.shape)
+            for spec in specs
+            if spec.layer in layers and not (spec.role == "embed.weight" and arch.tie_word_embeddings)
+        )
+
+    table = tuple(math.prod(spec.shape) for spec in specs if spec.role == "embed.weight" and arch.tie_word_embeddings)
+    return ModelShape(
+        name=name,
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        intermediate_size=arch.intermediate_size,
+        vocab_size=arch.vocab_size,
+        block_tensors=elements((0,)),
+        head_tensors=(*table, *elements((arch.num_layers,))),
+        embedding_tensors=elements((-1,)),
+        mlp_matrices=3 if arch.mlp == "gated" else 2,
+        element_bytes=element_bytes,
+        stored_block_bytes=tuple(stored) if prequantized else (),
+    )
+
+
+def workload_of(job: Job) -> Workload:
+    """Lengths as the cost model counts them: the last generated token needs no row of the cache."""
+    outputs = [cache - prompt + 1 for cache, prompt in zip(job.cache_tokens, job.prompt_tokens, strict=True)]
+    return Workload.from_lengths(
+        [max(1, prompt) for prompt in job.prompt_tokens], [max(1, output) for output in outputs]
+    )
+
+
+def constraints_of(problem: Problem, room: dict[str, int], block: tuple[int, int] | None = None) -> Constraints:
+    """What the user gave is fixed; ``block`` fixes its sizes too. Bits are chosen only among --allow-bits."""
+    config, loaded = problem.config, problem.loaded
+
+    def bits(name: str, stored: int | None) -> tuple[int, ...]:
+        given: int = getattr(config, name)
+        if loaded is not None:
+            return (getattr(loaded, name),)
+        if stored is not None:
+            return (stored,)
+        return tuple(config.allow_bits) if config.allow_bits and given == 16 else (given,)
+
+    return Constraints(
+        percent=problem.percent,
+        gpu_batch_size=block[0] if block else config.gpu_batch_size,
+        num_gpu_batches=block[1] if block else config.num_gpu_batches,
+        cpu_attention=config.cpu_attention,
+        prefill_chunk=config.prefill_chunk,
+        prefill_budget=config.prefill_budget,
+        weight_bits=bits("weight_bits", problem.stored_bits),
+        cache_bits=bits("cache_bits", None),
+        overlap=config.overlap,
+        gpu_memory=room["gpu"],
+        cpu_memory=room["cpu"],
+        disk=room["disk"],
+    )
