@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import string
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +324,31 @@ def random_prompts(lengths: list[int], vocab_size: int = VOCAB, seed: int = 0) -
     """One random prompt for every length, without special tokens, all different."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(len(SPECIAL), vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+PROMPT_LENGTHS = [1, 2, 5, 17, 40, 200, 33, 16, 15, 64]
+NEW_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model folder, prompts of awkward lengths, and the greedy continuations of transformers, each prompt alone."""
+
+    folder: Path
+    prompts: list[list[int]]
+    token_ids: list[list[int]]
+
+
+def greedy_tokens(model: PreTrainedModel, prompt: list[int], new_tokens: int, **options: Any) -> list[int]:
+    """Returns what transformers generates after ``prompt``, which it reads alone."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def make_reference(family: str, folder: Path) -> Reference:
+    model = make_model(family, folder)
+    prompts = random_prompts(PROMPT_LENGTHS, seed=len(family))
+    return Reference(folder, prompts, [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in prompts])

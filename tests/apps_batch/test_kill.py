@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -181,19 +180,6 @@ def test_an_input_that_is_deleted_mid_job(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "d.parquet: row group 0 cannot be read" in err and "resume with: " in err, err
     assert read_output(out)["prompt"].to_pylist() == [f"{name}{i}" for name in "abc" for i in range(100)]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB, where this process may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_costs_no_committed_part(tmp_path: Path, small_disk: Path) -> None:

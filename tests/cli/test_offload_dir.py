@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,19 +15,6 @@ from flexbatch.memory.files import prepare_offload_dir
 Command = Callable[..., int]
 WEIGHTS_ON_DISK = ("--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5")
 CACHE_ON_DISK = ("--percent", "100", "0", "0", "0", "100", "0", "--prompt-len", "5")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB, where this process may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def error_of(capsys: pytest.CaptureFixture) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.policy.limits import PAGE_TOKENS
-from tests.engine.conftest import NEW_TOKENS
+from tests.tiny_models import NEW_TOKENS
 
 WEIGHTS = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (30, 40)}
 CACHE = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (40, 30)}
