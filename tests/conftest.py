@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import subprocess
@@ -15,6 +16,9 @@ import pytest
 # Triton decides when it is first imported, by whatever test that is, whether its functions are compiled or interpreted.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+# Workers of pytest-xdist share the cores: each would start a thread on every one of them.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 from flexbatch.policy.hardware import load_hardware
 
@@ -24,6 +28,16 @@ with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
     # Machines that run tests are shared: how long an example takes says nothing about the code.
     settings.register_profile("shared machine", deadline=None)
     settings.load_profile("shared machine")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look at it again after every few tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

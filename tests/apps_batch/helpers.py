@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 
 from flexbatch.apps.batch import main
 from tests.apps_batch.fake import FakeLLM
+from tests.processes import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "tests" / "data"
@@ -56,19 +56,14 @@ def command(*words: object, **settings: Any) -> list[str]:
     return [sys.executable, "-m", "tests.apps_batch.driver", json.dumps(settings), *map(str, words)]
 
 
-def start(*words: object, environ: dict[str, str] | None = None, **settings: Any) -> subprocess.Popen[str]:
+def start(*words: object, environ: dict[str, str] | None = None, **settings: Any) -> Forked:
     """The command as a process of its own."""
-    import os
-
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})}
-    return subprocess.Popen(
-        command(*words, **settings), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    return Forked(
+        "tests.apps_batch.driver", [json.dumps(settings), *map(str, words)], {"OMP_NUM_THREADS": "1", **(environ or {})}
     )
 
 
-def wait_for(
-    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 30.0
-) -> None:
+def wait_for(condition: Callable[[], object], process: Forked | None = None, seconds: float = 30.0) -> None:
     """Until the condition holds, or the process has ended."""
     end = time.monotonic() + seconds
     while not condition() and (process is None or process.poll() is None):

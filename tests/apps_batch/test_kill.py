@@ -30,6 +30,7 @@ from tests.apps_batch.helpers import (
     wait_for,
     write_input,
 )
+from tests.processes import Forked
 
 
 def size_of(path: Path) -> int:
@@ -127,7 +128,7 @@ def test_ranks_of_torchrun_take_their_shards(tmp_path: Path) -> None:
     ]
 
 
-def begun(tmp_path: Path, rows: int = 400, **settings: float) -> tuple[subprocess.Popen[str], Path]:
+def begun(tmp_path: Path, rows: int = 400, **settings: float) -> tuple[Forked, Path]:
     source, out = write_input(tmp_path / "in.parquet", [f"prompt {i}" for i in range(rows)]), tmp_path / "out"
     process = start(source, out, "--part-rows", 25, "--window-rows", 50, **{"block": 10, "step_s": 0.006, **settings})
     wait_for(lambda: journal_bytes(out) > 2000, process)

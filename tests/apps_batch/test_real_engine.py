@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +20,13 @@ from flexbatch.apps.batch import main
 from flexbatch.apps.jobs.records import HEADER
 from tests.apps_batch.helpers import benchmark_prompts, journal_bytes, parts_of, read_output, wait_for, write_input
 from tests.apps_batch.helpers import start as start_driver
+from tests.processes import Forked
 
 DEMO = ("--model", "demo", "--device", "cpu")
 SMALL_BLOCK = ("--gpu-batch-size", 8, "--num-gpu-batches", 2)
 
 
-def start(*words: object, count_file: Path) -> subprocess.Popen[str]:
+def start(*words: object, count_file: Path) -> Forked:
     return start_driver(*words, *DEMO, *SMALL_BLOCK, real=True, count_file=str(count_file))
 
 
@@ -46,7 +46,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def finished(process: subprocess.Popen[str], code: int = 0) -> None:
+def finished(process: Forked, code: int = 0) -> None:
     out, err = process.communicate(timeout=1500)
     assert process.returncode == code and out == "", err
 

@@ -77,9 +77,14 @@ def test_sampled_grid(family, cell, reference, tmp_path):
     assert run(model, tmp_path, cell) == model.token_ids
 
 
-@pytest.mark.parametrize("cpu_attention", [0.5, 1.0])
-@pytest.mark.parametrize("micro_batches", [1, 2, 3])
-@pytest.mark.parametrize("overlap", [True, False])
+CPU_ATTENTION = list(itertools.product((1, 2, 3), (True, False), (0.5, 1.0)))
+PAIRS = [(1, True, 0.5), (1, False, 1.0), (2, True, 1.0), (2, False, 0.5), (3, True, 0.5), (3, False, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "overlap", "cpu_attention"),
+    [pytest.param(*cell, marks=() if cell in PAIRS else pytest.mark.slow) for cell in CPU_ATTENTION],
+)
 def test_attention_on_the_cpu(micro_batches, overlap, cpu_attention, reference, tmp_path):
     model = reference("llama")
     assert run(model, tmp_path, ("cpu", "mixed", "gpu", micro_batches, overlap, 64), cpu_attention) == model.token_ids
