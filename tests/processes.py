@@ -1,8 +1,8 @@
 """Commands as processes of their own that begin with torch, transformers and the package loaded.
 
-Importing them takes a command five seconds of one core. A helper imports them once for a process of pytest and forks for
-each start; what a command does at import, and how its interpreter ends, is the subject of `tests/cli/test_stdout.py` and
-`tests/packaging`, which start real ones.
+Importing them takes a command five seconds of one core. A helper imports them once for a process of pytest and forks
+for each start; what a command does at import, and how its interpreter ends, is the subject of
+`tests/cli/test_stdout.py` and `tests/packaging`, which start real ones.
 """
 
 from __future__ import annotations

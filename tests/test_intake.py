@@ -1,4 +1,4 @@
-"""Prompts and parameters become requests; completions become one for each prompt, and an item that fails fails alone."""
+"""Prompts and parameters become requests, samples one completion for each prompt; an item that fails fails alone."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def test_the_model_is_never_in_memory_twice(form, percent, bits, folder, tmp_pat
         "gpu_batch_size": 1,
         "num_gpu_batches": 1,
     }
-    # What is freed goes back at once. By default glibc raises this limit to the size of the tensors that it has seen, and
-    # each thread keeps free ones for itself: 12 to 19 MiB by chance on two cores, 32 on sixteen busy ones.
+    # What is freed goes back at once. By default glibc raises this limit to the size of the tensors that it has seen,
+    # and each thread keeps free ones for itself: 12 to 19 MiB by chance on two cores, 32 on sixteen busy ones.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     words = [sys.executable, "-c", SCRIPT, json.dumps(settings)]
     done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
