@@ -76,7 +76,9 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_and_not_the_next(
     assert command("--offload-dir", str(small_disk / "offload"), *words) == 4
     message = error_of(capsys)
     assert "No space left on device" in message and "free there" in message and "--offload-dir" in message
-    left = [path for path in (small_disk / "offload").rglob("*") if path.is_file()]
+    # A checkpoint that is some seconds old, as it is on a busy machine, has its digests kept, too.
+    files = [path for path in (small_disk / "offload").rglob("*") if path.is_file()]
+    left = [path for path in files if path.parent.name != "digests"]
     assert all(path.name.endswith(".bin") and not path.name.startswith((".", "cache")) for path in left), left
     monkeypatch.setattr(loader, "prepare_offload_dir", prepare_offload_dir)
     filler.unlink()
