@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,15 @@ def wait_for(condition: Callable[[], object], process: Forked | None = None, sec
     while not condition() and (process is None or process.poll() is None):
         assert time.monotonic() < end, f"nothing happened within {seconds} s"
         time.sleep(0.002)
+
+
+def kill_at(moments: Iterable[Callable[[], bool]], start: Callable[[], Forked], seconds: float = 30.0) -> None:
+    """Starts a job for each of the moments and kills it when that has come; the next moment is asked for after that."""
+    for reached in moments:
+        process = start()
+        wait_for(reached, process, seconds)
+        process.kill()
+        process.communicate()
 
 
 def parts_of(folder: Path) -> list[Path]:

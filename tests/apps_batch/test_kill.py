@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tests.apps_batch.helpers import (
     benchmark_prompts,
     command,
     journal_bytes,
+    kill_at,
     parts_of,
     read_output,
     run_here,
@@ -48,13 +50,14 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, step_s: float, *flags
     once = size_of(tmp_path / "once")
     settings = {"block": 16, "step_s": step_s, "count_file": str(counted)}
     chance = random.Random(7)
-    for _ in range(kills):
-        process = start(source, out, *flags, **settings)
-        goal = size_of(counted) + chance.random() * once / kills
-        wait_for(lambda goal=goal: size_of(counted) > goal, process)
-        process.kill()
-        process.communicate()
-        check_readable(out)
+
+    def moments() -> Iterator[Callable[[], bool]]:
+        for _ in range(kills):
+            goal = size_of(counted) + chance.random() * once / kills
+            yield lambda goal=goal: size_of(counted) > goal
+            check_readable(out)
+
+    kill_at(moments(), lambda: start(source, out, *flags, **settings))
     process = start(source, out, *flags, **settings)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
