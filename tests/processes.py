@@ -89,6 +89,13 @@ class _Helper:
             [sys.executable, "-m", "tests.processes"], cwd=ROOT, env=environ, stdin=-1, stdout=-1, text=True, bufsize=1
         )
         self.exit_codes: dict[int, int] = {}
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Ends the helper; what it has forked goes on."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
     def start(self, words: list[str], environ: dict[str, str], outputs: list[str]) -> int:
         assert self.process.stdin is not None
