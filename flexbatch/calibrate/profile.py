@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.calibrate.cache import machine_key
 from flexbatch.calibrate.disk import measure_disk
 from flexbatch.calibrate.fits import fit_curve, fit_rate
+from flexbatch.calibrate.identity import machine_key
 from flexbatch.policy.hardware import Hardware, write_hardware
 from flexbatch.policy.stdout import data_apart, run_process
 

@@ -9,7 +9,7 @@ import torch
 
 from flexbatch import LLM
 from flexbatch.config import EngineConfig
-from flexbatch.job import Job
+from flexbatch.execution.job import Job
 from flexbatch.models import families
 from flexbatch.planner import budgets
 from flexbatch.policy.hardware import load_hardware

@@ -20,8 +20,8 @@ import pytest
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.executor import Executor
 from flexbatch.memory.transfer import ThreadQueue
-from flexbatch.planner.choose import model_shape
 from flexbatch.planner.monitor import PassMeter
+from flexbatch.planner.problem import model_shape
 from flexbatch.policy.cost import PassModel
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.limits import PAGE_TOKENS, weight_group
