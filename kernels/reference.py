@@ -38,18 +38,15 @@ def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element
     return -(-used // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Group-wise asymmetric quantisation along the last dimension, or along the first of two (``dim`` 0).
+def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Group-wise asymmetric quantization along the last dimension.
 
     x: [..., size] floating. Returns codes [..., code_bytes] uint8 and parameters [..., num_groups, 2] in x's dtype
-    (scale, minimum). Along the first dimension: x [size, n], codes [code_bytes, n], parameters [num_groups, 2, n].
+    (scale, minimum).
     Codes are chosen against the *rounded* parameters, so that a constant group comes back exactly and their rounding
     costs no accuracy but at the ends of the range. A group with a NaN or an infinity has a scale that is no finite
     number and codes of 0: it comes back as NaN, whole, and an overflow stays visible.
     """
-    if dim == 0:
-        codes, parameters = quantize(x.T, bits, group)
-        return codes.T.contiguous(), parameters.permute(1, 2, 0).contiguous()
     size = x.shape[-1]
     groups = num_groups(size, group)
     padding = groups * group - size
@@ -121,10 +118,8 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     return codes.contiguous()
 
 
-def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1) -> Tensor:
-    """Inverse of `quantize`: [..., size] (``dim`` 0: [size, n]) in the dtype of ``parameters``."""
-    if dim == 0:
-        return dequantize(codes.T, parameters.permute(2, 0, 1), size, bits, group).T.contiguous()
+def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int) -> Tensor:
+    """Inverse of `quantize`: [..., size] in the dtype of ``parameters``."""
     if bits == 4:
         codes = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2)
     codes = codes[..., :size].float()
@@ -170,11 +165,6 @@ def unpack_rows(
     return sides[0], sides[1]
 
 
-def quantized_linear(x: Tensor, codes: Tensor, parameters: Tensor, bits: int, group: int) -> Tensor:
-    """x @ weight.T [num_tokens, num_outputs] of x [num_tokens, size] with the quantised weight [num_outputs, size]."""
-    return F.linear(x, dequantize(codes, parameters, x.shape[1], bits, group))
-
-
 def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor) -> None:
     """``destination[i] = source[page_ids[i]]``. source: [num_pages, ...], page_ids: [n] integers, destination: [n,
     ...] of the same dtype."""
@@ -185,12 +175,6 @@ def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
     """``destination[slots[i]] = source[i]``. source: [n, ...] of destination's dtype, slots: [n] int64, all
     different."""
     destination.index_copy_(0, slots, source)
-
-
-def copy_rows(rows: Tensor, source_slots: Tensor, destination_slots: Tensor) -> None:
-    """``rows[destination_slots[i]] = rows[source_slots[i]]`` within a tier, as if all were read before any is
-    written. Slots: [n] int64."""
-    rows.index_copy_(0, destination_slots, rows.index_select(0, source_slots))
 
 
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
