@@ -52,7 +52,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Use:
+class ResourceUse:
     """What one resource did in `wall` seconds. `busy`: seconds in which at least one span ran, so that parallel
     spans count once."""
 
@@ -96,7 +96,7 @@ class Tracer:
     def add(self, resource: str, name: str, start: float, end: float, num_bytes: int = 0) -> None:
         """A span that the caller has timed with the tracer's clock."""
 
-    def summary(self) -> dict[str, Use]:
+    def summary(self) -> dict[str, ResourceUse]:
         """What each resource that did anything did."""
         return {}
 
@@ -212,7 +212,7 @@ class RecordingTracer(Tracer):
         self.resolve(wait=True)
         return sorted(self._spans, key=lambda span: (span.start, -span.end))
 
-    def summary(self) -> dict[str, Use]:
+    def summary(self) -> dict[str, ResourceUse]:
         """By resource; wall time is from the first start to the last end. Ticks are left out."""
         spans = self.spans()
         if not spans:
@@ -222,7 +222,7 @@ class RecordingTracer(Tracer):
         for resource in RESOURCES:
             own = [span for span in spans if span.resource == resource != "tick"]
             if own:
-                uses[resource] = Use(len(own), covered(own), sum(span.num_bytes for span in own), wall)
+                uses[resource] = ResourceUse(len(own), covered(own), sum(span.num_bytes for span in own), wall)
         return uses
 
     def write(self, path: str | Path) -> None:

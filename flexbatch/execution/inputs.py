@@ -73,7 +73,7 @@ def attention_place(query: QueryTokens) -> str:
     if pages.tier == "gpu":
         return "gpu"
     most = 1 if query.parents is None else CPU_ATTENTION_MAX_TREE_TOKENS
-    return "cpu" if pages.attend_on_cpu and query.num_tokens <= most else "staged"
+    return "cpu" if pages.cpu_attention and query.num_tokens <= most else "staged"
 
 
 def ancestor_masks(parents: Many[int]) -> np.ndarray:

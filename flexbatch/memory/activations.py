@@ -15,13 +15,13 @@ from flexbatch.policy.policy import TIERS, Split
 
 
 @dataclass
-class Stored:
+class HiddenRows:
     """One micro-batch's hidden states between two layers: consecutive rows on the gpu, the cpu and the disk tier."""
 
     num_tokens: int
     counts: tuple[int, int, int]
     gpu: Tensor
-    home: Handle = READY
+    written: Handle = READY
     """Done when the cpu and disk rows have arrived there."""
     fetched: Tensor | None = None
     fetch: Handle = READY
@@ -48,7 +48,7 @@ class ActivationStore:
         self.split, self.page_tokens, self.dtype, self.width = split, page_tokens, dtype, width
         self.tiers, self.queues = tiers, queues
         self.row_bytes = width * dtype.itemsize
-        self.stored: dict[int, Stored] = {}
+        self.stored: dict[int, HiddenRows] = {}
         self.counts: dict[int, tuple[int, int, int]] = {}
         self.realized = dict.fromkeys(TIERS, 0)
         """Hidden rows on each tier in the pass that had most of them: what the split came to."""
@@ -92,25 +92,25 @@ class ActivationStore:
     def put(self, k: int, hidden: Tensor) -> None:
         """Take the hidden states of micro-batch ``k`` after a layer, and send the cpu and disk rows home."""
         on_gpu, on_cpu, on_disk = self.counts[k]
-        stored = self.stored[k] = Stored(len(hidden), self.counts[k], hidden[:on_gpu])
+        stored = self.stored[k] = HiddenRows(len(hidden), self.counts[k], hidden[:on_gpu])
         if on_cpu + on_disk == 0:
             stored.fetched = hidden
             return
         host = self.host_rows(k, on_cpu + on_disk)
         leaving = hidden[on_gpu:]
-        stored.home = self.queues.d2h.submit(
+        stored.written = self.queues.d2h.submit(
             lambda: host.copy_(leaving, non_blocking=True), self.queues.mark(), f"activations {k}", leaving.nbytes
         )
         self.queues.d2h.guard(leaving)
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
-            stored.home = self.queues.disk_write.submit(
-                lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data)
+            stored.written = self.queues.disk_write.submit(
+                lambda: self.files[k].write(data, 0), stored.written, f"activations {k}", len(data)
             )
 
     def set(self, k: int, hidden: Tensor) -> None:
         """Pass hidden states on within the compute device: the rows that the head reads, a few per sequence."""
-        self.stored[k] = Stored(len(hidden), (len(hidden), 0, 0), hidden, fetched=hidden)
+        self.stored[k] = HiddenRows(len(hidden), (len(hidden), 0, 0), hidden, fetched=hidden)
 
     def host_rows(self, k: int, count: int) -> Tensor:
         return self.host[k][: count * self.row_bytes].view(self.dtype).view(count, self.width)
@@ -127,7 +127,7 @@ class ActivationStore:
             stored.num_tokens, self.width, dtype=self.dtype, device=self.queues.device
         )
         fetched[:on_gpu].copy_(stored.gpu)
-        after = together(stored.home, self.queues.mark())
+        after = together(stored.written, self.queues.mark())
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
             after = together(
@@ -150,7 +150,7 @@ class ActivationStore:
 
     def synchronize(self) -> None:
         for stored in self.stored.values():
-            together(stored.home, stored.fetch).synchronize()
+            together(stored.written, stored.fetch).synchronize()
 
     def check(self) -> None:
         """Invariants: every row has a home."""
@@ -158,7 +158,7 @@ class ActivationStore:
             assert sum(stored.counts) == stored.num_tokens, (k, stored.counts, stored.num_tokens)
 
     def close(self) -> None:
-        self.queues.settle()
+        self.queues.synchronize()
         self.files.clear()
         self.stored.clear()
         self.host.clear()

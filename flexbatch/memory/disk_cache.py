@@ -48,7 +48,7 @@ class DiskCache:
         self.flushed[slot] = [0] * self.layout.num_layers
         return slot
 
-    def adopt(self, slot: int, num_tokens: int) -> None:
+    def mark_flushed(self, slot: int, num_tokens: int) -> None:
         """The first ``num_tokens`` (whole pages) of the sequence are on disk already: a shared prefix."""
         self.flushed[slot] = [num_tokens] * self.layout.num_layers
 

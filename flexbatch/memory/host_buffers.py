@@ -15,7 +15,7 @@ NUM_BUFFERS = 4
 
 
 class HostBuffers:
-    """A ring of host buffers, each with one owner from `take` to `give_back`. On the CPU nothing is copied and only
+    """A ring of host buffers, each with one owner from `acquire` to `release`. On the CPU nothing is copied and only
     the output is new."""
 
     def __init__(
@@ -48,7 +48,7 @@ class HostBuffers:
         self.owners: dict[int, int] = {}
         self.next = 0
 
-    def take(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def acquire(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Host copies of query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim], enqueued on the
         current stream; and an output."""
         if not self.copies:
@@ -73,7 +73,7 @@ class HostBuffers:
         self.owners[output.data_ptr()] = index
         return parts[0], parts[1], parts[2], output
 
-    def give_back(self, output: Tensor, done: Handle) -> None:
+    def release(self, output: Tensor, done: Handle) -> None:
         """The output has been read by everything before ``done``."""
         if self.copies:
             self.free_after[self.owners.pop(output.data_ptr())] = done

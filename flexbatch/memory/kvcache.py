@@ -89,7 +89,7 @@ class KVCache:
                 self.disk_staging = [tiers.cpu.allocate(f"cache disk staging {i}", staging_bytes) for i in range(2)]
         self.num_open = dict.fromkeys(self.pools, 0)
         """Sequences by home tier."""
-        self.most_open = dict(self.num_open)
+        self.peak_open = dict(self.num_open)
         """The same when there were most of them: what the split came to."""
         self.inputs_sent: Handle = READY
         self.drained: list[Handle] = [READY] * layout.num_layers
@@ -103,8 +103,8 @@ class KVCache:
     @property
     def realized_percent(self) -> dict[str, float]:
         """Per cent of the sequences on each tier, when the block held most of them."""
-        total = sum(self.most_open.values()) or 1
-        return {tier: 100 * count / total for tier, count in self.most_open.items()}
+        total = sum(self.peak_open.values()) or 1
+        return {tier: 100 * count / total for tier, count in self.peak_open.items()}
 
     # Tables
 
@@ -119,7 +119,7 @@ class KVCache:
         num_tokens: int,
         prompt: Sequence[int] = (),
         shared_pages: Sequence[int] = (),
-        attend_on_cpu: bool = False,
+        cpu_attention: bool = False,
     ) -> PageTable:
         """A table with room for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`. ``prompt``
         enters the prefix index."""
@@ -132,20 +132,20 @@ class KVCache:
             pages,
             num_tokens=len(shared) * self.layout.page_tokens,
             num_shared=len(shared),
-            attend_on_cpu=attend_on_cpu,
+            cpu_attention=cpu_attention,
         )
         if tier == "disk":
             assert self.disk is not None
             table.tail_slot = self.disk.open()
-            self.disk.adopt(table.tail_slot, table.num_tokens)
+            self.disk.mark_flushed(table.tail_slot, table.num_tokens)
         self.num_open[tier] += 1
-        if sum(self.num_open.values()) >= sum(self.most_open.values()):
-            self.most_open = dict(self.num_open)
+        if sum(self.num_open.values()) >= sum(self.peak_open.values()):
+            self.peak_open = dict(self.num_open)
         return table
 
     def can_open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = ()) -> bool:
         pool = self.pools[tier]
-        kept = sum(page in pool.kept for page in shared_pages)
+        kept = sum(page in pool.evictable for page in shared_pages)
         room = pool.num_available - kept >= self.layout.num_pages(num_tokens) - len(shared_pages)
         return room and (tier != "disk" or (self.disk is not None and bool(self.disk.free_tails)))
 
@@ -180,7 +180,7 @@ class KVCache:
     def forget_prefixes(self) -> None:
         """Forget prompts of sequences that are gone: what runs next reads its prompts itself."""
         for pool in self.pools.values():
-            pool.forget_kept()
+            pool.evict_all()
 
     def rows(self, tier: str, layer: int) -> Tensor:
         """Token rows of one layer on the gpu or cpu tier."""
@@ -344,7 +344,7 @@ class KVCache:
 
     def close(self) -> None:
         """Let go of everything, also after a transfer that failed."""
-        self.queues.settle()
+        self.queues.synchronize()
         self.drained = self.draining = [READY] * self.layout.num_layers
         self.disk_copied = [READY, READY]
         if self.disk is not None:

@@ -65,13 +65,13 @@ class PagePool:
         self.free_pages = list(range(num_pages - 1, -1, -1))
         self.references = [0] * num_pages
         self.prefixes = PrefixIndex(page_tokens)
-        self.kept: dict[int, None] = {}
+        self.evictable: dict[int, None] = {}
         """Indexed pages without a holder, in the order of their release."""
 
     @property
     def num_available(self) -> int:
         """Pages that `allocate` can give."""
-        return len(self.free_pages) + len(self.kept)
+        return len(self.free_pages) + len(self.evictable)
 
     def allocate(self, count: int) -> list[int]:
         assert count <= self.num_available, (
@@ -79,8 +79,8 @@ class PagePool:
             "ask first"
         )
         while len(self.free_pages) < count:
-            page = next(iter(self.kept))
-            del self.kept[page]
+            page = next(iter(self.evictable))
+            del self.evictable[page]
             self.prefixes.forget(page)
             self.free_pages.append(page)
         pages = [self.free_pages.pop() for _ in range(count)]
@@ -90,10 +90,10 @@ class PagePool:
 
     def share(self, pages: list[int]) -> None:
         for page in pages:
-            assert self.references[page] > 0 or page in self.kept, (
+            assert self.references[page] > 0 or page in self.evictable, (
                 f"{self.tier}: page {page} is shared but its content is gone"
             )
-            self.kept.pop(page, None)
+            self.evictable.pop(page, None)
             self.references[page] += 1
 
     def release(self, pages: list[int]) -> None:
@@ -103,17 +103,17 @@ class PagePool:
             if self.references[page] > 0:
                 continue
             if self.prefixes.is_ready(page):
-                self.kept[page] = None
+                self.evictable[page] = None
             else:
                 self.prefixes.forget(page)
                 self.free_pages.append(page)
 
-    def forget_kept(self) -> None:
+    def evict_all(self) -> None:
         """Free the pages that nobody holds: a prompt that comes again is read again."""
-        for page in self.kept:
+        for page in self.evictable:
             self.prefixes.forget(page)
-        self.free_pages += self.kept
-        self.kept.clear()
+        self.free_pages += self.evictable
+        self.evictable.clear()
 
     def check(self) -> None:
         """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free; who holds
@@ -121,14 +121,14 @@ class PagePool:
         assert len(set(self.free_pages)) == len(self.free_pages)
         free = set(self.free_pages)
         for page, references in enumerate(self.references):
-            assert (references > 0) + (page in free) + (page in self.kept) == 1 and references >= 0, (
+            assert (references > 0) + (page in free) + (page in self.evictable) == 1 and references >= 0, (
                 self.tier,
                 page,
                 references,
             )
-        assert len(free) + len(self.kept) + sum(references > 0 for references in self.references) == self.num_pages
+        assert len(free) + len(self.evictable) + sum(references > 0 for references in self.references) == self.num_pages
         assert not free & set(self.prefixes.keys)
-        assert self.kept.keys() <= self.prefixes.ready, (self.tier, self.kept.keys() - self.prefixes.ready)
+        assert self.evictable.keys() <= self.prefixes.ready, (self.tier, self.evictable.keys() - self.prefixes.ready)
         followers = [0] * self.num_pages
         for page, (before, _) in self.prefixes.keys.items():
             if before >= 0:
@@ -149,7 +149,7 @@ class SequencePages:
     pages: tuple[int, ...]
     tail_slot: int = -1
     """Index of a disk sequence's open page in host memory (-1 on other tiers)."""
-    attend_on_cpu: bool = False
+    cpu_attention: bool = False
     """A cpu sequence whose decode tokens are attended where the cache lies."""
 
     @cached_property
@@ -175,13 +175,13 @@ class PageTable:
     num_shared: int = 0
     """Leading pages that belong to a shared prefix and are never written."""
     tail_slot: int = -1
-    attend_on_cpu: bool = False
+    cpu_attention: bool = False
     """A cpu sequence whose decode tokens are attended where the cache lies."""
 
     @cached_property
     def location(self) -> SequencePages:
         """The pages as plain data: they are the same until the sequence is gone."""
-        return SequencePages(self.tier, tuple(self.pages), self.tail_slot, self.attend_on_cpu)
+        return SequencePages(self.tier, tuple(self.pages), self.tail_slot, self.cpu_attention)
 
     def check(self, page_tokens: int) -> None:
         """Invariants: no page twice, valid tokens have a page, shared pages are full, and only a disk sequence has a
@@ -193,4 +193,4 @@ class PageTable:
             len(self.pages),
         )
         assert (self.tail_slot >= 0) == (self.tier == "disk" and bool(self.pages)), (self.tier, self.tail_slot)
-        assert not self.attend_on_cpu or self.tier == "cpu", self.tier
+        assert not self.cpu_attention or self.tier == "cpu", self.tier

@@ -78,7 +78,7 @@ class ReadAhead:
 
     def forget(self) -> None:
         """Wait for what is being read, and use none of it: an error is nobody's."""
-        self.queues.disk_read.settle()
+        self.queues.disk_read.synchronize()
         self.reads.clear()
 
     def forget_failed(self) -> None:

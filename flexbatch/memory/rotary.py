@@ -31,9 +31,9 @@ class Rotary:
         self.num_positions = 0
         self.tables: RopeTables | None = None
         """None when the model does not rotate."""
-        self.reach(longest)
+        self.grow_to(longest)
 
-    def reach(self, longest: int) -> bool:
+    def grow_to(self, longest: int) -> bool:
         """Hold sequences of so many tokens. Whether the tables had to grow: then those before are gone. The caller
         has checked the budgets."""
         positions = table_positions(longest, self.arch.max_positions)

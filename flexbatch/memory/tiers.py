@@ -201,15 +201,15 @@ class Tiers:
         """
         before = [set(pool.used_bytes) for pool in self.pools]
 
-        def give_back() -> None:
+        def undo() -> None:
             for pool, names in zip(self.pools, before, strict=True):
                 for what in [name for name in pool.used_bytes if name not in names]:
                     pool.free(what)
 
         try:
-            yield give_back
+            yield undo
         except BaseException as error:
-            give_back()
+            undo()
             # The frames of the error hold what they had allocated for as long as it is handled, and longer at a prompt.
             traceback.clear_frames(error.__traceback__)
             raise

@@ -143,7 +143,7 @@ class ThreadQueue:
     def guard(self, tensor: Tensor) -> None:
         """The job holds the tensor itself: nothing to do on a thread."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the worker and its stream are idle, whatever became of the jobs: their errors are the waiters'
         on their handles."""
         # A pool that is closed takes nothing; at the interpreter's end Python waits for the workers, then runs
@@ -197,7 +197,7 @@ class StreamQueue:
         with it."""
         tensor.record_stream(self.stream)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the stream is idle."""
         self.stream.synchronize()
 
@@ -265,10 +265,10 @@ class TransferQueues:
             moved[queue.resource] = moved.get(queue.resource, 0) + queue.num_bytes
         return moved
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until nothing is on its way any more, whatever became of it."""
         for queue in self.all_queues:
-            queue.settle()
+            queue.synchronize()
 
     def check(self) -> None:
         for queue in self.all_queues:

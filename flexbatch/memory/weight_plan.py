@@ -24,7 +24,7 @@ GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight"})
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class PlacedTensor:
     """One tensor in its home: ``offset`` is its place in the slab of its layer and tier."""
 
     spec: WeightSpec
@@ -74,15 +74,15 @@ class WeightPlan:
 
     arch: Arch
     split: Split
-    layers: tuple[tuple[StoredTensor, ...], ...]
-    gathered: tuple[StoredTensor, ...]
-    resident: tuple[StoredTensor, ...]
+    layers: tuple[tuple[PlacedTensor, ...], ...]
+    gathered: tuple[PlacedTensor, ...]
+    resident: tuple[PlacedTensor, ...]
     """Small tensors of the embedding stage (norm, projection) that stay on the compute device, whatever the split."""
     num_slabs: int = 2
     """Working slabs: layers that are in use or on their way together."""
 
     @cached_property
-    def all_tensors(self) -> tuple[StoredTensor, ...]:
+    def all_tensors(self) -> tuple[PlacedTensor, ...]:
         return (*self.gathered, *self.resident, *(tensor for layer in self.layers for tensor in layer))
 
     def layer_bytes(self, layer: int, tier: str) -> int:
@@ -166,19 +166,19 @@ def plan_weights(
     specs = list(weight_specs(arch))
     formats = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs}
     floating = [spec for spec in specs if spec.layer >= 0 or spec.role in GATHERED_ROLES]
-    unplaced = [StoredTensor(spec, "gpu", *formats[spec], element_bytes) for spec in floating]
+    unplaced = [PlacedTensor(spec, "gpu", *formats[spec], element_bytes) for spec in floating]
     tiers = spread((tensor.num_bytes for tensor in unplaced), split)
     head = arch.num_layers
-    groups: dict[int, list[StoredTensor]] = {layer: [] for layer in range(-1, head + 1)}
+    groups: dict[int, list[PlacedTensor]] = {layer: [] for layer in range(-1, head + 1)}
     offsets: dict[tuple[int, str], int] = {}
     for tensor, tier in zip(unplaced, tiers, strict=True):
         spec = tensor.spec
         layer = head if spec.role == "embed.weight" and arch.tie_word_embeddings else spec.layer
         offset = offsets.get((layer, tier), 0)
         offsets[layer, tier] = offset + align(tensor.num_bytes, slab_alignment(tier))
-        groups[layer].append(StoredTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
+        groups[layer].append(PlacedTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
     resident = tuple(
-        StoredTensor(spec, "gpu", 16, group, element_bytes)
+        PlacedTensor(spec, "gpu", 16, group, element_bytes)
         for spec in specs
         if spec.layer < 0 and spec.role not in GATHERED_ROLES
     )

@@ -14,7 +14,7 @@ from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.read_ahead import ReadAhead
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
-from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, StoredTensor, WeightPlan, slab_alignment, stage_of
+from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, PlacedTensor, WeightPlan, slab_alignment, stage_of
 
 
 @dataclass
@@ -32,19 +32,26 @@ class SlabLease:
 class TensorView:
     """A tensor where it can be used: dense, or codes and parameters still to be expanded."""
 
-    stored: StoredTensor
+    placed: PlacedTensor
     dense: Tensor | None = None
     codes: Tensor | None = None
     parameters: Tensor | None = None
 
+    def copy_codes(self, source: TensorView) -> None:
+        """Copy the codes and parameters of another view of the same quantized tensor into this one."""
+        assert self.codes is not None and self.parameters is not None
+        assert source.codes is not None and source.parameters is not None
+        self.codes.copy_(source.codes)
+        self.parameters.copy_(source.parameters)
 
-def view_of(slab: Tensor, stored: StoredTensor, start: int, dtype: torch.dtype) -> TensorView:
+
+def view_of(slab: Tensor, placed: PlacedTensor, start: int, dtype: torch.dtype) -> TensorView:
     """The tensor that lies at byte ``start`` of a uint8 slab."""
-    if not stored.quantized:
-        return TensorView(stored, dense=slab[start : start + stored.dense_bytes].view(dtype).view(stored.spec.shape))
-    codes = slab[start : start + math.prod(stored.codes_shape)].view(stored.codes_shape)
-    parameters = slab[start + stored.codes_bytes : start + stored.num_bytes].view(dtype).view(stored.parameters_shape)
-    return TensorView(stored, codes=codes, parameters=parameters)
+    if not placed.quantized:
+        return TensorView(placed, dense=slab[start : start + placed.dense_bytes].view(dtype).view(placed.spec.shape))
+    codes = slab[start : start + math.prod(placed.codes_shape)].view(placed.codes_shape)
+    parameters = slab[start + placed.codes_bytes : start + placed.num_bytes].view(dtype).view(placed.parameters_shape)
+    return TensorView(placed, codes=codes, parameters=parameters)
 
 
 def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
@@ -57,7 +64,7 @@ class WeightStore:
     """Weights over the tiers. One owner per working slab: a layer claims it, fetches into it, computes, and releases it
     with a handle.
 
-    ``homes`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once
+    ``views`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once
     they have their name).
     """
 
@@ -68,10 +75,10 @@ class WeightStore:
         there is one)."""
         self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
         self.device = queues.device
-        self.homes: dict[tuple[int, str], TensorView] = {}
+        self.views: dict[tuple[int, str], TensorView] = {}
         self.files: dict[tuple[int, str], DiskFile] = {}
         self.cpu_slabs: dict[int, Tensor] = {}
-        self.allocate_homes()
+        self.allocate_tensors()
         streamed = plan.slab_bytes
         self.slabs = (
             [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
@@ -79,19 +86,19 @@ class WeightStore:
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
         staged = bool(disk_bytes) and (self.device.type == "cuda" if staged is None else staged)
         staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
-        self.disk_homed = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
-        on_disk = {layer: plan.layer_bytes(layer, "disk") for layer, tensors in enumerate(self.disk_homed) if tensors}
+        self.disk_tensors = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
+        on_disk = {layer: plan.layer_bytes(layer, "disk") for layer, tensors in enumerate(self.disk_tensors) if tensors}
         self.read_ahead = ReadAhead(on_disk, staging, self.read_disk, queues) if staging else None
         """None: disk tensors are read straight into slabs."""
         self.free_after: list[Handle] = [READY] * len(self.slabs)
         self.leases: dict[int, SlabLease] = {}
         self.next_slab = 0
-        self.expansion = {
+        self.dequantization_buffers = {
             stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.dequantization_bytes(stage))
             for stage in ("pre", "post")
             if plan.dequantization_bytes(stage)
         }
-        self.expanded: dict[str, int] = {}
+        self.dequantized: dict[str, int] = {}
         self.ready: dict[int, dict[str, Tensor]] = {}
         self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
         """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
@@ -106,17 +113,17 @@ class WeightStore:
         """Whether the next layer can be fetched before another is released."""
         return len(self.leases) < len(self.slabs)
 
-    def allocate_homes(self) -> None:
+    def allocate_tensors(self) -> None:
         """One allocation per tier for all resident tensors."""
         for tier, pool in (("gpu", self.tiers.gpu), ("cpu", self.tiers.cpu)):
             slab = pool.allocate("weights", self.plan.tier_bytes(tier))
             cursor = 0
             for layer, tensors in [*enumerate(self.plan.layers), (-1, (*self.plan.gathered, *self.plan.resident))]:
                 start = cursor
-                for stored in tensors:
-                    if stored.tier == tier:
-                        self.homes[stored.spec.layer, stored.spec.role] = view_of(slab, stored, cursor, self.dtype)
-                        cursor += align(stored.num_bytes, slab_alignment(tier))
+                for placed in tensors:
+                    if placed.tier == tier:
+                        self.views[placed.spec.layer, placed.spec.role] = view_of(slab, placed, cursor, self.dtype)
+                        cursor += align(placed.num_bytes, slab_alignment(tier))
                 if tier == "cpu" and layer >= 0:
                     self.cpu_slabs[layer] = slab[start:cursor]
 
@@ -179,10 +186,10 @@ class WeightStore:
     def read_disk(self, layer: int, host: Tensor) -> None:
         """Read a layer's disk tensors with several threads. host: [bytes on disk] uint8."""
         jobs = []
-        for stored in self.disk_homed[layer]:
-            file = self.files[stored.spec.layer, stored.spec.role]
-            for start, end in chunks(align(stored.num_bytes)):
-                jobs.append((file, stored.offset + start, stored.offset + end, start))
+        for placed in self.disk_tensors[layer]:
+            file = self.files[placed.spec.layer, placed.spec.role]
+            for start, end in chunks(align(placed.num_bytes)):
+                jobs.append((file, placed.offset + start, placed.offset + end, start))
 
         def read(job: tuple[DiskFile, int, int, int]) -> None:
             file, begin, end, file_offset = job
@@ -198,11 +205,11 @@ class WeightStore:
         ready = self.ready.get(layer)
         if ready is None:
             ready = self.ready[layer] = self.collect(layer)
-        if stage in self.expansion and self.expanded.get(stage) != layer:
+        if stage in self.dequantization_buffers and self.dequantized.get(stage) != layer:
             # Whose they were they are not any more, should this one break off.
-            self.expanded.pop(stage, None)
-            self.expand(layer, stage, ready)
-            self.expanded[stage] = layer
+            self.dequantized.pop(stage, None)
+            self.dequantize(layer, stage, ready)
+            self.dequantized[stage] = layer
         return ready
 
     def collect(self, layer: int) -> dict[str, Tensor]:
@@ -215,39 +222,39 @@ class WeightStore:
             assert not self.plan.streamed_bytes(layer), f"layer {layer} is used before it was fetched"
         key = layer, lease.slab if lease is not None else -1
         if key not in self.dense_views:
-            views = ((stored, self.compute_view(stored, layer, lease).dense) for stored in self.plan.layers[layer])
-            self.dense_views[key] = {self.role(stored): dense for stored, dense in views if dense is not None}
+            views = ((placed, self.compute_view(placed, layer, lease).dense) for placed in self.plan.layers[layer])
+            self.dense_views[key] = {self.role(placed): dense for placed, dense in views if dense is not None}
         return dict(self.dense_views[key])
 
-    def compute_view(self, stored: StoredTensor, layer: int, lease: SlabLease | None) -> TensorView:
-        if stored.tier == "gpu":
-            return self.homes[stored.spec.layer, stored.spec.role]
+    def compute_view(self, placed: PlacedTensor, layer: int, lease: SlabLease | None) -> TensorView:
+        if placed.tier == "gpu":
+            return self.views[placed.spec.layer, placed.spec.role]
         assert lease is not None
-        start = stored.offset + (self.plan.layer_bytes(layer, "disk") if stored.tier == "cpu" else 0)
-        return view_of(self.slabs[lease.slab], stored, start, self.dtype)
+        start = placed.offset + (self.plan.layer_bytes(layer, "disk") if placed.tier == "cpu" else 0)
+        return view_of(self.slabs[lease.slab], placed, start, self.dtype)
 
-    def role(self, stored: StoredTensor) -> str:
-        return "head.weight" if stored.spec.role == "embed.weight" else stored.spec.role
+    def role(self, placed: PlacedTensor) -> str:
+        return "head.weight" if placed.spec.role == "embed.weight" else placed.spec.role
 
-    def expand(self, layer: int, stage: str, ready: dict[str, Tensor]) -> None:
+    def dequantize(self, layer: int, stage: str, ready: dict[str, Tensor]) -> None:
         """Dequantise into the expansion slab of the stage; it is shared by all micro-batches of the layer."""
-        cursor, slab = 0, self.expansion[stage]
-        for stored in self.plan.layers[layer]:
-            if not stored.quantized or stage_of(stored.spec.role) != stage:
+        cursor, slab = 0, self.dequantization_buffers[stage]
+        for placed in self.plan.layers[layer]:
+            if not placed.quantized or stage_of(placed.spec.role) != stage:
                 continue
-            views = self.compute_view(stored, layer, self.leases.get(layer))
+            views = self.compute_view(placed, layer, self.leases.get(layer))
             assert views.codes is not None and views.parameters is not None
-            dense = slab[cursor : cursor + stored.dense_bytes].view(self.dtype).view(stored.spec.shape)
-            ops.dequantize(views.codes, views.parameters, stored.spec.shape[1], stored.bits, stored.group, out=dense)
-            ready[stored.spec.role] = dense
-            cursor += align(stored.dense_bytes, SLAB_ALIGNMENT)
+            dense = slab[cursor : cursor + placed.dense_bytes].view(self.dtype).view(placed.spec.shape)
+            ops.dequantize(views.codes, views.parameters, placed.spec.shape[1], placed.bits, placed.group, out=dense)
+            ready[placed.spec.role] = dense
+            cursor += align(placed.dense_bytes, SLAB_ALIGNMENT)
 
     def release(self, layer: int, done: Handle) -> None:
         """Give a layer's slab back; the next fetch into it waits for ``done``, the last compute that reads it."""
         self.ready.pop(layer, None)
-        for stage, owner in list(self.expanded.items()):
+        for stage, owner in list(self.dequantized.items()):
             if owner == layer:
-                del self.expanded[stage]
+                del self.dequantized[stage]
         lease = self.leases.pop(layer, None)
         if lease is not None:
             self.free_after[lease.slab] = done
@@ -255,7 +262,7 @@ class WeightStore:
     def gather_rows(self, role: str, row_ids: Tensor, host_ids: Tensor) -> Tensor:
         """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids,
         host_ids: [n] int64, there and on the host."""
-        home = self.homes.get((-1, role))
+        home = self.views.get((-1, role))
         if home is not None and home.dense is not None:
             table = home.dense
             row_bytes = table.shape[1] * table.element_size()
@@ -267,11 +274,11 @@ class WeightStore:
             rows = torch.empty(len(row_ids), table.shape[1], dtype=self.dtype, device=self.device)
             ops.gather_pages(table.view(torch.uint8), row_ids.to(torch.int32), rows.view(torch.uint8))
             return rows
-        stored = next(
+        placed = next(
             tensor for tensor in self.plan.all_tensors if tensor.spec.layer == -1 and tensor.spec.role == role
         )
         file = self.files[-1, role]
-        row_bytes = stored.dense_bytes // stored.spec.shape[0]
+        row_bytes = placed.dense_bytes // placed.spec.shape[0]
         unique, inverse = torch.unique(host_ids, return_inverse=True)
         host = torch.empty(len(unique), row_bytes, dtype=torch.uint8)
         for row, index in zip(host, unique.tolist(), strict=True):
@@ -282,9 +289,9 @@ class WeightStore:
     def embedding_weights(self) -> dict[str, Tensor]:
         """The resident tensors of the embedding stage (norm, projection)."""
         return {
-            stored.spec.role: dense
-            for stored in self.plan.resident
-            if (dense := self.homes[-1, stored.spec.role].dense) is not None
+            placed.spec.role: dense
+            for placed in self.plan.resident
+            if (dense := self.views[-1, placed.spec.role].dense) is not None
         }
 
     def check(self) -> None:
@@ -298,9 +305,14 @@ class WeightStore:
         )
         if self.read_ahead is not None:
             self.read_ahead.check()
-        for stored in self.plan.all_tensors:
-            key = (stored.spec.layer, stored.spec.role)
-            assert (key in self.homes) != (key in self.files), (key, stored.tier)
+        for placed in self.plan.all_tensors:
+            key = (placed.spec.layer, placed.spec.role)
+            assert (key in self.views) != (key in self.files), (key, placed.tier)
+
+    def synchronize(self) -> None:
+        """Block until everything that the leased slabs wait for has arrived. Re-raises the error of a fetch."""
+        for lease in self.leases.values():
+            together(*lease.handles).synchronize()
 
     def drain(self) -> None:
         """Wait for everything that is on its way and forget it (end of a job, or a failed pass).
@@ -308,7 +320,7 @@ class WeightStore:
         The error of a fetch is its user's: here nobody uses it any more, and whoever needs the layer later fetches
         it again.
         """
-        self.queues.settle()
+        self.queues.synchronize()
         if self.read_ahead is not None:
             self.read_ahead.forget_failed()
         for layer in list(self.leases):
@@ -320,5 +332,13 @@ class WeightStore:
             self.read_ahead.close()
         for file in self.files.values():
             file.close()
-        for views in (self.files, self.homes, self.cpu_slabs, self.slabs, self.expansion, self.ready, self.dense_views):
+        for views in (
+            self.files,
+            self.views,
+            self.cpu_slabs,
+            self.slabs,
+            self.dequantization_buffers,
+            self.ready,
+            self.dense_views,
+        ):
             views.clear()

@@ -25,7 +25,7 @@ BUFFERS = re.compile(
 
 
 @dataclass(frozen=True)
-class Row:
+class ModuleMapping:
     """module: name without ``.weight``/``.bias``. role: canonical name likewise. part: which rows of a fused tensor
     it fills ("q", "k", "v", "gate", "up"), or how the source differs: "grouped" (per KV head its queries, key,
     value), "codegen" (per quarter of the heads queries, values, keys), "transposed"."""
@@ -44,14 +44,14 @@ class Family:
     read: Callable[[dict[str, Any]], Arch]
     prefixes: tuple[str, ...]
     blocks: str
-    block_rows: tuple[Row, ...]
-    outer_rows: tuple[Row, ...]
+    block_rows: tuple[ModuleMapping, ...]
+    outer_rows: tuple[ModuleMapping, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
     skip: re.Pattern[str] | None = None
 
 
-def _rows(*rows: tuple[str, ...]) -> tuple[Row, ...]:
-    return tuple(Row(*row) for row in rows)
+def _rows(*rows: tuple[str, ...]) -> tuple[ModuleMapping, ...]:
+    return tuple(ModuleMapping(*row) for row in rows)
 
 
 SEPARATE_QKV = _rows(
@@ -84,7 +84,10 @@ def _special(eos: int | list[int] | None, bos: int | None, **more: Any) -> dict[
 
 
 def _llama_family(
-    read: Callable[[dict[str, Any]], Arch], defaults: dict[str, Any], rows: tuple[Row, ...] = LLAMA_ROWS, **changes: Any
+    read: Callable[[dict[str, Any]], Arch],
+    defaults: dict[str, Any],
+    rows: tuple[ModuleMapping, ...] = LLAMA_ROWS,
+    **changes: Any,
 ) -> Family:
     return Family(
         read,
@@ -294,7 +297,7 @@ def read_arch(config: dict[str, Any]) -> Arch:
         raise CheckpointError(f"config.json of model_type {config.get('model_type')!r}: {error}") from error
 
 
-def source_names(arch: Arch) -> dict[str, tuple[int, Row, str]]:
+def source_names(arch: Arch) -> dict[str, tuple[int, ModuleMapping, str]]:
     """Tensor name without prefix -> (layer, row, ``.weight`` or ``.bias``) for everything that the files of this
     model may hold."""
     family = FAMILIES[arch.family]

@@ -102,7 +102,7 @@ def test_a_shared_prefix_is_read_from_the_pages_of_another() -> None:
         )
         prompt, end = rows_of(PAGE_TOKENS, 1), rows_of(2, 2)
         cache.append(first, 0, 0, prompt, 0)
-        cache.adopt(second.tail_slot, PAGE_TOKENS)
+        cache.mark_flushed(second.tail_slot, PAGE_TOKENS)
         cache.append(second, 0, PAGE_TOKENS, end, 0)
         assert torch.equal(read(cache, queues, [(second, PAGE_TOKENS + 2)], 0)[0], torch.cat([prompt, end]))
 

@@ -48,7 +48,7 @@ def test_tables_grow_and_never_shrink(folder: Path, lengths: list[int]) -> None:
     rotary = Rotary(arch, lengths[0], torch.bfloat16, pool)
     for i, longest in enumerate(lengths):
         before = rotary.num_positions
-        grew = rotary.reach(longest)
+        grew = rotary.grow_to(longest)
         rotary.check()
         assert grew == (rotary.num_positions > before) and min(longest, arch.max_positions) <= rotary.num_positions
         assert rotary.num_positions < max(lengths[: i + 1]) + POSITION_STEP
