@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flexbatch.kernels import reference
+from flexbatch.kernels import attention_reference, reference
 
 Row = dict[str, Any]
 MIB = 1 << 20
@@ -122,7 +122,7 @@ def check_attention(device: str, dtype: torch.dtype, tolerance: float, only: int
             call, options = attention_call(
                 queries, contexts, heads, kv_heads, head_dim, bits=bits, tree=tree, dtype=dtype, device=device
             )
-            wanted = reference.paged_attention(*call, **options).float()
+            wanted = attention_reference.paged_attention(*call, **options).float()
             row = {
                 "kernel": "attention",
                 "dtype": str(dtype),

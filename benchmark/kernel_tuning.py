@@ -25,7 +25,7 @@ import torch
 
 from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
 from benchmark.kernel_timings import attention_flops, ceilings
-from flexbatch.kernels import attention, pages, quant, reference
+from flexbatch.kernels import attention, attention_reference, pages, quant, reference
 from flexbatch.policy.stdout import data_apart, run_process
 
 SHORT, LONG = "OPT-30B shape, 16 prompts of 512", "Llama-3-8B shape, one prompt of 8192"
@@ -92,7 +92,7 @@ def decode_trials() -> Iterator[Trial]:
             queries, contexts, heads, kv_heads, head_dim = DECODE[name]
             call, options = attention_call(queries, contexts, heads, kv_heads, head_dim, bits=bits)
             num_bytes = sum(contexts) * call[1].stride(0)
-            wanted = reference.paged_attention(*call, **options)
+            wanted = attention_reference.paged_attention(*call, **options)
             rate = lambda took, n=num_bytes: {"gbps": n / took / 1e9}  # noqa: E731
             first = 1 if launches is DECODE_LAUNCHES else 16
             tried = [(first, *launch) for launch in launches] + ([(16, 64, 4, 3)] if first == 1 else [])

@@ -1,7 +1,7 @@
 """Every operation of this package, by the device of its tensors: CUDA -> Triton, CPU -> compiled C where there is a
-compiler, else `reference`.
+compiler, else `reference` and `attention_reference`.
 
-Names, arguments and results are those of `reference`, which documents them. Triton is imported when the first CUDA
+Names, arguments and results are those of these two, which document them. Triton is imported when the first CUDA
 tensor comes.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import native, reference
+from flexbatch.kernels import attention_reference, native, reference
 
 
 def _compiled(dtype: torch.dtype) -> bool:
@@ -29,7 +29,7 @@ def paged_attention(
     threads: int = 0,
     **options: Any,
 ) -> Tensor:
-    """`reference.paged_attention`. ``threads``: processor threads when the tensors are on the CPU (0: torch's
+    """`attention_reference.paged_attention`. ``threads``: processor threads when the tensors are on the CPU (0: torch's
     number)."""
     if query.is_cuda:
         from flexbatch.kernels import attention
@@ -37,7 +37,7 @@ def paged_attention(
         return attention.paged_attention(query, rows, page_table, query_starts, context_lens, **options)
     if _compiled(query.dtype):
         return native.paged_attention(query, rows, page_table, query_starts, context_lens, threads=threads, **options)
-    return reference.paged_attention(query, rows, page_table, query_starts, context_lens, **options)
+    return attention_reference.paged_attention(query, rows, page_table, query_starts, context_lens, **options)
 
 
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:

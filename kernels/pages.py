@@ -23,8 +23,10 @@ NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # another number every pass: see attention_kernels
-def _copy_kernel(source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr, WORDS: tl.constexpr,
-                 BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):  # fmt: skip
+def _copy_kernel(
+    source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+):  # fmt: skip
     """Rows of WORDS words; row i is ``indices[i]`` on the source's (GATHER) or the destination's side. Grid-stride
     over tiles."""
     pieces: tl.constexpr = (WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS

@@ -1,4 +1,5 @@
-"""Plain-torch oracle for every operation; also the path that runs where no faster one does.
+"""Plain-torch oracle for every operation but attention (`attention_reference`); also the path that runs where no faster
+one does.
 
 The KV cache is an array of *token rows*: slot ``page * page_tokens + offset`` holds one token's keys and values of
 one layer. Unquantised rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1:
@@ -181,92 +182,6 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
     """Write keys and values [num_tokens, num_kv_heads, head_dim] at ``slots`` [num_tokens] int64 of ``rows`` (in
     place)."""
     rows.index_copy_(0, slots, pack_rows(key, value, bits, group))
-
-
-def paged_attention(
-    query: Tensor,
-    rows: Tensor,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    num_kv_heads: int,
-    page_tokens: int,
-    scale: float,
-    bits: int = 16,
-    group: int = 64,
-    alibi_slopes: Tensor | None = None,
-    alibi_scale: float = 0.0,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    tree_masks: Tensor | None = None,
-    positions: Tensor | None = None,
-    max_query_len: int = 0,
-    max_context_len: int = 0,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Attention of ragged query tokens over a paged cache that already holds their own keys and values.
-
-    query: [num_tokens, num_heads, head_dim], the query tokens of all sequences one after another. rows: token rows
-    of one layer. page_table: [num_sequences, max_pages] int32. query_starts: [num_sequences + 1] int32.
-    context_lens: [num_sequences] int32, keys of each sequence including its own query tokens, which fill the last
-    slots. alibi_slopes: [num_heads] float32; with ``alibi_scale`` slopes and key positions and their products are
-    rounded to bfloat16 and then scaled by it, as Falcon does. window: keys at a distance of ``window`` or more are
-    masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
-    word w set when the token sees query token 32 * w + b of its own sequence (itself included); without it the query
-    tokens are causal. positions: [num_tokens] int32, needed only with ``tree_masks`` (depths, for ALiBi and window).
-    max_query_len and max_context_len are launch hints that this path does not need. Returns [num_tokens, num_heads,
-    head_dim]: ``out``, dense, where it is given.
-    """
-    num_heads, head_dim = query.shape[1:]
-    out = torch.empty_like(query) if out is None else out
-    starts, lens = query_starts.tolist(), context_lens.tolist()
-    for s, context in enumerate(lens):
-        begin, end = starts[s], starts[s + 1]
-        queries = end - begin
-        if queries == 0:
-            continue
-        slots = (
-            page_table[s].long().unsqueeze(1) * page_tokens + torch.arange(page_tokens, device=query.device)
-        ).flatten()[:context]
-        key, value = unpack_rows(rows[slots], num_kv_heads, head_dim, bits, group, query.dtype)
-        q = query[begin:end].float().view(queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        scores = torch.einsum("qhgd,khd->hgqk", q, key.float()) * scale
-        if soft_cap:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        prefix = context - queries
-        key_position = torch.arange(context, device=query.device)
-        if tree_masks is None:
-            query_position = key_position[prefix:]
-            visible = key_position[None, :] <= query_position[:, None]
-        else:
-            assert positions is not None, "a tree needs the depth of every query token"
-            query_position = positions[begin:end].long()
-            key_position = torch.cat([key_position[:prefix], query_position])
-            bit = torch.arange(queries, device=query.device)
-            ancestors = (tree_masks[begin:end].long()[:, bit // 32] >> (bit % 32)) & 1
-            visible = torch.cat(
-                [torch.ones(queries, prefix, dtype=torch.bool, device=query.device), ancestors.bool()], dim=1
-            )
-        distance = query_position[:, None] - key_position[None, :]
-        if window:
-            visible = visible & (distance < window)
-        if alibi_slopes is not None:
-            slopes = alibi_slopes.view(num_kv_heads, -1, 1, 1)
-            if alibi_scale:
-                # The query's own term is the same for all its keys: it only keeps the scores small.
-                scores = scores + alibi_scale * (
-                    (slopes.bfloat16() * key_position).float() - slopes * query_position[:, None]
-                )
-            else:
-                scores = scores - slopes * distance
-        probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
-        out[begin:end] = (
-            torch.einsum("hgqk,khd->qhgd", probabilities, value.float())
-            .reshape(queries, num_heads, head_dim)
-            .to(query.dtype)
-        )
-    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:

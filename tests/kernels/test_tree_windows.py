@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexbatch.kernels import native, reference
+from flexbatch.kernels import attention_reference, native, reference
 from tests.kernels.cases import Case
 
 WHOLE, PART, SAMPLE = 3000, 150, 60
@@ -116,7 +116,7 @@ def assert_as_exact(
         key, value = (x.to(case.dtype).float() for x in (key, value))
     wide = options | {"bits": 16}
     exact, size = (
-        reference.paged_attention(query.float(), torch.stack([key, each], 1), *places, **wide)
+        attention_reference.paged_attention(query.float(), torch.stack([key, each], 1), *places, **wide)
         for each in (value, value.abs())
     )
     unit = torch.finfo(case.dtype).eps / 2 if case.dtype != torch.float32 else 0.0

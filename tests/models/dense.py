@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import reference
+from flexbatch.kernels import attention_reference, reference
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
 
@@ -47,7 +47,7 @@ class DenseModel:
             weights = self.stages[layer]
             query, key, value = layers.pre_attention(self.arch, layer, weights, hidden, positions, self.rope)
             reference.append_rows(self.caches[layer], slots, key, value)
-            attention = reference.paged_attention(
+            attention = attention_reference.paged_attention(
                 query,
                 self.caches[layer],
                 self.page_table,
