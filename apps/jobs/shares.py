@@ -4,13 +4,13 @@ environment."""
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexbatch.config import EngineConfig, parse_bytes
+from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.validation.errors import ConfigurationError
 
 
@@ -42,14 +42,6 @@ def find_share(flag: tuple[int, int] | None, environ: Mapping[str, str]) -> Shar
     return Share(shard * size + rank, shards * size, local_rank, local_size)
 
 
-def available_memory() -> int:
-    """Bytes of host memory that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def divide_host(config: EngineConfig, share: Share, gpus: int, offload_dir: Path) -> EngineConfig:
     """The engine settings of one of several processes on a host: equal parts of its memory, one of ``gpus`` devices, an
     offload folder of its own.
@@ -63,7 +55,7 @@ def divide_host(config: EngineConfig, share: Share, gpus: int, offload_dir: Path
     tiers = 1 if gpus else 2
 
     def part(given: int | str | None, processes: int) -> int:
-        return (int(available_memory() * 0.9) // tiers if given is None else parse_bytes(given)) // processes
+        return (int(host_memory_bytes() * 0.9) // tiers if given is None else parse_bytes(given)) // processes
 
     folder = Path(config.offload_dir).expanduser() if config.offload_dir else offload_dir
     changes: dict[str, Any] = {

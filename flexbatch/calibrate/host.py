@@ -28,8 +28,9 @@ from flexbatch.execution.sampler import sample_tokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 from flexbatch.job import Job
+from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.tiers import Pool, Tiers, host_memory_bytes
+from flexbatch.memory.tiers import Pool, Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore

@@ -221,14 +221,3 @@ class Tiers:
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
-
-
-def host_memory_bytes() -> int:
-    """Memory that can be had without swapping (MemAvailable)."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

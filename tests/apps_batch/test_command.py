@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from flexbatch.apps.jobs.progress import Counts, Progress
-from flexbatch.apps.jobs.shares import Share, available_memory, divide_host, find_share
+from flexbatch.apps.jobs.shares import Share, divide_host, find_share
 from flexbatch.cli.settings import resume_command
 from flexbatch.config import EngineConfig
+from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_input
 
@@ -90,7 +91,7 @@ def test_ranks_divide_shards_and_hosts() -> None:
     assert config.offload_dir == "/mine/rank-1" and config.device == "auto"
     assert (
         isinstance(config.cpu_memory, int)
-        and 0 < 4 * (config.cpu_memory + int(config.gpu_memory or 0)) <= available_memory() * 1.2
+        and 0 < 4 * (config.cpu_memory + int(config.gpu_memory or 0)) <= host_memory_bytes() * 1.2
     )
     assert divide_host(EngineConfig(), Share(5, 8), 0, Path("/cache")) == EngineConfig()
     for wrong in ({"RANK": "8"}, {"RANK": "x"}):
