@@ -1,7 +1,7 @@
-"""Which stored tensor fills which rows of which canonical one; decided, and checked for completeness, from names and
+"""The assignment of stored tensors to rows of canonical ones: decided, and checked for completeness, from names and
 shapes alone.
 
-Values are compared only where two tensors claim the same place.
+Values are compared only where two tensors have the same destination.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.families import BUFFERS, FAMILIES, ModuleMapping, source_names
+from flexbatch.models.families import FAMILIES, source_names
+from flexbatch.models.module_names import BUFFERS, ModuleMapping
 from flexbatch.models.packed import SUFFIXES, Packing
 from flexbatch.models.source import StoredTensor, equal, read_tensors
 from flexbatch.models.specs import WeightSpec, weight_specs
@@ -27,7 +28,7 @@ NUMBERS = re.compile(r"B?F\d|torch\.b?float")
 
 @dataclass(frozen=True)
 class Assignment:
-    """The source of one canonical tensor, or of a part. stored: one tensor, or the packed ones of a quantised matrix
+    """The source of one canonical tensor, or of a part. stored: one tensor, or the packed ones of a quantized matrix
     under their suffixes."""
 
     stored: dict[str, StoredTensor]
@@ -103,7 +104,7 @@ class _Assigner:
         spec = self.specs.get((layer, row.role + kind))
         if spec is None:
             if kind == ".bias" and not any(value.any() for _, value in read_tensors([tensor])):
-                return  # quantisers give every matrix a bias, zero where the model has none
+                return  # quantizers give every matrix a bias, zero where the model has none
             described = f"{tensor.file}: tensor {tensor.name} {list(tensor.shape)}"
             raise CheckpointError(f"{described} is not expected: by config.json this model has no {row.role}{kind}")
         self.record(tensor, spec, row, suffix if packed else "")
