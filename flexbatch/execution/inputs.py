@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.pass_batch import QueryTokens
-from flexbatch.memory.kvcache import Gather
-from flexbatch.memory.pages import SequencePages
+from flexbatch.memory.pages import Gather, SequencePages
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 

@@ -1,6 +1,6 @@
 """Converted tensors as files of the offload folder: each says of which weights and which tensor it is, and proves it.
 
-A file holds the tensor's bytes, padded to ALIGNMENT, and one more block with a digest of them and of the file's label:
+A file holds the tensor's bytes, padded to ALIGNMENT, and one more page with a digest of them and of the file's label:
 checkpoint, dtype, layer, role, layout and size. It is checked before use, by reading all of it. That costs about what
 one pass costs that reads the disk tier, and a job has hundreds: damage to a single byte, a file that was cut off and
 filled up again, and one that belongs to another tensor or checkpoint are written anew instead of computed with.
@@ -25,11 +25,11 @@ from flexbatch.models.fingerprint import chunk_digest, combined
 logger = logging.getLogger("flexbatch")
 
 FORMAT = b"FlexBatch tensor 2\n"
-"""To be raised when tensors are converted in another way: files of the old one are not found whole then."""
+"""Raise the number when tensors are converted in another way: then files of the old way are not trusted."""
 
 
 def layer_file(folder: Path, placed: PlacedTensor) -> Path:
-    """Where a converted tensor lies: the folder names checkpoint and dtype, the name bits and group; the split is in
+    """The path of a converted tensor: the folder names checkpoint and dtype, the name bits and group; the split is in
     neither.
     """
     layout = (
@@ -56,7 +56,7 @@ def empty_buffer(placed: PlacedTensor) -> Tensor:
 
 
 def seal(label: str, digests: list[bytes]) -> Tensor:
-    """The last block of a file."""
+    """The last ALIGNMENT bytes of a file."""
     content = FORMAT + combined(label, digests).encode() + b"\n"
     return torch.frombuffer(bytearray(content.ljust(ALIGNMENT, b"\0")), dtype=torch.uint8)
 
@@ -73,17 +73,18 @@ def write_layer_file(folder: Path, placed: PlacedTensor, buffer: Tensor, pool: T
         file = DiskFile(path)
         stack.callback(file.close)
         # Another process may have replaced it meanwhile, but only with its equal.
-        if file.num_bytes != file_bytes(placed) or not torch.equal(read_block(file, len(buffer)), last):
+        if file.num_bytes != file_bytes(placed) or not torch.equal(read_seal(file, len(buffer)), last):
             problem = f"{path} was replaced by something else; name a folder of its own in --offload-dir"
             raise OffloadError(errno.EEXIST, problem)
         stack.pop_all()
     return file
 
 
-def read_block(file: DiskFile, offset: int) -> Tensor:
-    block = aligned_empty(ALIGNMENT)
-    file.read(block, offset)
-    return block
+def read_seal(file: DiskFile, offset: int) -> Tensor:
+    """The ALIGNMENT bytes at ``offset``."""
+    last = aligned_empty(ALIGNMENT)
+    file.read(last, offset)
+    return last
 
 
 def open_layer_file(
@@ -127,4 +128,4 @@ def whole(file: DiskFile, folder: Path, placed: PlacedTensor, pool: ThreadPoolEx
         return chunk_digest(data.numpy().data)
 
     digests = list(pool.map(digest, chunks(align(placed.num_bytes))))
-    return torch.equal(read_block(file, align(placed.num_bytes)), seal(label_of(folder, placed), digests))
+    return torch.equal(read_seal(file, align(placed.num_bytes)), seal(label_of(folder, placed), digests))

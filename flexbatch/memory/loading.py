@@ -1,4 +1,4 @@
-"""From a checkpoint's stream of tensors to their homes, one tensor in memory at a time."""
+"""From a checkpoint's stream of tensors to their tiers, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from torch import Tensor
 
 from flexbatch.kernels import ops
 from flexbatch.memory.layer_files import empty_buffer, open_layer_file, write_layer_file
+from flexbatch.memory.tensor_views import TensorView, view_of
 from flexbatch.memory.weight_plan import PlacedTensor
-from flexbatch.memory.weights import TensorView, WeightStore, view_of
+from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
 
 QUANTIZE_CHUNK_BYTES = 32 << 20
-"""Bytes of fp32 of the rows that are quantised at a time; the search for their parameters holds eight times as many."""
+"""Bytes of fp32 of the rows that are quantized at a time; the search for their parameters holds eight times as many."""
 CACHED_CHUNK_BYTES = 1 << 20
-"""The same for every thread of a CPU, whose caches hold the search then: 5 million weights a second, where blocks of
+"""The same for every thread of a CPU, whose caches hold the search then: 5 million weights a second, where chunks of
 16 MiB leave 1.4."""
 
 Key = tuple[int, str]
 
 
 class Loader:
-    """Writes pieces into their homes; converted tensors of the disk tier (and quantised ones, with ``cache_quantized``)
+    """Writes pieces to their tiers; converted tensors of the disk tier (and quantized ones, with ``cache_quantized``)
     become files that later runs reuse.
 
     ``check_source`` is called before a tensor becomes a file, and raises when its pieces are no longer those of the
@@ -45,14 +46,14 @@ class Loader:
         self.building: dict[Key, tuple[Tensor, TensorView]] = {}
         self.rows_written: dict[Key, int] = {}
         self.reused_bytes = 0
-        """Of the tensors that came from files of earlier runs, as they are stored."""
+        """Bytes of the tensors that came from files of earlier runs, as they are stored."""
 
     def filed(self, placed: PlacedTensor) -> bool:
         """Whether this tensor has a file in the offload folder."""
         return placed.tier == "disk" or (self.cache_quantized and placed.quantized)
 
     def reuse(self) -> set[Key]:
-        """Take what earlier runs left; returns the keys that need not be read from the checkpoint."""
+        """Use the files of earlier runs; returns the keys that need not be read from the checkpoint."""
         reused = set()
         for key, placed in self.placed.items():
             if self.filed(placed) and self.reuse_file(key, placed):
@@ -61,6 +62,7 @@ class Loader:
         return reused
 
     def reuse_file(self, key: Key, placed: PlacedTensor) -> bool:
+        """Whether an earlier run's file of this tensor was found and used."""
         assert self.folder is not None
         pool = self.store.queues.disk_chunks
         if placed.tier == "disk":
@@ -80,10 +82,10 @@ class Loader:
         """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes
         that came from the checkpoint."""
         reused = self.reuse()
-        taken = 0
+        read_bytes = 0
         if len(reused) < len(self.placed):
             for piece in stream(reused):
-                taken += self.write(piece)
+                read_bytes += self.write(piece)
         missing = [
             key
             for key, placed in self.placed.items()
@@ -93,7 +95,7 @@ class Loader:
             raise CheckpointError(
                 f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full"
             )
-        return taken
+        return read_bytes
 
     def check(self) -> None:
         """Invariants: no row is delivered twice; only unfinished tensors of the disk tier are held in memory."""
@@ -103,6 +105,7 @@ class Loader:
             assert self.placed[key].tier == "disk" and key not in self.store.files, key
 
     def write(self, piece: Piece | QuantizedPiece) -> int:
+        """Write one piece, and the file of a tensor that is complete with it; returns the piece's bytes."""
         key = (piece.layer, piece.role)
         placed = self.placed[key]
         target = self.target(key, placed)
@@ -118,8 +121,8 @@ class Loader:
         return num_bytes
 
     def write_codes(self, piece: QuantizedPiece, target: TensorView, rows: slice) -> int:
-        """Codes of a quantised checkpoint as they are where the home has the same bits and a group that divides
-        theirs, else expanded."""
+        """Write codes of a quantized checkpoint as they are where ``target`` has the same bits and a group that divides
+        theirs, else dequantized. Returns the bytes of the codes and parameters."""
         num_bytes = piece.codes.nbytes + piece.parameters.nbytes
         if (
             target.codes is None
@@ -134,6 +137,7 @@ class Loader:
         return num_bytes
 
     def write_dense(self, tensor: Tensor, target: TensorView, rows: slice) -> None:
+        """Write rows of a dense tensor, quantized where ``target`` is."""
         if target.dense is not None:
             target.dense[rows].copy_(tensor)
             return
@@ -153,7 +157,7 @@ class Loader:
             target.parameters[target_rows].copy_(parameters)
 
     def target(self, key: Key, placed: PlacedTensor) -> TensorView:
-        """Views to write into: the home itself, or a buffer for a tensor that becomes a file."""
+        """The view to write into: the tensor on its tier, or a buffer for a tensor that becomes a file."""
         if placed.tier != "disk":
             return self.store.views[key]
         if key not in self.building:
@@ -162,7 +166,7 @@ class Loader:
         return self.building[key][1]
 
     def file(self, key: Key, placed: PlacedTensor) -> None:
-        """Write a complete tensor to its file, atomically, and keep it open when the disk is its home."""
+        """Write a complete tensor to its file, atomically, and keep it open when it is placed on disk."""
         assert self.folder is not None
         if placed.tier == "disk":
             buffer, _ = self.building.pop(key)

@@ -29,35 +29,54 @@ class CacheLayout:
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token in one layer."""
+        """Bytes of keys and values of one token in one layer."""
         return reference.token_bytes(self.num_kv_heads, self.head_dim, self.bits, self.group, self.dtype.itemsize)
 
     @property
     def page_bytes(self) -> int:
-        """One page in one layer."""
+        """Bytes of one page in one layer."""
         return self.page_tokens * self.token_bytes
 
     @property
     def disk_page_bytes(self) -> int:
-        """A page on disk starts at an aligned offset."""
+        """Bytes of one page on disk, where pages start at aligned offsets."""
         return align(self.page_bytes)
 
     def num_pages(self, num_tokens: int) -> int:
+        """Pages of ``num_tokens`` tokens, the last one partly filled."""
         return -(-num_tokens // self.page_tokens)
 
     def row_view(self, data: Tensor) -> Tensor:
         """uint8 [n * token_bytes] as token rows: [n, 2, num_kv_heads, head_dim] in the compute dtype, or [n,
-        token_bytes] when quantised."""
+        token_bytes] when quantized."""
         if self.bits == 16:
             return data.view(self.dtype).view(-1, 2, self.num_kv_heads, self.head_dim)
         return data.view(-1, self.token_bytes)
 
 
+@dataclass(frozen=True)
+class CacheSizes:
+    """Pages of each tier, and the largest staged micro-batch."""
+
+    gpu_pages: int
+    cpu_pages: int
+    disk_pages: int
+    staging_pages: int
+    """Pages of one micro-batch whose cache is not on the gpu tier: one staging buffer; there are two."""
+    disk_sequences: int = 0
+    tail_tokens: int = 0
+    """Of each disk sequence and layer, token rows that are held in host memory until their page is full."""
+
+    def pages(self, tier: str) -> int:
+        """Pages of one tier."""
+        return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]
+
+
 class PagePool:
     """Page ids of one tier, with reference counts: shared prefixes hold a page together.
 
-    A page of a prompt that nobody holds any more is not forgotten at once: it stays in the prefix index until its
-    room is needed (oldest first).
+    A page of a prompt that nobody holds any more is not forgotten at once: it stays in the prefix index, evictable,
+    until it is needed (oldest first).
     """
 
     def __init__(self, tier: str, num_pages: int, page_tokens: int) -> None:
@@ -70,10 +89,12 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Pages that `allocate` can give."""
+        """Pages that `allocate` can hand out."""
         return len(self.free_pages) + len(self.evictable)
 
     def allocate(self, count: int) -> list[int]:
+        """Returns ``count`` pages with one reference each, evicting the oldest evictable pages where too few are
+        free."""
         assert count <= self.num_available, (
             f"{self.tier}: {count} pages wanted, {self.num_available} available of {self.num_pages}; admission must "
             "ask first"
@@ -89,6 +110,7 @@ class PagePool:
         return pages
 
     def share(self, pages: list[int]) -> None:
+        """Add one reference to each page."""
         for page in pages:
             assert self.references[page] > 0 or page in self.evictable, (
                 f"{self.tier}: page {page} is shared but its content is gone"
@@ -97,7 +119,8 @@ class PagePool:
             self.references[page] += 1
 
     def release(self, pages: list[int]) -> None:
-        """Give up one reference each, the last page first: a page never outlives the pages before it in the index."""
+        """Drop one reference to each page, the last page first: a page never outlives the pages before it in the
+        index."""
         for page in reversed(pages):
             self.references[page] -= 1
             if self.references[page] > 0:
@@ -109,15 +132,15 @@ class PagePool:
                 self.free_pages.append(page)
 
     def evict_all(self) -> None:
-        """Free the pages that nobody holds: a prompt that comes again is read again."""
+        """Free the pages that nobody holds: a prompt that comes again is computed again."""
         for page in self.evictable:
             self.prefixes.forget(page)
         self.free_pages += self.evictable
         self.evictable.clear()
 
     def check(self) -> None:
-        """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free; who holds
-        a page holds those before it."""
+        """Invariants: every page is free, evictable or held, and only one of them; indexed pages are not free; who
+        holds a page holds those before it."""
         assert len(set(self.free_pages)) == len(self.free_pages)
         free = set(self.free_pages)
         for page, references in enumerate(self.references):
@@ -143,14 +166,14 @@ class PagePool:
 
 @dataclass(frozen=True)
 class SequencePages:
-    """Where the cache of one sequence lies, as plain data: what a pass needs of its `PageTable`."""
+    """The pages of one sequence as plain data: the part of its `PageTable` that a pass needs."""
 
     tier: str
     pages: tuple[int, ...]
     tail_slot: int = -1
     """Index of a disk sequence's open page in host memory (-1 on other tiers)."""
     cpu_attention: bool = False
-    """A cpu sequence whose decode tokens are attended where the cache lies."""
+    """Whether decode tokens of this cpu sequence are attended by the CPU, where the cache lies."""
 
     @cached_property
     def page_ids(self) -> np.ndarray:
@@ -162,11 +185,26 @@ class SequencePages:
         return [self.pages[t // page_tokens] * page_tokens + t % page_tokens for t in range(start, end)]
 
 
+@dataclass(frozen=True)
+class Gather:
+    """What is copied to staging for one micro-batch: existing pages, the cpu ones first, then those of disk
+    sequences, each as (pages, number of tokens)."""
+
+    cpu_pages: Tensor
+    """[n] int32 page ids, on the compute device."""
+    disk_pages: tuple[tuple[SequencePages, int], ...]
+    num_disk_pages: int
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.cpu_pages) + self.num_disk_pages
+
+
 @dataclass
 class PageTable:
-    """The cache of one sequence: its home tier, its pages there, and how many tokens are valid.
+    """The cache of one sequence: its tier, its pages there, and how many tokens are valid.
 
-    ``tail_slot`` is the place of a disk sequence's open page in host memory (-1 on other tiers).
+    ``tail_slot`` is the index of a disk sequence's open page in host memory (-1 on other tiers).
     """
 
     tier: str
@@ -176,7 +214,7 @@ class PageTable:
     """Leading pages that belong to a shared prefix and are never written."""
     tail_slot: int = -1
     cpu_attention: bool = False
-    """A cpu sequence whose decode tokens are attended where the cache lies."""
+    """Whether decode tokens of this cpu sequence are attended by the CPU, where the cache lies."""
 
     @cached_property
     def location(self) -> SequencePages:

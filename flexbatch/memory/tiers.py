@@ -58,7 +58,7 @@ def check_budgets(needs: Iterable[MemoryRequirement], budgets: dict[str, int]) -
 
 
 class HostArena:
-    """One exact-size block of host memory, pinned when a CUDA device will read it.
+    """One exact-size piece of host memory, pinned when a CUDA device will read it.
 
     torch's own pinned allocator rounds up to powers of two, which wastes 20 to 30 % of the host for the sizes that
     matter here. The mapping is private because Linux gives shared memory no huge pages unless told to. With them 4.5
@@ -196,8 +196,8 @@ class Tiers:
 
     @contextlib.contextmanager
     def all_or_nothing(self) -> Iterator[Callable[[], None]]:
-        """What is allocated and opened in the body stays if all of it succeeds; else all of it is given back. Yields a
-        function that gives it back later.
+        """Keep what is allocated and opened in the body if all of it succeeds; else free all of it. Yields a function
+        that frees it later.
         """
         before = [set(pool.used_bytes) for pool in self.pools]
 

@@ -1,4 +1,4 @@
-"""The home of each layer's weights, and their way to the compute device: fetch ahead, use, release."""
+"""Where each layer's weights are, and their way to the compute device: fetch ahead, use, release."""
 
 from __future__ import annotations
 
@@ -12,46 +12,21 @@ from torch import Tensor
 from flexbatch.kernels import ops
 from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.read_ahead import ReadAhead
+from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
-from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, PlacedTensor, WeightPlan, slab_alignment, stage_of
+from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, slab_alignment
 
 
 @dataclass
 class SlabLease:
-    """A working slab in the hands of one layer, from its first fetch to its release."""
+    """The lease of a working slab by one layer, from its first fetch to its release."""
 
     slab: int
     handles: list[Handle] = field(default_factory=list)
     slices_fetched: int = 0
     waits_for_disk: bool = False
-    """Its part from the disk has not been sent on from staging yet."""
-
-
-@dataclass
-class TensorView:
-    """A tensor where it can be used: dense, or codes and parameters still to be expanded."""
-
-    placed: PlacedTensor
-    dense: Tensor | None = None
-    codes: Tensor | None = None
-    parameters: Tensor | None = None
-
-    def copy_codes(self, source: TensorView) -> None:
-        """Copy the codes and parameters of another view of the same quantized tensor into this one."""
-        assert self.codes is not None and self.parameters is not None
-        assert source.codes is not None and source.parameters is not None
-        self.codes.copy_(source.codes)
-        self.parameters.copy_(source.parameters)
-
-
-def view_of(slab: Tensor, placed: PlacedTensor, start: int, dtype: torch.dtype) -> TensorView:
-    """The tensor that lies at byte ``start`` of a uint8 slab."""
-    if not placed.quantized:
-        return TensorView(placed, dense=slab[start : start + placed.dense_bytes].view(dtype).view(placed.spec.shape))
-    codes = slab[start : start + math.prod(placed.codes_shape)].view(placed.codes_shape)
-    parameters = slab[start + placed.codes_bytes : start + placed.num_bytes].view(dtype).view(placed.parameters_shape)
-    return TensorView(placed, codes=codes, parameters=parameters)
+    """Whether its part from the disk has not been copied from staging to the slab yet."""
 
 
 def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
@@ -61,18 +36,18 @@ def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tupl
 
 
 class WeightStore:
-    """Weights over the tiers. One owner per working slab: a layer claims it, fetches into it, computes, and releases it
+    """Weights over the tiers. One owner per working slab: a layer leases it, fetches into it, computes, and releases it
     with a handle.
 
-    ``views`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once
-    they have their name).
+    ``views`` holds the tensors of the gpu and cpu tiers by (layer, role); disk tensors are ``files`` (one per tensor,
+    aligned, complete once they have their name).
     """
 
     def __init__(
         self, plan: WeightPlan, tiers: Tiers, queues: TransferQueues, dtype: torch.dtype, staged: bool | None = None
     ) -> None:
-        """``staged``: whether disk tensors stop over in host memory, as they do on their way to a GPU (None: if
-        there is one)."""
+        """``staged``: whether disk tensors pass through host memory, as they do on their way to a GPU (None: if
+        there is one). Raises DoesNotFitError."""
         self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
         self.device = queues.device
         self.views: dict[tuple[int, str], TensorView] = {}
@@ -93,12 +68,7 @@ class WeightStore:
         self.free_after: list[Handle] = [READY] * len(self.slabs)
         self.leases: dict[int, SlabLease] = {}
         self.next_slab = 0
-        self.dequantization_buffers = {
-            stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.dequantization_bytes(stage))
-            for stage in ("pre", "post")
-            if plan.dequantization_bytes(stage)
-        }
-        self.dequantized: dict[str, int] = {}
+        self.dequantization = DequantizationBuffers(plan, tiers.gpu, dtype)
         self.ready: dict[int, dict[str, Tensor]] = {}
         self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
         """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
@@ -130,7 +100,7 @@ class WeightStore:
     # Fetching
 
     def fetch(self, layer: int, index: int, count: int) -> None:
-        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 claims a slab
+        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 leases a slab
         and starts the disk read."""
         if not self.plan.streamed_bytes(layer):
             return
@@ -175,6 +145,7 @@ class WeightStore:
             self.fetch(layer, index, count)
 
     def lease(self, layer: int) -> SlabLease:
+        """Lease the next slab to ``layer``; slabs go round."""
         owners = {lease.slab: owner for owner, lease in self.leases.items()}
         assert self.next_slab not in owners, (
             f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
@@ -200,19 +171,19 @@ class WeightStore:
     # Using
 
     def weights(self, layer: int, stage: str) -> dict[str, Tensor]:
-        """Role -> tensor of a layer, ready for the compute stream; quantised tensors of ``stage`` are expanded at
-        their first use in a pass."""
+        """Role -> tensor of a layer, ready for the compute stream; quantized tensors of ``stage`` ("pre" or "post", up
+        to attention or after it) are dequantized at their first use in a pass."""
         ready = self.ready.get(layer)
         if ready is None:
             ready = self.ready[layer] = self.collect(layer)
-        if stage in self.dequantization_buffers and self.dequantized.get(stage) != layer:
-            # Whose they were they are not any more, should this one break off.
-            self.dequantized.pop(stage, None)
-            self.dequantize(layer, stage, ready)
-            self.dequantized[stage] = layer
+        lease = self.leases.get(layer)
+        quantized = (tensor for tensor in self.plan.layers[layer] if tensor.quantized)
+        views = (self.compute_view(tensor, layer, lease) for tensor in quantized)
+        self.dequantization.fill(layer, stage, views, ready)
         return ready
 
     def collect(self, layer: int) -> dict[str, Tensor]:
+        """Role -> dense tensor of a layer, ordered after its fetches; quantized ones are left out."""
         lease = self.leases.get(layer)
         if lease is not None:
             if lease.waits_for_disk:
@@ -227,6 +198,7 @@ class WeightStore:
         return dict(self.dense_views[key])
 
     def compute_view(self, placed: PlacedTensor, layer: int, lease: SlabLease | None) -> TensorView:
+        """The tensor on the compute device: resident there, or in the leased slab."""
         if placed.tier == "gpu":
             return self.views[placed.spec.layer, placed.spec.role]
         assert lease is not None
@@ -236,35 +208,20 @@ class WeightStore:
     def role(self, placed: PlacedTensor) -> str:
         return "head.weight" if placed.spec.role == "embed.weight" else placed.spec.role
 
-    def dequantize(self, layer: int, stage: str, ready: dict[str, Tensor]) -> None:
-        """Dequantise into the expansion slab of the stage; it is shared by all micro-batches of the layer."""
-        cursor, slab = 0, self.dequantization_buffers[stage]
-        for placed in self.plan.layers[layer]:
-            if not placed.quantized or stage_of(placed.spec.role) != stage:
-                continue
-            views = self.compute_view(placed, layer, self.leases.get(layer))
-            assert views.codes is not None and views.parameters is not None
-            dense = slab[cursor : cursor + placed.dense_bytes].view(self.dtype).view(placed.spec.shape)
-            ops.dequantize(views.codes, views.parameters, placed.spec.shape[1], placed.bits, placed.group, out=dense)
-            ready[placed.spec.role] = dense
-            cursor += align(placed.dense_bytes, SLAB_ALIGNMENT)
-
     def release(self, layer: int, done: Handle) -> None:
-        """Give a layer's slab back; the next fetch into it waits for ``done``, the last compute that reads it."""
+        """End a layer's lease; the next fetch into its slab waits for ``done``, the last compute that reads it."""
         self.ready.pop(layer, None)
-        for stage, owner in list(self.dequantized.items()):
-            if owner == layer:
-                del self.dequantized[stage]
+        self.dequantization.release(layer)
         lease = self.leases.pop(layer, None)
         if lease is not None:
             self.free_after[lease.slab] = done
 
     def gather_rows(self, role: str, row_ids: Tensor, host_ids: Tensor) -> Tensor:
-        """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids,
+        """Rows [n, width] of an embedding table on the compute device, gathered where the table lies. row_ids,
         host_ids: [n] int64, there and on the host."""
-        home = self.views.get((-1, role))
-        if home is not None and home.dense is not None:
-            table = home.dense
+        view = self.views.get((-1, role))
+        if view is not None and view.dense is not None:
+            table = view.dense
             row_bytes = table.shape[1] * table.element_size()
             if table.device == self.device:
                 return table.index_select(0, row_ids)
@@ -295,7 +252,8 @@ class WeightStore:
         }
 
     def check(self) -> None:
-        """Invariants: no two layers own a slab; streamed weights in use have one; every tensor has exactly one home."""
+        """Invariants: no two layers own a slab; streamed weights in use have one; every tensor has exactly one
+        placement."""
         owners = [lease.slab for lease in self.leases.values()]
         assert len(owners) == len(set(owners)), self.leases
         assert all(0 <= slab < len(self.slabs) for slab in owners), (owners, len(self.slabs))
@@ -315,10 +273,10 @@ class WeightStore:
             together(*lease.handles).synchronize()
 
     def drain(self) -> None:
-        """Wait for everything that is on its way and forget it (end of a job, or a failed pass).
+        """Wait for everything that is on its way and end all leases (end of a job, or a failed pass).
 
-        The error of a fetch is its user's: here nobody uses it any more, and whoever needs the layer later fetches
-        it again.
+        The error of a fetch is raised to who waits for its handle: here nobody does any more, and whoever needs the
+        layer later fetches it again.
         """
         self.queues.synchronize()
         if self.read_ahead is not None:
@@ -332,13 +290,6 @@ class WeightStore:
             self.read_ahead.close()
         for file in self.files.values():
             file.close()
-        for views in (
-            self.files,
-            self.views,
-            self.cpu_slabs,
-            self.slabs,
-            self.dequantization_buffers,
-            self.ready,
-            self.dense_views,
-        ):
-            views.clear()
+        self.dequantization.close()
+        for held in (self.files, self.views, self.cpu_slabs, self.slabs, self.ready, self.dense_views):
+            held.clear()

@@ -20,8 +20,7 @@ from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.execution.sampling import adjust, restrict
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.kvcache import CacheSizes
-from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.pages import CacheLayout, CacheSizes, PageTable
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore

@@ -17,7 +17,7 @@ from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.kvcache import CacheSizes
+from flexbatch.memory.pages import CacheSizes
 from flexbatch.memory.transfer import READY
 from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.speculative.tree import TokenTree, TreeShape

@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
 from flexbatch.execution.pass_batch import QueryTokens
-from flexbatch.memory.kvcache import CacheSizes, Gather, KVCache
-from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.pages import CacheLayout, CacheSizes, Gather, PageTable
 from flexbatch.memory.transfer import READY, FutureHandle
 from flexbatch.memory.uploads import Uploads
 from tests.memory.rigs import dawdle, open_tiers
