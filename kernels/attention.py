@@ -40,7 +40,7 @@ class Launch:
 
 
 DECODE = Launch(1, 32, 2, 3)
-"""One query token over quantised heads of their own: 2,600 GB/s at 8 and 1,490 at 4 bits on the H200, with four
+"""For one query token over quantized heads of their own: 2,600 GB/s at 8 and 1,490 at 4 bits on the H200, with four
 warps 2,300 and 1,270."""
 
 

@@ -22,7 +22,7 @@ def _find_sequence(query_starts, tile, num_sequences, GROUP: tl.constexpr, BLOCK
     """The last sequence whose first tile is not after ``tile``. First tiles are bounded from below, rows // BLOCK_M +
     s, without a prefix sum.
 
-    One wide load in place of a binary search, whose loads wait for each other: ten of them took as long as the work
+    One wide load instead of a binary search, whose loads wait for each other: ten of them took as long as the work
     of a short tile.
     """
     count = 0

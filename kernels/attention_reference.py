@@ -17,7 +17,7 @@ class AttentionOptions(NamedTuple):
     page_tokens: int
     scale: float
     bits: int = 16
-    """Of the cache: 4, 8, or 16 for the compute dtype, whatever its width."""
+    """Bits of an element of the cache: 4, 8, or 16 for the compute dtype, whatever its width."""
     group: int = 64
     """Elements of a head that share a scale and a minimum in a quantized cache."""
     alibi_slopes: Tensor | None = None

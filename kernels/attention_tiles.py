@@ -62,7 +62,7 @@ def dequantized(
 
 @triton.jit
 def _rounded(x):
-    """To the nearest bfloat16, ties to even; the interpreter's own conversion truncates."""
+    """x, rounded to the nearest bfloat16, ties to even; the interpreter's own conversion truncates."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 

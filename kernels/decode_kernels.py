@@ -1,6 +1,6 @@
 """Attention of one query token a sequence over a quantized cache whose heads are not shared: no tensor cores.
 
-A tensor core tile would be one sixteenth full, and would want its operands expanded to 16 bits and moved to its own
+A tensor core tile would be one sixteenth full, and would want its operands dequantized to 16 bits and moved to its own
 layout. Here codes stay where they were loaded, become floats by two integer instructions, and scale and minimum are
 applied to the sums of a group. Every key of a tile keeps an online softmax of its own, merged at the end, so that
 threads of different keys never wait for each other within the loop.

@@ -40,7 +40,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class BuildError(RuntimeError):
-    """No working C compiler, or nowhere to put the library."""
+    """There is no working C compiler, or nowhere to put the library."""
 
 
 class _Cache(ctypes.Structure):
@@ -75,7 +75,7 @@ class _Attention(ctypes.Structure):
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by unlike machines."""
+    """The features that -march=native depends on: a cache folder may be shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -93,6 +93,7 @@ def _openmp_flags() -> tuple[str, ...]:
 
 
 def _compile(compiler: str, sources: list[Path], cache_folder: Path, key: str) -> Path:
+    """Path of the library, compiled and put into the cache folder. Raises BuildError, OSError."""
     errors = []
     for compile_flags, link_flags in ((("-fopenmp",), _openmp_flags()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
         with tempfile.TemporaryDirectory(dir=cache_folder) as folder:

@@ -48,7 +48,8 @@ def _as_words(x: Tensor, width: int) -> Tensor:
 
 
 def _word_bytes(*tensors: Tensor) -> int:
-    """The widest integer that divides every row, its place and the distance of rows. Loads of 16 bytes are two of 8."""
+    """The widest integer that divides every row, its offset and the distance of rows. Loads of 16 bytes are two of
+    8."""
     bits = 8
     for x in tensors:
         bits |= x.data_ptr() | x.stride(0) * x.element_size() | x[:1].numel() * x.element_size()

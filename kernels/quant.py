@@ -151,7 +151,7 @@ class Launch:
 
 
 LAUNCHES = {8: Launch(2048), 4: Launch(1024)}
-"""By bits. On the H200 3,115 and 2,479 GB/s; with divisions and four warps 1,900 and 1,470."""
+"""The launch by bits. On the H200 3,115 and 2,479 GB/s; with divisions and four warps 1,900 and 1,470."""
 
 
 def _whole(size: int, bits: int, group: int, block_b: int) -> bool:

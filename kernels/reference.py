@@ -2,8 +2,8 @@
 one does.
 
 The KV cache is an array of *token rows*: slot ``page * page_tokens + offset`` holds one token's keys and values of
-one layer. Unquantised rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1:
-values). Quantised rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value
+one layer. Unquantized rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1:
+values). Quantized rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value
 parameters, padding; the codes of one head take ``code_bytes`` and its parameters are ``num_groups`` pairs (scale,
 minimum) in the compute dtype.
 """
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FIT_SHRINKS, FIT_STEPS = (1.0, 0.9, 0.8), 2
-"""What `fit` tries. Finer grids of up to 256 trials gain 2 % of the squared error more."""
+"""The grid that `fit` searches. Finer grids of up to 256 trials gain 2 % of the squared error more."""
 ROW_ALIGNMENT = 16
-"""Bytes. A quantised row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row
+"""Bytes. A quantized row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row
 (unaligned ones fault on the GPU)."""
 
 
@@ -65,7 +65,7 @@ def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """`quantize` with the parameters of least squared error found by a search: for weights, which are quantised once.
+    """`quantize` with the parameters of least squared error found by a search: for weights, which are quantized once.
 
     x: [rows, size] floating. Ranges shrunk at either end by ``FIT_SHRINKS`` are each improved by ``FIT_STEPS``
     alternations between the nearest codes and the line that fits them best; what is kept is the best as it will be
@@ -187,7 +187,7 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension of x [..., size].
 
-    With ``residual`` x is added to it in place and the sum is normalised. ``offset`` is added to the weight; such
+    With ``residual`` x is added to it in place and the sum is normalized. ``offset`` is added to the weight; such
     models multiply in float32, the others after rounding to x's dtype, so that 16-bit results agree with
     transformers' to the last bit.
     """
@@ -202,7 +202,7 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
 ) -> Tensor:
     """Layer norm over the last dimension of x [..., size]; with ``residual`` x is added to it in place and the sum
-    is normalised."""
+    is normalized."""
     if residual is not None:
         x = residual.add_(x)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -221,7 +221,7 @@ def rotary(
     """Turn the first ``rotary_dim`` elements of every head in place (RoFormer, Su et al. 2021).
 
     query: [num_tokens, num_heads, head_dim], key: [num_tokens, num_kv_heads, head_dim], cos and sin: [max_positions,
-    rotary_dim / 2], positions: [num_tokens] integers. Pairs are neighbours (``interleaved``) or lie half of
+    rotary_dim / 2], positions: [num_tokens] integers. Pairs are neighbors (``interleaved``) or lie half of
     ``rotary_dim`` apart.
     """
     half = rotary_dim // 2
