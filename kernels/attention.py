@@ -27,16 +27,13 @@ MAX_SPLITS = 64
 @dataclass(frozen=True)
 class Launch:
     """Shape of a launch: query rows and keys of a tile, warps of a program, depth of the load pipeline, registers of a
-    thread (0: the compiler's choice).
-
-    ``page_slices``: page numbers are loaded once a page, not once a key, where pages divide tiles."""
+    thread (0: the compiler's choice)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     max_registers: int = 0
-    page_slices: bool = False
 
 
 DECODE = Launch(1, 32, 2, 3)
@@ -151,7 +148,6 @@ def _launch_tiles(
     small = min(SMALL_ROWS, launch.block_m)
     if not one_tile and num_tokens * (num_heads // kv_heads) == max_rows * sequences:
         small = 0  # all sequences have as many query tokens: none needs the small tile
-    pages_in_tiles = launch.block_n % page_tokens == 0 and page_tokens & (page_tokens - 1) == 0
     pointers = (
         query_starts if x is None else x for x in (options.alibi_slopes, options.positions, masks)
     )  # one that is not followed stands for what is not there
@@ -163,7 +159,7 @@ def _launch_tiles(
         ALIBI=0 if options.alibi_slopes is None else 2 if options.alibi_scale else 1, WINDOW=options.window > 0,
         SOFT_CAP=options.soft_cap > 0, TREE=masks is not None, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens, BITS=options.bits, GROUPS=reference.num_groups(head_dim, options.group),
-        BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n, PAGE_SLICES=launch.page_slices and pages_in_tiles,
+        BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
         ONE_TILE=one_tile, num_warps=launch.num_warps, num_stages=launch.num_stages,
         maxnreg=launch.max_registers or None,
     )  # fmt: skip

@@ -41,7 +41,7 @@ def _attend(
     soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_M query rows from ``row0`` of one sequence, against this program's split of the keys."""
     PIECES: tl.constexpr = 2 if BITS == 4 else 1
@@ -69,14 +69,14 @@ def _attend(
             start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
             slopes, position, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
             alibi_scale, False, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G,
-            BLOCK_B, BLOCK_N, PAGE_SLICES,
+            BLOCK_B, BLOCK_N,
         )  # fmt: skip
     for start in range(whole, hi, BLOCK_N):
         m, total, acc0, acc1 = softmax_step(
             start, hi, m, total, acc0, acc1, q0, q1, rows, parameters, table, head, row_stride, parameter_stride,
             slopes, position, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap,
             alibi_scale, True, ALIBI, WINDOW, SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G,
-            BLOCK_B, BLOCK_N, PAGE_SLICES,
+            BLOCK_B, BLOCK_N,
         )  # fmt: skip
     index = token * (KV_HEADS * GROUP) + query_head
     _store(
@@ -147,7 +147,7 @@ def attention_kernel(
     soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
     ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr, ONE_TILE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV heads x tiles, splits). Heads vary fastest: programs running together read neighboring memory.
 
@@ -174,7 +174,7 @@ def attention_kernel(
                     row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table,
                     row_stride, parameter_stride, out, statistics, num_tokens, slopes, positions, tree_masks,
                     mask_words, window, scale, soft_cap, alibi_scale, SMALL_M, SPLIT, GROUP, ALIBI, WINDOW, SOFT_CAP,
-                    TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N, PAGE_SLICES,
+                    TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N,
                 )  # fmt: skip
         if BLOCK_M > SMALL_M:  # noqa: SIM102
             if num_rows > SMALL_M:
@@ -182,7 +182,7 @@ def attention_kernel(
                     row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table,
                     row_stride, parameter_stride, out, statistics, num_tokens, slopes, positions, tree_masks,
                     mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M, SPLIT, GROUP, ALIBI, WINDOW, SOFT_CAP,
-                    TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N, PAGE_SLICES,
+                    TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N,
                 )  # fmt: skip
 
 

@@ -11,32 +11,30 @@ from flexbatch.kernels.reference import unpack_rows
 
 
 class AttentionOptions(NamedTuple):
-    """The keyword arguments that every implementation of `paged_attention` takes."""
+    """The keyword arguments that every implementation of `paged_attention` takes.
+
+    bits: of an element of the cache, 4, 8, or 16 for the compute dtype, whatever its width. group: elements of a head
+    that share a scale and a minimum in a quantized cache. alibi_slopes: [num_heads] float32; with ``alibi_scale``
+    slopes and key positions and their products are rounded to bfloat16 and then scaled by it, as Falcon does. window:
+    keys at a distance of ``window`` or more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none).
+    tree_masks: [num_tokens, words] int32, bit b of word w set when the token sees query token 32 * w + b of its own
+    sequence (itself included); without it the query tokens are causal. positions: [num_tokens] int32, needed only with
+    ``tree_masks`` (depths, for ALiBi and window). max_query_len, max_context_len: upper bounds over the sequences (0:
+    what the shapes allow); they choose the launch on a GPU, and must hold.
+    """
 
     num_kv_heads: int
     page_tokens: int
     scale: float
     bits: int = 16
-    """Bits of an element of the cache: 4, 8, or 16 for the compute dtype, whatever its width."""
     group: int = 64
-    """Elements of a head that share a scale and a minimum in a quantized cache."""
     alibi_slopes: Tensor | None = None
-    """[num_heads] float32."""
     alibi_scale: float = 0.0
-    """Where it is not 0, slopes, key positions and their products are rounded to bfloat16 and then scaled by it, as
-    Falcon does."""
     window: int = 0
-    """Keys at a distance of ``window`` or more are masked (0: none)."""
     soft_cap: float = 0.0
-    """Scores become soft_cap * tanh(score / soft_cap) (0: they stay)."""
     tree_masks: Tensor | None = None
-    """[num_tokens, words] int32, bit b of word w set when the token sees query token 32 * w + b of its own sequence
-    (itself included). Without it the query tokens are causal."""
     positions: Tensor | None = None
-    """[num_tokens] int32, needed only with ``tree_masks``: the depths of the query tokens, for ALiBi and window."""
     max_query_len: int = 0
-    """Upper bounds of the sequences' query tokens and keys (0: what the shapes allow). They choose the launch on a GPU,
-    where they must hold."""
     max_context_len: int = 0
 
 

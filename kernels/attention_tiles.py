@@ -16,26 +16,6 @@ import triton.language as tl
 
 
 @triton.jit
-def slots_of(
-    table, keys, start, hi, seen, MASKED: tl.constexpr, PAGE_TOKENS: tl.constexpr, PAGE_SLICES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The token rows of the keys. PAGE_SLICES: one load a page instead of one a key; ``start`` lies on a page's
-    boundary."""
-    if PAGE_SLICES:
-        PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS
-        first = start + tl.arange(0, PAGES) * PAGE_TOKENS
-        entry = table + first // PAGE_TOKENS
-        page = tl.load(entry, mask=first < hi, other=0) if MASKED else tl.load(entry)
-        slot = (page.to(tl.int64)[:, None] * PAGE_TOKENS + tl.arange(0, PAGE_TOKENS)[None, :]).reshape((BLOCK_N,))
-    else:
-        entry = table + keys // PAGE_TOKENS
-        page = tl.load(entry, mask=seen, other=0) if MASKED else tl.load(entry)
-        slot = page.to(tl.int64) * PAGE_TOKENS + keys % PAGE_TOKENS
-    return slot
-
-
-@triton.jit
 def dequantized(
     rows, parameters, slot, seen, vector, row_stride, parameter_stride, VECTORS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -112,13 +92,15 @@ def softmax_step(
     position, token, q, prefix, first_token, positions, tree_masks, mask_words, window, scale, soft_cap, alibi_scale,
     MASKED: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SLICES: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over keys [start, start + BLOCK_N): the new maximum ``m``, sum of weights
     ``total`` and weighted sums of values ``acc0``, ``acc1`` (at 4 bits those of even and of odd elements)."""
     keys = start + tl.arange(0, BLOCK_N)
     seen = keys < hi
-    slot = slots_of(table, keys, start, hi, seen, MASKED, PAGE_TOKENS, PAGE_SLICES, BLOCK_N)
+    entry = table + keys // PAGE_TOKENS
+    page = tl.load(entry, mask=seen, other=0) if MASKED else tl.load(entry)
+    slot = page.to(tl.int64) * PAGE_TOKENS + keys % PAGE_TOKENS
     element = tl.arange(0, BLOCK_G * BLOCK_B)[None, :]
     base = rows + (slot * row_stride + head * HEAD_DIM)[:, None] + element
     BARE: tl.constexpr = not MASKED and HEAD_DIM == BLOCK_G * BLOCK_B

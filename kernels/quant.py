@@ -28,12 +28,12 @@ def _quantize_kernel(
     x0, x1, codes, parameters, slots, num_vectors, size, x_token, code_token, parameter_token,
     code_side, parameter_base, parameter_side, HEADS: tl.constexpr, HEAD_CODES: tl.constexpr,
     HEAD_PARAMETERS: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, WHOLE: tl.constexpr, RECIPROCAL: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Grid (vectors, groups, sides). Vector = token * HEADS + head; side 0 reads ``x0`` (keys), side 1 ``x1`` (values).
     Arguments named ``*_token`` are the distances of two tokens, ``*_side`` those of the two sides.
 
-    WHOLE: every group fills its part of the tile, so only the tile's edges are masked. RECIPROCAL: see `_code`.
+    WHOLE: every group fills its part of the tile, so only the tile's edges are masked.
     """
     PIECES: tl.constexpr = 8 // BITS
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -57,7 +57,7 @@ def _quantize_kernel(
     pair = parameters + row * parameter_token + parameter_base + side * parameter_side + head * HEAD_PARAMETERS
     tl.store(pair + group * 2, scale, mask=has_group)
     tl.store(pair + group * 2 + 1, minimum, mask=has_group)
-    packed = _code(value, minimum.to(tl.float32), scale.to(tl.float32), LEVELS, RECIPROCAL)
+    packed = _code(value, minimum.to(tl.float32), scale.to(tl.float32), LEVELS)
     if not WHOLE:
         packed = tl.where(inside, packed, 0)
     if BITS == 4:
@@ -83,29 +83,23 @@ def _scale_and_minimum(value, inside, parameters, LEVELS: tl.constexpr, WHOLE: t
 
 
 @triton.jit
-def _code(value, floor, step, LEVELS: tl.constexpr, RECIPROCAL: tl.constexpr):
+def _code(value, floor, step, LEVELS: tl.constexpr):
     """Nearest code, ties to even: adding 1.5 * 2^23 leaves no fraction bits and the code in the lowest ones.
 
-    RECIPROCAL: the quotient from one reciprocal a group and a fused correction (Markstein 1990, "Computation of
+    The quotient comes from one reciprocal a group and a fused correction (Markstein 1990, "Computation of
     elementary functions on the IBM RISC System/6000 processor"): a division an element costs more than the memory
     traffic. Steps below 2^-64 are multiplied by 2^64, and what they divide too: the reciprocal of the smallest ones
     is no finite number.
     """
     step = tl.where(step < float("inf"), step, 0.0)  # NaN too: codes of 0
-    if RECIPROCAL:
-        lift = tl.where(step < 5.421010862427522e-20, 18446744073709551616.0, 1.0)
-        step = step * lift
-        inverse = tl.where(
-            step > 0, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), tl.where(step > 0, step, 1.0)), 0.0
-        )
-        inverse = tl.broadcast_to(inverse, value.shape)
-        extent = (value - floor) * lift
-        code = extent * inverse
-        rest = tl.fma(-code, tl.broadcast_to(step, value.shape), extent)
-        code = tl.fma(rest, inverse, code)
-    else:
-        wide = tl.broadcast_to(step, value.shape)
-        code = tl.where(wide > 0, tl.div_rn(value - floor, tl.where(wide > 0, wide, 1.0)), 0.0)
+    lift = tl.where(step < 5.421010862427522e-20, 18446744073709551616.0, 1.0)
+    step = step * lift
+    inverse = tl.where(step > 0, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), tl.where(step > 0, step, 1.0)), 0.0)
+    inverse = tl.broadcast_to(inverse, value.shape)
+    extent = (value - floor) * lift
+    code = extent * inverse
+    rest = tl.fma(-code, tl.broadcast_to(step, value.shape), extent)
+    code = tl.fma(rest, inverse, code)
     code = tl.minimum(tl.maximum(code, 0.0), LEVELS)
     return (code + 12582912.0).to(tl.int32, bitcast=True) & LEVELS
 
@@ -143,15 +137,15 @@ def _dequantize_kernel(
 
 @dataclass(frozen=True)
 class Launch:
-    """Code bytes of a tile, warps of a program, and whether quotients come from a reciprocal (`_code`)."""
+    """Code bytes of a tile, and warps of a program."""
 
     tile_bytes: int = TILE_BYTES
     num_warps: int = 2
-    reciprocal: bool = True
 
 
 LAUNCHES = {8: Launch(2048), 4: Launch(1024)}
-"""The launch by bits. On the H200 3,115 and 2,479 GB/s; with divisions and four warps 1,900 and 1,470."""
+"""The launch by bits. On the H200 3,115 and 2,479 GB/s; with a division for each element and four warps 1,900 and
+1,470."""
 
 
 def _whole(size: int, bits: int, group: int, block_b: int) -> bool:
@@ -185,7 +179,7 @@ def quantize(x: Tensor, bits: int, group: int, launch: Launch | None = None) -> 
         flat, flat, codes, parameters, codes, vectors, size, flat.stride(0), code_bytes, 2 * groups, 0, 0, 0,
         HEADS=1, HEAD_CODES=0, HEAD_PARAMETERS=0, SLOTS=False, BITS=bits, GROUP=group,
         BLOCK_V=block_v, BLOCK_G=block_g, BLOCK_B=block_b, WHOLE=_whole(size, bits, group, block_b),
-        RECIPROCAL=launch.reciprocal, num_warps=launch.num_warps,
+        num_warps=launch.num_warps,
     )  # fmt: skip
     return codes.view(*x.shape[:-1], code_bytes), parameters.view(*x.shape[:-1], groups, 2)
 
@@ -232,5 +226,4 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
         heads * codes, 2 * heads * codes // width, heads * groups * 2,
         HEADS=heads, HEAD_CODES=codes, HEAD_PARAMETERS=groups * 2, SLOTS=True, BITS=bits, GROUP=group,
         BLOCK_V=block_v, BLOCK_G=block_g, BLOCK_B=block_b, WHOLE=_whole(head_dim, bits, group, block_b),
-        RECIPROCAL=LAUNCHES[bits].reciprocal,
     )  # fmt: skip

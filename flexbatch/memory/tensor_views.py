@@ -76,7 +76,3 @@ class DequantizationBuffers:
     def release(self, layer: int) -> None:
         """The layer's matrices are needed no more: its buffers have no owner."""
         self.owners = {stage: owner for stage, owner in self.owners.items() if owner != layer}
-
-    def close(self) -> None:
-        self.buffers.clear()
-        self.owners.clear()

@@ -290,6 +290,6 @@ class WeightStore:
             self.read_ahead.close()
         for file in self.files.values():
             file.close()
-        self.dequantization.close()
-        for held in (self.files, self.views, self.cpu_slabs, self.slabs, self.ready, self.dense_views):
+        buffers = self.dequantization.buffers
+        for held in (self.files, self.views, self.cpu_slabs, self.slabs, buffers, self.ready, self.dense_views):
             held.clear()

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from flexbatch.kernels import ops
 from flexbatch.models.arch import Arch
-from flexbatch.models.rope import RopeTables, rope_tables
-
-__all__ = ["RopeTables", "embed", "head", "post_attention", "pre_attention", "rope_tables"]
+from flexbatch.models.rope import RopeTables
 
 Weights = Mapping[str, Tensor]
 
