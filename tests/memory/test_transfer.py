@@ -1,4 +1,4 @@
-"""Lanes and handles: jobs in order, after what they depend on, with their errors where somebody waits."""
+"""Transfer queues and handles: jobs in order, after what they depend on, with their errors where somebody waits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ JOBS = st.lists(
 def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(
     jobs: list[tuple[int, list[int], bool]],
 ) -> None:
-    """Any graph of jobs over the lanes: (lane, earlier jobs it waits for, whether it fails)."""
+    """Any graph of jobs over the queues: (queue, earlier jobs it waits for, whether it fails)."""
     queues, ended, handles, doomed = TransferQueues(torch.device("cpu"), Tracer()), [], [], []
     dawdle(queues, 2, 0.004)
     try:
@@ -84,7 +84,7 @@ def test_waiting_waits_for_one_job_and_not_for_those_behind_it(queues: TransferQ
 
 
 def test_a_job_may_end_in_another_handle(queues: TransferQueues) -> None:
-    """A disk read whose last part is a copy on another lane: waiting for the read waits for the copy."""
+    """A disk read whose last part is a copy on another queue: waiting for the read waits for the copy."""
     done = []
 
     def slow() -> None:

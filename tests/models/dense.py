@@ -1,4 +1,4 @@
-"""The models room driven by the oracle of the kernels room: no tiers, no scheduling, every weight in memory."""
+"""The package of models driven by the oracle of the kernels: no tiers, no scheduling, every weight in memory."""
 
 from __future__ import annotations
 
