@@ -107,7 +107,7 @@ def run(
     if assignment.local_size > 1:
         import torch
 
-        from flexbatch.memory.tiers import host_memory_bytes
+        from flexbatch.memory.host_memory import host_memory_bytes
         from flexbatch.planner.budgets import default_offload_dir
 
         gpus = 0 if engine.device == "cpu" else torch.cuda.device_count()

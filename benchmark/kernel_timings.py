@@ -120,34 +120,14 @@ def quant_rows(ceiling: Row) -> list[Row]:
     weight = torch.randn(28672, 8192, device="cuda", dtype=torch.bfloat16)
     dense = torch.empty_like(weight)
     for bits in (8, 4):
-        for dim in (-1, 0):
-            codes, parameters = quant.quantize(weight, bits, 64, dim)
-            moved = weight.nbytes + codes.nbytes + parameters.nbytes
-            for name, work in (
-                ("quantize", lambda: quant.quantize(weight, bits, 64, dim)),
-                (
-                    "dequantize",
-                    lambda: quant.dequantize(codes, parameters, weight.shape[dim], bits, 64, dim, out=dense),
-                ),
-            ):
-                rate = moved / seconds(work) / 1e9
-                rows.append(
-                    {"kernel": name, "bits": bits, "dim": dim, "gbps": rate, "share": rate / ceiling["copy_gbps"]}
-                )
         codes, parameters = quant.quantize(weight, bits, 64)
-        for tokens in (1, 8, 16):
-            x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=torch.bfloat16)
-            fused = seconds(lambda: quant.quantized_linear(x, codes, parameters, bits, 64))
-            apart = seconds(lambda: x @ quant.dequantize(codes, parameters, weight.shape[1], bits, 64, out=dense).T)
-            rows.append(
-                {
-                    "kernel": "quantized_linear",
-                    "bits": bits,
-                    "tokens": tokens,
-                    "fused_us": fused * 1e6,
-                    "expand_and_gemm_us": apart * 1e6,
-                }
-            )
+        moved = weight.nbytes + codes.nbytes + parameters.nbytes
+        for name, work in (
+            ("quantize", lambda: quant.quantize(weight, bits, 64)),
+            ("dequantize", lambda: quant.dequantize(codes, parameters, weight.shape[1], bits, 64, out=dense)),
+        ):
+            rate = moved / seconds(work) / 1e9
+            rows.append({"kernel": name, "bits": bits, "gbps": rate, "share": rate / ceiling["copy_gbps"]})
         key, value = (torch.randn(4096, 56, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         cache = torch.zeros(65536, reference.token_bytes(56, 128, bits, 64, 2), dtype=torch.uint8, device="cuda")
         slots = torch.randperm(65536, device="cuda")[:4096]

@@ -25,7 +25,7 @@ import torch
 
 from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
 from benchmark.kernel_timings import attention_flops, ceilings
-from flexbatch.kernels import attention, pages, quant, reference
+from flexbatch.kernels import attention, attention_reference, pages, quant, reference
 from flexbatch.policy.stdout import data_apart, run_process
 
 SHORT, LONG = "OPT-30B shape, 16 prompts of 512", "Llama-3-8B shape, one prompt of 8192"
@@ -77,7 +77,7 @@ def prefill_trials() -> Iterator[Trial]:
         yield Trial(
             {"kernel": "torch sdpa", "case": name}, lambda c=call, o=options: sdpa(c, o), difference(wanted), rate
         )
-        for launch in [*PREFILL_LAUNCHES, *((*PREFILL_LAUNCHES[i], True) for i in (0, 5))]:
+        for launch in PREFILL_LAUNCHES:
             shape = attention.Launch(*launch)
             work = lambda c=call, o=options, s=shape: attention.paged_attention(*c, **o, launch=s)  # noqa: E731
             yield Trial({"kernel": "prefill", "case": name, "launch": launch}, work, difference(wanted), rate)
@@ -92,7 +92,7 @@ def decode_trials() -> Iterator[Trial]:
             queries, contexts, heads, kv_heads, head_dim = DECODE[name]
             call, options = attention_call(queries, contexts, heads, kv_heads, head_dim, bits=bits)
             num_bytes = sum(contexts) * call[1].stride(0)
-            wanted = reference.paged_attention(*call, **options)
+            wanted = attention_reference.paged_attention(*call, **options)
             rate = lambda took, n=num_bytes: {"gbps": n / took / 1e9}  # noqa: E731
             first = 1 if launches is DECODE_LAUNCHES else 16
             tried = [(first, *launch) for launch in launches] + ([(16, 64, 4, 3)] if first == 1 else [])
@@ -115,16 +115,15 @@ def quant_trials() -> Iterator[Trial]:
         moved = weight.nbytes + len(weight) // 1024 * sum(x.nbytes for x in wanted)
         for tile in (1024, 2048, 4096, 8192):
             for warps in (2, 4, 8):
-                for reciprocal in (False, True):
-                    launch = quant.Launch(tile, warps, reciprocal)
-                    yield Trial(
-                        {"kernel": "quantize", "bits": bits, "launch": [tile, warps, reciprocal]},
-                        lambda b=bits, s=launch: quant.quantize(weight, b, 64, launch=s),
-                        lambda got, w=wanted: float(
-                            sum((x[:1024].cpu() != y).sum().item() for x, y in zip(got, w, strict=True))
-                        ),
-                        lambda took, m=moved: {"gbps": m / took / 1e9},
-                    )
+                launch = quant.Launch(tile, warps)
+                yield Trial(
+                    {"kernel": "quantize", "bits": bits, "launch": [tile, warps]},
+                    lambda b=bits, s=launch: quant.quantize(weight, b, 64, launch=s),
+                    lambda got, w=wanted: float(
+                        sum((x[:1024].cpu() != y).sum().item() for x, y in zip(got, w, strict=True))
+                    ),
+                    lambda took, m=moved: {"gbps": m / took / 1e9},
+                )
 
 
 def page_trials() -> Iterator[Trial]:

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 # Here and not in the commands, because it has to precede the import of torch, for those who import this package from
 # Python as well.
-threads.be_a_good_neighbour(os.environ)
+threads.be_a_good_neighbor(os.environ)
 
 
 def __getattr__(name: str) -> Any:

@@ -27,12 +27,12 @@ RESOURCES = {
     "host": "host",
     "tick": "ticks",
 }
-"""What spans can be of -> the name of its row. Ticks frame the rest and are no resource of their own: they are
+"""What can be traced -> the name of its row. Ticks frame the rest and are no resource of their own: they are
 drawn, not counted."""
 
 
 class Event(Protocol):
-    """What is needed of torch.cuda.Event(enable_timing=True)."""
+    """The methods of torch.cuda.Event(enable_timing=True) that tracing needs."""
 
     def record(self, stream: Any = None) -> None: ...
     def synchronize(self) -> None: ...
@@ -52,7 +52,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Use:
+class ResourceUse:
     """What one resource did in `wall` seconds. `busy`: seconds in which at least one span ran, so that parallel
     spans count once."""
 
@@ -79,7 +79,7 @@ class Tracer:
     _nothing: AbstractContextManager[None] = nullcontext()
 
     def begin_pass(self) -> None:
-        """Says that what follows belongs to another pass."""
+        """Marks that what follows belongs to another pass."""
 
     def span(self, resource: str, name: str, num_bytes: int = 0) -> AbstractContextManager[Any]:
         """Times the body of a with statement on the host."""
@@ -94,10 +94,10 @@ class Tracer:
         return self._nothing
 
     def add(self, resource: str, name: str, start: float, end: float, num_bytes: int = 0) -> None:
-        """A span that the caller has timed with the tracer's clock."""
+        """Adds a span that the caller has timed with the tracer's clock, in seconds."""
 
-    def summary(self) -> dict[str, Use]:
-        """What each resource that did anything did."""
+    def summary(self) -> dict[str, ResourceUse]:
+        """Use of each resource that did anything."""
         return {}
 
     def write(self, path: str | Path) -> None:
@@ -212,8 +212,8 @@ class RecordingTracer(Tracer):
         self.resolve(wait=True)
         return sorted(self._spans, key=lambda span: (span.start, -span.end))
 
-    def summary(self) -> dict[str, Use]:
-        """By resource; wall time is from the first start to the last end. Ticks are left out."""
+    def summary(self) -> dict[str, ResourceUse]:
+        """Use by resource; wall time is from the first start to the last end. Ticks are left out."""
         spans = self.spans()
         if not spans:
             return {}
@@ -222,7 +222,7 @@ class RecordingTracer(Tracer):
         for resource in RESOURCES:
             own = [span for span in spans if span.resource == resource != "tick"]
             if own:
-                uses[resource] = Use(len(own), covered(own), sum(span.num_bytes for span in own), wall)
+                uses[resource] = ResourceUse(len(own), covered(own), sum(span.num_bytes for span in own), wall)
         return uses
 
     def write(self, path: str | Path) -> None:
@@ -244,7 +244,7 @@ def _cuda_event() -> Event:
 
 
 def no_stream() -> None:
-    """In the place of a device's current stream."""
+    """Stands in for a device's current stream where there is none."""
 
 
 def covered(spans: Iterable[Span]) -> float:
@@ -270,14 +270,9 @@ def chrome_events(spans: list[Span]) -> list[dict[str, Any]]:
         while rows.get((span.resource, queue), float("-inf")) > span.start:
             queue += 1
         rows[span.resource, queue] = span.end
-        event: dict[str, Any] = {
-            "name": span.name,
-            "cat": span.resource,
-            "ph": "X",
-            "pid": 0,
-            "tid": _row(span.resource, queue),
-        }
+        event: dict[str, Any] = {"name": span.name, "cat": span.resource, "ph": "X", "pid": 0}
         event.update(
+            tid=_row(span.resource, queue),
             ts=round((span.start - origin) * 1e6, 3),
             dur=round((span.end - span.start) * 1e6, 3),
             args={"bytes": span.num_bytes},
@@ -286,15 +281,8 @@ def chrome_events(spans: list[Span]) -> list[dict[str, Any]]:
     names: list[dict[str, Any]] = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "flexbatch"}}]
     for resource, queue in sorted(rows, key=lambda row: _row(*row)):
         row, label = _row(resource, queue), RESOURCES[resource]
-        names.append(
-            {
-                "name": "thread_name",
-                "ph": "M",
-                "pid": 0,
-                "tid": row,
-                "args": {"name": f"{label} {queue + 1}" if queue else label},
-            }
-        )
+        label = f"{label} {queue + 1}" if queue else label
+        names.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": label}})
         names.append({"name": "thread_sort_index", "ph": "M", "pid": 0, "tid": row, "args": {"sort_index": row}})
     return names + events
 

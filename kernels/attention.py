@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from flexbatch.kernels import reference
 from flexbatch.kernels.attention_kernels import attention_kernel, combine_kernel
+from flexbatch.kernels.attention_reference import AttentionOptions
 from flexbatch.kernels.decode_kernels import decode_kernel
 
 SMALL_ROWS = 16  # the least height of a tensor core tile; what one decoded token needs when the group is no larger
@@ -25,20 +27,17 @@ MAX_SPLITS = 64
 @dataclass(frozen=True)
 class Launch:
     """Shape of a launch: query rows and keys of a tile, warps of a program, depth of the load pipeline, registers of a
-    thread (0: the compiler's choice).
-
-    ``page_slices``: page numbers are loaded once a page, not once a key, where pages divide tiles."""
+    thread (0: the compiler's choice)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     max_registers: int = 0
-    page_slices: bool = False
 
 
 DECODE = Launch(1, 32, 2, 3)
-"""One query token over quantised heads of their own: 2,600 GB/s at 8 and 1,490 at 4 bits on the H200, with four
+"""For one query token over quantized heads of their own: 2,600 GB/s at 8 and 1,490 at 4 bits on the H200, with four
 warps 2,300 and 1,270."""
 
 
@@ -77,106 +76,113 @@ def paged_attention(
     query_starts: Tensor,
     context_lens: Tensor,
     *,
-    num_kv_heads: int,
-    page_tokens: int,
-    scale: float,
-    bits: int = 16,
-    group: int = 64,
-    alibi_slopes: Tensor | None = None,
-    alibi_scale: float = 0.0,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    tree_masks: Tensor | None = None,
-    positions: Tensor | None = None,
-    max_query_len: int = 0,
-    max_context_len: int = 0,
     out: Tensor | None = None,
     splits: int = 0,
     launch: Launch | None = None,
+    **options: Any,
 ) -> Tensor:
-    """`reference.paged_attention`. ``max_query_len``, ``max_context_len``: upper bounds over the sequences (0: what
-    the shapes allow); they choose the launch and must hold. ``splits``, ``launch``: chosen from these unless given.
-    A quantised cache needs a group that is a power of two. Raises ValueError."""
+    """`attention_reference.paged_attention`. ``splits``, ``launch``: chosen from the upper bounds among the options
+    unless given. A quantized cache needs a group that is a power of two. Raises ValueError."""
+    chosen = AttentionOptions(**options)
     num_tokens, num_heads, head_dim = query.shape
-    num_sequences, max_pages = page_table.shape
-    heads_per_group = num_heads // num_kv_heads
+    heads_per_group = num_heads // chosen.num_kv_heads
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     assert out.is_contiguous(), f"the result must be dense, got strides {out.stride()}"
     if num_tokens == 0:
         return out
     if query.stride()[1:] != (head_dim, 1):
         query = query.contiguous()
-    max_rows = (max_query_len or num_tokens) * heads_per_group
-    plain = tree_masks is None and not window and not soft_cap and not alibi_scale
-    direct = bits != 16 and max_rows == 1 and plain and words_of(rows, query.dtype, head_dim, bits, group)
-    alibi = 0 if alibi_slopes is None else 2 if alibi_scale else 1
-    launch = launch or (DECODE if direct else choose_launch(query.dtype, head_dim, bits, max_rows))
-    one_tile = max_rows <= launch.block_m
-    programs = num_kv_heads * (
-        num_sequences if one_tile else num_tokens * heads_per_group // launch.block_m + num_sequences
-    )
-    splits = splits or choose_splits(
-        programs, max_context_len or max_pages * page_tokens, _multiprocessors(query.device)
-    )
+    max_rows = (chosen.max_query_len or num_tokens) * heads_per_group
+    unmasked = chosen.tree_masks is None and not chosen.window and not chosen.soft_cap and not chosen.alibi_scale
+    direct = chosen.bits != 16 and max_rows == 1 and unmasked and words_of(rows, query.dtype, head_dim, chosen)
+    launch = launch or (DECODE if direct else choose_launch(query.dtype, head_dim, chosen.bits, max_rows))
+    one_tile, sequences = max_rows <= launch.block_m, len(page_table)
+    tiles = sequences if one_tile else num_tokens * heads_per_group // launch.block_m + sequences
+    programs = chosen.num_kv_heads * tiles
+    longest = chosen.max_context_len or page_table.shape[1] * chosen.page_tokens
+    splits = splits or choose_splits(programs, longest, _multiprocessors(query.device))
     target, statistics = out, out
     if splits > 1:
         target = torch.empty(splits, num_tokens, num_heads, head_dim, dtype=torch.float32, device=query.device)
         statistics = torch.empty(splits, num_tokens, num_heads, 2, dtype=torch.float32, device=query.device)
-    slopes, positions_or_none, masks = (
-        query_starts if x is None else x for x in (alibi_slopes, positions, tree_masks)
-    )  # a pointer that is not followed
+    arguments = (query, rows, page_table, query_starts, context_lens, target, statistics, (programs, splits), launch)
     if direct and launch.block_m == 1:
-        decode_kernel[(programs, splits)](
-            query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics, slopes, num_tokens, query.stride(0),
-            rows.stride(0) // 16, page_table.stride(0), scale, SPLIT=splits > 1, ALIBI=alibi_slopes is not None, HEADS=num_kv_heads, HEAD_DIM=head_dim,
-            PAGE_TOKENS=page_tokens, BITS=bits, BLOCK_G=max(1, head_dim // group), BLOCK_W=min(group, head_dim) * bits // 32, BLOCK_N=launch.block_n,
-            STAGES=launch.num_stages, num_warps=launch.num_warps, maxnreg=launch.max_registers or None,
-        )  # fmt: skip
+        _launch_decode(*arguments, chosen)
     else:
-        parameters, block_g, block_b = rows, 1, triton.next_power_of_2(max(head_dim, 16))
-        if bits != 16:
-            parameters, block_g, block_b = quantised_view(rows, query.dtype, num_kv_heads, head_dim, bits, group)
-        small = min(SMALL_ROWS, launch.block_m)
-        if not one_tile and num_tokens * heads_per_group == max_rows * num_sequences:
-            small = 0  # all sequences have as many query tokens: none needs the small tile
-        attention_kernel[(programs, splits)](
-            query, rows, parameters, page_table, query_starts, context_lens, target, statistics, slopes, positions_or_none, masks,
-            num_sequences, num_tokens, query.stride(0), rows.stride(0), parameters.stride(0), page_table.stride(0),
-            0 if tree_masks is None else tree_masks.stride(0), window, scale, soft_cap or 1.0, alibi_scale,
-            BLOCK_M=launch.block_m, SMALL_M=small, SPLIT=splits > 1, GROUP=heads_per_group, ALIBI=alibi,
-            WINDOW=window > 0, SOFT_CAP=soft_cap > 0, TREE=tree_masks is not None, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=page_tokens,
-            BITS=bits, GROUPS=reference.num_groups(head_dim, group), BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
-            PAGE_SLICES=launch.page_slices and launch.block_n % page_tokens == 0 and page_tokens & (page_tokens - 1) == 0, ONE_TILE=one_tile,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.max_registers or None,
-        )  # fmt: skip
+        _launch_tiles(*arguments, chosen, max_rows, one_tile)
     if splits > 1:
         combine_kernel[(num_tokens * num_heads,)](
-            target, statistics, out, num_tokens * num_heads, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim), num_warps=2,
+            target, statistics, out, num_tokens * num_heads, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
+            HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=2,
         )  # fmt: skip
     return out
 
 
-def words_of(rows: Tensor, dtype: torch.dtype, head_dim: int, bits: int, group: int) -> bool:
+def _launch_decode(
+    query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, target: Tensor,
+    statistics: Tensor, grid: tuple[int, int], launch: Launch, options: AttentionOptions,
+) -> None:  # fmt: skip
+    """`decode_kernels`: one query token per sequence over a quantized cache whose heads are not shared."""
+    head_dim, group, alibi = query.shape[2], options.group, options.alibi_slopes is not None
+    decode_kernel[grid](
+        query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics,
+        options.alibi_slopes if alibi else query_starts,  # a pointer that is not followed
+        len(query), query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale,
+        SPLIT=grid[1] > 1, ALIBI=alibi, HEADS=options.num_kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=options.page_tokens,
+        BITS=options.bits, BLOCK_G=max(1, head_dim // group), BLOCK_W=min(group, head_dim) * options.bits // 32,
+        BLOCK_N=launch.block_n, STAGES=launch.num_stages, num_warps=launch.num_warps,
+        maxnreg=launch.max_registers or None,
+    )  # fmt: skip
+
+
+def _launch_tiles(
+    query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, target: Tensor,
+    statistics: Tensor, grid: tuple[int, int], launch: Launch, options: AttentionOptions, max_rows: int, one_tile: bool,
+) -> None:  # fmt: skip
+    """`attention_kernels`: any query tokens, in tiles of ``launch.block_m`` rows."""
+    (num_tokens, num_heads, head_dim), sequences = query.shape, len(page_table)
+    kv_heads, page_tokens, masks = options.num_kv_heads, options.page_tokens, options.tree_masks
+    parameters, block_g, block_b = rows, 1, triton.next_power_of_2(max(head_dim, 16))
+    if options.bits != 16:
+        parameters, block_g, block_b = quantized_view(rows, query.dtype, head_dim, options)
+    small = min(SMALL_ROWS, launch.block_m)
+    if not one_tile and num_tokens * (num_heads // kv_heads) == max_rows * sequences:
+        small = 0  # all sequences have as many query tokens: none needs the small tile
+    pointers = (
+        query_starts if x is None else x for x in (options.alibi_slopes, options.positions, masks)
+    )  # one that is not followed stands for what is not there
+    attention_kernel[grid](
+        query, rows, parameters, page_table, query_starts, context_lens, target, statistics, *pointers,
+        sequences, num_tokens, query.stride(0), rows.stride(0), parameters.stride(0), page_table.stride(0),
+        0 if masks is None else masks.stride(0), options.window, options.scale, options.soft_cap or 1.0,
+        options.alibi_scale, BLOCK_M=launch.block_m, SMALL_M=small, SPLIT=grid[1] > 1, GROUP=num_heads // kv_heads,
+        ALIBI=0 if options.alibi_slopes is None else 2 if options.alibi_scale else 1, WINDOW=options.window > 0,
+        SOFT_CAP=options.soft_cap > 0, TREE=masks is not None, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+        PAGE_TOKENS=page_tokens, BITS=options.bits, GROUPS=reference.num_groups(head_dim, options.group),
+        BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
+        ONE_TILE=one_tile, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        maxnreg=launch.max_registers or None,
+    )  # fmt: skip
+
+
+def words_of(rows: Tensor, dtype: torch.dtype, head_dim: int, options: AttentionOptions) -> bool:
     """Whether heads are whole groups of whole 32-bit words, in powers of two, with pairs of 16-bit parameters: what
     `decode_kernels` reads."""
-    group = min(group, head_dim)
+    group = min(options.group, head_dim)
     powers = group & (group - 1) == 0 and head_dim & (head_dim - 1) == 0
-    return powers and dtype.itemsize == 2 and group * bits >= 32 and rows.stride(0) % 16 == 0
+    return powers and dtype.itemsize == 2 and group * options.bits >= 32 and rows.stride(0) % 16 == 0
 
 
-def quantised_view(
-    rows: Tensor, dtype: torch.dtype, num_kv_heads: int, head_dim: int, bits: int, group: int
+def quantized_view(
+    rows: Tensor, dtype: torch.dtype, head_dim: int, options: AttentionOptions
 ) -> tuple[Tensor, int, int]:
     """Rows as their parameters' dtype, and the padded numbers of groups of a head and of code bytes of a group.
     Raises ValueError."""
-    group = min(group, triton.next_power_of_2(head_dim))
-    misaligned = (
-        rows.shape[1] % dtype.itemsize or 2 * num_kv_heads * reference.code_bytes(head_dim, bits) % dtype.itemsize
-    )
-    if group & (group - 1) or misaligned:
+    bits, group = options.bits, min(options.group, triton.next_power_of_2(head_dim))
+    code_bytes = 2 * options.num_kv_heads * reference.code_bytes(head_dim, bits)
+    if group & (group - 1) or rows.shape[1] % dtype.itemsize or code_bytes % dtype.itemsize:
         raise ValueError(
-            "a quantised cache on the GPU needs groups of a power of two and parameters aligned to "
+            "a quantized cache on the GPU needs groups of a power of two and parameters aligned to "
             f"{dtype.itemsize} bytes; got groups of {group}, "
             f"rows of {rows.shape[1]} bytes, heads of {head_dim} elements at {bits} bits: choose another group or "
             "16 bits"

@@ -1,4 +1,5 @@
-"""Attention and cache writes on the CPU in C, compiled on the machine at first use. Signatures as in `reference`.
+"""Attention and cache writes on the CPU in C, compiled on the machine at first use. Signatures as in
+`reference` and `attention_reference`.
 
 The library is built once per (sources, compiler, flags, processor) into a cache folder (see `native_cache`) and put
 there by an atomic rename, so that processes starting together are safe. Calls release the interpreter's lock: a worker
@@ -16,11 +17,13 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexbatch.kernels import native_cache
+from flexbatch.kernels.attention_reference import AttentionOptions
 from flexbatch.kernels.reference import token_bytes
 
 SOURCES = (
@@ -37,7 +40,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class BuildError(RuntimeError):
-    """No working C compiler, or nowhere to put the library."""
+    """There is no working C compiler, or nowhere to put the library."""
 
 
 class _Cache(ctypes.Structure):
@@ -72,7 +75,7 @@ class _Attention(ctypes.Structure):
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by unlike machines."""
+    """The features that -march=native depends on: a cache folder may be shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -90,6 +93,7 @@ def _openmp_flags() -> tuple[str, ...]:
 
 
 def _compile(compiler: str, sources: list[Path], cache_folder: Path, key: str) -> Path:
+    """Path of the library, compiled and put into the cache folder. Raises BuildError, OSError."""
     errors = []
     for compile_flags, link_flags in ((("-fopenmp",), _openmp_flags()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
         with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
@@ -195,44 +199,34 @@ def paged_attention(
     query_starts: Tensor,
     context_lens: Tensor,
     *,
-    num_kv_heads: int,
-    page_tokens: int,
-    scale: float,
-    bits: int = 16,
-    group: int = 64,
-    alibi_slopes: Tensor | None = None,
-    alibi_scale: float = 0.0,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    tree_masks: Tensor | None = None,
-    positions: Tensor | None = None,
-    max_query_len: int = 0,
-    max_context_len: int = 0,
     out: Tensor | None = None,
     threads: int = 0,
+    **options: Any,
 ) -> Tensor:
-    """`reference.paged_attention` on ``threads`` processor threads (0: torch's number), which meet once: each
+    """`attention_reference.paged_attention` on ``threads`` processor threads (0: torch's number), which meet once: each
     meeting of 16 sleeping threads costs 50 to 100 microseconds, so that queries and results are converted where they
     are used."""
     loaded = library()
     assert loaded is not None, "no compiled kernels on this machine"
-    assert tree_masks is None or positions is not None, "a tree needs the depth of every query token"
+    chosen = AttentionOptions(**options)
+    assert chosen.tree_masks is None or chosen.positions is not None, "a tree needs the depth of every query token"
     num_heads, head_dim = query.shape[1:]
     integers = [
         None if x is None else x.to(torch.int32).contiguous()
-        for x in (page_table, query_starts, context_lens, tree_masks, positions)
+        for x in (page_table, query_starts, context_lens, chosen.tree_masks, chosen.positions)
     ]
     query = query.contiguous()
-    slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+    slopes = None if chosen.alibi_slopes is None else chosen.alibi_slopes.float().contiguous()
     result = torch.empty_like(query) if out is None else out
     assert result.is_contiguous() and result.dtype == query.dtype and result.shape == query.shape, (
         "out must be dense and like the query"
     )
     attention = _Attention(
-        _cache(rows, num_kv_heads, head_dim, bits, group, query.dtype),
+        _cache(rows, chosen.num_kv_heads, head_dim, chosen.bits, chosen.group, query.dtype),
         query.data_ptr(), result.data_ptr(), *(_pointer(x) for x in integers), _pointer(slopes),
-        page_table.shape[0], page_table.shape[1], num_heads, page_tokens, 0 if tree_masks is None else tree_masks.shape[1],
-        window, threads or torch.get_num_threads(), scale, soft_cap, alibi_scale,
+        page_table.shape[0], page_table.shape[1], num_heads, chosen.page_tokens,
+        0 if chosen.tree_masks is None else chosen.tree_masks.shape[1],
+        chosen.window, threads or torch.get_num_threads(), chosen.scale, chosen.soft_cap, chosen.alibi_scale,
     )  # fmt: skip
     # torch's allocator aligns to 64 bytes on the CPU.
     workspace = torch.empty(loaded.flexbatch_attention_bytes(ctypes.byref(attention)), dtype=torch.uint8)

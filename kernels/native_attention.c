@@ -1,44 +1,55 @@
-/* Attention of ragged query tokens over a paged cache in host memory; signature and meaning as `paged_attention` in reference.py.
+/* Attention of ragged query tokens over a paged cache in host memory; signature and meaning as `paged_attention` in
+ * attention_reference.py.
  *
- * Two ways through the same keys. A sequence with few query rows (query tokens x heads of a group) is limited by memory: all heads are
- * taken in one sweep over the token rows, which is how they lie, and the other side (values, next keys) is prefetched meanwhile. One with
- * many rows is limited by arithmetic: a tile of rows lies across the vector lanes, so keys and values are read as scalars, nothing is
- * transposed and the softmax needs no reduction across lanes. Contexts of few query tokens are cut at fixed places, whatever
- * the number of threads and whatever else is in the batch: a sequence's result depends on its own keys alone. */
+ * Two ways through the same keys. A sequence with few query rows (query tokens x heads of a group) is limited by
+ * memory: all heads are taken in one sweep over the token rows, which is how they lie, and the other side (values,
+ * next keys) is prefetched meanwhile. One with many rows is limited by arithmetic: a tile of rows lies across the
+ * vector lanes, so keys and values are read as scalars, nothing is transposed and the softmax needs no reduction
+ * across lanes. Contexts of few query tokens are cut at fixed keys, whatever the number of threads and whatever
+ * else is in the batch: a sequence's result depends on its own keys alone. */
 #include "native_attention.h"
 
 static int is_few(const span_t *s) { return s->queries * s->heads_per_group < LANES; }
 
-/* Leave out keys after the item's last query token and before the window of its shallowest one. No key at all is possible in a partial result.
- * In a tree slots say nothing about order: all its keys stay. */
+/* Leave out keys after the item's last query token and before the window of its shallowest one. No key at all is
+ * possible in a partial result. In a tree slots say nothing about order: all its keys stay. */
 static void narrow(const attention_t *a, const span_t *s, item_t *item) {
     const int32_t seen = a->tree_masks ? s->context : s->prefix + (item->row_end - 1) / s->heads_per_group + 1;
-    int64_t start = a->window ? (int64_t)places_of(a, s, item).low - a->window + 1 : 0;
+    int64_t start = a->window ? (int64_t)position_range(a, s, item).low - a->window + 1 : 0;
     if (a->tree_masks && start > s->prefix) start = s->prefix;
     if (item->key_end > seen) item->key_end = seen;
     if (item->key_begin < start) item->key_begin = (int32_t)start;
     if (item->key_end < item->key_begin) item->key_end = item->key_begin;
 }
 
-/* Keys of one item of a cut context: a millisecond's tenth of work for a thread (a megabyte at 16 bits). With whole contexts of 512 keys three sequences
- * kept three of 16 threads busy, and 17 items took as long as 32 (0.7 ms each on an H200's host, OPT-13B). An item of many rows has one head, and the more
- * keys for that: partial results of a tree of 32 nodes and 2,048 keys took 16.6 MiB where 2.1 do. */
+/* Keys of one item of a cut context: a millisecond's tenth of work for a thread (a megabyte at 16 bits). With whole
+ * contexts of 512 keys three sequences kept three of 16 threads busy, and 17 items took as long as 32 (0.7 ms each
+ * on an H200's host, OPT-13B). An item of many rows has one head, and the more keys for that: partial results of a
+ * tree of 32 nodes and 2,048 keys took 16.6 MiB where 2.1 do. */
 static int32_t split_keys(const attention_t *a, const span_t *s) {
-    const int64_t heads = is_few(s) ? a->cache.num_kv_heads : 1, keys = round_up(SPLIT_ELEMENTS / (2 * heads * a->cache.head_dim), KEYS);
+    const int64_t heads = is_few(s) ? a->cache.num_kv_heads : 1,
+        keys = round_up(SPLIT_ELEMENTS / (2 * heads * a->cache.head_dim), KEYS);
     return (int32_t)(keys < 2 * KEYS ? 2 * KEYS : keys > SPLIT_KEYS ? SPLIT_KEYS : keys);
 }
 
-static int is_cut(const attention_t *a, const span_t *s) { return s->queries > 0 && s->queries <= SPLIT_QUERIES && s->context > split_keys(a, s); }
+static int is_cut(const attention_t *a, const span_t *s) {
+    return s->queries > 0 && s->queries <= SPLIT_QUERIES && s->context > split_keys(a, s);
+}
 
-static int64_t num_parts(const attention_t *a, const span_t *s) { return (s->context + split_keys(a, s) - 1) / split_keys(a, s); }
+static int64_t num_parts(const attention_t *a, const span_t *s) {
+    return (s->context + split_keys(a, s) - 1) / split_keys(a, s);
+}
 
 /* Floats of one part's partial results: values, maximum and sum of every row. */
-static int64_t part_floats(const attention_t *a, const span_t *s) { return s->queries * a->num_heads * (a->cache.head_dim + 2); }
+static int64_t part_floats(const attention_t *a, const span_t *s) {
+    return s->queries * a->num_heads * (a->cache.head_dim + 2);
+}
 
 /* Items of one sequence into `items` (null: only counted). */
 static int64_t share_out(const attention_t *a, int32_t sequence, item_t *items) {
     const span_t s = span_of(a, sequence);
-    const int32_t rows = s.queries * s.heads_per_group, kv_heads = (int32_t)a->cache.num_kv_heads, heads = is_few(&s) ? kv_heads : 1;
+    const int32_t rows = s.queries * s.heads_per_group, kv_heads = (int32_t)a->cache.num_kv_heads;
+    const int32_t heads = is_few(&s) ? kv_heads : 1;
     const int cut = is_cut(a, &s);
     const int32_t step = cut ? split_keys(a, &s) : s.context;
     int64_t count = 0, partial = 0;
@@ -48,7 +59,8 @@ static int64_t share_out(const attention_t *a, int32_t sequence, item_t *items) 
         for (int32_t head = 0; head < kv_heads; head += heads)
             for (int32_t row = 0; row < rows; row += TILE, count++) {
                 if (!items) continue;
-                item_t item = {sequence, head, head + heads, row, row + TILE < rows ? row + TILE : rows, first, last, cut ? partial : -1};
+                const int32_t row_end = row + TILE < rows ? row + TILE : rows;
+                item_t item = {sequence, head, head + heads, row, row_end, first, last, cut ? partial : -1};
                 narrow(a, &s, &item);
                 items[count] = item;
             }
@@ -59,7 +71,8 @@ static int64_t share_out(const attention_t *a, int32_t sequence, item_t *items) 
 /* Result of one row of a sequence from the partial results of its key ranges, `stride` floats apart. */
 static void merge(const float *partial, int64_t parts, int64_t stride, int64_t size, float *out) {
     float maximum = -INFINITY, sum = 0.0f;
-    for (int64_t p = 0; p < parts; p++) maximum = partial[p * stride + size] > maximum ? partial[p * stride + size] : maximum;
+    for (int64_t p = 0; p < parts; p++)
+        maximum = partial[p * stride + size] > maximum ? partial[p * stride + size] : maximum;
     memset(out, 0, size * sizeof(float));
     for (int64_t p = 0; p < parts; p++) {
         const float *part = partial + p * stride, weight = exp_negative(splat(part[size] - maximum))[0];
@@ -79,8 +92,9 @@ static void merge_sequence(const attention_t *a, int32_t sequence, const float *
     }
 }
 
-/* The caller's memory, in parts. Items are taken in order, so that of the sequences with partial results all but one have an item in some thread's hands:
- * one slot more than there are threads is enough, however many sequences there are. */
+/* The caller's memory, in parts. Items are taken in order, so that of the sequences with partial results all but one
+ * have an item in some thread's hands: one slot more than there are threads is enough, however many sequences there
+ * are. */
 typedef struct {
     float *scratch, *slots; /* [threads][scratch_floats], [num_slots][slot_floats] */
     item_t *items;
@@ -126,14 +140,15 @@ static float *slot_of(workspace_t *w, int32_t sequence) {
 #pragma omp critical(flexbatch_slots)
         {
             slot = w->slot_of[sequence];
-            if (slot < 0) __atomic_store_n(w->slot_of + sequence, slot = w->free_slots[--w->num_free], __ATOMIC_RELEASE);
+            if (slot < 0)
+                __atomic_store_n(w->slot_of + sequence, slot = w->free_slots[--w->num_free], __ATOMIC_RELEASE);
         }
     }
     return w->slots + slot * w->slot_floats;
 }
 
-/* One item; who finishes the last of a cut sequence merges its partial results and gives the slot back, so that the threads meet once, at the end: on a busy
- * machine each meeting costs a time slice. */
+/* One item; who finishes the last of a cut sequence merges its partial results and gives the slot back, so that the
+ * threads meet once, at the end: on a busy machine each meeting costs a time slice. */
 static void work_on(const attention_t *a, workspace_t *w, const item_t *item, float *scratch) {
     const span_t s = span_of(a, item->sequence);
     float *partials = item->partial < 0 ? NULL : slot_of(w, item->sequence);
@@ -167,6 +182,7 @@ void flexbatch_paged_attention(const attention_t *a, char *memory) {
         float *own = w.scratch;
 #endif
         /* Not a shared loop: its iterations may be handed out in any order. */
-        for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < w.count;) work_on(a, &w, w.items + i, own);
+        for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < w.count;)
+            work_on(a, &w, w.items + i, own);
     }
 }

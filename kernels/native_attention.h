@@ -8,7 +8,8 @@
 
 #define KEYS 32          /* keys taken together */
 #define TILE 64          /* query rows of one tile */
-#define SPLIT_ELEMENTS (1 << 19) /* of keys and values of its heads in one item when a context is cut, within KEYS * 2 and SPLIT_KEYS keys */
+/* Elements of keys and values of its heads in one item when a context is cut, within KEYS * 2 and SPLIT_KEYS keys. */
+#define SPLIT_ELEMENTS (1 << 19)
 #define SPLIT_KEYS 512
 #define SPLIT_QUERIES 32 /* sequences with more query tokens have enough tiles to share out */
 
@@ -22,9 +23,12 @@ typedef struct {
     float scale, soft_cap, alibi_scale;
 } attention_t;
 
-typedef struct { /* rows [row_begin, row_end) of heads [head_begin, head_end) against keys [key_begin, key_end); row = query * group + g */
+/* Rows [row_begin, row_end) of heads [head_begin, head_end) against keys [key_begin, key_end);
+ * row = query * group + g. */
+typedef struct {
     int32_t sequence, head_begin, head_end, row_begin, row_end, key_begin, key_end;
-    int64_t partial; /* where in the partial results of its sequence, in floats; -1: the item has all keys and writes the result */
+    /* Where in the partial results of its sequence, in floats; -1: the item has all keys and writes the result. */
+    int64_t partial;
 } item_t;
 
 typedef struct { /* what the inner loops need of the item's sequence */
@@ -58,26 +62,29 @@ static inline int is_ancestor(const attention_t *a, const span_t *s, int32_t q, 
     return ((uint32_t)a->tree_masks[(s->begin + q) * a->mask_words + bit / 32] >> (bit % 32)) & 1;
 }
 
-/* Least and largest position of an item's query tokens. In a tree they are in no order: the last node may be shallower than others. */
+/* Least and largest position of an item's query tokens. In a tree they are in no order: the last node may be
+ * shallower than others. */
 typedef struct {
     float low, high;
-} places_t;
+} position_range_t;
 
-static inline places_t places_of(const attention_t *a, const span_t *s, const item_t *item) {
+static inline position_range_t position_range(const attention_t *a, const span_t *s, const item_t *item) {
     const int32_t first = item->row_begin / s->heads_per_group, last = (item->row_end - 1) / s->heads_per_group;
-    places_t p = {query_position(a, s, first), query_position(a, s, last)};
+    position_range_t p = {query_position(a, s, first), query_position(a, s, last)};
     for (int32_t q = first; a->tree_masks && q <= last; q++) {
-        const float place = query_position(a, s, q);
-        p.low = place < p.low ? place : p.low;
-        p.high = place > p.high ? place : p.high;
+        const float position = query_position(a, s, q);
+        p.low = position < p.low ? position : p.low;
+        p.high = position > p.high ? position : p.high;
     }
     return p;
 }
 
-/* Whether keys [key, end) need more than `scaled` from rows of query tokens from `first` on, at `places`: an ALiBi term or a mask. */
-static inline int needs_bias(const attention_t *a, const span_t *s, int32_t first, places_t places, int32_t key, int32_t end) {
+/* Whether keys [key, end) need more than `scaled` from rows of query tokens from `first` on, at `range`: an ALiBi
+ * term or a mask. */
+static inline int needs_bias(const attention_t *a, const span_t *s, int32_t first, position_range_t range,
+    int32_t key, int32_t end) {
     if (a->alibi_slopes || end > (a->tree_masks ? s->prefix : s->prefix + first + 1)) return 1;
-    return a->window && places.high - (float)key >= (float)a->window;
+    return a->window && range.high - (float)key >= (float)a->window;
 }
 
 static inline void read_query(const attention_t *a, int64_t token, int64_t head, float *to) {
@@ -92,8 +99,10 @@ static inline void write_row(const attention_t *a, int64_t row, const float *x, 
     const int64_t size = a->cache.head_dim;
     char *to = a->out + row * size * element_bytes(a->cache.dtype);
     for (int64_t d = 0; d < size && a->cache.dtype == FLOAT32; d++) ((float *)to)[d] = x[d * stride] * factor;
-    for (int64_t d = 0; d < size && a->cache.dtype == BFLOAT16; d++) ((uint16_t *)to)[d] = to_bfloat16(x[d * stride] * factor);
-    for (int64_t d = 0; d < size && a->cache.dtype == FLOAT16; d++) ((uint16_t *)to)[d] = to_float16(x[d * stride] * factor);
+    for (int64_t d = 0; d < size && a->cache.dtype == BFLOAT16; d++)
+        ((uint16_t *)to)[d] = to_bfloat16(x[d * stride] * factor);
+    for (int64_t d = 0; d < size && a->cache.dtype == FLOAT16; d++)
+        ((uint16_t *)to)[d] = to_float16(x[d * stride] * factor);
 }
 
 static inline vec rounded_to_bfloat16(vec x) {
@@ -101,11 +110,12 @@ static inline vec rounded_to_bfloat16(vec x) {
     return (vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
 }
 
-/* Scores of queries at `place` for keys at `key_place`, after ALiBi, window and, without a tree, causality. */
-static inline vec biased_scores(const attention_t *a, vec score, vec place, vec key_place, vec slope) {
-    const vec distance = place - key_place;
+/* Scores of queries at `position` for keys at `key_positions`, after ALiBi, window and, without a tree, causality. */
+static inline vec biased_scores(const attention_t *a, vec score, vec position, vec key_positions, vec slope) {
+    const vec distance = position - key_positions;
     if (a->alibi_slopes && a->alibi_scale != 0.0f)
-        score += a->alibi_scale * (rounded_to_bfloat16(rounded_to_bfloat16(slope) * rounded_to_bfloat16(key_place)) - slope * place);
+        score += a->alibi_scale
+            * (rounded_to_bfloat16(rounded_to_bfloat16(slope) * rounded_to_bfloat16(key_positions)) - slope * position);
     else if (a->alibi_slopes) score -= slope * distance;
     if (a->window) score = choose(distance < splat((float)a->window), score, splat(-INFINITY));
     return a->tree_masks ? score : choose(distance >= splat(0.0f), score, splat(-INFINITY));
@@ -117,18 +127,21 @@ static inline vec scaled(const attention_t *a, vec score) {
 }
 
 /* Always inline: GCC 12 takes a function of nothing but prefetches for one without effect and drops its calls. */
-static inline __attribute__((always_inline)) void prefetch_side(const attention_t *a, const char *row, int64_t head, int side) {
+static inline __attribute__((always_inline))
+void prefetch_side(const attention_t *a, const char *row, int64_t head, int side) {
     const cache_t *c = &a->cache;
     const int64_t bytes = c->bits == 16 ? c->head_dim * element_bytes(c->dtype) : codes_of_head(c);
     const char *from = row + (side * c->num_kv_heads + head) * bytes;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-/* Write one finished row, `acc` having its elements `stride` floats apart: normalised, or as a partial result with its maximum and sum. */
-static inline void finish(const attention_t *a, const span_t *s, const item_t *item, int64_t head, int32_t row, const float *acc, int64_t stride,
-                   float maximum, float sum, float *partials) {
+/* Write one finished row, `acc` having its elements `stride` floats apart: normalized, or as a partial result with
+ * its maximum and sum. */
+static inline void finish(const attention_t *a, const span_t *s, const item_t *item, int64_t head, int32_t row,
+    const float *acc, int64_t stride, float maximum, float sum, float *partials) {
     const int64_t size = a->cache.head_dim;
-    const int64_t index = (int64_t)(row / s->heads_per_group) * a->num_heads + head * s->heads_per_group + row % s->heads_per_group;
+    const int64_t index = (int64_t)(row / s->heads_per_group) * a->num_heads + head * s->heads_per_group
+        + row % s->heads_per_group;
     if (item->partial < 0) {
         write_row(a, s->begin * a->num_heads + index, acc, stride, 1.0f / sum);
     } else {

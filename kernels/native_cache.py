@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept. What is loaded runs with the user's rights, so nothing is loaded that somebody else
+"""The cache of compiled kernels. What is loaded runs with the user's rights, so nothing is loaded that somebody else
 could have put or changed there.
 
 The folder belongs to this user alone (mode 0700), and a library's name ends with the digest of its content: a truncated
@@ -64,7 +64,7 @@ def find(folder: Path, key: str) -> Path | None:
 
 
 def _digest(file: Path) -> str | None:
-    """None for what is no plain file of this user's that nobody else may write."""
+    """Returns None for what is no plain file of this user's that nobody else may write."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

@@ -2,7 +2,8 @@
 #include "native_attention.h"
 
 /* scores[row][4 keys] of one head, `rows` (1 or 2) at a time so that a load of a key serves both. */
-static inline __attribute__((always_inline)) void dot_rows(const float *query, int rows, int64_t width, const float *const key[4], float *scores) {
+static inline __attribute__((always_inline))
+void dot_rows(const float *query, int rows, int64_t width, const float *const key[4], float *scores) {
     vec sum[2][4] = {{{0}}};
     for (int64_t d = 0; d < width; d += LANES) {
         const vec q0 = load(query + d), q1 = rows > 1 ? load(query + width + d) : q0;
@@ -16,7 +17,8 @@ static inline __attribute__((always_inline)) void dot_rows(const float *query, i
         for (int t = 0; t < 4; t++) scores[r * KEYS + t] = horizontal_sum(sum[r][t]);
 }
 
-static inline __attribute__((always_inline)) void add_rows(float *acc, int rows, int64_t width, const float *const value[4], const float *weights) {
+static inline __attribute__((always_inline))
+void add_rows(float *acc, int rows, int64_t width, const float *const value[4], const float *weights) {
     vec w[2][4]; /* out of the loop by hand: the compiler must assume that storing to acc changes the weights */
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < 4; t++) w[r][t] = splat(weights[r * KEYS + t]);
@@ -42,7 +44,8 @@ static void add_four(float *acc, int32_t rows, int64_t width, const float *const
     if (rows) add_rows(acc, 1, width, value, weights);
 }
 
-/* Online softmax of one row over KEYS scores (in place: weights); rescales the row's accumulator when the maximum grows. */
+/* Online softmax of one row over KEYS scores (in place: weights); rescales the row's accumulator when the maximum
+ * grows. */
 static void soften_row(float *scores, float *acc, int64_t width, float *maximum, float *sum) {
     vec top = load(scores);
     for (int t = LANES; t < KEYS; t += LANES) top = larger(top, load(scores + t));
@@ -64,19 +67,20 @@ static void soften_row(float *scores, float *acc, int64_t width, float *maximum,
     *sum += horizontal_sum(total);
 }
 
-static void soften_few(const attention_t *a, const span_t *s, const item_t *item, places_t reach, int32_t key, int32_t end, float *scores,
-                       float *acc, float *maxima, float *sums) {
+static void soften_few(const attention_t *a, const span_t *s, const item_t *item, position_range_t range, int32_t key,
+    int32_t end, float *scores, float *acc, float *maxima, float *sums) {
     const int32_t rows = item->row_end - item->row_begin, group = s->heads_per_group;
-    int biased = needs_bias(a, s, item->row_begin / group, reach, key, end);
-    float places[KEYS] = {0};
-    for (int32_t t = 0; biased && t < end - key; t++) places[t] = key_position(a, s, key + t);
+    int biased = needs_bias(a, s, item->row_begin / group, range, key, end);
+    float positions[KEYS] = {0};
+    for (int32_t t = 0; biased && t < end - key; t++) positions[t] = key_position(a, s, key + t);
     for (int64_t i = 0; i < rows * a->cache.num_kv_heads; i++) {
         const int32_t row = item->row_begin + (int32_t)(i % rows), q = row / group;
-        const vec place = splat(query_position(a, s, q)), slope = splat(a->alibi_slopes ? a->alibi_slopes[i / rows * group + row % group] : 0.0f);
+        const vec position = splat(query_position(a, s, q)),
+            slope = splat(a->alibi_slopes ? a->alibi_slopes[i / rows * group + row % group] : 0.0f);
         float *row_scores = scores + i * KEYS;
         for (int t = 0; t < KEYS; t += LANES) {
             vec score = scaled(a, load(row_scores + t));
-            store(row_scores + t, biased ? biased_scores(a, score, place, load(places + t), slope) : score);
+            store(row_scores + t, biased ? biased_scores(a, score, position, load(positions + t), slope) : score);
         }
         for (int32_t t = s->prefix > key ? s->prefix - key : 0; a->tree_masks && t < end - key; t++)
             if (!is_ancestor(a, s, q, key + t)) row_scores[t] = -INFINITY;
@@ -86,8 +90,8 @@ static void soften_few(const attention_t *a, const span_t *s, const item_t *item
 }
 
 /* One sweep over one side of KEYS token rows; the other side of `ahead` comes nearer meanwhile. */
-static void sweep(const attention_t *a, const span_t *s, int32_t rows, const char *const *row, const char *const *ahead, int side,
-                  const float *query, float *scores, float *acc, float *buffer) {
+static void sweep(const attention_t *a, const span_t *s, int32_t rows, const char *const *row,
+    const char *const *ahead, int side, const float *query, float *scores, float *acc, float *buffer) {
     for (int t = 0; t < KEYS; t += 4)
         for (int64_t head = 0; head < a->cache.num_kv_heads; head++) {
             const float *vectors[4];
@@ -95,21 +99,23 @@ static void sweep(const attention_t *a, const span_t *s, int32_t rows, const cha
                 prefetch_side(a, ahead[t + i], head, !side);
                 vectors[i] = expand(&a->cache, row[t + i], head, side, buffer + i * s->width);
             }
-            if (side == 0) dot_four(query + head * rows * s->width, rows, s->width, vectors, scores + head * rows * KEYS + t);
+            if (side == 0)
+                dot_four(query + head * rows * s->width, rows, s->width, vectors, scores + head * rows * KEYS + t);
             else add_four(acc + head * rows * s->width, rows, s->width, vectors, scores + head * rows * KEYS + t);
         }
 }
 
 /* Token rows of KEYS keys from `key` on; past the item's end the last one again. */
 static void find_rows(const attention_t *a, const item_t *item, int32_t key, const char **rows) {
-    for (int32_t t = 0; t < KEYS && item->key_begin < item->key_end; t++) rows[t] = row_of(a, item->sequence, key + t < item->key_end ? key + t : item->key_end - 1);
+    for (int32_t t = 0; t < KEYS && item->key_begin < item->key_end; t++)
+        rows[t] = row_of(a, item->sequence, key + t < item->key_end ? key + t : item->key_end - 1);
 }
 
 void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch, float *partials) {
     const span_t s = span_of(a, item->sequence);
     const int32_t rows = item->row_end - item->row_begin;
     const int64_t all = rows * a->cache.num_kv_heads;
-    const places_t reach = places_of(a, &s, item);
+    const position_range_t range = position_range(a, &s, item);
     float *query = scratch, *acc = query + all * s.width, *scores = acc + all * s.width, *maxima = scores + all * KEYS;
     float *sums = maxima + all, *buffer = scratch + round_up(sums + all - scratch, LANES);
     memset(scratch, 0, (buffer + 4 * s.width - scratch) * sizeof(float));
@@ -127,9 +133,10 @@ void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch
         memcpy(now, next, sizeof now);
         find_rows(a, item, end, next);
         sweep(a, &s, rows, now, now, 0, query, scores, acc, buffer);
-        soften_few(a, &s, item, reach, key, end, scores, acc, maxima, sums);
+        soften_few(a, &s, item, range, key, end, scores, acc, maxima, sums);
         sweep(a, &s, rows, now, next, 1, query, scores, acc, buffer);
     }
     for (int64_t i = 0; i < all; i++)
-        finish(a, &s, item, i / rows, item->row_begin + (int32_t)(i % rows), acc + i * s.width, 1, maxima[i], sums[i], partials);
+        finish(a, &s, item, i / rows, item->row_begin + (int32_t)(i % rows), acc + i * s.width, 1, maxima[i], sums[i],
+            partials);
 }

@@ -1,4 +1,5 @@
-/* Vectors of the widest kind the machine has, and token rows of the KV cache (layout: reference.py) expanded to float32. */
+/* Vectors of the widest kind the machine has, and token rows of the KV cache (layout: reference.py) expanded to
+ * float32. */
 #ifndef FLEXBATCH_NATIVE_ROWS_H
 #define FLEXBATCH_NATIVE_ROWS_H
 
@@ -39,7 +40,8 @@ static inline int64_t element_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4
 
 static inline vec from_bfloat16(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
 
-/* Shift exponent and mantissa into place, then scale by the difference of the biases (2^112): exact for subnormals too. */
+/* Shift exponent and mantissa into place, then scale by the difference of the biases (2^112): exact for subnormals
+ * too. */
 static inline vec from_float16(hvec h) {
     uvec bits = __builtin_convertvector(h, uvec);
     vec magnitude = (vec)((bits & 0x7fff) << 13) * splat(5.192296858534828e33f);
@@ -111,13 +113,16 @@ static inline void expand_8(const uint8_t *restrict codes, float *restrict out, 
     for (int64_t i = 0; i < n; i++) out[i] = codes[i] * scale + minimum;
 }
 
-/* Codes of elements [begin, end) of a head. A byte widened to 16 bits, its high half moved up, is two bytes of one code each. */
-static inline void expand_4(const uint8_t *restrict codes, float *restrict out, int64_t begin, int64_t end, float scale, float minimum) {
+/* Codes of elements [begin, end) of a head. A byte widened to 16 bits, its high half moved up, is two bytes of one
+ * code each. */
+static inline void expand_4(const uint8_t *restrict codes, float *restrict out, int64_t begin, int64_t end,
+    float scale, float minimum) {
     uint16_t pairs[64];
     if (begin < end && begin & 1) out[begin] = (codes[begin / 2] >> 4) * scale + minimum, begin++;
     for (; begin < end; begin += 128) {
         const int64_t n = end - begin < 128 ? end - begin : 128;
-        for (int64_t k = 0; k < (n + 1) / 2; k++) pairs[k] = (codes[begin / 2 + k] | codes[begin / 2 + k] << 4) & 0x0f0f;
+        for (int64_t k = 0; k < (n + 1) / 2; k++)
+            pairs[k] = (codes[begin / 2 + k] | codes[begin / 2 + k] << 4) & 0x0f0f;
         expand_8((const uint8_t *)pairs, out + begin, n, scale, minimum);
     }
 }
@@ -126,16 +131,20 @@ static inline void expand_codes(const uint8_t *codes, const char *parameters, fl
     const int64_t width = element_bytes(c->dtype);
     for (int64_t begin = 0, g = 0; begin < c->head_dim; begin += c->group, g++) {
         const int64_t end = begin + c->group < c->head_dim ? begin + c->group : c->head_dim;
-        const float scale = scalar(parameters + 2 * g * width, c->dtype), minimum = scalar(parameters + (2 * g + 1) * width, c->dtype);
+        const float scale = scalar(parameters + 2 * g * width, c->dtype),
+            minimum = scalar(parameters + (2 * g + 1) * width, c->dtype);
         if (c->bits == 8) expand_8(codes + begin, out + begin, end - begin, scale, minimum);
         else expand_4(codes, out, begin, end, scale, minimum);
     }
 }
 
 static inline int64_t codes_of_head(const cache_t *c) { return (c->head_dim * c->bits + 7) / 8; }
-static inline int64_t parameters_of_head(const cache_t *c) { return (c->head_dim + c->group - 1) / c->group * 2 * element_bytes(c->dtype); }
+static inline int64_t parameters_of_head(const cache_t *c) {
+    return (c->head_dim + c->group - 1) / c->group * 2 * element_bytes(c->dtype);
+}
 
-/* The key (side 0) or value (side 1) of one head of a token row: a pointer to its floats, in the row itself or in `buffer`. */
+/* The key (side 0) or value (side 1) of one head of a token row: a pointer to its floats, in the row itself or in
+ * `buffer`. */
 static inline const float *expand(const cache_t *c, const char *row, int64_t head, int side, float *buffer) {
     const int64_t vector = side * c->num_kv_heads + head;
     if (c->bits == 16) {

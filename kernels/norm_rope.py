@@ -13,8 +13,11 @@ from torch import Tensor
 
 
 @triton.jit
-def _norm_kernel(x, residual, weight, bias, out, inner, x_outer, x_inner, residual_outer, residual_inner, size, eps, offset, RMS: tl.constexpr,
-                 RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _norm_kernel(
+    x, residual, weight, bias, out, inner, x_outer, x_inner, residual_outer, residual_inner, size, eps, offset,
+    RMS: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row. RMS with WIDE multiplies by (offset + weight) before rounding, else after it."""
     row = tl.program_id(0)
     outer = (row // inner).to(tl.int64)
@@ -22,9 +25,9 @@ def _norm_kernel(x, residual, weight, bias, out, inner, x_outer, x_inner, residu
     mask = element < size
     value = tl.load(x + outer * x_outer + row % inner * x_inner + element, mask=mask, other=0.0)
     if RESIDUAL:
-        place = residual + outer * residual_outer + row % inner * residual_inner + element
-        value = value + tl.load(place, mask=mask, other=0.0)
-        tl.store(place, value, mask=mask)
+        source = residual + outer * residual_outer + row % inner * residual_inner + element
+        value = value + tl.load(source, mask=mask, other=0.0)
+        tl.store(source, value, mask=mask)
     wide = value.to(tl.float32)
     if not RMS:
         wide = tl.where(mask, wide - tl.sum(wide, 0) / size, 0.0)
@@ -42,8 +45,11 @@ def _norm_kernel(x, residual, weight, bias, out, inner, x_outer, x_inner, residu
 
 
 @triton.jit
-def _rotate_heads(x, token, x_token, cosine, sine, pair, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-                  BLOCK_H: tl.constexpr):  # fmt: skip
+def _rotate_heads(
+    x, token, x_token, cosine, sine, pair, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Rotate all heads of one token in place."""
     head = tl.arange(0, BLOCK_H)[:, None]
     mask = (head < HEADS) & (pair < HALF)
     first = x + token * x_token + head * HEAD_DIM + (2 * pair if INTERLEAVED else pair)
@@ -55,15 +61,17 @@ def _rotate_heads(x, token, x_token, cosine, sine, pair, HEADS: tl.constexpr, HE
 
 
 @triton.jit
-def _rotary_kernel(query, key, cos, sin, positions, query_token, key_token, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-                   HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr,
-                   BLOCK_P: tl.constexpr):  # fmt: skip
+def _rotary_kernel(
+    query, key, cos, sin, positions, query_token, key_token, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """One token, in place. cos, sin: [max_positions, HALF]."""
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, BLOCK_P)[None, :]
-    place = tl.load(positions + token).to(tl.int64) * table_stride + pair
-    cosine = tl.load(cos + place, mask=pair < HALF, other=0.0).to(tl.float32)
-    sine = tl.load(sin + place, mask=pair < HALF, other=0.0).to(tl.float32)
+    entry = tl.load(positions + token).to(tl.int64) * table_stride + pair
+    cosine = tl.load(cos + entry, mask=pair < HALF, other=0.0).to(tl.float32)
+    sine = tl.load(sin + entry, mask=pair < HALF, other=0.0).to(tl.float32)
     _rotate_heads(query, token, query_token, cosine, sine, pair, HEADS, HEAD_DIM, HALF, INTERLEAVED, BLOCK_H)
     _rotate_heads(key, token, key_token, cosine, sine, pair, KV_HEADS, HEAD_DIM, HALF, INTERLEAVED, BLOCK_KV)
 
@@ -116,7 +124,8 @@ def _norm(
         _norm_kernel[(x.numel() // size,)](
             x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias, out,
             inner, x_outer, x_inner, residual_outer, residual_inner, size, eps, offset,
-            RMS=rms, RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, WIDE=offset != 0.0, BLOCK=block,
+            RMS=rms, RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
+            WIDE=offset != 0.0, BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
         )  # fmt: skip
     return out
@@ -153,7 +162,8 @@ def rotary(
         _rotary_kernel[(num_tokens,)](
             query, key, cos, sin, positions, query.stride(0), key.stride(0), cos.stride(0),
             HEADS=num_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF=rotary_dim // 2, INTERLEAVED=interleaved,
-            BLOCK_H=triton.next_power_of_2(num_heads), BLOCK_KV=triton.next_power_of_2(kv_heads), BLOCK_P=triton.next_power_of_2(rotary_dim // 2),
+            BLOCK_H=triton.next_power_of_2(num_heads), BLOCK_KV=triton.next_power_of_2(kv_heads),
+            BLOCK_P=triton.next_power_of_2(rotary_dim // 2),
         )  # fmt: skip
 
 

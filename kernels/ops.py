@@ -1,7 +1,7 @@
-"""Every operation of this room, by the device of its tensors: CUDA -> Triton, CPU -> compiled C where there is a
-compiler, else `reference`.
+"""Every operation of this package, by the device of its tensors: CUDA -> Triton, CPU -> compiled C where there is a
+compiler, else `reference` and `attention_reference`.
 
-Names, arguments and results are those of `reference`, which documents them. Triton is imported when the first CUDA
+Names, arguments and results are those of these two, which document them. Triton is imported when the first CUDA
 tensor comes.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import native, reference
+from flexbatch.kernels import attention_reference, native, reference
 
 
 def _compiled(dtype: torch.dtype) -> bool:
@@ -29,7 +29,7 @@ def paged_attention(
     threads: int = 0,
     **options: Any,
 ) -> Tensor:
-    """`reference.paged_attention`. ``threads``: processor threads when the tensors are on the CPU (0: torch's
+    """`attention_reference.paged_attention`. ``threads``: processor threads when the tensors are on the CPU (0: torch's
     number)."""
     if query.is_cuda:
         from flexbatch.kernels import attention
@@ -37,7 +37,7 @@ def paged_attention(
         return attention.paged_attention(query, rows, page_table, query_starts, context_lens, **options)
     if _compiled(query.dtype):
         return native.paged_attention(query, rows, page_table, query_starts, context_lens, threads=threads, **options)
-    return reference.paged_attention(query, rows, page_table, query_starts, context_lens, **options)
+    return attention_reference.paged_attention(query, rows, page_table, query_starts, context_lens, **options)
 
 
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
@@ -52,39 +52,30 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
         reference.append_rows(rows, slots, key, value, bits, group)
 
 
-def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """`reference.quantize`."""
     if x.is_cuda:
         from flexbatch.kernels import quant
 
-        return quant.quantize(x, bits, group, dim)
-    return reference.quantize(x, bits, group, dim)
+        return quant.quantize(x, bits, group)
+    return reference.quantize(x, bits, group)
 
 
 def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """`reference.fit`: once per load, and plain torch reaches it on either device."""
+    """`reference.fit`, in plain torch on either device: it runs once per load."""
     return reference.fit(x, bits, group)
 
 
 def dequantize(
-    codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1, out: Tensor | None = None
+    codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, out: Tensor | None = None
 ) -> Tensor:
     """`reference.dequantize`, into ``out`` [..., size] where it is given."""
     if codes.is_cuda:
         from flexbatch.kernels import quant
 
-        return quant.dequantize(codes, parameters, size, bits, group, dim, out=out)
-    dense = reference.dequantize(codes, parameters, size, bits, group, dim)
+        return quant.dequantize(codes, parameters, size, bits, group, out=out)
+    dense = reference.dequantize(codes, parameters, size, bits, group)
     return dense if out is None else out.copy_(dense)
-
-
-def quantized_linear(x: Tensor, codes: Tensor, parameters: Tensor, bits: int, group: int) -> Tensor:
-    """`reference.quantized_linear`; on the GPU for at most 16 tokens."""
-    if x.is_cuda:
-        from flexbatch.kernels import quant
-
-        return quant.quantized_linear(x, codes, parameters, bits, group)
-    return reference.quantized_linear(x, codes, parameters, bits, group)
 
 
 def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor) -> None:
@@ -105,11 +96,6 @@ def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
         pages.scatter_rows(source, destination, slots)
     else:
         reference.scatter_rows(source, destination, slots)
-
-
-def copy_rows(rows: Tensor, source_slots: Tensor, destination_slots: Tensor) -> None:
-    """`reference.copy_rows`: a commit moves few rows, torch's own indexing serves both devices."""
-    reference.copy_rows(rows, source_slots, destination_slots)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:

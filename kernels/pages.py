@@ -23,8 +23,10 @@ NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # another number every pass: see attention_kernels
-def _copy_kernel(source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr, WORDS: tl.constexpr,
-                 BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr):  # fmt: skip
+def _copy_kernel(
+    source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+):  # fmt: skip
     """Rows of WORDS words; row i is ``indices[i]`` on the source's (GATHER) or the destination's side. Grid-stride
     over tiles."""
     pieces: tl.constexpr = (WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS
@@ -46,7 +48,8 @@ def _as_words(x: Tensor, width: int) -> Tensor:
 
 
 def _word_bytes(*tensors: Tensor) -> int:
-    """The widest integer that divides every row, its place and the distance of rows. Loads of 16 bytes are two of 8."""
+    """The widest integer that divides every row, its offset and the distance of rows. Loads of 16 bytes are two of
+    8."""
     bits = 8
     for x in tensors:
         bits |= x.data_ptr() | x.stride(0) * x.element_size() | x[:1].numel() * x.element_size()

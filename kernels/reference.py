@@ -1,8 +1,9 @@
-"""Plain-torch oracle for every operation; also the path that runs where no faster one does.
+"""Plain-torch oracle for every operation but attention (`attention_reference`); also the path that runs where no faster
+one does.
 
 The KV cache is an array of *token rows*: slot ``page * page_tokens + offset`` holds one token's keys and values of
-one layer. Unquantised rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1:
-values). Quantised rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value
+one layer. Unquantized rows are ``[num_slots, 2, num_kv_heads, head_dim]`` in the compute dtype (index 0: keys, 1:
+values). Quantized rows are ``[num_slots, token_bytes]`` uint8: key codes, value codes, key parameters, value
 parameters, padding; the codes of one head take ``code_bytes`` and its parameters are ``num_groups`` pairs (scale,
 minimum) in the compute dtype.
 """
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FIT_SHRINKS, FIT_STEPS = (1.0, 0.9, 0.8), 2
-"""What `fit` tries. Finer grids of up to 256 trials gain 2 % of the squared error more."""
+"""The grid that `fit` searches. Finer grids of up to 256 trials gain 2 % of the squared error more."""
 ROW_ALIGNMENT = 16
-"""Bytes. A quantised row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row
+"""Bytes. A quantized row is padded to a multiple, so that 16-byte loads of its codes are aligned in every row
 (unaligned ones fault on the GPU)."""
 
 
@@ -38,18 +39,15 @@ def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element
     return -(-used // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Group-wise asymmetric quantisation along the last dimension, or along the first of two (``dim`` 0).
+def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Group-wise asymmetric quantization along the last dimension.
 
     x: [..., size] floating. Returns codes [..., code_bytes] uint8 and parameters [..., num_groups, 2] in x's dtype
-    (scale, minimum). Along the first dimension: x [size, n], codes [code_bytes, n], parameters [num_groups, 2, n].
+    (scale, minimum).
     Codes are chosen against the *rounded* parameters, so that a constant group comes back exactly and their rounding
     costs no accuracy but at the ends of the range. A group with a NaN or an infinity has a scale that is no finite
     number and codes of 0: it comes back as NaN, whole, and an overflow stays visible.
     """
-    if dim == 0:
-        codes, parameters = quantize(x.T, bits, group)
-        return codes.T.contiguous(), parameters.permute(1, 2, 0).contiguous()
     size = x.shape[-1]
     groups = num_groups(size, group)
     padding = groups * group - size
@@ -67,7 +65,7 @@ def quantize(x: Tensor, bits: int, group: int, dim: int = -1) -> tuple[Tensor, T
 
 
 def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """`quantize` with the parameters of least squared error found by a search: for weights, which are quantised once.
+    """`quantize` with the parameters of least squared error found by a search: for weights, which are quantized once.
 
     x: [rows, size] floating. Ranges shrunk at either end by ``FIT_SHRINKS`` are each improved by ``FIT_STEPS``
     alternations between the nearest codes and the line that fits them best; what is kept is the best as it will be
@@ -121,10 +119,8 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     return codes.contiguous()
 
 
-def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, dim: int = -1) -> Tensor:
-    """Inverse of `quantize`: [..., size] (``dim`` 0: [size, n]) in the dtype of ``parameters``."""
-    if dim == 0:
-        return dequantize(codes.T, parameters.permute(2, 0, 1), size, bits, group).T.contiguous()
+def dequantize(codes: Tensor, parameters: Tensor, size: int, bits: int, group: int) -> Tensor:
+    """Inverse of `quantize`: [..., size] in the dtype of ``parameters``."""
     if bits == 4:
         codes = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2)
     codes = codes[..., :size].float()
@@ -170,11 +166,6 @@ def unpack_rows(
     return sides[0], sides[1]
 
 
-def quantized_linear(x: Tensor, codes: Tensor, parameters: Tensor, bits: int, group: int) -> Tensor:
-    """x @ weight.T [num_tokens, num_outputs] of x [num_tokens, size] with the quantised weight [num_outputs, size]."""
-    return F.linear(x, dequantize(codes, parameters, x.shape[1], bits, group))
-
-
 def gather_pages(source: Tensor, page_ids: Tensor, destination: Tensor) -> None:
     """``destination[i] = source[page_ids[i]]``. source: [num_pages, ...], page_ids: [n] integers, destination: [n,
     ...] of the same dtype."""
@@ -187,108 +178,16 @@ def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
     destination.index_copy_(0, slots, source)
 
 
-def copy_rows(rows: Tensor, source_slots: Tensor, destination_slots: Tensor) -> None:
-    """``rows[destination_slots[i]] = rows[source_slots[i]]`` within a tier, as if all were read before any is
-    written. Slots: [n] int64."""
-    rows.index_copy_(0, destination_slots, rows.index_select(0, source_slots))
-
-
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
     """Write keys and values [num_tokens, num_kv_heads, head_dim] at ``slots`` [num_tokens] int64 of ``rows`` (in
     place)."""
     rows.index_copy_(0, slots, pack_rows(key, value, bits, group))
 
 
-def paged_attention(
-    query: Tensor,
-    rows: Tensor,
-    page_table: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    num_kv_heads: int,
-    page_tokens: int,
-    scale: float,
-    bits: int = 16,
-    group: int = 64,
-    alibi_slopes: Tensor | None = None,
-    alibi_scale: float = 0.0,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    tree_masks: Tensor | None = None,
-    positions: Tensor | None = None,
-    max_query_len: int = 0,
-    max_context_len: int = 0,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Attention of ragged query tokens over a paged cache that already holds their own keys and values.
-
-    query: [num_tokens, num_heads, head_dim], the query tokens of all sequences one after another. rows: token rows
-    of one layer. page_table: [num_sequences, max_pages] int32. query_starts: [num_sequences + 1] int32.
-    context_lens: [num_sequences] int32, keys of each sequence including its own query tokens, which fill the last
-    slots. alibi_slopes: [num_heads] float32; with ``alibi_scale`` slopes and key positions and their products are
-    rounded to bfloat16 and then scaled by it, as Falcon does. window: keys at a distance of ``window`` or more are
-    masked (0: none). soft_cap: cap * tanh(score / cap) (0: none). tree_masks: [num_tokens, words] int32, bit b of
-    word w set when the token sees query token 32 * w + b of its own sequence (itself included); without it the query
-    tokens are causal. positions: [num_tokens] int32, needed only with ``tree_masks`` (depths, for ALiBi and window).
-    max_query_len and max_context_len are launch hints that this path does not need. Returns [num_tokens, num_heads,
-    head_dim]: ``out``, dense, where it is given.
-    """
-    num_heads, head_dim = query.shape[1:]
-    out = torch.empty_like(query) if out is None else out
-    starts, lens = query_starts.tolist(), context_lens.tolist()
-    for s, context in enumerate(lens):
-        begin, end = starts[s], starts[s + 1]
-        queries = end - begin
-        if queries == 0:
-            continue
-        slots = (
-            page_table[s].long().unsqueeze(1) * page_tokens + torch.arange(page_tokens, device=query.device)
-        ).flatten()[:context]
-        key, value = unpack_rows(rows[slots], num_kv_heads, head_dim, bits, group, query.dtype)
-        q = query[begin:end].float().view(queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        scores = torch.einsum("qhgd,khd->hgqk", q, key.float()) * scale
-        if soft_cap:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        prefix = context - queries
-        key_position = torch.arange(context, device=query.device)
-        if tree_masks is None:
-            query_position = key_position[prefix:]
-            visible = key_position[None, :] <= query_position[:, None]
-        else:
-            assert positions is not None, "a tree needs the depth of every query token"
-            query_position = positions[begin:end].long()
-            key_position = torch.cat([key_position[:prefix], query_position])
-            bit = torch.arange(queries, device=query.device)
-            ancestors = (tree_masks[begin:end].long()[:, bit // 32] >> (bit % 32)) & 1
-            visible = torch.cat(
-                [torch.ones(queries, prefix, dtype=torch.bool, device=query.device), ancestors.bool()], dim=1
-            )
-        distance = query_position[:, None] - key_position[None, :]
-        if window:
-            visible = visible & (distance < window)
-        if alibi_slopes is not None:
-            slopes = alibi_slopes.view(num_kv_heads, -1, 1, 1)
-            if alibi_scale:
-                # The query's own term is the same for all its keys: it only keeps the scores small.
-                scores = scores + alibi_scale * (
-                    (slopes.bfloat16() * key_position).float() - slopes * query_position[:, None]
-                )
-            else:
-                scores = scores - slopes * distance
-        probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
-        out[begin:end] = (
-            torch.einsum("hgqk,khd->qhgd", probabilities, value.float())
-            .reshape(queries, num_heads, head_dim)
-            .to(query.dtype)
-        )
-    return out
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension of x [..., size].
 
-    With ``residual`` x is added to it in place and the sum is normalised. ``offset`` is added to the weight; such
+    With ``residual`` x is added to it in place and the sum is normalized. ``offset`` is added to the weight; such
     models multiply in float32, the others after rounding to x's dtype, so that 16-bit results agree with
     transformers' to the last bit.
     """
@@ -303,7 +202,7 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
 ) -> Tensor:
     """Layer norm over the last dimension of x [..., size]; with ``residual`` x is added to it in place and the sum
-    is normalised."""
+    is normalized."""
     if residual is not None:
         x = residual.add_(x)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -322,7 +221,7 @@ def rotary(
     """Turn the first ``rotary_dim`` elements of every head in place (RoFormer, Su et al. 2021).
 
     query: [num_tokens, num_heads, head_dim], key: [num_tokens, num_kv_heads, head_dim], cos and sin: [max_positions,
-    rotary_dim / 2], positions: [num_tokens] integers. Pairs are neighbours (``interleaved``) or lie half of
+    rotary_dim / 2], positions: [num_tokens] integers. Pairs are neighbors (``interleaved``) or lie half of
     ``rotary_dim`` apart.
     """
     half = rotary_dim // 2

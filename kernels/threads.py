@@ -23,12 +23,12 @@ from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SHORT_WAIT = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
-"""For GNU's OpenMP (iterations, about 0.1 ms) and for Intel's and LLVM's (milliseconds)."""
+"""The spin limit for GNU's OpenMP (iterations, about 0.1 ms) and for Intel's and LLVM's (milliseconds)."""
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def be_a_good_neighbour(environ: MutableMapping[str, str], cgroup: Path = CGROUP) -> None:
+def be_a_good_neighbor(environ: MutableMapping[str, str], cgroup: Path = CGROUP) -> None:
     """Threads sleep soon while they wait, and are no more than the container's share of processors; what the user has
     set stays.
 

@@ -29,8 +29,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("loop",),
     ("engine",),
     ("cli",),
-    ("run", "__main__"),
+    ("run",),
     ("apps",),
+    ("__main__",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import nnls
 
 from flexbatch.calibrate.passes import MIB, ON_CPU, ON_GPU, attended, resident, run_passes, small_arch
-from flexbatch.memory.tiers import host_memory_bytes
+from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import RecordingTracer, Span, Tracer

@@ -20,7 +20,8 @@ from torch import Tensor
 from flexbatch.calibrate.fits import fit_curve
 from flexbatch.calibrate.host import ALONE, host_rates
 from flexbatch.kernels import ops, reference
-from flexbatch.memory.tiers import HostArena, host_memory_bytes
+from flexbatch.memory.host_memory import host_memory_bytes
+from flexbatch.memory.tiers import HostArena
 from flexbatch.policy.hardware import Curve
 
 GIB = 2**30

@@ -127,7 +127,7 @@ class CacheAttention:
         """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache
         lies."""
         layer, part, layout = pending.tick.layer, slice(group.start, group.end), self.cache.layout
-        host_query, host_key, host_value, output = self.host_buffers.take(query[part], key[part], value[part])
+        host_query, host_key, host_value, output = self.host_buffers.acquire(query[part], key[part], value[part])
         arrived = self.queues.mark()
         rows, positions = self.cache.rows("cpu", layer), pending.inputs.host_positions[part]
         drained = self.cache.drained[layer]

@@ -114,7 +114,7 @@ class Block:
         del self.running[sequence.sequence_id]
         self.tiers.remove(sequence.pages.tier, 1)
         if sequence.pages.tier == "cpu":
-            self.attention_tiers.remove("cpu" if sequence.pages.attend_on_cpu else "gpu", 1)
+            self.attention_tiers.remove("cpu" if sequence.pages.cpu_attention else "gpu", 1)
         self.cache.free(sequence.pages)
 
     def check(self) -> None:
@@ -134,7 +134,7 @@ class Block:
                 sequence.check()
         for tier in TIERS:
             assert self.tiers.placed[tier] == sum(sequence.pages.tier == tier for sequence in sequences)
-        on_cpu = [sequence.pages.attend_on_cpu for sequence in sequences if sequence.pages.tier == "cpu"]
+        on_cpu = [sequence.pages.cpu_attention for sequence in sequences if sequence.pages.tier == "cpu"]
         assert self.attention_tiers.placed == {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}, (
             self.attention_tiers.placed
         )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flexbatch.execution.job import Job
-from flexbatch.memory.kvcache import CacheSizes
-from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.pages import CacheLayout, CacheSizes
 from flexbatch.models.arch import Arch
 from flexbatch.policy.limits import (
     CPU_ATTENTION_MAX_TREE_TOKENS,

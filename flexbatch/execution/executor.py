@@ -64,7 +64,7 @@ class Executor:
 
     def reach(self, longest: int) -> None:
         """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""
-        if self.rotary.reach(longest) and self.graphs is not None:
+        if self.rotary.grow_to(longest) and self.graphs is not None:
             self.graphs.clear()
 
     def check(self) -> None:
@@ -161,10 +161,8 @@ class Executor:
     def synchronize(self) -> None:
         """Wait for everything that was launched (no overlap): page gathers, too, of which nobody has asked for the
         result yet."""
-        self.queues.settle()
-        for lease in self.weights.leases.values():
-            for handle in lease.handles:
-                handle.synchronize()
+        self.queues.synchronize()
+        self.weights.synchronize()
         self.activations.synchronize()
         self.cache.synchronize()
         self.queues.mark().synchronize()
@@ -202,7 +200,7 @@ class Executor:
             self.queues.copy_to_device(
                 pending.cpu_output, pending.attention[pending.inputs.cpu.start : pending.inputs.cpu.end]
             )
-            self.host_buffers.give_back(pending.cpu_output, self.queues.mark())
+            self.host_buffers.release(pending.cpu_output, self.queues.mark())
         weights = self.weights.weights(tick.layer, "post")
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             hidden = layers.post_attention(self.arch, tick.layer, weights, pending.hidden, pending.attention)

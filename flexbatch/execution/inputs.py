@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.pass_batch import QueryTokens
-from flexbatch.memory.kvcache import Gather
-from flexbatch.memory.pages import SequencePages
+from flexbatch.memory.pages import Gather, SequencePages
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 
@@ -73,7 +72,7 @@ def attention_place(query: QueryTokens) -> str:
     if pages.tier == "gpu":
         return "gpu"
     most = 1 if query.parents is None else CPU_ATTENTION_MAX_TREE_TOKENS
-    return "cpu" if pages.attend_on_cpu and query.num_tokens <= most else "staged"
+    return "cpu" if pages.cpu_attention and query.num_tokens <= most else "staged"
 
 
 def ancestor_masks(parents: Many[int]) -> np.ndarray:

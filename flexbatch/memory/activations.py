@@ -15,23 +15,23 @@ from flexbatch.policy.policy import TIERS, Split
 
 
 @dataclass
-class Stored:
+class HiddenRows:
     """One micro-batch's hidden states between two layers: consecutive rows on the gpu, the cpu and the disk tier."""
 
     num_tokens: int
     counts: tuple[int, int, int]
     gpu: Tensor
-    home: Handle = READY
-    """Done when the cpu and disk rows have arrived there."""
+    written: Handle = READY
+    """Done when the cpu and disk rows have arrived on their tiers."""
     fetched: Tensor | None = None
     fetch: Handle = READY
 
 
 class ActivationStore:
-    """Homes of the hidden states [num_tokens, width] of every micro-batch.
+    """The hidden states [num_tokens, width] of every micro-batch between two layers.
 
     Rows go to the tiers in pages of ``page_tokens`` by error diffusion, so that over a pass each tier holds its
-    share to within one page. Everything on the gpu tier is handed on without a copy.
+    share to within one page. What is all on the gpu tier is passed on without a copy.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ActivationStore:
         self.split, self.page_tokens, self.dtype, self.width = split, page_tokens, dtype, width
         self.tiers, self.queues = tiers, queues
         self.row_bytes = width * dtype.itemsize
-        self.stored: dict[int, Stored] = {}
+        self.stored: dict[int, HiddenRows] = {}
         self.counts: dict[int, tuple[int, int, int]] = {}
         self.realized = dict.fromkeys(TIERS, 0)
-        """Hidden rows on each tier in the pass that had most of them: what the split came to."""
+        """Hidden rows on each tier in the pass that had most of them: the split as it was realized."""
         rows = max_tokens + page_tokens
         self.host = (
             [tiers.cpu.allocate(f"activations {k}", rows * self.row_bytes) for k in range(num_micro_batches)]
@@ -90,34 +90,34 @@ class ActivationStore:
         return {tier: 100 * rows / total for tier, rows in self.realized.items()}
 
     def put(self, k: int, hidden: Tensor) -> None:
-        """Take the hidden states of micro-batch ``k`` after a layer, and send the cpu and disk rows home."""
+        """Store the hidden states of micro-batch ``k`` after a layer; the cpu and disk rows start for their tiers."""
         on_gpu, on_cpu, on_disk = self.counts[k]
-        stored = self.stored[k] = Stored(len(hidden), self.counts[k], hidden[:on_gpu])
+        stored = self.stored[k] = HiddenRows(len(hidden), self.counts[k], hidden[:on_gpu])
         if on_cpu + on_disk == 0:
             stored.fetched = hidden
             return
         host = self.host_rows(k, on_cpu + on_disk)
         leaving = hidden[on_gpu:]
-        stored.home = self.queues.d2h.submit(
+        stored.written = self.queues.d2h.submit(
             lambda: host.copy_(leaving, non_blocking=True), self.queues.mark(), f"activations {k}", leaving.nbytes
         )
         self.queues.d2h.guard(leaving)
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
-            stored.home = self.queues.disk_write.submit(
-                lambda: self.files[k].write(data, 0), stored.home, f"activations {k}", len(data)
+            stored.written = self.queues.disk_write.submit(
+                lambda: self.files[k].write(data, 0), stored.written, f"activations {k}", len(data)
             )
 
     def set(self, k: int, hidden: Tensor) -> None:
         """Pass hidden states on within the compute device: the rows that the head reads, a few per sequence."""
-        self.stored[k] = Stored(len(hidden), (len(hidden), 0, 0), hidden, fetched=hidden)
+        self.stored[k] = HiddenRows(len(hidden), (len(hidden), 0, 0), hidden, fetched=hidden)
 
     def host_rows(self, k: int, count: int) -> Tensor:
+        """The first ``count`` rows [count, width] of micro-batch ``k`` in host memory."""
         return self.host[k][: count * self.row_bytes].view(self.dtype).view(count, self.width)
 
     def fetch(self, k: int) -> None:
-        """Start bringing the hidden states of micro-batch ``k`` back; nothing to do when they are there or not yet
-        put."""
+        """Start fetching the hidden states of micro-batch ``k``; does nothing when they are there or not yet put."""
         stored = self.stored.get(k)
         if stored is None or stored.fetched is not None:
             return
@@ -127,7 +127,7 @@ class ActivationStore:
             stored.num_tokens, self.width, dtype=self.dtype, device=self.queues.device
         )
         fetched[:on_gpu].copy_(stored.gpu)
-        after = together(stored.home, self.queues.mark())
+        after = together(stored.written, self.queues.mark())
         if on_disk:
             data = self.host[k][on_cpu * self.row_bytes : (on_cpu + on_disk) * self.row_bytes]
             after = together(
@@ -149,16 +149,17 @@ class ActivationStore:
         return stored.fetched
 
     def synchronize(self) -> None:
+        """Block until all rows have arrived where they are going. Re-raises the error of a transfer."""
         for stored in self.stored.values():
-            together(stored.home, stored.fetch).synchronize()
+            together(stored.written, stored.fetch).synchronize()
 
     def check(self) -> None:
-        """Invariants: every row has a home."""
+        """Invariant: every row has a tier."""
         for k, stored in self.stored.items():
             assert sum(stored.counts) == stored.num_tokens, (k, stored.counts, stored.num_tokens)
 
     def close(self) -> None:
-        self.queues.settle()
+        self.queues.synchronize()
         self.files.clear()
         self.stored.clear()
         self.host.clear()

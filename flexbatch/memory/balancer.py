@@ -1,4 +1,4 @@
-"""Spreading: which tier each piece goes to, so that a split is met everywhere and not only in the sum."""
+"""Balancing: choose the tier of each piece so that a split is met everywhere and not only in the sum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TierBalancer:
         self.placed = dict.fromkeys(TIERS, 0.0)
 
     def choose(self, size: float, allowed: Sequence[str] = TIERS) -> str:
-        """The tier for a piece of ``size``; ``allowed`` leaves out tiers that have no room. Does not place it."""
+        """The tier for a piece of ``size``; ``allowed`` leaves out tiers that are full. Does not place it."""
         total = sum(self.placed.values()) + size
         deficits = {
             tier: fraction * total - self.placed[tier]
@@ -42,7 +42,7 @@ class TierBalancer:
 
 
 def spread(sizes: Iterable[int], split: Split) -> list[str]:
-    """The tier of every piece: the realised shares are within one (largest) piece of the split."""
+    """The tier of every piece: the realized shares are within one (largest) piece of the split."""
     balancer = TierBalancer(split)
     tiers = []
     for size in sizes:

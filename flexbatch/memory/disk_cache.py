@@ -4,65 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES
-from flexbatch.memory.pages import CacheLayout, SequencePages
-from flexbatch.memory.tiers import Pool
+from flexbatch.memory.pages import CacheLayout, CacheSizes, SequencePages
+from flexbatch.memory.tiers import Tiers
 
 
 class DiskCache:
     """Pages [num_layers, num_pages] in one file, and for every disk sequence a tail of ``tail_tokens`` token rows per
     layer in host memory.
 
-    Tokens from ``flushed`` (a multiple of page_tokens) on lie in the tail; a page is written when it is full and can
-    no longer be taken back.
+    Tokens from ``flushed`` (a multiple of page_tokens) on lie in the tail; a page is written when it is full and none
+    of its tokens can be rejected any more.
     """
 
-    def __init__(
-        self,
-        layout: CacheLayout,
-        num_pages: int,
-        num_sequences: int,
-        tail_tokens: int,
-        folder: Path,
-        host: Pool,
-        disk: Pool,
-    ) -> None:
-        self.layout, self.num_pages, self.tail_tokens = layout, num_pages, tail_tokens
-        num_bytes = layout.num_layers * num_pages * layout.disk_page_bytes
-        self.disk = disk
-        self.host = host
-        self.file = disk.open_file("cache", folder, num_bytes)
-        tail = host.allocate("cache tails", layout.num_layers * num_sequences * tail_tokens * layout.token_bytes)
+    def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers) -> None:
+        """Raises DoesNotFitError, OffloadError."""
+        self.layout, self.num_pages, self.tail_tokens = layout, sizes.disk_pages, sizes.tail_tokens
+        self.disk, self.host = tiers.disk, tiers.cpu
+        num_bytes = layout.num_layers * sizes.disk_pages * layout.disk_page_bytes
+        self.file = self.disk.open_file("cache", tiers.offload_dir, num_bytes)
+        num_sequences, tail_tokens = sizes.disk_sequences, sizes.tail_tokens
+        tail = self.host.allocate("cache tails", layout.num_layers * num_sequences * tail_tokens * layout.token_bytes)
         self.tails = tail.view(layout.num_layers, num_sequences, tail_tokens, layout.token_bytes)
         self.flushed: dict[int, list[int]] = {}
         self.free_tails = list(range(num_sequences - 1, -1, -1))
 
     def open(self) -> int:
-        """A tail for a new sequence."""
+        """The slot of a tail for a new sequence."""
         slot = self.free_tails.pop()
         self.flushed[slot] = [0] * self.layout.num_layers
         return slot
 
-    def adopt(self, slot: int, num_tokens: int) -> None:
-        """The first ``num_tokens`` (whole pages) of the sequence are on disk already: a shared prefix."""
+    def mark_flushed(self, slot: int, num_tokens: int) -> None:
+        """Note that the first ``num_tokens`` (whole pages) of the sequence are on disk already: a shared prefix."""
         self.flushed[slot] = [num_tokens] * self.layout.num_layers
 
     def close_tail(self, slot: int) -> None:
+        """Free the tail of a sequence that is gone."""
         del self.flushed[slot]
         self.free_tails.append(slot)
 
     def offset(self, layer: int, page: int) -> int:
+        """Bytes from the start of the file."""
         return (layer * self.num_pages + page) * self.layout.disk_page_bytes
 
     def append(self, location: SequencePages, layer: int, start: int, rows: Tensor, keep: int) -> None:
-        """Token rows [n, token_bytes] (uint8, host) of tokens from ``start`` on.
+        """Append token rows [n, token_bytes] (uint8, host) of tokens from ``start`` on.
 
-        The last ``keep`` of them may be taken back (nodes of a tree): they stay in the tail, as does the open page.
+        The last ``keep`` of them may be rejected (nodes of a tree): they stay in the tail, as does the open page.
         """
         layout, tail = self.layout, self.tails[layer, location.tail_slot]
         flushed = self.flushed[location.tail_slot][layer]
@@ -77,26 +70,26 @@ class DiskCache:
             return
         known = torch.cat([tail[:open_rows], rows])
         complete = known[: full_until - flushed].view(-1, layout.page_bytes)
-        for place, page, count in self.runs(
+        for index, page, count in self.runs(
             location.pages[flushed // layout.page_tokens : full_until // layout.page_tokens]
         ):
             buffer = aligned_empty(count * layout.disk_page_bytes)
-            buffer.view(count, -1)[:, : layout.page_bytes].copy_(complete[place : place + count])
+            buffer.view(count, -1)[:, : layout.page_bytes].copy_(complete[index : index + count])
             self.file.write(buffer, self.offset(layer, page))
         rest = known[full_until - flushed :]
         tail[: len(rest)].copy_(rest)
         self.flushed[location.tail_slot][layer] = full_until
 
     def runs(self, pages: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(place in ``pages``, first page, number of pages) of neighbours in the file, at most READ_CHUNK_BYTES
+        """(index in ``pages``, first page, number of pages) of neighbors in the file, at most READ_CHUNK_BYTES
         each: one request instead of many."""
         longest, runs = max(1, READ_CHUNK_BYTES // self.layout.disk_page_bytes), list[tuple[int, int, int]]()
-        for place, page in enumerate(pages):
+        for index, page in enumerate(pages):
             first, start, count = runs[-1] if runs else (0, -1, 0)
             if page == start + count and 0 < count < longest:
                 runs[-1] = (first, start, count + 1)
             else:
-                runs.append((place, page, 1))
+                runs.append((index, page, 1))
         return runs
 
     def read(
@@ -109,7 +102,7 @@ class DiskCache:
         for location, num_tokens in sequences:
             flushed = self.flushed[location.tail_slot][layer]
             full_pages = flushed // layout.page_tokens
-            jobs += [(cursor + place, page, count) for place, page, count in self.runs(location.pages[:full_pages])]
+            jobs += [(cursor + index, page, count) for index, page, count in self.runs(location.pages[:full_pages])]
             count = layout.num_pages(num_tokens)
             open_rows = num_tokens - flushed
             if open_rows > 0:
@@ -119,8 +112,8 @@ class DiskCache:
 
         @torch.inference_mode()  # worker threads have a mode of their own
         def read_run(job: tuple[int, int, int]) -> None:
-            place, page, count = job
-            target = pages_out[place : place + count]
+            index, page, count = job
+            target = pages_out[index : index + count]
             if layout.page_bytes == layout.disk_page_bytes and target.data_ptr() % ALIGNMENT == 0:
                 self.file.read(target.view(-1), self.offset(layer, page))
                 return
@@ -131,8 +124,8 @@ class DiskCache:
         list(threads.map(read_run, jobs))
 
     def move(self, location: SequencePages, layer: int, sources: Sequence[int], destination: int) -> None:
-        """Within the tail: rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ... (the
-        accepted path of a tree)."""
+        """Copy, within the tail, the rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ...
+        (the accepted path of a tree)."""
         flushed = self.flushed[location.tail_slot][layer]
         tail = self.tails[layer, location.tail_slot]
         rows = tail[torch.tensor([source - flushed for source in sources])]

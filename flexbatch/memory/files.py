@@ -1,5 +1,5 @@
 """Files of the disk tier: aligned, read and written in place without the page cache, and trusted only when they are
-whole."""
+complete."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ READ_CHUNK_BYTES = 8 << 20
 
 
 def align(num_bytes: int, alignment: int = ALIGNMENT) -> int:
+    """``num_bytes``, rounded up to a multiple of ``alignment``."""
     return -(-num_bytes // alignment) * alignment
 
 
@@ -65,6 +66,7 @@ class DiskFile:
         self.transfer(buffer, offset, os.preadv, "read")
 
     def write(self, buffer: Tensor, offset: int) -> None:
+        """Write ``buffer`` (uint8, host) at ``offset``. Raises OffloadError."""
         self.transfer(buffer, offset, os.pwritev, "write")
 
     def transfer(self, buffer: Tensor, offset: int, operation: Callable[..., int], verb: str) -> None:
@@ -111,7 +113,8 @@ def open_readable(path: Path) -> int:
 
 
 def open_scratch(path: Path, num_bytes: int) -> int:
-    """A descriptor of a new file without a name in the folder of ``path``, with room for ``num_bytes``."""
+    """A descriptor of a new file without a name in the folder of ``path``, with ``num_bytes`` allocated. Raises
+    OffloadError."""
     try:
         with tempfile.TemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as file:
             os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
@@ -126,18 +129,18 @@ def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[in
 
 
 def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
-    """One clear error for a disk tier that is read-only, full, or not a folder."""
-    room = ""
+    """Returns one clear error for a disk tier that is read-only, full, or not a folder."""
+    free = ""
     with contextlib.suppress(OSError):
         space = os.statvfs(folder)
-        room = (
+        free = (
             f" (needed {size_text(num_bytes)}; {size_text(space.f_bavail * space.f_frsize)} free there)"
             if num_bytes
             else ""
         )
     return OffloadError(
         error.errno,
-        f"offload folder {folder}: {error.strerror or error}{room}; name a writable folder with room in --offload-dir",
+        f"offload folder {folder}: {error.strerror or error}{free}; name a writable folder with room in --offload-dir",
     )
 
 
@@ -181,7 +184,7 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
             file.write(b"\0" * (align(num_bytes) - file.tell()))
             file.flush()
             os.fsync(file.fileno())
-            # Before the lock ends with the file: until it has its name, nobody may take it for a leftover.
+            # Before the lock ends with the file: until it has its name, nobody may mistake it for a leftover.
             os.replace(temporary, path)
     except BaseException as error:
         # Ctrl-C too: only a process that is killed leaves the dot-file.
@@ -209,7 +212,7 @@ def open_locked(path: Path, mode: int = 0o666) -> BinaryIO:
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return file  # the caller closes it
-        file.close()  # Removed between opening and locking: taken for a leftover.
+        file.close()  # Removed between opening and locking: mistaken for a leftover.
 
 
 def remove_leftovers(path: Path) -> None:

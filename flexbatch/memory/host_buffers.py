@@ -1,5 +1,5 @@
-"""Pinned host buffers of a pass: inputs on their way up; queries, keys and values for CPU attention on their way
-down, its results on their way up."""
+"""Pinned host buffers of a pass: inputs on their way to the device; queries, keys and values for CPU attention on
+their way to the host, its results on their way back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_BUFFERS = 4
 
 
 class HostBuffers:
-    """A ring of host buffers, each with one owner from `take` to `give_back`. On the CPU nothing is copied and only
+    """A ring of host buffers, each with one owner from `acquire` to `release`. On the CPU nothing is copied and only
     the output is new."""
 
     def __init__(
@@ -48,16 +48,16 @@ class HostBuffers:
         self.owners: dict[int, int] = {}
         self.next = 0
 
-    def take(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Host copies of query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim], enqueued on the
-        current stream; and an output."""
+    def acquire(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns host copies of query [n, num_heads, head_dim], key and value [n, num_kv_heads, head_dim], enqueued on
+        the current stream; and an output."""
         if not self.copies:
             return query, key, value, torch.empty_like(query)
         assert len(query) <= self.max_tokens, (
             f"{len(query)} query tokens for CPU attention, buffers hold {self.max_tokens}"
         )
         index, self.next = self.next, (self.next + 1) % NUM_BUFFERS
-        # By buffer, not by place: where the output lies in a buffer depends on the number of tokens.
+        # By buffer, not by address: where the output lies in a buffer depends on the number of tokens.
         assert index not in self.owners.values(), "a host buffer is taken before it was given back"
         self.free_after[index].synchronize()
         cursor, parts = 0, []
@@ -73,8 +73,8 @@ class HostBuffers:
         self.owners[output.data_ptr()] = index
         return parts[0], parts[1], parts[2], output
 
-    def give_back(self, output: Tensor, done: Handle) -> None:
-        """The output has been read by everything before ``done``."""
+    def release(self, output: Tensor, done: Handle) -> None:
+        """End the ownership of the buffer of ``output``, which everything before ``done`` has read."""
         if self.copies:
             self.free_after[self.owners.pop(output.data_ptr())] = done
 

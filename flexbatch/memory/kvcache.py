@@ -1,50 +1,19 @@
-"""The paged KV cache over the tiers: homes, staging, gather, append, commit, free."""
+"""The paged KV cache over the tiers: page tables, staging, gather, append, commit, free."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
 from flexbatch.memory.disk_cache import DiskCache
-from flexbatch.memory.pages import CacheLayout, PagePool, PageTable, SequencePages
+from flexbatch.memory.pages import CacheLayout, CacheSizes, Gather, PagePool, PageTable, SequencePages
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
-
-
-@dataclass(frozen=True)
-class CacheSizes:
-    """Pages of each tier, and the largest staged micro-batch."""
-
-    gpu_pages: int
-    cpu_pages: int
-    disk_pages: int
-    staging_pages: int
-    """Pages of one micro-batch whose cache is not on the gpu tier: one staging buffer; there are two."""
-    disk_sequences: int = 0
-    tail_tokens: int = 0
-
-    def pages(self, tier: str) -> int:
-        return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]
-
-
-@dataclass(frozen=True)
-class Gather:
-    """What to bring to staging for one micro-batch: existing pages, the cpu ones first, then those of disk
-    sequences."""
-
-    cpu_pages: Tensor
-    """[n] int32 page ids, on the compute device."""
-    disk_pages: tuple[tuple[SequencePages, int], ...]
-    num_disk_pages: int
-
-    @property
-    def num_pages(self) -> int:
-        return len(self.cpu_pages) + self.num_disk_pages
 
 
 class KVCache:
@@ -59,12 +28,10 @@ class KVCache:
         self.device = queues.device
         self.pools = {tier: PagePool(tier, sizes.pages(tier), layout.page_tokens) for tier in ("gpu", "cpu", "disk")}
         self.storage = {
-            "gpu": tiers.gpu.allocate("cache", layout.num_layers * sizes.gpu_pages * layout.page_bytes).view(
+            pool.tier: pool.allocate("cache", layout.num_layers * sizes.pages(pool.tier) * layout.page_bytes).view(
                 layout.num_layers, -1
-            ),
-            "cpu": tiers.cpu.allocate("cache", layout.num_layers * sizes.cpu_pages * layout.page_bytes).view(
-                layout.num_layers, -1
-            ),
+            )
+            for pool in (tiers.gpu, tiers.cpu)
         }
         staging_bytes = sizes.staging_pages * layout.page_bytes
         self.staging = (
@@ -74,23 +41,15 @@ class KVCache:
         self.disk: DiskCache | None = None
         self.disk_staging: list[Tensor] = []
         self.disk_copied: list[Handle] = [READY, READY]
-        """When the host's staging buffers have been read by the device."""
+        """Done when the device has read the host's staging buffers."""
         if sizes.disk_pages:
-            self.disk = DiskCache(
-                layout,
-                sizes.disk_pages,
-                sizes.disk_sequences,
-                sizes.tail_tokens,
-                tiers.offload_dir,
-                tiers.cpu,
-                tiers.disk,
-            )
+            self.disk = DiskCache(layout, sizes, tiers)
             if self.device.type == "cuda":
                 self.disk_staging = [tiers.cpu.allocate(f"cache disk staging {i}", staging_bytes) for i in range(2)]
         self.num_open = dict.fromkeys(self.pools, 0)
-        """Sequences by home tier."""
-        self.most_open = dict(self.num_open)
-        """The same when there were most of them: what the split came to."""
+        """Sequences with an open table, by tier."""
+        self.peak_open = dict(self.num_open)
+        """The same when there were most of them: the split as it was realized."""
         self.inputs_sent: Handle = READY
         self.drained: list[Handle] = [READY] * layout.num_layers
         self.draining: list[Handle] = [READY] * layout.num_layers
@@ -103,8 +62,8 @@ class KVCache:
     @property
     def realized_percent(self) -> dict[str, float]:
         """Per cent of the sequences on each tier, when the block held most of them."""
-        total = sum(self.most_open.values()) or 1
-        return {tier: 100 * count / total for tier, count in self.most_open.items()}
+        total = sum(self.peak_open.values()) or 1
+        return {tier: 100 * count / total for tier, count in self.peak_open.items()}
 
     # Tables
 
@@ -119,35 +78,31 @@ class KVCache:
         num_tokens: int,
         prompt: Sequence[int] = (),
         shared_pages: Sequence[int] = (),
-        attend_on_cpu: bool = False,
+        cpu_attention: bool = False,
     ) -> PageTable:
-        """A table with room for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`. ``prompt``
-        enters the prefix index."""
+        """A table with pages for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`. ``prompt`` enters
+        the prefix index. ``cpu_attention``: decode tokens are attended by the CPU."""
         shared, pool = list(shared_pages), self.pools[tier]
         pool.share(shared)
         pages = shared + pool.allocate(self.layout.num_pages(num_tokens) - len(shared))
         pool.prefixes.enter(pages, prompt)
-        table = PageTable(
-            tier,
-            pages,
-            num_tokens=len(shared) * self.layout.page_tokens,
-            num_shared=len(shared),
-            attend_on_cpu=attend_on_cpu,
-        )
+        num_cached = len(shared) * self.layout.page_tokens
+        table = PageTable(tier, pages, num_cached, num_shared=len(shared), cpu_attention=cpu_attention)
         if tier == "disk":
             assert self.disk is not None
             table.tail_slot = self.disk.open()
-            self.disk.adopt(table.tail_slot, table.num_tokens)
+            self.disk.mark_flushed(table.tail_slot, table.num_tokens)
         self.num_open[tier] += 1
-        if sum(self.num_open.values()) >= sum(self.most_open.values()):
-            self.most_open = dict(self.num_open)
+        if sum(self.num_open.values()) >= sum(self.peak_open.values()):
+            self.peak_open = dict(self.num_open)
         return table
 
     def can_open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = ()) -> bool:
+        """Whether ``tier`` has pages for ``num_tokens`` tokens, of which ``shared_pages`` hold the first."""
         pool = self.pools[tier]
-        kept = sum(page in pool.kept for page in shared_pages)
-        room = pool.num_available - kept >= self.layout.num_pages(num_tokens) - len(shared_pages)
-        return room and (tier != "disk" or (self.disk is not None and bool(self.disk.free_tails)))
+        reused = sum(page in pool.evictable for page in shared_pages)
+        fits = pool.num_available - reused >= self.layout.num_pages(num_tokens) - len(shared_pages)
+        return fits and (tier != "disk" or (self.disk is not None and bool(self.disk.free_tails)))
 
     def commit(self, table: PageTable, num_tokens: int) -> None:
         """The first ``num_tokens`` tokens of the sequence are in the cache and stay; full pages may be shared from
@@ -165,35 +120,36 @@ class KVCache:
         return all(prefixes.is_ready(page) for page in table.pages[: table.num_shared])
 
     def free(self, table: PageTable) -> None:
-        """Give back a table."""
+        """Release the pages of a table."""
         if table.tier == "disk":
             assert self.disk is not None
-            # Its last rows may still be on their way to the tail, which the next sequence takes over.
+            # Its last rows may still be on their way to the tail, which becomes the next sequence's.
             self.synchronize()
             self.disk.close_tail(table.tail_slot)
         self.pools[table.tier].release(table.pages)
         table.pages = []
         self.num_open[table.tier] -= 1
 
-    # Rows
-
     def forget_prefixes(self) -> None:
         """Forget prompts of sequences that are gone: what runs next reads its prompts itself."""
         for pool in self.pools.values():
-            pool.forget_kept()
+            pool.evict_all()
+
+    # Rows
 
     def rows(self, tier: str, layer: int) -> Tensor:
         """Token rows of one layer on the gpu or cpu tier."""
         return self.layout.row_view(self.storage[tier][layer])
 
     def staging_rows(self, buffer: int) -> Tensor:
+        """Token rows of a staging buffer."""
         return self.layout.row_view(self.staging[buffer])
 
     def begin_pass(self, inputs_sent: Handle) -> None:
-        """What the last pass drained, and the page ids that ``inputs_sent`` promises, is what this pass's gathers wait
-        for.
+        """Let this pass's gathers wait for what the last pass drained, and for the page ids that ``inputs_sent``
+        promises.
 
-        What was drained before that has to be home: a sequence that had no room in the last pass is read in this
+        What was drained before that has to have arrived: a sequence that was left out of the last pass is read in this
         one.
         """
         together(*self.drained).synchronize()
@@ -201,7 +157,7 @@ class KVCache:
         self.drained, self.draining = self.draining, [READY] * self.layout.num_layers
 
     def gather(self, work: Gather, layer: int, buffer: int) -> Handle:
-        """Bring existing pages of staged sequences into a staging buffer, in the order of ``work``."""
+        """Copy existing pages of staged sequences into a staging buffer, in the order of ``work``."""
         if not work.num_pages:
             self.staging_free[buffer].wait()
             return READY
@@ -211,27 +167,19 @@ class KVCache:
         num_cpu = len(work.cpu_pages)
         if num_cpu:
             source = self.storage["cpu"][layer].view(-1, self.layout.page_bytes)
-            handles.append(
-                self.queues.pages.submit(
-                    lambda: ops.gather_pages(source, work.cpu_pages, pages[:num_cpu]),
-                    after,
-                    f"cache {layer}",
-                    num_cpu * self.layout.page_bytes,
-                )
-            )
+            num_bytes = num_cpu * self.layout.page_bytes
+            gather = partial(ops.gather_pages, source, work.cpu_pages, pages[:num_cpu])
+            handles.append(self.queues.pages.submit(gather, after, f"cache {layer}", num_bytes))
         if work.num_disk_pages:
             target = pages[num_cpu : work.num_pages]
             num_bytes = work.num_disk_pages * self.layout.page_bytes
-            handles.append(
-                self.queues.disk_read.submit(
-                    lambda: self.read_disk(work, layer, buffer, target), after, f"cache {layer}", num_bytes
-                )
-            )
+            read = partial(self.read_disk, work, layer, buffer, target)
+            handles.append(self.queues.disk_read.submit(read, after, f"cache {layer}", num_bytes))
         return together(*handles)
 
     def read_disk(self, work: Gather, layer: int, buffer: int, target: Tensor) -> Handle:
-        """Runs on the disk lane, which does not wait for its copy: that queues behind slices of weights, and the
-        next read need not."""
+        """Runs on the disk's transfer queue, which does not wait for its copy: that queues behind slices of weights,
+        and the next read need not."""
         assert self.disk is not None
         self.disk_copied[buffer].synchronize()
         host = (
@@ -247,6 +195,7 @@ class KVCache:
         return self.disk_copied[buffer]
 
     def release_staging(self, buffer: int, done: Handle) -> None:
+        """The next gather into ``buffer`` waits for ``done``, the last attention that reads it."""
         self.staging_free[buffer] = done
 
     def drain_cpu(self, layer: int, rows: Tensor, slots: Tensor, after: Handle) -> None:
@@ -263,7 +212,7 @@ class KVCache:
         self, layer: int, rows: Tensor, pages: Sequence[tuple[SequencePages, int, int, int]], after: Handle
     ) -> None:
         """Append packed token rows of disk sequences. pages: (pages, first token, number of rows, rows that may be
-        taken back) in order."""
+        rejected) in order."""
         disk, previous = self.disk, self.draining[layer]
         assert disk is not None
 
@@ -283,7 +232,7 @@ class KVCache:
 
     def keep(self, accepted: Sequence[tuple[PageTable, int, Sequence[int]]]) -> None:
         """Commit the accepted path of each tree: rows of tokens ``sources`` move to ``start``, ``start`` + 1, ... on
-        the sequence's home tier.
+        the sequence's tier.
 
         accepted: (table, start, sources), sources ascending and >= start. The rest of the tree is forgotten when
         num_tokens is set.
@@ -298,18 +247,14 @@ class KVCache:
         together(*self.draining).synchronize()
         page_tokens = self.layout.page_tokens
         for tier in ("gpu", "cpu"):
-            source_slots, target_slots = [], []
+            slots, targets = list[int](), list[int]()
             for table, start, sources in moves:
                 if table.tier == tier:
-                    source_slots += [
-                        slot for source in sources for slot in table.location.slots(source, source + 1, page_tokens)
-                    ]
-                    target_slots += table.location.slots(start, start + len(sources), page_tokens)
-            if source_slots:
+                    slots += [slot for t in sources for slot in table.location.slots(t, t + 1, page_tokens)]
+                    targets += table.location.slots(start, start + len(sources), page_tokens)
+            if slots:
                 data = self.storage[tier].view(self.layout.num_layers, -1, self.layout.token_bytes)
-                data[:, torch.tensor(target_slots, device=data.device)] = data[
-                    :, torch.tensor(source_slots, device=data.device)
-                ]
+                data[:, torch.tensor(targets, device=data.device)] = data[:, torch.tensor(slots, device=data.device)]
         for table, start, sources in moves:
             if table.tier == "disk":
                 assert self.disk is not None
@@ -327,11 +272,8 @@ class KVCache:
             return
         for tier, pool in self.pools.items():
             holders = Counter(page for table in tables if table.tier == tier for page in table.pages)
-            assert pool.references == [holders[page] for page in range(pool.num_pages)], (
-                tier,
-                pool.references,
-                holders,
-            )
+            expected = [holders[page] for page in range(pool.num_pages)]
+            assert pool.references == expected, (tier, pool.references, holders)
             assert self.num_open[tier] == sum(table.tier == tier for table in tables), (tier, self.num_open)
         tails = [table.tail_slot for table in tables if table.tier == "disk"]
         assert sorted(tails) == sorted(self.disk.flushed if self.disk is not None else []), tails
@@ -339,12 +281,12 @@ class KVCache:
             table.check(self.layout.page_tokens)
 
     def synchronize(self) -> None:
-        """Wait until everything drained is home."""
+        """Block until everything drained has arrived. Re-raises the error of a transfer."""
         together(*self.draining, *self.drained).synchronize()
 
     def close(self) -> None:
-        """Let go of everything, also after a transfer that failed."""
-        self.queues.settle()
+        """Free all memory and files, also after a transfer that failed."""
+        self.queues.synchronize()
         self.drained = self.draining = [READY] * self.layout.num_layers
         self.disk_copied = [READY, READY]
         if self.disk is not None:

@@ -1,6 +1,6 @@
 """Converted tensors as files of the offload folder: each says of which weights and which tensor it is, and proves it.
 
-A file holds the tensor's bytes, padded to ALIGNMENT, and one more block with a digest of them and of the file's label:
+A file holds the tensor's bytes, padded to ALIGNMENT, and one more page with a digest of them and of the file's label:
 checkpoint, dtype, layer, role, layout and size. It is checked before use, by reading all of it. That costs about what
 one pass costs that reads the disk tier, and a job has hundreds: damage to a single byte, a file that was cut off and
 filled up again, and one that belongs to another tensor or checkpoint are written anew instead of computed with.
@@ -19,80 +19,81 @@ from torch import Tensor
 
 from flexbatch.memory.disk_cache import aligned_empty
 from flexbatch.memory.files import ALIGNMENT, DiskFile, OffloadError, align, chunks, make_folder, write_atomically
-from flexbatch.memory.weight_plan import StoredTensor
+from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.models.fingerprint import chunk_digest, combined
 
 logger = logging.getLogger("flexbatch")
 
 FORMAT = b"FlexBatch tensor 2\n"
-"""To be raised when tensors are converted in another way: files of the old one are not found whole then."""
+"""Raise the number when tensors are converted in another way: then files of the old way are not trusted."""
 
 
-def layer_file(folder: Path, stored: StoredTensor) -> Path:
-    """Where a converted tensor lies: the folder names checkpoint and dtype, the name bits and group; the split is in
+def layer_file(folder: Path, placed: PlacedTensor) -> Path:
+    """The path of a converted tensor: the folder names checkpoint and dtype, the name bits and group; the split is in
     neither.
     """
     layout = (
-        "dense" if not stored.quantized else f"{stored.bits}bit-g{stored.group}" + ("-fit" if stored.bits == 4 else "")
+        "dense" if not placed.quantized else f"{placed.bits}bit-g{placed.group}" + ("-fit" if placed.bits == 4 else "")
     )
-    layer = "embedding" if stored.spec.layer < 0 else f"layer-{stored.spec.layer:04d}"
-    return folder / layer / f"{stored.spec.role}.{layout}.bin"
+    layer = "embedding" if placed.spec.layer < 0 else f"layer-{placed.spec.layer:04d}"
+    return folder / layer / f"{placed.spec.role}.{layout}.bin"
 
 
-def label_of(folder: Path, stored: StoredTensor) -> str:
-    path = layer_file(folder, stored)
-    return f"{folder.name}/{path.parent.name}/{path.name} {list(stored.spec.shape)} {stored.num_bytes}"
+def label_of(folder: Path, placed: PlacedTensor) -> str:
+    path = layer_file(folder, placed)
+    return f"{folder.name}/{path.parent.name}/{path.name} {list(placed.spec.shape)} {placed.num_bytes}"
 
 
-def file_bytes(stored: StoredTensor) -> int:
-    return align(stored.num_bytes) + ALIGNMENT
+def file_bytes(placed: PlacedTensor) -> int:
+    return align(placed.num_bytes) + ALIGNMENT
 
 
-def empty_buffer(stored: StoredTensor) -> Tensor:
+def empty_buffer(placed: PlacedTensor) -> Tensor:
     """uint8 [align(num_bytes)] on the host for the content of a file, aligned for direct transfers."""
-    buffer = aligned_empty(align(stored.num_bytes))
-    buffer[stored.num_bytes :] = 0
+    buffer = aligned_empty(align(placed.num_bytes))
+    buffer[placed.num_bytes :] = 0
     return buffer
 
 
 def seal(label: str, digests: list[bytes]) -> Tensor:
-    """The last block of a file."""
+    """The last ALIGNMENT bytes of a file."""
     content = FORMAT + combined(label, digests).encode() + b"\n"
     return torch.frombuffer(bytearray(content.ljust(ALIGNMENT, b"\0")), dtype=torch.uint8)
 
 
-def write_layer_file(folder: Path, stored: StoredTensor, buffer: Tensor, pool: ThreadPoolExecutor) -> DiskFile:
+def write_layer_file(folder: Path, placed: PlacedTensor, buffer: Tensor, pool: ThreadPoolExecutor) -> DiskFile:
     """Write a tensor's bytes (`empty_buffer`), atomically, and open what was written. Raises OffloadError."""
-    path = layer_file(folder, stored)
+    path = layer_file(folder, placed)
     make_folder(folder)
     make_folder(path.parent)
     digests = list(pool.map(lambda part: chunk_digest(buffer[part[0] : part[1]].numpy().data), chunks(len(buffer))))
-    last = seal(label_of(folder, stored), digests)
-    write_atomically(path, [buffer, last], file_bytes(stored))
+    last = seal(label_of(folder, placed), digests)
+    write_atomically(path, [buffer, last], file_bytes(placed))
     with contextlib.ExitStack() as stack:
         file = DiskFile(path)
         stack.callback(file.close)
         # Another process may have replaced it meanwhile, but only with its equal.
-        if file.num_bytes != file_bytes(stored) or not torch.equal(read_block(file, len(buffer)), last):
+        if file.num_bytes != file_bytes(placed) or not torch.equal(read_seal(file, len(buffer)), last):
             problem = f"{path} was replaced by something else; name a folder of its own in --offload-dir"
             raise OffloadError(errno.EEXIST, problem)
         stack.pop_all()
     return file
 
 
-def read_block(file: DiskFile, offset: int) -> Tensor:
-    block = aligned_empty(ALIGNMENT)
-    file.read(block, offset)
-    return block
+def read_seal(file: DiskFile, offset: int) -> Tensor:
+    """The ALIGNMENT bytes at ``offset``."""
+    last = aligned_empty(ALIGNMENT)
+    file.read(last, offset)
+    return last
 
 
 def open_layer_file(
-    folder: Path, stored: StoredTensor, pool: ThreadPoolExecutor, buffer: Tensor | None = None
+    folder: Path, placed: PlacedTensor, pool: ThreadPoolExecutor, buffer: Tensor | None = None
 ) -> DiskFile | None:
     """The tensor's file, checked whole; None where there is none that can be trusted. ``buffer`` (`empty_buffer`) takes
     its content.
     """
-    path = layer_file(folder, stored)
+    path = layer_file(folder, placed)
     try:
         # A symbolic link in place of a folder is nobody's weights, whatever it leads to.
         if (
@@ -108,16 +109,16 @@ def open_layer_file(
     with contextlib.ExitStack() as stack:
         stack.callback(file.close)
         with contextlib.suppress(OffloadError):
-            if whole(file, folder, stored, pool, buffer):
+            if whole(file, folder, placed, pool, buffer):
                 stack.pop_all()
                 return file
     logger.warning("%s is damaged, or not what its name says: it is written again", path)
     return None
 
 
-def whole(file: DiskFile, folder: Path, stored: StoredTensor, pool: ThreadPoolExecutor, buffer: Tensor | None) -> bool:
+def whole(file: DiskFile, folder: Path, placed: PlacedTensor, pool: ThreadPoolExecutor, buffer: Tensor | None) -> bool:
     """Whether size, format, label and every byte are right."""
-    if file.num_bytes != file_bytes(stored):
+    if file.num_bytes != file_bytes(placed):
         return False
 
     def digest(part: tuple[int, int]) -> bytes:
@@ -126,5 +127,5 @@ def whole(file: DiskFile, folder: Path, stored: StoredTensor, pool: ThreadPoolEx
         file.read(data, start)
         return chunk_digest(data.numpy().data)
 
-    digests = list(pool.map(digest, chunks(align(stored.num_bytes))))
-    return torch.equal(read_block(file, align(stored.num_bytes)), seal(label_of(folder, stored), digests))
+    digests = list(pool.map(digest, chunks(align(placed.num_bytes))))
+    return torch.equal(read_seal(file, align(placed.num_bytes)), seal(label_of(folder, placed), digests))

@@ -29,35 +29,54 @@ class CacheLayout:
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token in one layer."""
+        """Bytes of keys and values of one token in one layer."""
         return reference.token_bytes(self.num_kv_heads, self.head_dim, self.bits, self.group, self.dtype.itemsize)
 
     @property
     def page_bytes(self) -> int:
-        """One page in one layer."""
+        """Bytes of one page in one layer."""
         return self.page_tokens * self.token_bytes
 
     @property
     def disk_page_bytes(self) -> int:
-        """A page on disk starts at an aligned offset."""
+        """Bytes of one page on disk, where pages start at aligned offsets."""
         return align(self.page_bytes)
 
     def num_pages(self, num_tokens: int) -> int:
+        """Pages of ``num_tokens`` tokens, the last one partly filled."""
         return -(-num_tokens // self.page_tokens)
 
     def row_view(self, data: Tensor) -> Tensor:
         """uint8 [n * token_bytes] as token rows: [n, 2, num_kv_heads, head_dim] in the compute dtype, or [n,
-        token_bytes] when quantised."""
+        token_bytes] when quantized."""
         if self.bits == 16:
             return data.view(self.dtype).view(-1, 2, self.num_kv_heads, self.head_dim)
         return data.view(-1, self.token_bytes)
 
 
+@dataclass(frozen=True)
+class CacheSizes:
+    """Pages of each tier, and the largest staged micro-batch."""
+
+    gpu_pages: int
+    cpu_pages: int
+    disk_pages: int
+    staging_pages: int
+    """Pages of one micro-batch whose cache is not on the gpu tier: one staging buffer; there are two."""
+    disk_sequences: int = 0
+    tail_tokens: int = 0
+    """Of each disk sequence and layer, token rows that are held in host memory until their page is full."""
+
+    def pages(self, tier: str) -> int:
+        """Pages of one tier."""
+        return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]
+
+
 class PagePool:
     """Page ids of one tier, with reference counts: shared prefixes hold a page together.
 
-    A page of a prompt that nobody holds any more is not forgotten at once: it stays in the prefix index until its
-    room is needed (oldest first).
+    A page of a prompt that nobody holds any more is not forgotten at once: it stays in the prefix index, evictable,
+    until it is needed (oldest first).
     """
 
     def __init__(self, tier: str, num_pages: int, page_tokens: int) -> None:
@@ -65,22 +84,24 @@ class PagePool:
         self.free_pages = list(range(num_pages - 1, -1, -1))
         self.references = [0] * num_pages
         self.prefixes = PrefixIndex(page_tokens)
-        self.kept: dict[int, None] = {}
+        self.evictable: dict[int, None] = {}
         """Indexed pages without a holder, in the order of their release."""
 
     @property
     def num_available(self) -> int:
-        """Pages that `allocate` can give."""
-        return len(self.free_pages) + len(self.kept)
+        """Pages that `allocate` can hand out."""
+        return len(self.free_pages) + len(self.evictable)
 
     def allocate(self, count: int) -> list[int]:
+        """Returns ``count`` pages with one reference each, evicting the oldest evictable pages where too few are
+        free."""
         assert count <= self.num_available, (
             f"{self.tier}: {count} pages wanted, {self.num_available} available of {self.num_pages}; admission must "
             "ask first"
         )
         while len(self.free_pages) < count:
-            page = next(iter(self.kept))
-            del self.kept[page]
+            page = next(iter(self.evictable))
+            del self.evictable[page]
             self.prefixes.forget(page)
             self.free_pages.append(page)
         pages = [self.free_pages.pop() for _ in range(count)]
@@ -89,46 +110,48 @@ class PagePool:
         return pages
 
     def share(self, pages: list[int]) -> None:
+        """Add one reference to each page."""
         for page in pages:
-            assert self.references[page] > 0 or page in self.kept, (
+            assert self.references[page] > 0 or page in self.evictable, (
                 f"{self.tier}: page {page} is shared but its content is gone"
             )
-            self.kept.pop(page, None)
+            self.evictable.pop(page, None)
             self.references[page] += 1
 
     def release(self, pages: list[int]) -> None:
-        """Give up one reference each, the last page first: a page never outlives the pages before it in the index."""
+        """Drop one reference to each page, the last page first: a page never outlives the pages before it in the
+        index."""
         for page in reversed(pages):
             self.references[page] -= 1
             if self.references[page] > 0:
                 continue
             if self.prefixes.is_ready(page):
-                self.kept[page] = None
+                self.evictable[page] = None
             else:
                 self.prefixes.forget(page)
                 self.free_pages.append(page)
 
-    def forget_kept(self) -> None:
-        """Free the pages that nobody holds: a prompt that comes again is read again."""
-        for page in self.kept:
+    def evict_all(self) -> None:
+        """Free the pages that nobody holds: a prompt that comes again is computed again."""
+        for page in self.evictable:
             self.prefixes.forget(page)
-        self.free_pages += self.kept
-        self.kept.clear()
+        self.free_pages += self.evictable
+        self.evictable.clear()
 
     def check(self) -> None:
-        """Invariants: every page is free, kept or held, and only one of them; indexed pages are not free; who holds
-        a page holds those before it."""
+        """Invariants: every page is free, evictable or held, and only one of them; indexed pages are not free; who
+        holds a page holds those before it."""
         assert len(set(self.free_pages)) == len(self.free_pages)
         free = set(self.free_pages)
         for page, references in enumerate(self.references):
-            assert (references > 0) + (page in free) + (page in self.kept) == 1 and references >= 0, (
+            assert (references > 0) + (page in free) + (page in self.evictable) == 1 and references >= 0, (
                 self.tier,
                 page,
                 references,
             )
-        assert len(free) + len(self.kept) + sum(references > 0 for references in self.references) == self.num_pages
+        assert len(free) + len(self.evictable) + sum(references > 0 for references in self.references) == self.num_pages
         assert not free & set(self.prefixes.keys)
-        assert self.kept.keys() <= self.prefixes.ready, (self.tier, self.kept.keys() - self.prefixes.ready)
+        assert self.evictable.keys() <= self.prefixes.ready, (self.tier, self.evictable.keys() - self.prefixes.ready)
         followers = [0] * self.num_pages
         for page, (before, _) in self.prefixes.keys.items():
             if before >= 0:
@@ -143,14 +166,14 @@ class PagePool:
 
 @dataclass(frozen=True)
 class SequencePages:
-    """Where the cache of one sequence lies, as plain data: what a pass needs of its `PageTable`."""
+    """The pages of one sequence as plain data: the part of its `PageTable` that a pass needs."""
 
     tier: str
     pages: tuple[int, ...]
     tail_slot: int = -1
     """Index of a disk sequence's open page in host memory (-1 on other tiers)."""
-    attend_on_cpu: bool = False
-    """A cpu sequence whose decode tokens are attended where the cache lies."""
+    cpu_attention: bool = False
+    """Whether decode tokens of this cpu sequence are attended by the CPU, where the cache lies."""
 
     @cached_property
     def page_ids(self) -> np.ndarray:
@@ -162,11 +185,26 @@ class SequencePages:
         return [self.pages[t // page_tokens] * page_tokens + t % page_tokens for t in range(start, end)]
 
 
+@dataclass(frozen=True)
+class Gather:
+    """What is copied to staging for one micro-batch: existing pages, the cpu ones first, then those of disk
+    sequences, each as (pages, number of tokens)."""
+
+    cpu_pages: Tensor
+    """[n] int32 page ids, on the compute device."""
+    disk_pages: tuple[tuple[SequencePages, int], ...]
+    num_disk_pages: int
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.cpu_pages) + self.num_disk_pages
+
+
 @dataclass
 class PageTable:
-    """The cache of one sequence: its home tier, its pages there, and how many tokens are valid.
+    """The cache of one sequence: its tier, its pages there, and how many tokens are valid.
 
-    ``tail_slot`` is the place of a disk sequence's open page in host memory (-1 on other tiers).
+    ``tail_slot`` is the index of a disk sequence's open page in host memory (-1 on other tiers).
     """
 
     tier: str
@@ -175,13 +213,13 @@ class PageTable:
     num_shared: int = 0
     """Leading pages that belong to a shared prefix and are never written."""
     tail_slot: int = -1
-    attend_on_cpu: bool = False
-    """A cpu sequence whose decode tokens are attended where the cache lies."""
+    cpu_attention: bool = False
+    """Whether decode tokens of this cpu sequence are attended by the CPU, where the cache lies."""
 
     @cached_property
     def location(self) -> SequencePages:
         """The pages as plain data: they are the same until the sequence is gone."""
-        return SequencePages(self.tier, tuple(self.pages), self.tail_slot, self.attend_on_cpu)
+        return SequencePages(self.tier, tuple(self.pages), self.tail_slot, self.cpu_attention)
 
     def check(self, page_tokens: int) -> None:
         """Invariants: no page twice, valid tokens have a page, shared pages are full, and only a disk sequence has a
@@ -193,4 +231,4 @@ class PageTable:
             len(self.pages),
         )
         assert (self.tail_slot >= 0) == (self.tier == "disk" and bool(self.pages)), (self.tier, self.tail_slot)
-        assert not self.attend_on_cpu or self.tier == "cpu", self.tier
+        assert not self.cpu_attention or self.tier == "cpu", self.tier

@@ -1,4 +1,4 @@
-"""Which page holds which beginning of a prompt: the index behind shared prefixes."""
+"""The index behind shared prefixes: which page holds which beginning of a prompt."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class PrefixIndex:
             self.keys[pages[i]] = key
 
     def mark_ready(self, pages: Sequence[int]) -> None:
-        """The tokens of these pages are in the cache now."""
+        """Note that the tokens of these pages are in the cache now."""
         self.ready.update(page for page in pages if page in self.keys)
 
     def is_ready(self, page: int) -> bool:
         return page in self.ready
 
     def forget(self, page: int) -> None:
-        """The page is given to somebody else."""
+        """Remove a page that is about to be reused."""
         key = self.keys.pop(page, None)
         if key is not None:
             del self.pages[key]

@@ -32,23 +32,23 @@ class ReadAhead:
         ``read(layer, buffer)`` blocks."""
         self.num_bytes, self.buffers, self.read, self.queues = num_bytes, list(buffers), read, queues
         self.layers = list(num_bytes)
-        self.next_place = 0
+        self.next_index = 0
         self.reads: dict[int, tuple[int, FutureHandle]] = {}
         """Layers that are read or being read: their buffer, and when they are there."""
         self.free_after: list[Handle] = [READY] * len(self.buffers)
 
     def expect(self, layer: int) -> None:
-        """Have ``layer`` read, unless it is: it comes first, when a job ended before the layer was used."""
+        """Start reading at ``layer``, unless it is being read: a job may have ended before the layer that is next."""
         if layer not in self.reads:
             self.forget()
-            self.next_place = self.layers.index(layer)
+            self.next_index = self.layers.index(layer)
             self.fill()
 
     def fill(self) -> None:
         """Read the next layers into the buffers that nobody owns."""
         owned = {buffer for buffer, _ in self.reads.values()}
         for buffer in range(len(self.buffers)):
-            layer = self.layers[self.next_place]
+            layer = self.layers[self.next_index]
             if buffer in owned or layer in self.reads:
                 continue
             job = partial(self.read, layer, self.buffers[buffer][: self.num_bytes[layer]])
@@ -56,10 +56,10 @@ class ReadAhead:
                 buffer,
                 self.queues.disk_read.submit(job, self.free_after[buffer], f"weights {layer}", self.num_bytes[layer]),
             )
-            self.next_place = (self.next_place + 1) % len(self.layers)
+            self.next_index = (self.next_index + 1) % len(self.layers)
 
     def arrived(self, layer: int) -> bool:
-        """Whether `copy_to_device` would not have to wait."""
+        """Whether the layer is there, so that `copy_to_device` need not wait."""
         return layer in self.reads and self.reads[layer][1].done
 
     def copy_to_device(self, layer: int, target: Tensor, after: Handle) -> Handle:
@@ -68,17 +68,20 @@ class ReadAhead:
         self.expect(layer)
         buffer, read = self.reads.pop(layer)
         read.synchronize()
-        rows, places = (x.view(-1, ALIGNMENT) for x in (self.buffers[buffer][: self.num_bytes[layer]], target))
+        rows, target_rows = (x.view(-1, ALIGNMENT) for x in (self.buffers[buffer][: self.num_bytes[layer]], target))
         handle = self.queues.staged.submit(
-            lambda: self.queues.copy_to_device(rows, places), after, f"weights {layer} from disk", self.num_bytes[layer]
+            lambda: self.queues.copy_to_device(rows, target_rows),
+            after,
+            f"weights {layer} from disk",
+            self.num_bytes[layer],
         )
         self.free_after[buffer] = handle
         self.fill()
         return handle
 
     def forget(self) -> None:
-        """Wait for what is being read, and use none of it: an error is nobody's."""
-        self.queues.disk_read.settle()
+        """Wait for the reads under way, and use none of them: nobody waits for their errors."""
+        self.queues.disk_read.synchronize()
         self.reads.clear()
 
     def forget_failed(self) -> None:

@@ -1,4 +1,4 @@
-"""Rotary tables of the positions that a block reaches, on the gpu tier."""
+"""Rotary tables for the positions of a block's sequences, on the gpu tier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.rope import RopeTables, fill_tables, num_tables
 
 POSITION_STEP = 256
-"""Tables hold a multiple of so many positions, so that requests of a stream do not make them grow one by one."""
+"""Tables hold a multiple of this many positions, so that requests of a stream do not make them grow one by one."""
 
 
 def table_positions(longest: int, max_positions: int) -> int:
@@ -18,7 +18,7 @@ def table_positions(longest: int, max_positions: int) -> int:
 
 
 def table_bytes(arch: Arch, longest: int, dtype: torch.dtype) -> int:
-    """Of the tables for sequences of ``longest`` tokens; 0 for a model that does not rotate."""
+    """Bytes of the tables for sequences of ``longest`` tokens; 0 for a model that does not rotate."""
     return num_tables(arch) * table_positions(longest, arch.max_positions) * (arch.rotary_dim // 2) * dtype.itemsize
 
 
@@ -31,11 +31,11 @@ class Rotary:
         self.num_positions = 0
         self.tables: RopeTables | None = None
         """None when the model does not rotate."""
-        self.reach(longest)
+        self.grow_to(longest)
 
-    def reach(self, longest: int) -> bool:
-        """Hold sequences of so many tokens. Whether the tables had to grow: then those before are gone. The caller
-        has checked the budgets."""
+    def grow_to(self, longest: int) -> bool:
+        """Make the tables long enough for sequences of ``longest`` tokens. Returns whether they had to grow: then the
+        tables before are gone. The caller has checked the budgets."""
         positions = table_positions(longest, self.arch.max_positions)
         if positions <= self.num_positions:
             return False

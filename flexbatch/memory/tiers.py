@@ -58,7 +58,7 @@ def check_budgets(needs: Iterable[MemoryRequirement], budgets: dict[str, int]) -
 
 
 class HostArena:
-    """One exact-size block of host memory, pinned when a CUDA device will read it.
+    """One exact-size piece of host memory, pinned when a CUDA device will read it.
 
     torch's own pinned allocator rounds up to powers of two, which wastes 20 to 30 % of the host for the sizes that
     matter here. The mapping is private because Linux gives shared memory no huge pages unless told to. With them 4.5
@@ -196,20 +196,20 @@ class Tiers:
 
     @contextlib.contextmanager
     def all_or_nothing(self) -> Iterator[Callable[[], None]]:
-        """What is allocated and opened in the body stays if all of it succeeds; else all of it is given back. Yields a
-        function that gives it back later.
+        """Keep what is allocated and opened in the body if all of it succeeds; else free all of it. Yields a function
+        that frees it later.
         """
         before = [set(pool.used_bytes) for pool in self.pools]
 
-        def give_back() -> None:
+        def undo() -> None:
             for pool, names in zip(self.pools, before, strict=True):
                 for what in [name for name in pool.used_bytes if name not in names]:
                     pool.free(what)
 
         try:
-            yield give_back
+            yield undo
         except BaseException as error:
-            give_back()
+            undo()
             # The frames of the error hold what they had allocated for as long as it is handled, and longer at a prompt.
             traceback.clear_frames(error.__traceback__)
             raise
@@ -221,14 +221,3 @@ class Tiers:
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
-
-
-def host_memory_bytes() -> int:
-    """Memory that can be had without swapping (MemAvailable)."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

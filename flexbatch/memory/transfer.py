@@ -1,7 +1,7 @@
-"""Asynchronous work beside compute: lanes take jobs, handles say when a job's result may be used.
+"""Asynchronous work beside compute: transfer queues run jobs, handles say when a job's result may be used.
 
-On CUDA a link lane is a stream and a handle is an event; on the CPU, and for the disk and CPU attention, a lane is a
-set of worker threads and a handle is a future. Both kinds are waited on in the same way, so the executor is written
+On CUDA a queue of the link is a stream and a handle is an event; on the CPU, and for the disk and CPU attention, a
+queue is a worker thread and a handle is a future. Both kinds are waited on in the same way, so the executor is written
 once.
 """
 
@@ -23,7 +23,7 @@ from flexbatch.trace import Tracer
 ROW_BYTES = 16
 """The kernel that reads host memory moves rows of multiples of this."""
 MAX_ROWS = 1 << 19
-"""Rows that it brings at once, at most: 8 MiB of the smallest."""
+"""Rows that it moves at once, at most: 8 MiB of the smallest."""
 
 
 class Handle(Protocol):
@@ -107,6 +107,7 @@ class AllHandles:
 
 
 def together(*handles: Handle) -> Handle:
+    """One handle for several."""
     pending = [handle for handle in handles if handle is not READY]
     return pending[0] if len(pending) == 1 else AllHandles(pending) if pending else READY
 
@@ -143,10 +144,10 @@ class ThreadQueue:
     def guard(self, tensor: Tensor) -> None:
         """The job holds the tensor itself: nothing to do on a thread."""
 
-    def settle(self) -> None:
-        """Wait until the worker and its stream are idle, whatever became of the jobs: their errors are the waiters'
+    def synchronize(self) -> None:
+        """Block until the worker and its stream are idle, whatever became of the jobs: their errors are the waiters'
         on their handles."""
-        # A pool that is closed takes nothing; at the interpreter's end Python waits for the workers, then runs
+        # A pool that is closed accepts no job; at the interpreter's end Python waits for the workers, then runs
         # finalizers that close an engine.
         try:
             self.pool.submit(lambda: None).result()
@@ -197,8 +198,8 @@ class StreamQueue:
         with it."""
         tensor.record_stream(self.stream)
 
-    def settle(self) -> None:
-        """Wait until the stream is idle."""
+    def synchronize(self) -> None:
+        """Block until the stream is idle."""
         self.stream.synchronize()
 
     def check(self) -> None:
@@ -213,7 +214,7 @@ TransferQueue = ThreadQueue | StreamQueue
 
 
 class TransferQueues:
-    """The lanes of one compute device: both directions of the link, the disk, and CPU attention."""
+    """The transfer queues of one compute device: both directions of the link, the disk, and CPU attention."""
 
     def __init__(self, device: torch.device, tracer: Tracer, disk_threads: int = DISK_THREADS) -> None:
         self.device, self.tracer = device, tracer
@@ -233,7 +234,8 @@ class TransferQueues:
         self.row_ids = torch.arange(MAX_ROWS, dtype=torch.int32, device=device) if cuda else torch.empty(0)
 
     def mark(self) -> Handle:
-        """A handle of all compute issued so far on the current stream; on the CPU compute is done when it returns."""
+        """Returns a handle of all compute issued so far on the current stream; on the CPU compute is done when it
+        returns."""
         if self.device.type != "cuda":
             return READY
         event = torch.cuda.Event()
@@ -265,10 +267,10 @@ class TransferQueues:
             moved[queue.resource] = moved.get(queue.resource, 0) + queue.num_bytes
         return moved
 
-    def settle(self) -> None:
-        """Wait until nothing is on its way any more, whatever became of it."""
+    def synchronize(self) -> None:
+        """Block until nothing is on its way any more, whatever became of it."""
         for queue in self.all_queues:
-            queue.settle()
+            queue.synchronize()
 
     def check(self) -> None:
         for queue in self.all_queues:

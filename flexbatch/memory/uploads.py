@@ -26,25 +26,25 @@ class Uploads:
         self.half, self.cursor = 0, 0
 
     def begin_pass(self) -> None:
-        """Take the other half, once the device has read what was there two passes ago."""
+        """Switch to the other half, once the device has read what was there two passes ago."""
         if self.copies:
             self.read[self.half] = self.queues.mark()
             self.half, self.cursor = 1 - self.half, 0
             self.read[self.half].synchronize()
 
     def send(self, array: np.ndarray) -> Tensor:
-        """The array as a tensor on the compute device."""
+        """Returns the array as a tensor on the compute device."""
         source = torch.from_numpy(array)
         if not self.copies or array.size == 0:
             return source.to(self.device)
         num_bytes = align(array.nbytes, ROW_BYTES)
         if self.cursor + num_bytes > INPUT_BUFFER_BYTES:
             return source.to(self.device, non_blocking=True)
-        place = self.halves[self.half][self.cursor : self.cursor + num_bytes]
+        staged = self.halves[self.half][self.cursor : self.cursor + num_bytes]
         self.cursor += num_bytes
-        place[: array.nbytes].copy_(source.view(-1).view(torch.uint8))
+        staged[: array.nbytes].copy_(source.view(-1).view(torch.uint8))
         target = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        self.queues.copy_to_device(place.view(-1, ROW_BYTES), target.view(-1, ROW_BYTES))
+        self.queues.copy_to_device(staged.view(-1, ROW_BYTES), target.view(-1, ROW_BYTES))
         return target[: array.nbytes].view(source.dtype).view(source.shape)
 
     def check(self) -> None:

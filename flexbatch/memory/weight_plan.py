@@ -17,15 +17,15 @@ from flexbatch.policy.policy import TIERS, Split
 SLAB_ALIGNMENT = 256
 """Bytes. Every tensor in a slab starts at a multiple, which is what vector loads and cuBLAS want."""
 QUANTIZED_ROLES = frozenset({"qkv.weight", "o.weight", "gate_up.weight", "up.weight", "down.weight"})
-"""The matrices of a block. Norms, biases, embedding and head keep the compute dtype: they are under 3 % of a large
-model and the most sensitive part."""
+"""The matrices of a decoder layer. Norms, biases, embedding and head keep the compute dtype: they are under 3 % of a
+large model and the most sensitive part."""
 GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight"})
-"""Tables whose rows are gathered where they live; never shipped."""
+"""Tables whose rows are gathered where they lie; a whole table never crosses the link."""
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in its home: ``offset`` is its place in the slab of its layer and tier."""
+class PlacedTensor:
+    """One tensor with its placement: ``offset`` is where it starts in the slab of its layer and tier, in bytes."""
 
     spec: WeightSpec
     tier: str
@@ -66,23 +66,24 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """The home of every tensor. ``layers[j]`` are the tensors that layer j fetches or holds; ``gathered`` are tables
-    outside any layer.
+    """The placement of every tensor. ``layers[j]`` are the tensors that layer j fetches or holds; ``gathered`` are
+    tables outside any layer.
 
-    With tied embeddings the table is a tensor of the head, and its rows are gathered from its home as well.
+    With tied embeddings the table is a tensor of the head, and its rows are gathered from where it lies as well.
     """
 
     arch: Arch
     split: Split
-    layers: tuple[tuple[StoredTensor, ...], ...]
-    gathered: tuple[StoredTensor, ...]
-    resident: tuple[StoredTensor, ...]
+    layers: tuple[tuple[PlacedTensor, ...], ...]
+    gathered: tuple[PlacedTensor, ...]
+    resident: tuple[PlacedTensor, ...]
     """Small tensors of the embedding stage (norm, projection) that stay on the compute device, whatever the split."""
     num_slabs: int = 2
     """Working slabs: layers that are in use or on their way together."""
 
     @cached_property
-    def all_tensors(self) -> tuple[StoredTensor, ...]:
+    def all_tensors(self) -> tuple[PlacedTensor, ...]:
+        """Every tensor once, those outside of the layers first."""
         return (*self.gathered, *self.resident, *(tensor for layer in self.layers for tensor in layer))
 
     def layer_bytes(self, layer: int, tier: str) -> int:
@@ -101,8 +102,8 @@ class WeightPlan:
         }
 
     def streamed_bytes(self, layer: int) -> int:
-        """What crosses the link for one layer of one pass: the disk part comes first in the working slab, then the
-        cpu part."""
+        """Returns the bytes that cross the link for one layer of one pass: the disk part comes first in the working
+        slab, then the cpu part."""
         return self.layer_bytes(layer, "disk") + self.layer_bytes(layer, "cpu")
 
     @cached_property
@@ -111,8 +112,8 @@ class WeightPlan:
         return max(self.streamed_bytes(layer) for layer in range(len(self.layers)))
 
     def dequantization_bytes(self, stage: str) -> int:
-        """Room to expand the quantised tensors of one stage ("pre": before attention, "post": after it) of any
-        layer."""
+        """Size of the buffer for the dequantized tensors of one stage ("pre": before attention, "post": after it) of
+        any layer."""
         return max(
             sum(
                 align(tensor.dense_bytes, SLAB_ALIGNMENT)
@@ -123,7 +124,7 @@ class WeightPlan:
         )
 
     def tier_bytes(self, tier: str) -> int:
-        """All weight bytes whose home is ``tier``."""
+        """All weight bytes on ``tier``."""
         outside = sum(
             align(tensor.num_bytes, slab_alignment(tier))
             for tensor in (*self.gathered, *self.resident)
@@ -142,10 +143,12 @@ class WeightPlan:
 
 
 def slab_alignment(tier: str) -> int:
+    """Bytes at a multiple of which every tensor of a slab on ``tier`` starts."""
     return ALIGNMENT if tier == "disk" else SLAB_ALIGNMENT
 
 
 def stage_of(role: str) -> str:
+    """The half of a layer that uses a matrix: "pre", up to attention, or "post"."""
     return "pre" if role == "qkv.weight" else "post"
 
 
@@ -160,25 +163,25 @@ def plan_weights(
 ) -> WeightPlan:
     """Spread all tensors of the model over the tiers by error diffusion.
 
-    ``prequantized`` maps roles of a checkpoint that is quantised already to their (bits, group), which then win over
+    ``prequantized`` maps roles of a checkpoint that is quantized already to their (bits, group), which then win over
     ``bits``.
     """
     specs = list(weight_specs(arch))
     formats = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs}
     floating = [spec for spec in specs if spec.layer >= 0 or spec.role in GATHERED_ROLES]
-    unplaced = [StoredTensor(spec, "gpu", *formats[spec], element_bytes) for spec in floating]
+    unplaced = [PlacedTensor(spec, "gpu", *formats[spec], element_bytes) for spec in floating]
     tiers = spread((tensor.num_bytes for tensor in unplaced), split)
     head = arch.num_layers
-    groups: dict[int, list[StoredTensor]] = {layer: [] for layer in range(-1, head + 1)}
+    groups: dict[int, list[PlacedTensor]] = {layer: [] for layer in range(-1, head + 1)}
     offsets: dict[tuple[int, str], int] = {}
     for tensor, tier in zip(unplaced, tiers, strict=True):
         spec = tensor.spec
         layer = head if spec.role == "embed.weight" and arch.tie_word_embeddings else spec.layer
         offset = offsets.get((layer, tier), 0)
         offsets[layer, tier] = offset + align(tensor.num_bytes, slab_alignment(tier))
-        groups[layer].append(StoredTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
+        groups[layer].append(PlacedTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
     resident = tuple(
-        StoredTensor(spec, "gpu", 16, group, element_bytes)
+        PlacedTensor(spec, "gpu", 16, group, element_bytes)
         for spec in specs
         if spec.layer < 0 and spec.role not in GATHERED_ROLES
     )
@@ -190,6 +193,7 @@ def plan_weights(
 def tensor_format(
     spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, tuple[int, int]]
 ) -> tuple[int, int]:
+    """(bits, group) of a tensor; see `plan_weights`."""
     if spec.role in prequantized:
         return prequantized[spec.role]
     return (bits, group) if spec.role in QUANTIZED_ROLES and len(spec.shape) == 2 else (16, group)

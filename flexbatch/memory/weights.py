@@ -1,4 +1,4 @@
-"""The home of each layer's weights, and their way to the compute device: fetch ahead, use, release."""
+"""Where each layer's weights are, and their way to the compute device: fetch ahead, use, release."""
 
 from __future__ import annotations
 
@@ -12,39 +12,21 @@ from torch import Tensor
 from flexbatch.kernels import ops
 from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.read_ahead import ReadAhead
+from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
-from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, StoredTensor, WeightPlan, slab_alignment, stage_of
+from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, slab_alignment
 
 
 @dataclass
 class SlabLease:
-    """A working slab in the hands of one layer, from its first fetch to its release."""
+    """The lease of a working slab by one layer, from its first fetch to its release."""
 
     slab: int
     handles: list[Handle] = field(default_factory=list)
     slices_fetched: int = 0
     waits_for_disk: bool = False
-    """Its part from the disk has not been sent on from staging yet."""
-
-
-@dataclass
-class TensorView:
-    """A tensor where it can be used: dense, or codes and parameters still to be expanded."""
-
-    stored: StoredTensor
-    dense: Tensor | None = None
-    codes: Tensor | None = None
-    parameters: Tensor | None = None
-
-
-def view_of(slab: Tensor, stored: StoredTensor, start: int, dtype: torch.dtype) -> TensorView:
-    """The tensor that lies at byte ``start`` of a uint8 slab."""
-    if not stored.quantized:
-        return TensorView(stored, dense=slab[start : start + stored.dense_bytes].view(dtype).view(stored.spec.shape))
-    codes = slab[start : start + math.prod(stored.codes_shape)].view(stored.codes_shape)
-    parameters = slab[start + stored.codes_bytes : start + stored.num_bytes].view(dtype).view(stored.parameters_shape)
-    return TensorView(stored, codes=codes, parameters=parameters)
+    """Whether its part from the disk has not been copied from staging to the slab yet."""
 
 
 def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
@@ -54,24 +36,24 @@ def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tupl
 
 
 class WeightStore:
-    """Weights over the tiers. One owner per working slab: a layer claims it, fetches into it, computes, and releases it
+    """Weights over the tiers. One owner per working slab: a layer leases it, fetches into it, computes, and releases it
     with a handle.
 
-    ``homes`` holds the views of gpu and cpu tensors; disk tensors are files (one per tensor, aligned, complete once
-    they have their name).
+    ``views`` holds the tensors of the gpu and cpu tiers by (layer, role); disk tensors are ``files`` (one per tensor,
+    aligned, complete once they have their name).
     """
 
     def __init__(
         self, plan: WeightPlan, tiers: Tiers, queues: TransferQueues, dtype: torch.dtype, staged: bool | None = None
     ) -> None:
-        """``staged``: whether disk tensors stop over in host memory, as they do on their way to a GPU (None: if
-        there is one)."""
+        """``staged``: whether disk tensors pass through host memory, as they do on their way to a GPU (None: if
+        there is one). Raises DoesNotFitError."""
         self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
         self.device = queues.device
-        self.homes: dict[tuple[int, str], TensorView] = {}
+        self.views: dict[tuple[int, str], TensorView] = {}
         self.files: dict[tuple[int, str], DiskFile] = {}
         self.cpu_slabs: dict[int, Tensor] = {}
-        self.allocate_homes()
+        self.allocate_tensors()
         streamed = plan.slab_bytes
         self.slabs = (
             [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
@@ -79,19 +61,14 @@ class WeightStore:
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
         staged = bool(disk_bytes) and (self.device.type == "cuda" if staged is None else staged)
         staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
-        self.disk_homed = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
-        on_disk = {layer: plan.layer_bytes(layer, "disk") for layer, tensors in enumerate(self.disk_homed) if tensors}
+        self.disk_tensors = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
+        on_disk = {layer: plan.layer_bytes(layer, "disk") for layer, tensors in enumerate(self.disk_tensors) if tensors}
         self.read_ahead = ReadAhead(on_disk, staging, self.read_disk, queues) if staging else None
         """None: disk tensors are read straight into slabs."""
         self.free_after: list[Handle] = [READY] * len(self.slabs)
         self.leases: dict[int, SlabLease] = {}
         self.next_slab = 0
-        self.expansion = {
-            stage: tiers.gpu.allocate(f"weight expansion {stage}", plan.dequantization_bytes(stage))
-            for stage in ("pre", "post")
-            if plan.dequantization_bytes(stage)
-        }
-        self.expanded: dict[str, int] = {}
+        self.dequantization = DequantizationBuffers(plan, tiers.gpu, dtype)
         self.ready: dict[int, dict[str, Tensor]] = {}
         self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
         """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
@@ -106,24 +83,24 @@ class WeightStore:
         """Whether the next layer can be fetched before another is released."""
         return len(self.leases) < len(self.slabs)
 
-    def allocate_homes(self) -> None:
+    def allocate_tensors(self) -> None:
         """One allocation per tier for all resident tensors."""
         for tier, pool in (("gpu", self.tiers.gpu), ("cpu", self.tiers.cpu)):
             slab = pool.allocate("weights", self.plan.tier_bytes(tier))
             cursor = 0
             for layer, tensors in [*enumerate(self.plan.layers), (-1, (*self.plan.gathered, *self.plan.resident))]:
                 start = cursor
-                for stored in tensors:
-                    if stored.tier == tier:
-                        self.homes[stored.spec.layer, stored.spec.role] = view_of(slab, stored, cursor, self.dtype)
-                        cursor += align(stored.num_bytes, slab_alignment(tier))
+                for placed in tensors:
+                    if placed.tier == tier:
+                        self.views[placed.spec.layer, placed.spec.role] = view_of(slab, placed, cursor, self.dtype)
+                        cursor += align(placed.num_bytes, slab_alignment(tier))
                 if tier == "cpu" and layer >= 0:
                     self.cpu_slabs[layer] = slab[start:cursor]
 
     # Fetching
 
     def fetch(self, layer: int, index: int, count: int) -> None:
-        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 claims a slab
+        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 leases a slab
         and starts the disk read."""
         if not self.plan.streamed_bytes(layer):
             return
@@ -168,6 +145,7 @@ class WeightStore:
             self.fetch(layer, index, count)
 
     def lease(self, layer: int) -> SlabLease:
+        """Lease the next slab to ``layer``; slabs go round."""
         owners = {lease.slab: owner for owner, lease in self.leases.items()}
         assert self.next_slab not in owners, (
             f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
@@ -179,10 +157,10 @@ class WeightStore:
     def read_disk(self, layer: int, host: Tensor) -> None:
         """Read a layer's disk tensors with several threads. host: [bytes on disk] uint8."""
         jobs = []
-        for stored in self.disk_homed[layer]:
-            file = self.files[stored.spec.layer, stored.spec.role]
-            for start, end in chunks(align(stored.num_bytes)):
-                jobs.append((file, stored.offset + start, stored.offset + end, start))
+        for placed in self.disk_tensors[layer]:
+            file = self.files[placed.spec.layer, placed.spec.role]
+            for start, end in chunks(align(placed.num_bytes)):
+                jobs.append((file, placed.offset + start, placed.offset + end, start))
 
         def read(job: tuple[DiskFile, int, int, int]) -> None:
             file, begin, end, file_offset = job
@@ -193,19 +171,19 @@ class WeightStore:
     # Using
 
     def weights(self, layer: int, stage: str) -> dict[str, Tensor]:
-        """Role -> tensor of a layer, ready for the compute stream; quantised tensors of ``stage`` are expanded at
-        their first use in a pass."""
+        """Role -> tensor of a layer, ready for the compute stream; quantized tensors of ``stage`` ("pre" or "post", up
+        to attention or after it) are dequantized at their first use in a pass."""
         ready = self.ready.get(layer)
         if ready is None:
             ready = self.ready[layer] = self.collect(layer)
-        if stage in self.expansion and self.expanded.get(stage) != layer:
-            # Whose they were they are not any more, should this one break off.
-            self.expanded.pop(stage, None)
-            self.expand(layer, stage, ready)
-            self.expanded[stage] = layer
+        lease = self.leases.get(layer)
+        quantized = (tensor for tensor in self.plan.layers[layer] if tensor.quantized)
+        views = (self.compute_view(tensor, layer, lease) for tensor in quantized)
+        self.dequantization.fill(layer, stage, views, ready)
         return ready
 
     def collect(self, layer: int) -> dict[str, Tensor]:
+        """Role -> dense tensor of a layer, ordered after its fetches; quantized ones are left out."""
         lease = self.leases.get(layer)
         if lease is not None:
             if lease.waits_for_disk:
@@ -215,49 +193,35 @@ class WeightStore:
             assert not self.plan.streamed_bytes(layer), f"layer {layer} is used before it was fetched"
         key = layer, lease.slab if lease is not None else -1
         if key not in self.dense_views:
-            views = ((stored, self.compute_view(stored, layer, lease).dense) for stored in self.plan.layers[layer])
-            self.dense_views[key] = {self.role(stored): dense for stored, dense in views if dense is not None}
+            views = ((placed, self.compute_view(placed, layer, lease).dense) for placed in self.plan.layers[layer])
+            self.dense_views[key] = {self.role(placed): dense for placed, dense in views if dense is not None}
         return dict(self.dense_views[key])
 
-    def compute_view(self, stored: StoredTensor, layer: int, lease: SlabLease | None) -> TensorView:
-        if stored.tier == "gpu":
-            return self.homes[stored.spec.layer, stored.spec.role]
+    def compute_view(self, placed: PlacedTensor, layer: int, lease: SlabLease | None) -> TensorView:
+        """The tensor on the compute device: resident there, or in the leased slab."""
+        if placed.tier == "gpu":
+            return self.views[placed.spec.layer, placed.spec.role]
         assert lease is not None
-        start = stored.offset + (self.plan.layer_bytes(layer, "disk") if stored.tier == "cpu" else 0)
-        return view_of(self.slabs[lease.slab], stored, start, self.dtype)
+        start = placed.offset + (self.plan.layer_bytes(layer, "disk") if placed.tier == "cpu" else 0)
+        return view_of(self.slabs[lease.slab], placed, start, self.dtype)
 
-    def role(self, stored: StoredTensor) -> str:
-        return "head.weight" if stored.spec.role == "embed.weight" else stored.spec.role
-
-    def expand(self, layer: int, stage: str, ready: dict[str, Tensor]) -> None:
-        """Dequantise into the expansion slab of the stage; it is shared by all micro-batches of the layer."""
-        cursor, slab = 0, self.expansion[stage]
-        for stored in self.plan.layers[layer]:
-            if not stored.quantized or stage_of(stored.spec.role) != stage:
-                continue
-            views = self.compute_view(stored, layer, self.leases.get(layer))
-            assert views.codes is not None and views.parameters is not None
-            dense = slab[cursor : cursor + stored.dense_bytes].view(self.dtype).view(stored.spec.shape)
-            ops.dequantize(views.codes, views.parameters, stored.spec.shape[1], stored.bits, stored.group, out=dense)
-            ready[stored.spec.role] = dense
-            cursor += align(stored.dense_bytes, SLAB_ALIGNMENT)
+    def role(self, placed: PlacedTensor) -> str:
+        return "head.weight" if placed.spec.role == "embed.weight" else placed.spec.role
 
     def release(self, layer: int, done: Handle) -> None:
-        """Give a layer's slab back; the next fetch into it waits for ``done``, the last compute that reads it."""
+        """End a layer's lease; the next fetch into its slab waits for ``done``, the last compute that reads it."""
         self.ready.pop(layer, None)
-        for stage, owner in list(self.expanded.items()):
-            if owner == layer:
-                del self.expanded[stage]
+        self.dequantization.release(layer)
         lease = self.leases.pop(layer, None)
         if lease is not None:
             self.free_after[lease.slab] = done
 
     def gather_rows(self, role: str, row_ids: Tensor, host_ids: Tensor) -> Tensor:
-        """Rows [n, width] of an embedding table on the compute device, gathered where the table lives. row_ids,
+        """Rows [n, width] of an embedding table on the compute device, gathered where the table lies. row_ids,
         host_ids: [n] int64, there and on the host."""
-        home = self.homes.get((-1, role))
-        if home is not None and home.dense is not None:
-            table = home.dense
+        view = self.views.get((-1, role))
+        if view is not None and view.dense is not None:
+            table = view.dense
             row_bytes = table.shape[1] * table.element_size()
             if table.device == self.device:
                 return table.index_select(0, row_ids)
@@ -267,11 +231,11 @@ class WeightStore:
             rows = torch.empty(len(row_ids), table.shape[1], dtype=self.dtype, device=self.device)
             ops.gather_pages(table.view(torch.uint8), row_ids.to(torch.int32), rows.view(torch.uint8))
             return rows
-        stored = next(
+        placed = next(
             tensor for tensor in self.plan.all_tensors if tensor.spec.layer == -1 and tensor.spec.role == role
         )
         file = self.files[-1, role]
-        row_bytes = stored.dense_bytes // stored.spec.shape[0]
+        row_bytes = placed.dense_bytes // placed.spec.shape[0]
         unique, inverse = torch.unique(host_ids, return_inverse=True)
         host = torch.empty(len(unique), row_bytes, dtype=torch.uint8)
         for row, index in zip(host, unique.tolist(), strict=True):
@@ -282,13 +246,14 @@ class WeightStore:
     def embedding_weights(self) -> dict[str, Tensor]:
         """The resident tensors of the embedding stage (norm, projection)."""
         return {
-            stored.spec.role: dense
-            for stored in self.plan.resident
-            if (dense := self.homes[-1, stored.spec.role].dense) is not None
+            placed.spec.role: dense
+            for placed in self.plan.resident
+            if (dense := self.views[-1, placed.spec.role].dense) is not None
         }
 
     def check(self) -> None:
-        """Invariants: no two layers own a slab; streamed weights in use have one; every tensor has exactly one home."""
+        """Invariants: no two layers own a slab; streamed weights in use have one; every tensor has exactly one
+        placement."""
         owners = [lease.slab for lease in self.leases.values()]
         assert len(owners) == len(set(owners)), self.leases
         assert all(0 <= slab < len(self.slabs) for slab in owners), (owners, len(self.slabs))
@@ -298,17 +263,22 @@ class WeightStore:
         )
         if self.read_ahead is not None:
             self.read_ahead.check()
-        for stored in self.plan.all_tensors:
-            key = (stored.spec.layer, stored.spec.role)
-            assert (key in self.homes) != (key in self.files), (key, stored.tier)
+        for placed in self.plan.all_tensors:
+            key = (placed.spec.layer, placed.spec.role)
+            assert (key in self.views) != (key in self.files), (key, placed.tier)
+
+    def synchronize(self) -> None:
+        """Block until everything that the leased slabs wait for has arrived. Re-raises the error of a fetch."""
+        for lease in self.leases.values():
+            together(*lease.handles).synchronize()
 
     def drain(self) -> None:
-        """Wait for everything that is on its way and forget it (end of a job, or a failed pass).
+        """Wait for everything that is on its way and end all leases (end of a job, or a failed pass).
 
-        The error of a fetch is its user's: here nobody uses it any more, and whoever needs the layer later fetches
-        it again.
+        The error of a fetch is raised to who waits for its handle: here nobody does any more, and whoever needs the
+        layer later fetches it again.
         """
-        self.queues.settle()
+        self.queues.synchronize()
         if self.read_ahead is not None:
             self.read_ahead.forget_failed()
         for layer in list(self.leases):
@@ -320,5 +290,6 @@ class WeightStore:
             self.read_ahead.close()
         for file in self.files.values():
             file.close()
-        for views in (self.files, self.homes, self.cpu_slabs, self.slabs, self.expansion, self.ready, self.dense_views):
-            views.clear()
+        buffers = self.dequantization.buffers
+        for held in (self.files, self.views, self.cpu_slabs, self.slabs, buffers, self.ready, self.dense_views):
+            held.clear()

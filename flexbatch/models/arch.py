@@ -12,7 +12,7 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
+    """The extension of rotary frequencies beyond the trained context.
 
     kind: "linear", "dynamic" (NTK), "llama3", "yarn" or "longrope". original_positions: tokens of the trained
     context that the formula refers to. attention_factor multiplies both tables; None derives it from the factor
@@ -37,7 +37,7 @@ class RopeScaling:
 class Arch:
     """A decoder-only transformer. Sizes count elements, lengths count tokens.
 
-    position: "rope" rotates the first ``rotary_dim`` of every head (``rope_interleaved``: neighbours form a pair,
+    position: "rope" rotates the first ``rotary_dim`` of every head (``rope_interleaved``: neighbors form a pair,
     else the two halves do); "learned" adds row ``position + position_offset`` of a table; "alibi" adds a slope per
     head to the scores. parallel_residual: MLP and attention read the same hidden state (``shared_norm``: even the
     same norm) and are added together. post_norm: norms come after the residual addition. sublayer_norm: the output

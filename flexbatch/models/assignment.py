@@ -1,7 +1,7 @@
-"""Which stored tensor fills which rows of which canonical one; decided, and checked for completeness, from names and
+"""The assignment of stored tensors to rows of canonical ones: decided, and checked for completeness, from names and
 shapes alone.
 
-Values are compared only where two tensors claim the same place.
+Values are compared only where two tensors have the same destination.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.families import BUFFERS, FAMILIES, Row, source_names
+from flexbatch.models.families import FAMILIES, source_names
+from flexbatch.models.module_names import BUFFERS, ModuleMapping
 from flexbatch.models.packed import SUFFIXES, Packing
 from flexbatch.models.source import StoredTensor, equal, read_tensors
 from flexbatch.models.specs import WeightSpec, weight_specs
@@ -27,12 +28,12 @@ NUMBERS = re.compile(r"B?F\d|torch\.b?float")
 
 @dataclass(frozen=True)
 class Assignment:
-    """The source of one canonical tensor, or of a part. stored: one tensor, or the packed ones of a quantised matrix
+    """The source of one canonical tensor, or of a part. stored: one tensor, or the packed ones of a quantized matrix
     under their suffixes."""
 
     stored: dict[str, StoredTensor]
     spec: WeightSpec
-    row: Row
+    row: ModuleMapping
 
     @property
     def rows(self) -> slice | None:
@@ -72,7 +73,7 @@ def untied(stored: Iterable[StoredTensor], arch: Arch) -> tuple[StoredTensor, St
     return found["embed"], found["head"]
 
 
-def local_name(name: str, prefixes: tuple[str, ...], names: dict[str, tuple[int, Row, str]]) -> str | None:
+def local_name(name: str, prefixes: tuple[str, ...], names: dict[str, tuple[int, ModuleMapping, str]]) -> str | None:
     """Name without the prefix that it came with, if the model knows it."""
     shorter = (name.removeprefix(prefix) for prefix in (*prefixes, "") if name.startswith(prefix))
     return next((local for local in shorter if local in names), None)
@@ -99,16 +100,16 @@ class _Assigner:
             return
         layer, row, kind = self.names[local]
         if self.arch.tie_word_embeddings and row.role == "head" and kind == ".weight":
-            layer, row = -1, Row(row.module, "embed")
+            layer, row = -1, ModuleMapping(row.module, "embed")
         spec = self.specs.get((layer, row.role + kind))
         if spec is None:
             if kind == ".bias" and not any(value.any() for _, value in read_tensors([tensor])):
-                return  # quantisers give every matrix a bias, zero where the model has none
+                return  # quantizers give every matrix a bias, zero where the model has none
             described = f"{tensor.file}: tensor {tensor.name} {list(tensor.shape)}"
             raise CheckpointError(f"{described} is not expected: by config.json this model has no {row.role}{kind}")
         self.record(tensor, spec, row, suffix if packed else "")
 
-    def record(self, tensor: StoredTensor, spec: WeightSpec, row: Row, suffix: str) -> None:
+    def record(self, tensor: StoredTensor, spec: WeightSpec, row: ModuleMapping, suffix: str) -> None:
         earlier = self.assignments.setdefault((spec.layer, spec.role, row.part), Assignment({}, spec, row)).stored
         if earlier and (suffix in earlier or "" in (suffix, *earlier)):
             first = earlier.get(suffix) or next(iter(earlier.values()))
@@ -172,11 +173,11 @@ class _Assigner:
 def _check_complete(
     found: dict[tuple[int, str], set[str]],
     specs: dict[tuple[int, str], WeightSpec],
-    names: dict[str, tuple[int, Row, str]],
+    names: dict[str, tuple[int, ModuleMapping, str]],
     folder: Path,
 ) -> None:
     """found: the parts that are there of every canonical tensor."""
-    candidates: dict[tuple[int, str], list[tuple[str, Row]]] = {}
+    candidates: dict[tuple[int, str], list[tuple[str, ModuleMapping]]] = {}
     for name, (layer, row, suffix) in names.items():
         candidates.setdefault((layer, row.role + suffix), []).append((name, row))
     missing = []
@@ -191,7 +192,7 @@ def _check_complete(
         raise CheckpointError(f"{folder}: the weight files lack {', '.join(missing[:5])}{rest}")
 
 
-def _source_shape(spec: WeightSpec, row: Row) -> tuple[int, ...]:
+def _source_shape(spec: WeightSpec, row: ModuleMapping) -> tuple[int, ...]:
     rows = _section(spec, row.part)
     if row.part == "transposed":
         return spec.shape[::-1]

@@ -20,28 +20,28 @@ def dummy(arch: Arch, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iter
     same values.
 
     Matrices are normal with standard deviation 0.02, those that write into the residual stream 0.02 / sqrt(2 x
-    layers) (GPT-2's initialisation); norms are normal around one with 0.1, biases around zero with 0.02. The numbers
+    layers) (GPT-2's initialization); norms are normal around one with 0.1, biases around zero with 0.02. The numbers
     are not independent over a whole model: drawing 30 billion of them takes many minutes, so pieces are views of one
-    pool of 4 million normal numbers, each from a random place of its own. Copy them, never write to them.
+    pool of 4 million normal numbers, each from a random offset of its own. Copy them, never write to them.
     """
     normal = torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(seed))
     pools: dict[tuple[float, float], Tensor] = {}
     for spec in weight_specs(arch):
-        scale, centre = _distribution(spec, arch)
-        if (scale, centre) not in pools:
-            pools[scale, centre] = (normal * scale + centre).to(dtype)
-        yield from _cut(pools[scale, centre], spec, seed)
+        scale, center = _distribution(spec, arch)
+        if (scale, center) not in pools:
+            pools[scale, center] = (normal * scale + center).to(dtype)
+        yield from _cut(pools[scale, center], spec, seed)
 
 
 def _cut(pool: Tensor, spec: WeightSpec, seed: int) -> Iterator[Piece]:
-    places = random.Random(f"{seed} {spec.layer} {spec.role}")
+    offsets = random.Random(f"{seed} {spec.layer} {spec.role}")
     row_size = spec.numel // spec.shape[0]
-    # Half a pool at a time leaves room for many places.
+    # Half a pool at a time leaves many offsets to choose from.
     step = max(1, POOL_SIZE // 2 // row_size)
     for first in range(0, spec.shape[0], step):
         count = min(step, spec.shape[0] - first)
-        place = places.randint(0, POOL_SIZE - count * row_size)
-        values = pool[place : place + count * row_size].view(count, *spec.shape[1:])
+        offset = offsets.randint(0, POOL_SIZE - count * row_size)
+        values = pool[offset : offset + count * row_size].view(count, *spec.shape[1:])
         yield Piece(spec.layer, spec.role, None if count == spec.shape[0] else slice(first, first + count), values)
 
 

@@ -15,68 +15,37 @@ from typing import Any
 from flexbatch.models import readers, readers_layer_norm
 from flexbatch.models.arch import Arch
 from flexbatch.models.config_types import KEYS, check_keys
-from flexbatch.validation.errors import CheckpointError
-
-# Buffers that older versions of transformers stored with the weights: frequencies, causal masks. They are computed
-# here.
-BUFFERS = re.compile(
-    r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bias|causal_mask)|attention\.(bias|masked_bias|rotary_emb\.inv_freq))$"
+from flexbatch.models.module_names import (
+    FOUR_H_MLP,
+    FUSED_GATED_MLP,
+    GATED_MLP,
+    GEMMA_NORMS,
+    GLM4_NORMS,
+    LLAMA_OUTER,
+    LLAMA_ROWS,
+    OUTPUT,
+    QK_NORM,
+    SEPARATE_QKV,
+    TWO_NORMS,
+    ModuleMapping,
+    mappings,
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """module: name without ``.weight``/``.bias``. role: canonical name likewise. part: which rows of a fused tensor
-    it fills ("q", "k", "v", "gate", "up"), or how the source differs: "grouped" (per KV head its queries, key,
-    value), "codegen" (per quarter of the heads queries, values, keys), "transposed"."""
-
-    module: str
-    role: str
-    part: str = ""
+from flexbatch.validation.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Family:
-    """read: config -> Arch. prefixes: what may stand before the names of the base model, longest first. blocks: what
-    stands before a layer's number. defaults: values of transformers' configuration class that files may leave out.
-    skip: further tensors of the files that are not part of the text model."""
+    """One row of the table. read: config -> Arch. prefixes: what may stand before the names of the base model, longest
+    first. blocks: what stands before a layer's number. defaults: values of transformers' configuration class that files
+    may leave out. skip: further tensors of the files that are not part of the text model."""
 
     read: Callable[[dict[str, Any]], Arch]
     prefixes: tuple[str, ...]
     blocks: str
-    block_rows: tuple[Row, ...]
-    outer_rows: tuple[Row, ...]
+    block_rows: tuple[ModuleMapping, ...]
+    outer_rows: tuple[ModuleMapping, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
     skip: re.Pattern[str] | None = None
-
-
-def _rows(*rows: tuple[str, ...]) -> tuple[Row, ...]:
-    return tuple(Row(*row) for row in rows)
-
-
-SEPARATE_QKV = _rows(
-    ("self_attn.q_proj", "qkv", "q"), ("self_attn.k_proj", "qkv", "k"), ("self_attn.v_proj", "qkv", "v")
-)
-GATED_MLP = _rows(("mlp.gate_proj", "gate_up", "gate"), ("mlp.up_proj", "gate_up", "up"), ("mlp.down_proj", "down"))
-FUSED_GATED_MLP = _rows(("mlp.gate_up_proj", "gate_up"), ("mlp.down_proj", "down"))
-OUTPUT = _rows(("self_attn.o_proj", "o"))
-TWO_NORMS = _rows(("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm"))
-QK_NORM = _rows(("self_attn.q_norm", "q_norm"), ("self_attn.k_norm", "k_norm"))
-GEMMA_NORMS = _rows(
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "post_attn_norm"),
-    ("pre_feedforward_layernorm", "mlp_norm"),
-    ("post_feedforward_layernorm", "post_mlp_norm"),
-)
-GLM4_NORMS = _rows(
-    ("input_layernorm", "attn_norm"),
-    ("post_self_attn_layernorm", "post_attn_norm"),
-    ("post_attention_layernorm", "mlp_norm"),
-    ("post_mlp_layernorm", "post_mlp_norm"),
-)
-FOUR_H_MLP = _rows(("mlp.dense_h_to_4h", "up"), ("mlp.dense_4h_to_h", "down"))
-LLAMA_OUTER = _rows(("embed_tokens", "embed"), ("norm", "final_norm"), ("lm_head", "head"))
-LLAMA_ROWS = SEPARATE_QKV + OUTPUT + GATED_MLP + TWO_NORMS
 
 
 def _special(eos: int | list[int] | None, bos: int | None, **more: Any) -> dict[str, Any]:
@@ -84,7 +53,10 @@ def _special(eos: int | list[int] | None, bos: int | None, **more: Any) -> dict[
 
 
 def _llama_family(
-    read: Callable[[dict[str, Any]], Arch], defaults: dict[str, Any], rows: tuple[Row, ...] = LLAMA_ROWS, **changes: Any
+    read: Callable[[dict[str, Any]], Arch],
+    defaults: dict[str, Any],
+    rows: tuple[ModuleMapping, ...] = LLAMA_ROWS,
+    **changes: Any,
 ) -> Family:
     return Family(
         read,
@@ -116,14 +88,14 @@ FAMILIES: dict[str, Family] = {
         ("model.decoder.", "decoder.", ""),
         "layers",
         SEPARATE_QKV
-        + _rows(
+        + mappings(
             ("self_attn.out_proj", "o"),
             ("fc1", "up"),
             ("fc2", "down"),
             ("self_attn_layer_norm", "attn_norm"),
             ("final_layer_norm", "mlp_norm"),
         ),
-        _rows(
+        mappings(
             ("embed_tokens", "embed"),
             ("embed_positions", "pos_embed"),
             ("project_in", "project_in"),
@@ -139,7 +111,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _llama_family(readers.qwen2, {"num_key_value_heads": 32}),
     "qwen3": _llama_family(readers.qwen3, {"head_dim": 128, "num_key_value_heads": 32}, LLAMA_ROWS + QK_NORM),
     "phi3": _llama_family(
-        readers.phi3, PHI3_DEFAULTS, _rows(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS
+        readers.phi3, PHI3_DEFAULTS, mappings(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS
     ),
     "glm": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
     "glm4": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
@@ -161,10 +133,10 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.bloom,
         ("transformer.", ""),
         "h",
-        _rows(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o"))
+        mappings(("self_attention.query_key_value", "qkv", "grouped"), ("self_attention.dense", "o"))
         + FOUR_H_MLP
         + TWO_NORMS,
-        _rows(
+        mappings(
             ("word_embeddings", "embed"),
             ("word_embeddings_layernorm", "embed_norm"),
             ("ln_f", "final_norm"),
@@ -176,7 +148,7 @@ FAMILIES: dict[str, Family] = {
         readers_layer_norm.falcon,
         ("transformer.", ""),
         "h",
-        _rows(
+        mappings(
             ("self_attention.query_key_value", "qkv", "grouped"),
             ("self_attention.dense", "o"),
             ("ln_attn", "attn_norm"),
@@ -184,14 +156,14 @@ FAMILIES: dict[str, Family] = {
         )
         + FOUR_H_MLP
         + TWO_NORMS,
-        _rows(("word_embeddings", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        mappings(("word_embeddings", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(11, 11, tie_word_embeddings=True, max_position_embeddings=2048),
     ),
     "gpt_bigcode": Family(
         readers_layer_norm.gpt_bigcode,
         ("transformer.", ""),
         "h",
-        _rows(
+        mappings(
             ("attn.c_attn", "qkv", "grouped"),
             ("attn.c_proj", "o"),
             ("mlp.c_fc", "up"),
@@ -199,65 +171,65 @@ FAMILIES: dict[str, Family] = {
             ("ln_1", "attn_norm"),
             ("ln_2", "mlp_norm"),
         ),
-        _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        mappings(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256, tie_word_embeddings=True),
     ),
     "gpt_neox": Family(
         readers_layer_norm.gpt_neox,
         ("gpt_neox.", ""),
         "layers",
-        _rows(("attention.query_key_value", "qkv", "grouped"), ("attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
-        _rows(("embed_in", "embed"), ("final_layer_norm", "final_norm"), ("embed_out", "head")),
+        mappings(("attention.query_key_value", "qkv", "grouped"), ("attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
+        mappings(("embed_in", "embed"), ("final_layer_norm", "final_norm"), ("embed_out", "head")),
         _special(2, 0),
     ),
     "codegen": Family(
         readers_layer_norm.gptj,
         ("transformer.", ""),
         "h",
-        _rows(
+        mappings(
             ("attn.qkv_proj", "qkv", "codegen"),
             ("attn.out_proj", "o"),
             ("mlp.fc_in", "up"),
             ("mlp.fc_out", "down"),
             ("ln_1", "attn_norm"),
         ),
-        _rows(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        mappings(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256),
     ),
     "gptj": Family(
         readers_layer_norm.gptj,
         ("transformer.", ""),
         "h",
-        _rows(("attn.q_proj", "qkv", "q"), ("attn.k_proj", "qkv", "k"), ("attn.v_proj", "qkv", "v"))
-        + _rows(("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
-        _rows(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        mappings(("attn.q_proj", "qkv", "q"), ("attn.k_proj", "qkv", "k"), ("attn.v_proj", "qkv", "v"))
+        + mappings(("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
+        mappings(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256),
     ),
     "gpt2": Family(
         readers_layer_norm.gpt2,
         ("transformer.", ""),
         "h",
-        _rows(
+        mappings(
             ("attn.c_attn", "qkv", "transposed"),
             ("attn.c_proj", "o", "transposed"),
             ("mlp.c_fc", "up", "transposed"),
             ("mlp.c_proj", "down", "transposed"),
         )
-        + _rows(("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
-        _rows(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
+        + mappings(("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
+        mappings(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
         _special(50256, 50256, tie_word_embeddings=True),
     ),
     "phi": _llama_family(
         readers_layer_norm.phi,
         _special(2, 1),
         SEPARATE_QKV
-        + _rows(("self_attn.dense", "o"), ("mlp.fc1", "up"), ("mlp.fc2", "down"), ("input_layernorm", "attn_norm")),
-        outer_rows=_rows(("embed_tokens", "embed"), ("final_layernorm", "final_norm"), ("lm_head", "head")),
+        + mappings(("self_attn.dense", "o"), ("mlp.fc1", "up"), ("mlp.fc2", "down"), ("input_layernorm", "attn_norm")),
+        outer_rows=mappings(("embed_tokens", "embed"), ("final_layernorm", "final_norm"), ("lm_head", "head")),
     ),
     "starcoder2": _llama_family(
         readers_layer_norm.starcoder2,
         _special(50256, 50256, tie_word_embeddings=True, num_key_value_heads=2),
-        SEPARATE_QKV + OUTPUT + _rows(("mlp.c_fc", "up"), ("mlp.c_proj", "down")) + TWO_NORMS,
+        SEPARATE_QKV + OUTPUT + mappings(("mlp.c_fc", "up"), ("mlp.c_proj", "down")) + TWO_NORMS,
     ),
     "stablelm": _llama_family(readers_layer_norm.stablelm, _special(0, 0, num_key_value_heads=32)),
 }
@@ -294,7 +266,7 @@ def read_arch(config: dict[str, Any]) -> Arch:
         raise CheckpointError(f"config.json of model_type {config.get('model_type')!r}: {error}") from error
 
 
-def source_names(arch: Arch) -> dict[str, tuple[int, Row, str]]:
+def source_names(arch: Arch) -> dict[str, tuple[int, ModuleMapping, str]]:
     """Tensor name without prefix -> (layer, row, ``.weight`` or ``.bias``) for everything that the files of this
     model may hold."""
     family = FAMILIES[arch.family]

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from flexbatch.kernels import ops
 from flexbatch.models.arch import Arch
-from flexbatch.models.rope import RopeTables, rope_tables
-
-__all__ = ["RopeTables", "embed", "head", "post_attention", "pre_attention", "rope_tables"]
+from flexbatch.models.rope import RopeTables
 
 Weights = Mapping[str, Tensor]
 
@@ -55,8 +53,8 @@ def pre_attention(
 
 
 def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, attention: Tensor) -> Tensor:
-    """Hidden state [T, H] after the block: output projection of ``attention`` [T, Hq, D], residuals and MLP.
-    ``hidden`` is the block's input."""
+    """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
+    ``hidden`` [T, H] is the layer's input."""
     update = F.linear(attention.flatten(1), weights["o.weight"], weights.get("o.bias"))
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_attn_norm", update)
@@ -66,7 +64,7 @@ def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, att
     if arch.post_norm:
         hidden = _norm(arch, weights, "attn_norm", hidden, update)
         return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, weights, hidden))
-    # The block's input stays as it is: it is added to ``update``, which is ours.
+    # The layer's input stays as it is: it is added to ``update``, which is ours.
     normed = _norm(arch, weights, "mlp_norm", hidden, update)
     hidden, update = update, _mlp(arch, weights, normed)
     if arch.sublayer_norm:
@@ -75,7 +73,7 @@ def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, att
 
 
 def head(arch: Arch, weights: Weights, hidden: Tensor) -> Tensor:
-    """Logits [N, vocab] float32 of the hidden states [N, H] of the last block. With tied embeddings the caller gives
+    """Logits [N, vocab] float32 of the hidden states [N, H] of the last layer. With tied embeddings the caller gives
     the table as ``head.weight``."""
     if arch.final_norm:
         hidden = _norm(arch, weights, "final_norm", hidden)

@@ -1,8 +1,8 @@
 """AWQ and GPTQ 4-bit checkpoints -> the project's own codes and parameters, without a detour over 16 bits.
 
 Both store int32 words of eight codes, scales per group of inputs and integer zero points: weight[n, k] = scale[g, n]
-* (code[k, n] - zero[g, n]). AWQ ("gemm" layout) packs eight neighbouring outputs into a word, interleaved; GPTQ
-packs eight neighbouring inputs, and its zero points are stored less one, in four bits: 15 stands for 0 (but not in
+* (code[k, n] - zero[g, n]). AWQ ("gemm" layout) packs eight neighboring outputs into a word, interleaved; GPTQ
+packs eight neighboring inputs, and its zero points are stored less one, in four bits: 15 stands for 0 (but not in
 "gptq_v2", which stores them as they are). The project's layout is in `kernels.reference.quantize`: two codes a byte
 along the input dimension, parameters (scale, minimum) per group with weight = scale * code + minimum; so minimum =
 -scale * zero.
@@ -59,7 +59,7 @@ class QuantizedPiece:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a checkpoint is quantised. group: inputs that share a scale, 0: all of a row. zero_offset: what is added
+    """The quantization of a checkpoint. group: inputs that share a scale, 0: all of a row. zero_offset: what is added
     to a stored zero point."""
 
     method: str
@@ -70,8 +70,8 @@ class Packing:
         return self.group or columns
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """What the files must hold for a matrix [rows, columns]. Raises ValueError when the sizes do not fit whole
-        words and groups."""
+        """Shapes by suffix that the files must hold for a matrix [rows, columns]. Raises ValueError when the sizes do
+        not fit whole words and groups."""
         group = self.group_of(columns)
         if columns % group or rows % 8 or columns % 8:
             raise ValueError(
@@ -87,7 +87,7 @@ class Packing:
 
 
 FORMATS = {"awq": {"gemm": 0}, "gptq": {"gptq": 1, "gptq_v2": 0}}
-"""By method the layouts that are read, and what is added to their stored zero points."""
+"""The layouts that are read, by method, and what is added to their stored zero points."""
 FORMAT_KEYS = ("checkpoint_format", "format", "version")
 PACKED = {"quant_method": TEXT, **dict.fromkeys(FORMAT_KEYS, TEXT), "pack_dtype": TEXT, "is_marlin_format": FLAG}
 
@@ -163,7 +163,7 @@ def unpack(packing: Packing, tensors: Mapping[str, Tensor], name: str) -> tuple[
             raise CheckpointError(
                 f"{name}.g_idx: inputs are assigned to groups out of order (GPTQ's desc_act), which contiguous "
                 f"groups of {group} cannot hold; "
-                "quantise the model again with desc_act=false"
+                "quantize the model again with desc_act=false"
             )
     minimum = -scales * ((zeros + packing.zero_offset) & 0xF).float()
     codes = codes.t()
@@ -178,5 +178,5 @@ def _nibbles(words: Tensor) -> Tensor:
 
 def _unpack_outputs(words: Tensor, order: tuple[int, ...] | range) -> Tensor:
     """[inputs, words] -> [inputs, 8 * words] where field i of a word is output ``order[i]`` of its eight."""
-    place = torch.tensor([list(order).index(output) for output in range(8)])
-    return _nibbles(words)[..., place].flatten(-2)
+    position = torch.tensor([list(order).index(output) for output in range(8)])
+    return _nibbles(words)[..., position].flatten(-2)

@@ -27,34 +27,24 @@ class RopeTables:
         return (self.local_cos, self.local_sin) if arch.uses_local_rope(layer) else (self.cos, self.sin)
 
 
-def rope_tables(
-    arch: Arch, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, num_positions: int | None = None
-) -> RopeTables | None:
-    """Tables for positions 0 .. num_positions - 1 (default: the model's context), None when the model does not rotate.
-
-    Two extensions depend on the sequence in transformers, and are functions of the position here, so that tokens depend
-    neither on chunking nor on the batch:
-    - "dynamic" NTK (the base grows with the sequence) uses the length ``position + 1``. That is what `generate` does
-      for one sequence alone, as long as
-      its prompt fits the trained context: every later token is rotated with the base of the moment and keeps it in the
-      cache. For longer prompts transformers rotates the whole prompt with the base of the prompt's length.
-    - "longrope" uses its short factors; `families` limits such a model to its trained context, where transformers
-      uses them too.
-    """
-    if arch.position != "rope":
-        return None
-    length = arch.max_positions if num_positions is None else num_positions
-    return fill_tables(arch, torch.empty(num_tables(arch), length, arch.rotary_dim // 2, device=device, dtype=dtype))
-
-
 def num_tables(arch: Arch) -> int:
     """Cosines and sines, and those of layers with a base of their own; 0 when the model does not rotate."""
     return 0 if arch.position != "rope" else 2 if arch.local_rope_theta is None else 4
 
 
 def fill_tables(arch: Arch, data: Tensor) -> RopeTables:
-    """Tables in ``data`` [num_tables, positions, rotary_dim / 2] of a rotating model; beside it they take float32 for
-    ``BUILT_POSITIONS`` at a time."""
+    """Fill ``data`` [num_tables, positions, rotary_dim / 2] with the tables of a rotating model for positions 0, 1,
+    ...; beside it they take float32 for ``BUILT_POSITIONS`` at a time.
+
+    Two extensions depend on the sequence in transformers, and are functions of the position here, so that tokens depend
+    neither on chunking nor on the batch:
+    - "dynamic" NTK (the base grows with the sequence) uses the length ``position + 1``. That is what `generate` does
+      for one sequence alone, as long as its prompt fits the trained context: every later token is rotated with the
+      base of the moment and keeps it in the cache. For longer prompts transformers rotates the whole prompt with the
+      base of the prompt's length.
+    - "longrope" uses its short factors; `families` limits such a model to its trained context, where transformers
+      uses them too.
+    """
     bases = [(arch.rope_scaling, arch.rope_theta)]
     if arch.local_rope_theta is not None:
         bases.append((arch.local_rope_scaling, arch.local_rope_theta))

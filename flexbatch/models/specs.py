@@ -15,15 +15,13 @@ from flexbatch.models.arch import Arch
 class WeightSpec:
     """One canonical tensor.
 
-    layer: -1 for the embedding stage, 0 .. num_layers - 1 for blocks, num_layers for the head. shard: the dimension
-    that tensor parallelism divides, None for a copy on every rank. sections: rows of the parts of a fused tensor,
-    each divided by itself (queries, keys, values; gate, up).
+    layer: -1 for the embedding stage, 0 .. num_layers - 1 for the decoder layers, num_layers for the head. sections:
+    rows of the parts of a fused tensor (queries, keys, values; gate, up).
     """
 
     layer: int
     role: str
     shape: tuple[int, ...]
-    shard: int | None = None
     sections: tuple[int, ...] = ()
 
     @property
@@ -46,16 +44,16 @@ def weight_specs(arch: Arch) -> list[WeightSpec]:
     is the head."""
     specs = _embedding(arch)
     for layer in range(arch.num_layers):
-        specs += _block(arch, layer)
+        specs += _decoder_layer(arch, layer)
     return specs + _head(arch)
 
 
 def _linear(
-    layer: int, name: str, rows: int, columns: int, bias: bool, shard: int, sections: tuple[int, ...] = ()
+    layer: int, name: str, rows: int, columns: int, bias: bool, sections: tuple[int, ...] = ()
 ) -> list[WeightSpec]:
-    """A divided input (shard 1) leaves the bias whole: it is added once, after the sum over ranks."""
-    specs = [WeightSpec(layer, f"{name}.weight", (rows, columns), shard, sections)]
-    return [*specs, WeightSpec(layer, f"{name}.bias", (rows,), 0 if shard == 0 else None, sections)] if bias else specs
+    """The weight [rows, columns] of a linear map, and its bias [rows] where it has one."""
+    specs = [WeightSpec(layer, f"{name}.weight", (rows, columns), sections)]
+    return [*specs, WeightSpec(layer, f"{name}.bias", (rows,), sections)] if bias else specs
 
 
 def _norm(arch: Arch, layer: int, name: str) -> list[WeightSpec]:
@@ -66,7 +64,7 @@ def _norm(arch: Arch, layer: int, name: str) -> list[WeightSpec]:
 
 
 def _embedding(arch: Arch) -> list[WeightSpec]:
-    specs = [WeightSpec(-1, "embed.weight", (arch.vocab_size, arch.embedding_dim), 0)]
+    specs = [WeightSpec(-1, "embed.weight", (arch.vocab_size, arch.embedding_dim))]
     if arch.position == "learned":
         specs.append(WeightSpec(-1, "pos_embed.weight", (arch.max_positions + arch.position_offset, arch.hidden_size)))
     if arch.projects_embedding:
@@ -74,22 +72,22 @@ def _embedding(arch: Arch) -> list[WeightSpec]:
     return specs + (_norm(arch, -1, "embed_norm") if arch.embed_norm else [])
 
 
-def _block(arch: Arch, layer: int) -> list[WeightSpec]:
+def _decoder_layer(arch: Arch, layer: int) -> list[WeightSpec]:
     hidden, inner, sections = arch.hidden_size, arch.intermediate_size, arch.qkv_sections
     specs = _norm(arch, layer, "attn_norm")
-    specs += _linear(layer, "qkv", sum(sections), hidden, arch.qkv_bias, 0, sections)
+    specs += _linear(layer, "qkv", sum(sections), hidden, arch.qkv_bias, sections)
     if arch.qk_norm:
         specs += [WeightSpec(layer, f"{name}.weight", (arch.head_dim,)) for name in ("q_norm", "k_norm")]
-    specs += _linear(layer, "o", hidden, arch.num_heads * arch.head_dim, arch.output_bias, 1)
+    specs += _linear(layer, "o", hidden, arch.num_heads * arch.head_dim, arch.output_bias)
     if arch.sublayer_norm:
         specs += _norm(arch, layer, "post_attn_norm")
     if not arch.shared_norm:
         specs += _norm(arch, layer, "mlp_norm")
     if arch.mlp == "gated":
-        specs += _linear(layer, "gate_up", 2 * inner, hidden, arch.mlp_bias, 0, (inner, inner))
+        specs += _linear(layer, "gate_up", 2 * inner, hidden, arch.mlp_bias, (inner, inner))
     else:
-        specs += _linear(layer, "up", inner, hidden, arch.mlp_bias, 0)
-    specs += _linear(layer, "down", hidden, inner, arch.mlp_bias, 1)
+        specs += _linear(layer, "up", inner, hidden, arch.mlp_bias)
+    specs += _linear(layer, "down", hidden, inner, arch.mlp_bias)
     return specs + (_norm(arch, layer, "post_mlp_norm") if arch.sublayer_norm else [])
 
 
@@ -99,5 +97,5 @@ def _head(arch: Arch) -> list[WeightSpec]:
     if arch.projects_embedding:
         specs.append(WeightSpec(layer, "project_out.weight", (arch.embedding_dim, arch.hidden_size)))
     if not arch.tie_word_embeddings:
-        specs.append(WeightSpec(layer, "head.weight", (arch.vocab_size, arch.embedding_dim), 0))
-    return [*specs, WeightSpec(layer, "head.bias", (arch.vocab_size,), 0)] if arch.head_bias else specs
+        specs.append(WeightSpec(layer, "head.weight", (arch.vocab_size, arch.embedding_dim)))
+    return [*specs, WeightSpec(layer, "head.bias", (arch.vocab_size,))] if arch.head_bias else specs

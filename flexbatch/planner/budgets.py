@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from flexbatch.config import EngineConfig, parse_bytes
-from flexbatch.memory.tiers import host_memory_bytes
+from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.arch import Arch
 from flexbatch.policy.hardware import Hardware
 from flexbatch.validation.errors import ConfigurationError

@@ -27,7 +27,7 @@ from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.replan import TOLERANCE, Replan, recalibrate, replan
-from flexbatch.trace import DeviceSpan, RecordingTracer, Span, Tracer, Use, covered
+from flexbatch.trace import DeviceSpan, RecordingTracer, ResourceUse, Span, Tracer, covered
 
 logger = logging.getLogger("flexbatch")
 
@@ -53,7 +53,7 @@ class UsageTracer(RecordingTracer):
 
     def __init__(self, device: torch.device | None = None, **stand_ins: Any) -> None:
         super().__init__(device, **stand_ins)
-        self.folded: dict[str, Use] = {}
+        self.folded: dict[str, ResourceUse] = {}
         self.recent: dict[str, float] = {}
         """Busy seconds by resource since the last `take`."""
         self.first, self.last = float("inf"), float("-inf")
@@ -85,9 +85,11 @@ class UsageTracer(RecordingTracer):
         if spans:
             self.first, self.last = min(self.first, spans[0].start), max(self.last, *(span.end for span in spans))
         for resource, own in by_resource(spans).items():
-            before, busy, weight = self.folded.get(resource, Use(0, 0.0, 0, 0.0)), covered(own), self.weight
+            before, busy, weight = self.folded.get(resource, ResourceUse(0, 0.0, 0, 0.0)), covered(own), self.weight
             num_bytes = before.num_bytes + weight * sum(span.num_bytes for span in own)
-            self.folded[resource] = Use(before.spans + weight * len(own), before.busy + weight * busy, num_bytes, 0.0)
+            self.folded[resource] = ResourceUse(
+                before.spans + weight * len(own), before.busy + weight * busy, num_bytes, 0.0
+            )
             self.recent[resource] = self.recent.get(resource, 0.0) + busy
 
     def take(self) -> dict[str, float]:
@@ -96,10 +98,12 @@ class UsageTracer(RecordingTracer):
         recent, self.recent = self.recent, {}
         return recent
 
-    def summary(self) -> dict[str, Use]:
+    def summary(self) -> dict[str, ResourceUse]:
         self.fold(wait=True)
         wall = max(0.0, self.last - self.first)
-        return {resource: Use(use.spans, use.busy, use.num_bytes, wall) for resource, use in self.folded.items()}
+        return {
+            resource: ResourceUse(use.spans, use.busy, use.num_bytes, wall) for resource, use in self.folded.items()
+        }
 
     def write(self, path: Any) -> None:
         raise ValueError(f"no spans to write to {path}: the trace is off")

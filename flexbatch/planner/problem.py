@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
-from flexbatch.memory.weight_plan import StoredTensor, tensor_format
+from flexbatch.memory.weight_plan import PlacedTensor, tensor_format
 from flexbatch.models.arch import Arch
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.limits import weight_group
@@ -74,7 +74,7 @@ def model_shape(
     block = [spec for spec in specs if spec.layer == 0]
     group = weight_group(arch.hidden_size)
     stored = [
-        StoredTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
+        PlacedTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
         for spec in block
     ]
 

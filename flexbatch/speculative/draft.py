@@ -17,8 +17,7 @@ from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.pass_batch import LogitsChunk, PassBatch, QueryTokens
 from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.kvcache import CacheSizes
-from flexbatch.memory.pages import CacheLayout
+from flexbatch.memory.pages import CacheLayout, CacheSizes
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore

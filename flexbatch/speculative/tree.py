@@ -101,7 +101,7 @@ class TreeShape:
     @cached_property
     def query_masks(self) -> np.ndarray:
         """int32 [n + 1, ceil((n + 1) / 32)]: ancestor masks of the query tokens, root included, as
-        `kernels.reference.paged_attention` takes them."""
+        `kernels.attention_reference.paged_attention` takes them."""
         masks = ancestor_masks((ROOT, *(parent + 1 for parent in self.parents)))
         masks.flags.writeable = False
         return masks

@@ -12,7 +12,7 @@ from flexbatch.apps.jobs.progress import Counts, JobProgress
 from flexbatch.apps.jobs.shard_assignment import ShardAssignment, divide_host, find_assignment
 from flexbatch.cli.command import resume_command
 from flexbatch.config import EngineConfig
-from flexbatch.memory.tiers import host_memory_bytes
+from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.validation.errors import ConfigurationError
 from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_input
 

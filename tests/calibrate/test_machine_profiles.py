@@ -67,7 +67,7 @@ def measured(monkeypatch):
         calls.append(device)
         return load_hardware("cpu")
 
-    monkeypatch.setattr("flexbatch.calibrate.profile.measure", measure)
+    monkeypatch.setattr("flexbatch.calibrate.cache.measure", measure)
     monkeypatch.setattr("flexbatch.calibrate.kernels.kernel_rates", lambda device: {})
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return calls

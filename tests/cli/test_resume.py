@@ -102,7 +102,7 @@ def test_rows_of_another_run_are_refused_by_name(command, interrupted, tmp_path:
 def test_rows_of_other_sampling_rules_are_refused(command, interrupted, tmp_path: Path, monkeypatch, capsys) -> None:
     words = ["--prompts", prompt_file(tmp_path), "--output", str(tmp_path / "out.jsonl")]
     assert interrupted(3, *words) == 130
-    monkeypatch.setattr("flexbatch.run.SAMPLING_RULES", 10**6)
+    monkeypatch.setattr("flexbatch.cli.run_work.SAMPLING_RULES", 10**6)
     assert command(*words) == 2
     assert "sampling_rules was " in capsys.readouterr().err
 

@@ -49,7 +49,7 @@ def run(reference, offload_dir, cell, cpu_attention=0.0, **settings):
 def assert_realized(report, block):
     """What is printed is what was: within one tensor, one sequence and one page of what was asked."""
     asked, found = report["policy"], report["realized_percent"]
-    rows, sequences = sum(block.activations.realized.values()), sum(block.cache.most_open.values())
+    rows, sequences = sum(block.activations.realized.values()), sum(block.cache.peak_open.values())
     largest = max(tensor.num_bytes for tensor in block.executor.weights.plan.all_tensors)
     total = sum(tensor.num_bytes for tensor in block.executor.weights.plan.all_tensors)
     units = {"weights": 100 * largest / total, "cache": 100 / sequences, "activations": 100 * PAGE_TOKENS / rows}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.kvcache import CacheSizes, KVCache
-from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.pages import CacheLayout, CacheSizes, PageTable
 from flexbatch.request import Request, SamplingParams
 from tests.memory.rigs import open_tiers
 

@@ -60,7 +60,7 @@ def queries(draw: st.DrawFn) -> list[QueryTokens]:
             list(pages),
             start,
             tail_slot=number if tier == "disk" else -1,
-            attend_on_cpu=tier == "cpu" and draw(st.booleans()),
+            cpu_attention=tier == "cpu" and draw(st.booleans()),
         )
         prompt = tuple(100 * number + i for i in range(start + count))
         first_logit = 0 if parents else draw(st.integers(0, count))
@@ -195,7 +195,7 @@ def test_prompts_and_large_trees_of_cpu_sequences_are_attended_on_the_device() -
     ):
         prompt = tuple(range(count))
         parents = tuple(range(-1, count - 1)) if tree else None
-        query = query_of(0, prompt, 0, count, PageTable("cpu", list(range(20)), attend_on_cpu=True), parents)
+        query = query_of(0, prompt, 0, count, PageTable("cpu", list(range(20)), cpu_attention=True), parents)
         assert attention_place(query) == place
 
 

@@ -17,7 +17,7 @@ from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.kvcache import CacheSizes
+from flexbatch.memory.pages import CacheSizes
 from flexbatch.memory.transfer import READY
 from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.speculative.tree import TokenTree, TreeShape
@@ -245,7 +245,7 @@ def test_homes_are_within_one_sequence_of_the_split_and_micro_batches_alike(
                 sum(sequence.pages.tier == tier for sequence in batch) for batch in scheduler.block.micro_batches
             ]
             assert max(in_batches) - min(in_batches) <= 2
-        on_cpu = [table.attend_on_cpu for table in homes if table.tier == "cpu"]
+        on_cpu = [table.cpu_attention for table in homes if table.tier == "cpu"]
         assert abs(sum(on_cpu) - cpu_attention * len(on_cpu)) <= 1
         scheduler.abort()
         scheduler.check()

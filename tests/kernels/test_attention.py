@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.kernels import native, ops, reference
+from flexbatch.kernels import attention_reference, native, ops
 from tests.kernels.cases import CASES, TOLERANCE, Case
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -24,7 +24,9 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_native(case, dtype):
     arguments, options = replace(case, dtype=dtype).build()
-    assert_close(native.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options))
+    assert_close(
+        native.paged_attention(*arguments, **options), attention_reference.paged_attention(*arguments, **options)
+    )
 
 
 @needs_compiler
@@ -35,7 +37,9 @@ def test_native_cuts_shorter_where_rows_are_wider(options):
         Case((1, 3, 1, 1, 33), (300, 131, 128, 129, 400), num_heads=16, num_kv_heads=16, head_dim=128), **options
     )
     arguments, others = case.build()
-    assert_close(native.paged_attention(*arguments, **others), reference.paged_attention(*arguments, **others))
+    assert_close(
+        native.paged_attention(*arguments, **others), attention_reference.paged_attention(*arguments, **others)
+    )
 
 
 @needs_compiler
@@ -44,7 +48,9 @@ def test_native_cuts_long_contexts(window):
     arguments, options = Case(
         (1, 4, 17, 1), (1025, 600, 1600, 512), num_heads=6, num_kv_heads=2, head_dim=40, window=window
     ).build()
-    assert_close(native.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options))
+    assert_close(
+        native.paged_attention(*arguments, **options), attention_reference.paged_attention(*arguments, **options)
+    )
 
 
 @needs_compiler
@@ -69,7 +75,8 @@ def random_cases(draw) -> Case:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     flags = {name: draw(st.booleans()) for name in ("alibi", "tree")}
     return Case(
-        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, draw(st.integers(1, 70)), bits=draw(st.sampled_from([16, 8, 4])),
+        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, draw(st.integers(1, 70)),
+        bits=draw(st.sampled_from([16, 8, 4])),
         group=draw(st.integers(1, 80)), page_tokens=draw(st.integers(1, 20)), window=draw(st.sampled_from([0, 1, 9])),
         soft_cap=draw(st.sampled_from([0.0, 2.0])), seed=draw(st.integers(0, 99)), **flags,
     )  # fmt: skip
@@ -80,7 +87,9 @@ def random_cases(draw) -> Case:
 @given(random_cases())
 def test_native_on_random_cases(case):
     arguments, options = case.build()
-    assert_close(native.paged_attention(*arguments, **options), reference.paged_attention(*arguments, **options))
+    assert_close(
+        native.paged_attention(*arguments, **options), attention_reference.paged_attention(*arguments, **options)
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +104,7 @@ def test_triton(name, splits, device):
 
     case = CASES[name]
     arguments, options = case.build()
-    wanted = reference.paged_attention(*arguments, **options)
+    wanted = attention_reference.paged_attention(*arguments, **options)
     arguments, options = case.build(device)
     assert_close(attention.paged_attention(*arguments, **options, splits=splits), wanted)
 
@@ -105,10 +114,10 @@ def test_triton_looks_pages_up_once(device):
 
     for name in ("chunks, no groups", "window", "mixed, many heads of one"):
         arguments, options = CASES[name].build()
-        wanted = reference.paged_attention(*arguments, **options)
+        wanted = attention_reference.paged_attention(*arguments, **options)
         arguments, options = CASES[name].build(device)
         assert_close(
-            attention.paged_attention(*arguments, **options, launch=attention.Launch(32, 32, 4, 1, page_slices=True)),
+            attention.paged_attention(*arguments, **options, launch=attention.Launch(32, 32, 4, 1)),
             wanted,
         )
 
@@ -119,7 +128,7 @@ def test_scores_in_the_thousands(splits, device):
     from flexbatch.kernels import attention
 
     arguments, options = (case := Case((1, 4), (90, 70), head_dim=16)).build()
-    wanted = reference.paged_attention(*arguments, **options | {"scale": 300.0})
+    wanted = attention_reference.paged_attention(*arguments, **options | {"scale": 300.0})
     if native.library() is not None:
         torch.testing.assert_close(
             native.paged_attention(*arguments, **options | {"scale": 300.0}), wanted, atol=1e-3, rtol=1e-3
@@ -176,12 +185,13 @@ def test_triton_in_a_cuda_graph():
     query.copy_(torch.randn_like(query))
     lens.copy_(torch.tensor([3, 700, 250]))
     graph.replay()
-    wanted = reference.paged_attention(*(x.cpu() for x in (query, rows, table, starts, lens)), **options)
+    wanted = attention_reference.paged_attention(*(x.cpu() for x in (query, rows, table, starts, lens)), **options)
     assert_close(out, wanted)
 
 
 def test_ops_choose_by_device():
     arguments, options = CASES["trees"].build()
     assert_close(
-        ops.paged_attention(*arguments, **options, threads=1), reference.paged_attention(*arguments, **options)
+        ops.paged_attention(*arguments, **options, threads=1),
+        attention_reference.paged_attention(*arguments, **options),
     )

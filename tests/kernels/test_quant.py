@@ -29,42 +29,38 @@ def values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("dim", [-1, 0])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("shape", "group"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_there_and_back(dtype, shape, group, bits, dim, quant, device):
+def test_there_and_back(dtype, shape, group, bits, quant, device):
     skip_interpreted(dtype, device)
-    if dim == 0 and len(shape) > 2:
-        pytest.skip("along the first dimension: matrices")
     x = values(shape, dtype)
-    wanted = reference.quantize(x, bits, group, dim)
-    got = quant.quantize(x.to(device), bits, group, dim)
+    wanted = reference.quantize(x, bits, group)
+    got = quant.quantize(x.to(device), bits, group)
     assert torch.equal(got[0].cpu(), wanted[0])
     assert torch.equal(got[1].cpu(), wanted[1])
     assert torch.equal(
-        quant.dequantize(*got, shape[dim], bits, group, dim).cpu(),
-        reference.dequantize(*wanted, shape[dim], bits, group, dim),
+        quant.dequantize(*got, shape[-1], bits, group).cpu(),
+        reference.dequantize(*wanted, shape[-1], bits, group),
     )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("shape", "group"), SHAPES)
-def test_error_is_half_a_step_along_either_dimension(shape, group, bits):
+def test_error_is_half_a_step(shape, group, bits):
     """Of the oracle itself: an element comes back within half a step of its group, the rounding of scale and minimum
     apart."""
     x = values((shape[0] * 9, shape[-1]), torch.float32)
-    for dim in (-1, 0):
-        back = reference.dequantize(*reference.quantize(x, bits, group, dim), x.shape[dim], bits, group, dim)
-        reach = torch.stack(
-            [
-                part.amax(dim, keepdim=True) - part.amin(dim, keepdim=True)
-                for part in x.split(group, dim)
-                if part.shape[dim] == group
-            ]
-            or [x.max() - x.min()]
-        ).max()
-        assert (back - x).abs().max() <= reach / ((1 << bits) - 1) / 2 * 1.001
+    back = reference.dequantize(*reference.quantize(x, bits, group), x.shape[-1], bits, group)
+    extent = torch.stack(
+        [
+            part.amax(-1, keepdim=True) - part.amin(-1, keepdim=True)
+            for part in x.split(group, -1)
+            if part.shape[-1] == group
+        ]
+        or [x.max() - x.min()]
+    ).max()
+    assert (back - x).abs().max() <= extent / ((1 << bits) - 1) / 2 * 1.001
 
 
 def squared_error(x, quantised, bits, group):
@@ -159,28 +155,7 @@ def test_append_rows_of_what_arithmetic_treats_apart(dtype, bits, quant, device)
         assert_same_rows(got.cpu(), wanted, heads, head_dim, bits, group, dtype)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("tokens", "outputs", "size", "group"), [(5, 70, 288, 64), (16, 64, 100, 32), (1, 130, 512, 128)]
-)
-def test_quantized_linear(tokens, outputs, size, group, bits, quant, device):
-    x, codes, parameters = (
-        values((tokens, size), torch.float32),
-        *reference.quantize(values((outputs, size), torch.float32), bits, group),
-    )
-    wanted = reference.quantized_linear(x, codes, parameters, bits, group)
-    torch.testing.assert_close(
-        quant.quantized_linear(x.to(device), codes.to(device), parameters.to(device), bits, group).cpu(),
-        wanted,
-        atol=1e-3,
-        rtol=1e-4,
-    )
-
-
 def test_what_is_refused(quant, device):
     x = torch.zeros(17, 64, device=device)
     with pytest.raises(ValueError, match="even number of elements, got 5"):
         quant.quantize(x, 4, 5)
-    codes, parameters = reference.quantize(x.cpu(), 4, 32)
-    with pytest.raises(ValueError, match=r"at most 16 tokens.*got 17 and 32"):
-        quant.quantized_linear(x, codes.to(device), parameters.to(device), 4, 32)

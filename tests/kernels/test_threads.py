@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch.kernels.threads import SHORT_WAIT, WAITING, be_a_good_neighbour, processor_share
+from flexbatch.kernels.threads import SHORT_WAIT, WAITING, be_a_good_neighbor, processor_share
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_threads_sleep_soon_unless_the_user_says_otherwise(environ: dict[str, st
 @pytest.mark.parametrize("name", WAITING)
 def test_what_the_user_has_set_stays(name: str, tmp_path: Path) -> None:
     environ = {name: "own"}
-    be_a_good_neighbour(environ, tmp_path)
+    be_a_good_neighbor(environ, tmp_path)
     assert environ == {name: "own"}
 
 
@@ -67,9 +67,9 @@ def test_a_containers_share_of_processors(
     assert processor_share(tmp_path) == share
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     environ: dict[str, str] = {}
-    be_a_good_neighbour(environ, tmp_path)
+    be_a_good_neighbor(environ, tmp_path)
     assert environ.get("OMP_NUM_THREADS") == (None if share is None else "2" if share == 1.5 else "1")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environ = {name: "7"}
-        be_a_good_neighbour(environ, tmp_path)
+        be_a_good_neighbor(environ, tmp_path)
         assert environ == {name: "7", **SHORT_WAIT}

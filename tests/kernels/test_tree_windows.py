@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexbatch.kernels import native, reference
+from flexbatch.kernels import attention_reference, native, reference
 from tests.kernels.cases import Case
 
 WHOLE, PART, SAMPLE = 3000, 150, 60
@@ -61,8 +61,10 @@ def native_case(seed: int) -> Case:
     queries, contexts = random_lengths(rng, 4, 100, 1300)
     kv_heads, page_tokens = rng.randint(1, 3), rng.choice([1, 3, 8, 16, 20])
     return Case(
-        tuple(queries), tuple(contexts), kv_heads * rng.choice([1, 1, 2, 3, 8]), kv_heads, rng.choice([8, 16, 33, 64, rng.randint(1, 140)]), rng.choice(WIDE),
-        rng.choice([16, 8, 4]), rng.choice([8, 16, 64, rng.randint(1, 80)]), page_tokens, window=random_window(rng, page_tokens, contexts),
+        tuple(queries), tuple(contexts), kv_heads * rng.choice([1, 1, 2, 3, 8]), kv_heads,
+        rng.choice([8, 16, 33, 64, rng.randint(1, 140)]), rng.choice(WIDE),
+        rng.choice([16, 8, 4]), rng.choice([8, 16, 64, rng.randint(1, 80)]), page_tokens,
+        window=random_window(rng, page_tokens, contexts),
         tree=rng.random() < 0.9, seed=seed, **rng.choice(OPTIONS),
     )  # fmt: skip
 
@@ -116,7 +118,7 @@ def assert_as_exact(
         key, value = (x.to(case.dtype).float() for x in (key, value))
     wide = options | {"bits": 16}
     exact, size = (
-        reference.paged_attention(query.float(), torch.stack([key, each], 1), *places, **wide)
+        attention_reference.paged_attention(query.float(), torch.stack([key, each], 1), *places, **wide)
         for each in (value, value.abs())
     )
     unit = torch.finfo(case.dtype).eps / 2 if case.dtype != torch.float32 else 0.0

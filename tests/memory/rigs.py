@@ -1,4 +1,4 @@
-"""Small tiers, lanes and architectures for the tests of the memory and execution rooms."""
+"""Small tiers, transfer queues and architectures for the tests of memory and execution."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIB = 1 << 20
 def open_tiers(
     folder: Path, gpu: int = 64 * MIB, cpu: int = 64 * MIB, disk: int = 64 * MIB
 ) -> Iterator[tuple[Tiers, TransferQueues]]:
-    """Pools of plain memory and the lanes between them; both are checked and closed at the end."""
+    """Pools of plain memory and the transfer queues between them; both are checked and closed at the end."""
     tiers = Tiers(Pool("gpu", gpu), Pool("cpu", cpu), Pool("disk", disk), folder)
     queues = TransferQueues(torch.device("cpu"), Tracer(), disk_threads=2)
     try:

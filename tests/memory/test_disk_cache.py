@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flexbatch.memory import disk_cache
 from flexbatch.memory.disk_cache import DiskCache, aligned_empty
-from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.pages import CacheLayout, CacheSizes, PageTable
 from flexbatch.memory.transfer import TransferQueues
 from tests.memory.rigs import open_tiers
 
@@ -26,7 +26,7 @@ LAYOUT = CacheLayout(LAYERS, 1, 3, 16, 64, PAGE_TOKENS, torch.float32)
 @contextmanager
 def open_cache(tail_tokens: int = 2 * PAGE_TOKENS + MAX_NODES) -> Iterator[tuple[DiskCache, TransferQueues]]:
     with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
-        cache = DiskCache(LAYOUT, PAGES, SEQUENCES, tail_tokens, Path(folder), tiers.cpu, tiers.disk)
+        cache = DiskCache(LAYOUT, CacheSizes(0, 0, PAGES, 0, SEQUENCES, tail_tokens), tiers)
         assert not list(Path(folder).iterdir()), "a killed run would leave the file behind"
         assert tiers.disk.used_bytes == {"cache": LAYERS * PAGES * LAYOUT.disk_page_bytes}
         cache.check()
@@ -102,7 +102,7 @@ def test_a_shared_prefix_is_read_from_the_pages_of_another() -> None:
         )
         prompt, end = rows_of(PAGE_TOKENS, 1), rows_of(2, 2)
         cache.append(first, 0, 0, prompt, 0)
-        cache.adopt(second.tail_slot, PAGE_TOKENS)
+        cache.mark_flushed(second.tail_slot, PAGE_TOKENS)
         cache.append(second, 0, PAGE_TOKENS, end, 0)
         assert torch.equal(read(cache, queues, [(second, PAGE_TOKENS + 2)], 0)[0], torch.cat([prompt, end]))
 
@@ -120,7 +120,7 @@ def test_pages_that_are_whole_blocks_go_straight_to_their_place() -> None:
     layout = CacheLayout(1, 4, 32, 16, 64, PAGE_TOKENS, torch.float32)
     assert layout.page_bytes == layout.disk_page_bytes == 4096
     with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
-        cache = DiskCache(layout, PAGES, 1, PAGE_TOKENS, Path(folder), tiers.cpu, tiers.disk)
+        cache = DiskCache(layout, CacheSizes(0, 0, PAGES, 0, 1, PAGE_TOKENS), tiers)
         table = PageTable("disk", [2, 3, 4, 0], tail_slot=cache.open())
         rows = torch.randint(0, 256, (14, layout.token_bytes), dtype=torch.uint8)
         cache.append(table, 0, 0, rows, 0)

@@ -45,14 +45,16 @@ def buffers(queues: TransferQueues) -> Iterator[HostBuffers]:
 
 def tensors(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(count, heads, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))  # type: ignore[return-value]
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    made = (torch.randn(count, n, HEAD_DIM, generator=generator) for n in heads)
+    return tuple(made)  # type: ignore[return-value]
 
 
 def test_buffers_in_flight_do_not_touch_each_other(buffers: HostBuffers) -> None:
     taken = []
     for seed in range(NUM_BUFFERS):
         given_in = tensors(MAX_TOKENS - seed, seed)
-        query, key, value, output = buffers.take(*given_in)
+        query, key, value, output = buffers.acquire(*given_in)
         output.fill_(seed)
         taken.append((given_in, (query, key, value), output))
         buffers.check()
@@ -60,30 +62,30 @@ def test_buffers_in_flight_do_not_touch_each_other(buffers: HostBuffers) -> None
         assert all(torch.equal(copy, source) for copy, source in zip(copies, given_in, strict=True))
         assert output.shape == given_in[0].shape and torch.all(output == seed)
     with pytest.raises(AssertionError, match="taken before it was given back"):
-        buffers.take(*tensors(1, 9))
+        buffers.acquire(*tensors(1, 9))
 
 
 def test_a_buffer_is_taken_again_only_once_its_readers_are_done(buffers: HostBuffers, queues: TransferQueues) -> None:
     read = []
     for turn in range(3 * NUM_BUFFERS):
-        *_, output = buffers.take(*tensors(2, turn))
+        *_, output = buffers.acquire(*tensors(2, turn))
         if turn >= NUM_BUFFERS:
             assert turn - NUM_BUFFERS in read, "taken while it was still read"
-        buffers.give_back(output, queues.h2d.submit(lambda turn=turn: (time.sleep(0.005), read.append(turn))))
+        buffers.release(output, queues.h2d.submit(lambda turn=turn: (time.sleep(0.005), read.append(turn))))
         buffers.check()
 
 
 def test_more_query_tokens_than_a_buffer_holds_is_an_error(buffers: HostBuffers) -> None:
     with pytest.raises(AssertionError, match="7 query tokens for CPU attention, buffers hold 6"):
-        buffers.take(*tensors(7, 0))
+        buffers.acquire(*tensors(7, 0))
 
 
 def test_without_a_gpu_nothing_is_copied(queues: TransferQueues) -> None:
     made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, Pool("cpu", 0), queues)
     query, key, value = tensors(3, 0)
-    taken = made.take(query, key, value)
+    taken = made.acquire(query, key, value)
     assert all(a is b for a, b in zip(taken, (query, key, value), strict=False)) and taken[3] is not query
-    made.give_back(taken[3], READY)
+    made.release(taken[3], READY)
     made.check()
     made.close()
 

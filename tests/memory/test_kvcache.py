@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
 from flexbatch.execution.pass_batch import QueryTokens
-from flexbatch.memory.kvcache import CacheSizes, Gather, KVCache
-from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.pages import CacheLayout, CacheSizes, Gather, PageTable
 from flexbatch.memory.transfer import READY, FutureHandle
 from flexbatch.memory.uploads import Uploads
 from tests.memory.rigs import dawdle, open_tiers
@@ -41,12 +41,12 @@ def layout_of(bits: int) -> CacheLayout:
 
 @dataclass(eq=False)
 class Text:
-    """A sequence in the model: its prompt, its table, its room and the rows [layers, tokens, token_bytes] that it
+    """A sequence in the model: its prompt, its table, its capacity and the rows [layers, tokens, token_bytes] that it
     must find."""
 
     prompt: tuple[int, ...]
     table: PageTable
-    room: int
+    capacity: int
     rows: torch.Tensor
 
     @property
@@ -91,12 +91,12 @@ class CacheMachine(RuleBasedStateMachine):
         more=st.integers(0, 8),
     )
     def open(self, tier: str, prompt: tuple[int, ...], more: int) -> None:
-        room = len(prompt) + more
+        capacity = len(prompt) + more
         shared = self.cache.shareable(tier, prompt)
-        if not self.cache.can_open(tier, room + MAX_NODES, shared):
+        if not self.cache.can_open(tier, capacity + MAX_NODES, shared):
             return
-        table = self.cache.open(tier, room + MAX_NODES, prompt, shared)
-        text = Text(prompt, table, room, torch.empty(0))
+        table = self.cache.open(tier, capacity + MAX_NODES, prompt, shared)
+        text = Text(prompt, table, capacity, torch.empty(0))
         text.rows = self.new_rows(text, 0, table.num_tokens)
         self.texts.append(text)
 
@@ -106,7 +106,7 @@ class CacheMachine(RuleBasedStateMachine):
         queries = []
         for text in self.texts:
             start = text.table.num_tokens
-            left = text.room - start
+            left = text.capacity - start
             if not self.cache.prefix_ready(text.table) or left == 0 or chance.random() < 0.2:
                 continue
             count = chance.randint(1, left)
@@ -179,7 +179,7 @@ class CacheMachine(RuleBasedStateMachine):
                 ) and chance.random() < 0.8:
                     place = chance.choice(below)
                     path.append(place)
-                path = path[: max(0, text.room - query.start - 1)]
+                path = path[: max(0, text.capacity - query.start - 1)]
                 accepted.append((text.table, query.start + 1, [query.start + place for place in path]))
                 kept = (0, *path)
             text.rows = torch.cat([text.rows, rows[:, list(kept)]], dim=1)
@@ -254,7 +254,7 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
 
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
 def test_rows_of_a_sequence_that_sat_out_a_pass_are_waited_for(tmp_path: Path, tier: str) -> None:
-    """A prompt that finds no room in a pass: what it drained in the pass before may still be under way when the pass
+    """A prompt that is left out of a pass: what it drained in the pass before may still be under way when the pass
     after reads it."""
     rows = torch.randn(PAGE_TOKENS, 2, 2, 6)
     with open_tiers(tmp_path) as (tiers, queues):

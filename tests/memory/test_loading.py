@@ -18,7 +18,7 @@ from flexbatch.memory import layer_files
 from flexbatch.memory.files import OffloadError
 from flexbatch.memory.layer_files import layer_file, open_layer_file
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.weight_plan import StoredTensor, plan_weights
+from flexbatch.memory.weight_plan import PlacedTensor, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.fingerprint import WeightFiles
@@ -135,24 +135,24 @@ def test_a_file_that_is_not_whole_is_written_again(tmp_path: Path, harm: str) ->
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     elsewhere.mkdir()
     with loaded(folder) as (store, _):
-        stored = next(t for t in store.plan.all_tensors if (t.spec.layer, t.spec.role) == (1, "down.weight"))
-    path = layer_file(folder, stored)
-    assert stored.num_bytes == NUM_BYTES
+        placed = next(t for t in store.plan.all_tensors if (t.spec.layer, t.spec.role) == (1, "down.weight"))
+    path = layer_file(folder, placed)
+    assert placed.num_bytes == NUM_BYTES
     content = path.read_bytes()
     harmed(path, harm, elsewhere)
     before = [entry.read_bytes() for entry in elsewhere.iterdir()]
-    assert not opens(folder, stored)
+    assert not opens(folder, placed)
     with loaded(folder) as (store, read):
         assert read == {(1, "down.weight")} and same_weights(store)
-    assert path.read_bytes() == content and opens(folder, stored) and not path.is_symlink()
+    assert path.read_bytes() == content and opens(folder, placed) and not path.is_symlink()
     assert path.stat().st_mode & 0o077 == 0
     assert [entry.read_bytes() for entry in elsewhere.iterdir()] == before, "what a link leads to is left alone"
 
 
-def opens(folder: Path, stored: StoredTensor) -> bool:
+def opens(folder: Path, placed: PlacedTensor) -> bool:
     """Whether the tensor's file is trusted."""
     with ThreadPoolExecutor(2) as pool:
-        file = open_layer_file(folder, stored, pool)
+        file = open_layer_file(folder, placed, pool)
     if file is not None:
         file.close()
     return file is not None

@@ -48,7 +48,7 @@ class PagesMachine(RuleBasedStateMachine):
             known = self.content.get(page) if self.pool.prefixes.is_ready(page) else self.expected(page)
             assert known == prompt[: (i + 1) * PAGE_TOKENS], "a page of another prompt is shared"
         need = -(-(len(prompt) + more) // PAGE_TOKENS) - len(shared)
-        kept = sum(page in self.pool.kept for page in shared)
+        kept = sum(page in self.pool.evictable for page in shared)
         if need > self.pool.num_available - kept:
             with pytest.raises(AssertionError, match="admission must ask first"):
                 self.pool.allocate(self.pool.num_available + 1)
@@ -99,8 +99,8 @@ class PagesMachine(RuleBasedStateMachine):
 
     @rule()
     def forget(self) -> None:
-        self.pool.forget_kept()
-        assert not self.pool.kept
+        self.pool.evict_all()
+        assert not self.pool.evictable
 
     @invariant()
     def agrees(self) -> None:
@@ -171,7 +171,7 @@ def test_slots_follow_the_page_table(start: int, count: int, page_tokens: int) -
         PageTable("gpu", [1, 2], 1, num_shared=1),
         PageTable("disk", [1], 1),
         PageTable("gpu", [1], 1, tail_slot=0),
-        PageTable("gpu", [1], 1, attend_on_cpu=True),
+        PageTable("gpu", [1], 1, cpu_attention=True),
     ],
 )
 def test_a_wrong_table_is_noticed(table: PageTable) -> None:

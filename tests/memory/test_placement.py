@@ -78,4 +78,4 @@ def test_what_is_removed_leaves_room_in_its_tier(split: Split, sizes: list[int],
         if chance.random() < 0.4:
             balancer.remove(*placed.pop(chance.randrange(len(placed))))
         balancer.check()
-        assert balancer.placed == {tier: sum(size for home, size in placed if home == tier) for tier in TIERS}
+        assert balancer.placed == {tier: sum(size for name, size in placed if name == tier) for tier in TIERS}

@@ -17,6 +17,7 @@ from flexbatch.models import rope
 from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import read_arch
 from flexbatch.validation.errors import DoesNotFitError
+from tests.models.dense import rope_tables
 from tests.tiny_models import make_model, random_prompts
 
 CONTEXT = 2_000_000
@@ -48,7 +49,7 @@ def test_tables_grow_and_never_shrink(folder: Path, lengths: list[int]) -> None:
     rotary = Rotary(arch, lengths[0], torch.bfloat16, pool)
     for i, longest in enumerate(lengths):
         before = rotary.num_positions
-        grew = rotary.reach(longest)
+        grew = rotary.grow_to(longest)
         rotary.check()
         assert grew == (rotary.num_positions > before) and min(longest, arch.max_positions) <= rotary.num_positions
         assert rotary.num_positions < max(lengths[: i + 1]) + POSITION_STEP
@@ -57,7 +58,7 @@ def test_tables_grow_and_never_shrink(folder: Path, lengths: list[int]) -> None:
             == table_bytes(arch, rotary.num_positions, torch.bfloat16)
             == used(arch) * rotary.num_positions * 2
         )
-        whole = rope.rope_tables(arch, dtype=torch.bfloat16, num_positions=rotary.num_positions)
+        whole = rope_tables(arch, dtype=torch.bfloat16, num_positions=rotary.num_positions)
         assert (rotary.tables is None) == (whole is None)
         if rotary.tables is not None and whole is not None:
             for name in ("cos", "sin", "local_cos", "local_sin"):
@@ -68,9 +69,9 @@ def test_tables_grow_and_never_shrink(folder: Path, lengths: list[int]) -> None:
 
 def test_long_tables_are_made_in_pieces(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     arch = read_arch(folder)
-    pieces = rope.rope_tables(arch, num_positions=1000)
+    pieces = rope_tables(arch, num_positions=1000)
     monkeypatch.setattr(rope, "BUILT_POSITIONS", 7)
-    small = rope.rope_tables(arch, num_positions=1000)
+    small = rope_tables(arch, num_positions=1000)
     assert (pieces is None) == (small is None)
     if pieces is not None and small is not None:
         torch.testing.assert_close(small.cos, pieces.cos)

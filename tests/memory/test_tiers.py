@@ -101,7 +101,7 @@ def test_the_error_of_a_budget_holds_the_numbers_and_the_remedy() -> None:
 )
 def test_budgets_are_checked_to_the_byte(needs: list[tuple[str, int]], limits: tuple[int, int, int]) -> None:
     budgets = dict(zip(("gpu", "cpu", "disk"), limits, strict=True))
-    short = [tier for tier, budget in budgets.items() if sum(size for home, size in needs if home == tier) > budget]
+    short = [tier for tier, budget in budgets.items() if sum(size for name, size in needs if name == tier) > budget]
     try:
         check_budgets([MemoryRequirement("x", tier, size) for tier, size in needs], budgets)
     except DoesNotFitError as error:

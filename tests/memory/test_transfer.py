@@ -1,4 +1,4 @@
-"""Lanes and handles: jobs in order, after what they depend on, with their errors where somebody waits."""
+"""Transfer queues and handles: jobs in order, after what they depend on, with their errors where somebody waits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ JOBS = st.lists(
 def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(
     jobs: list[tuple[int, list[int], bool]],
 ) -> None:
-    """Any graph of jobs over the lanes: (lane, earlier jobs it waits for, whether it fails)."""
+    """Any graph of jobs over the queues: (queue, earlier jobs it waits for, whether it fails)."""
     queues, ended, handles, doomed = TransferQueues(torch.device("cpu"), Tracer()), [], [], []
     dawdle(queues, 2, 0.004)
     try:
@@ -62,7 +62,7 @@ def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(
         for queue in range(6):
             mine = [number for number in ended if jobs[number][0] == queue]
             assert mine == sorted(mine)
-        queues.settle()
+        queues.synchronize()
         queues.check()
         assert all(
             queue.num_ended == queue.num_submitted for queue in queues.all_queues if isinstance(queue, ThreadQueue)
@@ -84,7 +84,7 @@ def test_waiting_waits_for_one_job_and_not_for_those_behind_it(queues: TransferQ
 
 
 def test_a_job_may_end_in_another_handle(queues: TransferQueues) -> None:
-    """A disk read whose last part is a copy on another lane: waiting for the read waits for the copy."""
+    """A disk read whose last part is a copy on another queue: waiting for the read waits for the copy."""
     done = []
 
     def slow() -> None:
@@ -113,7 +113,7 @@ def test_bytes_and_spans_are_counted_by_resource() -> None:
         queues.h2d.submit(lambda: None, name="a", num_bytes=3)
         queues.pages.submit(lambda: None, name="b", num_bytes=4)
         queues.disk_write.submit(lambda: None, num_bytes=5)
-        queues.settle()
+        queues.synchronize()
         assert queues.moved_bytes() == {"h2d": 7, "d2h": 0, "disk_read": 0, "disk_write": 5, "cpu_attention": 0}
         uses = tracer.summary()
         assert {name: (use.spans, use.num_bytes) for name, use in uses.items()} == {"h2d": (2, 7), "disk_write": (1, 5)}
@@ -130,7 +130,7 @@ def test_settling_waits_for_everything_and_raises_nothing(queues: TransferQueues
     failed = queues.disk_write.submit(fail)
     queues.h2d.submit(lambda: (time.sleep(0.02), done.append(1)), failed)
     queues.d2h.submit(lambda: (time.sleep(0.02), done.append(2)))
-    queues.settle()
+    queues.synchronize()
     assert done == [2], "what depends on a failed job does not run; what does not, does"
     with pytest.raises(OSError, match="lost"):
         failed.wait()
@@ -140,7 +140,7 @@ def test_settling_after_the_end_of_the_workers_is_done_at_once() -> None:
     """A finalizer that closes an engine when the interpreter ends comes after Python's wait for all threads."""
     queues = TransferQueues(torch.device("cpu"), Tracer())
     queues.close()
-    queues.settle()
+    queues.synchronize()
     script = """
 import torch, weakref
 from flexbatch.memory.transfer import TransferQueues
@@ -149,7 +149,7 @@ queues = TransferQueues(torch.device("cpu"), Tracer())
 for queue in queues.all_queues:
     queue.submit(lambda: None)
 def close():
-    queues.settle()
+    queues.synchronize()
     queues.check()
     queues.close()
     print("closed", *(queue.num_ended for queue in queues.all_queues))
@@ -167,7 +167,7 @@ def test_jobs_compute_without_gradients_and_closing_ends_the_threads() -> None:
     modes: list[bool] = []
     for queue in queues.all_queues:
         queue.submit(lambda: modes.append(torch.is_inference_mode_enabled()))
-    queues.settle()
+    queues.synchronize()
     assert modes == [True] * len(queues.all_queues)
     queues.close()
     assert threading.active_count() == before

@@ -80,10 +80,10 @@ def test_matrices_of_blocks_alone_are_quantised_and_tables_alone_gathered(plan: 
     if plan.arch.tie_word_embeddings:
         assert "embed.weight" in {t.spec.role for t in plan.layers[-1]}
     for stage in ("pre", "post"):
-        rooms = [
+        needed = [
             sum(t.dense_bytes for t in layer if t.quantized and stage_of(t.spec.role) == stage) for layer in plan.layers
         ]
-        assert max(rooms) <= plan.dequantization_bytes(stage) <= max(rooms) + SLAB_ALIGNMENT * len(QUANTIZED_ROLES)
+        assert max(needed) <= plan.dequantization_bytes(stage) <= max(needed) + SLAB_ALIGNMENT * len(QUANTIZED_ROLES)
 
 
 @pytest.mark.parametrize(("gpu", "cpu"), [(20, 80), (10, 90), (0, 100), (37, 21), (0, 0)])

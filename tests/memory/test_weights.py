@@ -188,7 +188,7 @@ def test_staging_is_filled_before_any_slab_is_free() -> None:
         store.fetch_rest(0, 1)
         if ahead.layers[0] != 0:
             store.fetch_rest(ahead.layers[0], 1)
-        queues.disk_read.settle()
+        queues.disk_read.synchronize()
         assert [ahead.arrived(layer) for layer in ahead.layers[:3]].count(True) == len(ahead.buffers)
         store.drain()
         # A job that ends leaves what was read; the next one begins again with the first layer.

@@ -1,15 +1,25 @@
-"""The models room driven by the oracle of the kernels room: no tiers, no scheduling, every weight in memory."""
+"""The package of models driven by the oracle of the kernels: no tiers, no scheduling, every weight in memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import reference
+from flexbatch.kernels import attention_reference, reference
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
+from flexbatch.models.rope import RopeTables, fill_tables, num_tables
 
 PAGE_TOKENS = 8
+
+
+def rope_tables(arch: Arch, dtype: torch.dtype = torch.float32, num_positions: int | None = None) -> RopeTables | None:
+    """Tables for positions 0 .. num_positions - 1 (default: the model's context), None when the model does not
+    rotate."""
+    if arch.position != "rope":
+        return None
+    length = arch.max_positions if num_positions is None else num_positions
+    return fill_tables(arch, torch.empty(num_tables(arch), length, arch.rotary_dim // 2, dtype=dtype))
 
 
 class DenseModel:
@@ -25,7 +35,7 @@ class DenseModel:
         shape = (pages * num_sequences * PAGE_TOKENS, 2, arch.num_kv_heads, arch.head_dim)
         self.caches = [torch.full(shape, float("nan")) for _ in range(arch.num_layers)]
         self.lengths = [0] * num_sequences
-        self.rope = layers.rope_tables(arch)
+        self.rope = rope_tables(arch)
         slopes = arch.alibi_slopes()
         self.slopes = None if slopes is None else torch.tensor(slopes)
         head = dict(stages.get(arch.num_layers, {}))
@@ -47,7 +57,7 @@ class DenseModel:
             weights = self.stages[layer]
             query, key, value = layers.pre_attention(self.arch, layer, weights, hidden, positions, self.rope)
             reference.append_rows(self.caches[layer], slots, key, value)
-            attention = reference.paged_attention(
+            attention = attention_reference.paged_attention(
                 query,
                 self.caches[layer],
                 self.page_table,

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
-from flexbatch.models import checkpoint, families, layers
+from flexbatch.models import checkpoint, families
 from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.dummy import dummy
 from flexbatch.models.shapes import SHAPES, shape
 from flexbatch.models.specs import weight_specs
-from tests.models.dense import DenseModel
+from tests.models.dense import DenseModel, rope_tables
 from tests.tiny_models import FAMILY_CASES, LLAMA_SIZES, VOCAB, make_model, random_prompts
 
 REQUIRED = {
@@ -139,7 +139,7 @@ def test_dynamic_rope_past_the_trained_context_equals_generate(tmp_path):
         torch.testing.assert_close(logits, wanted.logits[step][0], atol=5e-5, rtol=1e-5)
         chunk = [logits.argmax().item()]
         assert chunk == wanted.sequences[0, len(prompt) + step : len(prompt) + step + 1].tolist()
-    plain = layers.rope_tables(
+    plain = rope_tables(
         families.read_arch({**checkpoint.read_config(tmp_path), "rope_parameters": {"rope_theta": 10000.0}})
     )
     assert not torch.allclose(dense.rope.cos[60], plain.cos[39])
@@ -147,7 +147,7 @@ def test_dynamic_rope_past_the_trained_context_equals_generate(tmp_path):
 
 def test_rope_tables_can_be_cut_short_and_cast():
     arch = families.read_arch(configuration("llama-rope3").to_dict())
-    whole, part = layers.rope_tables(arch), layers.rope_tables(arch, dtype=torch.bfloat16, num_positions=9)
+    whole, part = rope_tables(arch), rope_tables(arch, dtype=torch.bfloat16, num_positions=9)
     assert whole.cos.shape == (arch.max_positions, arch.rotary_dim // 2)
     assert torch.equal(part.sin, whole.sin[:9].bfloat16())
 

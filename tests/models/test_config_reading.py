@@ -16,7 +16,7 @@ from transformers.utils import logging
 from flexbatch.models import families
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.config_types import KEYS, ROPE_KEYS
-from flexbatch.models.rope import rope_tables
+from tests.models.dense import rope_tables
 from tests.tiny_models import FAMILY_CASES, LLAMA_SIZES, VOCAB
 
 LAYERS, POSITIONS, HEADS = 4, 48, 4

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.kernels import reference
+from flexbatch.kernels import attention_reference
 from flexbatch.speculative.tree import ROOT, Drawing, TokenTree, TreeShape, best_first, chain, merge
 
 
@@ -88,7 +88,7 @@ def test_tree_attention_equals_attention_over_each_path(tree: TokenTree, prefix:
         cache[: len(slots)] = torch.stack([key[slots], value[slots]], dim=1)
         table, starts = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([0, queries], dtype=torch.int32)
         lens = torch.tensor([len(slots)], dtype=torch.int32)
-        return reference.paged_attention(
+        return attention_reference.paged_attention(
             query[slots[len(slots) - queries :]], cache, table, starts, lens, **settings_, **extra
         )
 

@@ -1,0 +1,78 @@
+"""Weight tensors as views of byte slabs, and the buffers into which quantized ones are dequantized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels import ops
+from flexbatch.memory.files import align
+from flexbatch.memory.tiers import Pool
+from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, PlacedTensor, WeightPlan, stage_of
+
+
+@dataclass
+class TensorView:
+    """A tensor where it can be used: dense, or codes and parameters still to be dequantized."""
+
+    placed: PlacedTensor
+    dense: Tensor | None = None
+    codes: Tensor | None = None
+    parameters: Tensor | None = None
+
+    def copy_codes(self, source: TensorView) -> None:
+        """Copy the codes and parameters of another view of the same quantized tensor into this one."""
+        assert self.codes is not None and self.parameters is not None
+        assert source.codes is not None and source.parameters is not None
+        self.codes.copy_(source.codes)
+        self.parameters.copy_(source.parameters)
+
+
+def view_of(slab: Tensor, placed: PlacedTensor, start: int, dtype: torch.dtype) -> TensorView:
+    """The tensor that lies at byte ``start`` of a uint8 slab."""
+    if not placed.quantized:
+        return TensorView(placed, dense=slab[start : start + placed.dense_bytes].view(dtype).view(placed.spec.shape))
+    codes = slab[start : start + math.prod(placed.codes_shape)].view(placed.codes_shape)
+    parameters = slab[start + placed.codes_bytes : start + placed.num_bytes].view(dtype).view(placed.parameters_shape)
+    return TensorView(placed, codes=codes, parameters=parameters)
+
+
+class DequantizationBuffers:
+    """Dense copies of a layer's quantized matrices on the compute device, made once per layer and pass and shared by
+    all of its micro-batches. One buffer per stage of a layer (before and after attention); each has one owner, the
+    layer whose matrices it holds."""
+
+    def __init__(self, plan: WeightPlan, gpu: Pool, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.buffers = {
+            stage: gpu.allocate(f"weight expansion {stage}", plan.dequantization_bytes(stage))
+            for stage in ("pre", "post")
+            if plan.dequantization_bytes(stage)
+        }
+        self.owners: dict[str, int] = {}
+
+    def fill(self, layer: int, stage: str, views: Iterable[TensorView], ready: dict[str, Tensor]) -> None:
+        """Dequantize the matrices of a stage among ``views``, the quantized ones of a layer, unless they are there;
+        enter them into ``ready`` by role."""
+        if stage not in self.buffers or self.owners.get(stage) == layer:
+            return
+        self.owners.pop(stage, None)  # nobody's from here on, should this one break off
+        cursor, buffer = 0, self.buffers[stage]
+        for view in views:
+            placed = view.placed
+            if stage_of(placed.spec.role) != stage:
+                continue
+            assert view.codes is not None and view.parameters is not None
+            dense = buffer[cursor : cursor + placed.dense_bytes].view(self.dtype).view(placed.spec.shape)
+            ops.dequantize(view.codes, view.parameters, placed.spec.shape[1], placed.bits, placed.group, out=dense)
+            ready[placed.spec.role] = dense
+            cursor += align(placed.dense_bytes, SLAB_ALIGNMENT)
+        self.owners[stage] = layer
+
+    def release(self, layer: int) -> None:
+        """The layer's matrices are needed no more: its buffers have no owner."""
+        self.owners = {stage: owner for stage, owner in self.owners.items() if owner != layer}
