@@ -26,10 +26,9 @@ class TensorView:
 
     def copy_codes(self, source: TensorView) -> None:
         """Copy the codes and parameters of another view of the same quantized tensor into this one."""
-        assert self.codes is not None and self.parameters is not None
-        assert source.codes is not None and source.parameters is not None
-        self.codes.copy_(source.codes)
-        self.parameters.copy_(source.parameters)
+        for target, values in ((self.codes, source.codes), (self.parameters, source.parameters)):
+            assert target is not None and values is not None
+            target.copy_(values)
 
 
 def view_of(slab: Tensor, placed: PlacedTensor, start: int, dtype: torch.dtype) -> TensorView:
