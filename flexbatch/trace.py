@@ -160,7 +160,7 @@ class RecordingTracer(Tracer):
         self.pending: deque[DeviceSpan] = deque()
         self._spans: deque[Span] = deque()
         self._event = event
-        self.stream: Callable[[], Any] = no_stream
+        self.stream: Callable[[], Any] = lambda: None
         if device is not None and device.type == "cuda":
             from flexbatch.kernels.streams import current_stream
 
@@ -241,10 +241,6 @@ def _cuda_event() -> Event:
     import torch
 
     return torch.cuda.Event(enable_timing=True)
-
-
-def no_stream() -> None:
-    """Stands in for a device's current stream where there is none."""
 
 
 def covered(spans: Iterable[Span]) -> float:

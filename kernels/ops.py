@@ -61,11 +61,6 @@ def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     return reference.quantize(x, bits, group)
 
 
-def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """`reference.fit`, in plain torch on either device: it runs once per load."""
-    return reference.fit(x, bits, group)
-
-
 def dequantize(
     codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, out: Tensor | None = None
 ) -> Tensor:

@@ -49,7 +49,6 @@ class DiskCache:
         self.free_tails.append(slot)
 
     def offset(self, layer: int, page: int) -> int:
-        """Bytes from the start of the file."""
         return (layer * self.num_pages + page) * self.layout.disk_page_bytes
 
     def append(self, location: SequencePages, layer: int, start: int, rows: Tensor, keep: int) -> None:

@@ -68,7 +68,6 @@ class CacheSizes:
     """Of each disk sequence and layer, token rows that are held in host memory until their page is full."""
 
     def pages(self, tier: str) -> int:
-        """Pages of one tier."""
         return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from flexbatch.kernels import ops
 from flexbatch.memory.files import align
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, PlacedTensor, WeightPlan, stage_of
+from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, PlacedTensor, WeightPlan
 
 
 @dataclass
@@ -26,10 +26,9 @@ class TensorView:
 
     def copy_codes(self, source: TensorView) -> None:
         """Copy the codes and parameters of another view of the same quantized tensor into this one."""
-        assert self.codes is not None and self.parameters is not None
-        assert source.codes is not None and source.parameters is not None
-        self.codes.copy_(source.codes)
-        self.parameters.copy_(source.parameters)
+        for target, values in ((self.codes, source.codes), (self.parameters, source.parameters)):
+            assert target is not None and values is not None
+            target.copy_(values)
 
 
 def view_of(slab: Tensor, placed: PlacedTensor, start: int, dtype: torch.dtype) -> TensorView:
@@ -55,23 +54,23 @@ class DequantizationBuffers:
         }
         self.owners: dict[str, int] = {}
 
-    def fill(self, layer: int, stage: str, views: Iterable[TensorView], ready: dict[str, Tensor]) -> None:
-        """Dequantize the matrices of a stage among ``views``, the quantized ones of a layer, unless they are there;
-        enter them into ``ready`` by role."""
-        if stage not in self.buffers or self.owners.get(stage) == layer:
-            return
+    def lacks(self, layer: int, stage: str) -> bool:
+        """Whether the stage has a buffer that does not hold the layer's matrices."""
+        return stage in self.buffers and self.owners.get(stage) != layer
+
+    def fill(self, layer: int, stage: str, views: Sequence[TensorView]) -> dict[str, Tensor]:
+        """Dequantize the quantized matrices of a layer's stage; returns the dense ones by role."""
         self.owners.pop(stage, None)  # nobody's from here on, should this one break off
-        cursor, buffer = 0, self.buffers[stage]
+        cursor, buffer, dense = 0, self.buffers[stage], dict[str, Tensor]()
         for view in views:
             placed = view.placed
-            if stage_of(placed.spec.role) != stage:
-                continue
             assert view.codes is not None and view.parameters is not None
-            dense = buffer[cursor : cursor + placed.dense_bytes].view(self.dtype).view(placed.spec.shape)
-            ops.dequantize(view.codes, view.parameters, placed.spec.shape[1], placed.bits, placed.group, out=dense)
-            ready[placed.spec.role] = dense
+            out = buffer[cursor : cursor + placed.dense_bytes].view(self.dtype).view(placed.spec.shape)
+            ops.dequantize(view.codes, view.parameters, placed.spec.shape[1], placed.bits, placed.group, out=out)
+            dense[placed.spec.role] = out
             cursor += align(placed.dense_bytes, SLAB_ALIGNMENT)
         self.owners[stage] = layer
+        return dense
 
     def release(self, layer: int) -> None:
         """The layer's matrices are needed no more: its buffers have no owner."""

@@ -107,7 +107,6 @@ class AllHandles:
 
 
 def together(*handles: Handle) -> Handle:
-    """One handle for several."""
     pending = [handle for handle in handles if handle is not READY]
     return pending[0] if len(pending) == 1 else AllHandles(pending) if pending else READY
 

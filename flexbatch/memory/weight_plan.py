@@ -83,7 +83,6 @@ class WeightPlan:
 
     @cached_property
     def all_tensors(self) -> tuple[PlacedTensor, ...]:
-        """Every tensor once, those outside of the layers first."""
         return (*self.gathered, *self.resident, *(tensor for layer in self.layers for tensor in layer))
 
     def layer_bytes(self, layer: int, tier: str) -> int:
@@ -193,7 +192,6 @@ def plan_weights(
 def tensor_format(
     spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, tuple[int, int]]
 ) -> tuple[int, int]:
-    """(bits, group) of a tensor; see `plan_weights`."""
     if spec.role in prequantized:
         return prequantized[spec.role]
     return (bits, group) if spec.role in QUANTIZED_ROLES and len(spec.shape) == 2 else (16, group)

@@ -15,7 +15,7 @@ from flexbatch.memory.read_ahead import ReadAhead
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
-from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, slab_alignment
+from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, slab_alignment, stage_of
 
 
 @dataclass
@@ -176,10 +176,11 @@ class WeightStore:
         ready = self.ready.get(layer)
         if ready is None:
             ready = self.ready[layer] = self.collect(layer)
-        lease = self.leases.get(layer)
-        quantized = (tensor for tensor in self.plan.layers[layer] if tensor.quantized)
-        views = (self.compute_view(tensor, layer, lease) for tensor in quantized)
-        self.dequantization.fill(layer, stage, views, ready)
+        if self.dequantization.lacks(layer, stage):
+            lease = self.leases.get(layer)
+            quantized = [t for t in self.plan.layers[layer] if t.quantized and stage_of(t.spec.role) == stage]
+            views = [self.compute_view(tensor, layer, lease) for tensor in quantized]
+            ready.update(self.dequantization.fill(layer, stage, views))
         return ready
 
     def collect(self, layer: int) -> dict[str, Tensor]:
