@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
+from benchmark.demo_template import CHAT_TEMPLATE
+
 VOCAB_SIZE = 4096
 CONTEXT = 2048
 END = "<|endoftext|>"
@@ -23,23 +25,6 @@ WORDS = r"^[ \t]+|[\r\n]+| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\r\n]+(?!\S)|
 """What a token may span: indentation is apart from the newline before it, so that a prompt may end with a newline,
 as HumanEval's do, and the model goes on with indentation. It costs 6 % more tokens than GPT-2's pattern, which fuses
 the two."""
-CHAT_TEMPLATE = r"""{#- The model knows Python files alone, so a conversation is one: what is said to it are comments. -#}
-{%- for message in messages -%}
-    {%- if message['content'] is string -%}
-        {%- set said = message['content'] -%}
-    {%- else -%}
-        {%- set said = message['content'] | map(attribute='text') | join('\n') -%}
-    {%- endif -%}
-    {%- if message['role'] == 'assistant' -%}
-        {{- '# assistant:\n' + said + ('' if loop.last else '\n\n') -}}
-    {%- else -%}
-        {{- '# ' + message['role'] + ':\n# ' + said | replace('\n', '\n# ') + '\n\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '# assistant:\n' -}}
-{%- endif -%}
-"""
 PROMPTS = (
     "def read_lines(path):\n    with open(path) as f:\n",
     "for name in os.listdir(path):\n",
@@ -258,24 +243,29 @@ def write_card(
     )
     card = f"""# {shape.name}
 
-{role}: a {facts["parameters"]}-parameter Llama trained on nothing but the source of the Python standard library. It writes plausible Python, not
+{role}: a {facts["parameters"]}-parameter Llama trained on nothing but the source of the Python standard library. It \
+writes plausible Python, not
 correct programs, and exists so that every command of FlexBatch runs without a download.
 
 | | |
 | --- | --- |
 | shape | {shown}, MLP {shape.intermediate}, tied embeddings |
 | context | {CONTEXT} tokens |
-| tokenizer | byte-level BPE, {VOCAB_SIZE} entries, {1 / corpus.tokens_per_byte:.2f} bytes per token; `{END}` (id 0) ends a file; nothing is added to a prompt |
+| tokenizer | byte-level BPE, {VOCAB_SIZE} entries, {1 / corpus.tokens_per_byte:.2f} bytes per token; `{END}` (id 0) \
+ends a file; nothing is added to a prompt |
 | chat | `chat_template.jinja` writes a conversation as Python, with comments; the model was not trained to answer |
 | stored as | fp16 safetensors |
 | corpus | {corpus.describe()} |
-| held-out loss | **{per_byte:.4f} nats/byte = {per_byte / math.log(2):.4f} bits/byte** ({nats:.4f} nats/token), weights as stored |
+| held-out loss | **{per_byte:.4f} nats/byte = {per_byte / math.log(2):.4f} bits/byte** ({nats:.4f} nats/token), \
+weights as stored |
 | draft against target, held-out text | {facts["draft"]} |
 | training | {facts["training"]} |
 | machine | {facts["machine"]} |
 
-The loss is the mean nats per token over consecutive windows of the held-out files, times tokens per byte; end-of-text tokens count as tokens, not
-as bytes. Files are held out by a hash of their path (`benchmark/demo_files.py`), about one in {HELD_OUT_ONE_IN}; the checkpoint that is best on them is kept,
+The loss is the mean nats per token over consecutive windows of the held-out files, times tokens per byte; \
+end-of-text tokens count as tokens, not
+as bytes. Files are held out by a hash of their path (`benchmark/demo_files.py`), about one in {HELD_OUT_ONE_IN}; the \
+checkpoint that is best on them is kept,
 so the figure is slightly optimistic.
 
 ## Make it again
@@ -284,7 +274,8 @@ so the figure is slightly optimistic.
 {facts["command"]}
 ```
 
-It reads the standard library of the interpreter that runs it (another version of Python gives slightly different numbers) and is bounded by time, so a
+It reads the standard library of the interpreter that runs it (another version of Python gives slightly different \
+numbers) and is bounded by time, so a
 faster machine takes more steps. Target and draft are trained by the same command.
 
 ## What it writes (greedy)

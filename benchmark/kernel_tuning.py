@@ -30,10 +30,17 @@ from flexbatch.policy.stdout import data_apart, run_process
 
 SHORT, LONG = "OPT-30B shape, 16 prompts of 512", "Llama-3-8B shape, one prompt of 8192"
 PREFILL_LAUNCHES = [  # query rows, keys, warps, stages, registers
-    *((64, 64, 4, stages, 0) for stages in (2, 3)), (64, 32, 4, 3, 0), (64, 128, 4, 2, 0),
-    *((128, 64, 8, stages, registers) for stages in (2, 3) for registers in (0, 128)), (128, 64, 4, 2, 0), (128, 64, 4, 3, 0), (128, 32, 4, 3, 0),
-    (128, 32, 8, 3, 128), (128, 128, 8, 2, 0), (128, 128, 4, 2, 0),
-]  # fmt: skip
+    *((64, 64, 4, stages, 0) for stages in (2, 3)),
+    (64, 32, 4, 3, 0),
+    (64, 128, 4, 2, 0),
+    *((128, 64, 8, stages, registers) for stages in (2, 3) for registers in (0, 128)),
+    (128, 64, 4, 2, 0),
+    (128, 64, 4, 3, 0),
+    (128, 32, 4, 3, 0),
+    (128, 32, 8, 3, 128),
+    (128, 128, 8, 2, 0),
+    (128, 128, 4, 2, 0),
+]
 DECODE_LAUNCHES = [
     (keys, warps, stages) for keys, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8)) for stages in (1, 3)
 ]

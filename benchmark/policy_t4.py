@@ -112,8 +112,10 @@ def choices_table(hardware: Hardware) -> tuple[list[str], list[dict], list[str]]
         block = f"{policy.gpu_batch_size}x{policy.num_gpu_batches}, CPU attention {policy.cpu_attention:.0%}"
         lines.append(
             f"| {model} | {weight_bits} / {cache_bits} | {percent_text(policy)}, {block} "
-            f"| {job.predicted_tokens_per_second:.2f} | {plan.predicted_tokens_per_second:.2f} | {plan.bound_tokens_per_second:.2f} "
-            f"| {plan.machine_bound_tokens_per_second or 0:.2f} | {plan.limiting_resource} | {plan.search_seconds:.1f} |"
+            f"| {job.predicted_tokens_per_second:.2f} | {plan.predicted_tokens_per_second:.2f} | "
+            f"{plan.bound_tokens_per_second:.2f} "
+            f"| {plan.machine_bound_tokens_per_second or 0:.2f} | {plan.limiting_resource} | "
+            f"{plan.search_seconds:.1f} |"
         )
         records.append({**summary(plan), "job_tokens_per_second": job.predicted_tokens_per_second})
         texts.append(explain(plan))
@@ -128,24 +130,31 @@ def compare(data: TextIO) -> None:
     text = [
         "# FlexGen's machine: one T4, prompt 512, generate 32",
         "",
-        "Everything but FlexGen's measured column is predicted by `policy/` for this project's executor; nothing was run on a T4.",
+        "Everything but FlexGen's measured column is predicted by `policy/` for this project's executor; nothing "
+        "was run on a T4.",
         "",
         "## FlexGen's own policies",
         "",
         *first,
         "",
-        "Measured by FlexGen as one block: all prompts, then 31 decode passes; the prediction is for the same job in this executor, which overlaps all",
-        "resources, where FlexGen adds the host-to-device time of a decode step to the rest and pays a copy per tensor: the prediction should be the higher",
-        "of the two. Two rows are lower. OPT-175B at 16 bits reads 0.8 TB from disk in a pass; FlexGen's 0.69 tok/s needs at least 2.5 GB/s, more than the",
-        "about 2 GB/s that are published. OPT-6.7B with two sequences is priced with one launch cost a tick that was assumed, not measured, for a T4.",
-        "Where memory is short by this executor's accounting, the row is priced as if it fitted: all prompts of a micro-batch at once need a workspace of",
+        "Measured by FlexGen as one block: all prompts, then 31 decode passes; the prediction is for the same job "
+        "in this executor, which overlaps all",
+        "resources, where FlexGen adds the host-to-device time of a decode step to the rest and pays a copy per "
+        "tensor: the prediction should be the higher",
+        "of the two. Two rows are lower. OPT-175B at 16 bits reads 0.8 TB from disk in a pass; FlexGen's 0.69 tok/s "
+        "needs at least 2.5 GB/s, more than the",
+        "about 2 GB/s that are published. OPT-6.7B with two sequences is priced with one launch cost a tick that "
+        "was assumed, not measured, for a T4.",
+        "Where memory is short by this executor's accounting, the row is priced as if it fitted: all prompts of a "
+        "micro-batch at once need a workspace of",
         "several GiB, which is why the choices below bring prompts in smaller portions.",
         "",
         "## What the optimizer chooses on that machine",
         "",
         *second,
         "",
-        "Prompts of the next block ride in the decode passes of this one; the job column pays for filling and draining.",
+        "Prompts of the next block ride in the decode passes of this one; the job column pays for filling and "
+        "draining.",
         "",
         "## The machine's numbers",
         "",

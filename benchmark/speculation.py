@@ -130,9 +130,12 @@ def document(report: dict[str, Any]) -> str:
     drafts = ", ".join(sorted({" + ".join(result["drafts"]) for result in report["results"]}))
     return f"""# Speculation on the CPU: demo and {drafts}
 
-{host["date"]}; {host["cpu"]}, {host["cpus"]} cores, {threads} thread(s) of torch, torch {host["torch"]}, Python {host["python"]}, commit {commits}. Numbers in
-[speculation-cpu.json](speculation-cpu.json). HumanEval prompts, {lengths} new tokens each, greedy, EOS ignored. The cache is on the gpu tier, which on the
-CPU is plain memory with a budget; `gpu` weights lie there too, `disk` weights are read in every pass. Every job runs plainly and then with trees in the same
+{host["date"]}; {host["cpu"]}, {host["cpus"]} cores, {threads} thread(s) of torch, torch {host["torch"]}, Python \
+{host["python"]}, commit {commits}. Numbers in
+[speculation-cpu.json](speculation-cpu.json). HumanEval prompts, {lengths} new tokens each, greedy, EOS ignored. The \
+cache is on the gpu tier, which on the
+CPU is plain memory with a budget; `gpu` weights lie there too, `disk` weights are read in every pass. Every job runs \
+plainly and then with trees in the same
 engine; the ratio is of the summed seconds of all jobs, exploration included.
 
 {chr(10).join([HEADER, *map(row, report["results"])])}

@@ -93,7 +93,8 @@ class EngineConfig:
     )
     simulate_acceptance: float | None = option(
         None,
-        "for timing only: accept each drafted token with this probability, whatever the model says; the text is meaningless",
+        "for timing only: accept each drafted token with this probability, whatever the model says; the text is "
+        "meaningless",
     )
     compare_plain: bool = option(False, "run every job without speculation first, and report the speed-up")
     generation_config: str = option(
@@ -123,7 +124,8 @@ class EngineConfig:
             ):
                 if gpu < 0 or cpu < 0 or gpu + cpu > 100:
                     refuse(
-                        f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 (the rest is on disk), not {gpu + cpu:g}"
+                        f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 "
+                        f"(the rest is on disk), not {gpu + cpu:g}"
                     )
         for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget"):
             value = getattr(self, name)

@@ -103,9 +103,19 @@ def attention_call(
 
     def call() -> Tensor:
         return ops.paged_attention(
-            query, rows, table, starts, lens, num_kv_heads=kv_heads, page_tokens=PAGE_TOKENS, scale=HEAD_DIM**-0.5, bits=bits, group=GROUP,
-            max_query_len=query_tokens, max_context_len=context,
-        )  # fmt: skip
+            query,
+            rows,
+            table,
+            starts,
+            lens,
+            num_kv_heads=kv_heads,
+            page_tokens=PAGE_TOKENS,
+            scale=HEAD_DIM**-0.5,
+            bits=bits,
+            group=GROUP,
+            max_query_len=query_tokens,
+            max_context_len=context,
+        )
 
     return call, num_bytes
 

@@ -1,4 +1,5 @@
-"""Passes of models that are too small to compute anything, or as wide as large ones: what is timed to know a machine."""
+"""Passes of models that are too small to compute anything, or as wide as large ones: what is timed to know a
+machine."""
 
 from __future__ import annotations
 

@@ -134,8 +134,8 @@ class Speculator:
         return sampled.follow(query) if self.simulate is None else self.follow_simulated(query, sampled, self.simulate)
 
     def follow_simulated(self, query: QueryTokens, sampled: SampledTokens, acceptance: float) -> SampledTokens:
-        """A uniform draw from the request's own stream decides at every depth about the likeliest child. Log-probabilities are
-        those of the tokens drawn there."""
+        """A uniform draw from the request's own stream decides at every depth about the likeliest child.
+        Log-probabilities are those of the tokens drawn there."""
         sequence, tree = self.proposed[query.sequence_id]
         depth = tree.shape.max_depth
         uniform_draws = uniforms(

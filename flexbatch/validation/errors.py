@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
-"""Exit codes: done, crashed, usage or configuration, done with errors in rows, does not fit the budgets, interrupted and
-resumable."""
+"""Exit codes: done, crashed, usage or configuration, done with errors in rows, does not fit the budgets, interrupted
+and resumable."""
 
 
 class CheckpointError(ValueError):

@@ -11,12 +11,32 @@ from urllib.parse import quote, quote_plus, unquote, unquote_plus
 HIDDEN = "***"
 HARMLESS = frozenset(
     {
-        "allow_bucket_creation", "allow_bucket_deletion", "allow_delayed_open", "anonymous", "background_writes", "blob_storage_scheme",
-        "check_directory_existence_before_creation", "connect_timeout", "default_metadata", "dfs_storage_scheme", "enable_tls", "endpoint_override",
-        "force_virtual_addressing", "location", "project_id", "region", "request_timeout", "retry_limit_seconds", "scheme", "tls_ca_dir_path",
-        "tls_ca_file_path", "tls_verify_certificates", "version", "versionId",
+        "allow_bucket_creation",
+        "allow_bucket_deletion",
+        "allow_delayed_open",
+        "anonymous",
+        "background_writes",
+        "blob_storage_scheme",
+        "check_directory_existence_before_creation",
+        "connect_timeout",
+        "default_metadata",
+        "dfs_storage_scheme",
+        "enable_tls",
+        "endpoint_override",
+        "force_virtual_addressing",
+        "location",
+        "project_id",
+        "region",
+        "request_timeout",
+        "retry_limit_seconds",
+        "scheme",
+        "tls_ca_dir_path",
+        "tls_ca_file_path",
+        "tls_verify_certificates",
+        "version",
+        "versionId",
     }
-)  # fmt: skip
+)
 """Options of file systems that are shown with their values. There is no telling what a file system calls its
 secrets, so all others are hidden."""
 URI = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+")

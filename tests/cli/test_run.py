@@ -289,7 +289,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
 
 def test_made_up_prompts_go_on_after_eos_and_real_ones_do_not(model_folder: Path, tmp_path: Path) -> None:
     engine = EngineConfig(model=str(model_folder))
-    assert run_work.make_work(engine, run_settings.RunConfig(prompt_len=5), run_settings.SamplingConfig()).params.ignore_eos
+    assert run_work.make_work(
+        engine, run_settings.RunConfig(prompt_len=5), run_settings.SamplingConfig()
+    ).params.ignore_eos
     assert not run_work.make_work(
         engine, run_settings.RunConfig(prompts=prompt_file(tmp_path)), run_settings.SamplingConfig()
     ).params.ignore_eos

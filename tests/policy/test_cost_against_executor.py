@@ -1,8 +1,9 @@
 """The cost model's ticks and bytes against those of the real executor, pass by pass, on a small model on the CPU.
 
-On a CPU the "gpu" tier is plain memory, and some copies have no transfer queue there. Not compared for this reason: the
-embedding rows that the head's stage gathers, the queries, keys, values and outputs of CPU attention, and the hops between
-GPU and host of weights and cache whose tier is the disk (they are compared where the disk is read or written).
+On a CPU the "gpu" tier is plain memory, and some copies have no transfer queue there. Not compared for this reason:
+the embedding rows that the head's stage gathers, the queries, keys, values and outputs of CPU attention, and the
+hops between GPU and host of weights and cache whose tier is the disk (they are compared where the disk is read or
+written).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from tests.tiny_models import make_model, random_prompts
 GPU, CPU, DISK = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 HALVES = (0.0, 0.5, 0.5)
 RAGGED, EQUAL = [20, 35, 7, 40], [40, 40, 40, 40]
-"""Prompt lengths. No chunk of 16 leaves one token: the executor attends such a chunk on the CPU, the model on the GPU."""
+"""Prompt lengths. No chunk of 16 leaves one token: the executor attends such a chunk on the CPU, the model on the
+GPU."""
 RESOURCES = ("h2d", "d2h", "disk_read", "disk_write", "cpu_attention")
 TENSOR_ALIGNMENT = {"h2d": 256, "disk_read": 4096}
 """Bytes to which a tensor of the weights is padded, at most, in a slab and in a file."""

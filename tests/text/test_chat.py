@@ -249,7 +249,7 @@ def test_the_demo_model_has_a_template_that_is_code() -> None:
 
 
 def test_the_training_script_writes_the_template() -> None:
-    from benchmark.demo_files import CHAT_TEMPLATE
+    from benchmark.demo_template import CHAT_TEMPLATE
 
     for folder in (DEMO, Path(DEMO).with_name("demo-draft")):
         assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
