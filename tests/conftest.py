@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import logging
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ import pytest
 # Triton decides when it is first imported, by whatever test that is, whether its functions are compiled or interpreted.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+# Workers of pytest-xdist share the cores: each would start a thread on every one of them.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 from flexbatch.policy.hardware import load_hardware
 
@@ -22,6 +28,16 @@ with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
     # Machines that run tests are shared: how long an example takes says nothing about the code.
     settings.register_profile("shared machine", deadline=None)
     settings.load_profile("shared machine")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look at it again after every few tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +56,24 @@ def logging_as_it_was() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     package.setLevel(levels[1])
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], object]:
+    """family -> Reference of a tiny model and what transformers generates with it, made once per process."""
+    from tests.tiny_models import make_reference
+
+    return functools.cache(lambda family: make_reference(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, where this process may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import string
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 307
@@ -284,6 +285,28 @@ def make_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
     )
 
 
+def train_tokenizer(
+    corpus: list[str], vocab_size: int, special: list[str], bos: bool, **options: Any
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges of ``corpus``: every byte is a token, so that random ids cut characters anywhere.
+
+    ``bos`` prepends ``<s>``, which is the first of ``special``, as Llama does.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **options)
+
+
 def randomize(model: PreTrainedModel, seed: int) -> None:
     """Random norms and biases too (their defaults of one and zero hide mistakes), and weights large enough that
     logits differ clearly."""
@@ -323,3 +346,31 @@ def random_prompts(lengths: list[int], vocab_size: int = VOCAB, seed: int = 0) -
     """One random prompt for every length, without special tokens, all different."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(len(SPECIAL), vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+PROMPT_LENGTHS = [1, 2, 5, 17, 40, 200, 33, 16, 15, 64]
+NEW_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model folder, prompts of awkward lengths, and the greedy continuations of transformers, each prompt alone."""
+
+    folder: Path
+    prompts: list[list[int]]
+    token_ids: list[list[int]]
+
+
+def greedy_tokens(model: PreTrainedModel, prompt: list[int], new_tokens: int, **options: Any) -> list[int]:
+    """Returns what transformers generates after ``prompt``, which it reads alone."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def make_reference(family: str, folder: Path) -> Reference:
+    model = make_model(family, folder)
+    prompts = random_prompts(PROMPT_LENGTHS, seed=len(family))
+    return Reference(folder, prompts, [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in prompts])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 
 from flexbatch.apps.batch import main
 from tests.apps_batch.fake import FakeLLM
+from tests.processes import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "tests" / "data"
@@ -56,24 +56,28 @@ def command(*words: object, **settings: Any) -> list[str]:
     return [sys.executable, "-m", "tests.apps_batch.driver", json.dumps(settings), *map(str, words)]
 
 
-def start(*words: object, environ: dict[str, str] | None = None, **settings: Any) -> subprocess.Popen[str]:
+def start(*words: object, environ: dict[str, str] | None = None, **settings: Any) -> Forked:
     """The command as a process of its own."""
-    import os
-
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})}
-    return subprocess.Popen(
-        command(*words, **settings), cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    return Forked(
+        "tests.apps_batch.driver", [json.dumps(settings), *map(str, words)], {"OMP_NUM_THREADS": "1", **(environ or {})}
     )
 
 
-def wait_for(
-    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: float = 30.0
-) -> None:
+def wait_for(condition: Callable[[], object], process: Forked | None = None, seconds: float = 30.0) -> None:
     """Until the condition holds, or the process has ended."""
     end = time.monotonic() + seconds
     while not condition() and (process is None or process.poll() is None):
         assert time.monotonic() < end, f"nothing happened within {seconds} s"
         time.sleep(0.002)
+
+
+def kill_at(moments: Iterable[Callable[[], bool]], start: Callable[[], Forked], seconds: float = 30.0) -> None:
+    """Starts a job for each of the moments and kills it when that has come; the next moment is asked for after that."""
+    for reached in moments:
+        process = start()
+        wait_for(reached, process, seconds)
+        process.kill()
+        process.communicate()
 
 
 def parts_of(folder: Path) -> list[Path]:

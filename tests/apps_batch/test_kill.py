@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from tests.apps_batch.helpers import (
     benchmark_prompts,
     command,
     journal_bytes,
+    kill_at,
     parts_of,
     read_output,
     run_here,
@@ -31,6 +32,7 @@ from tests.apps_batch.helpers import (
     wait_for,
     write_input,
 )
+from tests.processes import Forked
 
 
 def size_of(path: Path) -> int:
@@ -48,13 +50,14 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, step_s: float, *flags
     once = size_of(tmp_path / "once")
     settings = {"block": 16, "step_s": step_s, "count_file": str(counted)}
     chance = random.Random(7)
-    for _ in range(kills):
-        process = start(source, out, *flags, **settings)
-        goal = size_of(counted) + chance.random() * once / kills
-        wait_for(lambda goal=goal: size_of(counted) > goal, process)
-        process.kill()
-        process.communicate()
-        check_readable(out)
+
+    def moments() -> Iterator[Callable[[], bool]]:
+        for _ in range(kills):
+            goal = size_of(counted) + chance.random() * once / kills
+            yield lambda goal=goal: size_of(counted) > goal
+            check_readable(out)
+
+    kill_at(moments(), lambda: start(source, out, *flags, **settings))
     process = start(source, out, *flags, **settings)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -128,7 +131,7 @@ def test_ranks_of_torchrun_take_their_shards(tmp_path: Path) -> None:
     ]
 
 
-def begun(tmp_path: Path, rows: int = 400, **settings: float) -> tuple[subprocess.Popen[str], Path]:
+def begun(tmp_path: Path, rows: int = 400, **settings: float) -> tuple[Forked, Path]:
     source, out = write_input(tmp_path / "in.parquet", [f"prompt {i}" for i in range(rows)]), tmp_path / "out"
     process = start(source, out, "--part-rows", 25, "--window-rows", 50, **{"block": 10, "step_s": 0.006, **settings})
     wait_for(lambda: journal_bytes(out) > 2000, process)
@@ -181,19 +184,6 @@ def test_an_input_that_is_deleted_mid_job(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "d.parquet: row group 0 cannot be read" in err and "resume with: " in err, err
     assert read_output(out)["prompt"].to_pylist() == [f"{name}{i}" for name in "abc" for i in range(100)]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB, where this process may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_costs_no_committed_part(tmp_path: Path, small_disk: Path) -> None:

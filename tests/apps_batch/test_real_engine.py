@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +18,23 @@ import torch
 
 from flexbatch.apps.batch import main
 from flexbatch.apps.jobs.records import HEADER
-from tests.apps_batch.helpers import benchmark_prompts, journal_bytes, parts_of, read_output, wait_for, write_input
+from tests.apps_batch.helpers import (
+    benchmark_prompts,
+    journal_bytes,
+    kill_at,
+    parts_of,
+    read_output,
+    wait_for,
+    write_input,
+)
 from tests.apps_batch.helpers import start as start_driver
+from tests.processes import Forked
 
 DEMO = ("--model", "demo", "--device", "cpu")
 SMALL_BLOCK = ("--gpu-batch-size", 8, "--num-gpu-batches", 2)
 
 
-def start(*words: object, count_file: Path) -> subprocess.Popen[str]:
+def start(*words: object, count_file: Path) -> Forked:
     return start_driver(*words, *DEMO, *SMALL_BLOCK, real=True, count_file=str(count_file))
 
 
@@ -46,7 +54,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def finished(process: subprocess.Popen[str], code: int = 0) -> None:
+def finished(process: Forked, code: int = 0) -> None:
     out, err = process.communicate(timeout=1500)
     assert process.returncode == code and out == "", err
 
@@ -60,19 +68,17 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> No
         assert run_demo(source, tmp_path / "whole", *flags, *SMALL_BLOCK) == 0
     size = (tmp_path / "whole" / ".flexbatch" / "commits-0-of-1.log").stat().st_size
     chance, committed = random.Random(3), out / ".flexbatch" / "commits-0-of-1.log"
-    for kill in range(kills):
-        process = start(source, out, *flags, count_file=tmp_path / "tokens")
-        rate = size * (kill + chance.random()) / (kills + 1)
-        before = journal_bytes(out)
-        wait_for(
-            lambda rate=rate, before=before: (
-                committed.exists() and committed.stat().st_size > rate and journal_bytes(out) != before
-            ),
-            process,
-            600,
-        )
-        process.kill()
-        process.communicate()
+
+    def moments() -> Iterator[Callable[[], bool]]:
+        for kill in range(kills):
+            rate, before = size * (kill + chance.random()) / (kills + 1), journal_bytes(out)
+            yield (
+                lambda rate=rate, before=before: (
+                    committed.exists() and committed.stat().st_size > rate and journal_bytes(out) != before
+                )
+            )
+
+    kill_at(moments(), lambda: start(source, out, *flags, count_file=tmp_path / "tokens"), 600)
     finished(start(source, out, *flags, count_file=tmp_path / "tokens"))
     whole = read_output(tmp_path / "whole")
     assert read_output(out).equals(whole)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flexbatch.request import Completion, SamplingParams, TokenLogprob
+from tests.tiny_models import train_tokenizer
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. Question: which letter? Answer: A B C D. Even Odd. Yes No.\n"
@@ -26,20 +27,8 @@ CHAT = (
 
 def make_tokenizer(bos: bool = False, chat: bool = False):
     """A byte-level BPE tokenizer with about 330 tokens; ``bos`` prepends <s> as Llama does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    special, alphabet = ["<s>", "</s>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator([TEXT], trainer)
-    if bos:
-        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", model_max_length=512)
+    special = ["<s>", "</s>", "<|im_end|>"]
+    tokenizer = train_tokenizer([TEXT], 330, special, bos, model_max_length=512)
     tokenizer.clean_up_tokenization_spaces = False
     if chat:
         tokenizer.chat_template = CHAT

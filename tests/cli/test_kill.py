@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from flexbatch import run
+from tests.processes import Forked
 from tests.tiny_models import make_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +39,8 @@ def words_of(model: Path, offload_dir: Path) -> list[str]:
     return [*words, "--prompt-len", "5", "--gen-len", "4", "--gpu-batch-size", "2", "--num-gpu-batches", "1"]
 
 
-def start(model: Path, offload_dir: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "flexbatch.run", *words_of(model, offload_dir)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(model: Path, offload_dir: Path) -> Forked:
+    return Forked("flexbatch.run", words_of(model, offload_dir))
 
 
 def tokens(out: str) -> list[list[int]]:
@@ -69,7 +60,7 @@ def leftovers(folder: Path) -> list[Path]:
     return list(folder.rglob(".*.tmp"))
 
 
-def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+def kill_when(process: Forked, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not reached():
         assert process.poll() is None, f"ended before it could be killed: {process.communicate()[1]}"

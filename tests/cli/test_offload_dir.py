@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,19 +15,6 @@ from flexbatch.memory.files import prepare_offload_dir
 Command = Callable[..., int]
 WEIGHTS_ON_DISK = ("--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5")
 CACHE_ON_DISK = ("--percent", "100", "0", "0", "0", "100", "0", "--prompt-len", "5")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB, where this process may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "flexbatch-test", str(folder)], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def error_of(capsys: pytest.CaptureFixture) -> str:
@@ -89,7 +76,9 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_and_not_the_next(
     assert command("--offload-dir", str(small_disk / "offload"), *words) == 4
     message = error_of(capsys)
     assert "No space left on device" in message and "free there" in message and "--offload-dir" in message
-    left = [path for path in (small_disk / "offload").rglob("*") if path.is_file()]
+    # A checkpoint that is some seconds old, as it is on a busy machine, has its digests kept, too.
+    files = [path for path in (small_disk / "offload").rglob("*") if path.is_file()]
+    left = [path for path in files if path.parent.name != "digests"]
     assert all(path.name.endswith(".bin") and not path.name.startswith((".", "cache")) for path in left), left
     monkeypatch.setattr(loader, "prepare_offload_dir", prepare_offload_dir)
     filler.unlink()

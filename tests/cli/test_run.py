@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from flexbatch import run
 from flexbatch.cli.progress import Progress
 from flexbatch.config import EngineConfig
 from flexbatch.request import Completion
+from tests.processes import Forked
 
 PROMPTS = ["def add(a, b):", "x", "import os\n", "größer 🙂", "while True: pass  # and so on"]
 
@@ -224,9 +224,6 @@ def test_another_process_draws_the_same_tokens(command, model_folder: Path, tmp_
         command(*words, "--output", str(tmp_path / "first.jsonl"), "--percent", "100", "0", "100", "0", "100", "0") == 0
     )
     again = [
-        sys.executable,
-        "-m",
-        "flexbatch.run",
         "--model",
         str(model_folder),
         "--device",
@@ -252,12 +249,9 @@ def test_another_process_draws_the_same_tokens(command, model_folder: Path, tmp_
         "--offload-dir",
         str(tmp_path / "offload"),
     ]
-    done = subprocess.run(
-        [*again, "--output", str(tmp_path / "second.jsonl")],
-        capture_output=True,
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-    )
-    assert done.returncode == 0, done.stderr
+    process = Forked("flexbatch.run", [*again, "--output", str(tmp_path / "second.jsonl")])
+    _, err = process.communicate()
+    assert process.returncode == 0, err
     first = (tmp_path / "first.jsonl").read_text()
     assert first == (tmp_path / "second.jsonl").read_text()
     assert command(*words[:-1], "6", "--output", str(tmp_path / "other.jsonl")) == 0

@@ -164,7 +164,9 @@ def test_a_reader_that_has_gone_is_no_traceback(words: list[str]) -> None:
 
 def test_a_reader_that_leaves_early_is_no_traceback() -> None:
     """More than a pipe holds, of which the first lines are read."""
-    code = "import sys\nfrom flexbatch.cli.settings import run_command\nfrom flexbatch.policy.stdout import run_process\n"
+    code = (
+        "import sys\nfrom flexbatch.cli.settings import run_command\nfrom flexbatch.policy.stdout import run_process\n"
+    )
     code += (
         "sys.exit(run_process(lambda: run_command(lambda data: [print('x' * 99, file=data) for _ in "
         "range(99999)] and 0)))"

@@ -76,8 +76,18 @@ def outcome(completions) -> list:
     return [completion.token_ids if not completion.error else None for completion in completions]
 
 
-@pytest.mark.parametrize("draft", [None, ("ngram",)], ids=str)
-@pytest.mark.parametrize("place", PLACES)
+QUICK = [("gpu", ("ngram",)), ("cpu", None), ("disk", None), ("mixed", ("ngram",))]
+
+
+@pytest.mark.parametrize(
+    ("place", "draft"),
+    [
+        pytest.param(place, draft, marks=() if (place, draft) in QUICK else pytest.mark.slow)
+        for place in PLACES
+        for draft in (None, ("ngram",))
+    ],
+    ids=str,
+)
 def test_only_the_request_that_meets_it_fails(place, draft, broken, tmp_path):
     """Prompts that begin alike share pages; the poison of one makes NaN of masked places before it, too, and so of what
     the others read."""

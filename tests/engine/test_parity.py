@@ -10,7 +10,7 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.policy.limits import PAGE_TOKENS
-from tests.engine.conftest import NEW_TOKENS
+from tests.tiny_models import NEW_TOKENS
 
 WEIGHTS = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (30, 40)}
 CACHE = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (40, 30)}
@@ -63,23 +63,34 @@ def assert_realized(report, block):
             )
 
 
-def sampled(count: int, seed: int) -> list:
-    """Cells that cover every value of every axis, without the slowest chunk size on the slowest tier."""
-    cheap = [cell for cell in GRID if cell[5] != 1 or cell[1] == "gpu"]
-    return random.Random(seed).sample(cheap, count)
+def pairwise() -> list[tuple[str, tuple]]:
+    """Families with cells in which any two values of two axes, or of one and a family, occur together; without the
+    slowest chunk size on slow tiers."""
+    cheap = [cell for cell in GRID if cell[5] != 1 or (cell[0], cell[1]) == ("gpu", "gpu")]
+    rows = [(family, *cell) for family in FAMILIES for cell in cheap]
+    random.Random(0).shuffle(rows)
+    pairs = {row: {*itertools.combinations(enumerate(row), 2)} for row in rows}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(pairs[row] & missing)))
+        missing -= pairs[chosen[-1]]
+    return [(family, tuple(cell)) for family, *cell in chosen]
 
 
-@pytest.mark.parametrize(
-    ("family", "cell"), [(family, cell) for i, family in enumerate(FAMILIES) for cell in sampled(5, i)], ids=str
-)
+@pytest.mark.parametrize(("family", "cell"), pairwise(), ids=str)
 def test_sampled_grid(family, cell, reference, tmp_path):
     model = reference(family)
     assert run(model, tmp_path, cell) == model.token_ids
 
 
-@pytest.mark.parametrize("cpu_attention", [0.5, 1.0])
-@pytest.mark.parametrize("micro_batches", [1, 2, 3])
-@pytest.mark.parametrize("overlap", [True, False])
+CPU_ATTENTION = list(itertools.product((1, 2, 3), (True, False), (0.5, 1.0)))
+PAIRS = [(1, True, 0.5), (1, False, 1.0), (2, True, 1.0), (2, False, 0.5), (3, True, 0.5), (3, False, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "overlap", "cpu_attention"),
+    [pytest.param(*cell, marks=() if cell in PAIRS else pytest.mark.slow) for cell in CPU_ATTENTION],
+)
 def test_attention_on_the_cpu(micro_batches, overlap, cpu_attention, reference, tmp_path):
     model = reference("llama")
     assert run(model, tmp_path, ("cpu", "mixed", "gpu", micro_batches, overlap, 64), cpu_attention) == model.token_ids
@@ -94,7 +105,9 @@ def test_whole_grid(family, cell, reference, tmp_path_factory):
     assert run(model, folder, cell) == model.token_ids
 
 
-@pytest.mark.parametrize(("weight_bits", "cache_bits"), [(4, 16), (8, 8), (16, 4), (4, 4)])
+@pytest.mark.parametrize(
+    ("weight_bits", "cache_bits"), [(4, 16), (8, 8), (16, 4), pytest.param(4, 4, marks=pytest.mark.slow)]
+)
 def test_compressed_tokens_depend_on_nothing_but_the_bits(weight_bits, cache_bits, reference, tmp_path):
     """Quantised weights and cache change the tokens, but placement, chunking and overlap may not."""
     model = reference("llama")

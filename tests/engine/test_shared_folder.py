@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -15,9 +14,8 @@ from threading import Barrier
 import pytest
 
 from tests.engine import shared_folder
+from tests.processes import Forked
 from tests.tiny_models import make_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def own_files(folder: Path) -> list[str]:
     return [path.name for path in files if path.suffix not in (".bin", ".json") or path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("starts", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("starts", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_two_containers_share_a_volume(starts, models, tmp_path):
     """Both are process 1, each in its own namespace; of one model, and of two."""
     if (
@@ -45,12 +43,11 @@ def test_two_containers_share_a_volume(starts, models, tmp_path):
         or subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode
     ):
         pytest.skip("making a namespace of processes needs root")
-    command = [sys.executable, "-m", "tests.engine.shared_folder", str(tmp_path), str(starts), *sorted(models)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    pairs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(pairs) == starts, done.stderr[-3000:]
+    out, err = Forked("tests.engine.shared_folder", [str(tmp_path), str(starts), *sorted(models)]).communicate()
+    pairs = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
+    assert len(pairs) == starts, err[-3000:]
     failed = [codes for _, codes, _ in pairs if any(codes)]
-    assert not failed, (len(failed), failed[0], done.stderr[-3000:])
+    assert not failed, (len(failed), failed[0], err[-3000:])
     assert all(found == [models[name] for name in names] for names, _, found in pairs), (
         "somebody read what is not its own"
     )

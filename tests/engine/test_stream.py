@@ -66,10 +66,20 @@ def longer(reference, tmp_path_factory) -> tuple[list[list[int]], list[list[int]
         return prompts, [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
 
 
+EXTRAS = [{}, {"cpu_attention": 0.5}, {"draft": ("ngram",), "tree": "chain:3"}, {"cache_bits": 8}]
+QUICK = [("gpu", 2), ("cpu", 0), ("disk", 3), ("disk", 0), ("mixed", 0), ("mixed", 1), ("mixed", 2)]
+"""Every placement and every setting, and those together that touch each other's staging."""
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"cpu_attention": 0.5}, {"draft": ("ngram",), "tree": "chain:3"}, {"cache_bits": 8}], ids=str
+    ("place", "settings"),
+    [
+        pytest.param(place, settings, marks=() if (place, index) in QUICK else pytest.mark.slow)
+        for place in PLACES
+        for index, settings in enumerate(EXTRAS)
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("place", PLACES)
 def test_longer_requests_share_the_block_as_far_as_pages_and_staging_go(
     place, settings, longer, reference, tmp_path, checked
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -28,6 +29,13 @@ RARE = [("opt-6.7b", 16, 32), ("opt-30b", 80, 128), ("opt-30b", 24, 20)]
 MACHINES = [("opt-30b", 16, 64), *(pytest.param(*machine, marks=pytest.mark.slow) for machine in RARE)]
 """Model, GiB of the gpu and of the cpu tier."""
 WORKLOAD = Workload.uniform(512, 32)
+
+
+@functools.cache
+def chosen(model, machine, gpu=None, cpu=None):
+    """Returns the plan for ``WORKLOAD``, searched for once: the search is a function of its arguments."""
+    room = {tier: size * GIB for tier, size in (("gpu", gpu), ("cpu", cpu)) if size is not None}
+    return choose(public_shape(model), load_hardware(machine).with_memory(**room), WORKLOAD)
 
 
 def instance(model="opt-30b", machine="h200", gpu=16, cpu=96, batch=24, count=3, bits=(16, 16)):
@@ -135,7 +143,7 @@ def test_dual_is_what_a_gib_buys():
 
 def test_whole_search_for_the_largest_model_is_short():
     """Counted, not timed: 394 programs took 3 seconds, and 13 on a busy machine."""
-    plan = choose(public_shape("opt-175b"), load_hardware("t4"), WORKLOAD)
+    plan = chosen("opt-175b", "t4")
     assert plan.linear_programs < 600
     assert not plan.missing
 
@@ -145,7 +153,7 @@ def test_choice_beats_its_neighbours(model, gpu, cpu):
     """No block of another size, with its own best splits, is better by more than 1 %."""
     hardware = load_hardware("h200").with_memory(gpu=gpu * GIB, cpu=cpu * GIB)
     shape = public_shape(model)
-    plan = choose(shape, hardware, WORKLOAD)
+    plan = chosen(model, "h200", gpu, cpu)
     b, k = plan.policy.gpu_batch_size, plan.policy.num_gpu_batches
     others = [(b * 2, k), (b // 2, k), (b, k + 1), (b, k - 1), (b * 2, k // 2), (b // 2, k * 2), (b + 3, k), (b - 3, k)]
     for batch, count in (pair for pair in others if min(pair) > 0):
@@ -193,16 +201,15 @@ def test_rounding_to_tensors_and_sequences_still_fits():
 def test_more_gpu_memory_never_costs_throughput():
     rates = []
     for gpu in (6, 16, 48):
-        plan = choose(public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=gpu * GIB), WORKLOAD)
-        rates.append(plan.predicted_tokens_per_second)
+        rates.append(chosen("opt-30b", "h200", gpu).predicted_tokens_per_second)
     # 1 %: the search's own tolerance.
     assert all(after >= before * 0.99 for before, after in itertools.pairwise(rates)), rates
     assert rates[-1] > 1.5 * rates[0]
 
 
 def test_disk_only_when_memory_is_short():
-    plenty = choose(public_shape("opt-6.7b"), load_hardware("h200").with_memory(gpu=16 * GIB, cpu=100 * GIB), WORKLOAD)
-    short = choose(public_shape("opt-6.7b"), load_hardware("h200").with_memory(gpu=6 * GIB, cpu=8 * GIB), WORKLOAD)
+    plenty = chosen("opt-6.7b", "h200", 16, 100)
+    short = chosen("opt-6.7b", "h200", 6, 8)
     assert plenty.policy.weights.disk == 0
     assert short.policy.weights.disk > 0
     assert short.predicted_tokens_per_second < plenty.predicted_tokens_per_second
@@ -226,12 +233,7 @@ def test_the_disk_is_used_for_a_gain_or_not_at_all(model, bits, cpu):
 
 
 def test_more_sequences_when_host_memory_grows():
-    blocks = [
-        choose(
-            public_shape("opt-30b"), load_hardware("h200").with_memory(gpu=16 * GIB, cpu=cpu * GIB), WORKLOAD
-        ).policy.block_size
-        for cpu in (60, 120)
-    ]
+    blocks = [chosen("opt-30b", "h200", 16, cpu).policy.block_size for cpu in (64, None)]  # the machine itself has 115
     assert blocks[0] < blocks[1]
 
 
@@ -309,7 +311,7 @@ def test_no_plan_exceeds_the_machines_bound(sequences):
 
 def test_bits_change_only_when_allowed():
     hardware, shape = load_hardware("h200").with_memory(gpu=16 * GIB), public_shape("opt-30b")
-    plain = choose(shape, hardware, WORKLOAD)
+    plain = chosen("opt-30b", "h200", 16)
     free = choose(shape, hardware, WORKLOAD, Constraints(weight_bits=(16, 4), cache_bits=(16, 4), gpu_batch_size=128))
     assert (plain.policy.weight_bits, plain.policy.cache_bits) == (16, 16)
     assert (free.policy.weight_bits, free.policy.cache_bits) == (4, 4)
@@ -318,7 +320,7 @@ def test_bits_change_only_when_allowed():
 
 def test_without_overlap_is_slower():
     hardware, shape = load_hardware("h200").with_memory(gpu=16 * GIB), public_shape("opt-30b")
-    policy = choose(shape, hardware, WORKLOAD).policy
+    policy = chosen("opt-30b", "h200", 16).policy
     serial = price(shape, hardware, WORKLOAD, dataclasses.replace(policy, overlap=False))
     assert (
         serial.predicted_tokens_per_second < 0.8 * price(shape, hardware, WORKLOAD, policy).predicted_tokens_per_second

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.conftest import reference
 from tests.tiny_models import make_model
-
-__all__ = ["reference"]
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flexbatch import LLM, SamplingParams
-from tests.engine.conftest import NEW_TOKENS
+from tests.tiny_models import NEW_TOKENS
 
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
 PLACES = {

@@ -93,7 +93,7 @@ def test_what_is_given_stays(given_settings):
 
 
 def test_bits_change_only_where_they_are_allowed():
-    base = {"gpu_batch_size": 16, "num_gpu_batches": 2}
+    base = {"gpu_batch_size": 16, "num_gpu_batches": 2, "prefill_budget": 512, "cpu_attention": 0.5}
     kept, freed = plan(**base), plan(allow_bits=(16, 4), **base)
     assert kept["policy"]["weight_bits"] == 16
     assert freed["policy"]["weight_bits"] == 4

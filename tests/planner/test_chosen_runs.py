@@ -21,7 +21,7 @@ from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.workload import Workload
 from flexbatch.validation.errors import ConfigurationError
-from tests.engine.conftest import NEW_TOKENS
+from tests.tiny_models import NEW_TOKENS
 
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
 

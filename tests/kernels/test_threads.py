@@ -28,7 +28,7 @@ def displayed(environ: dict[str, str], code: str) -> dict[str, str]:
     ("environ", "name", "value"),
     [
         ({}, "GOMP_SPINCOUNT", SHORT_WAIT["GOMP_SPINCOUNT"]),
-        ({"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY", "ACTIVE"),
+        pytest.param({"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY", "ACTIVE", marks=pytest.mark.slow),
         pytest.param({"GOMP_SPINCOUNT": "5"}, "GOMP_SPINCOUNT", "5", marks=pytest.mark.slow),
     ],
 )
