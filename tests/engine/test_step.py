@@ -1,4 +1,5 @@
-"""Requests added one by one and run pass by pass: they come and go at any time, and the tokens are those of `generate`."""
+"""Requests added one by one and run pass by pass: they come and go at any time, and the tokens are those of
+`generate`."""
 
 from __future__ import annotations
 

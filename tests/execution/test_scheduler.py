@@ -241,7 +241,9 @@ def test_homes_are_within_one_sequence_of_the_split_and_micro_batches_alike(
         assert len(homes) == count
         for tier, part in zip(TIERS, split.fractions, strict=True):
             assert abs(sum(table.tier == tier for table in homes) - part * count) <= 1
-            in_batches = [sum(sequence.pages.tier == tier for sequence in batch) for batch in scheduler.block.micro_batches]
+            in_batches = [
+                sum(sequence.pages.tier == tier for sequence in batch) for batch in scheduler.block.micro_batches
+            ]
             assert max(in_batches) - min(in_batches) <= 2
         on_cpu = [table.attend_on_cpu for table in homes if table.tier == "cpu"]
         assert abs(sum(on_cpu) - cpu_attention * len(on_cpu)) <= 1

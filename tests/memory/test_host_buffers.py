@@ -45,7 +45,10 @@ def buffers(queues: TransferQueues) -> Iterator[HostBuffers]:
 
 def tensors(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(count, heads, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))  # type: ignore[return-value]
+    query, key, value = (
+        torch.randn(count, heads, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    return query, key, value
 
 
 def test_buffers_in_flight_do_not_touch_each_other(buffers: HostBuffers) -> None:
