@@ -160,9 +160,8 @@ def awkward(dtype: torch.dtype, shape: tuple[int, ...], group: int, seed: int) -
     x, nan, inf = torch.randn(shape, generator=random).to(dtype), torch.nan, torch.inf
     smallest = limits.smallest_normal * limits.eps
     specials = [
-        [nan], [-nan], [inf], [-inf], [inf, -inf], [nan, inf],
-        [0.0, -0.0], [-0.0, 0.0], [limits.max / 4, -limits.max / 4],
-        [1.25], [smallest, -smallest], [3 * smallest, limits.smallest_normal], [limits.smallest_normal * 8, -0.0],
+        [nan], [-nan], [inf], [-inf], [inf, -inf], [nan, inf], [0.0, -0.0], [-0.0, 0.0], [limits.max / 4, -limits.max / 4], [1.25],
+        [smallest, -smallest], [3 * smallest, limits.smallest_normal], [limits.smallest_normal * 8, -0.0],
     ]  # fmt: skip
     rows = x.view(-1, shape[-1])
     for i, part in enumerate(part for row in rows for part in row.split(group)):

@@ -69,9 +69,8 @@ def random_cases(draw) -> Case:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     flags = {name: draw(st.booleans()) for name in ("alibi", "tree")}
     return Case(
-        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, draw(st.integers(1, 70)),
-        bits=draw(st.sampled_from([16, 8, 4])), group=draw(st.integers(1, 80)), page_tokens=draw(st.integers(1, 20)),
-        window=draw(st.sampled_from([0, 1, 9])),
+        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, draw(st.integers(1, 70)), bits=draw(st.sampled_from([16, 8, 4])),
+        group=draw(st.integers(1, 80)), page_tokens=draw(st.integers(1, 20)), window=draw(st.sampled_from([0, 1, 9])),
         soft_cap=draw(st.sampled_from([0.0, 2.0])), seed=draw(st.integers(0, 99)), **flags,
     )  # fmt: skip
 

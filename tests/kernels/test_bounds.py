@@ -41,11 +41,10 @@ call = calls[sys.argv[1]]
 several = itertools.product((16, 8, 4), (0, 7), (False, True)) if sys.argv[1] == "c" else [(16, 0, True), (4, 7, True)]
 for bits, window, tree in several:
     for queries, contexts in (((3,), (21,)), ((5, 1, 19), (40, 17, 19)), ((1, 1), (33, 16))):
-        more = {"window": window, "tree": tree, "seed": bits + window}
-        case = Case(queries, contexts, 6, 2, 32, torch.float32, bits, 16, 16, **more)
+        case = Case(queries, contexts, 6, 2, 32, torch.float32, bits, 16, 16, window=window, tree=tree, seed=bits + window)
         arguments, options = case.build()
         expected = call(*arguments, **options)
-        options |= {name: guarded(value) for name, value in options.items() if isinstance(value, torch.Tensor)}
+        options = {name: guarded(value) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
         assert torch.equal(call(*(guarded(each) for each in arguments), **options), expected)
 print("within bounds")
 """

@@ -20,8 +20,7 @@ needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compi
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 5), st.integers(1, 3), st.integers(1, 70), st.sampled_from([16, 8, 4]), st.integers(1, 80),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from([1.0, 1e-6, 1e4]),
-    st.integers(0, 99),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from([1.0, 1e-6, 1e4]), st.integers(0, 99),
 )  # fmt: skip
 def test_append_rows_bit_for_bit(tokens, heads, head_dim, bits, group, dtype, size, seed):
     random = torch.Generator().manual_seed(seed)
@@ -134,8 +133,8 @@ class Workspaces(TorchDispatchMode):
 @needs_compiler
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=6),
-    st.integers(1, 8), st.integers(1, 9), st.integers(1, 140), st.integers(1, 5), st.sampled_from([0, 50]),
+    st.lists(st.tuples(st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=6), st.integers(1, 8), st.integers(1, 9), st.integers(1, 140),
+    st.integers(1, 5), st.sampled_from([0, 50]),
 )  # fmt: skip
 def test_a_call_takes_no_more_than_is_planned_for_it(lengths, kv_heads, group, head_dim, threads, window):
     queries = [max(1, count) if i == 0 else count for i, (count, _) in enumerate(lengths)]

@@ -61,9 +61,8 @@ def native_case(seed: int) -> Case:
     queries, contexts = random_lengths(rng, 4, 100, 1300)
     kv_heads, page_tokens = rng.randint(1, 3), rng.choice([1, 3, 8, 16, 20])
     return Case(
-        tuple(queries), tuple(contexts), kv_heads * rng.choice([1, 1, 2, 3, 8]), kv_heads,
-        rng.choice([8, 16, 33, 64, rng.randint(1, 140)]), rng.choice(WIDE), rng.choice([16, 8, 4]),
-        rng.choice([8, 16, 64, rng.randint(1, 80)]), page_tokens, window=random_window(rng, page_tokens, contexts),
+        tuple(queries), tuple(contexts), kv_heads * rng.choice([1, 1, 2, 3, 8]), kv_heads, rng.choice([8, 16, 33, 64, rng.randint(1, 140)]), rng.choice(WIDE),
+        rng.choice([16, 8, 4]), rng.choice([8, 16, 64, rng.randint(1, 80)]), page_tokens, window=random_window(rng, page_tokens, contexts),
         tree=rng.random() < 0.9, seed=seed, **rng.choice(OPTIONS),
     )  # fmt: skip
 

@@ -45,10 +45,7 @@ def buffers(queues: TransferQueues) -> Iterator[HostBuffers]:
 
 def tensors(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    query, key, value = (
-        torch.randn(count, heads, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    return query, key, value
+    return tuple(torch.randn(count, heads, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))  # type: ignore[return-value]
 
 
 def test_buffers_in_flight_do_not_touch_each_other(buffers: HostBuffers) -> None:
