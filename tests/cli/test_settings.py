@@ -270,7 +270,7 @@ def test_a_reader_that_goes_away_is_no_crash_report() -> None:
 
 def test_settings_import_no_torch() -> None:
     script = (
-        "import sys, flexbatch.cli, flexbatch.request, flexbatch.trace; sys.exit('torch' in sys.modules or "
-        "'transformers' in sys.modules)"
+        "import sys, flexbatch.cli, flexbatch.request, flexbatch.trace; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], env=os.environ).returncode == 0

@@ -20,7 +20,7 @@ from flexbatch.models.resolve import DEMO
 from flexbatch.run import main as run
 from flexbatch.speculative.tree import ROOT, TokenTree, TreeShape
 from flexbatch.validation.errors import ConfigurationError
-from tests.speculative.engines import Scripted
+from tests.speculative.engines import Scripted, flags_of, rest_of
 from tests.tiny_models import make_model, random_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
@@ -97,7 +97,7 @@ def check(model, engines, content: dict) -> list[list[int]]:
     params = GenerationDefaults("generation_config.json", content).params(max_tokens=NEW_TOKENS)
 
     def tree(sequence, depth):
-        rest = wanted[PROMPTS.index(sequence.token_ids[: sequence.num_prompt_tokens])][len(sequence.output.token_ids) :]
+        rest = rest_of(sequence, PROMPTS, wanted)
         if len(rest) < 3:
             return TokenTree()
         wrong = (rest[0] + 1) % 300
@@ -221,43 +221,11 @@ def test_the_file_counts_where_nothing_is_given(model, tmp_path, capsys):
             assert tokens(llm, [None, longer, None, None])[0::2] == wanted[0::2]
         prompts = tmp_path / "prompts.json"
         prompts.write_text(json.dumps(PROMPTS))
-        flags = [
-            "--model",
-            str(model.folder),
-            "--prompts",
-            str(prompts),
-            "--json",
-            "--device",
-            "cpu",
-            "--gpu-memory",
-            "1GiB",
-            "--cpu-memory",
-            "1GiB",
-        ]
-        assert (
-            run(
-                [
-                    *flags,
-                    "--percent",
-                    "100",
-                    "0",
-                    "100",
-                    "0",
-                    "100",
-                    "0",
-                    "--gpu-batch-size",
-                    "2",
-                    "--num-gpu-batches",
-                    "2",
-                ]
-            )
-            == 0
-        )
+        flags = ["--prompts", str(prompts), "--json"]
+        assert run([*flags_of(model.folder, SETTINGS), *flags]) == 0
         assert [line["token_ids"] for line in json.loads(capsys.readouterr().out)["completions"]] == wanted
-        assert (
-            run([*flags, "--percent", "100", "0", "100", "0", "100", "0", "--gpu-batch-size", "2", "--max-tokens", "5"])
-            == 0
-        )
+        fewer = {name: value for name, value in SETTINGS.items() if name != "num_gpu_batches"}
+        assert run([*flags_of(model.folder, fewer), *flags, "--max-tokens", "5"]) == 0
         assert [line["token_ids"] for line in json.loads(capsys.readouterr().out)["completions"]] == model.wanted(
             {**content, "max_new_tokens": 5}
         )

@@ -22,7 +22,8 @@ from flexbatch import engine
 
 def held():
     lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
-    return sum(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))  # files that are mapped can be dropped at any time
+    # Files that are mapped can be dropped at any time.
+    return sum(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 def watched(*arguments):
     before = held()

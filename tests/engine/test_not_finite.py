@@ -15,19 +15,11 @@ from flexbatch.execution import diagnosis
 from flexbatch.run import main as run
 from flexbatch.speculative.tree import ROOT, TokenTree, TreeShape
 from flexbatch.validation.errors import ConfigurationError
-from tests.speculative.engines import PLACES, Scripted
+from tests.speculative.engines import PLACES, Scripted, engine, flags_of, rest_of
 from tests.tiny_models import VOCAB, make_model, random_prompts
 
 POISON = 77
 """A token whose embedding is NaN, in the models that have one."""
-SETTINGS = {
-    "gpu_batch_size": 3,
-    "num_gpu_batches": 2,
-    "gpu_memory": "1GiB",
-    "cpu_memory": "1GiB",
-    "device": "cpu",
-    "prefill_chunk": 24,
-}
 SHARED = [token if token != POISON else 5 for token in random_prompts([40], seed=9)[0]]
 CLEAN = [[token if token != POISON else 5 for token in prompt] for prompt in random_prompts([3, 17, 66], seed=4)] + [
     [*SHARED, 9, 8],
@@ -69,7 +61,7 @@ def poison(model) -> None:
 
 
 def start(folder, tmp_path, place: str = "gpu", **settings) -> LLM:
-    return LLM(str(folder), percent=PLACES[place], offload_dir=str(tmp_path), **{**SETTINGS, **settings})
+    return engine(folder, tmp_path, place, **{"prefill_chunk": 24, **settings})
 
 
 def outcome(completions) -> list:
@@ -201,9 +193,7 @@ def test_a_drafted_token_that_is_poison_breaks_nothing(place, broken, tmp_path):
     with start(folder, tmp_path, place, draft=("ngram",), tree="<2,1,1>") as llm:
 
         def tree(sequence, depth):
-            rest = plain[CLEAN.index(sequence.token_ids[: sequence.num_prompt_tokens])][
-                len(sequence.output.token_ids) :
-            ]
+            rest = rest_of(sequence, CLEAN, plain)
             return TokenTree((POISON, rest[0], POISON), TreeShape((ROOT, ROOT, 1))) if rest else TokenTree()
 
         llm.speculator.sources = [Scripted(tree)]
@@ -303,40 +293,9 @@ def test_without_free_pages_the_layer_stays_unknown(broken, tmp_path, monkeypatc
 def test_the_command_ends_with_row_errors(broken, tmp_path, capsys):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(PROMPTS))
-    flags = [
-        "--model",
-        str(broken(poison, "embedding")),
-        "--prompts",
-        str(prompts),
-        "--json",
-        "--device",
-        "cpu",
-        "--gpu-memory",
-        "1GiB",
-        "--cpu-memory",
-        "1GiB",
-    ]
-    assert (
-        run(
-            [
-                *flags,
-                "--percent",
-                "100",
-                "0",
-                "100",
-                "0",
-                "100",
-                "0",
-                "--gpu-batch-size",
-                "3",
-                "--num-gpu-batches",
-                "2",
-                "--max-tokens",
-                "2",
-            ]
-        )
-        == 3
-    )
+    settings = {"device": "cpu", "gpu_memory": "1GiB", "cpu_memory": "1GiB", "percent": PLACES["gpu"]}
+    flags = flags_of(broken(poison, "embedding"), {**settings, "gpu_batch_size": 3, "num_gpu_batches": 2})
+    assert run([*flags, "--prompts", str(prompts), "--json", "--max-tokens", "2"]) == 3
     lines = json.loads(capsys.readouterr().out)["completions"]
     assert ["error" in line for line in lines] == BAD and [line["finish_reason"] == "error" for line in lines] == BAD
 

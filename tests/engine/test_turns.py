@@ -3,6 +3,8 @@ that says what to do."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import os
 import random
@@ -34,13 +36,24 @@ def model(tmp_path_factory):
 BOTH = pytest.mark.parametrize("llm", ["plain", "draft"], indirect=True)
 
 
+@pytest.fixture(scope="module")
+def engines(model, tmp_path_factory):
+    """kind -> engine: what one test does to it may not be seen by the next."""
+    with contextlib.ExitStack() as stack:
+        settings = {"plain": {}, "draft": {"draft": str(model), "tree": "chain:2"}}
+        yield functools.cache(
+            lambda kind: stack.enter_context(engine(model, tmp_path_factory.mktemp(kind), **settings[kind]))
+        )
+
+
 @pytest.fixture
-def llm(request, model, tmp_path):
-    """Without speculation, unless a test wants both."""
-    settings = {"draft": str(model), "tree": "chain:2"} if getattr(request, "param", "") == "draft" else {}
-    with engine(model, tmp_path, **settings) as llm:
-        yield llm
-        llm._turns.check()
+def llm(request, engines):
+    """Without speculation, unless a test wants both; a new one after a test that failed."""
+    failed, llm = request.session.testsfailed, engines(getattr(request, "param", "plain"))
+    yield llm
+    if request.session.testsfailed > failed:
+        engines.cache_clear()
+    llm._turns.check()
 
 
 def engine(model, folder, **settings):

@@ -214,7 +214,8 @@ def test_without_overlap_nothing_runs_beside_a_tick(
 
     def synchronize(self: Executor) -> None:
         settled(self)
-        seen.append(all(queue.num_ended == queue.num_submitted for queue in self.queues.all_queues))  # type: ignore[union-attr]
+        assert self.queues is not None
+        seen.append(all(queue.num_ended == queue.num_submitted for queue in self.queues.all_queues))
 
     monkeypatch.setattr(Executor, "synchronize", synchronize)
     with engine(folder, tmp_path, overlap=False, **MIXED) as llm:

@@ -8,12 +8,12 @@ import inspect
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from flexbatch.__main__ import COMMANDS, main
+from tests.processes import Forked
 
 ROOT = Path(__file__).parents[2]
 COMMANDS_OF_THE_README = ["pip install -e . && python -m flexbatch.run", 'pip install -e ".[test]" && pytest']
@@ -36,20 +36,12 @@ def test_readme_promises_two_commands_and_ci_runs_them() -> None:
 
 
 def test_a_transformers_model_is_built_from_the_root() -> None:
-    """The root holds a folder ``kernels``; transformers imports a package of that name, installed or not."""
-    code = (
-        "import torch\n"
-        "from transformers import AutoModelForCausalLM, LlamaConfig\n"
-        "c = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, "
-        "num_attention_heads=2)\n"
-        "m = AutoModelForCausalLM.from_config(c)\n"
-        "print(m(torch.arange(5)[None]).logits.shape[-1])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "64"
+    """The root holds a folder ``kernels``; transformers imports a package of that name, installed or not. The process
+    that is forked here has imported transformers with the root first in its path."""
+    process = Forked("tests.packaging.tiny_llama", [])
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.strip() == "64"
 
 
 def test_the_layout_in_contributing_is_that_of_the_repository() -> None:

@@ -30,8 +30,9 @@ from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 JOB = Job((543,) * 64, (512,) * 64)
 TINY = families.read_arch(
     {
-        "model_type": "llama", "vocab_size": 307, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "eos_token_id": 2, "bos_token_id": 1,
+        "model_type": "llama", "vocab_size": 307, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "eos_token_id": 2, "bos_token_id": 1,
     }
 )  # fmt: skip
 

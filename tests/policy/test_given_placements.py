@@ -46,12 +46,11 @@ def placements(draw):
     )
 
 
-def chosen(placement, room):
+def chosen(placement, room, **sizes):
+    """Plans with the placement in ``room``; the sizes of the block are open where they are not given."""
     shape, machine, workload, policy, percent = placement
     constraints = Constraints(
         percent=percent,
-        gpu_batch_size=policy.gpu_batch_size,
-        num_gpu_batches=policy.num_gpu_batches,
         cpu_attention=0.0,
         prefill_chunk=policy.prefill_chunk,
         prefill_budget=policy.prefill_budget,
@@ -60,21 +59,23 @@ def chosen(placement, room):
         gpu_memory=room["gpu"],
         cpu_memory=room["cpu"],
         disk=room["disk"],
+        **sizes,
     )
     return choose(shape, machine, workload, constraints)
 
 
 def what_fits_is_accepted(placement):
-    shape, machine, workload = placement[:3]
+    shape, machine, workload, policy = placement[:4]
+    sizes = {"gpu_batch_size": policy.gpu_batch_size, "num_gpu_batches": policy.num_gpu_batches}
     # The sizes of the job's own block: no more micro-batches than it fills.
-    free = chosen(placement, dict.fromkeys(TIERS, 2**50)).policy
+    free = chosen(placement, dict.fromkeys(TIERS, 2**50), **sizes).policy
     room = {tier: sum(kinds.values()) for tier, kinds in peak_memory(shape, machine, workload, free).items()}
-    plan = chosen(placement, room)
+    plan = chosen(placement, room, **sizes)
     assert plan.policy == free and not plan.missing and plan.predicted_tokens_per_second > 0
     for tier in TIERS:
         if room[tier]:
             with pytest.raises(DoesNotFit):
-                chosen(placement, {**room, tier: room[tier] - 1})
+                chosen(placement, {**room, tier: room[tier] - 1}, **sizes)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -97,21 +98,10 @@ def test_a_placement_with_open_sizes_looks_past_the_blocks_that_are_too_large():
 
 
 def one_sequence_fits(placement):
-    shape, machine, workload, policy, percent = placement
+    shape, machine, workload, policy, _ = placement
     smallest = dataclasses.replace(policy, gpu_batch_size=1, num_gpu_batches=1)
     room = {tier: sum(kinds.values()) for tier, kinds in peak_memory(shape, machine, workload, smallest).items()}
-    constraints = Constraints(
-        percent=percent,
-        cpu_attention=0.0,
-        prefill_chunk=policy.prefill_chunk,
-        prefill_budget=policy.prefill_budget,
-        weight_bits=(policy.weight_bits,),
-        cache_bits=(policy.cache_bits,),
-        gpu_memory=room["gpu"],
-        cpu_memory=room["cpu"],
-        disk=room["disk"],
-    )
-    plan = choose(shape, machine, workload, constraints)
+    plan = chosen(placement, room)
     assert not plan.missing and plan.policy.percent == smallest.percent
 
 

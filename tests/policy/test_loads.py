@@ -56,8 +56,9 @@ def test_long_sequences_are_met_more_often():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    prompt=st.integers(1, 900), output=st.integers(1, 60), spread=st.floats(0, 0.9), sequences=st.integers(1, 120), batch=st.integers(1, 12),
-    count=st.integers(1, 4), chunk=st.sampled_from([64, 512]), budget=st.sampled_from([0, 64, 700]),
+    prompt=st.integers(1, 900), output=st.integers(1, 60), spread=st.floats(0, 0.9), sequences=st.integers(1, 120),
+    batch=st.integers(1, 12), count=st.integers(1, 4),
+    chunk=st.sampled_from([64, 512]), budget=st.sampled_from([0, 64, 700]),
 )  # fmt: skip
 def test_a_job_loses_and_repeats_nothing(prompt, output, spread, sequences, batch, count, chunk, budget):
     pairs = ((float(prompt), float(output)), (max(1.0, prompt * (1 - spread) // 1), float(output)))

@@ -10,8 +10,9 @@ from benchmark.policy_error import main, plan_of
 from flexbatch.policy.hardware import load_hardware
 
 RUN = {
-    "model": "opt-6.7b", "percent": [20, 80, 0, 100, 100, 0], "gpu_batch_size": 16, "num_gpu_batches": 2, "cpu_attention": 0.5,
-    "prompt_lens": [100 + 7 * i for i in range(60)], "output_lens": [32] * 60, "gpu_memory": 16 * 2**30,
+    "model": "opt-6.7b", "percent": [20, 80, 0, 100, 100, 0], "gpu_batch_size": 16, "num_gpu_batches": 2,
+    "cpu_attention": 0.5, "prompt_lens": [100 + 7 * i for i in range(60)], "output_lens": [32] * 60,
+    "gpu_memory": 16 * 2**30,
 }  # fmt: skip
 
 

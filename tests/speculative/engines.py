@@ -45,6 +45,7 @@ class Scripted:
 
 
 def engine(model, tmp_path, place="gpu", **settings) -> LLM:
+    """model: a reference, or the folder of a model."""
     common = {
         "gpu_batch_size": 3,
         "num_gpu_batches": 2,
@@ -53,7 +54,9 @@ def engine(model, tmp_path, place="gpu", **settings) -> LLM:
         "device": "cpu",
         "prefill_chunk": 50,
     }
-    return LLM(str(model.folder), percent=PLACES[place], offload_dir=str(tmp_path), **{**common, **settings})
+    return LLM(
+        str(getattr(model, "folder", model)), percent=PLACES[place], offload_dir=str(tmp_path), **{**common, **settings}
+    )
 
 
 def tokens(llm: LLM, prompts, params=GREEDY) -> list[list[int]]:
@@ -66,5 +69,18 @@ def tokens(llm: LLM, prompts, params=GREEDY) -> list[list[int]]:
 
 def continuation(model, sequence) -> list[int]:
     """What the target will generate next."""
-    index = model.prompts.index(sequence.token_ids[: sequence.num_prompt_tokens])
-    return model.token_ids[index][sequence.num_output_tokens :]
+    return rest_of(sequence, model.prompts, model.token_ids)
+
+
+def rest_of(sequence, prompts, answers) -> list[int]:
+    """The tokens of the sequence's answer that it does not have yet, where each prompt has the answer beside it."""
+    index = prompts.index(sequence.token_ids[: sequence.num_prompt_tokens])
+    return answers[index][sequence.num_output_tokens :]
+
+
+def flags_of(model, settings) -> list[str]:
+    """The command's flags for the settings of an engine."""
+    words = ["--model", str(model)]
+    for name, value in settings.items():
+        words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else (value,))]
+    return words

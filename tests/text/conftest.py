@@ -9,7 +9,8 @@ import pytest
 
 from tests.tiny_models import train_tokenizer
 
-TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif -%}
+TEMPLATE = """{{ bos_token }}{% for m in messages -%}
+{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif -%}
 {% if not loop.first %}{{ '\\n' }}{% endif %}[{{ m['role'] }}] {{ m['content'] }}{% endfor -%}
 {% if add_generation_prompt %}{{ '\\n' }}[assistant] {% endif %}"""
 

@@ -16,13 +16,13 @@ from flexbatch.text.prompts import PromptEncoder, PromptError
 GENERATION = "{% if add_generation_prompt %}[assistant]{% endif %}"
 TEXT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}" + GENERATION
 PARTS = (
-    "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
-    + GENERATION
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}" + GENERATION
 )
 MACRO = (
-    """{% macro say(content) %}{% if content is string %}{{ content }}{% else %}{% for p in content %}<{{ p['text'] }}>{% endfor %}{% endif %}{% endmacro -%}
-{% for m in messages %}[{{ m.role }}]{{ say(m.content) }}{% endfor %}"""
-    + GENERATION
+    "{% macro say(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for p in content %}<{{ p['text'] }}>{% endfor %}{% endif %}{% endmacro -%}\n"
+    "{% for m in messages %}[{{ m.role }}]{{ say(m.content) }}{% endfor %}" + GENERATION
 )
 JSON = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content if m.content is string else m.content | tojson }}{% endfor %}"
@@ -30,11 +30,16 @@ JSON = (
 )
 STRICT = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() + '' }}{% endfor %}" + GENERATION
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PARTS
-BOTH_ROLES = "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content is not string %}{% for p in m.content %}{{ p.text }}+{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"  # noqa: E501
+BOTH_ROLES = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content is not string %}"
+    "{% for p in m.content %}{{ p.text }}+{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
 FIRST_OF_SYSTEM = (
-    """{% if messages[0].role == 'system' %}[system]{{ messages[0].content if messages[0].content is string else messages[0].content[0].text }}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif -%}
-{% for m in rest %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"""  # noqa: E501
-    + GENERATION
+    "{% if messages[0].role == 'system' %}[system]"
+    "{{ messages[0].content if messages[0].content is string else messages[0].content[0].text }}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif -%}\n"
+    "{% for m in rest %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}" + GENERATION
 )
 """As Gemma 3, which writes the first part alone of what the system says."""
 CAPITALS = "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text | upper }}{% endfor %}{% endfor %}"
@@ -167,8 +172,14 @@ def test_what_no_template_can_write_is_refused_by_name(tokenizer, content, probl
             rendered(tokenizer, template, [{"role": "user", "content": "fine"}, {"role": "user", "content": content}])
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=4), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-    st.sampled_from(["type", "text", "image_url", "role", "content"]), inner, max_size=3), max_leaves=6)  # fmt: skip
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "text", "image_url", "role", "content"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 
 
 @settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=40)
@@ -185,13 +196,12 @@ def test_any_message_is_rendered_or_refused(tokenizer, message: dict) -> None:
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
 TOOLS = (
-    """{% for m in messages %}[{{ m.role }}]{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}\
-{% endif %}{{ m.content }}{% endfor %}"""
-    + GENERATION
+    "{% for m in messages %}[{{ m.role }}]{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}{% endif %}{{ m.content }}{% endfor %}" + GENERATION
 )
 NULL = (
-    """{% for m in messages %}{% if m.role == 'assistant' and m.content is not string %}CALL{% else %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"""
-    + GENERATION
+    "{% for m in messages %}{% if m.role == 'assistant' and m.content is not string %}CALL"
+    "{% else %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}" + GENERATION
 )
 
 

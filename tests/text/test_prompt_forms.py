@@ -134,8 +134,12 @@ def test_an_item_of_a_stream_that_is_none_is_refused_by_name(encoder) -> None:
 
 
 any_text = st.text(st.characters(codec=None), max_size=3)
-values = st.recursive(st.none() | st.booleans() | st.integers(-2, 500) | st.floats() | any_text | st.binary(max_size=2), lambda inner: st.lists(
-    inner, max_size=3) | st.dictionaries(st.sampled_from(["prompt", "prompt_token_ids", "role", "content", "x"]), inner, max_size=3), max_leaves=6)  # fmt: skip
+names = st.sampled_from(["prompt", "prompt_token_ids", "role", "content", "x"])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 500) | st.floats() | any_text | st.binary(max_size=2),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=200)
