@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -234,21 +232,6 @@ class Hardware:
 def read_hardware(path: Path) -> Hardware:
     """The machine of a file. Raises OSError, or ValueError that says what is wrong with it."""
     return Hardware.from_json(path.read_text(encoding="utf-8"))
-
-
-def write_hardware(hardware: Hardware, path: Path) -> None:
-    """Whole or not at all, whoever else writes at this moment. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(hardware.to_json() + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:

@@ -11,7 +11,8 @@ import torch
 
 from flexbatch.calibrate.identity import machine_key
 from flexbatch.calibrate.profile import _capacities, logger, measure
-from flexbatch.policy.hardware import Hardware, read_hardware, write_hardware
+from flexbatch.calibrate.profile_file import write_hardware
+from flexbatch.policy.hardware import Hardware, read_hardware
 
 
 def cache_path(cache_folder: Path, device: str, disk_folder: Path) -> Path:

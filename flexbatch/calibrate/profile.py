@@ -29,7 +29,8 @@ from flexbatch.calibrate.disk import measure_disk
 from flexbatch.calibrate.fits import fit_curve, fit_rate
 from flexbatch.calibrate.identity import machine_key
 from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, _links
-from flexbatch.policy.hardware import Hardware, write_hardware
+from flexbatch.calibrate.profile_file import write_hardware
+from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.stdout import data_apart, run_process
 
 logger = logging.getLogger("flexbatch")

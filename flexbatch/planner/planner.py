@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flexbatch.calibrate import machine
+from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.config import EngineConfig
 from flexbatch.execution.block_sizes import cache_layout
 from flexbatch.execution.job import Job
@@ -21,7 +22,7 @@ from flexbatch.planner import budgets
 from flexbatch.planner.choose import choose_policy, differs, overshoot, priced, without_reserves
 from flexbatch.planner.engine_plan import Deployment, EnginePlan, described
 from flexbatch.planner.problem import Problem
-from flexbatch.policy.hardware import Hardware, write_hardware
+from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.policy import Policy
 from flexbatch.speculative.setup import plan_speculation
 from flexbatch.text.prompts import PromptEncoder

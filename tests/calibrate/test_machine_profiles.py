@@ -11,7 +11,8 @@ import torch
 from flexbatch.calibrate import machine
 from flexbatch.calibrate.cache import cache_path, cached
 from flexbatch.calibrate.machine import named, this_machine
-from flexbatch.policy.hardware import Hardware, load_hardware, write_hardware
+from flexbatch.calibrate.profile_file import write_hardware
+from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.validation.errors import ConfigurationError
 
 GOOD = json.loads(load_hardware("cpu").to_json())
