@@ -1,4 +1,4 @@
-"""A model in its homes: the pools of the three tiers, the lanes between them, its weights and its drafts."""
+"""Loads a model: the pools of the three tiers, the transfer queues between them, the weights and the drafts."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitSt
 
 
 def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool) -> Loader:
-    """With a folder for converted tensors where some go to the disk tier, or are quantised and kept for the next start.
+    """With a folder for converted tensors where some go to the disk tier, or are quantized and kept for the next start.
 
     The folder is named after everything that tells its tensors from others: the content of the checkpoint (or how
     random weights are drawn) and the dtype as resolved; bits and groups are in the names of the files. Whoever files

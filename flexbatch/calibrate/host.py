@@ -51,13 +51,13 @@ def head_dim(device: torch.device) -> int:
 
 
 def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
-    """Of a decode pass: the fastest, since what is above it is the machine's other users."""
+    """Returns the seconds of a decode pass: the fastest, since what is above it is the machine's other users."""
     return min(run_passes(small_arch(num_layers, head_dim(device)), policy, device, Tracer()))
 
 
 def attention_seconds(device: torch.device) -> float:
-    """Of a call of CPU attention that has next to nothing to attend to, while the host launches the other
-    micro-batch: the lower quartile."""
+    """Returns the seconds of a call of CPU attention that has next to nothing to attend to, while the host
+    launches the other micro-batch: the lower quartile."""
     tracer = RecordingTracer(device)
     run_passes(small_arch(MANY, head_dim(device)), attended(16, 2), device, tracer)
     return quantiles([span.end - span.start for span in tracer.spans() if span.resource == "cpu_attention"], n=4)[0]
@@ -148,13 +148,13 @@ class HostPasses:
         self.seconds = {cell: min(times) for cell, times in zip(cells, zip(*rounds, strict=True), strict=True)}
 
     def layer_seconds(self, name: str) -> float:
-        """Of a layer more."""
+        """Returns the extra seconds per layer."""
         return (self.seconds[name, MANY] - self.seconds[name, FEW]) / (MANY - FEW)
 
 
 def graph_seconds(device: torch.device) -> float:
-    """Of a layer more in a CUDA graph, by the device's clock: on the host's, 0.02 ms a layer are lost in what
-    composing a pass takes now and then."""
+    """Returns the extra seconds per layer in a CUDA graph, by the device's clock: on the host's, 0.02 ms a layer are
+    lost in what composing a pass takes now and then."""
 
     def replay(num_layers: int) -> float:
         tracer = RecordingTracer(device)
@@ -181,7 +181,7 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) 
 
 @torch.inference_mode()
 def host_rates(device: torch.device) -> dict[str, float]:
-    """What passes of small models tell, as fields of `policy.rates.Hardware`.
+    """What passes of small models tell, as fields of `policy.hardware.Hardware`.
 
     ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes.
     ``graph_seconds``: 0 without a GPU, where there are no graphs. ``exchange_seconds`` and ``settle_seconds``: from

@@ -121,7 +121,7 @@ def attention_call(
 
 
 def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Of the compute device: single query tokens over 16-bit and quantised rows, and prompts."""
+    """Returns the rates of the compute device: single query tokens over 16-bit and quantized rows, and prompts."""
     gpu = device.type == "cuda"
     sequences, heads = (128, (32, 32)) if gpu else (16, (8, 8))
     call, size = attention_call(sequences, 1, CONTEXT, heads, dtype, device)
@@ -141,7 +141,7 @@ def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def page_rates(device: torch.device) -> dict[str, Any]:
-    """Gather and scatter between pinned host pages and the GPU, and the expansion of quantised weights."""
+    """Gather and scatter between pinned host pages and the GPU, and the expansion of quantized weights."""
     page_bytes = 256 * 1024
     host = torch.empty(1024, page_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
     ids = torch.randperm(len(host), device=device)[: len(host) // 2]
@@ -171,7 +171,7 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
     sequences = size // (CONTEXT * 2 * kv_heads * HEAD_DIM * dtype.itemsize)
 
     def call_of(query_heads: int, bits: int = 16) -> tuple[Callable[[], object], int]:
-        # What is quantised takes the memory of both while it is made.
+        # What is quantized takes the memory of both while it is made.
         return attention_call(
             sequences if bits == 16 else sequences // 2,
             1,
@@ -229,8 +229,8 @@ def beside(attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tu
 
 
 def kernel_rates(device: str) -> dict[str, Any]:
-    """Fields of `policy.rates.Hardware`, for `policy.profile.measure`. Takes about 20 seconds with a GPU, most of it
-    compilation, and 5 without."""
+    """Fields of `policy.hardware.Hardware`, for `calibrate.profile.measure`. Takes about 20 seconds with a GPU, most
+    of it compilation, and 5 without."""
     dev = torch.empty(0, device=device).device  # with its number
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
     with torch.no_grad():

@@ -34,7 +34,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def placement(report: Mapping[str, Any]) -> str:
-    """Asked and realised shares of every kind of tensor on every tier, and the memory that goes with them."""
+    """Requested and realized shares of every kind of tensor on every tier, and the memory that goes with them."""
     policy, realized = report["policy"], report["realized_percent"]
     rows = []
     for kind in ("weights", "cache", "activations"):

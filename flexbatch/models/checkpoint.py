@@ -122,7 +122,7 @@ def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:
         return {}
     formats: dict[str, set[tuple[int, int]]] = {}
     for a in assign(list_tensors(folder), arch, folder, packing):
-        # 16 stands for a matrix that the quantiser left alone; a role with both comes expanded or is quantised by the
+        # 16 stands for a matrix that the quantizer left alone; a role with both comes expanded or is quantized by the
         # store.
         formats.setdefault(a.spec.role, set()).add(
             (16, 0) if "" in a.stored else (BITS, packing.group_of(a.spec.shape[1]))

@@ -21,21 +21,21 @@ from flexbatch.validation.errors import DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
 
-SMALL = 0.25
+NO_SEARCH_SHARE = 0.25
 """Share of every budget below which a job needs no search: whatever is chosen, nothing has to travel."""
 WHOLE_BLOCK = 1024
 """Sequences of a block that is chosen without a search, at most: GEMMs are efficient from there on."""
 SMALLEST_PREFILL_BUDGET = 32
-"""Prompt tokens of a micro-batch in a pass where memory is so short that no more find room."""
+"""Prompt tokens of a micro-batch in a pass where memory is so short that no more fit."""
 ROUNDING = 0.05
 """Share of a budget that whole tensors, sequences and pages may exceed a plan by."""
 KEPT_BLOCK_SHARE = 0.97
-"""Of the predicted throughput: what a block may lose when it is placed again in a little less room. A block of 70
+"""Of the predicted throughput: what a block may lose when it is placed again in a little less memory. A block of 70
 sequences that was kept at any price went to disk with 9 % of its cache, and from 250 to 101 tokens a second."""
 LENGTH_TOLERANCE = 0.25
 """Relative difference of mean lengths from which another job is decided for again."""
 ROUNDS = 12
-"""Choices that may follow each other with less room, until the exact sizes fit."""
+"""Choices that may follow each other with less capacity, until the exact sizes fit."""
 ON_GPU, ON_CPU, ON_DISK = Split(1, 0), Split(0, 1), Split(0, 0, 1)
 FALLBACK_PLACEMENTS = (
     (ON_GPU, ON_GPU),
@@ -57,8 +57,8 @@ class Choice:
     plan: Plan | None
 
 
-Needs = Callable[[Policy], list[MemoryRequirement]]
-"""The engine's exact needs under a policy."""
+Requirements = Callable[[Policy], list[MemoryRequirement]]
+"""The engine's exact requirements under a policy."""
 
 
 def baseline_policy(
@@ -96,7 +96,7 @@ def baseline_policy(
 
 
 def overshoot(rows: Iterable[MemoryRequirement], budgets: dict[str, int], share: float = 1.0) -> dict[str, int]:
-    """Bytes by which the needs of each tier exceed ``share`` of its budget; empty when all fit."""
+    """Bytes by which the requirements of each tier exceed ``share`` of its budget; empty when all fit."""
     totals = dict.fromkeys(budgets, 0)
     for row in rows:
         totals[row.tier] += row.num_bytes
@@ -107,69 +107,72 @@ def overshoot(rows: Iterable[MemoryRequirement], budgets: dict[str, int], share:
     }
 
 
-def choose_policy(problem: Problem, hardware: Callable[[], Hardware], needs: Needs) -> Choice:
-    """The policy of the user's settings, the rest of it chosen; it fits by the engine's exact ``needs``.
+def choose_policy(problem: Problem, hardware: Callable[[], Hardware], requirements: Requirements) -> Choice:
+    """The policy of the user's settings, the rest of it chosen; it fits by the engine's exact ``requirements``.
 
     ``hardware`` is called only when something has to be weighed. A job far below all budgets is not searched for:
     everything is where the user wants it, or on the gpu tier. Raises DoesNotFitError with a table of what is
     missing.
     """
-    plain = baseline_policy(problem)
-    if not overshoot(needs(plain), problem.budgets, SMALL):
-        return Choice(plain, None)
+    baseline = baseline_policy(problem)
+    if not overshoot(requirements(baseline), problem.budgets, NO_SEARCH_SHARE):
+        return Choice(baseline, None)
     machine = without_reserves(hardware())
-    if problem.settled:
+    if problem.is_fixed:
         # Refused by the caller with the exact table when it does not fit.
-        return Choice(plain, priced(problem, machine, plain))
-    simple = [priced(problem, machine, policy) for policy in fallbacks(problem, needs)]
+        return Choice(baseline, priced(problem, machine, baseline))
+    simple = [priced(problem, machine, policy) for policy in fallbacks(problem, requirements)]
     found = [Choice(plan.policy, plan) for plan in simple]
     refusal = None
     try:
-        found.append(searched(problem, machine, needs))
+        found.append(searched(problem, machine, requirements))
     except DoesNotFit as error:
         refusal = error
     if not found:
         if problem.config.percent is not None:
             smallest = baseline_policy(problem, most_sequences=1)
             check_budgets(
-                needs(dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or SMALLEST_PREFILL_BUDGET)),
+                requirements(
+                    dataclasses.replace(smallest, prefill_budget=smallest.prefill_budget or SMALLEST_PREFILL_BUDGET)
+                ),
                 problem.budgets,
             )
         raise DoesNotFitError(str(refusal)) from refusal
     return max(found, key=predicted)
 
 
-def searched(problem: Problem, hardware: Hardware, needs: Needs) -> Choice:
-    """The optimizer's choice. While exact sizes exceed a budget, it chooses again with less room. Raises DoesNotFit."""
-    room, block, before, last, cut = dict(problem.budgets), None, 0.0, None, 1
+def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -> Choice:
+    """Returns the optimizer's choice. While exact sizes exceed a budget, it chooses again with less capacity. Raises
+    DoesNotFit."""
+    capacity, block, before, last, cut = dict(problem.budgets), None, 0.0, None, 1
     shape, workload = problem.shape, workload_of(problem.job)
     for left in reversed(range(ROUNDS)):
         try:
-            plan = choose(shape, hardware, workload, constraints_of(problem, room, block))
+            plan = choose(shape, hardware, workload, constraints_of(problem, capacity, block))
         except DoesNotFit:
             if block is None or not left:
                 raise
             block = None
             continue
         if block is not None and plan.predicted_tokens_per_second < KEPT_BLOCK_SHARE * before:
-            # The block lost more than rounding: another one suits the smaller room better.
-            plan, block = choose(shape, hardware, workload, constraints_of(problem, room)), None
+            # The block lost more than rounding: another one suits the smaller capacity better.
+            plan, block = choose(shape, hardware, workload, constraints_of(problem, capacity)), None
         before = plan.predicted_tokens_per_second
         found = choice_of(plan, problem, hardware)
         policy = found.policy
-        exceeded = overshoot(needs(policy), problem.budgets)
-        if not exceeded:
+        missing = overshoot(requirements(policy), problem.budgets)
+        if not missing:
             # A block that was kept while rounding was mended may have lost more than another one would.
-            return found if block is None else faster(found, problem, hardware, needs, room)
+            return found if block is None else faster(found, problem, hardware, requirements, capacity)
         # Rounding is mended within the block; what is missing by more calls for another block, and so does rounding
         # that cannot be mended.
-        small = all(size <= ROUNDING * problem.budgets[tier] for tier, size in exceeded.items())
+        small = all(size <= ROUNDING * problem.budgets[tier] for tier, size in missing.items())
         block = (policy.gpu_batch_size, policy.num_gpu_batches) if small and left > ROUNDS // 2 else None
         # The same policy again: the optimizer still counts on bytes that the exact sizes do not leave, and more has to
         # go than what is missing.
         last, cut = policy, 2 * cut if policy == last else 1
-        for tier, size in exceeded.items():
-            room[tier] = max(1, room[tier] - cut * (size + size // 20) - PAGE_TOKENS)
+        for tier, size in missing.items():
+            capacity[tier] = max(1, capacity[tier] - cut * (size + size // 20) - PAGE_TOKENS)
     raise DoesNotFit(
         f"{shape.name}: no policy was found in {ROUNDS} rounds whose exact sizes fit the budgets; give any tier one "
         "layer's weights more"
@@ -187,14 +190,16 @@ def predicted(choice: Choice) -> float:
     return choice.plan.predicted_tokens_per_second if choice.plan else 0.0
 
 
-def faster(found: Choice, problem: Problem, hardware: Hardware, needs: Needs, room: dict[str, int]) -> Choice:
-    """``found``, or what the optimizer chooses in ``room`` with any block where that fits and is faster."""
+def faster(
+    found: Choice, problem: Problem, hardware: Hardware, requirements: Requirements, capacity: dict[str, int]
+) -> Choice:
+    """``found``, or what the optimizer chooses in ``capacity`` with any block where that fits and is faster."""
     try:
-        plan = choose(problem.shape, hardware, workload_of(problem.job), constraints_of(problem, room))
+        plan = choose(problem.shape, hardware, workload_of(problem.job), constraints_of(problem, capacity))
     except DoesNotFit:
         return found
     other = choice_of(plan, problem, hardware)
-    if overshoot(needs(other.policy), problem.budgets):
+    if overshoot(requirements(other.policy), problem.budgets):
         return found
     return max(found, other, key=predicted)
 
@@ -216,7 +221,7 @@ def differs(problem: Problem, policy: Policy, job: Job) -> bool:
 
 
 def executable(problem: Problem, policy: Policy) -> Policy:
-    """The policy as the engine runs it: loaded weights stay in their homes, and whole prompts are a budget where
+    """The policy as the engine runs it: loaded weights stay on their tiers, and whole prompts are a budget where
     they exceed the engine's own."""
     if problem.loaded is not None:
         policy = dataclasses.replace(policy, weights=problem.loaded.weights)
@@ -226,12 +231,12 @@ def executable(problem: Problem, policy: Policy) -> Policy:
     return policy
 
 
-def fallbacks(problem: Problem, needs: Needs) -> Iterator[Policy]:
+def fallbacks(problem: Problem, requirements: Requirements) -> Iterator[Policy]:
     """Simple placements that fit, each with its largest block, and with few prompt tokens a pass where more do not
     fit."""
     for placement in FALLBACK_PLACEMENTS[: 1 if problem.config.percent is not None else None]:
         for policy in ladder(problem, placement):
-            if not overshoot(needs(policy), problem.budgets):
+            if not overshoot(requirements(policy), problem.budgets):
                 yield policy
                 break
 

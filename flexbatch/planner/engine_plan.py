@@ -50,14 +50,16 @@ class Deployment:
         return plan_weights(arch, policy.weights, bits, group, self.dtype.itemsize, prequantized, slabs)
 
     def sizes(self, policy: Policy, job: Job) -> BlockSizes:
-        """Of a block for a job."""
+        """Returns the sizes of a block for a job."""
         return block_sizes(policy, self.layout(policy), job, self.speculation.max_nodes if self.speculation else 0)
 
     def requirements(self, weight_plan: WeightPlan, policy: Policy, sizes: BlockSizes) -> list[MemoryRequirement]:
         """Bytes by tier and purpose of the weights, a block of these sizes and the drafts."""
         threads = torch.get_num_threads()
-        rows = requirements.needs(weight_plan, policy, self.layout(policy), sizes, self.dtype, self.is_cuda, threads)
-        return rows + (self.speculation.needs(sizes.sequence_tokens, self.is_cuda) if self.speculation else [])
+        rows = requirements.block_requirements(
+            weight_plan, policy, self.layout(policy), sizes, self.dtype, self.is_cuda, threads
+        )
+        return rows + (self.speculation.requirements(sizes.sequence_tokens, self.is_cuda) if self.speculation else [])
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,13 @@ class EnginePlan:
         return budgets.offload_dir(self.config)
 
     def sizes(self, job: Job) -> BlockSizes:
-        """Of a block for a job."""
+        """Returns the sizes of a block for a job."""
         return self.deployment.sizes(self.policy, job)
 
     def requirements(self, sizes: BlockSizes) -> list[MemoryRequirement]:
         """Bytes by tier and purpose of the loaded weights and a block of these sizes."""
         rows = self.deployment.requirements(self.weight_plan, self.policy, sizes)
-        return rows + requirements.graph_needs(*self._graph_terms(sizes, rows))
+        return rows + requirements.graph_requirements(*self._graph_terms(sizes, rows))
 
     def num_graphs(self, sizes: BlockSizes) -> int:
         """CUDA graphs that are kept beside a block of these sizes."""

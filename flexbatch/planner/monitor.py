@@ -132,7 +132,7 @@ class BusySeconds:
         )
 
     def take(self) -> dict[str, float]:
-        """By the tracer's names."""
+        """Seconds by the tracer's names of the resources."""
         if isinstance(self.tracer, UsageTracer):
             return self.tracer.take()
         if not isinstance(self.tracer, RecordingTracer):

@@ -120,7 +120,7 @@ class Planner:
         return EnginePlan(deployment, choice.policy, choice.plan, weight_plan)
 
     def requirements_of(self, policy: Policy, job: Job, num_slabs: int | None = None) -> list[MemoryRequirement]:
-        """Exact needs of a job under any policy."""
+        """Returns the exact requirements of a job under any policy."""
         weight_plan = self.deployment.weight_plan(policy, num_slabs)
         return self.deployment.requirements(weight_plan, policy, self.deployment.sizes(policy, job))
 
@@ -145,7 +145,7 @@ class Planner:
         loaded weights, would hold it."""
         plan = self.engine_plan
         missing = overshoot(plan.requirements(plan.sizes(job)), self.deployment.budgets)
-        if not missing or self.problem.settled or job.longest >= self._shortest_refused:
+        if not missing or self.problem.is_fixed or job.longest >= self._shortest_refused:
             return missing
         problem = dataclasses.replace(self.problem, job=job, loaded=plan.policy)
         num_slabs = plan.weight_plan.num_slabs

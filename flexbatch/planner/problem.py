@@ -27,7 +27,7 @@ class Problem:
     budgets: dict[str, int]
     element_bytes: int
     prequantized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """(bits, group) by role of a checkpoint that is quantised already."""
+    """(bits, group) by role of a checkpoint that is quantized already."""
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
 
@@ -37,7 +37,7 @@ class Problem:
 
     @property
     def stored_bits(self) -> int | None:
-        """Bits of the weights of a checkpoint that is quantised already."""
+        """Bits of the weights of a checkpoint that is quantized already."""
         return max((bits for bits, _ in self.prequantized.values()), default=None)
 
     @property
@@ -48,7 +48,7 @@ class Problem:
         return (100 * self.loaded.weights.gpu, 100 * self.loaded.weights.cpu, None, None, None, None)
 
     @property
-    def settled(self) -> bool:
+    def is_fixed(self) -> bool:
         """Whether the user left nothing to choose."""
         config = self.config
         sizes = (
@@ -112,8 +112,9 @@ def workload_of(job: Job) -> Workload:
     )
 
 
-def constraints_of(problem: Problem, room: dict[str, int], block: tuple[int, int] | None = None) -> Constraints:
-    """What the user gave is fixed; ``block`` fixes its sizes too. Bits are chosen only among --allow-bits."""
+def constraints_of(problem: Problem, capacity: dict[str, int], block: tuple[int, int] | None = None) -> Constraints:
+    """Returns what the search may vary: settings of the user are fixed, and ``block`` fixes its sizes, too.
+    Bits are chosen only among --allow-bits."""
     config, loaded = problem.config, problem.loaded
 
     def bits(name: str, stored: int | None) -> tuple[int, ...]:
@@ -134,7 +135,7 @@ def constraints_of(problem: Problem, room: dict[str, int], block: tuple[int, int
         weight_bits=bits("weight_bits", problem.stored_bits),
         cache_bits=bits("cache_bits", None),
         overlap=config.overlap,
-        gpu_memory=room["gpu"],
-        cpu_memory=room["cpu"],
-        disk=room["disk"],
+        gpu_memory=capacity["gpu"],
+        cpu_memory=capacity["cpu"],
+        disk=capacity["disk"],
     )

@@ -41,7 +41,7 @@ def attention_workspace_bytes(arch: Arch, policy: Policy, sizes: BlockSizes, thr
     return workspace_bytes(arch.num_heads, arch.num_kv_heads, arch.head_dim, sequences, tokens, queries, keys, threads)
 
 
-def needs(
+def block_requirements(
     plan: WeightPlan,
     policy: Policy,
     layout: CacheLayout,
@@ -50,13 +50,13 @@ def needs(
     cuda: bool,
     threads: int = 1,
 ) -> list[MemoryRequirement]:
-    """What needs how much on which tier: the table of `check_budgets` and of the report. threads: of attention on
+    """Returns the bytes by purpose and tier: the table of `check_budgets` and of the report. threads: of attention on
     the CPU."""
     arch, cache = plan.arch, sizes.cache
     expansion = plan.dequantization_bytes("pre") + plan.dequantization_bytes("post")
     disk_slab = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
     activation = sizes.max_micro_batch_tokens * arch.hidden_size * dtype.itemsize * policy.num_gpu_batches
-    # Rows go home in pages: the last page of a micro-batch may be a part of one.
+    # Rows go to their tier in pages: the last page of a micro-batch may be a part of one.
     host_rows = (sizes.max_micro_batch_tokens + layout.page_tokens) * arch.hidden_size * dtype.itemsize
     off_gpu = 1 - policy.activations.gpu
     head = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * dtype.itemsize
@@ -131,7 +131,7 @@ def num_graphs(
     return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))
 
 
-def graph_needs(
+def graph_requirements(
     arch: Arch,
     policy: Policy,
     layout: CacheLayout,

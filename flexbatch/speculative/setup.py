@@ -83,7 +83,7 @@ class Speculation:
         """Nodes that a draft reads for one tree: of a best-first tree also the candidates that are not kept."""
         return fixed_plan(self.spec).grown_nodes if self.spec.kind == "best-first" else self.max_nodes
 
-    def needs(self, longest: Sequence[int], cuda: bool) -> list[MemoryRequirement]:
+    def requirements(self, longest: Sequence[int], cuda: bool) -> list[MemoryRequirement]:
         """Rows of the memory table. longest: tokens of the longest requests, one per sequence of the block."""
         rows = []
         for draft in self.drafts:

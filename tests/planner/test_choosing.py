@@ -46,7 +46,9 @@ def exact_needs(arch, dtype, job, cuda=False):
     def needs(policy):
         layout = block_sizes.cache_layout(arch, policy.cache_bits, dtype)
         weights = plan_weights(arch, policy.weights, policy.weight_bits, weight_group(arch.hidden_size), dtype.itemsize)
-        return requirements.needs(weights, policy, layout, block_sizes.block_sizes(policy, layout, job), dtype, cuda)
+        return requirements.block_requirements(
+            weights, policy, layout, block_sizes.block_sizes(policy, layout, job), dtype, cuda
+        )
 
     return needs
 
