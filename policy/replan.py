@@ -115,7 +115,7 @@ def replan(
 
 
 def admission_limit(plan: Plan, mean_context: float | None) -> int:
-    """Fewer sequences where these are longer than planned, so that the cache's home still holds them; at least one a
+    """Fewer sequences where these are longer than planned, so that the cache's tier still holds them; at least one a
     micro-batch."""
     if mean_context is None:
         return plan.policy.block_size

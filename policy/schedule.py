@@ -18,7 +18,7 @@ class Tick:
     fetch_inputs: tuple[int, int] | None
     """(layer, micro_batch) whose KV pages and activations the next tick needs; None at the end of the pass."""
     drain: tuple[int, int] | None
-    """(layer, micro_batch) whose new KV and activations go home; None at the first tick."""
+    """(layer, micro_batch) whose new KV and activations are stored; None at the first tick."""
 
 
 def zigzag(num_layers: int, num_micro_batches: int) -> Iterator[Tick]:

@@ -1,1 +1,1 @@
-"""How a pass runs: the schedule, the batcher, the executor and sampling."""
+"""How a pass runs: the block, the scheduler, the executor and sampling."""

@@ -111,11 +111,11 @@ def read(readings: list[Reading], scheduler: Scheduler, executor: Executor) -> N
             scheduler.micro_batch_tokens // len(readings),
         ),
     )
-    while unread := {
+    while unfinished := {
         i: item for i, item in by_id.items() if item.layer is None and item.table.num_tokens < len(item.token_ids)
     }:
         queries = []
-        for i, item in unread.items():
+        for i, item in unfinished.items():
             start = item.table.num_tokens
             tokens = tuple(item.token_ids[start : start + chunk])
             queries.append(QueryTokens(i, tokens, start, len(tokens), item.table.location, len(item.token_ids)))

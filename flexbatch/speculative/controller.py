@@ -123,7 +123,7 @@ class Controller:
         until that is known."""
         started = self.clock()
         promising = any(map(len, self.best(now, names, drafted=False).shapes))
-        self.settle(started, now, dict.fromkeys(names, NONE), changed=promising)
+        self.apply(started, now, dict.fromkeys(names, NONE), changed=promising)
         if promising:
             self.probing = True
         return promising
@@ -148,14 +148,14 @@ class Controller:
         started = self.clock()
         if self.winning and started >= self.next_plain and self.costs.doubted(now.plain_query_tokens):
             self.next_plain = started + self.plain_loss / MEASURING_SHARE
-            self.settle(started, now, dict.fromkeys(names, NONE), changed=True)
+            self.apply(started, now, dict.fromkeys(names, NONE), changed=True)
             return
         choice = self.best(now, names, drafted=True)
         won = any(map(len, choice.shapes))
         plans = {
             name: TreePlan(shape.max_depth, len(shape), shape) for name, shape in zip(names, choice.shapes, strict=True)
         }
-        self.settle(started, now, plans, changed=plans != {name: self.plans.get(name) for name in names})
+        self.apply(started, now, plans, changed=plans != {name: self.plans.get(name) for name in names})
         if won:
             plain_seconds = self.costs.curve(now.plain_query_tokens)(now.plain_query_tokens)
             self.plain_loss = max(0.0, plain_seconds - now.live / choice.tokens_per_second)
@@ -163,7 +163,7 @@ class Controller:
                 self.next_plain = started + self.plain_loss / MEASURING_SHARE
         self.winning = won
 
-    def settle(self, started: float, now: Situation, plans: dict[str, TreePlan], changed: bool) -> None:
+    def apply(self, started: float, now: Situation, plans: dict[str, TreePlan], changed: bool) -> None:
         self.plans, self.chosen_for = plans, now.live
         trees = any(plan.num_levels for plan in plans.values())
         self.wait = (TRIED_PASSES if trees else 1) if changed else min(2 * self.wait, MAX_WAIT)

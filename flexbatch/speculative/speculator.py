@@ -89,8 +89,10 @@ class Speculator:
             return []
         groups = tuple(map(group_of, sequences))
         if self.spec.kind == "auto":
-            unread = sum(source.uncomputed_tokens(sequences) for source in self.sources)
-            plans = self.controller.plan(Situation(groups, other_query_tokens, unread, sum(max_depths) + len(groups)))
+            uncomputed = sum(source.uncomputed_tokens(sequences) for source in self.sources)
+            plans = self.controller.plan(
+                Situation(groups, other_query_tokens, uncomputed, sum(max_depths) + len(groups))
+            )
         else:
             plans = [fixed_plan(self.spec)] * len(groups)
         return [limited(plan, depth) for plan, depth in zip(plans, max_depths, strict=True)]

@@ -1,4 +1,4 @@
-"""Trees drawn by chance from the draft, and the coins that verify them: all from the request's own stream.
+"""Trees drawn by chance from the draft, and the uniform draws that verify them: all from the request's own stream.
 
 By default a draft shares the target's noise, so that trees are deterministic given the stream and tokens are those
 of plain decoding. Drawing with noise of its own keeps only the distribution, but accepts more when the two models

@@ -200,7 +200,11 @@ def test_synthetic_prompts_differ_and_repeat() -> None:
 
 def test_output_lines_hold_what_was_promised() -> None:
     one = Completion(
-        [1, 2, 3], [7, 8], " größer", "length", logprobs=[{7: TokenLogprob(7, -0.5, 1)}, {8: TokenLogprob(8, -2.0, 3)}]
+        [1, 2, 3],
+        [7, 8],
+        " größer",
+        "length",
+        logprobs=[{7: TokenLogprob(7, -0.5, 1)}, {8: TokenLogprob(8, -2.0, 3)}],
     )
     two = Completion([4], [9], "x", "stop", prompt_logprobs=[None])
     two.samples = [two, Completion([4], [5], "y", "stop")]
