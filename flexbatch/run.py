@@ -84,11 +84,12 @@ def with_flexgen_flags(engine: EngineConfig, run: RunConfig) -> EngineConfig:
 
 def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None, data: TextIO) -> int:
     """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
-    from flexbatch.engine import LLM
+    from flexbatch.planner.planner import Planner
     from flexbatch.policy.explain import explain, summary
     from flexbatch.policy.whatif import plot_plan
 
-    report = LLM.plan(engine, work.job())
+    job = work.job()
+    report = Planner(engine, job, dry=True, model=work.model).describe(job)
     plan = report.pop("plan")
     if as_json:
         print(json.dumps({**report, **summary(plan)}, indent=2, default=str), file=data)
@@ -217,8 +218,10 @@ def run_work(
 ) -> int:
     """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
     from flexbatch.engine import LLM
+    from flexbatch.planner.planner import Planner
 
-    with LLM.from_config(engine, trace=config.trace is not None, job=work.job(first)) as llm:
+    planner = Planner(engine, work.job(first), model=work.model)
+    with LLM.from_planner(planner, trace=config.trace is not None) as llm:
         completions = complete(llm, work, first, on_prompt or (lambda index, completion: None))
         if config.trace:
             llm.tracer.write(config.trace)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexbatch.cli import prompt_files, random_prompts
 from flexbatch.cli.prompt_files import PromptRow
@@ -18,6 +18,9 @@ from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.request import SAMPLING_RULES, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from flexbatch.models.opened import OpenModel
+
 
 @dataclass(frozen=True)
 class Work:
@@ -26,17 +29,14 @@ class Work:
     rows: list[PromptRow]
     token_ids: list[list[int]]
     params: SamplingParams
-    max_context: int
-    folder: Path | None
-    """Of the model; None with random weights."""
+    model: OpenModel
 
     def job(self, first: int = 0) -> Job:
         """What the planner needs to know of it, from prompt number ``first`` on."""
-        from flexbatch.execution.job import Job
-
         rest = self.token_ids[first:]
-        lengths = [(len(ids), self.params.tokens_within(self.max_context - len(ids))) for ids in rest]
-        return Job.of(lengths * self.params.n, self.max_context)
+        context = self.model.arch.max_positions
+        lengths = [(len(ids), self.params.tokens_within(context - len(ids))) for ids in rest]
+        return Job.of(lengths * self.params.n, context)
 
     def facts(self, engine: EngineConfig) -> dict[str, Any]:
         """What the completions depend on, by the names of the flags: where tensors lie and in which blocks prompts run
@@ -48,7 +48,7 @@ class Work:
         rows = [[row.prompt, row.fields, ids] for row, ids in zip(self.rows, self.token_ids, strict=True)]
         facts = {
             "prompts": f"{len(self.rows)} with digest {digest(rows)}",
-            "model": engine.model if self.folder is None else digest(model_files(self.folder, engine)),
+            "model": engine.model if self.model.folder is None else digest(model_files(self.model.folder, engine)),
             "sampling_rules": SAMPLING_RULES,
             **dataclasses.asdict(self.params),
         }
@@ -98,4 +98,4 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=vocab_size)
     encoder.check_params(0, params)
     token_ids = [encoder.encode(index, row.prompt, params.max_tokens) for index, row in enumerate(rows)]
-    return Work(rows, token_ids, params, context, model.folder)
+    return Work(rows, token_ids, params, model)

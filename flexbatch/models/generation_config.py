@@ -156,11 +156,12 @@ def _kept(name: str, value: Any) -> Any:
         return value
 
 
-def generation_of(config: EngineConfig) -> GenerationDefaults:
-    """Of the configured model, unless the user wants none of it; random weights have none. Raises CheckpointError."""
+def generation_of(config: EngineConfig, folder: Path | None = None) -> GenerationDefaults:
+    """Returns the defaults of the configured model, unless the user wants none of them; random weights have none.
+    ``folder``: the model's, where it is open already. Raises CheckpointError."""
     if config.dummy_weights or config.generation_config == "none":
         return GenerationDefaults()
-    return read_generation(resolve(config.model))
+    return read_generation(folder or resolve(config.model))
 
 
 def read_generation(folder: Path | str) -> GenerationDefaults:

@@ -17,7 +17,7 @@ from flexbatch.execution.block_sizes import cache_layout
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
 from flexbatch.models.generation_config import generation_of
-from flexbatch.models.opened import open_model
+from flexbatch.models.opened import OpenModel, open_model
 from flexbatch.planner import budgets
 from flexbatch.planner.choose import choose_policy, differs, overshoot, priced, without_reserves
 from flexbatch.planner.engine_plan import Deployment, EnginePlan, described
@@ -36,13 +36,16 @@ class Planner:
     put them.
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it
-    is described. Raises DoesNotFitError when the job, or without one the smallest request, does not fit the budgets.
+    is described. ``model``: the configured one, where it is open already. Raises DoesNotFitError when the job, or
+    without one the smallest request, does not fit the budgets.
     """
 
-    def __init__(self, config: EngineConfig, job: Job | None = None, dry: bool = False) -> None:
+    def __init__(
+        self, config: EngineConfig, job: Job | None = None, dry: bool = False, model: OpenModel | None = None
+    ) -> None:
         self.config, self.dry = config, dry
-        self.generation = generation_of(config)
-        model = open_model(config.model, config.dummy_weights)
+        self.generation = generation_of(config, model.folder if model else None)
+        model = model or open_model(config.model, config.dummy_weights)
         named = machine.named(config.hardware)
         elsewhere = dry and named is not None and config.device == "auto"
         device = torch.device(named.device) if elsewhere and named else budgets.resolve_device(config.device)
