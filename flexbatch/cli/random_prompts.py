@@ -1,4 +1,4 @@
-"""What a run makes up and what it leaves: random prompts, and completions as JSON objects."""
+"""Prompts that a run makes up."""
 
 from __future__ import annotations
 
