@@ -23,7 +23,8 @@ class Feed:
     def __init__(self, items: Iterable[Any], guard: Callable[[], AbstractContextManager[None]]) -> None:
         """guard: a context that the thread draws in."""
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._wanted = threading.Semaphore(0)
+        self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        """How many more items are to be drawn. By numbers: a semaphore for each item took longer than the item."""
         self._num_outstanding = 0
         self._closed = threading.Event()
         self.ended = False
@@ -34,8 +35,11 @@ class Feed:
         with guard():
             try:
                 source = iter(items)
-                while self._wanted.acquire() and not self._closed.is_set():
-                    self._ready.put((True, next(source)))
+                while not self._closed.is_set():
+                    for _ in range(self._wanted.get()):
+                        if self._closed.is_set():
+                            return
+                        self._ready.put((True, next(source)))
             except StopIteration:
                 self._ready.put((False, None))
             except BaseException as error:
@@ -45,7 +49,7 @@ class Feed:
         """Items that are there, at most ``limit``. With ``wait``, one at least unless there is none, and those that
         follow without a pause. Raises what the iterable raised."""
         if limit > self._num_outstanding:
-            self._wanted.release(limit - self._num_outstanding)
+            self._wanted.put(limit - self._num_outstanding)
             self._num_outstanding = limit
         timeout, deadline = None if wait else 0.0, None
         for _ in range(limit):
@@ -69,6 +73,6 @@ class Feed:
     def close(self) -> None:
         """Draw nothing more. An iterable that is slow to answer is left to end by itself."""
         self._closed.set()
-        self._wanted.release()
+        self._wanted.put(0)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)
