@@ -187,14 +187,14 @@ class Intake(RunObserver):
     ) -> None:
         """Encode a prompt and let it wait. Raises PromptError, ConfigurationError."""
         samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder))
-        self.add_requests(samples, key, on_text)
-
-    def add_requests(self, samples: Iterable[Request], key: Hashable = None, on_text: OnText | None = None) -> None:
-        """Let encoded requests wait; without ``key`` they go by their index."""
         self._has_listeners |= on_text is not None
+        self._expected[index] = Expected(key, len(samples), on_text)
+        self._waiting.extend(samples)
+
+    def add_requests(self, samples: Iterable[Request]) -> None:
+        """Let encoded requests wait; their completions go by the indices of their prompts."""
         for request in samples:
-            index, num_samples = request.index, request.params.n
-            self._expected.setdefault(index, Expected(index if key is None else key, num_samples, on_text))
+            self._expected.setdefault(request.index, Expected(request.index, request.params.n))
             self._waiting.append(request)
 
     def add_item(

@@ -219,3 +219,12 @@ def test_a_source_that_never_answers_does_not_hold_up_close(llm, wanted):
     assert time.monotonic() - started < 30 and not release.is_set()
     release.set()
     assert [completion.token_ids for completion in llm.generate(PROMPTS[:2], GREEDY)] == wanted[:2]
+
+
+def test_the_key_of_an_item_is_the_callers_whatever_it_is(llm, wanted):
+    """Also None, twice the same, and what has no hash."""
+    keys = [None, None, [1], "a"]
+    found = [
+        (key, completion.token_ids) for key, completion in llm.stream(zip(keys, PROMPTS[:4], [GREEDY] * 4, strict=True))
+    ]
+    assert sorted(found, key=str) == sorted(zip(keys, wanted[:4], strict=True), key=str)
