@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexbatch.policy.units import parse_size
 from flexbatch.validation.errors import ConfigurationError
-
-UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
 
 
 def parse_bytes(text: int | str) -> int:
     """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or a plain number. Raises ConfigurationError."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in UNITS:
-        raise ConfigurationError(f"not a size in bytes: {text!r}; write e.g. 16GiB, 500MB or 1073741824")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:

@@ -8,33 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TextIO
 
 from flexbatch.policy.stdout import data_apart, run_process
-
-UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+from flexbatch.policy.units import parse_size
 
 
 def parse_bytes(text: str) -> int:
     """Bytes of ``"16GiB"``. Raises argparse.ArgumentTypeError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in UNITS:
-        raise argparse.ArgumentTypeError(f"not a size in bytes: {text!r}; write e.g. 16GiB, 500MB or 1073741824")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_choices(p: argparse.ArgumentParser) -> None:

@@ -1,12 +1,14 @@
-"""Numbers for a reader: the unit in which they are not all zeros."""
+"""Numbers with units: for a reader, the unit in which they are not all zeros; and sizes as people write them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 MIB, GIB = 2**20, 2**30
 BINARY = {"GiB": GIB, "MiB": MIB, "KiB": 2**10}
 DECIMAL = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
+SIZES = {"": 1, "b": 1, "tb": 10**12, "tib": 2**40} | {name.lower(): size for name, size in (BINARY | DECIMAL).items()}
 FLOPS = {"TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
 
 
@@ -19,3 +21,11 @@ def size_text(num_bytes: float) -> str:
     """ "1.500 GiB", "12.000 MiB": bytes with three decimals."""
     unit, size = fitting_unit(num_bytes, BINARY)
     return f"{num_bytes / size:.3f} {unit}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or ``"1073741824"``. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in SIZES:
+        raise ValueError(f"not a size in bytes: {text!r}; write e.g. 16GiB, 500MB or 1073741824")
+    return int(float(match[1]) * SIZES[match[2].lower()])
