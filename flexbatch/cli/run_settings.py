@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexbatch.config import option
-from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.request import SamplingParams
+
+if TYPE_CHECKING:
+    from flexbatch.models.generation_config import GenerationDefaults
 
 SYNTHETIC_PROMPT_LEN = 512
 

@@ -14,7 +14,6 @@ from flexbatch.cli.prompt_files import PromptRow
 from flexbatch.cli.run_settings import SYNTHETIC_PROMPT_LEN, SYNTHETIC_PROMPTS, RunConfig, SamplingConfig
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
-from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.request import SAMPLING_RULES, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 
@@ -80,7 +79,7 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     rows = (
         [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.num_prompts]
     )
-    from flexbatch.models.generation_config import generation_of
+    from flexbatch.models.generation_config import GenerationDefaults, generation_of
     from flexbatch.models.opened import open_model
     from flexbatch.text.prompts import PromptEncoder
 

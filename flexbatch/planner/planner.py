@@ -111,7 +111,6 @@ class Planner:
             deployment.model.prequantized,
             loaded,
         )
-        self.problem = problem
         num_slabs = None if before is None else before.weight_plan.num_slabs
         choice = choose_policy(
             problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, job, num_slabs)
@@ -119,6 +118,7 @@ class Planner:
         if choice.plan is not None:
             rate, limit = choice.plan.predicted_tokens_per_second, choice.plan.limiting_resource
             logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(choice.policy), rate, limit)
+        self.problem = problem
         weight_plan = deployment.weight_plan(choice.policy) if before is None else before.weight_plan
         return EnginePlan(deployment, choice.policy, choice.plan, weight_plan)
 
@@ -134,11 +134,9 @@ class Planner:
         fits = not overshoot(before.requirements(before.sizes(job)), self.deployment.budgets)
         if fits and not differs(self.problem, before.policy, job):
             return before
-        problem = self.problem
         try:
             self.engine_plan = self._decide(job, before)
         except DoesNotFitError:
-            self.problem = problem
             if not fits:
                 raise
         return self.engine_plan
