@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,27 +21,7 @@ from benchmark.kernel_cases import Row, check
 from benchmark.kernel_timings import attention_rows, ceilings, norm_rows, page_rows, quant_rows
 from benchmark.kernel_timings_cpu import cpu_rows
 from benchmark.kernel_tuning import tuning_rows
-
-
-def machine() -> Row:
-    def run(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        except OSError:
-            return ""
-
-    cuda = torch.cuda.is_available()
-    return {
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": next(
-            (line.split(":")[1].strip() for line in run("lscpu").splitlines() if line.startswith("Model name")),
-            platform.processor(),
-        ),
-        "commit": run("git", "rev-parse", "HEAD"),
-    }
+from benchmark.machine import machine
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmark.machine import machine
+from benchmark.machine import machine, processor_names
 from benchmark.suite import speculation_of
 from flexbatch import LLM, SamplingParams
 from flexbatch.policy.stdout import data_apart, run_process
@@ -146,17 +146,6 @@ Made by
 """
 
 
-def cpu_name() -> str:
-    """As /proc/cpuinfo has it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def write(output: Path, results: list[dict[str, Any]]) -> None:
     """JSON and table; earlier rows of other settings are kept."""
     kept = json.loads(output.read_text())["results"] if output.exists() else []
@@ -165,7 +154,8 @@ def write(output: Path, results: list[dict[str, Any]]) -> None:
         for row in [*kept, *results]
     }
     ratios = [row["speed_up"] for row in rows.values()]
-    host = {**machine(), "date": f"{datetime.date.today()}", "cpu": cpu_name(), "cpus": os.cpu_count()}
+    cpu = next(iter(processor_names()), platform.machine())
+    host = {**machine(), "date": f"{datetime.date.today()}", "cpu": cpu, "cpus": os.cpu_count()}
     report = {
         "machine": host,
         "lowest_ratio": min(ratios),
