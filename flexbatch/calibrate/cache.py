@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flexbatch.calibrate.identity import machine_key
-from flexbatch.calibrate.profile import _capacities, logger, measure
+from flexbatch.calibrate.profile import capacities, logger, measure
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.policy.hardware import Hardware, read_hardware
 
@@ -37,7 +37,7 @@ def cached(
     if hardware is not None:
         return hardware.with_memory(
             *(
-                _capacities(torch.device(device), disk_folder)[f"{tier}_bytes"]
+                capacities(torch.device(device), disk_folder)[f"{tier}_bytes"]
                 for tier in ("gpu_memory", "cpu_memory", "disk")
             )
         )

@@ -54,7 +54,7 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
 
-def _links(values: dict, errors: dict[str, float], dev: torch.device, timer: Timer) -> None:
+def measure_links(values: dict, errors: dict[str, float], dev: torch.device, timer: Timer) -> None:
     """Copies each way over sizes, both at once, and what the host's memory gives."""
     largest = 256 * MIB
     pinned = dev.type == "cuda"

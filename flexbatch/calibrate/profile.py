@@ -28,7 +28,7 @@ from torch import Tensor
 from flexbatch.calibrate.disk import measure_disk
 from flexbatch.calibrate.fits import fit_curve, fit_rate
 from flexbatch.calibrate.identity import machine_key
-from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, _links
+from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, measure_links
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.stdout import data_apart, run_process
@@ -54,14 +54,14 @@ def measure(device: str, disk_folder: Path, overrides: Mapping[str, Any] | None 
     values: dict = {}
     errors: dict[str, float] = {}
     with torch.no_grad():
-        _links(values, errors, dev, timer)
+        measure_links(values, errors, dev, timer)
         _compute(values, errors, dev, dtype, timer)
         if "cpu_attention" not in (overrides or {}):
             _cpu_attention(values, errors, dev, dtype, timer)
         if "launch_seconds" not in (overrides or {}):
             _overheads(values, dev, timer)
     _disk(values, errors, disk_folder, 1024 * MIB if dev.type == "cuda" else 128 * MIB)
-    values |= _capacities(dev, disk_folder)
+    values |= capacities(dev, disk_folder)
     given = dict(overrides or {})
     source = {
         "measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}",
@@ -202,7 +202,7 @@ def _disk(values: dict, errors: dict[str, float], folder: Path, size: int) -> No
     values["disk_read_seconds"] = latency
 
 
-def _capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:
+def capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:
     """What is there and free now; without a GPU, two thirds of the free memory are the compute device's tier and the
     rest is the host's."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
