@@ -21,7 +21,7 @@ from flexbatch.policy.policy import Policy
 
 
 def pass_workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
-    """Intermediate results of one tick: hidden states, projections, MLP, and one block of logits with what sampling
+    """Intermediate results of one tick: hidden states, projections, MLP, and one chunk of logits with what sampling
     makes of them."""
     logits = logits_bytes(logits_chunk_bytes(arch, policy, max_query_nodes) // 4)
     return micro_batch_tokens(policy, max_query_nodes) * arch.workspace_elements * dtype.itemsize + int(logits)

@@ -133,7 +133,7 @@ class Speculation:
         return speculator
 
     def open_runner(self, speculator: Speculator, longest: Sequence[int]) -> None:
-        """Make room in the drafts' caches; see `needs`."""
+        """Make room in the drafts' caches; see `requirements`."""
         models = [source for source in speculator.sources if isinstance(source, DraftModel)]
         for draft, model in zip(self.drafts, models, strict=True):
             model.open_runner(draft.pages(longest, self.grown_nodes), self.positions(longest))

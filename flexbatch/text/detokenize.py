@@ -40,7 +40,7 @@ class StopSearch:
         self._passed, self._passed_spelled = 0, 0
         """Lengths of the text, and of that with special tokens, after ``min_tokens``: what ends there is no stop."""
         self._reach = max(map(len, self._stops), default=1) - 1
-        self._token_ids: list[int] = []
+        self._num_tokens = 0
         self.visible = Detokenizer(decoder, prompt_token_ids)
         self._spelled = (
             Detokenizer(decoder, prompt_token_ids, special=True) if decoder.may_meet_special(self._stops) else None
@@ -52,13 +52,13 @@ class StopSearch:
     def append(self, token_id: int) -> FoundStop | None:
         """Read one token; returns the stop string that it completes, the earliest and of these the longest."""
         special = self._decoder.is_special(token_id)
-        self._token_ids.append(token_id)
+        self._num_tokens += 1
         searched, searched_spelled = self.visible.length, self._spelled.length if self._spelled is not None else 0
         self.visible.append(token_id)
         if not self._stops:
             return None
         start, text = self._unsearched(self.visible, searched)
-        early = len(self._token_ids) <= self._min_tokens
+        early = self._num_tokens <= self._min_tokens
         if early:
             self._passed = start + len(text)
         place, stop = first_stop(text, self._stops, self._passed - start)
