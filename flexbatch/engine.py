@@ -100,17 +100,17 @@ class LLM:
 
     @property
     def engine_plan(self) -> EnginePlan:
-        """As decided for the latest job."""
+        """The plan that was made for the latest job."""
         return self.planner.engine_plan
 
     @property
     def policy(self) -> Policy:
-        """As decided for the latest job."""
+        """The policy that was chosen for the latest job."""
         return self.engine_plan.policy
 
     @property
     def statistics(self) -> Statistics:
-        """Of all runs so far."""
+        """The statistics of all runs so far."""
         return self._loop.statistics
 
     @property

@@ -26,9 +26,9 @@ from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 logger = logging.getLogger("flexbatch")
 
 Item = tuple[Hashable, Prompt, SamplingParams | None]
-"""Of a stream: the caller's key, a prompt, how to complete it (None: as the model's generation_config.json says)."""
+"""An item of a stream: the caller's key, a prompt, and how to complete it (None: as generation_config.json says)."""
 Params = SamplingParams | Sequence[SamplingParams | None] | None
-"""Of a job: for all prompts, or one each."""
+"""The sampling parameters of a job: one for all prompts, or one each."""
 OnText = Callable[[str], None]
 
 
@@ -103,13 +103,13 @@ def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: Prom
     at once."""
     encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
-    limited = params.within(encoder.room(token_ids))
+    limited = params.within(encoder.context_left(token_ids))
     text = plain_prompt(index, prompt).text
     return (Request(index, token_ids, limited, sample, text) for sample in range(limited.n))
 
 
 def completion_of(sequence: execution.Sequence) -> Completion:
-    """Of a sequence that ended, or of a request that failed."""
+    """The completion of a sequence that ended, or of a request that failed."""
     request, output = sequence.request, sequence.output
     completion = Completion(
         list(request.prompt_token_ids),

@@ -56,13 +56,13 @@ class EngineLoop:
         self.speculator, self.tracer = speculator, tracer
         self.statistics = Statistics()
         self.baseline_statistics = Statistics()
-        """Of the runs without speculation that --compare-plain asks for."""
+        """The statistics of the runs without speculation that --compare-plain asks for."""
         self.replans: list[str] = []
         self.monitor: PlanMonitor | None = None
-        """Of the last run that had a plan."""
+        """The monitor of the last run that had a plan."""
         self.failures = FailureLog()
         self.scheduler: Scheduler | None = None
-        """Of the run that goes on; None between runs."""
+        """The scheduler of the run that goes on; None between runs."""
         self.observers: list[RunObserver] = []
 
     @property

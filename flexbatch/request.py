@@ -33,7 +33,7 @@ MOST_LOGPROBS = 10_000
 MOST_STOPS, LONGEST_STOP = 1_024, 4_096
 """Stop strings and characters of one: all are looked for after every token."""
 MOST_TOKENS = 2**31 - 1
-"""Of lengths: more than the context of any model, which cuts them."""
+"""The largest length that is taken: more than the context of any model, which cuts it."""
 MOST_IDS = 2**20
 """Token ids in one list: more than any vocabulary has."""
 MOST_BIASES = 2**22
@@ -78,7 +78,7 @@ class SamplingParams:
     prompt_logprobs_start: int = 1
     min_tokens: int = 0
     min_length: int = 0
-    """As min_tokens, of prompt and output together; bars EOS alone."""
+    """Like min_tokens, but counts prompt and output together, and bars EOS alone."""
     no_repeat_ngram_size: int = 0
     """No sequence of so many tokens comes twice in prompt and output; 0: any may."""
     bad_words_ids: Sequence[Sequence[int]] = ()
@@ -119,18 +119,18 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def tokens_within(self, room: int) -> int:
-        """Tokens to generate where the context has ``room`` left behind the prompt."""
-        return max(0, room if self.max_tokens is None else min(self.max_tokens, room))
+    def tokens_within(self, context_left: int) -> int:
+        """Tokens to generate where the context holds ``context_left`` more behind the prompt."""
+        return max(0, context_left if self.max_tokens is None else min(self.max_tokens, context_left))
 
-    def within(self, room: int) -> SamplingParams:
-        """These parameters with a number for ``max_tokens``: None is the ``room`` that the context has left behind
-        the prompt.
-        """
+    def within(self, context_left: int) -> SamplingParams:
+        """These parameters with a number for ``max_tokens``: None is all of ``context_left``, the tokens
+        behind the prompt."""
         if self.max_tokens is not None:
             return self
         # EOS stays barred to the end of the context, as it does where max_tokens is more than the context has left.
-        return replace(self, max_tokens=(limit := self.tokens_within(room)), min_tokens=min(self.min_tokens, limit))
+        limit = self.tokens_within(context_left)
+        return replace(self, max_tokens=limit, min_tokens=min(self.min_tokens, limit))
 
     @property
     def constrained(self) -> bool:

@@ -16,7 +16,7 @@ from flexbatch.policy.policy import TIERS, Policy
 Number = float | np.ndarray
 KINDS = ("weights", "cache", "activations")
 
-VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "attended")
+VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "cpu_attention")
 """The nine fractions, and the share of all sequences that is attended on the CPU."""
 
 COLUMNS = {name: 1 + i for i, name in enumerate(VARIABLES)}
@@ -53,5 +53,7 @@ def slowest(rows: Iterable[np.ndarray], point: np.ndarray) -> np.ndarray:
 
 def point_of(policy: Policy) -> np.ndarray:
     """The placement of ``policy`` as a point, the constant 1 first."""
-    attended = policy.cache.cpu * policy.cpu_attention
-    return np.array([1.0, *policy.weights.fractions, *policy.cache.fractions, *policy.activations.fractions, attended])
+    cpu_attention = policy.cache.cpu * policy.cpu_attention
+    return np.array(
+        [1.0, *policy.weights.fractions, *policy.cache.fractions, *policy.activations.fractions, cpu_attention]
+    )

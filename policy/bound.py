@@ -123,9 +123,9 @@ def _solve(
                 scaled, limit = share(fixed[f"{kind}_{tier}"])
                 program.equal.append(({column(f"{kind}_{tier}"): 1.0} | scaled, limit))
     add_attention(program, constraints)
-    for tier, room in capacity(hardware).items():
+    for tier, budget in capacity(hardware).items():
         needed = {column(f"weights_{tier}"): weights / GIB, column(f"cache_{tier}"): cache_bytes / GIB}
-        program.at_most.append((needed | {inverse: -room / GIB}, 0.0))
+        program.at_most.append((needed | {inverse: -budget / GIB}, 0.0))
     solution = program.solved()
     if solution is None:
         return None

@@ -65,7 +65,7 @@ class PassModel:
 
     @property
     def launch_seconds(self) -> np.ndarray:
-        """Of one pass: launching every tick, and what happens once a pass and for every sequence."""
+        """Seconds of one pass: launching every tick, and what happens once a pass and for every sequence."""
         return (self.shape.num_layers + 1) * self.batches * self.hardware.launch_seconds + self.host_seconds
 
     def launched(self, point: np.ndarray) -> np.ndarray:
@@ -92,10 +92,12 @@ class PassModel:
     def _extra_launch_seconds(self, point: np.ndarray) -> np.ndarray:
         """Per tick: what a placement with streamed weights, or cache that is attended from staging, has the host
         launch besides."""
-        weights_gpu, cache_gpu, attended = (point[COLUMNS[name]] for name in ("weights_gpu", "cache_gpu", "attended"))
+        weights_gpu, cache_gpu, cpu_attention = (
+            point[COLUMNS[name]] for name in ("weights_gpu", "cache_gpu", "cpu_attention")
+        )
         staged = 1 - cache_gpu > RESIDENT and (
             (np.asarray(self.load.prompt_tokens) > 0)
-            | ((np.asarray(self.load.decode_sequences) > 0) & (1 - cache_gpu - attended > RESIDENT))
+            | ((np.asarray(self.load.decode_sequences) > 0) & (1 - cache_gpu - cpu_attention > RESIDENT))
         )
         return np.where(staged, self.hardware.staging_seconds, 0.0) + (
             self.hardware.fetch_seconds if 1 - weights_gpu > RESIDENT else 0.0

@@ -37,7 +37,7 @@ def summary(plan: Plan) -> dict:
         "cache_bits": policy.cache_bits,
         "overlap": policy.overlap,
         "bytes": {kind: {tier: plan.memory[tier].get(kind, 0) for tier in TIERS} for kind in KIND_LABELS},
-        "free_bytes": {tier: plan.room[tier] - sum(plan.memory[tier].values()) for tier in TIERS},
+        "free_bytes": {tier: plan.budgets[tier] - sum(plan.memory[tier].values()) for tier in TIERS},
         "pass_seconds": plan.pass_seconds,
         "passes": plan.passes,
         "job_seconds": plan.seconds,
@@ -112,7 +112,11 @@ def memory_table(plan: Plan) -> list[str]:
     kinds = {kind: {tier: plan.memory[tier].get(kind, 0) for tier in TIERS} for kind in KIND_LABELS}
     lines = [f"{'peak memory, ' + unit:18s}" + "".join(f"{tier:>12s}" for tier in TIERS)]
     lines += [line(kind, sizes) for kind, sizes in kinds.items() if any(sizes.values())]
-    return [*lines, line("free", {tier: plan.room[tier] - totals[tier] for tier in TIERS}), line("budget", plan.room)]
+    return [
+        *lines,
+        line("free", {tier: plan.budgets[tier] - totals[tier] for tier in TIERS}),
+        line("budget", plan.budgets),
+    ]
 
 
 def resource_table(plan: Plan) -> list[str]:

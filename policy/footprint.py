@@ -161,5 +161,7 @@ def capacity(hardware: Hardware) -> dict[str, int]:
 
 def shortfall(peak: dict[str, dict[str, int]], hardware: Hardware) -> dict[str, int]:
     """Bytes by which each tier is too small; empty when all fits."""
-    room = capacity(hardware)
-    return {tier: sum(kinds.values()) - room[tier] for tier, kinds in peak.items() if sum(kinds.values()) > room[tier]}
+    budgets = capacity(hardware)
+    return {
+        tier: sum(kinds.values()) - budgets[tier] for tier, kinds in peak.items() if sum(kinds.values()) > budgets[tier]
+    }

@@ -74,11 +74,11 @@ class LinearProgram:
 
     def _dense(self, rows: list[tuple[Row, float]]) -> tuple[np.ndarray, np.ndarray]:
         matrix = np.zeros((len(rows), len(self.lower)))
-        for place, (row, _) in enumerate(rows):
+        for index, (row, _) in enumerate(rows):
             if isinstance(row, np.ndarray):
-                matrix[place, : len(row)] = row
+                matrix[index, : len(row)] = row
             else:
-                matrix[place, list(row)] = list(row.values())
+                matrix[index, list(row)] = list(row.values())
         return matrix, np.array([limit for _, limit in rows])
 
 
@@ -104,9 +104,9 @@ def time_rows(phases: Phases) -> tuple[list[tuple[float, np.ndarray]], float]:
         counts = np.atleast_1d(count)
         constant += sum((counts * model.launch_seconds).tolist())
         rows = [rows_by_pass(stage, len(counts)) for stage in model.stages]
-        for place, times in enumerate(counts.tolist()):
+        for index, times in enumerate(counts.tolist()):
             kinds = zip(model.stages, rows, strict=True)
-            stages += [(times * stage.count, dominating(each[place])) for stage, each in kinds]
+            stages += [(times * stage.count, dominating(each[index])) for stage, each in kinds]
     return stages, constant
 
 
@@ -125,7 +125,7 @@ def dominating(rows: np.ndarray) -> np.ndarray:
 
 
 def column(name: str) -> int:
-    """Of a placement variable: they are a program's first columns, in the order of ``VARIABLES``."""
+    """The column of a placement variable: they are a program's first columns, in the order of ``VARIABLES``."""
     return COLUMNS[name] - 1
 
 
@@ -144,25 +144,25 @@ def placement_program(constraints: Constraints, cache_on_disk: bool = True) -> L
 
 def add_attention(program: LinearProgram, constraints: Constraints) -> None:
     """The CPU attends at most what is there, or just the share of it that the user gave."""
-    attended, there = column("attended"), column("cache_cpu")
+    cpu_attention, there = column("cpu_attention"), column("cache_cpu")
     if constraints.cpu_attention is None:
-        program.at_most.append(({attended: 1.0, there: -1.0}, 0.0))
+        program.at_most.append(({cpu_attention: 1.0, there: -1.0}, 0.0))
     else:
-        program.equal.append(({attended: 1.0, there: -constraints.cpu_attention}, 0.0))
+        program.equal.append(({cpu_attention: 1.0, there: -constraints.cpu_attention}, 0.0))
 
 
 def point_from(solution: LinearSolution) -> np.ndarray:
     return np.array([1.0, *np.clip(solution.x[: len(VARIABLES)], 0.0, 1.0)])
 
 
-def least_shortage(memory: dict[str, np.ndarray], room: Mapping[str, float], constraints: Constraints) -> np.ndarray:
+def least_shortage(memory: dict[str, np.ndarray], budgets: Mapping[str, float], constraints: Constraints) -> np.ndarray:
     """The placement that lacks the fewest bytes over all tiers, for the message that says what is missing."""
     program = placement_program(constraints)
     for tier in TIERS:
         constant, *coefficients = memory[tier] / GIB
         lacking = program.add()
         program.cost[lacking] = 1.0
-        program.at_most.append(({**dict(enumerate(coefficients)), lacking: -1.0}, room[tier] / GIB - constant))
+        program.at_most.append(({**dict(enumerate(coefficients)), lacking: -1.0}, budgets[tier] / GIB - constant))
     solution = program.solved()
     assert solution is not None, "any placement lacks something finite"
     return point_from(solution)
@@ -171,7 +171,7 @@ def least_shortage(memory: dict[str, np.ndarray], room: Mapping[str, float], con
 def solve(
     phases: Phases,
     memory: dict[str, np.ndarray],
-    room: Mapping[str, float],
+    budgets: Mapping[str, float],
     constraints: Constraints,
     cache_on_disk: bool = True,
 ) -> Solution | None:
@@ -185,10 +185,10 @@ def solve(
     slower = sum(sum(np.atleast_1d(count).tolist()) for _, count in phases) * 1e-6
     for kind in KINDS:
         program.cost |= {column(f"{kind}_cpu"): slower, column(f"{kind}_disk"): 2 * slower}
-    program.cost[column("attended")] = slower
+    program.cost[column("cpu_attention")] = slower
     # In GiB, so that the program is well scaled and the duals are seconds per GiB.
-    rooms = [len(program.at_most) + place for place in range(len(TIERS))]
-    program.at_most += [(memory[tier][1:] / GIB, (room[tier] - memory[tier][0]) / GIB) for tier in TIERS]
+    budget_rows = [len(program.at_most) + index for index in range(len(TIERS))]
+    program.at_most += [(memory[tier][1:] / GIB, (budgets[tier] - memory[tier][0]) / GIB) for tier in TIERS]
     for weight, rows in stages:
         seconds = program.add()
         program.cost[seconds] = weight
@@ -198,5 +198,5 @@ def solve(
     solution = program.solved()
     if solution is None:
         return None
-    saved = {tier: -float(solution.duals[place]) for tier, place in zip(TIERS, rooms, strict=True)}
+    saved = {tier: -float(solution.duals[index]) for tier, index in zip(TIERS, budget_rows, strict=True)}
     return Solution(point_from(solution), constant + solution.cost, saved)

@@ -140,12 +140,12 @@ class ModelShape:
         return self.num_layers * self.block_bytes(bits) + outside
 
     def largest_layer_bytes(self, bits: int) -> int:
-        """Of the largest layer as it is stored, the head included: the working slab is sized by it."""
+        """The bytes of the largest layer as it is stored, the head included: the working slab is sized by it."""
         return max(self.block_bytes(bits), self.weight_bytes(self.head_elements, 16))
 
     @property
     def hidden_bytes(self) -> int:
-        """Of one token's hidden state."""
+        """The bytes of one token's hidden state."""
         return self.hidden_size * self.element_bytes
 
     @property

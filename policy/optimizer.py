@@ -33,14 +33,15 @@ FINALISTS = 12
 CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
 WITHIN_REACH = 0.85
-"""Of what is needed: sizes between the grid's powers of two, and pricing, change no more."""
+"""A grid point that reaches this share of the rate that is needed is worth a closer look: sizes between the grid's
+powers of two, and pricing, change no more than the rest."""
 POLISHED = 4
 """Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 DISK_GAIN = 0.01
 """What the disk must gain over the best plan without it: it is the resource that is predicted worst, and all that
 lies there is written first."""
 GOOD_ENOUGH = 0.995
-"""Of the machine's bound: nothing is left to search for."""
+"""The share of the machine's bound above which nothing is left to search for."""
 
 
 def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
@@ -53,7 +54,7 @@ def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
 
 
 def effort(template: Policy, whole: int) -> int:
-    """Of the ``whole`` effort: a third for caches that reach to the disk, which seldom win and then by far."""
+    """A third of the ``whole`` effort for caches that reach to the disk, which seldom win and then by far."""
     return whole // 3 if template.cache.disk else whole
 
 

@@ -31,15 +31,15 @@ class Plan:
     workload: Workload
     predicted_tokens_per_second: float
     bound_tokens_per_second: float
-    """Of this policy: every pass takes its busiest resource and nothing else."""
+    """The throughput of this policy if every pass took its busiest resource and nothing else."""
     steady_tokens_per_second: float
     """With a full block, prompts riding along: what a job without end reaches."""
     seconds: float | None
-    """Of the whole job; None for a job without end."""
+    """The time of the whole job; None for a job without end."""
     passes: float
     """In the job; 1 for a job without end, of which one average pass is described."""
     pass_seconds: float
-    """Of the average pass."""
+    """The time of the average pass."""
     row_seconds: dict[str, float]
     """Per row of `cost.ROWS`, in the average pass, were it alone."""
     work: dict[str, float]
@@ -80,7 +80,7 @@ class Plan:
         return JOINT.get(self.limiting_row, self.limiting_row)
 
     @property
-    def room(self) -> dict[str, int]:
+    def budgets(self) -> dict[str, int]:
         return capacity(self.hardware)
 
     @property

@@ -121,8 +121,8 @@ def admission_limit(plan: Plan, mean_context: float | None) -> int:
         return plan.policy.block_size
     load, _ = steady_load(plan.workload, plan.policy)
     planned = float(load.decode_context) / max(float(load.decode_sequences), 1e-9)
-    room = plan.policy.block_size * min(1.0, planned / mean_context)
-    return max(plan.policy.num_gpu_batches, math.floor(room))
+    sequences = plan.policy.block_size * min(1.0, planned / mean_context)
+    return max(plan.policy.num_gpu_batches, math.floor(sequences))
 
 
 def model_for(
@@ -143,8 +143,8 @@ def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float |
     # Two staging areas hold the planned share of a micro-batch; a smaller share would need larger ones, unless fewer
     # sequences are in flight.
     staged = plan.policy.cache.cpu * (1 - plan.policy.cpu_attention)
-    room = staged * plan.policy.block_size / limit
-    least = max(0.0, 1 - room / plan.policy.cache.cpu) if plan.policy.cache.cpu else 0.0
+    may_be_staged = staged * plan.policy.block_size / limit
+    least = max(0.0, 1 - may_be_staged / plan.policy.cache.cpu) if plan.policy.cache.cpu else 0.0
     shares = (
         sorted({plan.policy.cpu_attention, *(share for share in SHARES if share >= least - 1e-9)})
         if plan.policy.cache.cpu

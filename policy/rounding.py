@@ -32,7 +32,9 @@ def placed(shape: ModelShape, policy: Policy, point: np.ndarray, constraints: Co
     fixed = fixed_fractions(constraints)
     splits = {kind: clean(point[1 + 3 * i : 4 + 3 * i]) for i, kind in enumerate(KINDS)}
     share = (
-        min(1.0, float(point[1 + VARIABLES.index("attended")]) / splits["cache"].cpu) if splits["cache"].cpu else 0.0
+        min(1.0, float(point[1 + VARIABLES.index("cpu_attention")]) / splits["cache"].cpu)
+        if splits["cache"].cpu
+        else 0.0
     )
     share = share if constraints.cpu_attention is None else constraints.cpu_attention
     share = share if share > NOISE else 0.0
@@ -51,9 +53,9 @@ def does_not_fit(
 ) -> DoesNotFit:
     """The refusal for the smallest block that was allowed, placed so that as little as possible is missing."""
     rows = memory_rows(shape, hardware, workload, policy)
-    room = capacity(hardware)
+    budgets = capacity(hardware)
     point = least_shortage(
-        {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}, room, constraints
+        {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}, budgets, constraints
     )
     sizes = (
         f"micro-batch {policy.gpu_batch_size} x {policy.num_gpu_batches}, weights at {policy.weight_bits} "
@@ -65,10 +67,10 @@ def does_not_fit(
         kind: {tier: float(rows[tier][kind] @ point) if kind in rows[tier] else 0.0 for tier in TIERS} for kind in kinds
     }
     totals = {tier: sum(sizes[tier] for sizes in need.values()) for tier in TIERS}
-    missing = {tier: max(0.0, totals[tier] - room[tier]) for tier in TIERS}
+    missing = {tier: max(0.0, totals[tier] - budgets[tier]) for tier in TIERS}
     unit, size = fitting_unit(max(totals.values()), BINARY)
     lines.append(f"{unit:16s}" + "".join(f"{tier:>12s}" for tier in TIERS))
-    table: dict[str, Mapping[str, float]] = {**need, "needed": totals, "budget": room, "missing": missing}
+    table: dict[str, Mapping[str, float]] = {**need, "needed": totals, "budget": budgets, "missing": missing}
     for label, values in table.items():
         if any(values.values()):
             lines.append(f"{label:16s}" + "".join(f"{values[tier] / size:12,.2f}" for tier in TIERS))

@@ -94,10 +94,10 @@ class Search:
         if policy in tried and (least_rate is None or tried[policy]):
             return tried[policy]
         tried[policy] = None
-        memory, room = self.memory(policy), capacity(self.hardware)
+        memory, budgets = self.memory(policy), capacity(self.hardware)
         if (
             not self.placement_given
-            and min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU)) > room["gpu"]
+            and min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU)) > budgets["gpu"]
         ):
             return None
         model, counts, tokens = self.passes(policy)
@@ -105,7 +105,7 @@ class Search:
         least = float(np.sum(counts * (model.launched(ON_GPU) + least_compute(model))))
         if tokens / least < (max(self.least_rate, self.top(policy)) if least_rate is None else least_rate):
             return None
-        solution = self.solve(policy, model, counts, memory, room)
+        solution = self.solve(policy, model, counts, memory, budgets)
         if solution is not None:
             # The program cannot know that a block on the GPU launches less and staged cache more.
             seconds = float(np.sum(counts * model.pass_seconds(solution.point)))
@@ -128,7 +128,7 @@ class Search:
         """The plan of a candidate with whole tensors and sequences; the program runs again with less room while
         rounding does not fit."""
         model, counts, _ = self.passes(candidate.policy)
-        memory, room = self.memory(candidate.policy), dict(capacity(self.hardware))
+        memory, budgets = self.memory(candidate.policy), dict(capacity(self.hardware))
         solution: Solution | None = candidate.solution
         for _ in range(8):
             if solution is None:
@@ -145,8 +145,8 @@ class Search:
             if self.placement_given:
                 return None
             for tier, size in missing.items():
-                room[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
-            solution = self.solve(candidate.policy, model, counts, memory, room)
+                budgets[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
+            solution = self.solve(candidate.policy, model, counts, memory, budgets)
         return None
 
     def price(self, policy: Policy) -> Plan:
@@ -163,7 +163,7 @@ class Search:
         model: PassModel,
         counts: np.ndarray,
         memory: dict[str, np.ndarray],
-        room: dict[str, int],
+        budgets: dict[str, int],
     ) -> Solution | None:
         """The best placement; one without CPU attention where ``policy`` has none."""
         constraints = (
@@ -173,9 +173,9 @@ class Search:
             if constraints.cpu_attention is not None:
                 return given_solution(model, counts, constraints)
             # No room binds: only the share of CPU attention is open, and takes none.
-            room = {tier: int(np.abs(row).sum()) + 1 for tier, row in memory.items()}
+            budgets = {tier: int(np.abs(row).sum()) + 1 for tier, row in memory.items()}
         self.linear_programs += 1
-        return solve([(model, counts)], memory, room, constraints, cache_on_disk=policy.cache.disk > 0)
+        return solve([(model, counts)], memory, budgets, constraints, cache_on_disk=policy.cache.disk > 0)
 
 
 def given_solution(model: PassModel, counts: np.ndarray, constraints: Constraints) -> Solution:
@@ -184,7 +184,7 @@ def given_solution(model: PassModel, counts: np.ndarray, constraints: Constraint
     fixed = fixed_fractions(constraints)
     for kind in KINDS:
         fixed.setdefault(f"{kind}_disk", max(0.0, 1 - fixed[f"{kind}_gpu"] - fixed[f"{kind}_cpu"]))
-    fixed["attended"] = (constraints.cpu_attention or 0.0) * fixed["cache_cpu"]
+    fixed["cpu_attention"] = (constraints.cpu_attention or 0.0) * fixed["cache_cpu"]
     point = np.array([1.0, *(fixed[name] for name in VARIABLES)])
     stages, constant = time_rows([(model, counts)])
     return Solution(

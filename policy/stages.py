@@ -83,14 +83,14 @@ class PassStages:
         attending = calls if self.policy.cpu_attention > 0 else 0.0 * calls
         exchanged = self.decode_tokens * shape.num_heads * shape.head_dim * shape.element_bytes
         return {
-            "h2d": affine(activations_cpu=activations, activations_disk=activations, attended=exchanged),
-            "d2h": affine(activations_cpu=activations, activations_disk=activations, attended=exchanged),
-            "gathered": affine(cache_cpu=decode + prompt, cache_disk=decode + prompt, attended=-decode),
+            "h2d": affine(activations_cpu=activations, activations_disk=activations, cpu_attention=exchanged),
+            "d2h": affine(activations_cpu=activations, activations_disk=activations, cpu_attention=exchanged),
+            "gathered": affine(cache_cpu=decode + prompt, cache_disk=decode + prompt, cpu_attention=-decode),
             "scattered": affine(cache_cpu=fresh, cache_disk=fresh),
             "disk_read": affine(cache_disk=decode + prompt, activations_disk=activations),
             "disk_write": affine(cache_disk=fresh, activations_disk=activations),
-            "attended": affine(attended=self.row_bytes * np.asarray(load.decode_context, dtype=float)),
-            "attended_16": affine(attended=self.row_bytes_16 * np.asarray(load.decode_context, dtype=float)),
+            "cpu_attention": affine(cpu_attention=self.row_bytes * np.asarray(load.decode_context, dtype=float)),
+            "attended_16": affine(cpu_attention=self.row_bytes_16 * np.asarray(load.decode_context, dtype=float)),
             # Counts, not bytes. On disk every sequence is a request; in proportion to the disk's share, so that they
             # stay linear.
             "calls": affine(attending),
@@ -107,7 +107,7 @@ class PassStages:
             "scattered",
             "disk_read",
             "disk_write",
-            "attended",
+            "cpu_attention",
             "attended_16",
             "calls",
             "requests",
@@ -133,9 +133,9 @@ class PassStages:
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
         flops = flops + prompt_flops + decode_flops
         return (
-            affine(seconds, attended=-decode),
-            affine(flops, attended=-decode_flops),
-            affine(moved + elementwise + read, attended=-read),
+            affine(seconds, cpu_attention=-decode),
+            affine(flops, cpu_attention=-decode_flops),
+            affine(moved + elementwise + read, cpu_attention=-read),
         )
 
     def _head_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,8 +171,8 @@ class PassStages:
             "disk_write": traffic["disk_write"],
             "gpu_compute": gpu_flops,
             "gpu_memory": gpu_bytes + h2d + d2h,
-            "cpu_attention": traffic["attended"],
-            "host_memory": h2d + d2h + disk + traffic["attended"],
+            "cpu_attention": traffic["cpu_attention"],
+            "host_memory": h2d + d2h + disk + traffic["cpu_attention"],
         }
 
     def _seconds(
@@ -207,7 +207,7 @@ class PassStages:
         # it.
         seconds["disk_read + disk_write"] = seconds["disk_read"] + seconds["disk_write"]
         seconds["h2d beside cpu_attention"] = (
-            seconds["h2d"] + traffic["attended"] * hardware.link_slowdown / hardware.h2d
+            seconds["h2d"] + traffic["cpu_attention"] * hardware.link_slowdown / hardware.h2d
         )
         seconds["cpu_attention beside h2d"] = (
             seconds["cpu_attention"] + work["h2d"] * hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]

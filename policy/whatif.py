@@ -118,7 +118,7 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     )
     bottom = [0.0] * len(TIERS)
     for kind in KIND_LABELS:
-        shares = [100 * plan.memory[tier].get(kind, 0) / max(1, plan.room[tier]) for tier in TIERS]
+        shares = [100 * plan.memory[tier].get(kind, 0) / max(1, plan.budgets[tier]) for tier in TIERS]
         if any(shares):
             right.bar(TIERS, shares, bottom=bottom, label=kind)
             bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
@@ -126,9 +126,9 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
         used = sum(plan.memory[tier].values())
         unit, size = fitting_unit(used, BINARY)
         text = (
-            f"{used / size:.1f} {unit} of {plan.room[tier] / GIB:.1f} GiB"
+            f"{used / size:.1f} {unit} of {plan.budgets[tier] / GIB:.1f} GiB"
             if used
-            else f"nothing of {plan.room[tier] / GIB:.1f} GiB"
+            else f"nothing of {plan.budgets[tier] / GIB:.1f} GiB"
         )
         right.annotate(
             text,

@@ -44,8 +44,8 @@ def test_each_prompt_has_its_parameters_and_its_samples(encoder: PromptEncoder) 
     params = [SamplingParams(n=3, max_tokens=2), None, SamplingParams(max_tokens=None)]
     requests = requests_of(PROMPTS, params, encoder, DEFAULTS)
     assert [(request.index, request.sample) for request in requests] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]
-    assert requests[3].params == DEFAULTS.instead_of(None).within(encoder.room(PROMPTS[1]))
-    assert requests[4].params.max_tokens == encoder.room(PROMPTS[2]) > 2
+    assert requests[3].params == DEFAULTS.instead_of(None).within(encoder.context_left(PROMPTS[1]))
+    assert requests[4].params.max_tokens == encoder.context_left(PROMPTS[2]) > 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from flexbatch.calibrate.passes import MIB, ON_CPU, ON_GPU, attended, resident, run_passes, small_arch
+from flexbatch.calibrate.passes import MIB, ON_CPU, ON_GPU, cpu_attended, resident, run_passes, small_arch
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.policy import Policy, Split
@@ -29,7 +29,7 @@ GRAPHED = (16, 512)
 sequence cost from what a tick does. Without them the same three numbers fitted four passes of an H200's host at 0.5
 or 1.2 ms a pass and 0.37 or 0.5 ms a tick."""
 ROUNDS = 2
-"""Of all measurements of the host, one after the other, the faster counts: its other users come and go within
+"""Every measurement of the host is repeated so often, and the fastest counts: other users of it come and go within
 seconds."""
 ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 8, (128, 512)
 """Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with
@@ -37,13 +37,13 @@ layers as wide as those of models of 7 billion: calls of 67 and 268 MB, sixteen 
 with half as wide layers the processor's caches kept a part: 130 to 154 GB/s on H200's hosts, where the passes of
 models of 7 and 13 billion saw 95 to 120."""
 ATTENDED_BYTES = 144 * MIB
-"""Of host memory that such a sequence takes with its counterpart in the other micro-batch; with the weights a
-quarter of what is free has to do."""
+"""Host memory of such a sequence and its counterpart in the other micro-batch, in bytes; with the weights, a quarter of
+what is free has to do."""
 
 
 ALONE = "cpu_attention_alone"
-"""Of what `host_rates` finds: bytes a second in passes whose weights stay on the GPU. `cpu_attention` of `Hardware`
-starts with it."""
+"""The key under which `host_rates` gives bytes a second in passes whose weights stay on the GPU. `cpu_attention` of
+`Hardware` starts with it."""
 
 
 def head_dim(device: torch.device) -> int:
@@ -59,7 +59,7 @@ def attention_seconds(device: torch.device) -> float:
     """Returns the seconds of a call of CPU attention that has next to nothing to attend to, while the host
     launches the other micro-batch: the lower quartile."""
     tracer = RecordingTracer(device)
-    run_passes(small_arch(MANY, head_dim(device)), attended(16, 2), device, tracer)
+    run_passes(small_arch(MANY, head_dim(device)), cpu_attended(16, 2), device, tracer)
     return quantiles([span.end - span.start for span in tracer.spans() if span.resource == "cpu_attention"], n=4)[0]
 
 
@@ -74,7 +74,7 @@ class AttentionCalls:
 
     @classmethod
     def for_memory(cls, free_bytes: int) -> AttentionCalls:
-        """As large as a quarter of the host's free memory allows."""
+        """The largest passes that a quarter of the host's free memory allows."""
         arch = small_arch(ATTENDED_LAYERS, 128, ATTENDED_HEADS)
         weights = sum(math.prod(spec.shape) for spec in weight_specs(arch)) * 2
         sequences = max(2, min(ATTENDED_SEQUENCES, (free_bytes // 4 - weights) // ATTENDED_BYTES))
@@ -106,7 +106,7 @@ def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCa
     for context in calls.contexts:
         tracer = RecordingTracer(device)
         policy = replace(
-            attended(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context
+            cpu_attended(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context
         )
         run_passes(arch, policy, device, tracer, context)
         spans = tracer.spans()
@@ -196,8 +196,8 @@ def host_rates(device: torch.device) -> dict[str, float]:
     others = {
         "staged": replace(plain["few"], cache=ON_CPU),
         "fetched": replace(plain["few"], weights=ON_CPU),
-        "attended": attended(8),
-        "in turn": replace(attended(8), overlap=False),
+        "cpu_attended": cpu_attended(8),
+        "in turn": replace(cpu_attended(8), overlap=False),
     }
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
@@ -210,8 +210,8 @@ def host_rates(device: torch.device) -> dict[str, float]:
     rates |= python_rates(passes, plain, rates["graph_seconds"])
     layer = {name: passes.layer_seconds(name) for name in ("few", *others)}
     differences = {
-        "exchange_seconds": layer["attended"] - rates["launch_seconds"],
-        "settle_seconds": layer["in turn"] - layer["attended"],
+        "exchange_seconds": layer["cpu_attended"] - rates["launch_seconds"],
+        "settle_seconds": layer["in turn"] - layer["cpu_attended"],
         "staging_seconds": (layer["staged"] - layer["few"]) / 2,
         "fetch_seconds": (layer["fetched"] - layer["few"]) / 2,
     }

@@ -64,7 +64,7 @@ def resident(sequences: int, num_gpu_batches: int = 2) -> Policy:
     return Policy(ON_GPU, ON_GPU, ON_GPU, sequences, num_gpu_batches, prefill_chunk=PROMPT_TOKENS)
 
 
-def attended(sequences: int, num_gpu_batches: int = 1) -> Policy:
+def cpu_attended(sequences: int, num_gpu_batches: int = 1) -> Policy:
     """Micro-batches whose cache the CPU attends."""
     return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, num_gpu_batches, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
 
@@ -101,8 +101,8 @@ def run_passes(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     new_tokens = 1 + WARM_UP + PASSES
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-    chance = random.Random(0)
-    requests = [Request(i, chance.choices(range(3, 64), k=prompt_tokens), params) for i in range(policy.block_size)]
+    generator = random.Random(0)
+    requests = [Request(i, generator.choices(range(3, 64), k=prompt_tokens), params) for i in range(policy.block_size)]
     job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
     seconds = []
     with small_runner(arch, policy, job, device, dtype, tracer) as runner:

@@ -67,25 +67,26 @@ def _read_json_lines(path: Path) -> Iterator[PromptRow]:
             yield _row_of(_parsed(line, f"{path}: line {number}"), f"{path}: line {number}")
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parsed(text: str, location: str) -> Any:
     try:
         return parse_json(text, exact=True, constants=True)
     except ValueError as error:
         raise ConfigurationError(
-            f"{place} is {error}" if str(error).startswith("not ") else f"{place}: {error}"
+            f"{location} is {error}" if str(error).startswith("not ") else f"{location}: {error}"
         ) from None
 
 
-def _row_of(value: Any, place: str) -> PromptRow:
+def _row_of(value: Any, location: str) -> PromptRow:
     fields: dict[str, Any] = {}
     if isinstance(value, dict):
         if "prompt" not in value:
-            raise ConfigurationError(f'{place} has no "prompt"; it has {", ".join(value) or "nothing"}')
+            raise ConfigurationError(f'{location} has no "prompt"; it has {", ".join(value) or "nothing"}')
         fields = {name: with_doubles(content, exact=True) for name, content in value.items() if name != "prompt"}
         value = value["prompt"]
     if not isinstance(value, str | list):
         raise ConfigurationError(
-            f"{place} holds a {type(value).__name__}; a prompt is text, a list of token ids or a list of chat messages"
+            f"{location} holds a {type(value).__name__}; "
+            "a prompt is text, a list of token ids or a list of chat messages"
         )
     return PromptRow(with_doubles(value), fields)
 
@@ -114,14 +115,14 @@ def _column(column: Any, name: str, path: Path) -> list[Any]:
     """The values of a column as JSON has them. Bytes of the prompts are text."""
     values = []
     for index, cell in enumerate(column):
-        place = f"{path}: row {index}, column {name!r}"
+        location = f"{path}: row {index}, column {name!r}"
         try:
             value = _value(cell)
             value = value.decode() if name == "prompt" and isinstance(value, bytes) else value
         except UnicodeDecodeError as error:
-            raise ConfigurationError(f"{place} is not UTF-8: {error.reason} at byte {error.start}") from None
+            raise ConfigurationError(f"{location} is not UTF-8: {error.reason} at byte {error.start}") from None
         except (ValueError, LookupError, ArithmeticError) as error:
-            raise ConfigurationError(f"{place} cannot be read as JSON: {error}") from None
+            raise ConfigurationError(f"{location} cannot be read as JSON: {error}") from None
         values.append(_as_json(value))
     return values
 

@@ -24,7 +24,7 @@ from flexbatch.validation.errors import ConfigurationError
 
 STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 SHOWN_CHARACTERS = 60
-"""Of a setting in the refusal of another run's rows."""
+"""Characters of a setting's value that are shown where the rows of another run are refused."""
 
 
 class ResultFile:
@@ -105,10 +105,10 @@ class ResultFile:
             os.truncate(self.path, len(whole))
         return rows
 
-    def add(self, place: int, row: dict[str, Any]) -> None:
+    def add(self, index: int, row: dict[str, Any]) -> None:
         """A row that has finished. It is written when those before it are there."""
-        self._waiting[place] = row
-        if place != self._next:
+        self._waiting[index] = row
+        if index != self._next:
             return
         stream = self._open_rows()
         while self._next in self._waiting:
@@ -137,7 +137,7 @@ class ResultFile:
     def check(self) -> None:
         assert len(self.done) <= self._next <= self._total or not self._total
         assert self._next not in self._waiting, f"row {self._next} has finished and is not written"
-        assert all(self._next < place < self._total for place in self._waiting)
+        assert all(self._next < index < self._total for index in self._waiting)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """The rows are on the disk; with all of them there the state goes, and so it does when there is none."""
@@ -166,8 +166,8 @@ class ResultStream:
     def begin(self, facts: Mapping[str, Any], prompts: Sequence[Any]) -> int:
         return 0
 
-    def add(self, place: int, row: dict[str, Any]) -> None:
-        self._waiting[place] = f"{json_text(row)}\n"
+    def add(self, index: int, row: dict[str, Any]) -> None:
+        self._waiting[index] = f"{json_text(row)}\n"
         while self.written in self._waiting:
             self._stream.write(self._waiting.pop(self.written))
             self.written += 1

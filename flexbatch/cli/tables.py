@@ -176,11 +176,11 @@ def speculation(report: Mapping[str, Any]) -> str:
         ]
     text = f"speculation ({' + '.join(run['drafts'])}, tree {run['tree']}{label})\n{table(['', 'value'], rows)}"
     for group, acceptance in run["acceptance"].items():
-        places = [
+        positions = [
             [f"depth {depth + 1}", *(f"{rate:.3f}" if rate is not None else "-" for rate in row)]
             for depth, row in enumerate(acceptance["by_position"])
         ]
-        seen = [place for place in places if set(place[1:]) != {"-"}]
+        seen = [row for row in positions if set(row[1:]) != {"-"}]
         if seen:
             text += "\n" + table(
                 [f"accepted, {group}", *(f"child {rank + 1}" for rank in range(len(seen[0]) - 1))], seen

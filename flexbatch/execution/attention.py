@@ -50,7 +50,7 @@ class CacheAttention:
         )
         threads = torch.get_num_threads()
         self.cpu_threads = threads - 1 if queues.device.type == "cuda" and threads >= SPARE_FROM_THREADS else 0
-        """Of CPU attention; 0: torch's number."""
+        """Threads of CPU attention; 0: as many as torch uses."""
 
     def attend_resident(
         self, pending: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor

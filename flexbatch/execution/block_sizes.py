@@ -92,8 +92,8 @@ def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: 
         tail_tokens=2 * layout.page_tokens + max_query_nodes if on_disk else 0,
     )
     tokens = micro_batch_tokens(policy, max_query_nodes)
-    attended = off_gpu if policy.cpu_attention > 0 else 0
-    attended_tokens = attended * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1)
+    cpu_attended = off_gpu if policy.cpu_attention > 0 else 0
+    attended_tokens = cpu_attended * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1)
     return BlockSizes(
-        cache, tokens, attended_tokens, max_query_nodes, sequence_tokens, max(sequence_tokens, default=1), attended
+        cache, tokens, attended_tokens, max_query_nodes, sequence_tokens, max(sequence_tokens, default=1), cpu_attended
     )

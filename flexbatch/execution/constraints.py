@@ -12,9 +12,8 @@ from flexbatch.request import SamplingParams
 
 @dataclass(frozen=True)
 class Effect:
-    """At one place of a text. ``bias`` is added to the model's logits, before penalties; then ``forced`` tokens have
-    all of the probability, if there are
-    any, and ``barred`` ones none."""
+    """What holds for the next token. ``bias`` is added to the model's logits, before penalties; then ``forced`` tokens
+    have all of the probability, if there are any, and ``barred`` ones none."""
 
     bias: dict[int, float]
     forced: tuple[int, ...]
@@ -43,8 +42,8 @@ class Following:
 
 
 class Constraints:
-    """Of one request with any of `request.CONSTRAINTS`. A drafted path counts like text: every node of a token tree has
-    what plain decoding would have there."""
+    """The constraints of one request with any of `request.CONSTRAINTS`. A drafted path counts like text: every node of
+    a token tree has what plain decoding would have there."""
 
     def __init__(self, params: SamplingParams, token_ids: list[int], eos_token_ids: Collection[int]) -> None:
         """token_ids: the text, which holds the prompt now; `catch_up` takes in what is appended to this very list."""
@@ -71,7 +70,7 @@ class Constraints:
     def effect(self, path: tuple[int, ...] = ()) -> Effect:
         """On the token that follows the text and ``path``."""
         params, length = self._params, len(self._tokens) + len(path)
-        place = length - self._num_prompt
+        position = length - self._num_prompt
         reach = max(self._biases.longest, self._bad_words.longest)
         tail = (*self._tokens[len(self._tokens) - min(reach, len(self._tokens)) :], *path)
         bias: dict[int, float] = defaultdict(float)
@@ -80,16 +79,16 @@ class Constraints:
         forced: tuple[int, ...] = ()
         if length == 1 and params.forced_bos_token_id is not None:
             forced = (params.forced_bos_token_id,)
-        if params.max_tokens is not None and place == params.max_tokens - 1 and params.forced_eos_token_id:
+        if params.max_tokens is not None and position == params.max_tokens - 1 and params.forced_eos_token_id:
             forced = tuple(params.forced_eos_token_id)  # type: ignore[arg-type]
         barred = [*params.suppress_tokens]
         # After a prompt of one token whose next one is forced, the text begins a token later.
-        if place == int(self._num_prompt == 1 and params.forced_bos_token_id is not None):
+        if position == int(self._num_prompt == 1 and params.forced_bos_token_id is not None):
             barred += params.begin_suppress_tokens
         if not forced:
             barred += [token for token, _ in self._bad_words.at_end(tail)]
             barred += self._repeated(path)
-            barred += self._ends if place < params.min_tokens else self._eos if length < params.min_length else ()
+            barred += self._ends if position < params.min_tokens else self._eos if length < params.min_length else ()
         return Effect(dict(bias), forced, barred)
 
     def _repeated(self, path: tuple[int, ...]) -> list[int]:

@@ -79,7 +79,7 @@ def wider(dtype: torch.dtype) -> str:
 
 
 def opened(sequences: list[Sequence], scheduler: Scheduler) -> list[Reading]:
-    """As many as have pages in the cache together, in a micro-batch."""
+    """Readings of as many sequences as have pages in the cache together, in a micro-batch."""
     cache, readings, staged = scheduler.cache, [], 0
     for sequence in sequences[: scheduler.policy.gpu_batch_size]:
         token_ids = sequence.token_ids[: len(sequence.token_ids) - sequence.num_uncomputed]

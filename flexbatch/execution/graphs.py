@@ -43,8 +43,8 @@ def smallest_covering(keys: Iterable[tuple[int, int]], key: tuple[int, int]) -> 
 
 
 def graph_bytes(num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int) -> int:
-    """Of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs (page
-    tables above all), and hidden states."""
+    """The bytes of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs
+    (page tables above all), and hidden states."""
     bucket = bucket_of(min(sequences, MAX_GRAPH_SEQUENCES))
     pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens
     return LAUNCH_BYTES * (LAUNCHES_OF_LAYER * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
@@ -228,6 +228,6 @@ def fill(static: MicroBatchInputs, inputs: MicroBatchInputs) -> None:
     )
     count = inputs.num_tokens
     for target, source in pairs:
-        place = target[:, : source.shape[1]] if target.ndim == 2 else target
-        place[:count].copy_(source)
-        place[count:].copy_(source[:1].expand_as(place[count:]))
+        view = target[:, : source.shape[1]] if target.ndim == 2 else target
+        view[:count].copy_(source)
+        view[count:].copy_(source[:1].expand_as(view[count:]))

@@ -15,8 +15,8 @@ class Job:
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
-        """Of requests by (prompt tokens, max_tokens). The context may end one earlier, and the last token that it
-        generates needs no row."""
+        """The job of requests given as (prompt tokens, max_tokens). The context may end one earlier, and the last token
+        that it generates needs no row."""
         pairs = [
             (prompt, prompt + max(0, min(max_tokens, max_positions - prompt) - 1)) for prompt, max_tokens in lengths
         ] or [(1, 1)]

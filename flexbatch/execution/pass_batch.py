@@ -40,7 +40,7 @@ class QueryTokens:
 
     @property
     def positions(self) -> Many[int]:
-        """Of every query token in the text; those of a tree that continue the same token stand at the same place."""
+        """The position of every query token in the text; tree nodes that continue the same token share one."""
         if self.parents is None:
             return range(self.start, self.start + len(self.token_ids))
         positions: list[int] = []

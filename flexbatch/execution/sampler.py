@@ -23,9 +23,9 @@ class SampledTokens:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, TokenLogprob] | None] = field(default_factory=list)
     prompt_logprobs: list[dict[int, TokenLogprob]] = field(default_factory=list)
-    """Of the prompt tokens after each row's own, in order."""
+    """Entries for the prompt tokens after each row's own, in order."""
     path: tuple[int, ...] = ()
-    """Of a tree: the accepted query tokens below token 0, to which all but the last of `token_ids` belong."""
+    """The accepted query tokens of a tree below token 0, to which all but the last of `token_ids` belong."""
     fault: Fault | None = None
     """With one there are no new tokens."""
 

@@ -24,8 +24,8 @@ from flexbatch.policy.limits import SAMPLING_CHUNK_LOGITS
 from flexbatch.request import TokenLogprob
 
 NOT_FINITE, ALL_BARRED = -1, -2
-"""In the place of a token id: the model's logits are NaN or infinite; bias and constraints leave no token that can be
-drawn."""
+"""These stand for a token id where there is none: the model's logits are NaN or infinite; bias and constraints leave
+no token that can be drawn."""
 
 Drafted = Many[tuple[int, ...]]
 """Per row, the tokens after the committed output that the row has seen: the path of a tree node, () for an ordinary
@@ -271,8 +271,8 @@ def token_logprobs(
             block, own[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), strict=True
         ):
             entry = {token_ids[i]: TokenLogprob(token_ids[i], logprob, rank)}
-            for place, (token, value) in enumerate(zip(top_ids[: counts[i]], top_values, strict=False), 1):
-                entry.setdefault(token, TokenLogprob(token, value, place))
+            for rank, (token, value) in enumerate(zip(top_ids[: counts[i]], top_values, strict=False), 1):
+                entry.setdefault(token, TokenLogprob(token, value, rank))
             results.append(entry)
     return results
 

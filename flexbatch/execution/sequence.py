@@ -105,7 +105,7 @@ class Sequence:
         """Why it cannot go on. It stays until its prompt is read: others may wait for the pages that they share with
         it."""
         self.error = ""
-        """Of a finished one: why it failed."""
+        """Why it failed; empty unless it is finished and did."""
         self.finished = False
 
     @property

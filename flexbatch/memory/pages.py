@@ -65,7 +65,7 @@ class CacheSizes:
     """Pages of one micro-batch whose cache is not on the gpu tier: one staging buffer; there are two."""
     disk_sequences: int = 0
     tail_tokens: int = 0
-    """Of each disk sequence and layer, token rows that are held in host memory until their page is full."""
+    """Token rows of each disk sequence and layer that are held in host memory until their page is full."""
 
     def pages(self, tier: str) -> int:
         return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]

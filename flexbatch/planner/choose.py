@@ -30,8 +30,9 @@ SMALLEST_PREFILL_BUDGET = 32
 ROUNDING = 0.05
 """Share of a budget that whole tensors, sequences and pages may exceed a plan by."""
 KEPT_BLOCK_SHARE = 0.97
-"""Of the predicted throughput: what a block may lose when it is placed again in a little less memory. A block of 70
-sequences that was kept at any price went to disk with 9 % of its cache, and from 250 to 101 tokens a second."""
+"""The share of its predicted throughput that a block must keep when it is placed again in a little less memory.
+A block of 70 sequences that was kept at any price went to disk with 9 % of its cache, and from 250 to 101 tokens a
+second."""
 LENGTH_TOLERANCE = 0.25
 """Relative difference of mean lengths from which another job is decided for again."""
 ROUNDS = 12

@@ -57,14 +57,14 @@ class UsageTracer(RecordingTracer):
         self.recent: dict[str, float] = {}
         """Busy seconds by resource since the last `take`."""
         self.first, self.last = float("inf"), float("-inf")
-        self.num_passes, self.weight, self.place = 0, 1, 0
-        self.chance = random.Random(0)
+        self.num_passes, self.weight, self.timed_index = 0, 1, 0
+        self.random = random.Random(0)
 
     def begin_pass(self) -> None:
         late, self.num_passes = self.num_passes - TIMED_FIRST, self.num_passes + 1
         if late >= 0 and late % TIMED_EVERY == 0:
-            self.place = self.chance.randrange(TIMED_EVERY)
-        self.on = late < 0 or late % TIMED_EVERY == self.place
+            self.timed_index = self.random.randrange(TIMED_EVERY)
+        self.on = late < 0 or late % TIMED_EVERY == self.timed_index
         if self.on:
             self.fold()
             self.weight = 1 if late < 0 else TIMED_EVERY
@@ -205,26 +205,27 @@ class PassMeter:
 
     def fold(self, kind: str) -> tuple[float, float, dict[str, float], dict[str, float]]:
         window = self.windows[kind]
-        loads, seconds, busy = zip(*window, strict=True)
+        pass_loads, seconds, busy = zip(*window, strict=True)
         window.clear()
-        load = PassLoad(*(np.array([getattr(each, field.name) for each in loads]) for field in fields(PassLoad)))
+        load = PassLoad(*(np.array([getattr(each, field.name) for each in pass_loads]) for field in fields(PassLoad)))
         model = PassModel(self.plan.shape, self.plan.hardware, self.plan.policy, load)
         predicted_seconds = float(np.sum(model.pass_seconds(self.point)))
         timed = np.array([each is not None for each in busy])
         resources = {name: value for name, value in model.resource_seconds(self.point).items() if name in RESOURCES}
         predicted = {
-            name: float(np.sum(np.broadcast_to(value, len(loads)), where=timed)) for name, value in resources.items()
+            name: float(np.sum(np.broadcast_to(value, len(pass_loads)), where=timed))
+            for name, value in resources.items()
         }
         measured = {name: sum(each.get(name, 0.0) for each in busy if each is not None) for name in MEASURED}
         work = model.resource_work(self.point)
-        self.passes += len(loads)
+        self.passes += len(pass_loads)
         self.measured_pass_seconds += sum(seconds)
         self.predicted_pass_seconds += predicted_seconds
         for name in RESOURCES:
             self.predicted[name] += predicted[name]
         for name in MEASURED:
             self.measured[name] += measured[name]
-            self.work[name] += float(np.sum(np.broadcast_to(work[name], len(loads)), where=timed))
+            self.work[name] += float(np.sum(np.broadcast_to(work[name], len(pass_loads)), where=timed))
         return sum(seconds), predicted_seconds, measured, predicted
 
     def finish(self) -> None:

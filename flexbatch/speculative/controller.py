@@ -17,7 +17,8 @@ MAX_WAIT = 32
 TRIED_PASSES = 3
 """That a new tree is tried, at least, before it is judged: one slow pass says little."""
 CHOOSING_SHARE = 0.02
-"""Of the time, at most: a choice takes about a millisecond, a pass of a small model hardly more."""
+"""The share of the time that choosing may take: a choice takes about a millisecond, a pass of a small model hardly
+more."""
 PROBED_SHARE = 16
 """Drafting is measured on one sequence of so many first: reading all prompts with a draft that does not pay would
 cost as much as several passes."""
@@ -26,7 +27,7 @@ FIRST_PROBES, COLD_SECONDS = 2, 0.05
 loads and compiles the draft's kernels (1.65 s on an H200, where a level takes 2 ms), and a job of 8 sequences that
 believed it was decoded plainly to the end, at half the speed."""
 MEASURING_SHARE = 0.01
-"""Of the time, at most, goes to measuring again what has lost: drafting where plain decoding has won, and plain
+"""The share of the time that may go to measuring again what has lost: drafting where plain decoding has won, and plain
 decoding where trees have."""
 START_GAIN, KEPT_GAIN, WARY_GAIN = 0.2, 0.1, 0.4
 """Predicted gain from which speculation begins, down to which it goes on, and from which it begins where it has lost
@@ -35,7 +36,7 @@ first, and with trees sequences end at different passes, so that the last ones r
 pair in memory (CPU, 4 to 64 sequences) predicted gains of 10 to 15 % were losses of 5 to 9 %.
 """
 LOSING_SHARE = 0.01
-"""Of the time, that may be lost before that."""
+"""The share of the time that may be lost before that."""
 NONE = TreePlan(0, 0)
 
 
@@ -68,9 +69,9 @@ class Controller:
     def __init__(self, max_nodes: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.max_nodes, self.clock = max_nodes, clock
         self.costs = MeasuredCosts()
-        """Of passes of the target by query tokens, prompts included."""
+        """The costs of the target's passes by query tokens, prompts included."""
         self.drafting = MeasuredCosts()
-        """Of one level of drafting by the tokens that the draft reads."""
+        """The costs of one level of drafting by the tokens that the draft reads."""
         self.statistics: dict[str, AcceptanceStatistics] = {}
         self.plans: dict[str, TreePlan] = {}
         self.decoded = False
@@ -88,8 +89,8 @@ class Controller:
         self.plain_loss = self.next_plain = 0.0
         """What a plain pass costs where trees win, in seconds; and the earliest time of the next one."""
         self.seconds = self.saved = 0.0
-        """Of all passes with their drafting; and what those with trees have saved against plain decoding (below 0:
-        lost), by measured costs."""
+        """The time of all passes with their drafting; and what those with trees have saved against plain decoding (less
+        than 0: lost), by measured costs."""
         self.situation: Situation | None = None
 
     def plan(self, now: Situation) -> list[TreePlan]:

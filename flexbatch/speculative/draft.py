@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
     row: int
     tree: int
     frontier_index: int
-    """Of the node in the tree's frontier."""
+    """The index of the node in the tree's frontier."""
     sequence: Sequence
     path: tuple[int, ...]
 
@@ -87,7 +87,7 @@ class DraftModel:
         self.vocab_size, self.grown_nodes = vocab_size, grown_nodes
         self.drawing = drawing
         self.distributions: dict[Sequence, dict[int, Tensor]] = {}
-        """Of the present trees drawn by chance: what the children of each node were drawn from, [vocab]."""
+        """What the children of each node were drawn from, [vocab], in the present stochastic trees."""
         self.followed: dict[Sequence, Followed] = {}
         self.levels: list[tuple[int, float]] = []
         """Tokens read and seconds of every level of the latest trees; the first one reads new prompts too."""

@@ -56,8 +56,8 @@ class GrowingTree:
         self.path_logprobs: list[float] = []
         self.paths: dict[int, tuple[int, ...]] = {ROOT: ()}
         """Tokens down to every node of the frontier."""
-        self.places: dict[int, int] = {ROOT: ROOT}
-        """Place in the shape of every node of the frontier."""
+        self.shape_indices: dict[int, int] = {ROOT: ROOT}
+        """Index in the shape of every node of the frontier."""
         self.depth = 0
         self.frontier: list[int] = [ROOT] if plan.num_levels > 0 else []
 
@@ -70,7 +70,8 @@ class GrowingTree:
 
     def num_children(self, node: int) -> int:
         """Children that a node of the frontier can take."""
-        return self.plan.beam if self.plan.shape is None else len(self.plan.shape.children[self.places[node] + 1])
+        shape = self.plan.shape
+        return self.plan.beam if shape is None else len(shape.children[self.shape_indices[node] + 1])
 
     @property
     def is_chain(self) -> bool:
@@ -80,25 +81,28 @@ class GrowingTree:
         """Take in the candidates of every node of the frontier, in its order; the frontier moves one level down."""
         self.depth += 1
         added = self._shaped(candidates) if self.plan.shape is not None else self._beam(candidates)
-        paths, places = {}, {}
-        for parent, place, token, logprob in added:
+        paths, shape_indices = {}, {}
+        for parent, shape_index, token, logprob in added:
             node = len(self.token_ids)
             self.token_ids.append(token)
             self.parents.append(parent)
             self.logprobs.append(logprob)
             self.path_logprobs.append(logprob + (self.path_logprobs[parent] if parent != ROOT else 0.0))
-            paths[node], places[node] = (*self.paths[parent], token), place
-        self.paths, self.places = paths, places
+            paths[node], shape_indices[node] = (*self.paths[parent], token), shape_index
+        self.paths, self.shape_indices = paths, shape_indices
         growing = self.depth < self.plan.num_levels
         shape = self.plan.shape
-        self.frontier = [node for node in places if growing and (shape is None or shape.children[places[node] + 1])]
+        self.frontier = [
+            node for node, index in shape_indices.items() if growing and (shape is None or shape.children[index + 1])
+        ]
 
     def _shaped(self, candidates: Sequence[Candidates]) -> list[tuple[int, int, int, float]]:
         assert self.plan.shape is not None
         added = []
         for node, offered in zip(self.frontier, candidates, strict=True):
-            for place, (token, logprob) in zip(self.plan.shape.children[self.places[node] + 1], offered, strict=False):
-                added.append((node, place, token, logprob))
+            children = self.plan.shape.children[self.shape_indices[node] + 1]
+            for shape_index, (token, logprob) in zip(children, offered, strict=False):
+                added.append((node, shape_index, token, logprob))
         return added
 
     def _beam(self, candidates: Sequence[Candidates]) -> list[tuple[int, int, int, float]]:

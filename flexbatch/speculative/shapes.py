@@ -29,7 +29,7 @@ class TreeSpec:
 
     @property
     def text(self) -> str:
-        """As the user may write it."""
+        """The text by which a user may ask for it."""
         return {"widths": f"<{','.join(map(str, self.widths))}>", "best-first": f"best-first:{self.nodes}"}.get(
             self.kind, self.kind
         )

@@ -31,8 +31,8 @@ class Source(Protocol):
 
     @property
     def distributions(self) -> Mapping[Sequence, Mapping[int, Tensor]]:
-        """Of the present trees that were drawn by chance: what the children of each node (-1: of the last committed
-        token) were drawn from, [vocab]."""
+        """What the children of each node (-1: of the last committed token) were drawn from, [vocab], in the present
+        stochastic trees."""
 
     def draft(self, sequences: Many[Sequence], plans: Many[TreePlan]) -> list[TokenTree]:
         """One tree per sequence, no larger or deeper than its plan; possibly empty."""

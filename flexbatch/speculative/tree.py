@@ -175,14 +175,14 @@ class TokenTree:
         """The tree of the nodes ``keep``, in their present order. Raises ValueError when one of them loses its
         parent."""
         kept = sorted(set(keep))
-        place = {ROOT: ROOT} | {node: i for i, node in enumerate(kept)}
+        index = {ROOT: ROOT} | {node: i for i, node in enumerate(kept)}
         for node in kept:
-            if self.parents[node] not in place:
+            if self.parents[node] not in index:
                 raise ValueError(f"node {node} is kept without its parent {self.parents[node]}")
         logprobs = None if self.logprobs is None else tuple(self.logprobs[node] for node in kept)
         return TokenTree(
             tuple(self.token_ids[node] for node in kept),
-            TreeShape(tuple(place[self.parents[node]] for node in kept)),
+            TreeShape(tuple(index[self.parents[node]] for node in kept)),
             logprobs,
             self.drawn,
         )
@@ -214,7 +214,7 @@ def merge(trees: Sequence[TokenTree], max_nodes: int | None = None) -> TokenTree
         return TokenTree()
     if any(tree.drawn is not Drawing.DETERMINISTIC for tree in trees):
         raise ValueError(f"only deterministic trees can be merged, got {sorted({tree.drawn.value for tree in trees})}")
-    place: dict[tuple[int, int], int] = {}
+    index: dict[tuple[int, int], int] = {}
     logprobs: list[float] = []
     for tree in trees:
         moved = {ROOT: ROOT}
@@ -223,17 +223,17 @@ def merge(trees: Sequence[TokenTree], max_nodes: int | None = None) -> TokenTree
                 continue
             merged = (moved[key[0]], key[1])
             logprob = tree.logprobs[node] if tree.logprobs is not None else 0.0
-            if merged not in place:
-                if max_nodes is not None and len(place) >= max_nodes:
+            if merged not in index:
+                if max_nodes is not None and len(index) >= max_nodes:
                     continue
-                place[merged] = len(place)
+                index[merged] = len(index)
                 logprobs.append(logprob)
-            moved[node] = place[merged]
+            moved[node] = index[merged]
             logprobs[moved[node]] = max(logprobs[moved[node]], logprob)
     known = all(tree.logprobs is not None for tree in trees)
     return TokenTree(
-        tuple(token for _, token in place),
-        TreeShape(tuple(parent for parent, _ in place)),
+        tuple(token for _, token in index),
+        TreeShape(tuple(parent for parent, _ in index)),
         tuple(logprobs) if known else None,
     )
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from flexbatch.speculative.tree import Drawing, TokenTree
 
 UNDRAWN = -1
-"""In the place of the one more token, where the target has no probabilities: `sampling.NOT_FINITE`, for the caller to
-tell from what is barred."""
+"""It stands for the one more token where the target has no probabilities (`sampling.NOT_FINITE`): the caller tells this
+from what is barred."""
 
 
 class Draws(Protocol):
@@ -119,10 +119,10 @@ def rejection(
         p = _residual(p, q)
         taken.append(token)
     accept = torch.stack(chances).tolist()
-    for token, chance in zip(tokens, accept, strict=True):
-        if not chance < float("inf"):
+    for token, probability in zip(tokens, accept, strict=True):
+        if not probability < float("inf"):
             raise ValueError(f"token {token} cannot have been drawn {drawn.value}: the draft gives it no probability")
-    return [min(1.0, chance) for chance in accept], p
+    return [min(1.0, probability) for probability in accept], p
 
 
 def _residual(p: Tensor, q: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The conversation as text; the template writes the BOS token itself. A last text of the assistant is
         continued."""
-        checked = [_checked(place, message) for place, message in enumerate(messages)]
+        checked = [_checked(index, message) for index, message in enumerate(messages)]
         ready = [{**message, "content": self._content(message["role"], message["content"])} for message in checked]
         continued = checked[-1]["role"] == "assistant" and bool(checked[-1]["content"])
         options = {"add_generation_prompt": not continued, "continue_final_message": continued}
@@ -101,29 +101,29 @@ class ChatTemplate:
         return PROBES[0] in text, all(probe in parts for probe in PROBES) and not printed
 
 
-def _checked(place: int, message: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """The message without fields that are null; its content is a text, a list of text parts, or None. Arguments of
     calls become objects."""
     if not isinstance(message.get("role"), str):
-        raise ChatError(f'message {place} needs "role" (text) and "content", it has {sorted(map(str, message))}')
+        raise ChatError(f'message {index} needs "role" (text) and "content", it has {sorted(map(str, message))}')
     calls = message.get("tool_calls")
     if message.get("content") is None and not (message["role"] == "assistant" and calls):
         raise ChatError(
-            f'message {place} needs "role" (text) and "content", it has '
+            f'message {index} needs "role" (text) and "content", it has '
             f"{sorted(str(key) for key, value in message.items() if value is not None)}"
         )
     kept = {str(key): value for key, value in message.items() if value is not None}
     if calls:
-        kept["tool_calls"] = [_call(place, call) for call in _listed(place, calls)]
-    return {**kept, "content": _checked_content(place, message.get("content"))}
+        kept["tool_calls"] = [_call(index, call) for call in _listed(index, calls)]
+    return {**kept, "content": _checked_content(index, message.get("content"))}
 
 
-def _checked_content(place: int, content: Any) -> str | list[dict[str, Any]] | None:
+def _checked_content(index: int, content: Any) -> str | list[dict[str, Any]] | None:
     if content is None or isinstance(content, str):
         return content
     if isinstance(content, Mapping | bytes) or not isinstance(content, Sequence):
         raise ChatError(
-            f"the content of message {place} is a {type(content).__name__}; it may be text or a list of text parts"
+            f"the content of message {index} is a {type(content).__name__}; it may be text or a list of text parts"
         )
     parts = []
     for number, part in enumerate(content):
@@ -132,32 +132,32 @@ def _checked_content(place: int, content: Any) -> str | list[dict[str, Any]] | N
             continue
         if not isinstance(part, Mapping):
             raise ChatError(
-                f"part {number} of message {place} is a {type(part).__name__}; "
+                f"part {number} of message {index} is a {type(part).__name__}; "
                 'a part is {"type": "text", "text": ...}'
             )
         kind = part.get("type")
         if kind != "text":
             raise ChatError(
-                f"part {number} of message {place} is of type {kind!r}; "
+                f"part {number} of message {index} is of type {kind!r}; "
                 "the model reads text, so only parts of type 'text' can be given"
             )
         if not isinstance(part.get("text"), str):
-            raise ChatError(f'part {number} of message {place} has no "text"')
+            raise ChatError(f'part {number} of message {index} has no "text"')
         parts.append({str(key): value for key, value in part.items() if value is not None})
     return parts
 
 
-def _listed(place: int, calls: Any) -> Sequence[Any]:
+def _listed(index: int, calls: Any) -> Sequence[Any]:
     if (
         isinstance(calls, str | bytes | Mapping)
         or not isinstance(calls, Sequence)
         or not all(isinstance(call, Mapping) for call in calls)
     ):
-        raise ChatError(f"the tool_calls of message {place} are a {type(calls).__name__}; they are a list of objects")
+        raise ChatError(f"the tool_calls of message {index} are a {type(calls).__name__}; they are a list of objects")
     return calls
 
 
-def _call(place: int, call: Mapping[str, Any]) -> dict[str, Any]:
+def _call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     """A call of a tool, with arguments as the object that templates write; OpenAI's form has them as JSON text."""
     function = call.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
@@ -165,5 +165,5 @@ def _call(place: int, call: Mapping[str, Any]) -> dict[str, Any]:
     try:
         arguments = json.loads(function["arguments"] or "{}")
     except (ValueError, RecursionError) as error:
-        raise ChatError(f"the arguments of a tool call in message {place} are not JSON: {error}") from None
+        raise ChatError(f"the arguments of a tool call in message {index} are not JSON: {error}") from None
     return {**call, "function": {**function, "arguments": arguments}}

@@ -22,7 +22,7 @@ def common_length(first: str, second: str) -> int:
     if second.startswith(first):
         return len(first)
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def overlaps(first: str, second: str) -> bool:
@@ -143,7 +143,7 @@ class TextDecoder:
         count = min(len(text) - len(text.rstrip(REPLACEMENT)), 3)
         if self.tidies:
             end = text[-TIDY_REACH:]
-            count = max(count, *(len(end) - place for place, letter in enumerate(end) if letter in " '"), 0)
+            count = max(count, *(len(end) - index for index, letter in enumerate(end) if letter in " '"), 0)
         return count
 
 
@@ -170,7 +170,7 @@ class Detokenizer:
         self.pieces: list[str] = []
         """Text that is settled, in the order it came."""
         self.length = 0
-        """Of the settled text."""
+        """Characters of the settled text."""
         self.pending = ""
         """Decoded, but more tokens may change it."""
 

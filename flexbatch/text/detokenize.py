@@ -46,8 +46,8 @@ class StopSearch:
             Detokenizer(decoder, prompt_token_ids, special=True) if decoder.may_meet_special(self._stops) else None
         )
         self._marks: list[tuple[int, int, int]] = []
-        """Of every special token: the lengths of the text with special tokens before and after it, and of the
-        visible text there."""
+        """For every special token, the lengths of the text with special tokens before and after it, and of the visible
+        text there."""
 
     def append(self, token_id: int) -> FoundStop | None:
         """Read one token; returns the stop string that it completes, the earliest and of these the longest."""
@@ -61,8 +61,8 @@ class StopSearch:
         early = self._num_tokens <= self._min_tokens
         if early:
             self._passed = start + len(text)
-        place, stop = first_stop(text, self._stops, self._passed - start)
-        found = [] if stop is None else [FoundStop(start + place, stop)]
+        offset, stop = first_stop(text, self._stops, self._passed - start)
+        found = [] if stop is None else [FoundStop(start + offset, stop)]
         if self._spelled is not None:
             before = self._spelled.total
             self._spelled.append(token_id)
@@ -85,27 +85,27 @@ class StopSearch:
         """Stop strings in the text with special tokens that hold the beginning or the end of one: an answer does not
         end because of the letter d in <|im_end|>. The others are for the visible text to tell."""
         for stop in self._stops:
-            place = text.find(stop)
-            while place >= 0:
-                begin, end = start + place, start + place + len(stop)
+            offset = text.find(stop)
+            while offset >= 0:
+                begin, end = start + offset, start + offset + len(stop)
                 touched = [(before, after) for before, after, _ in self._marks if before < end and begin < after]
                 inside = any(before < begin and end < after for before, after in touched)
                 if end > self._passed_spelled and touched and not inside:
-                    yield FoundStop(self._visible_place(begin), stop)
+                    yield FoundStop(self._visible_length(begin), stop)
                     break
-                place = text.find(stop, place + 1)
+                offset = text.find(stop, offset + 1)
 
-    def _visible_place(self, place: int) -> int:
+    def _visible_length(self, offset: int) -> int:
         """The length of the visible text at a place of the text with special tokens."""
         if not self._marks:
             # The two may differ at their beginnings: by the space of a first piece.
             assert self._spelled is not None
-            return max(0, self.visible.total - (self._spelled.total - place))
+            return max(0, self.visible.total - (self._spelled.total - offset))
         for before, after, visible in self._marks:
-            if place < after:
-                return max(0, visible - max(0, before - place))
+            if offset < after:
+                return max(0, visible - max(0, before - offset))
         _, after, visible = self._marks[-1]
-        return visible + place - after
+        return visible + offset - after
 
     def showable(self) -> int:
         """Characters of the visible text that no later token takes back: those that are settled, and not the
@@ -114,7 +114,7 @@ class StopSearch:
         if self._spelled is not None:
             begun = begun_stop(self._spelled.recent(self._reach), self._stops)
             if begun:
-                shown = min(shown, self._visible_place(self._spelled.length - begun))
+                shown = min(shown, self._visible_length(self._spelled.length - begun))
         return max(shown, 0)
 
     def check(self) -> None:
@@ -151,8 +151,8 @@ class OutputText:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         if max_context is None and params.max_tokens is None:
             raise ValueError("max_tokens=None is the rest of the context: it needs max_context")
-        room = (params.max_tokens or 0) if max_context is None else max_context - len(prompt_token_ids)
-        self.max_tokens = params.tokens_within(room)
+        context_left = (params.max_tokens or 0) if max_context is None else max_context - len(prompt_token_ids)
+        self.max_tokens = params.tokens_within(context_left)
         self._stops, self._min_tokens = tuple(params.stop), params.min_tokens
         if self._stops and decoder is None:
             raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
@@ -273,6 +273,6 @@ def first_stop(text: str, stops: Iterable[str], passed: int = 0) -> tuple[int, s
     """(position, stop string) of the earliest stop string in `text` that ends after its first ``passed`` characters,
     the longer at equal positions, or (len(text), None)."""
     found = [
-        (place, -len(stop), stop) for stop in stops if (place := text.find(stop, max(0, passed + 1 - len(stop)))) >= 0
+        (offset, -len(stop), stop) for stop in stops if (offset := text.find(stop, max(0, passed + 1 - len(stop)))) >= 0
     ]
     return (len(text), None) if not found else (min(found)[0], min(found)[2])

@@ -90,8 +90,8 @@ def parse_json(text: str | bytes, *, exact: bool = False, constants: bool = Fals
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
-        place = f"character {error.pos}" if error.lineno == 1 else f"line {error.lineno}, character {error.colno}"
-        raise ValueError(f"not JSON: {error.msg} at {place}") from None
+        location = f"character {error.pos}" if error.lineno == 1 else f"line {error.lineno}, character {error.colno}"
+        raise ValueError(f"not JSON: {error.msg} at {location}") from None
     except ArithmeticError:
         raise ValueError("not JSON that can be read: the exponent of a number is too large") from None
     if text.count("[") + text.count("{") > DEEPEST:

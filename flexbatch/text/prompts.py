@@ -143,7 +143,7 @@ class PromptEncoder:
             )
         return token_ids
 
-    def room(self, token_ids: Sequence[int]) -> int:
+    def context_left(self, token_ids: Sequence[int]) -> int:
         """Tokens that the context holds behind these."""
         return max(0, self._max_context - len(token_ids))
 
@@ -161,10 +161,12 @@ class PromptEncoder:
     def _tokenize(self, index: int, text: str, *, special: bool) -> list[int]:
         if self.tokenizer is None:
             raise PromptError(index, "is text, but the model has no tokenizer; give token ids")
-        place = lone_surrogate(text)
-        if place >= 0:
-            half = text[place].encode("unicode_escape").decode()
-            raise PromptError(index, f"holds half of a surrogate pair, {half}, at character {place}: no Unicode text")
+        position = lone_surrogate(text)
+        if position >= 0:
+            half = text[position].encode("unicode_escape").decode()
+            raise PromptError(
+                index, f"holds half of a surrogate pair, {half}, at character {position}: no Unicode text"
+            )
         # A long prompt gets its own error here, so the tokenizer's warning about its configured length would only be
         # noise.
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
@@ -182,11 +184,11 @@ class PromptEncoder:
 
     def _checked_ids(self, index: int, prompt: Sequence[Any]) -> list[int]:
         token_ids = []
-        for place, token in enumerate(prompt):
+        for position, token in enumerate(prompt):
             token = as_list(token)
             if isinstance(token, bool) or not hasattr(token, "__index__"):
                 raise PromptError(
-                    index, f"element {place} is {token!r}; a list is either of token ids or of chat messages"
+                    index, f"element {position} is {token!r}; a list is either of token ids or of chat messages"
                 )
             token_ids.append(token.__index__())
         return token_ids

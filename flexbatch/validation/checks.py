@@ -17,12 +17,12 @@ Check = Callable[[Any], Any]
 
 
 class Unfit(ValueError):
-    """A value that a field cannot take; the message completes "must be ...", ``place`` names the part of it that is
+    """A value that a field cannot take; the message completes "must be ...", ``part_name`` names the part of it that is
     wrong."""
 
-    def __init__(self, wanted: str, place: str = "", part: Any = None) -> None:
+    def __init__(self, wanted: str, part_name: str = "", part: Any = None) -> None:
         super().__init__(wanted)
-        self.place, self.part = place, part
+        self.part_name, self.part = part_name, part
 
 
 class UnknownKeywordError(ConfigurationError, TypeError):
@@ -123,7 +123,7 @@ def several(check: Check, most: int, wanted: str) -> Check:
             raise Unfit(f"a list of {wanted}")
         if not -1 < size(parts) <= most:
             raise Unfit(f"a list of at most {most:,} {wanted}")
-        return tuple(_part(check, part, f"element {place}") for place, part in enumerate(parts))
+        return tuple(_part(check, part, f"element {number}") for number, part in enumerate(parts))
 
     return check_all
 
@@ -137,7 +137,7 @@ def size(parts: Sequence[Any] | Set[Any]) -> int:
 
 
 def one_or_several(kind: type, check: Check, most: int, wanted: str) -> Check:
-    """As `several`; a single value stands for a list of one."""
+    """The check of `several`, where a single value stands for a list of one."""
     check_all = several(check, most, wanted)
     return lambda value: check_all((value,) if isinstance(value, kind) and not isinstance(value, bool) else value)
 
@@ -157,14 +157,14 @@ def table(key: Check, entry: Check, most: int, wanted: str) -> Check:
     return check
 
 
-def _part(check: Check, part: Any, place: str) -> Any:
+def _part(check: Check, part: Any, part_name: str) -> Any:
     try:
         return check(part)
     except Unfit as problem:
         raise Unfit(
             str(problem),
-            f"{place}, {problem.place}" if problem.place else place,
-            problem.part if problem.place else part,
+            f"{part_name}, {problem.part_name}" if problem.part_name else part_name,
+            problem.part if problem.part_name else part,
         ) from None
 
 
@@ -174,5 +174,5 @@ def checked(what: str, name: str, value: Any, check: Check) -> Any:
     try:
         return check(value)
     except Unfit as problem:
-        culprit = f" ({problem.place} is {short(problem.part)})" if problem.place else ""
+        culprit = f" ({problem.part_name} is {short(problem.part)})" if problem.part_name else ""
         raise ConfigurationError(f"{what} {name}={short(value)}{culprit} must be {problem}") from None

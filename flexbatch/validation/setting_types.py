@@ -33,7 +33,7 @@ def drafts(value: Any) -> tuple[str, ...]:
         return several(text(LONGEST), 1024, "names")(value)
     except Unfit as problem:
         wanted = "a folder, a Hub id, demo-draft or ngram, or a list of them"
-        raise Unfit(wanted, problem.place, problem.part) from None
+        raise Unfit(wanted, problem.part_name, problem.part) from None
 
 
 FINITE = number(math.isfinite, "finite")

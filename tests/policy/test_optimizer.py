@@ -79,7 +79,7 @@ def by_interior_points(phases, memory, room) -> float:
         upper.append(np.r_[row[1:] / GIB, np.zeros(len(stages))])
         limits.append((room[tier] - row[0]) / GIB)
     attended = np.zeros(n + len(stages))
-    attended[VARIABLES.index("attended")], attended[VARIABLES.index("cache_cpu")] = 1, -1
+    attended[VARIABLES.index("cpu_attention")], attended[VARIABLES.index("cache_cpu")] = 1, -1
     sums = [np.r_[[float(name.startswith(kind)) for name in VARIABLES], np.zeros(len(stages))] for kind in KINDS]
     result = linprog(
         cost,
