@@ -4,7 +4,6 @@ happens when off."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from flexbatch.files.atomic import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -227,14 +228,8 @@ class RecordingTracer(Tracer):
 
     def write(self, path: str | Path) -> None:
         """Writes the timeline as Chrome trace JSON, which Perfetto reads too; the file appears whole or not at all."""
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(
-                json.dumps({"traceEvents": chrome_events(self.spans()), "displayTimeUnit": "ms"}), encoding="utf-8"
-            )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(Path(path)) as file:
+            file.write(json.dumps({"traceEvents": chrome_events(self.spans()), "displayTimeUnit": "ms"}).encode())
 
 
 def _cuda_event() -> Event:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LEAVES = ("policy", "kernels")
 # Lowest first. Modules on the same level may import each other; `config`, `request` and `trace` are at the bottom.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("validation",),
+    ("files", "validation"),
     ("config", "request", "trace"),
     ("models",),
     ("memory", "text"),

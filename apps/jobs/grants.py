@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flexbatch.apps.jobs.durable import sync_folder
+from flexbatch.files.atomic import sync_folder
 from flexbatch.validation.errors import ConfigurationError
 
 LOCK_FILE = "lock"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flexbatch.apps.jobs.durable import rename_if_absent, sync_folder, temporary_name
+from flexbatch.files.atomic import rename_if_absent, sync_folder, temporary_name
 from flexbatch.validation.errors import ConfigurationError
 
 STATE, MANIFEST = ".flexbatch", "manifest.json"

@@ -3,13 +3,14 @@ stderr: stdout is data only."""
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+
+from flexbatch.files.atomic import replacing
 
 INTERVAL_S = 10.0
 METRICS = (
@@ -125,10 +126,9 @@ class JobProgress:
             f"# HELP flexbatch_{name} {text}\n# TYPE flexbatch_{name} {kind}\nflexbatch_{name}{label} {values[name]}\n"
             for name, kind, text in METRICS
         ]
-        temporary = self._metrics.with_name(f".{self._metrics.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text("".join(lines))
-            os.replace(temporary, self._metrics)
+            with replacing(self._metrics, durable=False) as file:
+                file.write("".join(lines).encode())
         except OSError as error:
             self.say(f"flexbatch: metrics file {self._metrics} cannot be written, going on without it: {error}")
             self._metrics = None

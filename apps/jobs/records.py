@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexbatch.apps.jobs.durable import sync_folder, temporary_name
+from flexbatch.files.atomic import sync_folder, temporary_name
 
 logger = logging.getLogger("flexbatch")
 HEADER = struct.Struct("<4s16sI")

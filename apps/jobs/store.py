@@ -21,7 +21,6 @@ from typing import Any
 import pyarrow as pa
 
 from flexbatch.apps.jobs.commits import Commit, Identity, identity, read_commits
-from flexbatch.apps.jobs.durable import make_folder, rename_if_absent, sync_folder, temporary_name
 from flexbatch.apps.jobs.grants import Grant, refuse_other_writers, writers_lock
 from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
@@ -35,6 +34,7 @@ from flexbatch.apps.jobs.manifest import (
 )
 from flexbatch.apps.jobs.records import RecordLog
 from flexbatch.apps.jobs.results import Output, RowRecord
+from flexbatch.files.atomic import make_folder, rename_if_absent, sync_folder, temporary_name
 from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO
 
-from flexbatch.memory.files import open_locked, remove_leftovers, temporary_name
+from flexbatch.files.atomic import replacing
 from flexbatch.text.files import json_text
 from flexbatch.validation.errors import ConfigurationError
 
@@ -238,18 +238,13 @@ def whole_file(path: str | Path) -> Iterator[IO[str]]:
     Opened at once, so that a folder that cannot be written to is found before hours of work. Raises
     ConfigurationError for that. What a killed run has left of the same file is removed.
     """
-    temporary = temporary_name(Path(path))
-    try:
-        remove_leftovers(Path(path))
-        stream = io.TextIOWrapper(open_locked(temporary), encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"output {path}: cannot be written: {error.strerror}") from error
-    try:
-        with stream:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(replacing(Path(path)))
+        except OSError as error:
+            raise ConfigurationError(f"output {path}: cannot be written: {error.strerror}") from error
+        stream = io.TextIOWrapper(file, encoding="utf-8")
+        try:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            # While it is locked: until it has its name, another run may not take it for a leftover.
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            stream.detach()

@@ -6,16 +6,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
-import glob
 import os
-import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
+from flexbatch.files.atomic import replacing
 from flexbatch.policy.units import size_text
 
 if TYPE_CHECKING:
@@ -174,54 +172,11 @@ def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> No
     A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises
     OffloadError.
     """
-    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        with open_locked(temporary, 0o600) as file:
+        with replacing(path, 0o600) as file:
             for piece in pieces:
                 file.write(piece.contiguous().view(-1).numpy().data)
             file.write(b"\0" * (align(num_bytes) - file.tell()))
-            file.flush()
-            os.fsync(file.fileno())
-            # Before the lock ends with the file: until it has its name, nobody may mistake it for a leftover.
-            os.replace(temporary, path)
-    except BaseException as error:
-        # Ctrl-C too: only a process that is killed leaves the dot-file.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise offload_error(path.parent, error, num_bytes) from error
-        raise
-
-
-def temporary_name(path: Path) -> Path:
-    """A name of its own for ``path`` until it is whole. Process ids do not do: threads share one, and so do containers
-    that share a volume, where everybody is process 1.
-    """
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def open_locked(path: Path, mode: int = 0o666) -> BinaryIO:
-    """Make a file for writing, with a lock that ends with the process: it tells work in progress from what a killed run
-    has left. The name must be new, and is no symbolic link; a file that is there is never opened, let alone emptied.
-    """
-    while True:
-        file = open(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, mode))  # noqa: SIM115
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file  # the caller closes it
-        file.close()  # Removed between opening and locking: mistaken for a leftover.
-
-
-def remove_leftovers(path: Path) -> None:
-    """Unlink temporary files of ``path`` that nobody is writing."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            with open(descriptor, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The name may have passed to another file since it was opened; only who holds the lock takes it away.
-                if os.path.samestat(os.fstat(file.fileno()), os.lstat(temporary)):
-                    temporary.unlink()
+    except OSError as error:
+        raise offload_error(path.parent, error, num_bytes) from error

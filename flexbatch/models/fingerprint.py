@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flexbatch.files.atomic import replacing
 from flexbatch.validation.errors import CheckpointError
 
 CHUNK_BYTES = 8 << 20
@@ -151,14 +151,8 @@ def _write_record(record: Path, content: dict[str, Any]) -> None:
     """Atomically. A folder that cannot be written to costs the next start the reading, no more."""
     with contextlib.suppress(OSError):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{record.name}.", suffix=".tmp", dir=record.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file)
-            os.replace(temporary, record)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(record, 0o600, durable=False) as file:
+            file.write(json.dumps(content).encode())
 
 
 def weight_identity_files(folder: Path) -> list[Path]:

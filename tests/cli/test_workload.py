@@ -16,7 +16,7 @@ from flexbatch.cli.prompt_files import PromptRow
 from flexbatch.cli.result_file import ResultFile
 from flexbatch.cli.result_rows import RESULTS
 from flexbatch.cli.run_work import digest
-from flexbatch.memory.files import remove_leftovers
+from flexbatch.files.atomic import remove_leftovers
 from flexbatch.request import Completion, TokenLogprob
 from flexbatch.text.files import parse_json
 from flexbatch.validation.errors import ConfigurationError

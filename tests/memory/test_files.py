@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,7 @@ from flexbatch.memory.files import (
     OffloadError,
     align,
     chunks,
-    open_locked,
     prepare_offload_dir,
-    remove_leftovers,
-    temporary_name,
     write_atomically,
 )
 from flexbatch.memory.tiers import HostArena
@@ -152,63 +148,6 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(write, range(200))) == {1}, "a file was seen half-written, or with two contents"
     assert list(tmp_path.iterdir()) == [path] and path.stat().st_mode & 0o077 == 0
-
-
-def test_a_leftover_of_a_killed_writer_goes_and_the_work_of_a_living_one_stays(tmp_path: Path) -> None:
-    path = tmp_path / "w.bin"
-    (tmp_path / ".w.bin.1.tmp").write_bytes(b"left by process 1 of a container that was killed")
-    mine = temporary_name(path)
-    with open_locked(mine) as file:
-        file.write(b"living")
-        write_atomically(path, [torch.zeros(5, dtype=torch.uint8)], 5)
-        remove_leftovers(path)
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([mine.name, path.name])
-    remove_leftovers(path)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "folder", "pipe", "locked"])
-def test_a_name_that_is_taken_is_never_opened(tmp_path: Path, kind: str) -> None:
-    """Not even emptied: what was there stays as it was."""
-    name, target = tmp_path / ".w.bin.0.tmp", tmp_path / "target"
-    target.write_text("kept")
-    if kind in ("file", "locked"):
-        os.link(target, name)
-    elif kind == "folder":
-        name.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(name)
-    else:
-        name.symlink_to(target if kind == "link" else tmp_path / "nothing")
-    with target.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX if kind == "locked" else fcntl.LOCK_UN)
-        with pytest.raises(FileExistsError):
-            open_locked(name)
-        remove_leftovers(tmp_path / "w.bin")
-    assert target.read_text() == "kept" and not (tmp_path / "nothing").exists()
-
-
-def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Somebody sees it between its making and its lock. Who had it open by then may not remove its successor."""
-    path, lock = tmp_path / "w.bin", fcntl.flock
-    name, early = temporary_name(path), []
-
-    def late(file: object, operation: int) -> None:
-        monkeypatch.setattr(fcntl, "flock", lock)
-        early.append(os.open(name, os.O_RDWR))
-        remove_leftovers(path)
-        lock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with open_locked(name) as file:
-        opened = os.dup(early[0])
-        monkeypatch.setattr(os, "open", lambda *arguments: opened)
-        remove_leftovers(path)
-        monkeypatch.undo()
-        assert name.exists() and os.path.samestat(os.fstat(file.fileno()), name.stat())
-    os.close(early[0])
 
 
 def test_scratch_files_have_no_name(tmp_path: Path) -> None:
