@@ -85,7 +85,7 @@ def prefill_trials() -> Iterator[Trial]:
             {"kernel": "torch sdpa", "case": name}, lambda c=call, o=options: sdpa(c, o), difference(wanted), rate
         )
         for launch in PREFILL_LAUNCHES:
-            shape = attention.Launch(*launch)
+            shape = attention.AttentionLaunch(*launch)
             work = lambda c=call, o=options, s=shape: attention.paged_attention(*c, **o, launch=s)  # noqa: E731
             yield Trial({"kernel": "prefill", "case": name, "launch": launch}, work, difference(wanted), rate)
 
@@ -105,7 +105,7 @@ def decode_trials() -> Iterator[Trial]:
             tried = [(first, *launch) for launch in launches] + ([(16, 64, 4, 3)] if first == 1 else [])
             for launch in tried:
                 for splits in (0, 1) if launch[:2] == (1, 32) else (0,):
-                    shape = attention.Launch(*launch)
+                    shape = attention.AttentionLaunch(*launch)
                     work = functools.partial(attention.paged_attention, *call, **options, launch=shape, splits=splits)
                     yield Trial(
                         {"kernel": "decode", "case": name, "bits": bits, "launch": launch, "splits": splits},
@@ -122,7 +122,7 @@ def quant_trials() -> Iterator[Trial]:
         moved = weight.nbytes + len(weight) // 1024 * sum(x.nbytes for x in wanted)
         for tile in (1024, 2048, 4096, 8192):
             for warps in (2, 4, 8):
-                launch = quant.Launch(tile, warps)
+                launch = quant.QuantizeLaunch(tile, warps)
                 yield Trial(
                     {"kernel": "quantize", "bits": bits, "launch": [tile, warps]},
                     lambda b=bits, s=launch: quant.quantize(weight, b, 64, launch=s),

@@ -25,7 +25,7 @@ MAX_SPLITS = 64
 
 
 @dataclass(frozen=True)
-class Launch:
+class AttentionLaunch:
     """Shape of a launch: query rows and keys of a tile, warps of a program, depth of the load pipeline, registers of a
     thread (0: the compiler's choice)."""
 
@@ -36,25 +36,25 @@ class Launch:
     max_registers: int = 0
 
 
-DECODE = Launch(1, 32, 2, 3)
+DECODE = AttentionLaunch(1, 32, 2, 3)
 """For one query token over quantized heads of their own: 2,600 GB/s at 8 and 1,490 at 4 bits on the H200, with four
 warps 2,300 and 1,270."""
 
 
-def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -> Launch:
+def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -> AttentionLaunch:
     """Tiles that fit the registers and shared memory of a Hopper multiprocessor, by the largest number of query rows
     of a sequence."""
     wide = head_dim > 128
     if dtype == torch.float32:  # no tensor cores at full precision
-        return Launch(16 if max_rows <= SMALL_ROWS else 32, 16 if wide else 32, 8, 1)
+        return AttentionLaunch(16 if max_rows <= SMALL_ROWS else 32, 16 if wide else 32, 8, 1)
     if max_rows <= SMALL_ROWS:
-        return Launch(SMALL_ROWS, 32 if wide else 64, 4, 3)
+        return AttentionLaunch(SMALL_ROWS, 32 if wide else 64, 4, 3)
     if max_rows <= 64 or wide or bits != 16:
-        return Launch(64, 32 if wide else 64, 4, 2 if wide else 3)
+        return AttentionLaunch(64, 32 if wide else 64, 4, 2 if wide else 3)
     # At most 128 registers let two programs share a multiprocessor: one multiplies while the other takes exponentials.
     # On the H200 462 instead of 311 TFLOP/s for 8,192 tokens with grouped heads, 185 instead of 144 for 16 prompts of
     # 512 with heads of their own.
-    return Launch(128, 64, 8, 3, max_registers=128)
+    return AttentionLaunch(128, 64, 8, 3, max_registers=128)
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def paged_attention(
     *,
     out: Tensor | None = None,
     splits: int = 0,
-    launch: Launch | None = None,
+    launch: AttentionLaunch | None = None,
     **options: Any,
 ) -> Tensor:
     """`attention_reference.paged_attention`. ``splits``, ``launch``: chosen from the upper bounds among the options
@@ -120,7 +120,7 @@ def paged_attention(
 
 def _launch_decode(
     query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, target: Tensor,
-    statistics: Tensor, grid: tuple[int, int], launch: Launch, options: AttentionOptions,
+    statistics: Tensor, grid: tuple[int, int], launch: AttentionLaunch, options: AttentionOptions,
 ) -> None:  # fmt: skip
     """`decode_kernels`: one query token per sequence over a quantized cache whose heads are not shared."""
     head_dim, group, alibi = query.shape[2], options.group, options.alibi_slopes is not None
@@ -137,7 +137,8 @@ def _launch_decode(
 
 def _launch_tiles(
     query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, target: Tensor,
-    statistics: Tensor, grid: tuple[int, int], launch: Launch, options: AttentionOptions, max_rows: int, one_tile: bool,
+    statistics: Tensor, grid: tuple[int, int], launch: AttentionLaunch, options: AttentionOptions, max_rows: int,
+    one_tile: bool,
 ) -> None:  # fmt: skip
     """`attention_kernels`: any query tokens, in tiles of ``launch.block_m`` rows."""
     (num_tokens, num_heads, head_dim), sequences = query.shape, len(page_table)

@@ -136,14 +136,14 @@ def _dequantize_kernel(
 
 
 @dataclass(frozen=True)
-class Launch:
+class QuantizeLaunch:
     """Code bytes of a tile, and warps of a program."""
 
     tile_bytes: int = TILE_BYTES
     num_warps: int = 2
 
 
-LAUNCHES = {8: Launch(2048), 4: Launch(1024)}
+LAUNCHES = {8: QuantizeLaunch(2048), 4: QuantizeLaunch(1024)}
 """The launch by bits. On the H200 3,115 and 2,479 GB/s; with a division for each element and four warps 1,900 and
 1,470."""
 
@@ -164,7 +164,7 @@ def _tile(size: int, bits: int, group: int, tile_bytes: int = TILE_BYTES) -> tup
     return max(1, tile_bytes // (block_b * block_g)), block_g, block_b
 
 
-def quantize(x: Tensor, bits: int, group: int, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, group: int, launch: QuantizeLaunch | None = None) -> tuple[Tensor, Tensor]:
     """`reference.quantize`; ``launch`` is that of `LAUNCHES` unless given. Raises ValueError for 4 bits in groups of
     an odd number of elements."""
     launch = launch or LAUNCHES[bits]

@@ -18,7 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from flexbatch.text.files import json_text, lone_surrogate, short
+from flexbatch.text.files import json_text, lone_surrogate
+from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
 
 JSON_FIELD = {b"flexbatch.json": b"1"}

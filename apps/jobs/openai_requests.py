@@ -21,7 +21,8 @@ from flexbatch.apps.jobs.openai_source import LINE
 from flexbatch.apps.jobs.prompts import RowError, messages_prompt, row_error, unicode_text
 from flexbatch.apps.jobs.rows import RowRequest, row_seed
 from flexbatch.request import SamplingParams
-from flexbatch.text.files import parse_json, short
+from flexbatch.text.files import parse_json
+from flexbatch.validation.checks import short
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")

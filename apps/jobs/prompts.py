@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexbatch.apps.jobs.columns import UnfitValue, check_text
-from flexbatch.text.files import MARK, json_text, parse_json, short, with_doubles
+from flexbatch.text.files import MARK, json_text, parse_json, with_doubles
+from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
 
 

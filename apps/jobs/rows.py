@@ -26,7 +26,8 @@ from flexbatch.apps.jobs.prompts import (
 )
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.request import SamplingParams
-from flexbatch.text.files import parse_json, short
+from flexbatch.text.files import parse_json
+from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
 
 SETTINGS: dict[str, type] = {

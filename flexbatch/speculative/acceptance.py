@@ -144,7 +144,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ShapeChoice:
     """shapes: one per group, empty for plain decoding. tokens and seconds: expected of the pass, drafting included."""
 
     shapes: tuple[TreeShape, ...]
@@ -190,7 +190,7 @@ def choose_shapes(
     margin: float = 0.02,
     least_gain: float = 0.0,
     starting: tuple[float, float] = (0.0, 1.0),
-) -> Choice:
+) -> ShapeChoice:
     """The smallest trees of one pass whose expected tokens per second are within ``margin`` of the most; none where
     that gains no more than ``least_gain``.
 
@@ -202,7 +202,7 @@ def choose_shapes(
     node of the largest group (a step adds a node to every sequence of a group).
     """
     live = sum(group.sequences for group in groups)
-    plain = Choice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))
+    plain = ShapeChoice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))
     choices: list[tuple[float, float, float, int, list[int]]] = []
     """(tokens per second, query tokens, expected tokens, depth, nodes per group)."""
     for depth in range(1, max((len(group.acceptance) for group in groups), default=0) + 1):
@@ -232,4 +232,4 @@ def choose_shapes(
         StaticTrees(group.acceptance[:depth], count).shape(count) if count else TreeShape()
         for group, count in zip(groups, nodes, strict=True)
     )
-    return Choice(tuple(shapes), tokens, tokens / rate)
+    return ShapeChoice(tuple(shapes), tokens, tokens / rate)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flexbatch.speculative.acceptance import AcceptanceStatistics, Choice, Group, choose_shapes
+from flexbatch.speculative.acceptance import AcceptanceStatistics, Group, ShapeChoice, choose_shapes
 from flexbatch.speculative.costs import MAX_PATIENCE, PATIENCE, MeasuredCosts
 from flexbatch.speculative.growth import TreePlan
 from flexbatch.speculative.shapes import fixed_widths
@@ -172,7 +172,7 @@ class Controller:
         self.chosen_at = self.clock()
         self.choosing_seconds = self.chosen_at - started
 
-    def best(self, now: Situation, names: list[str], drafted: bool) -> Choice:
+    def best(self, now: Situation, names: list[str], drafted: bool) -> ShapeChoice:
         """The best trees by what is known. ``drafted=False``: as if drafting cost nothing."""
         drafting = self.drafting.curve() if drafted else None
 

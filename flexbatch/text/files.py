@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
 
 MARK = "\ufeff"
@@ -161,17 +162,6 @@ def with_doubles(value: Any, *, exact: bool = False) -> Any:
     if isinstance(value, Decimal):
         return value if exact and repr(float(value)) != str(value) else float(value)
     return value
-
-
-def short(value: Any, characters: int = 80) -> str:
-    """``repr`` for a message, cut to so many characters. What stands in a row may be a megabyte, or a number that
-    Python will not print.
-    """
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that is too long to show"
-    return text if len(text) <= characters else f"{text[: characters - 3]}..."
 
 
 def lone_surrogate(text: str) -> int:

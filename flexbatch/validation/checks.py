@@ -30,10 +30,14 @@ class UnknownKeywordError(ConfigurationError, TypeError):
 
 
 def short(value: Any) -> str:
-    """The value as it is written in Python, cut in the middle where it is long: an error is read by people."""
+    """The value as it is written in Python, cut in the middle where it is long: an error is read by people, and what
+    stands in a row may be a megabyte, or a number that Python will not print."""
     shortened = reprlib.Repr()
-    shortened.maxstring = shortened.maxother = shortened.maxlong = 60
-    return shortened.repr(value)
+    shortened.maxstring = shortened.maxother = shortened.maxlong = 80
+    try:
+        return shortened.repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too long to show"
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -117,7 +117,7 @@ def test_triton_looks_pages_up_once(device):
         wanted = attention_reference.paged_attention(*arguments, **options)
         arguments, options = CASES[name].build(device)
         assert_close(
-            attention.paged_attention(*arguments, **options, launch=attention.Launch(32, 32, 4, 1)),
+            attention.paged_attention(*arguments, **options, launch=attention.AttentionLaunch(32, 32, 4, 1)),
             wanted,
         )
 
