@@ -3,6 +3,7 @@
 
     python -m benchmark.policy_runs runs.jsonl --hardware h200
     python -m benchmark.policy_runs neighbours.jsonl --hardware h200 --neighbours
+    python -m benchmark.policy_runs drawn.jsonl --seed 1 --count 20
 
 Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
 child process runs them; after an error of the GPU, which no later setting would survive, another child goes on with
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmark.drawn_settings import draw
 from benchmark.machine import machine
 from benchmark.observed import chosen_here, measure, open_engine
 from benchmark.policy_neighbours import run_neighbourhood
@@ -68,6 +70,13 @@ def run_setting(setting: Setting, hardware: str, fixed: dict[str, Any]) -> dict[
         return measure(llm, setting)
 
 
+def table_of(arguments: argparse.Namespace) -> dict[str, Setting]:
+    """The settings that are to be run, by name."""
+    if arguments.seed is not None:
+        return draw(arguments.seed, arguments.count)
+    return NEIGHBOURHOODS if arguments.neighbours else SETTINGS
+
+
 def recorded(path: Path) -> list[str]:
     """Names in the file."""
     return (
@@ -91,7 +100,7 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
         name: {key: value for key, value in plan.items() if not key.startswith("predicted")}
         for name, plan in plans.items()
     }
-    table, run = (NEIGHBOURHOODS, run_neighbourhood) if arguments.neighbours else (SETTINGS, run_setting)
+    table, run = table_of(arguments), run_neighbourhood if arguments.neighbours else run_setting
     for name in names:
         started = time.perf_counter()
         fatal = False
@@ -122,7 +131,7 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
 
 def drive(names: list[str], arguments: argparse.Namespace) -> None:
     """Child processes until every setting is in the file or the time is up."""
-    table = NEIGHBOURHOODS if arguments.neighbours else SETTINGS
+    table = table_of(arguments)
     deadline = time.monotonic() + arguments.seconds
     while pending := [name for name in names if name not in recorded(arguments.runs)]:
         command = [sys.executable, "-m", "benchmark.policy_runs", *sys.argv[1:], "--child", "--only", *pending]
@@ -171,6 +180,8 @@ def main() -> int:
     parser.add_argument(
         "--neighbours", action="store_true", help="compare the chosen policy with its neighbours in the shorter jobs"
     )
+    parser.add_argument("--seed", type=int, help="draw the settings by this seed (benchmark.drawn_settings)")
+    parser.add_argument("--count", type=int, default=20, help="how many are drawn (default: 20)")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these settings, also when the file has them already under an error"
     )
@@ -190,7 +201,7 @@ def main() -> int:
     )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    table = NEIGHBOURHOODS if arguments.neighbours else SETTINGS
+    table = table_of(arguments)
     names = arguments.only or list(table)
     if unknown := set(names) - set(table):
         parser.error(f"unknown settings {sorted(unknown)}; known: {', '.join(table)}")
