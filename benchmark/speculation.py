@@ -66,10 +66,10 @@ def measure(
                 rates.append(
                     (after["generated_tokens"] - before["generated_tokens"]) / (after["seconds"] - before["seconds"])
                 )
-                ratios.append(speculation_of(before["speculation"], after["speculation"], rates[-1])["speed_up"])
+                ratios.append(speculation_of(before["speculation"], after["speculation"])["speed_up"])
             report = llm.report()
     tokens = report["generated_tokens"] - start["generated_tokens"]
-    result = speculation_of(start["speculation"], report["speculation"], tokens / report["seconds"])
+    result = speculation_of(start["speculation"], report["speculation"])
     return {
         "commit": machine()["commit"],
         "threads": torch.get_num_threads(),

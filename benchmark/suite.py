@@ -122,19 +122,15 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
     before = llm.report()
     completions = llm.generate(prompts, params)
     report = llm.report()
-    # With compare_plain the job ran twice: these are the seconds of the run that gave the completions.
+    # With compare_plain the job ran twice or more: these are the seconds of the run that gave the completions.
     seconds = report["seconds"] - before["seconds"]
     generated = sum(len(completion.token_ids) for completion in completions)
     assert generated == scenario.num_prompts * scenario.gen_len, (generated, scenario)
     if trace is not None:
         llm.tracer.write(trace)
-    speculation = (
-        speculation_of(before["speculation"], report["speculation"], generated / seconds)
-        if "speculation" in report
-        else {}
-    )
-    # The plain run of the same job moves bytes too.
-    moving_seconds = seconds + speculation.get("plain_seconds", 0.0)
+    speculation = speculation_of(before["speculation"], report["speculation"]) if "speculation" in report else {}
+    # All turns of the same job move bytes.
+    moving_seconds = speculation.get("plain_seconds", 0.0) + speculation.get("compared_seconds", seconds)
     moved = {
         resource: report["moved_bytes"][resource] - before["moved_bytes"].get(resource, 0)
         for resource in report["moved_bytes"]
@@ -159,7 +155,7 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
     }
 
 
-def speculation_of(before: dict[str, Any], after: dict[str, Any], tokens_per_second: float) -> dict[str, Any]:
+def speculation_of(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What one job added to the engine's figures on speculation; what was learned is that of all jobs."""
     counted = (
         "passes",
@@ -173,9 +169,11 @@ def speculation_of(before: dict[str, Any], after: dict[str, Any], tokens_per_sec
     result = {name: after[name] - before[name] for name in counted}
     result |= {name: after[name] for name in ("drafts", "tree", "simulated_acceptance", "acceptance", "costs")}
     if "plain_seconds" in after:
-        plain = {name: after[name] - before.get(name, 0) for name in ("plain_seconds", "plain_passes", "plain_tokens")}
-        rate = plain["plain_tokens"] / plain["plain_seconds"]
-        result |= {**plain, "plain_tokens_per_second": rate, "speed_up": tokens_per_second / rate}
+        names = ("plain_seconds", "plain_passes", "plain_tokens", "compared_seconds", "compared_tokens")
+        turns = {name: after[name] - before.get(name, 0) for name in names}
+        rate = turns["plain_tokens"] / turns["plain_seconds"]
+        speed_up = turns["compared_tokens"] / turns["compared_seconds"] / rate
+        result |= {**turns, "plain_tokens_per_second": rate, "speed_up": speed_up}
     return result
 
 

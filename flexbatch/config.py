@@ -83,7 +83,7 @@ class EngineConfig:
         "for timing only: accept each drafted token with this probability, whatever the model says; the text is "
         "meaningless",
     )
-    compare_plain: bool = option(False, "run every job without speculation first, and report the speed-up")
+    compare_plain: bool = option(False, "run every job without speculation too, by turns, and report the speed-up")
     generation_config: str = option(
         "auto",
         "sampling settings where none are given: auto (those of the model's generation_config.json) "

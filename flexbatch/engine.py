@@ -25,7 +25,7 @@ from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.planner import Planner
-from flexbatch.planner.report import Statistics, against_baseline, describe_memory
+from flexbatch.planner.report import Statistics, describe_memory
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
 from flexbatch.text.prompts import Prompt
@@ -162,10 +162,12 @@ class LLM:
             self._intake.check_empty("generate")
             requests = requests_of(prompts, sampling_params, self._intake.encoder, self._intake.defaults, first_index)
             if self.config.compare_plain and self.speculator is not None:
-                self._loop.run_baseline(requests)
+                run = self._loop.compared(requests, self.speculator)
+            else:
+                run = self._loop.completions(requests, self.speculator)
             results: dict[int, Completion] = {}
             # Closed with the loop, however that ends: its error would keep a run alive, and the pages of its sequences.
-            with contextlib.closing(self._loop.completions(requests, self.speculator)) as completions:
+            with contextlib.closing(run) as completions:
                 for request, completion in completions:
                     whole = self._intake.deliver(completion, request)
                     if on_finished is not None:
@@ -272,8 +274,7 @@ class LLM:
         if self.prediction:
             report["prediction"] = {**self.prediction, "replans": list(self.replans)}
         if self.speculator is not None:
-            baseline = against_baseline(self.statistics, self._loop.baseline_statistics)
-            report["speculation"] = {**self.speculator.report(), **baseline}
+            report["speculation"] = {**self.speculator.report(), **self._loop.comparison.describe()}
         return report
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 from flexbatch.intake import Intake, completion_of
 from flexbatch.planner.capacity import Capacity
+from flexbatch.planner.comparison import Comparison, Turn, turns
 from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import FailureLog, Statistics
@@ -55,8 +56,8 @@ class EngineLoop:
         self.planner, self.capacity, self.intake = planner, capacity, intake
         self.speculator, self.tracer = speculator, tracer
         self.statistics = Statistics()
-        self.baseline_statistics = Statistics()
-        """The statistics of the runs without speculation that --compare-plain asks for."""
+        self.comparison = Comparison()
+        """Runs with and without speculation, by turns, that --compare-plain asks for."""
         self.replans: list[str] = []
         self.monitor: PlanMonitor | None = None
         """The monitor of the last run that had a plan."""
@@ -197,18 +198,32 @@ class EngineLoop:
                         raise ConfigurationError(completion.error)
                     yield sequence.request, completion
 
-    def run_baseline(self, requests: Many[Request]) -> None:
-        """The same job without speculation, for the report alone. Neither run finds prompts in the cache that an
-        earlier one has read."""
-        statistics, self.statistics = self.statistics, self.baseline_statistics
-        job = self.job(requests)
+    def compared(
+        self, requests: Many[Request], proposer: Speculator
+    ) -> Generator[tuple[Request, Completion], None, None]:
+        """`completions`, with plain decoding of the same requests by turns, for the report. No turn finds prompts in
+        the cache that an earlier one has read."""
+        for turn in turns(requests, self.planner.engine_plan.policy.block_size):
+            self.capacity.prepare(self.job(turn.requests)).cache.forget_prefixes()
+            with self.measuring(turn):
+                for request, completion in self.completions(turn.requests, proposer if turn.drafted else None):
+                    if turn.drafted and turn.kept:
+                        yield request, completion
+                    else:
+                        self.intake.deliver(completion, request)
+
+    @contextlib.contextmanager
+    def measuring(self, turn: Turn) -> Iterator[None]:
+        """Statistics of the body where they belong: those of the job, of the job without speculation, or nowhere; and
+        in the comparison."""
+        own, kept_plain = self.statistics, self.comparison.kept_plain
+        counted = Statistics() if not turn.kept else own if turn.drafted else kept_plain
+        seconds, tokens, self.statistics = counted.seconds, counted.generated_tokens, counted
         try:
-            self.capacity.prepare(job).cache.forget_prefixes()
-            for request, completion in self.completions(requests, None):
-                self.intake.deliver(completion, request)
-            self.capacity.prepare(job).cache.forget_prefixes()
+            yield
+            self.comparison.add(turn, counted.seconds - seconds, counted.generated_tokens - tokens)
         finally:
-            self.baseline_statistics, self.statistics = self.statistics, statistics
+            self.statistics = own
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:

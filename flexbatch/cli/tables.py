@@ -157,6 +157,11 @@ def _rate(count: float, seconds: float) -> str:
     return f"{count / seconds:,.2f}" if seconds else "-"
 
 
+def _speed_up(whole: float, by_turn: Sequence[float]) -> str:
+    """With the least and the most of turns, which tell how far the machine's other work disturbs it."""
+    return f"{whole:.2f} ({min(by_turn):.2f} to {max(by_turn):.2f} in {len(by_turn)} turns)"
+
+
 def speculation(report: Mapping[str, Any]) -> str:
     """What drafting was worth: tokens per pass, acceptance by place in the tree, and plain decoding beside it; empty
     without a draft."""
@@ -172,7 +177,7 @@ def speculation(report: Mapping[str, Any]) -> str:
     if "speed_up" in run:
         rows += [
             ["plain decoding, tokens/s", f"{run['plain_tokens_per_second']:,.2f}"],
-            ["speed-up over plain", f"{run['speed_up']:.2f}"],
+            ["speed-up over plain", _speed_up(run["speed_up"], run["speed_up_by_turn"])],
         ]
     text = f"speculation ({' + '.join(run['drafts'])}, tree {run['tree']}{label})\n{table(['', 'value'], rows)}"
     for group, acceptance in run["acceptance"].items():

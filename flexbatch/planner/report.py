@@ -63,20 +63,6 @@ class Statistics(RunObserver):
         }
 
 
-def against_baseline(fast: Statistics, baseline: Statistics) -> dict[str, Any]:
-    """Speculation against the runs without it of the same jobs in the same engine (--compare-plain); empty where there
-    was none."""
-    if not baseline.generated_tokens:
-        return {}
-    return {
-        "plain_seconds": baseline.seconds,
-        "plain_tokens_per_second": baseline.generated_tokens_per_second,
-        "plain_tokens": baseline.generated_tokens,
-        "plain_passes": baseline.passes,
-        "speed_up": fast.generated_tokens_per_second / baseline.generated_tokens_per_second,
-    }
-
-
 def describe_memory(
     engine_plan: EnginePlan, runner: Runner | None, tiers: Tiers, speculator: Speculator | None
 ) -> dict[str, Any]:
