@@ -3,24 +3,30 @@ same engine.
 
     python -m benchmark.speculation --prompts humaneval.jsonl --output benchmark/results/speculation-cpu.json
 
-Every job runs plainly and then with trees (`compare_plain`), neither finding the other's prompts in the cache. The
-ratio is of the sums over all jobs, those in which costs and acceptance are still unknown included. A table is
-written next to the JSON file. Rows of other settings that the file holds are kept, so that a long table can be
+Every job runs with trees and without by turns (`compare_plain`), no turn finding the prompts of another one in the
+cache. The ratio is of the sums over all jobs, those in which costs and acceptance are still unknown included. With
+``--noise N``, N processes keep a core busy at random times, as other users of a machine do. A table is written next
+to the JSON file. Rows of other settings that the file holds are kept, so that a long table can be
 measured in parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
+import multiprocessing
 import os
 import platform
+import random
 import shlex
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +45,37 @@ def read_prompts(path: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in path.read_text().splitlines() if line.strip()]
 
 
+def make_noise(seed: int) -> None:
+    """Keep a core busy for 20 ms to 2 s, again and again, with pauses as long. Ends with its parent."""
+    generator, parent = random.Random(seed), os.getppid()
+    while os.getppid() == parent:
+        end = time.monotonic() + 0.02 * 100 ** generator.random()
+        while time.monotonic() < end:
+            pass
+        time.sleep(0.02 * 100 ** generator.random())
+
+
+@contextlib.contextmanager
+def noise(processes: int) -> Iterator[None]:
+    """Other users of the machine, while the body runs."""
+    others = [multiprocessing.get_context("spawn").Process(target=make_noise, args=(i,)) for i in range(processes)]
+    for other in others:
+        other.start()
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.join()
+
+
 def measure(
     place: str, batch: int, tree: str, draft: list[str], prompts: list[str], gen_len: int, jobs: int, temperature: float
 ) -> dict[str, Any]:
     """``jobs`` jobs of ``batch`` prompts each in one engine."""
     params = SamplingParams(max_tokens=gen_len, temperature=temperature, ignore_eos=True, seed=1)
     source = itertools.cycle(prompts)
-    ratios, rates = [], []
+    ratios = []
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "percent": PLACES[place],
@@ -63,9 +93,6 @@ def measure(
                 before = llm.report()
                 llm.generate(job, params)
                 after = llm.report()
-                rates.append(
-                    (after["generated_tokens"] - before["generated_tokens"]) / (after["seconds"] - before["seconds"])
-                )
                 ratios.append(speculation_of(before["speculation"], after["speculation"])["speed_up"])
             report = llm.report()
     tokens = report["generated_tokens"] - start["generated_tokens"]
@@ -135,7 +162,7 @@ def document(report: dict[str, Any]) -> str:
 [speculation-cpu.json](speculation-cpu.json). HumanEval prompts, {lengths} new tokens each, greedy, EOS ignored. The \
 cache is on the gpu tier, which on the
 CPU is plain memory with a budget; `gpu` weights lie there too, `disk` weights are read in every pass. Every job runs \
-plainly and then with trees in the same
+with trees and without by turns in the same
 engine; the ratio is of the summed seconds of all jobs, exploration included.
 
 {chr(10).join([HEADER, *map(row, report["results"])])}
@@ -185,6 +212,7 @@ def main() -> int:
         default=1,
         help="of torch; with several, whatever else runs on the machine stalls small operations",
     )
+    parser.add_argument("--noise", type=int, default=0, metavar="N", help="processes that keep cores busy at times")
     parser.add_argument("--output", type=Path, help="JSON file; a table is written next to it")
     arguments = parser.parse_args()
     with data_apart() as data:
@@ -195,10 +223,11 @@ def main() -> int:
         print(HEADER, file=data)
         for place, batch, tree in itertools.product(arguments.places, arguments.batches, arguments.trees):
             jobs = max(arguments.jobs, arguments.tokens // (batch * arguments.gen_len))
-            result = measure(
-                place, batch, tree, arguments.draft, prompts, arguments.gen_len, jobs, arguments.temperature
-            )
-            results.append({**result, "command": command})
+            with noise(arguments.noise):
+                result = measure(
+                    place, batch, tree, arguments.draft, prompts, arguments.gen_len, jobs, arguments.temperature
+                )
+            results.append({**result, "noise_processes": arguments.noise, "command": command})
             print(row(results[-1]), file=data, flush=True)
             if arguments.output:
                 write(arguments.output, results)
