@@ -58,9 +58,10 @@ def converted(name: str, weights: Tensor, config: Any, architecture: str) -> Ten
 
 def metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     heads = config.num_attention_heads
-    get: Callable[..., Any] = lambda *names: next(
-        (v for n in names if (v := getattr(config, n, None)) is not None), None
-    )  # noqa: E731
+
+    def get(*names: str) -> Any:
+        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
     writer.add_context_length(get("max_position_embeddings", "seq_length", "n_positions") or 2048)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -162,8 +163,8 @@ def write_gguf(
     split: int = 0,
     more: Callable[[GGUFWriter], None] = lambda writer: None,
 ) -> dict[str, Tensor]:
-    """``kind_of``: GGUF name of a matrix -> type. ``split``: tensors of a part, 0 for one file. Returns the matrices that
-    the file holds, in float32, by their names there and in the order of rows that transformers has.
+    """``kind_of``: GGUF name of a matrix -> type. ``split``: tensors of a part, 0 for one file. Returns the matrices
+    that the file holds, in float32, by their names there and in the order of rows that transformers has.
     """
     config = model.config.get_text_config()
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)

@@ -1,5 +1,5 @@
-"""Model folders and GGUF files -> pieces of canonical tensors, streamed; completeness is asserted before the first byte of a weight
-is read."""
+"""Model folders and GGUF files -> pieces of canonical tensors, streamed; completeness is asserted before the first byte
+of a weight is read."""
 
 from __future__ import annotations
 
@@ -108,8 +108,9 @@ def stream(
     The matrices of an AWQ or GPTQ checkpoint, and those of a GGUF file that a store holds exactly, come as
     QuantizedPiece with ``packed``, else expanded, one at a time. Memory: at most 256 MiB of mapped file beside the
     stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the three. Other tensors
-    are views of the file: copy or drop each before the next. Raises CheckpointError, on the call and not at the first piece, for missing and mis-shaped tensors and
-    damaged files; what the files hold beside the model is left alone, and said.
+    are views of the file: copy or drop each before the next. Raises CheckpointError, on the call and not at the first
+    piece, for missing and mis-shaped tensors and damaged files; what the files hold beside the model is left alone, and
+    said.
     """
     folder = Path(folder)
     if is_gguf(folder):

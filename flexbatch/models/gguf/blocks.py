@@ -1,10 +1,10 @@
 """The tensors of a GGUF file: mapped, and turned into numbers, or into codes of our own where a store of 4 or 8 bits
 holds exactly what the file does.
 
-A store computes scale * code + minimum in float32 for every group (`kernels.reference.dequantize`). A type of blocks fits
-it when its weights are equal steps of one scale: d * (q - offset), or d * q + m. d and m are float16 in the file, so
-parameters of float16 and float32 hold them as they are; products with codes of up to 8 bits take at most 19 of the 24
-bits of a float32, so each weight is rounded as in the package gguf, in whose numbers -0 may stand for 0. The
+A store computes scale * code + minimum in float32 for every group (`kernels.reference.dequantize`). A type of blocks
+fits it when its weights are equal steps of one scale: d * (q - offset), or d * q + m. d and m are float16 in the
+file, so parameters of float16 and float32 hold them as they are; products with codes of up to 8 bits take at most 19 of
+the 24 bits of a float32, so each weight is rounded as in the package gguf, in whose numbers -0 may stand for 0. The
 K-types have scales of scales, with more bits than a float16, and MXFP4 exponents beyond its range: they are expanded.
 """
 

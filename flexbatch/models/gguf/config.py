@@ -1,13 +1,12 @@
-"""The metadata of a GGUF file -> a config as Hugging Face writes it, which the family's own reader then reads.
+"""The metadata of a GGUF file -> a config as Hugging Face writes it, which the reader of the family then reads.
 
-What the converters of llama.cpp leave out follows from the tensors: biases, tied embeddings, the size of the vocabulary,
-the factors of rotary frequencies.
+What the converters of llama.cpp leave out follows from the tensors: biases, tied embeddings, the size of the
+vocabulary, the factors of rotary frequencies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from flexbatch.models import families
@@ -28,14 +27,11 @@ from flexbatch.models.config_types import (
     Rule,
     check_keys,
 )
+from flexbatch.models.gguf.architectures import Config, Family, Values, family_of
 from flexbatch.models.gguf.blocks import FLOATS
 from flexbatch.models.gguf.header import Header
 from flexbatch.models.source import read_tensors
 from flexbatch.validation.errors import CheckpointError
-
-Config = dict[str, Any]
-Values = Mapping[str, Any]
-"""Of the keys of `RULES`, None for those that the file leaves out."""
 
 RULES: dict[str, Rule] = {
     "block_count": LAYERS,
@@ -65,123 +61,6 @@ SIZES = {
     "feed_forward_length": "intermediate_size",
 }
 NEEDED = ("block_count", "embedding_length", "attention.head_count", "context_length")
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one architecture of GGUF files becomes a family of `families`. names: keys that the family calls otherwise than
-    `SIZES`. epsilon, context: its names of these. turned: the rows of queries and keys are in the order of neighbors
-    that form a pair, and our halves do. partial: a part of every head may be rotated. more: what else the metadata
-    says."""
-
-    model_type: str
-    names: Mapping[str, str] = field(default_factory=dict)
-    epsilon: str = "rms_norm_eps"
-    context: str = "max_position_embeddings"
-    turned: bool = False
-    partial: bool = False
-    more: Callable[[Header, Values, Config], Config] = lambda header, values, config: {}
-    compute: str = "float16"
-    """The 16-bit type to compute with where the file has none."""
-
-
-def _gemma2(header: Header, values: Values, config: Config) -> Config:
-    return {
-        "sliding_window": values["attention.sliding_window"],
-        "attn_logit_softcapping": values["attn_logit_softcapping"] or 0.0,
-        "final_logit_softcapping": values["final_logit_softcapping"] or 0.0,
-        "query_pre_attn_scalar": _query_scalar(values, config, largest=46),
-    }
-
-
-def _gemma3(header: Header, values: Values, config: Config) -> Config:
-    # One layer in so many sees everything, or a list says which do.
-    pattern = header.of_model("attention.sliding_window_pattern")
-    kinds = (
-        [("full_attention", "sliding_attention")[bool(window)] for window in pattern or ()]
-        if isinstance(pattern, tuple)
-        else None
-    )
-    return {
-        "sliding_window": values["attention.sliding_window"],
-        "sliding_window_pattern": pattern if kinds is None else None,
-        "layer_types": kinds,
-        "final_logit_softcapping": values["final_logit_softcapping"],
-        "query_pre_attn_scalar": _query_scalar(values, config, largest=62),
-        "rope_local_base_freq": values["rope.freq_base_swa"] or 10000.0,
-    }
-
-
-def _query_scalar(values: Values, config: Config, largest: int) -> float:
-    """The files leave it out; llama.cpp tells the largest model, which scales by the hidden size, by its layers."""
-    if values["attention.scale"]:
-        return float(values["attention.scale"]) ** -2
-    widest = config["hidden_size"] / config["num_attention_heads"]
-    return float(widest if config["num_hidden_layers"] == largest else config["head_dim"])
-
-
-def _falcon(header: Header, values: Values, config: Config) -> Config:
-    """Falcon 7B has one head of keys and values; later models groups of heads, and one norm or two."""
-    kv_heads = config["num_key_value_heads"]
-    norms = 2 if "blk.0.attn_norm_2.weight" in header.tensors else 1
-    return {
-        "num_kv_heads": kv_heads,
-        "num_key_value_heads": None,
-        "new_decoder_architecture": kv_heads > 1 or norms == 2,
-        "num_ln_in_parallel_attn": norms,
-    }
-
-
-def _window(header: Header, values: Values, config: Config) -> Config:
-    return {"sliding_window": values["attention.sliding_window"] or None}
-
-
-def _stablelm(header: Header, values: Values, config: Config) -> Config:
-    return {"use_parallel_residual": "blk.0.ffn_norm.weight" not in header.tensors}
-
-
-def _gpt_neox(header: Header, values: Values, config: Config) -> Config:
-    return {"use_parallel_residual": bool(header.of_model("use_parallel_residual"))}
-
-
-def _starcoder(header: Header, values: Values, config: Config) -> Config:
-    return {"multi_query": config["num_key_value_heads"] == 1}
-
-
-GPT = {"feed_forward_length": "n_inner"}
-LLAMA = Family("llama", turned=True)
-FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", compute="bfloat16"),
-    "gemma2": Family("gemma2", more=_gemma2, compute="bfloat16"),
-    "gemma3": Family("gemma3_text", more=_gemma3, compute="bfloat16"),
-    "phi2": Family("phi", epsilon="layer_norm_eps", partial=True),
-    "phi3": Family("phi3", more=_window, partial=True),
-    "glm4": Family("glm4", partial=True),
-    "stablelm": Family("stablelm", epsilon="layer_norm_eps", partial=True, more=_stablelm),
-    "starcoder2": Family("starcoder2", epsilon="norm_epsilon", more=_window),
-    "starcoder": Family("gpt_bigcode", GPT, "layer_norm_epsilon", "n_positions", more=_starcoder),
-    "gpt2": Family("gpt2", GPT, "layer_norm_epsilon", "n_positions"),
-    "gptneox": Family("gpt_neox", epsilon="layer_norm_eps", partial=True, more=_gpt_neox),
-    "bloom": Family("bloom", epsilon="layer_norm_epsilon", context="seq_length"),
-    "falcon": Family("falcon", {"feed_forward_length": "ffn_hidden_size"}, "layer_norm_epsilon", more=_falcon),
-}
-"""By ``general.architecture``. Mistral's files call themselves llama."""
-
-
-def family_of(header: Header) -> Family:
-    """Raises CheckpointError for an architecture that is not in the table, or a mixture of experts."""
-    name, known = header.architecture, FAMILIES.get(header.architecture)
-    if header.of_model("expert_count") or any(".ffn_gate_inp." in tensor for tensor in header.tensors):
-        raise CheckpointError(f"{header.path}: {name} with experts: mixtures of experts are not supported")
-    if known is None:
-        raise CheckpointError(
-            f"{header.path}: general.architecture {name!r} is unknown; known: {', '.join(sorted(FAMILIES))}"
-        )
-    return known
 
 
 def read_arch(header: Header) -> Arch:
@@ -234,6 +113,9 @@ def read_config(header: Header) -> Config:
     if epsilon is None:
         raise CheckpointError(f"{header.path} lacks {prefix}attention.layer_norm_rms_epsilon")
     config |= {"model_type": family.model_type, family.context: values["context_length"], family.epsilon: epsilon}
+    last = f"blk.{values['block_count'] - 1}."
+    if not any(name.startswith(last) for name in header.tensors):
+        raise CheckpointError(f"{header.path}: {prefix}block_count={values['block_count']}, but no tensor is {last}*")
     heads = config["num_attention_heads"]
     config = {"head_dim": config["hidden_size"] // heads or 1, "num_key_value_heads": heads, **config}
     config |= _tokens(header) | _rotation(header, family, values, config)
@@ -285,8 +167,8 @@ def _rotation(header: Header, family: Family, values: Values, config: Config) ->
     rotated = values["rope.dimension_count"] or head_dim
     if rotated > head_dim or (rotated != head_dim and not family.partial):
         raise CheckpointError(
-            f"{header.path}: {header.architecture}.rope.dimension_count={rotated} with heads of {head_dim}: this family "
-            "rotates whole heads"
+            f"{header.path}: {header.architecture}.rope.dimension_count={rotated} with heads of {head_dim}: this "
+            "family rotates whole heads"
         )
     entry: Config = {"rope_theta": values["rope.freq_base"] or 10000.0, **_scaling(header, values)}
     if family.partial:
@@ -294,7 +176,8 @@ def _rotation(header: Header, family: Family, values: Values, config: Config) ->
         entry["partial_rotary_factor"] = min(1.0, (rotated + 0.5) / head_dim)
     if family.model_type == "gemma3_text":
         return {"rope_theta": entry.pop("rope_theta"), **({"rope_scaling": entry} if "rope_type" in entry else {})}
-    return {"rope_parameters": entry}
+    original = entry.get("original_max_position_embeddings")
+    return {"rope_parameters": entry, **({} if original is None else {"original_max_position_embeddings": original})}
 
 
 def _scaling(header: Header, values: Values) -> Config:

@@ -16,6 +16,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import Assignment, assign, untied
 from flexbatch.models.families import FAMILIES, source_names
 from flexbatch.models.gguf import config
+from flexbatch.models.gguf.architectures import family_of
 from flexbatch.models.gguf.blocks import (
     CODE_BITS,
     FLOATS,
@@ -105,7 +106,7 @@ def stream(path: Path, arch: Arch, skip: Collection[tuple[int, str]], packed: bo
     assignments = assignments_of(header, arch, noting=True)
     formats = _formats(assignments, arch) if packed else {}
     _note(path, assignments, formats, packed)
-    turned = config.family_of(header).turned
+    turned = family_of(header).turned
     wanted = [a for a in assignments if (a.spec.layer, a.spec.role) not in skip]
     return chain.from_iterable(_pieces(a, arch, formats.get(a.spec.role), turned) for a in wanted)
 

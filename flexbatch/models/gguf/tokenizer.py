@@ -16,8 +16,8 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_gguf_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase:
-    """With ``options`` of transformers such as ``add_bos_token``. Files that lie beside, such as a tokenizer.json, do not
-    count: `from_pretrained` would prefer them, and `AutoTokenizer` takes 25 s for a vocabulary of 49,000.
+    """With ``options`` of transformers such as ``add_bos_token``. Files that lie beside, such as a tokenizer.json, do
+    not count: `from_pretrained` would prefer them, and `AutoTokenizer` takes 25 s for a vocabulary of 49,000.
 
     Raises CheckpointError.
     """
@@ -29,9 +29,7 @@ def load_gguf_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase:
         if options:
             kept = {name: getattr(tokenizer, name) for name in (*SPECIAL, "chat_template")}
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **{**kept, **options})
-    except (
-        BaseException
-    ) as error:  # tokenizers panics, outside of Exception, over vocabularies that contradict themselves
+    except BaseException as error:  # a panic of tokenizers, over a vocabulary that contradicts itself, is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
