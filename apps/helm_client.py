@@ -113,7 +113,7 @@ class FlexBatchClient(CachingClient):
         """A digest of the model's folder for the cache key: a folder may be trained further under the same name.
         Empty for a Hub id."""
         folder = Path(model_folder(self.pretrained))
-        if not folder.is_dir() or self.engine.get("dummy_weights"):
+        if not folder.exists() or self.engine.get("dummy_weights"):
             return ""
         return combined("model", (f"{name} {digest}\n".encode() for name, digest in model_files_digest(folder).items()))
 

@@ -30,6 +30,12 @@ def _complete() -> Main:
     return main
 
 
+def _inspect() -> Main:
+    from flexbatch.apps.inspect_model import main
+
+    return main
+
+
 def _wrangle() -> Main:
     from flexbatch.apps.wrangle.__main__ import main
 
@@ -52,6 +58,7 @@ COMMANDS: dict[str, tuple[Callable[[], Main], str]] = {
     "run": (_run, "the main job: prompts from a file through a model over the tiers"),
     "batch": (_batch, "a resumable job from Parquet, JSON lines or CSV to Parquet"),
     "complete": (_complete, "a few prompts, or a chat, with the text as it comes"),
+    "inspect": (_inspect, "what a model is, how it would be stored and what would fit where"),
     "wrangle": (_wrangle, "entity matching, imputation and error detection on tables"),
     "helm": (_helm, "HELM scenarios, each in one block (in HELM's environment)"),
     "lm-eval": (_lm_eval, "lm-evaluation-harness with FlexBatch as a model"),

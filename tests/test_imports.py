@@ -113,7 +113,10 @@ def core_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize("module", ("flexbatch", "flexbatch.run", "flexbatch.apps.batch", "flexbatch.apps.wrangle"))
+@pytest.mark.parametrize(
+    "module",
+    ("flexbatch", "flexbatch.run", "flexbatch.apps.batch", "flexbatch.apps.wrangle", "flexbatch.apps.inspect_model"),
+)
 def test_help_answers_within_a_second_without_torch(module: str) -> None:
     code = (
         f"import runpy, sys\nsys.argv = ['x', '--help']\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from flexbatch.memory.tensor_views import TensorView, view_of
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
+
+logger = logging.getLogger("flexbatch")
 
 QUANTIZE_CHUNK_BYTES = 32 << 20
 """Bytes of fp32 of the rows that are quantized at a time; the search for their parameters holds eight times as many."""
@@ -47,6 +50,8 @@ class Loader:
         self.rows_written: dict[Key, int] = {}
         self.reused_bytes = 0
         """Bytes of the tensors that came from files of earlier runs, as they are stored."""
+        self.rounded: set[Key] = set()
+        """Matrices of a quantized checkpoint whose scales lost bits in the compute dtype."""
 
     def filed(self, placed: PlacedTensor) -> bool:
         """Whether this tensor has a file in the offload folder."""
@@ -86,6 +91,12 @@ class Loader:
         if len(reused) < len(self.placed):
             for piece in stream(reused):
                 read_bytes += self.write(piece)
+        if self.rounded and self.store.dtype == torch.bfloat16:
+            logger.warning(
+                "the scales of %d quantized matrices are rounded to the 8 bits of bfloat16; the file has 11: --dtype "
+                "float16 or float32 keeps them",
+                len(self.rounded),
+            )
         missing = [
             key
             for key, placed in self.placed.items()
@@ -133,7 +144,10 @@ class Loader:
             self.write_dense(piece.dense(self.store.dtype).tensor, target, rows)
         else:
             target.codes[rows].copy_(piece.codes)
-            target.parameters[rows].copy_(piece.regrouped(target.placed.group).parameters)
+            parameters = piece.regrouped(target.placed.group).parameters
+            target.parameters[rows].copy_(parameters)
+            if not torch.equal(parameters.to(self.store.dtype).float(), parameters.float()):
+                self.rounded.add((piece.layer, piece.role))
         return num_bytes
 
     def write_dense(self, tensor: Tensor, target: TensorView, rows: slice) -> None:

@@ -22,8 +22,8 @@ from flexbatch.validation.errors import CheckpointError
 
 logger = logging.getLogger("flexbatch")
 
-NUMBERS = re.compile(r"B?F\d|torch\.b?float")
-"""The types of weights that are numbers, as safetensors and torch write them."""
+NUMBERS = re.compile(r"B?F\d|torch\.b?float|I?Q\d|TQ\d|MXFP")
+"""The types of weights that are numbers, as safetensors, torch and GGUF files write them."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,25 @@ class Assignment:
         return _section(self.spec, self.row.part)
 
 
+Names = dict[str, tuple[int, ModuleMapping, str]]
+"""Tensor name -> (stage, row, ``.weight`` or ``.bias``)."""
+
+
 def assign(
-    stored: Iterable[StoredTensor], arch: Arch, folder: Path, packing: Packing | None, *, noting: bool = False
+    stored: Iterable[StoredTensor],
+    arch: Arch,
+    folder: Path,
+    packing: Packing | None,
+    *,
+    noting: bool = False,
+    names: Names | None = None,
 ) -> list[Assignment]:
     """Raises CheckpointError for missing and mis-shaped tensors, and for two that differ where the model has one.
 
-    With ``noting`` a line of the log says what the files hold beside the model.
+    With ``noting`` a line of the log says what the files hold beside the model. ``names``: those of the files, where
+    they are not the family's.
     """
-    assigner = _Assigner(arch, folder, packing)
+    assigner = _Assigner(arch, folder, packing, names)
     for tensor in stored:
         assigner.add(tensor)
     assignments = assigner.finish()
@@ -57,15 +68,18 @@ def assign(
     return assignments
 
 
-def untied(stored: Iterable[StoredTensor], arch: Arch) -> tuple[StoredTensor, StoredTensor] | None:
+def untied(
+    stored: Iterable[StoredTensor], arch: Arch, names: Names | None = None
+) -> tuple[StoredTensor, StoredTensor] | None:
     """The embedding and the head where the config ties them and the files hold two different ones; transformers then
-    uses both."""
+    uses both. ``names`` as in `assign`."""
     if not arch.tie_word_embeddings:
         return None
-    family, names = FAMILIES[arch.family], source_names(arch)
+    family = FAMILIES[arch.family]
+    prefixes, names = (family.prefixes, source_names(arch)) if names is None else ((), names)
     found: dict[str, StoredTensor] = {}
     for tensor in stored:
-        local = local_name(tensor.name, family.prefixes, names)
+        local = local_name(tensor.name, prefixes, names)
         if local is not None and names[local][2] == ".weight" and names[local][1].role in ("embed", "head"):
             found.setdefault(names[local][1].role, tensor)
     if len(found) < 2 or equal(found["embed"], found["head"]):
@@ -73,7 +87,7 @@ def untied(stored: Iterable[StoredTensor], arch: Arch) -> tuple[StoredTensor, St
     return found["embed"], found["head"]
 
 
-def local_name(name: str, prefixes: tuple[str, ...], names: dict[str, tuple[int, ModuleMapping, str]]) -> str | None:
+def local_name(name: str, prefixes: tuple[str, ...], names: Names) -> str | None:
     """Name without the prefix that it came with, if the model knows it."""
     shorter = (name.removeprefix(prefix) for prefix in (*prefixes, "") if name.startswith(prefix))
     return next((local for local in shorter if local in names), None)
@@ -82,9 +96,10 @@ def local_name(name: str, prefixes: tuple[str, ...], names: dict[str, tuple[int,
 class _Assigner:
     """Collects assignments tensor by tensor."""
 
-    def __init__(self, arch: Arch, folder: Path, packing: Packing | None) -> None:
+    def __init__(self, arch: Arch, folder: Path, packing: Packing | None, names: Names | None) -> None:
         self.arch, self.folder, self.packing = arch, folder, packing
-        self.family, self.names = FAMILIES[arch.family], source_names(arch)
+        self.family = FAMILIES[arch.family]
+        self.prefixes, self.names = (self.family.prefixes, source_names(arch)) if names is None else ((), names)
         self.specs = {(spec.layer, spec.role): spec for spec in weight_specs(arch)}
         self.assignments: dict[tuple[int, str, str], Assignment] = {}
         self.extra: list[StoredTensor] = []
@@ -93,7 +108,7 @@ class _Assigner:
     def add(self, tensor: StoredTensor) -> None:
         stem, _, suffix = tensor.name.rpartition(".")
         packed = self.packing is not None and suffix in SUFFIXES
-        local = local_name(f"{stem}.weight" if packed else tensor.name, self.family.prefixes, self.names)
+        local = local_name(f"{stem}.weight" if packed else tensor.name, self.prefixes, self.names)
         if local is None:
             if not BUFFERS.search(tensor.name) and not (self.family.skip and self.family.skip.search(tensor.name)):
                 self.extra.append(tensor)
@@ -106,7 +121,9 @@ class _Assigner:
             if kind == ".bias" and not any(value.any() for _, value in read_tensors([tensor])):
                 return  # quantizers give every matrix a bias, zero where the model has none
             described = f"{tensor.file}: tensor {tensor.name} {list(tensor.shape)}"
-            raise CheckpointError(f"{described} is not expected: by config.json this model has no {row.role}{kind}")
+            raise CheckpointError(
+                f"{described} is not expected: by its configuration this model has no {row.role}{kind}"
+            )
         self.record(tensor, spec, row, suffix if packed else "")
 
     def record(self, tensor: StoredTensor, spec: WeightSpec, row: ModuleMapping, suffix: str) -> None:
@@ -173,7 +190,7 @@ class _Assigner:
 def _check_complete(
     found: dict[tuple[int, str], set[str]],
     specs: dict[tuple[int, str], WeightSpec],
-    names: dict[str, tuple[int, ModuleMapping, str]],
+    names: Names,
     folder: Path,
 ) -> None:
     """found: the parts that are there of every canonical tensor."""

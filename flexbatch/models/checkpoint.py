@@ -1,5 +1,5 @@
-"""Model folders -> pieces of canonical tensors, streamed; completeness is asserted before the first byte of a weight
-is read."""
+"""Model folders and GGUF files -> pieces of canonical tensors, streamed; completeness is asserted before the first byte
+of a weight is read."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from flexbatch.models import families
 from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import Assignment, assign, untied
 from flexbatch.models.config_types import KEYS, check_keys
+from flexbatch.models.gguf import files as gguf_files
+from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing, unpack
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
@@ -50,6 +52,8 @@ def read_arch(folder: Path | str) -> Arch:
 
     Raises CheckpointError that names the folder and the key.
     """
+    if is_gguf(Path(folder)):
+        return gguf_files.read_arch(Path(folder))
     config = read_config(folder)
     with _saying(folder):
         arch = families.read_arch(config)
@@ -101,13 +105,16 @@ def stream(
     """Every tensor of the model once, as pieces, in the order of the files; those of the (layer, role) pairs in
     ``skip`` are not read.
 
-    The matrices of an AWQ or GPTQ checkpoint come as QuantizedPiece with ``packed``, else expanded to 16 bits, one
-    at a time. Memory: at most 256 MiB of mapped file beside the stored tensor at hand and, where queries, keys and
-    values are interleaved, a copy of one of the three. Other tensors are views of the file: copy or drop each before
-    the next. Raises CheckpointError, on the call and not at the first piece, for missing and mis-shaped tensors and
-    damaged files; what the files hold beside the model is left alone, and said.
+    The matrices of an AWQ or GPTQ checkpoint, and those of a GGUF file that a store holds exactly, come as
+    QuantizedPiece with ``packed``, else expanded, one at a time. Memory: at most 256 MiB of mapped file beside the
+    stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the three. Other tensors
+    are views of the file: copy or drop each before the next. Raises CheckpointError, on the call and not at the first
+    piece, for missing and mis-shaped tensors and damaged files; what the files hold beside the model is left alone, and
+    said.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return gguf_files.stream(folder, arch, skip, packed)
     packing = _packing(folder)
     assignments = assign(list_tensors(folder), arch, folder, packing, noting=True)
     return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, packing, packed)
@@ -117,6 +124,8 @@ def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:
     """(bits, group) of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an
     ordinary checkpoint. Reads headers only."""
     folder = Path(folder)
+    if is_gguf(folder):
+        return gguf_files.prequantized(folder, arch)
     packing = _packing(folder)
     if packing is None:
         return {}

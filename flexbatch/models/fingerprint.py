@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flexbatch.files.atomic import replacing
+from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf, parts_of
 from flexbatch.validation.errors import CheckpointError
 
 CHUNK_BYTES = 8 << 20
@@ -157,11 +158,13 @@ def _write_record(record: Path, content: dict[str, Any]) -> None:
 
 def weight_identity_files(folder: Path) -> list[Path]:
     """What the converted weights depend on: the configuration, which says how they are packed, and the files that hold
-    them.
+    them. Those of a GGUF model hold everything.
     """
-    from flexbatch.models.source import CANDIDATES, weight_files  # torch, which nothing else here needs
+    if is_gguf(folder):
+        return parts_of(folder)
+    from flexbatch.models.source import weight_files  # torch, which nothing else here needs
 
-    index = next((name for name in CANDIDATES if (folder / name).is_file()), "")
+    index = next((name for name in WEIGHT_FILES if (folder / name).is_file()), "")
     return [folder / "config.json", *([folder / index] if index.endswith(".index.json") else []), *weight_files(folder)]
 
 
@@ -172,6 +175,8 @@ def model_files_digest(folder: Path | str, records: Path | None = None) -> dict[
     without it every byte is read.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return {path.name: file_digest(path, records) for path in parts_of(folder)}
     others = (path for pattern in OTHER_FILES for path in folder.glob(pattern) if path.is_file())
     paths = sorted({*weight_identity_files(folder), *others})
     return {path.relative_to(folder).as_posix(): file_digest(path, records) for path in paths}

@@ -30,8 +30,8 @@ BITS = 4
 
 @dataclass(frozen=True)
 class QuantizedPiece:
-    """Rows of one canonical matrix in 4 bits. codes: [rows, columns / 2] uint8; parameters: [rows, columns / group,
-    2] float32 (scale, minimum)."""
+    """Rows of one canonical matrix in 4 or 8 bits. codes: [rows, columns * bits / 8] uint8; parameters: [rows, columns
+    / group, 2] float32 (scale, minimum)."""
 
     layer: int
     role: str
@@ -53,7 +53,9 @@ class QuantizedPiece:
 
     def dense(self, dtype: torch.dtype) -> Piece:
         """The weights themselves, computed in float32."""
-        values = reference.dequantize(self.codes, self.parameters, 2 * self.codes.shape[1], self.bits, self.group)
+        values = reference.dequantize(
+            self.codes, self.parameters, 8 // self.bits * self.codes.shape[1], self.bits, self.group
+        )
         return Piece(self.layer, self.role, self.rows, values.to(dtype))
 
 

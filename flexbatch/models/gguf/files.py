@@ -1,0 +1,163 @@
+"""A GGUF file as a checkpoint: its architecture, and its tensors as pieces of canonical ones."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexbatch.models.arch import Arch
+from flexbatch.models.assignment import Assignment, assign, untied
+from flexbatch.models.families import FAMILIES, source_names
+from flexbatch.models.gguf import config
+from flexbatch.models.gguf.architectures import family_of
+from flexbatch.models.gguf.blocks import (
+    CODE_BITS,
+    FLOATS,
+    GROUP,
+    codes_and_parameters,
+    numbers,
+    raw_rows,
+    rows_and_columns,
+)
+from flexbatch.models.gguf.header import Header, read_header
+from flexbatch.models.module_names import ModuleMapping
+from flexbatch.models.packed import QuantizedPiece
+from flexbatch.models.specs import Piece, weight_specs
+
+logger = logging.getLogger("flexbatch")
+
+CHUNK_BYTES = 32 << 20
+"""Of float32, expanded at a time; the package gguf holds them twice."""
+BESIDE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Tensors that are part of the configuration."""
+
+Names = dict[str, tuple[int, ModuleMapping, str]]
+Formats = dict[str, tuple[int, int]]
+
+
+def read_arch(path: Path) -> Arch:
+    """Raises CheckpointError. A head that equals the embedding, as early converters wrote it, is the embedding."""
+    header = read_header(path)
+    arch = config.read_arch(header)
+    if arch.tie_word_embeddings or not FAMILIES[arch.family].defaults.get("tie_word_embeddings"):
+        return arch
+    tied = replace(arch, tie_word_embeddings=True)
+    return arch if untied(header.tensors.values(), tied, names_of(header, tied)) else tied
+
+
+def names_of(header: Header, arch: Arch) -> Names:
+    """Tensor name -> (stage, row, ``.weight`` or ``.bias``): the family's rows under the names that the package gguf
+    has for them, with queries, keys and values in turn and every matrix as [outputs, inputs]."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    own = header.architecture if header.architecture in known else "llama"
+    table = get_tensor_name_map(known[own], arch.num_layers)
+    specs = {(spec.layer, spec.role) for spec in weight_specs(arch)}
+    names: Names = {}
+    unfit: Names = {}
+    for source, (layer, row, suffix) in source_names(arch).items():
+        module = source.removesuffix(suffix)
+        tries = (table.get_name(prefix + module) for prefix in FAMILIES[arch.family].prefixes)
+        name = next((found for found in tries if found is not None), None)
+        if name is None:
+            continue
+        part = row.part if row.part in ("q", "k", "v", "gate", "up") else ""
+        # Two rows may have one name (norms of the models of a family): the one that this model has.
+        target = names if (layer, row.role + suffix) in specs else unfit
+        target.setdefault(name + suffix, (layer, ModuleMapping(row.module, row.role, part), suffix))
+    return {**unfit, **names}
+
+
+def assignments_of(header: Header, arch: Arch, noting: bool = False) -> list[Assignment]:
+    """What fills which rows of the canonical tensors. Raises CheckpointError."""
+    stored = [tensor for name, tensor in header.tensors.items() if name not in BESIDE]
+    return assign(stored, arch, header.path, None, noting=noting, names=names_of(header, arch))
+
+
+def prequantized(path: Path, arch: Arch) -> Formats:
+    """(bits, group) of the roles whose matrices a store holds exactly as they are in the file, in every layer."""
+    return _formats(assignments_of(read_header(path), arch), arch)
+
+
+def _formats(assignments: list[Assignment], arch: Arch) -> Formats:
+    kinds: dict[str, set[str]] = {}
+    for a in assignments:
+        if 0 <= a.spec.layer < arch.num_layers and len(a.spec.shape) == 2:
+            kinds.setdefault(a.spec.role, set()).add(a.stored[""].dtype)
+    return {
+        role: (max(CODE_BITS[kind] for kind in found), GROUP)
+        for role, found in kinds.items()
+        if found <= CODE_BITS.keys()
+    }
+
+
+def stream(path: Path, arch: Arch, skip: Collection[tuple[int, str]], packed: bool) -> Iterator[Any]:
+    """Pieces of every tensor, 32 MiB of float32 at a time; with ``packed``, those of `prequantized` roles in codes.
+    Raises CheckpointError on the call, before anything of a tensor is read."""
+    header = read_header(path)
+    assignments = assignments_of(header, arch, noting=True)
+    formats = _formats(assignments, arch) if packed else {}
+    _note(path, assignments, formats, packed)
+    turned = family_of(header).turned
+    wanted = [a for a in assignments if (a.spec.layer, a.spec.role) not in skip]
+    return chain.from_iterable(_pieces(a, arch, formats.get(a.spec.role), turned) for a in wanted)
+
+
+def _note(path: Path, assignments: list[Assignment], formats: Formats, packed: bool) -> None:
+    """A line of the log for what is kept and what is expanded."""
+    matrices = [a for a in assignments if a.stored[""].dtype not in FLOATS]
+    kept = Counter(a.stored[""].dtype for a in matrices if a.spec.role in formats)
+    expanded = Counter(a.stored[""].dtype for a in matrices if a.spec.role not in formats)
+    if packed and (kept or expanded):
+        logger.info(
+            "%s: %s kept in codes as they are, %s expanded once and stored at --weight-bits (embedding and head in the "
+            "compute dtype)",
+            path, _counted(kept), _counted(expanded),
+        )  # fmt: skip
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common()) or "none"
+
+
+def _pieces(
+    assignment: Assignment, arch: Arch, form: tuple[int, int] | None, turned: bool
+) -> Iterator[Piece | QuantizedPiece]:
+    """One stored tensor, some rows at a time."""
+    stored, spec = assignment.stored[""], assignment.spec
+    rows, columns = rows_and_columns(stored)
+    first = assignment.rows.start if assignment.rows is not None else 0
+    turns = turned and assignment.row.part in ("q", "k")
+    unit = arch.head_dim if turns else 1
+    step = max(1, CHUNK_BYTES // (4 * columns * unit)) * unit
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        raw = raw_rows(stored, start, stop)
+        raw = halves(raw, arch.head_dim) if turns else raw
+        target = slice(first + start, first + stop)
+        if form is not None:
+            codes, parameters = codes_and_parameters(raw, stored.dtype, form[0])
+            yield QuantizedPiece(spec.layer, spec.role, target, codes, parameters, *form)
+            continue
+        values = numbers(raw, stored.dtype)
+        if spec.role.endswith("norm.weight") and arch.norm_offset:
+            values = values.float() - arch.norm_offset  # the converter added it
+        if len(spec.shape) == 1:
+            values = values.reshape(-1)
+            target = slice(first, first + spec.shape[0]) if rows == 1 else target
+        yield Piece(spec.layer, spec.role, target, values)
+
+
+def halves(raw: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of queries or keys in which neighbors are rotated together -> in which the two halves of a head are: what
+    the converter of Llama's files did, undone."""
+    heads = raw.reshape(-1, head_dim // 2, 2, raw.shape[1])
+    return heads.swapaxes(1, 2).reshape(raw.shape)

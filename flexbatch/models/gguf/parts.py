@@ -1,0 +1,56 @@
+"""Which files make up a GGUF model. Imports neither torch nor the package gguf."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flexbatch.validation.errors import CheckpointError
+
+SUFFIX = ".gguf"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Of a folder, in the order in which transformers looks for them."""
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+"""What llama-gguf-split calls the parts of one model."""
+PROJECTOR = "mmproj"
+"""The beginning of names of files that hold an image encoder beside a model."""
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == SUFFIX
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of the model that ``path`` belongs to, the first one first. Raises CheckpointError when one is
+    missing."""
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, count = match[1], int(match[3])
+    if not 1 <= int(match[2]) <= count:
+        raise CheckpointError(f"{path} calls itself part {int(match[2])} of {count}")
+    parts = [path.with_name(f"{stem}-{number:05d}-of-{match[3]}{path.suffix}") for number in range(1, count + 1)]
+    missing = [part for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path.parent} lacks {missing[0].name}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + f"; the model {stem} has {count} parts"
+        )
+    return parts
+
+
+def find_gguf(folder: Path) -> Path | None:
+    """The GGUF model of a folder, by its first part; None when there is none. Raises CheckpointError when there are
+    several."""
+    files = sorted(path for path in folder.iterdir() if is_gguf(path) and path.is_file())
+    firsts = {parts_of(path)[0] for path in files if not path.name.lower().startswith(PROJECTOR)}
+    if len(firsts) > 1:
+        names = ", ".join(sorted(path.name for path in firsts)[:5])
+        raise CheckpointError(f"{folder} holds {len(firsts)} GGUF models ({names}); give the file of one of them")
+    return next(iter(firsts), None)
