@@ -55,6 +55,7 @@ class TextDecoder:
         }
         self._size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
         self._hidden: dict[int, bool] = {}
+        self._lengths: dict[int, int] = {}
         self._written: list[str] | None = None
         """Special tokens as they are written, once somebody asks."""
         self._meets: dict[tuple[str, ...], bool] = {}
@@ -91,6 +92,12 @@ class TextDecoder:
         if token_id not in self._hidden:
             self._hidden[token_id] = self.decode([token_id]) == "" != self.decode([token_id], special=True)
         return self._hidden[token_id]
+
+    def written_length(self, token_id: int) -> int:
+        """Characters of a special token as it is written."""
+        if token_id not in self._lengths:
+            self._lengths[token_id] = len(self.decode([token_id], special=True))
+        return self._lengths[token_id]
 
     def may_meet_special(self, stops: tuple[str, ...]) -> bool:
         """Whether a stop string may hold the beginning, the end or the whole of a special token as it is written,

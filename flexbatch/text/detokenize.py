@@ -46,8 +46,8 @@ class StopSearch:
             Detokenizer(decoder, prompt_token_ids, special=True) if decoder.may_meet_special(self._stops) else None
         )
         self._marks: list[tuple[int, int, int]] = []
-        """For every special token, the lengths of the text with special tokens before and after it, and of the visible
-        text there."""
+        """For every special token, where it, or the space that the tokenizer writes before it, begins in the text with
+        special tokens, and where it ends, and the length of the visible text there."""
 
     def append(self, token_id: int) -> FoundStop | None:
         """Read one token; returns the stop string that it completes, the earliest and of these the longest."""
@@ -68,12 +68,23 @@ class StopSearch:
             self._spelled.append(token_id)
             if special:
                 # a special token has a character at least, so that no stop string reaches back over more of them
-                self._marks = [*self._marks[-self._reach - 1 :], (before, self._spelled.total, self.visible.total)]
+                mark = (self._begin(token_id, before), self._spelled.total, self.visible.total)
+                self._marks = [*self._marks[-self._reach - 1 :], mark]
             start, text = self._unsearched(self._spelled, searched_spelled)
             if early:
                 self._passed_spelled = start + len(text)
             found += self._across_special(start, text)
         return min(found, key=lambda each: (each.cut, -len(each.stop)), default=None)
+
+    def _begin(self, token_id: int, before: int) -> int:
+        """Where the special token that was read last begins, of which ``before`` characters were there before it.
+        Counted from its end: clean-up of spaces makes "<s>'</s>" of "<s> '" and "</s>", so that neither the space
+        nor the quote is a part of the token."""
+        assert self._spelled is not None
+        written = self._decoder.written_length(token_id)
+        begin = self._spelled.total - written
+        near = self._spelled.recent(written + 1) + self._spelled.pending
+        return begin - (before < begin and near[-written - 1 : -written] == " ")
 
     def _unsearched(self, text: Detokenizer, searched: int) -> tuple[int, str]:
         """Where it begins, and what may hold a stop string that the first ``searched`` characters do not; also
@@ -112,9 +123,11 @@ class StopSearch:
         beginning of a stop string."""
         shown = self.visible.length - begun_stop(self.visible.recent(self._reach), self._stops)
         if self._spelled is not None:
-            begun = begun_stop(self._spelled.recent(self._reach), self._stops)
-            if begun:
-                shown = min(shown, self._visible_length(self._spelled.length - begun))
+            # What is pending there may turn out to be the beginning of one as well: clean-up of spaces settles "a" in
+            # "a" but not in " a", which is the same token after a special one.
+            certain = self._spelled.length - begun_stop(self._spelled.recent(self._reach), self._stops)
+            if certain < self._spelled.total:
+                shown = min(shown, self._visible_length(certain))
         return max(shown, 0)
 
     def check(self) -> None:

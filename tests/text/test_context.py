@@ -173,7 +173,7 @@ def across_special(kind: str, prompt: list[int], answer: list[int], spelled: str
     """Whether the text with special tokens has the stop string where a special token is a part of it."""
     tokenizer, decoder = tokenizer_of(kind), decoder_of(kind)
     places = [place for place, token in enumerate(answer) if decoder.is_special(token)]
-    spans = [[len(reference(tokenizer, prompt, answer[: place + more], True)) for more in (0, 1)] for place in places]
+    spans = [span(tokenizer, prompt, answer[:place], answer[place]) for place in places]
     begins = [begin for begin in range(len(spelled)) if spelled.startswith(stop, begin)]
 
     def counts(begin: int, end: int) -> bool:
@@ -181,6 +181,15 @@ def across_special(kind: str, prompt: list[int], answer: list[int], spelled: str
         return bool(touched) and not any(before < begin and end < after for before, after in touched)
 
     return any(counts(begin, begin + len(stop)) for begin in begins)
+
+
+def span(tokenizer, prompt: list[int], answer: list[int], special: int) -> tuple[int, int]:
+    """Where a special token stands in the text that it ends, with the space that the tokenizer writes before it. What
+    the token changes of the text before it, as clean-up of spaces does, is no part of it."""
+    text = reference(tokenizer, prompt, [*answer, special], True)
+    begin = len(text) - len(tokenizer.decode([special]))
+    own_space = text[:begin].endswith(" ") and len(reference(tokenizer, prompt, answer, True)) < begin
+    return begin - own_space, len(text)
 
 
 IM_END = "<|im_end|>"
@@ -242,6 +251,34 @@ def test_the_beginning_of_a_stop_string_is_held_back_across_a_special_token() ->
         assert shown == ["x", "", "", ""]
         output.append(last)
         assert output.text == text and output.text == "x" + output.take()
+
+
+@pytest.mark.parametrize("stop", [" a ", " a <unk>", "a <unk>"])
+def test_text_is_held_back_while_its_spaces_may_be_tidied_up(stop: str) -> None:
+    """ "a" is certain without special tokens; with them it is " a", the beginning of a stop string and not certain."""
+    tokenizer = tokenizer_of("word-piece-tidy")
+    unknown, a = tokenizer.convert_tokens_to_ids(["<unk>", "a"])
+    output = OutputText(
+        decoder_of("word-piece-tidy"), SamplingParams(max_tokens=9, stop=stop), prompt_token_ids=[unknown]
+    )
+    output.append(a)
+    assert output.take() == ""
+    output.append(unknown)
+    assert (output.finish, output.text, output.take()) == (Finish("stop", stop), "", "")
+
+
+@pytest.mark.parametrize(("stop", "ends"), [("'", False), ("'<", True), ("'<s>", True), ("<", True)])
+def test_a_quote_of_the_prompt_that_a_special_token_tidies_up_is_no_part_of_it(stop: str, ends: bool) -> None:
+    """ "<s> '" and "<s>" are "<s>'<s>": the answer is "'<s>" with special tokens, and empty without."""
+    tokenizer = tokenizer_of("word-piece-tidy")
+    begin, quote = tokenizer.convert_tokens_to_ids(["<s>", "'"])
+    output = OutputText(
+        decoder_of("word-piece-tidy"),
+        SamplingParams(max_tokens=9, stop=[stop, "</s>"]),
+        prompt_token_ids=[begin, quote],
+    )
+    output.append(begin)
+    assert (output.finish, output.text) == (Finish("stop", stop) if ends else None, "")
 
 
 def test_an_eos_that_completes_a_stop_string_takes_its_text_away_and_alone_stays_eos() -> None:
