@@ -16,9 +16,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flexbatch.apps.jobs.locations import check_folders, check_input, check_output
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
-from flexbatch.cli.settings import Parser, add_arguments, add_engine_arguments, read_settings, refuse_measurements
+from flexbatch.cli.early_checks import check_engine
+from flexbatch.cli.help import Parser
+from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings, refuse_measurements
 from flexbatch.config import EngineConfig
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import ConfigurationError
@@ -30,13 +33,22 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="flexbatch batch",
-        description=(__doc__ or "").split("\n\n")[0],
-        allow_abbrev=False,
-        epilog=(__doc__ or "").split("\n\n", 2)[2],
+        "flexbatch batch",
+        description="Complete every row of a data set, exactly once whatever happens: Parquet parts with the input's "
+        "columns and the answers. The same command goes on where it stopped.",
+        first="prompt_column prompt_template model max_tokens temperature gpu_memory cpu_memory weight_bits "
+        "retry_failed config",
+        examples="""
+            flexbatch batch articles/ out/ --prompt-template 'Summarize: {text}'
+            flexbatch batch requests.jsonl out/ --input-format openai
+            """,
     )
-    parser.add_argument("input", metavar="INPUT", help="what to read")
-    parser.add_argument("output", metavar="OUTPUT", help="folder for part-00000.parquet, ...; begun jobs are resumed")
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        help="Parquet, CSV, JSON lines: file, folder, glob, URI",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the parts: part-00000.parquet, ...")
     add_arguments(parser, JobConfig, "job")
     add_engine_arguments(parser)
     return parser
@@ -87,12 +99,16 @@ def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
 def run(
     args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_engine: OpenEngine, identity: Any
 ) -> int:
+    config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
+    refuse_measurements(engine)
+    check_folders(args.input, args.output)
+    check_input(args.input, config)
+    check_output(args.output)
+    check_engine(engine)
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard
     from flexbatch.apps.jobs.shard_assignment import divide_host, find_assignment
 
-    config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
-    refuse_measurements(engine)
     assignment = find_assignment(config.shard_of(), environ)
     if assignment.shards > 1 and config.overwrite:
         raise ConfigurationError(

@@ -21,9 +21,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from flexbatch.cli import prompt_files, result_file, result_rows
 from flexbatch.cli.command import run_command, set_up_logging
+from flexbatch.cli.early_checks import check_files, check_machine, check_models, check_sampling
+from flexbatch.cli.help import Parser
 from flexbatch.cli.prompt_files import PromptRow
 from flexbatch.cli.run_settings import SamplingConfig
-from flexbatch.cli.settings import Parser, add_arguments, add_engine_arguments, read_settings, refuse_measurements
+from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings, refuse_measurements
 from flexbatch.config import EngineConfig, option
 from flexbatch.policy.stdout import run_process
 from flexbatch.request import Completion, SamplingParams
@@ -56,15 +58,17 @@ class CompletionConfig:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog="flexbatch complete",
-        description=description,
-        epilog=rest,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "flexbatch complete",
+        description="Complete a few prompts, or chat, with the text on the screen as it comes. Prompts are arguments, "
+        "lines of --prompts FILE, or lines of standard input.",
+        first="prompts chat json model max_tokens temperature gpu_memory cpu_memory draft config",
+        examples="""
+            flexbatch complete "The capital of France is" --model gpt2
+            printf 'one prompt\\nanother\\n' | flexbatch complete --json
+            """,
     )
-    parser.add_argument("words", nargs="*", metavar="PROMPT", help="what to complete; with --chat, what the user says")
+    parser.add_argument("words", nargs="*", metavar="PROMPT", help="what to complete, or with --chat to say")
     add_arguments(parser, CompletionConfig, "completion")
     add_arguments(parser, SamplingConfig, "sampling")
     add_engine_arguments(parser)
@@ -217,9 +221,9 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
         )
     if config.system is not None and not config.chat:
         raise ConfigurationError("--system is for --chat")
-    from flexbatch.models.generation_config import GenerationDefaults, generation_of
-
-    sampling.params(GenerationDefaults())
+    check_sampling(sampling)
+    check_files({"--prompts": config.prompts})
+    check_machine(engine)
     given = [row.prompt for row in prompt_files.read_prompts(config.prompts)] if config.prompts else args.words
     if not given and not config.chat:
         given = list(lines_of(stdin))
@@ -227,6 +231,9 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
         raise ConfigurationError(
             "no prompts: give some as arguments, with --prompts FILE, or on standard input, one a line"
         )
+    check_models(engine)
+    from flexbatch.models.generation_config import generation_of
+
     params = sampling.params(generation_of(engine))
     from flexbatch.engine import LLM
 

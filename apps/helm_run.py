@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexbatch.cli.command import run_command, set_up_logging
-from flexbatch.cli.settings import Parser, add_engine_arguments, engine_config, refuse_measurements
+from flexbatch.cli.early_checks import check_engine
+from flexbatch.cli.help import Parser
+from flexbatch.cli.settings import add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import CRASH, ROW_ERRORS, ConfigurationError
 
@@ -28,14 +30,22 @@ ALL_INSTANCES = 10**9
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="flexbatch helm",
-        description="Runs HELM scenarios on FlexBatch, the requests of a scenario in one block. Every option of "
-        "helm-run (helm-run --help) is passed on. "
-        "Needs the HELM environment, see docs/evaluation.md. Exit code 3: some requests failed, see "
-        "flexbatch_errors.json in the run's folder.",
-        allow_abbrev=False,
+        "flexbatch helm",
+        description="Run HELM scenarios on FlexBatch, the requests of a scenario in one block. Options of helm-run "
+        "(helm-run --help) are passed on. Needs HELM's environment: docs/evaluation.md. Exit code 3: some requests "
+        "failed, see flexbatch_errors.json in the run's folder.",
+        first="description max_eval_instances output_path suite model gpu_memory cpu_memory weight_bits config",
+        texts={
+            "description": "run entry, e.g. mmlu:subject=anatomy",
+            "max_eval_instances": "instances of each scenario (default: all)",
+            "output_path": "where HELM writes (default: benchmark_output)",
+            "suite": "folder below runs/ (default: flexbatch)",
+        },
+        examples="""
+            flexbatch helm --description mmlu:subject=anatomy --max-eval-instances 100
+            """,
     )
-    add = parser.add_argument_group("evaluation").add_argument
+    add = parser.group_of("description", "evaluation").add_argument
     entry = "run entry, e.g. mmlu:subject=anatomy; a model group in it is replaced"
     add("--description", "-r", "--run-entries", nargs="+", action="extend", required=True, metavar="ENTRY", help=entry)
     add(
@@ -86,6 +96,7 @@ def helm_arguments(args: argparse.Namespace, rest: Sequence[str], deployment: st
 def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
     config = engine_config(args, environ)
     refuse_measurements(config)
+    check_engine(config)
     try:
         from helm.benchmark.run import build_parser, helm_run
         from helm.benchmark.run_spec import get_run_spec_function

@@ -14,8 +14,9 @@ from importlib import import_module
 from typing import TextIO
 
 from flexbatch.cli.command import run_command
+from flexbatch.policy.command_line import command_name
 from flexbatch.policy.stdout import run_process
-from flexbatch.validation.errors import USAGE
+from flexbatch.validation.errors import DONE, USAGE
 
 MODEL = "flexbatch.apps.lm_eval_model:FlexBatchLM"
 
@@ -49,7 +50,25 @@ def command(data: TextIO) -> int | None:
     return cli_evaluate()
 
 
+def help_text() -> str:
+    name = command_name("flexbatch lm-eval")
+    return f"""usage: {name} run --model flexbatch --model_args SETTINGS --tasks TASKS [flags]
+
+The command of lm-evaluation-harness with FlexBatch as a model, all requests of a task in one block. Settings are
+those of flexbatch run, as pretrained=MODEL,gpu_memory=16GiB,weight_bits=4; docs/evaluation.md has more.
+
+  run           run tasks; {name} run --help shows the harness's flags
+  ls tasks      list tasks
+  validate      check tasks of your own
+
+examples:
+  {name} run --model flexbatch --model_args pretrained=demo --tasks hellaswag --limit 20"""
+
+
 def main() -> int:
+    if sys.argv[1:] in (["-h"], ["--help"], ["--help-all"]):  # the harness takes ten seconds to import
+        print(help_text())
+        return DONE
     return run_command(command)
 
 

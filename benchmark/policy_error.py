@@ -99,9 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m benchmark.policy_error", description="Compare predicted with measured throughput."
     )
     parser.add_argument("runs", type=Path, help="JSON lines, one run each")
-    parser.add_argument(
-        "--hardware", required=True, help="a shipped machine or a JSON file of python -m flexbatch.calibrate.profile"
-    )
+    parser.add_argument("--hardware", required=True, help="a shipped machine or a JSON file of flexbatch profile")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark" / "results", help="folder of the results")
     options = parser.parse_args(arguments)
     with data_apart() as data:

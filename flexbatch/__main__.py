@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from flexbatch.policy.command_line import command_name
 from flexbatch.policy.stdout import run_process
+from flexbatch.policy.suggest import did_you_mean
 from flexbatch.validation.errors import USAGE
 
 Main = Callable[[], Any]
@@ -36,6 +38,12 @@ def _inspect() -> Main:
     return main
 
 
+def _profile() -> Main:
+    from flexbatch.calibrate.profile import main
+
+    return main
+
+
 def _wrangle() -> Main:
     from flexbatch.apps.wrangle.__main__ import main
 
@@ -59,6 +67,7 @@ COMMANDS: dict[str, tuple[Callable[[], Main], str]] = {
     "batch": (_batch, "a resumable job from Parquet, JSON lines or CSV to Parquet"),
     "complete": (_complete, "a few prompts, or a chat, with the text as it comes"),
     "inspect": (_inspect, "what a model is, how it would be stored and what would fit where"),
+    "profile": (_profile, "measure a machine, for plans of jobs that run on it"),
     "wrangle": (_wrangle, "entity matching, imputation and error detection on tables"),
     "helm": (_helm, "HELM scenarios, each in one block (in HELM's environment)"),
     "lm-eval": (_lm_eval, "lm-evaluation-harness with FlexBatch as a model"),
@@ -67,15 +76,18 @@ COMMANDS: dict[str, tuple[Callable[[], Main], str]] = {
 
 
 def usage() -> str:
-    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    name = command_name("flexbatch")
+    lines = [f"  {command:<12}{text}" for command, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: flexbatch COMMAND [ARGUMENTS]",
+            f"usage: {name} COMMAND [ARGUMENTS]",
+            "",
+            "Large batches of prompts through language models that do not fit the GPU.",
             "",
             "commands:",
             *lines,
             "",
-            "flexbatch COMMAND --help tells the arguments of one.",
+            f"{name} COMMAND --help tells the arguments of one; {name} run alone is a first try.",
         ]
     )
 
@@ -89,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         return run_process(lambda: main(sys.argv[1:]))
     words = arguments
-    if words and words[0] in ("-h", "--help"):
+    if words and words[0] in ("-h", "--help", "--help-all", "help"):
         print(usage())
         return 0
     if words and words[0] == "--version":
@@ -98,8 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"flexbatch {__version__}")
         return 0
     if not words or words[0] not in COMMANDS:
-        problem = f"unknown command {words[0]!r}" if words else "a command is needed"
-        print(f"flexbatch: {problem}\n\n{usage()}", file=sys.stderr)
+        name = command_name("flexbatch")
+        if words:
+            hint = did_you_mean(words[0], COMMANDS) or f"; {name} --help lists them"
+            print(f"{name}: unknown command {words[0]}{hint}", file=sys.stderr)
+        else:
+            print(f"{name}: a command is needed\n\n{usage()}", file=sys.stderr)
         return USAGE
     # The harness behind lm-eval reads sys.argv itself, so the words are handed over there and not as an argument.
     sys.argv = [f"flexbatch {words[0]}", *words[1:]]

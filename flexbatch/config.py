@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexbatch.policy.units import parse_size
+from flexbatch.policy.units import LARGEST_BARE_GIB, parse_size
 from flexbatch.validation.errors import ConfigurationError
 
 
 def parse_bytes(text: int | str) -> int:
     """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or a plain number. Raises ConfigurationError."""
-    if isinstance(text, int):
+    if isinstance(text, int) and not 0 < text <= LARGEST_BARE_GIB:
         return text
     try:
-        return parse_size(text)
+        return parse_size(str(text))
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
 
@@ -67,7 +67,7 @@ class EngineConfig:
     hardware: str = option(
         "auto",
         "machine that the policy is chosen for: auto (measured at first use, then cached), t4, h200, cpu, or a JSON "
-        "file of flexbatch.calibrate.profile",
+        "file of flexbatch profile",
     )
     recalibrate: bool = option(False, "refine the machine's profile by what the run measures")
     draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")
@@ -134,7 +134,10 @@ class EngineConfig:
                 refuse(f"allow_bits={bits!r} must be 16, 8 or 4")
         for name in ("gpu_memory", "cpu_memory"):
             if getattr(self, name) is not None:
-                parse_bytes(getattr(self, name))
+                try:
+                    parse_bytes(getattr(self, name))
+                except ConfigurationError as error:
+                    refuse(f"{name}: {error}")
 
     @property
     def offload_path(self) -> Path | None:

@@ -21,33 +21,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from flexbatch.cli import result_rows, tables
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
-from flexbatch.cli.progress import Progress
-from flexbatch.cli.result_file import ResultFile, ResultStream, results
+from flexbatch.cli.early_checks import check_engine, check_files, check_plot, check_sampling
+from flexbatch.cli.help import Parser
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
-from flexbatch.cli.run_work import Work, make_work
-from flexbatch.cli.settings import Parser, add_arguments, add_engine_arguments, read_settings
+from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig
 from flexbatch.policy.stdout import run_process
-from flexbatch.request import Completion
-from flexbatch.text.files import json_text
 from flexbatch.validation.errors import DONE, ROW_ERRORS, ConfigurationError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # --help waits for nothing that only a run needs
+    from flexbatch.cli.result_file import ResultFile, ResultStream
+    from flexbatch.cli.run_work import Work
     from flexbatch.engine import LLM
+    from flexbatch.request import Completion
 
 logger = logging.getLogger("flexbatch")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog="python -m flexbatch.run",
-        description=description,
-        epilog=rest,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "flexbatch run",
+        description="Complete the prompts of a file with a model that is spread over GPU, CPU and disk. Completions go "
+        "to --output, else to stdout; tables and progress to stderr. Without flags: bundled prompts, a small model.",
+        first="prompts output model max_tokens temperature gpu_memory cpu_memory weight_bits dry_run config",
+        examples="""
+            flexbatch run
+            flexbatch run --prompts prompts.jsonl --output out.jsonl --model gpt2
+            flexbatch run --model opt-30b --dummy-weights --gpu-memory 16GiB --dry-run
+            """,
     )
     add_arguments(parser, RunConfig, "job")
     add_arguments(parser, SamplingConfig, "sampling")
@@ -84,6 +86,7 @@ def with_flexgen_flags(engine: EngineConfig, run: RunConfig) -> EngineConfig:
 
 def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None, data: TextIO) -> int:
     """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
+    from flexbatch.cli import tables
     from flexbatch.planner.planner import Planner
     from flexbatch.policy.explain import explain, summary
     from flexbatch.policy.whatif import plot_plan
@@ -123,6 +126,8 @@ class Printed:
 
 def complete(llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Completion], None]) -> list[Completion]:
     """The completions of all prompts from number ``first`` on."""
+    from flexbatch.cli.progress import Progress
+
     with Progress((len(work.rows) - first) * work.params.n) as progress:
         return llm.generate(
             work.token_ids[first:], work.params, on_finished=progress.finished, on_prompt=on_prompt, first_index=first
@@ -130,6 +135,8 @@ def complete(llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Complet
 
 
 def print_tables(report: Mapping[str, Any]) -> None:
+    from flexbatch.cli import tables
+
     for text in (
         tables.placement(report),
         tables.throughput(report),
@@ -160,12 +167,20 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) -> i
         raise ConfigurationError("--plot draws the plan of a --dry-run; add --dry-run")
     if config.trace and not Path(config.trace).absolute().parent.is_dir():
         raise ConfigurationError(f"--trace {config.trace}: its folder does not exist")
+    check_plot("--plot", config.plot)
+    check_sampling(sampling)
+    check_files({"--prompts": config.prompts} if "://" not in (config.prompts or "") else {})
+    if config.output is not None:
+        refuse_inputs(config.output, {"--prompts": config.prompts, "--config": args.config})
+    check_engine(engine)
+    from flexbatch.cli.result_file import results
+    from flexbatch.cli.run_work import make_work
+
     if config.dry_run:
         return print_plan(engine, make_work(engine, config, sampling), config.json, config.plot, data)
     if config.output is None:
         work = make_work(engine, config, sampling)
         return run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)
-    refuse_inputs(config.output, {"--prompts": config.prompts, "--config": args.config})
     with results(config.output, data) as out:
         work = make_work(engine, config, sampling)
         return run_into(out, engine, config, work, data)
@@ -182,6 +197,8 @@ def refuse_inputs(output: str, inputs: Mapping[str, str | None]) -> None:
 
 def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunConfig, work: Work, data: TextIO) -> int:
     """A run whose rows go to --output, from the first row on that is not there yet."""
+    from flexbatch.cli import result_rows
+
     first = out.begin(work.facts(engine), [row.prompt for row in work.rows])
     code = ROW_ERRORS if any(row.get("finish_reason") == "error" for row in out.done) else DONE
     if first:
@@ -217,8 +234,10 @@ def run_work(
     data: TextIO,
 ) -> int:
     """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
+    from flexbatch.cli import result_rows
     from flexbatch.engine import LLM
     from flexbatch.planner.planner import Planner
+    from flexbatch.text.files import json_text
 
     planner = Planner(engine, work.job(first), model=work.model)
     with LLM.from_planner(planner, trace=config.trace is not None) as llm:

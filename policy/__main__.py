@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from flexbatch.policy.command_line import Parser
 from flexbatch.policy.stdout import data_apart, run_process
 from flexbatch.policy.units import parse_size
 
@@ -58,14 +59,29 @@ def add_choices(p: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         "python -m flexbatch.policy",
-        description="Choose the policy with the highest predicted throughput, or price a given one.",
+        description="Choose the policy with the highest predicted throughput, or price a given one, from sizes alone: "
+        "no GPU, no weights.",
+        first={
+            "--prompt-len": "prompt tokens (default: 512)",
+            "--gen-len": "generated tokens (default: 32)",
+            "--gpu-memory": "GPU memory budget (default: the machine's)",
+            "--cpu-memory": "host memory budget (default: the machine's)",
+            "--weight-bits": "bits that may be chosen, e.g. 16 4",
+            "--percent": "fix the placement, as FlexGen's",
+            "--json": "print the plan as JSON",
+            "--plot": "draw it",
+            "--sweep": "what if: gpu_memory=8GiB:48GiB:5",
+        },
+        examples="""
+            python -m flexbatch.policy --hardware t4 --model-shape opt-30b
+            """,
     )
     p.add_argument(
         "--hardware",
         required=True,
-        help="a shipped machine (t4, h200, cpu) or a JSON file of python -m flexbatch.calibrate.profile",
+        help="a shipped machine (t4, h200, cpu) or a JSON file of flexbatch profile",
     )
     p.add_argument(
         "--model-shape",

@@ -211,8 +211,7 @@ class Hardware:
             raise ValueError(f"hardware JSON: unknown fields {sorted(unknown)}")
         if missing := needed - data.keys():
             raise ValueError(
-                f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with python -m "
-                "flexbatch.calibrate.profile"
+                f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with flexbatch profile"
             )
         for name in ("gemm", "cpu_attention", "cpu_attention_8", "cpu_attention_4"):
             curve = data.get(name)
@@ -243,7 +242,6 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise FileNotFoundError(
-            f"no hardware file {str(name_or_path)!r}; shipped: {shipped}; or a JSON file of python -m "
-            "flexbatch.calibrate.profile"
+            f"no hardware file {str(name_or_path)!r}; shipped: {shipped}; or a JSON file of flexbatch profile"
         )
     return read_hardware(path)

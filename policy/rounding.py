@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from flexbatch.policy.lp import fixed_fractions, least_shortage
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.plan import DoesNotFit
 from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
-from flexbatch.policy.units import BINARY, fitting_unit, size_text
+from flexbatch.policy.shortage import shortage_text
 from flexbatch.policy.workload import Workload
 
 NOISE = 1e-6
@@ -61,33 +60,16 @@ def does_not_fit(
         f"micro-batch {policy.gpu_batch_size} x {policy.num_gpu_batches}, weights at {policy.weight_bits} "
         f"bits, cache at {policy.cache_bits}"
     )
-    lines = [f"{shape.name} does not fit: {sizes}"]
     kinds = list(dict.fromkeys(kind for tier in TIERS for kind in rows[tier]))
     need = {
         kind: {tier: float(rows[tier][kind] @ point) if kind in rows[tier] else 0.0 for tier in TIERS} for kind in kinds
     }
-    totals = {tier: sum(sizes[tier] for sizes in need.values()) for tier in TIERS}
-    missing = {tier: max(0.0, totals[tier] - budgets[tier]) for tier in TIERS}
-    unit, size = fitting_unit(max(totals.values()), BINARY)
-    lines.append(f"{unit:16s}" + "".join(f"{tier:>12s}" for tier in TIERS))
-    table: dict[str, Mapping[str, float]] = {**need, "needed": totals, "budget": budgets, "missing": missing}
-    for label, values in table.items():
-        if any(values.values()):
-            lines.append(f"{label:16s}" + "".join(f"{values[tier] / size:12,.2f}" for tier in TIERS))
-    lines.append("remedies: " + "; ".join(remedies(missing, constraints, policy)))
-    return DoesNotFit("\n".join(lines))
-
-
-def remedies(missing: dict[str, float], constraints: Constraints, policy: Policy) -> list[str]:
-    """What the user can change, most direct first."""
-    flags = {"gpu": "--gpu-memory", "cpu": "--cpu-memory", "disk": "a larger disk for --offload-dir, that is"}
-    found = [f"{flags[tier]} {size_text(size)} more" for tier, size in missing.items() if size > 0]
-    if constraints.percent is not None:
-        found.append("leave --percent out")
-    if policy.block_size > 1:
-        found.append("a smaller --gpu-batch-size or --num-gpu-batches")
-    if min(constraints.weight_bits) == 16:
-        found.append("allow fewer bits with --weight-bits 4")
-    return found or [
-        "rounding to whole tensors and sequences exceeds a budget by a little: give any tier one layer's weights more"
-    ]
+    text = shortage_text(
+        f"{shape.name} does not fit: {sizes}",
+        need,
+        budgets,
+        percent=constraints.percent is not None,
+        smaller_block=policy.block_size > 1,
+        fewer_bits=min(constraints.weight_bits) == 16,
+    )
+    return DoesNotFit(text)

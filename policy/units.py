@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -9,6 +10,10 @@ MIB, GIB = 2**20, 2**30
 BINARY = {"GiB": GIB, "MiB": MIB, "KiB": 2**10}
 DECIMAL = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 SIZES = {"": 1, "b": 1, "tb": 10**12, "tib": 2**40} | {name.lower(): size for name, size in (BINARY | DECIMAL).items()}
+LEAST_BARE = 2**20
+"""Bytes that a number without unit means, at least, unless it is 0: nobody has a budget of less than 1 MiB."""
+LARGEST_BARE_GIB = 2048
+"""Above this, who forgets the unit means MiB."""
 FLOPS = {"TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
 
 
@@ -18,14 +23,24 @@ def fitting_unit(largest: float, units: Mapping[str, int]) -> tuple[str, int]:
 
 
 def size_text(num_bytes: float) -> str:
-    """ "1.500 GiB", "12.000 MiB": bytes with three decimals."""
+    """ "1.500 GiB", "12.000 MiB": bytes with three decimals; "12 bytes" where they would all be zeros or wrong."""
+    if num_bytes < BINARY["KiB"]:
+        return f"{math.ceil(num_bytes)} bytes"
     unit, size = fitting_unit(num_bytes, BINARY)
     return f"{num_bytes / size:.3f} {unit}"
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or ``"1073741824"``. Raises ValueError."""
+    """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or ``"1073741824"``. Raises ValueError; for a bare number that
+    is too small to be one of bytes it asks for the unit."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in SIZES:
+    unit = match[2].lower() if match else ""
+    if match is not None and unit in ("k", "m", "g", "t"):
+        raise ValueError(f"not a size in bytes: {text!r}; did you mean {match[1]}{unit.upper()}iB?")
+    if match is None or unit not in SIZES:
         raise ValueError(f"not a size in bytes: {text!r}; write e.g. 16GiB, 500MB or 1073741824")
-    return int(float(match[1]) * SIZES[match[2].lower()])
+    size = int(float(match[1]) * SIZES[unit])
+    if not unit and float(match[1]) and size < LEAST_BARE:
+        meant = "GiB" if float(match[1]) <= LARGEST_BARE_GIB else "MiB"
+        raise ValueError(f"{text.strip()} would be bytes, as it has no unit; did you mean {match[1]}{meant}?")
+    return size

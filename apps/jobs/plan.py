@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from flexbatch.apps.jobs.csv_source import CsvSource
 from flexbatch.apps.jobs.files import list_files, partition_values
 from flexbatch.apps.jobs.json_lines import JsonLinesSource
 from flexbatch.apps.jobs.layout import Part, default_part_rows, plan_parts
+from flexbatch.apps.jobs.locations import check_folders, is_dataset_name
 from flexbatch.apps.jobs.manifest import FORMAT, fingerprint_digest
 from flexbatch.apps.jobs.openai_requests import OpenAIReader
 from flexbatch.apps.jobs.openai_responses import OpenAIOutput
@@ -34,7 +34,6 @@ from flexbatch.request import SAMPLING_RULES, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted_word
 
-DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NO_LIMIT = 2**62
 
 
@@ -67,8 +66,7 @@ def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]
     kind, path = config.input_format, Path(location).expanduser()
     if "://" not in location:
         saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
-        named = not path.exists() and DATASET_NAME.fullmatch(location) and not path.suffix
-        if kind == "dataset" or (kind == "auto" and (saved or named)):
+        if kind == "dataset" or (kind == "auto" and (saved or is_dataset_name(location, config))):
             return DatasetSource(str(path) if path.is_dir() else location, config.dataset_config, config.split)
     filesystem, files = list_files(location)
     if kind in ("auto", "dataset"):
@@ -105,22 +103,6 @@ def without_errors(schema: pa.Schema) -> pa.Schema:
     """Returns the columns of the input, without the column in which its source reports errors."""
     index = schema.get_field_index(ROW_ERROR)
     return schema if index < 0 else schema.remove(index)
-
-
-def check_folders(location: str, folder: str) -> None:
-    """Raises ConfigurationError unless the output is a local folder that is not part of the input."""
-    if "://" in folder:
-        raise ConfigurationError(
-            f"output {redacted_word(folder)}: parts are committed by renaming, which object stores lack; give a "
-            "local or shared folder"
-        )
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise ConfigurationError(f"output {folder} is a file; give a folder")
-    if "://" not in location:
-        base = Path(re.split(r"[*?\[]", location, maxsplit=1)[0]).expanduser().resolve()
-        if base.is_dir() and (target == base or base in target.parents) and "*" not in location:
-            raise ConfigurationError(f"output {folder} lies in the input {location}: its parts would be read as input")
 
 
 def settings_for_manifest(params: SamplingParams) -> dict[str, Any]:

@@ -13,29 +13,45 @@ from typing import TextIO
 from flexbatch.apps.wrangle.datasets import TASKS, find_data_set
 from flexbatch.apps.wrangle.tables import TableError
 from flexbatch.cli.command import run_command, set_up_logging
-from flexbatch.cli.settings import Parser, add_engine_arguments, engine_config, refuse_measurements
+from flexbatch.cli.early_checks import check_machine, check_models
+from flexbatch.cli.help import Parser
+from flexbatch.cli.settings import add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import ROW_ERRORS, ConfigurationError
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="flexbatch wrangle",
+        "flexbatch wrangle",
         description='Entity matching, data imputation, error detection and schema matching, as in "Can Foundation '
-        'Models Wrangle Your Data?". '
-        "Scores go to stdout as JSON. Exit code 3: some prompts could not be run and are left out of the scores.",
+        'Models Wrangle Your Data?". Scores go to stdout as JSON. Exit code 3: some prompts could not be run and are '
+        "left out of the scores.",
+        first="task column shots model output dry_run gpu_memory cpu_memory weight_bits config",
+        texts={
+            "task": "the task of data of your own",
+            "column": "the column that data imputation fills",
+            "shots": "examples in the prompt (default: 10)",
+            "output": "folder for predictions.parquet and scores.json",
+            "dry_run": "print the first prompt; load nothing",
+        },
+        examples="""
+            flexbatch wrangle datasets/entity_matching/structured/Beer
+            flexbatch wrangle people/ --task data_imputation --column city
+            """,
     )
-    add = parser.add_argument_group("task").add_argument
+    add = parser.group_of("task", "the task").add_argument
     add(
         "folder",
         type=Path,
         metavar="FOLDER",
-        help="folder of a data set: train, valid, test (and tableA, tableB or table) as .csv or .parquet",
+        help="train, valid, test (and table, tableA, tableB)",
     )
     add(
         "--task",
         choices=TASKS,
-        help="the task of data of your own (the twelve data sets of the paper are known by their folder's name)",
+        metavar="TASK",
+        help=f"the task of data of your own: {', '.join(TASKS)} (the twelve data sets of the paper are known by their "
+        "folder's name)",
     )
     add("--column", metavar="NAME", help="the column that data imputation fills")
     add(
@@ -92,14 +108,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace, data_out: TextIO) -> int:
-    from flexbatch.apps.wrangle.job import WrangleConfig, plan, run, summary, write
-
     for name in ("shots", "trials", "limit", "max_tokens"):
         value, least = getattr(args, name), 0 if name == "shots" else 1
         if value is not None and value < least:
             raise ConfigurationError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     engine = engine_config(args)
     refuse_measurements(engine)
+    check_machine(engine)
+    if not args.folder.is_dir():
+        raise ConfigurationError(f"data set folder {args.folder} does not exist")
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise ConfigurationError(f"--output {args.output} is a file; give a folder")
+    from flexbatch.apps.wrangle.job import WrangleConfig, plan, run, summary, write
+
     same = {
         name: getattr(args, name)
         for name in ("folder", "split", "select", "shots", "trials", "limit", "balanced", "instruction", "manual")
@@ -117,6 +138,7 @@ def command(args: argparse.Namespace, data_out: TextIO) -> int:
         if args.dry_run:
             print(plans[0][0][0] if plans and plans[0][0] else "", file=data_out)
             return 0
+        check_models(engine)
         from flexbatch.engine import LLM
 
         with LLM.from_config(engine) as llm:

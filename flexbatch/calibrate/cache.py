@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flexbatch.calibrate.identity import machine_key
-from flexbatch.calibrate.profile import capacities, logger, measure
+from flexbatch.calibrate.measure import capacities, logger, measure
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.policy.hardware import Hardware, read_hardware
 

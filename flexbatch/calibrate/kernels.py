@@ -229,7 +229,7 @@ def beside(attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tu
 
 
 def kernel_rates(device: str) -> dict[str, Any]:
-    """Fields of `policy.hardware.Hardware`, for `calibrate.profile.measure`. Takes about 20 seconds with a GPU, most
+    """Fields of `policy.hardware.Hardware`, for `calibrate.measure`. Takes about 20 seconds with a GPU, most
     of it compilation, and 5 without."""
     dev = torch.empty(0, device=device).device  # with its number
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32

@@ -1,242 +1,46 @@
-"""``python -m flexbatch.calibrate.profile -o hardware.json``: measure this machine. The only module of `policy` that
-imports torch.
+"""``flexbatch profile -o hardware.json``: measures this machine for the policy optimizer.
 
-Pinned and plain buffers stay below 2 GiB together. Rates of the engine's own kernels can be given as ``overrides``
-by a caller that may import them; without, library kernels or stated ratios stand in, and the JSON's ``source`` says
-so.
+Exit codes: 0 done, 2 usage.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import logging
 import os
-import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from flexbatch.calibrate.disk import measure_disk
-from flexbatch.calibrate.fits import fit_curve, fit_rate
-from flexbatch.calibrate.identity import machine_key
-from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, measure_links
-from flexbatch.calibrate.profile_file import write_hardware
-from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.command_line import Parser
 from flexbatch.policy.stdout import data_apart, run_process
-
-logger = logging.getLogger("flexbatch")
-
-TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}
-GROUPS = (1, 4, 8)
-OPS_PER_TICK = 24
-"""Kernels that a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and
-their events."""
+from flexbatch.validation.devices import check_device
+from flexbatch.validation.errors import DONE, USAGE, ConfigurationError
 
 
-def measure(device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None) -> Hardware:
-    """Measure everything that the cost model uses. ``overrides``: fields of `Hardware` that the caller measured better;
-    they are not measured here.
-
-    Takes under 60 seconds with a GPU and under 20 without. Raises OSError when the disk folder cannot be written.
-    """
-    dev = torch.device(device)
-    dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
-    timer = Timer(dev, 0.4 if dev.type == "cuda" else 0.12)
-    values: dict = {}
-    errors: dict[str, float] = {}
-    with torch.no_grad():
-        measure_links(values, errors, dev, timer)
-        _compute(values, errors, dev, dtype, timer)
-        if "cpu_attention" not in (overrides or {}):
-            _cpu_attention(values, errors, dev, dtype, timer)
-        if "launch_seconds" not in (overrides or {}):
-            _overheads(values, dev, timer)
-    _disk(values, errors, disk_folder, 1024 * MIB if dev.type == "cuda" else 128 * MIB)
-    values |= capacities(dev, disk_folder)
-    given = dict(overrides or {})
-    source = {
-        "measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}",
-        "machine": machine_key(dev, disk_folder)[0],
-    }
-    source["load average"] = (
-        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "flexbatch profile",
+        description="Measure this machine for the policy optimizer: links, kernels, host and disk. Takes about 20 s on "
+        "an idle CPU machine, a minute with a GPU. Every run measures by itself at first use; this is for other "
+        "machines' plans.",
+        first={
+            "--output": "JSON file to write",
+            "--device": "auto, cpu, cuda, cuda:N",
+            "--offload-dir": "folder on the disk to measure (default: here)",
+        },
+        examples="""
+            flexbatch profile -o hardware.json
+            flexbatch run --hardware hardware.json
+            """,
     )
-    if dev.type == "cuda":
-        stand_ins = {
-            "gather": f"{GATHER_SHARE} of h2d",
-            "scatter": f"{GATHER_SHARE} of d2h",
-            "expand": "a PyTorch expression, not a fused kernel",
-        }
-        source |= {name: text for name, text in stand_ins.items() if name not in given}
-    source |= dict.fromkeys(given, "the engine's own kernel")
-    if {"cpu_attention_during_h2d", "h2d_during_cpu_attention"} <= given.keys():
-        given["h2d_during_cpu_attention"] = min(given["h2d_during_cpu_attention"], values["h2d"])
-        values["host_bandwidth"] = max(
-            values["host_bandwidth"], given["cpu_attention_during_h2d"] + given["h2d_during_cpu_attention"]
-        )
-    return Hardware(
-        **{"name": source["machine"], "device": dev.type, **values, **given, "fit_error": errors, "source": source}
-    )
-
-
-def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
-    """GEMM against tokens, memory bandwidth, attention for single tokens and for prompts, expansion of quantized
-    weights."""
-    gpu = dev.type == "cuda"
-    rows, columns = (8192, 8192) if gpu else (2048, 2048)
-    weight = torch.randn(rows, columns, device=dev, dtype=dtype)
-    rates = []
-    for tokens in TOKENS[dev.type]:
-        x = torch.randn(tokens, columns, device=dev, dtype=dtype)
-        rates.append(2 * tokens * rows * columns / timer(partial(torch.nn.functional.linear, x, weight)))
-    values["gemm"], errors["gemm"] = fit_curve(TOKENS[dev.type], rates)
-    source, target = (torch.empty((512 if gpu else 64) * MIB, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
-    values["gpu_bandwidth"] = 2 * source.numel() / timer(lambda: target.copy_(source))
-    batch, heads, head_dim, context = (64, 32, 128, 1024) if gpu else (16, 8, 64, 1024)
-    cache = torch.randn(2, batch, heads, context, head_dim, device=dev, dtype=dtype)
-    single = torch.randn(batch, heads, 1, head_dim, device=dev, dtype=dtype)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    values["attention_decode"] = (
-        cache.numel() * cache.element_size() / timer(lambda: attend(single, cache[0], cache[1]))
-    )
-    few = cache[:, : max(1, batch // 16)]
-    flops = 4 * few.shape[1] * heads * head_dim * context * (context + 1) / 2
-    values["attention_prefill"] = flops / timer(lambda: attend(few[0], few[0], few[1], is_causal=True))
-    codes = torch.randint(0, 255, (weight.numel() // 64, 64), device=dev, dtype=torch.uint8)
-    scale = torch.rand(codes.shape[0], 1, device=dev, dtype=dtype)
-    moved = codes.numel() * (1 + weight.element_size())
-    values["expand"] = moved / timer(lambda: codes.to(dtype).mul_(scale).add_(scale))
-
-
-def _cpu_attention(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
-    """Grouped heads folded into the query length, alone and while copies to the GPU run."""
-    # Larger than any processor's own caches: of 134 MB a part was found there on a 16-core machine, and 309 GB/s
-    # measured.
-    batch, kv_heads, head_dim, context = (256, 8, 128, 1024) if dev.type == "cuda" else (16, 8, 64, 1024)
-    cache = torch.randn(2, batch, kv_heads, context, head_dim, dtype=dtype)
-    size = cache.numel() * cache.element_size()
-
-    def attend(group: int) -> Callable[[], Tensor]:
-        query = torch.randn(batch, kv_heads, group, head_dim, dtype=dtype)
-        return lambda: torch.nn.functional.scaled_dot_product_attention(query, cache[0], cache[1])
-
-    host_timer = Timer(torch.device("cpu"), timer.seconds)
-    alone = [size / host_timer(attend(group)) for group in GROUPS]
-    # A larger group reads the cache no faster: the regression runs from the largest group down.
-    falling, errors["cpu_attention"] = fit_curve(GROUPS, alone[::-1])
-    values["cpu_attention"] = dataclasses.replace(falling, values=falling.values[::-1])
-    attention, link = _beside(dev, attend(1), size, 8 * timer.seconds)
-    # A machine that slows down one of two by chance must not report a speed-up.
-    values["cpu_attention_during_h2d"] = min(attention, values["cpu_attention"].values[0])
-    values["h2d_during_cpu_attention"] = min(link, values["h2d"])
-    values["host_bandwidth"] = max(values["host_bandwidth"], attention + link)
-
-
-def _beside(dev: torch.device, attend: Callable[[], Tensor], size: int, seconds: float) -> tuple[float, float]:
-    """(bytes a second attended, bytes a second copied) while both run."""
-    chunk = 64 * MIB
-    host = torch.empty(chunk, dtype=torch.uint8, pin_memory=dev.type == "cuda").fill_(1)
-    near = torch.empty(chunk, dtype=torch.uint8, device=dev)
-    stop = threading.Event()
-
-    def copy() -> float:
-        start, copied = time.perf_counter(), 0
-        while not stop.is_set() or not copied:
-            if dev.type == "cuda":
-                # Asleep while the copy engine works: spinning takes a core from the attention's threads, whose barriers
-                # wait for the slowest.
-                for _ in range(8):
-                    near.copy_(host, non_blocking=True)
-                done = torch.cuda.Event()
-                done.record()
-                while not done.query():
-                    time.sleep(0.0005)
-                copied += 8 * chunk
-            else:
-                near.copy_(host)
-                copied += chunk
-        return copied / (time.perf_counter() - start)
-
-    with ThreadPoolExecutor(1) as pool:
-        link = pool.submit(copy)
-        start, rounds = time.perf_counter(), 0
-        try:
-            while rounds < 3 or time.perf_counter() - start < seconds:
-                attend()
-                rounds += 1
-        finally:
-            stop.set()
-        return rounds * size / (time.perf_counter() - start), link.result()
-
-
-def _overheads(values: dict, dev: torch.device, timer: Timer) -> None:
-    """Launching the kernels of a tick without waiting for them, and choosing the next tokens of a pass."""
-    small = torch.ones(64, device=dev)
-    timer(lambda: small.add_(1))
-    start = time.perf_counter()
-    for _ in range(10 * OPS_PER_TICK):
-        small.add_(1)
-    values["launch_seconds"] = (time.perf_counter() - start) / 10
-    logits = torch.randn(64, 32000, device=dev)
-    values["pass_seconds"] = timer(lambda: logits.argmax(dim=-1).tolist())
-
-
-def _disk(values: dict, errors: dict[str, float], folder: Path, size: int) -> None:
-    reads, writes, latency = measure_disk(folder, size, seconds=8.0 if size > 256 * MIB else 4.0)
-    for name, results in (("disk_read", reads), ("disk_write", writes)):
-        blocks, seconds = zip(*results, strict=True)
-        if len(blocks) > 1:
-            fit = fit_rate(blocks, seconds)
-            values[name], errors[name] = fit.rate, fit.error
-        else:
-            values[name] = blocks[0] / seconds[0]
-    values["disk_read_seconds"] = latency
-
-
-def capacities(dev: torch.device, disk_folder: Path) -> dict[str, int]:
-    """What is there and free now; without a GPU, two thirds of the free memory are the compute device's tier and the
-    rest is the host's."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    disk = int(0.9 * shutil.disk_usage(disk_folder).free)
-    if dev.type == "cuda":
-        free, total = torch.cuda.mem_get_info(dev)
-        context = min(total - free, 2 * 2**30)
-        return {
-            "gpu_memory_bytes": total,
-            "gpu_reserved_bytes": context,
-            "cpu_memory_bytes": int(0.95 * available),
-            "cpu_reserved_bytes": 4 * 2**30,
-            "disk_bytes": disk,
-        }
-    return {"gpu_memory_bytes": available * 2 // 3, "cpu_memory_bytes": available // 4, "disk_bytes": disk}
-
-
-def kernels_of(name: str, device: str) -> dict[str, Any]:
-    """What the kernels of the engine reach on ``device``; empty for "none"."""
-    if name == "none":
-        return {}
-    from flexbatch.calibrate.kernels import kernel_rates  # with SciPy 0.4 s that --help does not need
-
-    return kernel_rates(device)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m flexbatch.calibrate.profile", description="Measure this machine for the policy optimizer."
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument(
-        "--offload-dir", type=Path, default=Path.cwd(), help="folder on the disk to measure (default: here)"
+        "--offload-dir",
+        type=Path,
+        default=Path.cwd(),
+        metavar="FOLDER",
+        help="folder on the disk to measure (default: here)",
     )
     parser.add_argument(
         "--kernels",
@@ -244,20 +48,48 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("engine", "none"),
         help="whose kernels are measured: the engine's, or torch's in their place (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
-    with data_apart():
-        return _write_profile(options)
+    return parser
 
 
-def _write_profile(options: argparse.Namespace) -> int:
+def check(options: argparse.Namespace) -> None:
+    """What needs no measurement. Raises ConfigurationError."""
+    check_device(options.device)
+    if options.output.is_dir() or not os.access(options.output.absolute().parent, os.W_OK):
+        raise ConfigurationError(f"--output {options.output}: no file can be written there")
+    if not options.offload_dir.is_dir():
+        raise ConfigurationError(f"--offload-dir {options.offload_dir} is no folder")
+
+
+def write_profile(options: argparse.Namespace) -> None:
+    import torch
+
+    from flexbatch.calibrate.measure import measure
+    from flexbatch.calibrate.profile_file import write_hardware
+
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()
-    hardware = measure(device, options.offload_dir, kernels_of(options.kernels, device))
+    kernels = {}
+    if options.kernels == "engine":
+        from flexbatch.calibrate.kernels import kernel_rates
+
+        kernels = kernel_rates(device)
+    hardware = measure(device, options.offload_dir, kernels)
     write_hardware(hardware, options.output)
     print(f"{hardware.name}: measured in {time.perf_counter() - start:.1f} s -> {options.output}", file=sys.stderr)
     for name, error in hardware.fit_error.items():
         print(f"  fit error of {name}: {error:.1%}", file=sys.stderr)
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    try:
+        check(options)
+        with data_apart():
+            write_profile(options)
+    except (ConfigurationError, OSError) as error:
+        print(f"flexbatch profile: {error}", file=sys.stderr)
+        return USAGE
+    return DONE
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from flexbatch.cli.settings import logger
+from flexbatch.policy.command_line import typed_words
 from flexbatch.policy.stdout import READER_GONE, data_apart
 from flexbatch.validation.errors import (
     CRASH,
@@ -45,8 +46,11 @@ def set_up_logging(level: str = "INFO", words: Sequence[str] | None = None) -> N
 
 
 def resume_command(command: Sequence[str]) -> str:
-    """The command line that goes on: the same one, without what would discard the output, and without credentials."""
-    return shlex.join(redacted_word(word) for word in command if word not in ("--overwrite", "--overwrite=true"))
+    """The command line that goes on: the same one, as somebody types it, without what would discard the output, and
+    without credentials."""
+    return shlex.join(
+        redacted_word(word) for word in typed_words(command) if word not in ("--overwrite", "--overwrite=true")
+    )
 
 
 def run_command(main: Callable[[TextIO], int | None], resume: str | None = None) -> int:

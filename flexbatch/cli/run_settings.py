@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexbatch.config import option
-from flexbatch.request import SamplingParams
 
 if TYPE_CHECKING:
     from flexbatch.models.generation_config import GenerationDefaults
+    from flexbatch.request import SamplingParams
 
 SYNTHETIC_PROMPT_LEN = 512
 

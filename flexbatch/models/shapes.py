@@ -5,6 +5,7 @@ from __future__ import annotations
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import read_arch
 from flexbatch.policy.shapes import SHAPES
+from flexbatch.policy.suggest import did_you_mean
 from flexbatch.validation.errors import CheckpointError
 
 
@@ -13,5 +14,8 @@ def shape(name: str) -> Arch:
     Raises CheckpointError with the names."""
     key = name.lower().rsplit("/", 1)[-1]
     if key not in SHAPES:
-        raise CheckpointError(f"no public shape {name!r} for --dummy-weights; known: {', '.join(SHAPES)}")
+        raise CheckpointError(
+            f"no public shape {name!r} for --dummy-weights"
+            f"{did_you_mean(key, SHAPES) or '; known: ' + ', '.join(SHAPES)}"
+        )
     return read_arch(SHAPES[key] | {"dtype": "float16"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from flexbatch.config import EngineConfig, parse_bytes
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.arch import Arch
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.units import size_text
 from flexbatch.validation.errors import ConfigurationError
+
+logger = logging.getLogger("flexbatch")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,9 +51,11 @@ def resolve_dtype(name: str, arch: Arch, device: torch.device) -> torch.dtype:
     return torch.float16 if arch.dtype == "float16" else torch.bfloat16
 
 
-def resolve_budgets(config: EngineConfig, device: torch.device, machine: Hardware | None = None) -> dict[str, int]:
+def resolve_budgets(
+    config: EngineConfig, device: torch.device, machine: Hardware | None = None, dry: bool = False
+) -> dict[str, int]:
     """Bytes of every tier, of this machine or of a named one. Without a GPU, gpu and cpu tier are the same memory:
-    half of what is available each."""
+    half of what is available each. What is given above what there is is capped, unless the plan is ``dry``."""
     given = {
         tier: parse_bytes(size)
         for tier, size in (("gpu", config.gpu_memory), ("cpu", config.cpu_memory))
@@ -63,19 +69,32 @@ def resolve_budgets(config: EngineConfig, device: torch.device, machine: Hardwar
         return {"gpu": gpu, "cpu": cpu, "disk": machine.disk_bytes, **given}
     available = host_memory_bytes()
     if device.type == "cuda":
-        gpu, cpu = int(torch.cuda.mem_get_info(device)[0] * 0.94), int(available * 0.9)
+        there = {"gpu": torch.cuda.mem_get_info(device)[0], "cpu": available}
+        free = {"gpu": int(there["gpu"] * 0.94), "cpu": int(available * 0.9)}
     else:
-        gpu = cpu = int(available * 0.45)
+        there = dict.fromkeys(("gpu", "cpu"), available)
+        free = dict.fromkeys(("gpu", "cpu"), int(available * 0.45))
     folder = offload_dir(config)
     while not folder.exists():
         folder = folder.parent
     space = os.statvfs(folder)
-    return {
-        "gpu": gpu,
-        "cpu": cpu,
-        "disk": space.f_bavail * space.f_frsize,
-        **given,
-    }
+    return {**free, "disk": space.f_bavail * space.f_frsize, **within(given, there, free, dry)}
+
+
+def within(given: dict[str, int], there: dict[str, int], free: dict[str, int], dry: bool) -> dict[str, int]:
+    """The budgets that were given, and ``free`` in the place of those above what is ``there``; each with a line in the
+    log. A plan that is not run (``dry``) may be for more memory than this machine has."""
+    budgets = dict(given)
+    for tier, size in given.items():
+        if size <= there[tier]:
+            continue
+        told = f"--{tier}-memory {size_text(size)} is more than the {size_text(there[tier])} that are free here"
+        if dry:
+            logger.warning("%s: the plan is for a machine that has it", told)
+        else:
+            logger.warning("%s: going on with %s", told, size_text(free[tier]))
+            budgets[tier] = free[tier]
+    return budgets
 
 
 def default_offload_dir() -> Path:

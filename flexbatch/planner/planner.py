@@ -50,7 +50,7 @@ class Planner:
         elsewhere = dry and named is not None and config.device == "auto"
         device = torch.device(named.device) if elsewhere and named else budgets.resolve_device(config.device)
         dtype = budgets.resolve_dtype(config.dtype, model.arch, device)
-        tiers = budgets.resolve_budgets(config, device, named if elsewhere else None)
+        tiers = budgets.resolve_budgets(config, device, named if elsewhere else None, dry)
         self._hardware = named
         self.offload_dir = budgets.offload_dir(config)
         self.profile_path = (

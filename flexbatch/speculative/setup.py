@@ -29,10 +29,10 @@ from flexbatch.speculative.draft import (
     SCORING_BYTES_PER_LOGIT,
     DraftModel,
 )
-from flexbatch.speculative.shapes import TreeSpec, parse_tree
 from flexbatch.speculative.sources import LookupSource, Source
 from flexbatch.speculative.speculator import AUTO_NODES, Speculator, fixed_plan
 from flexbatch.speculative.tree import Drawing
+from flexbatch.speculative.tree_spec import TreeSpec, parse_tree
 from flexbatch.validation.errors import ConfigurationError
 
 NGRAM = "ngram"

@@ -18,10 +18,11 @@ from flexbatch.execution.sequence import Sequence
 from flexbatch.request import TokenLogprob
 from flexbatch.speculative.controller import Controller, Situation
 from flexbatch.speculative.growth import TreePlan
-from flexbatch.speculative.shapes import TreeSpec, fixed_widths
+from flexbatch.speculative.shapes import fixed_widths
 from flexbatch.speculative.sources import Source
 from flexbatch.speculative.stochastic import RequestDraws, target_probabilities
 from flexbatch.speculative.tree import Drawing, TokenTree, merge
+from flexbatch.speculative.tree_spec import TreeSpec
 from flexbatch.speculative.verify import UNDRAWN, AcceptedPath, verify
 
 AUTO_NODES = 32

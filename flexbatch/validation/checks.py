@@ -3,13 +3,13 @@ instead."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
+from flexbatch.policy.suggest import nearest
 from flexbatch.validation.errors import ConfigurationError
 
 Check = Callable[[Any], Any]
@@ -43,8 +43,8 @@ def short(value: Any) -> str:
 def closest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the known one that looks like it, or all of them."""
     known = sorted(known)
-    matches = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(known)}"
+    found = nearest(name, known)
+    return f"; known are {', '.join(known)}" if found is None else f"; did you mean {found!r}?"
 
 
 def check_keywords(

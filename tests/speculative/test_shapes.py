@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.speculative.shapes import StaticTrees, TreeSpec, fixed_widths, parse_tree
+from flexbatch.speculative.shapes import StaticTrees, fixed_widths
 from flexbatch.speculative.tree import ROOT, TreeShape
+from flexbatch.speculative.tree_spec import TreeSpec, parse_tree
 from flexbatch.validation.errors import ConfigurationError
 
 

@@ -1,0 +1,34 @@
+"""Names of compute devices and dtypes, checked without torch, whose import takes ten seconds or more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexbatch.policy.suggest import did_you_mean
+from flexbatch.validation.errors import ConfigurationError
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")
+GPU_FILES = ("nvidiactl", "nvidia[0-9]*", "nvhost-ctrl*", "nvmap", "dxg", "kfd")
+"""In /dev, of the drivers for CUDA: of cards, of boards with one memory, below Windows, and ROCm's."""
+
+
+def check_device(name: str, device_folder: Path = Path("/dev")) -> None:
+    """Raises ConfigurationError for what is no device, and for a GPU on a machine that has no driver of one."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", name):
+        raise ConfigurationError(
+            f"device {name!r} is not known{did_you_mean(name, DEVICES)} (auto, cpu, cuda or cuda:N)"
+        )
+    if name.startswith("cuda") and not any(next(device_folder.glob(file), None) for file in GPU_FILES):
+        raise ConfigurationError(
+            f"device {name!r} was asked for, but this machine has no CUDA device (no driver of one is in "
+            f"{device_folder}); use --device cpu"
+        )
+
+
+def check_dtype(name: str, known: Sequence[str] = DTYPES) -> None:
+    """Raises ConfigurationError."""
+    if name != "auto" and name not in known:
+        raise ConfigurationError(f"dtype {name!r} is not known{did_you_mean(name, known)} (auto, {', '.join(known)})")
