@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import read_arch
-from flexbatch.policy.shapes import SHAPES
+from flexbatch.policy.shapes import SHAPES, find_shape
 from flexbatch.validation.errors import CheckpointError
 
 
 def shape(name: str) -> Arch:
-    """Arch of a public shape; upper case and an organisation before the name ("facebook/opt-30b") are ignored.
-    Raises CheckpointError with the names."""
-    key = name.lower().rsplit("/", 1)[-1]
-    if key not in SHAPES:
+    """Arch of a public shape; upper case, an organisation before the name ("facebook/opt-30b") and what answer-tuned
+    variants add are ignored. Raises CheckpointError with the names."""
+    key = find_shape(name)
+    if key is None:
         raise CheckpointError(f"no public shape {name!r} for --dummy-weights; known: {', '.join(SHAPES)}")
     return read_arch(SHAPES[key] | {"dtype": "float16"})
