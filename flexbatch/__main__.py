@@ -20,6 +20,12 @@ def _run() -> Main:
     return main
 
 
+def _plan() -> Main:
+    from flexbatch.cli.plan import main
+
+    return main
+
+
 def _batch() -> Main:
     from flexbatch.apps.batch import main
 
@@ -64,6 +70,7 @@ def _lm_eval() -> Main:
 
 COMMANDS: dict[str, tuple[Callable[[], Main], str]] = {
     "run": (_run, "the main job: prompts from a file through a model over the tiers"),
+    "plan": (_plan, "what a job would take on a machine one has or has not; no weights needed"),
     "batch": (_batch, "a resumable job from Parquet, JSON lines or CSV to Parquet"),
     "complete": (_complete, "a few prompts, or a chat, with the text as it comes"),
     "inspect": (_inspect, "what a model is, how it would be stored and what would fit where"),

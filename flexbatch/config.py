@@ -66,8 +66,8 @@ class EngineConfig:
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
     hardware: str = option(
         "auto",
-        "machine that the policy is chosen for: auto (measured at first use, then cached), t4, h200, cpu, or a JSON "
-        "file of flexbatch profile",
+        "machine that the policy is chosen for: auto (measured at first use, then cached), a shipped one (h200, cpu, "
+        '"RTX 4090", ...: see flexbatch plan), or a JSON file of flexbatch profile',
     )
     recalibrate: bool = option(False, "refine the machine's profile by what the run measures")
     draft: tuple[str, ...] | None = option(None, "draft models for speculation, or ngram", nargs="+")

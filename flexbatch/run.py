@@ -97,7 +97,7 @@ def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None
     if as_json:
         print(json.dumps({**report, **summary(plan)}, indent=2, default=str), file=data)
     else:
-        print(f"{explain(plan)}\n\n{tables.placement(report)}", file=data)
+        print(explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}"), file=data)
     if plot is not None:
         try:
             plot_plan(plan, plot)

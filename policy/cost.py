@@ -23,21 +23,21 @@ from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
-from flexbatch.policy.stages import PassStages, Stage
+from flexbatch.policy.stages import SERIAL, PassStages, Stage
 
 RESOURCES = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory", "cpu_attention", "host_memory")
-JOINT = {
-    "h2d + d2h": "h2d",
-    "disk_read + disk_write": "disk_read",
-    "h2d beside cpu_attention": "h2d",
-    "cpu_attention beside h2d": "cpu_attention",
-    "one micro-batch": "cpu_attention",
-    "h2d after expansion": "h2d",
-    "cpu_attention after expansion": "cpu_attention",
-    "cores": "gpu_compute",
-    "no overlap": "gpu_compute",
+JOINT: dict[str, tuple[str, ...]] = {
+    "h2d + d2h": ("h2d", "d2h"),
+    "disk_read + disk_write": ("disk_read", "disk_write"),
+    "h2d beside cpu_attention": ("h2d", "cpu_attention"),
+    "cpu_attention beside h2d": ("cpu_attention", "h2d"),
+    "one micro-batch": ("cpu_attention", "gpu_compute"),
+    "h2d after expansion": ("h2d", "gpu_compute"),
+    "cpu_attention after expansion": ("cpu_attention", "gpu_compute"),
+    "cores": ("gpu_compute", "cpu_attention", "h2d", "d2h"),
+    "no overlap": SERIAL,
 }
-"""Rows where resources slow each other, and the resource that is named when such a row limits."""
+"""Rows where resources slow each other or take turns, and these resources."""
 ROWS = RESOURCES + tuple(JOINT)
 
 
@@ -108,6 +108,16 @@ class PassModel:
         ahead = self._extra_launch_seconds(point) if self._launches_ahead else 0.0
         return self.launched(point) + total(
             s.count * np.maximum(slowest(s.seconds.values(), point), s.layer_ticks * ahead) for s in self.stages
+        )
+
+    def launching_seconds(self, point: np.ndarray) -> np.ndarray:
+        """Of each pass at a placement, what no resource is busy for: launching that nothing hides, and the part of
+        launching ahead that takes longer than the slowest resource."""
+        if not self._launches_ahead:
+            return self.launched(point)
+        ahead = self._extra_launch_seconds(point)
+        return self.launched(point) + total(
+            s.count * np.maximum(0.0, s.layer_ticks * ahead - slowest(s.seconds.values(), point)) for s in self.stages
         )
 
     def resource_seconds(self, point: np.ndarray) -> dict[str, np.ndarray]:

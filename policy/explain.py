@@ -4,11 +4,12 @@ more memory would buy."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from flexbatch.policy.footprint import KIND_LABELS
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import TIERS
-from flexbatch.policy.units import BINARY, FLOPS, fitting_unit, size_text
+from flexbatch.policy.units import BINARY, FLOPS, duration_text, fitting_unit, number_text, size_text
 
 
 def summary(plan: Plan) -> dict:
@@ -18,6 +19,8 @@ def summary(plan: Plan) -> dict:
     return {
         "model": plan.shape.name,
         "hardware": plan.hardware.name,
+        "hardware_origin": plan.hardware.origin,
+        "fits": not plan.missing,
         "predicted_tokens_per_second": plan.predicted_tokens_per_second,
         "bound_tokens_per_second": plan.bound_tokens_per_second,
         "fraction_of_bound": plan.fraction_of_bound,
@@ -42,6 +45,9 @@ def summary(plan: Plan) -> dict:
         "passes": plan.passes,
         "job_seconds": plan.seconds,
         "launch_seconds": plan.launch_seconds,
+        "first_answer_seconds": plan.first_answer_seconds,
+        "predicted_load_seconds": load_seconds(plan),
+        "disk_write_bytes": plan.disk_write_bytes,
         "resource_seconds": plan.resource_seconds,
         "resource_work": plan.work,
         "tokens_per_second_per_gib": plan.tokens_per_second_per_gib,
@@ -50,41 +56,135 @@ def summary(plan: Plan) -> dict:
     }
 
 
-def explain(plan: Plan) -> str:
-    """The plan for a reader; `memory_table` and `resource_table` are its two tables."""
-    policy, lines = plan.policy, []
-    lines.append(f"{plan.shape.name} on {plan.hardware.name}")
-    percent = " ".join(f"{x:.4g}" for x in policy.percent)
-    lines.append(
-        f"policy: percent {percent}, micro-batches {policy.gpu_batch_size} x {policy.num_gpu_batches}" + extras(plan)
-    )
-    lines += ["", *memory_table(plan), "", *resource_table(plan), ""]
-    slowed = f" ({plan.limiting_row})" if plan.limiting_row != plan.limiting_resource else ""
-    lines.append(
-        f"limited by {plan.limiting_resource}{slowed}; launching ticks {plan.launch_seconds:.4g} s of a pass of "
-        f"{plan.pass_seconds:.4g} s"
-    )
-    over = "the job" if plan.seconds is not None else "a job without end"
-    bound = f"bound {plan.bound_tokens_per_second:.4g} ({plan.fraction_of_bound:.1%} of bound)"
-    lines.append(f"predicted {plan.predicted_tokens_per_second:.4g} tok/s over {over}, {bound}")
-    if plan.seconds is not None:
-        lines.append(
-            f"the job: {plan.passes:.0f} passes, {plan.seconds:.4g} s; with a full block "
-            f"{plan.steady_tokens_per_second:.4g} tok/s"
-        )
-    if plan.machine_bound_tokens_per_second:
-        lines.append(
-            f"no policy on this machine can exceed {plan.machine_bound_tokens_per_second:.4g} tok/s with these bits "
-            "and lengths"
-        )
-    lines += what_more_memory_buys(plan)
-    if plan.missing:
-        lines.append(
-            "DOES NOT FIT: missing " + ", ".join(f"{size_text(size)} on {tier}" for tier, size in plan.missing.items())
-        )
-    if plan.linear_programs:
-        lines.append(f"search: {plan.linear_programs} linear programs in {plan.search_seconds:.1f} s")
+def explain(plan: Plan, placement: str | None = None, smaller_caches: Mapping[int, Plan] | None = None) -> str:
+    """The plan for a reader: first what it means for the job, in words, then the tables.
+
+    placement: the engine's exact table of where everything is; without it the plan's own `memory_table` is shown.
+    smaller_caches: what was planned with fewer bits of the cache, by these bits.
+    """
+    lines = [headline(plan), "", *in_words(plan, smaller_caches or {}), "", f"policy: {policy_text(plan)}", ""]
+    lines += [placement] if placement else memory_table(plan)
+    lines += ["", *resource_table(plan), "", *bounds(plan)]
     return "\n".join(lines)
+
+
+def headline(plan: Plan) -> str:
+    """The model, the machine, and whether the machine's rates were measured."""
+    hardware = plan.hardware
+    derived = ", its rates derived from published figures, not measured" if hardware.origin == "derived" else ""
+    return f"{plan.shape.name} on {hardware.name}{derived}"
+
+
+def job_text(plan: Plan) -> str:
+    prompt, output = plan.workload.columns
+    count = plan.workload.num_sequences
+
+    def lengths(tokens: Any) -> str:
+        low, high = round(min(tokens)), round(max(tokens))
+        return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+    prompts = "prompts without end" if count is None else f"{count:,} prompt{'s' if count > 1 else ''}"
+    return f"{prompts} of {lengths(prompt)} tokens, {lengths(output)} new tokens each"
+
+
+def in_words(plan: Plan, smaller_caches: Mapping[int, Plan]) -> list[str]:
+    """What a user wants to know first: whether it fits, how fast, how long, what limits and what would help."""
+    lines = [("It fits: " if not plan.missing else "IT DOES NOT FIT: ") + job_text(plan) + "."]
+    if plan.missing:
+        short = ", ".join(f"{size_text(size)} on the {tier} tier" for tier, size in plan.missing.items())
+        lines.append(said("missing", short))
+    rate, prompts = plan.predicted_tokens_per_second, prompt_rate(plan)
+    lines.append(said("speed", f"{number_text(rate)} new tokens/s, beside {number_text(prompts)} prompt tokens/s read"))
+    if plan.seconds is not None and plan.first_answer_seconds is not None:
+        per_pass = duration_text(plan.pass_seconds)
+        lines.append(said("this job", f"{duration_text(plan.seconds)}, in {plan.passes:,.0f} passes of {per_pass}"))
+        load = f"loading the model takes about {duration_text(load_seconds(plan))} before"
+        lines.append(said("first answer", f"after {duration_text(plan.first_answer_seconds)}; {load}"))
+    lines += [said("disk", disk_text(plan)), said("limited by", limit_text(plan))]
+    lines.append(said("1 GiB more", what_more_memory_buys(plan)))
+    lines += [said(f"{bits}-bit cache", compared(plan, other)) for bits, other in smaller_caches.items()]
+    return lines
+
+
+def said(what: str, text: str) -> str:
+    return f"  {what:14s}{text}"
+
+
+def prompt_rate(plan: Plan) -> float:
+    prompt, output = plan.workload.columns
+    return plan.predicted_tokens_per_second * float(prompt.sum() / output.sum())
+
+
+def load_seconds(plan: Plan) -> float:
+    """The checkpoint is read once, and what goes to the disk tier is written."""
+    hardware, shape = plan.hardware, plan.shape
+    stored = shape.total_bytes(plan.policy.weight_bits if shape.stored_block_bytes else 16)
+    return stored / hardware.disk_read + plan.disk_write_bytes["weights"] / hardware.disk_write
+
+
+def disk_text(plan: Plan) -> str:
+    written = plan.disk_write_bytes
+    over = "during the job" if plan.seconds is not None else "in every pass"
+    parts = [f"{size_text(written['weights'])} of weights once"] if written["weights"] else []
+    if written["cache and activations"]:
+        parts.append(f"{size_text(written['cache and activations'])} of cache and activations {over}")
+    return f"writes {' and '.join(parts)}" if parts else "writes nothing"
+
+
+LIMITS = {
+    "h2d": "the link from the host to the GPU",
+    "d2h": "the link from the GPU to the host",
+    "disk_read": "reading the disk",
+    "disk_write": "writing the disk",
+    "gpu_compute": "computing on the GPU",
+    "gpu_memory": "the GPU's memory bandwidth",
+    "cpu_attention": "attention on the CPU",
+    "host_memory": "the host's memory bandwidth",
+    "launch": "launching work and waiting in between, while no link and no processor is busy",
+}
+
+
+def limit_text(plan: Plan) -> str:
+    name = plan.limiting_resource
+    shared = "nothing overlaps" if plan.limiting_row == "no overlap" else f"beside what shares it ({plan.limiting_row})"
+    slowed = f"; {shared}" if plan.limiting_row != name != "launch" else ""
+    what = LIMITS[name]
+    if plan.hardware.device == "cpu":
+        what = what.replace("on the GPU", "the layers").replace("the GPU's", "the compute tier's")
+        what = what.replace("the link from the host to the GPU", "copies to the compute tier")
+        what = what.replace("the link from the GPU to the host", "copies from the compute tier")
+    return f"{what} ({name}), busy {plan.limiting_seconds / plan.pass_seconds:.0%} of the time{slowed}"
+
+
+def compared(plan: Plan, other: Plan) -> str:
+    """Another plan beside this one."""
+    change = other.predicted_tokens_per_second / plan.predicted_tokens_per_second - 1
+    if abs(change) < 0.01:
+        return "no faster"
+    took = f", {duration_text(other.seconds)} for the job" if other.seconds is not None else ""
+    return f"{number_text(other.predicted_tokens_per_second)} new tokens/s ({change:+.0%}){took}"
+
+
+def bounds(plan: Plan) -> list[str]:
+    """How near the plan is to what the machine could do, and how it was found."""
+    bound = number_text(plan.bound_tokens_per_second)
+    lines = [f"bound of this policy {bound} tokens/s, of which the plan reaches {plan.fraction_of_bound:.0%}"]
+    if plan.seconds is not None:
+        lines.append(f"with a full block {number_text(plan.steady_tokens_per_second)} tokens/s")
+    if plan.machine_bound_tokens_per_second:
+        limit = number_text(plan.machine_bound_tokens_per_second)
+        lines.append(f"no policy on this machine can exceed {limit} tokens/s with these bits and lengths")
+    if plan.linear_programs:
+        lines.append(f"found with {plan.linear_programs:,} linear programs in {duration_text(plan.search_seconds)}")
+    return lines
+
+
+def policy_text(plan: Plan) -> str:
+    policy = plan.policy
+    percent = " ".join(f"{x:.4g}" for x in policy.percent)
+    count = policy.num_gpu_batches
+    micro_batches = f"{count} micro-batches" if count > 1 else "one micro-batch"
+    return f"--percent {percent}, {micro_batches} of {policy.gpu_batch_size}" + extras(plan)
 
 
 def extras(plan: Plan) -> str:
@@ -121,24 +221,30 @@ def memory_table(plan: Plan) -> list[str]:
 
 def resource_table(plan: Plan) -> list[str]:
     """Demand, time and share of the pass for every resource, in the average pass."""
-    lines = [f"{'average pass':28s}{'demand':>16s}{'seconds':>10s}{'busy':>8s}"]
-    for name in plan.told_rows:
-        work, seconds = plan.work.get(name), plan.row_seconds[name]
+    head = f"average pass, {duration_text(plan.pass_seconds)}"
+    lines = [f"{head:28s}{'demand':>16s}{'time':>12s}{'busy':>8s}"]
+    for name in (*plan.told_rows, "launch"):
+        work = plan.work.get(name)
+        seconds = plan.launch_seconds if name == "launch" else plan.row_seconds[name]
         unit, size = fitting_unit(work or 0, FLOPS if name == "gpu_compute" else BINARY)
-        demand = f"{work / size:.3f} {unit}" if work else "-"
-        lines.append(f"{name:28s}{demand:>16s}{seconds:10.4f}{seconds / plan.pass_seconds:8.0%}")
+        demand, took = f"{work / size:,.2f} {unit}" if work else "-", duration_text(seconds) if seconds else "-"
+        lines.append(f"{name:28s}{demand:>16s}{took:>12s}{seconds / plan.pass_seconds:8.0%}")
     return lines
 
 
-def what_more_memory_buys(plan: Plan) -> list[str]:
-    """One line a tier that limits, from the duals of the linear program; they hold for the block's sizes as chosen."""
+def what_more_memory_buys(plan: Plan) -> str:
+    """From the duals of the linear program; they hold for the block's sizes as chosen."""
     gains = {
         tier: gain
         for tier, gain in plan.tokens_per_second_per_gib.items()
-        if gain > 1e-4 * plan.predicted_tokens_per_second
+        if gain > 1e-3 * plan.predicted_tokens_per_second
     }
     if not plan.tokens_per_second_per_gib:
-        return []
+        return "not known: the placement was given or found without a search"
     if not gains:
-        return ["1 GiB more on any tier buys nothing at this block size"]
-    return [f"1 GiB more on {tier} buys {gain:.3g} tok/s" for tier, gain in gains.items()]
+        return "on any tier buys nothing with a block of this size"
+    rate = plan.predicted_tokens_per_second
+    parts = [
+        f"on the {tier} tier buys {number_text(gain)} tokens/s ({gain / rate:+.1%})" for tier, gain in gains.items()
+    ]
+    return "; ".join(parts)

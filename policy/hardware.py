@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -122,6 +124,8 @@ class Hardware:
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
+    origin: str = "measured"
+    """"measured" on the machine, or "derived" from figures that others have published."""
     fit_error: dict = field(default_factory=dict)
     """Relative root-mean-square error of each fit."""
     source: dict = field(default_factory=dict)
@@ -130,6 +134,8 @@ class Hardware:
     def __post_init__(self) -> None:
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f'hardware {self.name!r}: device {self.device!r} must be "cuda" or "cpu"')
+        if self.origin not in ("measured", "derived"):
+            raise ValueError(f'hardware {self.name!r}: origin {self.origin!r} must be "measured" or "derived"')
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type not in ("int", "float"):
@@ -233,15 +239,50 @@ def read_hardware(path: Path) -> Hardware:
     return Hardware.from_json(path.read_text(encoding="utf-8"))
 
 
+NOT_TOLD_APART = "nvidia|geforce|tesla|gpu"
+"""Words that stand in a card's name and say nothing about which it is."""
+OTHER_NAMES = {
+    "3090": "rtx-3090",
+    "4090": "rtx-4090",
+    "5090": "rtx-5090",
+    **dict.fromkeys(("a100-80gb", "a100-sxm", "a100-sxm4", "a100-sxm4-80gb", "a100-sxm-80gb"), "a100"),
+    **dict.fromkeys(("a100-sxm4-40gb", "a100-sxm-40gb"), "a100-40gb"),
+    **dict.fromkeys(
+        ("h100-80gb", "h100-sxm", "h100-sxm5", "h100-80gb-hbm3", "h100-sxm-80gb", "h100-sxm5-80gb"), "h100"
+    ),
+    **dict.fromkeys(("h200-141gb", "h200-sxm", "h200-sxm5"), "h200"),
+    **dict.fromkeys(("t4-16gb",), "t4"),
+    **dict.fromkeys(("l4-24gb",), "l4"),
+}
+"""What a shipped machine's card is called elsewhere. A card of another kind (RTX 4090 Laptop, H100 PCIe) has other
+rates, and is none of these."""
+
+
+def shipped_names() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+def shipped_name(name: str) -> str | None:
+    """The shipped machine that "RTX 4090", "NVIDIA GeForce RTX 4090" or "rtx4090" stands for; None for others."""
+
+    def letters(text: str) -> str:
+        return re.sub(rf"{NOT_TOLD_APART}|[^a-z0-9]", "", text.lower())
+
+    known = {letters(shipped): shipped for shipped in shipped_names()}
+    known |= {letters(other): shipped for other, shipped in OTHER_NAMES.items()}
+    return None if "/" in name else known.get(letters(name))
+
+
 def load_hardware(name_or_path: str | Path) -> Hardware:
-    """A shipped machine by name ("t4", "h200", "cpu") or a JSON file. Raises FileNotFoundError that lists the
-    shipped names."""
-    path = SHIPPED / f"{name_or_path}.json"
+    """A shipped machine by name ("rtx-4090", "RTX 4090", "cpu") or a JSON file. Raises FileNotFoundError that lists
+    the shipped names."""
+    name = str(name_or_path)
+    shipped = shipped_name(name)
+    path = Path(name).expanduser() if shipped is None else SHIPPED / f"{shipped}.json"
     if not path.is_file():
-        path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
+        near = difflib.get_close_matches(name.lower(), shipped_names(), n=1)
         raise FileNotFoundError(
-            f"no hardware file {str(name_or_path)!r}; shipped: {shipped}; or a JSON file of flexbatch profile"
+            f"no machine and no file {name!r}{f'; did you mean {near[0]}?' if near else ''}; shipped: "
+            f"{', '.join(shipped_names())}; or a JSON file of flexbatch profile"
         )
     return read_hardware(path)

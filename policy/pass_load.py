@@ -103,6 +103,16 @@ class Lengths:
         return cls(**dict(zip(values, np.stack(list(values.values())).mean(axis=1).tolist(), strict=True)))
 
 
+def first_finish(workload: Workload, policy: Policy) -> int:
+    """Passes until the first sequence of a job has ended: prompts are read in their order, within the budget of each
+    pass."""
+    count = min(policy.block_size, workload.num_sequences or policy.block_size)
+    prompt, output = workload.columns[:, np.arange(count) % len(workload.lengths)]
+    budget = policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch
+    begun = np.floor((np.cumsum(prompt) - prompt) / budget)
+    return int(np.min(begun + np.ceil(prompt / policy.chunk) + np.ceil(output) - 1))
+
+
 def reserved_tokens(workload: Workload, policy: Policy) -> float:
     """Cache slots that an average sequence in flight holds."""
     lengths = Lengths.of(workload, policy)

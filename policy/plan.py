@@ -12,7 +12,7 @@ from flexbatch.policy.cost import JOINT, RESOURCES, PassModel
 from flexbatch.policy.footprint import capacity, peak_memory, shortfall
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.model_shape import ModelShape
-from flexbatch.policy.pass_load import PassLoad, steady_load, trajectory
+from flexbatch.policy.pass_load import PassLoad, first_finish, steady_load, trajectory
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.workload import Workload
 
@@ -45,6 +45,9 @@ class Plan:
     work: dict[str, float]
     """Bytes (FLOPs for gpu_compute) per resource in the average pass."""
     launch_seconds: float
+    """Of the average pass, what no resource is busy for."""
+    first_answer_seconds: float | None
+    """From the first pass to the end of the first sequence; None for a job without end."""
     memory: dict[str, dict[str, int]]
     """Peak bytes per tier and kind."""
     machine_bound_tokens_per_second: float | None = None
@@ -76,8 +79,31 @@ class Plan:
 
     @property
     def limiting_resource(self) -> str:
-        """The busiest resource, or "launch"; of a row where resources slow each other, the one that is slowed."""
-        return JOINT.get(self.limiting_row, self.limiting_row)
+        """The busiest resource, or "launch"; of a row where resources slow each other or take turns, the busiest of
+        them, and "launch" where the row is mostly waiting in between."""
+        return self._limit[0]
+
+    @property
+    def limiting_seconds(self) -> float:
+        """How long the limiting resource is busy in the average pass; of "launch", what is launched or waited for."""
+        return self._limit[1]
+
+    @property
+    def _limit(self) -> tuple[str, float]:
+        row = self.limiting_row
+        if row not in JOINT:
+            return row, self.launch_seconds if row == "launch" else self.row_seconds[row]
+        own = {name: self.row_seconds[name] for name in JOINT[row]}
+        busiest = max(own, key=lambda name: own[name])
+        waiting = self.row_seconds[row] - sum(own.values())
+        return ("launch", waiting + self.launch_seconds) if waiting > own[busiest] else (busiest, own[busiest])
+
+    @property
+    def disk_write_bytes(self) -> dict[str, int]:
+        """What the job writes to the disk: weights once, when they are loaded, and cache and activations as passes
+        bring them; of a job without end, those of one pass."""
+        weights = self.memory["disk"].get("weights", 0)
+        return {"weights": weights, "cache and activations": int(self.work["disk_write"] * self.passes)}
 
     @property
     def budgets(self) -> dict[str, int]:
@@ -110,7 +136,8 @@ def price(
     # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
     met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
     model, point = PassModel(shape, hardware, met, load), point_of(met)
-    total = float(np.sum(counts * model.pass_seconds(point)))
+    seconds = np.broadcast_to(model.pass_seconds(point), counts.shape)
+    total = float(np.sum(counts * seconds))
     bound = float(np.sum(counts * model.bound_seconds(point)))
     num_passes = float(counts.sum())
     steady, finished = steady_load(workload, policy)
@@ -130,6 +157,9 @@ def price(
             name: float(np.sum(counts * value)) / num_passes for name, value in model.resource_seconds(point).items()
         },
         work={name: float(np.sum(counts * value)) / num_passes for name, value in model.resource_work(point).items()},
-        launch_seconds=float(np.sum(counts * model.launched(point))) / num_passes,
+        launch_seconds=float(np.sum(counts * model.launching_seconds(point))) / num_passes,
+        first_answer_seconds=None
+        if workload.num_sequences is None
+        else float(np.cumsum(counts * seconds)[min(len(counts), first_finish(workload, policy)) - 1]),
         memory=peak_memory(shape, hardware, workload, met),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import dataclasses
+import re
 from typing import Any
 
 from flexbatch.policy.model_shape import ModelShape
@@ -85,6 +85,19 @@ LLAMA32 = {
     "tie_word_embeddings": True,
 }
 NEW_FALCON = {"new_decoder_architecture": True, "num_kv_heads": 8}
+LLAMA31 = {**LLAMA3, "max_position_embeddings": 131072, "rope_scaling": LLAMA31_ROPE}
+QWEN25 = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "eos_token_id": 151643,
+    "bos_token_id": 151643,
+}
+"""Qwen Team 2024, "Qwen2.5 technical report", and the authors' config.json."""
+QWEN3 = {**QWEN25, "model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 128}
+"""Qwen Team 2025, "Qwen3 technical report", table 1, and the authors' config.json."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "opt-125m": _opt(768, 12, 12),
@@ -101,11 +114,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-70b": _llama(8192, 28672, 80, 64, 8),
     "llama-3-8b": _llama(4096, 14336, 32, 32, 8, **LLAMA3),
     "llama-3-70b": _llama(8192, 28672, 80, 64, 8, **LLAMA3),
-    "llama-3.1-405b": _llama(
-        16384, 53248, 126, 128, 8, **{**LLAMA3, "max_position_embeddings": 131072, "rope_scaling": LLAMA31_ROPE}
-    ),
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, **LLAMA31),
+    "llama-3.1-70b": _llama(8192, 28672, 80, 64, 8, **LLAMA31),
+    "llama-3.1-405b": _llama(16384, 53248, 126, 128, 8, **LLAMA31),
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, **LLAMA32, head_dim=64),
     "llama-3.2-3b": _llama(3072, 8192, 28, 24, 8, **LLAMA32, head_dim=128),
+    "llama-3.3-70b": _llama(8192, 28672, 80, 64, 8, **LLAMA31),
+    "qwen2.5-7b": _llama(3584, 18944, 28, 28, 4, **QWEN25),
+    "qwen2.5-14b": _llama(5120, 13824, 48, 40, 8, **QWEN25),
+    "qwen2.5-32b": _llama(5120, 27648, 64, 40, 8, **QWEN25),
+    "qwen2.5-72b": _llama(8192, 29568, 80, 64, 8, **QWEN25),
+    "qwen3-8b": _llama(4096, 12288, 36, 32, 8, **QWEN3),
+    "qwen3-14b": _llama(5120, 17408, 40, 40, 8, **QWEN3),
+    "qwen3-32b": _llama(5120, 25600, 64, 64, 8, **QWEN3),
     "mistral-7b": _llama(
         4096, 14336, 32, 32, 8, model_type="mistral", max_position_embeddings=32768, sliding_window=4096
     ),
@@ -128,48 +149,57 @@ SHAPES: dict[str, dict[str, Any]] = {
 """By name: entries of config.json as the authors published them."""
 
 
-def names() -> list[str]:
-    """Those whose sizes `public_shape` can tell without a family's reader: OPT with plain embeddings, and Llama."""
-    return [
-        name
-        for name, config in SHAPES.items()
-        if config["model_type"] == "llama" or config.get("word_embed_proj_dim") == config.get("hidden_size", 0)
-    ]
+VARIANTS = re.compile(r"-(instruct|chat|base|hf|it)(?=-|$)|^meta-(?=llama)|-v0\.[12](?=-|$)")
+"""What names of the same sizes have besides: meta-llama/Llama-3.1-70B-Instruct is a llama-3.1-70b."""
+
+
+def find_shape(name: str) -> str | None:
+    """The public shape that a name stands for; upper case, an organisation before it and what an answer-tuned variant
+    adds are ignored."""
+    key = VARIANTS.sub("", name.lower().rsplit("/", 1)[-1])
+    return key if key in SHAPES else None
 
 
 def public_shape(name: str) -> ModelShape:
-    """Raises ValueError that lists the known names."""
-    key = name.lower().rsplit("/", 1)[-1]
-    if key not in names():
-        raise ValueError(
-            f"no public shape {name!r}; known: {', '.join(names())}; or a JSON file with the fields of ModelShape"
-        )
+    """Sizes of a public model without a family's reader. Raises ValueError that lists the known names."""
+    key = find_shape(name)
+    if key is None:
+        raise ValueError(f"no public shape {name!r}; known: {', '.join(SHAPES)}")
     config = SHAPES[key]
-    layers, hidden, heads = (config[f] for f in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    if config["model_type"] == "opt":
+    kind, layers = config["model_type"], config.get("num_hidden_layers", config.get("n_layer"))
+    hidden, heads = (
+        config.get("hidden_size", config.get("n_embd")),
+        config.get("num_attention_heads", config.get("n_head")),
+    )
+    common = {
+        "name": key,
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "vocab_size": config["vocab_size"],
+    }
+    if kind == "opt":
         # Its tables are tied, positions learned, with two more than the context.
-        positions = config["max_position_embeddings"] + 2
-        sizes = key, layers, hidden, heads, config["ffn_dim"], config["vocab_size"]
-        return ModelShape.from_sizes(*sizes, tied=True, positions=positions)
+        positions, inner = config["max_position_embeddings"] + 2, config["ffn_dim"]
+        shape = ModelShape.from_sizes(**common, intermediate_size=inner, tied=True, positions=positions)
+        width = config["word_embed_proj_dim"]
+        if width == hidden:
+            return shape
+        # A narrower table, with a projection on either side.
+        table, projection = config["vocab_size"] * width, width * hidden
+        embedding = (*shape.embedding_tensors, projection)
+        return dataclasses.replace(shape, head_tensors=(table, projection), embedding_tensors=embedding)
+    if kind == "gpt_bigcode":
+        sizes = {"intermediate_size": config["n_inner"], "positions": config["n_positions"]}
+        return ModelShape.from_sizes(**common, **sizes, num_kv_heads=1, tied=True)
+    if kind == "falcon":
+        kv_heads = config.get("num_kv_heads", 1)
+        return ModelShape.from_sizes(**common, intermediate_size=4 * hidden, num_kv_heads=kv_heads, tied=True)
     return ModelShape.from_sizes(
-        key,
-        layers,
-        hidden,
-        heads,
-        config["intermediate_size"],
-        config["vocab_size"],
+        **common,
+        intermediate_size=config["intermediate_size"],
         num_kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim"),
         mlp_matrices=3,
         tied=config.get("tie_word_embeddings", False),
     )
-
-
-def load_shape(name_or_path: str) -> ModelShape:
-    """A public shape by name or a JSON file. Raises ValueError."""
-    path = Path(name_or_path).expanduser()
-    if path.suffix != ".json":
-        return public_shape(name_or_path)
-    try:
-        return ModelShape.from_dict(json.loads(path.read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"model shape {name_or_path}: {error}") from error

@@ -30,6 +30,27 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / size:.3f} {unit}"
 
 
+def duration_text(seconds: float) -> str:
+    """ "0.25 ms", "3.4 s", "4 min 10 s", "5 h 54 min", "6.6 days": with two or three digits that count."""
+    if seconds < 59.95:
+        value, unit = (seconds * 1e3, "ms") if seconds < 1 else (seconds, "s")
+        return f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.3g} {unit}"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
+    return f"{minutes / (24 * 60):,.1f} days"
+
+
+def number_text(value: float) -> str:
+    """ "0.0043", "1.02", "18.2", "12,345": three digits that count, and no powers of ten."""
+    if value >= 0.995:
+        return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    return f"{float(f'{value:.2g}'):f}".rstrip("0").rstrip(".")
+
+
 def parse_size(text: str) -> int:
     """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or ``"1073741824"``. Raises ValueError; for a bare number that
     is too small to be one of bytes it asks for the unit."""

@@ -113,11 +113,15 @@ def _setting(field: dataclasses.Field, hint: Any) -> Setting:
     return Setting(field.name, field.default, kind, many, field.metadata)
 
 
-def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
-    """A flag for every field, in the group that shows it (`help.GROUPS`), else in ``title``. What is not on the command
-    line is absent from the namespace, so that lower sources can speak."""
+def add_arguments(
+    parser: argparse.ArgumentParser, config_class: type, title: str, only: Sequence[str] | None = None
+) -> None:
+    """A flag for every field, or for those in ``only``, in the group that shows it (`help.GROUPS`), else in ``title``.
+    What is not on the command line is absent from the namespace, so that lower sources can speak."""
     own = None if isinstance(parser, Parser) else parser.add_argument_group(title)
     for setting in settings_of(config_class):
+        if only is not None and setting.name not in only:
+            continue
         group: Any = parser.group_of(setting.name, title) if isinstance(parser, Parser) else own
         extra = {key: value for key, value in setting.metadata.items() if key not in ("help", "aliases")}
         names = (setting.flag, *setting.metadata.get("aliases", ()))

@@ -34,24 +34,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def placement(report: Mapping[str, Any]) -> str:
-    """Requested and realized shares of every kind of tensor on every tier, and the memory that goes with them."""
+    """The settings of the policy, and where everything is."""
+    policy = report["policy"]
+    sizes = ("gpu_batch_size", "num_gpu_batches", "weight_bits", "cache_bits", "prefill_chunk", "overlap")
+    settings = ", ".join(f"{name.replace('_', ' ')} {policy[name]}" for name in sizes)
+    return f"placement ({settings}, cpu attention {policy['cpu_attention']:.0%})\n{shares(report)}\n{memory(report)}"
+
+
+def shares(report: Mapping[str, Any]) -> str:
+    """Requested and realized shares of every kind of tensor on every tier; before a run only the weights are
+    placed."""
     policy, realized = report["policy"], report["realized_percent"]
     rows = []
     for kind in ("weights", "cache", "activations"):
         asked = [f"{100 * policy[kind][tier]:.1f}" for tier in TIERS]
         rows.append([kind, *asked, *(f"{realized[kind][tier]:.1f}" if realized.get(kind) else "-" for tier in TIERS)])
-    shares = table(["% of", *TIERS, *(f"real {tier}" for tier in TIERS)], rows)
-    sizes = (
-        "gpu_batch_size",
-        "num_gpu_batches",
-        "weight_bits",
-        "cache_bits",
-        "prefill_chunk",
-        "cpu_attention",
-        "overlap",
-    )
-    settings = ", ".join(f"{name.replace('_', ' ')} {policy[name]}" for name in sizes)
-    return f"placement ({settings})\n{shares}\n{memory(report)}"
+    return table(["% of", *TIERS, *(f"real {tier}" for tier in TIERS)], rows)
 
 
 def memory(report: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,11 @@ import torch
 from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
+from flexbatch.models.described import Description
 from flexbatch.models.dummy import dummy
+from flexbatch.models.packed import BITS, read_packing
+from flexbatch.models.specs import weight_specs
+from flexbatch.validation.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,33 @@ class OpenModel:
         for piece in dummy(self.arch, seed, dtype):
             if (piece.layer, piece.role) not in skip:
                 yield piece
+
+
+@dataclass(frozen=True)
+class PlannedModel(OpenModel):
+    """A model of which config.json alone is known: to plan for, not to run."""
+
+    described: Description
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return None
+
+    @cached_property
+    def prequantized(self) -> dict[str, tuple[int, int]]:
+        """By the weights' headers where they are there; else every matrix of a layer is taken to be quantized."""
+        packing = read_packing(self.described.config)
+        if packing is None:
+            return {}
+        if self.described.folder is not None:
+            with contextlib.suppress(CheckpointError):
+                return checkpoint.prequantized(self.described.folder, self.arch)
+        matrices = [spec for spec in weight_specs(self.arch) if spec.layer == 0 and len(spec.shape) == 2]
+        return {spec.role: (BITS, packing.group_of(spec.shape[1])) for spec in matrices}
+
+
+def planned_model(described: Description) -> PlannedModel:
+    return PlannedModel(described.name, None, described.arch, described)
 
 
 def open_model(name: str, dummy_weights: bool = False) -> OpenModel:

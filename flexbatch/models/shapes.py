@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import read_arch
-from flexbatch.policy.shapes import SHAPES
+from flexbatch.policy.shapes import SHAPES, find_shape
 from flexbatch.policy.suggest import did_you_mean
 from flexbatch.validation.errors import CheckpointError
 
 
 def shape(name: str) -> Arch:
-    """Arch of a public shape; upper case and an organisation before the name ("facebook/opt-30b") are ignored.
-    Raises CheckpointError with the names."""
-    key = name.lower().rsplit("/", 1)[-1]
-    if key not in SHAPES:
-        raise CheckpointError(
-            f"no public shape {name!r} for --dummy-weights"
-            f"{did_you_mean(key, SHAPES) or '; known: ' + ', '.join(SHAPES)}"
-        )
+    """Arch of a public shape; upper case, an organisation before the name ("facebook/opt-30b") and what answer-tuned
+    variants add are ignored. Raises CheckpointError with the names."""
+    key = find_shape(name)
+    if key is None:
+        told = did_you_mean(name.lower().rsplit("/", 1)[-1], SHAPES) or f"; known: {', '.join(SHAPES)}"
+        raise CheckpointError(f"no public shape {name!r} for --dummy-weights{told}")
     return read_arch(SHAPES[key] | {"dtype": "float16"})

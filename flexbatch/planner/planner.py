@@ -36,17 +36,23 @@ class Planner:
     put them.
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it
-    is described. ``model``: the configured one, where it is open already. Raises DoesNotFitError when the job, or
+    is described; ``hardware`` is such a machine that no name stands for. ``model``: the configured one, where it is
+    open already. Raises DoesNotFitError when the job, or
     without one the smallest request, does not fit the budgets.
     """
 
     def __init__(
-        self, config: EngineConfig, job: Job | None = None, dry: bool = False, model: OpenModel | None = None
+        self,
+        config: EngineConfig,
+        job: Job | None = None,
+        dry: bool = False,
+        model: OpenModel | None = None,
+        hardware: Hardware | None = None,
     ) -> None:
         self.config, self.dry = config, dry
         self.generation = generation_of(config, model.folder if model else None)
         model = model or open_model(config.model, config.dummy_weights)
-        named = machine.named(config.hardware)
+        named = hardware or machine.named(config.hardware)
         elsewhere = dry and named is not None and config.device == "auto"
         device = torch.device(named.device) if elsewhere and named else budgets.resolve_device(config.device)
         dtype = budgets.resolve_dtype(config.dtype, model.arch, device)

@@ -18,19 +18,8 @@ from flexbatch.policy.stdout import READER_GONE, data_apart
 ROOT = Path(__file__).parents[2]
 NOISE = Path(__file__).parent / "noise"
 SMALL = ["--device", "cpu", "--hardware", "cpu", "--gpu-memory", "256MiB", "--cpu-memory", "64MiB"]
-POLICY = [
-    "-m",
-    "flexbatch.policy",
-    "--hardware",
-    "cpu",
-    "--model-shape",
-    "opt-125m",
-    "--gpu-batch-size",
-    "4",
-    "--num-gpu-batches",
-    "1",
-]
-PRICED = [*POLICY, "--percent", "100", "0", "100", "0", "100", "0"]
+PRICED = ["-m", "flexbatch", "plan", "opt-125m", "--gpu", "cpu", "--gpu-batch-size", "4", "--num-gpu-batches", "1"]
+PRICED += ["--percent", "100", "0", "100", "0", "100", "0", "--cpu-attention", "0", "--prefill-chunk", "64"]
 
 
 def python(*words: str, noisy: bool = False, **options) -> subprocess.CompletedProcess[str]:
@@ -139,7 +128,7 @@ def test_nothing_that_a_command_module_imports_at_once_is_a_library() -> None:
         "{{'flexbatch'}}))"
     )
     names = [load().__module__ for load, _ in COMMANDS.values()]
-    names += ["flexbatch.policy.__main__", "flexbatch.__main__"]
+    names += ["flexbatch.__main__"]
     done = python("-c", code.format(names=names))
     assert done.returncode == 0, done.stderr
     assert ast.literal_eval(done.stdout) == []

@@ -1,0 +1,270 @@
+"""The command `flexbatch plan`: what a job would take on a machine that one has, or does not have.
+
+    flexbatch plan llama-3.1-70b --gpu "RTX 4090" --cpu-memory 64GiB --num-prompts 10000
+    flexbatch plan ./config.json --gpu h100 --weight-bits 4 --sweep gpu_memory=16GiB:80GiB:5 --plot memory.png
+
+MODEL is a public shape, a Hugging Face config.json, a folder that holds one, or a Hub id, of which nothing but
+config.json is fetched; neither weights nor a tokenizer are read. The plan goes to stdout. It is the plan that
+`flexbatch run` would follow on such a machine with such prompts. Exit code 4: it does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from flexbatch.cli import tables
+from flexbatch.cli.command import run_command, set_up_logging
+from flexbatch.cli.settings import Parser, add_arguments, read_settings
+from flexbatch.config import EngineConfig, option, parse_bytes
+from flexbatch.policy.stdout import run_process
+from flexbatch.validation.errors import DONE, ConfigurationError
+
+if TYPE_CHECKING:
+    from flexbatch.execution.job import Job
+    from flexbatch.models.described import Description
+    from flexbatch.planner.planner import Planner
+    from flexbatch.policy.hardware import Hardware
+    from flexbatch.policy.plan import Plan
+    from flexbatch.policy.whatif import SweepRequest
+
+PLANNED = (
+    *("gpu_memory", "cpu_memory", "weight_bits", "cache_bits", "allow_bits", "percent", "gpu_batch_size"),
+    *("num_gpu_batches", "cpu_attention", "prefill_chunk", "prefill_budget", "overlap", "dtype"),
+)
+"""The engine's settings that change a plan."""
+MORE = 2**30
+"""Bytes of which the plan says what they would buy."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The job, and what is shown of its plan."""
+
+    prompt_len: tuple[int, ...] = option(
+        (512,), "tokens of a prompt; several are taken as equally likely", nargs="+", metavar="N"
+    )
+    max_tokens: tuple[int, ...] = option(
+        (128,),
+        "tokens to generate for a prompt; several are taken as equally likely",
+        nargs="+",
+        metavar="N",
+        aliases=("--gen-len",),
+    )
+    num_prompts: int = option(10_000, "prompts of the job")
+    disk: str | None = option(
+        None, "free space of the disk, with --gpu (default: that of the machine's profile)", metavar="SIZE"
+    )
+    json: bool = option(False, "print the plan as one JSON document")
+    plot: str | None = option(
+        None, "draw time per resource and memory per tier, or with --sweep throughput against memory", metavar="PNG"
+    )
+    sweep: str | None = option(
+        None, "what other memory would give, e.g. gpu_memory=8GiB:48GiB:5", metavar="KIND=FIRST:LAST:STEPS"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_len", "max_tokens", "num_prompts"):
+            values = getattr(self, name)
+            if min((values,) if isinstance(values, int) else values or (0,)) < 1:
+                raise ConfigurationError(f"--{name.replace('_', '-')} {values} must be at least 1")
+        if self.disk is not None:
+            parse_bytes(self.disk)
+
+    def job(self, context: int) -> Job:
+        """As many prompts as asked for, of all pairs of lengths in turn. Raises ConfigurationError."""
+        from flexbatch.execution.job import Job
+
+        longest = max(self.prompt_len) + max(self.max_tokens)
+        if longest > context:
+            raise ConfigurationError(
+                f"--prompt-len {max(self.prompt_len)} and --max-tokens {max(self.max_tokens)} make {longest} tokens, "
+                f"more than the model's context of {context}: lower one of them"
+            )
+        pairs = itertools.cycle(itertools.product(self.prompt_len, self.max_tokens))
+        return Job.of(itertools.islice(pairs, self.num_prompts), context)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        prog="flexbatch plan",
+        description=description,
+        epilog=rest,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a public shape, a config.json, a folder, or a Hub id")
+    parser.add_argument(
+        "--gpu",
+        "--hardware",
+        dest="hardware",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help='the machine: a card such as "RTX 4090" or h100 in a common host, cpu, or a JSON file of '
+        "flexbatch.calibrate.profile (default: this machine)",
+    )
+    add_arguments(parser, PlanConfig, "job and output")
+    add_arguments(parser, EngineConfig, "engine", PLANNED)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings: any flag by its name")
+    return parser
+
+
+def chosen_hardware(engine: EngineConfig, config: PlanConfig) -> Hardware | None:
+    """The machine that is named, None for this one. Raises ConfigurationError."""
+    from flexbatch.policy.hardware import load_hardware
+
+    if engine.hardware == "auto":
+        if config.disk is not None:
+            raise ConfigurationError(
+                f"--disk {config.disk} is for a machine that --gpu names; of this machine the free space counts"
+            )
+        return None
+    try:
+        hardware = load_hardware(engine.hardware)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--gpu {engine.hardware}: {error}") from error
+    return hardware.with_memory(disk=None if config.disk is None else parse_bytes(config.disk))
+
+
+def check_plot(path: str | None) -> None:
+    """Raises ConfigurationError before anything is planned that could not be drawn."""
+    if path is None:
+        return
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigurationError(f"--plot {path}: its folder does not exist")
+    from flexbatch.policy.whatif import pyplot
+
+    try:
+        pyplot()
+    except ImportError as error:
+        raise ConfigurationError(f"--plot {path}: {error}") from error
+
+
+def command(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) -> int:
+    """Everything after parsing; returns the exit code. What needs no torch is checked before it is imported."""
+    engine, config = read_settings([EngineConfig, PlanConfig], args, environ, args.config)
+    hardware = chosen_hardware(engine, config)
+    request = sweep_request(config.sweep)
+    check_plot(config.plot)
+    from flexbatch.models.described import describe
+
+    described = describe(engine.model)
+    job = config.job(described.arch.max_positions)
+    if request is not None:
+        # Where the largest size does not hold the job, none does.
+        largest = dataclasses.replace(engine, **{request.kind: request.last})
+        print_sweep(request, planner_of(largest, described, job, hardware), config, data)
+        return DONE
+    planner = planner_of(engine, described, job, hardware)
+    report = planner.describe(job)
+    plan = with_more_memory(planner, report.pop("plan"))
+    caches = smaller_caches(planner, plan)
+    if config.json:
+        from flexbatch.policy.explain import summary
+
+        smaller = {str(bits): summary(other) for bits, other in caches.items()}
+        print(json.dumps({**report, **summary(plan), "smaller_caches": smaller}, indent=2, default=str), file=data)
+    else:
+        from flexbatch.policy.explain import explain
+
+        print(explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}", caches), file=data)
+    if config.plot is not None:
+        from flexbatch.policy.whatif import plot_plan
+
+        plot_plan(plan, config.plot)
+    return DONE
+
+
+def planner_of(engine: EngineConfig, described: Description, job: Job, hardware: Hardware | None) -> Planner:
+    """The engine's own planner, for a model of which config.json alone is known. Raises DoesNotFitError."""
+    from flexbatch.models.opened import planned_model
+    from flexbatch.planner.planner import Planner
+
+    # Sampling settings and drafts need more of a model than its sizes, and change no placement.
+    engine = dataclasses.replace(engine, model=described.name, generation_config="none", draft=None, tree=None)
+    return Planner(engine, job, dry=True, model=planned_model(described), hardware=hardware)
+
+
+def with_more_memory(planner: Planner, plan: Plan) -> Plan:
+    """The plan with what a GiB more would buy, also where no linear program said it."""
+    if plan.tokens_per_second_per_gib or planner.problem.is_fixed:
+        return plan
+    gains = {}
+    for tier in ("gpu", "cpu"):
+        room = {**planner.problem.budgets, tier: planner.problem.budgets[tier] + MORE}
+        other = searched_again(planner, room)
+        gains[tier] = max(0.0, other.predicted_tokens_per_second - plan.predicted_tokens_per_second) if other else 0.0
+    return dataclasses.replace(plan, tokens_per_second_per_gib=gains)
+
+
+def smaller_caches(planner: Planner, plan: Plan) -> dict[int, Plan]:
+    """What the next smaller bits of the cache would give, by these bits."""
+    bits = plan.policy.cache_bits // 2
+    if bits < 4:
+        return {}
+    config = dataclasses.replace(planner.config, cache_bits=bits, allow_bits=None)
+    other = searched_again(planner, planner.problem.budgets, config)
+    return {} if other is None else {bits: other}
+
+
+def searched_again(planner: Planner, room: dict[str, int], config: EngineConfig | None = None) -> Plan | None:
+    """The optimizer's plan for other memory or settings; None where nothing fits."""
+    from flexbatch.planner.choose import without_reserves
+    from flexbatch.planner.problem import constraints_of, workload_of
+    from flexbatch.policy.optimizer import choose
+    from flexbatch.policy.plan import DoesNotFit
+
+    problem = dataclasses.replace(planner.problem, config=config or planner.config)
+    hardware = without_reserves(planner.hardware)
+    try:
+        return choose(problem.shape, hardware, workload_of(problem.job), constraints_of(problem, room))
+    except DoesNotFit:
+        return None
+
+
+def sweep_request(text: str | None) -> SweepRequest | None:
+    """What --sweep asks for. Raises ConfigurationError."""
+    if text is None:
+        return None
+    from flexbatch.policy.whatif import SweepRequest
+
+    try:
+        return SweepRequest.parse(text, parse_bytes)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def print_sweep(request: SweepRequest, planner: Planner, config: PlanConfig, data: TextIO) -> None:
+    """--sweep: throughput against the memory of one tier."""
+    from flexbatch.planner.choose import without_reserves
+    from flexbatch.planner.problem import constraints_of, workload_of
+    from flexbatch.policy.explain import summary
+    from flexbatch.policy.whatif import plot_sweep, sweep, sweep_table
+
+    problem = planner.problem
+    constraints = constraints_of(problem, problem.budgets)
+    plans = sweep(problem.shape, without_reserves(planner.hardware), workload_of(problem.job), constraints, request)
+    rows = [{"bytes": size, "plan": summary(plan) if plan else None} for size, plan in plans]
+    print(json.dumps(rows, indent=1) if config.json else sweep_table(request, plans), file=data)
+    if config.plot is not None:
+        plot_sweep(request, plans, config.plot)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = make_parser().parse_args(argv)
+    set_up_logging("WARNING", argv)  # what was chosen is the command's own output
+    return run_command(lambda data: command(args, os.environ, data))
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(main))
