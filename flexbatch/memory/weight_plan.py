@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexbatch.kernels import reference
-from flexbatch.memory.balancer import spread
 from flexbatch.memory.files import ALIGNMENT, align
 from flexbatch.models.arch import Arch
 from flexbatch.models.specs import WeightSpec, weight_specs
+from flexbatch.policy.balancer import spread
 from flexbatch.policy.policy import TIERS, Split
 
 SLAB_ALIGNMENT = 256
