@@ -85,6 +85,15 @@ class WeightPlan:
     def all_tensors(self) -> tuple[PlacedTensor, ...]:
         return (*self.gathered, *self.resident, *(tensor for layer in self.layers for tensor in layer))
 
+    @cached_property
+    def groups(self) -> dict[int, tuple[PlacedTensor, ...]]:
+        """What is allocated together: the tensors of every layer, and as -1 those outside of any."""
+        return {**dict(enumerate(self.layers)), -1: (*self.gathered, *self.resident)}
+
+    def group_bytes(self, layer: int, tier: str) -> int:
+        """What one of the `groups` takes on a tier."""
+        return sum(align(each.num_bytes, slab_alignment(tier)) for each in self.groups[layer] if each.tier == tier)
+
     def layer_bytes(self, layer: int, tier: str) -> int:
         """Length of the slab of one layer on one tier."""
         return self.slab_lengths[tier][layer]
