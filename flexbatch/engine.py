@@ -271,6 +271,8 @@ class LLM:
             **self.statistics.describe(),
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
         }
+        if self._loop.job_record is not None:
+            report["job"] = self._loop.job_record.describe(self.planner.known_hardware)
         if self.prediction:
             report["prediction"] = {**self.prediction, "replans": list(self.replans)}
         if self.speculator is not None:

@@ -28,6 +28,7 @@ from flexbatch.execution.sequence import Sequence
 from flexbatch.intake import Intake, completion_of
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.comparison import Comparison, Turn, turns
+from flexbatch.planner.forecast import Expected, JobRecord
 from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import FailureLog, Statistics
@@ -61,6 +62,8 @@ class EngineLoop:
         self.replans: list[str] = []
         self.monitor: PlanMonitor | None = None
         """The monitor of the last run that had a plan."""
+        self.job_record: JobRecord | None = None
+        """The record of the last job that was known whole when it began, and ran without drafts."""
         self.failures = FailureLog()
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
@@ -107,7 +110,14 @@ class EngineLoop:
         mine = ((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs)
         return Job.of(chain(lengths, mine), context)
 
-    def begin(self, runner: Runner, arrivals: Iterator[Sequence | None], proposer: Proposer | None) -> None:
+    def begin(
+        self,
+        runner: Runner,
+        arrivals: Iterator[Sequence | None],
+        proposer: Proposer | None,
+        whole_job: Job | None = None,
+    ) -> None:
+        """whole_job: what will run, where that is known."""
         capacity = self.capacity
         self.end()
         self.scheduler = Scheduler(
@@ -120,6 +130,9 @@ class EngineLoop:
             capacity.reach,
         )
         self.observers = [self.statistics, self.intake, self.failures]
+        if whole_job is not None and proposer is None:
+            self.job_record = JobRecord(Expected(self.planner.engine_plan, whole_job, runner.sizes))
+            self.observers.append(self.job_record)
         monitor = self.plan_monitor(runner)
         if monitor is not None:
             self.monitor = monitor
@@ -189,7 +202,8 @@ class EngineLoop:
         """The completion of every request of a job, as it ends; the caller delivers it. Raises ConfigurationError for
         one that no block holds."""
         with self.ending():
-            self.begin(self.capacity.prepare(self.job(requests)), self.intake.arrivals(), proposer)
+            job = self.job(requests)
+            self.begin(self.capacity.prepare(job), self.intake.arrivals(), proposer, job)
             self.intake.add_requests(requests)
             while self.intake:
                 for sequence in self.advance(complete=True):

@@ -16,7 +16,7 @@ from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import fixed_fractions
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import Lengths
-from flexbatch.policy.plan import Plan
+from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import Constraints, Policy
 from flexbatch.policy.rounding import does_not_fit
 from flexbatch.policy.search import Search
@@ -35,6 +35,8 @@ CLIMB = 60
 WITHIN_REACH = 0.85
 """A grid point that reaches this share of the rate that is needed is worth a closer look: sizes between the grid's
 powers of two, and pricing, change no more than the rest."""
+FEW_WAVES = 8
+"""Waves of a job from which a small last one costs too little to look for others."""
 POLISHED = 4
 """Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 DISK_GAIN = 0.01
@@ -86,8 +88,9 @@ def grid(sequences: float) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
 
 
-def neighbours(policy: Policy) -> Iterator[tuple[int, int]]:
-    """Other sizes around a policy's: by one, by an eighth and by a third, and the same block cut differently."""
+def neighbours(policy: Policy, total: int | None) -> Iterator[tuple[int, int]]:
+    """Other sizes around a policy's: by one, by an eighth and by a third, the same block cut differently, and those
+    that take the job in whole waves."""
     b, k = policy.gpu_batch_size, policy.num_gpu_batches
     for factor in (1.34, 0.75, 1.13, 0.89):
         yield max(b + (1 if factor > 1 else -1), round(b * factor)), k
@@ -97,6 +100,18 @@ def neighbours(policy: Policy) -> Iterator[tuple[int, int]]:
     yield math.ceil(b * k / (k + 1)), k + 1
     if k > 1:
         yield b * k // (k - 1), k - 1
+    if total is not None:
+        yield from ((batch, k) for batch in balanced(total, b, k) if batch != b)
+
+
+def balanced(total: int, batch: int, count: int) -> list[int]:
+    """Sizes of ``count`` micro-batches that take a job in whole waves of equal size: as many as ``batch`` takes, one
+    fewer, one more. Of 184 sequences a block of 87 leaves 10 for a third wave, which takes as many passes as the
+    others; 92 leaves none."""
+    waves = math.ceil(total / (batch * count))
+    if waves > FEW_WAVES:
+        return []
+    return [math.ceil(math.ceil(total / each) / count) for each in (waves, waves - 1, waves + 1) if each]
 
 
 def explore(search: Search, template: Policy, bound: MachineBound) -> None:
@@ -128,7 +143,7 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
                 block_policy(search, template, p.gpu_batch_size, p.num_gpu_batches, fill) for fill in sorted(fills)
             )
             budget = p.prefill_budget / p.gpu_batch_size
-            for batch, count in neighbours(p):
+            for batch, count in neighbours(p, search.workload.num_sequences):
                 if batch >= 1 and count >= 1:
                     other = block_policy(search, template, batch, count, 1.0)
                     free = search.constraints.prefill_budget is None and search.workload.num_sequences is not None
@@ -142,12 +157,14 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
 
 
 def polish(search: Search, best: Plan) -> Plan:
-    """The best of ``best`` and slightly smaller blocks: where rounding to whole tensors costs what the larger block
-    gains, one that rounds well wins."""
+    """The best of ``best``, slightly smaller blocks and those of whole waves: where rounding to whole tensors costs
+    what the larger block gains, one that rounds well wins."""
     policy = best.policy
     if search.constraints.gpu_batch_size is not None:
         return best
-    for batch in range(policy.gpu_batch_size - 1, max(0, policy.gpu_batch_size - 1 - POLISHED), -1):
+    size, total = policy.gpu_batch_size, search.workload.num_sequences
+    whole = balanced(total, size, policy.num_gpu_batches) if total is not None else []
+    for batch in dict.fromkeys([*range(size - 1, max(0, size - 1 - POLISHED), -1), *whole]):
         other = block_policy(
             search,
             dataclasses.replace(policy, prefill_budget=0),
@@ -217,10 +234,12 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
             block_policy(search, templates(workload, constraints)[-1], 1, 1, 1.0),
         )
     best = without_disk(search, bounds, best)
+    counted = price(shape, hardware, workload, best.policy)
     limit = max(bound.tokens_per_second for bound, _ in bounds)
     elapsed = time.perf_counter() - start
     return dataclasses.replace(
-        best,
+        counted,
+        tokens_per_second_per_gib=best.tokens_per_second_per_gib,
         machine_bound_tokens_per_second=limit,
         linear_programs=search.linear_programs + len(bounds),
         search_seconds=elapsed,

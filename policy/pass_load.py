@@ -6,6 +6,7 @@ broadcast over them.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -135,9 +136,34 @@ def steady_load(workload: Workload, policy: Policy, in_flight: float | None = No
     return load.scaled(rate), rate
 
 
+FLUID_BLOCKS = 16
+"""Blocks of a job from which its last wave is not looked at: the linear program's phases are means."""
+MAX_STAYS = 1024
+"""Sequences of a job whose stays in the block are followed, at most: each stands for several of a longer one."""
+
+
+def stays(workload: Workload, policy: Policy, in_flight: int) -> tuple[float, float, float]:
+    """(passes of a finite job, passes of its tail, mean sequences in flight in the tail), where every sequence stays in
+    the block for as long as its lengths say and the next takes its slot: what waits for the prompt budget is left out.
+    """
+    total = workload.num_sequences or 1
+    count = min(total, MAX_STAYS)
+    prompt, output = workload.columns
+    stay = np.ceil(prompt / policy.chunk) + output - 1
+    each = np.random.default_rng(0).permutation(((np.arange(count) + 0.5) * len(stay) / count).astype(int))
+    slots = max(1, round(in_flight * count / total))
+    ends = [0.0] * min(slots, count)
+    last = 0.0
+    for length in stay[each].tolist():
+        last = ends[0]
+        heapq.heapreplace(ends, last + length)
+    tail = max(ends) - last
+    return max(ends), tail, sum(end - last for end in ends) * in_flight / len(ends) / tail if tail else 0.0
+
+
 def job_phases(workload: Workload, policy: Policy) -> list[tuple[PassLoad, float]]:
-    """(average load, number of passes) of the phases of a finite job, as a fluid: fill, full with prompts, full
-    without, tail.
+    """(average load, number of passes) of the phases of a finite job: fill, full with prompts, full without, the last
+    wave, and what the fill has spread.
 
     With S passes between the first and the last admission of a block, each block takes R passes of residence and the
     job S more.
@@ -151,6 +177,9 @@ def job_phases(workload: Workload, policy: Policy) -> list[tuple[PassLoad, float
         in_flight, fill = admitted * lengths.residence, lengths.residence
     stagger = fill - lengths.prompt_passes
     blocks = max(1.0, workload.num_sequences / in_flight)
+    passes, tail, in_tail = blocks * lengths.residence, 0.0, 0.0
+    if blocks < FLUID_BLOCKS:
+        passes, tail, in_tail = stays(workload, policy, max(1, round(in_flight)))
     prompts = PassLoad(0.0, 0.0, lengths.prompt, lengths.prompt_context, lengths.prompt_pairs, 1.0).scaled(
         in_flight / fill
     )
@@ -158,53 +187,14 @@ def job_phases(workload: Workload, policy: Policy) -> list[tuple[PassLoad, float
     decoding_in_fill = in_flight * stagger**2 / (2 * fill**2)
     early = lengths.prompt + stagger / 3
     late = lengths.prompt + lengths.output - stagger / 3
+    decoding = max(0.0, passes - blocks * fill)
+    # The last wave reads its prompts as the others do.
+    in_tail_decoding = min(decoding, tail * (1 - fill / lengths.residence)) if tail else 0.0
     phases = [
         (prompts + PassLoad.decode(decoding_in_fill, min(early, mean_context)), fill),
         (prompts + PassLoad.decode(in_flight * stagger / fill, mean_context), (blocks - 1) * fill),
-        (PassLoad.decode(in_flight, mean_context), blocks * (lengths.residence - fill)),
+        (PassLoad.decode(in_flight, mean_context), decoding - in_tail_decoding),
+        (PassLoad.decode(in_tail, mean_context), in_tail_decoding),
         (PassLoad.decode(in_flight / 2, max(late, mean_context)), stagger),
     ]
     return [(load, count) for load, count in phases if count > 1e-9]
-
-
-def trajectory(workload: Workload, policy: Policy) -> tuple[PassLoad, np.ndarray]:
-    """Every pass of a finite job, in order, as arrays, and how often each counts.
-
-    Beyond four blocks the job is walked for four, and the passes between the end of the first and of the third block
-    count more.
-    """
-    assert workload.num_sequences is not None, "a job without end has one pass: steady_load"
-    total, block = workload.num_sequences, policy.block_size
-    walked = min(total, 4 * block)
-    order = np.random.default_rng(0).permutation(np.arange(walked) % len(workload.lengths))
-    prompt, output = workload.columns[:, order]
-    left = np.ceil(prompt)
-    context = np.zeros(walked)
-    budget = policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch
-    rows, finished_by = [], []
-    first, admitted, finished = 0, min(block, walked), 0
-    active = np.arange(admitted)
-    while active.size:
-        want = np.minimum(left[active], policy.chunk)
-        given = np.clip(budget - (np.cumsum(want) - want), 0, want)
-        decoding = active[left[active] == 0]
-        completed = (left[active] == given) & (given > 0)
-        pairs = given * (context[active] + (given + 1) / 2)
-        before = np.where(given > 0, context[active], 0.0).sum()
-        rows.append((decoding.size, (context[decoding] + 1).sum(), given.sum(), before, pairs.sum(), completed.sum()))
-        context[active] += given
-        left[active] -= given
-        context[decoding] += 1
-        output[decoding] -= 1
-        output[active[completed]] -= 1
-        active = active[(left[active] > 0) | (output[active] > 1e-9)]
-        finished = admitted - active.size
-        finished_by.append(finished)
-        first, admitted = admitted, min(walked, admitted + block - active.size)
-        active = np.concatenate([active, np.arange(first, admitted)])
-    counts = np.ones(len(rows))
-    if total > walked:
-        done = np.asarray(finished_by)
-        begin, end = np.searchsorted(done, block), np.searchsorted(done, 3 * block)
-        counts[begin + 1 : end + 1] += (total - walked) / (done[end] - done[begin])
-    return PassLoad(*np.asarray(rows, dtype=float).T), counts

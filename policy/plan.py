@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +13,9 @@ from flexbatch.policy.cost import JOINT, RESOURCES, PassModel
 from flexbatch.policy.footprint import capacity, peak_memory, shortfall
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.model_shape import ModelShape
-from flexbatch.policy.pass_load import PassLoad, first_finish, steady_load, trajectory
+from flexbatch.policy.pass_load import first_finish, steady_load
 from flexbatch.policy.policy import Policy
+from flexbatch.policy.trajectory import JobPasses, passes_of
 from flexbatch.policy.workload import Workload
 
 
@@ -50,12 +52,25 @@ class Plan:
     """From the first pass to the end of the first sequence; None for a job without end."""
     memory: dict[str, dict[str, int]]
     """Peak bytes per tier and kind."""
+    most_in_flight: float = 1.0
+    """Sequences in the fullest pass."""
+    tail_passes: float = 0.0
+    """After the last admission, with fewer sequences than in the fullest pass."""
+    tail_sequences: float = 0.0
+    """In flight in the average pass of the tail."""
+    tail_seconds: float = 0.0
     machine_bound_tokens_per_second: float | None = None
     """What no policy for this workload can exceed on this machine."""
     tokens_per_second_per_gib: dict[str, float] = field(default_factory=dict)
     """What one GiB more on each tier buys, from the duals of the linear program."""
     linear_programs: int = 0
     search_seconds: float = 0.0
+
+    @property
+    def waves(self) -> int | None:
+        """Times that the job's sequences fill the block, the last time perhaps in part; None for a job without end."""
+        total = self.workload.num_sequences
+        return None if total is None else math.ceil(total / self.most_in_flight - 1e-9)
 
     @property
     def fraction_of_bound(self) -> float:
@@ -115,29 +130,18 @@ class Plan:
         return shortfall(self.memory, self.hardware)
 
 
-Passes = tuple[PassLoad, np.ndarray, float]
-
-
-def passes_of(workload: Workload, policy: Policy) -> Passes:
-    """(loads, how often each, generated tokens in all): the whole job, or for a job without end the average pass."""
-    if workload.num_sequences is None:
-        load, finished = steady_load(workload, policy)
-        return load, np.ones(1), finished * workload.mean_output
-    load, counts = trajectory(workload, policy)
-    return load, counts, workload.num_sequences * workload.mean_output
-
-
 def price(
-    shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy, passes: Passes | None = None
+    shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy, passes: JobPasses | None = None
 ) -> Plan:
     """Predict everything for a given policy, whether it fits or not (see `Plan.missing`). passes: where they are
     known."""
-    load, counts, tokens = passes_of(workload, policy) if passes is None else passes
+    passes = passes_of(workload, policy) if passes is None else passes
+    load, counts, tokens = passes.load, passes.counts, passes.tokens
     # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
     met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
     model, point = PassModel(shape, hardware, met, load), point_of(met)
-    seconds = np.broadcast_to(model.pass_seconds(point), counts.shape)
-    total = float(np.sum(counts * seconds))
+    seconds = counts * model.pass_seconds(point)
+    total = float(np.sum(seconds))
     bound = float(np.sum(counts * model.bound_seconds(point)))
     num_passes = float(counts.sum())
     steady, finished = steady_load(workload, policy)
@@ -160,6 +164,10 @@ def price(
         launch_seconds=float(np.sum(counts * model.launching_seconds(point))) / num_passes,
         first_answer_seconds=None
         if workload.num_sequences is None
-        else float(np.cumsum(counts * seconds)[min(len(counts), first_finish(workload, policy)) - 1]),
+        else float(np.interp(first_finish(workload, policy), np.cumsum(counts), np.cumsum(seconds))),
+        most_in_flight=float(passes.in_flight.max()),
+        tail_passes=passes.tail_passes,
+        tail_sequences=passes.tail_sequences,
+        tail_seconds=float(np.sum(np.broadcast_to(seconds, counts.shape)[passes.tail])),
         memory=peak_memory(shape, hardware, workload, met),
     )

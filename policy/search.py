@@ -16,9 +16,10 @@ from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import Solution, fixed_fractions, solve, time_rows
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad, job_phases, steady_load
-from flexbatch.policy.plan import Passes, Plan, passes_of, price
+from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
 from flexbatch.policy.rounding import placed
+from flexbatch.policy.trajectory import JobPasses, passes_of
 from flexbatch.policy.workload import Workload
 
 Family = tuple[int, int, float, Split]
@@ -47,7 +48,7 @@ class Search:
     least_rate: float = 0.0
     """Tokens a second below which no size leads to a plan that is of use."""
     linear_programs: int = 0
-    walks: dict[tuple[float, ...], Passes] = field(default_factory=dict)
+    walks: dict[tuple[float, ...], JobPasses] = field(default_factory=dict)
     """The job's passes by the sizes that they depend on: of bits and placements they know nothing."""
     tried: dict[Family, dict[Policy, Candidate | None]] = field(default_factory=lambda: defaultdict(dict), init=False)
 
@@ -151,10 +152,9 @@ class Search:
 
     def price(self, policy: Policy) -> Plan:
         """See `plan.price`."""
-        budget = policy.num_gpu_batches * policy.prompt_tokens_per_micro_batch
-        sizes = (policy.block_size, budget, policy.chunk)
+        sizes = (policy.gpu_batch_size, policy.num_gpu_batches, policy.prompt_tokens_per_micro_batch, policy.chunk)
         if sizes not in self.walks:
-            self.walks[sizes] = passes_of(self.workload, policy)
+            self.walks[sizes] = passes_of(self.workload, policy, exact=False)
         return price(self.shape, self.hardware, self.workload, policy, self.walks[sizes])
 
     def solve(

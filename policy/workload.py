@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from flexbatch.policy.admission import num_pages
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence of a job. ``prompt``: tokens to read before the first one is generated. ``pages``: of its tier, for
+    as long as it runs."""
+
+    prompt: int
+    output: int
+    pages: int
+
+    @classmethod
+    def of(cls, prompt: float, output: float) -> Request:
+        """The last token that is generated needs no row of the cache."""
+        prompt_tokens, output_tokens = max(1, round(prompt)), max(1, round(output))
+        return cls(prompt_tokens, output_tokens, num_pages(prompt_tokens + output_tokens - 1))
 
 
 @dataclass(frozen=True)
@@ -19,8 +36,13 @@ class Workload:
 
     lengths: tuple[tuple[float, float], ...]
     num_sequences: int | None = None
+    in_order: np.ndarray | None = field(default=None, compare=False)
+    """[2, sequences] prompt and generated tokens in the order of arrival, where they are known: then the passes of the
+    job can be counted one by one."""
 
     MAX_PAIRS = 256
+    MAX_IN_ORDER = 16_384
+    """Of a longer job the beginning and the end, which the order decides, weigh little beside the rest."""
 
     def __post_init__(self) -> None:
         if not self.lengths:
@@ -46,23 +68,43 @@ class Workload:
     def mean_output(self) -> float:
         return sum(output for _, output in self.lengths) / len(self.lengths)
 
+    @functools.cached_property
+    def requests(self) -> list[Request]:
+        """Every sequence of a finite job, in the order of arrival where that is known, else in a random one."""
+        assert self.num_sequences is not None, "a job without end has no last sequence"
+        if self.in_order is None:
+            return self.drawn(self.num_sequences)
+        return list(map(Request.of, *self.in_order.tolist()))
+
+    @functools.cached_property
+    def longest_pages(self) -> list[int]:
+        """Pages of every sequence, the largest first."""
+        return sorted((request.pages for request in self.requests), reverse=True)
+
+    def drawn(self, count: int) -> list[Request]:
+        """``count`` sequences whose lengths are spread as the job's are, in random order."""
+        kinds = len(self.lengths)
+        places = np.random.default_rng(0).permutation(((np.arange(count) + 0.5) * kinds / count).astype(int))
+        return [Request.of(*self.lengths[place]) for place in places.tolist()]
+
     @classmethod
     def uniform(cls, prompt_tokens: int, output_tokens: int, num_sequences: int | None = None) -> Workload:
         return cls(((float(prompt_tokens), float(output_tokens)),), num_sequences)
 
     @classmethod
-    def from_lengths(cls, prompts: Sequence[int], outputs: Sequence[int], num_sequences: int | None = None) -> Workload:
+    def from_lengths(
+        cls, prompts: Sequence[int] | np.ndarray, outputs: Sequence[int] | np.ndarray, num_sequences: int | None = None
+    ) -> Workload:
         """From the actual prompts; beyond MAX_PAIRS, pairs of similar total length are merged into their mean, which
         keeps the sums."""
-        pairs = sorted(zip(prompts, outputs, strict=True), key=sum)
-        count = len(pairs)
+        given = np.array([prompts, outputs], dtype=float)
+        count = given.shape[1]
+        pairs = given[:, np.lexsort((given[1], given[0], given.sum(axis=0)))]
         if count > cls.MAX_PAIRS:
-            cuts = [count * i // cls.MAX_PAIRS for i in range(cls.MAX_PAIRS + 1)]
-            pairs = [
-                tuple(sum(column) / (end - begin) for column in zip(*pairs[begin:end], strict=True))
-                for begin, end in itertools.pairwise(cuts)
-            ]
-        return cls(tuple((float(p), float(o)) for p, o in pairs), num_sequences or count)
+            cuts = np.array([count * i // cls.MAX_PAIRS for i in range(cls.MAX_PAIRS + 1)])
+            pairs = np.add.reduceat(pairs, cuts[:-1], axis=1) / np.diff(cuts)
+        known = num_sequences in (None, count) and count <= cls.MAX_IN_ORDER
+        return cls(tuple(map(tuple, pairs.T.tolist())), num_sequences or count, given.astype(int) if known else None)
 
     @classmethod
     def from_quantiles(

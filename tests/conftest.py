@@ -44,6 +44,7 @@ def pytest_unconfigure() -> None:
 def no_profiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """No engine of a test measures the machine it runs on, nor reads what its user's cache folder holds."""
     monkeypatch.setattr("flexbatch.calibrate.machine.this_machine", lambda *arguments, **options: load_hardware("cpu"))
+    monkeypatch.setattr("flexbatch.calibrate.machine.known_machine", lambda *arguments: None)
 
 
 @pytest.fixture(autouse=True)

@@ -35,21 +35,35 @@ def named(setting: str) -> Hardware | None:
         raise ConfigurationError(f"--hardware {setting}: {error}") from error
 
 
+def known_machine(device: torch.device, disk_folder: Path, cache_folder: Path) -> Hardware | None:
+    """The profile of this machine that an earlier start has left in the cache folder; None where there is none."""
+    from flexbatch.calibrate.cache import cache_path
+
+    while not disk_folder.exists():
+        disk_folder = disk_folder.parent
+    path = cache_path(cache_folder, str(device), disk_folder)
+    if not path.is_file():
+        return None
+    try:
+        return read_hardware(path)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "the profile of this machine, %s, cannot be used and is made anew: %s", path, str(error).splitlines()[0]
+        )
+        return None
+
+
 def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, measure: bool = True) -> Hardware:
     """The cached profile of this machine, else a measured one; a shipped one where measuring is not wanted or would
     take long."""
     from flexbatch.calibrate.cache import cache_path, cached
 
+    known = known_machine(device, disk_folder, cache_folder)
+    if known is not None:
+        return known
     while not disk_folder.exists():
         disk_folder = disk_folder.parent
     path = cache_path(cache_folder, str(device), disk_folder)
-    if path.is_file():
-        try:
-            return read_hardware(path)
-        except (OSError, ValueError) as error:
-            logger.warning(
-                "the profile of this machine, %s, cannot be used and is made anew: %s", path, str(error).splitlines()[0]
-            )
     expected = IDLE_SECONDS * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
         from flexbatch.calibrate.kernels import kernel_rates

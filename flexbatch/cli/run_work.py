@@ -34,8 +34,8 @@ class Work:
         """What the planner needs to know of it, from prompt number ``first`` on."""
         rest = self.token_ids[first:]
         context = self.model.arch.max_positions
-        lengths = [(len(ids), self.params.tokens_within(context - len(ids))) for ids in rest]
-        return Job.of(lengths * self.params.n, context)
+        lengths = ((len(ids), self.params.tokens_within(context - len(ids))) for ids in rest)
+        return Job.of((pair for pair in lengths for _ in range(self.params.n)), context)
 
     def facts(self, engine: EngineConfig) -> dict[str, Any]:
         """What the completions depend on, by the names of the flags: where tensors lie and in which blocks prompts run

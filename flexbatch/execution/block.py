@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.balancer import TierBalancer
 from flexbatch.memory.kvcache import KVCache
+from flexbatch.policy import admission
+from flexbatch.policy.balancer import TierBalancer
 from flexbatch.policy.policy import TIERS, Policy, Split
 
 
@@ -34,11 +35,7 @@ class Block:
     @property
     def max_pages(self) -> int:
         """Pages that a sequence can have when nothing else runs."""
-        sizes = self.cache.sizes
-        return max(
-            sizes.pages(tier) if tier == "gpu" else min(sizes.pages(tier), sizes.staging_pages)
-            for tier in self.allowed_tiers
-        )
+        return admission.largest_sequence(self.policy.cache, self.cache.sizes)
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether there are pages for a sequence when nothing else runs."""
@@ -59,7 +56,7 @@ class Block:
 
     @property
     def allowed_tiers(self) -> list[str]:
-        return [tier for tier, fraction in zip(TIERS, self.policy.cache.fractions, strict=True) if fraction > 0]
+        return admission.allowed_tiers(self.policy.cache)
 
     def choose_tier(self, sequence: Sequence) -> str | None:
         """The tier of its cache; None while none has the pages and a micro-batch for it."""
@@ -73,13 +70,15 @@ class Block:
 
     def open_micro_batches(self, sequence: Sequence, tier: str) -> list[int]:
         """Micro-batches with a free slot, and staging pages for all their sequences that are not on the gpu tier."""
-        free = [k for k, batch in enumerate(self.micro_batches) if len(batch) < self.policy.gpu_batch_size]
-        if tier == "gpu":
-            return free
-        left = self.cache.sizes.staging_pages - self.cache.layout.num_pages(self.max_rows(sequence))
-        return [
-            k for k in free if sum(len(s.pages.pages) for s in self.micro_batches[k] if s.pages.tier != "gpu") <= left
-        ]
+        staged = [sum(len(s.pages.pages) for s in batch if s.pages.tier != "gpu") for batch in self.micro_batches]
+        pages = self.cache.layout.num_pages(self.max_rows(sequence))
+        batch_size, staging_pages = self.policy.gpu_batch_size, self.cache.sizes.staging_pages
+        return admission.open_micro_batches(self.occupied, staged, tier, pages, batch_size, staging_pages)
+
+    @property
+    def occupied(self) -> list[int]:
+        """Sequences of each micro-batch."""
+        return [len(batch) for batch in self.micro_batches]
 
     def shareable(self, sequence: Sequence, tier: str) -> list[int]:
         """Pages that already hold the beginning of the prompt, as far as its logits are not wanted."""
@@ -99,10 +98,8 @@ class Block:
         prompt = sequence.request.prompt_token_ids
         # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
         read = prompt[: len(prompt) - sequence.num_uncomputed] if sequence.shares_pages else ()
-        micro_batch = min(
-            self.open_micro_batches(sequence, tier),
-            key=lambda k: (sum(s.pages.tier == tier for s in self.micro_batches[k]), len(self.micro_batches[k])),
-        )
+        of_tier = [sum(s.pages.tier == tier for s in batch) for batch in self.micro_batches]
+        micro_batch = admission.emptiest(self.open_micro_batches(sequence, tier), of_tier, self.occupied)
         sequence.table = self.cache.open(tier, self.max_rows(sequence), read, self.shareable(sequence, tier), on_cpu)
         sequence.micro_batch = micro_batch
         self.micro_batches[micro_batch].append(sequence)

@@ -216,13 +216,16 @@ class Executor:
             self.weights.release(tick.layer, self.queues.mark())
 
     def embed(self, inputs: MicroBatchInputs) -> Tensor:
-        rows, position_rows = self.weights.gather_rows("embed.weight", inputs.token_ids, inputs.host_token_ids), None
+        rows, position_rows = (
+            self.weights.tensors.gather_rows("embed.weight", inputs.token_ids, inputs.host_token_ids),
+            None,
+        )
         if self.arch.position == "learned":
             offset = self.arch.position_offset
-            position_rows = self.weights.gather_rows(
+            position_rows = self.weights.tensors.gather_rows(
                 "pos_embed.weight", inputs.positions + offset, inputs.host_positions + offset
             )
-        return layers.embed(self.arch, self.weights.embedding_weights, rows, position_rows)
+        return layers.embed(self.arch, self.weights.tensors.embedding_weights, rows, position_rows)
 
     def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsChunk]:
         """Logits of the rows that were asked for, in chunks."""

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the planner knows of a job: the token rows that every request may need, and its prompt's length."""
+    """What the planner knows of a job, in the order of its requests: the token rows that each may need, and its
+    prompt's length."""
 
     cache_tokens: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
-        """The job of requests given as (prompt tokens, max_tokens). The context may end one earlier, and the last token
-        that it generates needs no row."""
+        """The job of requests given as (prompt tokens, max_tokens). The context may end one earlier. The last token that
+        a request generates needs no row, and the last one of a prompt that is only scored is not read."""
         pairs = [
-            (prompt, prompt + max(0, min(max_tokens, max_positions - prompt) - 1)) for prompt, max_tokens in lengths
+            (prompt - 1, prompt - 1)
+            if max_tokens == 0 and prompt > 1
+            else (prompt, prompt + max(0, min(max_tokens, max_positions - prompt) - 1))
+            for prompt, max_tokens in lengths
         ] or [(1, 1)]
         return cls(tuple(cache for _, cache in pairs), tuple(prompt for prompt, _ in pairs))
 
@@ -46,6 +53,22 @@ class Job:
     def num_requests(self) -> int:
         return len(self.cache_tokens)
 
-    @property
+    # A job may have a million requests, and a search asks for these hundreds of times.
+
+    @cached_property
+    def descending(self) -> np.ndarray:
+        """The token rows of every request, the most first."""
+        return np.sort(np.asarray(self.cache_tokens))[::-1]
+
+    @cached_property
     def longest(self) -> int:
-        return max(self.cache_tokens)
+        return int(self.descending[0])
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        return max(self.prompt_tokens)
+
+    @cached_property
+    def mean_tokens(self) -> float:
+        """Token rows of the average request."""
+        return sum(self.cache_tokens) / self.num_requests

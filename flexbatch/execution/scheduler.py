@@ -12,6 +12,7 @@ from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
+from flexbatch.policy.admission import chunk_tokens, prompt_budget
 from flexbatch.policy.policy import Policy
 
 
@@ -122,17 +123,15 @@ class Scheduler:
         """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for the
         budget of a later pass are left out."""
         uncached = {sequence: sequence.num_uncached for sequence in batch}
-        budget = self.micro_batch_tokens - (1 + self.block.spare_tokens) * sum(
-            count == 1 for count in uncached.values()
-        )
-        budget = min(budget, self.prefill_budget)
+        num_single = sum(count == 1 for count in uncached.values())
+        budget = prompt_budget(num_single, self.micro_batch_tokens, self.prefill_budget, self.block.spare_tokens)
         counts = {}
         for sequence, uncached_tokens in uncached.items():
             if not self.cache.prefix_ready(sequence.pages):
                 continue
             count = 1
             if uncached_tokens > 1:
-                count = min(uncached_tokens, self.prefill_chunk, budget)
+                count = chunk_tokens(uncached_tokens, self.prefill_chunk, budget)
                 budget -= count
             if count > 0:
                 counts[sequence] = count

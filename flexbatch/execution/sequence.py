@@ -129,8 +129,8 @@ class Sequence:
 
     @property
     def max_cache_tokens(self) -> int:
-        """Token rows it may need: the last token that it generates needs none."""
-        return self.num_prompt_tokens + max(0, self.output.max_tokens - 1)
+        """Token rows it may need: the last token that it generates needs none, nor does one that is not read."""
+        return self.num_prompt_tokens - self.num_uncomputed + max(0, self.output.max_tokens - 1)
 
     @property
     def num_cached(self) -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexbatch.memory.balancer import TierBalancer
 from flexbatch.memory.files import DiskFile, align
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
+from flexbatch.policy.balancer import TierBalancer
 from flexbatch.policy.policy import TIERS, Split
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES
-from flexbatch.memory.pages import CacheLayout, CacheSizes, SequencePages
+from flexbatch.memory.pages import CacheLayout, SequencePages
 from flexbatch.memory.tiers import Tiers
+from flexbatch.policy.admission import CacheSizes
 
 
 class DiskCache:

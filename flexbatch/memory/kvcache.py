@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flexbatch.kernels import ops
 from flexbatch.memory.disk_cache import DiskCache
-from flexbatch.memory.pages import CacheLayout, CacheSizes, Gather, PagePool, PageTable, SequencePages
+from flexbatch.memory.pages import CacheLayout, Gather, PagePool, PageTable, SequencePages
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
+from flexbatch.policy.admission import CacheSizes
 
 
 class KVCache:

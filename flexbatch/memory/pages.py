@@ -54,23 +54,6 @@ class CacheLayout:
         return data.view(-1, self.token_bytes)
 
 
-@dataclass(frozen=True)
-class CacheSizes:
-    """Pages of each tier, and the largest staged micro-batch."""
-
-    gpu_pages: int
-    cpu_pages: int
-    disk_pages: int
-    staging_pages: int
-    """Pages of one micro-batch whose cache is not on the gpu tier: one staging buffer; there are two."""
-    disk_sequences: int = 0
-    tail_tokens: int = 0
-    """Token rows of each disk sequence and layer that are held in host memory until their page is full."""
-
-    def pages(self, tier: str) -> int:
-        return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]
-
-
 class PagePool:
     """Page ids of one tier, with reference counts: shared prefixes hold a page together.
 

@@ -85,7 +85,7 @@ class HostArena:
 def touch_pages(tensor: Tensor) -> None:
     """Fault the pages in with many threads before pinning does it with one (a virtual machine grows its memory on
     first touch)."""
-    chunk = 256 << 20
+    chunk = 32 << 20
 
     def touch(start: int) -> None:
         part = tensor[start : start + chunk]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexbatch.kernels import reference
-from flexbatch.memory.balancer import spread
 from flexbatch.memory.files import ALIGNMENT, align
 from flexbatch.models.arch import Arch
 from flexbatch.models.specs import WeightSpec, weight_specs
+from flexbatch.policy.balancer import spread
 from flexbatch.policy.policy import TIERS, Split
 
 SLAB_ALIGNMENT = 256
@@ -84,6 +84,15 @@ class WeightPlan:
     @cached_property
     def all_tensors(self) -> tuple[PlacedTensor, ...]:
         return (*self.gathered, *self.resident, *(tensor for layer in self.layers for tensor in layer))
+
+    @cached_property
+    def groups(self) -> dict[int, tuple[PlacedTensor, ...]]:
+        """What is allocated together: the tensors of every layer, and as -1 those outside of any."""
+        return {**dict(enumerate(self.layers)), -1: (*self.gathered, *self.resident)}
+
+    def group_bytes(self, layer: int, tier: str) -> int:
+        """What one of the `groups` takes on a tier."""
+        return sum(align(each.num_bytes, slab_alignment(tier)) for each in self.groups[layer] if each.tier == tier)
 
     def layer_bytes(self, layer: int, tier: str) -> int:
         """Length of the slab of one layer on one tier."""

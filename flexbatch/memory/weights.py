@@ -9,13 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import ops
 from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.read_ahead import ReadAhead
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
-from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, slab_alignment, stage_of
+from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, stage_of
+from flexbatch.memory.weight_tensors import WeightTensors
+
+BUFFERS = ("weight slab ", "disk staging ", "weight expansion ")
 
 
 @dataclass
@@ -36,11 +38,8 @@ def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tupl
 
 
 class WeightStore:
-    """Weights over the tiers. One owner per working slab: a layer leases it, fetches into it, computes, and releases it
-    with a handle.
-
-    ``views`` holds the tensors of the gpu and cpu tiers by (layer, role); disk tensors are ``files`` (one per tensor,
-    aligned, complete once they have their name).
+    """Weights over the tiers, the `tensors`, and their way to the compute device. One owner per working slab: a layer
+    leases it, fetches into it, computes, and releases it with a handle.
     """
 
     def __init__(
@@ -50,25 +49,28 @@ class WeightStore:
         there is one). Raises DoesNotFitError."""
         self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
         self.device = queues.device
-        self.views: dict[tuple[int, str], TensorView] = {}
-        self.files: dict[tuple[int, str], DiskFile] = {}
-        self.cpu_slabs: dict[int, Tensor] = {}
-        self.allocate_tensors()
-        streamed = plan.slab_bytes
+        self.staged = self.device.type == "cuda" if staged is None else staged
+        self.tensors = WeightTensors(plan, tiers, self.device, dtype)
+        self.views, self.files, self.cpu_slabs = self.tensors.views, self.tensors.files, self.tensors.cpu_slabs
+        self.open_buffers()
+
+    def open_buffers(self) -> None:
+        """What passes need besides the tensors: working slabs, staging, dequantization."""
+        plan, tiers, streamed = self.plan, self.tiers, self.plan.slab_bytes
         self.slabs = (
             [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
         )
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
-        staged = bool(disk_bytes) and (self.device.type == "cuda" if staged is None else staged)
-        staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(plan.num_slabs)] if staged else []
+        count = plan.num_slabs if disk_bytes and self.staged else 0
+        staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(count)]
         self.disk_tensors = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
         on_disk = {layer: plan.layer_bytes(layer, "disk") for layer, tensors in enumerate(self.disk_tensors) if tensors}
-        self.read_ahead = ReadAhead(on_disk, staging, self.read_disk, queues) if staging else None
+        self.read_ahead = ReadAhead(on_disk, staging, self.read_disk, self.queues) if staging else None
         """None: disk tensors are read straight into slabs."""
         self.free_after: list[Handle] = [READY] * len(self.slabs)
         self.leases: dict[int, SlabLease] = {}
         self.next_slab = 0
-        self.dequantization = DequantizationBuffers(plan, tiers.gpu, dtype)
+        self.dequantization = DequantizationBuffers(plan, tiers.gpu, self.dtype)
         self.ready: dict[int, dict[str, Tensor]] = {}
         self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
         """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
@@ -82,20 +84,6 @@ class WeightStore:
     def has_free_slab(self) -> bool:
         """Whether the next layer can be fetched before another is released."""
         return len(self.leases) < len(self.slabs)
-
-    def allocate_tensors(self) -> None:
-        """One allocation per tier for all resident tensors."""
-        for tier, pool in (("gpu", self.tiers.gpu), ("cpu", self.tiers.cpu)):
-            slab = pool.allocate("weights", self.plan.tier_bytes(tier))
-            cursor = 0
-            for layer, tensors in [*enumerate(self.plan.layers), (-1, (*self.plan.gathered, *self.plan.resident))]:
-                start = cursor
-                for placed in tensors:
-                    if placed.tier == tier:
-                        self.views[placed.spec.layer, placed.spec.role] = view_of(slab, placed, cursor, self.dtype)
-                        cursor += align(placed.num_bytes, slab_alignment(tier))
-                if tier == "cpu" and layer >= 0:
-                    self.cpu_slabs[layer] = slab[start:cursor]
 
     # Fetching
 
@@ -217,41 +205,6 @@ class WeightStore:
         if lease is not None:
             self.free_after[lease.slab] = done
 
-    def gather_rows(self, role: str, row_ids: Tensor, host_ids: Tensor) -> Tensor:
-        """Rows [n, width] of an embedding table on the compute device, gathered where the table lies. row_ids,
-        host_ids: [n] int64, there and on the host."""
-        view = self.views.get((-1, role))
-        if view is not None and view.dense is not None:
-            table = view.dense
-            row_bytes = table.shape[1] * table.element_size()
-            if table.device == self.device:
-                return table.index_select(0, row_ids)
-            if row_bytes % 16:
-                return table.index_select(0, host_ids).to(self.device)
-            # The device reads the pinned rows itself: a copy of pageable rows runs at 7 GB/s, this at 50.
-            rows = torch.empty(len(row_ids), table.shape[1], dtype=self.dtype, device=self.device)
-            ops.gather_pages(table.view(torch.uint8), row_ids.to(torch.int32), rows.view(torch.uint8))
-            return rows
-        placed = next(
-            tensor for tensor in self.plan.all_tensors if tensor.spec.layer == -1 and tensor.spec.role == role
-        )
-        file = self.files[-1, role]
-        row_bytes = placed.dense_bytes // placed.spec.shape[0]
-        unique, inverse = torch.unique(host_ids, return_inverse=True)
-        host = torch.empty(len(unique), row_bytes, dtype=torch.uint8)
-        for row, index in zip(host, unique.tolist(), strict=True):
-            file.read(row, index * row_bytes)
-        return host.view(self.dtype).index_select(0, inverse).to(self.device)
-
-    @property
-    def embedding_weights(self) -> dict[str, Tensor]:
-        """The resident tensors of the embedding stage (norm, projection)."""
-        return {
-            placed.spec.role: dense
-            for placed in self.plan.resident
-            if (dense := self.views[-1, placed.spec.role].dense) is not None
-        }
-
     def check(self) -> None:
         """Invariants: no two layers own a slab; streamed weights in use have one; every tensor has exactly one
         placement."""
@@ -264,9 +217,7 @@ class WeightStore:
         )
         if self.read_ahead is not None:
             self.read_ahead.check()
-        for placed in self.plan.all_tensors:
-            key = (placed.spec.layer, placed.spec.role)
-            assert (key in self.views) != (key in self.files), (key, placed.tier)
+        self.tensors.check()
 
     def synchronize(self) -> None:
         """Block until everything that the leased slabs wait for has arrived. Re-raises the error of a fetch."""
@@ -285,12 +236,18 @@ class WeightStore:
         for layer in list(self.leases):
             self.release(layer, self.queues.mark())
 
-    def close(self) -> None:
+    def close_buffers(self) -> None:
+        """Give back what `open_buffers` took."""
         self.drain()
         if self.read_ahead is not None:
             self.read_ahead.close()
-        for file in self.files.values():
-            file.close()
-        buffers = self.dequantization.buffers
-        for held in (self.files, self.views, self.cpu_slabs, self.slabs, buffers, self.ready, self.dense_views):
+        for held in (self.slabs, self.dequantization.buffers, self.ready, self.dense_views):
             held.clear()
+        for pool in (self.tiers.gpu, self.tiers.cpu):
+            for what in [what for what in pool.used_bytes if what.startswith(BUFFERS)]:
+                pool.free(what)
+
+    def close(self) -> None:
+        """Give back everything."""
+        self.close_buffers()
+        self.tensors.close()

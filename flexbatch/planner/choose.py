@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
-from flexbatch.planner.problem import Problem, constraints_of, workload_of
+from flexbatch.planner.problem import Problem, constraints_of
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, MAX_PREFILL_CHUNK, PAGE_TOKENS
 from flexbatch.policy.optimizer import choose
@@ -77,7 +77,7 @@ def baseline_policy(
     if problem.loaded is not None:
         weights = problem.loaded.weights
     assert percent is None or len(percent) == 6
-    sequences = max(1, min(job.num_requests, most_sequences))
+    sequences = whole_waves(job.num_requests, most_sequences)
     batch = config.gpu_batch_size or -(-sequences // (config.num_gpu_batches or 1))
     constraints = constraints_of(problem, problem.budgets)
     return Policy(
@@ -90,10 +90,17 @@ def baseline_policy(
         cache_bits=max(constraints.cache_bits),
         cpu_attention=config.cpu_attention or 0.0,
         prefill_chunk=config.prefill_chunk
-        or min(MAX_PREFILL_CHUNK, -(-max(job.prompt_tokens) // PAGE_TOKENS) * PAGE_TOKENS),
+        or min(MAX_PREFILL_CHUNK, -(-job.longest_prompt // PAGE_TOKENS) * PAGE_TOKENS),
         overlap=config.overlap,
         prefill_budget=config.prefill_budget or 0,
     )
+
+
+def whole_waves(total: int, most: int) -> int:
+    """Sequences of a block that takes a job in as few waves as ``most`` does, all of them alike: a last wave of a few
+    sequences would take as many passes as the others."""
+    waves = -(-max(1, total) // most)
+    return -(-max(1, total) // waves)
 
 
 def overshoot(rows: Iterable[MemoryRequirement], budgets: dict[str, int], share: float = 1.0) -> dict[str, int]:
@@ -146,7 +153,7 @@ def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -
     """Returns the optimizer's choice. While exact sizes exceed a budget, it chooses again with less capacity. Raises
     DoesNotFit."""
     capacity, block, before, last, cut = dict(problem.budgets), None, 0.0, None, 1
-    shape, workload = problem.shape, workload_of(problem.job)
+    shape, workload = problem.shape, problem.workload
     for left in reversed(range(ROUNDS)):
         try:
             plan = choose(shape, hardware, workload, constraints_of(problem, capacity, block))
@@ -196,7 +203,7 @@ def faster(
 ) -> Choice:
     """``found``, or what the optimizer chooses in ``capacity`` with any block where that fits and is faster."""
     try:
-        plan = choose(problem.shape, hardware, workload_of(problem.job), constraints_of(problem, capacity))
+        plan = choose(problem.shape, hardware, problem.workload, constraints_of(problem, capacity))
     except DoesNotFit:
         return found
     other = choice_of(plan, problem, hardware)
@@ -217,8 +224,7 @@ def differs(problem: Problem, policy: Policy, job: Job) -> bool:
         and policy.block_size < min(job.num_requests, WHOLE_BLOCK)
     ):
         return True
-    mean, expected = (sum(each.cache_tokens) / each.num_requests for each in (job, planned))
-    return policy.block_size < job.num_requests and abs(mean / expected - 1) > LENGTH_TOLERANCE
+    return policy.block_size < job.num_requests and abs(job.mean_tokens / planned.mean_tokens - 1) > LENGTH_TOLERANCE
 
 
 def executable(problem: Problem, policy: Policy) -> Policy:
@@ -227,7 +233,7 @@ def executable(problem: Problem, policy: Policy) -> Policy:
     if problem.loaded is not None:
         policy = dataclasses.replace(policy, weights=problem.loaded.weights)
     if not policy.prefill_budget and policy.prompt_tokens_per_micro_batch > MAX_MICRO_BATCH_TOKENS:
-        whole = min(policy.prompt_tokens_per_micro_batch, policy.gpu_batch_size * max(problem.job.prompt_tokens))
+        whole = min(policy.prompt_tokens_per_micro_batch, policy.gpu_batch_size * problem.job.longest_prompt)
         policy = dataclasses.replace(policy, prefill_budget=max(whole, policy.prefill_chunk))
     return policy
 
@@ -249,7 +255,8 @@ def ladder(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]
         while sequences:
             policy = baseline_policy(problem, placement, sequences)
             yield dataclasses.replace(policy, prefill_budget=min(budget, policy.gpu_batch_size * policy.prefill_chunk))
-            sequences //= 2
+            # Halves rounded up: 50 of 101 would leave one for a third wave.
+            sequences = -(-sequences // 2) if sequences > 1 else 0
 
 
 def without_reserves(hardware: Hardware) -> Hardware:
@@ -263,7 +270,7 @@ def priced(problem: Problem, hardware: Hardware, policy: Policy) -> Plan:
     return price(
         problem.shape,
         hardware.with_memory(budgets["gpu"], budgets["cpu"], budgets["disk"]),
-        workload_of(problem.job),
+        problem.workload,
         policy,
     )
 

@@ -98,6 +98,13 @@ class Planner:
             )
         return self._hardware
 
+    @property
+    def known_hardware(self) -> Hardware | None:
+        """The machine as far as it is known without measuring anything."""
+        if self._hardware is not None:
+            return self._hardware
+        return machine.known_machine(self.deployment.device, self.offload_dir, machine.default_profile_dir())
+
     def recalibrate(self, hardware: Hardware) -> None:
         """Plan for the machine as runs have shown it, here and, with --recalibrate, in later processes."""
         self._hardware = hardware

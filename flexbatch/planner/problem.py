@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
@@ -31,7 +34,11 @@ class Problem:
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
 
-    @property
+    @cached_property
+    def workload(self) -> Workload:
+        return workload_of(self.job)
+
+    @cached_property
     def shape(self) -> ModelShape:
         return model_shape(self.config.model, self.arch, self.element_bytes, self.config.weight_bits, self.prequantized)
 
@@ -106,10 +113,8 @@ def model_shape(
 
 def workload_of(job: Job) -> Workload:
     """Lengths as the cost model counts them: the last generated token needs no row of the cache."""
-    outputs = [cache - prompt + 1 for cache, prompt in zip(job.cache_tokens, job.prompt_tokens, strict=True)]
-    return Workload.from_lengths(
-        [max(1, prompt) for prompt in job.prompt_tokens], [max(1, output) for output in outputs]
-    )
+    cache, prompt = np.asarray(job.cache_tokens), np.asarray(job.prompt_tokens)
+    return Workload.from_lengths(np.maximum(1, prompt), np.maximum(1, cache - prompt + 1))
 
 
 def constraints_of(problem: Problem, capacity: dict[str, int], block: tuple[int, int] | None = None) -> Constraints:

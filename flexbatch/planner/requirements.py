@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from flexbatch.execution.block_sizes import BlockSizes, logits_chunk_bytes, micro_batch_tokens
+from flexbatch.execution.block_sizes import BlockSizes, logits_chunk_bytes
 from flexbatch.execution.graphs import MAX_GRAPHS, bucket_of, graph_bytes
 from flexbatch.kernels.native_sizes import workspace_bytes
 from flexbatch.memory.files import align
@@ -15,6 +15,7 @@ from flexbatch.memory.rotary import table_bytes
 from flexbatch.memory.tiers import MemoryRequirement
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
+from flexbatch.policy.admission import micro_batch_tokens
 from flexbatch.policy.footprint import logits_bytes
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS, INPUT_BUFFER_BYTES, MAX_GRAPH_SEQUENCES
 from flexbatch.policy.policy import Policy

@@ -17,11 +17,12 @@ from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.pass_batch import LogitsChunk, PassBatch, QueryTokens
 from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.pages import CacheLayout, CacheSizes
+from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
+from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.speculative.followed import Followed
 from flexbatch.speculative.growth import Candidates, GrowingTree, TreePlan

@@ -11,7 +11,8 @@ import torch
 
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
-from flexbatch.memory.pages import CacheLayout, CacheSizes, PageTable
+from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.policy.admission import CacheSizes
 from flexbatch.request import Request, SamplingParams
 from tests.memory.rigs import open_tiers
 

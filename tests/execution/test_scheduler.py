@@ -17,8 +17,8 @@ from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.pages import CacheSizes
 from flexbatch.memory.transfer import READY
+from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.speculative.tree import TokenTree, TreeShape
 from tests.execution.rigs import EOS, PAGE_TOKENS, open_cache, waiting

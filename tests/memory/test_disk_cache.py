@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from flexbatch.memory import disk_cache
 from flexbatch.memory.disk_cache import DiskCache, aligned_empty
-from flexbatch.memory.pages import CacheLayout, CacheSizes, PageTable
+from flexbatch.memory.pages import CacheLayout, PageTable
 from flexbatch.memory.transfer import TransferQueues
+from flexbatch.policy.admission import CacheSizes
 from tests.memory.rigs import open_tiers
 
 PAGE_TOKENS, LAYERS, PAGES, SEQUENCES, MAX_NODES = 4, 2, 8, 2, 5

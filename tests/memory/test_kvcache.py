@@ -19,9 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
 from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.memory.kvcache import KVCache
-from flexbatch.memory.pages import CacheLayout, CacheSizes, Gather, PageTable
+from flexbatch.memory.pages import CacheLayout, Gather, PageTable
 from flexbatch.memory.transfer import READY, FutureHandle
 from flexbatch.memory.uploads import Uploads
+from flexbatch.policy.admission import CacheSizes
 from tests.memory.rigs import dawdle, open_tiers
 
 LAYERS, PAGE_TOKENS, MAX_NODES = 2, 4, 5

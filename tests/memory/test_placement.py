@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.memory.balancer import TierBalancer, spread
+from flexbatch.policy.balancer import TierBalancer, spread
 from flexbatch.policy.policy import TIERS, Split
 from tests.memory.rigs import splits
 

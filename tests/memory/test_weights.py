@@ -109,7 +109,7 @@ def test_embedding_rows_are_gathered_where_the_table_lives(split: Split, tied: b
     row_ids = torch.tensor(ids)
     with open_store(arch, split) as (store, _):
         table = expected(arch, 16)[-1]["embed.weight"]
-        assert torch.equal(store.gather_rows("embed.weight", row_ids, row_ids), table[row_ids])
+        assert torch.equal(store.tensors.gather_rows("embed.weight", row_ids, row_ids), table[row_ids])
 
 
 def test_a_slab_is_not_claimed_while_a_layer_holds_it() -> None:

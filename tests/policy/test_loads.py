@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.policy.pass_load import Lengths, PassLoad, job_phases, reserved_tokens, steady_load, trajectory
+from flexbatch.policy.pass_load import Lengths, PassLoad, job_phases, reserved_tokens, steady_load
 from flexbatch.policy.policy import Policy, Split
+from flexbatch.policy.trajectory import WALKED, passes_of
 from flexbatch.policy.workload import Workload
 
 ONE = Split(1, 0)
@@ -19,11 +20,36 @@ def block(batch: int, count: int, **more) -> Policy:
 
 
 def test_one_block_of_equal_sequences():
-    loads, counts = trajectory(Workload.uniform(512, 32, 144), block(48, 3))
-    assert loads.size == 32 and counts.sum() == 32
-    assert loads.prompt_tokens[0] == 144 * 512 and loads.prompt_tokens[1:].sum() == 0
-    assert loads.decode_sequences[1:].tolist() == [144] * 31
-    assert loads.decode_context[1] == 144 * 513 and loads.decode_context[-1] == 144 * 543
+    passes = passes_of(Workload.uniform(512, 32, 144), block(48, 3, prefill_budget=48 * 512))
+    loads, counts = passes.load, passes.counts
+    assert counts.tolist() == [1, 31] and passes.tail_passes == 0
+    assert loads.prompt_tokens.tolist() == [144 * 512, 0]
+    assert loads.decode_sequences.tolist() == [0, 144]
+    assert loads.decode_context[1] == 144 * (513 + 543) / 2
+
+
+def test_a_small_last_wave_takes_as_many_passes_as_the_others():
+    """184 sequences by 87 leave 10, by 92 none."""
+    workload = Workload.uniform(512, 32, 184)
+    three, two = (passes_of(workload, block(size, 1, prefill_budget=92 * 512)) for size in (87, 92))
+    assert (three.counts.sum(), two.counts.sum()) == (96, 64)
+    assert (three.tail_passes, three.tail_sequences, two.tail_passes) == (32, 10, 0)
+    for size, expected in ((87, 96), (92, 64)):
+        phases = job_phases(workload, block(size, 1, prefill_budget=92 * 512))
+        assert sum(count for _, count in phases) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_long_job_is_walked_in_part_and_counted_whole():
+    """Of a job whose passes are counted one by one, the part that stands for it takes about as many."""
+    rng = np.random.default_rng(5)
+    workload = Workload.from_lengths(rng.integers(20, 900, 6000), rng.integers(1, 200, 6000))
+    assert workload.num_sequences > WALKED
+    for policy in (block(300, 1), block(20, 4, prefill_budget=512), block(64, 1), block(3, 1)):
+        whole, part = passes_of(workload, policy), passes_of(workload, policy, exact=False)
+        assert part.counts.sum() == pytest.approx(whole.counts.sum(), rel=0.1)
+        for name in ("prompt_tokens", "decode_sequences", "decode_context"):
+            totals = [float(np.sum(each.counts * getattr(each.load, name))) for each in (whole, part)]
+            assert totals[1] == pytest.approx(totals[0], rel=0.05), name
 
 
 def test_steady_state_by_hand():
@@ -63,23 +89,23 @@ def test_long_sequences_are_met_more_often():
 def test_a_job_loses_and_repeats_nothing(prompt, output, spread, sequences, batch, count, chunk, budget):
     pairs = ((float(prompt), float(output)), (max(1.0, prompt * (1 - spread) // 1), float(output)))
     workload, policy = Workload(pairs, sequences), block(batch, count, prefill_chunk=chunk, prefill_budget=budget)
-    loads, counts = trajectory(workload, policy)
-    walked = min(sequences, 4 * policy.block_size)
-    tokens = np.sum(loads.prompt_tokens)
-    expected = sum(pairs[i % 2][0] for i in range(walked))
-    assert tokens == expected
-    assert np.sum(loads.finished_prompts) == walked
-    assert np.sum(loads.decode_sequences) == walked * (output - 1)
-    assert np.all(loads.prompt_tokens <= count * policy.prompt_tokens_per_micro_batch)
-    assert np.all(loads.decode_sequences <= policy.block_size)
-    assert np.sum(counts * loads.finished_prompts) == pytest.approx(sequences, rel=0.3, abs=2)
+    passes = passes_of(workload, policy)
+    loads, counts = passes.load, passes.counts
+    assert np.sum(counts * loads.prompt_tokens) == sum(request.prompt for request in workload.requests)
+    assert np.sum(counts * loads.finished_prompts) == sequences
+    assert np.sum(counts * loads.decode_sequences) == sequences * (output - 1)
+    # One token of a prompt rides along whatever the budget is.
+    limit = count * policy.prompt_tokens_per_micro_batch + policy.block_size
+    assert np.all(loads.prompt_tokens <= limit)
+    assert np.all(loads.decode_sequences <= policy.block_size) and np.all(passes.in_flight <= policy.block_size)
 
 
 @pytest.mark.parametrize("budget", [0, 256, 512, 2048])
 @pytest.mark.parametrize("sequences", [16, 64, 400])
 def test_fluid_follows_the_walk(sequences, budget):
     workload, policy = Workload.uniform(512, 64, sequences), block(16, 2, prefill_budget=budget)
-    loads, counts = trajectory(workload, policy)
+    passes = passes_of(workload, policy)
+    loads, counts = passes.load, passes.counts
     phases = job_phases(workload, policy)
     assert sum(count for _, count in phases) == pytest.approx(counts.sum(), rel=0.1)
     assert sum(count * load.prompt_tokens for load, count in phases) == pytest.approx(

@@ -1,0 +1,229 @@
+"""A job walked by the scheduler's own rules, on numbers: which passes it takes and what each of them carries."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexbatch.policy import admission
+from flexbatch.policy.admission import CacheSizes
+from flexbatch.policy.balancer import TierBalancer
+from flexbatch.policy.pass_load import PassLoad
+from flexbatch.policy.policy import Policy
+from flexbatch.policy.workload import Request
+
+MAX_ALIKE = 32
+"""Passes that one row stands for, at most, where the same sequences decode in all of them: their contexts grow by one
+token a pass, and the row has the mean."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The passes of a job in order: rows of alike ones, and how many passes each row stands for."""
+
+    load: PassLoad
+    counts: np.ndarray
+    in_flight: np.ndarray
+    """Sequences of the block in each row."""
+    admitted: np.ndarray
+    """Sequences that have been admitted by each row."""
+
+    @property
+    def passes(self) -> float:
+        return float(self.counts.sum())
+
+    @property
+    def tail(self) -> np.ndarray:
+        """Rows after the last admission whose block is not as full as it was."""
+        last = int(np.argmax(self.admitted == self.admitted[-1]))
+        return (np.arange(len(self.counts)) >= last) & (self.in_flight < self.in_flight.max())
+
+
+class MicroBatch:
+    """The sequences of one micro-batch: counts by tier, prompts that are being read in the order of admission, and sums
+    over those that decode."""
+
+    def __init__(self) -> None:
+        self.of_tier = {"gpu": 0, "cpu": 0, "disk": 0}
+        self.occupied, self.staged = 0, 0
+        self.reading: list[Reading] = []
+        """With several tokens to read."""
+        self.single: list[Reading] = []
+        """With one prompt token to read, which rides along as a decode token does."""
+        self.decoding, self.context = 0, 0
+
+
+@dataclass
+class Reading:
+    """A sequence whose prompt is being read."""
+
+    request: Request
+    tier: str
+    micro_batch: MicroBatch
+    unread: int
+    admitted: int = 0
+
+
+class Walker:
+    """Block, pools and requests of one walk; `step` is a pass, or a run of alike ones."""
+
+    def __init__(self, requests: Sequence[Request], policy: Policy, sizes: CacheSizes | None, token_limit: int) -> None:
+        """sizes: pages of the pools; None where only the slots of the block limit who gets in."""
+        self.policy, self.sizes, self.token_limit = policy, sizes, token_limit
+        self.budget = policy.prompt_tokens_per_micro_batch
+        self.waiting = deque(requests)
+        self.batches = [MicroBatch() for _ in range(policy.num_gpu_batches)]
+        self.allowed = admission.allowed_tiers(policy.cache)
+        self.balancer = TierBalancer(policy.cache)
+        self.free = {tier: sizes.pages(tier) for tier in self.allowed} if sizes else {}
+        self.free_tails = sizes.disk_sequences if sizes else 0
+        self.ends: list[tuple[int, int, Reading]] = []
+        """(pass after which a decoding sequence is done, tie breaker, the sequence)."""
+        self.now, self.num_admitted, self.num_running = 0, 0, 0
+        self.rows: list[tuple[float, ...]] = []
+
+    # Admission, as in `Scheduler.admit` and `Block`
+
+    def admit(self) -> None:
+        while self.waiting and self.num_running < self.policy.block_size:
+            request = self.waiting[0]
+            if self.sizes and request.pages > admission.largest_sequence(self.policy.cache, self.sizes):
+                self.waiting.popleft()  # refused
+                continue
+            open_batches = {
+                tier: batches
+                for tier in self.allowed
+                if self.has_pages(tier, request.pages) and (batches := self.open_micro_batches(tier, request.pages))
+            }
+            if not open_batches:
+                return
+            tier = self.balancer.choose(1, list(open_batches)) if len(self.allowed) > 1 else self.allowed[0]
+            self.enter(self.waiting.popleft(), tier, open_batches[tier])
+
+    def has_pages(self, tier: str, pages: int) -> bool:
+        return self.sizes is None or (self.free[tier] >= pages and (tier != "disk" or self.free_tails > 0))
+
+    def open_micro_batches(self, tier: str, pages: int) -> list[int]:
+        occupied, staged = [each.occupied for each in self.batches], [each.staged for each in self.batches]
+        batch_size, staging = self.policy.gpu_batch_size, self.sizes.staging_pages if self.sizes else 0
+        return admission.open_micro_batches(
+            occupied, staged, "gpu" if self.sizes is None else tier, pages, batch_size, staging
+        )
+
+    def enter(self, request: Request, tier: str, open_batches: list[int]) -> None:
+        occupied, of_tier = [each.occupied for each in self.batches], [each.of_tier[tier] for each in self.batches]
+        batch = self.batches[admission.emptiest(open_batches, of_tier, occupied)]
+        self.count(request, tier, batch, 1)
+        self.num_admitted += 1
+        reading = Reading(request, tier, batch, request.prompt, self.num_admitted)
+        (batch.single if request.prompt == 1 else batch.reading).append(reading)
+
+    def count(self, request: Request, tier: str, batch: MicroBatch, sign: int) -> None:
+        """Take (1) or give back (-1) a slot and its pages."""
+        self.num_running += sign
+        batch.occupied += sign
+        batch.of_tier[tier] += sign
+        self.balancer.place(tier, sign)
+        if self.sizes is None:
+            return
+        self.free[tier] -= sign * request.pages
+        if tier == "disk":
+            self.free_tails -= sign
+        if tier != "gpu":
+            batch.staged += sign * request.pages
+
+    # Passes, as in `Scheduler.token_counts` and `commit`
+
+    def step(self) -> None:
+        """A pass, or as many as change nothing but the length of contexts."""
+        decoding = sum(batch.decoding for batch in self.batches)
+        context = sum(batch.context for batch in self.batches)
+        if not any(batch.reading or batch.single for batch in self.batches):
+            left = self.ends[0][0] - self.now
+            while left:
+                count = min(left, MAX_ALIKE)
+                self.row(count, decoding, context + decoding * (count + 1) / 2)
+                context, left = context + decoding * count, left - count
+                for batch in self.batches:
+                    batch.context += batch.decoding * count
+        else:
+            read = [self.read(batch) for batch in self.batches]
+            totals = [sum(column) for column in zip(*(numbers for numbers, _ in read), strict=True)]
+            self.row(1, decoding, context + decoding, *totals)
+            for batch, (_, complete) in zip(self.batches, read, strict=True):
+                batch.context += batch.decoding
+                for reading in complete:
+                    self.first_token(reading)
+        while self.ends and self.ends[0][0] == self.now:
+            self.end(heapq.heappop(self.ends)[2])
+
+    def read(self, batch: MicroBatch) -> tuple[tuple[float, float, float, int], list[Reading]]:
+        """((prompt tokens, tokens of earlier chunks, query-key pairs, complete prompts), whose these are) of a pass."""
+        complete, batch.single = batch.single, []
+        tokens = len(complete)
+        before = sum(each.request.prompt - 1 for each in complete)
+        pairs = float(sum(each.request.prompt for each in complete))
+        budget = admission.prompt_budget(batch.decoding + len(complete), self.token_limit, self.budget)
+        partly = 0
+        for each in batch.reading:
+            take = admission.chunk_tokens(each.unread, self.policy.prefill_chunk, budget)
+            if take == 0:
+                break
+            start = each.request.prompt - each.unread
+            tokens, before, pairs = tokens + take, before + start, pairs + take * (start + (take + 1) / 2)
+            budget, each.unread = budget - take, each.unread - take
+            partly += 1
+        met = batch.reading[:partly]
+        batch.reading = [each for each in met if each.unread > 1] + batch.reading[partly:]
+        batch.single = [each for each in met if each.unread == 1]
+        complete = complete + [each for each in met if each.unread == 0]
+        return (tokens, before, pairs, len(complete)), complete
+
+    def first_token(self, reading: Reading) -> None:
+        """A prompt was read: its sequence decodes from the next pass on, or is done."""
+        left = reading.request.output - 1
+        if left <= 0:
+            self.count(reading.request, reading.tier, reading.micro_batch, -1)
+            return
+        reading.micro_batch.decoding += 1
+        reading.micro_batch.context += reading.request.prompt
+        heapq.heappush(self.ends, (self.now + left, reading.admitted, reading))
+
+    def end(self, reading: Reading) -> None:
+        reading.micro_batch.decoding -= 1
+        reading.micro_batch.context -= reading.request.prompt + reading.request.output - 1
+        self.count(reading.request, reading.tier, reading.micro_batch, -1)
+
+    def row(self, count: int, decoding: int, context: float, *prompts: float) -> None:
+        self.rows.append((count, self.num_running, self.num_admitted, decoding, context, *(prompts or (0, 0, 0, 0))))
+        self.now += count
+
+    def check(self) -> None:
+        """Invariants: what is taken is what runs, and nothing is left behind."""
+        assert self.num_running == sum(batch.occupied for batch in self.batches) >= 0
+        assert all(0 <= batch.occupied <= self.policy.gpu_batch_size and batch.staged >= 0 for batch in self.batches)
+        assert min(self.free.values(), default=0) >= 0 and self.free_tails >= 0
+        self.balancer.check()
+
+
+def walk(
+    requests: Sequence[Request], policy: Policy, sizes: CacheSizes | None = None, token_limit: int | None = None
+) -> Walk:
+    """Every pass of a job of ``requests``, in their order of arrival, each of which generates all of its ``output``.
+
+    sizes: pages of the pools, without which the block's slots alone limit who gets in. token_limit: query tokens that a
+    micro-batch's buffers hold (default: as many as they are made for).
+    """
+    walker = Walker(requests, policy, sizes, token_limit or admission.micro_batch_tokens(policy))
+    walker.admit()
+    while walker.num_running:
+        walker.step()
+        walker.admit()
+    assert not walker.waiting, "the next request finds no pages though nothing runs"
+    walker.check()
+    rows = np.asarray(walker.rows, dtype=float).reshape(-1, 9).T
+    return Walk(PassLoad(*rows[3:]), rows[0], rows[1], rows[2])

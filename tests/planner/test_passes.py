@@ -1,0 +1,76 @@
+"""Passes are counted by the scheduler's own rules: as many as the engine runs, whatever the lengths, budgets and
+micro-batches."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.validation.errors import DoesNotFitError
+from tests.tiny_models import random_prompts
+
+SPLITS = ((100, 0, 100, 0, 100, 0), (0, 100, 0, 100, 0, 100), (30, 70, 40, 60, 50, 50), (40, 30, 35, 30, 0, 0))
+MEMORY = ("64MiB", "4MiB", "2500KiB", "2MiB")
+
+
+def random_job(chance: random.Random):
+    """Lengths of a job: alike or ragged, prompts of one token and prompts that are only scored among them."""
+    count = chance.choice([1, 2, 5, 17, 23, 41])
+    longest, most = chance.choice([1, 3, 17, 40, 150]), chance.choice([1, 2, 7, 30])
+    ragged = chance.random() < 0.8
+    prompts = [chance.randint(1, longest) if ragged else longest for _ in range(count)]
+    least = 0 if chance.random() < 0.3 else 1
+    outputs = [chance.randint(least, most) if ragged or chance.random() < 0.3 else most for _ in range(count)]
+    return prompts, outputs
+
+
+def random_settings(chance: random.Random):
+    """Most leave nothing to choose: a search takes longer than the run."""
+    given = {
+        "gpu_memory": chance.choice(MEMORY),
+        "cpu_memory": chance.choice(["4MiB", "64MiB"]),
+        "percent": chance.choice(SPLITS),
+        "gpu_batch_size": chance.choice([1, 2, 3, 7, 16]),
+        "num_gpu_batches": chance.choice([1, 2, 3, 5]),
+        "prefill_chunk": chance.choice([1, 5, 16, 64]),
+        "prefill_budget": chance.choice([1, 9, 33, 200]),
+        "cpu_attention": chance.choice([0.0, 0.5, 1.0]),
+        "overlap": chance.random() < 0.8,
+    }
+    left_open = chance.sample([*given][2:-1], chance.randint(1, 6)) if chance.random() < 0.15 else []
+    return {name: value for name, value in given.items() if name not in left_open}
+
+
+@pytest.fixture(autouse=True)
+def no_replans(monkeypatch):
+    """How fast passes are on a busy machine changes what a run does with them."""
+    monkeypatch.setattr("flexbatch.loop.EngineLoop.plan_monitor", lambda loop, runner: None)
+
+
+def run(model, folder, seed: int):
+    """(predicted passes, measured ones, what was run) of a random job; None where its settings do not fit."""
+    chance = random.Random(seed)
+    prompts, outputs = random_job(chance)
+    settings = random_settings(chance)
+    params = [SamplingParams(max_tokens=output, temperature=0, ignore_eos=True) for output in outputs]
+    try:
+        with LLM(str(model.folder), device="cpu", hardware="cpu", offload_dir=str(folder), **settings) as llm:
+            done = llm.generate(random_prompts(prompts, seed=seed), params)
+            assert [len(each.token_ids) for each in done] == outputs
+            job = llm.report()["job"]
+            assert job["measured_passes"] == llm.statistics.passes
+    except DoesNotFitError:
+        return None
+    return job["predicted_passes"], job["measured_passes"], (seed, settings, prompts, outputs)
+
+
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 200), marks=pytest.mark.slow)], ids=["20", "180"])
+def test_as_many_passes_as_predicted(seeds, reference, tmp_path):
+    model = reference("opt-tiny")
+    results = [run(model, tmp_path, seed) for seed in seeds]
+    ran = [result for result in results if result is not None]
+    assert len(ran) > 0.7 * len(seeds)
+    assert not [what for predicted, measured, what in ran if predicted != measured]
+    assert len({measured for _, measured, _ in ran}) > 0.3 * len(ran)
