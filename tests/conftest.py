@@ -25,9 +25,12 @@ from flexbatch.policy.hardware import load_hardware
 with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
     from hypothesis import settings
 
-    # Machines that run tests are shared: how long an example takes says nothing about the code.
-    settings.register_profile("shared machine", deadline=None)
-    settings.load_profile("shared machine")
+    # Machines that run tests are shared: how long an example takes says nothing about the code. The examples are the
+    # same in every run and every process; --hypothesis-profile=random draws others, and more where a test names no
+    # number.
+    settings.register_profile("same", deadline=None, derandomize=True, max_examples=40)
+    settings.register_profile("random", deadline=None, derandomize=False, max_examples=400)
+    settings.load_profile("same")
 
 
 def pytest_collection_finish() -> None:

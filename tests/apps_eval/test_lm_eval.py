@@ -27,6 +27,8 @@ from flexbatch.apps.lm_eval_settings import engine_arguments  # noqa: E402
 from flexbatch.models.generation_config import GenerationDefaults  # noqa: E402
 from flexbatch.models.resolve import DEMO  # noqa: E402
 from flexbatch.validation.errors import ConfigurationError  # noqa: E402
+from tests.grids import grid  # noqa: E402
+from tests.processes import Forked  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {"device": "cpu", "dtype": "float32"}
@@ -144,10 +146,7 @@ def pieces(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny") / "pieces", seed=2, positions=256, tokenizer=make_pieces())
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(
-    "which", ["pieces", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiny", "tiny_chat"))]
-)
+@pytest.mark.parametrize(("which", "options"), grid(("pieces", "tiny", "tiny_chat"), OPTIONS), ids=str)
 def test_tokenizer_options_are_those_of_hf(which, options, request):
     folder = request.getfixturevalue(which)
     theirs = hugging_face(folder, batch_size=1, **options)
@@ -281,13 +280,11 @@ def test_arguments_of_hf_are_taken_where_they_change_nothing():
     [("pretrained=demo,percnt=1", "FlexBatch has no percnt"), ("pretrained=no/where", "model 'no/where'")],
 )
 def test_mistakes_in_model_args_are_exit_code_2_without_a_traceback(tmp_path, arguments, told):
-    command = [sys.executable, "-m", "flexbatch", "lm-eval", "run", "--model", "flexbatch", "--model_args", arguments]
-    command += ["--tasks", *write_tasks(tmp_path, 2)[:1], "--include_path", str(tmp_path)]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=tmp_path, timeout=300
-    )
-    assert done.returncode == 2 and told in done.stdout and "Traceback" not in done.stdout, done.stdout
+    words = ["lm-eval", "run", "--model", "flexbatch", "--model_args", arguments]
+    words += ["--tasks", *write_tasks(tmp_path, 2)[:1], "--include_path", str(tmp_path)]
+    process = Forked("flexbatch", words, {"HF_HUB_OFFLINE": "1"})
+    output = "".join(process.communicate(timeout=300))
+    assert process.returncode == 2 and told in output and "Traceback" not in output, output
 
 
 @pytest.mark.slow

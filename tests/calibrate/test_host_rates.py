@@ -78,6 +78,7 @@ def test_the_rate_of_copies_beside_attention() -> None:
     assert host.rate_beside(copies[2:], attention) == host.rate_beside([], attention) == math.inf
 
 
+@pytest.mark.slow
 def test_costs_of_this_machine() -> None:
     """Finite and not negative, whoever else uses the machine: a busy one gives any of them 0. The number of threads
     is as before."""

@@ -72,9 +72,10 @@ def test_curves_are_checked():
 def test_this_machine_is_measured_and_cached(tmp_path, monkeypatch):
     """The whole profile on the CPU, then from the cache without measuring again."""
     pytest.importorskip("torch")
-    start = time.perf_counter()
+    # Of the processor: how long others make it wait says nothing.
+    start = time.process_time()
     hardware = cache.cached(tmp_path / "cache", "cpu", tmp_path, overrides={"scatter": 123e6})
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert (
         hardware.device == "cpu"
         and hardware.scatter == 123e6

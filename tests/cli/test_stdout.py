@@ -59,6 +59,7 @@ def test_a_plan_is_one_json_document_with_noisy_libraries() -> None:
     assert json.loads(noisy_run([*PRICED, "--json"]))["model"] == "opt-125m"
 
 
+@pytest.mark.slow
 def test_completions_are_one_json_document_with_noisy_libraries() -> None:
     document = json.loads(
         noisy_run(["-m", "flexbatch", "run", *SMALL, "--num-prompts", "1", "--max-tokens", "2", "--json"])

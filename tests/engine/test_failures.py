@@ -15,6 +15,7 @@ import torch
 import flexbatch
 from flexbatch import LLM, SamplingParams
 from flexbatch.memory.files import DiskFile, OffloadError
+from tests.grids import grid
 from tests.tiny_models import make_model, random_prompts
 
 ROOT = Path(flexbatch.__file__).parent
@@ -130,7 +131,7 @@ def check(llm):
         llm.speculator.check()
 
 
-@pytest.mark.parametrize("most", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_block_that_fails_anywhere_is_undone(most, running):
     """At every call on the way; the error is still in hand when the next call is made."""
     llm = running
@@ -171,7 +172,7 @@ def test_a_larger_block_that_fails_leaves_neither(running):
         assert held(llm) == nothing, k
 
 
-@pytest.mark.parametrize("most", [16, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_pass_that_fails_anywhere_is_undone(most, running):
     llm = running
     wanted = tokens(llm)
@@ -189,7 +190,7 @@ def test_a_pass_that_fails_anywhere_is_undone(most, running):
     assert tokens(llm) == wanted
 
 
-@pytest.mark.parametrize("operation", ["read", "write"])
+@pytest.mark.parametrize(("operation", "running"), grid(["read", "write"], ["plain", "draft"]), indirect=["running"])
 def test_a_disk_that_fails_is_asked_again_by_the_next_job(operation, running, monkeypatch):
     """In the threads of the disk, at weights, cache and activations."""
     llm = running
@@ -219,7 +220,7 @@ def test_a_disk_that_fails_is_asked_again_by_the_next_job(operation, running, mo
 
 
 @pytest.mark.parametrize("kind", ["plain", "draft"])
-@pytest.mark.parametrize("most", [16, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [8, pytest.param(150, marks=pytest.mark.slow)])
 def test_a_start_that_fails_anywhere_leaves_nothing(most, kind, model, tmp_path):
     """No file, no thread; what was written to the offload folder is whole, and the next start takes it."""
     settings = {"draft": (str(model),), **SPECULATION} if kind == "draft" else {}

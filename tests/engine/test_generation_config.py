@@ -91,8 +91,8 @@ def tokens(llm: LLM, params: SamplingParams | None) -> list[list[int]]:
     return found
 
 
-def check(model, engines, content: dict) -> list[list[int]]:
-    """Every engine gives what transformers gives; of trees, every node has to follow the rules of its own path."""
+def check(model, engines, content: dict, chosen: tuple[int, ...] = (0, 1, 2)) -> list[list[int]]:
+    """The chosen engines give what transformers gives; of trees, every node has to follow the rules of its own path."""
     wanted = model.wanted(content)
     params = GenerationDefaults("generation_config.json", content).params(max_tokens=NEW_TOKENS)
 
@@ -104,8 +104,8 @@ def check(model, engines, content: dict) -> list[list[int]]:
         return TokenTree((wrong, rest[0], rest[0], rest[1]), TreeShape((ROOT, ROOT, 0, 1)))
 
     engines[2].speculator.sources = [Scripted(tree)]
-    for llm in engines:
-        assert tokens(llm, params) == wanted, content
+    for place in chosen:
+        assert tokens(engines[place], params) == wanted, content
     return wanted
 
 
@@ -140,11 +140,13 @@ def cases(model) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def test_every_key_alone_as_transformers(model, engines):
+@pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["by turns", "all"])
+def test_every_key_alone_as_transformers(thorough, model, engines):
+    """By turns: in one of the three engines, with several keys in each."""
     plain = model.wanted({})
     assert tokens(engines[0], SamplingParams(max_tokens=NEW_TOKENS, temperature=0)) == plain
-    for name, content in cases(model).items():
-        wanted = check(model, engines, content)
+    for turn, (name, content) in enumerate(cases(model).items()):
+        wanted = check(model, engines, content, (0, 1, 2) if thorough else ((0, 2, 1, 2)[turn % 4],))
         if name not in ("temperature and the like", "forced_bos_token_id"):
             assert wanted != plain, f"{name} changes nothing here and proves nothing"
 
@@ -156,7 +158,7 @@ def test_the_first_token_is_forced_after_a_prompt_of_one(model, engines):
         assert model.generate(content, [17])[0] == 33
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_combinations_as_transformers(data, model, engines):
     _drawn(data, model, engines)

@@ -48,12 +48,12 @@ print(json.dumps([max(seen), homes]))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """150 MB, the largest tensor 3 MB, the largest of the fused ones 6 MB."""
+    """75 MB, the largest tensor 3 MB, the largest of the fused ones 6 MB."""
     folder = tmp_path_factory.mktemp("large")
     make_model(
         "llama",
         folder,
-        num_hidden_layers=12,
+        num_hidden_layers=6,
         hidden_size=512,
         intermediate_size=1536,
         num_attention_heads=8,

@@ -25,6 +25,7 @@ from flexbatch.speculative.draft import SCORING_BYTES_PER_LOGIT, DraftModel
 from flexbatch.speculative.scoring import likeliest
 from flexbatch.speculative.stochastic import drawn_children
 from flexbatch.speculative.tree import Drawing
+from tests.grids import grid
 from tests.tiny_models import make_model, random_prompts
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -85,8 +86,11 @@ class Everywhere(LiveBytes):
             return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-@pytest.mark.parametrize("draft", [{}, {"draft": ("ngram",), "tree": "best-first:30"}], ids=str)
-@pytest.mark.parametrize("place", [RESIDENT, (100, 0, 0, 100, 100, 0)], ids=["resident", "attended on the CPU"])
+@pytest.mark.parametrize(
+    ("place", "draft"),
+    grid([RESIDENT, (100, 0, 0, 100, 100, 0)], [{}, {"draft": ("ngram",), "tree": "best-first:30"}]),
+    ids=str,
+)
 def test_long_contexts_and_trees_stay_within_their_plan(place, draft, monkeypatch, tmp_path):
     """Small heads in number, so that partial results and rotary tables are what a run takes most of."""
     make_model(
@@ -133,9 +137,13 @@ def needs_beside_weights(llm: LLM) -> int:
 
 
 @pytest.mark.parametrize(
-    "draft", [{}, {"draft": ("ngram",)}, {"draft": ("d",)}, {"draft": ("d",), "draft_sampling": "independent"}], ids=str
+    ("params", "draft"),
+    grid(
+        [GREEDY, RANDOM, SCORED],
+        [{}, {"draft": ("ngram",)}, {"draft": ("d",)}, {"draft": ("d",), "draft_sampling": "independent"}],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("params", [GREEDY, RANDOM, SCORED], ids=["greedy", "random", "scored"])
 def test_a_run_stays_within_its_plan(params, draft, monkeypatch, tmp_path):
     monkeypatch.setitem(SHAPES, "t", SHAPES["opt-125m"] | TINY | {"num_hidden_layers": 3})
     monkeypatch.setitem(SHAPES, "d", SHAPES["opt-125m"] | TINY | {"num_hidden_layers": 1})

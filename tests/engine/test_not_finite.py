@@ -68,24 +68,28 @@ def outcome(completions) -> list:
     return [completion.token_ids if not completion.error else None for completion in completions]
 
 
-QUICK = [("gpu", ("ngram",)), ("cpu", None), ("disk", None), ("mixed", ("ngram",))]
-
-
 @pytest.mark.parametrize(
-    ("place", "draft"),
+    ("place", "draft", "kinds"),
     [
-        pytest.param(place, draft, marks=() if (place, draft) in QUICK else pytest.mark.slow)
-        for place in PLACES
-        for draft in (None, ("ngram",))
+        pytest.param("gpu", ("ngram",), ["greedy"]),
+        pytest.param("cpu", None, ["sampled"]),
+        pytest.param("disk", None, ["logprobs"]),
+        pytest.param("mixed", ("ngram",), ["restricted"]),
+        *(
+            pytest.param(place, draft, list(KINDS), marks=pytest.mark.slow)
+            for place in PLACES
+            for draft in (None, ("ngram",))
+        ),
     ],
     ids=str,
 )
-def test_only_the_request_that_meets_it_fails(place, draft, broken, tmp_path):
+def test_only_the_request_that_meets_it_fails(place, draft, kinds, broken, tmp_path):
     """Prompts that begin alike share pages; the poison of one makes NaN of masked places before it, too, and so of what
     the others read."""
     folder = broken(poison, "embedding")
     with start(folder, tmp_path, place, draft=draft) as llm:
-        for kind, more in KINDS.items():
+        for kind in kinds:
+            more = KINDS[kind]
             params = SamplingParams(max_tokens=6, ignore_eos=True, **more)
             completions = llm.generate(PROMPTS, params)
             llm.runner.check()

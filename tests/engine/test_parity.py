@@ -10,6 +10,7 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.policy.limits import PAGE_TOKENS
+from tests.grids import covering, sampled
 from tests.tiny_models import NEW_TOKENS
 
 WEIGHTS = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (30, 40)}
@@ -77,20 +78,25 @@ def pairwise() -> list[tuple[str, tuple]]:
     return [(family, tuple(cell)) for family, *cell in chosen]
 
 
-@pytest.mark.parametrize(("family", "cell"), pairwise(), ids=str)
+PAIRWISE = pairwise()
+QUICK = [PAIRWISE[place] for place in covering([(family, *cell) for family, cell in PAIRWISE])]
+"""Every value of every axis, and every family: the slow run has all the pairs."""
+
+
+@pytest.mark.parametrize(
+    ("family", "cell"),
+    [pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow) for row in PAIRWISE],
+    ids=str,
+)
 def test_sampled_grid(family, cell, reference, tmp_path):
     model = reference(family)
     assert run(model, tmp_path, cell) == model.token_ids
 
 
 CPU_ATTENTION = list(itertools.product((1, 2, 3), (True, False), (0.5, 1.0)))
-PAIRS = [(1, True, 0.5), (1, False, 1.0), (2, True, 1.0), (2, False, 0.5), (3, True, 0.5), (3, False, 1.0)]
 
 
-@pytest.mark.parametrize(
-    ("micro_batches", "overlap", "cpu_attention"),
-    [pytest.param(*cell, marks=() if cell in PAIRS else pytest.mark.slow) for cell in CPU_ATTENTION],
-)
+@pytest.mark.parametrize(("micro_batches", "overlap", "cpu_attention"), sampled(CPU_ATTENTION))
 def test_attention_on_the_cpu(micro_batches, overlap, cpu_attention, reference, tmp_path):
     model = reference("llama")
     assert run(model, tmp_path, ("cpu", "mixed", "gpu", micro_batches, overlap, 64), cpu_attention) == model.token_ids
@@ -105,22 +111,21 @@ def test_whole_grid(family, cell, reference, tmp_path_factory):
     assert run(model, folder, cell) == model.token_ids
 
 
+SPREAD = {"disk": (("disk", "disk", "mixed", 2, True, 7), 0), "mixed": (("mixed", "cpu", "cpu", 3, False, 33), 0.5)}
+
+
 @pytest.mark.parametrize(
-    ("weight_bits", "cache_bits"), [(4, 16), (8, 8), (16, 4), pytest.param(4, 4, marks=pytest.mark.slow)]
+    ("weight_bits", "cache_bits", "spread"),
+    sampled((*bits, name) for bits in [(4, 16), (8, 8), (16, 4), (4, 4)] for name in SPREAD),
 )
-def test_compressed_tokens_depend_on_nothing_but_the_bits(weight_bits, cache_bits, reference, tmp_path):
+def test_compressed_tokens_depend_on_nothing_but_the_bits(weight_bits, cache_bits, spread, reference, tmp_path):
     """Quantised weights and cache change the tokens, but placement, chunking and overlap may not."""
     model = reference("llama")
-    cells = [
-        ("gpu", "gpu", "gpu", 1, True, 64),
-        ("disk", "disk", "mixed", 2, True, 7),
-        ("mixed", "cpu", "cpu", 3, False, 33),
-    ]
     outputs = [
         run(model, tmp_path, cell, share, weight_bits=weight_bits, cache_bits=cache_bits)
-        for cell, share in zip(cells, (0, 0, 0.5), strict=True)
+        for cell, share in ((("gpu", "gpu", "gpu", 1, True, 64), 0), SPREAD[spread])
     ]
-    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0] == outputs[1]
 
 
 def test_a_request_does_not_depend_on_the_batch(reference, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution import executor
 from flexbatch.policy.limits import MIN_LOGIT_ROWS
+from tests.grids import grid
 from tests.tiny_models import make_model, make_tokenizer, random_prompts
 
 PLACEMENTS = ((100, 0, 100, 0, 100, 0), (30, 40, 40, 30, 50, 50), (0, 0, 0, 0, 0, 100))
@@ -121,8 +122,11 @@ def test_logits_of_a_long_prompt_never_exist_at_once(folder, tmp_path, monkeypat
     assert len(completion.prompt_logprobs) == 500 and sum(rows) == 499 and max(rows) == MIN_LOGIT_ROWS
 
 
-@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("source", "dtype"),
+    grid([torch.float32, torch.float16, torch.bfloat16], ["float32", "bfloat16", "float16"]),
+    ids=str,
+)
 @torch.no_grad()
 def test_any_stored_dtype_runs_in_any_compute_dtype(source, dtype, folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=source)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from flexbatch import LLM, SamplingParams
 from flexbatch.memory import layer_files, loading
 from flexbatch.models import fingerprint, shapes
+from tests.grids import grid
 from tests.tiny_models import LLAMA_SIZES, make_model, random_prompts
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
@@ -103,9 +104,12 @@ def test_other_bits_and_dtypes_have_files_of_their_own(changed, model, tmp_path)
     assert before.items() < after.items()
 
 
-@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(
-    "part", ["self_attn.o_proj", "mlp.down_proj", "layers.1.self_attn.k_proj", "layernorm", "embed_tokens", "lm_head"]
+    ("part", "bits"),
+    grid(
+        ["self_attn.o_proj", "mlp.down_proj", "layers.1.self_attn.k_proj", "layernorm", "embed_tokens", "lm_head"],
+        [16, 8],
+    ),
 )
 def test_a_part_that_was_retrained_is_never_taken_from_files(part, bits, model, tmp_path):
     """Equal names, shapes, sizes and times: one twentieth of the weights is enough."""

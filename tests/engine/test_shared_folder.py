@@ -35,7 +35,7 @@ def own_files(folder: Path) -> list[str]:
     return [path.name for path in files if path.suffix not in (".bin", ".json") or path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("starts", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("starts", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_two_containers_share_a_volume(starts, models, tmp_path):
     """Both are process 1, each in its own namespace; of one model, and of two."""
     if (
@@ -54,9 +54,10 @@ def test_two_containers_share_a_volume(starts, models, tmp_path):
     assert own_files(tmp_path / "offload") == []
 
 
-def test_two_threads_share_a_folder(models, tmp_path):
+@pytest.mark.parametrize("attempts", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_two_threads_share_a_folder(attempts, models, tmp_path):
     """With one process id between them."""
-    for attempt in range(2):
+    for attempt in range(attempts):
         barrier = Barrier(4)
         names = sorted(models) * 2
 

@@ -10,7 +10,7 @@ from flexbatch.memory.kvcache import KVCache
 from flexbatch.policy.limits import PAGE_TOKENS
 from tests.tiny_models import make_model, random_prompts
 
-HEADER, NUM_PROMPTS = 300, 200
+HEADER, NUM_PROMPTS = 300, 100
 SHARED = HEADER // PAGE_TOKENS * PAGE_TOKENS
 """Whole pages alone can be shared: 288 tokens."""
 PLACEMENTS = {"gpu": ((100, 0, 100, 0, 100, 0), 1), "mixed": ((40, 30, 40, 30, 50, 50), 3)}
@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 
 def prompts() -> list[list[int]]:
-    """200 different ends, of 1 to 9 tokens, after one header."""
+    """100 different ends, of 1 to 9 tokens, after one header."""
     (header,) = random_prompts([HEADER], seed=1)
     return [header + end for end in random_prompts([1 + place % 9 for place in range(NUM_PROMPTS)], seed=2)]
 

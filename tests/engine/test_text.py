@@ -15,7 +15,8 @@ from tests.text.kinds import KINDS, SPECIAL
 from tests.tiny_models import make_model, random_prompts
 
 DRAWN = SamplingParams(max_tokens=14, temperature=1.0, ignore_eos=True, seed=3)
-FAST = ("byte-level", "byte-fallback-llama", "unigram-always")
+SETTINGS = {"plain": {}, "drafted": {"draft": ("ngram",), "tree": "chain:4"}}
+FAST = [("byte-level", "plain"), ("byte-fallback-llama", "drafted"), ("unigram-always", "drafted")]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,13 @@ def expected(tokenizer, prompt: list[int], answer: list[int], special: bool = Fa
     return whole[common_length(before, whole) :]
 
 
-@pytest.mark.parametrize("settings", [{}, {"draft": ("ngram",), "tree": "chain:4"}], ids=["plain", "drafted"])
 @pytest.mark.parametrize(
-    "kind", [*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FAST)]
+    ("kind", "settings"),
+    [
+        pytest.param(kind, SETTINGS[name], id=f"{kind}-{name}", marks=() if (kind, name) in FAST else pytest.mark.slow)
+        for kind in KINDS
+        for name in SETTINGS
+    ],
 )
 def test_text_is_that_of_prompt_and_answer_less_the_prompts(kind: str, settings: dict, model, tmp_path) -> None:
     shutil.copytree(model, tmp_path / "model")

@@ -18,6 +18,7 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.cli.settings import read_settings
 from flexbatch.config import EngineConfig
 from flexbatch.validation.errors import ConfigurationError, EngineBusyError, EngineClosedError
+from tests.grids import grid
 from tests.tiny_models import make_model, random_prompts
 
 PROMPTS = random_prompts([3, 20, 41, 9, 33, 12, 5, 28, 17, 6], seed=9)
@@ -84,7 +85,7 @@ def check(llm, wanted):
 
 
 @BOTH
-@pytest.mark.parametrize("calls", [40, pytest.param(240, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("calls", [24, pytest.param(240, marks=pytest.mark.slow)])
 def test_threads_take_turns(calls, llm, wanted):
     """Eight of them, and every answer is right."""
 
@@ -104,8 +105,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("thread", [False, True], ids=["same thread", "another thread"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("call", "thread"), grid(CALLS, [False, True]))
 def test_a_call_beside_an_open_stream_is_refused_and_the_stream_goes_on(call, thread, llm, wanted):
     found = {}
     for key, completion in llm.stream(items()):
@@ -126,8 +126,11 @@ def test_streams_one_after_another(llm, wanted):
     check(llm, wanted)
 
 
-@BOTH
-@pytest.mark.parametrize("end", ["break", "close", "error", "another thread", "forgotten"])
+@pytest.mark.parametrize(
+    ("end", "llm"),
+    grid(["break", "close", "error", "another thread", "forgotten"], ["plain", "draft"]),
+    indirect=["llm"],
+)
 def test_a_stream_that_is_left_half_way(end, llm, wanted):
     stream = llm.stream(items())
     next(stream)
@@ -154,8 +157,7 @@ def test_a_stream_that_is_left_half_way(end, llm, wanted):
     check(llm, wanted)
 
 
-@pytest.mark.parametrize("call", [*CALLS, "close"])
-@pytest.mark.parametrize("place", ["on_tokens", "items", "on_finished"])
+@pytest.mark.parametrize(("call", "place"), grid([*CALLS, "close"], ["on_tokens", "items", "on_finished"]))
 def test_a_call_out_of_a_run_is_refused_there(call, place, llm, wanted):
     """It is an error of the callback, as any other that a callback raises: it ends the run, and the next call works."""
 
@@ -188,8 +190,14 @@ def test_a_callback_may_go_on_after_a_refusal(call, llm, wanted):
     assert [found[i] for i in range(len(PROMPTS))] == wanted and len(refused) > len(PROMPTS)
 
 
-@pytest.mark.parametrize("place", ["on_tokens", "items at once", "items later", "on_finished", "reader"])
-@pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt(), MemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    ("place", "error"),
+    grid(
+        ["on_tokens", "items at once", "items later", "on_finished", "reader"],
+        [KeyError("mine"), KeyboardInterrupt(), MemoryError()],
+    ),
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_an_error_of_the_caller_comes_back_as_it_is(place, error, llm, wanted):
     """While it is in hand the next call works."""
 
@@ -220,7 +228,7 @@ def test_an_error_of_the_caller_comes_back_as_it_is(place, error, llm, wanted):
 
 
 @BOTH
-@pytest.mark.parametrize("steps", [50, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [25, pytest.param(500, marks=pytest.mark.slow)])
 def test_any_order_of_calls(steps, llm, wanted):
     """Streams are opened, read and left, and calls made beside them: what is not refused is right."""
     chance = random.Random(7)

@@ -68,8 +68,17 @@ def check(llm: LLM) -> None:
         assert not llm.runner.activations.stored and not llm.runner.host_buffers.owners
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("settings", [MIXED, DISK, HOST], ids=["mixed", "disk", "host"])
+@pytest.mark.parametrize(
+    ("settings", "overlap"),
+    [
+        pytest.param(MIXED, True, id="mixed"),
+        pytest.param(DISK, True, id="disk"),
+        pytest.param(HOST, False, id="host-in-turn"),
+        pytest.param(MIXED, False, id="mixed-in-turn", marks=pytest.mark.slow),
+        pytest.param(DISK, False, id="disk-in-turn", marks=pytest.mark.slow),
+        pytest.param(HOST, True, id="host", marks=pytest.mark.slow),
+    ],
+)
 def test_late_links_change_no_token(
     folder: Path, expected: list[list[int]], tmp_path: Path, settings: dict[str, Any], overlap: bool
 ) -> None:
@@ -130,8 +139,15 @@ def test_the_link_does_not_wait_for_a_half_that_is_put_off(
     assert before == {0.0: False, 1.0: True}
 
 
-@pytest.mark.parametrize("place", ["read", "write"])
-@pytest.mark.parametrize("settings", [MIXED, DISK], ids=["mixed", "disk"])
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        pytest.param(MIXED, "read", id="mixed-read"),
+        pytest.param(DISK, "write", id="disk-write"),
+        pytest.param(MIXED, "write", id="mixed-write", marks=pytest.mark.slow),
+        pytest.param(DISK, "read", id="disk-read", marks=pytest.mark.slow),
+    ],
+)
 def test_a_failed_transfer_ends_its_job_and_no_other(
     folder: Path,
     expected: list[list[int]],

@@ -158,7 +158,7 @@ def test_a_bias_outside_the_vocabulary_is_an_error() -> None:
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.2}])
 def test_frequencies_match_the_distribution(params: dict) -> None:
-    draws, vocab = 20_000, 12
+    draws, vocab = 5_000, 12
     logits = random_logits(1, seed=5, vocab=vocab) / 2
     states = [state(i, **params) for i in range(draws)]
     expected = process_logits(logits, states[:1])[0]

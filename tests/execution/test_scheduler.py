@@ -195,9 +195,25 @@ def run(job: Job, chance: Any, drafter: Drafter | None) -> tuple[Scheduler, Desk
         return scheduler, desk, finished
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(job=jobs(), chance=st.randoms(use_true_random=False))
-def test_every_request_is_answered_once_whatever_comes(job: Job, chance: Any) -> None:
+def test_every_request_is_answered_once_whatever_comes() -> None:
+    trying(30)
+
+
+@pytest.mark.slow
+def test_every_request_is_answered_once_whatever_comes_of_many() -> None:
+    trying(500)
+
+
+def trying(examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(job=jobs(), chance=st.randoms(use_true_random=False))
+    def check(job: Job, chance: Any) -> None:
+        answered_once(job, chance)
+
+    check()
+
+
+def answered_once(job: Job, chance: Any) -> None:
     drafter = Drafter(chance) if job.drafts else None
     _, desk, finished = run(job, chance, drafter)
     assert sorted(done.request.index for done in finished) == list(range(len(job.requests)))

@@ -55,7 +55,7 @@ def test_linear_biases_of_long_prompts_equal_transformers(case, tmp_path):
 @torch.no_grad()
 def test_greedy_tokens_equal_generate(tiny):
     model, arch, stages = tiny
-    prompts, new = random_prompts([1, 9, 30], seed=1), 12
+    prompts, new = random_prompts([1, 9, 30], seed=1), 6
     dense = DenseModel(arch, stages, len(prompts), 64)
     chunks, generated = prompts, [[] for _ in prompts]
     for _ in range(new):

@@ -26,9 +26,9 @@ from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.workload import Workload
 
 GIB = 2**30
-RARE = [("opt-6.7b", 16, 32), ("opt-30b", 80, 128), ("opt-30b", 24, 20)]
-MACHINES = [("opt-30b", 16, 64), *(pytest.param(*machine, marks=pytest.mark.slow) for machine in RARE)]
-"""Model, GiB of the gpu and of the cpu tier."""
+RARE = [("opt-30b", 16, 64, 1), ("opt-6.7b", 16, 32, 1), ("opt-30b", 80, 128, 1), ("opt-30b", 24, 20, 1)]
+MACHINES = [("opt-30b", 16, 64, 2), *(pytest.param(*machine, marks=pytest.mark.slow) for machine in RARE)]
+"""Model, GiB of the gpu and of the cpu tier, and of how many neighbors one is tried."""
 WORKLOAD = Workload.uniform(512, 32)
 
 
@@ -149,15 +149,15 @@ def test_whole_search_for_the_largest_model_is_short():
     assert not plan.missing
 
 
-@pytest.mark.parametrize("model, gpu, cpu", MACHINES)
-def test_choice_beats_its_neighbours(model, gpu, cpu):
+@pytest.mark.parametrize("model, gpu, cpu, every", MACHINES)
+def test_choice_beats_its_neighbours(model, gpu, cpu, every):
     """No block of another size, with its own best splits, is better by more than 1 %."""
     hardware = load_hardware("h200").with_memory(gpu=gpu * GIB, cpu=cpu * GIB)
     shape = public_shape(model)
     plan = chosen(model, "h200", gpu, cpu)
     b, k = plan.policy.gpu_batch_size, plan.policy.num_gpu_batches
     others = [(b * 2, k), (b // 2, k), (b, k + 1), (b, k - 1), (b * 2, k // 2), (b // 2, k * 2), (b + 3, k), (b - 3, k)]
-    for batch, count in (pair for pair in others if min(pair) > 0):
+    for batch, count in (pair for pair in others[::every] if min(pair) > 0):
         try:
             other = choose(shape, hardware, WORKLOAD, Constraints(gpu_batch_size=batch, num_gpu_batches=count))
         except DoesNotFit:
@@ -165,8 +165,7 @@ def test_choice_beats_its_neighbours(model, gpu, cpu):
         assert other.predicted_tokens_per_second <= plan.predicted_tokens_per_second * 1.01, (batch, count)
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
+ANY_JOB = given(
     model=st.sampled_from(["opt-1.3b", "opt-6.7b", "llama-3-8b", "opt-30b"]),
     gpu=st.floats(6, 40),
     cpu=st.floats(12, 120),
@@ -175,7 +174,22 @@ def test_choice_beats_its_neighbours(model, gpu, cpu):
     sequences=st.sampled_from([None, 7, 300]),
     bits=st.sampled_from([(16, 16), (4, 16), (4, 4)]),
 )
-def test_what_is_proposed_fits(model, gpu, cpu, prompt, output, sequences, bits):
+
+
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
+@ANY_JOB
+def test_what_is_proposed_fits(**job):
+    proposed_fits(**job)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@ANY_JOB
+def test_what_is_proposed_for_many_jobs_fits(**job):
+    proposed_fits(**job)
+
+
+def proposed_fits(model, gpu, cpu, prompt, output, sequences, bits):
     hardware = load_hardware("h200").with_memory(gpu=int(gpu * GIB), cpu=int(cpu * GIB))
     shape, workload = public_shape(model), Workload.uniform(prompt, output, sequences)
     try:
@@ -190,10 +204,11 @@ def test_what_is_proposed_fits(model, gpu, cpu, prompt, output, sequences, bits)
         assert plan.policy.block_size < 2 * sequences + plan.policy.gpu_batch_size
 
 
-def test_rounding_to_tensors_and_sequences_still_fits():
+@pytest.mark.parametrize("count", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_rounding_to_tensors_and_sequences_still_fits(count):
     """The program's fractions alone would exceed the budget by a part of a tensor at most of these sizes."""
     shape, fixed = public_shape("opt-30b"), Constraints(gpu_batch_size=16, num_gpu_batches=2)
-    for gpu in np.linspace(6, 40, 12):
+    for gpu in np.linspace(6, 40, count):
         hardware = load_hardware("h200").with_memory(gpu=int(gpu * GIB), cpu=80 * GIB)
         plan = choose(shape, hardware, WORKLOAD, fixed)
         assert not shortfall(peak_memory(shape, hardware, WORKLOAD, plan.policy), hardware)

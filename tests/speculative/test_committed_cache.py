@@ -12,7 +12,8 @@ from flexbatch import SamplingParams
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.kernels.reference import unpack_rows
 from flexbatch.speculative.tree import TokenTree, TreeShape
-from tests.speculative.engines import PLACES, Scripted, continuation, engine, tokens
+from tests.grids import sampled
+from tests.speculative.engines import Scripted, continuation, engine, tokens
 from tests.tiny_models import VOCAB
 
 
@@ -45,14 +46,14 @@ def capture(monkeypatch, rows: dict) -> None:
 
 
 CASES = [
-    *((place, {}) for place in PLACES),
+    *((place, {}) for place in ("cpu", "disk", "mixed", "gpu")),
     *((place, {"cache_bits": bits}) for place, bits in (("gpu", 4), ("cpu", 8), ("cpu", 4), ("disk", 4))),
     ("cpu", {"cpu_attention": 1.0}),
     ("cpu", {"cpu_attention": 0.5, "cache_bits": 4}),
 ]
 
 
-@pytest.mark.parametrize(("place", "settings"), CASES, ids=str)
+@pytest.mark.parametrize(("place", "settings"), sampled(CASES), ids=str)
 def test_the_cache_after_commit_equals_a_fresh_prefill(place, settings, reference, tmp_path, monkeypatch):
     model = reference("llama")
     with engine(model, tmp_path, place, **settings) as llm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -163,14 +164,21 @@ STEP = (lambda tokens: 4e-3 + 0.2e-3 * tokens + 2.5e-3 * (tokens > 24), DEMO[1])
 FROM_DISK = (lambda tokens: max(0.06, 4e-3 + 0.35e-3 * tokens), work(1.5e-3, 0.06e-3))
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.2])
+MACHINES = ("demo", "from disk", "slow draft", "step")
+QUICK = [
+    *(("from disk", 16, 0.67, 0.2), ("from disk", 1, 0.67, 0.0), ("from disk", 16, 0.0, 0.0), ("demo", 1, 0.0, 0.2)),
+    *(("demo", 16, 0.67, 0.0), ("slow draft", 1, 0.67, 0.2), ("slow draft", 16, 0.0, 0.0), ("step", 16, 0.67, 0.2)),
+    ("step", 1, 0.0, 0.0),
+]
+
+
 @pytest.mark.parametrize(
-    "accept", [0.0, pytest.param(0.3, marks=pytest.mark.slow), 0.67, pytest.param(0.9, marks=pytest.mark.slow)]
+    ("machine", "batch", "accept", "noise"),
+    [
+        pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.slow)
+        for cell in itertools.product(MACHINES, (1, 4, 16, 64), (0.0, 0.3, 0.67, 0.9), (0.0, 0.2))
+    ],
 )
-@pytest.mark.parametrize(
-    "batch", [1, pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(64, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("machine", ["demo", "from disk", "slow draft", "step"])
 def test_speculation_never_costs_more_than_three_per_cent(machine, batch, accept, noise) -> None:
     costs = {"demo": DEMO, "from disk": FROM_DISK, "slow draft": (DEMO[0], work(2e-3, 0.17e-3)), "step": STEP}[machine]
     spent = plain = 0.0

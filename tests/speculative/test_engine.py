@@ -7,6 +7,7 @@ import random
 import pytest
 
 from flexbatch.speculative.tree import TokenTree, TreeShape, chain
+from tests.grids import grid, sampled
 from tests.speculative.engines import PLACES, Scripted, continuation, engine, tokens
 from tests.tiny_models import EOS, VOCAB, random_prompts
 
@@ -21,7 +22,7 @@ def drafts_of(name: str, model, other) -> tuple[str, ...]:
     ]
 
 
-@pytest.mark.parametrize(("place", "tree", "draft"), CELLS)
+@pytest.mark.parametrize(("place", "tree", "draft"), sampled(CELLS))
 def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, other, tmp_path):
     model = reference("llama")
     with engine(model, tmp_path, place, draft=drafts_of(draft, model, other), tree=tree) as llm:
@@ -46,20 +47,15 @@ def test_every_tree_on_every_tier(family, place, tree, draft, reference, other, 
         assert tokens(llm, model.prompts) == model.token_ids
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_trees_attended_on_the_cpu(share, family, reference, tmp_path):
+@pytest.mark.parametrize(("family", "share", "tree"), grid(["opt", "llama"], [0.5, 1.0], ["<2,2,1>", "best-first:40"]))
+def test_trees_attended_on_the_cpu(family, share, tree, reference, tmp_path):
     model = reference(family)
-    with engine(model, tmp_path, "cpu", cpu_attention=share, draft=(str(model.folder),), tree="<2,2,1>") as llm:
-        assert tokens(llm, model.prompts) == model.token_ids
-    with engine(
-        model, tmp_path, "cpu", cpu_attention=share, draft=(str(model.folder),), tree="best-first:40", overlap=False
-    ) as llm:
+    settings = {"draft": (str(model.folder),), "tree": tree, "overlap": tree == "<2,2,1>"}
+    with engine(model, tmp_path, "cpu", cpu_attention=share, **settings) as llm:
         assert tokens(llm, model.prompts) == model.token_ids
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("cache_bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("place", "cache_bits"), grid(PLACES, [4, 8]))
 def test_compressed_cache_gives_its_own_plain_tokens(place, cache_bits, reference, tmp_path):
     """Tokens change with the bits, but not with speculation: drafted rows are read as they will be read back."""
     model = reference("llama")
@@ -69,7 +65,7 @@ def test_compressed_cache_gives_its_own_plain_tokens(place, cache_bits, referenc
         assert tokens(llm, model.prompts) == plain
 
 
-@pytest.mark.parametrize("place", ["gpu", "cpu", "disk"])
+@pytest.mark.parametrize("place", ["gpu", pytest.param("cpu", marks=pytest.mark.slow), "disk"])
 def test_scripted_drafts(place, reference, tmp_path):
     """Always wrong, always EOS, a true path hidden in a ragged tree of 100 nodes, one that changes size from pass to
     pass."""

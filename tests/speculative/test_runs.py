@@ -121,25 +121,38 @@ def test_an_abandoned_job_leaves_nothing_behind(reference, tmp_path):
 HUMANEVAL = Path(__file__).parents[1] / "data" / "humaneval.jsonl"
 
 
-@pytest.mark.parametrize("draft", [("demo-draft",), ("ngram",), ("demo-draft", "ngram")], ids=" ".join)
-def test_the_demo_pair_saves_passes_on_real_prompts(draft, tmp_path):
-    """Weights on disk; the ratio of seconds is reported, and asserted nowhere: it belongs to the machine."""
+def run_demo(folder: Path, **settings) -> tuple[list[list[int]], dict]:
+    """Tokens for real prompts, and the report, with weights on disk."""
     prompts = [json.loads(line)["prompt"] for line in HUMANEVAL.read_text().splitlines()[:6]]
-    settings = {
-        "percent": (0, 0, 100, 0, 100, 0),
-        "gpu_batch_size": 6,
-        "num_gpu_batches": 1,
-        "offload_dir": str(tmp_path),
-        "device": "cpu",
-    }
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     with LLM(
-        "demo", gpu_memory="1GiB", cpu_memory="1GiB", draft=draft, tree="chain:4", compare_plain=True, **settings
+        "demo",
+        percent=(0, 0, 100, 0, 100, 0),
+        gpu_batch_size=6,
+        num_gpu_batches=1,
+        gpu_memory="1GiB",
+        cpu_memory="1GiB",
+        offload_dir=str(folder),
+        device="cpu",
+        **settings,
     ) as llm:
-        fast = [completion.token_ids for completion in llm.generate(prompts, params)]
-        report = llm.report()
-    with LLM("demo", gpu_memory="1GiB", cpu_memory="1GiB", **settings) as llm:
-        assert [completion.token_ids for completion in llm.generate(prompts, params)] == fast
+        return [completion.token_ids for completion in llm.generate(prompts, params)], llm.report()
+
+
+@pytest.fixture(scope="module")
+def plain_demo(tmp_path_factory) -> list[list[int]]:
+    return run_demo(tmp_path_factory.mktemp("demo"))[0]
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [("demo-draft",), ("ngram",), pytest.param(("demo-draft", "ngram"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_the_demo_pair_saves_passes_on_real_prompts(draft, plain_demo, tmp_path):
+    """The ratio of seconds is reported, and asserted nowhere: it belongs to the machine."""
+    fast, report = run_demo(tmp_path, draft=draft, tree="chain:4", compare_plain=True)
+    assert plain_demo == fast
     run = report["speculation"]
     assert (
         run["tokens_per_sequence_pass"] > 1.3 and report["passes"] < 0.9 * run["plain_passes"] and run["speed_up"] > 0

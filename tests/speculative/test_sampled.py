@@ -7,6 +7,7 @@ import pytest
 from flexbatch import SamplingParams
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.validation.errors import ConfigurationError
+from tests.grids import grid
 from tests.speculative.engines import engine, tokens
 from tests.tiny_models import VOCAB
 
@@ -26,8 +27,7 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("draft", ["target", "other"])
-@pytest.mark.parametrize("tree", ["chain:5", "<2,2,1>", "best-first:12"])
+@pytest.mark.parametrize(("tree", "draft"), grid(["chain:5", "<2,2,1>", "best-first:12"], ["target", "other"]))
 def test_drawn_tokens_are_those_of_plain_decoding(draft, tree, reference, other, tmp_path):
     """The noise of an output token belongs to its place in the request's stream, so that speculation draws the very
     same tokens; a perfect draft, drawing with the same noise, is accepted always, under penalties too."""
