@@ -185,6 +185,8 @@ def test_folders_that_say_too_little(tmp_path: Path) -> None:
         resolve(str(tmp_path))
     (tmp_path / "original" / "beside.gguf").write_bytes(path.read_bytes())
     assert resolve(str(tmp_path / "original")) == tmp_path / "original", "a folder's own weights come first"
+    (tmp_path / "original").rename(tmp_path / "folder.gguf")
+    assert open_model(str(tmp_path / "folder.gguf")).prequantized == {}, "a folder may be called so"
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss", "llama"])
