@@ -40,8 +40,8 @@ class InspectConfig:
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "flexbatch inspect",
-        description="Tell what a model is, how its weights would be stored and what would fit where, without loading them: "
-        "a bundled model, a folder, a GGUF file or a Hub id, which is downloaded first.",
+        description="Tell what a model is, how its weights would be stored and what would fit where, without loading "
+        "them: a bundled model, a folder, a GGUF file or a Hub id, which is downloaded first.",
         first="json gpu_memory cpu_memory weight_bits config",
         examples="""
             flexbatch inspect smollm2

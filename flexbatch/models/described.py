@@ -19,8 +19,8 @@ from flexbatch.validation.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Description:
-    """``folder`` is None where no folder is on this machine, and the file of a GGUF model; ``config`` is what config.json
-    holds."""
+    """``folder`` is None where no folder is on this machine, and the file of a GGUF model; ``config`` is what
+    config.json holds."""
 
     name: str
     folder: Path | None

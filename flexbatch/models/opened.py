@@ -24,8 +24,8 @@ from flexbatch.validation.errors import CheckpointError
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model folder (or GGUF file, as ``folder``), or a public shape with random weights (``folder`` is None). Nothing but its configuration is
-    read before it is asked for."""
+    """A model folder (or GGUF file, as ``folder``), or a public shape with random weights (``folder`` is None). Nothing
+    but its configuration is read before it is asked for."""
 
     name: str
     folder: Path | None
@@ -87,8 +87,8 @@ def planned_model(described: Description) -> PlannedModel:
 
 
 def open_model(name: str, dummy_weights: bool = False) -> OpenModel:
-    """By "demo" or "demo-draft" (bundled), a local folder or GGUF file, or a Hub id, which is downloaded; with ``dummy_weights`` by
-    the name of a public shape. Raises CheckpointError that says what is wrong."""
+    """By "demo" or "demo-draft" (bundled), a local folder or GGUF file, or a Hub id, which is downloaded; with
+    ``dummy_weights`` by the name of a public shape. Raises CheckpointError that says what is wrong."""
     if dummy_weights:
         return OpenModel(name, None, shapes.shape(name))
     folder = resolve.resolve(name)
