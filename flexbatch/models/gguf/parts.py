@@ -22,7 +22,8 @@ PROJECTOR = "mmproj"
 
 
 def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == SUFFIX
+    """By its name; a folder may be called so, too."""
+    return path.suffix.lower() == SUFFIX and not path.is_dir()
 
 
 def parts_of(path: Path) -> list[Path]:
