@@ -206,10 +206,13 @@ class LLM:
     ) -> Generator[tuple[Hashable, Completion], None, None]:
         self._intake.check_empty("stream")
         numbers = count()
-        with contextlib.closing(Feed(items, self._turns.helper)) as feed, self._loop.ending():
+        with contextlib.closing(Feed(items, self._turns.helper)) as feed, self._loop.ending(feed.wake):
             while True:
+                if self._loop.draining and not self._intake:
+                    return
                 limit = self.policy.block_size if self._loop.running else PEEKED_BLOCKS * self.policy.block_size
-                for item in feed.take(limit - self._intake.num_waiting, wait=not self._intake):
+                wanted = 0 if self._loop.draining else limit - self._intake.num_waiting
+                for item in feed.take(wanted, wait=not self._intake):
                     refused = self._intake.add_item(next(numbers), item, on_tokens)
                     if refused is not None:
                         yield refused
@@ -258,6 +261,12 @@ class LLM:
         """Whether requests that were added wait or run."""
         self._turns.check_open("has_unfinished")
         return len(self._intake) > 0
+
+    def drain(self) -> int:
+        """Finish the prompts of which a sequence is in flight, and begin no others; returns how many sequences are. Then
+        a stream just ends, and `generate` raises KeyboardInterrupt; where none runs, the next one does so. A signal
+        handler may call it, or another thread."""
+        return self._loop.drain()
 
     # Report and end
 

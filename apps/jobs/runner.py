@@ -10,7 +10,6 @@ from typing import Any
 from flexbatch.apps.jobs.commits import Commit
 from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.grants import TakenOver
-from flexbatch.apps.jobs.interrupt import Interrupts
 from flexbatch.apps.jobs.layout import Part, shard_parts
 from flexbatch.apps.jobs.pipeline import OutputError, Pipeline, TooManyErrors
 from flexbatch.apps.jobs.plan import BatchJob, make_encode
@@ -20,13 +19,14 @@ from flexbatch.apps.jobs.results import RowRecord
 from flexbatch.apps.jobs.shard_assignment import ShardAssignment
 from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.cli.command import exit_code
+from flexbatch.cli.interrupt import Interrupts, drained
 from flexbatch.config import EngineConfig
 from flexbatch.validation.errors import CRASH, DONE, INTERRUPTED, ROW_ERRORS, ConfigurationError, DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
 
 OpenEngine = Callable[[EngineConfig, Preview | None], Any]
-"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. The preview
+"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``drain``, ``tokenizer`` and ``arch``. The preview
 of the job helps it to plan."""
 
 
@@ -108,10 +108,7 @@ def _generate(
     )
     encode, limit = make_encode(llm, job.config.truncate), job.config.error_limit(counts.rows_total)
     pipeline = Pipeline(job, shard.left, shard.finished, shard.store, encode, counts, interrupts, limit)
-    interrupts.on_drain = lambda: progress.say(
-        f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs "
-        "the tokens of the sequences in flight"
-    )
+    interrupts.on_drain = lambda: drained(llm, resume)
     try:
         pipeline.run(llm)
     finally:
@@ -124,7 +121,10 @@ def ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:
     logger.info("%s", summary)
     if counts.parts_committed < len(shard.parts):
         logger.error(
-            "interrupted after %s of %s parts; resume with: %s", counts.parts_committed, len(shard.parts), resume
+            "interrupted: %s of %s rows are done and kept; resume with: %s",
+            f"{counts.rows_done:,}",
+            f"{counts.rows_total:,}",
+            resume,
         )
         return INTERRUPTED
     if counts.row_errors:
