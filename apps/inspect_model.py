@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.cli.command import run_command, set_up_logging
-from flexbatch.cli.settings import Parser, add_arguments, add_engine_arguments, read_settings
+from flexbatch.cli.early_checks import check_engine
+from flexbatch.cli.help import Parser
+from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig, option
 from flexbatch.policy.stdout import run_process
 from flexbatch.policy.units import size_text
@@ -37,13 +39,21 @@ class InspectConfig:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog="flexbatch inspect",
-        description=description,
-        epilog=rest,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "flexbatch inspect",
+        description="What a model is, how its weights would be stored, and where everything would be for a typical job "
+        "(256 requests of 512 prompt tokens and 128 generated ones); its weights are not loaded. Exit code 4: it does "
+        "not fit.",
+        first="model json gpu_memory cpu_memory weight_bits cache_bits hardware config",
+        texts={
+            "json": "print one JSON object",
+            "cache_bits": "16, 8 or 4",
+            "hardware": "plan for another machine: t4, h200, a JSON file",
+        },
+        examples="""
+            flexbatch inspect demo
+            flexbatch inspect model.gguf --gpu-memory 8GiB --json
+            """,
     )
     parser.add_argument("name", nargs="?", metavar="MODEL", help="the same as --model")
     add_arguments(parser, InspectConfig, "inspection")
@@ -174,6 +184,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) 
         if getattr(args, "model", args.name) != args.name:
             raise ConfigurationError(f"MODEL {args.name} and --model {args.model} differ; leave one out")
         engine = dataclasses.replace(engine, model=args.name)
+    check_engine(engine)
     found = inspect(engine)
     print(json.dumps(found, indent=2, ensure_ascii=False) if config.json else text_of(found), file=data)
     return DONE if found.get("fits", True) else DOES_NOT_FIT

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from flexbatch.cli import tables
 from flexbatch.cli.command import run_command, set_up_logging
-from flexbatch.cli.settings import Parser, add_arguments, read_settings
+from flexbatch.cli.help import JOB, PLACEMENT, Parser
+from flexbatch.cli.settings import add_arguments, read_settings
 from flexbatch.config import EngineConfig, option, parse_bytes
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import DONE, ConfigurationError
@@ -94,27 +95,40 @@ class PlanConfig:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog="flexbatch plan",
-        description=description,
-        epilog=rest,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "flexbatch plan",
+        description="What a job would take on a machine that one has, or does not have: neither weights nor a "
+        "tokenizer are read. The plan goes to stdout. Exit code 4: it does not fit.",
+        first="gpu cpu_memory gpu_memory num_prompts prompt_len max_tokens weight_bits sweep plot json",
+        texts={
+            "gpu": '"RTX 4090", h100, ... (default: this machine)',
+            "num_prompts": "prompts of the job (default: 10000)",
+            "prompt_len": "tokens of a prompt (default: 512)",
+            "max_tokens": "tokens to generate for each (default: 128)",
+            "sweep": "what other memory would give",
+            "plot": "draw it",
+            "json": "print the plan as one JSON document",
+        },
+        examples="""
+            flexbatch plan llama-3.1-70b --gpu "RTX 4090" --cpu-memory 64GiB
+            flexbatch plan opt-30b --gpu t4 --sweep cpu_memory=64GiB:256GiB:4
+            """,
     )
     parser.add_argument("model", metavar="MODEL", help="a public shape, a config.json, a folder, or a Hub id")
-    parser.add_argument(
+    parser.group_of("hardware", PLACEMENT).add_argument(
         "--gpu",
         "--hardware",
         dest="hardware",
         default=argparse.SUPPRESS,
         metavar="NAME",
         help='the machine: a card such as "RTX 4090" or h100 in a common host, cpu, or a JSON file of '
-        "flexbatch.calibrate.profile (default: this machine)",
+        "flexbatch profile (default: this machine)",
     )
     add_arguments(parser, PlanConfig, "job and output")
     add_arguments(parser, EngineConfig, "engine", PLANNED)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings: any flag by its name")
+    parser.group_of("config", JOB).add_argument(
+        "--config", metavar="FILE", help="YAML file of settings: any flag by its name"
+    )
     return parser
 
 
