@@ -6,7 +6,6 @@ The loop itself is in `loop.EngineLoop`: `generate`, `stream` and `step` turn it
 from __future__ import annotations
 
 import contextlib
-import logging
 import traceback
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -31,8 +30,6 @@ from flexbatch.request import Completion, SamplingParams
 from flexbatch.text.prompts import Prompt
 from flexbatch.trace import RecordingTracer, Tracer
 from flexbatch.validation.checks import check_keywords
-
-logger = logging.getLogger("flexbatch")
 
 
 class LLM:
@@ -92,11 +89,6 @@ class LLM:
         self.weights, self.speculator = loaded.weights, loaded.speculator
         self._capacity = Capacity(planner, self.weights, self.tiers, self.queues, self.speculator)
         self._loop = self.loop_class(planner, self._capacity, self._intake, self.speculator, self.tracer)
-        if self.config.simulate_acceptance is not None:
-            logger.warning(
-                "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",
-                self.config.simulate_acceptance,
-            )
 
     @property
     def engine_plan(self) -> EnginePlan:
@@ -263,9 +255,7 @@ class LLM:
         return len(self._intake) > 0
 
     def drain(self) -> int:
-        """Finish the prompts of which a sequence is in flight, and begin no others; returns how many sequences are. Then
-        a stream just ends, and `generate` raises KeyboardInterrupt; where none runs, the next one does so. A signal
-        handler may call it, or another thread."""
+        """Finish what is in flight and begin nothing else, as `EngineLoop.drain` says."""
         return self._loop.drain()
 
     # Report and end

@@ -92,8 +92,11 @@ class EngineLoop:
         return self.run_pass()
 
     def drain(self) -> int:
-        """Finish the prompts of which a sequence is in flight, and begin no others; returns how many sequences are. It
-        sets a flag and takes no lock, so that a signal handler may call it."""
+        """Finish the prompts of which a sequence is in flight, and begin no others; returns how many sequences are.
+
+        Then a stream just ends, and a job raises KeyboardInterrupt. It sets a flag and takes no lock: signal handlers
+        and other threads may call it. Where nothing runs, it is for the next call.
+        """
         self.draining = True
         self.wake()
         return 0 if self.scheduler is None else self.scheduler.num_sequences
@@ -102,10 +105,10 @@ class EngineLoop:
         """Let the prompts go of which nothing is in flight; returns whether any is left."""
         scheduler = self.scheduler
         begun = set() if scheduler is None else {each.request.index for each in scheduler.running.values()}
-        self.intake.drop_all_but(begun)
+        kept = self.intake.drop_all_but(begun)
         if scheduler is not None:
-            scheduler.abort(lambda sequence: not self.intake.expects(sequence.request))
-        return len(self.intake) > 0
+            scheduler.abort(lambda sequence: sequence.request.index not in kept)
+        return bool(kept)
 
     def begin_for_waiting(self, complete: bool) -> None:
         """A run whose block suits the requests that wait, and those that its predecessor was too small for."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
-from flexbatch.cli.early_checks import check_engine, check_files, check_plot, check_sampling
+from flexbatch.cli.early_checks import check_inputs, check_plot, check_sampling, refuse_inputs
 from flexbatch.cli.help import Parser
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
@@ -191,18 +191,18 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     from flexbatch.cli.run_work import make_work
 
     if config.dry_run:
-        check_inputs(engine, config)
+        check_inputs(engine, config.prompts)
         return print_plan(engine, make_work(engine, config, sampling), config.json, config.plot, data)
     try:
         if config.output is None:
             resume = None
-            check_inputs(engine, config)
+            check_inputs(engine, config.prompts)
             work = make_work(engine, config, sampling)
             code = run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)
         else:
             with results(config.output, data) as out:
                 resume = resume if out.resumable else None
-                check_inputs(engine, config)
+                check_inputs(engine, config.prompts)
                 work = make_work(engine, config, sampling)
                 code = run_into(out, engine, config, work, data, resume)
     except KeyboardInterrupt:
@@ -210,22 +210,6 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     if code == INTERRUPTED:
         logger.error("interrupted; %s", f"resume with: {resume}" if resume else "nothing is kept without --output FILE")
     return code
-
-
-def check_inputs(engine: EngineConfig, config: RunConfig) -> None:
-    """What can be wrong with prompts and model by their names alone. Raises ConfigurationError, CheckpointError."""
-    if config.prompts is not None and "://" not in config.prompts:
-        check_files({"--prompts": config.prompts})
-    check_engine(engine)
-
-
-def refuse_inputs(output: str, inputs: Mapping[str, str | None]) -> None:
-    """Raises ConfigurationError where rows would be written over a file that is read, by whatever name or link."""
-    for flag, path in inputs.items():
-        if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
-            raise ConfigurationError(
-                f"--output {output} is the file of {flag}, which it would replace: name another one"
-            )
 
 
 def run_into(

@@ -24,6 +24,7 @@ from flexbatch.validation.errors import (
     CheckpointError,
     ConfigurationError,
     DoesNotFitError,
+    told,
 )
 from flexbatch.validation.secrets import redact_logs, redacted_word, secrets_of
 
@@ -77,10 +78,10 @@ def run_command(main: Callable[[TextIO], int | None], resume: str | None = None)
     except Exception as error:
         code = exit_code(error)
         if code == CRASH:
-            logger.exception("crashed: %s", error)
+            logger.exception("crashed: %s", told(error))
         else:
             explained = isinstance(error, OSError) and error.filename is None and error.strerror
-            logger.error("%s", explained or error)
+            logger.error("%s", explained or told(error))
         return code
 
 

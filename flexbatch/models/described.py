@@ -59,10 +59,10 @@ def _read(file: Path) -> dict[str, Any]:
 def _fetched(name: str) -> Path:
     """The config.json of a Hub id. A name that is nearly a public shape's is refused before anybody is asked."""
     near = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], SHAPES, n=1, cutoff=0.6)
-    meant = f"; did you mean {near[0]}?" if near else "."
+    meant = f"; did you mean {near[0]}?" if near else ""
     known = f"Public shapes: {', '.join(SHAPES)}; or give a config.json, a folder that holds one, or a Hub id"
     if not HUB_ID.fullmatch(name) or (near and "/" not in name):
-        raise CheckpointError(f"{name} is no public shape, file or folder{meant} {known}")
+        raise CheckpointError(f"{name} is no public shape, file or folder{meant or '.'} {known}")
     from huggingface_hub import hf_hub_download  # 0.3 s that only a Hub id needs
 
     try:
@@ -70,6 +70,6 @@ def _fetched(name: str) -> Path:
     except Exception as error:  # every HTTP library of the Hub client has exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name} is no public shape, file or folder{meant.removesuffix('.')}, and its config.json cannot be fetched from the Hugging "
+            f"{name} is no public shape, file or folder{meant}, and its config.json cannot be fetched from the Hugging "
             f"Face Hub: {reason}. {known}"
         ) from error

@@ -23,13 +23,14 @@ from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import refuse_misspelled, settings_of
 from flexbatch.config import EngineConfig
+from flexbatch.files.atomic import temporary_name
 from flexbatch.planner.budgets import DTYPES as TORCH_DTYPES
 from flexbatch.policy.command_line import Parser, command_name, typed_words
 from flexbatch.policy.suggest import nearest
 from flexbatch.policy.units import parse_size, size_text
 from flexbatch.validation.checks import check_keywords
 from flexbatch.validation.devices import DTYPES, GPU_FILES, check_device
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, told
 
 ROOT = Path(__file__).parents[2]
 CHEAP_SECONDS, HELP_SECONDS = 1.0, 0.3
@@ -273,6 +274,15 @@ def test_sizes_are_never_zeros_with_a_unit() -> None:
         "1.000 KiB",
     ]
     assert parse_size("0") == 0 and parse_size("1048576") == 2**20 and parse_size("1 kib") == 1024
+
+
+def test_messages_name_files_as_the_user_does() -> None:
+    """Files that are being written have another name until they are whole."""
+    for path in ("out.jsonl", "/a/b/part-00000.parquet", "./x", ".hidden"):
+        error = OSError(28, "No space left on device", str(temporary_name(Path(path))))
+        assert told(error) == f"[Errno 28] No space left on device: '{Path(path)}'"
+        assert told(temporary_name(Path(path))) == str(Path(path))
+    assert told("a file .x.tmp of the user") == "a file .x.tmp of the user"
 
 
 def test_devices_are_known_by_their_drivers(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Ctrl-C on processes that work: the first finishes what is in flight and begins nothing else, the second stops now, and
-both print the command that goes on."""
+"""Ctrl-C on processes that work: the first finishes what is in flight and begins nothing else, the second stops now,
+and both print the command that goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A run that is asked to end: what is in flight is finished, nothing else begins, and the engine is as new afterwards."""
+"""A run that is asked to end: what is in flight is finished, nothing else begins, and the engine is as new after
+it."""
 
 from __future__ import annotations
 
