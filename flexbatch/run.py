@@ -152,6 +152,7 @@ def complete(
 
 def print_tables(report: Mapping[str, Any]) -> None:
     from flexbatch.cli import tables
+    from flexbatch.cli.colors import with_title
 
     for text in (
         tables.placement(report),
@@ -161,7 +162,7 @@ def print_tables(report: Mapping[str, Any]) -> None:
         tables.resources(report),
     ):
         if text:
-            print(f"\n{text}", file=sys.stderr)
+            print(f"\n{with_title(text, sys.stderr)}", file=sys.stderr)
 
 
 def print_completion(index: int, prompt: Any, completion: Completion, data: TextIO) -> None:
