@@ -108,7 +108,7 @@ def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBas
     Raises CheckpointError.
     """
     if is_gguf(Path(folder)):
-        from flexbatch.models.gguf.tokenizer import load_gguf_tokenizer  # with torch, which resolving a name needs not
+        from flexbatch.models.gguf.tokenizer import load_gguf_tokenizer  # with torch, which a name does not need
 
         return load_gguf_tokenizer(Path(folder), **options)
     lacking = _lacking_packages(Path(folder))
