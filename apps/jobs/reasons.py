@@ -51,7 +51,8 @@ def reason_of(error: str) -> Reason:
     for pattern, reason in REASONS:
         if re.search(pattern, error):
             return reason
-    text = re.sub(r"\d+", "N", error.splitlines()[0] if error else "without a message")
+    first = re.sub(r"^prompt \d+(, sample \d+)?: ", "", error.partition("\n")[0]) or "without a message"
+    text = re.sub(r"\d+", "N", first)
     return Reason(f"of this error: {text[:SHOWN_CHARACTERS]}")
 
 
