@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
-from flexbatch.cli.settings import Parser, add_arguments, add_engine_arguments, read_settings
+from flexbatch.cli.help import Parser
+from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig, option
 from flexbatch.policy.stdout import run_process
 from flexbatch.policy.units import size_text
@@ -40,11 +41,17 @@ class InspectConfig:
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "flexbatch inspect",
-        description="Tell what a model is, how its weights would be stored and what would fit where, without loading "
-        "them: a bundled model, a folder, a GGUF file or a Hub id, which is downloaded first.",
-        first="json gpu_memory cpu_memory weight_bits config",
+        description="What a model is, how its weights would be stored, and where everything would be for a typical job "
+        "(256 requests of 512 prompt tokens and 128 generated ones); its weights are not loaded. Exit code 4: it does "
+        "not fit.",
+        first="model json gpu_memory cpu_memory weight_bits cache_bits hardware config",
+        texts={
+            "json": "print one JSON object",
+            "cache_bits": "16, 8 or 4",
+            "hardware": "plan for another machine: t4, h200, a JSON file",
+        },
         examples="""
-            flexbatch inspect smollm2
+            flexbatch inspect demo
             flexbatch inspect model.gguf --gpu-memory 8GiB --json
             """,
     )

@@ -6,7 +6,6 @@ The loop itself is in `loop.EngineLoop`: `generate`, `stream` and `step` turn it
 from __future__ import annotations
 
 import contextlib
-import logging
 import traceback
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -31,8 +30,6 @@ from flexbatch.request import Completion, SamplingParams
 from flexbatch.text.prompts import Prompt
 from flexbatch.trace import RecordingTracer, Tracer
 from flexbatch.validation.checks import check_keywords
-
-logger = logging.getLogger("flexbatch")
 
 
 class LLM:
@@ -92,11 +89,6 @@ class LLM:
         self.weights, self.speculator = loaded.weights, loaded.speculator
         self._capacity = Capacity(planner, self.weights, self.tiers, self.queues, self.speculator)
         self._loop = self.loop_class(planner, self._capacity, self._intake, self.speculator, self.tracer)
-        if self.config.simulate_acceptance is not None:
-            logger.warning(
-                "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",
-                self.config.simulate_acceptance,
-            )
 
     @property
     def engine_plan(self) -> EnginePlan:
@@ -206,10 +198,13 @@ class LLM:
     ) -> Generator[tuple[Hashable, Completion], None, None]:
         self._intake.check_empty("stream")
         numbers = count()
-        with contextlib.closing(Feed(items, self._turns.helper)) as feed, self._loop.ending():
+        with contextlib.closing(Feed(items, self._turns.helper)) as feed, self._loop.ending(feed.wake):
             while True:
+                if self._loop.draining and not self._intake:
+                    return
                 limit = self.policy.block_size if self._loop.running else PEEKED_BLOCKS * self.policy.block_size
-                for item in feed.take(limit - self._intake.num_waiting, wait=not self._intake):
+                wanted = 0 if self._loop.draining else limit - self._intake.num_waiting
+                for item in feed.take(wanted, wait=not self._intake):
                     refused = self._intake.add_item(next(numbers), item, on_tokens)
                     if refused is not None:
                         yield refused
@@ -258,6 +253,10 @@ class LLM:
         """Whether requests that were added wait or run."""
         self._turns.check_open("has_unfinished")
         return len(self._intake) > 0
+
+    def drain(self) -> int:
+        """Finish what is in flight and begin nothing else, as `EngineLoop.drain` says."""
+        return self._loop.drain()
 
     # Report and end
 

@@ -270,6 +270,14 @@ class Intake(RunObserver):
         self._waiting = deque(request for request in self._waiting if request.index != index)
         return {index}
 
+    def drop_all_but(self, begun: set[int]) -> set[int]:
+        """Expect no more prompts than these, by their indices, and those of which a sample has ended; returns all."""
+        kept = {index for index, expected in self._expected.items() if index in begun or expected.completions}
+        self._expected = {index: self._expected[index] for index in self._expected if index in kept}
+        self._named = {key: index for key, index in self._named.items() if index in kept}
+        self._waiting = deque(request for request in self._waiting if request.index in kept)
+        return kept
+
     def clear(self) -> None:
         self._waiting.clear()
         self._expected.clear()

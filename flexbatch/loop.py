@@ -68,6 +68,10 @@ class EngineLoop:
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
         self.observers: list[RunObserver] = []
+        self.draining = False
+        """Whether what is in flight is finished and nothing else begins."""
+        self.wake: Callable[[], None] = lambda: None
+        """Ends a wait for items that have not come."""
 
     @property
     def prediction(self) -> dict[str, Any]:
@@ -81,9 +85,30 @@ class EngineLoop:
 
     def advance(self, complete: bool) -> list[Sequence]:
         """A pass, of a new run where there is none or a request has outgrown it. complete: nothing more will come."""
+        if self.draining and not self.drop_what_waits():
+            return []
         if self.scheduler is None or (self.scheduler.outgrown and not self.running):
             self.begin_for_waiting(complete)
         return self.run_pass()
+
+    def drain(self) -> int:
+        """Finish the prompts of which a sequence is in flight, and begin no others; returns how many sequences are.
+
+        Then a stream just ends, and a job raises KeyboardInterrupt. It sets a flag and takes no lock: signal handlers
+        and other threads may call it. Where nothing runs, it is for the next call.
+        """
+        self.draining = True
+        self.wake()
+        return 0 if self.scheduler is None else self.scheduler.num_sequences
+
+    def drop_what_waits(self) -> bool:
+        """Let the prompts go of which nothing is in flight; returns whether any is left."""
+        scheduler = self.scheduler
+        begun = set() if scheduler is None else {each.request.index for each in scheduler.running.values()}
+        kept = self.intake.drop_all_but(begun)
+        if scheduler is not None:
+            scheduler.abort(lambda sequence: sequence.request.index not in kept)
+        return bool(kept)
 
     def begin_for_waiting(self, complete: bool) -> None:
         """A run whose block suits the requests that wait, and those that its predecessor was too small for."""
@@ -211,6 +236,8 @@ class EngineLoop:
                     if sequence.table is None:
                         raise ConfigurationError(completion.error)
                     yield sequence.request, completion
+            if self.draining:
+                raise KeyboardInterrupt
 
     def compared(
         self, requests: Many[Request], proposer: Speculator
@@ -240,11 +267,13 @@ class EngineLoop:
             self.statistics = own
 
     @contextlib.contextmanager
-    def ending(self) -> Iterator[None]:
-        """Leaves nothing running and nobody waiting, however the body ends."""
+    def ending(self, wake: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Leaves nothing running and nobody waiting, however the body ends. ``wake`` ends the body's wait for items."""
+        self.wake = wake
         try:
             yield
         finally:
+            self.wake = lambda: None
             self.drop_all()
 
     def abort(self, wanted: Callable[[Sequence], bool]) -> None:
@@ -255,6 +284,7 @@ class EngineLoop:
     def drop_all(self) -> None:
         self.intake.clear()
         self.end()
+        self.draining = False
 
     def step(self, complete: bool) -> list[tuple[Hashable, Completion]]:
         """A pass over what has come in; what was asked for is in the results once its last sample is there."""

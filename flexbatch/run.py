@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
-from flexbatch.cli.early_checks import check_engine, check_files, check_plot, check_sampling
+from flexbatch.cli.early_checks import check_inputs, check_plot, check_sampling, refuse_inputs
 from flexbatch.cli.help import Parser
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig
 from flexbatch.policy.stdout import run_process
-from flexbatch.validation.errors import DONE, ROW_ERRORS, ConfigurationError
+from flexbatch.validation.errors import DONE, INTERRUPTED, ROW_ERRORS, ConfigurationError
 
 if TYPE_CHECKING:  # --help waits for nothing that only a run needs
     from flexbatch.cli.result_file import ResultFile, ResultStream
@@ -124,18 +124,35 @@ class Printed:
         self._data.flush()
 
 
-def complete(llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Completion], None]) -> list[Completion]:
-    """The completions of all prompts from number ``first`` on."""
+def complete(
+    llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Completion], None], resume: str | None
+) -> bool:
+    """Completes all prompts from number ``first`` on; returns whether all are done. After the first Ctrl-C it is those
+    of which a sequence was in flight; the second raises KeyboardInterrupt."""
+    from flexbatch.cli.interrupt import Interrupts, drained
     from flexbatch.cli.progress import Progress
 
-    with Progress((len(work.rows) - first) * work.params.n) as progress:
-        return llm.generate(
-            work.token_ids[first:], work.params, on_finished=progress.finished, on_prompt=on_prompt, first_index=first
-        )
+    interrupts = Interrupts()
+    interrupts.on_drain = lambda: drained(llm, resume)
+    with interrupts.installed(), Progress((len(work.rows) - first) * work.params.n) as progress:
+        try:
+            llm.generate(
+                work.token_ids[first:],
+                work.params,
+                on_finished=progress.finished,
+                on_prompt=on_prompt,
+                first_index=first,
+            )
+        except KeyboardInterrupt:
+            if interrupts.stopping or not interrupts.draining.is_set():
+                raise
+            return False
+    return True
 
 
 def print_tables(report: Mapping[str, Any]) -> None:
     from flexbatch.cli import tables
+    from flexbatch.cli.colors import with_title
 
     for text in (
         tables.placement(report),
@@ -145,7 +162,7 @@ def print_tables(report: Mapping[str, Any]) -> None:
         tables.resources(report),
     ):
         if text:
-            print(f"\n{text}", file=sys.stderr)
+            print(f"\n{with_title(text, sys.stderr)}", file=sys.stderr)
 
 
 def print_completion(index: int, prompt: Any, completion: Completion, data: TextIO) -> None:
@@ -159,8 +176,8 @@ def print_completion(index: int, prompt: Any, completion: Completion, data: Text
         print(completion.text or " ".join(map(str, completion.token_ids)), file=data)
 
 
-def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) -> int:
-    """Everything after parsing; returns the exit code."""
+def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resume: str | None = None) -> int:
+    """Everything after parsing; returns the exit code. ``resume`` is the command that goes on after an interruption."""
     engine, config, sampling = read_settings([EngineConfig, RunConfig, SamplingConfig], args, environ, args.config)
     engine = with_flexgen_flags(engine, config)
     if config.plot and not config.dry_run:
@@ -169,33 +186,41 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) -> i
         raise ConfigurationError(f"--trace {config.trace}: its folder does not exist")
     check_plot("--plot", config.plot)
     check_sampling(sampling)
-    check_files({"--prompts": config.prompts} if "://" not in (config.prompts or "") else {})
     if config.output is not None:
         refuse_inputs(config.output, {"--prompts": config.prompts, "--config": args.config})
-    check_engine(engine)
     from flexbatch.cli.result_file import results
     from flexbatch.cli.run_work import make_work
 
     if config.dry_run:
+        check_inputs(engine, config.prompts)
         return print_plan(engine, make_work(engine, config, sampling), config.json, config.plot, data)
-    if config.output is None:
-        work = make_work(engine, config, sampling)
-        return run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)
-    with results(config.output, data) as out:
-        work = make_work(engine, config, sampling)
-        return run_into(out, engine, config, work, data)
+    try:
+        if config.output is None:
+            resume = None
+            check_inputs(engine, config.prompts)
+            work = make_work(engine, config, sampling)
+            code = run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)
+        else:
+            with results(config.output, data) as out:
+                resume = resume if out.resumable else None
+                check_inputs(engine, config.prompts)
+                work = make_work(engine, config, sampling)
+                code = run_into(out, engine, config, work, data, resume)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        logger.error("interrupted; %s", f"resume with: {resume}" if resume else "nothing is kept without --output FILE")
+    return code
 
 
-def refuse_inputs(output: str, inputs: Mapping[str, str | None]) -> None:
-    """Raises ConfigurationError where rows would be written over a file that is read, by whatever name or link."""
-    for flag, path in inputs.items():
-        if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
-            raise ConfigurationError(
-                f"--output {output} is the file of {flag}, which it would replace: name another one"
-            )
-
-
-def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunConfig, work: Work, data: TextIO) -> int:
+def run_into(
+    out: ResultFile | ResultStream,
+    engine: EngineConfig,
+    config: RunConfig,
+    work: Work,
+    data: TextIO,
+    resume: str | None = None,
+) -> int:
     """A run whose rows go to --output, from the first row on that is not there yet."""
     from flexbatch.cli import result_rows
 
@@ -210,17 +235,14 @@ def run_into(out: ResultFile | ResultStream, engine: EngineConfig, config: RunCo
         out.add(index, result_rows.output_line(work.rows[index], completion))
 
     try:
-        code = max(code, run_work(engine, config, work, first, add, data))
-    except BaseException:
-        if out.written:
-            logger.error(
-                "%d of %d rows are in %s; the same command goes on after them",
-                out.written,
-                len(work.rows),
-                config.output,
-            )
-        raise
+        code = max(code, run_work(engine, config, work, first, add, data, resume))
+    finally:
+        if 0 < out.written < len(work.rows):
+            there = out.written, len(work.rows), config.output
+            logger.error("%d of %d rows are in %s; the same command goes on after them", *there)
     out.check()
+    if code == INTERRUPTED:
+        return code
     logger.info("wrote %d completions to %s", len(work.rows) - first, config.output)
     return code
 
@@ -232,6 +254,7 @@ def run_work(
     first: int,
     on_prompt: Callable[[int, Completion], None] | None,
     data: TextIO,
+    resume: str | None = None,
 ) -> int:
     """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
     from flexbatch.cli import result_rows
@@ -239,32 +262,35 @@ def run_work(
     from flexbatch.planner.planner import Planner
     from flexbatch.text.files import json_text
 
+    finished: dict[int, Completion] = {}
+
+    def add(index: int, completion: Completion) -> None:
+        finished[index] = completion
+        if on_prompt is not None:
+            on_prompt(index, completion)
+
     planner = Planner(engine, work.job(first), model=work.model)
     with LLM.from_planner(planner, trace=config.trace is not None) as llm:
-        completions = complete(llm, work, first, on_prompt or (lambda index, completion: None))
+        whole = complete(llm, work, first, add, resume)
         if config.trace:
             llm.tracer.write(config.trace)
         report = llm.report()
     if config.json:
-        lines = (
-            []
-            if config.output
-            else [
-                result_rows.output_line(row, completion) for row, completion in zip(work.rows, completions, strict=True)
-            ]
-        )
+        rows = {} if config.output else finished
+        lines = [result_rows.output_line(work.rows[index], rows[index]) for index in sorted(rows)]
         report_text = json.dumps(report, ensure_ascii=False, default=str)
         print(f'{{"completions": {json_text(lines)}, "report": {report_text}}}', file=data)
     print_tables(report)
-    return ROW_ERRORS if any(completion.finish_reason == "error" for completion in completions) else DONE
+    if not whole:
+        return INTERRUPTED
+    return ROW_ERRORS if any(completion.finish_reason == "error" for completion in finished.values()) else DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = make_parser().parse_args(argv)
     set_up_logging(words=argv)
-    writes = hasattr(args, "output")
-    return run_command(lambda data: run(args, os.environ, data), resume_command(sys.orig_argv) if writes else None)
+    return run_command(lambda data: run(args, os.environ, data, resume_command(sys.orig_argv)))
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def _row(name: str, text: str) -> str:
 
 
 def _flag_with_value(action: argparse.Action) -> str:
-    flag = action.option_strings[0]
+    flag = next(name for name in action.option_strings if name.startswith("--"))
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         return flag
     if action.choices is not None and action.metavar is None:

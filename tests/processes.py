@@ -67,6 +67,10 @@ class Forked:
             file.seek(0)
         return self._files[0].read(), self._files[1].read()
 
+    def said(self) -> str:
+        """What the process has written to stderr so far."""
+        return Path(f"/proc/{os.getpid()}/fd/{self._files[1].fileno()}").read_text()
+
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)

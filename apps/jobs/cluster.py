@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from flexbatch.apps.jobs.commits import Commit, identity, read_commits
-from flexbatch.apps.jobs.interrupt import Interrupts
 from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.manifest import STATE
@@ -25,6 +24,7 @@ from flexbatch.apps.jobs.results import RowRecord
 from flexbatch.apps.jobs.runner import OpenEngine, Shard, close_shard, ended, stopped
 from flexbatch.apps.jobs.shard_assignment import ShardAssignment
 from flexbatch.apps.jobs.store import OutputStore
+from flexbatch.cli.interrupt import Interrupts
 from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
@@ -208,11 +208,11 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
     interrupts, progress = Interrupts(), JobProgress(counts, metrics_file=config.metrics_file)
     limit = config.error_limit(counts.rows_total)
 
-    def draining() -> None:
+    def draining() -> str:
         part_queue.stop.remote()
-        progress.say(
-            "flexbatch: the actors finish the parts that they have; Ctrl-C again stops now, and costs the tokens of "
-            "the sequences in flight"
+        return (
+            "interrupted: the actors finish the parts that they have (Ctrl-C again stops now, and costs the tokens of "
+            f"the sequences in flight); what is done is kept; go on with: {resume}"
         )
 
     interrupts.on_drain = draining

@@ -19,7 +19,7 @@ STATE, MANIFEST = ".flexbatch", "manifest.json"
 FORMAT = 2
 """Version of the format of the output folder. It is part of a job's fingerprint, so a job is never resumed by a
 program that would read its logs differently."""
-PART_FILE = re.compile(r"part-\d{5,}\.(parquet|jsonl)|\.part-\d{5,}\.(parquet|jsonl)(\.[0-9a-f]{32})?\.tmp")
+PART_FILE = re.compile(r"part-\d{5,}\.(parquet|jsonl)|\.part-\d{5,}\.(parquet|jsonl)(\.[0-9a-f]{16})?\.tmp")
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> bytes:

@@ -238,11 +238,17 @@ class OpenAIOutput:
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self, path: Path, rows: int) -> list[RowRecord]:
+    def errors(self, path: Path) -> list[str]:
+        return [error for record in self._records(path) if (error := self.error_of(record))]
+
+    def _records(self, path: Path) -> list[RowRecord]:
         try:
-            records = [json.loads(line) for line in split_lines(path.read_bytes().decode())]
+            return [json.loads(line) for line in split_lines(path.read_bytes().decode())]
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+    def read(self, path: Path, rows: int) -> list[RowRecord]:
+        records = self._records(path)
         if len(records) != rows:
             raise ValueError(f"{path} holds {len(records)} lines, this job's part has {rows}")
         return records

@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 
 from flexbatch.apps.jobs.channel import Cancelled, Channel
-from flexbatch.apps.jobs.interrupt import Interrupts
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.plan import BatchJob
 from flexbatch.apps.jobs.progress import Counts
@@ -27,6 +26,7 @@ from flexbatch.apps.jobs.rows import Encode, RowRequest
 from flexbatch.apps.jobs.sort_buffer import order_rows
 from flexbatch.apps.jobs.sources import read_parts
 from flexbatch.apps.jobs.store import OutputStore
+from flexbatch.cli.interrupt import Interrupts
 from flexbatch.request import Completion, SamplingParams
 
 SYNC_S = 5.0
@@ -51,7 +51,6 @@ class OpenPart:
     table: pa.Table
     records: list[RowRecord]
     left: int
-    started: bool = False
 
 
 Outcome = tuple[OpenPart, RowRequest | None, Completion | None]
@@ -64,7 +63,7 @@ class Pipeline:
     """One run of a job over ``parts`` (any iterable, drawn one at a time in the order of the input).
 
     ``finished`` holds the records of earlier runs per part. ``max_errors`` counts the whole shard. `run` returns
-    when everything is committed or, after the first Ctrl-C, when every part that had begun is.
+    when everything is committed or, after the first Ctrl-C, when the sequences in flight have ended.
     """
 
     job: BatchJob
@@ -108,11 +107,6 @@ class Pipeline:
                 thread.join()
         if self._failure is not None:
             raise self._failure
-
-    def describe_open(self) -> str:
-        """Returns what a drain finishes, e.g. ``3 parts, 120 rows left``."""
-        started = [open_part for open_part in list(self._open.values()) if open_part.started]
-        return f"{len(started)} parts, {sum(open_part.left for open_part in started):,} rows left"
 
     def _read(self) -> None:
         def wanted() -> Iterator[Part]:
@@ -184,12 +178,8 @@ class Pipeline:
         try:
             for rows in self._sorted:
                 for row in rows:
-                    open_part = self._open[row.part]
-                    if self.interrupts.draining.is_set() and not open_part.started:
-                        continue
-                    if self._failure is not None:
+                    if self.interrupts.draining.is_set() or self._failure is not None:
                         return
-                    open_part.started = True
                     in_flight[row.index] = row
                     yield row.index, row.token_ids, row.params
         except Exception as error:

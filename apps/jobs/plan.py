@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from flexbatch.apps.jobs.manifest import FORMAT, fingerprint_digest
 from flexbatch.apps.jobs.openai_requests import OpenAIReader
 from flexbatch.apps.jobs.openai_responses import OpenAIOutput
 from flexbatch.apps.jobs.openai_source import OpenAISource
-from flexbatch.apps.jobs.prompts import row_error
+from flexbatch.apps.jobs.prompts import Template, row_error
 from flexbatch.apps.jobs.results import Output, ParquetOutput
 from flexbatch.apps.jobs.rows import Encode, RequestReader, RowReader, RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
@@ -33,6 +34,8 @@ from flexbatch.models.generation_config import generation_of
 from flexbatch.request import SAMPLING_RULES, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted_word
+
+logger = logging.getLogger("flexbatch")
 
 NO_LIMIT = 2**62
 
@@ -99,6 +102,18 @@ def choose_prompt(config: JobConfig, names: Sequence[str]) -> JobConfig:
     )
 
 
+def warn_of_equal_prompts(config: JobConfig, names: Sequence[str]) -> None:
+    """Says so where a template takes nothing from its row."""
+    if config.prompt_template is not None and not Template(config.prompt_template).columns:
+        logger.warning(
+            "--prompt-template %r has no field, so that every row has the same prompt; write {%s}, say (the columns "
+            "are: %s)",
+            config.prompt_template,
+            names[0] if names else "text",
+            ", ".join(names),
+        )
+
+
 def without_errors(schema: pa.Schema) -> pa.Schema:
     """Returns the columns of the input, without the column in which its source reports errors."""
     index = schema.get_field_index(ROW_ERROR)
@@ -147,6 +162,7 @@ def plan_job(
         reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated)
         output = OpenAIOutput(fingerprint_digest(fingerprint).hex()[:12])
     else:
+        warn_of_equal_prompts(config, [*schema.names, *partitions])
         reader = RowReader(config, schema, partitions, params, engine.seed)
         output = ParquetOutput(config, schema, partitions)
     parts = plan_parts(source.row_groups, part_rows)

@@ -53,6 +53,10 @@ class Output(Protocol):
         """Returns (input tokens, generated tokens)."""
         ...
 
+    def errors(self, path: Path) -> list[str]:
+        """Returns the errors of the rows of a committed part that have one. Raises ValueError for a damaged file."""
+        ...
+
     def write(self, path: Path, table: pa.Table, records: Sequence[RowRecord]) -> None:
         """Writes one part and makes it durable; the caller gives the file its final name."""
         ...
@@ -163,6 +167,14 @@ class ParquetOutput:
             pq.write_table(self.table(table, records), file, write_page_checksum=True)
             file.flush()
             os.fsync(file.fileno())
+
+    def errors(self, path: Path) -> list[str]:
+        name = f"{self._prefix}error"
+        try:
+            column = pq.read_table(path, columns=[name], partitioning=None)[name]
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        return [error for error in column.to_pylist() if error]
 
     def read(self, path: Path, rows: int) -> list[RowRecord]:
         try:

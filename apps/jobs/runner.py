@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flexbatch.apps.jobs.commits import Commit
 from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.grants import TakenOver
-from flexbatch.apps.jobs.interrupt import Interrupts
 from flexbatch.apps.jobs.layout import Part, shard_parts
 from flexbatch.apps.jobs.pipeline import OutputError, Pipeline, TooManyErrors
 from flexbatch.apps.jobs.plan import BatchJob, make_encode
 from flexbatch.apps.jobs.preview import Preview, preview
 from flexbatch.apps.jobs.progress import Counts, JobProgress
+from flexbatch.apps.jobs.reasons import described_errors
 from flexbatch.apps.jobs.results import RowRecord
 from flexbatch.apps.jobs.shard_assignment import ShardAssignment
 from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.cli.command import exit_code
+from flexbatch.cli.interrupt import Interrupts, drained
 from flexbatch.config import EngineConfig
-from flexbatch.validation.errors import CRASH, DONE, INTERRUPTED, ROW_ERRORS, ConfigurationError, DoesNotFitError
+from flexbatch.validation.errors import CRASH, DONE, INTERRUPTED, ROW_ERRORS, ConfigurationError, DoesNotFitError, told
 
 logger = logging.getLogger("flexbatch")
 
 OpenEngine = Callable[[EngineConfig, Preview | None], Any]
-"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``tokenizer`` and ``arch``. The preview
-of the job helps it to plan."""
+"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``drain``, ``tokenizer`` and ``arch``. The
+preview of the job helps it to plan."""
 
 
 @dataclass
@@ -53,6 +55,14 @@ class Shard:
             store.close()
             raise
         return cls(job, parts, store, left, finished)
+
+    def errors(self) -> Iterator[str]:
+        """Yields the errors of the rows that failed, those of earlier runs included, as the output has them."""
+        output, failed = self.job.output, {number for number, commit in self.store.commits.items() if commit.errors}
+        for part in self.parts:
+            if part.number in failed:
+                with contextlib.suppress(ValueError):  # a part that somebody took away is not counted
+                    yield from output.errors(self.store.folder / part.file_name(output.suffix))
 
     def counts(self) -> Counts:
         """Returns where the shard stands before it goes on."""
@@ -108,10 +118,7 @@ def _generate(
     )
     encode, limit = make_encode(llm, job.config.truncate), job.config.error_limit(counts.rows_total)
     pipeline = Pipeline(job, shard.left, shard.finished, shard.store, encode, counts, interrupts, limit)
-    interrupts.on_drain = lambda: progress.say(
-        f"flexbatch: finishing what has begun ({pipeline.describe_open()}); Ctrl-C again stops now, and costs "
-        "the tokens of the sequences in flight"
-    )
+    interrupts.on_drain = lambda: drained(llm, resume)
     try:
         pipeline.run(llm)
     finally:
@@ -124,15 +131,14 @@ def ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:
     logger.info("%s", summary)
     if counts.parts_committed < len(shard.parts):
         logger.error(
-            "interrupted after %s of %s parts; resume with: %s", counts.parts_committed, len(shard.parts), resume
+            "interrupted: %s of %s rows are done and kept; resume with: %s",
+            f"{counts.rows_done:,}",
+            f"{counts.rows_total:,}",
+            resume,
         )
         return INTERRUPTED
     if counts.row_errors:
-        logger.warning(
-            "%s of %s rows have an error, see the column error; run them again with --retry-failed",
-            f"{counts.row_errors:,}",
-            f"{counts.rows_total:,}",
-        )
+        logger.warning("%s", described_errors(shard.errors(), counts.rows_total))
         return ROW_ERRORS
     return DONE
 
@@ -145,12 +151,12 @@ def stopped(error: Exception, resume: str) -> int:
         logger.error(
             "the output cannot be written: %s. Committed parts and finished rows are kept: free space, or repair it, "
             "and resume",
-            error,
+            told(error),
         )
     elif isinstance(error, (SourceError, TakenOver, TooManyErrors)) or code != CRASH:
-        logger.error("%s", error)
+        logger.error("%s", told(error))
     else:
-        logger.error("the job failed: %s", error, exc_info=error)
+        logger.error("the job failed: %s", told(error), exc_info=error)
     logger.error(
         "%s: %s",
         "after one of the remedies, resume with" if isinstance(error, DoesNotFitError) else "resume with",
@@ -166,4 +172,4 @@ def close_shard(shard: Shard, assignment: ShardAssignment) -> None:
             shard.store.sweep()
         shard.store.close()
     except OSError as error:
-        logger.error("output %s: %s", shard.store.folder, error)
+        logger.error("output %s: %s", shard.store.folder, told(error))

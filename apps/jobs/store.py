@@ -35,7 +35,7 @@ from flexbatch.apps.jobs.manifest import (
 from flexbatch.apps.jobs.records import RecordLog
 from flexbatch.apps.jobs.results import Output, RowRecord
 from flexbatch.files.atomic import make_folder, rename_if_absent, sync_folder, temporary_name
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, told
 
 logger = logging.getLogger("flexbatch")
 TERM_BITS = 32
@@ -85,7 +85,7 @@ class OutputStore:
             if isinstance(error, ConfigurationError):
                 raise
             raise ConfigurationError(
-                f"output {self.folder} cannot be written: {error}"
+                f"output {self.folder} cannot be written: {told(error)}"
                 if isinstance(error, OSError)
                 else f"{error}, though its manifest is: remove that file"
             ) from None

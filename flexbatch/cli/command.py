@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
+from flexbatch.cli.colors import LogFormatter, has_colors
 from flexbatch.cli.settings import logger
 from flexbatch.policy.command_line import typed_words
 from flexbatch.policy.stdout import READER_GONE, data_apart
@@ -24,6 +25,7 @@ from flexbatch.validation.errors import (
     CheckpointError,
     ConfigurationError,
     DoesNotFitError,
+    told,
 )
 from flexbatch.validation.secrets import redact_logs, redacted_word, secrets_of
 
@@ -34,13 +36,9 @@ def set_up_logging(level: str = "INFO", words: Sequence[str] | None = None) -> N
     No line shows credentials of URIs, nor those among the ``words`` of the command in any spelling. Libraries say at
     level INFO what concerns no user of a command: every request over HTTP, every version that was found.
     """
-    logging.basicConfig(
-        level=logging.WARNING,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(LogFormatter(has_colors(sys.stderr)))
     logger.setLevel(level.upper())
     redact_logs(secrets_of(sys.argv if words is None else words))
 
@@ -77,10 +75,10 @@ def run_command(main: Callable[[TextIO], int | None], resume: str | None = None)
     except Exception as error:
         code = exit_code(error)
         if code == CRASH:
-            logger.exception("crashed: %s", error)
+            logger.exception("crashed: %s", told(error))
         else:
             explained = isinstance(error, OSError) and error.filename is None and error.strerror
-            logger.error("%s", explained or error)
+            logger.error("%s", explained or told(error))
         return code
 
 

@@ -84,3 +84,20 @@ def check_plot(flag: str, path: str | None) -> None:
         raise ConfigurationError(f"{flag} {path} needs matplotlib: pip install 'flexbatch[plot]'")
     if not Path(path).absolute().parent.is_dir():
         raise ConfigurationError(f"{flag} {path}: its folder does not exist")
+
+
+def check_inputs(engine: EngineConfig, prompts: str | None) -> None:
+    """What can be wrong with the engine's settings, prompts and model by names alone. Raises ConfigurationError,
+    CheckpointError."""
+    if prompts is not None and "://" not in prompts:
+        check_files({"--prompts": prompts})
+    check_engine(engine)
+
+
+def refuse_inputs(output: str, inputs: Mapping[str, str | None]) -> None:
+    """Raises ConfigurationError where rows would be written over a file that is read, by whatever name or link."""
+    for flag, path in inputs.items():
+        if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
+            raise ConfigurationError(
+                f"--output {output} is the file of {flag}, which it would replace: name another one"
+            )

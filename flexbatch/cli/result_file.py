@@ -36,6 +36,7 @@ class ResultFile:
     """
 
     def __init__(self, path: str | Path) -> None:
+        self.resumable = True
         self.path = Path(os.path.realpath(path))
         self.state_path = self.path.with_name(f"{self.path.name}.resume")
         self.done: list[dict[str, Any]] = []
@@ -155,7 +156,7 @@ class ResultStream:
     """Rows in order into a pipe or a device, where nothing can be gone on with."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.written = 0
+        self.written, self.resumable = 0, False
         self.done: list[dict[str, Any]] = []
         self._stream = stream
         self._waiting: dict[int, str] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexbatch.policy.units import BINARY, DECIMAL, fitting_unit
+from flexbatch.policy.units import BINARY, DECIMAL, duration_text, fitting_unit
 from flexbatch.trace import RESOURCES
 
 TIERS = ("gpu", "cpu", "disk")
@@ -83,7 +83,7 @@ def throughput(report: Mapping[str, Any]) -> str:
     simulated = (report.get("speculation") or {}).get("simulated_acceptance")
     label = "" if simulated is None else f", SIMULATED acceptance {simulated:g}: the tokens mean nothing"
     text = (
-        f"throughput ({seconds:.2f} s, and {report['load_seconds']:.2f} s to "
+        f"throughput ({duration_text(seconds)}, and {duration_text(report['load_seconds'])} to "
         f"load{label})\n{table(['', 'count', 'per second'], rows)}"
     )
     moved = {name: count for name, count in report.get("moved_bytes", {}).items() if count}

@@ -70,6 +70,10 @@ class Feed:
                 timeout = max(0.0, min(PAUSE_SECONDS, deadline - time.monotonic()))
             yield item
 
+    def wake(self) -> None:
+        """Ends a `take` that waits, as the end of the items would. A signal handler may call it."""
+        self._ready.put((False, None))
+
     def close(self) -> None:
         """Draw nothing more. An iterable that is slow to answer is left to end by itself."""
         self._closed.set()

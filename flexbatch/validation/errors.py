@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 """Exit codes: done, crashed, usage or configuration, done with errors in rows, does not fit the budgets, interrupted
 and resumable."""
+
+
+TEMPORARY = re.compile(r"(^|[/'\"])\.([^/'\"]+)\.[0-9a-z_]{4,}\.tmp\b")
+"""A file that is being written, by the name that it has until it is whole (`files.atomic.temporary_name`)."""
+
+
+def told(error: object) -> str:
+    """The text of an error, or a path, with files that are being written by the names that they will have: those that
+    the user gave."""
+    return TEMPORARY.sub(r"\1\2", str(error))
 
 
 class CheckpointError(ValueError):

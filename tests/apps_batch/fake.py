@@ -65,6 +65,10 @@ class FakeLLM:
         if self._count >= 0:
             os.close(self._count)
 
+    def drain(self) -> int:
+        """Nothing waits here: items are drawn when a sequence can begin."""
+        return self.block
+
     def stream(
         self, items: Iterable[tuple[Any, list[int], SamplingParams]], on_tokens: Any = None
     ) -> Iterator[tuple[Any, Completion]]:

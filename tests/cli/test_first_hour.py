@@ -23,13 +23,14 @@ from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import refuse_misspelled, settings_of
 from flexbatch.config import EngineConfig
+from flexbatch.files.atomic import temporary_name
 from flexbatch.planner.budgets import DTYPES as TORCH_DTYPES
 from flexbatch.policy.command_line import Parser, command_name, typed_words
 from flexbatch.policy.suggest import nearest
 from flexbatch.policy.units import parse_size, size_text
 from flexbatch.validation.checks import check_keywords
 from flexbatch.validation.devices import DTYPES, GPU_FILES, check_device
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, told
 
 ROOT = Path(__file__).parents[2]
 CHEAP_SECONDS, HELP_SECONDS = 1.0, 0.3
@@ -100,7 +101,7 @@ COMPLAINTS: dict[str, tuple[list[str], str]] = {
         ["run", "--model", "./models/lama-8b"],
         r"lama-8b does not exist; did you mean .*/?llama-8b",
     ),
-    "a folder without a model": (["run", "--model", "notes"], r"notes is no model folder: it has no config\.json"),
+    "a folder without a model": (["run", "--model", "notes"], r"notes is no model folder: it has neither config\.json"),
     "demo misspelled": (["run", "--model", "demmo"], r"'demmo' is no local folder; did you mean demo\?"),
     "a draft misspelled": (
         ["run", "--draft", "demo-drft"],
@@ -114,7 +115,7 @@ COMPLAINTS: dict[str, tuple[list[str], str]] = {
     "no such device": (["run", "--device", "tpu"], r"device 'tpu' is not known"),
     "a device misspelled": (["complete", "a", "--device", "cdua"], r"device 'cdua' is not known; did you mean cuda\?"),
     "no such dtype": (["run", "--dtype", "flaot32"], r"dtype 'flaot32' is not known; did you mean float32\?"),
-    "no such machine": (["run", "--hardware", "foo"], r"--hardware foo: no hardware file 'foo'"),
+    "no such machine": (["run", "--hardware", "foo"], r"--hardware foo: no machine and no file 'foo'"),
     "no such tree": (["run", "--draft", "ngram", "--tree", "oak"], r"not a tree: 'oak'; write chain:N"),
     "no such prompts": (
         ["run", "--prompts", "prompt.jsonl"],
@@ -127,10 +128,7 @@ COMPLAINTS: dict[str, tuple[list[str], str]] = {
         ["run", "--cpu-memory", "lots"],
         r"cpu_memory: not a size in bytes: 'lots'; write e\.g\. 16GiB",
     ),
-    "a size in the plan": (
-        ["flexbatch.policy", "--hardware", "t4", "--model-shape", "opt-30b", "--gpu-memory", "16"],
-        r"did you mean 16GiB\?",
-    ),
+    "a size in the plan": (["plan", "opt-30b", "--gpu-memory", "16"], r"did you mean 16GiB\?"),
     "a key of YAML": (
         ["run", "--config", "settings.yaml"],
         r"settings\.yaml: unknown setting 'gpu_memry'; did you mean 'gpu_memory'",
@@ -155,6 +153,11 @@ COMPLAINTS: dict[str, tuple[list[str], str]] = {
     "output of somebody else": ([*BATCH, "notes"], r"output notes already holds mine\.txt and no job"),
     "no such device for a job": ([*BATCH, "out", "--device", "tpu"], r"device 'tpu' is not known"),
     "no such tables": (["wrangle", "nowhere"], r"data set folder nowhere does not exist"),
+    "no such shape to plan": (["plan", "opt-30"], r"opt-30 is no public shape, file or folder; did you mean opt-30b\?"),
+    "no such card": (["plan", "opt-30b", "--gpu", "RTX 409"], r"--gpu RTX 409: .* did you mean rtx-4090\?"),
+    "a plot in no folder": (["plan", "opt-30b", "--gpu", "t4", "--plot", "no/x.png"], r"--plot no/x\.png: its folder"),
+    "nothing to inspect": (["inspect", "demmo"], r"'demmo' is no local folder; did you mean demo\?"),
+    "no device to inspect for": (["inspect", "--device", "tpu"], r"device 'tpu' is not known"),
     "no device for HELM": (["helm", "--description", "x", "--device", "tpu"], r"device 'tpu' is not known"),
     "no device to measure": (["profile", "-o", "x.json", "--device", "tpu"], r"device 'tpu' is not known"),
     "no folder for a profile": (["profile", "-o", "none/x.json"], r"--output none/x\.json: no file can be written"),
@@ -165,7 +168,7 @@ COMPLAINTS: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("name", COMPLAINTS)
 def test_what_is_wrong_is_told_in_one_line_before_anything_heavy_is_imported(name: str, folder: Path) -> None:
     words, message = COMPLAINTS[name]
-    told = start(words if words[0].startswith("flexbatch") else ["flexbatch", *words], folder)
+    told = start(["flexbatch", *words], folder)
     assert told.code == 2 and told.out == "" and len(told.lines) == 1, told
     assert re.search(message, told.lines[0]), told.lines
     assert not told.heavy and told.seconds < CHEAP_SECONDS, told
@@ -271,6 +274,15 @@ def test_sizes_are_never_zeros_with_a_unit() -> None:
         "1.000 KiB",
     ]
     assert parse_size("0") == 0 and parse_size("1048576") == 2**20 and parse_size("1 kib") == 1024
+
+
+def test_messages_name_files_as_the_user_does() -> None:
+    """Files that are being written have another name until they are whole."""
+    for path in ("out.jsonl", "/a/b/part-00000.parquet", "./x", ".hidden"):
+        error = OSError(28, "No space left on device", str(temporary_name(Path(path))))
+        assert told(error) == f"[Errno 28] No space left on device: '{Path(path)}'"
+        assert told(temporary_name(Path(path))) == str(Path(path))
+    assert told("a file .x.tmp of the user") == "a file .x.tmp of the user"
 
 
 def test_devices_are_known_by_their_drivers(tmp_path: Path) -> None:

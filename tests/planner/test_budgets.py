@@ -108,3 +108,16 @@ def test_a_byte_less_than_required_is_refused() -> None:
     assert required(**{f"{tier}_memory": size for tier, size in sums.items()}) == rows
     with pytest.raises(DoesNotFitError, match="does not fit"):
         required(gpu_memory=sums["gpu"] - 1, cpu_memory=sums["cpu"])
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_budgets_above_what_is_free_are_cut_with_a_line_unless_nothing_is_run(
+    monkeypatch, tmp_path, caplog, dry
+) -> None:
+    monkeypatch.setattr(budgets, "host_memory_bytes", lambda: 100 * GIB)
+    config = EngineConfig(model="m", gpu_memory="1000GiB", cpu_memory="100GiB", offload_dir=str(tmp_path))
+    found = budgets.resolve_budgets(config, CPU, dry=dry)
+    assert (found["gpu"], found["cpu"]) == ((1000 if dry else 45) * GIB, 100 * GIB)
+    (line,) = caplog.messages
+    assert line.startswith("--gpu-memory 1000.000 GiB is more than the 100.000 GiB that are free here: ")
+    assert line.endswith("the plan is for a machine that has it" if dry else "going on with 45.000 GiB")

@@ -1,4 +1,4 @@
-"""Ctrl-C in a long job: the first asks it to finish what it began, the second stops it."""
+"""Ctrl-C in a long job: after the first the sequences in flight end and no others begin, the second stops it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from flexbatch.validation.errors import INTERRUPTED
 
@@ -17,20 +18,21 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.draining = threading.Event()
-        self.on_drain: Callable[[], None] | None = None
-        """Says what is being finished. While it is None there is nothing to finish, and the first Ctrl-C stops at
-        once."""
-        self._stopping = False
+        self.on_drain: Callable[[], str] | None = None
+        """Has no more sequences begin, and returns a line about those that are in flight. While it is None there is
+        nothing to finish, and the first Ctrl-C stops at once."""
+        self.stopping = False
+        """Whether a signal has asked to stop at once."""
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal. SIGTERM comes with a deadline (job schedulers, preempted machines), so it stops at once."""
-        if self._stopping:
+        if self.stopping:
             os._exit(INTERRUPTED)
         if number == signal.SIGINT and self.on_drain is not None and not self.draining.is_set():
             self.draining.set()
-            self.on_drain()
+            tell(self.on_drain())
             return
-        self._stopping = True
+        self.stopping = True
         self.draining.set()
         raise KeyboardInterrupt
 
@@ -47,3 +49,19 @@ class Interrupts:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def drained(llm: Any, resume: str | None) -> str:
+    """Has an `LLM` begin no more sequences; returns what the user is told meanwhile."""
+    count = llm.drain()
+    kept = f"what is done is kept; go on with: {resume}" if resume else "nothing is kept without --output FILE"
+    return (
+        f"interrupted: the {count:,} sequences in flight are being finished, no others begin (Ctrl-C again stops now); "
+        f"{kept}"
+    )
+
+
+def tell(line: str) -> None:
+    """A line on stderr, out of a signal handler: what it interrupts may be writing there by way of Python's buffer."""
+    start = "\n" if os.isatty(2) else ""  # below a bar
+    os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))
