@@ -62,9 +62,9 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
     Digests of files are recorded in the offload folder, so that a resumed job need not read the checkpoint once more.
     Raises ConfigurationError.
     """
-    from flexbatch.models.fingerprint import RECORDS, model_files_digest
-    from flexbatch.models.opened import open_model
-    from flexbatch.models.resolve import resolve
+    from flexbatch.models.fingerprint import RECORDS, model_files_digest, tokenizer_files_digest
+    from flexbatch.models.opened import open_configured
+    from flexbatch.models.resolve import resolve, tokenizer_folder
     from flexbatch.planner.budgets import offload_dir, resolve_device, resolve_dtype
 
     records = offload_dir(config) / RECORDS
@@ -76,9 +76,13 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
 
     try:
         found = identity(config.model)
-        arch = open_model(config.model, config.dummy_weights).arch
+        arch = open_configured(config).arch
         dtype = resolve_dtype(config.dtype, arch, resolve_device(config.device))
         found |= {"dtype": str(dtype).removeprefix("torch."), "allow_bits": sorted(config.allow_bits or ())}
+        if config.tokenizer is not None:
+            found["tokenizer"] = tokenizer_files_digest(tokenizer_folder(config.tokenizer))
+        if config.max_model_len is not None:
+            found["max_model_len"] = config.max_model_len
         if config.draft and config.draft_sampling != "matched":
             # Else a draft changes how fast tokens come, and no token.
             drafts = {name: identity(name) for name in config.draft if name != "ngram"}

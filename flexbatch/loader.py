@@ -75,6 +75,11 @@ def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitSt
         )
     weights.check()
     speculator = None
+    if config.simulate_acceptance is not None:
+        logger.warning(
+            "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",
+            config.simulate_acceptance,
+        )
     if engine_plan.speculation is not None:
         speculator = engine_plan.speculation.load(queues, engine_plan.dtype, offload_dir)
         stack.callback(speculator.close)

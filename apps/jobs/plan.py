@@ -34,8 +34,6 @@ from flexbatch.request import SAMPLING_RULES, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted_word
 
-NO_LIMIT = 2**62
-
 
 @dataclass(frozen=True)
 class BatchJob:
@@ -158,25 +156,16 @@ def make_encode(llm: Any, truncate: str | None) -> Encode:
     decodes with its own in another thread meanwhile."""
     from flexbatch.text.prompts import PromptEncoder
 
-    tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.max_positions
-    encoder = PromptEncoder(tokenizer, max_context=NO_LIMIT if truncate else context, vocab_size=llm.arch.vocab_size)
-
-    def cut(token_ids: list[int], limit: int) -> list[int]:
-        if not truncate or len(token_ids) <= limit:
-            return token_ids
-        if truncate == "right":
-            return token_ids[:limit]
-        start = token_ids[:1] if token_ids[0] == getattr(tokenizer, "bos_token_id", None) and limit > 1 else []
-        return start + token_ids[len(token_ids) - limit + len(start) :]
+    tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.context
+    encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=llm.arch.vocab_size, truncate=truncate)
 
     def encode(row: RowRequest) -> RowRequest:
         try:
-            wanted = row.params.max_tokens
-            encoder.check_params(row.index, row.params)
-            # Without a limit of its own a row that is cut has one position left for a token, as one that just fits.
-            limit = max(context - (1 if wanted is None else wanted), 1)
-            token_ids = cut(list(encoder.encode(row.index, row.prompt, wanted)), limit)
-            return dataclasses.replace(row, token_ids=token_ids, params=row.params.within(context - len(token_ids)))
+            params = row.params
+            encoder.check_params(row.index, params)
+            found = encoder.read(row.index, row.prompt, params.max_tokens, params.truncate_prompt_tokens)
+            params = encoder.with_tokens(row.index, params).within(context - len(found.token_ids))
+            return dataclasses.replace(row, token_ids=found.token_ids, params=params)
         except Exception as error:
             raise row_error(error) from error
 

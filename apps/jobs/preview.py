@@ -41,7 +41,7 @@ class Preview:
             except RowError:
                 continue
             prompt = len(row.token_ids)
-            output = row.params.tokens_within(arch.max_positions - prompt)
+            output = row.params.tokens_within(arch.context - prompt)
             pairs += [(prompt + max(0, output - 1), prompt)] * row.params.n
         count = min(self.num_rows, PLANNED_ROWS)
         repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))
@@ -69,10 +69,10 @@ def planner_job(config: EngineConfig, seen: Preview) -> Any:
     """Returns the planner's `Job` for the rows of a preview; None where there are none, or where random weights come
     without a tokenizer. Raises CheckpointError."""
     from flexbatch.execution.job import Job
-    from flexbatch.models.opened import open_model
+    from flexbatch.models.opened import open_configured
 
     if config.dummy_weights:
         return None
-    model = open_model(config.model)
+    model = open_configured(config)
     cache_tokens, prompt_tokens = seen.lengths(model.tokenizer, model.arch)
     return Job(cache_tokens, prompt_tokens) if cache_tokens else None

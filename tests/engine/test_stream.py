@@ -9,9 +9,9 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
-from flexbatch.engine import PEEKED_BLOCKS
 from flexbatch.execution.job import Job
 from flexbatch.execution.scheduler import Scheduler
+from flexbatch.loop import PEEKED_BLOCKS
 from flexbatch.text.prompts import PromptError
 from tests.tiny_models import make_model, random_prompts
 
