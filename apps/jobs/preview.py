@@ -37,12 +37,13 @@ class Preview:
         pairs = []
         for seen in self.rows:
             try:
-                row = encode(seen)
+                rows = [encode(request) for request in seen.requests]
             except RowError:
                 continue
-            prompt = len(row.token_ids)
-            output = row.params.tokens_within(arch.context - prompt)
-            pairs += [(prompt + max(0, output - 1), prompt)] * row.params.n
+            for row in rows:
+                prompt = len(row.token_ids)
+                output = row.params.tokens_within(arch.context - prompt)
+                pairs += [(prompt + max(0, output - 1), prompt)] * row.params.n
         count = min(self.num_rows, PLANNED_ROWS)
         repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))
         return tuple(cache for cache, _ in repeated), tuple(prompt for _, prompt in repeated)

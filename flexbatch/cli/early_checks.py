@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flexbatch.cli.run_settings import SamplingConfig
+from flexbatch.cli.run_settings import STANDARD_INPUT, SamplingConfig
 from flexbatch.config import EngineConfig
 from flexbatch.policy.suggest import neighbor
 from flexbatch.validation.devices import check_device, check_dtype
@@ -68,7 +68,7 @@ def check_sampling(sampling: SamplingConfig) -> None:
 def check_files(files: Mapping[str, str | None]) -> None:
     """That files to read are there and are files, by their flags. Raises ConfigurationError."""
     for flag, path in files.items():
-        if path is None:
+        if path is None or path == STANDARD_INPUT:
             continue
         if not os.path.exists(path):
             raise ConfigurationError(f"{flag} {path} does not exist{neighbor(Path(path))}")

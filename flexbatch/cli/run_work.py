@@ -70,15 +70,13 @@ def digest(value: Any) -> str:
 def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) -> Work:
     """Read or make up the prompts and encode them: everything that can be wrong with them is found before any weight
     is loaded."""
-    for name in ("num_prompts", "prompt_len"):
-        if getattr(run, name) is not None and getattr(run, name) < 1:
-            raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(run, name)} must be at least 1")
+    run.check_limit()
+    if run.prompt_len is not None and run.prompt_len < 1:
+        raise ConfigurationError(f"--prompt-len {run.prompt_len} must be at least 1")
     if run.prompts is not None and run.prompt_len is not None:
         raise ConfigurationError("--prompts reads prompts and --prompt-len makes them up; leave one out")
     synthetic = run.prompts is None and (run.prompt_len is not None or engine.dummy_weights)
-    rows = (
-        [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.num_prompts]
-    )
+    rows = [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.limit]
     from flexbatch.models.generation_config import GenerationDefaults, generation_of
     from flexbatch.models.opened import open_configured
     from flexbatch.text.prompts import PromptEncoder
@@ -88,13 +86,13 @@ def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) ->
     model = open_configured(engine)
     context, vocab_size = model.arch.context, model.arch.vocab_size
     if synthetic:
-        count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
+        count = run.limit or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
         made_up = random_prompts.synthetic_prompts(
             count, run.prompt_len or SYNTHETIC_PROMPT_LEN, vocab_size, engine.seed
         )
         rows = [PromptRow(prompt) for prompt in made_up]
     tokenizer = None if synthetic else model.tokenizer
-    encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=vocab_size)
+    encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=vocab_size, truncate=run.truncate)
     encoder.check_params(0, params)
     token_ids = [encoder.encode(index, row.prompt, params.max_tokens) for index, row in enumerate(rows)]
     return Work(rows, token_ids, params, model)

@@ -38,10 +38,12 @@ class PlainPrompt:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as it is run. ``text``: where it is known; of chat messages, what the template makes of them."""
+    """A prompt as it is run. ``text``: where it is known; of chat messages, what the template makes of them. ``cut``:
+    whether tokens of it were left out."""
 
     token_ids: list[int]
     text: str | None = None
+    cut: bool = False
 
 
 def cut(token_ids: list[int], limit: int, side: str, bos: int | None = None) -> list[int]:
@@ -190,7 +192,7 @@ class PromptEncoder:
                 index,
                 f"has {len(token_ids)} tokens; the model's context of {self._max_context} allows {longest}. Shorten it",
             )
-        return Encoded(token_ids, found.text)
+        return Encoded(token_ids, found.text, len(token_ids) < len(found.token_ids))
 
     def _encoded(self, index: int, prompt: Prompt) -> Encoded:
         plain = plain_prompt(index, prompt)
