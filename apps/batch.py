@@ -25,7 +25,6 @@ from flexbatch.cli.help import Parser
 from flexbatch.cli.settings import (
     add_arguments,
     add_engine_arguments,
-    parse_mixed,
     read_settings,
     refuse_measurements,
 )
@@ -58,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="INPUT OUTPUT",
-        help="Parquet, CSV, JSON lines (file, folder, glob, URI); and the folder for the parts: part-00000.parquet, ...",
+        help="Parquet, CSV, JSON lines (file, folder, glob, URI); and the folder for part-00000.parquet, ...",
     )
     add_arguments(parser, JobConfig, "job")
     add_engine_arguments(parser)
@@ -112,12 +111,13 @@ def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
 
 
 def locations(words: Sequence[str], config: JobConfig) -> tuple[str, str]:
-    """INPUT and OUTPUT, each as a word or by its flag. Raises ConfigurationError where one is missing or given twice."""
+    """INPUT and OUTPUT, each as a word or by its flag. Raises ConfigurationError for one that is missing, or is there
+    twice."""
     found, left = {}, list(words)
     for name, flag, given in (("INPUT", "--prompts", config.prompts), ("OUTPUT", "--output", config.output)):
         found[name] = given if given is not None else left.pop(0) if left else None
         if found[name] is None:
-            raise ConfigurationError(f"{name} is missing: flexbatch batch INPUT OUTPUT, or {flag} {name}")
+            raise ConfigurationError(f"missing {name}; see flexbatch batch --help, or give it by {flag}")
     if left:
         raise ConfigurationError(
             "INPUT and OUTPUT are given both as words and by --prompts and --output: leave one out"
@@ -185,7 +185,10 @@ def main(
     argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity
 ) -> int:
     """Runs the command; returns its exit code."""
-    args = parse_mixed(make_parser(), argv, most=2)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if len(args.words) > 2:
+        parser.error(f"unrecognized arguments: {' '.join(args.words[2:])}")
     set_up_logging(words=argv)
     resume = resume_command(sys.orig_argv)
     return run_command(lambda data: run(args, os.environ, resume, open_engine, identity, data), resume)

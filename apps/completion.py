@@ -30,7 +30,6 @@ from flexbatch.cli.run_settings import InputConfig, SamplingConfig
 from flexbatch.cli.settings import (
     add_arguments,
     add_engine_arguments,
-    parse_mixed,
     read_settings,
     refuse_measurements,
 )
@@ -282,7 +281,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_mixed(make_parser(), arguments)
+    args = make_parser().parse_args(arguments)
     set_up_logging("WARNING", arguments)
     return run_command(lambda data: command(args, os.environ, sys.stdin, data))
 

@@ -87,9 +87,7 @@ class JobConfig(InputConfig, SamplingConfig):
         self.error_limit(1)
         self.shard_of()
         self.check_limit()
-        from flexbatch.models.generation_config import GenerationDefaults
-
-        self.params(GenerationDefaults())
+        self.check_sampling()
 
     def setting_columns(self) -> dict[str, str]:
         """Maps a setting to the column that holds it per row."""

@@ -143,6 +143,12 @@ class SamplingConfig:
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(SamplingConfig))
         return {name: value for name, value in values if value is not None and value != ()}
 
+    def check_sampling(self) -> None:
+        """Raises ConfigurationError for what is wrong whatever the model's file adds to it."""
+        from flexbatch.request import SamplingParams
+
+        SamplingParams(**{"max_tokens": MAX_TOKENS, **self.given()})
+
     def params(self, generation: GenerationDefaults, **more: Any) -> SamplingParams:
         """With the model's own settings where the user has none. Raises ConfigurationError."""
         return generation.params({**self.given(), **more}, max_tokens=MAX_TOKENS)

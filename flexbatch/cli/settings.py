@@ -155,17 +155,6 @@ def _argument(setting: Setting) -> Callable[[str], Any]:
     return convert
 
 
-def parse_mixed(parser: argparse.ArgumentParser, argv: Sequence[str] | None, most: int | None = None) -> Any:
-    """The arguments, whose ``words`` may stand before, between and behind the flags: argparse takes those of one run of
-    words alone. most: words there may be."""
-    args, left = parser.parse_known_args(argv)
-    args.words = [*args.words, *(word for word in left if not word.startswith("-"))]
-    unknown = [word for word in left if word.startswith("-")] or ([] if most is None else args.words[most:])
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return args
-
-
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of EngineConfig, and --config."""
     place = parser.group_of("config", JOB) if isinstance(parser, Parser) else parser

@@ -197,8 +197,8 @@ def test_a_dry_run_of_a_batch_writes_nothing(model_folder: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["in.csv"], "OUTPUT is missing"),
-        ([], "INPUT is missing"),
+        (["in.csv"], "missing OUTPUT; see"),
+        ([], "missing INPUT; see"),
         (["in.csv", "out", "--output", "out"], "given both as words and by"),
         (["in.csv", "out", "--limit", "0"], "--limit 0 must be at least 1"),
         (["in.csv", "out", "--min-tokens", "70"], "min_tokens=70 must be at most max_tokens=64"),
