@@ -188,6 +188,7 @@ class LLM:
     ) -> list[Completion]:
         """Answer one conversation, a list of messages, or several. As `generate`, whose other keywords it takes, but
         where nothing else is said an answer begins after every last message, also one of the assistant, as in vLLM."""
+        self._turns.check_open("chat")
         begun = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         options |= {"add_generation_prompt": begun, "continue_final_message": continue_final_message}
         return self.generate(messages, sampling_params, **options)
