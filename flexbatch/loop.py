@@ -12,12 +12,13 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from collections.abc import Sequence as Many
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
 
 from flexbatch.execution.diagnosis import explain_faults
+from flexbatch.execution.feed import Feed
 from flexbatch.execution.job import Job
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.proposals import Proposer
@@ -25,7 +26,7 @@ from flexbatch.execution.runner import Runner
 from flexbatch.execution.sampler import sample_tokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.intake import Intake, completion_of
+from flexbatch.intake import Intake, Item
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.comparison import Comparison, Turn, turns
 from flexbatch.planner.forecast import Expected, JobRecord
@@ -130,7 +131,7 @@ class EngineLoop:
 
     def job(self, requests: Iterable[Request], lengths: Iterable[tuple[int, int]] = ()) -> Job:
         """The lengths of requests, beside those of others, (prompt tokens, most generated tokens)."""
-        context = self.planner.engine_plan.arch.max_positions
+        context = self.planner.engine_plan.arch.context
         pairs = ((len(request.prompt_token_ids), request.params) for request in requests)
         mine = ((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs)
         return Job.of(chain(lengths, mine), context)
@@ -232,12 +233,33 @@ class EngineLoop:
             self.intake.add_requests(requests)
             while self.intake:
                 for sequence in self.advance(complete=True):
-                    completion = completion_of(sequence)
+                    completion = self.intake.completion_of(sequence)
                     if sequence.table is None:
                         raise ConfigurationError(completion.error)
                     yield sequence.request, completion
             if self.draining:
                 raise KeyboardInterrupt
+
+    def stream(
+        self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None, helper: Callable[..., Any]
+    ) -> Generator[tuple[Hashable, Completion], None, None]:
+        """Items of `LLM.stream` in, (key, completion) out. ``helper``: what the thread that draws them is made by."""
+        self.intake.check_empty("stream")
+        numbers, policy = count(), lambda: self.planner.engine_plan.policy
+        with contextlib.closing(Feed(items, helper)) as feed, self.ending(feed.wake):
+            while True:
+                if self.draining and not self.intake:
+                    return
+                limit = policy().block_size if self.running else PEEKED_BLOCKS * policy().block_size
+                wanted = 0 if self.draining else limit - self.intake.num_waiting
+                for item in feed.take(wanted, wait=not self.intake):
+                    refused = self.intake.add_item(next(numbers), item, on_tokens)
+                    if refused is not None:
+                        yield refused
+                if self.intake:
+                    yield from self.step(complete=feed.ended)
+                elif feed.ended:
+                    return
 
     def compared(
         self, requests: Many[Request], proposer: Speculator
@@ -289,5 +311,7 @@ class EngineLoop:
     def step(self, complete: bool) -> list[tuple[Hashable, Completion]]:
         """A pass over what has come in; what was asked for is in the results once its last sample is there."""
         finished = self.advance(complete)
-        delivered = (self.intake.deliver(completion_of(sequence), sequence.request) for sequence in finished)
+        delivered = (
+            self.intake.deliver(self.intake.completion_of(sequence), sequence.request) for sequence in finished
+        )
         return [whole for whole in delivered if whole is not None]

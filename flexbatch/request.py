@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from math import inf
-from numbers import Integral
+from collections.abc import Hashable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
-from flexbatch.validation.checks import (
-    Check,
-    Unfit,
-    check_keywords,
-    checked,
-    number,
-    one_or_several,
-    optional,
-    several,
-    table,
-    text,
-    truth,
-    whole,
-)
+from flexbatch.validation.checks import check_keywords, checked
 from flexbatch.validation.errors import ConfigurationError
-
-MOST_SAMPLES = 16_384
-"""Completions of one prompt, as in vLLM. Every one is a request of its own before anything runs: 64 bytes each and its
-share of lists, 6.4 GiB for 100 million."""
-MOST_LOGPROBS = 10_000
-"""Candidates at one place. Each is an object of 0.2 kB in the result: 2 MB a token at this bound."""
-MOST_STOPS, LONGEST_STOP = 1_024, 4_096
-"""Stop strings and characters of one: all are looked for after every token."""
-MOST_TOKENS = 2**31 - 1
-"""The largest length that is taken: more than the context of any model, which cuts it."""
-MOST_IDS = 2**20
-"""Token ids in one list: more than any vocabulary has."""
-MOST_BIASES = 2**22
-"""Biased tokens times samples: every sample in flight keeps a table of 150 bytes an entry, 600 MB at this bound."""
+from flexbatch.validation.sampling_fields import CHECKS, MOST_BIASES, OTHER_NAMES, UNAVAILABLE
 
 SAMPLING_RULES = 1
 """Version of how tokens follow from logits, sampling parameters, seeds and places in a job. A change that gives the
@@ -45,18 +18,22 @@ same request other tokens raises it, and jobs that were begun before are not res
 """
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingParams:
     """How the tokens of one request are drawn; names and meaning as vLLM users know them.
 
+    Fields may be set later, and are checked then as well; a request keeps what they were when it came.
+
     ``max_tokens=0`` scores the prompt without generating, None takes the rest of the model's context.
     ``temperature=0`` is greedy. ``top_k`` 0 or -1 keeps every token. ``seed=None`` derives the request's own random
-    stream from the engine's seed and the request's index. ``logprobs=k`` returns the k most likely tokens and the
-    chosen one for every generated token; ``prompt_logprobs=k`` likewise for the prompt, from token
+    stream from the engine's seed and the request's number among all that the engine has had. ``logprobs=k`` returns the
+    k most likely tokens and the chosen one for every generated token, -1 those of the whole vocabulary;
+    ``prompt_logprobs=k`` likewise for the prompt, from token
     ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common
-    prefix. ``min_tokens``: generated before EOS or a stop token may come, or a stop string counts. The fields below
-    it are those of transformers' generation_config.json, and mean the same. Raises ConfigurationError, a ValueError,
-    that names the field for values of a wrong type or out of range, and for a keyword that does not exist.
+    prefix. ``min_tokens``: generated before EOS or a stop token may come, or a stop string counts. The fields from
+    ``min_length`` to ``sequence_bias`` are those of transformers' generation_config.json, and mean the same. Raises
+    ConfigurationError, a ValueError, that names the field for values of a wrong type or out of range, and for a keyword
+    that does not exist.
     """
 
     max_tokens: int | None = 16
@@ -93,17 +70,39 @@ class SamplingParams:
     sequence_bias: Sequence[tuple[Sequence[int], float]] = ()
     """(tokens, bias): added to the logit of the last of them where the others come before."""
 
+    bad_words: str | Sequence[str] = ()
+    """Texts whose last token is never drawn after their others, as the tokenizer writes them at the beginning of a text
+    and after a space."""
+    allowed_token_ids: Sequence[int] | None = None
+    """No other tokens are drawn."""
+    include_stop_str_in_output: bool = False
+    """Whether the text ends with the stop string, or the text of the stop token, that ended it."""
+    skip_special_tokens: bool = True
+    """Whether the text leaves out special tokens."""
+    detokenize: bool = True
+    """Whether there is a text at all."""
+    truncate_prompt_tokens: int | None = None
+    """Only so many tokens at the end of the prompt are used; -1: as many as the context leaves beside max_tokens. The
+    BOS token that the tokenizer puts before a text stays."""
+
     def __new__(cls, *args: Any, **keywords: Any) -> SamplingParams:
-        check_keywords("SamplingParams", keywords, cls.__dataclass_fields__, OTHER_NAMES)
+        check_keywords("SamplingParams", keywords, CHECKS, OTHER_NAMES, UNAVAILABLE)
         return super().__new__(cls)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in CHECKS:
+            check_keywords("SamplingParams", [name], CHECKS, OTHER_NAMES, UNAVAILABLE)
+        # Defaults are as they should be: 25 of 30 in every row of a job.
+        if value is not getattr(SamplingParams, name):
+            value = checked("sampling parameter", name, value, CHECKS[name])
+        object.__setattr__(self, name, value)
+
     def __post_init__(self) -> None:
-        for name, check in CHECKS.items():
-            value = getattr(self, name)
-            if value is not getattr(
-                SamplingParams, name
-            ):  # defaults are as they should be: 20 of 25 in every row of a job
-                object.__setattr__(self, name, checked("sampling parameter", name, value, check))
+        self.check()
+
+    def check(self) -> None:
+        """Raises ConfigurationError for fields that contradict each other. Not asked when one is set, so that several
+        may be set one after the other; asked of every request."""
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigurationError(
                 f"sampling parameter min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}"
@@ -114,6 +113,11 @@ class SamplingParams:
                 f"with a logit_bias of {len(self.logit_bias or ()):,} "
                 "tokens: every completion keeps a table of them"
             )
+        if self.stop and not self.detokenize:
+            raise ConfigurationError(
+                "sampling parameter stop needs the text of the answer, and detokenize=False asks for none: leave one "
+                "out, or use stop_token_ids"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -123,25 +127,35 @@ class SamplingParams:
         """Tokens to generate where the context holds ``context_left`` more behind the prompt."""
         return max(0, context_left if self.max_tokens is None else min(self.max_tokens, context_left))
 
+    def snapshot(self) -> SamplingParams:
+        """A copy that its caller cannot change. Raises ConfigurationError for what was put into the dict of biases, or
+        fields that contradict each other."""
+        kept = copy(self)
+        kept.logit_bias = kept.logit_bias  # checked once more, and another dict
+        kept.check()
+        return kept
+
     def within(self, context_left: int) -> SamplingParams:
-        """These parameters with a number for ``max_tokens``: None is all of ``context_left``, the tokens
-        behind the prompt."""
-        if self.max_tokens is not None:
-            return self
-        # EOS stays barred to the end of the context, as it does where max_tokens is more than the context has left.
-        limit = self.tokens_within(context_left)
-        return replace(self, max_tokens=limit, min_tokens=min(self.min_tokens, limit))
+        """A snapshot with a number for ``max_tokens``: None is all of ``context_left``, the tokens behind the
+        prompt."""
+        kept = self.snapshot()
+        if self.max_tokens is None:
+            # EOS stays barred to the end of the context, as it does where max_tokens is more than the context has left.
+            kept.max_tokens = self.tokens_within(context_left)
+            kept.min_tokens = min(self.min_tokens, kept.max_tokens)
+        return kept
 
     @property
     def constrained(self) -> bool:
-        """Whether any of the fields from ``min_tokens`` on says something."""
+        """Whether any of the fields that follow the text so far says something."""
         return any(getattr(self, name) not in (0, (), None) for name in CONSTRAINTS)
 
     def named_tokens(self) -> Iterator[tuple[str, int]]:
         """(field, token id) of every token that the model must have. Suppressed ones that it lacks are never drawn, and
         passed over as in transformers."""
-        for token in self.logit_bias or ():
-            yield "logit_bias", token
+        for name in ("logit_bias", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
+                yield name, token
         for token in self.forced_eos_token_id:  # type: ignore[union-attr]  # a tuple since __post_init__
             yield "forced_eos_token_id", token
         for tokens in self.bad_words_ids:
@@ -154,91 +168,24 @@ class SamplingParams:
             yield "forced_bos_token_id", self.forced_bos_token_id
 
 
-def _biased_sequence(value: Any) -> tuple[tuple[int, ...], float]:
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
-        raise Unfit("a list of pairs: token ids and the bias of the last of them")
-    return _token_sequence(value[0]), _bias(value[1])
-
-
-def _token_sequence(value: Any) -> tuple[int, ...]:
-    tokens = several(_token, MOST_IDS, "token ids")(value)
-    if not tokens:
-        raise Unfit("a list of lists of at least one token id")
-    return tokens
-
-
-TRANSFORMERS_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "stop_strings": "stop",
-    "num_return_sequences": "n",
-}
-"""What transformers calls a field."""
-OTHER_NAMES = {
-    **TRANSFORMERS_NAMES,
-    "max_length": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "max_gen_toks": "max_tokens",
-    "stop_sequences": "stop",
-    "until": "stop",
-    "best_of": "n",
-    "do_sample": "temperature",
-    "temp": "temperature",
-    "random_seed": "seed",
-    "top_logprobs": "logprobs",
-    "repeat_penalty": "repetition_penalty",
-}
-"""What users of other libraries call a field, to be told its name here. Names that look alike may mean another one."""
-
-_token = whole(0)
-_bias = number(lambda bias: -1e30 <= bias <= 1e30 or bias == -inf, "between -1e30 and 1e30, or -inf to bar a token")
-_penalty = number(lambda penalty: -2 <= penalty <= 2, "in [-2, 2]")
 CONSTRAINTS = (
     "min_tokens", "min_length", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id", "sequence_bias",
+    "forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "allowed_token_ids",
 )  # fmt: skip
 """Fields that follow the text so far: `execution.constraints`."""
-CHECKS: dict[str, Check] = {
-    "max_tokens": optional(whole(0, MOST_TOKENS)),
-    "temperature": number(lambda temperature: 0 <= temperature < inf, ">= 0 and finite"),
-    "top_p": number(lambda share: 0 < share <= 1, "in (0, 1]"),
-    "top_k": whole(-1, MOST_TOKENS),
-    "min_p": number(lambda share: 0 <= share <= 1, "in [0, 1]"),
-    "repetition_penalty": number(lambda penalty: 0 < penalty < inf, "> 0 and finite"),
-    "presence_penalty": _penalty,
-    "frequency_penalty": _penalty,
-    "logit_bias": optional(table(whole(), _bias, MOST_IDS, "token ids to biases")),
-    "stop": one_or_several(str, text(LONGEST_STOP), MOST_STOPS, "texts"),
-    "stop_token_ids": several(whole(), MOST_IDS, "token ids"),
-    "ignore_eos": truth,
-    "seed": optional(whole()),
-    "n": whole(1, MOST_SAMPLES),
-    "logprobs": optional(whole(0, MOST_LOGPROBS)),
-    "prompt_logprobs": optional(whole(0, MOST_LOGPROBS)),
-    "prompt_logprobs_start": whole(1, MOST_TOKENS),
-    "min_tokens": whole(0, MOST_TOKENS),
-    "min_length": whole(0, MOST_TOKENS),
-    "no_repeat_ngram_size": whole(0, MOST_TOKENS),
-    "bad_words_ids": several(_token_sequence, MOST_IDS, "lists of token ids"),
-    "suppress_tokens": several(whole(), MOST_IDS, "token ids"),
-    "begin_suppress_tokens": several(whole(), MOST_IDS, "token ids"),
-    "forced_bos_token_id": optional(_token),
-    "forced_eos_token_id": one_or_several(Integral, _token, MOST_IDS, "token ids"),
-    "sequence_bias": several(_biased_sequence, MOST_IDS, "pairs of token ids and a bias"),
-}
 
 
 @dataclass(frozen=True)
 class Request:
     """One prompt to complete: ``index`` is its place among the results, ``sample`` counts the n completions of one
-    prompt."""
+    prompt. ``number``, ``index`` where it is None, is what the random stream of a prompt without a seed belongs to."""
 
     index: int
     prompt_token_ids: list[int]
     params: SamplingParams
     sample: int = 0
     prompt: str | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -248,11 +195,28 @@ class TokenLogprob:
     token_id: int
     logprob: float
     rank: int
+    decoded_token: str | None = field(default=None, compare=False)
+    """Its text by itself; None without a tokenizer."""
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One of the n answers to a prompt, with the names that vLLM users know; the fields are those of `Completion`, but
+    ``index`` counts the answers."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    """Of all its tokens together; None unless log-probabilities were asked for."""
+    logprobs: list[dict[int, TokenLogprob]] | None
+    finish_reason: str
+    stop_reason: str | int | None
 
 
 @dataclass
 class Completion:
-    """The result of one request.
+    """The result of one request: its prompt, and the first of its answers. ``outputs`` has all of them.
 
     ``finish_reason`` is ``"stop"`` (EOS, stop string or stop token), ``"length"`` (max_tokens or the model's
     context), or ``"error"``. ``logprobs[t]`` maps token ids to TokenLogprob for generated token t;
@@ -274,6 +238,37 @@ class Completion:
     index: int = 0
     samples: list[Completion] = field(default_factory=list)
     """With n > 1: all n completions of the prompt. This one is the first of them, or one that failed."""
+    request_id: Hashable = None
+    """The id given to `add_request`, the key of a stream's item, or the number of the prompt, as text."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more comes: completions are handed out when they are whole."""
+        return True
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Natural-log probability of all generated tokens together; None unless log-probabilities were asked for."""
+        if self.logprobs is None:
+            return None
+        steps = zip(self.token_ids, self.logprobs, strict=True)
+        return sum((entries[token_id].logprob for token_id, entries in steps), 0.0)
+
+    @property
+    def outputs(self) -> list[CompletionOutput]:
+        """The n answers to the prompt."""
+        return [
+            CompletionOutput(
+                index,
+                each.text,
+                each.token_ids,
+                each.cumulative_logprob,
+                each.logprobs,
+                each.finish_reason,
+                each.stop_reason,
+            )
+            for index, each in enumerate(self.samples or [self])
+        ]
 
     @property
     def bare_error(self) -> str:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # --help waits for nothing that only a run needs
     from flexbatch.cli.result_file import ResultFile, ResultStream
     from flexbatch.cli.run_work import Work
     from flexbatch.engine import LLM
+    from flexbatch.execution.job import Job
+    from flexbatch.models.opened import OpenModel
     from flexbatch.request import Completion
 
 logger = logging.getLogger("flexbatch")
@@ -84,15 +86,18 @@ def with_flexgen_flags(engine: EngineConfig, run: RunConfig) -> EngineConfig:
     return dataclasses.replace(engine, **changes)
 
 
-def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None, data: TextIO) -> int:
+def print_plan(
+    engine: EngineConfig, job: Job | None, model: OpenModel | None, as_json: bool, plot: str | None, data: TextIO
+) -> int:
     """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
     from flexbatch.cli import tables
+    from flexbatch.execution.job import Job
     from flexbatch.planner.planner import Planner
     from flexbatch.policy.explain import explain, summary
     from flexbatch.policy.whatif import plot_plan
 
-    job = work.job()
-    report = Planner(engine, job, dry=True, model=work.model).describe(job)
+    planner = Planner(engine, job, dry=True, model=model)
+    report = planner.describe(job or Job.typical(planner.deployment.model.arch.context))
     plan = report.pop("plan")
     if as_json:
         print(json.dumps({**report, **summary(plan)}, indent=2, default=str), file=data)
@@ -118,8 +123,10 @@ class Printed:
         self._waiting[index] = completion
         while self._next in self._waiting:
             completion = self._waiting.pop(self._next)
-            for sample in completion.samples or [completion]:
-                print_completion(self._next, self._work.rows[self._next].prompt, sample, self._data)
+            samples = completion.samples or [completion]
+            for number, sample in enumerate(samples, 1):
+                name = f"prompt {self._next}" + (f", answer {number} of {len(samples)}" if len(samples) > 1 else "")
+                print_completion(name, self._work.rows[self._next].prompt, sample, self._data)
             self._next += 1
         self._data.flush()
 
@@ -165,15 +172,18 @@ def print_tables(report: Mapping[str, Any]) -> None:
             print(f"\n{with_title(text, sys.stderr)}", file=sys.stderr)
 
 
-def print_completion(index: int, prompt: Any, completion: Completion, data: TextIO) -> None:
-    """The prompt and its continuation, as text where the model has a tokenizer. Of one that failed, the log says
-    why."""
-    ending = f"prompt {index}: {len(completion.token_ids)} tokens, {completion.finish_reason}"
-    print(f"----- {ending} -----", file=data)
+def print_completion(name: str, prompt: Any, completion: Completion, data: TextIO) -> None:
+    """The prompt and its continuation, as text where the model has a tokenizer, and log-probabilities where they were
+    asked for. Of one that failed, the log says why."""
+    print(f"----- {name}: {len(completion.token_ids)} tokens, {completion.finish_reason} -----", file=data)
     if isinstance(prompt, str):
         print(prompt + completion.text, file=data)
     else:
         print(completion.text or " ".join(map(str, completion.token_ids)), file=data)
+    if completion.logprobs:
+        from flexbatch.cli.answers import token_lines
+
+        print(token_lines(completion).lstrip("\n"), file=data)
 
 
 def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resume: str | None = None) -> int:
@@ -193,7 +203,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
 
     if config.dry_run:
         check_inputs(engine, config.prompts)
-        return print_plan(engine, make_work(engine, config, sampling), config.json, config.plot, data)
+        work = make_work(engine, config, sampling)
+        return print_plan(engine, work.job(), work.model, config.json, config.plot, data)
     try:
         if config.output is None:
             resume = None

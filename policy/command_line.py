@@ -124,14 +124,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As of argparse, but an unknown flag comes before whatever else is wrong: the words after it are read as what
-        they are not."""
+        they are not. A list of ``words`` may go on between and behind the flags; argparse takes one run of them."""
         words = sys.argv[1:] if args is None else list(args)
         known = set(self._option_string_actions)
         for word in words[: words.index("--")] if "--" in words else words:
             flag = word.partition("=")[0]
             if word.startswith("--") and flag not in known:
                 self.error(f"unknown flag {flag}{self._suggestion(flag)}")
-        return super().parse_args(words, namespace)
+        found, left = self.parse_known_args(words, namespace)
+        if hasattr(found, "words"):
+            found.words = [*found.words, *(word for word in left if not word.startswith("-"))]
+            left = [word for word in left if word.startswith("-")]
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found
 
     def meant(self, flag: str) -> str | None:
         """The flag here by what other programs call it; None where it is not known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.intake import Defaults, requests_of
+from flexbatch.execution.requests import Defaults, requests_of
 from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.text.prompts import PromptEncoder, PromptError
 from flexbatch.validation.errors import ConfigurationError

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from flexbatch import LLM
 from flexbatch.config import EngineConfig
-from flexbatch.request import MOST_SAMPLES, OTHER_NAMES, Completion, SamplingParams
+from flexbatch.request import Completion, SamplingParams
 from flexbatch.validation.checks import UnknownKeywordError
 from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.sampling_fields import MOST_SAMPLES, OTHER_NAMES, UNAVAILABLE
 
 BAD = {
     "max_tokens": (-1,),
@@ -32,8 +33,11 @@ BAD = {
     "frequency_penalty": (-2.1, 2.1, math.nan),
     "logit_bias": ({3: math.nan}, {3: 1.0, 4: math.inf}),
     "n": (0,),
-    "logprobs": (-1,),
-    "prompt_logprobs": (-1,),
+    "logprobs": (-2,),
+    "prompt_logprobs": (-2,),
+    "truncate_prompt_tokens": (0, -2),
+    "allowed_token_ids": ([], [-1]),
+    "bad_words": ("", ["a", ""]),
     "prompt_logprobs_start": (0,),
     "stop": ("", ["a", ""]),
 }
@@ -62,6 +66,30 @@ def test_the_ends_of_the_ranges_are_in_them():
     assert params.greedy and params.logit_bias == {3: -math.inf}
 
 
+def test_fields_may_be_set_and_are_checked_when_a_request_comes():
+    params = SamplingParams()
+    params.min_tokens = 20  # more than max_tokens for a moment
+    params.max_tokens = 30
+    params.stop, params.logit_bias = "x", {3: 1.0}
+    params.check()
+    assert (params.min_tokens, params.stop) == (20, ("x",))
+    kept = params.within(99)
+    params.max_tokens, params.logit_bias[3] = 25, 2.0
+    assert (kept.max_tokens, kept.logit_bias) == (30, {3: 1.0}), "a request keeps what the fields were when it came"
+    params.logit_bias[4] = "much"
+    with pytest.raises(ConfigurationError, match=r"logit_bias=.* must be a number"):
+        params.within(99)
+    params.logit_bias = None
+    for name, value, wrong in (
+        ("max_tokens", 3, "min_tokens=20 must be"),
+        ("detokenize", False, "stop needs the text"),
+    ):
+        changed = copy.copy(params)
+        setattr(changed, name, value)
+        with pytest.raises(ConfigurationError, match=wrong):
+            changed.within(99)
+
+
 def test_one_stop_string_is_a_list_of_one():
     assert SamplingParams(stop="ab").stop == ("ab",) and SamplingParams(
         stop=["a", "b"], stop_token_ids=[3]
@@ -77,12 +105,15 @@ WRONG_TYPES = {
         ("top_k", "n", "prompt_logprobs_start", "min_tokens", "min_length", "no_repeat_ngram_size"),
         (*NO_WHOLE, None),
     ),
-    **dict.fromkeys(("max_tokens", "seed", "logprobs", "prompt_logprobs", "forced_bos_token_id"), NO_WHOLE),
+    **dict.fromkeys(
+        ("max_tokens", "seed", "logprobs", "prompt_logprobs", "forced_bos_token_id", "truncate_prompt_tokens"), NO_WHOLE
+    ),
     **dict.fromkeys(
         ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         (*NO_NUMBER, None),
     ),
-    "stop": (123, 1.5, True, [5], ["a", None], {"a": 1}, b"ab", [["a"]], object),
+    **dict.fromkeys(("stop", "bad_words"), (123, 1.5, True, [5], ["a", None], {"a": 1}, b"ab", [["a"]], object)),
+    "allowed_token_ids": NO_IDS,
     **dict.fromkeys(("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"), NO_IDS),
     "forced_eos_token_id": ("x", True, 2.0, [2.0], ["x"], -1, [-1]),
     "logit_bias": (
@@ -110,7 +141,10 @@ WRONG_TYPES = {
         {"(5,)": 1.0},
         [[[1], math.nan]],
     ),
-    "ignore_eos": (0, 1, "true", None, [], 1.0),
+    **dict.fromkeys(
+        ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"),
+        (0, 1, "true", None, [], 1.0),
+    ),
 }
 
 
@@ -124,6 +158,10 @@ def test_wrong_types_are_named(name, value):
         SamplingParams(**{name: value})
     with pytest.raises(ConfigurationError, match=f"sampling parameter {name}="):
         dataclasses.replace(SamplingParams(), **{name: value})
+    params = SamplingParams()
+    with pytest.raises(ConfigurationError, match=f"sampling parameter {name}="):
+        setattr(params, name, value)
+    assert params == SamplingParams()
 
 
 def test_every_field_has_its_wrong_types():
@@ -214,6 +252,9 @@ def test_no_single_request_takes_much_memory(settings):
         (lambda: SamplingParams(max_token=5), "SamplingParams has no keyword 'max_token'; did you mean 'max_tokens'?"),
         (lambda: dataclasses.replace(SamplingParams(), temprature=5), "did you mean 'temperature'?"),
         (lambda: SamplingParams(zzz=5), "SamplingParams has no keyword 'zzz'; known are "),
+        (lambda: setattr(SamplingParams(), "max_token", 5), "no keyword 'max_token'; did you mean 'max_tokens'?"),
+        (lambda: SamplingParams(logits_processors=[]), "no keyword 'logits_processors': no code of the caller runs"),
+        (lambda: SamplingParams(use_beam_search=True), "no keyword 'use_beam_search': there is no beam search"),
         (lambda: SamplingParams(max_new_tokens=5), "no keyword 'max_new_tokens'; did you mean 'max_tokens'?"),
         (lambda: SamplingParams(max_length=5), "no keyword 'max_length'; did you mean 'max_tokens'?"),
         (lambda: SamplingParams(stop_strings="a"), "no keyword 'stop_strings'; did you mean 'stop'?"),
@@ -222,6 +263,12 @@ def test_no_single_request_takes_much_memory(settings):
         (lambda: SamplingParams(do_sample=False), "no keyword 'do_sample'; did you mean 'temperature'?"),
         (lambda: LLM("demo", gpu_batchsize=4), "LLM has no keyword 'gpu_batchsize'; did you mean 'gpu_batch_size'?"),
         (lambda: LLM("demo", tracing=True), "LLM has no keyword 'tracing'"),
+        (lambda: LLM("demo", zzz=True), "LLM has no keyword 'zzz'; known are allow_bits, cache_bits,"),
+        (
+            lambda: LLM("demo", max_model_length=9),
+            "LLM has no keyword 'max_model_length'; did you mean 'max_model_len'?",
+        ),
+        (lambda: LLM("demo", gpu_memory_utilisation=0.9), "did you mean 'gpu_memory_utilization'?"),
     ],
 )
 def test_unknown_keywords_come_with_a_suggestion(make, text):
@@ -239,18 +286,21 @@ def test_the_bare_error_of_a_completion():
 
 def test_names_of_other_libraries_lead_to_fields():
     assert set(OTHER_NAMES.values()) <= SamplingParams.__dataclass_fields__.keys()
-    assert not OTHER_NAMES.keys() & SamplingParams.__dataclass_fields__.keys()
+    assert not {*OTHER_NAMES, *UNAVAILABLE} & SamplingParams.__dataclass_fields__.keys()
 
 
 SETTINGS = {
     **dict.fromkeys(
-        ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "weight_bits", "cache_bits", "seed"),
+        (
+            *("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len", "weight_bits"),
+            *("cache_bits", "seed"),
+        ),
         (1.5, "4", True, 16.0, [4], object, math.nan),
     ),
     **dict.fromkeys(("overlap", "recalibrate", "compare_plain", "dummy_weights"), (0, 1, "no", None, [])),
     **dict.fromkeys(("cpu_attention", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
     **dict.fromkeys(("model", "device", "dtype", "hardware"), (5, None, b"cpu", ["cpu"], float)),
-    **dict.fromkeys(("tree", "offload_dir", "generation_config", "draft_sampling"), (5, b"a", ["a"])),
+    **dict.fromkeys(("tree", "offload_dir", "tokenizer", "generation_config", "draft_sampling"), (5, b"a", ["a"])),
     **dict.fromkeys(("gpu_memory", "cpu_memory"), (1.5e9, -1, True, [5], "much")),
     "percent": ("100", (100, 0, "a", 0, 100, 0), (math.nan, 0, 0, 0, 0, 0), {100: 0}, (True,) * 6, [1, 2]),
     "allow_bits": ("8", ["8"], [8.0], [7], {8: 4}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,56 +15,11 @@ from flexbatch.apps.jobs.columns import ROW_ERROR, check_names, refuse_reserved,
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import RowGroup
 from flexbatch.apps.jobs.text_source import CHUNK_BYTES, MAX_LINE, UNREADABLE, DigestingStream, record_batch
+from flexbatch.text.csv_rows import CsvRows, delimiter_of
 from flexbatch.text.files import lone_surrogate
 from flexbatch.validation.errors import ConfigurationError
 
 BATCH_ROWS = 1024
-NUL = "\udc00"
-"""Stands for a zero byte while a line is taken apart: Python 3.10 refuses it. No byte that is not UTF-8 is escaped
-as this one."""
-
-
-class CsvRows:
-    """The rows of a CSV file: (number of the first line, cells). Bytes that are not UTF-8 are surrogate escapes.
-
-    A line ends with ``\\n``, ``\\r\\n`` or ``\\r``; ends of lines inside quotes belong to the cell. Blank lines are no
-    rows. Raises ConfigurationError
-    for what cannot be taken apart: a quote that is never closed, which would swallow the rest of the file, and a line
-    or cell that is too long.
-    """
-
-    def __init__(self, stream: io.TextIOBase, name: str, delimiter: str) -> None:
-        self._stream, self._name, self._ended = stream, name, False
-        # The module's limit of 131,072 characters holds for the whole process; prompts are longer.
-        csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
-        self._reader = csv.reader(self._lines(), delimiter=delimiter)
-
-    def _lines(self) -> Iterator[str]:
-        while line := self._stream.readline(MAX_LINE + 1):
-            if len(line) > MAX_LINE:
-                raise ConfigurationError(
-                    f"{self._name}: line {self._reader.line_num + 1} is longer than {MAX_LINE:,} characters: is it CSV?"
-                )
-            yield line.replace("\x00", NUL)
-        self._ended = True
-
-    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        while True:
-            number = self._reader.line_num + 1
-            try:
-                cells = next(self._reader, None)
-            except csv.Error as error:
-                raise ConfigurationError(
-                    f"{self._name}: the row that begins in line {number}: {error}. Is a quote never closed?"
-                ) from None
-            if cells is None:
-                return
-            if self._ended:  # the reader only asks for another line while a quote is open
-                raise ConfigurationError(
-                    f"{self._name}: the row that begins in line {number} opens a quote that is never closed"
-                )
-            if cells:
-                yield number, [cell.replace(NUL, "\x00") for cell in cells]
 
 
 class CsvSource:
@@ -107,7 +61,7 @@ class CsvSource:
                 text = io.TextIOWrapper(
                     io.BufferedReader(stream, CHUNK_BYTES), encoding="utf-8-sig", errors="surrogateescape", newline=""
                 )
-                yield iter(CsvRows(text, file.name, "\t" if ".tsv" in file.path.lower() else ",")), stream
+                yield iter(CsvRows(text, file.name, delimiter_of(file.path), MAX_LINE)), stream
         except UNREADABLE as error:
             raise ConfigurationError(f"{file.name}: cannot be read: {error}") from None
 

@@ -3,6 +3,7 @@ restart."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,17 @@ def plan_parts(row_groups: Sequence[RowGroup], part_rows: int) -> list[Part]:
         ]
         first = end
     return parts or [Part(0, row_groups[0].folder if row_groups else "", 0, 0)]
+
+
+def first_rows(parts: Sequence[Part], limit: int | None) -> Sequence[Part]:
+    """The parts that hold the first ``limit`` rows, the last of them cut; None: all."""
+    if limit is None:
+        return parts
+    return [
+        dataclasses.replace(part, rows=min(part.rows, limit - part.first_row))
+        for part in parts
+        if part.first_row < limit or part.number == 0
+    ]
 
 
 def shard_parts(parts: Sequence[Part], shard: int, shards: int) -> list[Part]:

@@ -1,7 +1,7 @@
 """The requests of OpenAI batch files: one JSON line each, with ``custom_id``, ``method``, ``url`` and ``body``.
 
-Known are ``/v1/completions`` and ``/v1/chat/completions``; ``top_k``, ``min_p``, ``repetition_penalty`` and
-``ignore_eos`` are accepted too, as in vLLM.
+Known are ``/v1/completions`` and ``/v1/chat/completions``, with the further fields that vLLM's server takes: those of
+SamplingParams in `COPIED`, and `TEMPLATE` for the chat template.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from flexbatch.apps.jobs.openai_source import LINE
 from flexbatch.apps.jobs.prompts import RowError, messages_prompt, row_error, unicode_text
 from flexbatch.apps.jobs.rows import RowRequest, row_seed
 from flexbatch.request import SamplingParams
+from flexbatch.text.chat import ChatOptions, ChatPrompt
 from flexbatch.text.files import parse_json
 from flexbatch.validation.checks import short
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
-WHOLE = ("n", "seed", "top_k", "max_tokens")
-COPIED = (*NUMBERS, *WHOLE, "ignore_eos", "stop")
+WHOLE = ("n", "seed", "top_k", "max_tokens", "min_tokens", "truncate_prompt_tokens")
+FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+TEXTS, TOKENS = ("stop", "bad_words"), ("stop_token_ids", "allowed_token_ids")
+COPIED = (*NUMBERS, *WHOLE, *FLAGS, *TEXTS, *TOKENS)
+TEMPLATE = ("add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs")
+MOST_PROMPTS = 2048
+"""Of one request, as in the API."""
 OTHER = (
     "model",
     "prompt",
@@ -35,6 +41,7 @@ OTHER = (
     "max_completion_tokens",
     "logprobs",
     "top_logprobs",
+    "echo",
     "logit_bias",
     "user",
     "metadata",
@@ -44,10 +51,9 @@ OTHER = (
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stream_options": ({},),
-    "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "tools": ([],),
+    **{name: ([], {}) for name in TEMPLATE},
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -68,6 +74,7 @@ class Call:
     url: str = ""
     model: str = ""
     logprobs: int | None = None
+    echo: bool = False
     error_code: str = "invalid_request"
 
 
@@ -81,8 +88,8 @@ class RequestError(RowError):
 
 def parse_request(
     line: bytes | str, defaults: SamplingParams, chat_limit: int | None = None
-) -> tuple[Call, Any, SamplingParams]:
-    """Returns the call, the prompt and the sampling parameters of one line. ``chat_limit`` is the ``max_tokens`` of
+) -> tuple[Call, list[Any], SamplingParams]:
+    """Returns the call, the prompts and the sampling parameters of one line. ``chat_limit`` is the ``max_tokens`` of
     chat requests that set none; None means the rest of the context.
 
     Raises RequestError, with the call as far as it was read in ``call``, whatever the line holds.
@@ -98,12 +105,17 @@ def parse_request(
         if call.url == CHAT:
             defaults = dataclasses.replace(defaults, max_tokens=chat_limit)
         params = _params(body, call.url, defaults)
-        prompt = messages_prompt(body.get("messages"), "messages") if call.url == CHAT else _prompt(body.get("prompt"))
+        prompts = [_chat(body)] if call.url == CHAT else _prompts(body.get("prompt"))
+        echo = body.get("echo") is not None and _flag(body, "echo")
+        if echo and call.url == CHAT:
+            raise RequestError("unsupported_parameter", "echo is for completions; a chat's prompt is its messages")
+        if echo and params.logprobs is not None:
+            params.prompt_logprobs = params.logprobs
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise RequestError("invalid_type", f"model is {short(model)}, not text")
-        call = dataclasses.replace(call, model=unicode_text(model or "", "model"), logprobs=params.logprobs)
-        return call, prompt, params
+        name = unicode_text(model or "", "model")
+        return dataclasses.replace(call, model=name, logprobs=params.logprobs, echo=echo), prompts, params
     except Exception as error:
         known = "invalid_json_line" if call is None else "invalid_value"
         code = error.code if isinstance(error, RequestError) else known
@@ -125,30 +137,46 @@ def _checked_body(value: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
     return body
 
 
-def _prompt(value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, str):
-        return unicode_text(value, "prompt")
-    if isinstance(value, list) and value and all(type(token) is int for token in value):
-        return value
-    raise RowError("prompt must be a text or a list of token ids; send several prompts as several lines")
+def _prompts(value: Any) -> list[Any]:
+    """Returns the prompts of a completion: one text or list of token ids, or a list of these."""
+    several = isinstance(value, list) and bool(value) and all(isinstance(each, str | list) for each in value)
+    prompts = value if several else [value]
+    if len(prompts) > MOST_PROMPTS:
+        raise RowError(f"prompt has {len(prompts):,} prompts, more than the {MOST_PROMPTS:,} of one request")
+    for index, prompt in enumerate(prompts):
+        name = f"prompt {index}" if several else "prompt"
+        if isinstance(prompt, str):
+            unicode_text(prompt, name)
+        elif not isinstance(prompt, list) or not prompt or not all(type(token) is int for token in prompt):
+            raise RowError(f"{name} must be a text or a list of token ids{'' if several else ', or a list of these'}")
+    return prompts
+
+
+def _chat(body: Mapping[str, Any]) -> Any:
+    """Returns the messages of a chat, with the options for its template where there are some."""
+    messages = messages_prompt(body.get("messages"), "messages")
+    given = {name: body[name] for name in TEMPLATE if body.get(name) is not None}
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if name in given:
+            _flag(given, name)
+    unicode_text([given.get("tools"), given.get("chat_template_kwargs")], "tools or chat_template_kwargs")
+    return ChatPrompt(messages, ChatOptions(**given)) if given else messages
 
 
 def _params(body: Mapping[str, Any], url: str, defaults: SamplingParams) -> SamplingParams:
     """Returns the sampling parameters of a body, in which a null counts as absent. Raises RequestError that names
     the field, ValueError for values out of range."""
+    known = {*COPIED, *OTHER, *(TEMPLATE if url == CHAT else ())}
     for name, value in body.items():
-        if name not in COPIED and name not in OTHER and value is not None and value not in NEUTRAL.get(name, ()):
+        if name not in known and value is not None and value not in NEUTRAL.get(name, ()):
             raise RequestError("unsupported_parameter", f"{short(name)} is not supported")
     changes: dict[str, Any] = {name: _number(body, name, float) for name in NUMBERS if body.get(name) is not None}
     changes |= {name: _number(body, name, int) for name in WHOLE if body.get(name) is not None}
     if body.get("max_completion_tokens") is not None:
         changes["max_tokens"] = _number(body, "max_completion_tokens", int)
-    if body.get("ignore_eos") is not None:
-        changes["ignore_eos"] = _flag(body, "ignore_eos")
-    if body.get("stop") is not None:
-        changes["stop"] = _stop(body["stop"])
+    changes |= {name: _flag(body, name) for name in FLAGS if body.get(name) is not None}
+    changes |= {name: _texts(name, body[name]) for name in TEXTS if body.get(name) is not None}
+    changes |= {name: _tokens(name, body[name]) for name in TOKENS if body.get(name) is not None}
     if body.get("logit_bias") is not None:
         changes["logit_bias"] = _logit_bias(body["logit_bias"]) or None
     logprobs = _logprobs(body, url)
@@ -176,11 +204,17 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
     return body[name]
 
 
-def _stop(value: Any) -> tuple[str, ...]:
+def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise _wrong_type("stop", value, "a text or a list of texts")
-    return tuple(unicode_text(texts, "stop"))
+        raise _wrong_type(name, value, "a text or a list of texts")
+    return tuple(unicode_text(texts, name))
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise _wrong_type(name, value, "a list of token ids")
+    return tuple(value)
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -228,16 +262,21 @@ class OpenAIReader:
                 try:
                     if problem is not None:
                         raise RequestError("invalid_json_line", problem)
-                    call, prompt, params = self._request(line, index)
-                    yield RowRequest(part.number, offset, index, prompt, params, extra=call)
+                    yield self._row(part.number, offset, index, line)
                 except RequestError as error:
                     yield RowRequest(part.number, offset, index, error=str(error), extra=error.call)
 
-    def _request(self, line: bytes, index: int) -> tuple[Call, Any, SamplingParams]:
-        call, prompt, params = parse_request(line, self._params, self._chat_limit)
+    def _row(self, part: int, offset: int, index: int, line: bytes) -> RowRequest:
+        call, prompts, params = parse_request(line, self._params, self._chat_limit)
         if index in self._repeated:
             told = f"custom_id {short(call.custom_id)} is that of row {self._repeated[index]} already"
             raise RequestError("duplicate_custom_id", told, call)
-        if params.seed is None and params.temperature > 0:
-            params = dataclasses.replace(params, seed=row_seed(self._seed, index))
-        return call, prompt, params
+        requests = []
+        for number, prompt in enumerate(prompts):
+            own = params
+            if params.seed is None and params.temperature > 0:
+                own = dataclasses.replace(params, seed=row_seed(self._seed, f"{index}.{number}" if number else index))
+            requests.append(
+                RowRequest(part, offset, index, prompt, own, extra=call, number=number, prompts=len(prompts))
+            )
+        return dataclasses.replace(requests[0], others=requests[1:])

@@ -55,8 +55,8 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class Step:
-    """One token of an output: the character of the text where it begins, the token itself, and all tokens whose
-    log-probability is known there, itself first."""
+    """One token of an output, or of a prompt: the character of the text where it begins, the token itself, and all
+    tokens whose log-probability is known there, itself first."""
 
     offset: int
     chosen: ShownToken
@@ -64,16 +64,18 @@ class Step:
 
 
 def chat_logprobs(step: Step, count: int) -> dict[str, Any]:
-    """Returns the token and the ``count`` most likely ones, whether it is among them or not."""
-    best = sorted(step.known, key=lambda shown: (-shown.entry.logprob, shown.entry.rank))[:count]
+    """Returns the token and the ``count`` most likely ones (-1: all), whether it is among them or not."""
+    ranked = sorted(step.known, key=lambda shown: (-shown.entry.logprob, shown.entry.rank))
+    best = ranked if count < 0 else ranked[:count]
     return {**step.chosen.as_dict(), "top_logprobs": [shown.as_dict() for shown in best]}
 
 
 def legacy_logprobs(steps: Sequence[Step]) -> dict[str, Any]:
+    """Returns the form of completions. Nothing is known of the first token of a prompt."""
     return {
         "tokens": [step.chosen.name for step in steps],
-        "token_logprobs": [step.chosen.logprob for step in steps],
-        "top_logprobs": [{shown.name: shown.logprob for shown in step.known} for step in steps],
+        "token_logprobs": [step.chosen.logprob if step.known else None for step in steps],
+        "top_logprobs": [{shown.name: shown.logprob for shown in step.known} if step.known else None for step in steps],
         "text_offset": [step.offset for step in steps],
     }
 
@@ -103,17 +105,33 @@ class TokenTexts:
     def steps(self, sample: Completion) -> list[Step]:
         """Returns the tokens of an output that has log-probabilities, each with its alternatives, as they are shown."""
         known = [*sample.prompt_token_ids, *sample.token_ids]
-        start, shown, pieces = len(sample.prompt_token_ids), [], []
-        for index, entries in enumerate(sample.logprobs or [], start):
-            token_ids = list(entries)  # the chosen one first
+        return self._steps(known, len(sample.prompt_token_ids), sample.logprobs or [], sample.text)
+
+    def prompt_steps(self, sample: Completion, text: str) -> list[Step]:
+        """Returns the same of the prompt, whose text this is."""
+        return self._steps(sample.prompt_token_ids, 0, sample.prompt_logprobs or [], text)
+
+    def _steps(
+        self, known: Sequence[int], start: int, places: Sequence[dict[int, TokenLogprob] | None], text: str
+    ) -> list[Step]:
+        """places: log-probabilities of the tokens from number ``start`` on, whose text this is."""
+        shown, pieces = [], []
+        for index, entries in enumerate(places, start):
+            scored = entries or {known[index]: TokenLogprob(known[index], 0.0, 1)}
+            token_ids = list(scored)  # the chosen one first
             found = self.alternatives(known[max(0, index - CONTEXT) : index], token_ids)
             names = self.names(token_ids, found)
-            shown.append([ShownToken(*each) for each in zip(names, found, entries.values(), strict=True)])
+            tokens = [ShownToken(*each) for each in zip(names, found, scored.values(), strict=True)]
+            shown.append((tokens[0], tokens if entries else []))
             pieces.append(found[0])
         return [
-            Step(offset, dataclasses.replace(tokens[0], text_bytes=kept), tokens)
-            for (offset, kept), tokens in zip(offsets_in(sample.text, pieces), shown, strict=True)
+            Step(offset, dataclasses.replace(chosen, text_bytes=kept), tokens)
+            for (offset, kept), (chosen, tokens) in zip(offsets_in(text, pieces), shown, strict=True)
         ]
+
+    def text_of(self, prompt: Any) -> str:
+        """Returns a prompt of text as it is, one of token ids as it is decoded."""
+        return prompt if isinstance(prompt, str) else self._decoder.decode(prompt)
 
     def _spelled(self, token_id: int) -> bytes | None:
         """Returns the bytes of a token that is the same in every context; None for others."""
@@ -178,19 +196,29 @@ class OpenAIOutput:
     def start(self, created: int, tokenizer: Any) -> None:
         self._created, self._texts = created, TokenTexts(tokenizer)
 
-    def record(self, row: RowRequest, completion: Completion) -> RowRecord:
-        if completion.finish_reason == "error":
-            return self.failure(row, completion.bare_error)
+    def record(self, row: RowRequest, completions: Sequence[Completion]) -> RowRecord:
+        failed = [(number, each) for number, each in enumerate(completions) if each.finish_reason == "error"]
+        if failed:
+            number, completion = failed[0]
+            name = f"prompt {number}: " if row.prompts > 1 else ""
+            return self.failure(row, f"{name}{completion.bare_error}")
         call: Call = row.extra
-        samples = completion.samples or [completion]
-        used, made = len(completion.prompt_token_ids), sum(len(sample.token_ids) for sample in samples)
+        answers = [
+            (request, sample)
+            for request, completion in zip(row.requests, completions, strict=True)
+            for sample in completion.samples or [completion]
+        ]
+        used = sum(len(completion.prompt_token_ids) for completion in completions)
+        made = sum(len(sample.token_ids) for _, sample in answers)
         chat = call.url == CHAT
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._identity}-{row.index}",
             "object": "chat.completion" if chat else "text_completion",
             "created": self._created,
             "model": call.model,
-            "choices": [self._choice(index, sample, call) for index, sample in enumerate(samples)],
+            "choices": [
+                self._choice(index, sample, call, request.prompt) for index, (request, sample) in enumerate(answers)
+            ],
             "usage": {"prompt_tokens": used, "completion_tokens": made, "total_tokens": used + made},
         }
         response = {"status_code": 200, "request_id": f"req-{self._identity}-{row.index}", "body": body}
@@ -201,11 +229,16 @@ class OpenAIOutput:
             "error": None,
         }
 
-    def _choice(self, index: int, sample: Completion, call: Call) -> dict[str, Any]:
+    def _choice(self, index: int, sample: Completion, call: Call, prompt: Any) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "finish_reason": sample.finish_reason}
         steps = None if sample.logprobs is None else self._texts.steps(sample)
         if call.url != CHAT:
-            return {**choice, "text": sample.text, "logprobs": None if steps is None else legacy_logprobs(steps)}
+            before = self._texts.text_of(prompt) if call.echo else ""
+            if steps is not None and call.echo:
+                moved = [dataclasses.replace(step, offset=step.offset + len(before)) for step in steps]
+                steps = [*self._texts.prompt_steps(sample, before), *moved]
+            shown = None if steps is None else legacy_logprobs(steps)
+            return {**choice, "text": before + sample.text, "logprobs": shown}
         content = None if steps is None else {"content": [chat_logprobs(step, call.logprobs or 0) for step in steps]}
         return {**choice, "message": {"role": "assistant", "content": sample.text}, "logprobs": content}
 

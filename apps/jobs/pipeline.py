@@ -8,6 +8,7 @@ is refilled as long as there are rows.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,9 +54,26 @@ class OpenPart:
     left: int
 
 
-Outcome = tuple[OpenPart, RowRequest | None, Completion | None]
-"""What the writer gets: a row with its completion, or with an error of its own. Without a row it only commits the
-part."""
+Outcome = tuple[OpenPart, RowRequest | None, Sequence[Completion] | None]
+"""What the writer gets: a row with the completions of its prompts, or with an error of its own. Without a row it only
+commits the part."""
+
+
+class RowCompletions:
+    """The completions of rows whose prompts end in any order, until a row has all of its own."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, dict[int, tuple[RowRequest, Completion]]] = {}
+
+    def add(self, request: RowRequest, completion: Completion) -> tuple[RowRequest, list[Completion]] | None:
+        """Returns the row and its completions, with the last of them."""
+        found = self._found.setdefault(request.index, {})
+        found[request.number] = request, completion
+        if len(found) < request.prompts:
+            return None
+        requests, completions = zip(*(found[number] for number in range(request.prompts)), strict=True)
+        del self._found[request.index]
+        return dataclasses.replace(requests[0], others=requests[1:]), list(completions)
 
 
 @dataclass
@@ -93,10 +111,12 @@ class Pipeline:
         for thread in threads:
             thread.start()
         in_flight: dict[int, RowRequest] = {}
+        rows = RowCompletions()
         try:
-            for index, completion in engine.stream(self._items(in_flight)):
-                row = in_flight.pop(index)
-                self._outcomes.put((self._open[row.part], row, completion))
+            for key, completion in engine.stream(self._items(in_flight)):
+                whole = rows.add(in_flight.pop(key), completion)
+                if whole is not None:
+                    self._outcomes.put((self._open[whole[0].part], *whole))
         except Cancelled:
             pass
         finally:
@@ -152,7 +172,8 @@ class Pipeline:
             raise failure
 
     def _encoded(self, part: Part, table: pa.Table) -> Iterator[RowRequest]:
-        """Yields the encoded rows of a part that are left to do. Those with an error go straight to the writer."""
+        """Yields the encoded requests of the rows of a part that are left to do. Rows with an error go straight to the
+        writer."""
         finished = self.finished.pop(part.number, {})
         open_part = OpenPart(part, table, [finished.get(row) for row in range(part.rows)], part.rows - len(finished))
         self._open[part.number] = open_part
@@ -161,7 +182,8 @@ class Pipeline:
         for row in self.job.reader.rows(table, part, finished.__contains__):
             if not row.error:
                 try:
-                    yield self.encode(row)
+                    # All of them before the first is handed on: a row has answers to all of its prompts, or an error.
+                    yield from [self.encode(request) for request in row.requests]
                     continue
                 except RowError as error:
                     row = dataclasses.replace(row, error=str(error))
@@ -175,13 +197,15 @@ class Pipeline:
     def _items(self, in_flight: dict[int, RowRequest]) -> Iterator[tuple[int, Sequence[int], SamplingParams]]:
         """Yields what the engine draws. An input that fails ends like an input that is over, so that the sequences
         in flight are finished."""
+        others = itertools.count(-1, -1)
         try:
             for rows in self._sorted:
                 for row in rows:
                     if self.interrupts.draining.is_set() or self._failure is not None:
                         return
-                    in_flight[row.index] = row
-                    yield row.index, row.token_ids, row.params
+                    key = next(others) if row.number else row.index
+                    in_flight[key] = row
+                    yield key, row.token_ids, row.params
         except Exception as error:
             self._failure = self._failure or error
 
@@ -204,11 +228,11 @@ class Pipeline:
             self._outcomes.cancel()
             self._sorted.cancel()
 
-    def _finish(self, open_part: OpenPart, row: RowRequest | None, completion: Completion | None) -> None:
+    def _finish(self, open_part: OpenPart, row: RowRequest | None, completions: Sequence[Completion] | None) -> None:
         """Records a finished row in the journal, and commits the part whose last row it is."""
         output = self.job.output
         if row is not None:
-            record = output.failure(row, row.error) if completion is None else output.record(row, completion)
+            record = output.failure(row, row.error) if completions is None else output.record(row, completions)
             self.store.journal.append(open_part.part.number, row.offset, record)
             open_part.records[row.offset] = record
             open_part.left -= 1

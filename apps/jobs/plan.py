@@ -18,7 +18,7 @@ from flexbatch.apps.jobs.columns import ROW_ERROR, parse_types
 from flexbatch.apps.jobs.csv_source import CsvSource
 from flexbatch.apps.jobs.files import list_files, partition_values
 from flexbatch.apps.jobs.json_lines import JsonLinesSource
-from flexbatch.apps.jobs.layout import Part, default_part_rows, plan_parts
+from flexbatch.apps.jobs.layout import Part, default_part_rows, first_rows, plan_parts
 from flexbatch.apps.jobs.locations import check_folders, is_dataset_name
 from flexbatch.apps.jobs.manifest import FORMAT, fingerprint_digest
 from flexbatch.apps.jobs.openai_requests import OpenAIReader
@@ -36,8 +36,6 @@ from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted_word
 
 logger = logging.getLogger("flexbatch")
-
-NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
@@ -144,19 +142,26 @@ def plan_job(
     schema = without_errors(source.schema)
     if not isinstance(source, OpenAISource):
         config = choose_prompt(config, [*schema.names, *partitions])
-    params = generation_of(engine).params(config.given(), sample=True)
+    chosen = config.api_params if isinstance(source, OpenAISource) else config.params
+    params = chosen(generation_of(engine))
     part_rows = config.part_rows or default_part_rows(source.row_groups)
     identity = config.identity()
     identity["output"]["part_rows"] = part_rows
     identity["seed"] = engine.seed
     generation = settings_for_manifest(params)
-    identity["generation"] |= {name: value for name, value in generation.items() if name != "logprobs"}
+    identity["generation"] |= {
+        name: value for name, value in generation.items() if name not in ("logprobs", "prompt_logprobs")
+    }
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
     fingerprint = {"input": source.identity, "model": {**precision, **model_identity(engine)}, **identity}
     fingerprint["versions"] = {"sampling": SAMPLING_RULES, "output folder": FORMAT}
     reader: RequestReader
     output: Output
     if isinstance(source, OpenAISource):
+        if config.prompt_logprobs is not None:
+            raise ConfigurationError(
+                "--prompt-logprobs is for columns of prompts; requests of the OpenAI API ask by echo and logprobs"
+            )
         # Chat requests without a limit of their own have this one, or none.
         fingerprint["generation"]["chat_max_tokens"] = config.max_tokens
         reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated)
@@ -165,7 +170,7 @@ def plan_job(
         warn_of_equal_prompts(config, [*schema.names, *partitions])
         reader = RowReader(config, schema, partitions, params, engine.seed)
         output = ParquetOutput(config, schema, partitions)
-    parts = plan_parts(source.row_groups, part_rows)
+    parts = first_rows(plan_parts(source.row_groups, part_rows), config.limit)
     return BatchJob(config, engine, folder, source, reader, output, parts, fingerprint)
 
 
@@ -174,25 +179,18 @@ def make_encode(llm: Any, truncate: str | None) -> Encode:
     decodes with its own in another thread meanwhile."""
     from flexbatch.text.prompts import PromptEncoder
 
-    tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.max_positions
-    encoder = PromptEncoder(tokenizer, max_context=NO_LIMIT if truncate else context, vocab_size=llm.arch.vocab_size)
-
-    def cut(token_ids: list[int], limit: int) -> list[int]:
-        if not truncate or len(token_ids) <= limit:
-            return token_ids
-        if truncate == "right":
-            return token_ids[:limit]
-        start = token_ids[:1] if token_ids[0] == getattr(tokenizer, "bos_token_id", None) and limit > 1 else []
-        return start + token_ids[len(token_ids) - limit + len(start) :]
+    tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.context
+    encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=llm.arch.vocab_size, truncate=truncate)
 
     def encode(row: RowRequest) -> RowRequest:
         try:
-            wanted = row.params.max_tokens
-            encoder.check_params(row.index, row.params)
-            # Without a limit of its own a row that is cut has one position left for a token, as one that just fits.
-            limit = max(context - (1 if wanted is None else wanted), 1)
-            token_ids = cut(list(encoder.encode(row.index, row.prompt, wanted)), limit)
-            return dataclasses.replace(row, token_ids=token_ids, params=row.params.within(context - len(token_ids)))
+            params = row.params
+            encoder.check_params(row.index, params)
+            found = encoder.read(row.index, row.prompt, params.max_tokens, params.truncate_prompt_tokens)
+            params = encoder.with_tokens(row.index, params).within(context - len(found.token_ids))
+            # Of a prompt that was cut, what an answer may repeat is what is left of it.
+            prompt = found.token_ids if found.cut else row.prompt
+            return dataclasses.replace(row, prompt=prompt, token_ids=found.token_ids, params=params)
         except Exception as error:
             raise row_error(error) from error
 

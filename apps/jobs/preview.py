@@ -37,12 +37,13 @@ class Preview:
         pairs = []
         for seen in self.rows:
             try:
-                row = encode(seen)
+                rows = [encode(request) for request in seen.requests]
             except RowError:
                 continue
-            prompt = len(row.token_ids)
-            output = row.params.tokens_within(arch.max_positions - prompt)
-            pairs += [(prompt + max(0, output - 1), prompt)] * row.params.n
+            for row in rows:
+                prompt = len(row.token_ids)
+                output = row.params.tokens_within(arch.context - prompt)
+                pairs += [(prompt + max(0, output - 1), prompt)] * row.params.n
         count = min(self.num_rows, PLANNED_ROWS)
         repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))
         return tuple(cache for cache, _ in repeated), tuple(prompt for _, prompt in repeated)
@@ -69,10 +70,10 @@ def planner_job(config: EngineConfig, seen: Preview) -> Any:
     """Returns the planner's `Job` for the rows of a preview; None where there are none, or where random weights come
     without a tokenizer. Raises CheckpointError."""
     from flexbatch.execution.job import Job
-    from flexbatch.models.opened import open_model
+    from flexbatch.models.opened import open_configured
 
     if config.dummy_weights:
         return None
-    model = open_model(config.model)
+    model = open_configured(config)
     cache_tokens, prompt_tokens = seen.lengths(model.tokenizer, model.arch)
     return Job(cache_tokens, prompt_tokens) if cache_tokens else None

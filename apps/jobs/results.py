@@ -4,7 +4,7 @@ part is written."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from flexbatch.apps.jobs.columns import ROW_ERROR
 from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.request import Completion
+from flexbatch.request import Completion, TokenLogprob
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted
 
@@ -29,7 +29,11 @@ COLUMNS = [
     ("error", pa.string()),
     ("generated_tokens", pa.list_(pa.int32())),
     ("logprobs", pa.list_(pa.list_(LOGPROB))),
+    ("prompt_logprobs", pa.list_(pa.list_(LOGPROB))),
 ]
+
+EACH = ("generated_text", "finish_reason", "num_generated_tokens", "generated_tokens", "logprobs")
+"""Columns of an answer; the others are of its prompt."""
 
 
 class Output(Protocol):
@@ -41,7 +45,9 @@ class Output(Protocol):
         """Called before the first record: the unix time at which the job began, and the model's tokenizer."""
         ...
 
-    def record(self, row: RowRequest, completion: Completion) -> RowRecord: ...
+    def record(self, row: RowRequest, completions: Sequence[Completion]) -> RowRecord:
+        """The record of a row from the completions of its prompts, in their order."""
+        ...
 
     def failure(self, row: RowRequest, message: str) -> RowRecord: ...
 
@@ -67,13 +73,15 @@ class Output(Protocol):
         ...
 
 
-def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, names: Sequence[str]) -> pa.Schema:
-    """Returns the input columns, then the result columns ``names`` behind ``prefix``. Raises ConfigurationError where
-    two names clash.
+def result_schema(
+    schema: pa.Schema, partitions: Sequence[str], prefix: str, results: Sequence[tuple[str, pa.DataType]]
+) -> pa.Schema:
+    """Returns the input columns, then the result columns behind ``prefix``. Raises ConfigurationError where two names
+    clash.
 
     Metadata that other libraries keep about their columns is dropped where it would no longer be true.
     """
-    fields = [pa.field(prefix + name, kind) for name, kind in COLUMNS if name in names]
+    fields = [pa.field(prefix + name, kind) for name, kind in results]
     clash = [field.name for field in fields if field.name in schema.names or field.name in partitions]
     if clash:
         raise ConfigurationError(
@@ -93,71 +101,89 @@ def failure_text(message: str) -> str:
     return redacted(message.encode("utf-8", "backslashreplace").decode()) or "failed without a message"
 
 
-def listed_logprobs(completion: Completion) -> list[list[list[float]]] | None:
-    """Returns, per generated token, its candidates as [token id, natural-log probability, rank], most likely first."""
-    if completion.logprobs is None:
+def listed_logprobs(steps: Sequence[dict[int, TokenLogprob] | None] | None) -> list[list[list[float]] | None] | None:
+    """Returns, per token, its candidates as [token id, natural-log probability, rank], most likely first; None for a
+    token of the prompt that was not scored, as the first."""
+    if steps is None:
         return None
     return [
-        [
+        None
+        if step is None
+        else [
             [entry.token_id, entry.logprob, entry.rank]
             for entry in sorted(step.values(), key=lambda entry: (entry.rank, entry.token_id))
         ]
-        for step in completion.logprobs
+        for step in steps
     ]
 
 
 class ParquetOutput:
-    """Parquet parts: all input columns in their types, then the results. A record is a list in the order of
-    `COLUMNS`."""
+    """Parquet parts: all input columns in their types, then the results. A record is a list in the order of `COLUMNS`.
+
+    With several answers to a prompt (--n), what belongs to one answer is a list of as many.
+    """
 
     suffix = ".parquet"
 
     def __init__(self, config: JobConfig, schema: pa.Schema, partitions: Sequence[str]) -> None:
         self._prefix = config.output_prefix
-        left_out = {"generated_tokens": not config.generated_tokens, "logprobs": config.logprobs is None}
+        left_out = {
+            "generated_tokens": not config.generated_tokens,
+            "logprobs": config.logprobs is None,
+            "prompt_logprobs": config.prompt_logprobs is None,
+        }
         self._kept = [name for name, _ in COLUMNS if not left_out.get(name)]
-        self.schema = result_schema(schema, partitions, self._prefix, self._kept)
+        self._many = (config.n or 1) > 1
+        self._kinds = [(name, pa.list_(kind) if self._many and name in EACH else kind) for name, kind in COLUMNS]
+        fields = [(name, kind) for name, kind in self._kinds if name in self._kept]
+        self.schema = result_schema(schema, partitions, self._prefix, fields)
 
     def start(self, created: int, tokenizer: Any) -> None:
         """Does nothing: the records hold neither times nor names of tokens."""
 
-    def record(self, row: RowRequest, completion: Completion) -> RowRecord:
+    def record(self, row: RowRequest, completions: Sequence[Completion]) -> RowRecord:
+        (completion,) = completions
+        used = len(completion.prompt_token_ids)
         if completion.finish_reason == "error":
-            return self.failure(row, completion.bare_error, len(completion.prompt_token_ids))
-        return [
-            completion.text,
-            completion.finish_reason,
-            len(completion.prompt_token_ids),
-            len(completion.token_ids),
-            "",
-            [int(token) for token in completion.token_ids] if "generated_tokens" in self._kept else None,
-            listed_logprobs(completion) if "logprobs" in self._kept else None,
-        ]
+            return self.failure(row, completion.bare_error, used)
+        answers = [self._answer(sample) for sample in completion.samples or [completion]]
+        values = {name: [answer[name] for answer in answers] if self._many else answers[0][name] for name in EACH}
+        scored = listed_logprobs(completion.prompt_logprobs) if "prompt_logprobs" in self._kept else None
+        found = {"num_input_tokens": used, "error": "", "prompt_logprobs": scored, **values}
+        return [found[name] for name, _ in COLUMNS]
+
+    def _answer(self, sample: Completion) -> dict[str, Any]:
+        return {
+            "generated_text": sample.text,
+            "finish_reason": sample.finish_reason,
+            "num_generated_tokens": len(sample.token_ids),
+            "generated_tokens": [int(token) for token in sample.token_ids]
+            if "generated_tokens" in self._kept
+            else None,
+            "logprobs": listed_logprobs(sample.logprobs) if "logprobs" in self._kept else None,
+        }
 
     def failure(self, row: RowRequest, message: str, input_tokens: int = 0) -> RowRecord:
-        return [None, "error", input_tokens, 0, failure_text(message), None, None]
+        reason, made = (["error"], [0]) if self._many else ("error", 0)
+        return [None, reason, input_tokens, made, failure_text(message), None, None, None]
 
     def error_of(self, record: RowRecord) -> str:
         return record[4]
 
     def tokens_of(self, record: RowRecord) -> tuple[int, int]:
-        return record[2], record[3]
+        return record[2], sum(record[3]) if self._many else record[3]
 
     def table(self, table: pa.Table, records: Sequence[RowRecord]) -> pa.Table:
         """Returns input rows and their records as output rows."""
         results: list[pa.Array] = []
-        for index, (name, kind) in enumerate(COLUMNS):
+        for index, (name, kind) in enumerate(self._kinds):
             if name not in self._kept:
                 continue
             values = [record[index] for record in records]
             if name == "logprobs":
-                values = [
-                    v
-                    and [
-                        [dict(zip(("token_id", "logprob", "rank"), entry, strict=True)) for entry in step] for step in v
-                    ]
-                    for v in values
-                ]
+                values = [self._each(value, _as_structs) for value in values]
+            if name == "prompt_logprobs":
+                values = [value and _as_structs(value) for value in values]
             results.append(pa.array(values, kind))
         columns = [column for name, column in zip(table.column_names, table.columns, strict=True) if name != ROW_ERROR]
         return pa.Table.from_arrays([*columns, *results], schema=self.schema)
@@ -185,8 +211,23 @@ class ParquetOutput:
             raise ValueError(f"{path} holds {len(table)} rows, this job's part has {rows}")
         columns = {name: table[self._prefix + name].to_pylist() for name in self._kept}
         if "logprobs" in columns:
-            columns["logprobs"] = [
-                v and [[list(entry.values()) for entry in step] for step in v] for v in columns["logprobs"]
-            ]
+            columns["logprobs"] = [self._each(value, _as_lists) for value in columns["logprobs"]]
+        if "prompt_logprobs" in columns:
+            columns["prompt_logprobs"] = [value and _as_lists(value) for value in columns["prompt_logprobs"]]
         absent = [None] * rows
         return [list(values) for values in zip(*(columns.get(name, absent) for name, _ in COLUMNS), strict=True)]
+
+    def _each(self, value: Any, change: Callable[[Any], Any]) -> Any:
+        """Change the log-probabilities of one answer, or of every one of several."""
+        if value is None:
+            return None
+        return [change(answer) for answer in value] if self._many else change(value)
+
+
+def _as_structs(steps: Any) -> Any:
+    names = ("token_id", "logprob", "rank")
+    return [step and [dict(zip(names, entry, strict=True)) for entry in step] for step in steps]
+
+
+def _as_lists(steps: Any) -> Any:
+    return [step and [list(entry.values()) for entry in step] for step in steps]

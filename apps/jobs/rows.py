@@ -55,6 +55,16 @@ class RowRequest:
     error: str = ""
     extra: Any = None
     """Whatever the output of this row needs besides the completion."""
+    others: Sequence[RowRequest] = ()
+    """Of a row with several prompts, the requests of all but the first."""
+    number: int = 0
+    prompts: int = 1
+    """The request is for prompt ``number`` of so many that the row has."""
+
+    @property
+    def requests(self) -> tuple[RowRequest, ...]:
+        """Those of all prompts of the row, in order."""
+        return self, *self.others
 
 
 Encode = Callable[[RowRequest], RowRequest]

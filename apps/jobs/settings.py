@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from flexbatch.cli.run_settings import InputConfig, SamplingConfig
 from flexbatch.config import option
-from flexbatch.request import SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 
 FORMATS = ("auto", "parquet", "csv", "jsonl", "openai", "dataset")
@@ -16,10 +16,14 @@ SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop"
 
 
 @dataclass(frozen=True)
-class JobConfig:
+class JobConfig(InputConfig, SamplingConfig):
     """The settings of a job: what to read, how to make prompts of it, how to generate, and what to write. Raises
     ConfigurationError that names the setting."""
 
+    prompts: str | None = option(None, "the same as INPUT", metavar="INPUT")
+    output: str | None = option(None, "the same as OUTPUT", metavar="OUTPUT")
+    limit: int | None = option(None, "only the first N rows")
+    dry_run: bool = option(False, "print the plan, its price and the memory it needs, load nothing, write nothing")
     input_format: str = option("auto", "form of the input; auto looks at file names", choices=FORMATS)
     dataset_config: str | None = option(None, "configuration of a data set of the datasets library")
     split: str | None = option(None, "split of a data set of the datasets library")
@@ -36,24 +40,6 @@ class JobConfig:
         None, "column that holds chat messages, as a list of {role, content} or as JSON"
     )
     prompt_template: str | None = option(None, "prompt made of columns, e.g. 'Summarize: {text}'; {{ and }} are braces")
-    truncate: str | None = option(
-        None, "cut prompts that are too long at this end (default: they are errors)", choices=("left", "right")
-    )
-    max_tokens: int | None = option(
-        None,
-        "tokens to generate per row at most (default: as the model's generation_config.json says, else 16; "
-        "chat requests of the OpenAI API: the rest of the context)",
-    )
-    temperature: float | None = option(None, "0 is greedy (default: as generation_config.json says, else 1)")
-    top_p: float | None = option(
-        None,
-        "sample among the most likely tokens that sum to this probability "
-        "(default: as generation_config.json says, else 1)",
-    )
-    top_k: int | None = option(
-        None, "sample among this many tokens; 0 for all (default: as generation_config.json says, else 0)"
-    )
-    stop: tuple[str, ...] = option((), "texts that end the output and are not part of it", nargs="+")
     max_tokens_column: str | None = option(None, "column with max_tokens per row; null means --max-tokens")
     temperature_column: str | None = option(None, "column with temperature per row")
     top_p_column: str | None = option(None, "column with top_p per row")
@@ -62,9 +48,6 @@ class JobConfig:
         None, "column with the seed per row; null means one derived from --seed and the row's index"
     )
     stop_column: str | None = option(None, "column with stop texts per row")
-    logprobs: int | None = option(
-        None, "write the log-probabilities of the K most likely tokens and the chosen one", metavar="K"
-    )
     generated_tokens: bool = option(False, "write the generated token ids too")
     output_prefix: str = option("", "put this before the names of the result columns (default: nothing)")
     part_rows: int | None = option(
@@ -103,14 +86,8 @@ class JobConfig:
             raise ConfigurationError("--overwrite discards what --retry-failed would keep: give one of them")
         self.error_limit(1)
         self.shard_of()
-        SamplingParams(**self.given())
-
-    def given(self) -> dict[str, Any]:
-        """Returns the sampling parameters that the user has set, for rows that have none of their own."""
-        values = {
-            name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "stop", "logprobs")
-        }
-        return {name: value for name, value in values.items() if value is not None and value != ()}
+        self.check_limit()
+        self.check_sampling()
 
     def setting_columns(self) -> dict[str, str]:
         """Maps a setting to the column that holds it per row."""
@@ -141,8 +118,11 @@ class JobConfig:
         """Returns the settings that change what is in the output, without the sampling parameters: those depend on
         the model, too."""
         prompt = {
-            name: getattr(self, name) for name in ("prompt_column", "messages_column", "prompt_template", "truncate")
+            name: getattr(self, name)
+            for name in ("prompt_column", "messages_column", "prompt_template", "truncate", "limit")
         }
         prompt["column_types"] = sorted(self.column_types)
-        output = {name: getattr(self, name) for name in ("output_prefix", "generated_tokens", "logprobs")}
+        output = {
+            name: getattr(self, name) for name in ("output_prefix", "generated_tokens", "logprobs", "prompt_logprobs")
+        }
         return {"generation": {"columns": self.setting_columns()}, "prompt": prompt, "output": output}

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flexbatch.cli.run_settings import SamplingConfig
+from flexbatch.cli.run_settings import STANDARD_INPUT, SamplingConfig
 from flexbatch.config import EngineConfig
 from flexbatch.policy.suggest import neighbor
 from flexbatch.validation.devices import check_device, check_dtype
@@ -68,7 +68,7 @@ def check_sampling(sampling: SamplingConfig) -> None:
 def check_files(files: Mapping[str, str | None]) -> None:
     """That files to read are there and are files, by their flags. Raises ConfigurationError."""
     for flag, path in files.items():
-        if path is None:
+        if path is None or path == STANDARD_INPUT:
             continue
         if not os.path.exists(path):
             raise ConfigurationError(f"{flag} {path} does not exist{neighbor(Path(path))}")
@@ -89,7 +89,7 @@ def check_plot(flag: str, path: str | None) -> None:
 def check_inputs(engine: EngineConfig, prompts: str | None) -> None:
     """What can be wrong with the engine's settings, prompts and model by names alone. Raises ConfigurationError,
     CheckpointError."""
-    if prompts is not None and "://" not in prompts:
+    if prompts is not None and prompts != "-" and "://" not in prompts:
         check_files({"--prompts": prompts})
     check_engine(engine)
 

@@ -13,12 +13,14 @@ MEMORY, SPECULATION, OUTPUT, JOB, CLUSTER = "memory", "speculation", "output", "
 GROUPS = (INPUT, OUTPUT, SAMPLING, JOB, MODEL, MEMORY, PLACEMENT, SPECULATION, CLUSTER)
 """Titles, in the order of the help."""
 NAMES = {
-    INPUT: "prompts num_prompts prompt_len limit input_format dataset_config split column_types prompt_column "
+    INPUT: "prompts limit prompt_len input_format dataset_config split column_types prompt_column "
     "messages_column prompt_template truncate chat system",
-    OUTPUT: "output output_file json trace dry_run plot generated_tokens output_prefix part_rows metrics_file",
-    SAMPLING: "max_tokens temperature top_p top_k min_p stop n logprobs prompt_logprobs seed generation_config "
-    "max_tokens_column temperature_column top_p_column top_k_column seed_column stop_column",
-    MODEL: "model path dtype device dummy_weights",
+    OUTPUT: "output flexflow_output json trace dry_run plot generated_tokens output_prefix part_rows metrics_file",
+    SAMPLING: "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty stop "
+    "stop_token_ids include_stop_str_in_output skip_special_tokens min_tokens bad_words allowed_token_ids ignore_eos n "
+    "logprobs prompt_logprobs seed generation_config max_tokens_column temperature_column top_p_column "
+    "top_k_column seed_column stop_column",
+    MODEL: "model tokenizer max_model_len path dtype device dummy_weights",
     PLACEMENT: "percent gpu_batch_size num_gpu_batches cpu_attention cpu_cache_compute prefill_chunk prefill_budget "
     "overlap hardware recalibrate",
     MEMORY: "gpu_memory cpu_memory offload_dir weight_bits cache_bits allow_bits compress_weight compress_cache "
@@ -30,7 +32,7 @@ GROUP_OF = {name: title for title, names in NAMES.items() for name in names.spli
 """Title by setting; a setting that is not here stands in its command's own group."""
 
 SHORT = {
-    "prompts": "file of prompts: .txt, .json, .jsonl, .parquet",
+    "prompts": "file of prompts: .txt, .json, .jsonl, .csv, .parquet; - for stdin",
     "prompt_column": 'column with the prompts (default: "prompt")',
     "prompt_template": "prompt made of columns: 'Summarize: {text}'",
     "output": "where results go; the same command goes on",

@@ -160,7 +160,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) 
     from flexbatch.models.described import describe
 
     described = describe(engine.model)
-    job = config.job(described.arch.max_positions)
+    job = config.job(min(described.arch.max_positions, engine.max_model_len or described.arch.max_positions))
     if request is not None:
         # Where the largest size does not hold the job, none does.
         largest = dataclasses.replace(engine, **{request.kind: request.last})

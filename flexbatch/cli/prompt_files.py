@@ -3,16 +3,22 @@ changed."""
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexbatch.text.files import parse_json, read_text, split_lines, with_doubles
+from flexbatch.cli.run_settings import STANDARD_INPUT
+from flexbatch.text.csv_rows import CsvRows, delimiter_of
+from flexbatch.text.files import decode_text, parse_json, read_text, split_lines, with_doubles
 from flexbatch.validation.errors import ConfigurationError
 
+LONGEST_LINE = 64 * 2**20
+"""Characters of a line of CSV."""
 BUNDLED_PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 
 
@@ -25,8 +31,9 @@ class PromptRow:
 
 
 def read_prompts(path: str | Path) -> list[PromptRow]:
-    """Prompts of a file: .txt (one a line, blank lines left out), .json (a list), .jsonl (one value a line), .parquet
-    (column ``prompt``).
+    """Prompts of a file: .txt (one a line, blank lines left out), .json (a list), .jsonl (one value a line), .csv,
+    .tsv or .parquet (column ``prompt``); of standard input, named "-", JSON lines where every line is an object with a
+    ``prompt`` or a list, else lines of text.
 
     A value is a prompt, or an object whose ``prompt`` is one; a prompt is text, token ids or chat messages. The
     object's other keys, and the other columns, are the row's fields. A number among them that no double holds digit by
@@ -35,10 +42,20 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
     """
     if "://" in str(path):
         raise ConfigurationError(f"{path}: prompts are read from a file of this machine; flexbatch batch reads URIs")
+    if str(path) == STANDARD_INPUT:
+        rows = list(_read_standard_input())
+        if not rows:
+            raise ConfigurationError("standard input holds no prompts")
+        return rows
     path = Path(path)
     readers: dict[str, Callable[[Path], Iterator[PromptRow]]] = {
-        ".txt": _read_lines, ".json": _read_json, ".jsonl": _read_json_lines, ".parquet": _read_parquet
-    }  # fmt: skip
+        ".txt": lambda path: _text_rows(read_text(path)),
+        ".json": _read_json,
+        ".jsonl": lambda path: _json_rows(read_text(path), str(path)),
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     if path.suffix.lower() not in readers:
         raise ConfigurationError(f"{path}: the kind of a prompt file is told by its ending: {', '.join(readers)}")
     try:
@@ -50,8 +67,45 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
     return rows
 
 
-def _read_lines(path: Path) -> Iterator[PromptRow]:
-    return (PromptRow(line) for line in split_lines(read_text(path)) if line.strip())
+def _read_standard_input() -> Iterator[PromptRow]:
+    # A stream that stands in for it in Python may have no bytes below.
+    binary = getattr(sys.stdin, "buffer", None)
+    name = "standard input"
+    text = decode_text(sys.stdin.read().encode() if binary is None else binary.read(), name)
+    lines = [line for line in split_lines(text) if line.strip()]
+    return _json_rows(text, name) if lines and all(map(_is_json_prompt, lines)) else _text_rows(text)
+
+
+def _is_json_prompt(line: str) -> bool:
+    if line.lstrip()[0] not in "{[":
+        return False
+    try:
+        value = parse_json(line, exact=True, constants=True)
+    except ValueError:
+        return False
+    return isinstance(value, list) or "prompt" in value
+
+
+def _text_rows(text: str) -> Iterator[PromptRow]:
+    return (PromptRow(line) for line in split_lines(text) if line.strip())
+
+
+def _read_csv(path: Path) -> Iterator[PromptRow]:
+    """All cells are text, as they were written."""
+    rows = iter(CsvRows(io.StringIO(read_text(path), newline=""), str(path), delimiter_of(path.name), LONGEST_LINE))
+    _, header = next(rows, (1, []))
+    if "prompt" not in header:
+        raise ConfigurationError(f'{path}: has no column "prompt"; its header has {", ".join(header) or "nothing"}')
+    _refuse_repeated(path, header)
+    for number, cells in rows:
+        if len(cells) != len(header):
+            raise ConfigurationError(f"{path}: line {number} has {len(cells)} cells, the header has {len(header)}")
+        yield _row_of(dict(zip(header, cells, strict=True)), f"{path}: line {number}")
+
+
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigurationError(f"{path}: column names repeat: {', '.join(repeated)}")
 
 
 def _read_json(path: Path) -> Iterator[PromptRow]:
@@ -61,10 +115,10 @@ def _read_json(path: Path) -> Iterator[PromptRow]:
     return (_row_of(value, f"{path}: element {index}") for index, value in enumerate(values))
 
 
-def _read_json_lines(path: Path) -> Iterator[PromptRow]:
-    for number, line in enumerate(split_lines(read_text(path)), 1):
+def _json_rows(text: str, name: str) -> Iterator[PromptRow]:
+    for number, line in enumerate(split_lines(text), 1):
         if line.strip():
-            yield _row_of(_parsed(line, f"{path}: line {number}"), f"{path}: line {number}")
+            yield _row_of(_parsed(line, f"{name}: line {number}"), f"{name}: line {number}")
 
 
 def _parsed(text: str, location: str) -> Any:
@@ -101,8 +155,7 @@ def _read_parquet(path: Path) -> Iterator[PromptRow]:
             names = file.schema_arrow.names
             if "prompt" not in names:
                 raise ConfigurationError(f'{path}: has no column "prompt"; it has {", ".join(names)}')
-            if repeated := sorted({name for name in names if names.count(name) > 1}):
-                raise ConfigurationError(f"{path}: column names repeat: {', '.join(repeated)}")
+            _refuse_repeated(path, names)
             table = file.read()
     except pyarrow.ArrowException as error:
         raise ConfigurationError(f"{path}: is not a Parquet file: {error}") from error

@@ -33,7 +33,7 @@ class Work:
     def job(self, first: int = 0) -> Job:
         """What the planner needs to know of it, from prompt number ``first`` on."""
         rest = self.token_ids[first:]
-        context = self.model.arch.max_positions
+        context = self.model.arch.context
         lengths = ((len(ids), self.params.tokens_within(context - len(ids))) for ids in rest)
         return Job.of((pair for pair in lengths for _ in range(self.params.n)), context)
 
@@ -41,7 +41,7 @@ class Work:
         """What the completions depend on, by the names of the flags: where tensors lie and in which blocks prompts run
         may change from run to run."""
         settings = (
-            *("weight_bits", "cache_bits", "allow_bits", "dtype", "device", "seed"),
+            *("weight_bits", "cache_bits", "allow_bits", "dtype", "device", "seed", "tokenizer", "max_model_len"),
             *("draft", "draft_sampling", "simulate_acceptance", "dummy_weights"),
         )
         rows = [[row.prompt, row.fields, ids] for row, ids in zip(self.rows, self.token_ids, strict=True)]
@@ -70,31 +70,29 @@ def digest(value: Any) -> str:
 def make_work(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig) -> Work:
     """Read or make up the prompts and encode them: everything that can be wrong with them is found before any weight
     is loaded."""
-    for name in ("num_prompts", "prompt_len"):
-        if getattr(run, name) is not None and getattr(run, name) < 1:
-            raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(run, name)} must be at least 1")
+    run.check_limit()
+    if run.prompt_len is not None and run.prompt_len < 1:
+        raise ConfigurationError(f"--prompt-len {run.prompt_len} must be at least 1")
     if run.prompts is not None and run.prompt_len is not None:
         raise ConfigurationError("--prompts reads prompts and --prompt-len makes them up; leave one out")
     synthetic = run.prompts is None and (run.prompt_len is not None or engine.dummy_weights)
-    rows = (
-        [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.num_prompts]
-    )
+    rows = [] if synthetic else prompt_files.read_prompts(run.prompts or prompt_files.BUNDLED_PROMPTS)[: run.limit]
     from flexbatch.models.generation_config import GenerationDefaults, generation_of
-    from flexbatch.models.opened import open_model
+    from flexbatch.models.opened import open_configured
     from flexbatch.text.prompts import PromptEncoder
 
     sampling.params(GenerationDefaults())  # what is wrong with it comes before what is wrong with the model
     params = sampling.params(generation_of(engine), ignore_eos=sampling.ignore_eos or synthetic)
-    model = open_model(engine.model, engine.dummy_weights)
-    context, vocab_size = model.arch.max_positions, model.arch.vocab_size
+    model = open_configured(engine)
+    context, vocab_size = model.arch.context, model.arch.vocab_size
     if synthetic:
-        count = run.num_prompts or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
+        count = run.limit or (engine.gpu_batch_size or SYNTHETIC_PROMPTS) * (engine.num_gpu_batches or 1)
         made_up = random_prompts.synthetic_prompts(
             count, run.prompt_len or SYNTHETIC_PROMPT_LEN, vocab_size, engine.seed
         )
         rows = [PromptRow(prompt) for prompt in made_up]
     tokenizer = None if synthetic else model.tokenizer
-    encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=vocab_size)
+    encoder = PromptEncoder(tokenizer, max_context=context, vocab_size=vocab_size, truncate=run.truncate)
     encoder.check_params(0, params)
     token_ids = [encoder.encode(index, row.prompt, params.max_tokens) for index, row in enumerate(rows)]
     return Work(rows, token_ids, params, model)

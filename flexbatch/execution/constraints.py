@@ -7,17 +7,21 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from flexbatch.request import SamplingParams
 
 
 @dataclass(frozen=True)
 class Effect:
     """What holds for the next token. ``bias`` is added to the model's logits, before penalties; then ``forced`` tokens
-    have all of the probability, if there are any, and ``barred`` ones none."""
+    have all of the probability, if there are any, and ``barred`` ones none. ``allowed``: tokens besides which all are
+    barred, as int64; None: any may come."""
 
     bias: dict[int, float]
     forced: tuple[int, ...]
     barred: list[int]
+    allowed: np.ndarray | None = None
 
 
 class Following:
@@ -56,6 +60,8 @@ class Constraints:
         self._bad_words = Following(
             (tokens, 0.0) for tokens in params.bad_words_ids if len(tokens) > 1 or tokens[0] not in self._eos
         )
+        allowed = params.allowed_token_ids
+        self._allowed = None if allowed is None else np.array(allowed, dtype=np.int64)
         self._ngrams: dict[tuple[int, ...], list[int]] = defaultdict(list)
         self.catch_up()
 
@@ -89,7 +95,7 @@ class Constraints:
             barred += [token for token, _ in self._bad_words.at_end(tail)]
             barred += self._repeated(path)
             barred += self._ends if position < params.min_tokens else self._eos if length < params.min_length else ()
-        return Effect(dict(bias), forced, barred)
+        return Effect(dict(bias), forced, barred, self._allowed)
 
     def _repeated(self, path: tuple[int, ...]) -> list[int]:
         """Tokens that would complete a sequence which is there already, in the text or along the path."""

@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flexbatch.execution.logprobs import token_logprobs
 from flexbatch.execution.pass_batch import LogitsChunk, QueryTokens
-from flexbatch.execution.sampling import NOT_FINITE, finite_rows, sample, token_logprobs
+from flexbatch.execution.sampling import NOT_FINITE, finite_rows, sample
 from flexbatch.execution.sequence import Fault, Sequence
 from flexbatch.request import TokenLogprob
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.constraints import Effect
+from flexbatch.execution.logprobs import chunks, take, token_logprobs
 from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.sequence import Sequence
-from flexbatch.policy.limits import SAMPLING_CHUNK_LOGITS
 from flexbatch.request import TokenLogprob
 
 NOT_FINITE, ALL_BARRED = -1, -2
@@ -56,11 +56,11 @@ def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = 
         return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE), [None] * len(sequences))
     paths = drafted or [()] * len(sequences)
     token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-    for rows in _chunks([r for r, sequence in enumerate(sequences) if sequence.params.greedy], logits.shape[1]):
-        chunk, index = _take(logits, rows)
+    for rows in chunks([r for r, sequence in enumerate(sequences) if sequence.params.greedy], logits.shape[1]):
+        chunk, index = take(logits, rows)
         token_ids[index] = _best(adjust(chunk, [sequences[r] for r in rows], [paths[r] for r in rows]))
-    for rows in _chunks([r for r, sequence in enumerate(sequences) if not sequence.params.greedy], logits.shape[1]):
-        chunk, index = _take(logits, rows)
+    for rows in chunks([r for r, sequence in enumerate(sequences) if not sequence.params.greedy], logits.shape[1]):
+        chunk, index = take(logits, rows)
         chosen = [sequences[r] for r in rows]
         chunk = restrict(adjust(chunk, chosen, [paths[r] for r in rows]), chosen)
         positions = [sequences[r].num_output_tokens + len(paths[r]) for r in rows]
@@ -102,8 +102,8 @@ def process_logits(logits: Tensor, sequences: Many[Sequence], drafted: Drafted |
     _check_shapes(logits, sequences, drafted)
     paths = drafted or [()] * len(sequences)
     probabilities = torch.zeros_like(logits)
-    for rows in _chunks(list(range(len(sequences))), logits.shape[1]):
-        chunk, index = _take(logits, rows)
+    for rows in chunks(list(range(len(sequences))), logits.shape[1]):
+        chunk, index = take(logits, rows)
         chosen = [sequences[r] for r in rows]
         finite = finite_rows(chunk)
         chunk = adjust(chunk, chosen, [paths[r] for r in rows])
@@ -174,8 +174,9 @@ def _penalized(logits: Tensor, sequences: Many[Sequence], drafted: Drafted) -> T
 
 
 def _confined(logits: Tensor, effects: Mapping[int, Effect]) -> Tensor:
-    """Forced tokens alone, and no barred ones."""
+    """Allowed tokens alone, of which forced ones alone, and no barred ones."""
     vocab = logits.shape[1]
+    logits = _allowed(logits, {row: effect.allowed for row, effect in effects.items() if effect.allowed is not None})
     forced = [(row, token) for row, effect in effects.items() for token in effect.forced]
     barred = [(row, token) for row, effect in effects.items() for token in effect.barred if 0 <= token < vocab]
     if not forced and not barred:
@@ -189,6 +190,19 @@ def _confined(logits: Tensor, effects: Mapping[int, Effect]) -> Tensor:
                 logits[rows] = -torch.inf
             logits[rows, tokens] = value
     return logits
+
+
+def _allowed(logits: Tensor, allowed: Mapping[int, np.ndarray]) -> Tensor:
+    """allowed: tokens of a row that keep their logits, each once."""
+    if not allowed:
+        return logits
+    rows = torch.tensor(list(allowed), device=logits.device)
+    counts = [len(tokens) for tokens in allowed.values()]
+    tokens = _in_vocabulary(np.concatenate(list(allowed.values())), logits.shape[1])
+    places = np.repeat(list(allowed), counts)
+    where = (torch.from_numpy(places).to(logits.device), torch.from_numpy(tokens).to(logits.device))
+    kept = logits[where]
+    return logits.index_fill(0, rows, -torch.inf).index_put(where, kept)
 
 
 def _in_vocabulary(tokens: np.ndarray, vocab: int) -> np.ndarray:
@@ -220,7 +234,7 @@ def restrict(logits: Tensor, sequences: Many[Sequence]) -> Tensor:
     top_k = [min(sequence.params.top_k, vocab) if sequence.params.top_k > 0 else vocab for sequence in sequences]
     if min(top_k) < vocab:
         limited = [r for r, k in enumerate(top_k) if k < vocab]
-        part, index = _take(logits, limited)
+        part, index = take(logits, limited)
         last = torch.tensor([top_k[r] - 1 for r in limited], device=device)
         kth = part.topk(max(top_k[r] for r in limited), dim=-1).values.gather(1, last[:, None])
         logits = logits.index_put((index,), part.masked_fill(part < kth, -torch.inf))
@@ -232,7 +246,7 @@ def restrict(logits: Tensor, sequences: Many[Sequence]) -> Tensor:
 def _restrict_mass(logits: Tensor, top_p: list[float]) -> Tensor:
     """Keep the fewest most likely tokens whose probabilities sum to at least top_p. logits: [N, vocab] float32."""
     nucleus = [r for r, p in enumerate(top_p) if p < 1]
-    part, index = _take(logits, nucleus)
+    part, index = take(logits, nucleus)
     ordered, order = part.sort(dim=-1, descending=True, stable=True)
     # In float64, so that the result does not depend on the order in which a device adds up rows of different counts.
     mass = ordered.softmax(-1, dtype=torch.float64)
@@ -242,53 +256,6 @@ def _restrict_mass(logits: Tensor, top_p: list[float]) -> Tensor:
     ordered.masked_fill_(before >= wanted[:, None], -torch.inf)
     del before
     return logits.index_put((index,), torch.empty_like(part).scatter_(1, order, ordered))
-
-
-def token_logprobs(
-    logits: Tensor, token_ids: Many[int], counts: Many[int], rows: Many[int] | None = None
-) -> list[dict[int, TokenLogprob]]:
-    """The log-probability of `token_ids[i]` and of the counts[i] most likely tokens, given the unprocessed logits of
-    its row.
-
-    logits: [N, vocab] float32; `rows` picks the rows (default: all). The given token comes first in each dict, then
-    by rank. Serves generated tokens and, a block of rows at a time, the tokens of a prompt: row i's logits predict
-    token i + 1 of the prompt.
-    """
-    selected = list(range(logits.shape[0])) if rows is None else list(rows)
-    if not len(selected) == len(token_ids) == len(counts):
-        raise ValueError(
-            f"{len(selected)} rows, {len(token_ids)} tokens, {len(counts)} counts: need one of each per row"
-        )
-    results: list[dict[int, TokenLogprob]] = []
-    for block in _chunks(list(range(len(selected))), logits.shape[1]):
-        chunk, _ = _take(logits, [selected[i] for i in block])
-        tokens = torch.tensor([token_ids[i] for i in block], dtype=torch.int64, device=logits.device)[:, None]
-        logprobs = chunk.log_softmax(-1)
-        own = logprobs.gather(1, tokens)
-        ranks = (logprobs > own).sum(-1) + 1
-        values, ids = logprobs.topk(min(max(counts[i] for i in block), logits.shape[1]), dim=-1)
-        for i, logprob, rank, top_values, top_ids in zip(
-            block, own[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), strict=True
-        ):
-            entry = {token_ids[i]: TokenLogprob(token_ids[i], logprob, rank)}
-            for rank, (token, value) in enumerate(zip(top_ids[: counts[i]], top_values, strict=False), 1):
-                entry.setdefault(token, TokenLogprob(token, value, rank))
-            results.append(entry)
-    return results
-
-
-def _chunks(rows: list[int], vocab: int) -> list[list[int]]:
-    """Rows in pieces of at most SAMPLING_CHUNK_LOGITS logits."""
-    size = max(1, SAMPLING_CHUNK_LOGITS // vocab)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _take(logits: Tensor, rows: Many[int]) -> tuple[Tensor, Tensor]:
-    """(the rows, their indices as a tensor); without a copy where they are a range of all."""
-    index = torch.tensor(rows, dtype=torch.int64, device=logits.device)
-    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-        return logits[rows[0] : rows[-1] + 1], index
-    return logits[index], index
 
 
 def _check_shapes(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None) -> None:

@@ -27,13 +27,12 @@ def stream_key(request: Request, engine_seed: int) -> int:
     """Returns the 64-bit key of the request's random stream.
 
     A seed in the sampling parameters stands alone, so that the same prompt with the same seed gives the same output
-    wherever it is in the job; without one, the stream belongs to (engine seed, index of the request). The n samples
-    of one prompt differ.
+    wherever it is in the job; without one, the stream belongs to (engine seed, number of the request among all that the
+    engine has had, or in a job its index). The n samples of one prompt differ.
     """
     seed = request.params.seed
-    entropy = (
-        (1, _word(engine_seed), request.index, request.sample) if seed is None else (2, _word(seed), request.sample)
-    )
+    number = request.index if request.number is None else request.number
+    entropy = (1, _word(engine_seed), number, request.sample) if seed is None else (2, _word(seed), request.sample)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexbatch.policy.limits import workspace_elements
 
@@ -97,6 +97,8 @@ class Arch:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: str = "float32"
+    context_limit: int | None = field(default=None, repr=False)
+    """Of the user, below the model's own."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -119,6 +121,11 @@ class Arch:
             raise ValueError(f"rotary_dim={self.rotary_dim} must be even and between 2 and head_dim={self.head_dim}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(f"sliding_layers names {len(self.sliding_layers)} layers, the model has {self.num_layers}")
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer that a sequence may have."""
+        return self.max_positions if self.context_limit is None else min(self.context_limit, self.max_positions)
 
     @property
     def embedding_dim(self) -> int:

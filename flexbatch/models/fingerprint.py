@@ -177,9 +177,18 @@ def model_files_digest(folder: Path | str, records: Path | None = None) -> dict[
     folder = Path(folder)
     if is_gguf(folder):
         return {path.name: file_digest(path, records) for path in parts_of(folder)}
-    others = (path for pattern in OTHER_FILES for path in folder.glob(pattern) if path.is_file())
-    paths = sorted({*weight_identity_files(folder), *others})
+    paths = sorted({*weight_identity_files(folder), *_other_files(folder)})
     return {path.relative_to(folder).as_posix(): file_digest(path, records) for path in paths}
+
+
+def tokenizer_files_digest(folder: Path | str) -> dict[str, str]:
+    """The same of a folder of which only the tokenizer is read."""
+    folder = Path(folder)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(_other_files(folder))}
+
+
+def _other_files(folder: Path) -> set[Path]:
+    return {path for pattern in OTHER_FILES for path in folder.glob(pattern) if path.is_file()}
 
 
 class WeightFiles:

@@ -16,9 +16,10 @@ from typing import Any
 
 from flexbatch.config import EngineConfig
 from flexbatch.models.resolve import resolve
-from flexbatch.request import TRANSFORMERS_NAMES, SamplingParams
+from flexbatch.request import SamplingParams
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import CheckpointError, ConfigurationError
+from flexbatch.validation.sampling_fields import TRANSFORMERS_NAMES
 
 FILE = "generation_config.json"
 FIELDS = {

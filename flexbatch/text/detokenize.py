@@ -20,31 +20,36 @@ class Finish:
 
 @dataclass(frozen=True)
 class FoundStop:
-    """A stop string that was completed: the text ends before ``cut``, its length without special tokens."""
+    """A stop string that was completed: it lies between ``cut`` and ``end`` in the text that is shown."""
 
     cut: int
     stop: str
+    end: int
 
 
 class StopSearch:
-    """The text of an answer as its tokens come, searched for stop strings.
+    """The text of an answer as its tokens come, searched for stop strings. ``special``: it shows special tokens.
 
     A stop string may be, or hold, a special token, which the text does not show. Where one may, the text with special
     tokens is decoded and searched as well; `_marks` tells where its places lie in the text without them.
     """
 
     def __init__(
-        self, decoder: TextDecoder, prompt_token_ids: Sequence[int], stops: Sequence[str], min_tokens: int = 0
+        self,
+        decoder: TextDecoder,
+        prompt_token_ids: Sequence[int],
+        stops: Sequence[str],
+        min_tokens: int = 0,
+        special: bool = False,
     ) -> None:
         self._decoder, self._stops, self._min_tokens = decoder, tuple(stops), min_tokens
         self._passed, self._passed_spelled = 0, 0
         """Lengths of the text, and of that with special tokens, after ``min_tokens``: what ends there is no stop."""
         self._reach = max(map(len, self._stops), default=1) - 1
         self._num_tokens = 0
-        self.visible = Detokenizer(decoder, prompt_token_ids)
-        self._spelled = (
-            Detokenizer(decoder, prompt_token_ids, special=True) if decoder.may_meet_special(self._stops) else None
-        )
+        self.visible = Detokenizer(decoder, prompt_token_ids, special=special)
+        hidden = not special and decoder.may_meet_special(self._stops)
+        self._spelled = Detokenizer(decoder, prompt_token_ids, special=True) if hidden else None
         self._marks: list[tuple[int, int, int]] = []
         """For every special token, where it, or the space that the tokenizer writes before it, begins in the text with
         special tokens, and where it ends, and the length of the visible text there."""
@@ -62,7 +67,7 @@ class StopSearch:
         if early:
             self._passed = start + len(text)
         offset, stop = first_stop(text, self._stops, self._passed - start)
-        found = [] if stop is None else [FoundStop(start + offset, stop)]
+        found = [] if stop is None else [FoundStop(start + offset, stop, start + offset + len(stop))]
         if self._spelled is not None:
             before = self._spelled.total
             self._spelled.append(token_id)
@@ -102,7 +107,7 @@ class StopSearch:
                 touched = [(before, after) for before, after, _ in self._marks if before < end and begin < after]
                 inside = any(before < begin and end < after for before, after in touched)
                 if end > self._passed_spelled and touched and not inside:
-                    yield FoundStop(self._visible_length(begin), stop)
+                    yield FoundStop(self._visible_length(begin), stop, self._visible_length(end))
                     break
                 offset = text.find(stop, offset + 1)
 
@@ -143,10 +148,11 @@ class StopSearch:
 class OutputText:
     """The output of one request: its kept tokens, its text, and whether it has ended.
 
-    The text is what prompt and output decode to, less what the prompt decodes to alone, without special tokens.
-    Ends at EOS and at stop tokens (kept in `token_ids`, not in the text), at a stop string that a token after
-    min_tokens completes (tokens up to that one are kept, the text is cut before the string), at max_tokens, or when
-    prompt and output fill the model's context. Tokens offered after the end are not kept, so that a whole
+    The text is what prompt and output decode to, less what the prompt decodes to alone, without special tokens unless
+    ``skip_special_tokens`` is false. Ends at EOS and at stop tokens (kept in `token_ids`, not in the text), at a stop
+    string that a token after min_tokens completes (tokens up to that one are kept, the text is cut before the string),
+    at max_tokens, or when prompt and output fill the model's context. ``include_stop_str_in_output`` keeps in the text
+    what ended it. Tokens offered after the end are not kept, so that a whole
     path of drafted tokens can be offered at once.
     """
 
@@ -159,7 +165,8 @@ class OutputText:
         prompt_token_ids: Sequence[int] = (),
         max_context: int | None = None,
     ) -> None:
-        self._decoder, self._prompt_token_ids = decoder, prompt_token_ids
+        self._decoder, self._prompt_token_ids = decoder if params.detokenize else None, prompt_token_ids
+        self._special, self._with_stop = not params.skip_special_tokens, params.include_stop_str_in_output
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
         if max_context is None and params.max_tokens is None:
@@ -176,7 +183,7 @@ class OutputText:
         """Tokens that `_search` has read."""
         self._shown = 0
         self._cut: int | None = None
-        """Where a stop string begins."""
+        """Where a stop string begins, or ends, if it is a part of the text."""
         self._final: str | None = None
         self.text_token_ids = list(prompt_token_ids)
         """Prompt and kept tokens."""
@@ -194,7 +201,7 @@ class OutputText:
 
     def _open_search(self) -> StopSearch:
         assert self._decoder is not None
-        return StopSearch(self._decoder, self._prompt_token_ids, self._stops, self._min_tokens)
+        return StopSearch(self._decoder, self._prompt_token_ids, self._stops, self._min_tokens, self._special)
 
     def extend(self, token_ids: Iterable[int]) -> int:
         """Offer tokens in order; returns how many were kept. Stops keeping once the output has ended."""
@@ -219,7 +226,7 @@ class OutputText:
         found, length = self._completed_stop(token_id)
         # An EOS or stop token is no text; a stop string that it completes counts where it takes text before it away.
         if found is not None and (self.finish is None or self.finish.reason == "length" or found.cut < length):
-            self.finish, self._cut = Finish("stop", found.stop), found.cut
+            self.finish, self._cut = Finish("stop", found.stop), found.end if self._with_stop else found.cut
         return self.finish
 
     def _completed_stop(self, token_id: int) -> tuple[FoundStop | None, int]:
@@ -234,7 +241,7 @@ class OutputText:
     @property
     def text(self) -> str:
         """The final text, less an EOS or stop token, cut at a stop string; or of it what no later token can change.
-        Empty without a tokenizer."""
+        Empty without a tokenizer, or where no text is wanted."""
         if self._decoder is None:
             return ""
         if self.finish is None:
@@ -242,9 +249,10 @@ class OutputText:
             return search.visible.text[: search.showable()]
         if self._final is None:
             token_ids = self.token_ids
-            if self.finish.reason == "stop" and self._cut is None:
+            if self.finish.reason == "stop" and self._cut is None and not self._with_stop:
                 token_ids = token_ids[:-1]
-            self._final = self._decoder.continuation(self._prompt_token_ids, token_ids)[: self._cut]
+            whole = self._decoder.continuation(self._prompt_token_ids, token_ids, special=self._special)
+            self._final = whole[: self._cut]
         return self._final
 
     def take(self) -> str:

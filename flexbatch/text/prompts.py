@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
 from flexbatch.request import SamplingParams
-from flexbatch.text.chat import ChatError, ChatTemplate
+from flexbatch.text.chat import ChatError, ChatOptions, ChatPrompt, ChatTemplate
 from flexbatch.text.files import lone_surrogate
 from flexbatch.validation.errors import ConfigurationError
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | ChatPrompt
 """Text, token ids (taken as they are; an array will do), or chat messages with "role" and "content" (one alone will
-do). Or vLLM's objects: ``{"prompt": text}``, ``{"prompt_token_ids": ids}``."""
+do), with options as a `ChatPrompt`. Or vLLM's objects: ``{"prompt": text}``, ``{"prompt_token_ids": ids}``."""
 WANTED = 'a prompt is text, a list of token ids, chat messages, {"prompt": text} or {"prompt_token_ids": ids}'
 
 
@@ -35,6 +36,26 @@ class PlainPrompt:
     text: str | None = None
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as it is run. ``text``: where it is known; of chat messages, what the template makes of them. ``cut``:
+    whether tokens of it were left out."""
+
+    token_ids: list[int]
+    text: str | None = None
+    cut: bool = False
+
+
+def cut(token_ids: list[int], limit: int, side: str, bos: int | None = None) -> list[int]:
+    """At most ``limit`` tokens: those at the end where the left side is cut, behind ``bos`` if that stood first."""
+    if len(token_ids) <= limit:
+        return token_ids
+    if side == "right":
+        return token_ids[:limit]
+    start = token_ids[:1] if token_ids[0] == bos and limit > 1 else []
+    return start + token_ids[len(token_ids) - limit + len(start) :]
+
+
 def as_list(value: Any) -> Any:
     """Arrays and tensors as lists; everything else as it is."""
     return value.tolist() if hasattr(value, "tolist") and not isinstance(value, type) else value
@@ -46,6 +67,8 @@ def plain_prompt(index: int, prompt: Any) -> PlainPrompt:
     prompt = as_list(prompt)
     if isinstance(prompt, str):
         return PlainPrompt(prompt, prompt)
+    if isinstance(prompt, ChatPrompt):
+        return PlainPrompt(prompt)
     if not isinstance(prompt, Mapping):
         return PlainPrompt(prompt)
     # vLLM's optional entries may be null, or empty objects
@@ -81,7 +104,7 @@ def plain_prompt(index: int, prompt: Any) -> PlainPrompt:
 def as_prompts(prompts: Any) -> list[Any]:
     """One prompt or several, as a list of prompts. Raises ConfigurationError for what is neither."""
     prompts = as_list(prompts)
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping | ChatPrompt):
         return [prompts]
     if isinstance(prompts, bytes | bytearray | set | frozenset) or not isinstance(prompts, Iterable):
         raise ConfigurationError(
@@ -89,6 +112,27 @@ def as_prompts(prompts: Any) -> list[Any]:
         )
     parts = list(prompts)
     return [parts] if _is_one(parts) else parts
+
+
+def with_chat_options(prompts: list[Any], options: ChatOptions) -> list[Any]:
+    """Prompts of chat messages with options for their template; what has options keeps those. Raises PromptError for a
+    prompt that no template writes."""
+    chats = []
+    for index, prompt in enumerate(prompts):
+        content = prompt if isinstance(prompt, ChatPrompt) else plain_prompt(index, prompt).content
+        if not isinstance(content, ChatPrompt) and not _is_chat(content):
+            raise PromptError(index, f"is no list of chat messages, to which {', '.join(options.given())} could apply")
+        chats.append(content if isinstance(content, ChatPrompt) else ChatPrompt(content, options))
+    return chats
+
+
+def _is_chat(content: Any) -> bool:
+    return (
+        isinstance(content, Sequence)
+        and not isinstance(content, str | bytes | bytearray)
+        and bool(content)
+        and all(isinstance(message, Mapping) for message in content)
+    )
 
 
 def _is_one(parts: list[Any]) -> bool:
@@ -107,41 +151,64 @@ class PromptEncoder:
     """Prompts to token ids, with the checks that need the model's sizes.
 
     `max_context`: tokens of prompt and output that the model can attend to. `vocab_size`: of the model, not of the
-    tokenizer.
+    tokenizer. `truncate`: the side, left or right, at which a prompt that is too long is cut; None: it is an error.
     """
 
-    def __init__(self, tokenizer: Any, *, max_context: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, *, max_context: int, vocab_size: int, truncate: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._max_context = max_context
         self._vocab_size = vocab_size
+        self._truncate = truncate
         self._chat = ChatTemplate(tokenizer)
+        self._spelled = lru_cache(1024)(self._spellings)
 
     def encode(self, index: int, prompt: Prompt, max_tokens: int | None = 1) -> list[int]:
-        """Token ids of prompt number `index`. With max_tokens=0 (scoring) it may be one token longer than the context,
-        as its last token is predicted and never read; else it must leave room for one token.
+        """Token ids of prompt number `index`; see `read`."""
+        return self.read(index, prompt, max_tokens).token_ids
+
+    def read(self, index: int, prompt: Prompt, max_tokens: int | None = 1, last_tokens: int | None = None) -> Encoded:
+        """Prompt number `index` as tokens. With max_tokens=0 (scoring) it may be one token longer than the context,
+        as its last token is predicted and never read; else it must leave one position for a token. `last_tokens`: as
+        `SamplingParams.truncate_prompt_tokens`.
 
         Raises PromptError: a type that is no prompt, an empty prompt, ids outside the vocabulary, a failing chat
         template, too many tokens.
         """
-        content = plain_prompt(index, prompt).content
-        if isinstance(content, str):
-            token_ids = self._tokenize(index, content, special=True)
-        elif not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
-            raise PromptError(index, f"is a {type(content).__name__}; {WANTED}")
-        elif content and all(isinstance(message, Mapping) for message in content):
-            token_ids = self._tokenize(index, self._render(index, content), special=False)
-        else:
-            token_ids = self._checked_ids(index, content)
+        found = self._encoded(index, prompt)
+        token_ids, bos = found.token_ids, getattr(self.tokenizer, "bos_token_id", None)
         if not token_ids:
             raise PromptError(index, "is empty: it has no token, and the tokenizer adds none")
         self._check_ids(index, token_ids)
+        # Without a limit of its own an answer gets one position, as behind a prompt that just fits.
+        limit = max(self._max_context - (1 if max_tokens is None else max_tokens), 1)
+        if last_tokens is not None:
+            own = bos if found.text is not None else None
+            token_ids = cut(token_ids, limit if last_tokens < 0 else last_tokens, "left", own)
         longest = self._max_context + (1 if max_tokens == 0 else -1)
+        if self._truncate:
+            token_ids = cut(token_ids, limit, self._truncate, bos)
         if len(token_ids) > longest:
             raise PromptError(
                 index,
                 f"has {len(token_ids)} tokens; the model's context of {self._max_context} allows {longest}. Shorten it",
             )
-        return token_ids
+        return Encoded(token_ids, found.text, len(token_ids) < len(found.token_ids))
+
+    def _encoded(self, index: int, prompt: Prompt) -> Encoded:
+        plain = plain_prompt(index, prompt)
+        content, options = plain.content, None
+        if isinstance(content, ChatPrompt):
+            content, options = as_list(content.messages), content.options
+            if not _is_chat(content):
+                raise PromptError(index, "has chat options, but is no list of chat messages")
+        if isinstance(content, str):
+            return Encoded(self._tokenize(index, content, special=True), plain.text)
+        if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+            raise PromptError(index, f"is a {type(content).__name__}; {WANTED}")
+        if _is_chat(content):
+            text = self._render(index, content, options)
+            return Encoded(self._tokenize(index, text, special=False), text)
+        return Encoded(self._checked_ids(index, content), plain.text)
 
     def context_left(self, token_ids: Sequence[int]) -> int:
         """Tokens that the context holds behind these."""
@@ -149,7 +216,7 @@ class PromptEncoder:
 
     def check_params(self, index: int, params: SamplingParams) -> None:
         """Raises PromptError where prompt number `index` asks for what this model does not have: tokens to bias or bar,
-        or text to look for stop strings in."""
+        or text to look for stop strings and bad words in."""
         for name, token in params.named_tokens():
             if not 0 <= token < self._vocab_size:
                 raise PromptError(
@@ -157,6 +224,26 @@ class PromptEncoder:
                 )
         if params.stop and self.tokenizer is None:
             raise PromptError(index, "has stop strings, but the model has no tokenizer; use stop_token_ids")
+        if params.bad_words and self.tokenizer is None:
+            raise PromptError(index, "has bad words, but the model has no tokenizer; use bad_words_ids")
+
+    def with_tokens(self, index: int, params: SamplingParams) -> SamplingParams:
+        """The parameters with the bad words among their `bad_words_ids`. Raises PromptError."""
+        if not params.bad_words:
+            return params
+        return replace(
+            params, bad_words_ids=(*params.bad_words_ids, *self._spelled(index, tuple(params.bad_words))), bad_words=()
+        )
+
+    def _spellings(self, index: int, words: tuple[str, ...]) -> list[tuple[int, ...]]:
+        """Every bad word as it is written at the beginning of a text and after a space, as in vLLM."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            tokens = [tuple(self._tokenize(index, start + word.lstrip(), special=False)) for start in ("", " ")]
+            if not word.strip() or not tokens[0]:
+                raise PromptError(index, f"the bad word {word!r} has no token of its own; use bad_words_ids")
+            found |= dict.fromkeys(tokens)
+        return list(found)
 
     def _tokenize(self, index: int, text: str, *, special: bool) -> list[int]:
         if self.tokenizer is None:
@@ -171,12 +258,16 @@ class PromptEncoder:
         # noise.
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def _render(self, index: int, messages: Sequence[Any]) -> str:
-        """Chat messages as text by the tokenizer's own template."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise PromptError(index, "is a list of chat messages, but the tokenizer has no chat template; give text")
+    def _render(self, index: int, messages: Sequence[Any], options: ChatOptions | None) -> str:
+        """Chat messages as text by the tokenizer's own template, or the one that the options name."""
+        own = getattr(self.tokenizer, "chat_template", None) is not None
+        if self.tokenizer is None or not (own or (options and options.chat_template)):
+            raise PromptError(
+                index,
+                "is a list of chat messages, but the tokenizer has no chat template; give text, or a chat_template",
+            )
         try:
-            return self._chat.render(messages)
+            return self._chat.render(messages, options)
         except ChatError as error:
             raise PromptError(index, str(error)) from None
         except Exception as error:  # templates raise what they like, e.g. for a role they do not know

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
@@ -48,15 +48,20 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def check_keywords(
-    what: str, given: Iterable[str], known: Iterable[str], meant: Mapping[str, str] | None = None
+    what: str,
+    given: Iterable[str],
+    known: Collection[str],
+    meant: Mapping[str, str] | None = None,
+    absent: Mapping[str, str] | None = None,
 ) -> None:
     """Raises UnknownKeywordError for the first keyword that is not known. ``meant``: known names by what others call
-    them."""
-    names = set(known)
+    them. ``absent``: why there is none of a name, and what to do."""
     for name in given:
-        if name not in names:
+        if name not in known:
+            if name in (absent or {}):
+                raise UnknownKeywordError(f"{what} has no keyword {name!r}: {(absent or {})[name]}")
             other = (meant or {}).get(name)
-            hint = closest(name, names) if other is None else f"; did you mean {other!r}?"
+            hint = closest(name, known) if other is None else f"; did you mean {other!r}?"
             raise UnknownKeywordError(f"{what} has no keyword {name!r}{hint}")
 
 

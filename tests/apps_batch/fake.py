@@ -55,7 +55,7 @@ class FakeLLM:
     def __post_init__(self) -> None:
         time.sleep(self.load_s)
         self.tokenizer = FakeTokenizer()
-        self.arch = SimpleNamespace(max_positions=self.max_positions, vocab_size=FIRST_BYTE + 256)
+        self.arch = SimpleNamespace(context=self.max_positions, vocab_size=FIRST_BYTE + 256)
         self._count = os.open(self.count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if self.count_file else -1
 
     def __enter__(self) -> FakeLLM:

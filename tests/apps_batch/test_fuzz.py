@@ -3,6 +3,7 @@ damaged byte by byte."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from flexbatch.apps.jobs.openai_requests import RequestError, parse_request
 from flexbatch.request import SamplingParams
+from flexbatch.text.chat import ChatPrompt
 from flexbatch.text.files import split_lines
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import run_here
@@ -31,7 +33,9 @@ FIELDS = (
     "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
     "repetition_penalty", "ignore_eos", "stop", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
     "logit_bias", "prompt", "messages", "model", "user", "metadata", "stream", "echo", "best_of", "suffix", "tools",
-    "response_format", "unknown",
+    "response_format", "unknown", "min_tokens", "truncate_prompt_tokens", "include_stop_str_in_output",
+    "skip_special_tokens", "bad_words", "stop_token_ids", "allowed_token_ids", "add_generation_prompt",
+    "continue_final_message", "chat_template_kwargs",
 )  # fmt: skip
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 5, 5.5, -0.0, 1e308, 1e-308, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**400,
@@ -56,14 +60,16 @@ def line_of(value: Any) -> bytes:
 def parsed(line: bytes | str) -> RequestError | None:
     """The error, or None for a request that can be run; anything else that is raised fails the test."""
     try:
-        call, prompt, params = parse_request(line, SamplingParams())
+        call, prompts, params = parse_request(line, SamplingParams())
     except RequestError as error:
         message = str(error)
         assert error.code and message and len(message) < 600 and "Traceback" not in message, message
         message.encode()
         return error
     assert call.custom_id is not None and params.n >= 1
-    json.dumps([call.custom_id, call.model, prompt], ensure_ascii=False).encode()
+    for prompt in prompts:
+        text = [prompt.messages, dataclasses.asdict(prompt.options)] if isinstance(prompt, ChatPrompt) else prompt
+        json.dumps([call.custom_id, call.model, text], ensure_ascii=False).encode()
     return None
 
 
@@ -127,7 +133,32 @@ BAD_LINES = {
     "ignore_eos is a number": line_of(request({**BODY, "ignore_eos": 1})),
     "n is true": line_of(request({**BODY, "n": True})),
     "seed beyond 64 bits": line_of(request({**BODY, "seed": 2**64})),
-    "several prompts": line_of(request({**BODY, "prompt": ["a", "b"]})),
+    "a prompt in a prompt": line_of(request({**BODY, "prompt": [["a"]]})),
+    "an empty prompt among several": line_of(request({**BODY, "prompt": ["a", []]})),
+    "a number among prompts": line_of(request({**BODY, "prompt": ["a", 5]})),
+    "half a pair among prompts": line_of(request({**BODY, "prompt": ["a", LONE]})),
+    "too many prompts": line_of(request({**BODY, "prompt": ["a"] * 2049})),
+    "echo is a number": line_of(request({**BODY, "echo": 1})),
+    "echo of a chat": line_of(request({**CHAT, "echo": True}, "/v1/chat/completions")),
+    "tools of a completion": line_of(request({**BODY, "tools": [{"type": "function"}]})),
+    "tools are text": line_of(request({**CHAT, "tools": "f"}, "/v1/chat/completions")),
+    "half a pair in a tool": line_of(request({**CHAT, "tools": [{"name": LONE}]}, "/v1/chat/completions")),
+    "a tool must be called": line_of(request({**CHAT, "tool_choice": "required"}, "/v1/chat/completions")),
+    "a template of its own": line_of(request({**CHAT, "chat_template": "x"}, "/v1/chat/completions")),
+    "tokenize in the template's values": line_of(
+        request({**CHAT, "chat_template_kwargs": {"tokenize": True}}, "/v1/chat/completions")
+    ),
+    "add_generation_prompt is text": line_of(request({**CHAT, "add_generation_prompt": "x"}, "/v1/chat/completions")),
+    "begun and continued": line_of(
+        request({**CHAT, "add_generation_prompt": True, "continue_final_message": True}, "/v1/chat/completions")
+    ),
+    "stop_token_ids is a text": line_of(request({**BODY, "stop_token_ids": ["5"]})),
+    "stop_token_ids is a number": line_of(request({**BODY, "stop_token_ids": 5})),
+    "min_tokens beyond max_tokens": line_of(request({**BODY, "min_tokens": 5})),
+    "min_tokens is negative": line_of(request({**BODY, "min_tokens": -1})),
+    "bad_words is a number": line_of(request({**BODY, "bad_words": 5})),
+    "allowed_token_ids is empty": line_of(request({**BODY, "allowed_token_ids": []})),
+    "include_stop_str_in_output is text": line_of(request({**BODY, "include_stop_str_in_output": "x"})),
     "tokens and text": line_of(request({**BODY, "prompt": [5, "b"]})),
     "true as a token": line_of(request({**BODY, "prompt": [True]})),
     "model is a number": line_of(request({**BODY, "model": 5})),

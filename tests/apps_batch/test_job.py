@@ -29,7 +29,7 @@ def test_every_row_once_in_order_with_its_own_text(tmp_path: Path) -> None:
     assert run_here(source, tmp_path / "out", "--temperature", 0, "--part-rows", 30) == 0
     table = read_output(tmp_path / "out")
     assert table["id"].to_pylist() == list(range(200)) and table["prompt"].to_pylist() == prompts
-    tokenizer, params = FakeTokenizer(), SamplingParams(temperature=0)
+    tokenizer, params = FakeTokenizer(), SamplingParams(max_tokens=64, temperature=0)
     for row in table.to_pylist():
         ids = tokenizer(row["prompt"])["input_ids"]
         tokens = fake_tokens(ids, params)
@@ -42,10 +42,10 @@ def test_results_depend_on_neither_block_window_nor_parts(tmp_path: Path) -> Non
     source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(120)])
     tables = []
     for name, flags, block in (("a", ["--part-rows", 7], 3), ("b", ["--window-rows", 10], 50)):
-        assert run_here(source, tmp_path / name, *flags, block=block) == 0
+        assert run_here(source, tmp_path / name, "--temperature", 1, *flags, block=block) == 0
         tables.append(read_output(tmp_path / name))
     assert tables[0].equals(tables[1])
-    assert run_here(source, tmp_path / "c", "--seed", 1) == 0
+    assert run_here(source, tmp_path / "c", "--temperature", 1, "--seed", 1) == 0
     assert not read_output(tmp_path / "c").equals(tables[0])
 
 
@@ -200,7 +200,7 @@ def test_another_job_is_refused_with_its_differences_until_it_may_overwrite(
     assert run_here(*other) == 2
     err = capsys.readouterr().err
     assert (
-        "generation.max_tokens: 16 in the output, 3 now" in err
+        "generation.max_tokens: 64 in the output, 3 now" in err
         and "seed: 0 in the output, 5 now" in err
         and "generation.temperature" not in err
     )

@@ -54,7 +54,7 @@ def completion(
 def choice(kind: str, done: Completion, url: str, count: int) -> dict:
     output = OpenAIOutput("job")
     output.start(1, tools(kind)[0])
-    record = output.record(RowRequest(0, 0, 0, extra=Call("a", url, "m", count)), done)
+    record = output.record(RowRequest(0, 0, 0, extra=Call("a", url, "m", count)), [done])
     return json.loads(json.dumps(record, allow_nan=False))["response"]["body"]["choices"][0]
 
 

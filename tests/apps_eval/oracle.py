@@ -97,7 +97,7 @@ class OracleLLM:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.positions = self.model.config.max_position_embeddings
-        self.arch = SimpleNamespace(max_positions=self.positions)
+        self.arch = SimpleNamespace(context=self.positions)
         self.batches: list[int] = []
         self.closed = False
 

@@ -72,7 +72,10 @@ def test_prompts_from_standard_input_and_json(tiny, command):
 def test_flexflow_files_in_and_out(tiny, command, tmp_path):
     prompts = ["red ale\nof Product A", "dark ale"]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    code, _, _ = command(tiny, "--prompts", str(tmp_path / "prompts.json"), "--output-file", str(tmp_path / "out.txt"))
+    words = ("--prompts", str(tmp_path / "prompts.json"), "--flexflow-output", str(tmp_path / "out.txt"))
+    code, _, _ = command(tiny, *words, "--output", str(tmp_path / "out.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
     assert code == 0
     records = (tmp_path / "out.txt").read_text().split("end-to-end latency: ")[1:]
     for record, prompt, expected in zip(records, prompts, OracleLLM(tiny).generate(prompts, GREEDY), strict=True):
@@ -124,3 +127,41 @@ def test_a_prompt_that_does_not_fit_is_an_error_beside_the_others(tiny, command)
 def test_usage_errors_are_exit_code_2(tiny, command, caplog, arguments, problem):
     code, out, err = command(tiny, *arguments)
     assert (code, out) == (2, "") and problem in caplog.text + err
+
+
+def test_several_answers_stand_apart_and_show_their_log_probabilities(tiny, command):
+    words = ("red ale", "dark", "--n", "2", "--temperature", "1")
+    code, out, _ = command(tiny, *words, "--json")
+    lines = {line["index"]: line for line in map(json.loads, out.splitlines())}
+    samples = [[sample["text"] for sample in lines[index]["samples"]] for index in range(2)]
+    code, out, _ = command(tiny, *words)
+    blocks = [
+        f"{prompt}[answer 1 of 2]\n{first}\n[answer 2 of 2]\n{second}\n"
+        for prompt, (first, second) in zip(words[:2], samples, strict=True)
+    ]
+    assert code == 0 and out == f"{'-' * 70}\n".join(blocks)
+    code, out, _ = command(tiny, "red ale", "--logprobs", "2")
+    text, _, table = out.partition("\n\n logprob    rank  token\n")
+    (expected,) = OracleLLM(tiny).generate(["red ale"], SamplingParams(max_tokens=8, temperature=0, logprobs=2))
+    assert code == 0 and text == expected.text
+    rows = table.splitlines()
+    for row, token_id, entries in zip(rows, expected.token_ids, expected.logprobs, strict=True):
+        assert row.startswith(f"{entries[token_id].logprob:8.3f}  {entries[token_id].rank:6}  ") and "others: " in row
+    code, out, _ = command(tiny, "red ale", "--logprobs", "-1", "--n", "2", "--temperature", "1")
+    assert out.count(" logprob    rank  token\n") == 2 and out.count(" more\n") == 16, "the whole vocabulary is cut"
+
+
+def test_words_may_stand_between_flags(tiny, command):
+    code, out, _ = command(tiny, "red ale", "--logprobs", "0", "dark", "--limit", "1")
+    assert code == 0 and "red ale" not in out and "-----" not in out
+    code, out, _ = command(tiny, "red ale", "--top-k", "5", "dark", "--json")
+    assert len(out.splitlines()) == 2
+
+
+def test_a_prompt_that_is_too_long_may_be_cut(tiny, command):
+    for side in ("left", "right"):
+        code, out, _ = command(tiny, "y" + "x" * 2000 + "z", "--truncate", side, "--json")
+        line = json.loads(out)
+        assert (code, line["num_input_tokens"], line["num_generated_tokens"]) == (0, 256 - 8, 8)
+    code, out, _ = command(tiny, "--chat", "x", "--truncate", "left")
+    assert code == 2 and out == ""

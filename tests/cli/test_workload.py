@@ -58,7 +58,7 @@ def test_bundled_prompts_are_a_dozen_different_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "x", "told by its ending: .txt, .json, .jsonl, .parquet"),
+        ("a.xml", "x", "told by its ending: .txt, .json, .jsonl, .csv, .tsv, .parquet"),
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.txt", "", "holds no prompts"),
         ("a.json", "[]", "holds no prompts"),

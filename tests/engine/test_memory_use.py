@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.execution.sampling import process_logits, sample, token_logprobs
+from flexbatch.execution.logprobs import token_logprobs
+from flexbatch.execution.sampling import process_logits, sample
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.transfer import ThreadQueue
 from flexbatch.models.shapes import SHAPES

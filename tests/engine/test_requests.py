@@ -67,7 +67,8 @@ def test_penalties_and_streams_belong_to_the_request(folder, tmp_path):
         with start(folder, tmp_path, percent, prefill_chunk=chunk) as llm:
             assert tokens(llm.generate(PROMPTS, params)) == wanted
             # A job that was cut off after five prompts and goes on with the rest: same company or not.
-            assert tokens(llm.generate(PROMPTS[:5], params[:5])) == wanted[:5]
+            assert tokens(llm.generate(PROMPTS[:5], params[:5], first_index=0)) == wanted[:5]
+            assert tokens(llm.generate(PROMPTS[5:], params[5:], first_index=5)) == wanted[5:]
 
 
 @pytest.mark.parametrize("percent", PLACEMENTS[:2])

@@ -78,7 +78,7 @@ def test_generation_goes_to_the_end_of_the_context_and_the_plan_counts_it() -> N
 
 
 def test_requests_of_the_engine_have_a_number() -> None:
-    from flexbatch.intake import samples_of
+    from flexbatch.execution.requests import samples_of
     from flexbatch.text.prompts import PromptEncoder
 
     encoder = PromptEncoder(None, max_context=10, vocab_size=50)

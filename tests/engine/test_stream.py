@@ -9,9 +9,9 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
-from flexbatch.engine import PEEKED_BLOCKS
 from flexbatch.execution.job import Job
 from flexbatch.execution.scheduler import Scheduler
+from flexbatch.loop import PEEKED_BLOCKS
 from flexbatch.text.prompts import PromptError
 from tests.tiny_models import make_model, random_prompts
 
@@ -167,7 +167,7 @@ def test_a_refused_request_among_the_first_does_not_refuse_the_stream(roomy, tmp
 def test_text_is_handed_on_once_and_never_taken_back(settings, roomy, tmp_path):
     """Of the first sample of every item, with stop strings that the text begins again and again."""
     prompts = random_prompts([SMALL + i for i in range(7)], seed=9)
-    drawn = SamplingParams(temperature=0.9, max_tokens=24, ignore_eos=True)
+    drawn = SamplingParams(temperature=0.9, max_tokens=24, ignore_eos=True, seed=9)
     with engine(roomy[0], tmp_path, **settings) as llm:
         plain = [completion.text for completion in llm.generate(prompts, drawn)]
         stops = [(text[9:12], text[4:8] + "~", text[11:] + "~") for text in plain]

@@ -29,6 +29,7 @@ PARAMS = st.fixed_dictionaries(
         "forced_eos_token_id": st.lists(TOKENS, max_size=2),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
         "stop_token_ids": st.lists(TOKENS, max_size=1),
+        "allowed_token_ids": st.none() | st.lists(TOKENS, min_size=1, max_size=4),
     }
 )
 

@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from flexbatch.execution import sampling
+from flexbatch.execution.logprobs import token_logprobs
 from flexbatch.execution.random_stream import ACCEPT_DRAW, mix, uniforms
-from flexbatch.execution.sampling import process_logits, sample, token_logprobs
+from flexbatch.execution.sampling import process_logits, sample
 from flexbatch.execution.sequence import Sequence
 from flexbatch.policy import limits
 from flexbatch.request import Request, SamplingParams

@@ -1,0 +1,174 @@
+"""Keywords of vLLM's `LLM`: those that mean something here as settings of ours, the others as errors that say which
+setting to use."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from flexbatch.config import EngineConfig
+from flexbatch.memory.host_memory import host_memory_bytes
+from flexbatch.planner.budgets import resolve_device
+from flexbatch.policy.units import size_text
+from flexbatch.validation.checks import Unfit, check_keywords, checked, number, short, whole
+from flexbatch.validation.errors import ConfigurationError
+
+logger = logging.getLogger("flexbatch")
+
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "trust_remote_code": (False,),
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "enable_prefix_caching": (True,),
+    "enable_chunked_prefill": (True,),
+    "enforce_eager": (True, False),
+    "disable_log_stats": (True, False),
+    "disable_custom_all_reduce": (True, False),
+    "use_tqdm_on_load": (True, False),
+    "skip_tokenizer_init": (False,),
+    "tokenizer_mode": ("auto",),
+    "revision": ("main",),
+    "tokenizer_revision": ("main",),
+    "code_revision": ("main",),
+    "load_format": ("auto", "safetensors", "pt"),
+    "quantization": ("awq", "awq_marlin", "gptq", "gptq_marlin"),
+    "kv_cache_dtype": ("auto",),
+    "block_size": (16,),
+    "swap_space": (0,),
+    "cpu_offload_gb": (0,),
+    "enable_lora": (False,),
+    "hf_overrides": ({},),
+    "override_generation_config": ({},),
+    "hf_token": (False,),
+    "task": ("auto", "generate"),
+    "runner": ("auto", "generate"),
+    "convert": ("auto", "none"),
+}
+"""Values, beside None, that ask for what happens anyway; graphs are captured where they help, and change no token."""
+ONE_GPU = "an engine uses one GPU; several engines share a job: flexbatch batch --ray, or one process for each --shard"
+REMEDIES = {
+    "trust_remote_code": "nothing that lies beside a model is executed; families that are supported need no code of "
+    "their own",
+    "tensor_parallel_size": ONE_GPU,
+    "pipeline_parallel_size": ONE_GPU,
+    "data_parallel_size": ONE_GPU,
+    "distributed_executor_backend": ONE_GPU,
+    "enable_prefix_caching": "prompts that begin alike always share their cache pages, which changes no token",
+    "enable_chunked_prefill": "prompts are read in chunks; prefill_chunk sets their length",
+    "skip_tokenizer_init": "give prompts as token ids and SamplingParams(detokenize=False)",
+    "tokenizer_mode": "the tokenizer is the one that AutoTokenizer of transformers opens; tokenizer names another one",
+    "revision": "download that revision (hf download ID --revision R) and give its folder as model",
+    "tokenizer_revision": "download that revision and give its folder as tokenizer",
+    "code_revision": "nothing that lies beside a model is executed",
+    "load_format": "the files say what they are; dummy_weights=True draws random weights",
+    "quantization": "a checkpoint that is quantized says so itself; weight_bits=8 or 4 quantizes one that is not",
+    "kv_cache_dtype": "use cache_bits=16, 8 or 4",
+    "block_size": "pages of the cache have 16 tokens",
+    "swap_space": "the cache lies in host memory too, as far as cpu_memory goes",
+    "max_num_seqs": "use gpu_batch_size (sequences of a micro-batch) and num_gpu_batches, or let the plan choose",
+    "max_seq_len_to_capture": "graphs are captured where they help; leave it out",
+    "compilation_config": "nothing is compiled at start; leave it out",
+    "num_gpu_blocks_override": "use gpu_memory",
+    "preemption_mode": "what is in flight is never preempted; leave it out",
+    "speculative_config": 'use draft (a model, or "ngram") and tree="chain:N"',
+    "speculative_model": "use draft",
+    "num_speculative_tokens": 'use tree="chain:N"',
+    "enable_lora": "adapters are not available; merge them into the weights (merge_and_unload of PEFT)",
+    "hf_overrides": "change config.json in a copy of the folder",
+    "override_generation_config": "give SamplingParams",
+    "hf_token": "set HF_TOKEN, or log in with hf auth login",
+    "download_dir": "set HF_HOME",
+    "task": "the engine generates and scores text; max_tokens=0 with prompt_logprobs scores",
+    "runner": "the engine generates and scores text; max_tokens=0 with prompt_logprobs scores",
+    "convert": "the engine generates and scores text",
+    "limit_mm_per_prompt": "models read text only",
+    "guided_decoding_backend": "answers of a given structure are not available",
+    "logits_processors": "no code of the caller runs in a pass; SamplingParams has logit_bias, bad_words and "
+    "allowed_token_ids",
+    "served_model_name": "there is no server; flexbatch batch answers OpenAI batch files",
+    "worker_cls": "passes run in this process",
+}
+"""What to do instead of the other values, or of the keyword itself."""
+DTYPES = {"half": "float16", "float": "float32"}
+
+
+def _utilization(share: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same share of the GPU's memory; without a GPU of the host's."""
+    share = checked("LLM", "gpu_memory_utilization", share, number(lambda part: 0 < part <= 1, "in (0, 1]"))
+    device = resolve_device(str(settings.get("device", "auto")))
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else host_memory_bytes()
+    return {"gpu_memory": int(total * share)}
+
+
+def _offload(gigabytes: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    size = checked("LLM", "cpu_offload_gb", gigabytes, number(lambda size: 0 <= size < 2**20, "a size in GiB, >= 0"))
+    return {"cpu_memory": int(size * 2**30)}
+
+
+def _prompt_tokens(count: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prefill_budget": checked("LLM", "max_num_batched_tokens", count, whole(1, 2**31 - 1))}
+
+
+def _logprobs(count: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every request may ask for as many as it likes."""
+    checked("LLM", "max_logprobs", count, whole(-1))
+    return {}
+
+
+def _loaded(form: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    if form != "dummy":
+        raise Unfit(REMEDIES["load_format"])
+    return {"dummy_weights": True}
+
+
+MAPPED: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
+    "gpu_memory_utilization": _utilization,
+    "cpu_offload_gb": _offload,
+    "max_num_batched_tokens": _prompt_tokens,
+    "max_logprobs": _logprobs,
+    "load_format": _loaded,
+}
+"""What a value means as settings of ours."""
+
+
+def engine_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `LLM` as fields of `EngineConfig`. Raises ConfigurationError that names the setting to use, and
+    UnknownKeywordError for what neither library has."""
+    known = EngineConfig.__dataclass_fields__
+    theirs = {*HARMLESS, *MAPPED, *REMEDIES}
+    for name in settings:
+        if name not in known and name not in theirs:
+            like_theirs = difflib.get_close_matches(name, [*known, *theirs], 1)
+            check_keywords("LLM", [name], {"trace", *known, *like_theirs})
+    kept = {name: value for name, value in settings.items() if name in known}
+    for name, value in settings.items():
+        if name in known or value is None or _is_one_of(value, HARMLESS.get(name, ())):
+            continue
+        try:
+            if name not in MAPPED:
+                raise Unfit(REMEDIES[name])
+            found = MAPPED[name](value, settings)
+        except Unfit as problem:
+            raise ConfigurationError(f"LLM: {name}={short(value)} is not available: {problem}") from None
+        for field, ours in found.items():
+            if settings.get(field) is not None:
+                raise ConfigurationError(f"LLM: {name} and {field} say the same: leave one out")
+            shown = size_text(ours) if field.endswith("_memory") else ours
+            logger.info("%s=%s is taken as %s=%s", name, short(value), field, shown)
+            kept[field] = ours
+    # The spellings of vLLM where a value of ours has another name.
+    if isinstance(kept.get("dtype"), str):
+        kept["dtype"] = DTYPES.get(kept["dtype"], kept["dtype"])
+    if kept.get("generation_config") == "vllm":
+        kept["generation_config"] = "none"
+    return {name: value for name, value in kept.items() if not (name == "seed" and value is None)}
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """Told apart as Python's types do: 1 is not True."""
+    return any(type(value) is type(other) and value == other for other in values)
