@@ -16,6 +16,7 @@ from typing import Any
 from flexbatch.config import EngineConfig
 from flexbatch.execution.feed import Feed
 from flexbatch.execution.job import Job
+from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
 from flexbatch.intake import Intake, Item, OnText, Params, requests_of
@@ -117,11 +118,6 @@ class LLM:
     def prediction(self) -> dict[str, Any]:
         """Predicted against measured, of the last run that had a plan."""
         return self._loop.prediction
-
-    @property
-    def replans(self) -> list[str]:
-        """Why settings were changed between passes, of all runs."""
-        return self._loop.replans
 
     @property
     def runner(self) -> Runner | None:
@@ -261,6 +257,12 @@ class LLM:
 
     # Report and end
 
+    def watch(self, observer: RunObserver) -> None:
+        """Let an observer see every pass and every sequence of the runs that begin from now on: progress, say. It is
+        called in the thread that runs passes, and must not call the engine."""
+        self._turns.check_open("watch")
+        self._loop.watchers.append(observer)
+
     def report(self) -> dict[str, Any]:
         """Plan, realised placement, throughput and bytes per resource of what was run so far."""
         self._turns.check_open("report")
@@ -274,7 +276,7 @@ class LLM:
         if self._loop.job_record is not None:
             report["job"] = self._loop.job_record.describe(self.planner.known_hardware)
         if self.prediction:
-            report["prediction"] = {**self.prediction, "replans": list(self.replans)}
+            report["prediction"] = {**self.prediction, **self._loop.describe_replans()}
         if self.speculator is not None:
             report["speculation"] = {**self.speculator.report(), **self._loop.comparison.describe()}
         return report

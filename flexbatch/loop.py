@@ -68,11 +68,18 @@ class EngineLoop:
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
         self.observers: list[RunObserver] = []
+        """Of the run that goes on."""
+        self.watchers: list[RunObserver] = []
+        """Those that were added from outside, of every run that begins from now on."""
 
     @property
     def prediction(self) -> dict[str, Any]:
         """Predicted against measured, of the last run that had a plan."""
         return self.monitor.prediction if self.monitor is not None else {}
+
+    def describe_replans(self) -> dict[str, Any]:
+        """Why settings were changed between passes, of all runs, and how often."""
+        return {"replans": list(self.replans), "num_replans": len(self.replans)}
 
     @property
     def running(self) -> bool:
@@ -129,7 +136,7 @@ class EngineLoop:
             capacity.refusal,
             capacity.reach,
         )
-        self.observers = [self.statistics, self.intake, self.failures]
+        self.observers = [self.statistics, self.intake, self.failures, *self.watchers]
         if whole_job is not None and proposer is None:
             self.job_record = JobRecord(Expected(self.planner.engine_plan, whole_job, runner.sizes))
             self.observers.append(self.job_record)

@@ -126,9 +126,19 @@ class Printed:
 
 def complete(llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Completion], None]) -> list[Completion]:
     """The completions of all prompts from number ``first`` on."""
-    from flexbatch.cli.progress import Progress
+    from flexbatch.cli.progress import JobMeter, Progress
 
-    with Progress((len(work.rows) - first) * work.params.n) as progress:
+    lengths = work.lengths(first)
+    meter = JobMeter(len(lengths), lengths)
+    meter.watch(llm)
+    prompts = sum(prompt for prompt, _ in lengths)
+    logger.info(
+        "running %s completions of %s prompt tokens, %s new tokens at most",
+        f"{len(lengths):,}",
+        f"{prompts:,}",
+        f"{sum(most for _, most in lengths):,}",
+    )
+    with Progress(len(lengths), meter) as progress:
         return llm.generate(
             work.token_ids[first:], work.params, on_finished=progress.finished, on_prompt=on_prompt, first_index=first
         )

@@ -211,7 +211,7 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
     def draining() -> None:
         part_queue.stop.remote()
         progress.say(
-            "flexbatch: the actors finish the parts that they have; Ctrl-C again stops now, and costs the tokens of "
+            "the actors finish the parts that they have; Ctrl-C again stops now, and costs the tokens of "
             "the sequences in flight"
         )
 
@@ -232,7 +232,7 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
                 ray.get(done)
     finally:
         progress.close()
-    return ended(shard, counts, progress.line(), resume)
+    return ended(shard, counts, progress.ending(), resume)
 
 
 def _start_actors(
