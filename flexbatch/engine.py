@@ -26,7 +26,7 @@ from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.planner import Planner
-from flexbatch.planner.report import Statistics, describe_memory
+from flexbatch.planner.report import Report, Statistics, describe_memory
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
 from flexbatch.text.prompts import Prompt
@@ -263,23 +263,18 @@ class LLM:
         self._turns.check_open("watch")
         self._loop.watchers.append(observer)
 
-    def report(self) -> dict[str, Any]:
-        """Plan, realised placement, throughput and bytes per resource of what was run so far."""
+    def report(self) -> Report:
+        """Plan, realized placement, throughput and bytes per resource of what was run so far: a dict that prints as
+        tables."""
         self._turns.check_open("report")
-        report = {
+        return Report(
             **self.engine_plan.describe(),
             **describe_memory(self.engine_plan, self.runner, self.tiers, self.speculator),
             **self._loaded.describe(),
             **self.statistics.describe(),
-            "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
-        }
-        if self._loop.job_record is not None:
-            report["job"] = self._loop.job_record.describe(self.planner.known_hardware)
-        if self.prediction:
-            report["prediction"] = {**self.prediction, **self._loop.describe_replans()}
-        if self.speculator is not None:
-            report["speculation"] = {**self.speculator.report(), **self._loop.comparison.describe()}
-        return report
+            resources={name: asdict(use) for name, use in self.tracer.summary().items()},
+            **self._loop.describe(),
+        )
 
     def close(self) -> None:
         """Free pinned memory, threads and files; a stream that is open ends. Closing again does nothing.

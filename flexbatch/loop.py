@@ -77,9 +77,17 @@ class EngineLoop:
         """Predicted against measured, of the last run that had a plan."""
         return self.monitor.prediction if self.monitor is not None else {}
 
-    def describe_replans(self) -> dict[str, Any]:
-        """Why settings were changed between passes, of all runs, and how often."""
-        return {"replans": list(self.replans), "num_replans": len(self.replans)}
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the runs beside their sums: the last job, plan and run, and what drafts were worth."""
+        report: dict[str, Any] = {}
+        if self.job_record is not None:
+            report["job"] = self.job_record.describe(self.planner.known_hardware)
+        if self.prediction:
+            replans = {"replans": list(self.replans), "num_replans": len(self.replans)}
+            report["prediction"] = {**self.prediction, **replans}
+        if self.speculator is not None:
+            report["speculation"] = {**self.speculator.report(), **self.comparison.describe()}
+        return report
 
     @property
     def running(self) -> bool:

@@ -86,7 +86,7 @@ def with_flexgen_flags(engine: EngineConfig, run: RunConfig) -> EngineConfig:
 
 def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None, data: TextIO) -> int:
     """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
-    from flexbatch.cli import tables
+    from flexbatch.planner import tables
     from flexbatch.planner.planner import Planner
     from flexbatch.policy.explain import explain, summary
     from flexbatch.policy.whatif import plot_plan
@@ -142,20 +142,6 @@ def complete(llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Complet
         return llm.generate(
             work.token_ids[first:], work.params, on_finished=progress.finished, on_prompt=on_prompt, first_index=first
         )
-
-
-def print_tables(report: Mapping[str, Any]) -> None:
-    from flexbatch.cli import tables
-
-    for text in (
-        tables.placement(report),
-        tables.throughput(report),
-        tables.prediction(report),
-        tables.speculation(report),
-        tables.resources(report),
-    ):
-        if text:
-            print(f"\n{text}", file=sys.stderr)
 
 
 def print_completion(index: int, prompt: Any, completion: Completion, data: TextIO) -> None:
@@ -265,7 +251,7 @@ def run_work(
         )
         report_text = json.dumps(report, ensure_ascii=False, default=str)
         print(f'{{"completions": {json_text(lines)}, "report": {report_text}}}', file=data)
-    print_tables(report)
+    print(f"\n{report}", file=sys.stderr)
     return ROW_ERRORS if any(completion.finish_reason == "error" for completion in completions) else DONE
 
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from flexbatch.cli import tables
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.settings import Parser, add_arguments, read_settings
 from flexbatch.config import EngineConfig, option, parse_bytes
+from flexbatch.planner import tables
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import DONE, ConfigurationError
 

@@ -33,6 +33,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def whole(report: Mapping[str, Any]) -> str:
+    """Every table that a report has something for."""
+    texts = (placement(report), throughput(report), prediction(report), speculation(report), resources(report))
+    return "\n\n".join(text for text in texts if text)
+
+
 def placement(report: Mapping[str, Any]) -> str:
     """The settings of the policy, and where everything is."""
     policy = report["policy"]
