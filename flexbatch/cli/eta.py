@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 PassCosts = tuple[float, float, float]
 """Seconds, or any unit, of a pass, of a prompt token in it, and of a sequence that decodes in it."""
 UNPLANNED: dict[str, PassCosts] = {"cuda": (64.0, 1.0, 1.0), "cpu": (4.0, 1.0, 1.0)}
-"""By device, where nothing was planned: everything is in fast memory, and a pass takes as long as its tokens and some."""
+"""By device, where nothing was planned: everything is in fast memory, and a pass takes as long as its tokens and
+some."""
 KEPT = 0.995
 """Of the weight of earlier passes, at each new one: the last 200 count."""
 RECENT = 8

@@ -18,11 +18,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from flexbatch.cli.command import run_command, set_up_logging
-from flexbatch.cli.settings import Parser, add_arguments, read_settings
+from flexbatch.cli.early_checks import check_plot
+from flexbatch.cli.help import JOB, Parser
+from flexbatch.cli.settings import add_arguments, read_settings
 from flexbatch.config import EngineConfig, option, parse_bytes
 from flexbatch.planner import tables
 from flexbatch.policy.stdout import run_process
@@ -94,27 +95,42 @@ class PlanConfig:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
-        prog="flexbatch plan",
-        description=description,
-        epilog=rest,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "flexbatch plan",
+        description="Say what a job would take, on this machine or one that you do not have: whether it fits, how fast "
+        "it is, what limits it, and what would help. Neither weights nor a tokenizer are read.",
+        first="gpu cpu_memory gpu_memory weight_bits cache_bits num_prompts prompt_len max_tokens sweep plot",
+        texts={
+            "gpu": 'the machine: "RTX 4090", h100, cpu, ... (default: this one)',
+            "cpu_memory": "its host memory to use",
+            "gpu_memory": "its GPU memory to use",
+            "cache_bits": "16, 8 or 4: fewer hold more sequences",
+            "num_prompts": "prompts of the job (default: 10,000)",
+            "prompt_len": "tokens of a prompt, or several (default: 512)",
+            "max_tokens": "new tokens each, or several (default: 128)",
+            "sweep": "what other memory would give: gpu_memory=8GiB:48GiB:5",
+            "plot": "draw the plan, or the sweep",
+        },
+        examples="""
+            flexbatch plan llama-3.1-70b --gpu "RTX 4090" --cpu-memory 64GiB --weight-bits 4
+            flexbatch plan ./config.json --gpu h100 --sweep gpu_memory=16GiB:80GiB:5 --plot memory.png
+            """,
     )
-    parser.add_argument("model", metavar="MODEL", help="a public shape, a config.json, a folder, or a Hub id")
-    parser.add_argument(
+    parser.add_argument("model", metavar="MODEL", help="public shape, config.json, folder or Hub id")
+    parser.group_of("hardware", "machine").add_argument(
         "--gpu",
         "--hardware",
         dest="hardware",
         default=argparse.SUPPRESS,
         metavar="NAME",
-        help='the machine: a card such as "RTX 4090" or h100 in a common host, cpu, or a JSON file of '
-        "flexbatch.calibrate.profile (default: this machine)",
+        help='a card such as "RTX 4090" or h100 in a common host, cpu, or a JSON file of flexbatch profile (default: '
+        "this machine)",
     )
-    add_arguments(parser, PlanConfig, "job and output")
+    add_arguments(parser, PlanConfig, JOB)
     add_arguments(parser, EngineConfig, "engine", PLANNED)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings: any flag by its name")
+    parser.group_of("config", JOB).add_argument(
+        "--config", metavar="FILE", help="YAML file of settings: any flag by its name"
+    )
     return parser
 
 
@@ -135,26 +151,12 @@ def chosen_hardware(engine: EngineConfig, config: PlanConfig) -> Hardware | None
     return hardware.with_memory(disk=None if config.disk is None else parse_bytes(config.disk))
 
 
-def check_plot(path: str | None) -> None:
-    """Raises ConfigurationError before anything is planned that could not be drawn."""
-    if path is None:
-        return
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigurationError(f"--plot {path}: its folder does not exist")
-    from flexbatch.policy.whatif import pyplot
-
-    try:
-        pyplot()
-    except ImportError as error:
-        raise ConfigurationError(f"--plot {path}: {error}") from error
-
-
 def command(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) -> int:
     """Everything after parsing; returns the exit code. What needs no torch is checked before it is imported."""
     engine, config = read_settings([EngineConfig, PlanConfig], args, environ, args.config)
     hardware = chosen_hardware(engine, config)
     request = sweep_request(config.sweep)
-    check_plot(config.plot)
+    check_plot("--plot", config.plot)
     from flexbatch.models.described import describe
 
     described = describe(engine.model)

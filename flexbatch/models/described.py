@@ -11,14 +11,16 @@ from typing import Any
 
 from flexbatch.models import families
 from flexbatch.models.arch import Arch
-from flexbatch.models.resolve import BUNDLED, HUB_ID
+from flexbatch.models.gguf.parts import is_gguf
+from flexbatch.models.resolve import BUNDLED, HUB_ID, WHEELS, resolve
 from flexbatch.policy.shapes import SHAPES, find_shape
 from flexbatch.validation.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Description:
-    """``folder`` is None where no folder is on this machine; ``config`` is what config.json holds."""
+    """``folder`` is that of the weights, or their GGUF file, where they may be on this machine; ``config`` is what
+    config.json holds."""
 
     name: str
     folder: Path | None
@@ -27,19 +29,26 @@ class Description:
 
 
 def describe(name: str) -> Description:
-    """By a config.json or a folder that holds one, the name of a public shape, a bundled model, or a Hub id, of which
-    nothing but config.json is fetched. Raises CheckpointError that says what is wrong."""
-    path = BUNDLED.get(name) or Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is no model folder: it has no config.json")
-    file = path / "config.json" if path.is_dir() else path
-    shape = find_shape(name)
-    if not file.is_file() and shape is not None:
+    """By a config.json or a folder that holds one, the name of a public shape, a bundled model, a GGUF file, or a Hub
+    id, of which nothing but config.json is fetched. Raises CheckpointError that says what is wrong."""
+    path, shape = BUNDLED.get(name) or Path(name).expanduser(), find_shape(name)
+    if name in WHEELS or path.is_dir() or (path.is_file() and is_gguf(path)):
+        path = resolve(name)
+        if is_gguf(path):
+            from flexbatch.models.checkpoint import read_arch  # with torch; a GGUF file has its sizes in its header
+
+            return Description(name, path, {}, read_arch(path))
+        file = path / "config.json"
+    elif path.is_file():
+        file = path
+    elif shape is not None:
         config = SHAPES[shape] | {"dtype": "float16"}
         return Description(shape, None, config, families.read_arch(config))
-    folder = file.parent if file.is_file() else None
-    file = file if file.is_file() else _fetched(name)
+    else:
+        file = _fetched(name)
     config = _read(file)
+    # A configuration under another name says nothing about the files beside it.
+    folder = file.parent if file.name == "config.json" else None
     try:
         return Description(name, folder, config, families.read_arch(config))
     except CheckpointError as error:

@@ -69,12 +69,12 @@ class PlannedModel(OpenModel):
     @cached_property
     def prequantized(self) -> dict[str, tuple[int, int]]:
         """By the weights' headers where they are there; else every matrix of a layer is taken to be quantized."""
-        packing = read_packing(self.described.config)
-        if packing is None:
-            return {}
         if self.described.folder is not None:
             with contextlib.suppress(CheckpointError):
                 return checkpoint.prequantized(self.described.folder, self.arch)
+        packing = read_packing(self.described.config)
+        if packing is None:
+            return {}
         matrices = [spec for spec in weight_specs(self.arch) if spec.layer == 0 and len(spec.shape) == 2]
         return {spec.role: (BITS, packing.group_of(spec.shape[1])) for spec in matrices}
 

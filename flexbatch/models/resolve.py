@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexbatch.models.gguf.parts import WEIGHT_FILES, find_gguf, is_gguf, parts_of
-from flexbatch.models.gguf.tokenizer import load_gguf_tokenizer
 from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.suggest import did_you_mean, neighbor
 from flexbatch.validation.errors import CheckpointError
@@ -109,6 +108,8 @@ def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBas
     Raises CheckpointError.
     """
     if is_gguf(Path(folder)):
+        from flexbatch.models.gguf.tokenizer import load_gguf_tokenizer  # with torch, which a name does not need
+
         return load_gguf_tokenizer(Path(folder), **options)
     lacking = _lacking_packages(Path(folder))
     if lacking:

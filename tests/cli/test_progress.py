@@ -38,7 +38,8 @@ class Machine:
 
 @dataclass
 class Job:
-    """``lengths``: (prompt tokens, most new tokens, new tokens in truth); ``known`` is what the meter is told of them."""
+    """``lengths``: (prompt tokens, most new tokens, new tokens in truth); ``known`` is what the meter is told of
+    them."""
 
     machine: Machine
     lengths: list[tuple[int, int, int]]
