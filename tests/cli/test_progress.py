@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +236,24 @@ def test_a_line_after_the_first_pass_and_a_bar_on_a_terminal(caplog: pytest.LogC
         progress.done = 3
         progress.say("a message")
     assert "3/4 completions" in screen.getvalue() and "a message" in screen.getvalue() and "left" in screen.getvalue()
+
+
+@pytest.mark.parametrize("draft", [None, ("ngram",)])
+def test_what_is_watched_adds_up_to_what_was_run(model_folder: Path, draft: tuple[str, ...] | None) -> None:
+    """With drafts the tokens of a pass are no number of its queries."""
+    from flexbatch import LLM, SamplingParams
+    from flexbatch.execution.watch import Watch
+
+    passes: list[PassSeen] = []
+    sequences: list[SequenceSeen] = []
+    with LLM(str(model_folder), device="cpu", gpu_memory="64MiB", cpu_memory="64MiB", draft=draft) as llm:
+        llm.watch(Watch(passes.append, sequences.append))
+        prompts = [[5 + i, 6, 7, 5 + i, 6, 7] * (1 + i % 3) for i in range(7)]
+        llm.generate(prompts, [SamplingParams(max_tokens=3 + i, temperature=0, ignore_eos=True) for i in range(7)])
+        report = llm.report()
+    assert len(passes) == report["passes"] and len(sequences) == 7
+    assert sum(seen.prompt_tokens for seen in passes) == report["prefilled_tokens"]
+    assert sum(seen.new_tokens for seen in passes) == report["generated_tokens"] == sum(range(3, 10))
+    assert sum(seen.new_tokens for seen in sequences) == report["generated_tokens"]
+    assert all(seen.cut and not seen.failed for seen in sequences)
+    assert passes[0].in_flight is not None and len(passes[0].in_flight) == 7
