@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
@@ -93,7 +94,7 @@ def helm_arguments(args: argparse.Namespace, rest: Sequence[str], deployment: st
     ]
 
 
-def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
+def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str], data: TextIO) -> int:
     config = engine_config(args, environ)
     refuse_measurements(config)
     check_engine(config)
@@ -137,13 +138,23 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     ]
     for path in errors:
         print(f"some requests failed: {path}", file=sys.stderr)
+    print_scores(Path(args.output_path) / "runs" / args.suite, began - 1, data)
     return ROW_ERRORS if errors else 0
+
+
+def print_scores(suite: Path, since: float, data: TextIO) -> None:
+    """The scores of the runs, to stdout; a dry run has none."""
+    from flexbatch.apps.helm_scores import read_scores, scores_table, stats_files
+
+    scores = [score for path in stats_files(suite, since) for score in read_scores(path)]
+    if scores:
+        print(scores_table(scores), file=data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = make_parser().parse_known_args(arguments)
     set_up_logging(words=arguments)
-    return run_command(lambda data: command(args, rest, os.environ))
+    return run_command(lambda data: command(args, rest, os.environ, data))
 
 
 if __name__ == "__main__":

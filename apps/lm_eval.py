@@ -1,8 +1,8 @@
 """lm-evaluation-harness with FlexBatch as a model: ``python -m flexbatch.apps.lm_eval run --model flexbatch
 --model_args pretrained=...``
 
-The command is the harness's own (0.4.13, extra ``flexbatch[lm-eval]``) with one model more. Releases that read the
-entry-point group ``lm_eval.models`` find the model without this command.
+The command is the harness's own (0.4.13, extra ``flexbatch[lm-eval]``) with one model more. A harness that reads
+the entry-point group ``lm_eval.models`` finds the model without this command: no release up to 0.4.13 does.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 from flexbatch.config import EngineConfig
 from flexbatch.execution.bar import finished_bar
 from flexbatch.execution.job import Job
+from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.requests import Params, requests_of
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
@@ -24,7 +25,7 @@ from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.planner import Planner
-from flexbatch.planner.report import Statistics, describe_memory
+from flexbatch.planner.report import Report, Statistics, describe_memory
 from flexbatch.planner.vllm_keywords import engine_settings
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
@@ -110,11 +111,6 @@ class LLM:
     def prediction(self) -> dict[str, Any]:
         """Predicted against measured, of the last run that had a plan."""
         return self._loop.prediction
-
-    @property
-    def replans(self) -> list[str]:
-        """Why settings were changed between passes, of all runs."""
-        return self._loop.replans
 
     @property
     def runner(self) -> Runner | None:
@@ -260,23 +256,24 @@ class LLM:
 
     # Report and end
 
-    def report(self) -> dict[str, Any]:
-        """Plan, realised placement, throughput and bytes per resource of what was run so far."""
+    def watch(self, observer: RunObserver) -> None:
+        """Let an observer see every pass and every sequence of the runs that begin from now on: progress, say. It is
+        called in the thread that runs passes, and must not call the engine."""
+        self._turns.check_open("watch")
+        self._loop.watchers.append(observer)
+
+    def report(self) -> Report:
+        """Plan, realized placement, throughput and bytes per resource of what was run so far: a dict that prints as
+        tables."""
         self._turns.check_open("report")
-        report = {
+        return Report(
             **self.engine_plan.describe(),
             **describe_memory(self.engine_plan, self.runner, self.tiers, self.speculator),
             **self._loaded.describe(),
             **self.statistics.describe(),
-            "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
-        }
-        if self._loop.job_record is not None:
-            report["job"] = self._loop.job_record.describe(self.planner.known_hardware)
-        if self.prediction:
-            report["prediction"] = {**self.prediction, "replans": list(self.replans)}
-        if self.speculator is not None:
-            report["speculation"] = {**self.speculator.report(), **self._loop.comparison.describe()}
-        return report
+            resources={name: asdict(use) for name, use in self.tracer.summary().items()},
+            **self._loop.describe(),
+        )
 
     def close(self) -> None:
         """Free pinned memory, threads and files; a stream that is open ends. Closing again does nothing.

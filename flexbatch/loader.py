@@ -17,6 +17,8 @@ from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.fingerprint import RECORDS, WeightFiles, combined
 from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.policy.policy import TIERS
+from flexbatch.policy.units import duration_text, size_text
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import Tracer
 
@@ -69,6 +71,9 @@ def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitSt
     weights = WeightStore(engine_plan.weight_plan, tiers, queues, engine_plan.dtype)
     stack.callback(weights.close)
     loader = make_loader(engine_plan, weights, keeps_files)
+    logger.info(
+        "loading %s: %s of weights", config.model, size_text(sum(map(engine_plan.weight_plan.tier_bytes, TIERS)))
+    )
     with torch.inference_mode():
         loaded_bytes = loader.load(
             lambda skip: engine_plan.model.pieces(skip, config.seed, engine_plan.dtype, packed=True)
@@ -85,7 +90,9 @@ def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitSt
         stack.callback(speculator.close)
     seconds = time.perf_counter() - started
     placed = ", ".join(f"{value:.1f} % {tier}" for tier, value in engine_plan.weight_plan.realized_percent.items())
-    logger.info("loaded %s in %.1f s: %s", config.model, seconds, placed)
+    read = f"{size_text(loaded_bytes)} read at {loaded_bytes / seconds / 1e9:.2f} GB/s"
+    reused = f", {size_text(loader.reused_bytes)} found in the offload folder" if loader.reused_bytes else ""
+    logger.info("loaded %s in %s: %s%s; %s", config.model, duration_text(seconds), read, reused, placed)
     return LoadedModel(tiers, queues, weights, speculator, seconds, loaded_bytes, loader.reused_bytes)
 
 

@@ -69,6 +69,9 @@ class EngineLoop:
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
         self.observers: list[RunObserver] = []
+        """The observers of the run that goes on."""
+        self.watchers: list[RunObserver] = []
+        """Those that were added from outside, of every run that begins from now on."""
         self.draining = False
         """Whether what is in flight is finished and nothing else begins."""
         self.wake: Callable[[], None] = lambda: None
@@ -78,6 +81,18 @@ class EngineLoop:
     def prediction(self) -> dict[str, Any]:
         """Predicted against measured, of the last run that had a plan."""
         return self.monitor.prediction if self.monitor is not None else {}
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the runs beside their sums: the last job, plan and run, and what drafts were worth."""
+        report: dict[str, Any] = {}
+        if self.job_record is not None:
+            report["job"] = self.job_record.describe(self.planner.known_hardware)
+        if self.prediction:
+            replans = {"replans": list(self.replans), "num_replans": len(self.replans)}
+            report["prediction"] = {**self.prediction, **replans}
+        if self.speculator is not None:
+            report["speculation"] = {**self.speculator.report(), **self.comparison.describe()}
+        return report
 
     @property
     def running(self) -> bool:
@@ -155,7 +170,7 @@ class EngineLoop:
             capacity.refusal,
             capacity.reach,
         )
-        self.observers = [self.statistics, self.intake, self.failures]
+        self.observers = [self.statistics, self.intake, self.failures, *self.watchers]
         if whole_job is not None and proposer is None:
             self.job_record = JobRecord(Expected(self.planner.engine_plan, whole_job, runner.sizes))
             self.observers.append(self.job_record)

@@ -33,7 +33,6 @@ from flexbatch.validation.errors import DONE, INTERRUPTED, ROW_ERRORS, Configura
 if TYPE_CHECKING:  # --help waits for nothing that only a run needs
     from flexbatch.cli.result_file import ResultFile, ResultStream
     from flexbatch.cli.run_work import Work
-    from flexbatch.engine import LLM
     from flexbatch.execution.job import Job
     from flexbatch.models.opened import OpenModel
     from flexbatch.request import Completion
@@ -90,8 +89,8 @@ def print_plan(
     engine: EngineConfig, job: Job | None, model: OpenModel | None, as_json: bool, plot: str | None, data: TextIO
 ) -> int:
     """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
-    from flexbatch.cli import tables
     from flexbatch.execution.job import Job
+    from flexbatch.planner import tables
     from flexbatch.planner.planner import Planner
     from flexbatch.policy.explain import explain, summary
     from flexbatch.policy.whatif import plot_plan
@@ -111,81 +110,6 @@ def print_plan(
     return DONE
 
 
-class Printed:
-    """Completions on stdout, in the order of the prompts and as they finish."""
-
-    def __init__(self, work: Work, data: TextIO) -> None:
-        self._work, self._data = work, data
-        self._waiting: dict[int, Completion] = {}
-        self._next = 0
-
-    def add(self, index: int, completion: Completion) -> None:
-        self._waiting[index] = completion
-        while self._next in self._waiting:
-            completion = self._waiting.pop(self._next)
-            samples = completion.samples or [completion]
-            for number, sample in enumerate(samples, 1):
-                name = f"prompt {self._next}" + (f", answer {number} of {len(samples)}" if len(samples) > 1 else "")
-                print_completion(name, self._work.rows[self._next].prompt, sample, self._data)
-            self._next += 1
-        self._data.flush()
-
-
-def complete(
-    llm: LLM, work: Work, first: int, on_prompt: Callable[[int, Completion], None], resume: str | None
-) -> bool:
-    """Completes all prompts from number ``first`` on; returns whether all are done. After the first Ctrl-C it is those
-    of which a sequence was in flight; the second raises KeyboardInterrupt."""
-    from flexbatch.cli.interrupt import Interrupts, drained
-    from flexbatch.cli.progress import Progress
-
-    interrupts = Interrupts()
-    interrupts.on_drain = lambda: drained(llm, resume)
-    with interrupts.installed(), Progress((len(work.rows) - first) * work.params.n) as progress:
-        try:
-            llm.generate(
-                work.token_ids[first:],
-                work.params,
-                on_finished=progress.finished,
-                on_prompt=on_prompt,
-                first_index=first,
-            )
-        except KeyboardInterrupt:
-            if interrupts.stopping or not interrupts.draining.is_set():
-                raise
-            return False
-    return True
-
-
-def print_tables(report: Mapping[str, Any]) -> None:
-    from flexbatch.cli import tables
-    from flexbatch.cli.colors import with_title
-
-    for text in (
-        tables.placement(report),
-        tables.throughput(report),
-        tables.prediction(report),
-        tables.speculation(report),
-        tables.resources(report),
-    ):
-        if text:
-            print(f"\n{with_title(text, sys.stderr)}", file=sys.stderr)
-
-
-def print_completion(name: str, prompt: Any, completion: Completion, data: TextIO) -> None:
-    """The prompt and its continuation, as text where the model has a tokenizer, and log-probabilities where they were
-    asked for. Of one that failed, the log says why."""
-    print(f"----- {name}: {len(completion.token_ids)} tokens, {completion.finish_reason} -----", file=data)
-    if isinstance(prompt, str):
-        print(prompt + completion.text, file=data)
-    else:
-        print(completion.text or " ".join(map(str, completion.token_ids)), file=data)
-    if completion.logprobs:
-        from flexbatch.cli.answers import token_lines
-
-        print(token_lines(completion).lstrip("\n"), file=data)
-
-
 def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resume: str | None = None) -> int:
     """Everything after parsing; returns the exit code. ``resume`` is the command that goes on after an interruption."""
     engine, config, sampling = read_settings([EngineConfig, RunConfig, SamplingConfig], args, environ, args.config)
@@ -199,6 +123,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     if config.output is not None:
         refuse_inputs(config.output, {"--prompts": config.prompts, "--config": args.config})
     from flexbatch.cli.result_file import results
+    from flexbatch.cli.run_output import Printed
     from flexbatch.cli.run_work import make_work
 
     if config.dry_run:
@@ -269,6 +194,7 @@ def run_work(
 ) -> int:
     """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
     from flexbatch.cli import result_rows
+    from flexbatch.cli.run_output import complete, print_report
     from flexbatch.engine import LLM
     from flexbatch.planner.planner import Planner
     from flexbatch.text.files import json_text
@@ -291,7 +217,7 @@ def run_work(
         lines = [result_rows.output_line(work.rows[index], rows[index]) for index in sorted(rows)]
         report_text = json.dumps(report, ensure_ascii=False, default=str)
         print(f'{{"completions": {json_text(lines)}, "report": {report_text}}}', file=data)
-    print_tables(report)
+    print_report(report)
     if not whole:
         return INTERRUPTED
     return ROW_ERRORS if any(completion.finish_reason == "error" for completion in finished.values()) else DONE

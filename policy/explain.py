@@ -148,12 +148,12 @@ def limit_text(plan: Plan) -> str:
     name = plan.limiting_resource
     shared = "nothing overlaps" if plan.limiting_row == "no overlap" else f"beside what shares it ({plan.limiting_row})"
     slowed = f"; {shared}" if plan.limiting_row != name != "launch" else ""
-    what = LIMITS[name]
+    what, verb = LIMITS[name], "" if name == "launch" else "busy "
     if plan.hardware.device == "cpu":
         what = what.replace("on the GPU", "the layers").replace("the GPU's", "the compute tier's")
         what = what.replace("the link from the host to the GPU", "copies to the compute tier")
         what = what.replace("the link from the GPU to the host", "copies from the compute tier")
-    return f"{what} ({name}), busy {plan.limiting_seconds / plan.pass_seconds:.0%} of the time{slowed}"
+    return f"{what} ({name}), {verb}{plan.limiting_seconds / plan.pass_seconds:.0%} of the time{slowed}"
 
 
 def compared(plan: Plan, other: Plan) -> str:

@@ -232,7 +232,7 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
                 ray.get(done)
     finally:
         progress.close()
-    return ended(shard, counts, progress.line(), resume)
+    return ended(shard, counts, progress.ending(), resume)
 
 
 def _start_actors(

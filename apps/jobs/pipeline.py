@@ -236,6 +236,7 @@ class Pipeline:
             self.store.journal.append(open_part.part.number, row.offset, record)
             open_part.records[row.offset] = record
             open_part.left -= 1
+            self.counts.rows_not_run += completions is None
             self.counts.add(1, bool(output.error_of(record)), *output.tokens_of(record))
         if open_part.left == 0:
             self.store.commit(open_part.part, open_part.table, open_part.records, output)

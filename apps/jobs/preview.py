@@ -33,6 +33,13 @@ class Preview:
     def lengths(self, tokenizer: Any, arch: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns (tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job
         has, by repeating the rows seen."""
+        pairs = [(prompt + max(0, output - 1), prompt) for prompt, output in self.sequences(tokenizer, arch)]
+        count = min(self.num_rows, PLANNED_ROWS)
+        repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))
+        return tuple(cache for cache, _ in repeated), tuple(prompt for _, prompt in repeated)
+
+    def sequences(self, tokenizer: Any, arch: Any) -> list[tuple[int, int]]:
+        """Returns (prompt tokens, most new tokens) of the sequences of the rows seen."""
         encode = make_encode(SimpleNamespace(tokenizer=tokenizer, arch=arch), self.truncate)
         pairs = []
         for seen in self.rows:
@@ -42,11 +49,8 @@ class Preview:
                 continue
             for row in rows:
                 prompt = len(row.token_ids)
-                output = row.params.tokens_within(arch.context - prompt)
-                pairs += [(prompt + max(0, output - 1), prompt)] * row.params.n
-        count = min(self.num_rows, PLANNED_ROWS)
-        repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))
-        return tuple(cache for cache, _ in repeated), tuple(prompt for _, prompt in repeated)
+                pairs += [(prompt, row.params.tokens_within(arch.context - prompt))] * row.params.n
+        return pairs
 
 
 def preview(job: BatchJob, parts: Sequence[Part]) -> Preview:

@@ -22,14 +22,15 @@ from flexbatch.apps.jobs.shard_assignment import ShardAssignment
 from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.cli.command import exit_code
 from flexbatch.cli.interrupt import Interrupts, drained
+from flexbatch.cli.progress import JobMeter
 from flexbatch.config import EngineConfig
 from flexbatch.validation.errors import CRASH, DONE, INTERRUPTED, ROW_ERRORS, ConfigurationError, DoesNotFitError, told
 
 logger = logging.getLogger("flexbatch")
 
 OpenEngine = Callable[[EngineConfig, Preview | None], Any]
-"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``drain``, ``tokenizer`` and ``arch``. The
-preview of the job helps it to plan."""
+"""Makes an `LLM`, or what serves as one: a context manager with ``stream``, ``drain``, ``tokenizer`` and ``arch``, and
+with ``watch`` where its passes can be followed. The preview of the job helps it to plan."""
 
 
 @dataclass
@@ -96,9 +97,11 @@ def run_shard(job: BatchJob, assignment: ShardAssignment, open_engine: OpenEngin
         if not shard.left:
             return ended(shard, counts, "nothing left to do", resume)
         interrupts = Interrupts()
-        with interrupts.installed(), open_engine(job.engine, preview(job, shard.left)) as llm:
+        seen = preview(job, shard.left)
+        with interrupts.installed(), open_engine(job.engine, seen) as llm:
             job.output.start(shard.store.created, llm.tokenizer)
-            return _generate(shard, counts, llm, interrupts, resume, assignment)
+            meter = meter_of(llm, seen, counts.rows_total - counts.rows_done)
+            return _generate(shard, counts, llm, interrupts, resume, assignment, meter)
     except ConfigurationError:
         raise
     except Exception as error:
@@ -107,12 +110,27 @@ def run_shard(job: BatchJob, assignment: ShardAssignment, open_engine: OpenEngin
         close_shard(shard, assignment)
 
 
+def meter_of(llm: Any, seen: Preview, rows: int) -> JobMeter:
+    """What tells how far the engine is with the ``rows`` that are left: they are expected to be like those seen."""
+    lengths = seen.sequences(llm.tokenizer, llm.arch) if hasattr(llm, "watch") else []
+    meter = JobMeter(round(rows * len(lengths) / max(1, len(seen.rows))) if lengths else rows, lengths)
+    meter.watch(llm)
+    return meter
+
+
 def _generate(
-    shard: Shard, counts: Counts, llm: Any, interrupts: Interrupts, resume: str, assignment: ShardAssignment
+    shard: Shard,
+    counts: Counts,
+    llm: Any,
+    interrupts: Interrupts,
+    resume: str,
+    assignment: ShardAssignment,
+    meter: JobMeter,
 ) -> int:
     job = shard.job
     progress = JobProgress(
         counts,
+        meter,
         metrics_file=job.config.metrics_file,
         labels={"shard": f"{assignment.shard}/{assignment.shards}"} if assignment.shards > 1 else {},
     )
@@ -124,7 +142,7 @@ def _generate(
     finally:
         interrupts.on_drain = None
         progress.close()
-    return ended(shard, counts, progress.line(), resume)
+    return ended(shard, counts, progress.ending(), resume)
 
 
 def ended(shard: Shard, counts: Counts, summary: str, resume: str) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from flexbatch.kernels.native_cache import user_cache_folder
 from flexbatch.policy.hardware import Hardware, load_hardware, read_hardware
+from flexbatch.policy.units import duration_text
 from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
@@ -68,7 +69,10 @@ def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, me
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
         from flexbatch.calibrate.kernels import kernel_rates
 
-        logger.info("measuring this machine once for the policy optimizer; --hardware %s skips it", shipped_for(device))
+        logger.info(
+            "measuring this machine's links, processors and disk once, about %s; --hardware %s skips it",
+            *(duration_text(expected), shipped_for(device)),
+        )
         hardware = cached(cache_folder, str(device), disk_folder, kernel_rates(str(device)))
         logger.info("measured %s -> %s", hardware.name, path)
         return hardware

@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from flexbatch.cli import tables
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_plot
 from flexbatch.cli.help import JOB, Parser
 from flexbatch.cli.settings import add_arguments, read_settings
 from flexbatch.config import EngineConfig, option, parse_bytes
+from flexbatch.planner import tables
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import DONE, ConfigurationError
 

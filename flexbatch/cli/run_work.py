@@ -32,10 +32,13 @@ class Work:
 
     def job(self, first: int = 0) -> Job:
         """What the planner needs to know of it, from prompt number ``first`` on."""
-        rest = self.token_ids[first:]
+        return Job.of(self.lengths(first), self.model.arch.context)
+
+    def lengths(self, first: int = 0) -> list[tuple[int, int]]:
+        """(prompt tokens, most new tokens) of every sequence, from prompt number ``first`` on, in their order."""
         context = self.model.arch.context
-        lengths = ((len(ids), self.params.tokens_within(context - len(ids))) for ids in rest)
-        return Job.of((pair for pair in lengths for _ in range(self.params.n)), context)
+        pairs = [(len(ids), self.params.tokens_within(context - len(ids))) for ids in self.token_ids[first:]]
+        return [pair for pair in pairs for _ in range(self.params.n)]
 
     def facts(self, engine: EngineConfig) -> dict[str, Any]:
         """What the completions depend on, by the names of the flags: where tensors lie and in which blocks prompts run

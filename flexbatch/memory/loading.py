@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from flexbatch.memory.tensor_views import TensorView, view_of
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
+from flexbatch.policy.units import duration_text, size_text
 
 logger = logging.getLogger("flexbatch")
 
+SECONDS_PER_LINE = 5.0
+"""Of loading that takes longer."""
 QUANTIZE_CHUNK_BYTES = 32 << 20
 """Bytes of fp32 of the rows that are quantized at a time; the search for their parameters holds eight times as many."""
 CACHED_CHUNK_BYTES = 1 << 20
@@ -25,6 +29,33 @@ CACHED_CHUNK_BYTES = 1 << 20
 16 MiB leave 1.4."""
 
 Key = tuple[int, str]
+
+
+class LoadMeter:
+    """Says every few seconds how far loading is, and how fast."""
+
+    def __init__(self, total_bytes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total_bytes, self.clock = total_bytes, clock
+        self.started = self.said = clock()
+        self.stored_bytes = 0.0
+
+    def loaded(self, stored_bytes: float, read_bytes: int) -> None:
+        """``stored_bytes`` more are on their tier; ``read_bytes`` were read from the checkpoint so far."""
+        self.stored_bytes += stored_bytes
+        now = self.clock()
+        if now - self.said < SECONDS_PER_LINE:
+            return
+        self.said, seconds = now, now - self.started
+        left = seconds * (self.total_bytes / self.stored_bytes - 1)
+        logger.info(
+            "loading: %s of %s are on their tiers, %.2f GB/s read, %s left",
+            *(
+                size_text(self.stored_bytes),
+                size_text(self.total_bytes),
+                read_bytes / seconds / 1e9,
+                duration_text(left),
+            ),
+        )
 
 
 class Loader:
@@ -89,8 +120,10 @@ class Loader:
         reused = self.reuse()
         read_bytes = 0
         if len(reused) < len(self.placed):
+            meter = LoadMeter(sum(placed.num_bytes for key, placed in self.placed.items() if key not in reused))
             for piece in stream(reused):
                 read_bytes += self.write(piece)
+                meter.loaded(self.stored_bytes(piece), read_bytes)
         if self.rounded and self.store.dtype == torch.bfloat16:
             logger.warning(
                 "the scales of %d quantized matrices are rounded to the 8 bits of bfloat16; the file has 11: --dtype "
@@ -107,6 +140,12 @@ class Loader:
                 f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full"
             )
         return read_bytes
+
+    def stored_bytes(self, piece: Piece | QuantizedPiece) -> float:
+        """Bytes that a piece takes on its tier."""
+        placed = self.placed[(piece.layer, piece.role)]
+        rows = placed.spec.shape[0]
+        return placed.num_bytes * (rows if piece.rows is None else piece.rows.stop - piece.rows.start) / rows
 
     def check(self) -> None:
         """Invariants: no row is delivered twice; only unfinished tensors of the disk tier are held in memory."""

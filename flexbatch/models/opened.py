@@ -17,7 +17,6 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import Piece, QuantizedPiece
 from flexbatch.models.described import Description
 from flexbatch.models.dummy import dummy
-from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.packed import BITS, read_packing
 from flexbatch.models.specs import weight_specs
 from flexbatch.validation.errors import CheckpointError, ConfigurationError
@@ -66,7 +65,7 @@ class OpenModel:
 class PlannedModel(OpenModel):
     """A model of which config.json alone is known: to plan for, not to run."""
 
-    described: Description
+    described: Description = field(kw_only=True)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -75,20 +74,18 @@ class PlannedModel(OpenModel):
     @cached_property
     def prequantized(self) -> dict[str, tuple[int, int]]:
         """By the weights' headers where they are there; else every matrix of a layer is taken to be quantized."""
-        if self.described.folder is not None and is_gguf(self.described.folder):
-            return checkpoint.prequantized(self.described.folder, self.arch)
-        packing = read_packing(self.described.config)
-        if packing is None:
-            return {}
         if self.described.folder is not None:
             with contextlib.suppress(CheckpointError):
                 return checkpoint.prequantized(self.described.folder, self.arch)
+        packing = read_packing(self.described.config)
+        if packing is None:
+            return {}
         matrices = [spec for spec in weight_specs(self.arch) if spec.layer == 0 and len(spec.shape) == 2]
         return {spec.role: (BITS, packing.group_of(spec.shape[1])) for spec in matrices}
 
 
 def planned_model(described: Description) -> PlannedModel:
-    return PlannedModel(described.name, None, described.arch, described)
+    return PlannedModel(described.name, None, described.arch, described=described)
 
 
 def open_model(name: str, dummy_weights: bool = False) -> OpenModel:

@@ -129,6 +129,7 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], requiremen
     if problem.is_fixed:
         # Refused by the caller with the exact table when it does not fit.
         return Choice(baseline, priced(problem, machine, baseline))
+    logger.info("planning where everything goes, for %s sequences", f"{problem.job.num_requests:,}")
     simple = [priced(problem, machine, policy) for policy in fallbacks(problem, requirements)]
     found = [Choice(plan.policy, plan) for plan in simple]
     refusal = None

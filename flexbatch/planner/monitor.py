@@ -285,7 +285,8 @@ class PlanMonitor(RunObserver):
             return
         share = change.cpu_attention if self.cpu_attention else 0.0
         scheduler.adjust(change.admission_limit, change.prefill_budget, share)
-        logger.info("re-planned: %s", change.reason)
+        if not self.replans:
+            logger.info("re-planned: %s; the report counts what follows", change.reason)
         self.replans.append(change.reason)
 
     def after_run(self) -> None:

@@ -12,12 +12,20 @@ from flexbatch.execution.runner import Runner
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.tiers import Tiers
+from flexbatch.planner import tables
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.speculative.speculator import Speculator
 
 logger = logging.getLogger("flexbatch")
 
 LOGGED_FAILURES = 3
+
+
+class Report(dict[str, Any]):
+    """What `LLM.report` gives: a dict of numbers under stable names, which prints as the tables that a run shows."""
+
+    def __str__(self) -> str:
+        return tables.whole(self)
 
 
 @dataclass

@@ -106,7 +106,7 @@ def test_progress_says_a_line_now_and_then(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "m.prom").exists()
     progress.close()
     err = capsys.readouterr().err
-    assert "70/100 rows (70.0 %)" in err and "output tok/s" in err and "ETA 0:00:0" in err
+    assert "flexbatch: 70/100 rows (70.0 %)" in err and "out tokens/s" in err and " left, 0 errors" in err
 
 
 def test_a_terminal_gets_one_bar(tmp_path: Path) -> None:

@@ -401,3 +401,16 @@ def test_several_stops_in_one_token_cut_as_hf_does():
         found = mine.generate_until(requests("generate_until", *asked), disable_tqdm=True)
     assert found == hugging_face(DEMO, 1).generate_until(requests("generate_until", *asked), disable_tqdm=True)
     assert len(set(found)) > 2
+
+
+def test_the_documentation_says_which_releases_need_our_command() -> None:
+    """Stock lm_eval finds the model by its entry point, or it is a release that the documentation names."""
+    import importlib.metadata
+
+    import lm_eval.api.registry as registry
+
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    version = importlib.metadata.version("lm_eval")
+    assert hasattr(registry, "load_plugins") or f"No release up to {version} does" in text
+    setup = (Path(__file__).parents[2] / "setup.cfg").read_text()
+    assert "lm_eval.models =\n    flexbatch = flexbatch.apps.lm_eval_model:FlexBatchLM" in setup

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexbatch import run
 from flexbatch.cli import run_settings, run_work
-from flexbatch.cli.progress import Progress
 from flexbatch.config import EngineConfig
-from flexbatch.request import Completion
 from tests.processes import Forked
 
 PROMPTS = ["def add(a, b):", "x", "import os\n", "größer 🙂", "while True: pass  # and so on"]
@@ -266,24 +264,6 @@ def test_help_answers_without_torch() -> None:
     assert "import" in done.stderr and " torch\n" not in done.stderr and " transformers\n" not in done.stderr
 
 
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
-) -> None:
-    now = [0.0]
-    with caplog.at_level(logging.INFO), Progress(4, terminal=False, clock=lambda: now[0]) as progress:
-        for _ in range(4):
-            now[0] += 4
-            progress.finished(Completion([1], [1, 2, 3]))
-    assert caplog.messages == [
-        "3 of 4 completions, 9 tokens, 0.8 tokens/s",
-        "4 of 4 completions, 12 tokens, 0.8 tokens/s",
-    ]
-    with Progress(2, terminal=True) as progress:
-        progress.finished(Completion([1], [1]))
-    captured = capsys.readouterr()
-    assert "1/2" in captured.err and captured.out == ""
-
-
 def test_made_up_prompts_go_on_after_eos_and_real_ones_do_not(model_folder: Path, tmp_path: Path) -> None:
     engine = EngineConfig(model=str(model_folder))
     assert run_work.make_work(
@@ -292,3 +272,13 @@ def test_made_up_prompts_go_on_after_eos_and_real_ones_do_not(model_folder: Path
     assert not run_work.make_work(
         engine, run_settings.RunConfig(prompts=prompt_file(tmp_path)), run_settings.SamplingConfig()
     ).params.ignore_eos
+
+
+def test_each_phase_says_what_it_does(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert command("--prompts", prompt_file(tmp_path), "--num-prompts", "3") == 0
+    said = capsys.readouterr().err
+    order = ["loading ", "loaded ", "running 3 completions", "3 of 3 completions in"]
+    assert [said.index(words) for words in order] == sorted(said.index(words) for words in order)
+    assert "read at" in said and "prompt tokens read, 18 written" in said

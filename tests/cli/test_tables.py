@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexbatch.cli import tables
+from flexbatch.planner import tables
 from flexbatch.policy.units import BINARY, fitting_unit
 
 SPLIT = {"gpu": 0.2, "cpu": 0.5, "disk": 0.3}

@@ -17,7 +17,7 @@ from flexbatch.kernels import reference
 from flexbatch.memory import layer_files
 from flexbatch.memory.files import OffloadError
 from flexbatch.memory.layer_files import layer_file, open_layer_file
-from flexbatch.memory.loading import Loader
+from flexbatch.memory.loading import Loader, LoadMeter
 from flexbatch.memory.weight_plan import PlacedTensor, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError
@@ -284,3 +284,14 @@ def test_pieces_of_rows_come_in_any_order(tmp_path: Path, bits: int) -> None:
 
     with loaded(tmp_path, MIXED, bits, stream=cut) as (store, _):
         assert same_weights(store, bits)
+
+
+def test_loading_says_how_far_it_is_and_how_fast(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    meter = LoadMeter(8 * 2**30, lambda: now[0])
+    with caplog.at_level("INFO"):
+        for step in range(1, 9):
+            now[0] = 2.0 * step
+            meter.loaded(2**30, step * 2**31)
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0] == "loading: 3.000 GiB of 8.000 GiB are on their tiers, 1.07 GB/s read, 10 s left"

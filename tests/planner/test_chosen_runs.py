@@ -11,7 +11,7 @@ import random
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.cli import tables
+from flexbatch.planner import tables
 from flexbatch.planner.monitor import TIMED_EVERY, TIMED_FIRST, WARM_UP, WINDOW, BusySeconds, PassMeter, UsageTracer
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import PassModel

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.cli import tables
+from flexbatch.planner import tables
 
 PERCENT = (50, 50, 0, 100, 100, 0)
 NUM_TOKENS = 5
@@ -57,6 +57,16 @@ def test_the_report_is_json(reports) -> None:
     for report in reports[1]:
         assert json.loads(json.dumps(report, default=str)).keys() == report.keys()
         assert "speculation" not in report and "prediction" not in report
+
+
+def test_a_report_prints_as_tables_and_is_a_dict(reports) -> None:
+    for report in reports[1]:
+        assert isinstance(report, dict) and json.loads(json.dumps(report, default=str)) == json.loads(
+            json.dumps(dict(report), default=str)
+        )
+        text = str(report)
+        assert text == f"{report}" and text.startswith("placement (") and "throughput (" in text
+        assert not {"{", "}", "'"} & set(text)
 
 
 def test_its_text_shows_the_numbers(reports) -> None:

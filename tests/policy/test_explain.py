@@ -107,7 +107,7 @@ def test_what_limits_is_busy(model, machine, weights, cache, batch, count, overl
     )  # fmt: skip
     limit, busy = plan.limiting_resource, plan.resource_seconds
     assert plan.limiting_seconds >= 0.15 * plan.pass_seconds, (limit, plan.limiting_row, plan.row_seconds)
-    told = re.search(r"limited by .*busy (\d+)% of the time", explain(plan))
+    told = re.search(r"limited by .* (\d+)% of the time", explain(plan))
     assert told is not None and int(told[1]) >= 15
     if plan.limiting_row in RESOURCES:
         assert plan.limiting_seconds == max(busy.values())

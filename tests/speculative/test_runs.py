@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.cli import tables
+from flexbatch.planner import tables
 from flexbatch.speculative.tree import TokenTree
 from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 from tests.speculative.engines import GREEDY, Scripted, engine, tokens

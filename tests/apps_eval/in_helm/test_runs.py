@@ -90,6 +90,8 @@ def helm(command: list[str], folder: Path, suite: str, *options: str, **environ:
     began = time.perf_counter()
     done = ran(command, folder, suite, *options, **environ)
     assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout[-6000:]
+    if "flexbatch.apps.helm_run" in command and "--dry-run" not in (*command, *options):
+        assert "mean  instances" in done.stdout, done.stdout[-6000:]
     return time.perf_counter() - began
 
 

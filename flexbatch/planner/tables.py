@@ -33,6 +33,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def whole(report: Mapping[str, Any]) -> str:
+    """Every table that a report has something for."""
+    texts = (placement(report), throughput(report), prediction(report), speculation(report), resources(report))
+    return "\n\n".join(text for text in texts if text)
+
+
 def placement(report: Mapping[str, Any]) -> str:
     """The settings of the policy, and where everything is."""
     policy = report["policy"]
@@ -136,7 +142,9 @@ def prediction(report: Mapping[str, Any]) -> str:
     bound = run["bound_tokens_per_second"]
     share = f"; the run reached {100 * run['measured_tokens_per_second'] / bound:.0f} % of it" if bound else ""
     head = f"plan and run (limited by {run['limiting_resource']}; bound of this policy {bound:,.4g} tokens/s{share})"
-    changes = "".join(f"\n  re-planned: {reason}" for reason in run["replans"])
+    reasons = run["replans"]
+    times = "once" if len(reasons) == 1 else f"{len(reasons)} times, the last one"
+    changes = f"\n  re-planned {times}: {reasons[-1]}" if reasons else ""
     return (
         f"{head}\n{table(['', 'predicted', 'measured', 'off', 'work', 'while busy', '% of its best'], rows)}{changes}"
     )
