@@ -6,8 +6,6 @@ The loop itself is in `loop.EngineLoop`: `generate`, `stream` and `step` turn it
 from __future__ import annotations
 
 import contextlib
-import logging
-import traceback
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -19,8 +17,9 @@ from flexbatch.execution.job import Job
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
 from flexbatch.intake import Intake, Item, OnText, Params, requests_of
-from flexbatch.loader import load_model
-from flexbatch.loop import PEEKED_BLOCKS, EngineLoop
+from flexbatch.loader import PlacedModel
+from flexbatch.loop import EngineLoop
+from flexbatch.memory.weights import WeightStore
 from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
@@ -28,11 +27,10 @@ from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Statistics, describe_memory
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
+from flexbatch.speculative.speculator import Speculator
 from flexbatch.text.prompts import Prompt
 from flexbatch.trace import RecordingTracer, Tracer
 from flexbatch.validation.checks import check_keywords
-
-logger = logging.getLogger("flexbatch")
 
 
 class LLM:
@@ -40,7 +38,9 @@ class LLM:
 
     Keywords are the fields of `EngineConfig`; what is None is chosen. Use as a context manager, or call `close`: it
     frees pinned memory, threads, files. Raises ConfigurationError for wrong settings, DoesNotFitError when the
-    budgets are short (before anything is loaded), CheckpointError for a bad model.
+    budgets do not hold one sequence, CheckpointError for a bad model. Weights are placed for the first job, once it is
+    known (`prepare`, `generate`, or `stream` when it has looked ahead); a later one that would run faster by more than
+    10 % with weights on other tiers has them moved.
     """
 
     loop_class = EngineLoop
@@ -73,35 +73,33 @@ class LLM:
 
     def _start(self, planner: Planner, trace: bool) -> None:
         self.planner, self.config, self.generation = planner, planner.config, planner.generation
-        engine_plan = planner.engine_plan
-        self.arch, self.tokenizer = engine_plan.arch, engine_plan.model.tokenizer
-        device, priced = engine_plan.device, engine_plan.plan is not None
-        self.tracer: Tracer = RecordingTracer(device) if trace else monitor.UsageTracer(device) if priced else Tracer()
+        deployment = planner.deployment
+        self.arch, self.tokenizer = deployment.model.arch, deployment.model.tokenizer
+        self.tracer: Tracer = RecordingTracer(deployment.device) if trace else monitor.UsageTracer(deployment.device)
         self._turns = Turns()
         self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed)
-        self._stack = contextlib.ExitStack()
-        try:
-            self._loaded = load_model(engine_plan, self.tracer, self._stack)
-        except BaseException as error:
-            self._stack.close()
-            # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
-            traceback.clear_frames(error.__traceback__)
-            raise
-        loaded = self._loaded
-        self.tiers, self.queues = loaded.tiers, loaded.queues
-        self.weights, self.speculator = loaded.weights, loaded.speculator
-        self._capacity = Capacity(planner, self.weights, self.tiers, self.queues, self.speculator)
-        self._loop = self.loop_class(planner, self._capacity, self._intake, self.speculator, self.tracer)
-        if self.config.simulate_acceptance is not None:
-            logger.warning(
-                "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",
-                self.config.simulate_acceptance,
-            )
+        self._model = PlacedModel(deployment, self.tracer)
+        self.tiers, self.queues = self._model.tiers, self._model.queues
+        self._capacity = Capacity(planner, self.tiers, self.queues, self._model.place)
+        self._loop = self.loop_class(planner, self._capacity, self._intake, self.tracer)
+        if planner.job_is_known:
+            with self._model.closed_on_error():
+                self._capacity.place(planner.engine_plan)
 
     @property
     def engine_plan(self) -> EnginePlan:
-        """The plan that was made for the latest job."""
+        """The plan that was made for the latest job; before the first, the one for a typical job."""
         return self.planner.engine_plan
+
+    @property
+    def weights(self) -> WeightStore:
+        """Where they lie for the latest job. Before the first, they are placed for a typical one."""
+        return self._capacity.weights or self._capacity.place(self.engine_plan)
+
+    @property
+    def speculator(self) -> Speculator | None:
+        """The drafts, loaded with the weights."""
+        return self._capacity.speculator if self.weights is not None else None
 
     @property
     def policy(self) -> Policy:
@@ -132,9 +130,8 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What holds where no SamplingParams are given: the model's generation_config.json, read as transformers reads
-        it. Greedy, unless the file says
-        ``"do_sample": true`` or names a temperature. `dataclasses.replace` changes some of it. Raises
-        ConfigurationError for what cannot be followed."""
+        it; greedy, unless the file says ``"do_sample": true`` or names a temperature. `dataclasses.replace` changes
+        some of it. Raises ConfigurationError for what cannot be followed."""
         return self.generation.params()
 
     def generate(
@@ -161,13 +158,11 @@ class LLM:
         with self._turns.whole("generate"):
             self._intake.check_empty("generate")
             requests = requests_of(prompts, sampling_params, self._intake.encoder, self._intake.defaults, first_index)
-            if self.config.compare_plain and self.speculator is not None:
-                run = self._loop.compared(requests, self.speculator)
-            else:
-                run = self._loop.completions(requests, self.speculator)
+            drafted = self.planner.deployment.speculation is not None
+            run = self._loop.compared if self.config.compare_plain and drafted else self._loop.completions
             results: dict[int, Completion] = {}
             # Closed with the loop, however that ends: its error would keep a run alive, and the pages of its sequences.
-            with contextlib.closing(run) as completions:
+            with contextlib.closing(run(requests)) as completions:
                 for request, completion in completions:
                     whole = self._intake.deliver(completion, request)
                     if on_finished is not None:
@@ -208,7 +203,8 @@ class LLM:
         numbers = count()
         with contextlib.closing(Feed(items, self._turns.helper)) as feed, self._loop.ending():
             while True:
-                limit = self.policy.block_size if self._loop.running else PEEKED_BLOCKS * self.policy.block_size
+                block, peeked = self._loop.peeked
+                limit = block if self._loop.running else peeked
                 for item in feed.take(limit - self._intake.num_waiting, wait=not self._intake):
                     refused = self._intake.add_item(next(numbers), item, on_tokens)
                     if refused is not None:
@@ -264,10 +260,11 @@ class LLM:
     def report(self) -> dict[str, Any]:
         """Plan, realised placement, throughput and bytes per resource of what was run so far."""
         self._turns.check_open("report")
+        plan, speculator = self.engine_plan, self._capacity.speculator
         report = {
-            **self.engine_plan.describe(),
-            **describe_memory(self.engine_plan, self.runner, self.tiers, self.speculator),
-            **self._loaded.describe(),
+            **plan.describe(),
+            **describe_memory(plan, self.runner, self.tiers, speculator),
+            **self._model.describe(),
             **self.statistics.describe(),
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
         }
@@ -275,8 +272,8 @@ class LLM:
             report["job"] = self._loop.job_record.describe(self.planner.known_hardware)
         if self.prediction:
             report["prediction"] = {**self.prediction, "replans": list(self.replans)}
-        if self.speculator is not None:
-            report["speculation"] = {**self.speculator.report(), **self._loop.comparison.describe()}
+        if speculator is not None:
+            report["speculation"] = {**speculator.report(), **self._loop.comparison.describe()}
         return report
 
     def close(self) -> None:
@@ -286,8 +283,9 @@ class LLM:
         """
         if self._turns.closed:
             return
-        with self._turns.closing() as stream, self._stack as stack:
+        with self._turns.closing() as stream, contextlib.ExitStack() as stack:
             # Whatever of it fails, the rest is closed all the same.
+            stack.callback(self._model.close)
             stack.callback(self._capacity.close)
             stack.callback(self._loop.drop_all)
             if stream is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ class Job:
 
     cache_tokens: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
+
+    TYPICAL_REQUESTS: ClassVar[int] = 256
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
@@ -34,7 +37,7 @@ class Job:
         """Before any prompt is known: 256 requests of 512 prompt tokens and 128 generated ones, within the model's
         context."""
         prompt, total = min(512, max(1, max_positions - 1)), min(639, max_positions)
-        return cls((total,) * 256, (prompt,) * 256)
+        return cls((total,) * cls.TYPICAL_REQUESTS, (prompt,) * cls.TYPICAL_REQUESTS)
 
     def first(self, count: int) -> Job:
         """The job of its first requests alone."""
