@@ -108,9 +108,13 @@ class EngineLoop:
     def peeked(self) -> tuple[int, int]:
         """(sequences of the block, requests that are looked at to size it): before the first job nothing is decided
         yet."""
-        if self.planner.placed is None:
+        config = self.planner.config
+        if self.planner.placed is not None:
+            block = self.planner.engine_plan.policy.block_size
+        elif config.gpu_batch_size is not None and config.num_gpu_batches is not None:
+            block = config.gpu_batch_size * config.num_gpu_batches
+        else:
             return Job.TYPICAL_REQUESTS, FIRST_LOOK
-        block = self.planner.engine_plan.policy.block_size
         return block, PEEKED_BLOCKS * block
 
     def job(self, requests: Iterable[Request], lengths: Iterable[tuple[int, int]] = ()) -> Job:

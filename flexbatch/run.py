@@ -84,25 +84,27 @@ def with_flexgen_flags(engine: EngineConfig, run: RunConfig) -> EngineConfig:
     return dataclasses.replace(engine, **changes)
 
 
-def print_plan(engine: EngineConfig, work: Work, as_json: bool, plot: str | None, data: TextIO) -> int:
+def print_plan(engine: EngineConfig, run: RunConfig, sampling: SamplingConfig, data: TextIO) -> int:
     """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
     from flexbatch.cli import tables
+    from flexbatch.cli.run_work import make_work
     from flexbatch.planner.planner import Planner
     from flexbatch.policy.explain import explain, summary
     from flexbatch.policy.whatif import plot_plan
 
-    job = work.job()
+    work = make_work(engine, run, sampling)
+    job, words = work.planned_job(run, sampling)
     report = Planner(engine, job, dry=True, model=work.model).describe(job)
     plan = report.pop("plan")
-    if as_json:
-        print(json.dumps({**report, **summary(plan)}, indent=2, default=str), file=data)
+    if run.json:
+        print(json.dumps({**report, **summary(plan), "planned_for": words}, indent=2, default=str), file=data)
     else:
-        print(explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}"), file=data)
-    if plot is not None:
+        print(words, explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}"), sep="\n", file=data)
+    if run.plot is not None:
         try:
-            plot_plan(plan, plot)
+            plot_plan(plan, run.plot)
         except ImportError as error:
-            raise ConfigurationError(f"--plot {plot}: {error}") from error
+            raise ConfigurationError(f"--plot {run.plot}: {error}") from error
     return DONE
 
 
@@ -140,6 +142,7 @@ def print_tables(report: Mapping[str, Any]) -> None:
     for text in (
         tables.placement(report),
         tables.throughput(report),
+        tables.job(report),
         tables.prediction(report),
         tables.speculation(report),
         tables.resources(report),
@@ -177,7 +180,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) -> i
     from flexbatch.cli.run_work import make_work
 
     if config.dry_run:
-        return print_plan(engine, make_work(engine, config, sampling), config.json, config.plot, data)
+        return print_plan(engine, config, sampling, data)
     if config.output is None:
         work = make_work(engine, config, sampling)
         return run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)

@@ -23,7 +23,7 @@ from flexbatch.policy.search import Search
 from flexbatch.policy.workload import Workload
 
 GRID_BATCHES = tuple(2**i for i in range(11))
-GRID_COUNTS = tuple(2**i for i in range(7))
+GRID_COUNTS = (1, 4, 16, 64)
 MIN_BUDGET = 256
 """Prompt tokens that a micro-batch may always bring: fewer would cut prompts into crumbs to save little memory."""
 FILLS = (1.0, 0.5, 0.25, 0.0)
@@ -81,10 +81,10 @@ def first_fill(search: Search, block: float) -> float:
     return 1.0 if total is None or total > 4 * block else 0.5
 
 
-def grid(sequences: float) -> list[tuple[int, int]]:
-    """Sizes and counts in powers of two, those nearest to ``sequences`` in flight first, so that the rest is pruned
-    early."""
-    pairs = itertools.product(GRID_BATCHES, GRID_COUNTS)
+def grid(sequences: float, step: int = 1) -> list[tuple[int, int]]:
+    """Sizes in powers of two (with ``step`` 2, of four) and counts in powers of four, those nearest to ``sequences`` in
+    flight first, so that the rest is pruned early."""
+    pairs = itertools.product(GRID_BATCHES[::step], GRID_COUNTS)
     return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
 
 
@@ -117,7 +117,7 @@ def balanced(total: int, batch: int, count: int) -> list[int]:
 def explore(search: Search, template: Policy, bound: MachineBound) -> None:
     """The grid, then hill climbing from its best points, then other fills."""
     good = GOOD_ENOUGH * bound.tokens_per_second
-    for batch, count in grid(bound.sequences):
+    for batch, count in grid(bound.sequences, 2 if template.cache.disk else 1):
         search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
     if search.top(template) < search.least_rate:
         return

@@ -65,6 +65,10 @@ class Workload:
         return max(prompt for prompt, _ in self.lengths)
 
     @functools.cached_property
+    def mean_prompt(self) -> float:
+        return sum(prompt for prompt, _ in self.lengths) / len(self.lengths)
+
+    @functools.cached_property
     def mean_output(self) -> float:
         return sum(output for _, output in self.lengths) / len(self.lengths)
 

@@ -36,8 +36,8 @@ logger = logging.getLogger("flexbatch")
 
 
 class Planner:
-    """Owns the machine's rates and the latest `EnginePlan`. Plans follow the jobs; the weights go where the first one has
-    them, and move only for one that gains by it.
+    """Owns the machine's rates and the latest `EnginePlan`. Plans follow the jobs; the weights go where the first
+    one has them, and move only for one that gains by it.
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it
     is described; ``hardware`` is such a machine that no name stands for. ``model``: the configured one, where it is
