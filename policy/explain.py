@@ -118,7 +118,7 @@ def waves_text(plan: Plan) -> str:
     """How often the job fills the block, and the lengths that this stands for."""
     waves = "1 wave" if plan.waves == 1 else f"{plan.waves:,} waves"
     prompt, answer = plan.workload.mean_prompt, plan.workload.mean_output
-    lengths = f"assumed are prompts of {prompt:,.4g} tokens and answers of {answer:,.4g} on average"
+    lengths = f"assumed are prompts of {number_text(prompt)} tokens and answers of {number_text(answer)} on average"
     return f"{waves} of up to {plan.most_in_flight:,.0f} sequences; {lengths}"
 
 
@@ -127,7 +127,7 @@ def tail_text(plan: Plan) -> str:
     if plan.seconds is None or plan.tail_passes < 0.5:
         return "none: the block is full until the end"
     return (
-        f"the last {plan.tail_passes:,.0f} passes run {plan.tail_sequences:,.1f} of {plan.most_in_flight:,.0f} "
+        f"the last {plan.tail_passes:,.0f} passes run {number_text(plan.tail_sequences)} of {plan.most_in_flight:,.0f} "
         f"sequences and take {duration_text(plan.tail_seconds)}, {plan.tail_seconds / plan.seconds:.0%} of the job"
     )
 

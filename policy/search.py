@@ -47,8 +47,6 @@ class Search:
     hardware: Hardware
     workload: Workload
     constraints: Constraints
-    least_rate: float = 0.0
-    """Tokens a second below which no size leads to a plan that is of use."""
     linear_programs: int = 0
     walks: dict[tuple[float, ...], JobPasses] = field(default_factory=dict)
     """The job's passes by the sizes that they depend on: of bits and placements they know nothing."""
@@ -112,7 +110,7 @@ class Search:
         model, counts, tokens = self.passes(policy)
         # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
         least = float(np.sum(counts * (model.launched(ON_GPU) + least_compute(model))))
-        if tokens / least < (max(self.least_rate, self.top(policy)) if least_rate is None else least_rate):
+        if tokens / least < (self.top(policy) if least_rate is None else least_rate):
             return None
         solution = self.solve(policy, model, counts, memory, budgets)
         if solution is not None:

@@ -24,8 +24,8 @@ class Job:
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
-        """The job of requests given as (prompt tokens, max_tokens). The context may end one earlier. The last token that
-        a request generates needs no row, and the last one of a prompt that is only scored is not read."""
+        """The job of requests given as (prompt tokens, max_tokens). The context may end one earlier. The last token
+        that a request generates needs no row, and the last one of a prompt that is only scored is not read."""
         pairs = [
             (prompt - 1, prompt - 1)
             if max_tokens == 0 and prompt > 1

@@ -18,6 +18,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.execution.block_sizes import cache_layout
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
+from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.generation_config import generation_of
 from flexbatch.models.opened import OpenModel, open_model
 from flexbatch.planner import budgets
@@ -27,7 +28,7 @@ from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Comparison, Kind, could_gain, fits_while_moving, kind_of
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.policy import Policy
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.speculative.setup import plan_speculation
 from flexbatch.text.prompts import PromptEncoder
 from flexbatch.validation.errors import DoesNotFitError
@@ -80,6 +81,8 @@ class Planner:
         """Whose weights are in memory."""
         self.job_is_known = job is not None
         self._engine_plan: EnginePlan | None = None
+        self._weight_plans: dict[tuple[Split, int, int], WeightPlan] = {}
+        """By what they depend on: a search asks for the same ones with many sizes of a block."""
         self._settled: set[Kind] = set()
         """Kinds of jobs for which the weights that are in memory were found to be good enough."""
         if job is None:
@@ -169,7 +172,10 @@ class Planner:
 
     def requirements_of(self, policy: Policy, job: Job, num_slabs: int | None = None) -> list[MemoryRequirement]:
         """Returns the exact requirements of a job under any policy."""
-        weight_plan = self.deployment.weight_plan(policy, num_slabs)
+        kind = policy.weights, policy.weight_bits, num_slabs or policy.num_weight_slabs
+        weight_plan = self._weight_plans.get(kind)
+        if weight_plan is None:
+            weight_plan = self._weight_plans[kind] = self.deployment.weight_plan(policy, num_slabs)
         return self.deployment.requirements(weight_plan, policy, self.deployment.sizes(policy, job))
 
     def replan(self, job: Job) -> EnginePlan:
