@@ -51,7 +51,7 @@ def test_words_come_first_and_say_what_matters():
 def test_waves_and_tail_are_told():
     """A last wave of 10, and the lengths that it stands for."""
     text = explain(priced(sequences=138, gpu_batch_size=64, num_gpu_batches=1))
-    assert "3 waves of up to 64 sequences; assumed are prompts of 512 tokens and answers of 32 on average" in text
+    assert "3 waves of up to 64 sequences; assumed are prompts of 512 tokens and answers of 32.0 on average" in text
     assert re.search(r"tail +the last \d+ passes run 1\d\.?\d* of 64 sequences and take .+, \d+% of the job", text)
     assert "none: the block is full until the end" in explain(priced(sequences=1, gpu_batch_size=1, num_gpu_batches=1))
 
