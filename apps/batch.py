@@ -132,7 +132,8 @@ def print_job_plan(job: BatchJob, data: TextIO) -> int:
 
     rows = sum(part.rows for part in job.parts)
     logger.info("%s rows in %s parts; nothing is written to %s", f"{rows:,}", f"{len(job.parts):,}", job.folder)
-    return print_plan(job.engine, planner_job(job.engine, preview(job, job.parts)), None, False, None, data)
+    words = "planned for rows like the first ones of the job; every answer as long as it may get"
+    return print_plan(job.engine, planner_job(job.engine, preview(job, job.parts)), None, words, False, None, data)
 
 
 def run(

@@ -6,7 +6,6 @@ The loop itself is in `loop.EngineLoop`: `generate`, `stream` and `step` turn it
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,8 +18,9 @@ from flexbatch.execution.requests import Params, requests_of
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
 from flexbatch.intake import Intake, Item, OnText
-from flexbatch.loader import load_model
+from flexbatch.loader import PlacedModel
 from flexbatch.loop import EngineLoop
+from flexbatch.memory.weights import WeightStore
 from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
@@ -29,6 +29,7 @@ from flexbatch.planner.report import Report, Statistics, describe_memory
 from flexbatch.planner.vllm_keywords import engine_settings
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
+from flexbatch.speculative.speculator import Speculator
 from flexbatch.text.chat import ChatOptions
 from flexbatch.text.prompts import Prompt
 from flexbatch.trace import RecordingTracer, Tracer
@@ -40,7 +41,9 @@ class LLM:
     Keywords are the fields of `EngineConfig`; what is None is chosen. Those of vLLM's `LLM` are taken as what they mean
     here, or refused with the setting to use (`planner.vllm_keywords`). Use as a context manager, or call `close`: it
     frees pinned memory, threads, files. Raises ConfigurationError for wrong settings, DoesNotFitError when the
-    budgets are short (before anything is loaded), CheckpointError for a bad model.
+    budgets do not hold one sequence, CheckpointError for a bad model. Weights are placed for the first job, once it is
+    known (`prepare`, `generate`, or `stream` when it has looked ahead); a later one that would run faster by more than
+    10 % with weights on other tiers has them moved.
     """
 
     loop_class = EngineLoop
@@ -72,30 +75,33 @@ class LLM:
 
     def _start(self, planner: Planner, trace: bool) -> None:
         self.planner, self.config, self.generation = planner, planner.config, planner.generation
-        engine_plan = planner.engine_plan
-        self.arch, self.tokenizer = engine_plan.arch, engine_plan.model.tokenizer
-        device, priced = engine_plan.device, engine_plan.plan is not None
-        self.tracer: Tracer = RecordingTracer(device) if trace else monitor.UsageTracer(device) if priced else Tracer()
+        deployment = planner.deployment
+        self.arch, self.tokenizer = deployment.model.arch, deployment.model.tokenizer
+        self.tracer: Tracer = RecordingTracer(deployment.device) if trace else monitor.UsageTracer(deployment.device)
         self._turns = Turns()
         self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed)
-        self._stack = contextlib.ExitStack()
-        try:
-            self._loaded = load_model(engine_plan, self.tracer, self._stack)
-        except BaseException as error:
-            self._stack.close()
-            # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
-            traceback.clear_frames(error.__traceback__)
-            raise
-        loaded = self._loaded
-        self.tiers, self.queues = loaded.tiers, loaded.queues
-        self.weights, self.speculator = loaded.weights, loaded.speculator
-        self._capacity = Capacity(planner, self.weights, self.tiers, self.queues, self.speculator)
-        self._loop = self.loop_class(planner, self._capacity, self._intake, self.speculator, self.tracer)
+        self._model = PlacedModel(deployment, self.tracer)
+        self.tiers, self.queues = self._model.tiers, self._model.queues
+        self._capacity = Capacity(planner, self.tiers, self.queues, self._model.place)
+        self._loop = self.loop_class(planner, self._capacity, self._intake, self.tracer)
+        if planner.job_is_known:
+            with self._model.closed_on_error():
+                self._capacity.place(planner.engine_plan)
 
     @property
     def engine_plan(self) -> EnginePlan:
-        """The plan that was made for the latest job."""
+        """The plan that was made for the latest job; before the first, the one for a typical job."""
         return self.planner.engine_plan
+
+    @property
+    def weights(self) -> WeightStore:
+        """Where they lie for the latest job. Before the first, they are placed for a typical one."""
+        return self._capacity.weights or self._capacity.place(self.engine_plan)
+
+    @property
+    def speculator(self) -> Speculator | None:
+        """The drafts, loaded with the weights."""
+        return self._capacity.speculator if self.weights is not None else None
 
     @property
     def policy(self) -> Policy:
@@ -163,12 +169,10 @@ class LLM:
         with self._turns.whole("generate"):
             self._intake.check_empty("generate")
             requests = self._intake.requests(prompts, sampling_params, first_index, options)
-            if self.config.compare_plain and self.speculator is not None:
-                run = self._loop.compared(requests, self.speculator)
-            else:
-                run = self._loop.completions(requests, self.speculator)
+            drafted = self.planner.deployment.speculation is not None
+            run = self._loop.compared if self.config.compare_plain and drafted else self._loop.completions
             with finished_bar(use_tqdm, len(requests), on_finished) as told:
-                return self._intake.gather(run, told, on_prompt)
+                return self._intake.gather(run(requests), told, on_prompt)
 
     def chat(
         self,
@@ -268,8 +272,8 @@ class LLM:
         self._turns.check_open("report")
         return Report(
             **self.engine_plan.describe(),
-            **describe_memory(self.engine_plan, self.runner, self.tiers, self.speculator),
-            **self._loaded.describe(),
+            **describe_memory(self.engine_plan, self.runner, self.tiers, self._capacity.speculator),
+            **self._model.describe(),
             **self.statistics.describe(),
             resources={name: asdict(use) for name, use in self.tracer.summary().items()},
             **self._loop.describe(),
@@ -282,8 +286,9 @@ class LLM:
         """
         if self._turns.closed:
             return
-        with self._turns.closing() as stream, self._stack as stack:
+        with self._turns.closing() as stream, contextlib.ExitStack() as stack:
             # Whatever of it fails, the rest is closed all the same.
+            stack.callback(self._model.close)
             stack.callback(self._capacity.close)
             stack.callback(self._loop.drop_all)
             if stream is not None:

@@ -1,22 +1,24 @@
-"""Loads a model: the pools of the three tiers, the transfer queues between them, the weights and the drafts."""
+"""Places a model: the pools of the three tiers, the transfer queues between them, the weights and the drafts."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from flexbatch.memory.files import prepare_offload_dir
 from flexbatch.memory.loading import Loader
+from flexbatch.memory.moving import move_weights
 from flexbatch.memory.tiers import Pool, Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.fingerprint import RECORDS, WeightFiles, combined
-from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.engine_plan import Deployment, EnginePlan
 from flexbatch.policy.policy import TIERS
 from flexbatch.policy.units import duration_text, size_text
 from flexbatch.speculative.speculator import Speculator
@@ -25,75 +27,116 @@ from flexbatch.trace import Tracer
 logger = logging.getLogger("flexbatch")
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """What lives as long as the engine. ``loaded_bytes`` were read from the checkpoint, ``reused_bytes`` taken from
-    an earlier start's files instead."""
+class PlacedModel:
+    """The pools of the three tiers and the queues between them, and once a job is known, weights and drafts.
 
-    tiers: Tiers
-    queues: TransferQueues
-    weights: WeightStore
-    speculator: Speculator | None
-    seconds: float
-    loaded_bytes: int
-    reused_bytes: int
+    ``loaded_bytes`` were read from the checkpoint, ``reused_bytes`` taken from an earlier start's files instead.
+    """
+
+    def __init__(self, deployment: Deployment, tracer: Tracer) -> None:
+        """Raises OffloadError for an offload folder that cannot be used."""
+        config, device, budgets = deployment.config, deployment.device, deployment.budgets
+        self.keeps_files = config.offload_path is not None
+        if self.keeps_files:
+            prepare_offload_dir(deployment.offload_dir)
+        self.seconds, self.loaded_bytes, self.reused_bytes = 0.0, 0, 0
+        self.weights: WeightStore | None = None
+        self.speculator: Speculator | None = None
+        self._stack, self._loaded = contextlib.ExitStack(), contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            self.tiers = Tiers(
+                gpu=Pool("gpu", budgets["gpu"], device=device),
+                cpu=Pool("cpu", budgets["cpu"], pinned=device.type == "cuda"),
+                disk=Pool("disk", budgets["disk"]),
+                offload_dir=deployment.offload_dir,
+            )
+            stack.callback(self.tiers.close)
+            self.queues = TransferQueues(device, tracer)
+            stack.callback(self.queues.close)
+            self._stack = stack.pop_all()
+
+    def place(self, engine_plan: EnginePlan) -> tuple[WeightStore, Speculator | None]:
+        """Load weights and drafts as planned, or move the weights that are loaded. What fails leaves nothing loaded.
+
+        Raises CheckpointError for a bad model, OffloadError for an offload folder that cannot be used.
+        """
+        policy = engine_plan.policy
+        if any(split.disk > 0 for split in (policy.weights, policy.cache, policy.activations)):
+            prepare_offload_dir(engine_plan.offload_dir)
+        try:
+            if self.weights is None:
+                self._load(engine_plan)
+            elif self.weights.plan != engine_plan.weight_plan:
+                self._move(self.weights, engine_plan)
+        except BaseException as error:
+            self._unload()
+            # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        assert self.weights is not None
+        return self.weights, self.speculator
+
+    def _load(self, engine_plan: EnginePlan) -> None:
+        started, config = time.perf_counter(), engine_plan.config
+        self.weights = WeightStore(engine_plan.weight_plan, self.tiers, self.queues, engine_plan.dtype)
+        self._loaded.callback(self.weights.close)
+        loader = make_loader(engine_plan, self.weights, self.keeps_files)
+        size = size_text(sum(map(engine_plan.weight_plan.tier_bytes, TIERS)))
+        logger.info("loading %s: %s of weights", config.model, size)
+        with torch.inference_mode():
+            read = loader.load(lambda skip: engine_plan.model.pieces(skip, config.seed, engine_plan.dtype, packed=True))
+        self.loaded_bytes += read
+        self.reused_bytes += loader.reused_bytes
+        self.weights.check()
+        if config.simulate_acceptance is not None:
+            logger.warning(
+                "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",
+                config.simulate_acceptance,
+            )
+        if engine_plan.speculation is not None:
+            offload_dir = engine_plan.offload_dir
+            self.speculator = engine_plan.speculation.load(self.queues, engine_plan.dtype, offload_dir)
+            self._loaded.callback(self.speculator.close)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        rate = f"{size_text(read)} read at {read / seconds / 1e9:.2f} GB/s"
+        reused = f", {size_text(loader.reused_bytes)} found in the offload folder" if loader.reused_bytes else ""
+        told = config.model, duration_text(seconds), rate, reused, shares(engine_plan)
+        logger.info("loaded %s in %s: %s%s; %s", *told)
+
+    def _move(self, weights: WeightStore, engine_plan: EnginePlan) -> None:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            moved = move_weights(weights, engine_plan.weight_plan)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        logger.info("moved %s of weights in %s: %s", size_text(moved), duration_text(seconds), shares(engine_plan))
+
+    def _unload(self) -> None:
+        self.weights, self.speculator = None, None
+        self._loaded.close()
+
+    @contextlib.contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Leaves nothing open where the body raises."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def describe(self) -> dict[str, Any]:
-        """How long loading took, and what was read."""
+        """How long loading and moving took, and what was read."""
         return {"load_seconds": self.seconds, "loaded_bytes": self.loaded_bytes, "reused_bytes": self.reused_bytes}
 
+    def close(self) -> None:
+        with self._stack:
+            self._unload()
 
-def load_model(engine_plan: EnginePlan, tracer: Tracer, stack: contextlib.ExitStack) -> LoadedModel:
-    """Weights to their tiers. What has to be closed is left on ``stack``, also when loading fails.
 
-    Raises CheckpointError for a bad model, OffloadError for an offload folder that cannot be used.
-    """
-    started = time.perf_counter()
-    config, policy, offload_dir, budgets = (
-        engine_plan.config,
-        engine_plan.policy,
-        engine_plan.offload_dir,
-        engine_plan.budgets,
-    )
-    uses_disk = any(split.disk > 0 for split in (policy.weights, policy.cache, policy.activations))
-    keeps_files = config.offload_path is not None
-    if uses_disk or keeps_files:
-        prepare_offload_dir(offload_dir)
-    tiers = Tiers(
-        gpu=Pool("gpu", budgets["gpu"], device=engine_plan.device),
-        cpu=Pool("cpu", budgets["cpu"], pinned=engine_plan.device.type == "cuda"),
-        disk=Pool("disk", budgets["disk"]),
-        offload_dir=offload_dir,
-    )
-    stack.callback(tiers.close)
-    queues = TransferQueues(engine_plan.device, tracer)
-    stack.callback(queues.close)
-    weights = WeightStore(engine_plan.weight_plan, tiers, queues, engine_plan.dtype)
-    stack.callback(weights.close)
-    loader = make_loader(engine_plan, weights, keeps_files)
-    logger.info(
-        "loading %s: %s of weights", config.model, size_text(sum(map(engine_plan.weight_plan.tier_bytes, TIERS)))
-    )
-    with torch.inference_mode():
-        loaded_bytes = loader.load(
-            lambda skip: engine_plan.model.pieces(skip, config.seed, engine_plan.dtype, packed=True)
-        )
-    weights.check()
-    speculator = None
-    if config.simulate_acceptance is not None:
-        logger.warning(
-            "SIMULATED acceptance %g: drafted tokens are accepted by chance, the text means nothing",
-            config.simulate_acceptance,
-        )
-    if engine_plan.speculation is not None:
-        speculator = engine_plan.speculation.load(queues, engine_plan.dtype, offload_dir)
-        stack.callback(speculator.close)
-    seconds = time.perf_counter() - started
-    placed = ", ".join(f"{value:.1f} % {tier}" for tier, value in engine_plan.weight_plan.realized_percent.items())
-    read = f"{size_text(loaded_bytes)} read at {loaded_bytes / seconds / 1e9:.2f} GB/s"
-    reused = f", {size_text(loader.reused_bytes)} found in the offload folder" if loader.reused_bytes else ""
-    logger.info("loaded %s in %s: %s%s; %s", config.model, duration_text(seconds), read, reused, placed)
-    return LoadedModel(tiers, queues, weights, speculator, seconds, loaded_bytes, loader.reused_bytes)
+def shares(engine_plan: EnginePlan) -> str:
+    """Of the weights, on each tier."""
+    return ", ".join(f"{value:.1f} % {tier}" for tier, value in engine_plan.weight_plan.realized_percent.items())
 
 
 def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool) -> Loader:

@@ -30,11 +30,10 @@ from flexbatch.intake import Intake, Item
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.comparison import Comparison, Turn, turns
 from flexbatch.planner.forecast import Expected, JobRecord
-from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor
+from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor, UsageTracer
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import FailureLog, Statistics
 from flexbatch.request import Completion, Request
-from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import Tracer
 from flexbatch.validation.errors import ConfigurationError
 
@@ -42,6 +41,9 @@ logger = logging.getLogger("flexbatch")
 
 PEEKED_BLOCKS = 4
 """Blocks of requests that are looked at to size the cache, when the job's lengths are not known."""
+FIRST_LOOK = 1024
+"""Requests that are looked at before anything is decided: as many as the largest block that is chosen without a search
+holds."""
 
 
 class EngineLoop:
@@ -52,11 +54,9 @@ class EngineLoop:
         planner: Planner,
         capacity: Capacity,
         intake: Intake,
-        speculator: Speculator | None,
         tracer: Tracer,
     ) -> None:
-        self.planner, self.capacity, self.intake = planner, capacity, intake
-        self.speculator, self.tracer = speculator, tracer
+        self.planner, self.capacity, self.intake, self.tracer = planner, capacity, intake, tracer
         self.statistics = Statistics()
         self.comparison = Comparison()
         """Runs with and without speculation, by turns, that --compare-plain asks for."""
@@ -90,8 +90,8 @@ class EngineLoop:
         if self.prediction:
             replans = {"replans": list(self.replans), "num_replans": len(self.replans)}
             report["prediction"] = {**self.prediction, **replans}
-        if self.speculator is not None:
-            report["speculation"] = {**self.speculator.report(), **self.comparison.describe()}
+        if self.capacity.speculator is not None:
+            report["speculation"] = {**self.capacity.speculator.report(), **self.comparison.describe()}
         return report
 
     @property
@@ -131,22 +131,36 @@ class EngineLoop:
         before, capacity = self.scheduler, self.capacity
         left = [] if before is None else list(before.waiting)
         lengths = [(sequence.num_prompt_tokens, sequence.output.max_tokens) for sequence in left]
-        ahead = self.intake.ahead(PEEKED_BLOCKS * self.planner.engine_plan.policy.block_size - len(left))
+        block, peeked = self.peeked
+        ahead = self.intake.ahead(peeked - len(left))
         job = capacity.holdable(self.job(ahead, lengths))
         if before is not None:
             self.end()
             runner = capacity.prepare_largest(job)
             logger.info("made a larger block: a request was longer than those that the stream began with")
-        elif complete or job.num_requests >= self.planner.engine_plan.policy.block_size:
+        elif complete or job.num_requests >= block:
             runner = capacity.prepare(job)
         else:
-            runner = capacity.prepare_largest(job.repeated(self.planner.engine_plan.policy.block_size))
-        proposer = self.speculator if before is None else before.proposer
+            runner = capacity.prepare_largest(job.repeated(block))
+        proposer = capacity.speculator if before is None else before.proposer
         self.begin(runner, chain(left, self.intake.arrivals()), proposer)
+
+    @property
+    def peeked(self) -> tuple[int, int]:
+        """(sequences of the block, requests that are looked at to size it): before the first job nothing is decided
+        yet."""
+        config = self.planner.config
+        if self.planner.placed is not None:
+            block = self.planner.engine_plan.policy.block_size
+        elif config.gpu_batch_size is not None and config.num_gpu_batches is not None:
+            block = config.gpu_batch_size * config.num_gpu_batches
+        else:
+            return Job.TYPICAL_REQUESTS, FIRST_LOOK
+        return block, PEEKED_BLOCKS * block
 
     def job(self, requests: Iterable[Request], lengths: Iterable[tuple[int, int]] = ()) -> Job:
         """The lengths of requests, beside those of others, (prompt tokens, most generated tokens)."""
-        context = self.planner.engine_plan.arch.context
+        context = self.planner.deployment.model.arch.context
         pairs = ((len(request.prompt_token_ids), request.params) for request in requests)
         mine = ((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs)
         return Job.of(chain(lengths, mine), context)
@@ -175,6 +189,8 @@ class EngineLoop:
             self.job_record = JobRecord(Expected(self.planner.engine_plan, whole_job, runner.sizes))
             self.observers.append(self.job_record)
         monitor = self.plan_monitor(runner)
+        if isinstance(self.tracer, UsageTracer):
+            self.tracer.wanted = monitor is not None
         if monitor is not None:
             self.monitor = monitor
             self.observers.append(monitor)
@@ -182,7 +198,7 @@ class EngineLoop:
     def plan_monitor(self, runner: Runner) -> PlanMonitor | None:
         """None where nothing was planned, or drafts change what a pass is."""
         plan = self.planner.engine_plan.plan
-        if plan is None or self.speculator is not None:
+        if plan is None or self.capacity.speculator is not None:
             return None
         meter = PassMeter(plan, BusySeconds(self.tracer))
         has_buffers = runner.sizes.max_cpu_attention_tokens > 0
@@ -232,19 +248,21 @@ class EngineLoop:
         if scheduler is None:
             return
         scheduler.abort()
-        self.capacity.weights.drain()
+        if self.capacity.weights is not None:
+            self.capacity.weights.drain()
         self.statistics.moved_bytes = self.capacity.queues.moved_bytes()
         for observer in self.observers:
             observer.after_run()
 
     def completions(
-        self, requests: Many[Request], proposer: Speculator | None
+        self, requests: Many[Request], drafted: bool = True
     ) -> Generator[tuple[Request, Completion], None, None]:
-        """The completion of every request of a job, as it ends; the caller delivers it. Raises ConfigurationError for
-        one that no block holds."""
+        """The completion of every request of a job, as it ends; the caller delivers it. drafted: with the drafts, where
+        there are any. Raises ConfigurationError for one that no block holds."""
         with self.ending():
             job = self.job(requests)
-            self.begin(self.capacity.prepare(job), self.intake.arrivals(), proposer, job)
+            runner = self.capacity.prepare(job)
+            self.begin(runner, self.intake.arrivals(), self.capacity.speculator if drafted else None, job)
             self.intake.add_requests(requests)
             while self.intake:
                 for sequence in self.advance(complete=True):
@@ -260,12 +278,13 @@ class EngineLoop:
     ) -> Generator[tuple[Hashable, Completion], None, None]:
         """Items of `LLM.stream` in, (key, completion) out. ``helper``: what the thread that draws them is made by."""
         self.intake.check_empty("stream")
-        numbers, policy = count(), lambda: self.planner.engine_plan.policy
+        numbers = count()
         with contextlib.closing(Feed(items, helper)) as feed, self.ending(feed.wake):
             while True:
                 if self.draining and not self.intake:
                     return
-                limit = policy().block_size if self.running else PEEKED_BLOCKS * policy().block_size
+                block, peeked = self.peeked
+                limit = block if self.running else peeked
                 wanted = 0 if self.draining else limit - self.intake.num_waiting
                 for item in feed.take(wanted, wait=not self.intake):
                     refused = self.intake.add_item(next(numbers), item, on_tokens)
@@ -276,15 +295,14 @@ class EngineLoop:
                 elif feed.ended:
                     return
 
-    def compared(
-        self, requests: Many[Request], proposer: Speculator
-    ) -> Generator[tuple[Request, Completion], None, None]:
+    def compared(self, requests: Many[Request]) -> Generator[tuple[Request, Completion], None, None]:
         """`completions`, with plain decoding of the same requests by turns, for the report. No turn finds prompts in
         the cache that an earlier one has read."""
+        self.capacity.prepare(self.job(requests))
         for turn in turns(requests, self.planner.engine_plan.policy.block_size):
             self.capacity.prepare(self.job(turn.requests)).cache.forget_prefixes()
             with self.measuring(turn):
-                for request, completion in self.completions(turn.requests, proposer if turn.drafted else None):
+                for request, completion in self.completions(turn.requests, turn.drafted):
                     if turn.drafted and turn.kept:
                         yield request, completion
                     else:

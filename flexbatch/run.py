@@ -86,9 +86,16 @@ def with_flexgen_flags(engine: EngineConfig, run: RunConfig) -> EngineConfig:
 
 
 def print_plan(
-    engine: EngineConfig, job: Job | None, model: OpenModel | None, as_json: bool, plot: str | None, data: TextIO
+    engine: EngineConfig,
+    job: Job | None,
+    model: OpenModel | None,
+    words: str,
+    as_json: bool,
+    plot: str | None,
+    data: TextIO,
 ) -> int:
-    """--dry-run: what would be where, what it should cost, and why. Raises DoesNotFitError as a run would."""
+    """--dry-run: what would be where, what it should cost, and why. words: say what job it is that is planned for.
+    Raises DoesNotFitError as a run would."""
     from flexbatch.execution.job import Job
     from flexbatch.planner import tables
     from flexbatch.planner.planner import Planner
@@ -99,9 +106,9 @@ def print_plan(
     report = planner.describe(job or Job.typical(planner.deployment.model.arch.context))
     plan = report.pop("plan")
     if as_json:
-        print(json.dumps({**report, **summary(plan)}, indent=2, default=str), file=data)
+        print(json.dumps({**report, **summary(plan), "planned_for": words}, indent=2, default=str), file=data)
     else:
-        print(explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}"), file=data)
+        print(words, explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}"), sep="\n", file=data)
     if plot is not None:
         try:
             plot_plan(plan, plot)
@@ -129,7 +136,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     if config.dry_run:
         check_inputs(engine, config.prompts)
         work = make_work(engine, config, sampling)
-        return print_plan(engine, work.job(), work.model, config.json, config.plot, data)
+        job, words = work.planned_job(config, sampling)
+        return print_plan(engine, job, work.model, words, config.json, config.plot, data)
     try:
         if config.output is None:
             resume = None

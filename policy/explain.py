@@ -43,6 +43,13 @@ def summary(plan: Plan) -> dict:
         "free_bytes": {tier: plan.budgets[tier] - sum(plan.memory[tier].values()) for tier in TIERS},
         "pass_seconds": plan.pass_seconds,
         "passes": plan.passes,
+        "sequences": plan.workload.num_sequences,
+        "waves": plan.waves,
+        "tail_passes": plan.tail_passes,
+        "tail_sequences": plan.tail_sequences,
+        "tail_seconds": plan.tail_seconds,
+        "assumed_prompt_tokens": plan.workload.mean_prompt,
+        "assumed_answer_tokens": plan.workload.mean_output,
         "job_seconds": plan.seconds,
         "launch_seconds": plan.launch_seconds,
         "first_answer_seconds": plan.first_answer_seconds,
@@ -98,12 +105,31 @@ def in_words(plan: Plan, smaller_caches: Mapping[int, Plan]) -> list[str]:
     if plan.seconds is not None and plan.first_answer_seconds is not None:
         per_pass = duration_text(plan.pass_seconds)
         lines.append(said("this job", f"{duration_text(plan.seconds)}, in {plan.passes:,.0f} passes of {per_pass}"))
+        lines += [said("waves", waves_text(plan)), said("tail", tail_text(plan))]
         load = f"loading the model takes about {duration_text(load_seconds(plan))} before"
         lines.append(said("first answer", f"after {duration_text(plan.first_answer_seconds)}; {load}"))
     lines += [said("disk", disk_text(plan)), said("limited by", limit_text(plan))]
     lines.append(said("1 GiB more", what_more_memory_buys(plan)))
     lines += [said(f"{bits}-bit cache", compared(plan, other)) for bits, other in smaller_caches.items()]
     return lines
+
+
+def waves_text(plan: Plan) -> str:
+    """How often the job fills the block, and the lengths that this stands for."""
+    waves = "1 wave" if plan.waves == 1 else f"{plan.waves:,} waves"
+    prompt, answer = plan.workload.mean_prompt, plan.workload.mean_output
+    lengths = f"assumed are prompts of {number_text(prompt)} tokens and answers of {number_text(answer)} on average"
+    return f"{waves} of up to {plan.most_in_flight:,.0f} sequences; {lengths}"
+
+
+def tail_text(plan: Plan) -> str:
+    """What the passes after the last admission cost that are not full."""
+    if plan.seconds is None or plan.tail_passes < 0.5:
+        return "none: the block is full until the end"
+    return (
+        f"the last {plan.tail_passes:,.0f} passes run {number_text(plan.tail_sequences)} of {plan.most_in_flight:,.0f} "
+        f"sequences and take {duration_text(plan.tail_seconds)}, {plan.tail_seconds / plan.seconds:.0%} of the job"
+    )
 
 
 def said(what: str, text: str) -> str:

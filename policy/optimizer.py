@@ -23,7 +23,7 @@ from flexbatch.policy.search import Search
 from flexbatch.policy.workload import Workload
 
 GRID_BATCHES = tuple(2**i for i in range(11))
-GRID_COUNTS = tuple(2**i for i in range(7))
+GRID_COUNTS = (1, 4, 16, 64)
 MIN_BUDGET = 256
 """Prompt tokens that a micro-batch may always bring: fewer would cut prompts into crumbs to save little memory."""
 FILLS = (1.0, 0.5, 0.25, 0.0)
@@ -32,9 +32,6 @@ alike, 0 brings all at once."""
 FINALISTS = 12
 CLIMB = 60
 """Linear programs that the search around the best grid points may take."""
-WITHIN_REACH = 0.85
-"""A grid point that reaches this share of the rate that is needed is worth a closer look: sizes between the grid's
-powers of two, and pricing, change no more than the rest."""
 FEW_WAVES = 8
 """Waves of a job from which a small last one costs too little to look for others."""
 POLISHED = 4
@@ -42,6 +39,8 @@ POLISHED = 4
 DISK_GAIN = 0.01
 """What the disk must gain over the best plan without it: it is the resource that is predicted worst, and all that
 lies there is written first."""
+DISK_FACTORS = (1.0, 1.5, 2.5, 5.0)
+"""Sizes of blocks that are tried with the disk, as multiples of the best without it."""
 GOOD_ENOUGH = 0.995
 """The share of the machine's bound above which nothing is left to search for."""
 
@@ -81,10 +80,10 @@ def first_fill(search: Search, block: float) -> float:
     return 1.0 if total is None or total > 4 * block else 0.5
 
 
-def grid(sequences: float) -> list[tuple[int, int]]:
-    """Sizes and counts in powers of two, those nearest to ``sequences`` in flight first, so that the rest is pruned
-    early."""
-    pairs = itertools.product(GRID_BATCHES, GRID_COUNTS)
+def grid(sequences: float, step: int = 1) -> list[tuple[int, int]]:
+    """Sizes in powers of two (with ``step`` 2, of four) and counts in powers of four, those nearest to ``sequences`` in
+    flight first, so that the rest is pruned early."""
+    pairs = itertools.product(GRID_BATCHES[::step], GRID_COUNTS)
     return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
 
 
@@ -117,10 +116,8 @@ def balanced(total: int, batch: int, count: int) -> list[int]:
 def explore(search: Search, template: Policy, bound: MachineBound) -> None:
     """The grid, then hill climbing from its best points, then other fills."""
     good = GOOD_ENOUGH * bound.tokens_per_second
-    for batch, count in grid(bound.sequences):
+    for batch, count in grid(bound.sequences, 2 if template.cache.disk else 1):
         search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
-    if search.top(template) < search.least_rate:
-        return
     limit = search.linear_programs + effort(template, CLIMB)
 
     def climb(sizes: Iterable[Policy]) -> bool:
@@ -208,7 +205,7 @@ def finals(search: Search, template: Policy) -> list[Plan]:
 
     The linear program sees a job as four average passes, so that its order among candidates is not the last word.
     """
-    family = [candidate for candidate in search.family(template) if candidate.tokens_per_second >= search.least_rate]
+    family = search.family(template)
     count = effort(template, FINALISTS)
     plans = [plan for plan in map(search.finish, family[:count]) if plan]
     return plans or [plan for plan in map(search.finish, family[count : 3 * FINALISTS]) if plan]
@@ -224,7 +221,7 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
     hardware = hardware.with_memory(constraints.gpu_memory, constraints.cpu_memory, constraints.disk)
     search = Search(shape, hardware, workload, constraints)
     bounds = families(search)
-    best = best_plan(search, bounds)
+    best = best_plan_of_all(search, bounds)
     if best is None:
         raise does_not_fit(
             shape,
@@ -233,7 +230,6 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
             constraints,
             block_policy(search, templates(workload, constraints)[-1], 1, 1, 1.0),
         )
-    best = without_disk(search, bounds, best)
     counted = price(shape, hardware, workload, best.policy)
     limit = max(bound.tokens_per_second for bound, _ in bounds)
     elapsed = time.perf_counter() - start
@@ -246,22 +242,40 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
     )
 
 
-def without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]], best: Plan) -> Plan:
-    """The best plan that leaves the disk alone, where it costs next to nothing; else ``best``."""
+def best_plan_of_all(search: Search, bounds: list[tuple[MachineBound, Policy]]) -> Plan | None:
+    """The best plan; of those that use the disk, only one that gains more than DISK_GAIN by it. None when nothing
+    fits."""
     fixed = fixed_fractions(search.constraints)
-    on_disk = any(split.disk for split in (best.policy.weights, best.policy.cache, best.policy.activations))
-    if not on_disk or any(fixed.get(f"{kind}_disk") for kind in KINDS):
-        return best
-    least = (1 - DISK_GAIN) * best.predicted_tokens_per_second
-    dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0), least_rate=WITHIN_REACH * least)
+    if search.placement_given or any(fixed.get(f"{kind}_disk") for kind in KINDS):
+        return best_plan(search, bounds)
+    dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0))
     plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
     search.linear_programs = dry.linear_programs
-    if plan is None or plan.predicted_tokens_per_second < least:
-        return best
-    # The program's dual is that of a machine without a disk; here there is room on it that the plan leaves.
-    return dataclasses.replace(
-        plan, hardware=search.hardware, tokens_per_second_per_gib={**plan.tokens_per_second_per_gib, "disk": 0.0}
-    )
+    if plan is not None:
+        # The program's dual is that of a machine without a disk; here there is room on it that the plan leaves.
+        duals = {**plan.tokens_per_second_per_gib, "disk": 0.0}
+        plan = dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib=duals)
+        if not disk_could_gain(search, bounds, plan, max(dry.top(template) for _, template in bounds)):
+            return plan
+    best = best_plan(search, bounds)
+    if best is None or plan is None:
+        return best or plan
+    least = (1 - DISK_GAIN) * best.predicted_tokens_per_second
+    return plan if plan.predicted_tokens_per_second >= least else best
+
+
+def disk_could_gain(search: Search, bounds: list[tuple[MachineBound, Policy]], dry: Plan, rate: float) -> bool:
+    """Whether blocks of the size of ``dry``, which leaves the disk alone, and larger ones would be faster than ``rate``
+    with it, by more than DISK_GAIN: a few programs, before a search of its own."""
+    batch, count = dry.policy.gpu_batch_size, dry.policy.num_gpu_batches
+    for _, template in bounds:
+        for factor in DISK_FACTORS:
+            size = max(1, round(batch * factor))
+            policy = block_policy(search, template, size, count, first_fill(search, size * count))
+            candidate = search.attempt(policy, rate)
+            if candidate is not None and candidate.tokens_per_second > (1 + DISK_GAIN) * rate:
+                return True
+    return False
 
 
 def best_plan(search: Search, bounds: list[tuple[MachineBound, Policy]]) -> Plan | None:

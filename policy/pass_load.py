@@ -78,8 +78,6 @@ class Lengths:
     prompt_pairs: float
     reserved: float
     """Cache slots (full pages) of a sequence in flight; the longer a sequence stays, the more often it is met."""
-    reserved_plain: float
-    """The same over all sequences of the job."""
 
     @classmethod
     def of(cls, workload: Workload, policy: Policy) -> Lengths:
@@ -99,7 +97,6 @@ class Lengths:
             "prompt_context": chunk * chunks * (chunks - 1) / 2,
             "prompt_pairs": prompt * (prompt + 1) / 2,
             "reserved": slots * stay / stay.mean(),
-            "reserved_plain": slots,
         }
         return cls(**dict(zip(values, np.stack(list(values.values())).mean(axis=1).tolist(), strict=True)))
 
@@ -115,10 +112,15 @@ def first_finish(workload: Workload, policy: Policy) -> int:
 
 
 def reserved_tokens(workload: Workload, policy: Policy) -> float:
-    """Cache slots that an average sequence in flight holds."""
-    lengths = Lengths.of(workload, policy)
-    whole_job = workload.num_sequences is not None and workload.num_sequences <= policy.block_size
-    return lengths.reserved_plain if whole_job else lengths.reserved
+    """Cache slots that the pools hold for a sequence of the block, on average: of a job that ends, for its longest
+    sequences."""
+    if workload.num_sequences is None:
+        return Lengths.of(workload, policy).reserved
+    longest = workload.longest_slots
+    count = min(1.0, policy.block_size / workload.num_sequences) * len(longest)
+    whole = int(count)
+    total = float(longest[:whole].sum()) + (count - whole) * float(longest[min(whole, len(longest) - 1)])
+    return total / count
 
 
 def steady_load(workload: Workload, policy: Policy, in_flight: float | None = None) -> tuple[PassLoad, float]:

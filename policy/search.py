@@ -15,13 +15,15 @@ from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, short
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import Solution, fixed_fractions, solve, time_rows
 from flexbatch.policy.model_shape import ModelShape
-from flexbatch.policy.pass_load import PassLoad, job_phases, steady_load
+from flexbatch.policy.pass_load import FLUID_BLOCKS, PassLoad, job_phases, steady_load
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
 from flexbatch.policy.rounding import placed
 from flexbatch.policy.trajectory import JobPasses, passes_of
 from flexbatch.policy.workload import Workload
 
+LONG_JOB = 4096
+"""Sequences from which a job of many blocks is long."""
 Family = tuple[int, int, float, Split]
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
 ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
@@ -45,8 +47,6 @@ class Search:
     hardware: Hardware
     workload: Workload
     constraints: Constraints
-    least_rate: float = 0.0
-    """Tokens a second below which no size leads to a plan that is of use."""
     linear_programs: int = 0
     walks: dict[tuple[float, ...], JobPasses] = field(default_factory=dict)
     """The job's passes by the sizes that they depend on: of bits and placements they know nothing."""
@@ -65,7 +65,7 @@ class Search:
 
     def passes(self, policy: Policy) -> tuple[PassModel, np.ndarray, float]:
         """(the average passes of the job's phases, how often each counts, generated tokens in all of them)."""
-        if self.workload.num_sequences is None:
+        if self.workload.num_sequences is None or self.is_long(policy):
             load, finished = steady_load(self.workload, policy)
             return (
                 PassModel(self.shape, self.hardware, policy, PassLoad.together([load])),
@@ -76,6 +76,12 @@ class Search:
         loads, counts = zip(*job_phases(self.workload, policy), strict=True)
         model = PassModel(self.shape, self.hardware, policy, PassLoad.together(loads))
         return model, np.array(counts), self.workload.num_sequences * self.workload.mean_output
+
+    def is_long(self, policy: Policy) -> bool:
+        """Whether a block fills so often that policies are compared by their steady state. What is chosen is priced
+        with the beginning and the end of the job all the same."""
+        total = self.workload.num_sequences
+        return total is not None and total > max(LONG_JOB, FLUID_BLOCKS * policy.block_size)
 
     @property
     def placement_given(self) -> bool:
@@ -104,7 +110,7 @@ class Search:
         model, counts, tokens = self.passes(policy)
         # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
         least = float(np.sum(counts * (model.launched(ON_GPU) + least_compute(model))))
-        if tokens / least < (max(self.least_rate, self.top(policy)) if least_rate is None else least_rate):
+        if tokens / least < (self.top(policy) if least_rate is None else least_rate):
             return None
         solution = self.solve(policy, model, counts, memory, budgets)
         if solution is not None:
@@ -154,7 +160,8 @@ class Search:
         """See `plan.price`."""
         sizes = (policy.gpu_batch_size, policy.num_gpu_batches, policy.prompt_tokens_per_micro_batch, policy.chunk)
         if sizes not in self.walks:
-            self.walks[sizes] = passes_of(self.workload, policy, exact=False)
+            workload = dataclasses.replace(self.workload, num_sequences=None) if self.is_long(policy) else self.workload
+            self.walks[sizes] = passes_of(workload, policy, exact=False)
         return price(self.shape, self.hardware, self.workload, policy, self.walks[sizes])
 
     def solve(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexbatch.policy.admission import num_pages
+from flexbatch.policy.limits import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,17 @@ class Workload:
         return max(prompt for prompt, _ in self.lengths)
 
     @functools.cached_property
+    def mean_prompt(self) -> float:
+        return sum(prompt for prompt, _ in self.lengths) / len(self.lengths)
+
+    @functools.cached_property
     def mean_output(self) -> float:
         return sum(output for _, output in self.lengths) / len(self.lengths)
+
+    @functools.cached_property
+    def longest_slots(self) -> np.ndarray:
+        """Cache slots (full pages) of each of the equally likely sequences, the most first."""
+        return np.sort(np.ceil(self.columns.sum(axis=0) / PAGE_TOKENS) * PAGE_TOKENS)[::-1]
 
     @functools.cached_property
     def requests(self) -> list[Request]:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from flexbatch.models.opened import OpenModel
 
 
+LONG_JOB = 4096
+"""Prompts that a --dry-run without prompts plans for: several blocks of any size that is chosen."""
+
+
 @dataclass(frozen=True)
 class Work:
     """The rows as given, the token ids of their prompts, and how to complete them."""
@@ -39,6 +43,23 @@ class Work:
         context = self.model.arch.context
         pairs = [(len(ids), self.params.tokens_within(context - len(ids))) for ids in self.token_ids[first:]]
         return [pair for pair in pairs for _ in range(self.params.n)]
+
+    def planned_job(self, run: RunConfig, sampling: SamplingConfig) -> tuple[Job, str]:
+        """What a --dry-run plans for, and words that say so: the prompts given; without any, a long job of typical
+        lengths, as far as the settings name no others."""
+        if run.prompts is not None:
+            return self.job(), "planned for the prompts of --prompts; every answer as long as it may get"
+        context, params = self.model.arch.context, self.params
+        prompt = min(run.prompt_len or Job.TYPICAL_PROMPT, max(1, context - 1))
+        answer = Job.TYPICAL_ANSWER if sampling.max_tokens is None else params.tokens_within(context - prompt)
+        count = (run.num_prompts or LONG_JOB) * params.n
+        job = Job.alike(count, prompt, answer, context)
+        answer = min(answer, context - prompt)
+        return job, (
+            f"no prompts were given: planned for a job of {count:,} prompts of {prompt:,} tokens, "
+            f"answers of {answer:,}. "
+            "--prompts FILE plans for yours; --num-prompts, --prompt-len and --max-tokens for others"
+        )
 
     def facts(self, engine: EngineConfig) -> dict[str, Any]:
         """What the completions depend on, by the names of the flags: where tensors lie and in which blocks prompts run

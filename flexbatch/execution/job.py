@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,10 +18,14 @@ class Job:
     cache_tokens: tuple[int, ...]
     prompt_tokens: tuple[int, ...]
 
+    TYPICAL_REQUESTS: ClassVar[int] = 256
+    TYPICAL_PROMPT: ClassVar[int] = 512
+    TYPICAL_ANSWER: ClassVar[int] = 128
+
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int]], max_positions: int) -> Job:
-        """The job of requests given as (prompt tokens, max_tokens). The context may end one earlier. The last token that
-        a request generates needs no row, and the last one of a prompt that is only scored is not read."""
+        """The job of requests given as (prompt tokens, max_tokens). The context may end one earlier. The last token
+        that a request generates needs no row, and the last one of a prompt that is only scored is not read."""
         pairs = [
             (prompt - 1, prompt - 1)
             if max_tokens == 0 and prompt > 1
@@ -31,10 +36,15 @@ class Job:
 
     @classmethod
     def typical(cls, max_positions: int) -> Job:
-        """Before any prompt is known: 256 requests of 512 prompt tokens and 128 generated ones, within the model's
-        context."""
-        prompt, total = min(512, max(1, max_positions - 1)), min(639, max_positions)
-        return cls((total,) * 256, (prompt,) * 256)
+        """Before any prompt is known: so many requests of typical lengths, within the model's context."""
+        return cls.alike(cls.TYPICAL_REQUESTS, cls.TYPICAL_PROMPT, cls.TYPICAL_ANSWER, max_positions)
+
+    @classmethod
+    def alike(cls, count: int, prompt: int, max_tokens: int, max_positions: int) -> Job:
+        """``count`` requests of the same lengths, within the model's context."""
+        prompt = min(prompt, max(1, max_positions - 1))
+        one = cls.of([(prompt, max_tokens)], max_positions)
+        return cls(one.cache_tokens * count, one.prompt_tokens * count)
 
     def first(self, count: int) -> Job:
         """The job of its first requests alone."""

@@ -120,6 +120,13 @@ def stream(
     return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, packing, packed)
 
 
+def check(folder: Path | str, arch: Arch) -> None:
+    """Raises CheckpointError for missing and mis-shaped tensors and files whose headers are damaged; no tensor is
+    read."""
+    folder = Path(folder)
+    assign(list_tensors(folder), arch, folder, _packing(folder))
+
+
 def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:
     """(bits, group) of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an
     ordinary checkpoint. Reads headers only."""

@@ -45,6 +45,12 @@ class OpenModel:
         """(bits, group) by role of a checkpoint that is quantized already."""
         return {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
 
+    def check(self) -> None:
+        """Raises CheckpointError for a checkpoint that does not hold what its configuration says, as far as headers
+        show it."""
+        if self.folder is not None:
+            checkpoint.check(self.folder, self.arch)
+
     def pieces(
         self, skip: set[tuple[int, str]], seed: int, dtype: torch.dtype, packed: bool = False
     ) -> Iterator[Piece | QuantizedPiece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import replace
 
 from flexbatch.execution.block_sizes import logits_chunk_bytes
@@ -12,7 +13,8 @@ from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.tiers import Tiers, check_budgets
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
-from flexbatch.planner.choose import overshoot
+from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.placements import overshoot
 from flexbatch.planner.planner import Planner
 from flexbatch.policy.units import size_text
 from flexbatch.speculative.speculator import Speculator
@@ -20,24 +22,40 @@ from flexbatch.validation.errors import DoesNotFitError
 
 
 class Capacity:
-    """Owns the runner, within the budgets. ``runner`` is None before the first job, and after a failure."""
+    """Owns the runner, within the budgets, and has the weights placed for the jobs. ``runner`` is None before the first
+    job, and after a failure."""
 
     def __init__(
         self,
         planner: Planner,
-        weights: WeightStore,
         tiers: Tiers,
         queues: TransferQueues,
-        speculator: Speculator | None,
+        place: Callable[[EnginePlan], tuple[WeightStore, Speculator | None]],
     ) -> None:
-        self.planner, self.weights, self.tiers, self.queues = planner, weights, tiers, queues
-        self.speculator = speculator
+        """place: loads the weights as planned, or moves those that are loaded; returns them, and the drafts."""
+        self.planner, self.tiers, self.queues, self._place = planner, tiers, queues, place
         self.runner: Runner | None = None
+        self.weights: WeightStore | None = None
+        """None before the first job."""
+        self.speculator: Speculator | None = None
+
+    def place(self, engine_plan: EnginePlan) -> WeightStore:
+        """The weights on the tiers of a plan. The runner is closed before they move."""
+        if self.weights is None or self.weights.plan != engine_plan.weight_plan:
+            self.close()
+            self.weights, self.speculator = None, None
+            self.planner.placed = None
+            self.weights, self.speculator = self._place(engine_plan)
+            self.planner.placed = engine_plan
+        return self.weights
 
     def prepare(self, job: Job) -> Runner:
         """A runner whose sizes suit the job. Raises DoesNotFitError."""
         engine_plan = self.planner.replan(job)
         sizes = engine_plan.sizes(job)
+        if self.weights is None or self.weights.plan != engine_plan.weight_plan:
+            check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
+        weights = self.place(engine_plan)
         if engine_plan.speculation is not None and self.speculator is not None:
             check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
             engine_plan.speculation.open_runner(self.speculator, sizes.sequence_tokens)
@@ -47,7 +65,7 @@ class Capacity:
         check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
         self.runner = open_runner(
             engine_plan.arch,
-            self.weights,
+            weights,
             engine_plan.layout,
             engine_plan.policy,
             sizes,

@@ -3,30 +3,36 @@ the other."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexbatch.execution.job import Job
-from flexbatch.memory.tiers import MemoryRequirement, check_budgets
+from flexbatch.memory.tiers import check_budgets
+from flexbatch.planner.placements import (
+    SMALLEST_PREFILL_BUDGET,
+    WHOLE_BLOCK,
+    Requirements,
+    baseline_policy,
+    fallbacks,
+    fits_in_memory,
+    overshoot,
+    resident,
+)
 from flexbatch.planner.problem import Problem, constraints_of
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, MAX_PREFILL_CHUNK, PAGE_TOKENS
+from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit, Plan, price
-from flexbatch.policy.policy import Policy, Split
+from flexbatch.policy.policy import Policy
 from flexbatch.validation.errors import DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
 
 NO_SEARCH_SHARE = 0.25
-"""Share of every budget below which a job needs no search: whatever is chosen, nothing has to travel."""
-WHOLE_BLOCK = 1024
-"""Sequences of a block that is chosen without a search, at most: GEMMs are efficient from there on."""
-SMALLEST_PREFILL_BUDGET = 32
-"""Prompt tokens of a micro-batch in a pass where memory is so short that no more fit."""
+"""Share of every budget below which a job is not even priced: whatever is chosen, nothing has to travel."""
 ROUNDING = 0.05
 """Share of a budget that whole tensors, sequences and pages may exceed a plan by."""
 KEPT_BLOCK_SHARE = 0.97
@@ -37,17 +43,6 @@ LENGTH_TOLERANCE = 0.25
 """Relative difference of mean lengths from which another job is decided for again."""
 ROUNDS = 12
 """Choices that may follow each other with less capacity, until the exact sizes fit."""
-ON_GPU, ON_CPU, ON_DISK = Split(1, 0), Split(0, 1), Split(0, 0, 1)
-FALLBACK_PLACEMENTS = (
-    (ON_GPU, ON_GPU),
-    (ON_CPU, ON_GPU),
-    (ON_CPU, ON_CPU),
-    (ON_DISK, ON_GPU),
-    (ON_DISK, ON_CPU),
-    (ON_DISK, ON_DISK),
-)
-"""Placements of weights and cache that are tried with exact sizes when the optimizer, whose sizes are a little
-larger, finds none."""
 
 
 @dataclass(frozen=True)
@@ -58,69 +53,12 @@ class Choice:
     plan: Plan | None
 
 
-Requirements = Callable[[Policy], list[MemoryRequirement]]
-"""The engine's exact requirements under a policy."""
-
-
-def baseline_policy(
-    problem: Problem, placement: tuple[Split, Split] = (ON_GPU, ON_GPU), most_sequences: int = WHOLE_BLOCK
-) -> Policy:
-    """The user's settings; where they say nothing, ``placement`` of weights and cache, one micro-batch and the block
-    as large as the job."""
-    config, job, percent = problem.config, problem.job, problem.percent
-    weights, cache = placement
-    activations = ON_GPU
-    if config.percent is not None:
-        weights, cache, activations = (
-            Split.from_percent(config.percent[2 * kind], config.percent[2 * kind + 1]) for kind in range(3)
-        )
-    if problem.loaded is not None:
-        weights = problem.loaded.weights
-    assert percent is None or len(percent) == 6
-    sequences = whole_waves(job.num_requests, most_sequences)
-    batch = config.gpu_batch_size or -(-sequences // (config.num_gpu_batches or 1))
-    constraints = constraints_of(problem, problem.budgets)
-    return Policy(
-        weights=weights,
-        cache=cache,
-        activations=activations,
-        gpu_batch_size=batch,
-        num_gpu_batches=config.num_gpu_batches or -(-sequences // batch),
-        weight_bits=max(constraints.weight_bits),
-        cache_bits=max(constraints.cache_bits),
-        cpu_attention=config.cpu_attention or 0.0,
-        prefill_chunk=config.prefill_chunk
-        or min(MAX_PREFILL_CHUNK, -(-job.longest_prompt // PAGE_TOKENS) * PAGE_TOKENS),
-        overlap=config.overlap,
-        prefill_budget=config.prefill_budget or 0,
-    )
-
-
-def whole_waves(total: int, most: int) -> int:
-    """Sequences of a block that takes a job in as few waves as ``most`` does, all of them alike: a last wave of a few
-    sequences would take as many passes as the others."""
-    waves = -(-max(1, total) // most)
-    return -(-max(1, total) // waves)
-
-
-def overshoot(rows: Iterable[MemoryRequirement], budgets: dict[str, int], share: float = 1.0) -> dict[str, int]:
-    """Bytes by which the requirements of each tier exceed ``share`` of its budget; empty when all fit."""
-    totals = dict.fromkeys(budgets, 0)
-    for row in rows:
-        totals[row.tier] += row.num_bytes
-    return {
-        tier: math.ceil(total - share * budgets[tier])
-        for tier, total in totals.items()
-        if total > share * budgets[tier]
-    }
-
-
 def choose_policy(problem: Problem, hardware: Callable[[], Hardware], requirements: Requirements) -> Choice:
     """The policy of the user's settings, the rest of it chosen; it fits by the engine's exact ``requirements``.
 
-    ``hardware`` is called only when something has to be weighed. A job far below all budgets is not searched for:
-    everything is where the user wants it, or on the gpu tier. Raises DoesNotFitError with a table of what is
-    missing.
+    ``hardware`` is called only when something has to be weighed. Where nothing has to travel, nothing is searched for:
+    everything is where the user wants it, or on the gpu tier. Nothing is on the disk where host memory holds the whole
+    job. Raises DoesNotFitError with a table of what is missing.
     """
     baseline = baseline_policy(problem)
     if not overshoot(requirements(baseline), problem.budgets, NO_SEARCH_SHARE):
@@ -129,7 +67,21 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], requiremen
     if problem.is_fixed:
         # Refused by the caller with the exact table when it does not fit.
         return Choice(baseline, priced(problem, machine, baseline))
+    for policy in resident(problem, baseline):
+        if not overshoot(requirements(policy), problem.budgets):
+            return Choice(policy, priced(problem, machine, policy))
     logger.info("planning where everything goes, for %s sequences", f"{problem.job.num_requests:,}")
+    if fits_in_memory(problem, requirements):
+        dry = dataclasses.replace(problem, budgets={**problem.budgets, "disk": 0})
+        with contextlib.suppress(DoesNotFitError):
+            found = weighed(dry, machine, requirements)
+            if found.policy.block_size >= baseline.block_size or problem.config.gpu_batch_size is not None:
+                return Choice(found.policy, priced(problem, machine, found.policy, found.plan))
+    return weighed(problem, machine, requirements)
+
+
+def weighed(problem: Problem, machine: Hardware, requirements: Requirements) -> Choice:
+    """The fastest of the search's choice and the simple placements. Raises DoesNotFitError."""
     simple = [priced(problem, machine, policy) for policy in fallbacks(problem, requirements)]
     found = [Choice(plan.policy, plan) for plan in simple]
     refusal = None
@@ -191,7 +143,7 @@ def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -
 def choice_of(plan: Plan, problem: Problem, hardware: Hardware) -> Choice:
     """The policy of ``plan`` as the engine runs it, priced anew where that differs."""
     policy = executable(problem, plan.policy)
-    return Choice(policy, plan if policy == plan.policy else with_search(priced(problem, hardware, policy), plan))
+    return Choice(policy, plan if policy == plan.policy else priced(problem, hardware, policy, plan))
 
 
 def predicted(choice: Choice) -> float:
@@ -239,41 +191,17 @@ def executable(problem: Problem, policy: Policy) -> Policy:
     return policy
 
 
-def fallbacks(problem: Problem, requirements: Requirements) -> Iterator[Policy]:
-    """Simple placements that fit, each with its largest block, and with few prompt tokens a pass where more do not
-    fit."""
-    for placement in FALLBACK_PLACEMENTS[: 1 if problem.config.percent is not None else None]:
-        for policy in ladder(problem, placement):
-            if not overshoot(requirements(policy), problem.budgets):
-                yield policy
-                break
-
-
-def ladder(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]:
-    """Ever smaller blocks of one placement."""
-    for budget in [problem.config.prefill_budget] if problem.config.prefill_budget else [512, SMALLEST_PREFILL_BUDGET]:
-        sequences = min(WHOLE_BLOCK, problem.job.num_requests)
-        while sequences:
-            policy = baseline_policy(problem, placement, sequences)
-            yield dataclasses.replace(policy, prefill_budget=min(budget, policy.gpu_batch_size * policy.prefill_chunk))
-            # Halves rounded up: 50 of 101 would leave one for a third wave.
-            sequences = -(-sequences // 2) if sequences > 1 else 0
-
-
 def without_reserves(hardware: Hardware) -> Hardware:
     """The engine's budgets are for its pools alone: what the context and libraries take is outside of them."""
     return dataclasses.replace(hardware, gpu_reserved_bytes=0, cpu_reserved_bytes=0)
 
 
-def priced(problem: Problem, hardware: Hardware, policy: Policy) -> Plan:
-    """What a policy costs for the problem's job within its budgets."""
+def priced(problem: Problem, hardware: Hardware, policy: Policy, searched_plan: Plan | None = None) -> Plan:
+    """What a policy costs for the problem's job within its budgets. searched_plan: of the search that found it."""
     budgets = problem.budgets
-    return price(
-        problem.shape,
-        hardware.with_memory(budgets["gpu"], budgets["cpu"], budgets["disk"]),
-        problem.workload,
-        policy,
-    )
+    machine = hardware.with_memory(budgets["gpu"], budgets["cpu"], budgets["disk"])
+    plan = price(problem.shape, machine, problem.workload, policy)
+    return plan if searched_plan is None else with_search(plan, searched_plan)
 
 
 def with_search(plan: Plan, searched_plan: Plan) -> Plan:

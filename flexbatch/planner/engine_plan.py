@@ -38,6 +38,11 @@ class Deployment:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def offload_dir(self) -> Path:
+        """Where the disk tier lies, and the disk that is measured."""
+        return budgets.offload_dir(self.config)
+
     def layout(self, policy: Policy) -> CacheLayout:
         return cache_layout(self.model.arch, policy.cache_bits, self.dtype)
 
@@ -105,8 +110,8 @@ class EnginePlan:
 
     @property
     def offload_dir(self) -> Path:
-        """Where the disk tier lies, and the disk that is measured."""
-        return budgets.offload_dir(self.config)
+        """See `Deployment.offload_dir`."""
+        return self.deployment.offload_dir
 
     def sizes(self, job: Job) -> BlockSizes:
         """Returns the sizes of a block for a job."""

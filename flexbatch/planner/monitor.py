@@ -58,13 +58,15 @@ class UsageTracer(RecordingTracer):
         """Busy seconds by resource since the last `take`."""
         self.first, self.last = float("inf"), float("-inf")
         self.num_passes, self.weight, self.timed_index = 0, 1, 0
+        self.wanted = True
+        """Whether anything is compared with what is timed: small models have no plan, and their passes are short."""
         self.random = random.Random(0)
 
     def begin_pass(self) -> None:
         late, self.num_passes = self.num_passes - TIMED_FIRST, self.num_passes + 1
         if late >= 0 and late % TIMED_EVERY == 0:
             self.timed_index = self.random.randrange(TIMED_EVERY)
-        self.on = late < 0 or late % TIMED_EVERY == self.timed_index
+        self.on = self.wanted and (late < 0 or late % TIMED_EVERY == self.timed_index)
         if self.on:
             self.fold()
             self.weight = 1 if late < 0 else TIMED_EVERY

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +18,17 @@ from flexbatch.config import EngineConfig
 from flexbatch.execution.block_sizes import cache_layout
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
+from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.generation_config import generation_of
 from flexbatch.models.opened import OpenModel, as_configured, open_configured
 from flexbatch.planner import budgets
-from flexbatch.planner.choose import choose_policy, differs, overshoot, priced, without_reserves
+from flexbatch.planner.choose import Choice, choose_policy, differs, priced, without_reserves
 from flexbatch.planner.engine_plan import Deployment, EnginePlan, described
+from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
+from flexbatch.planner.relocation import Comparison, Kind, could_gain, fits_while_moving, kind_of
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.policy import Policy
+from flexbatch.policy.policy import Policy, Split
 from flexbatch.speculative.setup import plan_speculation
 from flexbatch.text.prompts import PromptEncoder
 from flexbatch.validation.errors import DoesNotFitError
@@ -32,13 +37,13 @@ logger = logging.getLogger("flexbatch")
 
 
 class Planner:
-    """Owns the machine's rates and the latest `EnginePlan`. Plans follow the jobs; the weights stay where the first one
-    put them.
+    """Owns the machine's rates and the latest `EnginePlan`. Plans follow the jobs; the weights go where the first
+    one has them, and move only for one that gains by it.
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it
     is described; ``hardware`` is such a machine that no name stands for. ``model``: the configured one, where it is
-    open already. Raises DoesNotFitError when the job, or
-    without one the smallest request, does not fit the budgets.
+    open already. Without a job nothing is decided yet. Raises DoesNotFitError when the job, or without one the smallest
+    request, does not fit the budgets, CheckpointError for a bad model.
     """
 
     def __init__(
@@ -70,22 +75,50 @@ class Planner:
         self.deployment = Deployment(config, model, device, dtype, tiers, speculation)
         self._shortest_refused = sys.maxsize
         """Token rows of the shortest request that no policy was found to hold."""
-        self.engine_plan = self._first_plan(job)
+        self.placed: EnginePlan | None = None
+        """Whose weights are in memory."""
+        self.job_is_known = job is not None
+        self._engine_plan: EnginePlan | None = None
+        self._weight_plans: dict[tuple[Split, int, int], WeightPlan] = {}
+        """By what they depend on: a search asks for the same ones with many sizes of a block."""
+        self._settled: set[Kind] = set()
+        """Kinds of jobs for which the weights that are in memory were found to be good enough."""
+        if job is None:
+            self._check_smallest()
+            model.check()
+        else:
+            found = self._engine_plan = self._decide(job)
+            check_budgets(found.requirements(found.sizes(job.first(1))), self.deployment.budgets)
 
-    def _first_plan(self, job: Job | None) -> EnginePlan:
-        typical = Job.typical(self.deployment.model.arch.context)
-        # The jobs to come may be smaller than a typical one: the smallest request has to fit, and each job is asked
-        # again.
-        jobs = [typical, typical.first(1), Job((1,), (1,))] if job is None else [job]
-        for expected in jobs:
-            try:
-                found = self._decide(expected)
-                check_budgets(found.requirements(found.sizes(expected.first(1))), self.deployment.budgets)
-                return found
-            except DoesNotFitError:
-                if expected is jobs[-1]:
-                    raise
-        raise AssertionError("the last job either fits or raises")
+    def _check_smallest(self) -> None:
+        """Raises DoesNotFitError where no policy holds the smallest request. Nothing is searched for, and no machine
+        measured, where a simple placement does."""
+        smallest = Job((1,), (1,))
+        problem = self._problem(smallest)
+        baseline = baseline_policy(problem)
+
+        def needs(policy: Policy) -> list[MemoryRequirement]:
+            return self.requirements_of(policy, smallest)
+
+        if problem.is_fixed:
+            check_budgets(needs(baseline), self.deployment.budgets)
+        elif overshoot(needs(baseline), self.deployment.budgets) and not any(True for _ in fallbacks(problem, needs)):
+            self._decide(smallest)
+
+    @property
+    def engine_plan(self) -> EnginePlan:
+        """For the latest job; before the first, for a typical one, or the smallest where that does not fit."""
+        if self._engine_plan is None:
+            typical = Job.typical(self.deployment.model.arch.context)
+            for expected in (typical, typical.first(1)):
+                with contextlib.suppress(DoesNotFitError):
+                    found = self._decide(expected)
+                    check_budgets(found.requirements(found.sizes(expected.first(1))), self.deployment.budgets)
+                    self._engine_plan = found
+                    break
+            else:
+                self._engine_plan = self._decide(Job((1,), (1,)))
+        return self._engine_plan
 
     @property
     def hardware(self) -> Hardware:
@@ -109,64 +142,102 @@ class Planner:
         if self.profile_path is not None:
             write_hardware(hardware, self.profile_path)
 
-    def _decide(self, job: Job, before: EnginePlan | None = None) -> EnginePlan:
-        """A plan for a job; with ``before``, around its weights, which are in memory. Raises DoesNotFitError."""
-        deployment = self.deployment
-        loaded = None if before is None else before.policy
-        problem = Problem(
-            deployment.model.arch,
-            self.config,
-            job,
-            deployment.budgets,
-            deployment.dtype.itemsize,
-            deployment.model.prequantized,
-            loaded,
-        )
-        num_slabs = None if before is None else before.weight_plan.num_slabs
+    def _problem(self, job: Job, before: EnginePlan | None = None, bits: Policy | None = None) -> Problem:
+        model, config = self.deployment.model, self.config
+        if bits is not None:
+            config = dataclasses.replace(
+                config, weight_bits=bits.weight_bits, cache_bits=bits.cache_bits, allow_bits=()
+            )
+        element_bytes, loaded = self.deployment.dtype.itemsize, None if before is None else before.policy
+        return Problem(model.arch, config, job, self.deployment.budgets, element_bytes, model.prequantized, loaded)
+
+    def _chosen(self, problem: Problem, num_slabs: int | None = None) -> Choice:
         choice = choose_policy(
-            problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, job, num_slabs)
+            problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, problem.job, num_slabs)
         )
         if choice.plan is not None:
             rate, limit = choice.plan.predicted_tokens_per_second, choice.plan.limiting_resource
             logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(choice.policy), rate, limit)
+        return choice
+
+    def _decide(self, job: Job, before: EnginePlan | None = None) -> EnginePlan:
+        """A plan for a job; with ``before``, around its weights, which are in memory. Raises DoesNotFitError."""
+        problem = self._problem(job, before)
+        choice = self._chosen(problem, None if before is None else before.weight_plan.num_slabs)
         self.problem = problem
-        weight_plan = deployment.weight_plan(choice.policy) if before is None else before.weight_plan
-        return EnginePlan(deployment, choice.policy, choice.plan, weight_plan)
+        weight_plan = self.deployment.weight_plan(choice.policy) if before is None else before.weight_plan
+        return EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan)
 
     def requirements_of(self, policy: Policy, job: Job, num_slabs: int | None = None) -> list[MemoryRequirement]:
         """Returns the exact requirements of a job under any policy."""
-        weight_plan = self.deployment.weight_plan(policy, num_slabs)
+        kind = policy.weights, policy.weight_bits, num_slabs or policy.num_weight_slabs
+        weight_plan = self._weight_plans.get(kind)
+        if weight_plan is None:
+            weight_plan = self._weight_plans[kind] = self.deployment.weight_plan(policy, num_slabs)
         return self.deployment.requirements(weight_plan, policy, self.deployment.sizes(policy, job))
 
     def replan(self, job: Job) -> EnginePlan:
-        """The plan for a job, a new one where it is not like the one that the policy was chosen for; the weights stay
-        where they are. Raises DoesNotFitError."""
-        before = self.engine_plan
-        fits = not overshoot(before.requirements(before.sizes(job)), self.deployment.budgets)
-        if fits and not differs(self.problem, before.policy, job):
-            return before
-        try:
-            self.engine_plan = self._decide(job, before)
-        except DoesNotFitError:
-            if not fits:
-                raise
-        return self.engine_plan
+        """The plan for a job, a new one where it is not like the one that the policy was chosen for. The weights move
+        only where that is worth it, or nothing else fits. Raises DoesNotFitError."""
+        before = self.placed
+        if before is None:
+            self._engine_plan = self._decide(job)
+            return self._engine_plan
+        current = self.engine_plan
+        fits = not overshoot(current.requirements(current.sizes(job)), self.deployment.budgets)
+        kept: EnginePlan | None = current
+        refusal: DoesNotFitError | None = None
+        if not fits or differs(self.problem, current.policy, job):
+            try:
+                kept = self._decide(job, before)
+            except DoesNotFitError as error:
+                kept, refusal = (current, None) if fits else (None, error)
+        self._engine_plan = self._relocated(job, before, kept) or kept
+        if self._engine_plan is None:
+            self._engine_plan = current
+            assert refusal is not None
+            raise refusal
+        return self._engine_plan
+
+    def _relocated(self, job: Job, before: EnginePlan, kept: EnginePlan | None) -> EnginePlan | None:
+        """The plan for a job with weights on other tiers than ``before`` has them on: where it would run faster than
+        with ``kept`` by more than a plan is off, or where there is no such plan. None: they stay."""
+        kind, weights = kind_of(job), before.weight_plan
+        nothing_travels = kept is not None and kept.plan is None and before.policy.weights.gpu >= 1
+        if self.config.percent is not None or kind in self._settled or nothing_travels:
+            return None
+        problem = self._problem(job, bits=before.policy)
+        if kept is None or could_gain(problem, self.hardware, kept):
+            with contextlib.suppress(DoesNotFitError):
+                policy = self._chosen(problem)
+                found = EnginePlan(
+                    self.deployment, policy.policy, policy.plan, self.deployment.weight_plan(policy.policy)
+                )
+                comparison = None if kept is None else Comparison(problem, self.hardware, kept, found)
+                reason = "nothing else holds the job" if comparison is None else comparison.gain()
+                if reason and fits_while_moving(weights, found.weight_plan, self.deployment.budgets):
+                    logger.info("weights move: %s", reason)
+                    self.problem = problem
+                    self._settled.clear()
+                    return found
+        self._settled.add(kind)
+        return None
 
     def shortfall(self, job: Job) -> dict[str, int]:
-        """Bytes by tier that a block for a job needs beyond the budgets; none where another policy, around the
-        loaded weights, would hold it."""
+        """Bytes by tier that a block for a job needs beyond the budgets; none where another policy would hold it, with
+        the weights where they are or on other tiers."""
         plan = self.engine_plan
         missing = overshoot(plan.requirements(plan.sizes(job)), self.deployment.budgets)
         if not missing or self.problem.is_fixed or job.longest >= self._shortest_refused:
             return missing
-        problem = dataclasses.replace(self.problem, job=job, loaded=plan.policy)
         num_slabs = plan.weight_plan.num_slabs
-        try:
-            choose_policy(problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, job, num_slabs))
-        except DoesNotFitError:
-            self._shortest_refused = job.longest
-            return missing
-        return {}
+        for problem, slabs in ((self._problem(job, plan), num_slabs), (self._problem(job, bits=plan.policy), None)):
+            needs = partial(self.requirements_of, job=job, num_slabs=slabs)
+            with contextlib.suppress(DoesNotFitError):
+                choose_policy(problem, lambda: self.hardware, needs)
+                return {}
+        self._shortest_refused = job.longest
+        return missing
 
     def describe(self, job: Job) -> dict[str, Any]:
         """What running the job would put where; the plan itself is "plan". Raises DoesNotFitError."""

@@ -103,6 +103,32 @@ def throughput(report: Mapping[str, Any]) -> str:
     return text
 
 
+def job(report: Mapping[str, Any]) -> str:
+    """Passes, time and answers of the last job beside what was expected of them; empty where it was not known whole.
+    Seconds only where the machine's rates are known."""
+    run = report.get("job")
+    if not run:
+        return ""
+
+    def line(name: str, predicted: float | None, measured: float) -> list[str]:
+        if predicted is None:
+            return [name, "-", f"{measured:,.4g}", "-"]
+        return [name, f"{predicted:,.4g}", f"{measured:,.4g}", f"{100 * (measured / predicted - 1):+.0f} %"]
+
+    rows = [
+        line("passes", run["predicted_passes"], run["measured_passes"]),
+        line("seconds", run.get("predicted_seconds"), run["measured_seconds"]),
+        line("tokens of an answer", run["assumed_answer_tokens"], run["measured_answer_tokens"]),
+    ]
+    waves = "1 wave" if run["waves"] == 1 else f"{run['waves']:,} waves"
+    tail = ""
+    if run["tail_passes"]:
+        cost = f", {run['tail_seconds']:.3g} s" if "tail_seconds" in run else ""
+        tail = f"; the last {run['tail_passes']:,} passes with {run['tail_sequences']:.1f} sequences{cost}"
+    head = f"the job ({run['sequences']:,} sequences in {waves}{tail})"
+    return f"{head}\n{table(['', 'predicted', 'measured', 'off'], rows)}"
+
+
 def prediction(report: Mapping[str, Any]) -> str:
     """The plan beside the run: tokens per second, seconds of the passes, and of every resource in them its time,
     work, rate and share of the rate that the machine was measured at; empty where nothing was planned."""

@@ -135,6 +135,34 @@ def test_dry_run_prints_the_plan_and_loads_nothing(command, tmp_path: Path, caps
     assert json.loads(capsys.readouterr().out)["realized_percent"]["weights"]["disk"] == pytest.approx(100)
 
 
+def test_dry_run_without_prompts_plans_a_long_job_and_says_which(capsys: pytest.CaptureFixture) -> None:
+    """Not the bundled prompts; what is given of its lengths holds."""
+    words = [
+        "--device",
+        "cpu",
+        "--hardware",
+        "cpu",
+        "--gpu-memory",
+        "2GiB",
+        "--cpu-memory",
+        "1GiB",
+        "--dry-run",
+        "--json",
+    ]
+    for given, sequences, prompt, answer in (
+        ([], 4096, 512, 128),
+        (["--num-prompts", "101", "--prompt-len", "70", "--max-tokens", "9"], 101, 70, 9),
+    ):
+        assert run.main([*words, "--gpu-batch-size", "32", "--num-gpu-batches", "1", *given]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert (data["sequences"], data["assumed_prompt_tokens"], data["assumed_answer_tokens"]) == (
+            sequences,
+            prompt,
+            answer,
+        )
+        assert data["waves"] == -(-sequences // 32) and "no prompts were given" in data["planned_for"]
+
+
 def test_dummy_weights_of_a_public_shape_plan_without_a_download(capsys: pytest.CaptureFixture) -> None:
     words = [
         "--model",

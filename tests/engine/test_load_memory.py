@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 SCRIPT = """
 import json, sys, threading
-from flexbatch import engine
+from flexbatch import engine, loader
 
 def held():
     lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
@@ -38,10 +38,12 @@ def watched(*arguments):
         done.set()
         thread.join()
 
-load, seen, done = engine.load_model, [], threading.Event()
-engine.load_model = watched
+load, seen, done = loader.PlacedModel.place, [], threading.Event()
+loader.PlacedModel.place = watched
 with engine.LLM(**json.loads(sys.argv[1])) as llm:
-    homes = sum(pool.used_bytes["weights"] for pool in (llm.tiers.gpu, llm.tiers.cpu))
+    llm.weights
+    pools = (llm.tiers.gpu, llm.tiers.cpu)
+    homes = sum(size for pool in pools for name, size in pool.used_bytes.items() if name.startswith("weights "))
 print(json.dumps([max(seen), homes]))
 """
 

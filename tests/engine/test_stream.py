@@ -194,7 +194,7 @@ def test_parameters_that_the_model_cannot_follow_fail_their_item_alone(roomy, tm
     assert len(found[0].token_ids) == len(found[2].token_ids) > 0
 
 
-def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path, checked):
+def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path, checked, monkeypatch):
     """Nothing is given but little memory: the policy of the short requests has no room for the long one, another
     has."""
     folder = reference("llama").folder
@@ -202,7 +202,8 @@ def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path,
     with LLM(
         str(folder), device="cpu", offload_dir=str(tmp_path), hardware="cpu", gpu_memory="2400KiB", cpu_memory="1MiB"
     ) as llm:
-        short = [4] * (PEEKED_BLOCKS * llm.policy.block_size + 1)
+        monkeypatch.setattr("flexbatch.loop.FIRST_LOOK", 40)
+        short = [4] * 200
         prompts = random_prompts([*short, 480, *short[:20], 300], seed=9)
         found = dict(llm.stream(items(prompts, params)))
         assert llm.tiers.gpu.peak_bytes <= 2400 * 2**10 and llm.tiers.cpu.peak_bytes <= 2**20

@@ -22,7 +22,7 @@ from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.workload import Workload
 from flexbatch.validation.errors import ConfigurationError
-from tests.tiny_models import NEW_TOKENS
+from tests.tiny_models import NEW_TOKENS, random_prompts
 
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
 
@@ -45,9 +45,13 @@ def test_tokens_do_not_depend_on_the_memory(gpu, cpu, on_disk, reference, tmp_pa
 
 def test_report_compares_the_run_with_its_plan(reference, tmp_path):
     model = reference("llama")
-    with open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB") as llm:
+    with open_tiny(model, tmp_path, gpu_memory="1700KiB", cpu_memory="4MiB") as llm:
         llm.generate(model.prompts, dataclasses.replace(GREEDY, max_tokens=24, ignore_eos=True))
         report = llm.report()
+    told = tables.job(report)
+    assert (
+        report["job"]["predicted_seconds"] > 0 and "the job (10 sequences in" in told and "tokens of an answer" in told
+    )
     prediction = report["prediction"]
     assert prediction["passes"] > 0 and prediction["measured_pass_seconds"] > 0
     compute = prediction["resources"]["gpu_compute"]
@@ -91,11 +95,13 @@ def test_small_models_have_no_plan_and_say_nothing(reference, tmp_path):
         assert llm.planner._hardware is None
 
 
-def test_a_later_job_is_decided_for_again_around_the_loaded_weights(reference, tmp_path):
-    """Planned for a typical job; the prompts that come are many and short."""
+def test_a_later_job_is_decided_for_again_around_the_loaded_weights(reference, tmp_path, monkeypatch):
+    """Planned for long prompts; those that come are many and short, and weights that move would gain nothing."""
     model = reference("llama")
     with open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB") as llm:
+        llm.prepare(random_prompts([450] * 20), GREEDY)
         before = llm.policy
+        monkeypatch.setattr("flexbatch.planner.planner.could_gain", lambda *arguments: False)
         many = [prompt for prompt in model.prompts if len(prompt) < 20] * 4
         llm.generate(many, GREEDY)
         assert llm.policy.weights == before.weights

@@ -48,6 +48,14 @@ def test_words_come_first_and_say_what_matters():
     assert "It fits: 300 prompts of 512 tokens, 32 new tokens each." in explain(priced("opt-6.7b", gpu_batch_size=8))
 
 
+def test_waves_and_tail_are_told():
+    """A last wave of 10, and the lengths that it stands for."""
+    text = explain(priced(sequences=138, gpu_batch_size=64, num_gpu_batches=1))
+    assert "3 waves of up to 64 sequences; assumed are prompts of 512 tokens and answers of 32.0 on average" in text
+    assert re.search(r"tail +the last \d+ passes run 1\d\.?\d* of 64 sequences and take .+, \d+% of the job", text)
+    assert "none: the block is full until the end" in explain(priced(sequences=1, gpu_batch_size=1, num_gpu_batches=1))
+
+
 def test_no_number_is_a_power_of_ten_or_all_zeros():
     for model, machine, sequences in (
         ("llama-3.1-405b", "t4", 10**6),

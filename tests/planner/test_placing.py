@@ -1,0 +1,121 @@
+"""When weights are placed, and when they move: nothing before a job is known, for the job that is there, and anew for
+one that gains by it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.config import EngineConfig
+from flexbatch.execution.job import Job
+from flexbatch.policy.policy import Split
+from flexbatch.validation.errors import CheckpointError, DoesNotFitError
+from tests.planner.test_choosing import plan
+from tests.tiny_models import make_model, random_prompts
+
+GIB = 2**30
+
+
+def params(max_tokens: int, **more):
+    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, **more)
+
+
+def open_tiny(reference, folder, **settings):
+    return LLM(str(reference.folder), device="cpu", hardware="cpu", offload_dir=str(folder), **settings)
+
+
+def test_nothing_is_placed_before_a_job_is_known(reference, tmp_path):
+    model = reference("llama")
+    with open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB") as llm:
+        assert llm.tiers.gpu.total_used_bytes == llm.tiers.cpu.total_used_bytes == 0
+        llm.prepare(model.prompts[:1], params(2))
+        assert llm.tiers.gpu.total_used_bytes > 0 and llm.report()["load_seconds"] > 0
+
+
+def test_a_stream_places_for_what_it_has_seen(reference, tmp_path):
+    model = reference("llama")
+    with open_tiny(model, tmp_path, gpu_memory="2400KiB", cpu_memory="1MiB") as llm:
+        done = dict(llm.stream((key, prompt, params(3)) for key, prompt in enumerate(model.prompts)))
+        assert {key: len(each.token_ids) for key, each in done.items()} == dict.fromkeys(range(len(model.prompts)), 3)
+        assert llm.planner.problem.job.num_requests == len(model.prompts)
+
+
+@pytest.mark.parametrize("percent", [None, (100, 0, 100, 0, 100, 0)])
+def test_what_cannot_run_is_refused_at_once(percent, reference, tmp_path):
+    """Budgets that do not hold one sequence, a checkpoint without one of its tensors."""
+    model = reference("llama")
+    with pytest.raises(DoesNotFitError):
+        open_tiny(model, tmp_path, gpu_memory="20KiB", cpu_memory="20KiB", percent=percent)
+    make_model("llama", tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="lack"):
+        LLM(str(tmp_path / "model"), device="cpu", percent=percent, hardware="cpu")
+
+
+def test_weights_move_for_a_job_that_gains_by_it(reference, tmp_path, caplog):
+    """Many long sequences leave no memory for weights on the gpu tier; for a few short ones all of them fit there."""
+    model = reference("llama")
+    many, few = random_prompts([60] * 40), model.prompts[:2]
+    caplog.set_level(logging.INFO, "flexbatch")
+    with open_tiny(model, tmp_path, gpu_memory="1700KiB", cpu_memory="4MiB") as llm:
+        llm.generate(many, params(8))
+        before, read = llm.policy.weights, llm.report()["loaded_bytes"]
+        assert before.gpu < 1
+        done = llm.generate(few, params(12))
+        assert [each.token_ids for each in done] == [
+            each.token_ids for each in reference_tokens(model, tmp_path / "other", few, params(12))
+        ]
+        assert llm.policy.weights.gpu > before.gpu
+        assert "weights move: the job should take" in caplog.text
+        assert llm.report()["loaded_bytes"] == read
+        llm.weights.check()
+        llm.tiers.check()
+
+
+def reference_tokens(model, folder, prompts, sampling):
+    with open_tiny(model, folder, gpu_memory="64MiB", cpu_memory="64MiB") as llm:
+        return llm.generate(prompts, sampling)
+
+
+def test_what_the_user_places_does_not_move(reference, tmp_path):
+    model = reference("llama")
+    settings = {"gpu_memory": "1700KiB", "cpu_memory": "4MiB", "percent": (0, 100, 0, 100, 100, 0)}
+    with open_tiny(model, tmp_path, **settings) as llm:
+        llm.generate(random_prompts([60] * 40), params(8))
+        llm.generate(model.prompts[:2], params(12))
+        assert llm.policy.weights == Split(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "cpu", "job", "on_gpu"),
+    [
+        ("opt-125m", "5GiB", "5GiB", Job((60,) * 40, (40,) * 40), True),
+        ("opt-125m", "900MiB", "5GiB", Job((60,) * 40, (40,) * 40), True),
+        ("opt-350m", "8GiB", "8GiB", Job((300,) * 67, (250,) * 67), True),
+        ("llama-2-13b", "10GiB", "40GiB", Job((191,) * 64, (128,) * 64), False),
+        ("opt-6.7b", "8GiB", "40GiB", Job((543,) * 23, (512,) * 23), False),
+    ],
+)
+def test_nothing_leaves_a_tier_that_holds_it(model, gpu, cpu, job, on_gpu):
+    policy = plan(model, job, gpu_memory=gpu, cpu_memory=cpu, hardware="cpu" if on_gpu else "h200")["policy"]
+    kinds = [policy[kind] for kind in ("weights", "cache", "activations")]
+    assert not any(split["disk"] for split in kinds)
+    if on_gpu:
+        assert all(split["gpu"] == 1 for split in kinds)
+
+
+def test_a_planner_without_a_job_measures_and_searches_nothing(monkeypatch, reference):
+    from flexbatch.planner.planner import Planner
+
+    monkeypatch.setattr("flexbatch.calibrate.machine.this_machine", lambda *arguments, **more: pytest.fail("measured"))
+    monkeypatch.setattr("flexbatch.planner.choose.choose", lambda *arguments: pytest.fail("searched"))
+    folder = str(reference("llama").folder)
+    planner = Planner(EngineConfig(model=folder, device="cpu", gpu_memory="1200KiB", cpu_memory="1MiB"))
+    assert planner.placed is None
