@@ -269,6 +269,7 @@ class LLM:
             **describe_memory(self.engine_plan, self.runner, self.tiers, self.speculator),
             **self._loaded.describe(),
             **self.statistics.describe(),
+            "answer_lengths": self._loop.lengths.report(),
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
         }
         if self._loop.job_record is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from flexbatch.execution.answer_lengths import ENOUGH, REMEMBERED, AnswerLengths
 from flexbatch.execution.diagnosis import explain_faults
 from flexbatch.execution.job import Job
 from flexbatch.execution.observer import RunObserver
@@ -65,6 +66,10 @@ class EngineLoop:
         self.job_record: JobRecord | None = None
         """The record of the last job that was known whole when it began, and ran without drafts."""
         self.failures = FailureLog()
+        self.lengths = AnswerLengths(planner.config.reserve)
+        """Of all runs: what a job teaches is believed of the next one."""
+        self.next_lengths_plan = ENOUGH
+        """Answers at which plan and lengths are compared: twice as many each time."""
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
         self.observers: list[RunObserver] = []
@@ -77,21 +82,51 @@ class EngineLoop:
     @property
     def running(self) -> bool:
         """Whether sequences are in flight."""
-        return self.scheduler is not None and self.scheduler.num_sequences > 0
+        return self.scheduler is not None and self.scheduler.num_started > 0
 
     def advance(self, complete: bool) -> list[Sequence]:
         """A pass, of a new run where there is none or a request has outgrown it. complete: nothing more will come."""
         if self.scheduler is None or (self.scheduler.outgrown and not self.running):
             self.begin_for_waiting(complete)
+        elif self.lengths.num_seen >= self.next_lengths_plan:
+            self.next_lengths_plan = self.lengths.num_seen + min(self.lengths.num_seen, REMEMBERED)
+            self.plan_for_lengths(complete)
         return self.run_pass()
+
+    def plan_for_lengths(self, complete: bool) -> None:
+        """Go on in another block where answers are not as long as was assumed, and another one is faster. Sequences in
+        flight are read anew there."""
+        scheduler = self.scheduler
+        if scheduler is None or scheduler.outgrown or not scheduler.aside.recomputes:
+            return
+        started = [*scheduler.running.values(), *scheduler.aside.sequences, *scheduler.waiting]
+        block = self.planner.engine_plan.policy.block_size
+        ahead = self.intake.ahead(None if complete else PEEKED_BLOCKS * block)
+        job = self.capacity.holdable(self.job([*(each.request for each in started), *ahead]))
+        if not complete:
+            job = job.repeated(PEEKED_BLOCKS * block)
+        found = self.planner.adopt_lengths(job)
+        if found is None:
+            return
+        mean = sum(job.expected_tokens) / job.num_requests
+        reason = (
+            f"sequences are {mean:.4g} tokens long on average by the {self.lengths.num_seen} answers seen, and may be "
+            f"{sum(job.cache_tokens) / job.num_requests:.4g}; block {block} -> {found.policy.block_size}"
+        )
+        logger.info("re-planned: %s", reason)
+        self.replans.append(reason)
+        left = scheduler.withdraw()
+        self.statistics.preemptions += scheduler.aside.take_counts()
+        self.end()
+        runner = self.capacity.prepare(job) if complete else self.capacity.prepare_largest(job)
+        self.begin(runner, chain(left, self.intake.arrivals()), scheduler.proposer)
 
     def begin_for_waiting(self, complete: bool) -> None:
         """A run whose block suits the requests that wait, and those that its predecessor was too small for."""
         before, capacity = self.scheduler, self.capacity
         left = [] if before is None else list(before.waiting)
-        lengths = [(sequence.num_prompt_tokens, sequence.output.max_tokens) for sequence in left]
         ahead = self.intake.ahead(PEEKED_BLOCKS * self.planner.engine_plan.policy.block_size - len(left))
-        job = capacity.holdable(self.job(ahead, lengths))
+        job = capacity.holdable(self.job([*(each.request for each in left), *ahead]))
         if before is not None:
             self.end()
             runner = capacity.prepare_largest(job)
@@ -103,12 +138,12 @@ class EngineLoop:
         proposer = self.speculator if before is None else before.proposer
         self.begin(runner, chain(left, self.intake.arrivals()), proposer)
 
-    def job(self, requests: Iterable[Request], lengths: Iterable[tuple[int, int]] = ()) -> Job:
-        """The lengths of requests, beside those of others, (prompt tokens, most generated tokens)."""
+    def job(self, requests: Iterable[Request]) -> Job:
+        """The lengths of requests: what they may reach, and what is likely by the answers seen so far."""
         context = self.planner.engine_plan.arch.max_positions
-        pairs = ((len(request.prompt_token_ids), request.params) for request in requests)
-        mine = ((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs)
-        return Job.of(chain(lengths, mine), context)
+        limits = [(each, each.params.tokens_within(context - len(each.prompt_token_ids))) for each in requests]
+        lengths = [(len(request.prompt_token_ids), limit) for request, limit in limits]
+        return Job.of(lengths, context, self.lengths.draw(limits))
 
     def begin(
         self,
@@ -128,6 +163,8 @@ class EngineLoop:
             proposer,
             capacity.refusal,
             capacity.reach,
+            self.lengths,
+            capacity.step_aside_costs,
         )
         self.observers = [self.statistics, self.intake, self.failures]
         if whole_job is not None and proposer is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from numbers import Integral
@@ -123,6 +123,11 @@ class SamplingParams:
         """Tokens to generate where the context holds ``context_left`` more behind the prompt."""
         return max(0, context_left if self.max_tokens is None else min(self.max_tokens, context_left))
 
+    @property
+    def may_end_early(self) -> bool:
+        """Whether anything but ``max_tokens`` can end the output."""
+        return not self.ignore_eos or bool(self.stop or self.stop_token_ids)
+
     def within(self, context_left: int) -> SamplingParams:
         """These parameters with a number for ``max_tokens``: None is all of ``context_left``, the tokens
         behind the prompt."""
@@ -232,13 +237,14 @@ CHECKS: dict[str, Check] = {
 @dataclass(frozen=True)
 class Request:
     """One prompt to complete: ``index`` is its place among the results, ``sample`` counts the n completions of one
-    prompt."""
+    prompt. ``source``: where its row is from; answers of one source are expected to be of like lengths."""
 
     index: int
     prompt_token_ids: list[int]
     params: SamplingParams
     sample: int = 0
     prompt: str | None = None
+    source: Hashable = None
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ class Lengths:
         decodes = output - 1
         stay = chunks + decodes
         slots = np.ceil((prompt + output) / PAGE_TOKENS) * PAGE_TOKENS
+        # On average a sequence that grows is met at half of its answer.
+        met = np.ceil((prompt + output / 2) / PAGE_TOKENS) * PAGE_TOKENS if workload.grows else slots
         values = {
             "prompt": prompt,
             "output": output,
@@ -98,7 +100,7 @@ class Lengths:
             "context": decodes * (prompt + output / 2),
             "prompt_context": chunk * chunks * (chunks - 1) / 2,
             "prompt_pairs": prompt * (prompt + 1) / 2,
-            "reserved": slots * stay / stay.mean(),
+            "reserved": met * stay / stay.mean(),
             "reserved_plain": slots,
         }
         return cls(**dict(zip(values, np.stack(list(values.values())).mean(axis=1).tolist(), strict=True)))

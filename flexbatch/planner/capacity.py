@@ -14,6 +14,8 @@ from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.planner.choose import overshoot
 from flexbatch.planner.planner import Planner
+from flexbatch.planner.spare_pages import with_spare_pages
+from flexbatch.policy.step_aside import StepAsideCosts
 from flexbatch.policy.units import size_text
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.validation.errors import DoesNotFitError
@@ -34,6 +36,12 @@ class Capacity:
         self.speculator = speculator
         self.runner: Runner | None = None
 
+    @property
+    def step_aside_costs(self) -> StepAsideCosts:
+        """By the machine's rates, where any plan needed these."""
+        plan = self.planner.engine_plan.plan
+        return StepAsideCosts() if plan is None else StepAsideCosts.of(plan.shape, plan.hardware)
+
     def prepare(self, job: Job) -> Runner:
         """A runner whose sizes suit the job. Raises DoesNotFitError."""
         engine_plan = self.planner.replan(job)
@@ -45,6 +53,7 @@ class Capacity:
             return self.runner
         self.close()
         check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
+        sizes = with_spare_pages(engine_plan, sizes, job)
         self.runner = open_runner(
             engine_plan.arch,
             self.weights,
@@ -79,7 +88,7 @@ class Capacity:
             True,
             key=lambda i: not shortfall(Job((job.cache_tokens[i],), (job.prompt_tokens[i],))),
         )
-        return Job(job.cache_tokens[first:], job.prompt_tokens[first:]) if first < job.num_requests else Job((1,), (1,))
+        return job.after(first) if first < job.num_requests else Job((1,), (1,))
 
     def reach(self, longest: int) -> bool:
         """Whether the runner takes sequences of so many tokens: where its pages do and its tables do not, these grow,

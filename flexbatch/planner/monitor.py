@@ -167,7 +167,7 @@ class PassMeter:
         decoding, context, prompts = 0, 0, PassLoad()
         for query in batch:
             before, count, prompt = query.start, query.num_tokens, query.num_prompt_tokens
-            if before >= prompt:
+            if before >= prompt and count == 1:
                 decoding, context = decoding + 1, context + before + 1
             else:
                 prompts += PassLoad.prefill(1, count, before, before + count >= prompt)
