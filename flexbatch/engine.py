@@ -1,6 +1,6 @@
 """The engine: load a model over the tiers, run requests through it, give results.
 
-The loop itself is in `loop.EngineLoop`: `generate`, `stream` and `step` turn it.
+`generate`, `stream` and `step` turn `loop.EngineLoop`.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ class LLM:
     def stream(
         self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None
     ) -> Iterator[tuple[Hashable, Completion]]:
-        """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any
-        order.
+        """Complete (key, prompt, params) items, or (key, prompt, params, source), as they come; yields (key,
+        completion) as sequences finish, in any order. Answers of one source are expected to be of like lengths.
 
         Items are drawn about a block ahead, in a thread of their own, so that one that is slow to come holds up no
         sequence in flight. An item that cannot be run yields a completion with ``finish_reason`` "error" and the rest
@@ -268,8 +268,7 @@ class LLM:
             **self.engine_plan.describe(),
             **describe_memory(self.engine_plan, self.runner, self.tiers, self.speculator),
             **self._loaded.describe(),
-            **self.statistics.describe(),
-            "answer_lengths": self._loop.lengths.report(),
+            **self._loop.describe(),
             "resources": {name: asdict(use) for name, use in self.tracer.summary().items()},
         }
         if self._loop.job_record is not None:
@@ -283,8 +282,7 @@ class LLM:
     def close(self) -> None:
         """Free pinned memory, threads and files; a stream that is open ends. Closing again does nothing.
 
-        Waits for a call in another thread. Raises EngineBusyError in a callback of this engine.
-        """
+        Waits for a call in another thread. Raises EngineBusyError in a callback of this engine."""
         if self._turns.closed:
             return
         with self._turns.closing() as stream, self._stack as stack:

@@ -98,14 +98,16 @@ def requests_of(
     ]
 
 
-def samples_of(index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder) -> Iterator[Request]:
+def samples_of(
+    index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder, source: Hashable = None
+) -> Iterator[Request]:
     """The n requests of one prompt, made as they are asked for, with a number for ``max_tokens``. Raises PromptError,
     at once."""
     encoder.check_params(index, params)
     token_ids = encoder.encode(index, prompt, params.max_tokens)
     limited = params.within(encoder.context_left(token_ids))
     text = plain_prompt(index, prompt).text
-    return (Request(index, token_ids, limited, sample, text) for sample in range(limited.n))
+    return (Request(index, token_ids, limited, sample, text, source) for sample in range(limited.n))
 
 
 def completion_of(sequence: execution.Sequence) -> Completion:
@@ -183,10 +185,16 @@ class Intake(RunObserver):
             )
 
     def add(
-        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None, index: int
+        self,
+        key: Hashable,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        on_text: OnText | None,
+        index: int,
+        source: Hashable = None,
     ) -> None:
         """Encode a prompt and let it wait. Raises PromptError, ConfigurationError."""
-        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder))
+        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder, source))
         self._has_listeners |= on_text is not None
         self._expected[index] = Expected(key, len(samples), on_text)
         self._waiting.extend(samples)
@@ -202,13 +210,14 @@ class Intake(RunObserver):
     ) -> tuple[Hashable, Completion] | None:
         """Let an item of a stream wait; returns its key and a completion that says why, where it cannot be run. Raises
         ConfigurationError for what is no item."""
-        if not isinstance(item, tuple | list) or len(item) != 3:
+        if not isinstance(item, tuple | list) or len(item) not in (3, 4) or not isinstance((*item, None)[3], Hashable):
             raise ConfigurationError(
-                f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams)"
+                f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams), or "
+                "(key, prompt, SamplingParams, source) with a source that has a hash"
             )
-        key, prompt, params = item
+        key, prompt, params, *source = item
         try:
-            self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index)
+            self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index, *source)
         except ValueError as error:
             return key, Completion([], finish_reason="error", error=str(error), index=index)
         return None

@@ -69,7 +69,7 @@ class EngineLoop:
         self.lengths = AnswerLengths(planner.config.reserve)
         """Of all runs: what a job teaches is believed of the next one."""
         self.next_lengths_plan = ENOUGH
-        """Answers at which plan and lengths are compared: twice as many each time."""
+        """Answers at which they are compared with the plan: twice as many each time."""
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
         self.observers: list[RunObserver] = []
@@ -78,6 +78,10 @@ class EngineLoop:
     def prediction(self) -> dict[str, Any]:
         """Predicted against measured, of the last run that had a plan."""
         return self.monitor.prediction if self.monitor is not None else {}
+
+    def describe(self) -> dict[str, Any]:
+        """What all runs measured."""
+        return {**self.statistics.describe(), "answer_lengths": self.lengths.report()}
 
     @property
     def running(self) -> bool:
@@ -94,24 +98,20 @@ class EngineLoop:
         return self.run_pass()
 
     def plan_for_lengths(self, complete: bool) -> None:
-        """Go on in another block where answers are not as long as was assumed, and another one is faster. Sequences in
-        flight are read anew there."""
-        scheduler = self.scheduler
+        """Go on in a faster block where answers are not as long as was assumed; sequences in flight are read anew."""
+        scheduler, before = self.scheduler, self.planner.engine_plan.policy
         if scheduler is None or scheduler.outgrown or not scheduler.aside.recomputes:
             return
         started = [*scheduler.running.values(), *scheduler.aside.sequences, *scheduler.waiting]
-        block = self.planner.engine_plan.policy.block_size
-        ahead = self.intake.ahead(None if complete else PEEKED_BLOCKS * block)
+        ahead = self.intake.ahead(None if complete else PEEKED_BLOCKS * before.block_size)
         job = self.capacity.holdable(self.job([*(each.request for each in started), *ahead]))
         if not complete:
-            job = job.repeated(PEEKED_BLOCKS * block)
-        found = self.planner.adopt_lengths(job)
-        if found is None:
+            job = job.repeated(PEEKED_BLOCKS * before.block_size)
+        if (found := self.planner.adopt_lengths(job)) is None:
             return
-        mean = sum(job.expected_tokens) / job.num_requests
         reason = (
-            f"sequences are {mean:.4g} tokens long on average by the {self.lengths.num_seen} answers seen, and may be "
-            f"{sum(job.cache_tokens) / job.num_requests:.4g}; block {block} -> {found.policy.block_size}"
+            f"sequences have {job.mean_tokens:.4g} tokens on average by {self.lengths.num_seen} answers; "
+            f"block {before.block_size} -> {found.policy.block_size}"
         )
         logger.info("re-planned: %s", reason)
         self.replans.append(reason)

@@ -178,8 +178,8 @@ class Pipeline:
         order = order_rows([row.token_ids for row in rows], [row.params.max_tokens or 0 for row in rows])
         return [rows[index] for index in order]
 
-    def _items(self, in_flight: dict[int, RowRequest]) -> Iterator[tuple[int, Sequence[int], SamplingParams]]:
-        """Yields what the engine draws. An input that fails ends like an input that is over, so that the sequences
+    def _items(self, in_flight: dict[int, RowRequest]) -> Iterator[tuple[int, Sequence[int], SamplingParams, str]]:
+        """Yields what the engine draws, with the folder of each row as its source. An input that fails ends like an input that is over, so that the sequences
         in flight are finished."""
         try:
             for rows in self._sorted:
@@ -191,7 +191,7 @@ class Pipeline:
                         return
                     open_part.started = True
                     in_flight[row.index] = row
-                    yield row.index, row.token_ids, row.params
+                    yield row.index, row.token_ids, row.params, open_part.part.folder
         except Exception as error:
             self._failure = self._failure or error
 

@@ -71,8 +71,8 @@ class EnginePlan:
     plan: Plan | None
     weight_plan: WeightPlan
     answer_share: float = 1.0
-    """Of the length that answers are expected to have, ``max_tokens`` at first, that the block's pages suffice for: less
-    than 1 where the user fixed a block that holds no more in the budgets."""
+    """Share of the length that answers are expected to have, ``max_tokens`` at first, that the block's pages suffice
+    for: less than 1 where the user fixed a block that holds no more in the budgets."""
 
     @property
     def config(self) -> EngineConfig:

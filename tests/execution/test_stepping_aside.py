@@ -34,7 +34,7 @@ from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.step_aside import StepAsideCosts
-from tests.execution.rigs import EOS, PAGE_TOKENS, waiting
+from tests.execution.rigs import EOS, PAGE_TOKENS, open_cache, waiting
 from tests.execution.test_scheduler import MAX_NODES, Drafter
 from tests.memory.rigs import open_tiers, splits
 
@@ -258,6 +258,37 @@ class SteppingAside(RuleBasedStateMachine):
 
 class SteppingAsideQuantized(SteppingAside):
     bits = 4
+
+
+@pytest.mark.parametrize("how", ["abort", "step aside", "step aside in place"])
+def test_nobody_waits_for_a_prompt_that_is_read_no_longer(tmp_path: Path, how: str) -> None:
+    """The first fills pages that the second shares; it goes before it has."""
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 2, 1, prefill_chunk=4)
+    prompt = tuple(range(2, 20))
+    with open_cache(tmp_path, CacheSizes(40, 0, 0, 0)) as cache:
+        scheduler = Scheduler(
+            policy, cache, iter([waiting(0, prompt), waiting(1, (*prompt[:12], 50))]), 100, lengths=AnswerLengths()
+        )
+        assert scheduler.has_work()
+        scheduler.commit(scheduler.next_pass(), {})
+        first, second = scheduler.running.values()
+        assert second.pages.num_shared == 3 and not cache.prefix_ready(second.pages)
+        if how == "abort":
+            scheduler.abort(lambda sequence: sequence is first)
+        else:
+            scheduler.step_aside(first, in_place=how.endswith("place"))
+        scheduler.check()
+        finished = []
+        for _ in range(40):
+            if not scheduler.has_work():
+                break
+            work = scheduler.next_pass()
+            assert list(work), "a pass without query tokens: somebody waits for ever"
+            drawn = [query for query in work if query.first_logit < query.num_tokens]
+            scheduler.commit(work, {query.sequence_id: SampledTokens([20], [None]) for query in drawn})
+            scheduler.check()
+            finished += scheduler.take_finished()
+        assert {each.request.index for each in finished} == ({1} if how == "abort" else {0, 1})
 
 
 for machine, examples in ((SteppingAside, 10), (SteppingAsideQuantized, 6)):
