@@ -179,8 +179,8 @@ class Pipeline:
         return [rows[index] for index in order]
 
     def _items(self, in_flight: dict[int, RowRequest]) -> Iterator[tuple[int, Sequence[int], SamplingParams, str]]:
-        """Yields what the engine draws, with the folder of each row as its source. An input that fails ends like an input that is over, so that the sequences
-        in flight are finished."""
+        """Yields what the engine draws, with the folder of each row as its source. An input that fails ends like an
+        input that is over, so that the sequences in flight are finished."""
         try:
             for rows in self._sorted:
                 for row in rows:

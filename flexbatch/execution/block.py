@@ -173,9 +173,11 @@ class Block:
         if not sequence.shares_pages:
             return []
         prompt, params = sequence.request.prompt_token_ids, sequence.params
-        return self.cache.shareable(
-            tier, prompt if params.prompt_logprobs is None else prompt[: params.prompt_logprobs_start]
-        )
+        # One token at least is its own to read, also of a prompt whose last one is not read.
+        end = len(prompt) - sequence.num_uncomputed
+        if params.prompt_logprobs is not None:
+            end = min(end, params.prompt_logprobs_start)
+        return self.cache.shareable(tier, prompt[:end])
 
     def admit(self, sequence: Sequence, tier: str) -> None:
         """Give a waiting sequence, or one that stepped aside, its pages and its micro-batch."""
@@ -191,7 +193,8 @@ class Block:
         micro_batch = admission.emptiest(self.open_micro_batches(pages, tier), of_tier, self.occupied)
         if sequence.parked is None:
             shared = self.shareable(sequence, tier)
-            sequence.table = self.cache.open(tier, len(sequence.token_ids), read, shared, on_cpu)
+            known = len(sequence.token_ids) - sequence.num_uncomputed
+            sequence.table = self.cache.open(tier, known, read, shared, on_cpu)
         else:
             sequence.table, sequence.parked = restore(self.cache, sequence.parked, tier, on_cpu), None
         sequence.micro_batch = micro_batch
