@@ -367,7 +367,7 @@ def test_scored_prompts_that_are_equal_have_a_page_for_every_token_that_is_read(
         while scheduler.has_work():
             work = scheduler.next_pass()
             for query in work:
-                assert 0 < query.num_tokens and query.start + query.num_tokens <= length - 1
+                assert query.num_tokens > 0 and query.start + query.num_tokens <= length - 1
                 assert query.start + query.num_tokens <= len(query.pages.pages) * PAGE_TOKENS
             scheduler.commit(work, {})
             scheduler.check()
