@@ -12,6 +12,7 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.scheduler import Scheduler
+from flexbatch.validation.errors import ConfigurationError
 from tests.execution.test_answer_lengths import ended
 from tests.tiny_models import VOCAB, random_prompts
 
@@ -173,3 +174,30 @@ def test_requests_come_and_go_while_others_are_aside(reference, tmp_path, forced
         for i, key in enumerate(keys):
             if key in found:
                 assert told([found[key]]) == [wanted[i]]
+
+
+def test_a_block_grows_with_what_is_learned_and_sources_are_told_apart(reference, tmp_path):
+    """Memory for a few that reach max_tokens; most end far earlier. The sequences in flight go on in the larger block,
+    with the same tokens."""
+    folder, chance = str(reference("llama").folder), random.Random(3)
+    prompts = random_prompts([chance.randint(3, 40) for _ in range(60)], seed=21)
+    stops = list(range(100, 104))
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=200, stop_token_ids=stops) for i in range(60)]
+    items = [(i, prompt, each, f"source {i % 2}") for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))]
+    settings = {"device": "cpu", "dtype": "float32", "hardware": "cpu", "gpu_memory": "4800KiB", "cpu_memory": "4MiB"}
+    with LLM(folder, **settings, reserve="all", offload_dir=str(tmp_path / "all")) as llm:
+        wanted = told(llm.generate(prompts, params))
+        assert not any("answers" in reason for reason in llm.replans) and not llm.report()["answer_lengths"]
+    with LLM(folder, **settings, offload_dir=str(tmp_path / "expected")) as llm:
+        assert told(llm.generate(prompts, params)) == wanted
+        (reason,) = [reason for reason in llm.replans if "answers" in reason]
+        before, after = reason.rsplit("block ", 1)[1].split(" -> ")
+        assert int(after) > int(before) and llm.report()["preemptions"]["dropped"] > 0
+        peaks, budgets = llm.report()["peak_bytes"], llm.report()["budgets"]
+        assert all(peaks[tier] <= budgets[tier] for tier in ("gpu", "cpu"))
+        found = dict(llm.stream(items))
+        assert told(found[i] for i in range(60)) == wanted
+        seen = llm.report()["answer_lengths"]
+        assert {name: each["answers"] for name, each in seen.items()} == {"": 60, "source 0": 30, "source 1": 30}
+        with pytest.raises(ConfigurationError, match="source that has a hash"):
+            list(llm.stream([(0, prompts[0], params[0], ["no hash"])]))
