@@ -67,6 +67,12 @@ class EngineConfig:
         "(default: none but those)",
         nargs="+",
     )
+    reserve: str = option(
+        "expected",
+        "cache that a sequence is admitted with: expected (for the answer that is likely by those seen in the run, all "
+        "of max_tokens at first) or all (of max_tokens, always)",
+        choices=("expected", "all"),
+    )
     overlap: bool = option(True, "overlap transfers with compute; false does one after the other, tick by tick")
     device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
@@ -126,6 +132,8 @@ class EngineConfig:
                 refuse(f"{name}={value} must be at least 1")
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        if self.reserve not in ("expected", "all"):
+            refuse(f"reserve={self.reserve!r} must be expected or all")
         if self.draft_sampling not in ("matched", "independent", "without-replacement"):
             refuse(f"draft_sampling={self.draft_sampling!r} must be matched, independent or without-replacement")
         if self.generation_config not in ("auto", "none"):

@@ -1,6 +1,6 @@
 """The engine: load a model over the tiers, run requests through it, give results.
 
-The loop itself is in `loop.EngineLoop`: `generate`, `stream` and `step` turn it.
+`generate`, `stream` and `step` turn `loop.EngineLoop`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import asdict
 from typing import Any
 
+from flexbatch import jobs
 from flexbatch.config import EngineConfig
 from flexbatch.execution.bar import finished_bar
 from flexbatch.execution.job import Job
@@ -18,12 +19,12 @@ from flexbatch.execution.requests import Params, requests_of
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
 from flexbatch.intake import Intake, Item, OnText
-from flexbatch.loader import PlacedModel
 from flexbatch.loop import EngineLoop
 from flexbatch.memory.weights import WeightStore
 from flexbatch.planner import monitor
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.loader import PlacedModel
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Report, Statistics, describe_memory
 from flexbatch.planner.vllm_keywords import engine_settings
@@ -75,10 +76,9 @@ class LLM:
 
     def _start(self, planner: Planner, trace: bool) -> None:
         self.planner, self.config, self.generation = planner, planner.config, planner.generation
-        deployment = planner.deployment
+        self._turns, deployment = Turns(), planner.deployment
         self.arch, self.tokenizer = deployment.model.arch, deployment.model.tokenizer
         self.tracer: Tracer = RecordingTracer(deployment.device) if trace else monitor.UsageTracer(deployment.device)
-        self._turns = Turns()
         self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed)
         self._model = PlacedModel(deployment, self.tracer)
         self.tiers, self.queues = self._model.tiers, self._model.queues
@@ -170,9 +170,9 @@ class LLM:
             self._intake.check_empty("generate")
             requests = self._intake.requests(prompts, sampling_params, first_index, options)
             drafted = self.planner.deployment.speculation is not None
-            run = self._loop.compared if self.config.compare_plain and drafted else self._loop.completions
+            run = jobs.compared if self.config.compare_plain and drafted else jobs.completions
             with finished_bar(use_tqdm, len(requests), on_finished) as told:
-                return self._intake.gather(run(requests), told, on_prompt)
+                return self._intake.gather(run(self._loop, requests), told, on_prompt)
 
     def chat(
         self,
@@ -201,8 +201,8 @@ class LLM:
     def stream(
         self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None
     ) -> Iterator[tuple[Hashable, Completion]]:
-        """Complete (key, prompt, params) items as they come; yields (key, completion) as sequences finish, in any
-        order.
+        """Complete (key, prompt, params) items, or (key, prompt, params, source), as they come; yields (key,
+        completion) as sequences finish, in any order. Answers of one source are expected to be of like lengths.
 
         Items are drawn about a block ahead, in a thread of their own, so that one that is slow to come holds up no
         sequence in flight. An item that cannot be run yields a completion with ``finish_reason`` "error" and the rest
@@ -211,7 +211,7 @@ class LLM:
         other calls raise EngineBusyError. If the engine is closed before, the stream raises EngineClosedError.
         """
         self._turns.check_open("stream")
-        return self._turns.stream(self._loop.stream(items, on_tokens, self._turns.helper))
+        return self._turns.stream(jobs.stream(self._loop, items, on_tokens, self._turns.helper))
 
     # One request, one pass at a time
 
@@ -274,7 +274,6 @@ class LLM:
             **self.engine_plan.describe(),
             **describe_memory(self.engine_plan, self.runner, self.tiers, self._capacity.speculator),
             **self._model.describe(),
-            **self.statistics.describe(),
             resources={name: asdict(use) for name, use in self.tracer.summary().items()},
             **self._loop.describe(),
         )
@@ -282,8 +281,7 @@ class LLM:
     def close(self) -> None:
         """Free pinned memory, threads and files; a stream that is open ends. Closing again does nothing.
 
-        Waits for a call in another thread. Raises EngineBusyError in a callback of this engine.
-        """
+        Waits for a call in another thread. Raises EngineBusyError in a callback of this engine."""
         if self._turns.closed:
             return
         with self._turns.closing() as stream, contextlib.ExitStack() as stack:

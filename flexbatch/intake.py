@@ -139,11 +139,17 @@ class Intake(RunObserver):
         return requests_of(prompts, params, self.encoder, self.defaults, first_index or 0, number)
 
     def add(
-        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None, index: int
+        self,
+        key: Hashable,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        on_text: OnText | None,
+        index: int,
+        source: Hashable = None,
     ) -> None:
         """Encode a prompt and let it wait. Raises PromptError, ConfigurationError."""
         number = self.take_numbers(1)
-        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder, number))
+        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder, number, source))
         self._has_listeners |= on_text is not None
         self._expected[index] = Expected(key, len(samples), on_text)
         self._waiting.extend(samples)
@@ -160,13 +166,14 @@ class Intake(RunObserver):
     ) -> tuple[Hashable, Completion] | None:
         """Let an item of a stream wait; returns its key and a completion that says why, where it cannot be run. Raises
         ConfigurationError for what is no item."""
-        if not isinstance(item, tuple | list) or len(item) != 3:
+        if not isinstance(item, tuple | list) or len(item) not in (3, 4) or not isinstance((*item, None)[3], Hashable):
             raise ConfigurationError(
-                f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams)"
+                f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams), or "
+                "(key, prompt, SamplingParams, source) with a source that has a hash"
             )
-        key, prompt, params = item
+        key, prompt, params, *source = item
         try:
-            self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index)
+            self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index, *source)
         except ValueError as error:
             return key, Completion([], finish_reason="error", error=str(error), index=index, request_id=key)
         return None

@@ -10,15 +10,14 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
-from collections.abc import Sequence as Many
-from itertools import chain, count
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 
+from flexbatch.execution.answer_lengths import ENOUGH, REMEMBERED, AnswerLengths
 from flexbatch.execution.diagnosis import explain_faults
-from flexbatch.execution.feed import Feed
 from flexbatch.execution.job import Job
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.proposals import Proposer
@@ -26,24 +25,17 @@ from flexbatch.execution.runner import Runner
 from flexbatch.execution.sampler import sample_tokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.intake import Intake, Item
-from flexbatch.planner.capacity import Capacity
-from flexbatch.planner.comparison import Comparison, Turn, turns
+from flexbatch.intake import Intake
+from flexbatch.planner.capacity import PEEKED_BLOCKS, Capacity
+from flexbatch.planner.comparison import Comparison
 from flexbatch.planner.forecast import Expected, JobRecord
 from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor, UsageTracer
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import FailureLog, Statistics
 from flexbatch.request import Completion, Request
 from flexbatch.trace import Tracer
-from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
-
-PEEKED_BLOCKS = 4
-"""Blocks of requests that are looked at to size the cache, when the job's lengths are not known."""
-FIRST_LOOK = 1024
-"""Requests that are looked at before anything is decided: as many as the largest block that is chosen without a search
-holds."""
 
 
 class EngineLoop:
@@ -66,6 +58,10 @@ class EngineLoop:
         self.job_record: JobRecord | None = None
         """The record of the last job that was known whole when it began, and ran without drafts."""
         self.failures = FailureLog()
+        self.lengths = AnswerLengths(planner.config.reserve)
+        """Of all runs: what a job teaches is believed of the next one."""
+        self.next_lengths_plan = ENOUGH
+        """Answers at which they are compared with the plan: twice as many each time."""
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
         self.observers: list[RunObserver] = []
@@ -83,8 +79,8 @@ class EngineLoop:
         return self.monitor.prediction if self.monitor is not None else {}
 
     def describe(self) -> dict[str, Any]:
-        """What a report says of the runs beside their sums: the last job, plan and run, and what drafts were worth."""
-        report: dict[str, Any] = {}
+        """What all runs measured, the last job, plan and run beside each other, and what drafts were worth."""
+        report: dict[str, Any] = {**self.statistics.describe(), "answer_lengths": self.lengths.report()}
         if self.job_record is not None:
             report["job"] = self.job_record.describe(self.planner.known_hardware)
         if self.prediction:
@@ -97,7 +93,7 @@ class EngineLoop:
     @property
     def running(self) -> bool:
         """Whether sequences are in flight."""
-        return self.scheduler is not None and self.scheduler.num_sequences > 0
+        return self.scheduler is not None and self.scheduler.num_started > 0
 
     def advance(self, complete: bool) -> list[Sequence]:
         """A pass, of a new run where there is none or a request has outgrown it. complete: nothing more will come."""
@@ -105,6 +101,9 @@ class EngineLoop:
             return []
         if self.scheduler is None or (self.scheduler.outgrown and not self.running):
             self.begin_for_waiting(complete)
+        elif self.lengths.num_seen >= self.next_lengths_plan:
+            self.next_lengths_plan = self.lengths.num_seen + min(self.lengths.num_seen, REMEMBERED)
+            self.plan_for_lengths(complete)
         return self.run_pass()
 
     def drain(self) -> int:
@@ -126,14 +125,37 @@ class EngineLoop:
             scheduler.abort(lambda sequence: sequence.request.index not in kept)
         return bool(kept)
 
+    def plan_for_lengths(self, complete: bool) -> None:
+        """Go on in a faster block where answers are not as long as was assumed; sequences in flight are read anew."""
+        scheduler, before = self.scheduler, self.planner.engine_plan.policy
+        if scheduler is None or scheduler.outgrown or not scheduler.aside.recomputes:
+            return
+        started = [*scheduler.running.values(), *scheduler.aside.sequences, *scheduler.waiting]
+        ahead = self.intake.ahead(None if complete else PEEKED_BLOCKS * before.block_size)
+        job = self.capacity.holdable(self.job([*(each.request for each in started), *ahead]))
+        if not complete:
+            job = job.repeated(PEEKED_BLOCKS * before.block_size)
+        if (found := self.planner.adopt_lengths(job)) is None:
+            return
+        reason = (
+            f"sequences have {job.mean_tokens:.4g} tokens on average by {self.lengths.num_seen} answers; "
+            f"block {before.block_size} -> {found.policy.block_size}"
+        )
+        logger.info("re-planned: %s", reason)
+        self.replans.append(reason)
+        left = scheduler.withdraw()
+        self.statistics.preemptions += scheduler.aside.take_counts()
+        self.end()
+        runner = self.capacity.prepare(job) if complete else self.capacity.prepare_largest(job)
+        self.begin(runner, chain(left, self.intake.arrivals()), scheduler.proposer)
+
     def begin_for_waiting(self, complete: bool) -> None:
         """A run whose block suits the requests that wait, and those that its predecessor was too small for."""
         before, capacity = self.scheduler, self.capacity
         left = [] if before is None else list(before.waiting)
-        lengths = [(sequence.num_prompt_tokens, sequence.output.max_tokens) for sequence in left]
-        block, peeked = self.peeked
+        block, peeked = capacity.peeked
         ahead = self.intake.ahead(peeked - len(left))
-        job = capacity.holdable(self.job(ahead, lengths))
+        job = capacity.holdable(self.job([*(each.request for each in left), *ahead]))
         if before is not None:
             self.end()
             runner = capacity.prepare_largest(job)
@@ -145,25 +167,12 @@ class EngineLoop:
         proposer = capacity.speculator if before is None else before.proposer
         self.begin(runner, chain(left, self.intake.arrivals()), proposer)
 
-    @property
-    def peeked(self) -> tuple[int, int]:
-        """(sequences of the block, requests that are looked at to size it): before the first job nothing is decided
-        yet."""
-        config = self.planner.config
-        if self.planner.placed is not None:
-            block = self.planner.engine_plan.policy.block_size
-        elif config.gpu_batch_size is not None and config.num_gpu_batches is not None:
-            block = config.gpu_batch_size * config.num_gpu_batches
-        else:
-            return Job.TYPICAL_REQUESTS, FIRST_LOOK
-        return block, PEEKED_BLOCKS * block
-
-    def job(self, requests: Iterable[Request], lengths: Iterable[tuple[int, int]] = ()) -> Job:
-        """The lengths of requests, beside those of others, (prompt tokens, most generated tokens)."""
+    def job(self, requests: Iterable[Request]) -> Job:
+        """The lengths of requests: what they may reach, and what is likely by the answers seen so far."""
         context = self.planner.deployment.model.arch.context
-        pairs = ((len(request.prompt_token_ids), request.params) for request in requests)
-        mine = ((prompt, params.tokens_within(context - prompt)) for prompt, params in pairs)
-        return Job.of(chain(lengths, mine), context)
+        limits = [(each, each.params.tokens_within(context - len(each.prompt_token_ids))) for each in requests]
+        lengths = [(len(request.prompt_token_ids), limit) for request, limit in limits]
+        return Job.of(lengths, context, self.lengths.draw(limits))
 
     def begin(
         self,
@@ -183,6 +192,8 @@ class EngineLoop:
             proposer,
             capacity.refusal,
             capacity.reach,
+            self.lengths,
+            capacity.step_aside_costs,
         )
         self.observers = [self.statistics, self.intake, self.failures, *self.watchers]
         if whole_job is not None and proposer is None:
@@ -253,73 +264,6 @@ class EngineLoop:
         self.statistics.moved_bytes = self.capacity.queues.moved_bytes()
         for observer in self.observers:
             observer.after_run()
-
-    def completions(
-        self, requests: Many[Request], drafted: bool = True
-    ) -> Generator[tuple[Request, Completion], None, None]:
-        """The completion of every request of a job, as it ends; the caller delivers it. drafted: with the drafts, where
-        there are any. Raises ConfigurationError for one that no block holds."""
-        with self.ending():
-            job = self.job(requests)
-            runner = self.capacity.prepare(job)
-            self.begin(runner, self.intake.arrivals(), self.capacity.speculator if drafted else None, job)
-            self.intake.add_requests(requests)
-            while self.intake:
-                for sequence in self.advance(complete=True):
-                    completion = self.intake.completion_of(sequence)
-                    if sequence.table is None:
-                        raise ConfigurationError(completion.error)
-                    yield sequence.request, completion
-            if self.draining:
-                raise KeyboardInterrupt
-
-    def stream(
-        self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None, helper: Callable[..., Any]
-    ) -> Generator[tuple[Hashable, Completion], None, None]:
-        """Items of `LLM.stream` in, (key, completion) out. ``helper``: what the thread that draws them is made by."""
-        self.intake.check_empty("stream")
-        numbers = count()
-        with contextlib.closing(Feed(items, helper)) as feed, self.ending(feed.wake):
-            while True:
-                if self.draining and not self.intake:
-                    return
-                block, peeked = self.peeked
-                limit = block if self.running else peeked
-                wanted = 0 if self.draining else limit - self.intake.num_waiting
-                for item in feed.take(wanted, wait=not self.intake):
-                    refused = self.intake.add_item(next(numbers), item, on_tokens)
-                    if refused is not None:
-                        yield refused
-                if self.intake:
-                    yield from self.step(complete=feed.ended)
-                elif feed.ended:
-                    return
-
-    def compared(self, requests: Many[Request]) -> Generator[tuple[Request, Completion], None, None]:
-        """`completions`, with plain decoding of the same requests by turns, for the report. No turn finds prompts in
-        the cache that an earlier one has read."""
-        self.capacity.prepare(self.job(requests))
-        for turn in turns(requests, self.planner.engine_plan.policy.block_size):
-            self.capacity.prepare(self.job(turn.requests)).cache.forget_prefixes()
-            with self.measuring(turn):
-                for request, completion in self.completions(turn.requests, turn.drafted):
-                    if turn.drafted and turn.kept:
-                        yield request, completion
-                    else:
-                        self.intake.deliver(completion, request)
-
-    @contextlib.contextmanager
-    def measuring(self, turn: Turn) -> Iterator[None]:
-        """Statistics of the body where they belong: those of the job, of the job without speculation, or nowhere; and
-        in the comparison."""
-        own, kept_plain = self.statistics, self.comparison.kept_plain
-        counted = Statistics() if not turn.kept else own if turn.drafted else kept_plain
-        seconds, tokens, self.statistics = counted.seconds, counted.generated_tokens, counted
-        try:
-            yield
-            self.comparison.add(turn, counted.seconds - seconds, counted.generated_tokens - tokens)
-        finally:
-            self.statistics = own
 
     @contextlib.contextmanager
     def ending(self, wake: Callable[[], None] = lambda: None) -> Iterator[None]:

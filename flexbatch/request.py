@@ -135,6 +135,11 @@ class SamplingParams:
         kept.check()
         return kept
 
+    @property
+    def may_end_early(self) -> bool:
+        """Whether anything but ``max_tokens`` can end the output."""
+        return not self.ignore_eos or bool(self.stop or self.stop_token_ids)
+
     def within(self, context_left: int) -> SamplingParams:
         """A snapshot with a number for ``max_tokens``: None is all of ``context_left``, the tokens behind the
         prompt."""
@@ -178,7 +183,8 @@ CONSTRAINTS = (
 @dataclass(frozen=True)
 class Request:
     """One prompt to complete: ``index`` is its place among the results, ``sample`` counts the n completions of one
-    prompt. ``number``, ``index`` where it is None, is what the random stream of a prompt without a seed belongs to."""
+    prompt. ``number``, ``index`` where it is None, is what the random stream of a prompt without a seed belongs to.
+    ``source``: where its row is from; answers of one source are expected to be of like lengths."""
 
     index: int
     prompt_token_ids: list[int]
@@ -186,6 +192,7 @@ class Request:
     sample: int = 0
     prompt: str | None = None
     number: int | None = None
+    source: Hashable = None
 
 
 @dataclass(frozen=True)

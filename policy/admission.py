@@ -24,6 +24,8 @@ class CacheSizes:
     disk_sequences: int = 0
     tail_tokens: int = 0
     """Token rows of each disk sequence and layer that are held in host memory until their page is full."""
+    parking_pages: int = 0
+    """Of the cpu tier, pages for sequences that have stepped aside alone."""
 
     def pages(self, tier: str) -> int:
         return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]

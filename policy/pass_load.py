@@ -87,6 +87,8 @@ class Lengths:
         decodes = output - 1
         stay = chunks + decodes
         slots = np.ceil((prompt + output) / PAGE_TOKENS) * PAGE_TOKENS
+        # On average a sequence that grows is met at half of its answer.
+        met = np.ceil((prompt + output / 2) / PAGE_TOKENS) * PAGE_TOKENS if workload.grows else slots
         values = {
             "prompt": prompt,
             "output": output,
@@ -96,7 +98,7 @@ class Lengths:
             "context": decodes * (prompt + output / 2),
             "prompt_context": chunk * chunks * (chunks - 1) / 2,
             "prompt_pairs": prompt * (prompt + 1) / 2,
-            "reserved": slots * stay / stay.mean(),
+            "reserved": met * stay / stay.mean(),
         }
         return cls(**dict(zip(values, np.stack(list(values.values())).mean(axis=1).tolist(), strict=True)))
 
@@ -113,8 +115,8 @@ def first_finish(workload: Workload, policy: Policy) -> int:
 
 def reserved_tokens(workload: Workload, policy: Policy) -> float:
     """Cache slots that the pools hold for a sequence of the block, on average: of a job that ends, for its longest
-    sequences."""
-    if workload.num_sequences is None:
+    sequences; where pages are taken as sequences grow, for those that are met."""
+    if workload.num_sequences is None or workload.grows:
         return Lengths.of(workload, policy).reserved
     longest = workload.longest_slots
     count = min(1.0, policy.block_size / workload.num_sequences) * len(longest)

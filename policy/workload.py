@@ -32,7 +32,8 @@ class Request:
 class Workload:
     """The lengths of the sequences of a job, as equally likely (prompt tokens, generated tokens) pairs.
 
-    ``num_sequences`` None stands for a job without end: only the steady state counts.
+    ``num_sequences`` None stands for a job without end: only the steady state counts. ``grows``: sequences take cache
+    as they grow, and do not reserve all of it at first.
     """
 
     lengths: tuple[tuple[float, float], ...]
@@ -40,6 +41,7 @@ class Workload:
     in_order: np.ndarray | None = field(default=None, compare=False)
     """[2, sequences] prompt and generated tokens in the order of arrival, where they are known: then the passes of the
     job can be counted one by one."""
+    grows: bool = False
 
     MAX_PAIRS = 256
     MAX_IN_ORDER = 16_384

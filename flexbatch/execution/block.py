@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.page_moves import restore
+from flexbatch.memory.pages import PageTable
 from flexbatch.policy import admission
 from flexbatch.policy.balancer import TierBalancer
 from flexbatch.policy.policy import TIERS, Policy, Split
+
+LOOKAHEAD_TOKENS = 16
+"""Tokens for which every sequence that runs has pages in sight when one is admitted, whatever is expected: nobody that
+has come back steps aside again within as many passes."""
 
 
 class Block:
     """``num_gpu_batches`` micro-batches of up to ``gpu_batch_size`` sequences.
 
-    A sequence is admitted when a tier has pages for all the tokens that it may reach, so nothing is ever evicted. Its
-    tier is chosen by error diffusion over the cache split, and it gets into the micro-batch with the fewest sequences
-    of that tier, so that micro-batches are alike.
+    A sequence is admitted when a tier has pages for all the tokens that it is likely to reach, beside those that the
+    others there are likely to take; it takes them as it grows. Its tier is chosen by error diffusion over the cache
+    split, and it gets into the micro-batch with the fewest sequences of that tier, so that micro-batches are alike.
     """
 
-    def __init__(self, policy: Policy, cache: KVCache, spare_tokens: int) -> None:
-        """spare_tokens: token rows for drafted tokens in every sequence's cache."""
+    def __init__(self, policy: Policy, cache: KVCache, spare_tokens: int, lengths: AnswerLengths | None = None) -> None:
+        """spare_tokens: token rows for drafted tokens in every sequence's cache. lengths: without them a sequence
+        reserves all that it may reach."""
         self.policy, self.cache, self.spare_tokens = policy, cache, spare_tokens
+        self.lengths = lengths or AnswerLengths(reserve="all")
+        self.reserved: dict[int, int] = {}
+        """Pages that each sequence which runs is likely to reach, by its id."""
+        self.promised = dict.fromkeys(TIERS, 0)
+        """Those of them that are not taken yet, by tier."""
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
         self.running: dict[int, Sequence] = {}
         """By sequence id."""
@@ -51,27 +66,96 @@ class Block:
         )
 
     def max_rows(self, sequence: Sequence) -> int:
-        """Token rows to reserve."""
+        """Token rows that it may need."""
         return sequence.max_cache_tokens + self.spare_tokens
+
+    def pages_to_reserve(self, sequence: Sequence) -> int:
+        """Pages that one which is about to run is likely to reach."""
+        return self.pages_of(sequence, self.lengths.rows_of_one(sequence, len(self.running) + 1))
+
+    def pages_of(self, sequence: Sequence, likely_rows: int) -> int:
+        """For so many rows and a tree; of any sequence, for its next tokens, so that nobody steps aside at once for
+        one that was admitted."""
+        soon = len(sequence.token_ids) + LOOKAHEAD_TOKENS * (1 + self.spare_tokens)
+        rows = min(self.max_rows(sequence), max(likely_rows, soon) + self.spare_tokens)
+        return self.cache.layout.num_pages(rows)
+
+    def estimate(self) -> None:
+        """Reserve anew for all that run, by what is known now."""
+        if not self.lengths.learns:
+            return
+        running = list(self.running.values())
+        likely = self.lengths.rows_together(running)
+        self.reserved = {
+            each.sequence_id: self.pages_of(each, rows) for each, rows in zip(running, likely, strict=True)
+        }
+        self.promised.update(self.count_promised())
+
+    def count_promised(self) -> dict[str, int]:
+        promised = dict.fromkeys(TIERS, 0)
+        for each in self.running.values():
+            promised[each.pages.tier] += self.not_taken(each)
+        return promised
+
+    def not_taken(self, sequence: Sequence) -> int:
+        return max(0, self.reserved[sequence.sequence_id] - len(sequence.pages.pages))
 
     @property
     def allowed_tiers(self) -> list[str]:
         return admission.allowed_tiers(self.policy.cache)
 
-    def choose_tier(self, sequence: Sequence) -> str | None:
-        """The tier of its cache; None while none has the pages and a micro-batch for it."""
+    def choose_tier(self, sequence: Sequence, parked: Iterable[Sequence] = ()) -> str | None:
+        """The tier of its cache; None while none has the pages and a micro-batch for it. parked: sequences that have
+        stepped aside."""
+        pages = self.pages_to_reserve(sequence)
         possible = [
             tier
             for tier in self.allowed_tiers
-            if self.cache.can_open(tier, self.max_rows(sequence), self.shareable(sequence, tier))
-            and self.open_micro_batches(sequence, tier)
+            if self.takes(sequence, tier)
+            and self.has_pages(sequence, tier, pages)
+            and self.open_micro_batches(pages, tier)
+            and self.is_safe(sequence, tier, parked)
         ]
         return self.tiers.choose(1, possible) if possible else None
 
-    def open_micro_batches(self, sequence: Sequence, tier: str) -> list[int]:
-        """Micro-batches with a free slot, and staging pages for all their sequences that are not on the gpu tier."""
-        staged = [sum(len(s.pages.pages) for s in batch if s.pages.tier != "gpu") for batch in self.micro_batches]
-        pages = self.cache.layout.num_pages(self.max_rows(sequence))
+    def takes(self, sequence: Sequence, tier: str) -> bool:
+        """Whether a tier has the pages for all that a sequence may reach, when nothing else runs."""
+        sizes, pages = self.cache.sizes, self.cache.layout.num_pages(self.max_rows(sequence))
+        return pages <= sizes.pages(tier) and (tier == "gpu" or pages <= sizes.staging_pages)
+
+    def has_pages(self, sequence: Sequence, tier: str, pages: int) -> bool:
+        """Whether a tier has so many pages for a sequence beside what is promised to others."""
+        rows, promised = pages * self.cache.layout.page_tokens, self.promised[tier]
+        table = sequence.parked
+        if table is None:
+            return self.cache.can_open(tier, rows, self.shareable(sequence, tier), promised)
+        return self.cache.can_open(tier, rows, (), promised - (len(table.pages) if table.tier == tier else 0))
+
+    def is_safe(self, sequence: Sequence, tier: str, parked: Iterable[Sequence]) -> bool:
+        """Whether every sequence can go on to its end once this one is admitted: always where tokens may be read
+        anew. A quantized cache is only ever moved. So either nobody will have to, as every tier has pages for all
+        that those on it may reach; or all tiers together have, and of the longest one more each: then one of them
+        has the pages free that another lacks."""
+        if not self.lengths.learns or self.cache.layout.bits == 16:
+            return True
+        layout, pools = self.cache.layout, self.cache.pools
+        most = dict.fromkeys(TIERS, 0)
+        longest = 0
+        others = [(each, each.pages.tier) for each in self.running.values()]
+        others += [(each, each.parked.tier) for each in parked if each.parked is not None and each is not sequence]
+        for each, place in [*others, (sequence, tier)]:
+            pages = layout.num_pages(self.max_rows(each))
+            most[place] += pages
+            longest = max(longest, pages)
+        if all(most[name] <= pool.num_pages for name, pool in pools.items()):
+            return True
+        spare = longest * sum(pool.num_pages > 0 for pool in pools.values())
+        return sum(most.values()) + spare <= sum(pool.num_pages for pool in pools.values())
+
+    def open_micro_batches(self, pages: int, tier: str) -> list[int]:
+        """Micro-batches with a free slot, and staging pages for all their sequences that are not on the gpu tier, one
+        of so many pages among them."""
+        staged = [sum(self.reserved[s.sequence_id] for s in self.staged(k)) for k in range(len(self.micro_batches))]
         batch_size, staging_pages = self.policy.gpu_batch_size, self.cache.sizes.staging_pages
         return admission.open_micro_batches(self.occupied, staged, tier, pages, batch_size, staging_pages)
 
@@ -80,17 +164,23 @@ class Block:
         """Sequences of each micro-batch."""
         return [len(batch) for batch in self.micro_batches]
 
+    def staged(self, micro_batch: int) -> list[Sequence]:
+        """Those of a micro-batch whose pages go through staging."""
+        return [each for each in self.micro_batches[micro_batch] if each.pages.tier != "gpu"]
+
     def shareable(self, sequence: Sequence, tier: str) -> list[int]:
         """Pages that already hold the beginning of the prompt, as far as its logits are not wanted."""
         if not sequence.shares_pages:
             return []
         prompt, params = sequence.request.prompt_token_ids, sequence.params
-        return self.cache.shareable(
-            tier, prompt if params.prompt_logprobs is None else prompt[: params.prompt_logprobs_start]
-        )
+        # One token at least is its own to read, also of a prompt whose last one is not read.
+        end = len(prompt) - sequence.num_uncomputed
+        if params.prompt_logprobs is not None:
+            end = min(end, params.prompt_logprobs_start)
+        return self.cache.shareable(tier, prompt[:end])
 
     def admit(self, sequence: Sequence, tier: str) -> None:
-        """Give a waiting sequence its pages and its micro-batch."""
+        """Give a waiting sequence, or one that stepped aside, its pages and its micro-batch."""
         self.tiers.place(tier, 1)
         on_cpu = tier == "cpu" and self.cpu_attention > 0 and self.attention_tiers.choose(1) == "cpu"
         if tier == "cpu":
@@ -98,25 +188,73 @@ class Block:
         prompt = sequence.request.prompt_token_ids
         # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
         read = prompt[: len(prompt) - sequence.num_uncomputed] if sequence.shares_pages else ()
+        pages = self.pages_to_reserve(sequence)
         of_tier = [sum(s.pages.tier == tier for s in batch) for batch in self.micro_batches]
-        micro_batch = admission.emptiest(self.open_micro_batches(sequence, tier), of_tier, self.occupied)
-        sequence.table = self.cache.open(tier, self.max_rows(sequence), read, self.shareable(sequence, tier), on_cpu)
+        micro_batch = admission.emptiest(self.open_micro_batches(pages, tier), of_tier, self.occupied)
+        if sequence.parked is None:
+            shared = self.shareable(sequence, tier)
+            known = len(sequence.token_ids) - sequence.num_uncomputed
+            sequence.table = self.cache.open(tier, known, read, shared, on_cpu)
+        else:
+            sequence.table, sequence.parked = restore(self.cache, sequence.parked, tier, on_cpu), None
         sequence.micro_batch = micro_batch
         self.micro_batches[micro_batch].append(sequence)
         self.running[sequence.sequence_id] = sequence
+        self.reserved[sequence.sequence_id] = pages
+        self.promised[tier] += self.not_taken(sequence)
 
-    def release(self, sequence: Sequence) -> None:
-        """Give back the slot and the pages of a running sequence."""
+    # Growth
+
+    def rows_of_pass(self, sequence: Sequence) -> int:
+        """Token rows that it needs for its next pass."""
+        return min(self.max_rows(sequence), len(sequence.token_ids) + self.spare_tokens)
+
+    def short(self) -> list[Sequence]:
+        """Those that need more pages for the next pass, in the order of their arrival."""
+        page_tokens = self.cache.layout.page_tokens
+        found = [
+            each for each in self.running.values() if self.rows_of_pass(each) > len(each.pages.pages) * page_tokens
+        ]
+        return sorted(found, key=lambda each: each.sequence_id)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Take pages for the next pass; False where its tier has too few."""
+        before = self.not_taken(sequence)
+        grown = self.cache.extend(sequence.pages, self.rows_of_pass(sequence))
+        self.promised[sequence.pages.tier] += self.not_taken(sequence) - before
+        return grown
+
+    def overfull(self) -> int | None:
+        """A micro-batch whose pages off the gpu tier exceed its staging."""
+        return next(
+            (
+                k
+                for k in range(len(self.micro_batches))
+                if sum(len(each.pages.pages) for each in self.staged(k)) > self.cache.sizes.staging_pages
+            ),
+            None,
+        )
+
+    def youngest(self, tier: str) -> Sequence:
+        """The last to come of those that run on a tier."""
+        return max(
+            (each for each in self.running.values() if each.pages.tier == tier), key=lambda each: each.sequence_id
+        )
+
+    def leave(self, sequence: Sequence) -> PageTable:
+        """Give back the slot of a running sequence; returns its pages, which are the caller's to release."""
+        self.promised[sequence.pages.tier] -= self.not_taken(sequence)
+        del self.reserved[sequence.sequence_id]
         self.micro_batches[sequence.micro_batch].remove(sequence)
         del self.running[sequence.sequence_id]
         self.tiers.remove(sequence.pages.tier, 1)
         if sequence.pages.tier == "cpu":
             self.attention_tiers.remove("cpu" if sequence.pages.cpu_attention else "gpu", 1)
-        self.cache.free(sequence.pages)
+        return sequence.pages
 
-    def check(self) -> None:
+    def check(self, parked: Iterable[PageTable] = ()) -> None:
         """Invariants: slots, tiers and pages are counted right, every sequence is consistent. Only one block may use
-        a cache at a time."""
+        a cache at a time. parked: pages of sequences that have stepped aside."""
         sequences = [sequence for batch in self.micro_batches for sequence in batch]
         assert len(sequences) <= self.policy.block_size
         assert {id(sequence) for sequence in sequences} == set(map(id, self.running.values()))
@@ -136,4 +274,6 @@ class Block:
             self.attention_tiers.placed
         )
         self.tiers.check()
-        self.cache.check([sequence.pages for sequence in sequences])
+        self.lengths.check()
+        assert self.reserved.keys() == self.running.keys() and self.promised == self.count_promised(), self.promised
+        self.cache.check([*(sequence.pages for sequence in sequences), *parked])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flexbatch.execution.answer_lengths import SAFETY
 from flexbatch.execution.job import Job
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.models.arch import Arch
@@ -51,10 +52,10 @@ class BlockSizes:
 
 
 def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: int = 0) -> BlockSizes:
-    """Pages for a full block of the job's longest requests on every tier's share (a tier may hold one sequence more
-    than its share)."""
+    """Pages for a full block of the job's longest requests, or of its likely ones where these are known, on every
+    tier's share (a tier may hold one sequence more than its share)."""
     block = min(policy.block_size, max(1, job.num_requests))
-    sequence_tokens = tuple(job.descending[:block].tolist())
+    sequence_tokens = tuple(job.rows_to_reserve(block, SAFETY))
     longest = [layout.num_pages(tokens + max_query_nodes) for tokens in sequence_tokens] or [1]
     cache = cache_sizes(policy, longest, layout.page_tokens, max_query_nodes)
     tokens = micro_batch_tokens(policy, max_query_nodes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from flexbatch.models.generation_config import GenerationDefaults
@@ -87,7 +88,12 @@ def requests_of(
 
 
 def samples_of(
-    index: int, prompt: Prompt, params: SamplingParams, encoder: PromptEncoder, number: int | None = None
+    index: int,
+    prompt: Prompt,
+    params: SamplingParams,
+    encoder: PromptEncoder,
+    number: int | None = None,
+    source: Hashable = None,
 ) -> Iterator[Request]:
     """The n requests of one prompt, made as they are asked for, with a number for ``max_tokens``, and bad words as
     tokens. Raises PromptError, or ConfigurationError for parameters that contradict each other, at once."""
@@ -95,4 +101,5 @@ def samples_of(
     encoder.check_params(index, params)
     found = encoder.read(index, prompt, params.max_tokens, params.truncate_prompt_tokens)
     limited = encoder.with_tokens(index, params).within(encoder.context_left(found.token_ids))
-    return (Request(index, found.token_ids, limited, sample, found.text, number) for sample in range(limited.n))
+    made = partial(Request, index, found.token_ids, limited, prompt=found.text, number=number, source=source)
+    return (made(sample=sample) for sample in range(limited.n))

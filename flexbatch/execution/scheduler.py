@@ -1,27 +1,35 @@
-"""Composes passes: admits sequences, cuts prompts into chunks, chooses query tokens, and releases what is done."""
+"""Composes passes: admits sequences, gives them pages, cuts prompts, chooses query tokens, releases what is done."""
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
+from flexbatch.execution.answer_lengths import AnswerLengths
+from flexbatch.execution.aside import Aside
 from flexbatch.execution.block import Block
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.execution.proposals import Proposer, Tree
+from flexbatch.execution.queries import accepted_path, text_query, tree_query
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.page_moves import keep_paths
+from flexbatch.memory.pages import PageTable
 from flexbatch.policy.admission import chunk_tokens, prompt_budget
 from flexbatch.policy.policy import Policy
+from flexbatch.policy.step_aside import StepAsideCosts
 
 
 class Scheduler:
     """Keeps a `Block` full and decides what every pass runs.
 
     A request that is longer than the block was made for is refused where ``refusal`` says why no block can hold it
-    (without it, always). Else nothing is admitted any more; once the rest has run, it stands first in `remaining`,
-    for a larger block.
+    (without it, always). Else nothing is admitted any more; once the rest has run, it stands first among the
+    ``waiting``, for a larger block.
+
+    Where a tier has no pages left for those that grow, the youngest on it step aside. They come back before anybody
+    new is admitted. Of those that run the oldest always goes on, so that every sequence comes to its end.
     """
 
     def __init__(
@@ -33,11 +41,16 @@ class Scheduler:
         proposer: Proposer | None = None,
         refusal: Callable[[Sequence], str] | None = None,
         reach: Callable[[int], bool] | None = None,
+        lengths: AnswerLengths | None = None,
+        costs: StepAsideCosts | None = None,
     ) -> None:
         """arrivals: waiting sequences, pulled one by one as there is capacity; None where nobody waits now, though
-        more may come."""
+        more may come. lengths: of answers; without them all that a sequence may reach is reserved. costs: of stepping
+        aside."""
         self.policy, self.cache, self.arrivals, self.proposer = policy, cache, arrivals, proposer
-        self.block = Block(policy, cache, 0 if proposer is None else proposer.max_nodes)
+        self.lengths = lengths or AnswerLengths(reserve="all")
+        self.block = Block(policy, cache, 0 if proposer is None else proposer.max_nodes, self.lengths)
+        self.aside = Aside(cache, costs or StepAsideCosts(), self.block.promised, self.begin_anew)
         self.refusal = refusal or self.block.too_long
         self.reach = reach
         """Whether the runner takes a sequence of so many tokens, for which it may grow; not asked for where None."""
@@ -60,6 +73,11 @@ class Scheduler:
     def num_sequences(self) -> int:
         return len(self.block.running)
 
+    @property
+    def num_started(self) -> int:
+        """With those that have stepped aside."""
+        return self.num_sequences + len(self.aside.sequences)
+
     def has_work(self) -> bool:
         """Whether there is anything to run; admits what fits."""
         self.admit()
@@ -71,13 +89,18 @@ class Scheduler:
             self.waiting.append(sequence)
         return self.waiting[0] if self.waiting else None
 
-    def remaining(self) -> Iterator[Sequence | None]:
-        """Sequences that were not admitted: none, unless one of them has outgrown the block."""
-        return itertools.chain(self.waiting, self.arrivals)
-
     def admit(self) -> None:
-        """Fill the free slots of the block, in the order of arrival."""
-        while not self.outgrown and self.num_sequences < self.admission_limit and (sequence := self.peek()) is not None:
+        """Fill the free slots of the block: first with those that have stepped aside, then in the order of arrival."""
+        if self.num_sequences < self.admission_limit and (self.aside.sequences or not self.outgrown):
+            self.lengths.update([*self.running.values(), *self.aside.sequences])
+            self.block.estimate()
+        self.take_back()
+        while (
+            not self.aside.sequences
+            and not self.outgrown
+            and self.num_sequences < self.admission_limit
+            and (sequence := self.peek()) is not None
+        ):
             if not self.block.holds(sequence) or (self.reach is not None and not self.reach(sequence.max_cache_tokens)):
                 problem = self.refusal(sequence)
                 if not problem:
@@ -85,11 +108,22 @@ class Scheduler:
                     return
                 self.finish(self.waiting.popleft(), problem)
                 continue
-            tier = self.block.choose_tier(sequence)
-            if tier is None:
+            if (tier := self.block.choose_tier(sequence)) is None:
                 assert self.num_sequences, "nothing runs and the next request finds no pages: pages are lost"
                 return
             self.block.admit(self.waiting.popleft(), tier)
+
+    def take_back(self) -> None:
+        """Let those that have stepped aside run again, the oldest first."""
+        aside = self.aside.sequences
+        while aside and self.num_sequences < self.admission_limit:
+            tier = self.block.choose_tier(aside[0], aside)
+            if tier is not None:
+                self.block.admit(aside.pop(0), tier)
+            elif self.num_sequences or not any(self.aside.reclaim(name, aside[0]) for name in self.block.allowed_tiers):
+                # Where nothing runs, what the others have left stands in the way of the first.
+                assert self.num_sequences, "nothing runs and the first to come back finds no pages: pages are lost"
+                return
 
     def adjust(self, admission_limit: int, prefill_budget: int, cpu_attention: float) -> None:
         """New settings from the next pass on. Nothing moves: sequences in flight stay, and the share of CPU
@@ -103,6 +137,7 @@ class Scheduler:
     def next_pass(self) -> PassBatch:
         """The query tokens of every sequence: one token or a token tree each to decode, and chunks of prompts as far
         as the micro-batch's budget goes."""
+        self.give_pages()
         counts = [self.token_counts(batch) for batch in self.block.micro_batches]
         trees = self.propose(
             [sequence for batch in counts for sequence in batch],
@@ -118,6 +153,33 @@ class Scheduler:
             for batch in counts
         )
         return PassBatch(tuple(queries for queries in composed if queries))
+
+    def give_pages(self) -> None:
+        """Let every sequence take the pages of its next tokens, the oldest first."""
+        for sequence in (short := self.block.short()):
+            while sequence.sequence_id in self.running and not self.block.grow(sequence):
+                if not self.aside.reclaim(sequence.pages.tier):
+                    self.step_aside(self.block.youngest(sequence.pages.tier))
+        while short and (overfull := self.block.overfull()) is not None:
+            self.step_aside(max(self.block.staged(overfull), key=lambda each: each.sequence_id), in_place=True)
+
+    def step_aside(self, sequence: Sequence, in_place: bool = False, drop: bool = False) -> None:
+        """Take a sequence out of the block; it comes back as soon as there are pages for it. See `Aside.add`."""
+        self.aside.add(sequence, self.leave(sequence), in_place, drop)
+
+    def withdraw(self) -> list[Sequence]:
+        """Everything that has not finished, in the order of arrival, to go on in another block."""
+        for sequence in list(self.running.values()):
+            if sequence.sequence_id in self.running:
+                self.step_aside(sequence, drop=True)
+        return [*self.aside.empty(), *self.waiting]
+
+    def begin_anew(self, tier: str, pages: set[int]) -> None:
+        """Those that share pages which will not be filled have read nothing yet: they wait to be admitted anew."""
+        for sequence in list(self.running.values()):
+            table = sequence.pages
+            if table.tier == tier and pages.intersection(table.pages[: table.num_shared]):
+                self.step_aside(sequence)
 
     def token_counts(self, batch: list[Sequence]) -> dict[Sequence, int]:
         """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for the
@@ -155,16 +217,13 @@ class Scheduler:
     def commit(self, batch: PassBatch, sampled: Mapping[int, SampledTokens]) -> None:
         """Append what was sampled (by sequence id), keep the accepted paths of trees in the cache, and release
         sequences that are done."""
-        trees = [query for query in batch if query.parents is not None]
-        self.cache.keep(
+        keep_paths(
+            self.cache,
             [
-                (
-                    self.running[query.sequence_id].pages,
-                    query.start + 1,
-                    [query.start + node for node in sampled[query.sequence_id].path],
-                )
-                for query in trees
-            ]
+                accepted_path(query, self.running[query.sequence_id], sampled[query.sequence_id])
+                for query in batch
+                if query.parents is not None
+            ],
         )
         if self.proposer is not None:
             self.proposer.observe(
@@ -190,24 +249,13 @@ class Scheduler:
         cached = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)
         self.cache.commit(sequence.pages, query.start + cached)
         if (sequence.output.finish is not None or sequence.fault is not None) and sequence.prompt_is_read:
-            if self.may_be_others(sequence):
+            if sequence.fault_may_be_of_others:
                 self.restart(sequence)
             else:
                 self.release(sequence)
                 self.finish(sequence, "" if sequence.fault is None else sequence.fault.problem)
 
     # The end of a sequence
-
-    @staticmethod
-    def may_be_others(sequence: Sequence) -> bool:
-        """Whether a fault may come from the sequence that filled the shared pages: a token of its own after them makes
-        NaN of them too, as above."""
-        return (
-            sequence.fault is not None
-            and sequence.fault.in_model
-            and sequence.pages.num_shared > 0
-            and not sequence.num_output_tokens
-        )
 
     def restart(self, sequence: Sequence) -> None:
         """Read a prompt once more, next, in pages of its own."""
@@ -218,12 +266,17 @@ class Scheduler:
     def finish(self, sequence: Sequence, error: str = "") -> None:
         sequence.error, sequence.finished = error, True
         self.finished.append(sequence)
+        self.lengths.observe(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Give back the slot and the pages of a running sequence."""
-        self.block.release(sequence)
+        self.aside.free(self.leave(sequence))
+
+    def leave(self, sequence: Sequence) -> PageTable:
+        """Give back the slot of a running sequence; returns its pages."""
         if self.proposer is not None:
             self.proposer.release(sequence)
+        return self.block.leave(sequence)
 
     def take_finished(self) -> list[Sequence]:
         finished, self.finished = self.finished, []
@@ -232,39 +285,15 @@ class Scheduler:
     def abort(self, wanted: Callable[[Sequence], bool] = lambda sequence: True) -> None:
         """Give back the pages of the sequences in flight that are ``wanted``, and let those that wait go."""
         for sequence in [each for each in self.running.values() if wanted(each)]:
-            self.release(sequence)
+            # Another one that goes may have been what it waited for.
+            if sequence.sequence_id in self.running:
+                self.release(sequence)
+        self.aside.remove(wanted)
         self.waiting = deque(sequence for sequence in self.waiting if not wanted(sequence))
 
     def check(self) -> None:
         """Invariants: every sequence is where it should be, and the block consistent."""
         assert all(sequence.status == "waiting" for sequence in self.waiting)
         assert all(sequence.status == "finished" for sequence in self.finished)
-        self.block.check()
-
-
-def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:
-    """The newest token, whose keys and values are still missing, and the nodes below it."""
-    parents = (-1, *(parent + 1 for parent in tree.parents))
-    token_ids = (sequence.token_ids[-1], *tree.token_ids)
-    return QueryTokens(
-        sequence.sequence_id,
-        token_ids,
-        sequence.num_cached,
-        0,
-        sequence.pages.location,
-        sequence.num_prompt_tokens,
-        parents,
-    )
-
-
-def text_query(sequence: Sequence, count: int) -> QueryTokens:
-    """The next ``count`` tokens of the text."""
-    start = sequence.num_cached
-    last = start + count == len(sequence.token_ids)
-    first_logit = count - 1 if last and sequence.output.finish is None else count
-    if sequence.params.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
-        first_logit = min(first_logit, max(0, sequence.params.prompt_logprobs_start - 1 - start))
-    token_ids = tuple(sequence.token_ids[start : start + count])
-    return QueryTokens(
-        sequence.sequence_id, token_ids, start, first_logit, sequence.pages.location, sequence.num_prompt_tokens
-    )
+        self.aside.check()
+        self.block.check([each.parked for each in self.aside.sequences if each.parked is not None])

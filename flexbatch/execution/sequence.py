@@ -3,8 +3,10 @@
 ::
 
     waiting  --admit-->  running  --release-->  finished
-                            |
-                            +--restart--> waiting      (its prompt is read again, in pages of its own)
+                          ^   |
+                          |   +--restart-----> waiting   (its prompt is read again, in pages of its own)
+                          |   +--step aside--> aside     (an older one needs its pages)
+                          +---come back----------+
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Sequence:
         sequence_id: int = 0,
     ) -> None:
         """decoder: of the model's tokenizer; None without one. max_context: tokens of prompt and output together, at
-        most. sequence_id: by which passes name the sequence; unique among those that run together."""
+        most. sequence_id: by which passes name the sequence; larger than those of all that came before it."""
         params = request.params
         self.request, self.sequence_id = request, sequence_id
         self.output = OutputText(
@@ -95,6 +97,9 @@ class Sequence:
         self.prompt_logprobs: list[dict[int, TokenLogprob] | None] = []
         self.table: PageTable | None = None
         """Its pages while it runs."""
+        self.parked: PageTable | None = None
+        """The pages that it left where they are not in its way, once it has stepped aside; None where it reads its
+        tokens anew."""
         self.micro_batch = 0
         """Which micro-batch it belongs to while it runs."""
         self.shares_pages = True
@@ -112,8 +117,13 @@ class Sequence:
         return self.request.params
 
     @property
+    def next_scored(self) -> int:
+        """The first prompt token whose log-probability is wanted and not there yet."""
+        return self.params.prompt_logprobs_start + len(self.prompt_logprobs)
+
+    @property
     def status(self) -> str:
-        """``waiting``, ``running`` or ``finished``."""
+        """``waiting`` (also after it has stepped aside), ``running`` or ``finished``."""
         return "finished" if self.finished else "waiting" if self.table is None else "running"
 
     @property
@@ -145,6 +155,14 @@ class Sequence:
     def prompt_is_read(self) -> bool:
         return self.num_cached >= self.num_prompt_tokens - self.num_uncomputed
 
+    @property
+    def fault_may_be_of_others(self) -> bool:
+        """Whether its fault may come from the sequence that filled the pages that it shares: attention multiplies
+        masked values by 0, which leaves NaN, so that a token of that one after them makes NaN of them too."""
+        return (
+            self.fault is not None and self.fault.in_model and self.pages.num_shared > 0 and not self.num_output_tokens
+        )
+
     def extend(self, token_ids: Collection[int]) -> int:
         """Append generated tokens up to the end of the output; returns how many were kept."""
         kept = self.output.extend(token_ids)
@@ -162,13 +180,14 @@ class Sequence:
     def restart(self) -> None:
         """Wait again, to read the prompt in pages of its own: nothing was generated, and what was scored is not to be
         trusted."""
-        self.table, self.fault, self.prompt_logprobs = None, None, []
+        self.table, self.parked, self.fault, self.prompt_logprobs = None, None, None, []
         self.shares_pages, self.drafted = False, True
 
     def check(self) -> None:
         """Invariants: the cache never holds more than the tokens, what depends on the output has seen all of it, and
         there are no more tokens than were asked for."""
         assert self.token_ids is self.output.text_token_ids
+        assert self.table is None or self.parked is None
         assert self.num_cached <= len(self.token_ids), (self.num_cached, len(self.token_ids))
         assert self.token_ids[: self.num_prompt_tokens] == list(self.request.prompt_token_ids)
         generated = self.token_ids[self.num_prompt_tokens :]

@@ -70,12 +70,9 @@ class DiskCache:
             return
         known = torch.cat([tail[:open_rows], rows])
         complete = known[: full_until - flushed].view(-1, layout.page_bytes)
-        for index, page, count in self.runs(
-            location.pages[flushed // layout.page_tokens : full_until // layout.page_tokens]
-        ):
-            buffer = aligned_empty(count * layout.disk_page_bytes)
-            buffer.view(count, -1)[:, : layout.page_bytes].copy_(complete[index : index + count])
-            self.file.write(buffer, self.offset(layer, page))
+        self.write_pages(
+            location.pages[flushed // layout.page_tokens : full_until // layout.page_tokens], layer, complete
+        )
         rest = known[full_until - flushed :]
         tail[: len(rest)].copy_(rest)
         self.flushed[location.tail_slot][layer] = full_until
@@ -113,15 +110,32 @@ class DiskCache:
         @torch.inference_mode()  # worker threads have a mode of their own
         def read_run(job: tuple[int, int, int]) -> None:
             index, page, count = job
-            target = pages_out[index : index + count]
-            if layout.page_bytes == layout.disk_page_bytes and target.data_ptr() % ALIGNMENT == 0:
-                self.file.read(target.view(-1), self.offset(layer, page))
-                return
-            buffer = aligned_empty(count * layout.disk_page_bytes)
-            self.file.read(buffer, self.offset(layer, page))
-            target.copy_(buffer.view(count, -1)[:, : layout.page_bytes])
+            self.read_run(page, layer, pages_out[index : index + count])
 
         list(threads.map(read_run, jobs))
+
+    def read_run(self, page: int, layer: int, target: Tensor) -> None:
+        """Fill ``target`` [n, page_bytes] with n neighbors in the file from ``page`` on."""
+        layout, count = self.layout, len(target)
+        if layout.page_bytes == layout.disk_page_bytes and target.data_ptr() % ALIGNMENT == 0:
+            self.file.read(target.view(-1), self.offset(layer, page))
+            return
+        buffer = aligned_empty(count * layout.disk_page_bytes)
+        self.file.read(buffer, self.offset(layer, page))
+        target.copy_(buffer.view(count, -1)[:, : layout.page_bytes])
+
+    def read_pages(self, pages: Sequence[int], layer: int, target: Tensor) -> None:
+        """Fill ``target`` [pages, page_bytes] with pages of the file, open ones among them."""
+        for index, page, count in self.runs(pages):
+            self.read_run(page, layer, target[index : index + count])
+
+    def write_pages(self, pages: Sequence[int], layer: int, source: Tensor) -> None:
+        """Write ``source`` [pages, page_bytes] (uint8, host) to pages of the file."""
+        layout = self.layout
+        for index, page, count in self.runs(pages):
+            buffer = aligned_empty(count * layout.disk_page_bytes)
+            buffer.view(count, -1)[:, : layout.page_bytes].copy_(source[index : index + count])
+            self.file.write(buffer, self.offset(layer, page))
 
     def move(self, location: SequencePages, layer: int, sources: Sequence[int], destination: int) -> None:
         """Copy, within the tail, the rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ...

@@ -57,8 +57,8 @@ class KVCache:
 
     @property
     def resident(self) -> bool:
-        """Whether every sequence has its cache on the compute device."""
-        return not self.sizes.cpu_pages and not self.sizes.disk_pages
+        """Whether every sequence that runs has its cache on the compute device."""
+        return self.sizes.cpu_pages == self.sizes.parking_pages and not self.sizes.disk_pages
 
     @property
     def realized_percent(self) -> dict[str, float]:
@@ -93,17 +93,32 @@ class KVCache:
             assert self.disk is not None
             table.tail_slot = self.disk.open()
             self.disk.mark_flushed(table.tail_slot, table.num_tokens)
+        self.count_open(tier)
+        return table
+
+    def count_open(self, tier: str) -> None:
+        """One sequence more runs on ``tier``."""
         self.num_open[tier] += 1
         if sum(self.num_open.values()) >= sum(self.peak_open.values()):
             self.peak_open = dict(self.num_open)
-        return table
 
-    def can_open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = ()) -> bool:
-        """Whether ``tier`` has pages for ``num_tokens`` tokens, of which ``shared_pages`` hold the first."""
+    def can_open(self, tier: str, num_tokens: int, shared_pages: Sequence[int] = (), promised: int = 0) -> bool:
+        """Whether ``tier`` has pages for ``num_tokens`` tokens, of which ``shared_pages`` hold the first, beside
+        ``promised`` pages for others."""
         pool = self.pools[tier]
         reused = sum(page in pool.evictable for page in shared_pages)
-        fits = pool.num_available - reused >= self.layout.num_pages(num_tokens) - len(shared_pages)
+        fits = pool.num_available - reused - promised >= self.layout.num_pages(num_tokens) - len(shared_pages)
         return fits and (tier != "disk" or (self.disk is not None and bool(self.disk.free_tails)))
+
+    def extend(self, table: PageTable, num_tokens: int) -> bool:
+        """Take pages for the first ``num_tokens`` tokens of a sequence; False, and none is taken, where its tier has
+        too few."""
+        pool, count = self.pools[table.tier], self.layout.num_pages(num_tokens) - len(table.pages)
+        if count > pool.num_available:
+            return False
+        if count > 0:
+            table.extend(pool.allocate(count))
+        return True
 
     def commit(self, table: PageTable, num_tokens: int) -> None:
         """The first ``num_tokens`` tokens of the sequence are in the cache and stay; full pages may be shared from
@@ -122,14 +137,19 @@ class KVCache:
 
     def free(self, table: PageTable) -> None:
         """Release the pages of a table."""
-        if table.tier == "disk":
-            assert self.disk is not None
-            # Its last rows may still be on their way to the tail, which becomes the next sequence's.
-            self.synchronize()
-            self.disk.close_tail(table.tail_slot)
+        if not table.parked:
+            self.close_tail(table)
+            self.num_open[table.tier] -= 1
         self.pools[table.tier].release(table.pages)
         table.pages = []
-        self.num_open[table.tier] -= 1
+
+    def close_tail(self, table: PageTable) -> None:
+        """Let the tail of a disk sequence go to the next one. Its last rows may still be on their way there."""
+        if table.tier == "disk":
+            assert self.disk is not None
+            self.synchronize()
+            self.disk.close_tail(table.tail_slot)
+            table.tail_slot = -1
 
     def forget_prefixes(self) -> None:
         """Forget prompts of sequences that are gone: what runs next reads its prompts itself."""
@@ -229,42 +249,9 @@ class KVCache:
             append, together(after, self.drained[layer]), f"cache {layer}", rows.nbytes
         )
 
-    # Trees
-
-    def keep(self, accepted: Sequence[tuple[PageTable, int, Sequence[int]]]) -> None:
-        """Commit the accepted path of each tree: rows of tokens ``sources`` move to ``start``, ``start`` + 1, ... on
-        the sequence's tier.
-
-        accepted: (table, start, sources), sources ascending and >= start. The rest of the tree is forgotten when
-        num_tokens is set.
-        """
-        moves = [
-            (table, start, sources)
-            for table, start, sources in accepted
-            if list(sources) != list(range(start, start + len(sources)))
-        ]
-        if not moves:
-            return
-        together(*self.draining).synchronize()
-        page_tokens = self.layout.page_tokens
-        for tier in ("gpu", "cpu"):
-            slots, targets = list[int](), list[int]()
-            for table, start, sources in moves:
-                if table.tier == tier:
-                    slots += [slot for t in sources for slot in table.location.slots(t, t + 1, page_tokens)]
-                    targets += table.location.slots(start, start + len(sources), page_tokens)
-            if slots:
-                data = self.storage[tier].view(self.layout.num_layers, -1, self.layout.token_bytes)
-                data[:, torch.tensor(targets, device=data.device)] = data[:, torch.tensor(slots, device=data.device)]
-        for table, start, sources in moves:
-            if table.tier == "disk":
-                assert self.disk is not None
-                for layer in range(self.layout.num_layers):
-                    self.disk.move(table.location, layer, sources, start)
-
     def check(self, tables: Sequence[PageTable] | None = None) -> None:
-        """Invariants of pools, of the disk, and with ``tables`` (all that are open) that every page has as many
-        holders as it counts."""
+        """Invariants of pools, of the disk, and with ``tables`` (all that are open or parked) that every page has as
+        many holders as it counts."""
         for pool in self.pools.values():
             pool.check()
         if self.disk is not None:
@@ -275,8 +262,9 @@ class KVCache:
             holders = Counter(page for table in tables if table.tier == tier for page in table.pages)
             expected = [holders[page] for page in range(pool.num_pages)]
             assert pool.references == expected, (tier, pool.references, holders)
-            assert self.num_open[tier] == sum(table.tier == tier for table in tables), (tier, self.num_open)
-        tails = [table.tail_slot for table in tables if table.tier == "disk"]
+            running = sum(table.tier == tier and not table.parked for table in tables)
+            assert self.num_open[tier] == running, (tier, self.num_open)
+        tails = [table.tail_slot for table in tables if table.tier == "disk" and not table.parked]
         assert sorted(tails) == sorted(self.disk.flushed if self.disk is not None else []), tails
         for table in tables:
             table.check(self.layout.page_tokens)

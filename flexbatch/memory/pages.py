@@ -113,6 +113,10 @@ class PagePool:
                 self.prefixes.forget(page)
                 self.free_pages.append(page)
 
+    def unready(self, pages: list[int]) -> set[int]:
+        """Those of a sequence's pages that others share and wait for it to fill."""
+        return {page for page in pages if self.references[page] > 1 and not self.prefixes.is_ready(page)}
+
     def evict_all(self) -> None:
         """Free the pages that nobody holds: a prompt that comes again is computed again."""
         for page in self.evictable:
@@ -186,7 +190,8 @@ class Gather:
 class PageTable:
     """The cache of one sequence: its tier, its pages there, and how many tokens are valid.
 
-    ``tail_slot`` is the index of a disk sequence's open page in host memory (-1 on other tiers).
+    ``tail_slot`` is the index of a disk sequence's open page in host memory (-1 on other tiers, and while parked: then
+    the open page lies with the others).
     """
 
     tier: str
@@ -197,11 +202,19 @@ class PageTable:
     tail_slot: int = -1
     cpu_attention: bool = False
     """Whether decode tokens of this cpu sequence are attended by the CPU, where the cache lies."""
+    parked: bool = False
+    """Whether the sequence does not run: no pass may read or write these pages."""
 
     @cached_property
     def location(self) -> SequencePages:
-        """The pages as plain data: they are the same until the sequence is gone."""
+        """The pages as plain data: they are the same until the sequence needs more."""
+        assert not self.parked, "a parked sequence takes part in no pass"
         return SequencePages(self.tier, tuple(self.pages), self.tail_slot, self.cpu_attention)
+
+    def extend(self, pages: list[int]) -> None:
+        """Add pages for tokens to come."""
+        self.pages += pages
+        self.__dict__.pop("location", None)
 
     def check(self, page_tokens: int) -> None:
         """Invariants: no page twice, valid tokens have a page, shared pages are full, and only a disk sequence has a
@@ -212,5 +225,6 @@ class PageTable:
             self.num_tokens,
             len(self.pages),
         )
-        assert (self.tail_slot >= 0) == (self.tier == "disk" and bool(self.pages)), (self.tier, self.tail_slot)
+        has_tail = self.tier == "disk" and bool(self.pages) and not self.parked
+        assert (self.tail_slot >= 0) == has_tail, (self.tier, self.tail_slot, self.parked)
         assert not self.cpu_attention or self.tier == "cpu", self.tier

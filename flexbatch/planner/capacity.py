@@ -16,9 +16,17 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.placements import overshoot
 from flexbatch.planner.planner import Planner
+from flexbatch.planner.spare_pages import with_spare_pages
+from flexbatch.policy.step_aside import StepAsideCosts
 from flexbatch.policy.units import size_text
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.validation.errors import DoesNotFitError
+
+PEEKED_BLOCKS = 4
+"""Blocks of requests that are looked at to size the cache, when the job's lengths are not known."""
+FIRST_LOOK = 1024
+"""Requests that are looked at before anything is decided: as many as the largest block that is chosen without a search
+holds."""
 
 
 class Capacity:
@@ -49,6 +57,25 @@ class Capacity:
             self.planner.placed = engine_plan
         return self.weights
 
+    @property
+    def step_aside_costs(self) -> StepAsideCosts:
+        """By the machine's rates, where any plan needed these."""
+        plan = self.planner.engine_plan.plan
+        return StepAsideCosts() if plan is None else StepAsideCosts.of(plan.shape, plan.hardware)
+
+    @property
+    def peeked(self) -> tuple[int, int]:
+        """(sequences of the block, requests that are looked at to size it): before the first job nothing is decided
+        yet."""
+        config = self.planner.config
+        if self.planner.placed is not None:
+            block = self.planner.engine_plan.policy.block_size
+        elif config.gpu_batch_size is not None and config.num_gpu_batches is not None:
+            block = config.gpu_batch_size * config.num_gpu_batches
+        else:
+            return Job.TYPICAL_REQUESTS, FIRST_LOOK
+        return block, PEEKED_BLOCKS * block
+
     def prepare(self, job: Job) -> Runner:
         """A runner whose sizes suit the job. Raises DoesNotFitError."""
         engine_plan = self.planner.replan(job)
@@ -63,6 +90,7 @@ class Capacity:
             return self.runner
         self.close()
         check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
+        sizes = with_spare_pages(engine_plan, sizes, job)
         self.runner = open_runner(
             engine_plan.arch,
             weights,
@@ -97,7 +125,7 @@ class Capacity:
             True,
             key=lambda i: not shortfall(Job((job.cache_tokens[i],), (job.prompt_tokens[i],))),
         )
-        return Job(job.cache_tokens[first:], job.prompt_tokens[first:]) if first < job.num_requests else Job((1,), (1,))
+        return job.after(first) if first < job.num_requests else Job((1,), (1,))
 
     def reach(self, longest: int) -> bool:
         """Whether the runner takes sequences of so many tokens: where its pages do and its tables do not, these grow,

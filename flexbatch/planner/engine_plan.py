@@ -75,6 +75,9 @@ class EnginePlan:
     policy: Policy
     plan: Plan | None
     weight_plan: WeightPlan
+    answer_share: float = 1.0
+    """Share of the length that answers are expected to have, ``max_tokens`` at first, that the block's pages suffice
+    for: less than 1 where the user fixed a block that holds no more in the budgets."""
 
     @property
     def config(self) -> EngineConfig:
@@ -115,7 +118,7 @@ class EnginePlan:
 
     def sizes(self, job: Job) -> BlockSizes:
         """Returns the sizes of a block for a job."""
-        return self.deployment.sizes(self.policy, job)
+        return self.deployment.sizes(self.policy, job.assuming(self.answer_share))
 
     def requirements(self, sizes: BlockSizes) -> list[MemoryRequirement]:
         """Bytes by tier and purpose of the loaded weights and a block of these sizes."""

@@ -1,5 +1,4 @@
-"""A run beside its plan: what every pass should have taken and did take, per resource, and when that calls for other
-settings."""
+"""A run beside its plan: what passes should have taken and did, by resource, and when that calls for other settings."""
 
 from __future__ import annotations
 
@@ -169,7 +168,7 @@ class PassMeter:
         decoding, context, prompts = 0, 0, PassLoad()
         for query in batch:
             before, count, prompt = query.start, query.num_tokens, query.num_prompt_tokens
-            if before >= prompt:
+            if before >= prompt and count == 1:
                 decoding, context = decoding + 1, context + before + 1
             else:
                 prompts += PassLoad.prefill(1, count, before, before + count >= prompt)

@@ -35,6 +35,11 @@ from flexbatch.validation.errors import DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
 
+LEAST_GAIN = 0.1
+"""Of throughput, that another block must promise before sequences in flight are read anew for it."""
+ANSWER_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0)
+"""Of ``max_tokens``, that a block is tried with which the user fixed."""
+
 
 class Planner:
     """Owns the machine's rates and the latest `EnginePlan`. Plans follow the jobs; the weights go where the first
@@ -142,6 +147,34 @@ class Planner:
         if self.profile_path is not None:
             write_hardware(hardware, self.profile_path)
 
+    def _decide(self, job: Job, before: EnginePlan | None = None) -> EnginePlan:
+        """A plan for a job; with ``before``, around its weights, which are in memory. Raises DoesNotFitError.
+
+        Where the user fixed the block, and the budgets do not hold it with answers as long as they may be, it is
+        planned for shorter ones: sequences are admitted as there are pages for them.
+        """
+        config = self.config
+        fixed = None not in (config.gpu_batch_size, config.num_gpu_batches)
+        if config.reserve == "all" or not fixed:
+            return self._decide_for(job, before)
+        refusal: DoesNotFitError | None = None
+        for share in ANSWER_SHARES:
+            try:
+                found = self._decide_for(job.assuming(share), before, share)
+                check_budgets(found.requirements(found.sizes(job)), self.deployment.budgets)
+                return found
+            except DoesNotFitError as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
+
+    def _decide_for(self, job: Job, before: EnginePlan | None, answer_share: float = 1.0) -> EnginePlan:
+        problem = self._problem(job, before)
+        choice = self._chosen(problem, None if before is None else before.weight_plan.num_slabs)
+        self.problem = problem
+        weight_plan = self.deployment.weight_plan(choice.policy) if before is None else before.weight_plan
+        return EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan, answer_share)
+
     def _problem(self, job: Job, before: EnginePlan | None = None, bits: Policy | None = None) -> Problem:
         model, config = self.deployment.model, self.config
         if bits is not None:
@@ -159,14 +192,6 @@ class Planner:
             rate, limit = choice.plan.predicted_tokens_per_second, choice.plan.limiting_resource
             logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(choice.policy), rate, limit)
         return choice
-
-    def _decide(self, job: Job, before: EnginePlan | None = None) -> EnginePlan:
-        """A plan for a job; with ``before``, around its weights, which are in memory. Raises DoesNotFitError."""
-        problem = self._problem(job, before)
-        choice = self._chosen(problem, None if before is None else before.weight_plan.num_slabs)
-        self.problem = problem
-        weight_plan = self.deployment.weight_plan(choice.policy) if before is None else before.weight_plan
-        return EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan)
 
     def requirements_of(self, policy: Policy, job: Job, num_slabs: int | None = None) -> list[MemoryRequirement]:
         """Returns the exact requirements of a job under any policy."""
@@ -222,6 +247,23 @@ class Planner:
                     return found
         self._settled.add(kind)
         return None
+
+    def adopt_lengths(self, job: Job) -> EnginePlan | None:
+        """A plan for what is left of a job whose answers are not as long as assumed; it is the latest from now on.
+        None where the block in flight is as good, to within ``LEAST_GAIN``."""
+        before = self.engine_plan
+        if before.plan is None or not differs(self.problem, before.policy, job):
+            return None
+        try:
+            found = self._decide(job, self.placed or before)
+        except DoesNotFitError:
+            return None
+        as_before = priced(self.problem, without_reserves(self.hardware), before.policy).predicted_tokens_per_second
+        better = found.plan is not None and found.plan.predicted_tokens_per_second > (1 + LEAST_GAIN) * as_before
+        if found.policy == before.policy or not better:
+            return None
+        self._engine_plan = found
+        return found
 
     def shortfall(self, job: Job) -> dict[str, int]:
         """Bytes by tier that a block for a job needs beyond the budgets; none where another policy would hold it, with

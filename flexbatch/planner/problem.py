@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -113,8 +114,9 @@ def model_shape(
 
 def workload_of(job: Job) -> Workload:
     """Lengths as the cost model counts them: the last generated token needs no row of the cache."""
-    cache, prompt = np.asarray(job.cache_tokens), np.asarray(job.prompt_tokens)
-    return Workload.from_lengths(np.maximum(1, prompt), np.maximum(1, cache - prompt + 1))
+    expected, prompt = np.asarray(job.expected_tokens), np.asarray(job.prompt_tokens)
+    workload = Workload.from_lengths(np.maximum(1, prompt), np.maximum(1, expected - prompt + 1))
+    return dataclasses.replace(workload, grows=bool(job.likely_tokens))
 
 
 def constraints_of(problem: Problem, capacity: dict[str, int], block: tuple[int, int] | None = None) -> Constraints:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flexbatch.execution.aside import Preemptions
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.runner import Runner
@@ -38,6 +39,8 @@ class Statistics(RunObserver):
     prefilled_tokens: int = 0
     generated_tokens: int = 0
     requests: int = 0
+    preemptions: Preemptions = field(default_factory=Preemptions)
+    """Sequences that stepped aside for others."""
     moved_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -51,6 +54,7 @@ class Statistics(RunObserver):
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
         self.passes += 1
         self.prefilled_tokens += batch.num_prompt_tokens
+        self.preemptions += scheduler.aside.take_counts()
 
     def after_sequence(self, sequence: Sequence) -> None:
         self.requests += 1
@@ -67,6 +71,7 @@ class Statistics(RunObserver):
             "generated_tokens": self.generated_tokens,
             "generated_tokens_per_second": self.generated_tokens_per_second,
             "total_tokens_per_second": self.total_tokens_per_second,
+            "preemptions": {"total": self.preemptions.total, **asdict(self.preemptions)},
             "moved_bytes": self.moved_bytes,
         }
 

@@ -86,6 +86,12 @@ def throughput(report: Mapping[str, Any]) -> str:
         ["generated tokens", f"{report['generated_tokens']:,}", _rate(report["generated_tokens"], seconds)],
         ["passes", f"{report['passes']:,}", _rate(report["passes"], seconds)],
     ]
+    preempted = report.get("preemptions") or {}
+    if preempted.get("total"):
+        rows.append(["sequences put aside", f"{preempted['total']:,}", _rate(preempted["total"], seconds)])
+        rows.append(
+            ["tokens read anew", f"{preempted['recomputed_tokens']:,}", _rate(preempted["recomputed_tokens"], seconds)]
+        )
     simulated = (report.get("speculation") or {}).get("simulated_acceptance")
     label = "" if simulated is None else f", SIMULATED acceptance {simulated:g}: the tokens mean nothing"
     text = (

@@ -7,7 +7,8 @@ the fake engine.
 this process a signal at a chosen point, ``{"locks": false}`` takes its file locks away (`tests.apps_batch.power`).
 
 With ``{"real": true, "count_file": ...}`` it runs the real one, and counts every token that is generated there,
-those of killed processes and of Ray's actors included.
+those of killed processes and of Ray's actors included. ``{"put_aside": file}`` beside it makes a sequence step aside
+before every second pass, and notes a byte in the file for each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,28 @@ def open_counted(count_file: str, config: EngineConfig, seen: Any) -> Any:
     return open_llm(config, seen)
 
 
+def put_aside(noted: str) -> None:
+    """Let any sequence step aside before every second pass of this process."""
+    from flexbatch.execution.scheduler import Scheduler
+
+    next_pass, chance = Scheduler.next_pass, random.Random(0)
+    descriptor = os.open(noted, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def disturbed(scheduler: Scheduler) -> Any:
+        if len(scheduler.running) > 1 and chance.random() < 0.5:
+            scheduler.step_aside(chance.choice(list(scheduler.running.values())), in_place=chance.random() < 0.3)
+            scheduler.check()
+            os.write(descriptor, b".")
+        return next_pass(scheduler)
+
+    Scheduler.next_pass = disturbed  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     settings, words = json.loads(sys.argv[1]), sys.argv[2:]
     if settings.pop("real", False):
+        if "put_aside" in settings:
+            put_aside(settings["put_aside"])
         sys.exit(main(words, open_engine=functools.partial(open_counted, settings["count_file"])))
     config_file = settings.pop("config_file", None)
     if not settings.pop("locks", True):

@@ -69,9 +69,7 @@ class FakeLLM:
         """Nothing waits here: items are drawn when a sequence can begin."""
         return self.block
 
-    def stream(
-        self, items: Iterable[tuple[Any, list[int], SamplingParams]], on_tokens: Any = None
-    ) -> Iterator[tuple[Any, Completion]]:
+    def stream(self, items: Iterable[tuple[Any, ...]], on_tokens: Any = None) -> Iterator[tuple[Any, Completion]]:
         source, flying, steps = iter(items), {}, 0
         more = True
         while more or flying:
@@ -80,7 +78,7 @@ class FakeLLM:
                 if item is None:
                     more = False
                     break
-                key, prompt, params = item
+                key, prompt, params, *_ = item
                 self.prompts_seen += 1
                 flying[key] = [prompt, params, fake_tokens(prompt, params), 0]
             time.sleep(self.step_s)

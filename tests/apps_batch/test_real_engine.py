@@ -34,8 +34,8 @@ DEMO = ("--model", "demo", "--device", "cpu")
 SMALL_BLOCK = ("--gpu-batch-size", 8, "--num-gpu-batches", 2)
 
 
-def start(*words: object, count_file: Path) -> Forked:
-    return start_driver(*words, *DEMO, *SMALL_BLOCK, real=True, count_file=str(count_file))
+def start(*words: object, count_file: Path, **settings: object) -> Forked:
+    return start_driver(*words, *DEMO, *SMALL_BLOCK, real=True, count_file=str(count_file), **settings)
 
 
 def run_demo(*words: object) -> int:
@@ -59,7 +59,7 @@ def finished(process: Forked, code: int = 0) -> None:
     assert process.returncode == code and out == "", err
 
 
-def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> None:
+def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object, **settings: object) -> None:
     source, out = (
         write_input(tmp_path / "in.parquet", benchmark_prompts(rows, 120), row_group_size=97),
         tmp_path / "out",
@@ -78,8 +78,8 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> No
                 )
             )
 
-    kill_at(moments(), lambda: start(source, out, *flags, count_file=tmp_path / "tokens"), 600)
-    finished(start(source, out, *flags, count_file=tmp_path / "tokens"))
+    kill_at(moments(), lambda: start(source, out, *flags, count_file=tmp_path / "tokens", **settings), 600)
+    finished(start(source, out, *flags, count_file=tmp_path / "tokens", **settings))
     whole = read_output(tmp_path / "whole")
     assert read_output(out).equals(whole)
     once, tokens = pc.sum(whole["num_generated_tokens"]).as_py(), (tmp_path / "tokens").stat().st_size
@@ -89,6 +89,14 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, *flags: object) -> No
 
 def test_a_sampled_job_that_was_killed_equals_an_undisturbed_one(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, 40, 1, "--max-tokens", 4, "--part-rows", 8, "--window-rows", 16)
+
+
+def test_a_job_is_killed_while_sequences_step_aside(tmp_path: Path) -> None:
+    """Rows of processes in which any sequence steps aside at any pass, killed and resumed, are those of one in which
+    none does."""
+    flags = ("--max-tokens", 12, "--part-rows", 8, "--window-rows", 16)
+    kill_and_resume(tmp_path, 40, 2, *flags, put_aside=str(tmp_path / "aside"))
+    assert (tmp_path / "aside").stat().st_size > 20
 
 
 @pytest.mark.slow

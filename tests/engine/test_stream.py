@@ -11,7 +11,7 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.execution.scheduler import Scheduler
-from flexbatch.loop import PEEKED_BLOCKS
+from flexbatch.planner.capacity import PEEKED_BLOCKS
 from flexbatch.text.prompts import PromptError
 from tests.tiny_models import make_model, random_prompts
 

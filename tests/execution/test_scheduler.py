@@ -296,7 +296,7 @@ def test_a_request_that_outgrows_the_block_waits_until_it_is_empty(tmp_path: Pat
             scheduler.commit(work, {query.sequence_id: SampledTokens([20], [None]) for query in work})
             finished += [done.request.index for done in scheduler.take_finished()]
         assert scheduler.outgrown and sorted(finished) == [0, 1, 2]
-        assert [each.request.index for each in scheduler.remaining() if each is not None] == [3, 4]
+        assert [each.request.index for each in (*scheduler.waiting, *scheduler.arrivals)] == [3, 4]
 
 
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
@@ -371,3 +371,20 @@ def test_a_scored_prompt_of_whole_pages_does_not_hold_up_those_that_begin_like_i
             scheduler.check()
             passes += 1
         assert [done.request.index for done in scheduler.take_finished()] == [0, 1] and passes == 4
+
+
+@pytest.mark.parametrize("length", [PAGE_TOKENS, PAGE_TOKENS + 1, 2 * PAGE_TOKENS + 1])
+def test_scored_prompts_that_are_equal_have_a_page_for_every_token_that_is_read(tmp_path: Path, length: int) -> None:
+    """Of the second all that is read lies in shared pages, but for one token."""
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 2, 1, prefill_chunk=3)
+    prompt = tuple(range(2, 2 + length))
+    with open_cache(tmp_path, CacheSizes(8, 0, 0, 0)) as cache:
+        scheduler = Scheduler(policy, cache, iter([waiting(i, prompt, max_tokens=0) for i in range(2)]), 100)
+        while scheduler.has_work():
+            work = scheduler.next_pass()
+            for query in work:
+                assert query.num_tokens > 0 and query.start + query.num_tokens <= length - 1
+                assert query.start + query.num_tokens <= len(query.pages.pages) * PAGE_TOKENS
+            scheduler.commit(work, {})
+            scheduler.check()
+        assert len(scheduler.take_finished()) == 2

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
 from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.page_moves import keep_paths, park, restore
 from flexbatch.memory.pages import CacheLayout, Gather, PageTable
 from flexbatch.memory.transfer import READY, FutureHandle
 from flexbatch.memory.uploads import Uploads
@@ -96,7 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
         shared = self.cache.shareable(tier, prompt)
         if not self.cache.can_open(tier, capacity + MAX_NODES, shared):
             return
-        table = self.cache.open(tier, capacity + MAX_NODES, prompt, shared)
+        table = self.cache.open(tier, len(prompt), prompt, shared)
         text = Text(prompt, table, capacity, torch.empty(0))
         text.rows = self.new_rows(text, 0, table.num_tokens)
         self.texts.append(text)
@@ -108,9 +109,11 @@ class CacheMachine(RuleBasedStateMachine):
         for text in self.texts:
             start = text.table.num_tokens
             left = text.capacity - start
-            if not self.cache.prefix_ready(text.table) or left == 0 or chance.random() < 0.2:
+            if text.table.parked or not self.cache.prefix_ready(text.table) or left == 0 or chance.random() < 0.2:
                 continue
             count = chance.randint(1, left)
+            if not self.cache.extend(text.table, start + max(count, 1 + MAX_NODES)):
+                continue
             parents = None
             if start >= text.num_prompt_tokens and chance.random() < 0.7:
                 nodes = chance.randint(1, MAX_NODES)
@@ -184,9 +187,25 @@ class CacheMachine(RuleBasedStateMachine):
                 accepted.append((text.table, query.start + 1, [query.start + place for place in path]))
                 kept = (0, *path)
             text.rows = torch.cat([text.rows, rows[:, list(kept)]], dim=1)
-        self.cache.keep(accepted)
+        keep_paths(self.cache, accepted)
         for query in queries:
             self.cache.commit(self.text_of(query).table, self.text_of(query).rows.shape[1])
+
+    @precondition(lambda self: any(text.table.num_tokens >= text.num_prompt_tokens for text in self.texts))
+    @rule(tier=st.sampled_from(["gpu", "cpu", "disk"]), chance=st.randoms(use_true_random=False))
+    def step_aside(self, tier: str, chance: Any) -> None:
+        """Pages of one that has stepped aside may move on."""
+        text = chance.choice([text for text in self.texts if text.table.num_tokens >= text.num_prompt_tokens])
+        if text.table.tier == tier or self.cache.pools[tier].num_available >= len(text.table.pages):
+            text.table = park(self.cache, text.table, tier)
+
+    @precondition(lambda self: any(text.table.parked for text in self.texts))
+    @rule(tier=st.sampled_from(["gpu", "cpu", "disk"]), chance=st.randoms(use_true_random=False))
+    def come_back(self, tier: str, chance: Any) -> None:
+        text = chance.choice([text for text in self.texts if text.table.parked])
+        tail = tier != "disk" or self.cache.disk.free_tails
+        if tail and (text.table.tier == tier or self.cache.can_open(tier, text.table.num_tokens)):
+            text.table = restore(self.cache, text.table, tier)
 
     @precondition(lambda self: any(text.table.num_tokens >= text.num_prompt_tokens for text in self.texts))
     @rule(chance=st.randoms(use_true_random=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,23 @@ def test_a_byte_less_than_required_is_refused() -> None:
     sums = {tier: sum(size for (_, where), size in rows.items() if where == tier) for tier in ("gpu", "cpu")}
     assert required(**{f"{tier}_memory": size for tier, size in sums.items()}) == rows
     with pytest.raises(DoesNotFitError, match="does not fit"):
-        required(gpu_memory=sums["gpu"] - 1, cpu_memory=sums["cpu"])
+        required(gpu_memory=sums["gpu"] - 1, cpu_memory=sums["cpu"], reserve="all")
+
+
+def test_a_block_that_the_user_fixed_has_fewer_pages_where_memory_is_short() -> None:
+    """Sequences take them as they grow. Where one cannot reach its end, nothing helps."""
+    settings: dict[str, Any] = {"percent": (100, 0, 100, 0, 100, 0)}
+    job = Job((400,) * 12, (30,) * 12)
+    rows = required(job, **settings)
+    without_cache = sum(rows.values()) - rows["cache", "gpu"]
+    one = rows["cache", "gpu"] // 8
+    fewer = required(job, **settings, gpu_memory=without_cache + rows["cache", "gpu"] // 2)
+    assert one <= fewer["cache", "gpu"] <= rows["cache", "gpu"] // 2
+    assert {key: size for key, size in fewer.items() if key[0] != "cache"} == {
+        key: size for key, size in rows.items() if key[0] != "cache"
+    }
+    with pytest.raises(DoesNotFitError, match="does not fit"):
+        required(job, **settings, gpu_memory=without_cache + one - 1)
 
 
 @pytest.mark.parametrize("dry", [False, True])

@@ -14,7 +14,7 @@ from tests.tiny_models import make_tokenizer
 
 TEMPERATURE, TOP_K, TOP_P = 1.4, 6, 0.9
 NEW_TOKENS = {800: 40, 1600: 40, 200_000: 200}
-"""Of an answer, by the tokens that are drawn in all: few draws are of short answers, a pass of more of them costs less."""
+"""Tokens of an answer by those that are drawn in all: few draws are of short answers, passes of more cost less."""
 BINS = 50
 
 

@@ -1,0 +1,162 @@
+"""Sequences that have stepped aside: a tier ran out of pages for those that came before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flexbatch.execution.sequence import Sequence
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.page_moves import park
+from flexbatch.memory.pages import PageTable
+from flexbatch.policy.policy import TIERS
+from flexbatch.policy.step_aside import StepAsideCosts
+
+
+@dataclass
+class Preemptions:
+    """How often sequences stepped aside in a run, and what became of their pages."""
+
+    kept: int = 0
+    """Stayed where they were: not their tier was short but the staging of their micro-batch."""
+    moved: int = 0
+    dropped: int = 0
+    moved_bytes: int = 0
+    recomputed_tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.moved + self.dropped
+
+    def __iadd__(self, other: Preemptions) -> Preemptions:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+
+class Aside:
+    """The sequences that have stepped aside, the oldest first, and their pages.
+
+    Pages are moved to a lower tier that has them free, or dropped and their tokens read anew, whichever costs less.
+    A quantized cache is moved always: keys and values that are computed anew differ in the last bit, as matrices of
+    other shapes are multiplied in another order, and where they are rounded to codes that is a step of the code now
+    and then. What is moved keeps its codes.
+    """
+
+    def __init__(
+        self, cache: KVCache, costs: StepAsideCosts, promised: dict[str, int], orphaned: Callable[[str, set[int]], None]
+    ) -> None:
+        """promised: pages of each tier that sequences which run there are expected to take, a live view. orphaned:
+        told of pages on a tier that were given up before they were filled, and that others wait for."""
+        self.cache, self.costs, self.promised, self.orphaned = cache, costs, promised, orphaned
+        self.sequences: list[Sequence] = []
+        self.counts = Preemptions()
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether tokens may be read anew."""
+        return self.cache.layout.bits == 16
+
+    def page_bytes(self, table: PageTable) -> int:
+        layout = self.cache.layout
+        return layout.num_pages(table.num_tokens) * layout.page_bytes * layout.num_layers
+
+    def target(self, table: PageTable) -> str | None:
+        """The tier for the pages of a sequence, other than theirs; None: they are dropped. Raises RuntimeError where
+        they may not be dropped and no tier has as many free: admission sees to it that one has."""
+        pools, count = self.cache.pools, self.cache.layout.num_pages(table.num_tokens)
+        lower = TIERS[TIERS.index(table.tier) + 1 :]
+        free = [tier for tier in lower if pools[tier].num_available - self.promised[tier] >= count]
+        if self.recomputes:
+            return self.costs.cheapest(table.num_tokens, self.page_bytes(table), table.tier, free)
+        free = free or [tier for tier in TIERS if tier != table.tier and pools[tier].num_available >= count]
+        if not free:
+            raise RuntimeError(f"{count} pages of a quantized cache on {table.tier} have to move, and no tier has them")
+        return min(free, key=lambda tier: self.costs.moving(self.page_bytes(table), table.tier, tier))
+
+    def begun(self, table: PageTable) -> bool:
+        """Whether a sequence has read anything itself: a shared prefix that others have filled is all that it has
+        before its first chunk."""
+        return table.num_tokens > table.num_shared * self.cache.layout.page_tokens
+
+    def add(self, sequence: Sequence, table: PageTable, in_place: bool = False, drop: bool = False) -> None:
+        """Let a sequence wait that has left the block. in_place: its tier is not short of pages. drop: whatever that
+        costs."""
+        self.sequences.append(sequence)
+        self.sequences.sort(key=lambda each: each.sequence_id)
+        sequence.table = None
+        if not self.begun(table):
+            self.free(table)
+        elif in_place:
+            self.counts.kept += 1
+            sequence.parked = park(self.cache, table, table.tier)
+        elif not drop and self.send_away(sequence, table):
+            self.counts.moved += 1
+        else:
+            self.counts.dropped += 1
+            if drop:
+                self.give_up(sequence, table)
+
+    def give_up(self, sequence: Sequence, table: PageTable) -> None:
+        """Free pages whose tokens will be read anew."""
+        assert self.recomputes or not self.begun(table), "the codes of a quantized cache would not come again"
+        self.counts.recomputed_tokens += table.num_tokens
+        sequence.parked = None
+        self.free(table)
+
+    def send_away(self, sequence: Sequence, table: PageTable) -> bool:
+        """Make the pages of a sequence available on their tier; whether they were moved, and not dropped."""
+        tier, before = self.target(table), table.tier
+        if tier is None:
+            self.give_up(sequence, table)
+            return False
+        unready = self.cache.pools[before].unready(table.pages)
+        self.counts.moved_bytes += self.page_bytes(table)
+        sequence.parked = park(self.cache, table, tier)
+        self.orphaned(before, unready)
+        return True
+
+    def reclaim(self, tier: str, spared: Sequence | None = None) -> bool:
+        """Make the pages that the youngest has left on ``tier`` available; False where nobody but ``spared`` has
+        any."""
+        for sequence in reversed(self.sequences):
+            if sequence.parked is not None and sequence.parked.tier == tier and sequence is not spared:
+                self.send_away(sequence, sequence.parked)
+                return True
+        return False
+
+    def empty(self) -> list[Sequence]:
+        """Hand out all that wait, to be read anew elsewhere."""
+        sequences, self.sequences = self.sequences, []
+        for sequence in sequences:
+            if sequence.parked is not None:
+                self.give_up(sequence, sequence.parked)
+        return sequences
+
+    def take_counts(self) -> Preemptions:
+        """What happened since the last call."""
+        counts, self.counts = self.counts, Preemptions()
+        return counts
+
+    def free(self, table: PageTable) -> None:
+        """Release pages; those that others wait for go with an end to their waiting."""
+        unready = self.cache.pools[table.tier].unready(table.pages)
+        self.cache.free(table)
+        self.orphaned(table.tier, unready)
+
+    def remove(self, wanted: Callable[[Sequence], bool]) -> None:
+        """Let those of them go for good that are ``wanted``."""
+        for sequence in [each for each in self.sequences if wanted(each)]:
+            self.sequences.remove(sequence)
+            table, sequence.parked = sequence.parked, None
+            if table is not None:
+                self.free(table)
+
+    def check(self) -> None:
+        """Invariants: the oldest first, none runs, and what is parked is whole."""
+        ids = [sequence.sequence_id for sequence in self.sequences]
+        assert ids == sorted(set(ids)), ids
+        for sequence in self.sequences:
+            assert sequence.status == "waiting", sequence.status
+            sequence.check()
+            assert sequence.parked is None or (sequence.parked.parked and sequence.parked.pages)

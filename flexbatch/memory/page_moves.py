@@ -1,0 +1,139 @@
+"""Rows and pages of the cache that change their place between passes: accepted paths of trees, and the pages of
+sequences that step aside and come back. Codes are copied as they are, so that nothing is quantized twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.pages import PageTable
+
+
+def keep_paths(cache: KVCache, accepted: Sequence[tuple[PageTable, int, Sequence[int]]]) -> None:
+    """Commit the accepted path of each tree: rows of tokens ``sources`` move to ``start``, ``start`` + 1, ... on the
+    sequence's tier.
+
+    accepted: (table, start, sources), sources ascending and >= start. The rest of the tree is forgotten when
+    num_tokens is set.
+    """
+    moves = [
+        (table, start, sources)
+        for table, start, sources in accepted
+        if list(sources) != list(range(start, start + len(sources)))
+    ]
+    if not moves:
+        return
+    cache.synchronize()
+    layout = cache.layout
+    for tier in ("gpu", "cpu"):
+        slots, targets = list[int](), list[int]()
+        for table, start, sources in moves:
+            if table.tier == tier:
+                slots += [slot for t in sources for slot in table.location.slots(t, t + 1, layout.page_tokens)]
+                targets += table.location.slots(start, start + len(sources), layout.page_tokens)
+        if slots:
+            data = cache.storage[tier].view(layout.num_layers, -1, layout.token_bytes)
+            data[:, torch.tensor(targets, device=data.device)] = data[:, torch.tensor(slots, device=data.device)]
+    for table, start, sources in moves:
+        if table.tier == "disk":
+            assert cache.disk is not None
+            for layer in range(layout.num_layers):
+                cache.disk.move(table.location, layer, sources, start)
+
+
+def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
+    """The pages of a sequence that does not run, or is about to stop, on ``tier``; the caller has seen that there are
+    enough. On its own tier nothing is copied but a disk sequence's open page. The table given is empty afterwards."""
+    cache.synchronize()
+    if tier == table.tier:
+        if table.tail_slot >= 0:
+            write_open_page(cache, table)
+        if not table.parked:
+            cache.close_tail(table)
+            cache.num_open[tier] -= 1
+        pages, table.pages = table.pages, []
+        return PageTable(tier, pages, table.num_tokens, table.num_shared, parked=True)
+    pages = cache.pools[tier].allocate(cache.layout.num_pages(table.num_tokens))
+    parked = PageTable(tier, pages, table.num_tokens, parked=True)
+    for layer in range(cache.layout.num_layers):
+        write(cache, parked, layer, read(cache, table, layer), table.num_tokens)
+    cache.free(table)
+    return parked
+
+
+def restore(cache: KVCache, parked: PageTable, tier: str, cpu_attention: bool = False) -> PageTable:
+    """The table of a sequence that goes on running, on ``tier``; the caller has seen that there are pages for what is
+    parked. The table given is empty afterwards."""
+    if tier == parked.tier:
+        table = PageTable(tier, parked.pages, parked.num_tokens, parked.num_shared, cpu_attention=cpu_attention)
+        parked.pages = []
+        if tier == "disk":
+            assert cache.disk is not None
+            table.tail_slot = cache.disk.open()
+            read_open_page(cache, table)
+        cache.count_open(tier)
+        return table
+    table = cache.open(tier, parked.num_tokens, cpu_attention=cpu_attention)
+    for layer in range(cache.layout.num_layers):
+        write(cache, table, layer, read(cache, parked, layer), parked.num_tokens)
+    table.num_tokens = parked.num_tokens
+    cache.free(parked)
+    return table
+
+
+def read(cache: KVCache, table: PageTable, layer: int) -> Tensor:
+    """The pages of a sequence in one layer: uint8 [pages, page_bytes], where they lie or on the host."""
+    layout, count = cache.layout, cache.layout.num_pages(table.num_tokens)
+    if table.tier != "disk":
+        data = cache.storage[table.tier][layer].view(-1, layout.page_bytes)
+        return data[torch.tensor(table.pages[:count], dtype=torch.int64, device=data.device)]
+    assert cache.disk is not None
+    pages = torch.empty(count, layout.page_bytes, dtype=torch.uint8)
+    if table.parked:
+        cache.disk.read_pages(table.pages[:count], layer, pages)
+    else:
+        cache.disk.read([(table.location, table.num_tokens)], layer, pages, cache.queues.disk_chunks)
+    return pages
+
+
+def write(cache: KVCache, table: PageTable, layer: int, pages: Tensor, num_tokens: int) -> None:
+    """Fill the pages of a sequence of so many tokens in one layer."""
+    if table.tier != "disk":
+        data = cache.storage[table.tier][layer].view(-1, cache.layout.page_bytes)
+        places = torch.tensor(table.pages[: len(pages)], dtype=torch.int64, device=data.device)
+        data[places] = pages.to(data.device)
+        return
+    assert cache.disk is not None
+    host = pages.cpu()
+    if table.parked:
+        cache.disk.write_pages(table.pages[: len(host)], layer, host)
+    else:
+        cache.disk.append(table.location, layer, 0, host.view(-1, cache.layout.token_bytes)[:num_tokens], 0)
+
+
+def write_open_page(cache: KVCache, table: PageTable) -> None:
+    """Put what a disk sequence has in its tail to the other pages in the file."""
+    disk, layout, slot = cache.disk, cache.layout, table.tail_slot
+    assert disk is not None
+    for layer in range(layout.num_layers):
+        flushed = disk.flushed[slot][layer]
+        first, count = flushed // layout.page_tokens, table.num_tokens - flushed
+        rows = torch.zeros(layout.num_pages(count) * layout.page_tokens, layout.token_bytes, dtype=torch.uint8)
+        rows[:count] = disk.tails[layer, slot, :count]
+        pages = rows.view(-1, layout.page_bytes)
+        disk.write_pages(table.pages[first : first + len(pages)], layer, pages)
+
+
+def read_open_page(cache: KVCache, table: PageTable) -> None:
+    """Bring the open page of a disk sequence from the file to its tail."""
+    disk, layout = cache.disk, cache.layout
+    assert disk is not None
+    index, rows = divmod(table.num_tokens, layout.page_tokens)
+    disk.mark_flushed(table.tail_slot, index * layout.page_tokens)
+    page = torch.empty(1, layout.page_bytes, dtype=torch.uint8)
+    for layer in range(layout.num_layers if rows else 0):
+        disk.read_pages([table.pages[index]], layer, page)
+        disk.tails[layer, table.tail_slot, :rows] = page.view(-1, layout.token_bytes)[:rows]
