@@ -166,10 +166,14 @@ def public_shape(name: str) -> ModelShape:
     if key is None:
         raise ValueError(f"no public shape {name!r}; known: {', '.join(SHAPES)}")
     config = SHAPES[key]
-    kind, layers = config["model_type"], config.get("num_hidden_layers", config.get("n_layer"))
-    hidden, heads = (
-        config.get("hidden_size", config.get("n_embd")),
-        config.get("num_attention_heads", config.get("n_head")),
+    kind = config["model_type"]
+    layers, hidden, heads = (
+        config[long if long in config else short]
+        for long, short in (
+            ("num_hidden_layers", "n_layer"),
+            ("hidden_size", "n_embd"),
+            ("num_attention_heads", "n_head"),
+        )
     )
     common = {
         "name": key,

@@ -52,13 +52,13 @@ class Work:
         context, params = self.model.arch.context, self.params
         prompt = min(run.prompt_len or Job.TYPICAL_PROMPT, max(1, context - 1))
         answer = Job.TYPICAL_ANSWER if sampling.max_tokens is None else params.tokens_within(context - prompt)
-        count = (run.num_prompts or LONG_JOB) * params.n
+        count = (run.limit or LONG_JOB) * params.n
         job = Job.alike(count, prompt, answer, context)
         answer = min(answer, context - prompt)
         return job, (
             f"no prompts were given: planned for a job of {count:,} prompts of {prompt:,} tokens, "
             f"answers of {answer:,}. "
-            "--prompts FILE plans for yours; --num-prompts, --prompt-len and --max-tokens for others"
+            "--prompts FILE plans for yours; --limit, --prompt-len and --max-tokens for others"
         )
 
     def facts(self, engine: EngineConfig) -> dict[str, Any]:
