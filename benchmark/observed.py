@@ -81,7 +81,8 @@ class ObservedLLM(LLM):
     def use(self, policy: Policy) -> None:
         """Run the next job by ``policy``, whose weights are where the loaded ones are."""
         plan = priced_by_sizes(self.planner, policy)
-        self.planner.engine_plan = dataclasses.replace(self.engine_plan, policy=policy, plan=plan)
+        assert isinstance(self.planner, Unchanging)
+        self.planner.adopt(dataclasses.replace(self.engine_plan, policy=policy, plan=plan))
 
 
 class Unchanging(Planner):
@@ -89,6 +90,10 @@ class Unchanging(Planner):
 
     def replan(self, job: Job) -> EnginePlan:
         return self.engine_plan
+
+    def adopt(self, engine_plan: EnginePlan) -> None:
+        """Go on by another plan, whose weights are where the loaded ones are."""
+        self._engine_plan = engine_plan
 
 
 def fixed_by(policy: Policy) -> dict[str, Any]:

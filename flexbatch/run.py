@@ -130,7 +130,6 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     if config.output is not None:
         refuse_inputs(config.output, {"--prompts": config.prompts, "--config": args.config})
     from flexbatch.cli.result_file import results
-    from flexbatch.cli.run_output import Printed
     from flexbatch.cli.run_work import make_work
 
     if config.dry_run:
@@ -143,6 +142,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
             resume = None
             check_inputs(engine, config.prompts)
             work = make_work(engine, config, sampling)
+            from flexbatch.cli.run_output import Printed  # with torch, which a mistake need not wait for
+
             code = run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)
         else:
             with results(config.output, data) as out:

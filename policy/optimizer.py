@@ -39,7 +39,7 @@ POLISHED = 4
 DISK_GAIN = 0.01
 """What the disk must gain over the best plan without it: it is the resource that is predicted worst, and all that
 lies there is written first."""
-DISK_FACTORS = (1.0, 1.5, 2.5, 5.0)
+DISK_FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 2.0, 2.5, 5.0)
 """Sizes of blocks that are tried with the disk, as multiples of the best without it."""
 GOOD_ENOUGH = 0.995
 """The share of the machine's bound above which nothing is left to search for."""
@@ -255,7 +255,9 @@ def best_plan_of_all(search: Search, bounds: list[tuple[MachineBound, Policy]]) 
         # The program's dual is that of a machine without a disk; here there is room on it that the plan leaves.
         duals = {**plan.tokens_per_second_per_gib, "disk": 0.0}
         plan = dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib=duals)
-        if not disk_could_gain(search, bounds, plan, max(dry.top(template) for _, template in bounds)):
+        # Whole tensors and sequences may lose much of what the program promised, where memory is all but full.
+        rate = min(plan.predicted_tokens_per_second, max(dry.top(template) for _, template in bounds))
+        if not disk_could_gain(search, bounds, plan, rate):
             return plan
     best = best_plan(search, bounds)
     if best is None or plan is None:
@@ -268,13 +270,12 @@ def disk_could_gain(search: Search, bounds: list[tuple[MachineBound, Policy]], d
     """Whether blocks of the size of ``dry``, which leaves the disk alone, and larger ones would be faster than ``rate``
     with it, by more than DISK_GAIN: a few programs, before a search of its own."""
     batch, count = dry.policy.gpu_batch_size, dry.policy.num_gpu_batches
-    for _, template in bounds:
-        for factor in DISK_FACTORS:
-            size = max(1, round(batch * factor))
-            policy = block_policy(search, template, size, count, first_fill(search, size * count))
-            candidate = search.attempt(policy, rate)
-            if candidate is not None and candidate.tokens_per_second > (1 + DISK_GAIN) * rate:
-                return True
+    for (_, template), factor, others in itertools.product(bounds, DISK_FACTORS, (count, count + 1)):
+        size = max(1, round(batch * count * factor / others))
+        policy = block_policy(search, template, size, others, first_fill(search, size * others))
+        candidate = search.attempt(policy, rate)
+        if candidate is not None and candidate.tokens_per_second > (1 + DISK_GAIN) * rate:
+            return True
     return False
 
 

@@ -267,7 +267,9 @@ def test_the_first_interrupt_stops_reading(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("flexbatch.apps.jobs.pipeline.read_parts", counted)
     assert run_here(source, tmp_path / "out", "--part-rows", 10, "--window-rows", 10, fake=Interrupted(block=4)) == 130
-    assert len(read) < 20 and 0 < len(parts_of(tmp_path / "out")) < 20
+    assert len(read) < 20 and len(parts_of(tmp_path / "out")) < 20
+    assert run_here(source, tmp_path / "out", "--part-rows", 10, "--window-rows", 10) == 0
+    assert read_output(tmp_path / "out")["id"].to_pylist() == list(range(2000))
 
 
 @pytest.mark.parametrize("limit", ["2", "4%"])

@@ -10,7 +10,7 @@ import torch
 
 from flexbatch.calibrate import machine
 from flexbatch.calibrate.cache import cache_path, cached
-from flexbatch.calibrate.machine import named, this_machine
+from flexbatch.calibrate.machine import known_machine, named, this_machine
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.validation.errors import ConfigurationError
@@ -68,6 +68,7 @@ def measured(monkeypatch):
         calls.append(device)
         return load_hardware("cpu")
 
+    monkeypatch.setattr("flexbatch.calibrate.machine.known_machine", known_machine)  # all others know none
     monkeypatch.setattr("flexbatch.calibrate.cache.measure", measure)
     monkeypatch.setattr("flexbatch.calibrate.kernels.kernel_rates", lambda device: {})
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))

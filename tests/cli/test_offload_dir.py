@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch import loader
 from flexbatch.memory.files import prepare_offload_dir
+from flexbatch.planner import loader
 
 Command = Callable[..., int]
 WEIGHTS_ON_DISK = ("--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5")

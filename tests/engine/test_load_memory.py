@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 SCRIPT = """
 import json, sys, threading
-from flexbatch import engine, loader
+from flexbatch import engine
+from flexbatch.planner import loader
 
 def held():
     lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)

@@ -165,6 +165,7 @@ def test_a_run_stays_within_its_plan(params, draft, monkeypatch, tmp_path):
         **draft,
         **tree,
     ) as llm:
+        assert llm.weights is not None, "they lie where they belong before anything is counted"
         with LiveBytes() as bytes_:
             completions = llm.generate(prompts(64), SamplingParams(max_tokens=4, ignore_eos=True, **params))
         assert bytes_.peak <= needs_beside_weights(llm)

@@ -39,9 +39,9 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     kinds: list[dict[str, Any]] = [
         {"temperature": 0, "ignore_eos": True},
         {"temperature": 1.0, "seed": 5, "logprobs": 2, "stop_token_ids": list(range(100, 103))},
-        {"temperature": 0.8, "n": 2, "ignore_eos": True, "repetition_penalty": 1.2},
+        {"temperature": 0.8, "seed": 7, "n": 2, "ignore_eos": True, "repetition_penalty": 1.2},
         {"temperature": 0, "prompt_logprobs": 1, "max_tokens": 20},
-        {"temperature": 1.0, "stop": ["a", "zz"], "min_tokens": 4},
+        {"temperature": 1.0, "seed": 9, "stop": ["a", "zz"], "min_tokens": 4},
         {"temperature": 0, "max_tokens": 0, "prompt_logprobs": 1},
     ]
     return prompts, [SamplingParams(**{"max_tokens": 90, **kinds[i % len(kinds)]}) for i in range(len(prompts))]
@@ -187,10 +187,10 @@ def test_a_block_grows_with_what_is_learned_and_sources_are_told_apart(reference
     settings = {"device": "cpu", "dtype": "float32", "hardware": "cpu", "gpu_memory": "4800KiB", "cpu_memory": "4MiB"}
     with LLM(folder, **settings, reserve="all", offload_dir=str(tmp_path / "all")) as llm:
         wanted = told(llm.generate(prompts, params))
-        assert not any("answers" in reason for reason in llm.replans) and not llm.report()["answer_lengths"]
+        assert not any("answers" in reason for reason in llm._loop.replans) and not llm.report()["answer_lengths"]
     with LLM(folder, **settings, offload_dir=str(tmp_path / "expected")) as llm:
         assert told(llm.generate(prompts, params)) == wanted
-        (reason,) = [reason for reason in llm.replans if "answers" in reason]
+        (reason,) = [reason for reason in llm._loop.replans if "answers" in reason]
         before, after = reason.rsplit("block ", 1)[1].split(" -> ")
         assert int(after) > int(before) and llm.report()["preemptions"]["dropped"] > 0
         peaks, budgets = llm.report()["peak_bytes"], llm.report()["budgets"]

@@ -202,7 +202,7 @@ def test_a_chosen_policy_is_chosen_again_for_a_larger_block(reference, tmp_path,
     with LLM(
         str(folder), device="cpu", offload_dir=str(tmp_path), hardware="cpu", gpu_memory="2400KiB", cpu_memory="1MiB"
     ) as llm:
-        monkeypatch.setattr("flexbatch.loop.FIRST_LOOK", 40)
+        monkeypatch.setattr("flexbatch.planner.capacity.FIRST_LOOK", 40)
         short = [4] * 200
         prompts = random_prompts([*short, 480, *short[:20], 300], seed=9)
         found = dict(llm.stream(items(prompts, params)))

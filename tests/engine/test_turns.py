@@ -17,6 +17,7 @@ import pytest
 from flexbatch import LLM, SamplingParams
 from flexbatch.cli.settings import read_settings
 from flexbatch.config import EngineConfig
+from flexbatch.execution.observer import RunObserver
 from flexbatch.validation.errors import ConfigurationError, EngineBusyError, EngineClosedError
 from tests.grids import grid
 from tests.tiny_models import make_model, random_prompts
@@ -305,10 +306,10 @@ def test_everything_after_close_is_one_error(model, tmp_path):
     calls = {**CALLS, "report": LLM.report, "with": LLM.__enter__, "stream ": lambda llm: next(early)}
     calls |= {"add_request": lambda llm: llm.add_request([5]), "abort": lambda llm: llm.abort(0)}
     calls |= {"chat": lambda llm: llm.chat([{"role": "user", "content": "x"}])}
-    calls |= {"step": LLM.step, "has_unfinished": LLM.has_unfinished}
+    calls |= {"step": LLM.step, "has_unfinished": LLM.has_unfinished, "watch": lambda llm: llm.watch(RunObserver())}
     made = {"from_config", "from_planner", "plan", "close"}
     # What the model's file says needs nothing that close() frees.
-    made |= {"get_default_sampling_params", "get_tokenizer"}
+    made |= {"get_default_sampling_params", "get_tokenizer", "drain"}
     public = {name for name, _ in inspect.getmembers(LLM, inspect.isroutine) if not name.startswith("_")}
     assert public - made <= calls.keys(), "a method that nobody has tried on a closed engine"
     for name, call in calls.items():

@@ -160,6 +160,7 @@ def test_a_failed_transfer_ends_its_job_and_no_other(
     and closing raises nothing."""
     work = getattr(DiskFile, place)
     with engine(folder, tmp_path, overlap=True, **settings) as llm:
+        assert llm.weights is not None, "they are loaded before anything fails"
         for after in (3, 40):
             calls = Counter[str]()
 

@@ -138,7 +138,7 @@ def test_nothing_fits_names_what_is_missing():
 
 
 def test_unknown_machine_is_a_configuration_error(tmp_path):
-    with pytest.raises(ConfigurationError, match="shipped: .*cpu, h100, h200, l4, .*t4"):
+    with pytest.raises(ConfigurationError, match=r"shipped: .*cpu, h100, h200, l4, .*t4"):
         plan(hardware="abacus")
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="missing fields"):
