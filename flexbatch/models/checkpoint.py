@@ -124,7 +124,10 @@ def check(folder: Path | str, arch: Arch) -> None:
     """Raises CheckpointError for missing and mis-shaped tensors and files whose headers are damaged; no tensor is
     read."""
     folder = Path(folder)
-    assign(list_tensors(folder), arch, folder, _packing(folder))
+    if is_gguf(folder):
+        gguf_files.check(folder, arch)
+    else:
+        assign(list_tensors(folder), arch, folder, _packing(folder))
 
 
 def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:

@@ -69,6 +69,8 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_and_not_the_next(
 
     def fill(folder: Path) -> None:
         prepare_offload_dir(folder)
+        if filler.exists():
+            return
         space = os.statvfs(small_disk)
         filler.write_bytes(bytes((space.f_bavail - 10) * space.f_frsize))
 

@@ -184,7 +184,7 @@ def test_a_block_grows_with_what_is_learned_and_sources_are_told_apart(reference
     stops = list(range(100, 104))
     params = [SamplingParams(temperature=1.0, seed=i, max_tokens=200, stop_token_ids=stops) for i in range(60)]
     items = [(i, prompt, each, f"source {i % 2}") for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))]
-    settings = {"device": "cpu", "dtype": "float32", "hardware": "cpu", "gpu_memory": "4800KiB", "cpu_memory": "4MiB"}
+    settings = {"device": "cpu", "dtype": "float32", "hardware": "cpu", "gpu_memory": "3600KiB", "cpu_memory": "2MiB"}
     with LLM(folder, **settings, reserve="all", offload_dir=str(tmp_path / "all")) as llm:
         wanted = told(llm.generate(prompts, params))
         assert not any("answers" in reason for reason in llm._loop.replans) and not llm.report()["answer_lengths"]

@@ -63,7 +63,7 @@ def test_every_subcommand_has_its_module(name: str) -> None:
 def test_unknown_subcommand_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rnu"]) == 2
     captured = capsys.readouterr()
-    assert "unknown command 'rnu'" in captured.err
+    assert "unknown command rnu; did you mean run?" in captured.err
     assert all(name in captured.err for name in COMMANDS)
     assert captured.out == ""
 

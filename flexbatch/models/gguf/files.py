@@ -99,6 +99,11 @@ def _formats(assignments: list[Assignment], arch: Arch) -> Formats:
     }
 
 
+def check(path: Path, arch: Arch) -> None:
+    """Raises CheckpointError for missing and mis-shaped tensors and a damaged header; no tensor is read."""
+    assignments_of(read_header(path), arch)
+
+
 def stream(path: Path, arch: Arch, skip: Collection[tuple[int, str]], packed: bool) -> Iterator[Any]:
     """Pieces of every tensor, 32 MiB of float32 at a time; with ``packed``, those of `prequantized` roles in codes.
     Raises CheckpointError on the call, before anything of a tensor is read."""
