@@ -64,6 +64,9 @@ def test_unknown_subcommand_is_a_usage_error(capsys: pytest.CaptureFixture[str])
     assert main(["rnu"]) == 2
     captured = capsys.readouterr()
     assert "unknown command rnu; did you mean run?" in captured.err
+    assert captured.err.count("\n") == 1, "a typo gets one line"
+    assert main(["qqq"]) == 2
+    captured = capsys.readouterr()
     assert all(name in captured.err for name in COMMANDS)
     assert captured.out == ""
 
