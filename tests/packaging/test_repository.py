@@ -67,7 +67,7 @@ def test_unknown_subcommand_is_a_usage_error(capsys: pytest.CaptureFixture[str])
     assert captured.err.count("\n") == 1, "a typo gets one line"
     assert main(["qqq"]) == 2
     captured = capsys.readouterr()
-    assert all(name in captured.err for name in COMMANDS)
+    assert "unknown command qqq" in captured.err and "--help lists them" in captured.err
     assert captured.out == ""
 
 
