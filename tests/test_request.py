@@ -300,7 +300,9 @@ SETTINGS = {
     **dict.fromkeys(("overlap", "recalibrate", "compare_plain", "dummy_weights"), (0, 1, "no", None, [])),
     **dict.fromkeys(("cpu_attention", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
     **dict.fromkeys(("model", "device", "dtype", "hardware"), (5, None, b"cpu", ["cpu"], float)),
-    **dict.fromkeys(("tree", "offload_dir", "tokenizer", "generation_config", "draft_sampling"), (5, b"a", ["a"])),
+    **dict.fromkeys(
+        ("tree", "offload_dir", "tokenizer", "generation_config", "draft_sampling", "reserve"), (5, b"a", ["a"])
+    ),
     **dict.fromkeys(("gpu_memory", "cpu_memory"), (1.5e9, -1, True, [5], "much")),
     "percent": ("100", (100, 0, "a", 0, 100, 0), (math.nan, 0, 0, 0, 0, 0), {100: 0}, (True,) * 6, [1, 2]),
     "allow_bits": ("8", ["8"], [8.0], [7], {8: 4}),
