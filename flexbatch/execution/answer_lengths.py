@@ -94,6 +94,11 @@ class AnswerLengths:
     def learns(self) -> bool:
         return self.reserve == "expected"
 
+    @property
+    def knows(self) -> bool:
+        """Whether any answer was seen: before that all is reserved, and no estimate changes."""
+        return self.learns and self.num_seen > 0
+
     def observe(self, sequence: Sequence) -> None:
         """Take in an answer that has ended. What ran to its limit by its own request says nothing of others."""
         if self.learns and sequence.params.may_end_early and sequence.output.finish is not None and not sequence.error:
@@ -107,7 +112,7 @@ class AnswerLengths:
         """A pass goes by: make the estimates anew now and then, with the answers of ``started`` sequences, which
         still grow."""
         self.stale += 1
-        if not self.learns or self.stale < REFRESHED_EVERY or not self.num_seen:
+        if not self.knows or self.stale < REFRESHED_EVERY:
             return
         self.stale = 0
         growing: dict[Hashable, list[int]] = {}
@@ -142,7 +147,7 @@ class AnswerLengths:
     def rows_of_one(self, sequence: Sequence, in_flight: int) -> int:
         """Token rows to reserve for a sequence that is about to join others, ``in_flight`` with it: the most that it
         is expected to have at any time, and its share of the margin."""
-        if not self.learns or not self.num_seen:
+        if not self.knows:
             return sequence.num_prompt_tokens + sequence.output.max_tokens
         means, variances = self.occupied([sequence])
         return math.ceil((means + self.safety * np.sqrt(variances / max(1, in_flight))).max())
@@ -150,7 +155,7 @@ class AnswerLengths:
     def rows_together(self, sequences: Many[Sequence]) -> list[int]:
         """Token rows to reserve for each of those in flight: what all of them are expected to have, with a margin, at
         the time when that is the most."""
-        if not self.learns or not self.num_seen or not sequences:
+        if not self.knows or not sequences:
             return [each.num_prompt_tokens + each.output.max_tokens for each in sequences]
         means, variances = self.occupied(sequences)
         deviations = np.maximum(np.sqrt(variances.sum(axis=1)), 1e-9)

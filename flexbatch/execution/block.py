@@ -82,7 +82,7 @@ class Block:
 
     def estimate(self) -> None:
         """Reserve anew for all that run, by what is known now."""
-        if not self.lengths.learns:
+        if not self.lengths.knows:
             return
         running = list(self.running.values())
         likely = self.lengths.rows_together(running)
