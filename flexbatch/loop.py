@@ -93,7 +93,7 @@ class EngineLoop:
     @property
     def running(self) -> bool:
         """Whether sequences are in flight."""
-        return self.scheduler is not None and self.scheduler.num_started > 0
+        return self.scheduler is not None and bool(self.scheduler.started)
 
     def advance(self, complete: bool) -> list[Sequence]:
         """A pass, of a new run where there is none or a request has outgrown it. complete: nothing more will come."""
@@ -114,12 +114,12 @@ class EngineLoop:
         """
         self.draining = True
         self.wake()
-        return 0 if self.scheduler is None else self.scheduler.num_sequences
+        return 0 if self.scheduler is None else len(self.scheduler.started)
 
     def drop_what_waits(self) -> bool:
         """Let the prompts go of which nothing is in flight; returns whether any is left."""
         scheduler = self.scheduler
-        begun = set() if scheduler is None else {each.request.index for each in scheduler.running.values()}
+        begun = set() if scheduler is None else {each.request.index for each in scheduler.started}
         kept = self.intake.drop_all_but(begun)
         if scheduler is not None:
             scheduler.abort(lambda sequence: sequence.request.index not in kept)
@@ -130,7 +130,7 @@ class EngineLoop:
         scheduler, before = self.scheduler, self.planner.engine_plan.policy
         if scheduler is None or scheduler.outgrown or not scheduler.aside.recomputes:
             return
-        started = [*scheduler.running.values(), *scheduler.aside.sequences, *scheduler.waiting]
+        started = [*scheduler.started, *scheduler.waiting]
         ahead = self.intake.ahead(None if complete else PEEKED_BLOCKS * before.block_size)
         job = self.capacity.holdable(self.job([*(each.request for each in started), *ahead]))
         if not complete:

@@ -74,9 +74,9 @@ class Scheduler:
         return len(self.block.running)
 
     @property
-    def num_started(self) -> int:
-        """With those that have stepped aside."""
-        return self.num_sequences + len(self.aside.sequences)
+    def started(self) -> list[Sequence]:
+        """The sequences in flight, and those that have stepped aside."""
+        return [*self.running.values(), *self.aside.sequences]
 
     def has_work(self) -> bool:
         """Whether there is anything to run; admits what fits."""
@@ -92,7 +92,7 @@ class Scheduler:
     def admit(self) -> None:
         """Fill the free slots of the block: first with those that have stepped aside, then in the order of arrival."""
         if self.num_sequences < self.admission_limit and (self.aside.sequences or not self.outgrown):
-            self.lengths.update([*self.running.values(), *self.aside.sequences])
+            self.lengths.update(self.started)
             self.block.estimate()
         self.take_back()
         while (

@@ -176,6 +176,25 @@ def test_requests_come_and_go_while_others_are_aside(reference, tmp_path, forced
                 assert told([found[key]]) == [wanted[i]]
 
 
+def test_a_run_that_is_to_end_finishes_those_that_are_aside_too(reference, tmp_path, forced):
+    """They have begun: the rest of a job would have to read and generate them once more."""
+    folder, (prompts, params) = str(reference("llama").folder), requests()
+    settings = {**SETTINGS, **PLACES["mixed"], "gpu_batch_size": 2, "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
+    with LLM(folder, **settings, offload_dir=str(tmp_path)) as llm:
+        teach(llm)
+        keys = [llm.add_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        found: dict[Any, Any] = {}
+        while not ((scheduler := llm._loop.scheduler) is not None and scheduler.aside.sequences):
+            found |= dict(llm.step())
+        aside = {each.request.index for each in scheduler.aside.sequences}
+        begun = {each.request.index for each in scheduler.started} | found.keys()
+        assert llm.drain() == len(scheduler.started)
+        while llm.has_unfinished():
+            found |= dict(llm.step())
+        assert aside and begun == found.keys() < set(keys)
+        assert all(completion.error == "" for completion in found.values())
+
+
 def test_a_block_grows_with_what_is_learned_and_sources_are_told_apart(reference, tmp_path):
     """Memory for a few that reach max_tokens; most end far earlier. The sequences in flight go on in the larger block,
     with the same tokens."""
