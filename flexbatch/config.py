@@ -20,6 +20,10 @@ def parse_bytes(text: int | str) -> int:
         raise ConfigurationError(str(error)) from error
 
 
+NGRAM = "ngram"
+"""In the place of a draft model: looks the latest tokens up in the text so far."""
+
+
 def option(default: Any, text: str, **extra: Any) -> Any:
     """A field with the help text that the command line shows."""
     return field(default=default, metadata={"help": text, **extra})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+
+from flexbatch.policy.suggest import did_you_mean
 
 SHIPPED = Path(__file__).parent / "profiles"
 
@@ -280,9 +281,8 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     shipped = shipped_name(name)
     path = Path(name).expanduser() if shipped is None else SHIPPED / f"{shipped}.json"
     if not path.is_file():
-        near = difflib.get_close_matches(name.lower(), shipped_names(), n=1)
         raise FileNotFoundError(
-            f"no machine and no file {name!r}{f'; did you mean {near[0]}?' if near else ''}; shipped: "
+            f"no machine and no file {name!r}{did_you_mean(name, shipped_names())}; shipped: "
             f"{', '.join(shipped_names())}; or a JSON file of flexbatch profile"
         )
     return read_hardware(path)

@@ -12,11 +12,11 @@ import torch
 from flexbatch.kernels.native_cache import user_cache_folder
 from flexbatch.policy.hardware import Hardware, load_hardware, read_hardware
 from flexbatch.policy.units import duration_text
+from flexbatch.validation.devices import AUTO
 from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 
-AUTO = "auto"
 IDLE_SECONDS = 12.0
 """What a profile takes on an idle CPU machine; it grows with the processes that share the cores."""
 PATIENCE_SECONDS = 20.0
@@ -24,16 +24,6 @@ PATIENCE_SECONDS = 20.0
 
 def default_profile_dir() -> Path:
     return user_cache_folder("profiles")
-
-
-def named(setting: str) -> Hardware | None:
-    """The machine of --hardware; None for "auto". Raises ConfigurationError."""
-    if setting == AUTO:
-        return None
-    try:
-        return load_hardware(setting)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--hardware {setting}: {error}") from error
 
 
 def known_machine(device: torch.device, disk_folder: Path, cache_folder: Path) -> Hardware | None:

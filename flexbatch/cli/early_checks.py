@@ -9,25 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flexbatch.cli.run_settings import STANDARD_INPUT, SamplingConfig
-from flexbatch.config import EngineConfig
+from flexbatch.config import NGRAM, EngineConfig
 from flexbatch.policy.suggest import neighbor
-from flexbatch.validation.devices import check_device, check_dtype
+from flexbatch.validation.devices import check_device, check_dtype, named_machine
 from flexbatch.validation.errors import ConfigurationError
-
-NGRAM = "ngram"
 
 
 def check_machine(config: EngineConfig) -> None:
     """Device, dtype, machine, token tree, and the folder of the disk tier. Raises ConfigurationError."""
     check_device(config.device)
     check_dtype(config.dtype)
-    if config.hardware != "auto":
-        from flexbatch.policy.hardware import load_hardware  # with NumPy 0.1 s, which "auto" does not need
-
-        try:
-            load_hardware(config.hardware)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"--hardware {config.hardware}: {error}") from error
+    named_machine(config.hardware)
     if config.tree is not None:
         from flexbatch.speculative.tree_spec import parse_tree
 
@@ -89,7 +81,7 @@ def check_plot(flag: str, path: str | None) -> None:
 def check_inputs(engine: EngineConfig, prompts: str | None) -> None:
     """What can be wrong with the engine's settings, prompts and model by names alone. Raises ConfigurationError,
     CheckpointError."""
-    if prompts is not None and prompts != "-" and "://" not in prompts:
+    if prompts is not None and "://" not in prompts:
         check_files({"--prompts": prompts})
     check_engine(engine)
 

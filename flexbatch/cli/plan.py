@@ -27,6 +27,7 @@ from flexbatch.cli.settings import add_arguments, read_settings
 from flexbatch.config import EngineConfig, option, parse_bytes
 from flexbatch.planner import tables
 from flexbatch.policy.stdout import run_process
+from flexbatch.validation.devices import named_machine
 from flexbatch.validation.errors import DONE, ConfigurationError
 
 if TYPE_CHECKING:
@@ -136,18 +137,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def chosen_hardware(engine: EngineConfig, config: PlanConfig) -> Hardware | None:
     """The machine that is named, None for this one. Raises ConfigurationError."""
-    from flexbatch.policy.hardware import load_hardware
-
-    if engine.hardware == "auto":
+    hardware = named_machine(engine.hardware, "--gpu")
+    if hardware is None:
         if config.disk is not None:
             raise ConfigurationError(
                 f"--disk {config.disk} is for a machine that --gpu names; of this machine the free space counts"
             )
         return None
-    try:
-        hardware = load_hardware(engine.hardware)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--gpu {engine.hardware}: {error}") from error
     return hardware.with_memory(disk=None if config.disk is None else parse_bytes(config.disk))
 
 
@@ -202,8 +198,8 @@ def with_more_memory(planner: Planner, plan: Plan) -> Plan:
         return plan
     gains = {}
     for tier in ("gpu", "cpu"):
-        room = {**planner.problem.budgets, tier: planner.problem.budgets[tier] + MORE}
-        other = searched_again(planner, room)
+        budgets = {**planner.problem.budgets, tier: planner.problem.budgets[tier] + MORE}
+        other = searched_again(planner, budgets)
         gains[tier] = max(0.0, other.predicted_tokens_per_second - plan.predicted_tokens_per_second) if other else 0.0
     return dataclasses.replace(plan, tokens_per_second_per_gib=gains)
 
@@ -218,17 +214,17 @@ def smaller_caches(planner: Planner, plan: Plan) -> dict[int, Plan]:
     return {} if other is None else {bits: other}
 
 
-def searched_again(planner: Planner, room: dict[str, int], config: EngineConfig | None = None) -> Plan | None:
+def searched_again(planner: Planner, budgets: dict[str, int], config: EngineConfig | None = None) -> Plan | None:
     """The optimizer's plan for other memory or settings; None where nothing fits."""
     from flexbatch.planner.choose import without_reserves
-    from flexbatch.planner.problem import constraints_of, workload_of
+    from flexbatch.planner.problem import constraints_of
     from flexbatch.policy.optimizer import choose
     from flexbatch.policy.plan import DoesNotFit
 
-    problem = dataclasses.replace(planner.problem, config=config or planner.config)
+    problem = planner.problem if config is None else dataclasses.replace(planner.problem, config=config)
     hardware = without_reserves(planner.hardware)
     try:
-        return choose(problem.shape, hardware, workload_of(problem.job), constraints_of(problem, room))
+        return choose(problem.shape, hardware, problem.workload, constraints_of(problem, budgets))
     except DoesNotFit:
         return None
 
@@ -248,13 +244,13 @@ def sweep_request(text: str | None) -> SweepRequest | None:
 def print_sweep(request: SweepRequest, planner: Planner, config: PlanConfig, data: TextIO) -> None:
     """--sweep: throughput against the memory of one tier."""
     from flexbatch.planner.choose import without_reserves
-    from flexbatch.planner.problem import constraints_of, workload_of
+    from flexbatch.planner.problem import constraints_of
     from flexbatch.policy.explain import summary
     from flexbatch.policy.whatif import plot_sweep, sweep, sweep_table
 
     problem = planner.problem
     constraints = constraints_of(problem, problem.budgets)
-    plans = sweep(problem.shape, without_reserves(planner.hardware), workload_of(problem.job), constraints, request)
+    plans = sweep(problem.shape, without_reserves(planner.hardware), problem.workload, constraints, request)
     rows = [{"bytes": size, "plan": summary(plan) if plan else None} for size, plan in plans]
     print(json.dumps(rows, indent=1) if config.json else sweep_table(request, plans), file=data)
     if config.plot is not None:

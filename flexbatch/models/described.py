@@ -3,7 +3,6 @@ tokenizer. Imports no torch for a config.json."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.resolve import BUNDLED, HUB_ID, WHEELS, resolve
 from flexbatch.policy.shapes import SHAPES, find_shape
+from flexbatch.policy.suggest import did_you_mean
 from flexbatch.validation.errors import CheckpointError
 
 
@@ -68,10 +68,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _fetched(name: str) -> Path:
     """The config.json of a Hub id. A name that is nearly a public shape's is refused before anybody is asked."""
-    near = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], SHAPES, n=1, cutoff=0.6)
-    meant = f"; did you mean {near[0]}?" if near else ""
+    meant = did_you_mean(name.rsplit("/", 1)[-1], SHAPES)
     known = f"Public shapes: {', '.join(SHAPES)}; or give a config.json, a folder that holds one, or a Hub id"
-    if not HUB_ID.fullmatch(name) or (near and "/" not in name):
+    if not HUB_ID.fullmatch(name) or (meant and "/" not in name):
         raise CheckpointError(f"{name} is no public shape, file or folder{meant}. {known}")
     from huggingface_hub import hf_hub_download  # 0.3 s that only a Hub id needs
 

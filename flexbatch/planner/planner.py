@@ -31,6 +31,7 @@ from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.speculative.setup import plan_speculation
 from flexbatch.text.prompts import PromptEncoder
+from flexbatch.validation.devices import named_machine
 from flexbatch.validation.errors import DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
@@ -62,7 +63,7 @@ class Planner:
         self.config, self.dry = config, dry
         self.generation = generation_of(config, model.folder if model else None)
         model = open_configured(config) if model is None else as_configured(model, config)
-        named = hardware or machine.named(config.hardware)
+        named = hardware or named_machine(config.hardware)
         elsewhere = dry and named is not None and config.device == "auto"
         device = torch.device(named.device) if elsewhere and named else budgets.resolve_device(config.device)
         dtype = budgets.resolve_dtype(config.dtype, model.arch, device)

@@ -3,7 +3,6 @@ setting to use."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from flexbatch.config import EngineConfig
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.planner.budgets import resolve_device
+from flexbatch.policy.suggest import nearest
 from flexbatch.policy.units import size_text
 from flexbatch.validation.checks import Unfit, check_keywords, checked, number, short, whole
 from flexbatch.validation.errors import ConfigurationError
@@ -143,7 +143,7 @@ def engine_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     theirs = {*HARMLESS, *MAPPED, *REMEDIES}
     for name in settings:
         if name not in known and name not in theirs:
-            like_theirs = difflib.get_close_matches(name, [*known, *theirs], 1)
+            like_theirs = {nearest(name, [*known, *theirs])} - {None}
             check_keywords("LLM", [name], {"trace", *known, *like_theirs})
     kept = {name: value for name, value in settings.items() if name in known}
     for name, value in settings.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexbatch.config import EngineConfig
+from flexbatch.config import NGRAM, EngineConfig
 from flexbatch.memory.loading import Loader
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.rotary import table_bytes
@@ -35,7 +35,6 @@ from flexbatch.speculative.tree import Drawing
 from flexbatch.speculative.tree_spec import TreeSpec, parse_tree
 from flexbatch.validation.errors import ConfigurationError
 
-NGRAM = "ngram"
 AUTO_MICRO_BATCH_TOKENS = 2048
 """Query tokens of a micro-batch that an automatic tree may fill: intermediate results of every one take room on the
 GPU."""

@@ -1,14 +1,19 @@
-"""Names of compute devices and dtypes, checked without torch, whose import takes ten seconds or more."""
+"""Names of compute devices, dtypes and machines, checked without torch, whose import takes ten seconds or more."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexbatch.policy.suggest import did_you_mean
 from flexbatch.validation.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from flexbatch.policy.hardware import Hardware
+
+AUTO = "auto"
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 GPU_FILES = ("nvidiactl", "nvidia[0-9]*", "nvhost-ctrl*", "nvmap", "dxg", "kfd")
@@ -32,3 +37,15 @@ def check_dtype(name: str, known: Sequence[str] = DTYPES) -> None:
     """Raises ConfigurationError."""
     if name != "auto" and name not in known:
         raise ConfigurationError(f"dtype {name!r} is not known{did_you_mean(name, known)} (auto, {', '.join(known)})")
+
+
+def named_machine(name: str, flag: str = "--hardware") -> Hardware | None:
+    """The machine that a setting names; None for "auto". Raises ConfigurationError."""
+    if name == AUTO:
+        return None
+    from flexbatch.policy.hardware import load_hardware  # with NumPy 0.1 s, which "auto" does not need
+
+    try:
+        return load_hardware(name)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{flag} {name}: {error}") from error

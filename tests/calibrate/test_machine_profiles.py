@@ -10,9 +10,10 @@ import torch
 
 from flexbatch.calibrate import machine
 from flexbatch.calibrate.cache import cache_path, cached
-from flexbatch.calibrate.machine import known_machine, named, this_machine
+from flexbatch.calibrate.machine import known_machine, this_machine
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.policy.hardware import Hardware, load_hardware
+from flexbatch.validation.devices import named_machine
 from flexbatch.validation.errors import ConfigurationError
 
 GOOD = json.loads(load_hardware("cpu").to_json())
@@ -106,7 +107,7 @@ def test_where_nothing_is_measured_a_shipped_machine_serves(kind, tmp_path, meas
 def test_a_named_profile_that_cannot_be_used_is_refused_by_its_name(kind, tmp_path):
     path = profile(tmp_path, BAD[kind])
     with pytest.raises(ConfigurationError, match=f"--hardware {path}: "):
-        named(str(path))
+        named_machine(str(path))
 
 
 def test_errors_name_the_field():
