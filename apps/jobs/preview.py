@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexbatch.apps.jobs.files import SourceError
 from flexbatch.apps.jobs.layout import Part
@@ -16,6 +16,9 @@ from flexbatch.apps.jobs.prompts import RowError
 from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.apps.jobs.sources import read_parts
 from flexbatch.config import EngineConfig
+
+if TYPE_CHECKING:
+    from flexbatch.execution.job import Job
 
 PARTS, ROWS_PER_PART = 8, 32
 PLANNED_ROWS = 16_384
@@ -30,13 +33,14 @@ class Preview:
     num_rows: int
     truncate: str | None = None
 
-    def lengths(self, tokenizer: Any, arch: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns (tokens of cache that a sequence may need, tokens of its prompt) for as many sequences as the job
-        has, by repeating the rows seen."""
-        pairs = [(prompt + max(0, output - 1), prompt) for prompt, output in self.sequences(tokenizer, arch)]
-        count = min(self.num_rows, PLANNED_ROWS)
-        repeated = list(itertools.islice(itertools.cycle(pairs), max(count, len(pairs)) if pairs else 0))
-        return tuple(cache for cache, _ in repeated), tuple(prompt for _, prompt in repeated)
+    def job(self, tokenizer: Any, arch: Any) -> Job | None:
+        """Returns what the planner needs to know: as many sequences as the job has, by repeating those of the rows
+        seen; None where there are none."""
+        from flexbatch.execution.job import Job
+
+        pairs = self.sequences(tokenizer, arch)
+        count = max(min(self.num_rows, PLANNED_ROWS), len(pairs))
+        return Job.of(itertools.islice(itertools.cycle(pairs), count), arch.context) if pairs else None
 
     def sequences(self, tokenizer: Any, arch: Any) -> list[tuple[int, int]]:
         """Returns (prompt tokens, most new tokens) of the sequences of the rows seen."""
@@ -70,14 +74,12 @@ def preview(job: BatchJob, parts: Sequence[Part]) -> Preview:
     return Preview(rows, sum(part.rows for part in parts), job.config.truncate)
 
 
-def planner_job(config: EngineConfig, seen: Preview) -> Any:
+def planner_job(config: EngineConfig, seen: Preview) -> Job | None:
     """Returns the planner's `Job` for the rows of a preview; None where there are none, or where random weights come
     without a tokenizer. Raises CheckpointError."""
-    from flexbatch.execution.job import Job
     from flexbatch.models.opened import open_configured
 
     if config.dummy_weights:
         return None
     model = open_configured(config)
-    cache_tokens, prompt_tokens = seen.lengths(model.tokenizer, model.arch)
-    return Job(cache_tokens, prompt_tokens) if cache_tokens else None
+    return seen.job(model.tokenizer, model.arch)

@@ -356,7 +356,9 @@ def test_the_planner_sees_the_lengths_of_the_job(tmp_path: Path) -> None:
     )
     seen = preview(job, job.parts[2:])
     engine = FakeLLM(max_positions=12)
-    cache, prompt = seen.lengths(engine.tokenizer, engine.arch)
+    planned = seen.job(engine.tokenizer, engine.arch)
+    assert planned is not None
+    cache, prompt = planned.cache_tokens, planned.prompt_tokens
     assert seen.num_rows == len(cache) == len(prompt) == 901
     assert min(prompt) <= 4 and max(prompt) == 11 and len(set(prompt)) >= 7
     assert all(total == min(length + 8, 11) for total, length in zip(cache, prompt, strict=True))
