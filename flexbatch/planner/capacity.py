@@ -49,13 +49,18 @@ class Capacity:
 
     def place(self, engine_plan: EnginePlan) -> WeightStore:
         """The weights on the tiers of a plan. The runner is closed before they move."""
-        if self.weights is None or self.weights.plan != engine_plan.weight_plan:
+        if not self.holds_weights(engine_plan):
             self.close()
             self.weights, self.speculator = None, None
             self.planner.placed = None
             self.weights, self.speculator = self._place(engine_plan)
             self.planner.placed = engine_plan
+        assert self.weights is not None
         return self.weights
+
+    def holds_weights(self, engine_plan: EnginePlan) -> bool:
+        """Whether the weights are in memory, on the tiers of a plan."""
+        return self.weights is not None and self.weights.plan == engine_plan.weight_plan
 
     @property
     def step_aside_costs(self) -> StepAsideCosts:
@@ -80,11 +85,10 @@ class Capacity:
         """A runner whose sizes suit the job. Raises DoesNotFitError."""
         engine_plan = self.planner.replan(job)
         sizes = engine_plan.sizes(job)
-        if self.weights is None or self.weights.plan != engine_plan.weight_plan:
+        if not self.holds_weights(engine_plan) or engine_plan.speculation is not None:
             check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
         weights = self.place(engine_plan)
         if engine_plan.speculation is not None and self.speculator is not None:
-            check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
             engine_plan.speculation.open_runner(self.speculator, sizes.sequence_tokens)
         if self.runner is not None and self.runner.holds(engine_plan.policy, sizes) and self.reach(sizes.longest):
             return self.runner
