@@ -28,7 +28,7 @@ from flexbatch.execution.sequence import Sequence
 from flexbatch.intake import Intake
 from flexbatch.planner.capacity import PEEKED_BLOCKS, Capacity
 from flexbatch.planner.comparison import Comparison
-from flexbatch.planner.forecast import Expected, JobRecord
+from flexbatch.planner.forecast import Forecast, JobRecord
 from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor, UsageTracer
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import FailureLog, Statistics
@@ -197,7 +197,7 @@ class EngineLoop:
         )
         self.observers = [self.statistics, self.intake, self.failures, *self.watchers]
         if whole_job is not None and proposer is None:
-            self.job_record = JobRecord(Expected(self.planner.engine_plan, whole_job, runner.sizes))
+            self.job_record = JobRecord(Forecast(self.planner.engine_plan, whole_job, runner.sizes))
             self.observers.append(self.job_record)
         monitor = self.plan_monitor(runner)
         if isinstance(self.tracer, UsageTracer):

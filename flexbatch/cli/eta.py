@@ -94,9 +94,10 @@ class PassTimes:
         return self.expected * factors * min(2.0, max(0.5, measured / expected))
 
 
-class AnswerLengths:
+class AnswerSpread:
     """How long answers are: what ended before its limit, and what has got how far (the estimate of Kaplan and Meier);
-    beyond the longest that ended, as many go on as go on in the mean."""
+    beyond the longest that ended, as many go on as go on in the mean. Nothing is taken for granted here: what is
+    reserved by `execution.answer_lengths` leans to the limit until many were seen, which would be a wrong time."""
 
     MOST = 4096
 
@@ -163,7 +164,7 @@ def rest_of(
     waiting: Waiting,
     last: PassSeen,
     times: PassTimes,
-    answers: AnswerLengths,
+    answers: AnswerSpread,
     tokens_per_step: float = 1.0,
     prompt_share: float = 1.0,
 ) -> Rest:

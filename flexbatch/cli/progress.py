@@ -15,7 +15,7 @@ from flexbatch.policy.units import duration_text
 from flexbatch.request import Completion
 
 if TYPE_CHECKING:
-    from flexbatch.cli.eta import AnswerLengths, PassTimes, Rest
+    from flexbatch.cli.eta import AnswerSpread, PassTimes, Rest
     from flexbatch.execution.watch import InFlight, PassSeen, SequenceSeen
 
 logger = logging.getLogger("flexbatch")
@@ -42,7 +42,7 @@ class JobMeter:
         self.passes, self.ended, self.prompt_tokens, self.new_tokens = 0, 0, 0, 0
         self.started = self.last_told = clock()
         self.times: PassTimes | None = None
-        self.answers: AnswerLengths | None = None
+        self.answers: AnswerSpread | None = None
         self.last: PassSeen | None = None
         self.in_flight: tuple[InFlight, ...] = ()
         self.window: deque[tuple[float, PassSeen]] = deque()
@@ -57,12 +57,12 @@ class JobMeter:
         follow = getattr(llm, "watch", None)
         if follow is None:
             return
-        from flexbatch.cli.eta import UNPLANNED, AnswerLengths, PassTimes, costs_of
+        from flexbatch.cli.eta import UNPLANNED, AnswerSpread, PassTimes, costs_of
         from flexbatch.execution.watch import Watch
 
         plan = llm.engine_plan.plan
         expected = UNPLANNED[llm.engine_plan.device.type] if plan is None else costs_of(plan)
-        self.times, self.answers = PassTimes(expected), AnswerLengths()
+        self.times, self.answers = PassTimes(expected), AnswerSpread()
         follow(Watch(self.pass_seen, self.sequence_seen, self.clock))
 
     def pass_seen(self, seen: PassSeen) -> None:

@@ -20,7 +20,7 @@ from flexbatch.policy.trajectory import passes_of
 
 
 @dataclass(frozen=True)
-class Expected:
+class Forecast:
     """A job, and the plan and the sizes of the block that run it."""
 
     engine_plan: EnginePlan
@@ -53,8 +53,8 @@ class JobRecord(RunObserver):
     """Counts the passes, seconds and answers of a job that was known whole when it began. Nothing is predicted before
     somebody asks."""
 
-    def __init__(self, expected: Expected) -> None:
-        self.expected = expected
+    def __init__(self, forecast: Forecast) -> None:
+        self.forecast = forecast
         self.passes, self.seconds = 0, 0.0
         self.answers, self.answer_tokens = 0, 0
 
@@ -69,7 +69,7 @@ class JobRecord(RunObserver):
     def describe(self, hardware: Hardware | None) -> dict[str, Any]:
         """Predicted and measured."""
         return {
-            **self.expected.describe(hardware),
+            **self.forecast.describe(hardware),
             "measured_passes": self.passes,
             "measured_seconds": self.seconds,
             "measured_answer_tokens": self.answer_tokens / self.answers if self.answers else 0.0,

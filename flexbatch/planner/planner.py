@@ -26,7 +26,7 @@ from flexbatch.planner.choose import Choice, choose_policy, differs, priced, wit
 from flexbatch.planner.engine_plan import Deployment, EnginePlan, described
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
-from flexbatch.planner.relocation import Comparison, Kind, could_gain, fits_while_moving, kind_of
+from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.speculative.setup import plan_speculation
@@ -235,12 +235,14 @@ class Planner:
         problem = self._problem(job, bits=before.policy)
         if kept is None or could_gain(problem, self.hardware, kept):
             with contextlib.suppress(DoesNotFitError):
-                policy = self._chosen(problem)
-                found = EnginePlan(
-                    self.deployment, policy.policy, policy.plan, self.deployment.weight_plan(policy.policy)
+                choice = self._chosen(problem)
+                weight_plan = self.deployment.weight_plan(choice.policy)
+                found = EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan)
+                reason = (
+                    "nothing else holds the job"
+                    if kept is None
+                    else Relocation(problem, self.hardware, kept, found).gain()
                 )
-                comparison = None if kept is None else Comparison(problem, self.hardware, kept, found)
-                reason = "nothing else holds the job" if comparison is None else comparison.gain()
                 if reason and fits_while_moving(weights, found.weight_plan, self.deployment.budgets):
                     logger.info("weights move: %s", reason)
                     self.problem = problem

@@ -29,7 +29,7 @@ def kind_of(job: Job) -> Kind:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Relocation:
     """A job with the weights where they are (``kept``) and with other weights on other tiers (``moved``)."""
 
     problem: Problem

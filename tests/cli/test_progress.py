@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flexbatch.cli import eta
-from flexbatch.cli.eta import AnswerLengths, PassCosts, PassTimes
+from flexbatch.cli.eta import AnswerSpread, PassCosts, PassTimes
 from flexbatch.cli.progress import JobMeter, Progress
 from flexbatch.execution.watch import InFlight, PassSeen, SequenceSeen
 
@@ -57,7 +57,7 @@ class Job:
         """Lets ``look`` see the meter after every pass, by its number; returns the time at the end, and the passes."""
         chance = random.Random(1)
         meter = JobMeter(len(self.lengths), self.known or [each[:2] for each in self.lengths], lambda: self.clock)
-        meter.times, meter.answers = PassTimes(self.costs), AnswerLengths()
+        meter.times, meter.answers = PassTimes(self.costs), AnswerSpread()
         self.clock = 0.0
         waiting = [[prompt, 0, most, truth, prompt] for prompt, most, truth in self.lengths]
         running: list[list[int]] = []
@@ -174,7 +174,7 @@ def test_costs_are_told_apart_where_passes_differ() -> None:
 
 
 def test_lengths_of_answers_are_learned_with_those_that_run() -> None:
-    answers, chance = AnswerLengths(), np.random.default_rng(0)
+    answers, chance = AnswerSpread(), np.random.default_rng(0)
     waiting, limits = np.zeros(2000), np.full(2000, 1000.0)
     assert (answers.totals(waiting, limits) == 1000).all()
     drawn = 1 + chance.geometric(1 / 120, size=800)
@@ -191,7 +191,7 @@ def test_lengths_of_answers_are_learned_with_those_that_run() -> None:
 def test_rates_are_those_of_the_last_minute() -> None:
     now = [0.0]
     meter = JobMeter(10, [(100, 50)], lambda: now[0])
-    meter.times, meter.answers = PassTimes(), AnswerLengths()
+    meter.times, meter.answers = PassTimes(), AnswerSpread()
     for count in (1000, *[10] * 20):
         now[0] += 10
         meter.pass_seen(PassSeen(10.0, count, 5, 5, 8, 512, 512, (InFlight(0, 3, 50),)))
@@ -204,7 +204,7 @@ def test_rates_are_those_of_the_last_minute() -> None:
 def test_prompts_that_begin_alike_are_expected_to_be_read_once() -> None:
     job = Job(PREFILL, uniform(100, (1000, 1000), (4, 4)), block=10)
     meter = JobMeter(100, [(1000, 4)])
-    meter.times, meter.answers = PassTimes(), AnswerLengths()
+    meter.times, meter.answers = PassTimes(), AnswerSpread()
     for number in range(50):
         meter.pass_seen(PassSeen(0.1, 1000 if not number else 50, 1, 1, 10, 2048, 512, ()))
         meter.sequence_seen(SequenceSeen(1000, 4, True))
@@ -215,7 +215,7 @@ def test_prompts_that_begin_alike_are_expected_to_be_read_once() -> None:
 
 def test_a_line_after_the_first_pass_and_a_bar_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     meter = JobMeter(4, [(10, 5)])
-    meter.times, meter.answers = PassTimes(), AnswerLengths()
+    meter.times, meter.answers = PassTimes(), AnswerSpread()
     with caplog.at_level("INFO"), Progress(4, meter, terminal=False) as progress:
         assert "first pass under way" in progress.line()
         meter.pass_seen(PassSeen(0.5, 40, 4, 0, 4, 512, 512, (InFlight(0, 1, 5),) * 4))
