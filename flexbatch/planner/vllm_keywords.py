@@ -143,8 +143,8 @@ def engine_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     theirs = {*HARMLESS, *MAPPED, *REMEDIES}
     for name in settings:
         if name not in known and name not in theirs:
-            like_theirs = {nearest(name, [*known, *theirs])} - {None}
-            check_keywords("LLM", [name], {"trace", *known, *like_theirs})
+            like_it = nearest(name, [*known, *theirs])
+            check_keywords("LLM", [name], {"trace", *known, *([like_it] if like_it else [])})
     kept = {name: value for name, value in settings.items() if name in known}
     for name, value in settings.items():
         if name in known or value is None or _is_one_of(value, HARMLESS.get(name, ())):
