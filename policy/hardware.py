@@ -282,7 +282,7 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     path = Path(name).expanduser() if shipped is None else SHIPPED / f"{shipped}.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"no machine and no file {name!r}{did_you_mean(name, shipped_names())}; shipped: "
-            f"{', '.join(shipped_names())}; or a JSON file of flexbatch profile"
+            f"no machine and no file {name!r}{did_you_mean(name, shipped_names()) or '.'} The machines shipped: "
+            f"{', '.join(shipped_names())}; or give a JSON file of flexbatch profile"
         )
     return read_hardware(path)

@@ -71,7 +71,7 @@ def _fetched(name: str) -> Path:
     meant = did_you_mean(name.rsplit("/", 1)[-1], SHAPES)
     known = f"Public shapes: {', '.join(SHAPES)}; or give a config.json, a folder that holds one, or a Hub id"
     if not HUB_ID.fullmatch(name) or (meant and "/" not in name):
-        raise CheckpointError(f"{name} is no public shape, file or folder{meant}. {known}")
+        raise CheckpointError(f"{name} is no public shape, file or folder{meant or '.'} {known}")
     from huggingface_hub import hf_hub_download  # 0.3 s that only a Hub id needs
 
     try:
@@ -79,6 +79,6 @@ def _fetched(name: str) -> Path:
     except Exception as error:  # every HTTP library of the Hub client has exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name} is no public shape, file or folder{meant}, and its config.json cannot be fetched from the Hugging "
-            f"Face Hub: {reason}. {known}"
+            f"{name} is no public shape, file or folder, and its config.json cannot be fetched from the Hugging Face "
+            f"Hub: {reason.rstrip('.')}{meant or '.'} {known}"
         ) from error
