@@ -256,11 +256,13 @@ class EngineLoop:
     def end(self) -> None:
         """Give back what is in flight, and tell the observers."""
         scheduler, self.scheduler = self.scheduler, None
+        if scheduler is not None:
+            scheduler.abort()
+        if self.capacity.weights is not None:
+            # Between runs, too: what broke off here, as Ctrl-C may, would leave layers leased to the next run.
+            self.capacity.weights.drain()
         if scheduler is None:
             return
-        scheduler.abort()
-        if self.capacity.weights is not None:
-            self.capacity.weights.drain()
         self.statistics.moved_bytes = self.capacity.queues.moved_bytes()
         for observer in self.observers:
             observer.after_run()

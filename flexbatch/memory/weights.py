@@ -225,7 +225,8 @@ class WeightStore:
             together(*lease.handles).synchronize()
 
     def drain(self) -> None:
-        """Wait for everything that is on its way and end all leases (end of a job, or a failed pass).
+        """Wait for everything that is on its way and release all layers, those without a lease, too (end of a job, or
+        a failed pass).
 
         The error of a fetch is raised to who waits for its handle: here nobody does any more, and whoever needs the
         layer later fetches it again.
@@ -233,7 +234,7 @@ class WeightStore:
         self.queues.synchronize()
         if self.read_ahead is not None:
             self.read_ahead.forget_failed()
-        for layer in list(self.leases):
+        for layer in {*self.leases, *self.ready}:
             self.release(layer, self.queues.mark())
 
     def close_buffers(self) -> None:

@@ -276,6 +276,7 @@ class DraftModel:
         self.followed.clear()
         self.distributions = {}
         self.close_runner()
+        self.weights.drain()
 
     def check(self) -> None:
         """Invariants: what is known to be committed is; no table holds more than it has pages for."""

@@ -190,6 +190,18 @@ def test_a_pass_that_fails_anywhere_is_undone(most, running):
     assert tokens(llm) == wanted
 
 
+def test_an_end_of_a_job_that_fails_is_made_up_for(running):
+    """Ctrl-C may come after the last token, while the last weights that were sent for are waited for."""
+    llm = running
+    wanted = tokens(llm)
+    calls = calls_of(lambda: tokens(llm))
+    for k in range(calls - 16, calls + 1, 2):
+        with pytest.raises(FAILURES), Failing(k):
+            tokens(llm)
+        check(llm)
+        assert tokens(llm) == wanted, k
+
+
 @pytest.mark.parametrize(("operation", "running"), grid(["read", "write"], ["plain", "draft"]), indirect=["running"])
 def test_a_disk_that_fails_is_asked_again_by_the_next_job(operation, running, monkeypatch):
     """In the threads of the disk, at weights, cache and activations."""
