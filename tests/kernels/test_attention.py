@@ -92,11 +92,19 @@ def test_native_on_random_cases(case):
     )
 
 
+INTERPRETED_LATER = {
+    *(("trees, window of 40", 1), ("trees, window of 200", 1), ("trees, window of 64, soft cap", 1)),
+    *(("trees, window of 100, ALiBi", 1), ("trees with rounded ALiBi", 1), ("trees", 3), ("4 bits", 3)),
+}
+"""Two seconds each in the interpreter; every option of theirs is in another case."""
+
+
 @pytest.mark.parametrize(
     ("name", "splits"),
     [
-        *((name, 1) for name in CASES),
-        *((name, 3) for name in ("decode", "window", "trees", "4 bits", "decode, 4 bits")),
+        pytest.param(name, splits, marks=pytest.mark.slow if (name, splits) in INTERPRETED_LATER else ())
+        for names, splits in ((CASES, 1), (("decode", "window", "trees", "4 bits", "decode, 4 bits"), 3))
+        for name in names
     ],
 )
 def test_triton(name, splits, device):
