@@ -237,13 +237,8 @@ class DraftModel:
         return children
 
     def fitted(self, logits: Tensor) -> Tensor:
-        """Logits over the target's vocabulary."""
-        missing = self.vocab_size - logits.shape[1]
-        return (
-            torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-            if missing > 0
-            else logits[:, : self.vocab_size]
-        )
+        """Logits over the target's vocabulary: ``pad`` by a negative number cuts."""
+        return torch.nn.functional.pad(logits, (0, self.vocab_size - logits.shape[1]), value=-torch.inf)
 
     def run(self, queries: list[QueryTokens]) -> Iterator[LogitsChunk]:
         """The rows of logits that were asked for. Weights and cache are on the GPU, so that a pass of each

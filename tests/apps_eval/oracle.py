@@ -50,8 +50,8 @@ def make_pieces():
         vocab_size=150, special_tokens=special, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator([TEXT], trainer)
-    # The trainer numbers equal pieces by the order of a hash table: another model in every process, of which one in sixty
-    # says a stop string in its thoughts, where the harness ends and FlexBatch goes on.
+    # The trainer numbers equal pieces by the order of a hash table: another model in every process, of which one in
+    # sixty says a stop string in its thoughts, where the harness ends and FlexBatch goes on.
     learned = sorted(set(inner.get_vocab()) - set(special))
     inner.model = models.Unigram([(piece, -1.0 - len(piece) / 100) for piece in [*special, *learned]], unk_id=0)
     return PreTrainedTokenizerFast(
