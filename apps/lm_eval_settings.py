@@ -29,7 +29,6 @@ NEUTRAL_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "gptqmodel": (False, None),
     "gguf_file": (None,),
     "tp_plan": (None,),
-    "tokenizer": (None,),
 }
 """Arguments of ``hf`` that are accepted with a value that asks for what happens anyway."""
 NEUTRAL_OPTIONS = {**NOTHING, "num_return_sequences": (1,)}

@@ -270,7 +270,8 @@ def test_arguments_of_hf_are_taken_where_they_change_nothing():
     assert engine_arguments(
         {"trust_remote_code": False, "revision": "main", "parallelize": False, "gpu_batch_size": 2}
     ) == {"gpu_batch_size": 2}
-    for name, value in (("trust_remote_code", True), ("revision", "v2"), ("tokenizer", "other"), ("peft", "lora")):
+    assert engine_arguments({"tokenizer": "other"}) == {"tokenizer": "other"}
+    for name, value in (("trust_remote_code", True), ("revision", "v2"), ("peft", "lora")):
         with pytest.raises(ConfigurationError, match=f"FlexBatch has no {name}"):
             engine_arguments({name: value})
 
