@@ -20,6 +20,9 @@ from flexbatch.policy.plan import Plan
 TOLERANCE = 0.2
 """A pass this far from its plan is planned again."""
 SHARES = tuple(i / 20 for i in range(21))
+LEAST_GAIN = 0.01
+"""Of the average pass: a smaller prompt budget fills the block later, which the average pass does not show."""
+PROMPT_FIELDS = ("prompt_tokens", "prompt_context", "prompt_pairs", "finished_prompts")
 
 
 @dataclass(frozen=True)
@@ -157,18 +160,32 @@ def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float |
 
 
 def chunk_budget(plan: Plan, hardware: Hardware, limit: int, share: float, mean_context: float | None) -> int:
-    """The largest budget, up to the planned one, whose prompts still hide under the pass's other traffic; never
-    below what keeps the block full."""
-    policy = plan.policy
+    """The planned budget, or a smaller one that hides more of the prompts under the pass's other traffic; never below
+    what keeps the block full.
+
+    A block on the GPU has nothing that prompts could hide under. With 842 instead of 107,773 tokens a pass, 1,000
+    prompts of Llama-3-8B took 381 passes instead of 257, most of them with prompts in them and so outside of a graph.
+    """
+    planned = plan.policy.prompt_tokens_per_micro_batch
     model, point = model_for(plan, hardware, limit, share, mean_context)
-    seconds = model.resource_seconds(point)
-    hidden_under = max(
-        value
-        for name, value in seconds.items()
-        if not name.startswith("gpu") and name not in ("cores", "no overlap", "one micro-batch")
-    )
-    paced = float(np.ceil(model.load.prompt_tokens / policy.num_gpu_batches))
-    spare = hidden_under / float(seconds["gpu_compute"]) if seconds["gpu_compute"] else 1.0
-    return int(
-        min(policy.prompt_tokens_per_micro_batch, max(paced, policy.prompt_tokens_per_micro_batch * min(1.0, spare)))
-    )
+    paced = math.ceil(float(model.load.prompt_tokens) / plan.policy.num_gpu_batches)
+    budgets = [planned]
+    while budgets[-1] > paced:
+        budgets.append(max(paced, budgets[-1] // 2))
+    seconds = {budget: seconds_at(model, point, budget) for budget in budgets}
+    enough = min(seconds.values()) * (1 + LEAST_GAIN)
+    return next(budget for budget in budgets if seconds[budget] <= enough)
+
+
+def seconds_at(model: PassModel, point: np.ndarray, budget: int) -> float:
+    """The average pass of ``model`` when its prompts come ``budget`` tokens of a micro-batch at a time, and other
+    passes have none."""
+    load, policy = model.load, model.policy
+    bursts = budget * policy.num_gpu_batches / float(load.prompt_tokens)
+    with_prompts = dataclasses.replace(load, **{name: getattr(load, name) * bursts for name in PROMPT_FIELDS})
+    without = dataclasses.replace(load, **dict.fromkeys(PROMPT_FIELDS, 0.0))
+    times = [
+        float(PassModel(model.shape, model.hardware, policy, each).pass_seconds(point))
+        for each in (with_prompts, without)
+    ]
+    return times[0] / bursts + times[1] * (1 - 1 / bursts)

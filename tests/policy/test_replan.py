@@ -75,6 +75,26 @@ def test_budget_stays_between_pace_and_plan():
     assert 640 <= result.prefill_budget <= 1000
 
 
+@pytest.mark.parametrize("slower", [1.3, 1.7, 2.0, 4.0])
+@pytest.mark.parametrize("output", [32, 128, 700])
+def test_prompts_that_can_hide_under_nothing_are_not_spread_out(slower, output):
+    """A block on the GPU whose passes are slower than planned: fewer prompt tokens a pass only fill it later."""
+    whole = Split(1, 0)
+    policy = Policy(whole, whole, whole, 512, 1, prefill_budget=107_773)
+    plan = price(public_shape("llama-3-8b"), load_hardware("h200"), Workload.uniform(210, output), policy)
+    busy = {name: slower * seconds for name, seconds in plan.resource_seconds.items()}
+    assert replan(plan, slower * plan.pass_seconds, busy).prefill_budget == 107_773
+
+
+def test_prompts_that_can_hide_under_the_link_are_spread_out():
+    """The average pass is the link's; one pass in sixteen with all the prompts of sixteen would be the GPU's."""
+    plan = planned(dataclasses.replace(POLICY, prefill_budget=20_480))
+    slow = dataclasses.replace(plan.hardware.gemm, values=(100e12,) * len(plan.hardware.gemm.points))
+    seconds, busy = measured_on(dataclasses.replace(plan.hardware, gemm=slow), plan.policy)
+    result = replan(plan, 1.3 * max(seconds, plan.pass_seconds), busy)
+    assert 640 <= result.prefill_budget < 2_000
+
+
 def test_recalibration_finds_the_machine():
     plan = planned()
     machine = plan.hardware
