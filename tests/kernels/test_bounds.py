@@ -52,7 +52,7 @@ print("within bounds")
 """
 
 
-@pytest.mark.parametrize("kernel", ["triton", "c"])
+@pytest.mark.parametrize("kernel", [pytest.param("triton", marks=pytest.mark.slow), "c"])
 def test_nothing_is_read_behind_the_end_of_a_tensor(kernel: str) -> None:
     environ = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     words = [sys.executable, "-X", "faulthandler", "-c", SCRIPT, kernel]

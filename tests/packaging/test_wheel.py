@@ -62,7 +62,7 @@ def test_wheel_runs_outside_the_root(wheel: Path, tmp_path: Path) -> None:
     code = (
         "import flexbatch.kernels.reference, flexbatch.policy.policy, flexbatch.apps\n"
         "from flexbatch import LLM, SamplingParams\n"
-        "with LLM('demo', device='cpu') as llm:\n"
+        "with LLM('demo', device='cpu', hardware='cpu') as llm:\n"
         "    print(len(llm.generate(['import os'], SamplingParams(max_tokens=3, temperature=0, "
         "ignore_eos=True))[0].token_ids), llm.engine_plan.model.folder)\n"
     )

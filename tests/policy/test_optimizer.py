@@ -214,6 +214,7 @@ def test_rounding_to_tensors_and_sequences_still_fits(count):
         assert not shortfall(peak_memory(shape, hardware, WORKLOAD, plan.policy), hardware)
 
 
+@pytest.mark.slow  # 7 s of processor time
 def test_more_gpu_memory_never_costs_throughput():
     rates = []
     for gpu in (6, 16, 48):
