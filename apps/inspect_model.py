@@ -149,10 +149,18 @@ def text_of(found: Mapping[str, Any]) -> str:
         types = ", ".join(f"{count} {kind}" for kind, count in found["tensor_types"].items())
         lines["files"] = f"{len(found['files'])}, {size_text(found['bytes'])}; tensors: {types}"
     lines["family"] = f"{found['family']}, {found['parameters'] / 1e6:,.1f} million parameters"
+    experts = found["experts"]
+    dense = "" if experts and experts["layers"] == found["layers"] else f"MLP {found['intermediate_size']}, "
     lines["sizes"] = (
-        f"{found['layers']} layers of {found['hidden_size']}, MLP {found['intermediate_size']}, {found['heads']} heads "
+        f"{found['layers']} layers of {found['hidden_size']}, {dense}{found['heads']} heads "
         f"and {found['kv_heads']} of keys and values of {found['head_dim']}, {found['vocab_size']:,} tokens"
     )
+    if experts:
+        shared = f", beside a shared MLP of {experts['shared_width']}" if experts["shared_width"] else ""
+        lines["experts"] = (
+            f"{experts['chosen']} of {experts['count']} of width {experts['width']} in {experts['layers']} layers{shared}; "
+            f"a token goes through {experts['active_parameters'] / 1e6:,.1f} million parameters"
+        )
     window = f", window {found['window']}" if found["window"] else ""
     lines["context"] = f"{found['context']:,} tokens ({found['positions']}{window})"
     lines["stops at"] = ", ".join(map(str, found["stop_tokens"])) or "no token"
