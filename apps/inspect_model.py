@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -114,12 +115,12 @@ def stored(weights: WeightPlan) -> list[dict[str, Any]]:
     """The tensors by the form in which they would be kept, with their number and bytes."""
     forms: dict[str, dict[str, Any]] = {}
     for tensor in weights.all_tensors:
-        width = 8 * tensor.element_bytes
+        width = 32 if tensor.spec.wide else 8 * tensor.element_bytes
         form = f"{tensor.bits} bits in groups of {tensor.group}" if tensor.quantized else f"{width}-bit floats"
         entry = forms.setdefault(form, {"form": form, "tensors": 0, "bytes": 0, "roles": []})
         entry["tensors"] += 1
         entry["bytes"] += tensor.num_bytes
-        role = tensor.spec.role.removesuffix(".weight")
+        role = re.sub(r"^experts\.\d+", "experts", tensor.spec.role.removesuffix(".weight"))
         if role not in entry["roles"]:
             entry["roles"].append(role)
     return list(forms.values())

@@ -241,6 +241,7 @@ def _check_complete(
                 if row.target not in parts
             ]
     if missing:
+        missing = list(dict.fromkeys(missing))  # a tensor of all experts lacks in every part of them
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(f"{folder}: the weight files lack {', '.join(missing[:5])}{rest}")
 
