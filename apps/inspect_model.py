@@ -159,8 +159,8 @@ def text_of(found: Mapping[str, Any]) -> str:
     if experts:
         shared = f", beside a shared MLP of {experts['shared_width']}" if experts["shared_width"] else ""
         lines["experts"] = (
-            f"{experts['chosen']} of {experts['count']} of width {experts['width']} in {experts['layers']} layers{shared}; "
-            f"a token goes through {experts['active_parameters'] / 1e6:,.1f} million parameters"
+            f"{experts['chosen']} of {experts['count']} of width {experts['width']} in {experts['layers']} layers"
+            f"{shared}; a token goes through {experts['active_parameters'] / 1e6:,.1f} million parameters"
         )
     window = f", window {found['window']}" if found["window"] else ""
     lines["context"] = f"{found['context']:,} tokens ({found['positions']}{window})"

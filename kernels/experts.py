@@ -1,8 +1,8 @@
-"""The gated MLPs of a mixture of experts over routed tokens: a loop over the experts that are hit, which is the oracle, and
-torch's grouped matrix product where the GPU has it.
+"""The gated MLPs of a mixture of experts over routed tokens: a loop over the experts that are hit, which is the oracle,
+and torch's grouped matrix product where the GPU has it.
 
-T: tokens, K: experts of each, R = T x K routed rows, token by token; H: hidden size, W: width of an expert. Experts come
-in units that need not lie side by side (they may be on several tiers): pairs of the first expert's number and the
+T: tokens, K: experts of each, R = T x K routed rows, token by token; H: hidden size, W: width of an expert. Experts
+come in units that need not lie side by side (they may be on several tiers): pairs of the first expert's number and the
 matrices [experts, rows, columns] of that one and its successors.
 
 The results of a token are added in the order of its choices, never by atomic additions in the order of arrival: so a

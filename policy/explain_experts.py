@@ -29,7 +29,7 @@ def experts_text(plan: Plan, experts: ExpertShape) -> str:
     found, away = experts_of(plan, experts), 1 - plan.policy.weights.gpu
     link = f"every pass brings {away:.0%} of the weights over the link, whichever experts it needs"
     return (
-        f"{experts.top_k} of {experts.count} for each token, which goes through {found['active_weights'] / 1e9:,.2f} of "
-        f"{found['weights'] / 1e9:,.2f} billion weights; {found['tokens_of_micro_batch']:,} decoding tokens reach "
+        f"{experts.top_k} of {experts.count} for each token, which goes through {found['active_weights'] / 1e9:,.2f} "
+        f"of {found['weights'] / 1e9:,.2f} billion weights; {found['tokens_of_micro_batch']:,} decoding tokens reach "
         f"{found['reached']:.0f} of a layer's, if routed evenly; {link if away > 1e-9 else 'all are in GPU memory'}"
     )

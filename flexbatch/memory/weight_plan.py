@@ -18,8 +18,8 @@ from flexbatch.policy.policy import TIERS, Split
 SLAB_ALIGNMENT = 256
 """Bytes. Every tensor in a slab starts at a multiple, which is what vector loads and cuBLAS want."""
 QUANTIZED_ROLES = re.compile(r"(qkv|o|(shared\.|experts\.\d+\.)?(gate_up|up|down))\.weight")
-"""The matrices of a decoder layer. Norms, biases, routers, embedding and head keep the compute dtype: they are under 3 %
-of a large model and the most sensitive part."""
+"""The matrices of a decoder layer. Norms, biases, routers, embedding and head keep the compute dtype: they are under
+3 % of a large model and the most sensitive part."""
 GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight"})
 """Tables whose rows are gathered where they lie; a whole table never crosses the link."""
 

@@ -239,8 +239,8 @@ def read_arch(config: dict[str, Any]) -> Arch:
 
 
 def source_names(arch: Arch) -> dict[str, tuple[int, ModuleMapping, str]]:
-    """Tensor name without prefix -> (layer, row, ``.weight``, ``.bias`` or nothing) for everything that the files of this
-    model may hold."""
+    """Tensor name without prefix -> (layer, row, ``.weight``, ``.bias`` or nothing) for everything that the files of
+    this model may hold."""
     family = FAMILIES[arch.family]
     stages = {row.role: _stage(row.role, arch.num_layers) for row in family.outer_rows}
     names = {

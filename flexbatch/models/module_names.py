@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bias|causal_mask)|"
@@ -19,14 +19,14 @@ class ModuleMapping:
     """What a module of a checkpoint is here. module: its name without ``.weight``/``.bias``. role: canonical name
     likewise. part: which rows of a fused tensor it fills ("q", "k", "v", "gate", "up"), or how the source differs:
     "grouped" (per KV head its queries, key, value), "codegen" (per quarter of the heads queries, values, keys),
-    "transposed", "bare" (the module's name is the tensor's own, without a suffix), "stacked" (all experts in one tensor,
-    expert first). expert: which of the experts of a fused tensor it fills. A module's name with ``{expert}`` and a role
-    with ``experts.`` stand for those of every expert."""
+    "transposed", "bare" (the module's name is the tensor's own, without a suffix), "stacked" (all experts in one
+    tensor, expert first). expert: which of the experts of a fused tensor it fills. A module's name with ``{expert}``
+    and a role with ``experts.`` stand for those of every expert."""
 
     module: str
     role: str
     part: str = ""
-    expert: int = 0
+    expert: int = field(default=0, kw_only=True)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
