@@ -126,10 +126,11 @@ class PassStages:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
         shape, experts = self.shape, self.shape.experts
         routed = experts.count * experts.elements(shape.hidden_size) if experts else 0
-        work = self._gemm(shape.block_elements - routed, self.tokens, self._expanded_bytes("layer"))
-        if experts:
-            work = tuple(a + b for a, b in zip(work, self._routed_gemm(experts), strict=True))
-        return self._around(*work)
+        seconds, flops, moved = self._gemm(shape.block_elements - routed, self.tokens, self._expanded_bytes("layer"))
+        if experts is None:
+            return self._around(seconds, flops, moved)
+        more_seconds, more_flops, more_moved = self._routed_gemm(experts)
+        return self._around(seconds + more_seconds, flops + more_flops, moved + more_moved)
 
     def _dense_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one of the layers without experts."""
