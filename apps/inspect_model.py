@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -114,12 +115,12 @@ def stored(weights: WeightPlan) -> list[dict[str, Any]]:
     """The tensors by the form in which they would be kept, with their number and bytes."""
     forms: dict[str, dict[str, Any]] = {}
     for tensor in weights.all_tensors:
-        width = 8 * tensor.element_bytes
+        width = 32 if tensor.spec.wide else 8 * tensor.element_bytes
         form = f"{tensor.bits} bits in groups of {tensor.group}" if tensor.quantized else f"{width}-bit floats"
         entry = forms.setdefault(form, {"form": form, "tensors": 0, "bytes": 0, "roles": []})
         entry["tensors"] += 1
         entry["bytes"] += tensor.num_bytes
-        role = tensor.spec.role.removesuffix(".weight")
+        role = re.sub(r"^experts\.\d+", "experts", tensor.spec.role.removesuffix(".weight"))
         if role not in entry["roles"]:
             entry["roles"].append(role)
     return list(forms.values())
@@ -149,10 +150,18 @@ def text_of(found: Mapping[str, Any]) -> str:
         types = ", ".join(f"{count} {kind}" for kind, count in found["tensor_types"].items())
         lines["files"] = f"{len(found['files'])}, {size_text(found['bytes'])}; tensors: {types}"
     lines["family"] = f"{found['family']}, {found['parameters'] / 1e6:,.1f} million parameters"
+    experts = found["experts"]
+    dense = "" if experts and experts["layers"] == found["layers"] else f"MLP {found['intermediate_size']}, "
     lines["sizes"] = (
-        f"{found['layers']} layers of {found['hidden_size']}, MLP {found['intermediate_size']}, {found['heads']} heads "
+        f"{found['layers']} layers of {found['hidden_size']}, {dense}{found['heads']} heads "
         f"and {found['kv_heads']} of keys and values of {found['head_dim']}, {found['vocab_size']:,} tokens"
     )
+    if experts:
+        shared = f", beside a shared MLP of {experts['shared_width']}" if experts["shared_width"] else ""
+        lines["experts"] = (
+            f"{experts['chosen']} of {experts['count']} of width {experts['width']} in {experts['layers']} layers"
+            f"{shared}; a token goes through {experts['active_parameters'] / 1e6:,.1f} million parameters"
+        )
     window = f", window {found['window']}" if found["window"] else ""
     lines["context"] = f"{found['context']:,} tokens ({found['positions']}{window})"
     lines["stops at"] = ", ".join(map(str, found["stop_tokens"])) or "no token"

@@ -106,7 +106,8 @@ def _solve(
     inverse = program.add(1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
     program.cost[per_sequence] = 1.0
     weights = shape.total_bytes(policy.weight_bits)
-    program.at_most.append(({inverse: weights / hardware.gpu_bandwidth, per_sequence: -1.0}, 0.0))
+    least_read = shape.least_bytes_read(policy.weight_bits)
+    program.at_most.append(({inverse: least_read / hardware.gpu_bandwidth, per_sequence: -1.0}, 0.0))
     for row in rows:
         program.at_most.append(({**dict(enumerate(row[1:])), per_sequence: -1.0}, -float(row[0])))
     fixed = fixed_fractions(constraints)

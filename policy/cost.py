@@ -6,9 +6,10 @@ disagree.
 
 A pass is L layers and the head. While layer j computes, the weights of layer j + 1 cross the link, so a pass has
 three kinds of stage: (computes a layer, fetches a layer) L - 1 times, (layer, head) once and (head, first layer of
-the next pass) once. A stage takes the maximum over the resources; launching its ticks comes on top. What streamed
-weights and staged cache have the host launch besides is done ahead, in the time of the busiest resource, unless a
-single micro-batch or a schedule without overlap leaves nothing ahead to launch.
+the next pass) once; where some layers have experts and some have not, the first kind is two. A stage takes the
+maximum over the resources; launching its ticks comes on top. What streamed weights and staged cache have the host
+launch besides is done ahead, in the time of the busiest resource, unless a single micro-batch or a schedule without
+overlap leaves nothing ahead to launch.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ class PassModel:
 
     def launched(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one
-        CUDA graph, launched by the GPU."""
+        CUDA graph, launched by the GPU, but for a model with experts."""
         resident = all(point[COLUMNS[f"{kind}_gpu"]] >= 1 - RESIDENT for kind in KINDS)
         one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap
+        one_graph = one_graph and self.shape.experts is None  # those are launched kernel by kernel
         if not one_graph:
             in_turn = 0.0 if self._launches_ahead else self._extra_launch_seconds(point)
             return self.launch_seconds + self.shape.num_layers * self.batches * in_turn

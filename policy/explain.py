@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flexbatch.policy.explain_experts import experts_of, experts_text
 from flexbatch.policy.footprint import KIND_LABELS
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import TIERS
@@ -44,6 +45,7 @@ def summary(plan: Plan) -> dict:
         "pass_seconds": plan.pass_seconds,
         "passes": plan.passes,
         "sequences": plan.workload.num_sequences,
+        "experts": experts_of(plan, plan.shape.experts) if plan.shape.experts else None,
         "waves": plan.waves,
         "tail_passes": plan.tail_passes,
         "tail_sequences": plan.tail_sequences,
@@ -108,6 +110,8 @@ def in_words(plan: Plan, smaller_caches: Mapping[int, Plan]) -> list[str]:
         lines += [said("waves", waves_text(plan)), said("tail", tail_text(plan))]
         load = f"loading the model takes about {duration_text(load_seconds(plan))} before"
         lines.append(said("first answer", f"after {duration_text(plan.first_answer_seconds)}; {load}"))
+    if plan.shape.experts is not None:
+        lines.append(said("experts", experts_text(plan, plan.shape.experts)))
     lines += [said("disk", disk_text(plan)), said("limited by", limit_text(plan))]
     lines.append(said("1 GiB more", what_more_memory_buys(plan)))
     lines += [said(f"{bits}-bit cache", compared(plan, other)) for bits, other in smaller_caches.items()]

@@ -54,7 +54,7 @@ def memory_rows(
     row = shape.token_bytes(policy.cache_bits)
     weights = shape.total_bytes(bits)
     slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
-    expansion = 0.0 if bits == 16 else shape.block_bytes(16)
+    expansion = 0.0 if bits == 16 else max(shape.block_bytes(16), shape.dense_bytes(16))
     cache = batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
@@ -109,7 +109,8 @@ def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[S
         for tensors in (shape.embedding_tensors, shape.head_tensors)
     )
     block = shape.block_tensor_bytes(bits)
-    layers = [embedding, *[block] * shape.num_layers, head]
+    dense = shape.dense_tensor_bytes(bits)
+    layers = [embedding, *[dense] * shape.dense_layers, *[block] * (shape.num_layers - shape.dense_layers), head]
     placed, total, largest = [0.0] * len(TIERS), 0.0, 0.0
     tiers = [tier for tier, share in enumerate(asked) if share > 0]
     for index, tensors in enumerate(layers):
@@ -145,7 +146,7 @@ def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     point = point_of(policy)
     point[1:4] = split.fractions
     peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
-    expansion = 0 if policy.weight_bits == 16 else shape.block_bytes(16)
+    expansion = 0 if policy.weight_bits == 16 else max(shape.block_bytes(16), shape.dense_bytes(16))
     peak["gpu"]["weight slabs"] = expansion + policy.num_weight_slabs * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
     staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)

@@ -54,8 +54,26 @@ def cache_group(head_dim: int) -> int:
 
 
 def workspace_elements(
-    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int
+    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int, routed: int = 0
 ) -> int:
-    """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their copies."""
+    """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their copies.
+    routed: what a layer of experts takes in the place of the MLP (`expert_workspace_elements`)."""
     projections = (num_heads + 2 * num_kv_heads) * head_dim
-    return 6 * hidden_size + 2 * projections + 3 * intermediate_size
+    return 6 * hidden_size + 2 * projections + max(3 * intermediate_size, routed)
+
+
+def expert_workspace_elements(hidden_size: int, top_k: int, width: int, shared_width: int = 0) -> int:
+    """What a token takes inside a layer of experts: its inputs and outputs gathered and scattered once for each of its
+    ``top_k`` experts, gate and up likewise, and the shared MLP beside them."""
+    return top_k * (2 * hidden_size + 4 * width) + 3 * shared_width
+
+
+EXPERT_UNITS = 8
+"""Parts that the experts of a layer are placed in, at most. Each is one tensor for gate and up and one for down: finer
+parts meet a split more closely than a layer's share of the model already does, and cost a file and a launch each."""
+
+
+def units_of_experts(count: int) -> list[tuple[int, int]]:
+    """(first expert, number of experts) of the parts of ``count`` experts; the last may be smaller."""
+    size = -(-count // EXPERT_UNITS)
+    return [(first, min(size, count - first)) for first in range(0, count, size)]

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.limits import cache_group, weight_group, workspace_elements
 
 
@@ -34,6 +35,14 @@ class ModelShape:
     stored_block_bytes: tuple[int, ...] = ()
     """Bytes of each of ``block_tensors`` in a checkpoint that is quantised already, whatever its bits and groups;
     empty: the policy's bits decide."""
+    experts: ExpertShape | None = None
+    """What takes the place of the MLP in the layers of ``block_tensors``."""
+    dense_layers: int = 0
+    """Layers that have a plain MLP beside those with experts, counted as the first ones."""
+    dense_tensors: tuple[int, ...] = ()
+    """Tensors of one of them."""
+    stored_dense_bytes: tuple[int, ...] = ()
+    """Like ``stored_block_bytes``, of ``dense_tensors``."""
 
     @classmethod
     def from_sizes(
@@ -50,15 +59,16 @@ class ModelShape:
         tied: bool = False,
         positions: int = 0,
         element_bytes: int = 2,
+        experts: ExpertShape | None = None,
     ) -> ModelShape:
-        """A dense decoder; biases and norms are left out (under 0.1 % of the elements). ``positions``: rows of a
-        learned position table."""
+        """Biases and norms are left out (under 0.1 % of the elements). ``positions``: rows of a learned position
+        table. ``experts``: what every layer has in the place of its MLP."""
         kv_heads, dim = num_kv_heads or num_heads, head_dim or hidden_size // num_heads
+        mlp = (hidden_size * intermediate_size * (mlp_matrices - 1), hidden_size * intermediate_size)
         block = (
             hidden_size * (num_heads + 2 * kv_heads) * dim,
             num_heads * dim * hidden_size,
-            hidden_size * intermediate_size * (mlp_matrices - 1),
-            hidden_size * intermediate_size,
+            *(mlp if experts is None else experts.tensors(hidden_size)),
         )
         table = vocab_size * hidden_size
         embedding = (() if tied else (table,)) + ((positions * hidden_size,) if positions else ())
@@ -76,6 +86,7 @@ class ModelShape:
             embedding,
             mlp_matrices,
             element_bytes,
+            experts=experts,
         )
 
     @classmethod
@@ -86,6 +97,8 @@ class ModelShape:
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
+        if fields.get("experts") is not None:
+            fields["experts"] = ExpertShape(**fields["experts"])
         return cls(**fields)
 
     def as_dict(self) -> dict:
@@ -119,12 +132,37 @@ class ModelShape:
         plain = tuple(self.weight_bytes(elements, bits) for elements in self.block_tensors)
         return self.stored_block_bytes or plain if bits != 16 else plain
 
+    def dense_tensor_bytes(self, bits: int) -> tuple[int, ...]:
+        """Each tensor of one of the ``dense_layers`` as it is stored."""
+        plain = tuple(self.weight_bytes(elements, bits) for elements in self.dense_tensors)
+        return self.stored_dense_bytes or plain if bits != 16 else plain
+
     def block_bytes(self, bits: int) -> int:
         return sum(self.block_tensor_bytes(bits))
+
+    def dense_bytes(self, bits: int) -> int:
+        return sum(self.dense_tensor_bytes(bits))
 
     @property
     def block_elements(self) -> int:
         return sum(self.block_tensors)
+
+    @property
+    def spared_elements(self) -> int:
+        """Weights of a layer that a token does not go through: the experts that it is not given to."""
+        experts = self.experts
+        return (experts.count - experts.top_k) * experts.elements(self.hidden_size) if experts else 0
+
+    @property
+    def active_elements(self) -> int:
+        """Weights of all layers that a token goes through."""
+        sparse = self.num_layers - self.dense_layers
+        return sparse * (self.block_elements - self.spared_elements) + self.dense_layers * sum(self.dense_tensors)
+
+    def least_bytes_read(self, bits: int) -> int:
+        """What a pass reads of the weights, however few tokens it has."""
+        spared = (self.num_layers - self.dense_layers) * self.spared_elements
+        return self.total_bytes(bits) - (self.weight_bytes(spared, bits) if spared else 0)
 
     @property
     def head_elements(self) -> int:
@@ -132,16 +170,19 @@ class ModelShape:
 
     @property
     def total_elements(self) -> int:
-        return self.num_layers * self.block_elements + self.head_elements + sum(self.embedding_tensors)
+        sparse = self.num_layers - self.dense_layers
+        layers = sparse * self.block_elements + self.dense_layers * sum(self.dense_tensors)
+        return layers + self.head_elements + sum(self.embedding_tensors)
 
     def total_bytes(self, bits: int) -> int:
         """All weights as they are stored: blocks at ``bits``, head and tables at 16 bits whatever the blocks have."""
         outside = self.weight_bytes(self.head_elements + sum(self.embedding_tensors), 16)
-        return self.num_layers * self.block_bytes(bits) + outside
+        sparse = self.num_layers - self.dense_layers
+        return sparse * self.block_bytes(bits) + self.dense_layers * self.dense_bytes(bits) + outside
 
     def largest_layer_bytes(self, bits: int) -> int:
         """The bytes of the largest layer as it is stored, the head included: the working slab is sized by it."""
-        return max(self.block_bytes(bits), self.weight_bytes(self.head_elements, 16))
+        return max(self.block_bytes(bits), self.dense_bytes(bits), self.weight_bytes(self.head_elements, 16))
 
     @property
     def hidden_bytes(self) -> int:
@@ -152,8 +193,9 @@ class ModelShape:
     def peak_workspace_bytes(self) -> int:
         """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their
         copies."""
+        routed = self.experts.workspace_elements(self.hidden_size) if self.experts else 0
         elements = workspace_elements(
-            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size
+            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size, routed
         )
         return elements * self.element_bytes
 
@@ -163,4 +205,6 @@ class ModelShape:
         intermediates, output."""
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         mlp = self.mlp_matrices * self.intermediate_size
+        if self.experts:
+            mlp = self.experts.workspace_elements(self.hidden_size)
         return (3 * self.hidden_size + max(attention, mlp)) * self.element_bytes

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.model_shape import ModelShape
 
 
@@ -98,6 +99,28 @@ QWEN25 = {
 """Qwen Team 2024, "Qwen2.5 technical report", and the authors' config.json."""
 QWEN3 = {**QWEN25, "model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 128}
 """Qwen Team 2025, "Qwen3 technical report", table 1, and the authors' config.json."""
+MIXTRAL = {
+    "model_type": "mixtral",
+    "dtype": "bfloat16",
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+"""Jiang et al. 2024, "Mixtral of experts", table 1, and the authors' config.json."""
+
+
+def _qwen3_moe(hidden: int, inner: int, width: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """Qwen Team 2025, "Qwen3 technical report", table 2, and the authors' config.json."""
+    experts = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
+    }
+    changes = {**QWEN3, "model_type": "qwen3_moe", "dtype": "bfloat16", **experts}
+    return _llama(hidden, inner, layers, heads, kv_heads, **changes)
+
 
 SHAPES: dict[str, dict[str, Any]] = {
     "opt-125m": _opt(768, 12, 12),
@@ -145,8 +168,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 0,
         "bos_token_id": 0,
     },
+    "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 768, 48, 32, 4),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 1536, 94, 64, 4),
+    "mixtral-8x7b": _llama(4096, 14336, 32, 32, 8, **MIXTRAL),
+    "mixtral-8x22b": _llama(
+        6144, 16384, 56, 48, 8, **MIXTRAL | {"vocab_size": 32768, "max_position_embeddings": 65536}
+    ),
+    "olmoe-1b-7b": _llama(
+        2048,
+        1024,
+        16,
+        16,
+        16,
+        model_type="olmoe",
+        dtype="bfloat16",
+        vocab_size=50304,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        clip_qkv=None,
+        eos_token_id=50279,
+        bos_token_id=None,
+    ),
 }
-"""By name: entries of config.json as the authors published them."""
+"""By name: entries of config.json as the authors published them. Models with experts are in the 16 bits that grouped
+matrix products exist for, the others in float16."""
 
 
 VARIANTS = re.compile(r"-(instruct|chat|base|hf|it)(?=-|$)|^meta-(?=llama)|-v0\.[12](?=-|$)")
@@ -199,11 +245,14 @@ def public_shape(name: str) -> ModelShape:
     if kind == "falcon":
         kv_heads = config.get("num_kv_heads", 1)
         return ModelShape.from_sizes(**common, intermediate_size=4 * hidden, num_kv_heads=kv_heads, tied=True)
+    count = config.get("num_experts") or config.get("num_local_experts")
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
     return ModelShape.from_sizes(
         **common,
         intermediate_size=config["intermediate_size"],
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config.get("head_dim"),
         mlp_matrices=3,
+        experts=ExpertShape(count, config["num_experts_per_tok"], width) if count else None,
         tied=config.get("tie_word_embeddings", False),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexbatch.policy.affine import affine, total
+from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
@@ -31,8 +32,8 @@ class Stage:
 
 
 class PassStages:
-    """The stages of the passes ``load``: a layer, the last layer (the head's weights are fetched beside it) and the
-    head."""
+    """The stages of the passes ``load``: a layer, in a model with experts also one without them, the last layer (the
+    head's weights are fetched beside it) and the head."""
 
     def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad) -> None:
         self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
@@ -43,9 +44,10 @@ class PassStages:
         self.row_bytes_16 = shape.token_bytes(16)
 
     def stages(self) -> list[Stage]:
-        layers = self.shape.num_layers
+        dense = min(self.shape.dense_layers, self.shape.num_layers - 1)
         kinds = [
-            ("layer", "layer", "layer", layers - 1),
+            ("layer", "layer", "layer", self.shape.num_layers - 1 - dense),
+            ("dense layer", "dense", "dense", dense),
             ("last layer", "layer", "head", 1),
             ("head", "head", "layer", 1),
         ]
@@ -53,20 +55,21 @@ class PassStages:
 
     def _stage(self, name: str, compute: str, fetch: str, count: int) -> Stage:
         shape, bits = self.shape, self.policy.weight_bits
-        weights = shape.block_bytes(bits) if fetch == "layer" else shape.weight_bytes(shape.head_elements, 16)
-        traffic = dict(self._layer_traffic if compute == "layer" else self._head_traffic())
+        weights = {"layer": shape.block_bytes, "dense": shape.dense_bytes}.get(fetch, self._head_bytes)(bits)
+        traffic = dict(self._head_traffic() if compute == "head" else self._layer_traffic)
         traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
         traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
-        gpu_seconds, gpu_flops, gpu_bytes = self._layer_compute if compute == "layer" else self._head_compute()
+        others = self._dense_compute if compute == "dense" else self._head_compute
+        gpu_seconds, gpu_flops, gpu_bytes = self._layer_compute if compute == "layer" else others()
         seconds = self._seconds(traffic, gpu_seconds, gpu_bytes)
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for
             # another resource.
-            expansion = (self._expanded_bytes() if compute == "layer" else 0.0) / self.hardware.expand
+            expansion = self._expanded_bytes(compute) / self.hardware.expand
             first = (gpu_seconds - affine(expansion)) / self.batches + affine(expansion)
             for row in ("h2d", "cpu_attention"):
                 seconds[f"{row} after expansion"] = first + seconds[row] * (1 - 1 / self.batches)
-        ticks = self.batches if compute == "layer" else 0
+        ticks = 0 if compute == "head" else self.batches
         return Stage(name, count, ticks, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
     @functools.cached_property
@@ -114,11 +117,40 @@ class PassStages:
         )
         return {"h2d": affine(weights_cpu=rows, weights_disk=rows), **dict.fromkeys(names, zero)}
 
+    def _head_bytes(self, bits: int) -> int:
+        """The head keeps 16 bits."""
+        return self.shape.weight_bytes(self.shape.head_elements, 16)
+
     @functools.cached_property
     def _layer_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
+        shape, experts = self.shape, self.shape.experts
+        routed = experts.count * experts.elements(shape.hidden_size) if experts else 0
+        seconds, flops, moved = self._gemm(shape.block_elements - routed, self.tokens, self._expanded_bytes("layer"))
+        if experts is None:
+            return self._around(seconds, flops, moved)
+        more_seconds, more_flops, more_moved = self._routed_gemm(experts)
+        return self._around(seconds + more_seconds, flops + more_flops, moved + more_moved)
+
+    def _dense_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same for one of the layers without experts."""
+        return self._around(*self._gemm(sum(self.shape.dense_tensors), self.tokens, self._expanded_bytes("dense")))
+
+    def _routed_gemm(self, experts: ExpertShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every micro-batch multiplies with the experts that its tokens go to, each with the rows that it is given, and
+        takes as long as if all had equally many."""
+        shape, elements = self.shape, experts.elements(self.shape.hidden_size)
+        tokens = self.tokens / self.batches
+        hit = experts.hit(tokens)
+        each = self.hardware.gemm_seconds(elements, experts.rows(tokens), shape.element_bytes)
+        moved = self.batches * hit * shape.weight_bytes(elements, 16)
+        return self.batches * hit * each, 2.0 * experts.top_k * elements * self.tokens, moved
+
+    def _around(
+        self, seconds: np.ndarray, flops: np.ndarray, moved: float | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """With what a layer does besides its products: attention, and what reads and writes between them."""
         shape, hardware, load = self.shape, self.hardware, self.load
-        seconds, flops, moved = self._gemm(shape.block_elements, self.tokens, self._expanded_bytes())
         elementwise = 2.0 * self.tokens * shape.workspace_bytes
         heads = 4.0 * shape.num_heads * shape.head_dim
         prompt_flops = heads * np.asarray(load.prompt_pairs)
@@ -154,10 +186,12 @@ class PassStages:
         seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
-    def _expanded_bytes(self) -> float:
-        """Read and written to expand a layer's quantised weights to 16 bits; 0 for 16 bits."""
+    def _expanded_bytes(self, kind: str) -> float:
+        """Read and written to expand the quantised weights of a layer of this kind to 16 bits; 0 for 16 bits, and for
+        the head."""
+        stored = {"layer": self.shape.block_bytes, "dense": self.shape.dense_bytes}.get(kind)
         bits = self.policy.weight_bits
-        return 0.0 if bits == 16 else float(self.shape.block_bytes(bits) + self.shape.block_bytes(16))
+        return float(stored(bits) + stored(16)) if stored and bits != 16 else 0.0
 
     def _work(
         self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray

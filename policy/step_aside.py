@@ -37,7 +37,7 @@ class StepAsideCosts:
             ("gpu", "disk"): down + write,
             ("disk", "gpu"): read + up,
         }
-        flops = 2.0 * (shape.num_layers * shape.block_elements)
+        flops = 2.0 * shape.active_elements
         return cls(flops / hardware.gemm.at(BATCHED_TOKENS), pairs)
 
     def moving(self, num_bytes: int, source: str, target: str) -> float:

@@ -266,6 +266,56 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Width of an expert, of a dense MLP and of a shared one all differ; the last layer is not like the first.
+EXPERT_SIZES = {**LLAMA_SIZES, "intermediate_size": 44, "num_experts_per_tok": 3, "num_local_experts": 6}
+QWEN_MOE_SIZES = {
+    **LLAMA_SIZES,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 44,
+    "mlp_only_layers": [0],
+}
+GLM_MOE_SIZES = {
+    **LLAMA_SIZES,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 44,
+    "n_shared_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "num_nextn_predict_layers": 0,
+}
+FAMILY_CASES |= {
+    "qwen3_moe": ("qwen3_moe", {**QWEN_MOE_SIZES, "norm_topk_prob": True}),
+    "qwen3_moe-window": (
+        "qwen3_moe",
+        {**QWEN_MOE_SIZES, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 11},
+    ),
+    "mixtral": ("mixtral", {**EXPERT_SIZES, "num_experts_per_tok": 2, "sliding_window": 19}),
+    "olmoe": ("olmoe", {**EXPERT_SIZES, "head_dim": 10, "clip_qkv": 0.7, "num_local_experts": 11}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**QWEN_MOE_SIZES, "head_dim": 10, "shared_expert_intermediate_size": 36, "use_sliding_window": True}
+        | {"sliding_window": 11, "max_window_layers": 2},
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {**EXPERT_SIZES, "embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6}
+        | {"logits_scaling": 1.5},
+    ),
+    "granitemoeshared": ("granitemoeshared", {**EXPERT_SIZES, "shared_intermediate_size": 36, "attention_bias": True}),
+    "phimoe": (
+        "phimoe",
+        {**EXPERT_SIZES, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}
+        | {"router_jitter_noise": 0.4},
+    ),
+    "glm4_moe": ("glm4_moe", {**GLM_MOE_SIZES, "use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe-plain": ("glm4_moe", {**GLM_MOE_SIZES, "n_group": 1, "norm_topk_prob": False}),
+}
+
+
 def make_tokenizer(vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
     """Byte-level BPE that knows every byte; merges of two letters fill the vocabulary, so that every token id of a
     model decodes."""
@@ -321,6 +371,9 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def make_model(
@@ -335,6 +388,8 @@ def make_model(
     kind, config = FAMILY_CASES[family]
     config = {"vocab_size": VOCAB, **TOKENS, **config, **overrides}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=torch.float32).eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     randomize(model, seed)
     model.save_pretrained(folder)
     if tokenizer:

@@ -19,6 +19,7 @@ from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
+from flexbatch.models.experts import recordable
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.schedule import Tick, zigzag
 from flexbatch.trace import Tracer
@@ -57,7 +58,7 @@ class Executor:
         self.attention = CacheAttention(arch, cache, queues, host_buffers)
         resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
         self.graphs: DecodeGraphs | None = None
-        if resident and overlap:
+        if resident and overlap and recordable(arch):
             self.graphs = DecodeGraphs(
                 self.device, cache.layout.page_tokens, arch.max_positions, CudaRecorder(), max_graphs
             )

@@ -33,7 +33,9 @@ def layer_file(folder: Path, placed: PlacedTensor) -> Path:
     neither.
     """
     layout = (
-        "dense" if not placed.quantized else f"{placed.bits}bit-g{placed.group}" + ("-fit" if placed.bits == 4 else "")
+        ("float32" if placed.spec.wide else "dense")
+        if not placed.quantized
+        else f"{placed.bits}bit-g{placed.group}" + ("-fit" if placed.bits == 4 else "")
     )
     layer = "embedding" if placed.spec.layer < 0 else f"layer-{placed.spec.layer:04d}"
     return folder / layer / f"{placed.spec.role}.{layout}.bin"

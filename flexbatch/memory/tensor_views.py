@@ -34,6 +34,7 @@ class TensorView:
 def view_of(slab: Tensor, placed: PlacedTensor, start: int, dtype: torch.dtype) -> TensorView:
     """The tensor that lies at byte ``start`` of a uint8 slab."""
     if not placed.quantized:
+        dtype = torch.float32 if placed.spec.wide else dtype
         return TensorView(placed, dense=slab[start : start + placed.dense_bytes].view(dtype).view(placed.spec.shape))
     codes = slab[start : start + math.prod(placed.codes_shape)].view(placed.codes_shape)
     parameters = slab[start + placed.codes_bytes : start + placed.num_bytes].view(dtype).view(placed.parameters_shape)

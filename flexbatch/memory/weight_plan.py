@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,9 @@ from flexbatch.policy.policy import TIERS, Split
 
 SLAB_ALIGNMENT = 256
 """Bytes. Every tensor in a slab starts at a multiple, which is what vector loads and cuBLAS want."""
-QUANTIZED_ROLES = frozenset({"qkv.weight", "o.weight", "gate_up.weight", "up.weight", "down.weight"})
-"""The matrices of a decoder layer. Norms, biases, embedding and head keep the compute dtype: they are under 3 % of a
-large model and the most sensitive part."""
+QUANTIZED_ROLES = re.compile(r"(qkv|o|(shared\.|experts\.\d+\.)?(gate_up|up|down))\.weight")
+"""The matrices of a decoder layer. Norms, biases, routers, embedding and head keep the compute dtype: they are under
+3 % of a large model and the most sensitive part."""
 GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight"})
 """Tables whose rows are gathered where they lie; a whole table never crosses the link."""
 
@@ -50,7 +51,7 @@ class PlacedTensor:
 
     @property
     def dense_bytes(self) -> int:
-        return math.prod(self.spec.shape) * self.element_bytes
+        return math.prod(self.spec.shape) * (4 if self.spec.wide else self.element_bytes)
 
     @property
     def codes_bytes(self) -> int:
@@ -203,4 +204,4 @@ def tensor_format(
 ) -> tuple[int, int]:
     if spec.role in prequantized:
         return prequantized[spec.role]
-    return (bits, group) if spec.role in QUANTIZED_ROLES and len(spec.shape) == 2 else (16, group)
+    return (bits, group) if QUANTIZED_ROLES.fullmatch(spec.role) and len(spec.shape) == 2 else (16, group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from flexbatch.models.expert_arch import Experts
 from flexbatch.policy.limits import workspace_elements
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -42,7 +43,11 @@ class Arch:
     head to the scores. parallel_residual: MLP and attention read the same hidden state (``shared_norm``: even the
     same norm) and are added together. post_norm: norms come after the residual addition. sublayer_norm: the output
     of attention and of the MLP is normed before it is added. sliding_layers: for every layer whether
-    ``sliding_window`` holds there; empty when it holds everywhere.
+    ``sliding_window`` holds there; empty when it holds everywhere. qk_norm: every head of queries and keys is normed;
+    ``wide_qk_norm``: all heads together. clip_qkv: largest absolute value of queries, keys and values, 0: any.
+    residual_scale multiplies what a layer adds to its input, ``logits_divisor`` divides the logits. experts: what
+    takes the place of the MLP in the layers that ``sparse_layers`` names (empty: in all of them).
+    skipped_layers: further layers of the files, which predict tokens after the next and are not used.
     """
 
     family: str
@@ -62,6 +67,7 @@ class Arch:
     post_norm: bool = False
     sublayer_norm: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     embed_norm: bool = False
     final_norm: bool = True
     # positions
@@ -76,6 +82,7 @@ class Arch:
     # attention
     query_scale: float | None = None
     soft_cap: float = 0.0
+    clip_qkv: float = 0.0
     sliding_window: int = 0
     sliding_layers: tuple[bool, ...] = ()
     scaled_alibi: bool = False
@@ -87,12 +94,17 @@ class Arch:
     mlp_bias: bool = False
     parallel_residual: bool = False
     shared_norm: bool = False
+    residual_scale: float = 1.0
+    experts: Experts | None = None
+    sparse_layers: tuple[bool, ...] = ()
+    skipped_layers: int = 0
     # embedding and head
     embed_size: int = 0
     embed_scale: float = 1.0
     tie_word_embeddings: bool = False
     head_bias: bool = False
     final_soft_cap: float = 0.0
+    logits_divisor: float = 1.0
     # tokens and storage
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -121,6 +133,8 @@ class Arch:
             raise ValueError(f"rotary_dim={self.rotary_dim} must be even and between 2 and head_dim={self.head_dim}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(f"sliding_layers names {len(self.sliding_layers)} layers, the model has {self.num_layers}")
+        if self.sparse_layers and len(self.sparse_layers) != self.num_layers:
+            raise ValueError(f"sparse_layers names {len(self.sparse_layers)} layers, the model has {self.num_layers}")
 
     @property
     def context(self) -> int:
@@ -147,9 +161,10 @@ class Arch:
 
     @property
     def workspace_elements(self) -> int:
-        """Intermediate results of one token in a layer, at most: hidden states, projections, MLP."""
+        """Intermediate results of one token in a layer, at most: hidden states, projections, MLP or experts."""
+        routed = self.experts.workspace_elements(self.hidden_size) if self.experts else 0
         return workspace_elements(
-            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size
+            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size, routed
         )
 
     @property
@@ -160,6 +175,10 @@ class Arch:
     def window(self, layer: int) -> int:
         """Keys that a query of this layer sees, itself included; 0: all."""
         return self.sliding_window if not self.sliding_layers or self.sliding_layers[layer] else 0
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """The experts of this layer, None where it has a dense MLP."""
+        return self.experts if not self.sparse_layers or self.sparse_layers[layer] else None
 
     def uses_local_rope(self, layer: int) -> bool:
         return self.local_rope_theta is not None and self.window(layer) > 0

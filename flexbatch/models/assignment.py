@@ -38,7 +38,15 @@ class Assignment:
     @property
     def rows(self) -> slice | None:
         """Destination rows, None for all of them."""
-        return _section(self.spec, self.row.part)
+        return _section(self.spec, self.row)
+
+    @property
+    def source_experts(self) -> slice | None:
+        """Which experts of a stored tensor that holds them all, None for any other tensor."""
+        if self.row.part != "stacked":
+            return None
+        first = int(self.row.role.split(".")[1])
+        return slice(first, first + len(self.spec.sections) // _parts_of_expert(self.row))
 
 
 Names = dict[str, tuple[int, ModuleMapping, str]]
@@ -101,7 +109,7 @@ class _Assigner:
         self.family = FAMILIES[arch.family]
         self.prefixes, self.names = (self.family.prefixes, source_names(arch)) if names is None else ((), names)
         self.specs = {(spec.layer, spec.role): spec for spec in weight_specs(arch)}
-        self.assignments: dict[tuple[int, str, str], Assignment] = {}
+        self.assignments: dict[tuple[int, str, tuple[str, int]], Assignment] = {}
         self.extra: list[StoredTensor] = []
         self.twice: list[StoredTensor] = []
 
@@ -114,6 +122,10 @@ class _Assigner:
                 self.extra.append(tensor)
             return
         layer, row, kind = self.names[local]
+        for each in _rows(row, self.arch):
+            self.add_row(tensor, layer, each, kind, suffix if packed else "")
+
+    def add_row(self, tensor: StoredTensor, layer: int, row: ModuleMapping, kind: str, suffix: str) -> None:
         if self.arch.tie_word_embeddings and row.role == "head" and kind == ".weight":
             layer, row = -1, ModuleMapping(row.module, "embed")
         spec = self.specs.get((layer, row.role + kind))
@@ -124,10 +136,10 @@ class _Assigner:
             raise CheckpointError(
                 f"{described} is not expected: by its configuration this model has no {row.role}{kind}"
             )
-        self.record(tensor, spec, row, suffix if packed else "")
+        self.record(tensor, spec, row, suffix)
 
     def record(self, tensor: StoredTensor, spec: WeightSpec, row: ModuleMapping, suffix: str) -> None:
-        earlier = self.assignments.setdefault((spec.layer, spec.role, row.part), Assignment({}, spec, row)).stored
+        earlier = self.assignments.setdefault((spec.layer, spec.role, row.target), Assignment({}, spec, row)).stored
         if earlier and (suffix in earlier or "" in (suffix, *earlier)):
             first = earlier.get(suffix) or next(iter(earlier.values()))
             if not equal(first, tensor):
@@ -138,7 +150,7 @@ class _Assigner:
             if tensor.name == first.name:
                 self.twice.append(tensor)
             return
-        wanted = _source_shape(spec, row)
+        wanted = _source_shape(spec, row, self.arch)
         if suffix and self.packing is not None:
             try:
                 wanted = self.packing.shapes(*(spec.shape if row.part == "transposed" else wanted))[
@@ -172,10 +184,30 @@ class _Assigner:
                 rest = f" and {len(tensors) - 5} more" if len(tensors) > 5 else ""
                 logger.warning("%s: %d %s: %s%s", self.folder, len(tensors), what, names, rest)
 
+    def refuse_extra(self) -> None:
+        """Of a family with experts every tensor is known: one that is not may be an expert, a shared MLP or a bias that
+        the model would compute without."""
+        if not self.family.expert_keys or not self.extra:
+            return
+        skipped = tuple(
+            f"{prefix}{self.family.blocks}.{self.arch.num_layers + index}."
+            for prefix in self.prefixes
+            for index in range(self.arch.skipped_layers)
+        )
+        unknown = [tensor for tensor in self.extra if not tensor.name.startswith(skipped)]
+        if unknown:
+            first = unknown[0]
+            raise CheckpointError(
+                f"{first.file}: {len(unknown)} tensors are not part of a {self.arch.family} model with "
+                f"{self.arch.num_layers} layers by its configuration, e.g. {first.name} {list(first.shape)}; remove "
+                "them, or correct config.json"
+            )
+
     def finish(self) -> list[Assignment]:
-        found: dict[tuple[int, str], set[str]] = {}
+        self.refuse_extra()
+        found: dict[tuple[int, str], set[tuple[str, int]]] = {}
         for a in self.assignments.values():
-            found.setdefault((a.spec.layer, a.spec.role), set()).add(a.row.part)
+            found.setdefault((a.spec.layer, a.spec.role), set()).add(a.row.target)
             lacking = [part for part in SUFFIXES[:3] if "" not in a.stored and part not in a.stored]
             if lacking:
                 first = next(iter(a.stored.values()))
@@ -183,43 +215,62 @@ class _Assigner:
                     f"{first.file}: {first.name} is there, but the weight files lack "
                     f"{first.name.rpartition('.')[0]}.{lacking[0]}"
                 )
-        _check_complete(found, self.specs, self.names, self.folder)
+        _check_complete(found, self.specs, self.names, self.arch, self.folder)
         return list(self.assignments.values())
 
 
 def _check_complete(
-    found: dict[tuple[int, str], set[str]],
+    found: dict[tuple[int, str], set[tuple[str, int]]],
     specs: dict[tuple[int, str], WeightSpec],
     names: Names,
+    arch: Arch,
     folder: Path,
 ) -> None:
     """found: the parts that are there of every canonical tensor."""
     candidates: dict[tuple[int, str], list[tuple[str, ModuleMapping]]] = {}
     for name, (layer, row, suffix) in names.items():
-        candidates.setdefault((layer, row.role + suffix), []).append((name, row))
+        for each in _rows(row, arch):
+            candidates.setdefault((layer, each.role + suffix), []).append((name, each))
     missing = []
     for key, spec in specs.items():
-        wanted, parts = {row.part for _, row in candidates[key]}, found.get(key, set())
+        wanted, parts = {row.target for _, row in candidates[key]}, found.get(key, set())
         if parts != wanted:
             missing += [
-                f"{name} {list(_source_shape(spec, row))}" for name, row in candidates[key] if row.part not in parts
+                f"{name} {list(_source_shape(spec, row, arch))}"
+                for name, row in candidates[key]
+                if row.target not in parts
             ]
     if missing:
+        missing = list(dict.fromkeys(missing))  # a tensor of all experts lacks in every part of them
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(f"{folder}: the weight files lack {', '.join(missing[:5])}{rest}")
 
 
-def _source_shape(spec: WeightSpec, row: ModuleMapping) -> tuple[int, ...]:
-    rows = _section(spec, row.part)
+def _rows(row: ModuleMapping, arch: Arch) -> tuple[ModuleMapping, ...]:
+    """The row, or of a tensor with all experts one for each of their parts."""
+    return row.of_experts(arch.experts.units) if row.part == "stacked" and arch.experts else (row,)
+
+
+def _parts_of_expert(row: ModuleMapping) -> int:
+    """Sections of one expert in its role's tensor: gate and up are two."""
+    return 2 if row.role.endswith("gate_up") else 1
+
+
+def _source_shape(spec: WeightSpec, row: ModuleMapping, arch: Arch) -> tuple[int, ...]:
+    rows = _section(spec, row)
+    if row.part == "stacked":
+        assert arch.experts is not None
+        return arch.experts.count, sum(spec.sections[: _parts_of_expert(row)]), *spec.shape[1:]
     if row.part == "transposed":
         return spec.shape[::-1]
     return spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
 
 
-def _section(spec: WeightSpec, part: str) -> slice | None:
-    """Destination rows of a part."""
-    index = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1}.get(part)
+def _section(spec: WeightSpec, row: ModuleMapping) -> slice | None:
+    """Destination rows of a part, or of one expert's."""
+    index = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1, "expert": 0}.get(row.part)
     if index is None:
         return None
+    index += row.expert * _parts_of_expert(row)
     start = sum(spec.sections[:index])
     return slice(start, start + spec.sections[index])

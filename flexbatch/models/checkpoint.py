@@ -157,6 +157,8 @@ def _pieces(
         parts = {suffix: next(tensors)[1] for suffix in a.stored}
         if "" in parts:
             dense = parts.pop("").t() if a.row.part == "transposed" else parts.pop("")
+            if a.source_experts is not None:
+                dense = dense[a.source_experts].flatten(0, 1)
             yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(a, arch, dense))
             del dense
             continue
@@ -205,7 +207,9 @@ def load(folder: Path | str, arch: Arch, dtype: torch.dtype) -> dict[int, dict[s
     """The whole model in memory, stage -> role -> tensor: for small models (drafts) that live on one device."""
     stages: dict[int, dict[str, Tensor]] = {}
     for spec in weight_specs(arch):
-        stages.setdefault(spec.layer, {})[spec.role] = torch.empty(spec.shape, dtype=dtype)
+        stages.setdefault(spec.layer, {})[spec.role] = torch.empty(
+            spec.shape, dtype=torch.float32 if spec.wide else dtype
+        )
     for piece in stream(folder, arch):
         target = stages[piece.layer][piece.role]
         (target if piece.rows is None else target[piece.rows]).copy_(piece.tensor)

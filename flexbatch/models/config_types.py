@@ -15,6 +15,7 @@ MAX_LAYERS = 4096
 MAX_WIDTH = 2**20
 MAX_INNER = 2**24
 MAX_VOCABULARY = 2**24
+MAX_EXPERTS = 2**14
 MAX_TOKENS = 2**31 - 1
 """Positions are 32-bit integers in the kernels."""
 
@@ -72,6 +73,23 @@ BASE = above(1, 1e15, included=True)
 
 KEYS: dict[str, Rule] = {
     "model_type": TEXT,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), whole(0, MAX_EXPERTS)),
+    **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), whole(1, MAX_EXPERTS)),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), INNER),
+    "shared_intermediate_size": whole(0, MAX_INNER),
+    "n_shared_experts": whole(0, 256),
+    "decoder_sparse_step": LAYERS,
+    "mlp_only_layers": Rule(
+        "a list of layers",
+        lambda value: isinstance(value, list | tuple) and all(type(item) is int and item >= 0 for item in value),
+    ),
+    **dict.fromkeys(("first_k_dense_replace", "num_nextn_predict_layers"), whole(0, MAX_LAYERS)),
+    **dict.fromkeys(("router_jitter_noise", "input_jitter_noise"), NOT_NEGATIVE),
+    **dict.fromkeys(
+        ("routed_scaling_factor", "clip_qkv", "embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+        POSITIVE,
+    ),
+    "logits_scaling": POSITIVE,
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads"), HEADS),
     **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "head_dim", "rotary_dim"), WIDTH),
@@ -121,6 +139,7 @@ KEYS: dict[str, Rule] = {
                 "add_cross_attention",
                 "scale_attn_weights",
             ),
+            *("norm_topk_prob", "use_qk_norm", "qkv_bias", "lm_head_bias"),
             *("scale_attn_by_inverse_layer_idx", "use_parallel_residual", "qk_layernorm", "use_bias", "use_qkv_bias"),
         ),
         FLAG,
@@ -139,6 +158,7 @@ ROPE_KEYS: dict[str, Rule] = {
         f"a whole number from 2 to {MAX_TOKENS:,}",
         lambda value: is_number(value) and value == int(value) and 2 <= value <= MAX_TOKENS,
     ),
+    **dict.fromkeys(("short_mscale", "long_mscale"), POSITIVE),
     "truncate": FLAG,
     **dict.fromkeys(("short_factor", "long_factor"), FACTORS),
     **dict.fromkeys(("full_attention", "sliding_attention"), OBJECT),

@@ -43,7 +43,7 @@ def describe(name: str) -> Description:
     elif path.is_file():
         file = path
     elif shape is not None:
-        config = SHAPES[shape] | {"dtype": "float16"}
+        config = {"dtype": "float16"} | SHAPES[shape]
         return Description(shape, None, config, families.read_arch(config))
     else:
         file = _fetched(name)

@@ -49,6 +49,6 @@ def _distribution(spec: WeightSpec, arch: Arch) -> tuple[float, float]:
     """Standard deviation and mean."""
     if spec.role.endswith("norm.weight"):
         return 0.1, 1.0 - arch.norm_offset
-    if spec.role in ("o.weight", "down.weight"):
+    if spec.role == "o.weight" or spec.role.split(".")[-2:] == ["down", "weight"]:
         return 0.02 * (2 * arch.num_layers) ** -0.5, 0.0
     return 0.02, 0.0

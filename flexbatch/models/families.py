@@ -8,20 +8,19 @@ one flag of `Arch`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from flexbatch.models import readers, readers_layer_norm
 from flexbatch.models.arch import Arch
 from flexbatch.models.config_types import KEYS, check_keys
+from flexbatch.models.families_experts import EXPERT_FAMILIES, check_expert_keys
+from flexbatch.models.family import Family, llama_family, special
 from flexbatch.models.module_names import (
     FOUR_H_MLP,
     FUSED_GATED_MLP,
     GATED_MLP,
     GEMMA_NORMS,
     GLM4_NORMS,
-    LLAMA_OUTER,
     LLAMA_ROWS,
     OUTPUT,
     QK_NORM,
@@ -32,48 +31,9 @@ from flexbatch.models.module_names import (
 )
 from flexbatch.validation.errors import CheckpointError
 
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table. read: config -> Arch. prefixes: what may stand before the names of the base model, longest
-    first. blocks: what stands before a layer's number. defaults: values of transformers' configuration class that files
-    may leave out. skip: further tensors of the files that are not part of the text model."""
-
-    read: Callable[[dict[str, Any]], Arch]
-    prefixes: tuple[str, ...]
-    blocks: str
-    block_rows: tuple[ModuleMapping, ...]
-    outer_rows: tuple[ModuleMapping, ...]
-    defaults: dict[str, Any] = field(default_factory=dict)
-    skip: re.Pattern[str] | None = None
-
-
-def _special(eos: int | list[int] | None, bos: int | None, **more: Any) -> dict[str, Any]:
-    return {"eos_token_id": eos, "bos_token_id": bos, **more}
-
-
-def _llama_family(
-    read: Callable[[dict[str, Any]], Arch],
-    defaults: dict[str, Any],
-    rows: tuple[ModuleMapping, ...] = LLAMA_ROWS,
-    **changes: Any,
-) -> Family:
-    return Family(
-        read,
-        **{
-            "defaults": defaults,
-            "prefixes": ("model.", ""),
-            "blocks": "layers",
-            "block_rows": rows,
-            "outer_rows": LLAMA_OUTER,
-            **changes,
-        },
-    )
-
-
-PHI3_DEFAULTS = _special(32000, 1, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
-GLM_DEFAULTS = _special([151329, 151336, 151338], None, head_dim=128, num_key_value_heads=2, rms_norm_eps=1.5625e-7)
-GEMMA_DEFAULTS = _special(1, 2, head_dim=256, tie_word_embeddings=True)
+PHI3_DEFAULTS = special(32000, 1, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
+GLM_DEFAULTS = special([151329, 151336, 151338], None, head_dim=128, num_key_value_heads=2, rms_norm_eps=1.5625e-7)
+GEMMA_DEFAULTS = special(1, 2, head_dim=256, tie_word_embeddings=True)
 GEMMA3_DEFAULTS = {
     **GEMMA_DEFAULTS,
     "vocab_size": 262208,
@@ -103,26 +63,26 @@ FAMILIES: dict[str, Family] = {
             ("final_layer_norm", "final_norm"),
             ("lm_head", "head"),
         ),
-        _special(2, 2, tie_word_embeddings=True),
+        special(2, 2, tie_word_embeddings=True),
     ),
-    "llama": _llama_family(readers.llama, _special(2, 1)),
-    "mistral": _llama_family(readers.mistral, _special(2, 1, num_key_value_heads=8)),
-    "ministral": _llama_family(readers.mistral, _special(2, 1, num_key_value_heads=8)),
-    "qwen2": _llama_family(readers.qwen2, {"num_key_value_heads": 32}),
-    "qwen3": _llama_family(readers.qwen3, {"head_dim": 128, "num_key_value_heads": 32}, LLAMA_ROWS + QK_NORM),
-    "phi3": _llama_family(
+    "llama": llama_family(readers.llama, special(2, 1)),
+    "mistral": llama_family(readers.mistral, special(2, 1, num_key_value_heads=8)),
+    "ministral": llama_family(readers.mistral, special(2, 1, num_key_value_heads=8)),
+    "qwen2": llama_family(readers.qwen2, {"num_key_value_heads": 32}),
+    "qwen3": llama_family(readers.qwen3, {"head_dim": 128, "num_key_value_heads": 32}, LLAMA_ROWS + QK_NORM),
+    "phi3": llama_family(
         readers.phi3, PHI3_DEFAULTS, mappings(("self_attn.qkv_proj", "qkv")) + OUTPUT + FUSED_GATED_MLP + TWO_NORMS
     ),
-    "glm": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
-    "glm4": _llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
-    "gemma": _llama_family(readers.gemma, {**GEMMA_DEFAULTS, "num_key_value_heads": 16}),
-    "gemma2": _llama_family(
+    "glm": llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + TWO_NORMS),
+    "glm4": llama_family(readers.glm, GLM_DEFAULTS, SEPARATE_QKV + OUTPUT + FUSED_GATED_MLP + GLM4_NORMS),
+    "gemma": llama_family(readers.gemma, {**GEMMA_DEFAULTS, "num_key_value_heads": 16}),
+    "gemma2": llama_family(
         readers.gemma2, {**GEMMA_DEFAULTS, "num_key_value_heads": 4}, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS
     ),
-    "gemma3_text": _llama_family(
+    "gemma3_text": llama_family(
         readers.gemma3, GEMMA3_DEFAULTS, SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM
     ),
-    "gemma3": _llama_family(
+    "gemma3": llama_family(
         readers.gemma3,
         GEMMA3_DEFAULTS,
         SEPARATE_QKV + OUTPUT + GATED_MLP + GEMMA_NORMS + QK_NORM,
@@ -142,7 +102,7 @@ FAMILIES: dict[str, Family] = {
             ("ln_f", "final_norm"),
             ("lm_head", "head"),
         ),
-        _special(2, 1, tie_word_embeddings=True),
+        special(2, 1, tie_word_embeddings=True),
     ),
     "falcon": Family(
         readers_layer_norm.falcon,
@@ -157,7 +117,7 @@ FAMILIES: dict[str, Family] = {
         + FOUR_H_MLP
         + TWO_NORMS,
         mappings(("word_embeddings", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
-        _special(11, 11, tie_word_embeddings=True, max_position_embeddings=2048),
+        special(11, 11, tie_word_embeddings=True, max_position_embeddings=2048),
     ),
     "gpt_bigcode": Family(
         readers_layer_norm.gpt_bigcode,
@@ -172,7 +132,7 @@ FAMILIES: dict[str, Family] = {
             ("ln_2", "mlp_norm"),
         ),
         mappings(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
-        _special(50256, 50256, tie_word_embeddings=True),
+        special(50256, 50256, tie_word_embeddings=True),
     ),
     "gpt_neox": Family(
         readers_layer_norm.gpt_neox,
@@ -180,7 +140,7 @@ FAMILIES: dict[str, Family] = {
         "layers",
         mappings(("attention.query_key_value", "qkv", "grouped"), ("attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
         mappings(("embed_in", "embed"), ("final_layer_norm", "final_norm"), ("embed_out", "head")),
-        _special(2, 0),
+        special(2, 0),
     ),
     "codegen": Family(
         readers_layer_norm.gptj,
@@ -194,7 +154,7 @@ FAMILIES: dict[str, Family] = {
             ("ln_1", "attn_norm"),
         ),
         mappings(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
-        _special(50256, 50256),
+        special(50256, 50256),
     ),
     "gptj": Family(
         readers_layer_norm.gptj,
@@ -203,7 +163,7 @@ FAMILIES: dict[str, Family] = {
         mappings(("attn.q_proj", "qkv", "q"), ("attn.k_proj", "qkv", "k"), ("attn.v_proj", "qkv", "v"))
         + mappings(("attn.out_proj", "o"), ("mlp.fc_in", "up"), ("mlp.fc_out", "down"), ("ln_1", "attn_norm")),
         mappings(("wte", "embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
-        _special(50256, 50256),
+        special(50256, 50256),
     ),
     "gpt2": Family(
         readers_layer_norm.gpt2,
@@ -217,28 +177,39 @@ FAMILIES: dict[str, Family] = {
         )
         + mappings(("ln_1", "attn_norm"), ("ln_2", "mlp_norm")),
         mappings(("wte", "embed"), ("wpe", "pos_embed"), ("ln_f", "final_norm"), ("lm_head", "head")),
-        _special(50256, 50256, tie_word_embeddings=True),
+        special(50256, 50256, tie_word_embeddings=True),
     ),
-    "phi": _llama_family(
+    "phi": llama_family(
         readers_layer_norm.phi,
-        _special(2, 1),
+        special(2, 1),
         SEPARATE_QKV
         + mappings(("self_attn.dense", "o"), ("mlp.fc1", "up"), ("mlp.fc2", "down"), ("input_layernorm", "attn_norm")),
         outer_rows=mappings(("embed_tokens", "embed"), ("final_layernorm", "final_norm"), ("lm_head", "head")),
     ),
-    "starcoder2": _llama_family(
+    "starcoder2": llama_family(
         readers_layer_norm.starcoder2,
-        _special(50256, 50256, tie_word_embeddings=True, num_key_value_heads=2),
+        special(50256, 50256, tie_word_embeddings=True, num_key_value_heads=2),
         SEPARATE_QKV + OUTPUT + mappings(("mlp.c_fc", "up"), ("mlp.c_proj", "down")) + TWO_NORMS,
     ),
-    "stablelm": _llama_family(readers_layer_norm.stablelm, _special(0, 0, num_key_value_heads=32)),
+    "stablelm": llama_family(readers_layer_norm.stablelm, special(0, 0, num_key_value_heads=32)),
+    **EXPERT_FAMILIES,
 }
+REFUSED = {
+    "gpt_oss": "its attention sinks and MXFP4 weights are not supported yet",
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), "its latent attention is not supported yet"
+    ),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe"), "its linear attention is not supported yet"),
+}
+"""What stands in the way of families that are asked for most."""
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """The row of a config. Code that a folder brings along (``auto_map``) is never run: its model must be in the
     table. Raises CheckpointError."""
     kind = config.get("model_type")
+    if kind in REFUSED:
+        raise CheckpointError(f"config.json: model_type {kind!r}: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         remote = " The folder brings its own code, which is never executed." if config.get("auto_map") else ""
         raise CheckpointError(
@@ -257,6 +228,7 @@ def read_arch(config: dict[str, Any]) -> Arch:
     check_keys(config, KEYS)
     text = config.get("text_config") or {}
     check_keys(text, KEYS, "text_config.")
+    check_expert_keys(config, family)
     beside = {key: value for key, value in config.items() if key not in text or value is not None}
     try:
         return family.read({**family.defaults, **text, **beside})
@@ -267,18 +239,18 @@ def read_arch(config: dict[str, Any]) -> Arch:
 
 
 def source_names(arch: Arch) -> dict[str, tuple[int, ModuleMapping, str]]:
-    """Tensor name without prefix -> (layer, row, ``.weight`` or ``.bias``) for everything that the files of this
-    model may hold."""
+    """Tensor name without prefix -> (layer, row, ``.weight``, ``.bias`` or nothing) for everything that the files of
+    this model may hold."""
     family = FAMILIES[arch.family]
     stages = {row.role: _stage(row.role, arch.num_layers) for row in family.outer_rows}
     names = {
-        f"{row.module}{suffix}": (stages[row.role], row, suffix)
-        for row in family.outer_rows
-        for suffix in (".weight", ".bias")
+        f"{row.module}{suffix}": (stages[row.role], row, suffix) for row in family.outer_rows for suffix in row.suffixes
     }
+    units = arch.experts.units if arch.experts else []
+    rows = [each for row in family.block_rows for each in ((row,) if row.part == "stacked" else row.of_experts(units))]
     for layer in range(arch.num_layers):
-        for row in family.block_rows:
-            for suffix in (".weight", ".bias"):
+        for row in rows:
+            for suffix in row.suffixes:
                 names[f"{family.blocks}.{layer}.{row.module}{suffix}"] = (layer, row, suffix)
     return names
 

@@ -48,6 +48,7 @@ def describe_arch(arch: Arch) -> dict[str, Any]:
         "layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.intermediate_size,
+        "experts": _describe_experts(arch),
         "heads": arch.num_heads,
         "kv_heads": arch.num_kv_heads,
         "head_dim": arch.head_dim,
@@ -58,6 +59,24 @@ def describe_arch(arch: Arch) -> dict[str, Any]:
         "tied_embeddings": arch.tie_word_embeddings,
         "stop_tokens": list(arch.eos_token_ids),
         "dtype": arch.dtype,
+    }
+
+
+def _describe_experts(arch: Arch) -> dict[str, Any] | None:
+    """None for a model without."""
+    experts = arch.experts
+    if experts is None:
+        return None
+    layers = sum(arch.experts_of(layer) is not None for layer in range(arch.num_layers))
+    spared = layers * (experts.count - experts.top_k) * 3 * arch.hidden_size * experts.width
+    return {
+        "layers": layers,
+        "count": experts.count,
+        "chosen": experts.top_k,
+        "width": experts.width,
+        "shared_width": experts.shared_width,
+        "scoring": experts.scoring,
+        "active_parameters": sum(spec.numel for spec in weight_specs(arch)) - spared,
     }
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexbatch.kernels import ops
+from flexbatch.models import experts
 from flexbatch.models.arch import Arch
 from flexbatch.models.rope import RopeTables
 
@@ -41,6 +42,13 @@ def pre_attention(
     normed = hidden if arch.post_norm else _norm(arch, weights, "attn_norm", hidden)
     fused = F.linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
     query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
+    if arch.wide_qk_norm:
+        query, key = (
+            ops.rms_norm(x.flatten(1), weights[role], arch.norm_eps, offset=arch.norm_offset).view(x.shape)
+            for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight"))
+        )
+    if arch.clip_qkv:
+        query, key, value = (x.clamp(-arch.clip_qkv, arch.clip_qkv) for x in (query, key, value))
     if arch.qk_norm:
         query, key = (
             ops.rms_norm(x, weights[role], arch.norm_eps, offset=arch.norm_offset)
@@ -60,15 +68,19 @@ def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, att
         update = _norm(arch, weights, "post_attn_norm", update)
     if arch.parallel_residual:
         normed = _norm(arch, weights, "attn_norm" if arch.shared_norm else "mlp_norm", hidden)
-        return (_mlp(arch, weights, normed) + update) + hidden
+        return (_mlp(arch, layer, weights, normed) + update) + hidden
     if arch.post_norm:
         hidden = _norm(arch, weights, "attn_norm", hidden, update)
-        return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, weights, hidden))
+        return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, layer, weights, hidden))
+    if arch.residual_scale != 1.0:
+        update = update * arch.residual_scale
     # The layer's input stays as it is: it is added to ``update``, which is ours.
     normed = _norm(arch, weights, "mlp_norm", hidden, update)
-    hidden, update = update, _mlp(arch, weights, normed)
+    hidden, update = update, _mlp(arch, layer, weights, normed)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_mlp_norm", update)
+    if arch.residual_scale != 1.0:
+        update = update * arch.residual_scale
     return hidden + update
 
 
@@ -80,6 +92,8 @@ def head(arch: Arch, weights: Weights, hidden: Tensor) -> Tensor:
     if arch.projects_embedding:
         hidden = F.linear(hidden, weights["project_out.weight"])
     logits = F.linear(hidden, weights["head.weight"], weights.get("head.bias")).float()
+    if arch.logits_divisor != 1.0:
+        logits.div_(arch.logits_divisor)
     if arch.final_soft_cap:
         logits.div_(arch.final_soft_cap).tanh_().mul_(arch.final_soft_cap)
     return logits
@@ -94,7 +108,10 @@ def _norm(arch: Arch, weights: Weights, name: str, x: Tensor, residual: Tensor |
     return ops.rms_norm(x, weight, arch.norm_eps, residual=residual, offset=arch.norm_offset)
 
 
-def _mlp(arch: Arch, weights: Weights, x: Tensor) -> Tensor:
+def _mlp(arch: Arch, layer: int, weights: Weights, x: Tensor) -> Tensor:
+    routed = arch.experts_of(layer)
+    if routed is not None:
+        return experts.feed_forward(routed, weights, x, arch.activation)
     if arch.mlp == "gated":
         inner = ops.gated_activation(
             F.linear(x, weights["gate_up.weight"], weights.get("gate_up.bias")), arch.activation

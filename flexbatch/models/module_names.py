@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|(self_)?attn\.(bias|masked_bias|causal_mask)|"
@@ -18,11 +19,42 @@ class ModuleMapping:
     """What a module of a checkpoint is here. module: its name without ``.weight``/``.bias``. role: canonical name
     likewise. part: which rows of a fused tensor it fills ("q", "k", "v", "gate", "up"), or how the source differs:
     "grouped" (per KV head its queries, key, value), "codegen" (per quarter of the heads queries, values, keys),
-    "transposed"."""
+    "transposed", "bare" (the module's name is the tensor's own, without a suffix), "stacked" (all experts in one
+    tensor, expert first). expert: which of the experts of a fused tensor it fills. A module's name with ``{expert}``
+    and a role with ``experts.`` stand for those of every expert."""
 
     module: str
     role: str
     part: str = ""
+    expert: int = field(default=0, kw_only=True)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the names of its tensors."""
+        return ("",) if self.part == "bare" else (".weight", ".bias")
+
+    @property
+    def target(self) -> tuple[str, int]:
+        """Which rows of the role's tensor it fills."""
+        return self.part, self.expert
+
+    def of_experts(self, units: Sequence[tuple[int, int]]) -> tuple[ModuleMapping, ...]:
+        """This row for each expert, or for a stacked tensor that of each of the ``units`` (first expert, number) in
+        which experts are placed; itself where it has nothing to do with experts."""
+        if not self.role.startswith("experts."):
+            return (self,)
+        if self.part == "stacked":
+            return tuple(replace(self, role=self.role.replace(".", f".{first}.", 1)) for first, _ in units)
+        return tuple(
+            replace(
+                self,
+                module=self.module.replace("{expert}", str(first + index)),
+                role=self.role.replace(".", f".{first}.", 1),
+                expert=index,
+            )
+            for first, count in units
+            for index in range(count)
+        )
 
 
 def mappings(*rows: tuple[str, ...]) -> tuple[ModuleMapping, ...]:

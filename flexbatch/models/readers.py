@@ -36,7 +36,7 @@ def partial(config: Config, default: float) -> float:
     return share
 
 
-def _llama_like(config: Config, **changes: Any) -> Arch:
+def llama_like(config: Config, **changes: Any) -> Arch:
     """RMS norm, rotary, gated MLP: the common ground of Llama, Mistral, Qwen, GLM, Gemma and Phi-3."""
     sizes = read_sizes(config)
     rope = {} if "rope_theta" in changes else whole_heads(config, sizes["head_dim"])
@@ -53,16 +53,16 @@ def _llama_like(config: Config, **changes: Any) -> Arch:
 
 def llama(config: Config) -> Arch:
     bias = bool(config.get("attention_bias"))
-    return _llama_like(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias")))
+    return llama_like(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias")))
 
 
 def mistral(config: Config) -> Arch:
     """One window for all layers, none, or of the layers that ``layer_types`` names (then transformers' Ministral)."""
     layers = required(config, "num_hidden_layers")
-    return _llama_like(config, **read_windows(config, [config.get("sliding_window", 4096) is not None] * layers, 4096))
+    return llama_like(config, **read_windows(config, [config.get("sliding_window", 4096) is not None] * layers, 4096))
 
 
-def _qwen_windows(config: Config) -> dict[str, Any]:
+def qwen_windows(config: Config) -> dict[str, Any]:
     """A window only where ``use_sliding_window`` says so, and then in the layers from ``max_window_layers`` on, or
     as ``layer_types`` names them."""
     layers, first = required(config, "num_hidden_layers"), optional(config, "max_window_layers", 28)
@@ -73,19 +73,19 @@ def _qwen_windows(config: Config) -> dict[str, Any]:
 
 
 def qwen2(config: Config) -> Arch:
-    return _llama_like(config, qkv_bias=True, **_qwen_windows(config))
+    return llama_like(config, qkv_bias=True, **qwen_windows(config))
 
 
 def qwen3(config: Config) -> Arch:
     bias = bool(config.get("attention_bias"))
-    return _llama_like(config, qk_norm=True, qkv_bias=bias, output_bias=bias, **_qwen_windows(config))
+    return llama_like(config, qk_norm=True, qkv_bias=bias, output_bias=bias, **qwen_windows(config))
 
 
 def glm(config: Config) -> Arch:
     rope = read_rope(
         config, config["head_dim"], theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5)
     )
-    return _llama_like(
+    return llama_like(
         config,
         rope_interleaved=True,
         qkv_bias=optional(config, "attention_bias", True),
@@ -109,7 +109,7 @@ def phi3(config: Config) -> Arch:
     rope = read_rope(
         config, head_dim, theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 1.0), entry=entry
     )
-    return _llama_like(config, sliding_window=config.get("sliding_window") or 0, **rope)
+    return llama_like(config, sliding_window=config.get("sliding_window") or 0, **rope)
 
 
 def gemma(config: Config) -> Arch:
@@ -122,16 +122,14 @@ def gemma(config: Config) -> Arch:
         "hidden_act",
         default="gelu_pytorch_tanh",
     )
-    return _llama_like(
-        config, norm_offset=1.0, embed_scale=hidden**0.5, qkv_bias=bias, output_bias=bias, activation=act
-    )
+    return llama_like(config, norm_offset=1.0, embed_scale=hidden**0.5, qkv_bias=bias, output_bias=bias, activation=act)
 
 
 def _gemma(config: Config, period: int, **changes: Any) -> Arch:
     refuse(config, "use_bidirectional_attention", "decoding needs causal attention")
     layers, hidden = required(config, "num_hidden_layers"), required(config, "hidden_size")
     bias = bool(config.get("attention_bias"))
-    return _llama_like(
+    return llama_like(
         config,
         norm_offset=1.0,
         sublayer_norm=True,

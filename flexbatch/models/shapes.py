@@ -16,4 +16,4 @@ def shape(name: str) -> Arch:
     if key is None:
         told = did_you_mean(name.lower().rsplit("/", 1)[-1], SHAPES) or f"; known: {', '.join(SHAPES)}"
         raise CheckpointError(f"no public shape {name!r} for --dummy-weights{told}")
-    return read_arch(SHAPES[key] | {"dtype": "float16"})
+    return read_arch({"dtype": "float16"} | SHAPES[key])

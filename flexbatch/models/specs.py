@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flexbatch.models.arch import Arch
+from flexbatch.models.expert_arch import Experts
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,15 @@ class WeightSpec:
     """One canonical tensor.
 
     layer: -1 for the embedding stage, 0 .. num_layers - 1 for the decoder layers, num_layers for the head. sections:
-    rows of the parts of a fused tensor (queries, keys, values; gate, up).
+    rows of the parts of a fused tensor (queries, keys, values; gate, up; of several experts those of each in turn).
+    wide: kept in float32, whatever the model's dtype.
     """
 
     layer: int
     role: str
     shape: tuple[int, ...]
     sections: tuple[int, ...] = ()
+    wide: bool = False
 
     @property
     def numel(self) -> int:
@@ -73,22 +76,57 @@ def _embedding(arch: Arch) -> list[WeightSpec]:
 
 
 def _decoder_layer(arch: Arch, layer: int) -> list[WeightSpec]:
-    hidden, inner, sections = arch.hidden_size, arch.intermediate_size, arch.qkv_sections
+    hidden, sections, experts = arch.hidden_size, arch.qkv_sections, arch.experts_of(layer)
     specs = _norm(arch, layer, "attn_norm")
     specs += _linear(layer, "qkv", sum(sections), hidden, arch.qkv_bias, sections)
-    if arch.qk_norm:
-        specs += [WeightSpec(layer, f"{name}.weight", (arch.head_dim,)) for name in ("q_norm", "k_norm")]
+    if arch.qk_norm or arch.wide_qk_norm:
+        widths = sections[:2] if arch.wide_qk_norm else (arch.head_dim, arch.head_dim)
+        specs += [
+            WeightSpec(layer, f"{name}.weight", (width,))
+            for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
+        ]
     specs += _linear(layer, "o", hidden, arch.num_heads * arch.head_dim, arch.output_bias)
     if arch.sublayer_norm:
         specs += _norm(arch, layer, "post_attn_norm")
     if not arch.shared_norm:
         specs += _norm(arch, layer, "mlp_norm")
-    if arch.mlp == "gated":
-        specs += _linear(layer, "gate_up", 2 * inner, hidden, arch.mlp_bias, (inner, inner))
-    else:
-        specs += _linear(layer, "up", inner, hidden, arch.mlp_bias)
-    specs += _linear(layer, "down", hidden, inner, arch.mlp_bias)
+    specs += _dense_mlp(arch, layer) if experts is None else _experts(experts, layer, hidden)
     return specs + (_norm(arch, layer, "post_mlp_norm") if arch.sublayer_norm else [])
+
+
+def _dense_mlp(arch: Arch, layer: int) -> list[WeightSpec]:
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    if arch.mlp == "gated":
+        specs = _linear(layer, "gate_up", 2 * inner, hidden, arch.mlp_bias, (inner, inner))
+    else:
+        specs = _linear(layer, "up", inner, hidden, arch.mlp_bias)
+    return specs + _linear(layer, "down", hidden, inner, arch.mlp_bias)
+
+
+def _experts(experts: Experts, layer: int, hidden: int) -> list[WeightSpec]:
+    """Router, shared MLP and experts. Experts that are placed together lie one below another in one matrix, so that it
+    is read, quantized and moved as every other is: [experts x 2 width, hidden], and [experts x hidden, width]."""
+    specs = [WeightSpec(layer, "router.weight", (experts.count, hidden), wide=experts.float_router)]
+    if experts.correction:
+        specs.append(WeightSpec(layer, "router.correction", (experts.count,), wide=experts.float_router))
+    if experts.shared_width:
+        width = experts.shared_width
+        specs += _linear(layer, "shared.gate_up", 2 * width, hidden, False, (width, width))
+        specs += _linear(layer, "shared.down", hidden, width, False)
+    if experts.shared_gate:
+        specs += _linear(layer, "shared_gate", 1, hidden, False)
+    width = experts.width
+    for first, count in experts.units:
+        specs += _linear(layer, expert_role(first, "gate_up"), count * 2 * width, hidden, False, (width,) * 2 * count)
+    for first, count in experts.units:
+        specs += _linear(layer, expert_role(first, "down"), count * hidden, width, False, (hidden,) * count)
+    return specs
+
+
+def expert_role(first: int, name: str) -> str:
+    """The role, without ``.weight``, of ``name`` ("gate_up", "down") of the experts from ``first`` on that are placed
+    together."""
+    return f"experts.{first}.{name}"
 
 
 def _head(arch: Arch) -> list[WeightSpec]:

@@ -15,6 +15,7 @@ from flexbatch.execution.job import Job
 from flexbatch.memory.weight_plan import PlacedTensor, tensor_format
 from flexbatch.models.arch import Arch
 from flexbatch.models.specs import weight_specs
+from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.policy import Constraints, Policy
@@ -79,14 +80,20 @@ def model_shape(
     stored at ``bits`` already.
     """
     specs = list(weight_specs(arch))
-    block = [spec for spec in specs if spec.layer == 0]
     group = weight_group(arch.hidden_size)
-    stored = [
-        PlacedTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
-        for spec in block
-    ]
+    sparse = [layer for layer in range(arch.num_layers) if arch.experts_of(layer)]
+    dense = [layer for layer in range(arch.num_layers) if layer not in set(sparse)]
+    # The layer that the cost knows best: one with experts, where there are any.
+    typical, other = (sparse or dense)[0], dense[0] if sparse and dense else None
 
-    def elements(layers: Iterable[int]) -> tuple[int, ...]:
+    def stored(layer: int | None) -> tuple[int, ...]:
+        return tuple(
+            PlacedTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
+            for spec in specs
+            if prequantized and spec.layer == layer
+        )
+
+    def elements(layers: Iterable[int | None]) -> tuple[int, ...]:
         return tuple(
             math.prod(spec.shape)
             for spec in specs
@@ -103,13 +110,22 @@ def model_shape(
         head_dim=arch.head_dim,
         intermediate_size=arch.intermediate_size,
         vocab_size=arch.vocab_size,
-        block_tensors=elements((0,)),
+        block_tensors=elements((typical,)),
         head_tensors=(*table, *elements((arch.num_layers,))),
         embedding_tensors=elements((-1,)),
         mlp_matrices=3 if arch.mlp == "gated" else 2,
         element_bytes=element_bytes,
-        stored_block_bytes=tuple(stored) if prequantized else (),
+        stored_block_bytes=stored(typical),
+        experts=_expert_shape(arch),
+        dense_layers=len(dense) if sparse else 0,
+        dense_tensors=elements((other,)),
+        stored_dense_bytes=stored(other),
     )
+
+
+def _expert_shape(arch: Arch) -> ExpertShape | None:
+    experts = arch.experts
+    return ExpertShape(experts.count, experts.top_k, experts.width, experts.shared_width) if experts else None
 
 
 def workload_of(job: Job) -> Workload:

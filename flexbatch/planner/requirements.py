@@ -15,6 +15,7 @@ from flexbatch.memory.rotary import table_bytes
 from flexbatch.memory.tiers import MemoryRequirement
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
+from flexbatch.models.experts import recordable
 from flexbatch.policy.admission import micro_batch_tokens
 from flexbatch.policy.footprint import logits_bytes
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS, INPUT_BUFFER_BYTES, MAX_GRAPH_SEQUENCES
@@ -126,7 +127,7 @@ def num_graphs(
     """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its
     ``rows`` leave of the gpu tier's budget."""
     resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
-    if not (cuda and resident and policy.overlap):
+    if not (cuda and resident and policy.overlap and recordable(arch)):
         return 0
     left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - graph_pool_bytes(arch, policy, layout)
     return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))

@@ -189,6 +189,11 @@ def test_bad_configs_are_named(kind):
         ("opt-175b", 174.6),
         ("llama-2-70b", 68.98),
         ("llama-3-8b", 8.03),
+        ("qwen3-30b-a3b", 30.53),
+        ("qwen3-235b-a22b", 235.1),
+        ("mixtral-8x7b", 46.7),
+        ("mixtral-8x22b", 140.6),
+        ("olmoe-1b-7b", 6.92),
     ],
 )
 def test_public_shapes_have_their_published_size(name, billions):
@@ -211,7 +216,7 @@ def test_shape_names():
         shape("grok-1")
 
 
-@pytest.mark.parametrize("case", ["opt-postnorm", "gemma2", "falcon-40b"])
+@pytest.mark.parametrize("case", ["opt-postnorm", "gemma2", "falcon-40b", "qwen2_moe", "glm4_moe"])
 def test_dummy_weights_fill_everything_with_different_numbers(case):
     arch = families.read_arch(configuration(case).to_dict())
     pieces = list(dummy(arch, seed=3))

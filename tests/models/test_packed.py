@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -77,13 +78,29 @@ def make(folder, method, case="llama", group=GROUP, tokenizer=False, **overrides
     model = make_model(case, folder, tokenizer=tokenizer, **overrides)
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
     for name in list(tensors):
-        if tensors[name].dim() == 2 and (".layers." in name or ".h." in name):
+        # Quantizers leave routers alone.
+        if tensors[name].dim() == 2 and (".layers." in name or ".h." in name) and not name.endswith(".gate.weight"):
             packed, meant = quantise(*tensors.pop(name).shape, method, group, generator)
             tensors |= {name.replace("weight", suffix): tensor.contiguous() for suffix, tensor in packed.items()}
-            model.get_parameter(name).data = meant
+            weight_of(model, name).copy_(meant)
     save_file(tensors, folder / "model.safetensors")
     configure(folder, quantization_config={**METHODS[method], "group_size": group})
     return model
+
+
+def weight_of(model, name):
+    """The weight that a file's name stands for: transformers keeps those of all experts in one tensor."""
+    found = EXPERT.fullmatch(name)
+    if found is None:
+        return model.get_parameter(name).data
+    layer, expert, matrix = found.groups()
+    experts = model.get_submodule(f"{layer}.mlp.experts")
+    if matrix == "w2":
+        return experts.down_proj.data[int(expert)]
+    return experts.gate_up_proj.data[int(expert)].chunk(2)[matrix == "w3"]
+
+
+EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w\d)\.weight")
 
 
 def configure(folder, **changes):
@@ -137,6 +154,30 @@ def test_interleaved_projections_stay_packed(method, tmp_path):
     torch.testing.assert_close(
         DenseModel(arch, stages, 1, 32).step([prompt])[0], model(torch.tensor([prompt])).logits[0], atol=5e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@torch.no_grad()
+def test_experts_stay_packed(method, tmp_path):
+    """Every expert's codes and scales are its own; the router is not quantized."""
+    sizes = {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 96}
+    model = make(tmp_path, method, "mixtral", tokenizer=True, **{**SIZES, **sizes})
+    arch, stages = read(tmp_path, packed=True)
+    formats = checkpoint.prequantized(tmp_path, arch)
+    assert formats["experts.0.gate_up.weight"] == formats["experts.4.down.weight"] == (4, GROUP)
+    assert "router.weight" not in formats
+    prompts = random_prompts([7, 1, 30])
+    for prompt, logits in zip(prompts, DenseModel(arch, stages, 3, 32).step(prompts), strict=True):
+        torch.testing.assert_close(logits, model(torch.tensor([prompt])).logits[0], atol=5e-5, rtol=1e-5)
+    settings = {"percent": (30, 40, 0, 100, 100, 0), "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
+    with LLM(str(tmp_path), device="cpu", gpu_batch_size=3, offload_dir=str(tmp_path / "offload"), **settings) as llm:
+        completions = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+        placed = llm.engine_plan.weight_plan.all_tensors
+        assert {t.bits for t in placed if t.spec.role.startswith("experts.")} == {4}
+        assert llm.planner.problem.shape.total_bytes(4) == sum(tensor.num_bytes for tensor in placed)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert completion.token_ids == wanted[0, len(prompt) :].tolist()
 
 
 def test_one_group_for_a_whole_row(tmp_path):

@@ -26,6 +26,7 @@ from flexbatch.policy.limits import (
 )
 from flexbatch.policy.policy import Split
 from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
+from tests.tiny_models import FAMILY_CASES
 
 JOB = Job((543,) * 64, (512,) * 64)
 TINY = families.read_arch(
@@ -54,7 +55,7 @@ def exact_needs(arch, dtype, job, cuda=False):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("name", ["opt-125m", "llama-3-8b", "falcon-7b", "opt-350m"])
+@pytest.mark.parametrize("name", ["opt-125m", "llama-3-8b", "falcon-7b", "opt-350m", "qwen3-30b-a3b", "mixtral-8x7b"])
 def test_shapes_weigh_what_the_engine_stores(name, bits):
     arch = shapes.shape(name)
     stored = sum(
@@ -65,6 +66,24 @@ def test_shapes_weigh_what_the_engine_stores(name, bits):
     assert shape.total_bytes(bits) == pytest.approx(stored, rel=1e-3 if bits == 16 else 0.01)
     if bits == 16:
         assert sum(math.prod(spec.shape) for spec in weight_specs(arch)) == shape.total_elements
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("case", ["qwen2_moe", "glm4_moe", "qwen3_moe-window", "granitemoeshared"])
+def test_layers_that_differ_weigh_what_the_engine_stores(case, bits):
+    """The first has no experts, or two of three have none."""
+    kind, config = FAMILY_CASES[case]
+    arch = families.read_arch({"model_type": kind, "vocab_size": 307, **config})
+    placed = plan_weights(arch, Split(1, 0), bits, weight_group(arch.hidden_size), 4)
+    shape = model_shape(case, arch, 4)
+    assert sum(spec.numel for spec in weight_specs(arch)) == shape.total_elements
+    # Rows of 60 numbers end with a group of 12: their parameters are a quarter of what the codes take.
+    assert shape.total_bytes(bits) == pytest.approx(
+        sum(t.num_bytes for t in placed.all_tensors), rel=[0.2, 0][bits == 16]
+    )
+    assert shape.largest_layer_bytes(16) == max(
+        sum(4 * tensor.spec.numel for tensor in layer) for layer in placed.layers
+    )
 
 
 def test_workload_counts_the_token_that_needs_no_row():

@@ -123,7 +123,10 @@ def family_of(header: Header) -> Family:
     """Raises CheckpointError for an architecture that is not in the table, or a mixture of experts."""
     name, known = header.architecture, FAMILIES.get(header.architecture)
     if header.of_model("expert_count") or any(".ffn_gate_inp." in tensor for tensor in header.tensors):
-        raise CheckpointError(f"{header.path}: {name} with experts: mixtures of experts are not supported")
+        raise CheckpointError(
+            f"{header.path}: {name} with experts: mixtures of experts are not read from GGUF files; use "
+            "the model's safetensors"
+        )
     if known is None:
         raise CheckpointError(
             f"{header.path}: general.architecture {name!r} is unknown; known: {', '.join(sorted(FAMILIES))}"

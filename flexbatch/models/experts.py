@@ -1,0 +1,102 @@
+"""A layer of experts as functions over a dict role -> tensor: which experts a token goes to, and what they make of it.
+
+T: tokens, H: hidden size, E: experts, K: experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexbatch.kernels import ops
+from flexbatch.kernels.experts import Units, expert_mlp
+from flexbatch.models.arch import Arch
+from flexbatch.models.expert_arch import Experts
+from flexbatch.models.specs import expert_role
+
+Weights = Mapping[str, Tensor]
+
+
+def feed_forward(experts: Experts, weights: Weights, x: Tensor, activation: str) -> Tensor:
+    """[T, H] of the normed hidden states x [T, H]."""
+    chosen, shares = route(experts, weights, x)
+    gate_up, down = (units_of(experts, weights, name) for name in ("gate_up", "down"))
+    out = expert_mlp(x, chosen, shares, gate_up, down, activation)
+    if experts.shared_width:
+        inner = ops.gated_activation(F.linear(x, weights["shared.gate_up.weight"]), activation)
+        shared = F.linear(inner, weights["shared.down.weight"])
+        if experts.shared_gate:
+            shared *= F.linear(x, weights["shared_gate.weight"]).sigmoid()
+        out += shared
+    return out
+
+
+def units_of(experts: Experts, weights: Weights, name: str) -> Units:
+    """The matrices of all experts, as they were placed: (first expert, [experts, rows, columns])."""
+    return [
+        (first, weights[f"{expert_role(first, name)}.weight"].unflatten(0, (count, -1)))
+        for first, count in experts.units
+    ]
+
+
+def route(experts: Experts, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts [T, K] int64 of every token, best first, and what each counts [T, K] float32.
+
+    Of equal scores the lower number wins: `topk` has no rule, and would let the company of a token decide.
+    """
+    weight = weights["router.weight"]
+    logits = F.linear(x.float() if experts.float_router else x, weight)
+    if experts.scoring == "sparsemixer":
+        return _sparsemixer(logits, experts.margin)
+    logits = logits.float()
+    if experts.scoring == "softmax_of_chosen":
+        best, chosen = _best(logits, experts.top_k)
+        return chosen, best.softmax(-1) * experts.scale
+    scores = logits.softmax(-1) if experts.scoring == "softmax" else logits.sigmoid()
+    ranked = scores + weights["router.correction"].float() if experts.correction else scores
+    chosen = _best(_in_best_groups(ranked, experts.groups, experts.top_groups), experts.top_k)[1]
+    shares = scores.gather(1, chosen)
+    if experts.normalize:
+        shares = shares / (shares.sum(-1, keepdim=True) + experts.normalize_eps)
+    return chosen, shares * experts.scale
+
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], order[:, :count]
+
+
+def _in_best_groups(scores: Tensor, groups: int, top_groups: int) -> Tensor:
+    """Scores [T, E], minus infinity outside the groups with the largest sums of two scores.
+
+    Older releases of transformers and DeepSeek's own code put zero there, which an expert with a negative corrected
+    score would lose to.
+    """
+    if groups == top_groups:
+        return scores
+    grouped = scores.unflatten(-1, (groups, -1))
+    sums = _best(grouped.flatten(0, 1), 2)[0].sum(-1).view(-1, groups)
+    kept = torch.zeros_like(sums, dtype=torch.bool).scatter_(1, _best(sums, top_groups)[1], True)
+    return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+
+
+def _sparsemixer(logits: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Two experts, one after the other. Each counts what a softmax over the logits gives it of which the relative
+    distance to the best is at most ``margin``."""
+    left, chosen, shares = logits, [], []
+    for _ in range(2):
+        best, expert = _best(left, 1)
+        near = (best - left) / logits.abs().clamp(min=best) <= margin
+        chosen.append(expert)
+        shares.append(left.masked_fill(~near, -torch.inf).softmax(-1).gather(1, expert))
+        left = left.scatter(1, expert, -torch.inf)
+    return torch.cat(chosen, 1), torch.cat(shares, 1).float()
+
+
+def recordable(arch: Arch) -> bool:
+    """Whether decode passes may become CUDA graphs. Those of a model with experts may not: where the grouped product is
+    missing the host reads how many tokens each expert has, and where it is there nobody has measured a capture."""
+    return arch.experts is None

@@ -1,0 +1,168 @@
+"""The rows of `families` whose layers have experts, and what their config.json may say of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from flexbatch.models import readers_experts
+from flexbatch.models.family import Family, llama_family, special
+from flexbatch.models.module_names import (
+    GATED_MLP,
+    OUTPUT,
+    QK_NORM,
+    SEPARATE_QKV,
+    TWO_NORMS,
+    ModuleMapping,
+    mappings,
+)
+from flexbatch.validation.errors import CheckpointError
+
+ATTENTION = SEPARATE_QKV + OUTPUT + TWO_NORMS
+EXPERTS = mappings(
+    ("mlp.gate", "router"),
+    ("mlp.experts.{expert}.gate_proj", "experts.gate_up", "gate"),
+    ("mlp.experts.{expert}.up_proj", "experts.gate_up", "up"),
+    ("mlp.experts.{expert}.down_proj", "experts.down", "expert"),
+)
+NUMBERED_EXPERTS = mappings(
+    ("block_sparse_moe.gate", "router"),
+    ("block_sparse_moe.experts.{expert}.w1", "experts.gate_up", "gate"),
+    ("block_sparse_moe.experts.{expert}.w3", "experts.gate_up", "up"),
+    ("block_sparse_moe.experts.{expert}.w2", "experts.down", "expert"),
+)
+STACKED_EXPERTS = mappings(
+    ("block_sparse_moe.router.layer", "router"),
+    ("block_sparse_moe.input_linear", "experts.gate_up", "stacked"),
+    ("block_sparse_moe.output_linear", "experts.down", "stacked"),
+    ("shared_mlp.input_linear", "shared.gate_up"),
+    ("shared_mlp.output_linear", "shared.down"),
+)
+
+
+def _shared(module: str) -> tuple[ModuleMapping, ...]:
+    """The MLP that every token goes through."""
+    return mappings(
+        (f"mlp.{module}.gate_proj", "shared.gate_up", "gate"),
+        (f"mlp.{module}.up_proj", "shared.gate_up", "up"),
+        (f"mlp.{module}.down_proj", "shared.down"),
+    )
+
+
+def _keys(*names: str) -> frozenset[str]:
+    return frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", *names})
+
+
+QWEN_KEYS = ("moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+MIXTRAL_DEFAULTS = special(
+    2, 1, num_local_experts=8, num_experts_per_tok=2, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6
+)
+QWEN3_DEFAULTS = {
+    "num_local_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "num_key_value_heads": 4,
+}
+QWEN2_DEFAULTS = {
+    "num_local_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_key_value_heads": 16,
+}
+GRANITE_DEFAULTS = special(2, 1, num_local_experts=8, num_experts_per_tok=2)
+GLM4_DEFAULTS = {
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1408,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+}
+
+EXPERT_FAMILIES: dict[str, Family] = {
+    "qwen3_moe": llama_family(
+        readers_experts.qwen3_moe,
+        QWEN3_DEFAULTS,
+        ATTENTION + QK_NORM + GATED_MLP + EXPERTS,
+        expert_keys=_keys(*QWEN_KEYS),
+    ),
+    "mixtral": llama_family(
+        readers_experts.mixtral,
+        MIXTRAL_DEFAULTS,
+        ATTENTION + NUMBERED_EXPERTS,
+        expert_keys=_keys("router_jitter_noise"),
+    ),
+    "olmoe": llama_family(
+        readers_experts.olmoe,
+        special(50279, None, num_local_experts=64, num_experts_per_tok=8, rms_norm_eps=1e-5),
+        ATTENTION + QK_NORM + EXPERTS,
+        expert_keys=_keys("norm_topk_prob"),
+    ),
+    "qwen2_moe": llama_family(
+        readers_experts.qwen2_moe,
+        QWEN2_DEFAULTS,
+        ATTENTION
+        + GATED_MLP
+        + EXPERTS
+        + _shared("shared_expert")
+        + mappings(("mlp.shared_expert_gate", "shared_gate")),
+        expert_keys=_keys(*QWEN_KEYS, "shared_expert_intermediate_size"),
+    ),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoeshared"),
+        llama_family(
+            readers_experts.granitemoe,
+            GRANITE_DEFAULTS,
+            ATTENTION + STACKED_EXPERTS,
+            expert_keys=_keys("shared_intermediate_size"),
+        ),
+    ),
+    "phimoe": llama_family(
+        readers_experts.phimoe,
+        {**MIXTRAL_DEFAULTS, "num_local_experts": 16},
+        ATTENTION + NUMBERED_EXPERTS,
+        expert_keys=_keys("router_jitter_noise", "input_jitter_noise"),
+    ),
+    "glm4_moe": llama_family(
+        readers_experts.glm4_moe,
+        GLM4_DEFAULTS,
+        ATTENTION
+        + QK_NORM
+        + GATED_MLP
+        + EXPERTS
+        + mappings(("mlp.gate.e_score_correction_bias", "router.correction", "bare"))
+        + _shared("shared_experts"),
+        expert_keys=frozenset(
+            (
+                *("n_routed_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+                *("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "norm_topk_prob"),
+                *("routed_scaling_factor", "num_nextn_predict_layers"),
+            )
+        ),
+    ),
+}
+
+ABOUT_EXPERTS = re.compile(r"expert|moe|router|routed|topk|shared|n_group|group_|sparse|dense|mtp|nextn|mlp_only")
+TRAINING_KEYS = frozenset(
+    {
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
+        "aux_loss_alpha",
+        "seq_aux",
+        "num_mtp_layers",
+    }
+)
+"""Keys that say nothing about what a model computes."""
+
+
+def check_expert_keys(config: dict[str, Any], family: Family) -> None:
+    """Raises CheckpointError for a key about experts that the family's reader does not know: what it asks for would not
+    be computed."""
+    for key, value in config.items() if family.expert_keys else ():
+        if not ABOUT_EXPERTS.search(key) or key in family.expert_keys | TRAINING_KEYS or not value:
+            continue
+        raise CheckpointError(
+            f"config.json: {key}={value!r} is not known of model_type {config.get('model_type')!r} and may change what "
+            f"its experts compute; known: {', '.join(sorted(family.expert_keys))}"
+        )

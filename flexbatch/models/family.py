@@ -1,0 +1,51 @@
+"""What one row of the table of families holds, and what most rows have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexbatch.models.arch import Arch
+from flexbatch.models.module_names import LLAMA_OUTER, LLAMA_ROWS, ModuleMapping
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table. read: config -> Arch. prefixes: what may stand before the names of the base model, longest
+    first. blocks: what stands before a layer's number. defaults: values of transformers' configuration class that files
+    may leave out. skip: further tensors of the files that are not part of the text model. expert_keys: of a family with
+    experts, the keys about them that its reader knows."""
+
+    read: Callable[[dict[str, Any]], Arch]
+    prefixes: tuple[str, ...]
+    blocks: str
+    block_rows: tuple[ModuleMapping, ...]
+    outer_rows: tuple[ModuleMapping, ...]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    skip: re.Pattern[str] | None = None
+    expert_keys: frozenset[str] = frozenset()
+
+
+def special(eos: int | list[int] | None, bos: int | None, **more: Any) -> dict[str, Any]:
+    return {"eos_token_id": eos, "bos_token_id": bos, **more}
+
+
+def llama_family(
+    read: Callable[[dict[str, Any]], Arch],
+    defaults: dict[str, Any],
+    rows: tuple[ModuleMapping, ...] = LLAMA_ROWS,
+    **changes: Any,
+) -> Family:
+    return Family(
+        read,
+        **{
+            "defaults": defaults,
+            "prefixes": ("model.", ""),
+            "blocks": "layers",
+            "block_rows": rows,
+            "outer_rows": LLAMA_OUTER,
+            **changes,
+        },
+    )

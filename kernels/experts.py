@@ -1,0 +1,135 @@
+"""The gated MLPs of a mixture of experts over routed tokens: a loop over the experts that are hit, which is the oracle,
+and torch's grouped matrix product where the GPU has it.
+
+T: tokens, K: experts of each, R = T x K routed rows, token by token; H: hidden size, W: width of an expert. Experts
+come in units that need not lie side by side (they may be on several tiers): pairs of the first expert's number and the
+matrices [experts, rows, columns] of that one and its successors.
+
+The results of a token are added in the order of its choices, never by atomic additions in the order of arrival: so a
+token's sum does not depend on the other tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexbatch.kernels import ops
+
+Units = Sequence[tuple[int, Tensor]]
+
+GROUPED_CAPABILITY = (8, 0)
+"""Of the oldest GPUs that torch's grouped product runs on."""
+GROUPED_ALIGNMENT = 16
+"""Bytes that it wants rows of both operands to be a multiple of."""
+
+
+def has_grouped_product(x: Tensor, units: Units) -> bool:
+    """Whether `by_groups` can multiply these: bfloat16 on a GPU that is new enough, with aligned rows. Other dtypes
+    have a loop behind torch's function too, and one that waits for the GPU."""
+    matrices = units[0][1]
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and grouped_mm() is not None
+        and torch.cuda.get_device_capability(x.device) >= GROUPED_CAPABILITY
+        and all(size * x.element_size() % GROUPED_ALIGNMENT == 0 for size in matrices.shape[1:])
+    )
+
+
+def grouped_mm() -> Any:
+    """torch's function, under its public name from 2.10 on; None where there is none for every GPU from
+    `GROUPED_CAPABILITY` on."""
+    public = getattr(F, "grouped_mm", None)
+    if public is not None:
+        return public
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return getattr(torch, "_grouped_mm", None) if (major, minor) >= (2, 9) else None
+
+
+def expert_mlp(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Units, down: Units, activation: str) -> Tensor:
+    """Sum over the experts ``chosen`` [T, K] of ``shares`` [T, K] times down(activation(gate) * up) of x [T, H]: [T,
+    H]."""
+    way = by_groups if has_grouped_product(x, gate_up) and has_grouped_product(x, down) else by_loop
+    return way(x, chosen, shares, joined(gate_up), joined(down), activation)
+
+
+def by_loop(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Units, down: Units, activation: str) -> Tensor:
+    """`expert_mlp`, one expert after the other. On a GPU it waits once for the number of tokens of each."""
+    experts = chosen.flatten()
+    order, total = experts.argsort(stable=True), sum(len(matrices) for _, matrices in gate_up)
+    counts = torch.bincount(experts, minlength=total).tolist()
+    first, second = (
+        {start + index: matrix for start, matrices in units for index, matrix in enumerate(matrices)}
+        for units in (gate_up, down)
+    )
+    out = x.new_empty(len(experts), x.shape[1])
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = order[start : start + count]
+            inner = ops.gated_activation(F.linear(x[rows // chosen.shape[1]], first[expert]), activation)
+            out[rows] = F.linear(inner, second[expert])
+            start += count
+    return weighted(out.view(*chosen.shape, -1), shares)
+
+
+def by_groups(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Units, down: Units, activation: str) -> Tensor:
+    """`expert_mlp` in one launch for every stretch of experts that lies in one piece; the host waits for nothing."""
+    experts = chosen.flatten()
+    inner = ops.gated_activation(grouped_linear(x, experts, gate_up), activation)
+    return weighted(grouped_linear(inner, experts, down).view(*chosen.shape, -1), shares)
+
+
+def grouped_linear(x: Tensor, experts: Tensor, units: Units) -> Tensor:
+    """Row r of x (of R rows, or of T: then each stands for the K rows of a token) times the matrix of ``experts``[r]:
+    [R, rows of a matrix]."""
+    product, rows = grouped_mm(), len(experts)
+    repeated = rows // len(x) if len(x) else 1
+    # One row more than there are: where what a unit computes for the rows of other units goes.
+    out = x.new_empty(rows + 1, units[0][1].shape[1])
+    places = torch.arange(rows, device=x.device)
+    for first, matrices in units:
+        count = len(matrices)
+        local = torch.where((experts >= first) & (experts < first + count), experts - first, count)
+        sorted_local, order = local.sort(stable=True)
+        ends = torch.searchsorted(sorted_local, torch.arange(count, device=x.device), right=True)
+        result = product(x[order // repeated], matrices.transpose(-2, -1), offs=ends.to(torch.int32))
+        out.index_copy_(0, torch.where(places < ends[-1], order, rows), result)
+    return out[:rows]
+
+
+def weighted(rows: Tensor, shares: Tensor) -> Tensor:
+    """Sum over the choices of rows [T, K, H] times shares [T, K], in their order, in float32."""
+    total = rows[:, 0].float() * shares[:, :1]
+    for choice in range(1, rows.shape[1]):
+        total.addcmul_(rows[:, choice].float(), shares[:, choice, None])
+    return total.to(rows.dtype)
+
+
+def joined(units: Units) -> list[tuple[int, Tensor]]:
+    """Units that follow each other in number and in memory as one."""
+    found: list[tuple[int, Tensor]] = []
+    for first, matrices in units:
+        if found and adjacent(*found[-1], first, matrices):
+            start, before = found[-1]
+            size = (len(before) + len(matrices), *matrices.shape[1:])
+            found[-1] = start, before.as_strided(size, before.stride(), before.storage_offset())
+        else:
+            found.append((first, matrices))
+    return found
+
+
+def adjacent(first: int, matrices: Tensor, next_first: int, following: Tensor) -> bool:
+    return (
+        first + len(matrices) == next_first
+        and matrices.untyped_storage().data_ptr() == following.untyped_storage().data_ptr()
+        and matrices.data_ptr() + matrices.nbytes == following.data_ptr()
+        and matrices.shape[1:] == following.shape[1:]
+        and matrices.is_contiguous()
+        and following.is_contiguous()
+    )

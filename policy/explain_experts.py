@@ -1,0 +1,35 @@
+"""What a plan tells of a model's experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flexbatch.policy.expert_shape import ExpertShape
+from flexbatch.policy.plan import Plan
+
+
+def experts_of(plan: Plan, experts: ExpertShape) -> dict[str, Any]:
+    """What a token goes through of the weights, and how many experts the tokens of a decoding micro-batch reach."""
+    shape, policy = plan.shape, plan.policy
+    layers = shape.num_layers - shape.dense_layers
+    tokens = max(1, round(min(plan.most_in_flight, policy.block_size) / policy.num_gpu_batches))
+    return {
+        "layers": layers,
+        "count": experts.count,
+        "chosen": experts.top_k,
+        "share_of_weights": experts.count * experts.elements(shape.hidden_size) * layers / shape.total_elements,
+        "weights": shape.total_elements,
+        "active_weights": shape.active_elements + shape.head_elements,
+        "tokens_of_micro_batch": tokens,
+        "reached": float(experts.hit(tokens)),
+    }
+
+
+def experts_text(plan: Plan, experts: ExpertShape) -> str:
+    found, away = experts_of(plan, experts), 1 - plan.policy.weights.gpu
+    link = f"every pass brings {away:.0%} of the weights over the link, whichever experts it needs"
+    return (
+        f"{experts.top_k} of {experts.count} for each token, which goes through {found['active_weights'] / 1e9:,.2f} "
+        f"of {found['weights'] / 1e9:,.2f} billion weights; {found['tokens_of_micro_batch']:,} decoding tokens reach "
+        f"{found['reached']:.0f} of a layer's, if routed evenly; {link if away > 1e-9 else 'all are in GPU memory'}"
+    )

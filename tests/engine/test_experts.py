@@ -1,0 +1,126 @@
+"""Mixtures of experts through the whole engine: the greedy tokens of transformers, wherever experts lie and whatever
+else is in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexbatch import LLM
+from flexbatch.models import experts as expert_layer
+from tests.engine.test_parity import ACTIVATIONS, WEIGHTS, run
+from tests.grids import grid
+from tests.speculative.engines import engine, tokens
+from tests.tiny_models import NEW_TOKENS, greedy_tokens, make_model, random_prompts
+
+FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe", "phimoe")
+"""Those that route unlike each other; `test_families_in_engine.py` has them all."""
+
+
+@pytest.mark.parametrize(
+    ("family", "weights", "cache", "micro_batches", "overlap", "chunk"),
+    grid(FAMILIES, WEIGHTS, ("gpu", "cpu", "mixed"), (1, 2, 3), (True, False), (7, 64)),
+)
+def test_greedy_tokens_equal_transformers(family, weights, cache, micro_batches, overlap, chunk, reference, tmp_path):
+    """Every value of every setting by default, all combinations with ``-m slow``."""
+    model = reference(family)
+    cell = (weights, cache, weights if weights in ACTIVATIONS else "gpu", micro_batches, overlap, chunk)
+    assert run(model, tmp_path, cell, cpu_attention=0.5 if cache == "cpu" else 0.0) == model.token_ids
+
+
+def test_experts_of_a_layer_are_spread_over_the_tiers(reference, tmp_path):
+    """In parts, so that a split is met and every layer streams nearly the same."""
+    model = reference("mixtral")
+    with engine(model, tmp_path, "mixed") as llm:
+        assert tokens(llm, model.prompts) == model.token_ids
+        plan = llm.weights.plan
+        tiers = [
+            {placed.tier for placed in layer if placed.spec.role.startswith("experts.")} for layer in plan.layers[:-1]
+        ]
+        assert all(found == {"gpu", "cpu", "disk"} for found in tiers)
+        streamed = [plan.streamed_bytes(layer) for layer in range(3)]
+        largest = max(placed.num_bytes for placed in plan.layers[0])
+        assert max(streamed) - min(streamed) <= 2 * largest
+        llm.weights.check()
+
+
+@pytest.mark.parametrize(
+    ("family", "weights", "bits"), grid(("granitemoe", "glm4_moe"), ("cpu", "disk", "mixed"), (8, 4)), ids=str
+)
+@torch.no_grad()
+def test_quantized_experts_give_the_same_tokens_wherever_they_lie(family, weights, bits, reference, tmp_path):
+    """Those of all weights on the gpu tier; routers keep their bits, experts and shared MLPs do not."""
+    model = reference(family)
+    settings = {"gpu_batch_size": 3, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "weight_bits": bits, "device": "cpu"}
+    found = []
+    for place in ("gpu", weights):
+        percent = WEIGHTS[place] + (100, 0, 100, 0)
+        with LLM(str(model.folder), percent=percent, offload_dir=str(tmp_path / place), **settings) as llm:
+            found.append(tokens(llm, model.prompts))
+            placed = llm.weights.plan.all_tensors
+            assert {t.bits for t in placed if t.spec.role.startswith(("experts.", "shared."))} == {bits}
+            assert {t.bits for t in placed if t.spec.role.startswith("router.")} == {16}
+            llm.weights.check()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
+def test_tokens_do_not_depend_on_company(family, reference, tmp_path):
+    """Each request alone, in a block with others, and among copies of one that all want the same experts."""
+    model = reference(family)
+    with engine(model, tmp_path, "mixed") as llm:
+        for prompt, wanted in list(zip(model.prompts, model.token_ids, strict=True))[3:5]:
+            assert tokens(llm, [prompt]) == [wanted]
+            assert tokens(llm, [prompt] * 5 + model.prompts[:2])[:5] == [wanted] * 5
+
+
+def test_16_bits_run_from_every_tier_alike(reference, tmp_path):
+    """bfloat16 is no oracle for another implementation, but the tiers must agree."""
+    model, found = reference("mixtral"), []
+    for place in ("gpu", "mixed"):
+        with engine(model, tmp_path / place, place, dtype="bfloat16") as llm:
+            found.append(tokens(llm, model.prompts))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "draft", "place", "tree"),
+    grid(("qwen3_moe", "mixtral"), ("itself", "llama", "ngram"), ("gpu", "mixed"), ("<2,2,1>", "auto"), together=1),
+)
+def test_speculation_has_the_tokens_of_plain_decoding(family, draft, place, tree, reference, tmp_path):
+    """Experts verify trees, and draft."""
+    model = reference(family)
+    drafts = {"itself": str(model.folder), "ngram": "ngram"}
+    drafts["llama"] = str(reference("llama").folder)
+    with engine(model, tmp_path, place, draft=(drafts[draft],), tree=tree) as llm:
+        assert tokens(llm, model.prompts) == model.token_ids
+        report = llm.report()["speculation"]
+    if draft == "itself" and tree != "auto":
+        assert report["drafts"], "the draft has to have been used"
+
+
+def test_experts_draft_for_a_dense_model(reference, tmp_path):
+    target, draft = reference("llama"), reference("mixtral")
+    with engine(target, tmp_path, "cpu", draft=(str(draft.folder),), tree="<2,1>") as llm:
+        assert tokens(llm, target.prompts) == target.token_ids
+
+
+@torch.no_grad()
+def test_an_expert_that_all_choose_and_one_that_none_does(tmp_path):
+    """Weights of both are moved; the tokens are those of transformers."""
+    model = make_model("glm4_moe-plain", tmp_path)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer[0], buffer[1] = -10.0, 10.0
+    model.save_pretrained(tmp_path)
+    prompts = random_prompts([3, 40, 9])
+    with engine(tmp_path, tmp_path / "offload", "disk") as llm:
+        found = tokens(llm, prompts)
+    assert found == [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in prompts]
+
+
+def test_graphs_are_not_recorded_of_experts(reference):
+    from flexbatch.models import checkpoint
+
+    for family, expected in (("mixtral", False), ("llama", True)):
+        assert expert_layer.recordable(checkpoint.read_arch(reference(family).folder)) is expected

@@ -1,0 +1,133 @@
+"""What the cost and the memory of a plan know of experts: all of them cross the link, a token goes through few, and
+tokens together through as many as they hit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import PassModel
+from flexbatch.policy.expert_shape import ExpertShape
+from flexbatch.policy.explain import explain, summary
+from flexbatch.policy.footprint import memory_rows, spread_weights
+from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.optimizer import choose
+from flexbatch.policy.pass_load import PassLoad
+from flexbatch.policy.policy import Constraints, Policy, Split
+from flexbatch.policy.shapes import SHAPES, public_shape
+from flexbatch.policy.units import GIB
+from flexbatch.policy.workload import Workload
+
+WITH_EXPERTS = [name for name in SHAPES if public_shape(name).experts is not None]
+
+
+def model_of(shape: ModelShape, sequences: float, weights: Split, bits: int = 16) -> PassModel:
+    policy = Policy(weights, Split(1, 0), Split(1, 0), 100, 2, weight_bits=bits, prefill_chunk=64)
+    return PassModel(shape, load_hardware("h200"), policy, PassLoad.decode(sequences, 600))
+
+
+def work_of(model: PassModel, weights: Split) -> dict[str, float]:
+    return {name: float(value) for name, value in model.resource_work(point_of(model.policy)).items()}
+
+
+@pytest.mark.parametrize(("count", "top_k"), [(128, 8), (8, 2), (64, 1), (6, 6)])
+def test_experts_that_are_hit_are_those_of_random_choices(count: int, top_k: int) -> None:
+    generator = np.random.default_rng(0)
+    for tokens in (1, 5, 40):
+        draws = [
+            len({expert for _ in range(tokens) for expert in generator.permutation(count)[:top_k]}) for _ in range(300)
+        ]
+        assert float(ExpertShape(count, top_k, 4).hit(tokens)) == pytest.approx(np.mean(draws), rel=0.03)
+    assert ExpertShape(count, top_k, 4).hit(0) == 0 and ExpertShape(count, top_k, 4).rows(1) == 1
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_every_expert_crosses_the_link_and_few_are_computed(name: str) -> None:
+    shape, off = public_shape(name), Split(0, 1)
+    work = work_of(model_of(shape, 200, off), off)
+    weights = shape.num_layers * shape.block_bytes(16) + 2 * shape.head_elements
+    assert work["h2d"] == pytest.approx(weights, rel=0.001)
+    products = 2 * 200 * (shape.active_elements + shape.head_elements)
+    attention = 200 * 600 * 4 * shape.num_heads * shape.head_dim * shape.num_layers
+    assert work["gpu_compute"] == pytest.approx(products + attention, rel=1e-6)
+    assert shape.active_elements < 0.35 * shape.total_elements
+
+
+def test_few_tokens_read_few_of_the_experts_that_are_resident() -> None:
+    shape, here = public_shape("qwen3-30b-a3b"), Split(1, 0)
+    few, many = (work_of(model_of(shape, sequences, here), here)["gpu_memory"] for sequences in (2, 400))
+    # Two micro-batches of one token each: top_k experts each.
+    read = 2 * 2 * (shape.active_elements + shape.head_elements)
+    assert read < few < 1.1 * read
+    assert many > 2 * (shape.total_bytes(16) - 2 * sum(shape.embedding_tensors))
+
+
+def test_products_take_longer_with_each_token_and_no_longer_than_dense_ones() -> None:
+    """A dense model of the same bytes does 16 times as many operations."""
+    shape, here = public_shape("qwen3-30b-a3b"), Split(1, 0)
+    dense = dataclasses.replace(shape, experts=None)
+    seconds = [float(model_of(shape, n, here).stages[0].seconds["gpu_compute"][0]) for n in (1, 20, 400, 8000)]
+    beside = [float(model_of(dense, n, here).stages[0].seconds["gpu_compute"][0]) for n in (1, 20, 400, 8000)]
+    assert seconds == sorted(seconds) and all(a <= b * 1.3 for a, b in zip(seconds, beside, strict=True))
+    assert seconds[-1] < 0.5 * beside[-1]
+
+
+def test_layers_without_experts_have_their_own_bytes() -> None:
+    shape = dataclasses.replace(public_shape("olmoe-1b-7b"), dense_layers=3, dense_tensors=(100_000_000, 7_000_000))
+    assert shape.total_elements == (
+        13 * shape.block_elements + 3 * 107_000_000 + shape.head_elements + sum(shape.embedding_tensors)
+    )
+    off = Split(0, 1)
+    model = model_of(shape, 100, off)
+    assert [(stage.name, stage.count) for stage in model.stages] == [
+        ("layer", 12),
+        ("dense layer", 3),
+        ("last layer", 1),
+        ("head", 1),
+    ]
+    expected = 13 * shape.block_bytes(16) + 3 * shape.dense_bytes(16) + 2 * shape.head_elements
+    assert work_of(model, off)["h2d"] == pytest.approx(expected, rel=0.001)
+    realized, largest = spread_weights(shape, off)
+    assert realized.cpu == pytest.approx(1) and largest == shape.block_bytes(16)
+
+
+def test_shape_with_experts_comes_back_from_json() -> None:
+    shape = public_shape("mixtral-8x7b")
+    assert ModelShape.from_dict(json.loads(json.dumps(shape.as_dict()))) == shape
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_a_split_is_met_by_parts_of_a_layer(name: str) -> None:
+    shape = public_shape(name)
+    realized, largest = spread_weights(shape, Split(0.3, 0.7))
+    assert abs(realized.gpu - 0.3) < 0.01
+    assert largest < 0.9 * shape.largest_layer_bytes(16)
+
+
+def test_workspace_has_the_routed_rows() -> None:
+    shape, hardware = public_shape("qwen3-30b-a3b"), load_hardware("h200")
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 100, 1, prefill_chunk=512, prefill_budget=1024)
+    workload = Workload.from_lengths(np.full(50, 512), np.full(50, 32))
+    rows = memory_rows(shape, hardware, workload, policy)["gpu"]["workspace"][0]
+    routed = 8 * (2 * 2048 + 4 * 768) * 2
+    assert rows / (100 + 1024) > routed
+
+
+def test_a_plan_tells_of_its_experts() -> None:
+    workload = Workload.uniform(512, 128)
+    hardware = load_hardware("h200").with_memory(gpu=24 * GIB, cpu=116 * GIB)
+    constraints = Constraints(gpu_batch_size=500, num_gpu_batches=2)
+    plan = choose(public_shape("qwen3-30b-a3b"), hardware, workload, constraints)
+    text, found = explain(plan), summary(plan)["experts"]
+    assert "8 of 128 for each token, which goes through 3.04 of 30.53 billion weights" in text
+    assert "whichever experts it needs" in text
+    assert found["count"] == 128 and found["share_of_weights"] == pytest.approx(0.95, abs=0.01)
+    assert found["reached"] > 120
+    assert 500 < plan.predicted_tokens_per_second < 1900
+    dense = summary(choose(public_shape("opt-1.3b"), hardware, workload, constraints))
+    assert dense["experts"] is None
