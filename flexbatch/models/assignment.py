@@ -9,36 +9,50 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import FAMILIES, source_names
 from flexbatch.models.module_names import BUFFERS, ModuleMapping
-from flexbatch.models.packed import SUFFIXES, Packing
+from flexbatch.models.quantized.config import SUFFIXES, UNUSED, Quantization
+from flexbatch.models.quantized.scheme import Scheme, module_of
 from flexbatch.models.source import StoredTensor, equal, read_tensors
 from flexbatch.models.specs import WeightSpec, weight_specs
 from flexbatch.validation.errors import CheckpointError
 
 logger = logging.getLogger("flexbatch")
 
-NUMBERS = re.compile(r"B?F\d|torch\.b?float|I?Q\d|TQ\d|MXFP")
-"""The types of weights that are numbers, as safetensors, torch and GGUF files write them."""
+NUMBERS = re.compile(r"(BF16|F16|F32|F64|torch\.(bfloat16|float16|float32|float64))$|I?Q\d|TQ\d|MXFP")
+"""The types of weights that mean what they are, as safetensors, torch and GGUF files write them. Floats of 8 bits have
+scales."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The source of one canonical tensor, or of a part. stored: one tensor, or the packed ones of a quantized matrix
-    under their suffixes."""
+    """The source of one canonical tensor, or of a part. stored: one tensor as "", or those of a matrix in codes by what
+    follows the module's name. scheme: what the codes mean; None: they are numbers."""
 
     stored: dict[str, StoredTensor]
     spec: WeightSpec
     row: ModuleMapping
+    scheme: Scheme | None = None
 
     @property
     def rows(self) -> slice | None:
         """Destination rows, None for all of them."""
         return _section(self.spec, self.row.part)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Outputs and inputs of a matrix in codes, whose rows are outputs in every family."""
+        rows, columns = self.spec.shape
+        return (rows if self.rows is None else self.rows.stop - self.rows.start), columns
+
+    @property
+    def module(self) -> str:
+        """The module's name in the files."""
+        return module_of(next(iter(self.stored.values())).name, self.scheme.suffixes if self.scheme else ())
 
 
 Names = dict[str, tuple[int, ModuleMapping, str]]
@@ -49,7 +63,7 @@ def assign(
     stored: Iterable[StoredTensor],
     arch: Arch,
     folder: Path,
-    packing: Packing | None,
+    quantization: Quantization | None,
     *,
     noting: bool = False,
     names: Names | None = None,
@@ -59,7 +73,7 @@ def assign(
     With ``noting`` a line of the log says what the files hold beside the model. ``names``: those of the files, where
     they are not the family's.
     """
-    assigner = _Assigner(arch, folder, packing, names)
+    assigner = _Assigner(arch, folder, quantization, names)
     for tensor in stored:
         assigner.add(tensor)
     assignments = assigner.finish()
@@ -96,21 +110,28 @@ def local_name(name: str, prefixes: tuple[str, ...], names: Names) -> str | None
 class _Assigner:
     """Collects assignments tensor by tensor."""
 
-    def __init__(self, arch: Arch, folder: Path, packing: Packing | None, names: Names | None) -> None:
-        self.arch, self.folder, self.packing = arch, folder, packing
+    def __init__(self, arch: Arch, folder: Path, quantization: Quantization | None, names: Names | None) -> None:
+        self.arch, self.folder, self.quantization = arch, folder, quantization
+        self.suffixes = () if quantization is None else quantization.suffixes
         self.family = FAMILIES[arch.family]
         self.prefixes, self.names = (self.family.prefixes, source_names(arch)) if names is None else ((), names)
         self.specs = {(spec.layer, spec.role): spec for spec in weight_specs(arch)}
         self.assignments: dict[tuple[int, str, str], Assignment] = {}
+        self.modules: dict[tuple[int, str, str], str] = {}
+        """The names of the modules of these, without prefix."""
         self.extra: list[StoredTensor] = []
         self.twice: list[StoredTensor] = []
 
     def add(self, tensor: StoredTensor) -> None:
-        stem, _, suffix = tensor.name.rpartition(".")
-        packed = self.packing is not None and suffix in SUFFIXES
-        local = local_name(f"{stem}.weight" if packed else tensor.name, self.prefixes, self.names)
+        module = module_of(tensor.name, self.suffixes)
+        part = tensor.name.removeprefix(f"{module}.")
+        coded = part in self.suffixes
+        local = local_name(f"{module}.weight" if coded else tensor.name, self.prefixes, self.names)
         if local is None:
-            if not BUFFERS.search(tensor.name) and not (self.family.skip and self.family.skip.search(tensor.name)):
+            unused = self.quantization is not None and part in UNUSED
+            skipped = self.family.skip and self.family.skip.search(tensor.name)
+            if not BUFFERS.search(tensor.name) and not skipped and not unused:
+                self.check_extra(tensor)
                 self.extra.append(tensor)
             return
         layer, row, kind = self.names[local]
@@ -124,12 +145,22 @@ class _Assigner:
             raise CheckpointError(
                 f"{described} is not expected: by its configuration this model has no {row.role}{kind}"
             )
-        self.record(tensor, spec, row, suffix if packed else "")
+        self.record(tensor, spec, row, part if coded else "", local)
 
-    def record(self, tensor: StoredTensor, spec: WeightSpec, row: ModuleMapping, suffix: str) -> None:
-        earlier = self.assignments.setdefault((spec.layer, spec.role, row.part), Assignment({}, spec, row)).stored
-        if earlier and (suffix in earlier or "" in (suffix, *earlier)):
-            first = earlier.get(suffix) or next(iter(earlier.values()))
+    def check_extra(self, tensor: StoredTensor) -> None:
+        """Raises CheckpointError for a part of a matrix in codes where the configuration knows of none."""
+        if self.quantization is None:
+            module = module_of(tensor.name, SUFFIXES)
+            coded = tensor.name.removeprefix(f"{module}.") in SUFFIXES
+            if coded and local_name(f"{module}.weight", self.prefixes, self.names) is not None:
+                raise CheckpointError(f"{tensor.file}: tensor {tensor.name} {self.unexplained(None, '')}")
+
+    def record(self, tensor: StoredTensor, spec: WeightSpec, row: ModuleMapping, part: str, local: str) -> None:
+        key = (spec.layer, spec.role, row.part)
+        stored = self.assignments.setdefault(key, Assignment({}, spec, row)).stored
+        module = self.modules.setdefault(key, local)
+        if part in stored or module != local:
+            first = stored.get(part) or next(iter(stored.values()))
             if not equal(first, tensor):
                 raise CheckpointError(
                     f"{tensor.file}: tensor {tensor.name} stands for the same weights as {first.name} in "
@@ -138,24 +169,60 @@ class _Assigner:
             if tensor.name == first.name:
                 self.twice.append(tensor)
             return
-        wanted = _source_shape(spec, row)
-        if suffix and self.packing is not None:
-            try:
-                wanted = self.packing.shapes(*(spec.shape if row.part == "transposed" else wanted))[
-                    suffix
-                ]  # packed, outputs are rows in every family
-            except ValueError as error:
-                raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be right: {error}") from error
+        stored[part] = tensor
+
+    def resolved(self, assignment: Assignment, local: str) -> Assignment:
+        """Checked against the scheme that its module has, or as numbers. Raises CheckpointError."""
+        stored, row = assignment.stored, assignment.row
+        scheme = None
+        if self.quantization is not None and local.endswith(".weight") and len(assignment.spec.shape) == 2:
+            scheme = self.quantization.scheme_of(*self.called(assignment, local))
+        if scheme is not None and ("" not in stored or scheme.applies(stored)):
+            if row.part == "transposed" and not scheme.turns:
+                first = next(iter(stored.values()))
+                raise CheckpointError(
+                    f"{first.file}: tensor {first.name}: {scheme} is not known of modules that store inputs by outputs"
+                )
+            scheme.check(stored, *assignment.sizes)
+            return replace(assignment, scheme=scheme)
+        codes = next((tensor for part, tensor in stored.items() if part), None)
+        if codes is not None and scheme is None:
+            raise CheckpointError(f"{codes.file}: tensor {codes.name} {self.unexplained(assignment, local)}")
+        tensor, wanted = stored[""], _source_shape(assignment.spec, row)
+        if not NUMBERS.match(tensor.dtype):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} holds {tensor.dtype}, wanted floating-point numbers of 16 bits "
+                f"or more; it {self.unexplained(assignment, local)}"
+            )
         if tensor.shape != wanted:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, wanted {list(wanted)}"
             )
-        if not suffix and not NUMBERS.match(tensor.dtype):
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name} holds {tensor.dtype}, wanted floating-point numbers; integers "
-                "are codes, whose scales no quantization_config of config.json explains"
+        return replace(assignment, stored={"": tensor})
+
+    def called(self, assignment: Assignment, local: str) -> tuple[set[str], str]:
+        """The names that a list of modules may have for one, and its class in torch."""
+        module = local.removesuffix(".weight")
+        first = next(iter(assignment.stored.values()))
+        names = {module_of(first.name, self.suffixes), *(prefix + module for prefix in (*self.prefixes, ""))}
+        return names, class_of(self.names[local][1])
+
+    def unexplained(self, assignment: Assignment | None, local: str) -> str:
+        """What is wrong with codes of a module that has no scheme, or does not look like its own."""
+        if self.quantization is None or assignment is None:
+            return (
+                "is in codes, whose scales no quantization_config of config.json explains: take the config.json that "
+                "belongs to these files"
             )
-        earlier[suffix] = tensor
+        if self.quantization.is_skipped(*self.called(assignment, local)):
+            return (
+                f"is in codes, but quantization_config.{self.quantization.skip_key} of config.json names its module, "
+                "which is not quantized then"
+            )
+        return (
+            f"is in codes, but not as quantization_config of config.json says ({self.quantization}); take the "
+            "config.json that belongs to these files"
+        )
 
     def note(self) -> None:
         """What was left alone, in a line for each kind."""
@@ -173,18 +240,17 @@ class _Assigner:
                 logger.warning("%s: %d %s: %s%s", self.folder, len(tensors), what, names, rest)
 
     def finish(self) -> list[Assignment]:
+        assignments = [self.resolved(found, self.modules[key]) for key, found in self.assignments.items()]
         found: dict[tuple[int, str], set[str]] = {}
-        for a in self.assignments.values():
+        for a in assignments:
             found.setdefault((a.spec.layer, a.spec.role), set()).add(a.row.part)
-            lacking = [part for part in SUFFIXES[:3] if "" not in a.stored and part not in a.stored]
-            if lacking:
-                first = next(iter(a.stored.values()))
-                raise CheckpointError(
-                    f"{first.file}: {first.name} is there, but the weight files lack "
-                    f"{first.name.rpartition('.')[0]}.{lacking[0]}"
-                )
         _check_complete(found, self.specs, self.names, self.folder)
-        return list(self.assignments.values())
+        return assignments
+
+
+def class_of(row: ModuleMapping) -> str:
+    """The class of a module in torch and transformers."""
+    return "Embedding" if row.role in ("embed", "pos_embed") else "Conv1D" if row.part == "transposed" else "Linear"
 
 
 def _check_complete(
