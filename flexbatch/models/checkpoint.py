@@ -121,9 +121,9 @@ def stream(
         return gguf_files.stream(folder, arch, skip, packed)
     quantization = quantization_of(folder)
     assignments = assign(list_tensors(folder), arch, folder, quantization, noting=True)
-    kept = decoding.formats(assignments, arch) if packed and quantization is not None else {}
+    kept: dict[str, tuple[int, int]] = {}
     if packed and quantization is not None:
-        decoding.note(folder, quantization, assignments, kept, arch)
+        kept = decoding.note(folder, quantization, assignments, arch)
     return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, kept)
 
 

@@ -85,6 +85,16 @@ def test_codes_mean_what_the_format_says(name: str, tmp_path: Path) -> None:
     assert_read_as_meant(tmp_path / "codes", model, tmp_path / "plain")
 
 
+@pytest.mark.parametrize("name", ["int4-ordered", "bytes-rows", "fp8-exponents", "nf4-in-bfloat16", "gptq-3"])
+def test_pytorch_files_are_read_alike(name: str, tmp_path: Path) -> None:
+    write_model(tmp_path, KINDS[name], **{**SIZES, "num_hidden_layers": 1})
+    wanted = read(tmp_path, packed=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    found = read(tmp_path, packed=True)
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
 FUSED = ("int4-rows-zeros", "float8-blocks", "nf4-double", "bnb-int8")
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flexbatch.models import checkpoint
 from tests.models.test_quantized import SIZES, read
-from tests.quantized_writer import configure
+from tests.quantized_writer import configure, float8, write_model
 from tests.tiny_models import make_model
 
 
@@ -125,3 +125,15 @@ def test_what_bitsandbytes_writes(options: dict[str, Any], case: str, tmp_path: 
     assert_like(tmp_path / "codes", meant, tmp_path / "plain")
     arch = checkpoint.read_arch(tmp_path / "codes")
     assert bool(checkpoint.prequantized(tmp_path / "codes", arch)) is ("load_in_8bit" in options)
+
+
+@torch.no_grad()
+def test_blocks_of_float8_as_transformers_reads_them(tmp_path: Path) -> None:
+    """On a CPU it expands them at load; its blocks have to divide the matrices."""
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    write_model(tmp_path / "codes", float8(config, (32, 32), "weight_scale_inv"), **SIZES)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "codes", dtype=torch.float32)
+    assert_like(tmp_path / "codes", dict(model.state_dict()), tmp_path / "plain")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,12 +35,16 @@ Blocks = Callable[[Assignment, Tensor], Iterator[tuple[slice | None, tuple[Tenso
 """A tensor whose rows are those of a stored matrix -> canonical rows, with the part of the tensor that fills them."""
 
 
-def formats(assignments: Iterable[Assignment], arch: Arch) -> dict[str, Form]:
+def formats(assignments: Sequence[Assignment], arch: Arch) -> dict[str, Form]:
     """(bits, group) by role of the layers' matrices that a store holds as they are, in every layer."""
+    return _by_role(assignments, forms_of(assignments), arch)
+
+
+def _by_role(assignments: Sequence[Assignment], forms: Sequence[Form | None], arch: Arch) -> dict[str, Form]:
     found: dict[str, set[Form | None]] = {}
-    for a in assignments:
+    for a, form in zip(assignments, forms, strict=True):
         if 0 <= a.spec.layer < arch.num_layers and len(a.spec.shape) == 2:
-            found.setdefault(a.spec.role, set()).add(form_of(a))
+            found.setdefault(a.spec.role, set()).add(form)
     return {role: common for role, forms in found.items() if (common := _common(forms)) is not None}
 
 
@@ -68,16 +72,20 @@ def _common(forms: set[Form | None]) -> Form | None:
     return form if form in known or form[1] >= LEAST_GROUP else None
 
 
-def form_of(assignment: Assignment) -> Form | None:
-    """Of one matrix. Reads nothing but the order of its inputs, where the files have one."""
-    if assignment.scheme is None:
-        return None
-    form = assignment.scheme.form(*assignment.sizes)
-    if form is None:
-        return None
-    order = [assignment.stored[name] for name in ORDERS if name in assignment.stored]
-    grouped = all(in_order(value, _stored_group(assignment)) for _, value in read_tensors(order))
-    return form if grouped else None
+def forms_of(assignments: Sequence[Assignment]) -> list[Form | None]:
+    """Of each matrix. Reads nothing but the order of its inputs, where the files have one."""
+    forms = [None if a.scheme is None else a.scheme.form(*a.sizes) for a in assignments]
+    orders = [
+        (place, a.stored[name])
+        for place, a in enumerate(assignments)
+        for name in ORDERS
+        if forms[place] is not None and name in a.stored
+    ]
+    values = read_tensors(stored for _, stored in orders)
+    for (place, _), (_, value) in zip(orders, values, strict=True):
+        if not in_order(value, _stored_group(assignments[place])):
+            forms[place] = None
+    return forms
 
 
 def _stored_group(assignment: Assignment) -> int:
@@ -146,25 +154,26 @@ def kept_and_expanded(kept: Counter[str], expanded: Counter[str]) -> str:
     )
 
 
-def note(
-    folder: Path, quantization: Quantization, assignments: list[Assignment], kept: Mapping[str, Form], arch: Arch
-) -> None:
-    """Lines of the log for what is kept and expanded, and what is done otherwise than by the format's own runtime."""
-    coded = [a for a in assignments if a.scheme is not None]
+def note(folder: Path, quantization: Quantization, assignments: Sequence[Assignment], arch: Arch) -> dict[str, Form]:
+    """`formats`, and lines of the log for what is kept and expanded, and done otherwise than by the format's own
+    runtime."""
+    forms = forms_of(assignments)
+    kept = _by_role(assignments, forms, arch)
     logger.info("%s: %s", folder, summary(assignments, kept))
     for text in quantization.notes:
         logger.info("%s: %s", folder, text)
-    for role in dict.fromkeys(a.spec.role for a in coded if a.spec.role not in kept):
-        layers = [a for a in assignments if a.spec.role == role and 0 <= a.spec.layer < arch.num_layers]
-        fit, unfit = (
-            sorted({a.spec.layer for a in layers if (form_of(a) is None) is lacks}) for lacks in (False, True)
-        )
+    layers: dict[str, tuple[set[int], set[int]]] = {}
+    for a, form in zip(assignments, forms, strict=True):
+        if 0 <= a.spec.layer < arch.num_layers and len(a.spec.shape) == 2 and a.spec.role not in kept:
+            layers.setdefault(a.spec.role, (set(), set()))[form is None].add(a.spec.layer)
+    for role, (fit, unfit) in layers.items():
         if fit and unfit:
             logger.warning(
                 "%s: all layers have one form, so %s is expanded in all %d: layers %s have it in codes that a store "
                 "holds, but layers %s have not",
-                folder, role, arch.num_layers, _range(fit), _range(unfit),
+                folder, role, arch.num_layers, _range(sorted(fit)), _range(sorted(unfit)),
             )  # fmt: skip
+    return kept
 
 
 def _range(layers: list[int]) -> str:
