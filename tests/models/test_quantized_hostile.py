@@ -17,6 +17,7 @@ from torch import Tensor
 from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.quantized.config import read_quantization
+from tests.grids import grid
 from tests.models.test_quantized import SIZES, read
 from tests.quantized_writer import KINDS, Kind, compressed, configure, float8_weights, write_model
 
@@ -91,6 +92,9 @@ SPOILED: list[tuple[str, Callable[[Tensors], Any], str]] = [
     ("int4", lambda t: t.update({f"{MODULE}.weight": torch.ones(64, 64)}), r"o_proj\.weight does not belong to"),
     ("int4-zeros", drop("weight_zero_point"), r"lack .*o_proj\.weight_zero_point"),
     ("int4-zeros", put("weight_zero_point", lambda old: old.t().contiguous()), r"weight_zero_point has shape \[2, 8\]"),
+    ("int4-zeros", put("weight_zero_point", torch.zeros(64, 2, dtype=torch.int32)), r"zero_point holds I32 of shape"),
+    ("int4-zeros", put("weight_zero_point", lambda old: old.to(torch.int8)), r"zero_point holds I8 of shape \[8, 2\]"),
+    ("int4-ordered", drop("weight_g_idx"), r"lack .*o_proj\.weight_g_idx"),
     ("int4-ordered", put("weight_g_idx", with_one(2)), r"o_proj: weight_g_idx names groups 0 to 2; there are 2"),
     ("int4-ordered", put("weight_g_idx", with_one(-1)), r"o_proj: weight_g_idx names groups -1 to 1; there are 2"),
     ("int4-ordered", put("weight_g_idx", lambda old: old[:9]), r"weight_g_idx has shape \[9\], wanted \[64\]"),
@@ -133,6 +137,7 @@ SPOILED: list[tuple[str, Callable[[Tensors], Any], str]] = [
     ("bnb-int8", drop("SCB"), r"lack .*o_proj\.SCB"),
     ("bnb-int8", put("SCB", with_one(torch.nan)), r"o_proj: SCB holds NaN"),
     ("bnb-int8", put("weight_format", torch.tensor(2, dtype=torch.uint8)), r"o_proj: weight_format is 2"),
+    ("gptq-desc-act", drop("g_idx"), r"lack .*o_proj\.g_idx"),
     ("gptq-desc-act", put("g_idx", with_one(7)), r"o_proj: g_idx names groups 0 to 7; there are 2"),
     ("gptq-desc-act", put("scales", with_one(torch.nan)), r"o_proj: scales holds NaN"),
     ("gptq-8", drop("qzeros"), r"lack .*o_proj\.qzeros"),
@@ -154,8 +159,7 @@ def test_what_is_wrong_is_named(place: int, folders: dict[str, Path], tmp_path: 
 CODED = [name for name in KINDS if not name.startswith(("gptq", "awq"))]
 
 
-@pytest.mark.parametrize("name", CODED)
-@pytest.mark.parametrize("left", ["none", "null", "empty"])
+@pytest.mark.parametrize(("name", "left"), grid(CODED, ["none", "null", "empty"]))
 def test_codes_without_a_quantization_config_are_no_numbers(name: str, left: str, tmp_path: Path) -> None:
     """Of 8-bit floats the numbers themselves would load, without their scales."""
     write_model(tmp_path, KINDS[name], **SMALL)
@@ -185,8 +189,10 @@ def test_no_float8_is_read_without_a_scale(tmp_path: Path) -> None:
             read(folder, packed=True)
 
 
-@pytest.mark.parametrize("name", ["int4", "fp8-blocks", "nf4", "bnb-int8", "gptq-8"])
-@pytest.mark.parametrize("said", ["int4", "int8", "float8-rows", "fp8-matrix", "nf4", "bnb-int8", "gptq-8", "awq-gemv"])
+OTHERS = ("int4", "int8", "float8-rows", "fp8-blocks", "nf4", "bnb-int8", "gptq-8", "awq-gemv")
+
+
+@pytest.mark.parametrize(("name", "said"), grid(OTHERS[::-1], OTHERS))
 def test_a_config_of_other_files_is_no_reason_for_wrong_numbers(name: str, said: str, tmp_path: Path) -> None:
     if name == said:
         return
@@ -294,3 +300,13 @@ def test_dense_checkpoints_of_compressed_tensors_are_plain(tmp_path: Path) -> No
 MODULES = [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"] + [
     f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")
 ]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_a_pointer_of_git_lfs_is_told(name: str, tmp_path: Path) -> None:
+    """What a clone without Git LFS has in a file's stead."""
+    write_model(tmp_path, KINDS["int4"], **SMALL)
+    arch = checkpoint.read_arch(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n")
+    with pytest.raises(CheckpointError, match=rf"{name} .* git lfs pull"):
+        checkpoint.check(tmp_path / name if name.endswith(".gguf") else tmp_path, arch)

@@ -77,13 +77,6 @@ def read(values: Mapping[str, Any]) -> Found:
     return tuple(schemes), ignore, tuple(notes)
 
 
-def reorders(values: Mapping[str, Any]) -> bool:
-    """Whether groups may take inputs by their activations, out of order."""
-    groups = (values.get("config_groups") or {}).values()
-    orders = (group["weights"].get("actorder") for group in groups if group.get("weights"))
-    return any(order is True or str(order).lower() in ("group", "dynamic") for order in orders)
-
-
 def refused(key: str, value: Any, wanted: str) -> CheckpointError:
     return CheckpointError(
         f"config.json: quantization_config.{key}: {value!r:.120} is not supported; supported: {wanted}. Take the model "
@@ -110,8 +103,9 @@ def scheme_of(weights: Mapping[str, Any], form: str, within: str) -> Scheme:
             f"{form} of {kind} with {bits} bits",
             f"int with {', '.join(map(str, known))} bits, float with 8",
         )
-    symmetric = weights.get("symmetric")
-    return Integers((grid,), bits=bits, packed=packed, symmetric=symmetric is None or symmetric)
+    symmetric, order = weights.get("symmetric"), weights.get("actorder")
+    reorders = packed and grid.columns > 0 and (order is True or str(order).lower() in ("group", "dynamic"))
+    return Integers((grid,), bits=bits, packed=packed, symmetric=symmetric is None or symmetric, reorders=reorders)
 
 
 def grid_of(weights: Mapping[str, Any], within: str) -> Grid:

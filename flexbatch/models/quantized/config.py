@@ -46,8 +46,6 @@ class Quantization:
     skipped: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     notes: tuple[str, ...] = ()
-    reorders: bool = False
-    """Whether groups may take inputs out of their order, by the configuration alone."""
     skip_key: str = field(default="ignore", kw_only=True)
 
     def __str__(self) -> str:
@@ -194,7 +192,9 @@ def _gptq(method: str, values: Keys) -> Quantization:
     def scheme(settings: Keys) -> GPTQ:
         offset = {"gptq": 1, "gptq_v2": 0}[_layout(settings, method, ("gptq", "gptq_v2"))]
         bits = _bits(settings, method, (4, 8, 3, 2))
-        return GPTQ(bits, _group(settings), offset, bool(settings.get("sym")))
+        group = _group(settings)
+        reorders = bool(group and settings.get("desc_act") and not settings.get("static_groups"))
+        return GPTQ(bits, group, offset, bool(settings.get("sym")), reorders)
 
     found, overrides = scheme(values), []
     for pattern, change in (values.get("dynamic") or {}).items():
@@ -203,8 +203,7 @@ def _gptq(method: str, values: Keys) -> Quantization:
         same = {**values, "dynamic": None}
         own = None if pattern.startswith("-:") else scheme({**same, **(change or {})})
         overrides.append(Override(pattern.removeprefix("-:").removeprefix("+:"), own))
-    static = not values.get("desc_act") or values.get("static_groups") or not found.group
-    return Quantization(method, (((), found),), overrides=tuple(overrides), reorders=not static, **skipped_of(values))
+    return Quantization(method, (((), found),), overrides=tuple(overrides), **skipped_of(values))
 
 
 def _fp8(method: str, values: Keys) -> Quantization:
@@ -230,7 +229,7 @@ def _bitsandbytes(method: str, values: Keys) -> Quantization:
 
 def _compressed(method: str, values: Keys) -> Quantization:
     schemes, skipped, notes = compressed.read(values)
-    return Quantization(method, schemes, skipped, notes=notes, reorders=compressed.reorders(values))
+    return Quantization(method, schemes, skipped, notes=notes)
 
 
 METHODS: dict[str, Callable[[str, Keys], Quantization]] = {

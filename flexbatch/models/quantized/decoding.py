@@ -57,9 +57,10 @@ def planned_formats(quantization: Quantization, arch: Arch) -> dict[str, Form]:
         if layer != 0 or spec is None:
             continue
         names = {prefix + name.removesuffix(suffix) for prefix in (*FAMILIES[arch.family].prefixes, "")}
-        scheme = None if quantization.reorders else quantization.scheme_of(names, class_of(row))
+        scheme = quantization.scheme_of(names, class_of(row))
         rows, columns = Assignment({}, spec, row).sizes
-        found.setdefault(spec.role, set()).add(None if scheme is None else scheme.form(rows, columns))
+        expanded = scheme is None or getattr(scheme, "reorders", False)
+        found.setdefault(spec.role, set()).add(None if scheme is None or expanded else scheme.form(rows, columns))
     return {role: common for role, forms in found.items() if (common := _common(forms)) is not None}
 
 

@@ -23,6 +23,7 @@ from flexbatch.models.quantized.scheme import (
     affine,
     finite,
     row_group,
+    type_name,
     unpacked,
 )
 from flexbatch.models.quantized.words import group_index
@@ -85,11 +86,13 @@ class Scaled(Scheme):
 
 @dataclass(frozen=True)
 class Integers(Scaled):
-    """bits: of a code, in words of 32 bits (``packed``) or bytes. symmetric: there are no zero points."""
+    """bits: of a code, in words of 32 bits (``packed``) or bytes. symmetric: there are no zero points. reorders: groups
+    take inputs out of their order, which files have to tell."""
 
     bits: int = 8
     packed: bool = False
     symmetric: bool = True
+    reorders: bool = False
     divisor: float = 1.0
     """Of the scales: bitsandbytes stores the largest element of a row, which stands for 127."""
 
@@ -109,23 +112,37 @@ class Integers(Scaled):
         (grid,) = self.grids
         if grid.columns and columns % grid.columns and grid.rows == 1:
             raise ValueError(f"a matrix [{rows}, {columns}] does not divide into groups of {grid.columns} inputs")
-        whole = grid.shape(rows, columns)
         shapes = grid.shapes(rows, columns)
-        words = (-(-whole[0] * self.bits // 32), whole[1])
         packed_zeros = self.packed and not self.symmetric
         own = {"weight_packed": Part(((rows, -(-columns * self.bits // 32)),), ("I32",))}
         own |= {
             "weight_shape": Part(((2,),), ("I64", "I32"), True),
-            "weight_g_idx": Part(((columns,),), ("I32",), True),
+            "weight_g_idx": Part(((columns,),), ("I32",), not self.reorders),
         }
         return {
             **(own if self.packed else {"": Part(((rows, columns),), ("I8",))}),
             self.scale: Part(shapes, SCALE_TYPES),
             "weight_zero_point": Part(
-                (words, *shapes) if packed_zeros else shapes, ("I32", "I8") if packed_zeros else ("I8",), self.symmetric
+                (self.zero_words(rows, columns), *shapes) if packed_zeros else shapes,
+                ("I32", "I8") if packed_zeros else ("I8",),
+                self.symmetric,
             ),
             **({"weight_format": Part(((),), ("U8",), True)} if self.scale == "SCB" else {}),
         }
+
+    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int) -> None:
+        super().check(stored, rows, columns)
+        zero = stored.get("weight_zero_point")
+        if zero is not None and (type_name(zero.dtype) == "I32") != (zero.shape == self.zero_words(rows, columns)):
+            raise CheckpointError(
+                f"{zero.file}: tensor {zero.name} holds {zero.dtype} of shape {list(zero.shape)}, wanted I32 of shape "
+                f"{list(self.zero_words(rows, columns))}, or I8 of the shape of {self.scale}"
+            )
+
+    def zero_words(self, rows: int, columns: int) -> tuple[int, int]:
+        """The shape of packed zero points: along the rows."""
+        tall, wide = self.grids[0].shape(rows, columns)
+        return -(-tall * self.bits // 32), wide
 
     def form(self, rows: int, columns: int) -> Form | None:
         (grid,) = self.grids

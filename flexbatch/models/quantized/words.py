@@ -80,10 +80,12 @@ class Words(Scheme):
 
 @dataclass(frozen=True)
 class GPTQ(Words):
-    """zero_offset: what is added to a stored zero point. symmetric: they may be missing, and are all one half then."""
+    """zero_offset: what is added to a stored zero point. symmetric: they may be missing, and are all one half then.
+    reorders: groups take inputs out of their order, which files have to tell."""
 
     zero_offset: int = 1
     symmetric: bool = False
+    reorders: bool = False
 
     def __str__(self) -> str:
         return f"gptq in {self.bits} bits and groups of {self.group or 'whole rows'}"
@@ -95,7 +97,7 @@ class GPTQ(Words):
             "qweight": Part(((columns * self.bits // 32, rows),), ("I32",)),
             "qzeros": Part(((groups, rows * self.bits // 32),), ("I32",), self.symmetric),
             "scales": Part(((groups, rows),), SCALE_TYPES),
-            "g_idx": Part(((columns,),), ("I32", "I64"), True),
+            "g_idx": Part(((columns,),), ("I32", "I64"), not self.reorders),
         }
 
     def unpacked(self, parts: Parts, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
