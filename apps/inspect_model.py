@@ -65,10 +65,10 @@ def make_parser() -> argparse.ArgumentParser:
 def inspect(engine: EngineConfig) -> dict[str, Any]:
     """Everything that is told, by stable names; "plan" is a line, or None beside "plan_error". Raises
     CheckpointError."""
-    from flexbatch.models import inspection
-    from flexbatch.models.opened import open_model
+    from flexbatch.models import checkpoint, inspection
+    from flexbatch.models.opened import open_configured
 
-    model = open_model(engine.model, engine.dummy_weights)
+    model = open_configured(engine)
     files = (
         {"path": None, "format": "random weights"} if model.folder is None else inspection.describe_files(model.folder)
     )
@@ -76,6 +76,7 @@ def inspect(engine: EngineConfig) -> dict[str, Any]:
         "model": engine.model,
         **files,
         **inspection.describe_arch(model.arch),
+        "codes": None if model.folder is None else checkpoint.summary(model.folder, model.arch, model.prequantized),
         "tokenizer": inspection.describe_tokenizer(model),
         "plan": None,
     }
@@ -177,6 +178,8 @@ def text_of(found: Mapping[str, Any]) -> str:
         f"{entry['form']}: {entry['tensors']} tensors, {size_text(entry['bytes'])} ({', '.join(entry['roles'])})"
         for entry in found["stored"]
     )
+    if found["codes"]:
+        lines["codes"] = found["codes"]
     lines["plan"] = found["plan"] or shortened(found["plan_error"])
     return "\n".join(f"{name + ':':<15}{value}" for name, value in lines.items())
 

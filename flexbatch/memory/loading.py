@@ -83,6 +83,10 @@ class Loader:
         """Bytes of the tensors that came from files of earlier runs, as they are stored."""
         self.rounded: set[Key] = set()
         """Matrices of a quantized checkpoint whose scales lost bits in the compute dtype."""
+        self.requantized: set[Key] = set()
+        """Matrices of a quantized checkpoint that a store at --weight-bits does not hold as they are."""
+        self.squared_error, self.squared_sum = 0.0, 0.0
+        """Of these: what their weights changed by, and the weights."""
 
     def filed(self, placed: PlacedTensor) -> bool:
         """Whether this tensor has a file in the offload folder."""
@@ -124,12 +128,7 @@ class Loader:
             for piece in stream(reused):
                 read_bytes += self.write(piece)
                 meter.loaded(self.stored_bytes(piece), read_bytes)
-        if self.rounded and self.store.dtype == torch.bfloat16:
-            logger.warning(
-                "the scales of %d quantized matrices are rounded to the 8 bits of bfloat16; the file has 11: --dtype "
-                "float16 or float32 keeps them",
-                len(self.rounded),
-            )
+        self.warn_of_losses()
         missing = [
             key
             for key, placed in self.placed.items()
@@ -163,7 +162,7 @@ class Loader:
         if isinstance(piece, QuantizedPiece):
             num_bytes = self.write_codes(piece, target, rows)
         else:
-            self.write_dense(piece.tensor, target, rows)
+            self.write_dense(piece, target, rows)
             num_bytes = piece.tensor.nbytes
         self.rows_written[key] = self.rows_written.get(key, 0) + rows.stop - rows.start
         if self.rows_written[key] >= placed.spec.shape[0] and self.filed(placed):
@@ -171,26 +170,28 @@ class Loader:
         return num_bytes
 
     def write_codes(self, piece: QuantizedPiece, target: TensorView, rows: slice) -> int:
-        """Write codes of a quantized checkpoint as they are where ``target`` has the same bits and a group that divides
-        theirs, else dequantized. Returns the bytes of the codes and parameters."""
+        """Write codes of a quantized checkpoint as they are where ``target`` holds them, else dequantized. Returns the
+        bytes of the codes and parameters."""
         num_bytes = piece.codes.nbytes + piece.parameters.nbytes
         if (
             target.codes is None
             or target.parameters is None
-            or target.placed.bits != piece.bits
-            or piece.group % target.placed.group
+            or not piece.holds(target.placed.bits, target.placed.group)
         ):
-            self.write_dense(piece.dense(self.store.dtype).tensor, target, rows)
+            self.write_dense(piece.dense(), target, rows)
         else:
+            piece = piece.stored_as(target.placed.bits, target.placed.group)
             target.codes[rows].copy_(piece.codes)
-            parameters = piece.regrouped(target.placed.group).parameters
-            target.parameters[rows].copy_(parameters)
-            if not torch.equal(parameters.to(self.store.dtype).float(), parameters.float()):
+            target.parameters[rows].copy_(piece.parameters)
+            # Minima of float16 are rounded no more than the weights that are computed of them.
+            told = piece.parameters if self.store.dtype == torch.bfloat16 else piece.parameters[..., :1]
+            if not torch.equal(told.to(self.store.dtype).float(), told.float()):
                 self.rounded.add((piece.layer, piece.role))
         return num_bytes
 
-    def write_dense(self, tensor: Tensor, target: TensorView, rows: slice) -> None:
+    def write_dense(self, piece: Piece, target: TensorView, rows: slice) -> None:
         """Write rows of a dense tensor, quantized where ``target`` is."""
+        tensor = piece.tensor
         if target.dense is not None:
             target.dense[rows].copy_(tensor)
             return
@@ -208,6 +209,30 @@ class Loader:
             target_rows = slice(rows.start + start, rows.start + start + len(chunk))
             target.codes[target_rows].copy_(codes)
             target.parameters[target_rows].copy_(parameters)
+            if piece.from_codes:
+                self.requantized.add((piece.layer, piece.role))
+                found = ops.dequantize(codes, parameters, tensor.shape[1], placed.bits, placed.group)
+                self.squared_error += (found.float() - chunk.float()).square().sum().item()
+                self.squared_sum += chunk.float().square().sum().item()
+
+    def warn_of_losses(self) -> None:
+        """Say what a quantized checkpoint lost on its way."""
+        bits = {torch.bfloat16: 8, torch.float16: 11}.get(self.store.dtype)
+        if self.rounded and bits is not None:
+            name = str(self.store.dtype).removeprefix("torch.")
+            wider = "float32" if self.store.dtype == torch.float16 else "float16 or float32"
+            logger.warning(
+                "the scales of %d quantized matrices are rounded to the %d bits of %s; the files have more: --dtype %s "
+                "keeps them",
+                len(self.rounded), bits, name, wider,
+            )  # fmt: skip
+        if self.requantized:
+            share = 100 * (self.squared_error / self.squared_sum) ** 0.5 if self.squared_sum else 0.0
+            logger.warning(
+                "%d matrices that are quantized in the checkpoint were quantized anew, in the %d bits of "
+                "--weight-bits: their weights changed by %.2g %% (root mean square); --weight-bits 16 keeps them",
+                len(self.requantized), min(self.placed[key].bits for key in self.requantized), share,
+            )  # fmt: skip
 
     def target(self, key: Key, placed: PlacedTensor) -> TensorView:
         """The view to write into: the tensor on its tier, or a buffer for a tensor that becomes a file."""

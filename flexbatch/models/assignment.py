@@ -9,36 +9,40 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.families import FAMILIES, source_names
 from flexbatch.models.module_names import BUFFERS, ModuleMapping
-from flexbatch.models.packed import SUFFIXES, Packing
+from flexbatch.models.quantized.config import SUFFIXES, UNUSED, Quantization
+from flexbatch.models.quantized.scheme import Scheme, module_of
 from flexbatch.models.source import StoredTensor, equal, read_tensors
+from flexbatch.models.source_rows import Names, check_complete, parts_of_expert, rows_of, section, source_shape
 from flexbatch.models.specs import WeightSpec, weight_specs
 from flexbatch.validation.errors import CheckpointError
 
 logger = logging.getLogger("flexbatch")
 
-NUMBERS = re.compile(r"B?F\d|torch\.b?float|I?Q\d|TQ\d|MXFP")
-"""The types of weights that are numbers, as safetensors, torch and GGUF files write them."""
+NUMBERS = re.compile(r"(BF16|F16|F32|F64|torch\.(bfloat16|float16|float32|float64))$|I?Q\d|TQ\d|MXFP")
+"""The types of weights that mean what they are, as safetensors, torch and GGUF files write them. Floats of 8 bits have
+scales."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The source of one canonical tensor, or of a part. stored: one tensor, or the packed ones of a quantized matrix
-    under their suffixes."""
+    """The source of one canonical tensor, or of a part. stored: one tensor as "", or those of a matrix in codes by what
+    follows the module's name. scheme: what the codes mean; None: they are numbers."""
 
     stored: dict[str, StoredTensor]
     spec: WeightSpec
     row: ModuleMapping
+    scheme: Scheme | None = None
 
     @property
     def rows(self) -> slice | None:
         """Destination rows, None for all of them."""
-        return _section(self.spec, self.row)
+        return section(self.spec, self.row)
 
     @property
     def source_experts(self) -> slice | None:
@@ -46,18 +50,25 @@ class Assignment:
         if self.row.part != "stacked":
             return None
         first = int(self.row.role.split(".")[1])
-        return slice(first, first + len(self.spec.sections) // _parts_of_expert(self.row))
+        return slice(first, first + len(self.spec.sections) // parts_of_expert(self.row))
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Outputs and inputs of a matrix in codes, whose rows are outputs in every family."""
+        rows, columns = self.spec.shape
+        return (rows if self.rows is None else self.rows.stop - self.rows.start), columns
 
-Names = dict[str, tuple[int, ModuleMapping, str]]
-"""Tensor name -> (stage, row, ``.weight`` or ``.bias``)."""
+    @property
+    def module(self) -> str:
+        """The module's name in the files."""
+        return module_of(next(iter(self.stored.values())).name, self.scheme.suffixes if self.scheme else ())
 
 
 def assign(
     stored: Iterable[StoredTensor],
     arch: Arch,
     folder: Path,
-    packing: Packing | None,
+    quantization: Quantization | None,
     *,
     noting: bool = False,
     names: Names | None = None,
@@ -67,7 +78,7 @@ def assign(
     With ``noting`` a line of the log says what the files hold beside the model. ``names``: those of the files, where
     they are not the family's.
     """
-    assigner = _Assigner(arch, folder, packing, names)
+    assigner = _Assigner(arch, folder, quantization, names)
     for tensor in stored:
         assigner.add(tensor)
     assignments = assigner.finish()
@@ -104,28 +115,35 @@ def local_name(name: str, prefixes: tuple[str, ...], names: Names) -> str | None
 class _Assigner:
     """Collects assignments tensor by tensor."""
 
-    def __init__(self, arch: Arch, folder: Path, packing: Packing | None, names: Names | None) -> None:
-        self.arch, self.folder, self.packing = arch, folder, packing
+    def __init__(self, arch: Arch, folder: Path, quantization: Quantization | None, names: Names | None) -> None:
+        self.arch, self.folder, self.quantization = arch, folder, quantization
+        self.suffixes = () if quantization is None else quantization.suffixes
         self.family = FAMILIES[arch.family]
         self.prefixes, self.names = (self.family.prefixes, source_names(arch)) if names is None else ((), names)
         self.specs = {(spec.layer, spec.role): spec for spec in weight_specs(arch)}
         self.assignments: dict[tuple[int, str, tuple[str, int]], Assignment] = {}
+        self.modules: dict[tuple[int, str, tuple[str, int]], str] = {}
+        """The names of the modules of these, without prefix."""
         self.extra: list[StoredTensor] = []
         self.twice: list[StoredTensor] = []
 
     def add(self, tensor: StoredTensor) -> None:
-        stem, _, suffix = tensor.name.rpartition(".")
-        packed = self.packing is not None and suffix in SUFFIXES
-        local = local_name(f"{stem}.weight" if packed else tensor.name, self.prefixes, self.names)
+        module = module_of(tensor.name, self.suffixes)
+        part = tensor.name.removeprefix(f"{module}.")
+        coded = part in self.suffixes
+        local = local_name(f"{module}.weight" if coded else tensor.name, self.prefixes, self.names)
         if local is None:
-            if not BUFFERS.search(tensor.name) and not (self.family.skip and self.family.skip.search(tensor.name)):
+            unused = self.quantization is not None and part in UNUSED
+            skipped = self.family.skip and self.family.skip.search(tensor.name)
+            if not BUFFERS.search(tensor.name) and not skipped and not unused:
+                self.check_extra(tensor)
                 self.extra.append(tensor)
             return
         layer, row, kind = self.names[local]
-        for each in _rows(row, self.arch):
-            self.add_row(tensor, layer, each, kind, suffix if packed else "")
+        for each in rows_of(row, self.arch):
+            self.add_row(tensor, layer, each, kind, part if coded else "", local)
 
-    def add_row(self, tensor: StoredTensor, layer: int, row: ModuleMapping, kind: str, suffix: str) -> None:
+    def add_row(self, tensor: StoredTensor, layer: int, row: ModuleMapping, kind: str, part: str, local: str) -> None:
         if self.arch.tie_word_embeddings and row.role == "head" and kind == ".weight":
             layer, row = -1, ModuleMapping(row.module, "embed")
         spec = self.specs.get((layer, row.role + kind))
@@ -136,12 +154,22 @@ class _Assigner:
             raise CheckpointError(
                 f"{described} is not expected: by its configuration this model has no {row.role}{kind}"
             )
-        self.record(tensor, spec, row, suffix)
+        self.record(tensor, spec, row, part, local)
 
-    def record(self, tensor: StoredTensor, spec: WeightSpec, row: ModuleMapping, suffix: str) -> None:
-        earlier = self.assignments.setdefault((spec.layer, spec.role, row.target), Assignment({}, spec, row)).stored
-        if earlier and (suffix in earlier or "" in (suffix, *earlier)):
-            first = earlier.get(suffix) or next(iter(earlier.values()))
+    def check_extra(self, tensor: StoredTensor) -> None:
+        """Raises CheckpointError for a part of a matrix in codes where the configuration knows of none."""
+        if self.quantization is None:
+            module = module_of(tensor.name, SUFFIXES)
+            coded = tensor.name.removeprefix(f"{module}.") in SUFFIXES
+            if coded and local_name(f"{module}.weight", self.prefixes, self.names) is not None:
+                raise CheckpointError(f"{tensor.file}: tensor {tensor.name} {self.unexplained(None, '')}")
+
+    def record(self, tensor: StoredTensor, spec: WeightSpec, row: ModuleMapping, part: str, local: str) -> None:
+        key = (spec.layer, spec.role, row.target)
+        stored = self.assignments.setdefault(key, Assignment({}, spec, row)).stored
+        module = self.modules.setdefault(key, local)
+        if part in stored or module != local:
+            first = stored.get(part) or next(iter(stored.values()))
             if not equal(first, tensor):
                 raise CheckpointError(
                     f"{tensor.file}: tensor {tensor.name} stands for the same weights as {first.name} in "
@@ -150,24 +178,60 @@ class _Assigner:
             if tensor.name == first.name:
                 self.twice.append(tensor)
             return
-        wanted = _source_shape(spec, row, self.arch)
-        if suffix and self.packing is not None:
-            try:
-                wanted = self.packing.shapes(*(spec.shape if row.part == "transposed" else wanted))[
-                    suffix
-                ]  # packed, outputs are rows in every family
-            except ValueError as error:
-                raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be right: {error}") from error
+        stored[part] = tensor
+
+    def resolved(self, assignment: Assignment, local: str) -> Assignment:
+        """Checked against the scheme that its module has, or as numbers. Raises CheckpointError."""
+        stored, row = assignment.stored, assignment.row
+        scheme = None
+        if self.quantization is not None and local.endswith(".weight") and len(assignment.spec.shape) == 2:
+            scheme = self.quantization.scheme_of(*self.called(assignment, local))
+        if scheme is not None and ("" not in stored or scheme.applies(stored)):
+            if row.part == "transposed" and not scheme.turns:
+                first = next(iter(stored.values()))
+                raise CheckpointError(
+                    f"{first.file}: tensor {first.name}: {scheme} is not known of modules that store inputs by outputs"
+                )
+            scheme.check(stored, *assignment.sizes)
+            return replace(assignment, scheme=scheme)
+        codes = next((tensor for part, tensor in stored.items() if part), None)
+        if codes is not None and scheme is None:
+            raise CheckpointError(f"{codes.file}: tensor {codes.name} {self.unexplained(assignment, local)}")
+        tensor, wanted = stored[""], source_shape(assignment.spec, row, self.arch)
+        if not NUMBERS.match(tensor.dtype):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} holds {tensor.dtype}, wanted floating-point numbers of 16 bits "
+                f"or more; it {self.unexplained(assignment, local)}"
+            )
         if tensor.shape != wanted:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, wanted {list(wanted)}"
             )
-        if not suffix and not NUMBERS.match(tensor.dtype):
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name} holds {tensor.dtype}, wanted floating-point numbers; integers "
-                "are codes, whose scales no quantization_config of config.json explains"
+        return replace(assignment, stored={"": tensor})
+
+    def called(self, assignment: Assignment, local: str) -> tuple[set[str], str]:
+        """The names that a list of modules may have for one, and its class in torch."""
+        module = local.removesuffix(".weight")
+        first = next(iter(assignment.stored.values()))
+        names = {module_of(first.name, self.suffixes), *(prefix + module for prefix in (*self.prefixes, ""))}
+        return names, class_of(self.names[local][1])
+
+    def unexplained(self, assignment: Assignment | None, local: str) -> str:
+        """What is wrong with codes of a module that has no scheme, or does not look like its own."""
+        if self.quantization is None or assignment is None:
+            return (
+                "is in codes, whose scales no quantization_config of config.json explains: take the config.json that "
+                "belongs to these files"
             )
-        earlier[suffix] = tensor
+        if self.quantization.is_skipped(*self.called(assignment, local)):
+            return (
+                f"is in codes, but quantization_config.{self.quantization.skip_key} of config.json names its module, "
+                "which is not quantized then"
+            )
+        return (
+            f"is in codes, but not as quantization_config of config.json says ({self.quantization}); take the "
+            "config.json that belongs to these files"
+        )
 
     def note(self) -> None:
         """What was left alone, in a line for each kind."""
@@ -205,72 +269,14 @@ class _Assigner:
 
     def finish(self) -> list[Assignment]:
         self.refuse_extra()
+        assignments = [self.resolved(found, self.modules[key]) for key, found in self.assignments.items()]
         found: dict[tuple[int, str], set[tuple[str, int]]] = {}
-        for a in self.assignments.values():
+        for a in assignments:
             found.setdefault((a.spec.layer, a.spec.role), set()).add(a.row.target)
-            lacking = [part for part in SUFFIXES[:3] if "" not in a.stored and part not in a.stored]
-            if lacking:
-                first = next(iter(a.stored.values()))
-                raise CheckpointError(
-                    f"{first.file}: {first.name} is there, but the weight files lack "
-                    f"{first.name.rpartition('.')[0]}.{lacking[0]}"
-                )
-        _check_complete(found, self.specs, self.names, self.arch, self.folder)
-        return list(self.assignments.values())
+        check_complete(found, self.specs, self.names, self.arch, self.folder)
+        return assignments
 
 
-def _check_complete(
-    found: dict[tuple[int, str], set[tuple[str, int]]],
-    specs: dict[tuple[int, str], WeightSpec],
-    names: Names,
-    arch: Arch,
-    folder: Path,
-) -> None:
-    """found: the parts that are there of every canonical tensor."""
-    candidates: dict[tuple[int, str], list[tuple[str, ModuleMapping]]] = {}
-    for name, (layer, row, suffix) in names.items():
-        for each in _rows(row, arch):
-            candidates.setdefault((layer, each.role + suffix), []).append((name, each))
-    missing = []
-    for key, spec in specs.items():
-        wanted, parts = {row.target for _, row in candidates[key]}, found.get(key, set())
-        if parts != wanted:
-            missing += [
-                f"{name} {list(_source_shape(spec, row, arch))}"
-                for name, row in candidates[key]
-                if row.target not in parts
-            ]
-    if missing:
-        missing = list(dict.fromkeys(missing))  # a tensor of all experts lacks in every part of them
-        rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise CheckpointError(f"{folder}: the weight files lack {', '.join(missing[:5])}{rest}")
-
-
-def _rows(row: ModuleMapping, arch: Arch) -> tuple[ModuleMapping, ...]:
-    """The row, or of a tensor with all experts one for each of their parts."""
-    return row.of_experts(arch.experts.units) if row.part == "stacked" and arch.experts else (row,)
-
-
-def _parts_of_expert(row: ModuleMapping) -> int:
-    """Sections of one expert in its role's tensor: gate and up are two."""
-    return 2 if row.role.endswith("gate_up") else 1
-
-
-def _source_shape(spec: WeightSpec, row: ModuleMapping, arch: Arch) -> tuple[int, ...]:
-    rows = _section(spec, row)
-    if row.part == "stacked":
-        assert arch.experts is not None
-        return arch.experts.count, sum(spec.sections[: _parts_of_expert(row)]), *spec.shape[1:]
-    if row.part == "transposed":
-        return spec.shape[::-1]
-    return spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
-
-
-def _section(spec: WeightSpec, row: ModuleMapping) -> slice | None:
-    """Destination rows of a part, or of one expert's."""
-    index = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1, "expert": 0}.get(row.part)
-    if index is None:
-        return None
-    index += row.expert * _parts_of_expert(row)
-    start = sum(spec.sections[:index])
-    return slice(start, start + spec.sections[index])
+def class_of(row: ModuleMapping) -> str:
+    """The class of a module in torch and transformers."""
+    return "Embedding" if row.role in ("embed", "pos_embed") else "Conv1D" if row.part == "transposed" else "Linear"

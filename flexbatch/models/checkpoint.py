@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -20,7 +21,9 @@ from flexbatch.models.assignment import Assignment, assign, untied
 from flexbatch.models.config_types import KEYS, check_keys
 from flexbatch.models.gguf import files as gguf_files
 from flexbatch.models.gguf.parts import is_gguf
-from flexbatch.models.packed import BITS, Packing, QuantizedPiece, read_packing, unpack
+from flexbatch.models.quantized import decoding
+from flexbatch.models.quantized.config import Quantization, read_quantization
+from flexbatch.models.quantized.scheme import QuantizedPiece
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
 from flexbatch.validation.errors import CheckpointError
@@ -83,10 +86,11 @@ def _saying(folder: Path | str) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _packing(folder: Path) -> Packing | None:
+def quantization_of(folder: Path) -> Quantization | None:
+    """How the config.json of a folder says that its matrices are stored. Raises CheckpointError."""
     config = read_config(folder)
     with _saying(folder):
-        return read_packing(config)
+        return read_quantization(config)
 
 
 @overload
@@ -105,19 +109,22 @@ def stream(
     """Every tensor of the model once, as pieces, in the order of the files; those of the (layer, role) pairs in
     ``skip`` are not read.
 
-    The matrices of an AWQ or GPTQ checkpoint, and those of a GGUF file that a store holds exactly, come as
-    QuantizedPiece with ``packed``, else expanded, one at a time. Memory: at most 256 MiB of mapped file beside the
-    stored tensor at hand and, where queries, keys and values are interleaved, a copy of one of the three. Other tensors
-    are views of the file: copy or drop each before the next. Raises CheckpointError, on the call and not at the first
-    piece, for missing and mis-shaped tensors and damaged files; what the files hold beside the model is left alone, and
-    said.
+    The matrices of a quantized checkpoint or GGUF file that a store holds exactly come as QuantizedPiece with
+    ``packed``, else expanded, one at a time. Memory: at most 256 MiB of mapped file beside the stored tensor at hand,
+    its codes at one byte each and, where queries, keys and values are interleaved, a copy of one of the three. Other
+    tensors are views of the file: copy or drop each before the next. Raises CheckpointError, on the call and not at the
+    first piece, for missing and mis-shaped tensors and damaged files; what the files hold beside the model is left
+    alone, and said.
     """
     folder = Path(folder)
     if is_gguf(folder):
         return gguf_files.stream(folder, arch, skip, packed)
-    packing = _packing(folder)
-    assignments = assign(list_tensors(folder), arch, folder, packing, noting=True)
-    return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, packing, packed)
+    quantization = quantization_of(folder)
+    assignments = assign(list_tensors(folder), arch, folder, quantization, noting=True)
+    kept: dict[str, tuple[int, int]] = {}
+    if packed and quantization is not None:
+        kept = decoding.note(folder, quantization, assignments, arch)
+    return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, kept)
 
 
 def check(folder: Path | str, arch: Arch) -> None:
@@ -127,55 +134,48 @@ def check(folder: Path | str, arch: Arch) -> None:
     if is_gguf(folder):
         gguf_files.check(folder, arch)
     else:
-        assign(list_tensors(folder), arch, folder, _packing(folder))
+        assign(list_tensors(folder), arch, folder, quantization_of(folder))
 
 
 def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:
     """(bits, group) of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an
-    ordinary checkpoint. Reads headers only."""
+    ordinary checkpoint. Reads headers, and in what order the groups of GPTQ take their inputs."""
     folder = Path(folder)
     if is_gguf(folder):
         return gguf_files.prequantized(folder, arch)
-    packing = _packing(folder)
-    if packing is None:
+    quantization = quantization_of(folder)
+    if quantization is None:
         return {}
-    formats: dict[str, set[tuple[int, int]]] = {}
-    for a in assign(list_tensors(folder), arch, folder, packing):
-        # 16 stands for a matrix that the quantizer left alone; a role with both comes expanded or is quantized by the
-        # store.
-        formats.setdefault(a.spec.role, set()).add(
-            (16, 0) if "" in a.stored else (BITS, packing.group_of(a.spec.shape[1]))
-        )
-    return {role: next(iter(found)) for role, found in formats.items() if len(found) == 1 and (16, 0) not in found}
+    return decoding.formats(assign(list_tensors(folder), arch, folder, quantization), arch)
 
 
-def _pieces(
-    assignments: list[Assignment], arch: Arch, packing: Packing | None, packed: bool
-) -> Iterator[Piece | QuantizedPiece]:
+def summary(folder: Path, arch: Arch, kept: Collection[str]) -> str | None:
+    """How many matrices in codes come as they are, those of the roles ``kept``, and how many are expanded; None: the
+    checkpoint has none. Reads headers only."""
+    if is_gguf(folder):
+        return gguf_files.summary(folder, arch, kept)
+    quantization = quantization_of(folder)
+    if quantization is None:
+        return None
+    return decoding.summary(assign(list_tensors(folder), arch, folder, quantization), kept)
+
+
+def _pieces(assignments: list[Assignment], arch: Arch, kept: Collection[str]) -> Iterator[Piece | QuantizedPiece]:
+    """kept: the roles that come in codes."""
     tensors = read_tensors(stored for a in assignments for stored in a.stored.values())
     for a in assignments:
         parts = {suffix: next(tensors)[1] for suffix in a.stored}
-        if "" in parts:
-            dense = parts.pop("").t() if a.row.part == "transposed" else parts.pop("")
-            if a.source_experts is not None:
-                dense = dense[a.source_experts].flatten(0, 1)
-            yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(a, arch, dense))
-            del dense
+        if a.scheme is not None:
+            yield from decoding.pieces(a, parts, a.spec.role in kept, partial(_blocks, arch))
             continue
-        assert packing is not None
-        codes, parameters = unpack(
-            packing, parts, f"{a.stored['qweight'].file}: {a.stored['qweight'].name.rpartition('.')[0]}"
-        )
-        dtype = parts["scales"].dtype
-        parts.clear()
-        for rows, (block, block_parameters) in _blocks(a, arch, codes, parameters):
-            piece = QuantizedPiece(
-                a.spec.layer, a.spec.role, rows, block, block_parameters, BITS, packing.group_of(a.spec.shape[1])
-            )
-            yield piece if packed else piece.dense(dtype)
+        dense = parts.pop("").t() if a.row.part == "transposed" else parts.pop("")
+        if a.source_experts is not None:
+            dense = dense[a.source_experts].flatten(0, 1)
+        yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(arch, a, dense))
+        del dense
 
 
-def _blocks(assignment: Assignment, arch: Arch, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
+def _blocks(arch: Arch, assignment: Assignment, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
     """The tensors whole, or their queries, keys and values in turn where these are interleaved; with the destination
     rows."""
     if assignment.row.part not in ("grouped", "codegen"):

@@ -12,7 +12,6 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.gguf.header import read_header
 from flexbatch.models.gguf.parts import is_gguf, parts_of
 from flexbatch.models.opened import OpenModel
-from flexbatch.models.packed import read_packing
 from flexbatch.models.source import StoredTensor, list_tensors, weight_files
 from flexbatch.models.specs import weight_specs
 from flexbatch.validation.errors import CheckpointError
@@ -27,10 +26,10 @@ def describe_files(path: Path) -> dict[str, Any]:
         tensors: Iterable[StoredTensor] = header.tensors.values()
     else:
         files, tensors = weight_files(path), list_tensors(path)
-        packing = read_packing(checkpoint.read_config(path))
+        quantization = checkpoint.quantization_of(path)
         form = "safetensors" if files[0].suffix == ".safetensors" else "PyTorch"
-        if packing is not None:
-            form += f", {packing.method} in 4 bits and groups of {packing.group or 'whole rows'}"
+        if quantization is not None:
+            form += f", {quantization}"
     return {
         "path": str(path),
         "format": form,

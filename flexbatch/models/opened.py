@@ -14,11 +14,12 @@ import torch
 from flexbatch.config import EngineConfig
 from flexbatch.models import checkpoint, resolve, shapes
 from flexbatch.models.arch import Arch
-from flexbatch.models.checkpoint import Piece, QuantizedPiece
+from flexbatch.models.checkpoint import Piece
 from flexbatch.models.described import Description
 from flexbatch.models.dummy import dummy
-from flexbatch.models.packed import BITS, read_packing
-from flexbatch.models.specs import weight_specs
+from flexbatch.models.quantized.config import read_quantization
+from flexbatch.models.quantized.decoding import planned_formats
+from flexbatch.models.quantized.scheme import QuantizedPiece
 from flexbatch.validation.errors import CheckpointError, ConfigurationError
 
 
@@ -32,6 +33,8 @@ class OpenModel:
     arch: Arch
     tokenizer_name: str | None = field(default=None, kw_only=True)
     """Of a tokenizer that stands in for the model's own."""
+    weight_bits: int = field(default=16, kw_only=True)
+    """Codes of more bits than the user asks for are quantized anew."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -41,9 +44,14 @@ class OpenModel:
         return None if self.folder is None else resolve.load_tokenizer(self.folder)
 
     @cached_property
-    def prequantized(self) -> dict[str, tuple[int, int]]:
-        """(bits, group) by role of a checkpoint that is quantized already."""
+    def formats(self) -> dict[str, tuple[int, int]]:
+        """(bits, group) by role of a checkpoint that is quantized already, as far as a store holds it."""
         return {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
+
+    @property
+    def prequantized(self) -> dict[str, tuple[int, int]]:
+        """`formats` that are kept."""
+        return {role: form for role, form in self.formats.items() if form[0] <= self.weight_bits}
 
     def check(self) -> None:
         """Raises CheckpointError for a checkpoint that does not hold what its configuration says, as far as headers
@@ -78,16 +86,13 @@ class PlannedModel(OpenModel):
         return None
 
     @cached_property
-    def prequantized(self) -> dict[str, tuple[int, int]]:
+    def formats(self) -> dict[str, tuple[int, int]]:
         """By the weights' headers where they are there; else every matrix of a layer is taken to be quantized."""
         if self.described.folder is not None:
             with contextlib.suppress(CheckpointError):
                 return checkpoint.prequantized(self.described.folder, self.arch)
-        packing = read_packing(self.described.config)
-        if packing is None:
-            return {}
-        matrices = [spec for spec in weight_specs(self.arch) if spec.layer == 0 and len(spec.shape) == 2]
-        return {spec.role: (BITS, packing.group_of(spec.shape[1])) for spec in matrices}
+        quantization = read_quantization(self.described.config)
+        return {} if quantization is None else planned_formats(quantization, self.arch)
 
 
 def planned_model(described: Description) -> PlannedModel:
@@ -109,13 +114,19 @@ def open_configured(config: EngineConfig) -> OpenModel:
 
 
 def as_configured(model: OpenModel, config: EngineConfig) -> OpenModel:
-    """A model with the tokenizer of the settings and their limit of its context. Raises ConfigurationError for a limit
-    beyond the model's own context."""
+    """A model with the tokenizer and the bits of the settings, and their limit of its context. Raises
+    ConfigurationError for a limit beyond the model's own context."""
     arch, limit = model.arch, config.max_model_len
     if limit is not None and limit > arch.max_positions:
         raise ConfigurationError(
             f"max_model_len={limit} must be at most {arch.max_positions}, the context of {config.model}"
         )
-    if (arch.context_limit, model.tokenizer_name) == (limit, config.tokenizer):
+    wanted = limit, config.tokenizer, config.weight_bits
+    if (arch.context_limit, model.tokenizer_name, model.weight_bits) == wanted:
         return model
-    return replace(model, arch=replace(arch, context_limit=limit), tokenizer_name=config.tokenizer)
+    return replace(
+        model,
+        arch=replace(arch, context_limit=limit),
+        tokenizer_name=config.tokenizer,
+        weight_bits=config.weight_bits,
+    )

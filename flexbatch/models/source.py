@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flexbatch.models.gguf import blocks
-from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf
+from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf, pointer_remedy
 from flexbatch.validation.errors import CheckpointError
 
 REMAP_BYTES = 256 * 2**20
@@ -157,7 +157,9 @@ def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or truncated ({file.stat().st_size} bytes): {error}") from error
+        raise CheckpointError(
+            f"{file} is damaged or truncated ({file.stat().st_size} bytes): {error}{pointer_remedy(file)}"
+        ) from error
 
 
 def _list_safetensors(file: Path) -> list[StoredTensor]:

@@ -34,12 +34,14 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one canonical tensor. rows: destination rows, None for all of them. tensor: in the dtype of the file."""
+    """Rows of one canonical tensor. rows: destination rows, None for all of them. tensor: in the dtype of the file, or
+    float32 where it was expanded ``from_codes`` of the checkpoint."""
 
     layer: int
     role: str
     rows: slice | None
     tensor: Tensor
+    from_codes: bool = False
 
 
 def weight_specs(arch: Arch) -> list[WeightSpec]:

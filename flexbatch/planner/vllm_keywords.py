@@ -36,7 +36,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "tokenizer_revision": ("main",),
     "code_revision": ("main",),
     "load_format": ("auto", "safetensors", "pt"),
-    "quantization": ("awq", "awq_marlin", "gptq", "gptq_marlin"),
+    "quantization": ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "gguf"),
     "kv_cache_dtype": ("auto",),
     "block_size": (16,),
     "swap_space": (0,),

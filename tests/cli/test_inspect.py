@@ -15,6 +15,7 @@ from flexbatch.apps.inspect_model import main
 from flexbatch.models import checkpoint, source
 from flexbatch.models.gguf import blocks
 from tests.gguf_writer import write_gguf
+from tests.quantized_writer import KINDS, write_model
 from tests.tiny_models import make_model, make_tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
@@ -93,9 +94,42 @@ def test_facts_equal_those_of_the_files(
 def test_text_is_a_line_for_each_matter(models: dict[str, Path], told: Callable[..., tuple[int, str]]) -> None:
     code, out = told("--model", str(models["gguf"]), "--weight-bits", "4")
     names = [line.split(":")[0] for line in out.splitlines()]
-    wanted = "model, format, files, family, sizes, context, stops at, tokenizer, chat template, stored as, plan"
+    wanted = "model, format, files, family, sizes, context, stops at, tokenizer, chat template, stored as, codes, plan"
     assert code == 0 and names == wanted.split(", ")
     assert "14 characters" in out and "4 bits in groups of 32" in out
+    assert "\ncodes:         12 in Q4_0 kept in codes as they are, 3 in " in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "stored", "codes"),
+    [
+        (
+            "int4",
+            "compressed-tensors int4 by groups of 32",
+            "4 bits in groups of 32",
+            "14 in compressed-tensors int4 by",
+        ),
+        ("fp8-blocks", "float8 by blocks of 48 x 40", "32-bit floats", "none kept in codes as they are, 14 in float8"),
+        ("nf4", "bitsandbytes in 4 bits", "32-bit floats", "none kept in codes as they are, 14 in bitsandbytes in 4"),
+        (
+            "gptq-8",
+            "gptq in 8 bits and groups of 32",
+            "8 bits in groups of 32",
+            "14 in gptq in 8 bits and groups of 32",
+        ),
+    ],
+)
+def test_quantized_folders(
+    kind: str, format: str, stored: str, codes: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    write_model(tmp_path, KINDS[kind], **sizes, head_dim=8, num_hidden_layers=2)
+    assert main([str(tmp_path), "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == f"safetensors, {format}"
+    assert found["codes"].startswith(codes)
+    assert [role for entry in found["stored"] for role in entry["roles"] if role in ("qkv", "o")] == ["qkv", "o"]
+    assert {entry["form"] for entry in found["stored"] if "qkv" in entry["roles"]} == {stored}
 
 
 def test_what_does_not_fit_is_told_in_one_line(models: dict[str, Path], told: Callable[..., tuple[int, str]]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from flexbatch.cli.plan import main
-from flexbatch.models.packed import BITS
 from flexbatch.policy.shapes import SHAPES, public_shape
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +61,7 @@ def test_a_config_is_enough(form: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_config_that_says_quantized_is_planned_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    quantization = {"quant_method": "awq", "bits": BITS, "group_size": 128, "version": "gemm"}
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(SHAPES["llama-3-8b"] | {"dtype": "float16", "quantization_config": quantization}))
     report = planned(capsys, str(file), "--gpu", "rtx-3090")

@@ -104,12 +104,19 @@ def test_tokens_equal_transformers(
     assert ("MXFP4 expanded" in line) == ("MXFP4" in MIXES[mix][0].values()), line
 
 
-def test_fewer_bits_are_for_what_no_store_holds(made: dict[str, Any], tmp_path: Path) -> None:
-    """Matrices in MXFP4 take the bits that are asked for; those in codes keep theirs."""
+@pytest.mark.parametrize("asked, stored", [(16, 8), (8, 8), (4, 4)])
+def test_fewer_bits_are_only_for_who_asks(
+    asked: int, stored: int, made: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Matrices in MXFP4, which no store holds, take the bits that are asked for, those in codes keep theirs unless
+    fewer are; what that costs is said."""
     path, _ = made["4 in 8 bits"]
-    with engine(path, tmp_path, weight_bits=4) as llm:
+    with caplog.at_level(logging.WARNING, "flexbatch"), engine(path, tmp_path, weight_bits=asked) as llm:
+        llm.generate([[5, 6, 7]], GREEDY)
         bits = {tensor.spec.role: tensor.bits for tensor in llm.engine_plan.weight_plan.all_tensors}
-    assert (bits["gate_up.weight"], bits["qkv.weight"], bits["down.weight"]) == (4, 8, 8)
+    assert (bits["gate_up.weight"], bits["qkv.weight"], bits["down.weight"]) == (asked, stored, stored)
+    told = [record.getMessage() for record in caplog.records if "quantized anew" in record.getMessage()]
+    assert len(told) == (asked < 16) and all(f"in the {asked} bits of --weight-bits" in line for line in told)
 
 
 @pytest.mark.parametrize("dtype, warned", [("float16", False), ("bfloat16", True)])

@@ -28,7 +28,8 @@ from flexbatch.models.gguf.blocks import (
 )
 from flexbatch.models.gguf.header import Header, read_header
 from flexbatch.models.module_names import ModuleMapping
-from flexbatch.models.packed import QuantizedPiece
+from flexbatch.models.quantized.decoding import kept_and_expanded
+from flexbatch.models.quantized.scheme import QuantizedPiece
 from flexbatch.models.specs import Piece, weight_specs
 
 logger = logging.getLogger("flexbatch")
@@ -110,27 +111,24 @@ def stream(path: Path, arch: Arch, skip: Collection[tuple[int, str]], packed: bo
     header = read_header(path)
     assignments = assignments_of(header, arch, noting=True)
     formats = _formats(assignments, arch) if packed else {}
-    _note(path, assignments, formats, packed)
+    told = _summary(assignments, formats) if packed else None
+    if told is not None:
+        logger.info("%s: %s", path, told)
     turned = family_of(header).turned
     wanted = [a for a in assignments if (a.spec.layer, a.spec.role) not in skip]
     return chain.from_iterable(_pieces(a, arch, formats.get(a.spec.role), turned) for a in wanted)
 
 
-def _note(path: Path, assignments: list[Assignment], formats: Formats, packed: bool) -> None:
-    """A line of the log for what is kept and what is expanded."""
+def summary(path: Path, arch: Arch, kept: Collection[str]) -> str | None:
+    """How many matrices in blocks are kept, by their roles, and how many are expanded; None: there are none."""
+    return _summary(assignments_of(read_header(path), arch), kept)
+
+
+def _summary(assignments: list[Assignment], roles: Collection[str]) -> str | None:
     matrices = [a for a in assignments if a.stored[""].dtype not in FLOATS]
-    kept = Counter(a.stored[""].dtype for a in matrices if a.spec.role in formats)
-    expanded = Counter(a.stored[""].dtype for a in matrices if a.spec.role not in formats)
-    if packed and (kept or expanded):
-        logger.info(
-            "%s: %s kept in codes as they are, %s expanded once and stored at --weight-bits (embedding and head in the "
-            "compute dtype)",
-            path, _counted(kept), _counted(expanded),
-        )  # fmt: skip
-
-
-def _counted(kinds: Counter[str]) -> str:
-    return ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common()) or "none"
+    kept = Counter(a.stored[""].dtype for a in matrices if a.spec.role in roles)
+    expanded = Counter(a.stored[""].dtype for a in matrices if a.spec.role not in roles)
+    return kept_and_expanded(kept, expanded) if matrices else None
 
 
 def _pieces(
@@ -158,7 +156,7 @@ def _pieces(
         if len(spec.shape) == 1:
             values = values.reshape(-1)
             target = slice(first, first + spec.shape[0]) if rows == 1 else target
-        yield Piece(spec.layer, spec.role, target, values)
+        yield Piece(spec.layer, spec.role, target, values, from_codes=stored.dtype not in FLOATS)
 
 
 def halves(raw: np.ndarray, head_dim: int) -> np.ndarray:

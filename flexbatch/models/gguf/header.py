@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flexbatch.models.gguf.blocks import block_sizes, type_names
-from flexbatch.models.gguf.parts import parts_of
+from flexbatch.models.gguf.parts import parts_of, pointer_remedy
 from flexbatch.models.source import StoredTensor
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import CheckpointError
@@ -139,7 +139,7 @@ class _Reader:
     def read(self) -> Header:
         self.take(4, "the magic number")
         if self.data[:4] != MAGIC:
-            raise self.wrong(f"it begins with {self.data[:4]!r}, not {MAGIC!r}")
+            raise self.wrong(f"it begins with {self.data[:4]!r}, not {MAGIC!r}{pointer_remedy(self.path)}")
         (version,) = self.numbers("I", "the version")
         if version not in VERSIONS:
             big = int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *VERSIONS)

@@ -21,6 +21,20 @@ PROJECTOR = "mmproj"
 """The beginning of names of files that hold an image encoder beside a model."""
 
 
+LFS_POINTER = b"version https://git-lfs"
+"""The beginning of what a clone without Git LFS has in a file's stead."""
+
+
+def pointer_remedy(path: Path) -> str:
+    """The end of a message about a file that cannot be read; empty unless it stands for one in Git LFS."""
+    try:
+        with open(path, "rb") as file:
+            found = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        found = False
+    return "; it only points to a file in Git LFS: git lfs pull, or download the file itself" if found else ""
+
+
 def is_gguf(path: Path) -> bool:
     """By its name; a folder may be called so, too."""
     return path.suffix.lower() == SUFFIX and not path.is_dir()

@@ -1,0 +1,70 @@
+"""Where rows of stored tensors go in the canonical ones, their shapes, and whether all of them are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flexbatch.models.arch import Arch
+from flexbatch.models.module_names import ModuleMapping
+from flexbatch.models.specs import WeightSpec
+from flexbatch.validation.errors import CheckpointError
+
+Names = dict[str, tuple[int, ModuleMapping, str]]
+"""Tensor name -> (stage, row, ``.weight`` or ``.bias``)."""
+
+
+def check_complete(
+    found: dict[tuple[int, str], set[tuple[str, int]]],
+    specs: dict[tuple[int, str], WeightSpec],
+    names: Names,
+    arch: Arch,
+    folder: Path,
+) -> None:
+    """found: the parts that are there of every canonical tensor."""
+    candidates: dict[tuple[int, str], list[tuple[str, ModuleMapping]]] = {}
+    for name, (layer, row, suffix) in names.items():
+        for each in rows_of(row, arch):
+            candidates.setdefault((layer, each.role + suffix), []).append((name, each))
+    missing = []
+    for key, spec in specs.items():
+        wanted, parts = {row.target for _, row in candidates[key]}, found.get(key, set())
+        if parts != wanted:
+            missing += [
+                f"{name} {list(source_shape(spec, row, arch))}"
+                for name, row in candidates[key]
+                if row.target not in parts
+            ]
+    if missing:
+        missing = list(dict.fromkeys(missing))  # a tensor of all experts lacks in every part of them
+        rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(f"{folder}: the weight files lack {', '.join(missing[:5])}{rest}")
+
+
+def rows_of(row: ModuleMapping, arch: Arch) -> tuple[ModuleMapping, ...]:
+    """The row, or of a tensor with all experts one for each of their parts."""
+    return row.of_experts(arch.experts.units) if row.part == "stacked" and arch.experts else (row,)
+
+
+def parts_of_expert(row: ModuleMapping) -> int:
+    """Sections of one expert in its role's tensor: gate and up are two."""
+    return 2 if row.role.endswith("gate_up") else 1
+
+
+def source_shape(spec: WeightSpec, row: ModuleMapping, arch: Arch) -> tuple[int, ...]:
+    rows = section(spec, row)
+    if row.part == "stacked":
+        assert arch.experts is not None
+        return arch.experts.count, sum(spec.sections[: parts_of_expert(row)]), *spec.shape[1:]
+    if row.part == "transposed":
+        return spec.shape[::-1]
+    return spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
+
+
+def section(spec: WeightSpec, row: ModuleMapping) -> slice | None:
+    """Destination rows of a part, or of one expert's."""
+    index = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1, "expert": 0}.get(row.part)
+    if index is None:
+        return None
+    index += row.expert * parts_of_expert(row)
+    start = sum(spec.sections[:index])
+    return slice(start, start + spec.sections[index])
