@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 from flexbatch.execution import sequence as execution
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
-from flexbatch.execution.requests import Defaults, Params, requests_of, samples_of
+from flexbatch.execution.requests import Defaults, Params, hashable_id, requests_of, samples_of
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
@@ -181,11 +181,12 @@ class Intake(RunObserver):
     def add_named(
         self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None
     ) -> Hashable:
-        """Let a prompt wait under its own id; returns the id, a number where None is given. Raises
+        """Let a prompt wait under its own id; returns the id, a number that is not in use where None is given. Raises
         ConfigurationError for an id that is in use."""
         index = next(self._indices)
-        key = index if key is None else key
-        if key in self._named:
+        if key is None:
+            key = next(number for number in chain([index], self._indices) if number not in self._named)
+        elif hashable_id(key) in self._named:
             raise ConfigurationError(f"request_id {key!r} belongs to a request that has not finished")
         self.add(key, prompt, params, on_text, index)
         self._named[key], self._expected[index].named = index, True
@@ -252,7 +253,7 @@ class Intake(RunObserver):
 
     def drop(self, key: Hashable) -> set[int]:
         """Expect the prompt of an id no longer; returns its index, nothing where nobody waits for it."""
-        index = self._named.pop(key, None)
+        index = self._named.pop(hashable_id(key), None)
         if index is None:
             return set()
         del self._expected[index]

@@ -25,7 +25,7 @@ def completions(
     with loop.ending():
         job = loop.job(requests)
         runner = loop.capacity.prepare(job)
-        loop.begin(runner, loop.intake.arrivals(), loop.capacity.speculator if drafted else None, job)
+        loop.begin(runner, (), loop.capacity.speculator if drafted else None, job)
         loop.intake.add_requests(requests)
         while loop.intake:
             for sequence in loop.advance(complete=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.aside import Aside
@@ -43,10 +43,11 @@ class Scheduler:
         reach: Callable[[int], bool] | None = None,
         lengths: AnswerLengths | None = None,
         costs: StepAsideCosts | None = None,
+        left: Iterable[Sequence] = (),
     ) -> None:
         """arrivals: waiting sequences, pulled one by one as there is capacity; None where nobody waits now, though
         more may come. lengths: of answers; without them all that a sequence may reach is reserved. costs: of stepping
-        aside."""
+        aside. left: sequences that another block has left; they come before all arrivals."""
         self.policy, self.cache, self.arrivals, self.proposer = policy, cache, arrivals, proposer
         self.lengths = lengths or AnswerLengths(reserve="all")
         self.block = Block(policy, cache, 0 if proposer is None else proposer.max_nodes, self.lengths)
@@ -58,7 +59,7 @@ class Scheduler:
         self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
         self.admission_limit = policy.block_size
         """Sequences in flight, at most."""
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[Sequence] = deque(left)
         self.finished: list[Sequence] = []
         self.outgrown = False
 

@@ -89,6 +89,24 @@ def test_ids_are_the_callers_and_samples_come_together(llm):
     assert llm.abort(("mine", 1)) and not llm.has_unfinished()
 
 
+def test_ids_that_nobody_gave_are_not_those_that_somebody_gave(llm, wanted):
+    """Whichever numbers the caller uses, and whichever come next."""
+    following = llm.add_request(PROMPTS[0], GREEDY)
+    assert llm.abort(following)
+    given = [following + 1, following + 3, following + 4, "2"]
+    keys = [llm.add_request(PROMPTS[i], GREEDY, request_id=key) for i, key in enumerate(given)]
+    keys += [llm.add_request(PROMPTS[i], GREEDY) for i in range(len(given), 9)]
+    assert len(set(keys)) == 9 and finish(llm) == {key: wanted[i] for i, key in enumerate(keys)}
+
+
+@pytest.mark.parametrize("key", [["a"], {"a": 1}, ("a", ["b"])], ids=str)
+def test_an_id_that_can_be_none_is_refused_by_name(key, llm):
+    for call in (lambda: llm.add_request(PROMPTS[0], GREEDY, request_id=key), lambda: llm.abort(key)):
+        with pytest.raises(ConfigurationError, match=r"request_id .* without a hash.*one request"):
+            call()
+    assert not llm.has_unfinished()
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_an_aborted_request_frees_its_pages_and_touches_nobody(after, llm, wanted):
     """Waiting ones and running ones, one with several samples among them."""
