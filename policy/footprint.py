@@ -45,7 +45,7 @@ def memory_rows(
     sizes and bits.
 
     Buffers that the executor keeps: the working slabs of the largest layer's non-resident weights, one 16-bit
-    expansion slab for quantised weights, two staging areas of the largest micro-batch's non-resident cache of one
+    expansion slab for quantized weights, two staging areas of the largest micro-batch's non-resident cache of one
     layer (prompts of sequences that the CPU attends pass through them too), two staged micro-batches of hidden
     states.
     """

@@ -147,7 +147,7 @@ class PassStages:
         return affine(seconds + logits / hardware.gpu_bandwidth), affine(flops), affine(moved + logits)
 
     def _gemm(self, elements: int, tokens: np.ndarray, expanded: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """Every micro-batch multiplies with all weights; quantised ones (``expanded`` bytes) are expanded once for
+        """Every micro-batch multiplies with all weights; quantized ones (``expanded`` bytes) are expanded once for
         all of them."""
         shape = self.shape
         plain = shape.weight_bytes(elements, 16)
@@ -155,7 +155,7 @@ class PassStages:
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
     def _expanded_bytes(self) -> float:
-        """Read and written to expand a layer's quantised weights to 16 bits; 0 for 16 bits."""
+        """Read and written to expand a layer's quantized weights to 16 bits; 0 for 16 bits."""
         bits = self.policy.weight_bits
         return 0.0 if bits == 16 else float(self.shape.block_bytes(bits) + self.shape.block_bytes(16))
 

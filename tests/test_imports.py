@@ -1,5 +1,5 @@
 """The direction of imports (docs/architecture.md): apps -> flexbatch -> policy, kernels; inside flexbatch never
-upwards; no torch for ``--help``."""
+upward; no torch for ``--help``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def package_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_downwards(path: Path) -> None:
+def test_imports_point_downward(path: Path) -> None:
     parts = path.relative_to(ROOT).with_suffix("").parts
     here = parts[0] if parts[0] in ("apps", *LEAVES) else parts[1]
     for name in imported(path):

@@ -1,7 +1,7 @@
 """Where a model stops giving finite numbers: sequences that failed are read once more, by themselves, and the hidden
 states looked at after every layer.
 
-Looked for afterwards alone, as a look at the hidden states of every layer would cost each good pass a launch and a read
+Looked for afterward alone, as a look at the hidden states of every layer would cost each good pass a launch and a read
 of them.
 """
 

@@ -46,7 +46,7 @@ def keep_paths(cache: KVCache, accepted: Sequence[tuple[PageTable, int, Sequence
 
 def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
     """The pages of a sequence that does not run, or is about to stop, on ``tier``; the caller has seen that there are
-    enough. On its own tier nothing is copied but a disk sequence's open page. The table given is empty afterwards."""
+    enough. On its own tier nothing is copied but a disk sequence's open page. The table given is empty afterward."""
     cache.synchronize()
     if tier == table.tier:
         if table.tail_slot >= 0:
@@ -66,7 +66,7 @@ def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
 
 def restore(cache: KVCache, parked: PageTable, tier: str, cpu_attention: bool = False) -> PageTable:
     """The table of a sequence that goes on running, on ``tier``; the caller has seen that there are pages for what is
-    parked. The table given is empty afterwards."""
+    parked. The table given is empty afterward."""
     if tier == parked.tier:
         table = PageTable(tier, parked.pages, parked.num_tokens, parked.num_shared, cpu_attention=cpu_attention)
         parked.pages = []

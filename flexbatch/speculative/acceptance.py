@@ -161,7 +161,7 @@ def path_gains(acceptance: AcceptanceTable, max_nodes: int) -> list[float]:
     the largest first.
 
     A node is never likelier than its parent or an elder sibling, so that the likeliest n nodes are a tree, and the
-    best of n nodes: what `StaticTrees.expected_tokens` adds up to, several times faster than the dynamic programme
+    best of n nodes: what `StaticTrees.expected_tokens` adds up to, several times faster than the dynamic program
     for the sizes alone.
     """
     if not acceptance or not acceptance[0]:

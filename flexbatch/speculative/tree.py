@@ -29,7 +29,7 @@ class Drawing(Enum):
     INDEPENDENT = "independent"
     """Each child is an independent draw from the draft; siblings may repeat a token."""
     WITHOUT_REPLACEMENT = "without replacement"
-    """Siblings are drawn one after another from the draft, renormalised over the tokens not yet drawn."""
+    """Siblings are drawn one after another from the draft, renormalized over the tokens not yet drawn."""
 
 
 @dataclass(frozen=True)

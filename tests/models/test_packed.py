@@ -52,7 +52,7 @@ def pack_outputs(values, order):
     return words(torch.stack([eights[..., output] for output in order], dim=-1))
 
 
-def quantise(rows, columns, method, group, generator):
+def quantize(rows, columns, method, group, generator):
     """Stored tensors of a random matrix, and the matrix [rows, columns] that they mean."""
     groups = columns // group
     codes = torch.randint(0, 16, (columns, rows), generator=generator)
@@ -72,13 +72,13 @@ def quantise(rows, columns, method, group, generator):
 
 
 def make(folder, method, case="llama", group=GROUP, tokenizer=False, **overrides):
-    """Replace the matrices of the blocks in a tiny model by quantised ones. Returns the torch model with what they
+    """Replace the matrices of the blocks in a tiny model by quantized ones. Returns the torch model with what they
     mean."""
     model = make_model(case, folder, tokenizer=tokenizer, **overrides)
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
     for name in list(tensors):
         if tensors[name].dim() == 2 and (".layers." in name or ".h." in name):
-            packed, meant = quantise(*tensors.pop(name).shape, method, group, generator)
+            packed, meant = quantize(*tensors.pop(name).shape, method, group, generator)
             tensors |= {name.replace("weight", suffix): tensor.contiguous() for suffix, tensor in packed.items()}
             model.get_parameter(name).data = meant
     save_file(tensors, folder / "model.safetensors")
@@ -200,7 +200,7 @@ def test_roles_that_are_packed_everywhere(tmp_path):
 @pytest.mark.parametrize("group", [32, 8])
 @pytest.mark.parametrize("weight_bits", [16, 4])
 def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
-    """Its own groups, a matrix that one layer has unquantised and so all have at --weight-bits, norms: as stored,
+    """Its own groups, a matrix that one layer has unquantized and so all have at --weight-bits, norms: as stored,
     byte for byte."""
     make(tmp_path, "gptq", group=group, tokenizer=True, **SIZES)
 
@@ -263,7 +263,7 @@ def test_activation_order_is_refused_and_a_regular_order_is_not(tmp_path):
     "quantization",
     [{"quant_method": "bitsandbytes", "bits": 4}, {"quant_method": "gptq", "bits": 8}, {"quant_method": "fp8"}],
 )
-def test_other_quantisations_are_refused(tmp_path, quantization):
+def test_other_quantizations_are_refused(tmp_path, quantization):
     make(tmp_path, "gptq", **SIZES)
     configure(tmp_path, quantization_config=quantization)
     with pytest.raises(CheckpointError, match=rf"{tmp_path}: .* is not supported; supported: awq and gptq with 4 bits"):
@@ -384,7 +384,7 @@ def test_spoiled_packed_weights_are_named(tmp_path, kind):
         packed_pieces(tmp_path)
 
 
-def test_zero_biases_that_quantisers_add_are_skipped(tmp_path):
+def test_zero_biases_that_quantizers_add_are_skipped(tmp_path):
     make(tmp_path, "gptq", **SIZES)
     change(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(64)}))
     assert packed_pieces(tmp_path)

@@ -140,7 +140,7 @@ def test_what_is_staged_or_fetched_is_launched_too(weights, cache, share, load, 
     assert max(none, 32 * 2 * each) <= shown <= none + 32 * 2 * each
 
 
-def test_quantised_rows_are_expanded_at_their_own_rate():
+def test_quantized_rows_are_expanded_at_their_own_rate():
     eight, four = Curve((1.0, 4.0), (5e10, 3e10)), Curve((1.0, 4.0), (4e10, 2e10))
     hardware = dataclasses.replace(load_hardware("h200"), cpu_attention_8=eight, cpu_attention_4=four)
     assert hardware.cpu_attention_rate(1) == hardware.cpu_attention.values[0]
