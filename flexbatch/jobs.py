@@ -81,8 +81,8 @@ def compared(loop: EngineLoop, requests: Many[Request]) -> Generator[tuple[Reque
 def measuring(loop: EngineLoop, turn: Turn) -> Iterator[None]:
     """Statistics of the body where they belong: those of the job, of the job without speculation, or nowhere; and
     in the comparison."""
-    own, kept_plain = loop.statistics, loop.comparison.kept_plain
-    counted = Statistics() if not turn.kept else own if turn.drafted else kept_plain
+    own, kept_baseline = loop.statistics, loop.comparison.kept_baseline
+    counted = Statistics() if not turn.kept else own if turn.drafted else kept_baseline
     seconds, tokens, loop.statistics = counted.seconds, counted.generated_tokens, counted
     try:
         yield

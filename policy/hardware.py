@@ -106,7 +106,7 @@ class Hardware:
     exchange_seconds: float = 0.0
     """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and
     nothing hides it."""
-    settle_seconds: float = 0.0
+    synchronize_seconds: float = 0.0
     """Per tick without overlap: waiting until nothing is under way, twice."""
     disk_read_seconds: float = 0.0
     """Fixed cost of one disk request."""

@@ -177,7 +177,7 @@ def solve(
 ) -> Solution | None:
     """The placement that minimizes the sum over (pass, how often) of its time; None when nothing fits.
 
-    memory: peak bytes per tier, affine. room: bytes per tier. cache_on_disk: whether sequences may be there.
+    memory: peak bytes per tier, affine. capacity: bytes per tier. cache_on_disk: whether sequences may be there.
     """
     program = placement_program(constraints, cache_on_disk)
     stages, constant = time_rows(phases)

@@ -252,7 +252,7 @@ def best_plan_of_all(search: Search, bounds: list[tuple[MachineBound, Policy]]) 
     plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
     search.linear_programs = dry.linear_programs
     if plan is not None:
-        # The program's dual is that of a machine without a disk; here there is room on it that the plan leaves.
+        # The program's dual is that of a machine without a disk; here it has capacity that the plan leaves.
         duals = {**plan.tokens_per_second_per_gib, "disk": 0.0}
         plan = dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib=duals)
         # Whole tensors and sequences may lose much of what the program promised, where memory is all but full.

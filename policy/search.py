@@ -117,7 +117,7 @@ class Search:
             # The program cannot know that a block on the GPU launches less and staged cache more.
             seconds = float(np.sum(counts * model.pass_seconds(solution.point)))
             candidate = Candidate(policy, solution, tokens / seconds)
-            # No program sees the room of a given placement. Blocks that are too large for it are the fastest, and
+            # No program sees the capacity of a given placement. Blocks that are too large for it are the fastest, and
             # would keep those that fit from being tried.
             if not self.placement_given or not self.shortage(self.placed(candidate)):
                 tried[policy] = candidate
@@ -132,7 +132,7 @@ class Search:
         return shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
 
     def finish(self, candidate: Candidate) -> Plan | None:
-        """The plan of a candidate with whole tensors and sequences; the program runs again with less room while
+        """The plan of a candidate with whole tensors and sequences; the program runs again with less memory while
         rounding does not fit."""
         model, counts, _ = self.passes(candidate.policy)
         memory, budgets = self.memory(candidate.policy), dict(capacity(self.hardware))
@@ -179,7 +179,7 @@ class Search:
         if self.placement_given:
             if constraints.cpu_attention is not None:
                 return given_solution(model, counts, constraints)
-            # No room binds: only the share of CPU attention is open, and takes none.
+            # No memory binds: only the share of CPU attention is open, and takes none.
             budgets = {tier: int(np.abs(row).sum()) + 1 for tier, row in memory.items()}
         self.linear_programs += 1
         return solve([(model, counts)], memory, budgets, constraints, cache_on_disk=policy.cache.disk > 0)

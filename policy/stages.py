@@ -62,10 +62,10 @@ class PassStages:
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for
             # another resource.
-            expansion = (self._expanded_bytes() if compute == "layer" else 0.0) / self.hardware.expand
-            first = (gpu_seconds - affine(expansion)) / self.batches + affine(expansion)
+            dequantization = (self._expanded_bytes() if compute == "layer" else 0.0) / self.hardware.expand
+            first = (gpu_seconds - affine(dequantization)) / self.batches + affine(dequantization)
             for row in ("h2d", "cpu_attention"):
-                seconds[f"{row} after expansion"] = first + seconds[row] * (1 - 1 / self.batches)
+                seconds[f"{row} after dequantization"] = first + seconds[row] * (1 - 1 / self.batches)
         ticks = self.batches if compute == "layer" else 0
         return Stage(name, count, ticks, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
@@ -195,7 +195,7 @@ class PassStages:
             "host_memory": work["host_memory"] / hardware.host_bandwidth,
         }
         if not policy.overlap:
-            waits = affine(self.batches * hardware.settle_seconds)
+            waits = affine(self.batches * hardware.synchronize_seconds)
             return {
                 **seconds,
                 "no overlap": total(seconds[name] for name in SERIAL)

@@ -64,7 +64,7 @@ class Reading:
     request: Request
     tier: str
     micro_batch: MicroBatch
-    unread: int
+    uncached: int
     admitted: int = 0
 
 
@@ -170,17 +170,17 @@ class Walker:
         budget = admission.prompt_budget(batch.decoding + len(complete), self.token_limit, self.budget)
         partly = 0
         for each in batch.reading:
-            take = admission.chunk_tokens(each.unread, self.policy.prefill_chunk, budget)
+            take = admission.chunk_tokens(each.uncached, self.policy.prefill_chunk, budget)
             if take == 0:
                 break
-            start = each.request.prompt - each.unread
+            start = each.request.prompt - each.uncached
             tokens, before, pairs = tokens + take, before + start, pairs + take * (start + (take + 1) / 2)
-            budget, each.unread = budget - take, each.unread - take
+            budget, each.uncached = budget - take, each.uncached - take
             partly += 1
         met = batch.reading[:partly]
-        batch.reading = [each for each in met if each.unread > 1] + batch.reading[partly:]
-        batch.single = [each for each in met if each.unread == 1]
-        complete = complete + [each for each in met if each.unread == 0]
+        batch.reading = [each for each in met if each.uncached > 1] + batch.reading[partly:]
+        batch.single = [each for each in met if each.uncached == 1]
+        complete = complete + [each for each in met if each.uncached == 0]
         return (tokens, before, pairs, len(complete)), complete
 
     def first_token(self, reading: Reading) -> None:

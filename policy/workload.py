@@ -96,8 +96,8 @@ class Workload:
     def drawn(self, count: int) -> list[Request]:
         """``count`` sequences whose lengths are spread as the job's are, in random order."""
         kinds = len(self.lengths)
-        places = np.random.default_rng(0).permutation(((np.arange(count) + 0.5) * kinds / count).astype(int))
-        return [Request.of(*self.lengths[place]) for place in places.tolist()]
+        indices = np.random.default_rng(0).permutation(((np.arange(count) + 0.5) * kinds / count).astype(int))
+        return [Request.of(*self.lengths[index]) for index in indices.tolist()]
 
     @classmethod
     def uniform(cls, prompt_tokens: int, output_tokens: int, num_sequences: int | None = None) -> Workload:

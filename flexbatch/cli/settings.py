@@ -157,8 +157,8 @@ def _argument(setting: Setting) -> Callable[[str], Any]:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of EngineConfig, and --config."""
-    place = parser.group_of("config", JOB) if isinstance(parser, Parser) else parser
-    place.add_argument(
+    group = parser.group_of("config", JOB) if isinstance(parser, Parser) else parser
+    group.add_argument(
         "--config", metavar="FILE", help="YAML file of settings: any flag by its name, e.g. gpu_batch_size: 32"
     )
     add_arguments(parser, EngineConfig, "engine")

@@ -166,7 +166,7 @@ class Scheduler:
 
     def step_aside(self, sequence: Sequence, in_place: bool = False, drop: bool = False) -> None:
         """Take a sequence out of the block; it comes back as soon as there are pages for it. See `Aside.add`."""
-        self.aside.add(sequence, self.leave(sequence), in_place, drop)
+        self.aside.add(sequence, self.release_slot(sequence), in_place, drop)
 
     def withdraw(self) -> list[Sequence]:
         """Everything that has not finished, in the order of arrival, to go on in another block."""
@@ -271,13 +271,13 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Give back the slot and the pages of a running sequence."""
-        self.aside.free(self.leave(sequence))
+        self.aside.free(self.release_slot(sequence))
 
-    def leave(self, sequence: Sequence) -> PageTable:
+    def release_slot(self, sequence: Sequence) -> PageTable:
         """Give back the slot of a running sequence; returns its pages."""
         if self.proposer is not None:
             self.proposer.release(sequence)
-        return self.block.leave(sequence)
+        return self.block.release_slot(sequence)
 
     def take_finished(self) -> list[Sequence]:
         finished, self.finished = self.finished, []

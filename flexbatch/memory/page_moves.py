@@ -1,4 +1,4 @@
-"""Rows and pages of the cache that change their place between passes: accepted paths of trees, and the pages of
+"""Rows and pages of the cache that move between passes: accepted paths of trees, and the pages of
 sequences that step aside and come back. Codes are copied as they are, so that nothing is quantized twice."""
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def write(cache: KVCache, table: PageTable, layer: int, pages: Tensor, num_token
     """Fill the pages of a sequence of so many tokens in one layer."""
     if table.tier != "disk":
         data = cache.storage[table.tier][layer].view(-1, cache.layout.page_bytes)
-        places = torch.tensor(table.pages[: len(pages)], dtype=torch.int64, device=data.device)
-        data[places] = pages.to(data.device)
+        indices = torch.tensor(table.pages[: len(pages)], dtype=torch.int64, device=data.device)
+        data[indices] = pages.to(data.device)
         return
     assert cache.disk is not None
     host = pages.cpu()

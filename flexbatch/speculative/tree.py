@@ -71,7 +71,7 @@ class TreeShape:
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """Place of every node among its siblings, 0 for the first."""
+        """Rank of every node among its siblings, 0 for the first."""
         ranks = [0] * len(self.parents)
         for siblings in self.children:
             for rank, node in enumerate(siblings):

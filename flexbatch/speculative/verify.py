@@ -29,7 +29,7 @@ from what is barred."""
 
 
 class Draws(Protocol):
-    """The random stream of one request. ``depth`` counts from the next output token (0): the same place never serves
+    """The random stream of one request. ``depth`` counts from the next output token (0): the same position never serves
     two decisions."""
 
     def accept(self, depth: int, rank: int, probability: float) -> bool:
@@ -48,7 +48,7 @@ class AcceptedPath:
     token: int
 
     def tokens(self, tree: TokenTree) -> tuple[int, ...]:
-        """All tokens that this verdict emits."""
+        """All tokens that this path emits."""
         return (*(tree.token_ids[node] for node in self.path), self.token)
 
 

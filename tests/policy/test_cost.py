@@ -28,7 +28,7 @@ def free_launch(name: str) -> Hardware:
         "sequence_seconds",
         "cpu_attention_seconds",
         "exchange_seconds",
-        "settle_seconds",
+        "synchronize_seconds",
         "staging_seconds",
         "fetch_seconds",
         "link_seconds",
@@ -92,7 +92,7 @@ def test_no_overlap_costs_the_sum():
     in_turn = sum(seconds[n] for n in ("h2d", "d2h", "gpu_compute"))
     assert float(serial.pass_seconds(point_of(policy))) == pytest.approx(in_turn)
     settled = PassModel(
-        public_shape("opt-6.7b"), small(settle_seconds=1e-3), dataclasses.replace(policy, overlap=False), load
+        public_shape("opt-6.7b"), small(synchronize_seconds=1e-3), dataclasses.replace(policy, overlap=False), load
     )
     assert float(settled.pass_seconds(point_of(policy))) == pytest.approx(in_turn + 33 * 2 * 1e-3)
 

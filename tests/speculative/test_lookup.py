@@ -68,7 +68,7 @@ def test_a_new_suffix_gives_no_tree_and_damage_is_found() -> None:
     lookup = Lookup([1, 2, 3])
     assert not len(lookup.propose(8, 4)) and not len(Lookup().propose(8, 4))
     lookup.tokens[0] = 9
-    with pytest.raises(AssertionError, match="wrong place"):
+    with pytest.raises(AssertionError, match="wrong position"):
         lookup.check()
     with pytest.raises(ValueError, match="ngram=0"):
         Lookup(ngram=0)

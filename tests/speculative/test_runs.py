@@ -47,7 +47,7 @@ def test_compare_plain_measures_both_in_one_run(reference, tmp_path):
     assert speculation["plain_passes"] > report["passes"] and speculation["speed_up"] > 0
     assert report["requests"] == len(model.prompts), "the plain run is not counted twice"
     read = sum(len(prompt) for prompt in model.prompts)
-    assert llm._loop.comparison.kept_plain.prefilled_tokens == llm.statistics.prefilled_tokens == read, (
+    assert llm._loop.comparison.kept_baseline.prefilled_tokens == llm.statistics.prefilled_tokens == read, (
         "no run finds the prompts that another one has read"
     )
 
