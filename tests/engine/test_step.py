@@ -6,10 +6,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.loop import EngineLoop
+from flexbatch.text.prompts import PromptError
 from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 from tests.tiny_models import random_prompts
 
@@ -180,6 +183,80 @@ def test_requests_come_from_many_threads(llm, wanted):
     while llm.has_unfinished() or any(thread.is_alive() for thread in threads):
         found |= {key: completion.token_ids for key, completion in llm.step()}
     assert {keys[key]: tokens for key, tokens in found.items()} == dict(enumerate(wanted))
+
+
+def test_a_request_does_not_wait_for_the_pass_of_another_thread(llm, wanted, monkeypatch):
+    """Nor is it in the way of one: passes take seconds where a model is read from the disk. What gives one up gets in
+    before the next pass, whoever else is waiting."""
+    begun, added = threading.Event(), threading.Event()
+    advance = EngineLoop.advance
+
+    def held(loop, complete):
+        begun.set()
+        assert added.wait(60), "the request waits for the pass that waits for it"
+        return advance(loop, complete)
+
+    llm.add_request(PROMPTS[0], GREEDY, request_id="first")
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(EngineLoop, "advance", held)
+        step = pool.submit(llm.step)
+        assert begun.wait(60)
+        with pytest.raises(ConfigurationError, match="has not finished"):
+            llm.add_request(PROMPTS[1], GREEDY, request_id="first")
+        with pytest.raises(PromptError):
+            llm.add_request([-1], GREEDY, request_id="second")
+        assert llm.add_request(PROMPTS[1], GREEDY, request_id="second") == "second"
+        added.set()
+        step.result()
+    assert finish(llm) == {"first": wanted[0], "second": wanted[1]}
+
+
+def test_whoever_waits_for_a_pass_is_next(llm, monkeypatch):
+    """A thread that runs pass after pass lets others in between any two."""
+    passes, num_before = [], 0
+    monkeypatch.setattr(EngineLoop, "advance", lambda loop, complete: passes.append(time.sleep(0.02)) or [])
+    llm.add_request(PROMPTS[0], GREEDY, request_id="first")
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            llm.step()
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        try:
+            for _ in range(20):
+                num_before = len(passes)
+                llm.abort("nobody")
+                # The one that runs, and no other that began after it.
+                assert len(passes) - num_before <= 2
+        finally:
+            stop.set()
+        running.result()
+    assert llm.abort("first")
+
+
+def test_requests_come_and_go_from_threads_while_passes_run(llm, wanted):
+    """Each thread adds its own and gives up every third of them, while another thread runs pass after pass."""
+    found, stop = {}, threading.Event()
+
+    def run() -> None:
+        while not stop.is_set() or llm.has_unfinished():
+            found.update((key, completion.token_ids) for key, completion in llm.step())
+
+    def ask(thread: int) -> set[object]:
+        keys = {llm.add_request(PROMPTS[i], GREEDY, request_id=(thread, i)) for i in range(len(PROMPTS))}
+        return {(thread, i) for i in range(0, len(PROMPTS), 3) if llm.abort((thread, i))} & keys
+
+    with ThreadPoolExecutor(4) as pool:
+        running = pool.submit(run)
+        given_up = [pool.submit(ask, thread) for thread in range(3)]
+        gone = set().union(*(each.result() for each in given_up))
+        stop.set()
+        running.result()
+    assert {(thread, i) for thread in range(3) for i in range(len(PROMPTS))} - gone == found.keys()
+    assert all(tokens == wanted[i] for (_, i), tokens in found.items())
+    check(llm)
 
 
 def test_a_failing_pass_ends_the_requests_and_the_next_ones_work(llm, wanted, monkeypatch):
