@@ -130,10 +130,6 @@ class ModelShape:
     def head_elements(self) -> int:
         return sum(self.head_tensors)
 
-    @property
-    def total_elements(self) -> int:
-        return self.num_layers * self.block_elements + self.head_elements + sum(self.embedding_tensors)
-
     def total_bytes(self, bits: int) -> int:
         """All weights as they are stored: blocks at ``bits``, head and tables at 16 bits whatever the blocks have."""
         outside = self.weight_bytes(self.head_elements + sum(self.embedding_tensors), 16)

@@ -24,7 +24,7 @@ from flexbatch.policy.workload import Workload
 
 LONG_JOB = 4096
 """Sequences from which a job of many blocks is long."""
-Family = tuple[int, int, float, Split]
+PolicyFamily = tuple[int, int, float, Split]
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
 ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
 ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
@@ -50,7 +50,9 @@ class Search:
     linear_programs: int = 0
     walks: dict[tuple[float, ...], JobPasses] = field(default_factory=dict)
     """The job's passes by the sizes that they depend on: of bits and placements they know nothing."""
-    tried: dict[Family, dict[Policy, Candidate | None]] = field(default_factory=lambda: defaultdict(dict), init=False)
+    tried: dict[PolicyFamily, dict[Policy, Candidate | None]] = field(
+        default_factory=lambda: defaultdict(dict), init=False
+    )
 
     def family(self, template: Policy) -> list[Candidate]:
         """The candidates of ``template``'s family, the best first."""
@@ -208,7 +210,7 @@ def least_compute(model: PassModel) -> np.ndarray:
     )
 
 
-def family_of(policy: Policy) -> Family:
+def family_of(policy: Policy) -> PolicyFamily:
     """Bits, CPU attention or none, and cache on the disk or none.
 
     Of another family nothing follows: the linear program's average passes flatter some more than others.

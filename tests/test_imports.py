@@ -172,3 +172,13 @@ def test_no_module_imports_itself_through_others() -> None:
     except CycleError as error:
         pytest.fail(f"these modules import each other: {' <- '.join(error.args[1])}")
     assert set(order) >= files.keys()
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """Two classes of one name, as `Request` in the engine and in the cost model, make a reader open both files."""
+    owners: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                owners.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in owners.items() if len(files) > 1}

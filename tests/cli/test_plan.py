@@ -14,6 +14,7 @@ import pytest
 from flexbatch.cli.plan import main
 from flexbatch.models.packed import BITS
 from flexbatch.policy.shapes import SHAPES, public_shape
+from tests.policy.elements import total_elements
 
 ROOT = Path(__file__).parents[2]
 FIXED = ["--percent", "100", "0", "100", "0", "100", "0", "--gpu-batch-size", "8", "--num-gpu-batches", "1"]
@@ -58,7 +59,7 @@ def test_a_config_is_enough(form: str, tmp_path: Path, capsys: pytest.CaptureFix
     report = planned(capsys, name, "--gpu", "l4")
     assert report["model"] == name and report["hardware"].startswith("NVIDIA L4")
     weights = sum(row["num_bytes"] for row in report["memory"] if row["what"] == "weights")
-    assert weights == pytest.approx(2 * public_shape("llama-3.2-1b").total_elements, rel=1e-3)
+    assert weights == pytest.approx(2 * total_elements(public_shape("llama-3.2-1b")), rel=1e-3)
 
 
 def test_a_config_that_says_quantized_is_planned_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

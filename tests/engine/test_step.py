@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.execution.turns import Turns
 from flexbatch.loop import EngineLoop
 from flexbatch.text.prompts import PromptError
 from flexbatch.validation.errors import ConfigurationError, EngineBusyError
@@ -211,29 +212,34 @@ def test_a_request_does_not_wait_for_the_pass_of_another_thread(llm, wanted, mon
     assert finish(llm) == {"first": wanted[0], "second": wanted[1]}
 
 
-def test_whoever_waits_for_a_pass_is_next(llm, monkeypatch):
-    """A thread that runs pass after pass lets others in between any two."""
-    passes, num_before = [], 0
-    monkeypatch.setattr(EngineLoop, "advance", lambda loop, complete: passes.append(time.sleep(0.02)) or [])
-    llm.add_request(PROMPTS[0], GREEDY, request_id="first")
-    stop = threading.Event()
+def test_whoever_waits_for_a_pass_is_next():
+    """A thread that runs pass after pass lets one that waits in between two of them, although it is awake first."""
+    turns, order = Turns(), []
 
-    def run() -> None:
-        while not stop.is_set():
-            llm.step()
+    def run(begun: threading.Event, wait: threading.Event) -> None:
+        with turns.step():
+            begun.set()
+            assert wait.wait(60)
+        with turns.step():
+            order.append("pass")
 
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run)
-        try:
-            for _ in range(20):
-                num_before = len(passes)
-                llm.abort("nobody")
-                # The one that runs, and no other that began after it.
-                assert len(passes) - num_before <= 2
-        finally:
-            stop.set()
-        running.result()
-    assert llm.abort("first")
+    def abort() -> None:
+        with turns.change("abort"):
+            order.append("abort")
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(100):
+            begun, end = threading.Event(), threading.Event()
+            running = pool.submit(run, begun, end)
+            assert begun.wait(60)
+            waiting = pool.submit(abort)
+            while not turns._entrance.locked():
+                time.sleep(1e-4)
+            end.set()
+            running.result()
+            waiting.result()
+    assert order == ["abort", "pass"] * 100
+    turns.check()
 
 
 def test_requests_come_and_go_from_threads_while_passes_run(llm, wanted):

@@ -20,6 +20,7 @@ from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import SHAPES, find_shape, public_shape
 from flexbatch.policy.units import duration_text, number_text
 from flexbatch.policy.workload import Workload
+from tests.policy.elements import total_elements
 
 ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
 
@@ -164,7 +165,7 @@ def test_json_has_the_promised_names():
     assert data["limiting_resource"] in data["resource_seconds"] or data["limiting_resource"] == "launch"
     assert sum(data["splits_percent"]["weights"].values()) == pytest.approx(100)
     weights = sum(data["bytes"]["weights"].values())
-    assert weights == pytest.approx(2 * public_shape("opt-30b").total_elements, rel=0.01)
+    assert weights == pytest.approx(2 * total_elements(public_shape("opt-30b")), rel=0.01)
     assert data["fits"] is False and min(data["free_bytes"].values()) < 0 and data["hardware_origin"] == "measured"
 
 
@@ -231,7 +232,7 @@ def test_public_shapes_are_those_of_the_family_readers(name):
     from flexbatch.planner.problem import model_shape
 
     plain, exact = public_shape(name), model_shape(name, shape(name), 2)
-    assert plain.total_elements == pytest.approx(exact.total_elements, rel=1e-3)
+    assert total_elements(plain) == pytest.approx(total_elements(exact), rel=1e-3)
     for field in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mlp_matrices", "vocab_size"):
         assert getattr(plain, field) == getattr(exact, field), field
 
@@ -255,7 +256,7 @@ def test_public_shapes_are_those_of_the_family_readers(name):
     ],
 )
 def test_public_shapes_have_their_size(name, billions):
-    assert public_shape(name).total_elements == pytest.approx(billions * 1e9, rel=0.005)
+    assert total_elements(public_shape(name)) == pytest.approx(billions * 1e9, rel=0.005)
 
 
 def test_shape_comes_back_from_json():
@@ -269,7 +270,7 @@ def test_spread_weights_meet_the_split_to_one_tensor(gpu, rest, name):
     shape = public_shape(name)
     asked = Split(gpu, (1 - gpu) * rest, 1 - gpu - (1 - gpu) * rest)
     realized, largest = spread_weights(shape, asked)
-    tensor = max(*shape.block_tensors, *shape.head_tensors, *shape.embedding_tensors) / shape.total_elements
+    tensor = max(*shape.block_tensors, *shape.head_tensors, *shape.embedding_tensors) / total_elements(shape)
     for want, have in zip(asked.fractions, realized.fractions, strict=True):
         assert abs(want - have) <= tensor + 1e-9
         assert want > 0 or have == 0
@@ -290,7 +291,7 @@ def test_peak_memory_by_hand():
     peak = peak_memory(shape, hardware, Workload.uniform(512, 32), policy)
     row = 2 * 2 * 7168
     assert peak["cpu"]["cache"] == 144 * 544 * 48 * row
-    assert peak["cpu"]["weights"] == 2 * shape.total_elements
+    assert peak["cpu"]["weights"] == 2 * total_elements(shape)
     # A third slab, because CPU attention puts the second half of a layer's last tick off.
     assert peak["gpu"]["weight slabs"] == 3 * 2 * 12 * 7168 * 7168
     assert peak["gpu"]["cache staging"] == 2 * 48 * 544 * row
