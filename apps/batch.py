@@ -21,7 +21,7 @@ from flexbatch.apps.jobs.locations import check_folders, check_input, check_outp
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
-from flexbatch.cli.help import Parser
+from flexbatch.cli.help import CommandParser
 from flexbatch.cli.settings import (
     add_arguments,
     add_engine_arguments,
@@ -42,7 +42,7 @@ logger = logging.getLogger("flexbatch")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = CommandParser(
         "flexbatch batch",
         description="Complete every row of a data set, exactly once whatever happens: Parquet parts with the input's "
         "columns and the answers. The same command goes on where it stopped.",

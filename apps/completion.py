@@ -24,7 +24,7 @@ from flexbatch.cli import prompt_files, result_file, result_rows
 from flexbatch.cli.answers import answer_texts, token_lines
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_files, check_machine, check_models, check_sampling
-from flexbatch.cli.help import Parser
+from flexbatch.cli.help import CommandParser
 from flexbatch.cli.prompt_files import PromptRow
 from flexbatch.cli.run_settings import InputConfig, SamplingConfig
 from flexbatch.cli.settings import (
@@ -60,7 +60,7 @@ class CompletionConfig(InputConfig):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = CommandParser(
         "flexbatch complete",
         description="Complete a few prompts, or chat, with the text on the screen as it comes. Prompts are arguments, "
         "lines of --prompts FILE, or lines of standard input.",

@@ -224,7 +224,7 @@ class FlexBatchRunner(Runner):
         path.write_text(json.dumps(content, indent=2))
         errors = [
             {
-                "place": index,
+                "index": index,
                 "instance": state.instance.id,
                 "reference": state.reference_index,
                 "error": state.result.error,

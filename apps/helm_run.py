@@ -20,7 +20,7 @@ from typing import TextIO
 
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
-from flexbatch.cli.help import Parser
+from flexbatch.cli.help import CommandParser
 from flexbatch.cli.settings import add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import CRASH, ROW_ERRORS, ConfigurationError
@@ -30,7 +30,7 @@ ALL_INSTANCES = 10**9
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = CommandParser(
         "flexbatch helm",
         description="Run HELM scenarios on FlexBatch, the requests of a scenario in one block. Options of helm-run "
         "(helm-run --help) are passed on. Needs HELM's environment: docs/evaluation.md. Exit code 3: some requests "

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
-from flexbatch.cli.help import Parser
+from flexbatch.cli.help import CommandParser
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig, option
 from flexbatch.policy.stdout import run_process
@@ -40,7 +40,7 @@ class InspectConfig:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = CommandParser(
         "flexbatch inspect",
         description="What a model is, how its weights would be stored, and where everything would be for a typical job "
         "(256 requests of 512 prompt tokens and 128 generated ones); its weights are not loaded. Exit code 4: it does "

@@ -4,8 +4,8 @@
 
 The corpus and what is held out of it are those of `train_demo` (`demo_files`): the Python standard library, about
 one file in 33 by a hash of its path. Windows of the model's context are scored as prompts (``max_tokens=0``), so
-that every token goes through the quantised cache as it would in a job. ``--held-out-tokens 32768`` takes that many,
-in windows spread evenly over the text. Below the table come other ways to quantise, each in the same engine with one
+that every token goes through the quantized cache as it would in a job. ``--held-out-tokens 32768`` takes that many,
+in windows spread evenly over the text. Below the table come other ways to quantize, each in the same engine with one
 of its choices replaced.
 """
 

@@ -281,7 +281,7 @@ faster machine takes more steps. Target and draft are trained by the same comman
 ## What it writes (greedy)
 
 {samples}
-## Licence
+## License
 
 The corpus is under the PSF License Version 2. The weights are distributed with FlexBatch under the Apache License 2.0.
 """

@@ -137,7 +137,7 @@ def check_attention(device: str, dtype: torch.dtype, tolerance: float, only: int
     return rows
 
 
-def check_quantisation(device: str, dtype: torch.dtype) -> list[Row]:
+def check_quantization(device: str, dtype: torch.dtype) -> list[Row]:
     from flexbatch.kernels import quant
 
     rows: list[Row] = []
@@ -150,7 +150,7 @@ def check_quantisation(device: str, dtype: torch.dtype) -> list[Row]:
         same = [torch.equal(codes, got[0].cpu()), torch.equal(parameters, got[1].cpu()), torch.equal(dense, wanted)]
         rows.append(
             {
-                "kernel": "quantisation",
+                "kernel": "quantization",
                 "dtype": str(dtype),
                 "bits": bits,
                 "same codes, parameters, values": same,
@@ -161,12 +161,12 @@ def check_quantisation(device: str, dtype: torch.dtype) -> list[Row]:
 
 
 def check(device: str, only: int | None = None) -> list[Row]:
-    """Largest error of every kernel against the oracle: attention within a tolerance, quantisation bit for bit with
+    """Largest error of every kernel against the oracle: attention within a tolerance, quantization bit for bit with
     the oracle on the CPU."""
     tolerances = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
     if device == "cpu":  # Triton's interpreter has no products of bf16
         del tolerances[torch.bfloat16]
     rows: list[Row] = []
     for dtype, tolerance in tolerances.items():
-        rows += check_attention(device, dtype, tolerance, only) + check_quantisation(device, dtype)
+        rows += check_attention(device, dtype, tolerance, only) + check_quantization(device, dtype)
     return rows

@@ -4,7 +4,7 @@ came before.
     python -m benchmark.kernel_tuning --output tune.jsonl          # about two minutes, compilation by several processes
     included
 
-Errors are against the oracle (prefill: torch's attention), of quantisation the number of different codes and
+Errors are against the oracle (prefill: torch's attention), of quantization the number of different codes and
 parameters. Ceilings come first.
 """
 

@@ -7,7 +7,7 @@ transformers pads a batch to its longest prompt; prompts are sorted by length fo
 least, and every batch size of ``--batch-sizes`` is tried, its best one counts. FlexBatch gets the prompts as they
 come, everything on the gpu tier (plain memory here). Both tokenize, decode greedily in fp32, neither stops at EOS,
 and detokenize. The runs alternate, and the least time of each counts, so that a passing disturbance of the machine
-favours neither. ``cpu_ratio`` compares processor seconds likewise: it stays meaningful where other work shares the
+favors neither. ``cpu_ratio`` compares processor seconds likewise: it stays meaningful where other work shares the
 cores. ``equal_rows`` counts the prompts whose tokens are the same.
 """
 

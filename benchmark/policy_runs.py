@@ -2,7 +2,7 @@
 `benchmark.policy_error` compares.
 
     python -m benchmark.policy_runs runs.jsonl --hardware h200
-    python -m benchmark.policy_runs neighbours.jsonl --hardware h200 --neighbours
+    python -m benchmark.policy_runs neighbors.jsonl --hardware h200 --neighbors
     python -m benchmark.policy_runs drawn.jsonl --seed 1 --count 20
 
 Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
@@ -28,8 +28,8 @@ from typing import Any
 from benchmark.drawn_settings import draw
 from benchmark.machine import machine
 from benchmark.observed import chosen_here, measure, open_engine
-from benchmark.policy_neighbours import run_neighbourhood
-from benchmark.policy_settings import NEIGHBOURHOODS, SETTINGS, Setting
+from benchmark.policy_neighbors import run_neighborhood
+from benchmark.policy_settings import NEIGHBORHOODS, SETTINGS, Setting
 
 GRACE_SECONDS = 30.0
 """After a setting's limit: then its process is taken to hang, and is ended."""
@@ -74,7 +74,7 @@ def table_of(arguments: argparse.Namespace) -> dict[str, Setting]:
     """The settings that are to be run, by name."""
     if arguments.seed is not None:
         return draw(arguments.seed, arguments.count)
-    return NEIGHBOURHOODS if arguments.neighbours else SETTINGS
+    return NEIGHBORHOODS if arguments.neighbors else SETTINGS
 
 
 def recorded(path: Path) -> list[str]:
@@ -100,7 +100,7 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
         name: {key: value for key, value in plan.items() if not key.startswith("predicted")}
         for name, plan in plans.items()
     }
-    table, run = table_of(arguments), run_neighbourhood if arguments.neighbours else run_setting
+    table, run = table_of(arguments), run_neighborhood if arguments.neighbors else run_setting
     for name in names:
         started = time.perf_counter()
         fatal = False
@@ -178,7 +178,7 @@ def main() -> int:
         help="the machine's profile that policies are chosen by: auto, a shipped name or a JSON file",
     )
     parser.add_argument(
-        "--neighbours", action="store_true", help="compare the chosen policy with its neighbours in the shorter jobs"
+        "--neighbors", action="store_true", help="compare the chosen policy with its neighbors in the shorter jobs"
     )
     parser.add_argument("--seed", type=int, help="draw the settings by this seed (benchmark.drawn_settings)")
     parser.add_argument("--count", type=int, default=20, help="how many are drawn (default: 20)")

@@ -84,9 +84,9 @@ SETTINGS |= {
     "opt-13b 4/16 bit": Setting("opt-13b", (10, 24), 144, (256, 256), (32, 32), bits(4, 16), limit_seconds=75),
     "opt-30b 16/4 bit": Setting("opt-30b", (24, 72), 200, (512, 512), (16, 16), bits(16, 4), limit_seconds=120),
 }
-NEIGHBOURHOODS = {
+NEIGHBORHOODS = {
     "opt-1.3b": Setting("opt-1.3b", (3.5, 16), 200, (512, 512), (16, 16), limit_seconds=200),
     "opt-6.7b 16/4 bit": Setting("opt-6.7b", (8, 10), 160, (256, 256), (16, 16), bits(16, 4), limit_seconds=200),
     "llama-3-8b, ragged": Setting("llama-3-8b", (12, 12), 144, (32, 512), (16, 24), limit_seconds=200),
 }
-"""Jobs in which the chosen policy is compared with its neighbours: short, because each runs eleven times."""
+"""Jobs in which the chosen policy is compared with its neighbors: short, because each runs eleven times."""

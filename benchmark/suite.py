@@ -4,7 +4,7 @@ distinct prompts.
     python -m benchmark.suite --scenarios opt-30b-16-16 opt-30b-16-4 --output results.json
 
 Figures are generated tokens / (prefill + decode) seconds of a whole job, start-up and drain included; nothing is
-projected. Neighbouring scenarios of one model with the same settings share its weights, which are loaded once.
+projected. Neighboring scenarios of one model with the same settings share its weights, which are loaded once.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ source.
     python -m benchmark.train_demo --minutes 1 --batch 4 --length 256 --held-out-tokens 20000 --out /tmp/models   # a
     quick look on a CPU
 
-The target minimises the cross entropy of the corpus. The draft, a ninth of its size, mostly imitates the target's
+The target minimizes the cross entropy of the corpus. The draft, a ninth of its size, mostly imitates the target's
 distribution (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", at temperature 1), because what counts
 for a draft is agreement with the target. Both keep the checkpoint that is best on held-out files.
 """

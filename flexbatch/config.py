@@ -21,7 +21,7 @@ def parse_bytes(text: int | str) -> int:
 
 
 NGRAM = "ngram"
-"""In the place of a draft model: looks the latest tokens up in the text so far."""
+"""Instead of a draft model: looks the latest tokens up in the text so far."""
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:

@@ -223,12 +223,11 @@ class LLM:
         on_text: OnText | None = None,
     ) -> Hashable:
         """Let a prompt wait for `step`; returns its id, a number where None is given. May be called at any time, also
-        by ``on_text``, which is told of the new text of its first sample after every pass.
-
-        Raises PromptError for a prompt that cannot be run, ConfigurationError for an id that is still in use,
-        EngineBusyError while a stream is open.
+        while another thread runs a pass, whose end it does not wait for, and by ``on_text``, which is told of the new
+        text of its first sample after every pass. Raises PromptError for a prompt that cannot be run,
+        ConfigurationError for an id that is still in use, EngineBusyError while a stream is open.
         """
-        with self._turns.change("add_request"):
+        with self._turns.addition("add_request"):
             return self._intake.add_named(request_id, prompt, sampling_params, on_text)
 
     def step(self) -> list[tuple[Hashable, Completion]]:
@@ -242,8 +241,8 @@ class LLM:
                     self._loop.end()
 
     def abort(self, request_id: Hashable) -> bool:
-        """Give up a request that waits or runs: its pages are free at once, and nothing comes of it. Others go on.
-        Returns whether there was one."""
+        """Give up a request that waits or runs: its pages are free, and nothing comes of it. Others go on. Returns
+        whether there was one. Waits for a pass in another thread."""
         with self._turns.change("abort"):
             dropped = self._intake.drop(request_id)
             self._loop.abort(lambda sequence: sequence.request.index in dropped)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 from flexbatch.execution import sequence as execution
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
-from flexbatch.execution.requests import Defaults, Params, requests_of, samples_of
+from flexbatch.execution.requests import Defaults, Params, hashable_id, requests_of, samples_of
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
@@ -83,14 +84,16 @@ class Expected:
 
 
 class Intake(RunObserver):
-    """The line of waiting requests. New ones may be added at any time, from any thread; they become sequences when the
-    scheduler has capacity for them."""
+    """The line of waiting requests. New ones may be added at any time, from any thread, also while a pass runs; they
+    become sequences when the scheduler has capacity for them."""
 
     def __init__(self, encoder: PromptEncoder, generation: GenerationDefaults, arch: Arch, engine_seed: int) -> None:
         self.encoder, self.defaults = encoder, Defaults(generation)
         self._decoder = None if encoder.tokenizer is None else TextDecoder(encoder.tokenizer)
         self._arch, self._engine_seed = arch, engine_seed
         self._waiting: deque[Request] = deque()
+        self._lock = threading.Lock()
+        """Held while the containers change together, and never while a prompt is encoded."""
         self._expected: dict[int, Expected] = {}
         self._sequence_ids, self._indices = count(), count()
         self._next_number = 0
@@ -106,7 +109,6 @@ class Intake(RunObserver):
 
     @property
     def num_waiting(self) -> int:
-        """Requests that are not sequences yet."""
         return len(self._waiting)
 
     def check_empty(self, what: str) -> None:
@@ -146,13 +148,15 @@ class Intake(RunObserver):
         on_text: OnText | None,
         index: int,
         source: Hashable = None,
+        named: bool = False,
     ) -> None:
-        """Encode a prompt and let it wait. Raises PromptError, ConfigurationError."""
+        """Encode a prompt and let it wait. ``named``: under an id. Raises PromptError, ConfigurationError."""
         number = self.take_numbers(1)
         samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder, number, source))
         self._has_listeners |= on_text is not None
-        self._expected[index] = Expected(key, len(samples), on_text)
-        self._waiting.extend(samples)
+        with self._lock:
+            self._expected[index] = Expected(key, len(samples), on_text, named)
+            self._waiting.extend(samples)
 
     def add_requests(self, samples: Iterable[Request]) -> None:
         """Let encoded requests wait; their completions go by the numbers of their prompts, as text."""
@@ -181,14 +185,18 @@ class Intake(RunObserver):
     def add_named(
         self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None
     ) -> Hashable:
-        """Let a prompt wait under its own id; returns the id, a number where None is given. Raises
-        ConfigurationError for an id that is in use."""
+        """Let a prompt wait under its id, for None a number; returns it. Raises ConfigurationError for one in use."""
         index = next(self._indices)
-        key = index if key is None else key
-        if key in self._named:
+        if key is None:
+            key = next(number for number in chain([index], self._indices) if number not in self._named)
+        elif hashable_id(key) in self._named:
             raise ConfigurationError(f"request_id {key!r} belongs to a request that has not finished")
-        self.add(key, prompt, params, on_text, index)
-        self._named[key], self._expected[index].named = index, True
+        self._named[key] = index  # first, as the pass that ends it may begin as soon as it waits
+        try:
+            self.add(key, prompt, params, on_text, index, named=True)
+        except BaseException:
+            self._named.pop(key, None)
+            raise
         return key
 
     def arrivals(self) -> Iterator[execution.Sequence | None]:
@@ -210,7 +218,8 @@ class Intake(RunObserver):
 
     def ahead(self, limit: int | None) -> list[Request]:
         """The first requests that wait; None: all."""
-        return list(islice(self._waiting, limit))
+        with self._lock:
+            return list(islice(self._waiting, limit))
 
     def completion_of(self, sequence: execution.Sequence) -> Completion:
         return completion_of(sequence, self._decoder if sequence.request.params.detokenize else None)
@@ -226,7 +235,7 @@ class Intake(RunObserver):
             return None
         del self._expected[request.index]
         if expected.named:
-            del self._named[expected.key]
+            self._named.pop(expected.key, None)
         return expected.key, with_samples(expected.completions)
 
     def gather(
@@ -252,25 +261,28 @@ class Intake(RunObserver):
 
     def drop(self, key: Hashable) -> set[int]:
         """Expect the prompt of an id no longer; returns its index, nothing where nobody waits for it."""
-        index = self._named.pop(key, None)
+        index = self._named.pop(hashable_id(key), None)
         if index is None:
             return set()
-        del self._expected[index]
-        self._waiting = deque(request for request in self._waiting if request.index != index)
+        with self._lock:
+            self._expected.pop(index, None)
+            self._waiting = deque(request for request in self._waiting if request.index != index)
         return {index}
 
     def drop_all_but(self, begun: set[int]) -> set[int]:
         """Expect no more prompts than these, by their indices, and those of which a sample has ended; returns all."""
-        kept = {index for index, expected in self._expected.items() if index in begun or expected.completions}
-        self._expected = {index: self._expected[index] for index in self._expected if index in kept}
-        self._named = {key: index for key, index in self._named.items() if index in kept}
-        self._waiting = deque(request for request in self._waiting if request.index in kept)
-        return kept
+        with self._lock:
+            kept = {index for index, each in self._expected.items() if index in begun or each.completions}
+            self._expected = {index: each for index, each in self._expected.items() if index in kept}
+            self._named = {key: index for key, index in self._named.items() if index in kept}
+            self._waiting = deque(request for request in self._waiting if request.index in kept)
+            return kept
 
     def clear(self) -> None:
-        self._waiting.clear()
-        self._expected.clear()
-        self._named.clear()
+        with self._lock:
+            self._waiting.clear()
+            self._expected.clear()
+            self._named.clear()
 
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
         """Hand on the new text of every prompt's first sample, where somebody listens."""

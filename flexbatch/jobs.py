@@ -25,7 +25,7 @@ def completions(
     with loop.ending():
         job = loop.job(requests)
         runner = loop.capacity.prepare(job)
-        loop.begin(runner, loop.intake.arrivals(), loop.capacity.speculator if drafted else None, job)
+        loop.begin(runner, (), loop.capacity.speculator if drafted else None, job)
         loop.intake.add_requests(requests)
         while loop.intake:
             for sequence in loop.advance(complete=True):
@@ -81,8 +81,8 @@ def compared(loop: EngineLoop, requests: Many[Request]) -> Generator[tuple[Reque
 def measuring(loop: EngineLoop, turn: Turn) -> Iterator[None]:
     """Statistics of the body where they belong: those of the job, of the job without speculation, or nowhere; and
     in the comparison."""
-    own, kept_plain = loop.statistics, loop.comparison.kept_plain
-    counted = Statistics() if not turn.kept else own if turn.drafted else kept_plain
+    own, kept_baseline = loop.statistics, loop.comparison.kept_baseline
+    counted = Statistics() if not turn.kept else own if turn.drafted else kept_baseline
     seconds, tokens, loop.statistics = counted.seconds, counted.generated_tokens, counted
     try:
         yield

@@ -11,7 +11,6 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -119,8 +118,11 @@ class EngineLoop:
     def drop_what_waits(self) -> bool:
         """Let the prompts go of which nothing is in flight; returns whether any is left."""
         scheduler = self.scheduler
-        begun = set() if scheduler is None else {each.request.index for each in scheduler.started}
-        kept = self.intake.drop_all_but(begun)
+        begun: list[Sequence] = []
+        if scheduler is not None:
+            # Those that wait with tokens have generated them in an earlier block.
+            begun = [*scheduler.started, *(each for each in scheduler.waiting if each.num_output_tokens)]
+        kept = self.intake.drop_all_but({each.request.index for each in begun})
         if scheduler is not None:
             scheduler.abort(lambda sequence: sequence.request.index not in kept)
         return bool(kept)
@@ -147,14 +149,14 @@ class EngineLoop:
         self.statistics.preemptions += scheduler.aside.take_counts()
         self.end()
         runner = self.capacity.prepare(job) if complete else self.capacity.prepare_largest(job)
-        self.begin(runner, chain(left, self.intake.arrivals()), scheduler.proposer)
+        self.begin(runner, left, scheduler.proposer)
 
     def begin_for_waiting(self, complete: bool) -> None:
         """A run whose block suits the requests that wait, and those that its predecessor was too small for."""
         before, capacity = self.scheduler, self.capacity
         left = [] if before is None else list(before.waiting)
         block, peeked = capacity.peeked
-        ahead = self.intake.ahead(peeked - len(left))
+        ahead = self.intake.ahead(max(0, peeked - len(left)))
         job = capacity.holdable(self.job([*(each.request for each in left), *ahead]))
         if before is not None:
             self.end()
@@ -165,7 +167,7 @@ class EngineLoop:
         else:
             runner = capacity.prepare_largest(job.repeated(block))
         proposer = capacity.speculator if before is None else before.proposer
-        self.begin(runner, chain(left, self.intake.arrivals()), proposer)
+        self.begin(runner, left, proposer)
 
     def job(self, requests: Iterable[Request]) -> Job:
         """The lengths of requests: what they may reach, and what is likely by the answers seen so far."""
@@ -177,23 +179,25 @@ class EngineLoop:
     def begin(
         self,
         runner: Runner,
-        arrivals: Iterator[Sequence | None],
+        left: Iterable[Sequence],
         proposer: Proposer | None,
         whole_job: Job | None = None,
     ) -> None:
-        """whole_job: what will run, where that is known."""
+        """left: sequences of the run before, which go on before anybody else. whole_job: what will run, where that is
+        known."""
         capacity = self.capacity
         self.end()
         self.scheduler = Scheduler(
             self.planner.engine_plan.policy,
             runner.cache,
-            arrivals,
+            self.intake.arrivals(),
             runner.sizes.max_micro_batch_tokens,
             proposer,
             capacity.refusal,
             capacity.reach,
             self.lengths,
             capacity.step_aside_costs,
+            left,
         )
         self.observers = [self.statistics, self.intake, self.failures, *self.watchers]
         if whole_job is not None and proposer is None:

@@ -13,7 +13,7 @@ from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.sampling_fields import CHECKS, MOST_BIASES, OTHER_NAMES, UNAVAILABLE
 
 SAMPLING_RULES = 1
-"""Version of how tokens follow from logits, sampling parameters, seeds and places in a job. A change that gives the
+"""Version of how tokens follow from logits, sampling parameters, seeds and positions in a job. A change that gives the
 same request other tokens raises it, and jobs that were begun before are not resumed with two kinds of answers.
 """
 
@@ -182,7 +182,7 @@ CONSTRAINTS = (
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete: ``index`` is its place among the results, ``sample`` counts the n completions of one
+    """One prompt to complete: ``index`` is that of its result, ``sample`` counts the n completions of one
     prompt. ``number``, ``index`` where it is None, is what the random stream of a prompt without a seed belongs to.
     ``source``: where its row is from; answers of one source are expected to be of like lengths."""
 

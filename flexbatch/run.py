@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
 from flexbatch.cli.early_checks import check_inputs, check_plot, check_sampling, refuse_inputs
-from flexbatch.cli.help import Parser
+from flexbatch.cli.help import CommandParser
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig
@@ -41,7 +41,7 @@ logger = logging.getLogger("flexbatch")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = CommandParser(
         "flexbatch run",
         description="Complete the prompts of a file with a model that is spread over GPU, CPU and disk. Completions go "
         "to --output, else to stdout; tables and progress to stderr. Without flags: bundled prompts, a small model.",

@@ -1,7 +1,7 @@
 """How OpenMP's threads wait, and how many there are: settings that torch's library reads once, when it is loaded.
 
 By default a thread of GNU's OpenMP that is done spins through 300,000 iterations before it sleeps. Where other
-processes want the cores, it spins in their place and its own team waits for it. A thread that sleeps at once has to be
+processes want the cores, it spins instead of them and its own team waits for it. A thread that sleeps at once has to be
 woken for every small layer instead. Between the two lies what is set here. The demo model, 64 passes on two cores,
 median of seven:
 

@@ -130,6 +130,6 @@ def prompt_budget(num_single: int, token_limit: int, budget: int, max_query_node
     return min(token_limit - (1 + max_query_nodes) * num_single, budget)
 
 
-def chunk_tokens(unread: int, chunk: int, budget: int) -> int:
-    """Tokens of a text with several unread ones that are read in this pass, of ``budget``; 0: it waits."""
-    return max(0, min(unread, chunk, budget))
+def chunk_tokens(uncached: int, chunk: int, budget: int) -> int:
+    """Tokens of a text with several uncached ones that are read in this pass, of ``budget``; 0: it waits."""
+    return max(0, min(uncached, chunk, budget))

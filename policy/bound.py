@@ -62,7 +62,7 @@ def machine_bound(
         "sequence_seconds",
         "cpu_attention_seconds",
         "exchange_seconds",
-        "settle_seconds",
+        "synchronize_seconds",
         "link_seconds",
         "disk_read_seconds",
     )

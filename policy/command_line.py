@@ -25,9 +25,9 @@ OPTIONS_WITH_VALUE = ("-X", "-W")
 def typed_words(words: Sequence[str]) -> list[str]:
     """The words of a process (`sys.orig_argv`) as somebody types them: an installed command by its name, not as the
     interpreter and a path."""
-    place = _place_of_program(words)
-    if place < len(words) and words[place] != "-m" and os.path.basename(words[place]) == "flexbatch":
-        return ["flexbatch", *words[place + 1 :]]
+    index = _index_of_program(words)
+    if index < len(words) and words[index] != "-m" and os.path.basename(words[index]) == "flexbatch":
+        return ["flexbatch", *words[index + 1 :]]
     return list(words)
 
 
@@ -35,21 +35,21 @@ def command_name(command: str, words: Sequence[str] | None = None) -> str:
     """The beginning of the command that was typed, such as ``python -m flexbatch run``; ``command``, say ``flexbatch
     run``, where another program called it."""
     words = sys.orig_argv if words is None else words
-    place = _place_of_program(words)
-    if words[place : place + 1] != ["-m"] or len(words) < place + 2:
+    index = _index_of_program(words)
+    if words[index : index + 1] != ["-m"] or len(words) < index + 2:
         return command
-    python, module = os.path.basename(words[0]), words[place + 1]
+    python, module = os.path.basename(words[0]), words[index + 1]
     if module == "flexbatch":
         return f"{python} -m {command}"
     return f"{python} -m {module}" if module.startswith("flexbatch.") else command
 
 
-def _place_of_program(words: Sequence[str]) -> int:
+def _index_of_program(words: Sequence[str]) -> int:
     """Where the words of an interpreter name what it runs: ``-m``, or a file."""
-    place = 1
-    while place < len(words) and words[place].startswith("-") and words[place] not in ("-m", "-c"):
-        place += 2 if words[place] in OPTIONS_WITH_VALUE else 1
-    return place
+    index = 1
+    while index < len(words) and words[index].startswith("-") and words[index] not in ("-m", "-c"):
+        index += 2 if words[index] in OPTIONS_WITH_VALUE else 1
+    return index
 
 
 class Parser(argparse.ArgumentParser):

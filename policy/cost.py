@@ -33,8 +33,8 @@ JOINT: dict[str, tuple[str, ...]] = {
     "h2d beside cpu_attention": ("h2d", "cpu_attention"),
     "cpu_attention beside h2d": ("cpu_attention", "h2d"),
     "one micro-batch": ("cpu_attention", "gpu_compute"),
-    "h2d after expansion": ("h2d", "gpu_compute"),
-    "cpu_attention after expansion": ("cpu_attention", "gpu_compute"),
+    "h2d after dequantization": ("h2d", "gpu_compute"),
+    "cpu_attention after dequantization": ("cpu_attention", "gpu_compute"),
     "cores": ("gpu_compute", "cpu_attention", "h2d", "d2h"),
     "no overlap": SERIAL,
 }

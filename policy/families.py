@@ -1,4 +1,4 @@
-"""The discrete choices around the linear program: bits, the places of the cache, shares of CPU attention, chunks."""
+"""The discrete choices around the linear program: bits, the tiers of the cache, shares of CPU attention, chunks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def chunk_of(workload: Workload, constraints: Constraints) -> int:
 
 
 def templates(workload: Workload, constraints: Constraints) -> list[Policy]:
-    """Bits that the constraints leave open, sizes and places still to be found."""
+    """Bits that the constraints leave open, sizes and splits still to be found."""
     anywhere = Split(1.0, 0.0)
     plain = Policy(
         anywhere, anywhere, anywhere, 1, 1, prefill_chunk=chunk_of(workload, constraints), overlap=constraints.overlap

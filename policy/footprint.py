@@ -45,8 +45,8 @@ def memory_rows(
     sizes and bits.
 
     Buffers that the executor keeps: the working slabs of the largest layer's non-resident weights, one 16-bit
-    expansion slab for quantised weights, two staging areas of the largest micro-batch's non-resident cache of one
-    layer (prompts of sequences that the CPU attends pass through them too), two staged micro-batches of hidden
+    dequantization buffer for quantized weights, two staging areas of the largest micro-batch's non-resident cache of
+    one layer (prompts of sequences that the CPU attends pass through them too), two staged micro-batches of hidden
     states.
     """
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
@@ -54,7 +54,7 @@ def memory_rows(
     row = shape.token_bytes(policy.cache_bits)
     weights = shape.total_bytes(bits)
     slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
-    expansion = 0.0 if bits == 16 else max(shape.block_bytes(16), shape.dense_bytes(16))
+    dequantization = 0.0 if bits == 16 else max(shape.block_bytes(16), shape.dense_bytes(16))
     cache = batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
@@ -62,12 +62,14 @@ def memory_rows(
     stopover = 1.0 if hardware.device == "cuda" else 0.0
     tokens = batch + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
-    attended_tokens = batch if policy.cpu_attention > 0 else 0
-    exchange = 8.0 * attended_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
+    cpu_attention_tokens = batch if policy.cpu_attention > 0 else 0
+    exchange = (
+        8.0 * cpu_attention_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
+    )
     open_pages = batch * batches * PAGE_TOKENS * row * shape.num_layers
     gpu = {
         "weights": affine(weights_gpu=weights),
-        "weight slabs": affine(expansion, weights_cpu=slab, weights_disk=slab),
+        "weight slabs": affine(dequantization, weights_cpu=slab, weights_disk=slab),
         "cache": affine(cache_gpu=cache),
         "cache staging": affine(cache_cpu=staged, cache_disk=staged),
         "activations": affine(activations_gpu=hidden, activations_cpu=two_hidden, activations_disk=two_hidden),
@@ -146,8 +148,8 @@ def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     point = point_of(policy)
     point[1:4] = split.fractions
     peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
-    expansion = 0 if policy.weight_bits == 16 else max(shape.block_bytes(16), shape.dense_bytes(16))
-    peak["gpu"]["weight slabs"] = expansion + policy.num_weight_slabs * int(away)
+    dequantization = 0 if policy.weight_bits == 16 else max(shape.block_bytes(16), shape.dense_bytes(16))
+    peak["gpu"]["weight slabs"] = dequantization + policy.num_weight_slabs * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
     staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)
     per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk)

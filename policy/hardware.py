@@ -79,7 +79,7 @@ class Hardware:
     attention_prefill: float
     """FLOP/s of attention for prompt chunks."""
     expand: float
-    """Expansion of quantised weights: bytes read plus written a second."""
+    """Expansion of quantized weights: bytes read plus written a second."""
     cpu_attention: Curve
     """Bytes of 16-bit cache a second, link idle, against query tokens x query heads per key-value head."""
     cpu_attention_during_h2d: float
@@ -106,7 +106,7 @@ class Hardware:
     exchange_seconds: float = 0.0
     """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and
     nothing hides it."""
-    settle_seconds: float = 0.0
+    synchronize_seconds: float = 0.0
     """Per tick without overlap: waiting until nothing is under way, twice."""
     disk_read_seconds: float = 0.0
     """Fixed cost of one disk request."""
@@ -116,7 +116,7 @@ class Hardware:
     """Keys that attention on the GPU takes together: of a sequence's last tile half is empty, on average. 512
     sequences of OPT-1.3B took 8.1 ms a pass at any context of 135 to 190 tokens."""
     attention_expand: float = 0.0
-    """Bytes a second, counted at 16 bits, of quantised cache that attention expands as it reads; 0: half of
+    """Bytes a second, counted at 16 bits, of quantized cache that attention expands as it reads; 0: half of
     ``attention_decode``'s time is enough."""
     cpu_attention_8: Curve | None = None
     """``cpu_attention`` of 8-bit cache, counted at 16 bits; None: as fast as 16 bits."""

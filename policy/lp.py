@@ -175,9 +175,9 @@ def solve(
     constraints: Constraints,
     cache_on_disk: bool = True,
 ) -> Solution | None:
-    """The placement that minimises the sum over (pass, how often) of its time; None when nothing fits.
+    """The placement that minimizes the sum over (pass, how often) of its time; None when nothing fits.
 
-    memory: peak bytes per tier, affine. room: bytes per tier. cache_on_disk: whether sequences may be there.
+    memory: peak bytes per tier, affine. capacity: bytes per tier. cache_on_disk: whether sequences may be there.
     """
     program = placement_program(constraints, cache_on_disk)
     stages, constant = time_rows(phases)

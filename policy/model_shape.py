@@ -33,7 +33,7 @@ class ModelShape:
     mlp_matrices: int = 2
     element_bytes: int = 2
     stored_block_bytes: tuple[int, ...] = ()
-    """Bytes of each of ``block_tensors`` in a checkpoint that is quantised already, whatever its bits and groups;
+    """Bytes of each of ``block_tensors`` in a checkpoint that is quantized already, whatever its bits and groups;
     empty: the policy's bits decide."""
     experts: ExpertShape | None = None
     """What takes the place of the MLP in the layers of ``block_tensors``."""
@@ -125,7 +125,7 @@ class ModelShape:
                 + math.ceil(self.head_dim / cache_group(self.head_dim)) * 2 * self.element_bytes
             )
         )
-        return math.ceil(used / 16) * 16  # quantised rows are padded to what a 16-byte load wants
+        return math.ceil(used / 16) * 16  # quantized rows are padded to what a 16-byte load wants
 
     def block_tensor_bytes(self, bits: int) -> tuple[int, ...]:
         """Each tensor of one layer as it is stored."""

@@ -87,7 +87,7 @@ def grid(sequences: float, step: int = 1) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
 
 
-def neighbours(policy: Policy, total: int | None) -> Iterator[tuple[int, int]]:
+def neighbors(policy: Policy, total: int | None) -> Iterator[tuple[int, int]]:
     """Other sizes around a policy's: by one, by an eighth and by a third, the same block cut differently, and those
     that take the job in whole waves."""
     b, k = policy.gpu_batch_size, policy.num_gpu_batches
@@ -140,7 +140,7 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
                 block_policy(search, template, p.gpu_batch_size, p.num_gpu_batches, fill) for fill in sorted(fills)
             )
             budget = p.prefill_budget / p.gpu_batch_size
-            for batch, count in neighbours(p, search.workload.num_sequences):
+            for batch, count in neighbors(p, search.workload.num_sequences):
                 if batch >= 1 and count >= 1:
                     other = block_policy(search, template, batch, count, 1.0)
                     free = search.constraints.prefill_budget is None and search.workload.num_sequences is not None
@@ -252,7 +252,7 @@ def best_plan_of_all(search: Search, bounds: list[tuple[MachineBound, Policy]]) 
     plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
     search.linear_programs = dry.linear_programs
     if plan is not None:
-        # The program's dual is that of a machine without a disk; here there is room on it that the plan leaves.
+        # The program's dual is that of a machine without a disk; here it has capacity that the plan leaves.
         duals = {**plan.tokens_per_second_per_gib, "disk": 0.0}
         plan = dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib=duals)
         # Whole tensors and sequences may lose much of what the program promised, where memory is all but full.

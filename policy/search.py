@@ -24,7 +24,7 @@ from flexbatch.policy.workload import Workload
 
 LONG_JOB = 4096
 """Sequences from which a job of many blocks is long."""
-Family = tuple[int, int, float, Split]
+PolicyFamily = tuple[int, int, float, Split]
 ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
 ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
 ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
@@ -50,7 +50,9 @@ class Search:
     linear_programs: int = 0
     walks: dict[tuple[float, ...], JobPasses] = field(default_factory=dict)
     """The job's passes by the sizes that they depend on: of bits and placements they know nothing."""
-    tried: dict[Family, dict[Policy, Candidate | None]] = field(default_factory=lambda: defaultdict(dict), init=False)
+    tried: dict[PolicyFamily, dict[Policy, Candidate | None]] = field(
+        default_factory=lambda: defaultdict(dict), init=False
+    )
 
     def family(self, template: Policy) -> list[Candidate]:
         """The candidates of ``template``'s family, the best first."""
@@ -117,7 +119,7 @@ class Search:
             # The program cannot know that a block on the GPU launches less and staged cache more.
             seconds = float(np.sum(counts * model.pass_seconds(solution.point)))
             candidate = Candidate(policy, solution, tokens / seconds)
-            # No program sees the room of a given placement. Blocks that are too large for it are the fastest, and
+            # No program sees the capacity of a given placement. Blocks that are too large for it are the fastest, and
             # would keep those that fit from being tried.
             if not self.placement_given or not self.shortage(self.placed(candidate)):
                 tried[policy] = candidate
@@ -132,7 +134,7 @@ class Search:
         return shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
 
     def finish(self, candidate: Candidate) -> Plan | None:
-        """The plan of a candidate with whole tensors and sequences; the program runs again with less room while
+        """The plan of a candidate with whole tensors and sequences; the program runs again with less memory while
         rounding does not fit."""
         model, counts, _ = self.passes(candidate.policy)
         memory, budgets = self.memory(candidate.policy), dict(capacity(self.hardware))
@@ -179,7 +181,7 @@ class Search:
         if self.placement_given:
             if constraints.cpu_attention is not None:
                 return given_solution(model, counts, constraints)
-            # No room binds: only the share of CPU attention is open, and takes none.
+            # No memory binds: only the share of CPU attention is open, and takes none.
             budgets = {tier: int(np.abs(row).sum()) + 1 for tier, row in memory.items()}
         self.linear_programs += 1
         return solve([(model, counts)], memory, budgets, constraints, cache_on_disk=policy.cache.disk > 0)
@@ -208,7 +210,7 @@ def least_compute(model: PassModel) -> np.ndarray:
     )
 
 
-def family_of(policy: Policy) -> Family:
+def family_of(policy: Policy) -> PolicyFamily:
     """Bits, CPU attention or none, and cache on the disk or none.
 
     Of another family nothing follows: the linear program's average passes flatter some more than others.

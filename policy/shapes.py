@@ -200,7 +200,7 @@ VARIANTS = re.compile(r"-(instruct|chat|base|hf|it)(?=-|$)|^meta-(?=llama)|-v0\.
 
 
 def find_shape(name: str) -> str | None:
-    """The public shape that a name stands for; upper case, an organisation before it and what an answer-tuned variant
+    """The public shape that a name stands for; upper case, an organization before it and what an answer-tuned variant
     adds are ignored."""
     key = VARIANTS.sub("", name.lower().rsplit("/", 1)[-1])
     return key if key in SHAPES else None

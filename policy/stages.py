@@ -65,10 +65,10 @@ class PassStages:
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for
             # another resource.
-            expansion = self._expanded_bytes(compute) / self.hardware.expand
-            first = (gpu_seconds - affine(expansion)) / self.batches + affine(expansion)
+            dequantization = self._expanded_bytes(compute) / self.hardware.expand
+            first = (gpu_seconds - affine(dequantization)) / self.batches + affine(dequantization)
             for row in ("h2d", "cpu_attention"):
-                seconds[f"{row} after expansion"] = first + seconds[row] * (1 - 1 / self.batches)
+                seconds[f"{row} after dequantization"] = first + seconds[row] * (1 - 1 / self.batches)
         ticks = 0 if compute == "head" else self.batches
         return Stage(name, count, ticks, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
@@ -179,7 +179,7 @@ class PassStages:
         return affine(seconds + logits / hardware.gpu_bandwidth), affine(flops), affine(moved + logits)
 
     def _gemm(self, elements: int, tokens: np.ndarray, expanded: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """Every micro-batch multiplies with all weights; quantised ones (``expanded`` bytes) are expanded once for
+        """Every micro-batch multiplies with all weights; quantized ones (``expanded`` bytes) are expanded once for
         all of them."""
         shape = self.shape
         plain = shape.weight_bytes(elements, 16)
@@ -187,7 +187,7 @@ class PassStages:
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
     def _expanded_bytes(self, kind: str) -> float:
-        """Read and written to expand the quantised weights of a layer of this kind to 16 bits; 0 for 16 bits, and for
+        """Read and written to expand the quantized weights of a layer of this kind to 16 bits; 0 for 16 bits, and for
         the head."""
         stored = {"layer": self.shape.block_bytes, "dense": self.shape.dense_bytes}.get(kind)
         bits = self.policy.weight_bits
@@ -229,7 +229,7 @@ class PassStages:
             "host_memory": work["host_memory"] / hardware.host_bandwidth,
         }
         if not policy.overlap:
-            waits = affine(self.batches * hardware.settle_seconds)
+            waits = affine(self.batches * hardware.synchronize_seconds)
             return {
                 **seconds,
                 "no overlap": total(seconds[name] for name in SERIAL)

@@ -14,7 +14,7 @@ from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.balancer import TierBalancer
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
-from flexbatch.policy.workload import Request
+from flexbatch.policy.workload import RequestLengths
 
 MAX_ALIKE = 32
 """Passes that one row stands for, at most, where the same sequences decode in all of them: their contexts grow by one
@@ -61,17 +61,19 @@ class MicroBatch:
 class Reading:
     """A sequence whose prompt is being read."""
 
-    request: Request
+    request: RequestLengths
     tier: str
     micro_batch: MicroBatch
-    unread: int
+    uncached: int
     admitted: int = 0
 
 
 class Walker:
     """Block, pools and requests of one walk; `step` is a pass, or a run of alike ones."""
 
-    def __init__(self, requests: Sequence[Request], policy: Policy, sizes: CacheSizes | None, token_limit: int) -> None:
+    def __init__(
+        self, requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes | None, token_limit: int
+    ) -> None:
         """sizes: pages of the pools; None where only the slots of the block limit who gets in."""
         self.policy, self.sizes, self.token_limit = policy, sizes, token_limit
         self.budget = policy.prompt_tokens_per_micro_batch
@@ -114,7 +116,7 @@ class Walker:
             occupied, staged, "gpu" if self.sizes is None else tier, pages, batch_size, staging
         )
 
-    def enter(self, request: Request, tier: str, open_batches: list[int]) -> None:
+    def enter(self, request: RequestLengths, tier: str, open_batches: list[int]) -> None:
         occupied, of_tier = [each.occupied for each in self.batches], [each.of_tier[tier] for each in self.batches]
         batch = self.batches[admission.emptiest(open_batches, of_tier, occupied)]
         self.count(request, tier, batch, 1)
@@ -122,7 +124,7 @@ class Walker:
         reading = Reading(request, tier, batch, request.prompt, self.num_admitted)
         (batch.single if request.prompt == 1 else batch.reading).append(reading)
 
-    def count(self, request: Request, tier: str, batch: MicroBatch, sign: int) -> None:
+    def count(self, request: RequestLengths, tier: str, batch: MicroBatch, sign: int) -> None:
         """Take (1) or give back (-1) a slot and its pages."""
         self.num_running += sign
         batch.occupied += sign
@@ -170,17 +172,17 @@ class Walker:
         budget = admission.prompt_budget(batch.decoding + len(complete), self.token_limit, self.budget)
         partly = 0
         for each in batch.reading:
-            take = admission.chunk_tokens(each.unread, self.policy.prefill_chunk, budget)
+            take = admission.chunk_tokens(each.uncached, self.policy.prefill_chunk, budget)
             if take == 0:
                 break
-            start = each.request.prompt - each.unread
+            start = each.request.prompt - each.uncached
             tokens, before, pairs = tokens + take, before + start, pairs + take * (start + (take + 1) / 2)
-            budget, each.unread = budget - take, each.unread - take
+            budget, each.uncached = budget - take, each.uncached - take
             partly += 1
         met = batch.reading[:partly]
-        batch.reading = [each for each in met if each.unread > 1] + batch.reading[partly:]
-        batch.single = [each for each in met if each.unread == 1]
-        complete = complete + [each for each in met if each.unread == 0]
+        batch.reading = [each for each in met if each.uncached > 1] + batch.reading[partly:]
+        batch.single = [each for each in met if each.uncached == 1]
+        complete = complete + [each for each in met if each.uncached == 0]
         return (tokens, before, pairs, len(complete)), complete
 
     def first_token(self, reading: Reading) -> None:
@@ -211,7 +213,7 @@ class Walker:
 
 
 def walk(
-    requests: Sequence[Request], policy: Policy, sizes: CacheSizes | None = None, token_limit: int | None = None
+    requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes | None = None, token_limit: int | None = None
 ) -> Walk:
     """Every pass of a job of ``requests``, in their order of arrival, each of which generates all of its ``output``.
 

@@ -127,9 +127,9 @@ def draw_pass(plan: Plan, axes: Any) -> None:
         )
     # In a column of their own, right of the line, where no bar and no other label is.
     longest = scale * max(plan.pass_seconds, *seconds.values())
-    for place, name in enumerate(names):
+    for row, name in enumerate(names):
         text = f"{duration_text(seconds[name])}, {seconds[name] / plan.pass_seconds:.0%}" if seconds[name] else "-"
-        axes.annotate(text, (1.04 * longest, place), va="center")
+        axes.annotate(text, (1.04 * longest, row), va="center")
     axes.axvline(
         scale * plan.pass_seconds,
         color="black",

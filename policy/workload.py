@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from flexbatch.policy.limits import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
-class Request:
+class RequestLengths:
     """One sequence of a job. ``prompt``: tokens to read before the first one is generated. ``pages``: of its tier, for
     as long as it runs."""
 
@@ -22,7 +22,7 @@ class Request:
     pages: int
 
     @classmethod
-    def of(cls, prompt: float, output: float) -> Request:
+    def of(cls, prompt: float, output: float) -> RequestLengths:
         """The last token that is generated needs no row of the cache."""
         prompt_tokens, output_tokens = max(1, round(prompt)), max(1, round(output))
         return cls(prompt_tokens, output_tokens, num_pages(prompt_tokens + output_tokens - 1))
@@ -81,23 +81,23 @@ class Workload:
         return np.sort(np.ceil(self.columns.sum(axis=0) / PAGE_TOKENS) * PAGE_TOKENS)[::-1]
 
     @functools.cached_property
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[RequestLengths]:
         """Every sequence of a finite job, in the order of arrival where that is known, else in a random one."""
         assert self.num_sequences is not None, "a job without end has no last sequence"
         if self.in_order is None:
             return self.drawn(self.num_sequences)
-        return list(map(Request.of, *self.in_order.tolist()))
+        return list(map(RequestLengths.of, *self.in_order.tolist()))
 
     @functools.cached_property
     def longest_pages(self) -> list[int]:
         """Pages of every sequence, the largest first."""
         return sorted((request.pages for request in self.requests), reverse=True)
 
-    def drawn(self, count: int) -> list[Request]:
+    def drawn(self, count: int) -> list[RequestLengths]:
         """``count`` sequences whose lengths are spread as the job's are, in random order."""
         kinds = len(self.lengths)
-        places = np.random.default_rng(0).permutation(((np.arange(count) + 0.5) * kinds / count).astype(int))
-        return [Request.of(*self.lengths[place]) for place in places.tolist()]
+        indices = np.random.default_rng(0).permutation(((np.arange(count) + 0.5) * kinds / count).astype(int))
+        return [RequestLengths.of(*self.lengths[index]) for index in indices.tolist()]
 
     @classmethod
     def uniform(cls, prompt_tokens: int, output_tokens: int, num_sequences: int | None = None) -> Workload:
@@ -117,11 +117,3 @@ class Workload:
             pairs = np.add.reduceat(pairs, cuts[:-1], axis=1) / np.diff(cuts)
         known = num_sequences in (None, count) and count <= cls.MAX_IN_ORDER
         return cls(tuple(map(tuple, pairs.T.tolist())), num_sequences or count, given.astype(int) if known else None)
-
-    @classmethod
-    def from_quantiles(
-        cls, prompt_quantiles: Iterable[float], output_quantiles: Iterable[float], num_sequences: int | None = None
-    ) -> Workload:
-        """Every prompt quantile with every output quantile: the two lengths are taken as independent."""
-        outputs = tuple(output_quantiles)
-        return cls(tuple((float(p), float(o)) for p in prompt_quantiles for o in outputs), num_sequences)

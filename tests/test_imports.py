@@ -1,5 +1,5 @@
 """The direction of imports (docs/architecture.md): apps -> flexbatch -> policy, kernels; inside flexbatch never
-upwards; no torch for ``--help``."""
+upward; no torch for ``--help``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def package_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_downwards(path: Path) -> None:
+def test_imports_point_downward(path: Path) -> None:
     parts = path.relative_to(ROOT).with_suffix("").parts
     here = parts[0] if parts[0] in ("apps", *LEAVES) else parts[1]
     for name in imported(path):
@@ -172,3 +172,13 @@ def test_no_module_imports_itself_through_others() -> None:
     except CycleError as error:
         pytest.fail(f"these modules import each other: {' <- '.join(error.args[1])}")
     assert set(order) >= files.keys()
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """Two classes of one name, as `Request` in the engine and in the cost model, make a reader open both files."""
+    owners: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                owners.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in owners.items() if len(files) > 1}

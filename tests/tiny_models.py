@@ -365,7 +365,7 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                # Whatever a norm starts from (one, or zero where the model adds one itself) stays its centre.
+                # Whatever a norm starts from (one, or zero where the model adds one itself) stays its center.
                 parameter.copy_(0.3 * noise if name.endswith("bias") else parameter.mean() + 0.3 * noise)
             elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(0.5 * noise)

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Cancelled(Exception):
+class Canceled(Exception):
     """The consumer has gone: the producer should stop too."""
 
 
@@ -23,16 +23,16 @@ class Channel(Generic[T]):
         self._capacity = capacity
         self._values: deque[T] = deque()
         self._changed = threading.Condition()
-        self._closed = self._cancelled = False
+        self._closed = self._canceled = False
         self._error: BaseException | None = None
 
     def put(self, value: T) -> None:
-        """Waits for free capacity. Raises Cancelled when the channel is closed or nobody will read it."""
+        """Waits for free capacity. Raises Canceled when the channel is closed or nobody will read it."""
         with self._changed:
-            while len(self._values) >= self._capacity and not self._cancelled and not self._closed:
+            while len(self._values) >= self._capacity and not self._canceled and not self._closed:
                 self._changed.wait()
-            if self._cancelled or self._closed:
-                raise Cancelled
+            if self._canceled or self._closed:
+                raise Canceled
             self._values.append(value)
             self._changed.notify_all()
 
@@ -43,7 +43,7 @@ class Channel(Generic[T]):
 
     def cancel(self) -> None:
         with self._changed:
-            self._cancelled = True
+            self._canceled = True
             self._values.clear()
             self._changed.notify_all()
 
@@ -58,7 +58,7 @@ class Channel(Generic[T]):
         while True:
             end = deadline()
             with self._changed:
-                while not self._values and not self._closed and not self._cancelled:
+                while not self._values and not self._closed and not self._canceled:
                     left = None if end is None else end - time.monotonic()
                     if left is not None and left <= 0:
                         break
@@ -67,7 +67,7 @@ class Channel(Generic[T]):
                 if self._values:
                     item = (self._values.popleft(),)
                     self._changed.notify_all()
-                elif self._closed or self._cancelled:
+                elif self._closed or self._canceled:
                     if self._error is not None:
                         raise self._error
                     return

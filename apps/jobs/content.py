@@ -1,7 +1,7 @@
 """The identity of an input file, as far as it can be told before the job: a job is resumed on the rows that it began
 with.
 
-Sizes and statistics do not tell: two values that change places, or one between the smallest and the largest, leave them
+Sizes and statistics do not tell: two values that are swapped, or one between the smallest and the largest, leave them
 as they were. So files are digested whole, at the speed of the disk, up to a size that a job of days does not notice;
 object stores say themselves which version of an object they serve.
 """

@@ -112,11 +112,11 @@ class TokenTexts:
         return self._steps(sample.prompt_token_ids, 0, sample.prompt_logprobs or [], text)
 
     def _steps(
-        self, known: Sequence[int], start: int, places: Sequence[dict[int, TokenLogprob] | None], text: str
+        self, known: Sequence[int], start: int, positions: Sequence[dict[int, TokenLogprob] | None], text: str
     ) -> list[Step]:
-        """places: log-probabilities of the tokens from number ``start`` on, whose text this is."""
+        """positions: log-probabilities of the tokens from number ``start`` on, whose text this is."""
         shown, pieces = [], []
-        for index, entries in enumerate(places, start):
+        for index, entries in enumerate(positions, start):
             scored = entries or {known[index]: TokenLogprob(known[index], 0.0, 1)}
             token_ids = list(scored)  # the chosen one first
             found = self.alternatives(known[max(0, index - CONTEXT) : index], token_ids)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flexbatch.apps.jobs.channel import Cancelled, Channel
+from flexbatch.apps.jobs.channel import Canceled, Channel
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.plan import BatchJob
 from flexbatch.apps.jobs.progress import Counts
@@ -117,7 +117,7 @@ class Pipeline:
                 whole = rows.add(in_flight.pop(key), completion)
                 if whole is not None:
                     self._outcomes.put((self._open[whole[0].part], *whole))
-        except Cancelled:
+        except Canceled:
             pass
         finally:
             self._tables.cancel()
@@ -142,7 +142,7 @@ class Pipeline:
         try:
             for value in values:
                 channel.put(value)
-        except Cancelled:
+        except Canceled:
             channel.close()
         except BaseException as error:
             channel.close(error)

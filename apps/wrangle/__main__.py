@@ -14,14 +14,14 @@ from flexbatch.apps.wrangle.datasets import TASKS, find_data_set
 from flexbatch.apps.wrangle.tables import TableError
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_machine, check_models
-from flexbatch.cli.help import Parser
+from flexbatch.cli.help import CommandParser
 from flexbatch.cli.settings import add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import ROW_ERRORS, ConfigurationError
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = CommandParser(
         "flexbatch wrangle",
         description='Entity matching, data imputation, error detection and schema matching, as in "Can Foundation '
         'Models Wrangle Your Data?". Scores go to stdout as JSON. Exit code 3: some prompts could not be run and are '

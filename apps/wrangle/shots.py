@@ -51,7 +51,7 @@ def cluster_shots(validation: Sequence[Example], wrong: Sequence[bool], count: i
     """Clusters the mistakes on the validation split by their text into ``count`` groups; returns the example nearest to
     each center.
 
-    Where all chosen examples have one of two answers, the last gives its place to the mistake, else the example, of
+    Where all chosen examples have one of two answers, the last gives way to the mistake, else the example, of
     the other answer that is nearest to its center: a prompt that knows only Yes teaches Yes. Texts are compared by
     TF-IDF of character triples; needs scikit-learn. Without ``count`` mistakes, the examples that are nearest to
     mistakes fill up. Raises TableError.

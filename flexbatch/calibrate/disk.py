@@ -14,7 +14,7 @@ from flexbatch.policy.limits import DISK_THREADS
 
 BLOCKS = (2**20, 2**22, 2**23)
 """Up to what the executor asks for in one request."""
-SMALL = 2**14
+LATENCY_READ_BYTES = 2**14
 
 
 def _open(path: Path, flags: int) -> int:
@@ -52,7 +52,7 @@ def _requests(descriptor: int, block: int, num_bytes: int, write: bool) -> float
 
 def _latency(descriptor: int, requests: int = 64) -> float:
     """Seconds of one small read after another: what a request costs whatever its size."""
-    with mmap.mmap(-1, SMALL) as buffer, memoryview(buffer) as view:
+    with mmap.mmap(-1, LATENCY_READ_BYTES) as buffer, memoryview(buffer) as view:
         start = time.perf_counter()
         for request in range(requests):
             os.preadv(descriptor, [view], request * BLOCKS[0])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from flexbatch.calibrate.passes import MIB, ON_CPU, ON_GPU, cpu_attended, resident, run_passes, small_arch
+from flexbatch.calibrate.passes import MIB, ON_CPU, ON_GPU, resident, run_passes, small_arch, with_cpu_attention
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.policy import Policy, Split
@@ -59,7 +59,7 @@ def attention_seconds(device: torch.device) -> float:
     """Returns the seconds of a call of CPU attention that has next to nothing to attend to, while the host
     launches the other micro-batch: the lower quartile."""
     tracer = RecordingTracer(device)
-    run_passes(small_arch(MANY, head_dim(device)), cpu_attended(16, 2), device, tracer)
+    run_passes(small_arch(MANY, head_dim(device)), with_cpu_attention(16, 2), device, tracer)
     return quantiles([span.end - span.start for span in tracer.spans() if span.resource == "cpu_attention"], n=4)[0]
 
 
@@ -106,7 +106,7 @@ def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCa
     for context in calls.contexts:
         tracer = RecordingTracer(device)
         policy = replace(
-            cpu_attended(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context
+            with_cpu_attention(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context
         )
         run_passes(arch, policy, device, tracer, context)
         spans = tracer.spans()
@@ -184,34 +184,34 @@ def host_rates(device: torch.device) -> dict[str, float]:
     """What passes of small models tell, as fields of `policy.hardware.Hardware`.
 
     ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes.
-    ``graph_seconds``: 0 without a GPU, where there are no graphs. ``exchange_seconds`` and ``settle_seconds``: from
-    how passes of one micro-batch grow with the layers; ``staging_seconds`` and ``fetch_seconds``: from how those of
-    two do. ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and
+    ``graph_seconds``: 0 without a GPU, where there are no graphs. ``exchange_seconds`` and ``synchronize_seconds``:
+    from how passes of one micro-batch grow with the layers; ``staging_seconds`` and ``fetch_seconds``: from how those
+    of two do. ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and
     ALONE.
     """
     gpu = device.type == "cuda"
-    plain = {"few": resident(8), "many": resident(128)}
+    baseline = {"few": resident(8), "many": resident(128)}
     if gpu:
-        plain |= {f"graph of {sequences}": resident(sequences, 1) for sequences in GRAPHED}
+        baseline |= {f"graph of {sequences}": resident(sequences, 1) for sequences in GRAPHED}
     others = {
-        "staged": replace(plain["few"], cache=ON_CPU),
-        "fetched": replace(plain["few"], weights=ON_CPU),
-        "cpu_attended": cpu_attended(8),
-        "in turn": replace(cpu_attended(8), overlap=False),
+        "staged": replace(baseline["few"], cache=ON_CPU),
+        "fetched": replace(baseline["few"], weights=ON_CPU),
+        "with_cpu_attention": with_cpu_attention(8),
+        "in turn": replace(with_cpu_attention(8), overlap=False),
     }
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
     torch.set_num_threads(1)
     try:
-        passes = HostPasses(plain | others, device)
+        passes = HostPasses(baseline | others, device)
     finally:
         torch.set_num_threads(threads)
     rates = {"graph_seconds": max(0.0, graph_seconds(device)) if gpu else 0.0}
-    rates |= python_rates(passes, plain, rates["graph_seconds"])
+    rates |= python_rates(passes, baseline, rates["graph_seconds"])
     layer = {name: passes.layer_seconds(name) for name in ("few", *others)}
     differences = {
-        "exchange_seconds": layer["cpu_attended"] - rates["launch_seconds"],
-        "settle_seconds": layer["in turn"] - layer["cpu_attended"],
+        "exchange_seconds": layer["with_cpu_attention"] - rates["launch_seconds"],
+        "synchronize_seconds": layer["in turn"] - layer["with_cpu_attention"],
         "staging_seconds": (layer["staged"] - layer["few"]) / 2,
         "fetch_seconds": (layer["fetched"] - layer["few"]) / 2,
     }

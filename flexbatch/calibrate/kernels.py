@@ -141,7 +141,7 @@ def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def page_rates(device: torch.device) -> dict[str, Any]:
-    """Gather and scatter between pinned host pages and the GPU, and the expansion of quantized weights."""
+    """Gather and scatter between pinned host pages and the GPU, and the dequantization of weights."""
     page_bytes = 256 * 1024
     host = torch.empty(1024, page_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
     ids = torch.randperm(len(host), device=device)[: len(host) // 2]

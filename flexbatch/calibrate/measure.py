@@ -84,7 +84,7 @@ def measure(device: str, disk_folder: Path, overrides: Mapping[str, Any] | None 
 
 
 def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
-    """GEMM against tokens, memory bandwidth, attention for single tokens and for prompts, expansion of quantized
+    """GEMM against tokens, memory bandwidth, attention for single tokens and for prompts, dequantization of
     weights."""
     gpu = dev.type == "cuda"
     rows, columns = (8192, 8192) if gpu else (2048, 2048)

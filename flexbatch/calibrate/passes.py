@@ -64,7 +64,7 @@ def resident(sequences: int, num_gpu_batches: int = 2) -> Policy:
     return Policy(ON_GPU, ON_GPU, ON_GPU, sequences, num_gpu_batches, prefill_chunk=PROMPT_TOKENS)
 
 
-def cpu_attended(sequences: int, num_gpu_batches: int = 1) -> Policy:
+def with_cpu_attention(sequences: int, num_gpu_batches: int = 1) -> Policy:
     """Micro-batches whose cache the CPU attends."""
     return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, num_gpu_batches, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
 

@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--kernels",
         default="engine",
         choices=("engine", "none"),
-        help="whose kernels are measured: the engine's, or torch's in their place (default: %(default)s)",
+        help="whose kernels are measured: the engine's, or torch's instead (default: %(default)s)",
     )
     return parser
 

@@ -52,7 +52,7 @@ SHORT = {
 """Of settings that most people need first: a text of one line for the first help."""
 
 
-class Parser(command_line.Parser):
+class CommandParser(command_line.Parser):
     """The parser of a command over an engine. Its usage errors quote words of the command, which may be URIs with
     credentials."""
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_plot
-from flexbatch.cli.help import JOB, Parser
+from flexbatch.cli.help import JOB, CommandParser
 from flexbatch.cli.settings import add_arguments, read_settings
 from flexbatch.config import EngineConfig, option, parse_bytes
 from flexbatch.planner import tables
@@ -96,7 +96,7 @@ class PlanConfig:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = CommandParser(
         "flexbatch plan",
         description="Say what a job would take, on this machine or one that you do not have: whether it fits, how fast "
         "it is, what limits it, and what would help. Neither weights nor a tokenizer are read.",

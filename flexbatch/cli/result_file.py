@@ -28,7 +28,7 @@ SHOWN_CHARACTERS = 60
 
 
 class ResultFile:
-    """Rows by their place, in any order; the file has them in order. A context manager that keeps what is there when
+    """Rows by their index, in any order; the file has them in order. A context manager that keeps what is there when
     the body fails.
 
     Opened before anything is loaded: raises ConfigurationError for a folder that cannot be written to, or another

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from flexbatch.cli.help import JOB, Parser
+from flexbatch.cli.help import JOB, CommandParser
 from flexbatch.config import EngineConfig
 from flexbatch.text.files import read_text
 from flexbatch.validation.checks import closest
@@ -118,11 +118,11 @@ def add_arguments(
 ) -> None:
     """A flag for every field, or for those in ``only``, in the group that shows it (`help.GROUPS`), else in ``title``.
     What is not on the command line is absent from the namespace, so that lower sources can speak."""
-    own = None if isinstance(parser, Parser) else parser.add_argument_group(title)
+    own = None if isinstance(parser, CommandParser) else parser.add_argument_group(title)
     for setting in settings_of(config_class):
         if only is not None and setting.name not in only:
             continue
-        group: Any = parser.group_of(setting.name, title) if isinstance(parser, Parser) else own
+        group: Any = parser.group_of(setting.name, title) if isinstance(parser, CommandParser) else own
         extra = {key: value for key, value in setting.metadata.items() if key not in ("help", "aliases")}
         names = (setting.flag, *setting.metadata.get("aliases", ()))
         text = setting.metadata.get("help", "").replace("%", "%%")
@@ -157,8 +157,8 @@ def _argument(setting: Setting) -> Callable[[str], Any]:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of EngineConfig, and --config."""
-    place = parser.group_of("config", JOB) if isinstance(parser, Parser) else parser
-    place.add_argument(
+    group = parser.group_of("config", JOB) if isinstance(parser, CommandParser) else parser
+    group.add_argument(
         "--config", metavar="FILE", help="YAML file of settings: any flag by its name, e.g. gpu_batch_size: 32"
     )
     add_arguments(parser, EngineConfig, "engine")

@@ -143,9 +143,9 @@ class Block:
         longest = 0
         others = [(each, each.pages.tier) for each in self.running.values()]
         others += [(each, each.parked.tier) for each in parked if each.parked is not None and each is not sequence]
-        for each, place in [*others, (sequence, tier)]:
+        for each, its_tier in [*others, (sequence, tier)]:
             pages = layout.num_pages(self.max_rows(each))
-            most[place] += pages
+            most[its_tier] += pages
             longest = max(longest, pages)
         if all(most[name] <= pool.num_pages for name, pool in pools.items()):
             return True
@@ -241,7 +241,7 @@ class Block:
             (each for each in self.running.values() if each.pages.tier == tier), key=lambda each: each.sequence_id
         )
 
-    def leave(self, sequence: Sequence) -> PageTable:
+    def release_slot(self, sequence: Sequence) -> PageTable:
         """Give back the slot of a running sequence; returns its pages, which are the caller's to release."""
         self.promised[sequence.pages.tier] -= self.not_taken(sequence)
         del self.reserved[sequence.sequence_id]

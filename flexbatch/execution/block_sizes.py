@@ -59,8 +59,8 @@ def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: 
     longest = [layout.num_pages(tokens + max_query_nodes) for tokens in sequence_tokens] or [1]
     cache = cache_sizes(policy, longest, layout.page_tokens, max_query_nodes)
     tokens = micro_batch_tokens(policy, max_query_nodes)
-    cpu_attended = off_gpu_sequences(policy, block) if policy.cpu_attention > 0 else 0
-    attended_tokens = cpu_attended * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1)
+    on_cpu = off_gpu_sequences(policy, block) if policy.cpu_attention > 0 else 0
+    cpu_attention_tokens = on_cpu * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1)
     return BlockSizes(
-        cache, tokens, attended_tokens, max_query_nodes, sequence_tokens, max(sequence_tokens, default=1), cpu_attended
+        cache, tokens, cpu_attention_tokens, max_query_nodes, sequence_tokens, max(sequence_tokens, default=1), on_cpu
     )

@@ -45,7 +45,7 @@ class Following:
         return max(self._lengths, default=0)
 
 
-class Constraints:
+class TokenConstraints:
     """The constraints of one request with any of `request.CONSTRAINTS`. A drafted path counts like text: every node of
     a token tree has what plain decoding would have there."""
 

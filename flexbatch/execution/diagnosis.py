@@ -1,7 +1,7 @@
 """Where a model stops giving finite numbers: sequences that failed are read once more, by themselves, and the hidden
 states looked at after every layer.
 
-Looked for afterwards alone, as a look at the hidden states of every layer would cost each good pass a launch and a read
+Looked for afterward alone, as a look at the hidden states of every layer would cost each good pass a launch and a read
 of them.
 """
 
@@ -24,7 +24,7 @@ EMBEDDING = -1
 
 
 @dataclass
-class Reading:
+class Reread:
     """A failed sequence with pages of its own: nothing that others share is written again."""
 
     failed: Sequence
@@ -78,7 +78,7 @@ def wider(dtype: torch.dtype) -> str:
     return "bfloat16 or float32" if dtype == torch.float16 else "float32"
 
 
-def opened(sequences: list[Sequence], scheduler: Scheduler) -> list[Reading]:
+def opened(sequences: list[Sequence], scheduler: Scheduler) -> list[Reread]:
     """Readings of as many sequences as have pages in the cache together, in a micro-batch."""
     cache, readings, staged = scheduler.cache, [], 0
     for sequence in sequences[: scheduler.policy.gpu_batch_size]:
@@ -87,11 +87,11 @@ def opened(sequences: list[Sequence], scheduler: Scheduler) -> list[Reading]:
         staged += pages if tier != "gpu" else 0
         if staged > cache.sizes.staging_pages or not cache.can_open(tier, len(token_ids)):
             break
-        readings.append(Reading(sequence, cache.open(tier, len(token_ids)), token_ids))
+        readings.append(Reread(sequence, cache.open(tier, len(token_ids)), token_ids))
     return readings
 
 
-def read(readings: list[Reading], scheduler: Scheduler, executor: Executor) -> None:
+def read(readings: list[Reread], scheduler: Scheduler, executor: Executor) -> None:
     """Read their tokens from the first on, a chunk of each in a pass, until the layer of every one is known or its text
     at its end."""
     by_id = dict(enumerate(readings))

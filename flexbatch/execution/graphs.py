@@ -38,7 +38,7 @@ def bucket_of(num_sequences: int) -> int:
 
 
 def smallest_covering(keys: Iterable[tuple[int, int]], key: tuple[int, int]) -> tuple[int, int] | None:
-    """The least of ``keys`` (sequences, longest context) with room for ``key``, None when there is none."""
+    """The least of ``keys`` (sequences, longest context) that hold ``key``, None when none does."""
     return min((other for other in keys if other[0] >= key[0] and other[1] >= key[1]), default=None)
 
 
@@ -211,7 +211,7 @@ class DecodeGraphs:
             self.evict(key)
 
     def check(self) -> None:
-        """Invariant: no more graphs than the budget has room for, each of a bucket that came before."""
+        """Invariant: no more graphs than the budget holds, each of a bucket that came before."""
         assert len(self.captured) <= self.most, (len(self.captured), self.most)
         assert self.captured.keys() <= self.seen, self.captured.keys() - self.seen
 

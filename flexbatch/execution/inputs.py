@@ -18,7 +18,7 @@ from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Consecutive query tokens whose cache is attended in the same place: arguments of `ops.paged_attention`."""
+    """Consecutive query tokens whose cache is attended from the same memory: arguments of `ops.paged_attention`."""
 
     start: int
     end: int
@@ -34,7 +34,7 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class StagedGroup:
-    """A group in staging, with what to bring there and where the new rows are stored."""
+    """A group in staging, with what to copy there and where the new rows are stored."""
 
     attention: AttentionGroup
     gather: Gather
@@ -66,7 +66,7 @@ class MicroBatchInputs:
         return len(self.token_ids)
 
 
-def attention_place(query: QueryTokens) -> str:
+def attention_memory(query: QueryTokens) -> str:
     """Where the cache of a query is attended: "gpu", "staged" or "cpu"."""
     pages = query.pages
     if pages.tier == "gpu":
@@ -97,7 +97,7 @@ class InputBuilder:
         # Groups are consecutive: resident sequences, staged ones (cpu before disk), then those attended on the CPU.
         groups: dict[str, list[QueryTokens]] = {"gpu": [], "staged": [], "cpu": []}
         for query in queries:
-            groups[attention_place(query)].append(query)
+            groups[attention_memory(query)].append(query)
         groups["staged"].sort(key=lambda query: query.pages.tier == "disk")
         ordered = [query for group in groups.values() for query in group]
         # Flat, not array by array: of 512 decode tokens each array of one takes longer to make than to fill.

@@ -38,6 +38,6 @@ def text_query(sequence: Sequence, count: int) -> QueryTokens:
 
 
 def accepted_path(query: QueryTokens, sequence: Sequence, sampled: SampledTokens) -> tuple[PageTable, int, list[int]]:
-    """Of a tree: the sequence's pages, the place of the first token below the root, and the rows that move there and
+    """Of a tree: the sequence's pages, the position of the first token below the root, and the rows that move there and
     behind it."""
     return sequence.pages, query.start + 1, [query.start + node for node in sampled.path]

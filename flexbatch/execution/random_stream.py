@@ -31,7 +31,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 [...]."""
+    """SplitMix64's finalizer on int64 [...]."""
     x = (x ^ _shift(x, 30)) * _signed(MULTIPLIERS[0])
     x = (x ^ _shift(x, 27)) * _signed(MULTIPLIERS[1])
     return x ^ _shift(x, 31)

@@ -52,6 +52,18 @@ def not_params(value: Any) -> str:
     return f"is {short(value)}, a {type(value).__name__}; give {remedy}"
 
 
+def hashable_id(key: Any) -> Hashable:
+    """The id of a request. Raises ConfigurationError for what can be none, such as a list of ids."""
+    try:
+        hash(key)
+    except TypeError:
+        raise ConfigurationError(
+            f"request_id {short(key)} is a {type(key).__name__} without a hash; an id is one text, number or tuple of "
+            "these, and a call is about one request"
+        ) from None
+    return key
+
+
 def requests_of(
     prompts: Prompt | Sequence[Prompt],
     sampling_params: Params,

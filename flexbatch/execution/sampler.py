@@ -31,7 +31,7 @@ class SampledTokens:
     """With one there are no new tokens."""
 
     def mark_fault(self, num_output_tokens: int) -> None:
-        """Turn a mark in the place of the last token (`sampling.NOT_FINITE`, `sampling.ALL_BARRED`) into a fault.
+        """Turn a mark instead of the last token (`sampling.NOT_FINITE`, `sampling.ALL_BARRED`) into a fault.
         num_output_tokens: that the sequence had before the pass."""
         if self.fault is not None or not self.token_ids or self.token_ids[-1] >= 0:
             return

@@ -50,7 +50,7 @@ def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = 
     """
     _check_shapes(logits, sequences, drafted)
     if all(sequence.unadjusted_greedy for sequence in sequences):
-        # The maximum comes with its place: NaN and infinity, which it would be, are seen without another look at the
+        # The maximum comes with its index: NaN and infinity, which it would be, are seen without another look at the
         # logits.
         peaks, token_ids = logits.max(-1)
         return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE), [None] * len(sequences))
@@ -199,8 +199,8 @@ def _allowed(logits: Tensor, allowed: Mapping[int, np.ndarray]) -> Tensor:
     rows = torch.tensor(list(allowed), device=logits.device)
     counts = [len(tokens) for tokens in allowed.values()]
     tokens = _in_vocabulary(np.concatenate(list(allowed.values())), logits.shape[1])
-    places = np.repeat(list(allowed), counts)
-    where = (torch.from_numpy(places).to(logits.device), torch.from_numpy(tokens).to(logits.device))
+    row_of_token = np.repeat(list(allowed), counts)
+    where = (torch.from_numpy(row_of_token).to(logits.device), torch.from_numpy(tokens).to(logits.device))
     kept = logits[where]
     return logits.index_fill(0, rows, -torch.inf).index_put(where, kept)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.aside import Aside
@@ -43,10 +43,11 @@ class Scheduler:
         reach: Callable[[int], bool] | None = None,
         lengths: AnswerLengths | None = None,
         costs: StepAsideCosts | None = None,
+        left: Iterable[Sequence] = (),
     ) -> None:
         """arrivals: waiting sequences, pulled one by one as there is capacity; None where nobody waits now, though
         more may come. lengths: of answers; without them all that a sequence may reach is reserved. costs: of stepping
-        aside."""
+        aside. left: sequences that another block has left; they come before all arrivals."""
         self.policy, self.cache, self.arrivals, self.proposer = policy, cache, arrivals, proposer
         self.lengths = lengths or AnswerLengths(reserve="all")
         self.block = Block(policy, cache, 0 if proposer is None else proposer.max_nodes, self.lengths)
@@ -58,7 +59,7 @@ class Scheduler:
         self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
         self.admission_limit = policy.block_size
         """Sequences in flight, at most."""
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[Sequence] = deque(left)
         self.finished: list[Sequence] = []
         self.outgrown = False
 
@@ -165,7 +166,7 @@ class Scheduler:
 
     def step_aside(self, sequence: Sequence, in_place: bool = False, drop: bool = False) -> None:
         """Take a sequence out of the block; it comes back as soon as there are pages for it. See `Aside.add`."""
-        self.aside.add(sequence, self.leave(sequence), in_place, drop)
+        self.aside.add(sequence, self.release_slot(sequence), in_place, drop)
 
     def withdraw(self) -> list[Sequence]:
         """Everything that has not finished, in the order of arrival, to go on in another block."""
@@ -270,13 +271,13 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Give back the slot and the pages of a running sequence."""
-        self.aside.free(self.leave(sequence))
+        self.aside.free(self.release_slot(sequence))
 
-    def leave(self, sequence: Sequence) -> PageTable:
+    def release_slot(self, sequence: Sequence) -> PageTable:
         """Give back the slot of a running sequence; returns its pages."""
         if self.proposer is not None:
             self.proposer.release(sequence)
-        return self.block.leave(sequence)
+        return self.block.release_slot(sequence)
 
     def take_finished(self) -> list[Sequence]:
         finished, self.finished = self.finished, []

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexbatch.execution.adjustments import Adjustments
-from flexbatch.execution.constraints import Constraints
+from flexbatch.execution.constraints import TokenConstraints
 from flexbatch.memory.pages import PageTable
 from flexbatch.request import Request, SamplingParams, TokenLogprob
 from flexbatch.text.decoder import TextDecoder
@@ -89,7 +89,7 @@ class Sequence:
         penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
         self.stream_key = stream_key(request, engine_seed)
         self.adjustments = Adjustments(request) if penalized or params.logit_bias else None
-        self.constraints = Constraints(params, self.token_ids, eos_token_ids) if params.constrained else None
+        self.constraints = TokenConstraints(params, self.token_ids, eos_token_ids) if params.constrained else None
         self.adjusted = self.adjustments is not None or self.constraints is not None
         """Whether anything changes the model's logits before a token is drawn."""
         self.unadjusted_greedy = params.greedy and not self.adjusted and params.logprobs is None

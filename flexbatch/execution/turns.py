@@ -24,6 +24,11 @@ class Turns:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         """Held while anything runs. Reentrant, as a stream that nobody holds any more may be finalized anywhere."""
+        self._entrance = threading.Lock()
+        """Held by whoever waits for the lock: a thread that runs pass after pass would take it again before another one
+        that waits has woken up."""
+        self._gate = threading.Lock()
+        """Held while ``_open_to_requests`` changes, and while a request is added beside a pass."""
         self._runner: int | None = None
         """The thread whose call runs."""
         self._stream: Generator | None = None
@@ -46,19 +51,34 @@ class Turns:
     def step(self) -> Iterator[None]:
         """For one pass over requests that were added one by one; its callbacks may add and abort others."""
         with self.whole("step"):
-            self._open_to_requests = True
+            with self._gate:
+                self._open_to_requests = True
             try:
                 yield
             finally:
-                self._open_to_requests = False
+                with self._gate:
+                    self._open_to_requests = False
+
+    @contextlib.contextmanager
+    def addition(self, what: str) -> Iterator[None]:
+        """For adding a request: beside steps, out of their callbacks, and while a pass runs in another thread, whose
+        end it does not wait for. It runs before the next pass."""
+        with self._gate:
+            at_once = self._open_to_requests
+            if at_once:
+                yield
+        if not at_once:
+            with self.change(what):
+                yield
 
     @contextlib.contextmanager
     def change(self, what: str) -> Iterator[None]:
-        """For adding or aborting a request: beside steps, out of their callbacks, too."""
-        if not (self._runner == threading.get_ident() and self._open_to_requests):
+        """For aborting a request: beside steps, out of their callbacks, too. It waits for a pass in another thread."""
+        inside = self._runner == threading.get_ident() and self._open_to_requests
+        if not inside:
             self._check_own(what)
             self._check_free(what)
-        with self._lock:
+        with self._lock if inside else self._turn():
             self.check_open(what)
             self._check_free(what)
             yield
@@ -110,9 +130,19 @@ class Turns:
         assert not self.closed or (self._stream is None and self._runner is None), (self._stream, self._runner)
 
     @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The lock, for a thread that does not have it."""
+        with self._entrance:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
     def _running(self, what: str) -> Iterator[None]:
         self._check_own(what)
-        with self._lock:
+        with self._turn():
             self.check_open(what)
             self._runner = threading.get_ident()
             try:

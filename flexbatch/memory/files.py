@@ -138,7 +138,8 @@ def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
         )
     return OffloadError(
         error.errno,
-        f"offload folder {folder}: {error.strerror or error}{free}; name a writable folder with room in --offload-dir",
+        f"offload folder {folder}: {error.strerror or error}{free}; name a writable folder with free space in "
+        "--offload-dir",
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows and pages of the cache that change their place between passes: accepted paths of trees, and the pages of
+"""Rows and pages of the cache that move between passes: accepted paths of trees, and the pages of
 sequences that step aside and come back. Codes are copied as they are, so that nothing is quantized twice."""
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def keep_paths(cache: KVCache, accepted: Sequence[tuple[PageTable, int, Sequence
 
 def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
     """The pages of a sequence that does not run, or is about to stop, on ``tier``; the caller has seen that there are
-    enough. On its own tier nothing is copied but a disk sequence's open page. The table given is empty afterwards."""
+    enough. On its own tier nothing is copied but a disk sequence's open page. The table given is empty afterward."""
     cache.synchronize()
     if tier == table.tier:
         if table.tail_slot >= 0:
@@ -66,7 +66,7 @@ def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
 
 def restore(cache: KVCache, parked: PageTable, tier: str, cpu_attention: bool = False) -> PageTable:
     """The table of a sequence that goes on running, on ``tier``; the caller has seen that there are pages for what is
-    parked. The table given is empty afterwards."""
+    parked. The table given is empty afterward."""
     if tier == parked.tier:
         table = PageTable(tier, parked.pages, parked.num_tokens, parked.num_shared, cpu_attention=cpu_attention)
         parked.pages = []
@@ -103,8 +103,8 @@ def write(cache: KVCache, table: PageTable, layer: int, pages: Tensor, num_token
     """Fill the pages of a sequence of so many tokens in one layer."""
     if table.tier != "disk":
         data = cache.storage[table.tier][layer].view(-1, cache.layout.page_bytes)
-        places = torch.tensor(table.pages[: len(pages)], dtype=torch.int64, device=data.device)
-        data[places] = pages.to(data.device)
+        indices = torch.tensor(table.pages[: len(pages)], dtype=torch.int64, device=data.device)
+        data[indices] = pages.to(data.device)
         return
     assert cache.disk is not None
     host = pages.cpu()

@@ -49,7 +49,7 @@ class DequantizationBuffers:
     def __init__(self, plan: WeightPlan, gpu: Pool, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.buffers = {
-            stage: gpu.allocate(f"weight expansion {stage}", plan.dequantization_bytes(stage))
+            stage: gpu.allocate(f"dequantization {stage}", plan.dequantization_bytes(stage))
             for stage in ("pre", "post")
             if plan.dequantization_bytes(stage)
         }

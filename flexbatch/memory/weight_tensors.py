@@ -98,7 +98,7 @@ class WeightTensors:
             assert (key in self.raw) == (key in self.views), key
 
     def make_file(self, key: Key, num_bytes: int) -> DiskFile:
-        """A file without a name for a tensor that comes to the disk tier: nothing of it is left afterwards."""
+        """A file without a name for a tensor that comes to the disk tier: nothing of it is left afterward."""
         self.files[key] = self.tiers.disk.open_file(scratch_name(key), self.tiers.offload_dir, num_bytes)
         return self.files[key]
 

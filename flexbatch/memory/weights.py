@@ -17,7 +17,7 @@ from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
 from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, stage_of
 from flexbatch.memory.weight_tensors import WeightTensors
 
-BUFFERS = ("weight slab ", "disk staging ", "weight expansion ")
+BUFFERS = ("weight slab ", "disk staging ", "dequantization ")
 
 
 @dataclass

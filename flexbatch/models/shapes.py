@@ -10,7 +10,7 @@ from flexbatch.validation.errors import CheckpointError
 
 
 def shape(name: str) -> Arch:
-    """Arch of a public shape; upper case, an organisation before the name ("facebook/opt-30b") and what answer-tuned
+    """Arch of a public shape; upper case, an organization before the name ("facebook/opt-30b") and what answer-tuned
     variants add are ignored. Raises CheckpointError with the names."""
     key = find_shape(name)
     if key is None:

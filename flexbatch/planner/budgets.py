@@ -82,7 +82,7 @@ def resolve_budgets(
 
 
 def within(given: dict[str, int], there: dict[str, int], free: dict[str, int], dry: bool) -> dict[str, int]:
-    """The budgets that were given, and ``free`` in the place of those above what is ``there``; each with a line in the
+    """The budgets that were given, and ``free`` instead of those above what is ``there``; each with a line in the
     log. A plan that is not run (``dry``) may be for more memory than this machine has."""
     budgets = dict(given)
     for tier, size in given.items():

@@ -59,7 +59,7 @@ class Measured:
 class Comparison:
     """What the turns of all jobs took, with speculation and without."""
 
-    kept_plain: Statistics = field(default_factory=Statistics)
+    kept_baseline: Statistics = field(default_factory=Statistics)
     """The turns without speculation that are kept: the jobs as they would have been."""
     pairs: list[tuple[Measured, Measured]] = field(default_factory=list)
     """The plain turn and the drafted one of a slice."""
@@ -76,17 +76,17 @@ class Comparison:
 
     def describe(self) -> dict[str, Any]:
         """Sums over both kinds of turns, and what speculation gained; empty where nothing was compared."""
-        plain, drafted = ([pair[arm] for pair in self.pairs] for arm in (0, 1))
-        plain_seconds, drafted_seconds = (sum(each.seconds for each in arm) for arm in (plain, drafted))
-        plain_tokens, drafted_tokens = (sum(each.tokens for each in arm) for arm in (plain, drafted))
-        if not plain_tokens or not plain_seconds or not drafted_seconds:
+        baseline, drafted = ([pair[arm] for pair in self.pairs] for arm in (0, 1))
+        baseline_seconds, drafted_seconds = (sum(each.seconds for each in arm) for arm in (baseline, drafted))
+        baseline_tokens, drafted_tokens = (sum(each.tokens for each in arm) for arm in (baseline, drafted))
+        if not baseline_tokens or not baseline_seconds or not drafted_seconds:
             return {}
-        plain_rate = plain_tokens / plain_seconds
+        plain_rate = baseline_tokens / baseline_seconds
         return {
-            "plain_seconds": plain_seconds,
-            "plain_tokens": plain_tokens,
+            "plain_seconds": baseline_seconds,
+            "plain_tokens": baseline_tokens,
             "plain_tokens_per_second": plain_rate,
-            "plain_passes": self.kept_plain.passes,
+            "plain_passes": self.kept_baseline.passes,
             "compared_seconds": drafted_seconds,
             "compared_tokens": drafted_tokens,
             "speed_up": drafted_tokens / drafted_seconds / plain_rate,
@@ -95,6 +95,6 @@ class Comparison:
 
     def check(self) -> None:
         """Invariants: a pair is one slice, plainly first and then with speculation."""
-        for plain, drafted in self.pairs:
-            assert plain.turn.requests is drafted.turn.requests
-            assert (plain.turn.drafted, drafted.turn.drafted) == (False, True)
+        for baseline, drafted in self.pairs:
+            assert baseline.turn.requests is drafted.turn.requests
+            assert (baseline.turn.drafted, drafted.turn.drafted) == (False, True)

@@ -36,7 +36,7 @@ RESOURCE_OF_SPAN = {name: name for name in ("h2d", "d2h", "disk_read", "disk_wri
 MEASURED = tuple(RESOURCE_OF_SPAN.values())
 """Resources that spans exist for; the memories are used by these."""
 WINDOW = 8
-"""Passes of one kind that a judgement averages over."""
+"""Passes of one kind that a judgment averages over."""
 WARM_UP = 2
 """Passes of each kind that are not judged: first touches, compilation, filling of the pipeline."""
 TIMED_FIRST, TIMED_EVERY = 16, 4
@@ -160,7 +160,7 @@ class PassMeter:
             kind: deque() for kind in self.seen
         }
         self.accepted = dict.fromkeys(self.seen, 1.0)
-        """Measured over predicted seconds of each kind of pass, as of the last judgement that changed something."""
+        """Measured over predicted seconds of each kind of pass, as of the last judgment that changed something."""
 
     @staticmethod
     def load(batch: PassBatch) -> PassLoad:

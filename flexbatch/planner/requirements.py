@@ -55,7 +55,7 @@ def block_requirements(
     """Returns the bytes by purpose and tier: the table of `check_budgets` and of the report. threads: of attention on
     the CPU."""
     arch, cache = plan.arch, sizes.cache
-    expansion = plan.dequantization_bytes("pre") + plan.dequantization_bytes("post")
+    dequantized = plan.dequantization_bytes("pre") + plan.dequantization_bytes("post")
     disk_slab = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
     activation = sizes.max_micro_batch_tokens * arch.hidden_size * dtype.itemsize * policy.num_gpu_batches
     # Rows go to their tier in pages: the last page of a micro-batch may be a part of one.
@@ -67,7 +67,7 @@ def block_requirements(
         MemoryRequirement("weights", "cpu", plan.tier_bytes("cpu")),
         MemoryRequirement("weights", "disk", plan.tier_bytes("disk")),
         MemoryRequirement(f"weight slabs ({plan.num_slabs})", "gpu", plan.num_slabs * plan.slab_bytes),
-        MemoryRequirement("weight expansion", "gpu", expansion),
+        MemoryRequirement("dequantization buffers", "gpu", dequantized),
         MemoryRequirement("cache", "gpu", layout.num_layers * cache.gpu_pages * layout.page_bytes),
         MemoryRequirement("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
         MemoryRequirement("cache", "disk", layout.num_layers * cache.disk_pages * layout.disk_page_bytes),

@@ -201,7 +201,7 @@ def _speed_up(whole: float, by_turn: Sequence[float]) -> str:
 
 
 def speculation(report: Mapping[str, Any]) -> str:
-    """What drafting was worth: tokens per pass, acceptance by place in the tree, and plain decoding beside it; empty
+    """What drafting was worth: tokens per pass, acceptance by position in the tree, and plain decoding beside it; empty
     without a draft."""
     run = report.get("speculation")
     if not run:

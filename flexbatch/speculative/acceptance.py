@@ -1,4 +1,4 @@
-"""How often drafted tokens were accepted, by their place in the tree, and which tree that makes worth its cost."""
+"""How often drafted tokens were accepted, by their position in the tree, and which tree that makes worth its cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AcceptanceStatistics:
     """Running acceptance by (depth of the parent, child rank) of one group of sequences.
 
     At every node of an accepted path that had children, each child is one offer, and at most one of them is taken.
-    Old observations fade by ``decay`` per observed tree. A place with few offers leans on its rank's average over
+    Old observations fade by ``decay`` per observed tree. A position with few offers leans on its rank's average over
     all depths, and that on ``prior``, each worth ``weight`` offers.
     """
 
@@ -161,7 +161,7 @@ def path_gains(acceptance: AcceptanceTable, max_nodes: int) -> list[float]:
     the largest first.
 
     A node is never likelier than its parent or an elder sibling, so that the likeliest n nodes are a tree, and the
-    best of n nodes: what `StaticTrees.expected_tokens` adds up to, several times faster than the dynamic programme
+    best of n nodes: what `StaticTrees.expected_tokens` adds up to, several times faster than the dynamic program
     for the sizes alone.
     """
     if not acceptance or not acceptance[0]:
@@ -202,7 +202,7 @@ def choose_shapes(
     node of the largest group (a step adds a node to every sequence of a group).
     """
     live = sum(group.sequences for group in groups)
-    plain = ShapeChoice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))
+    baseline = ShapeChoice(tuple(TreeShape() for _ in groups), float(live), pass_seconds(other_query_tokens + live))
     choices: list[tuple[float, float, float, int, list[int]]] = []
     """(tokens per second, query tokens, expected tokens, depth, nodes per group)."""
     for depth in range(1, max((len(group.acceptance) for group in groups), default=0) + 1):
@@ -221,10 +221,10 @@ def choose_shapes(
             )
             choices.append((tokens / seconds, queries, tokens, depth, nodes.copy()))
     most = max((rate for rate, *_ in choices), default=0.0)
-    if most <= plain.tokens_per_second * (1 + least_gain):
-        return plain
+    if most <= baseline.tokens_per_second * (1 + least_gain):
+        return baseline
     # A measured cost is not exact: what a larger tree gains within the margin may be noise, what it costs is sure.
-    least = max(most * (1 - margin), plain.tokens_per_second)
+    least = max(most * (1 - margin), baseline.tokens_per_second)
     rate, _, tokens, depth, nodes = min(
         (choice for choice in choices if choice[0] >= least), key=lambda choice: (choice[1], -choice[0])
     )

@@ -13,7 +13,7 @@ Candidates = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class TreePlan:
-    """How one tree is to be grown: ``shape`` with the likeliest children at its places, or, without one, ``beam``
+    """How one tree is to be grown: ``shape`` with the likeliest children at its nodes, or, without one, ``beam``
     nodes per level, from which the ``max_nodes`` likeliest are kept in the end. No deeper than ``max_depth`` either
     way."""
 

@@ -66,5 +66,5 @@ class Lookup:
         )
         for gram, ends in self._ends.items():
             assert all(tuple(self.tokens[end - self.ngram : end]) == gram for end in ends), (
-                f"n-gram {gram} is indexed at a wrong place"
+                f"n-gram {gram} is indexed at a wrong position"
             )

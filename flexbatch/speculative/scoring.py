@@ -17,7 +17,7 @@ def likeliest(logits: Tensor, sequences: Many[Sequence], paths: Many[tuple[int, 
     """For every row of logits [N, vocab], the ``count`` tokens that the target is most likely to draw there if it
     agrees with the draft.
 
-    Bias, penalties, temperature and cuts apply as in plain decoding; a sampled request adds the noise of that place
+    Bias, penalties, temperature and cuts apply as in plain decoding; a sampled request adds the noise of that position
     in its stream, the same that the target adds, so that of two equal distributions the same token comes first.
     Tokens that cannot be drawn are left out.
     """

@@ -36,7 +36,7 @@ from flexbatch.speculative.tree_spec import TreeSpec, parse_tree
 from flexbatch.validation.errors import ConfigurationError
 
 AUTO_MICRO_BATCH_TOKENS = 2048
-"""Query tokens of a micro-batch that an automatic tree may fill: intermediate results of every one take room on the
+"""Query tokens of a micro-batch that an automatic tree may fill: intermediate results of every one take memory on the
 GPU."""
 DEFAULT_MICRO_BATCH = 64
 
@@ -132,7 +132,7 @@ class Speculation:
         return speculator
 
     def open_runner(self, speculator: Speculator, longest: Sequence[int]) -> None:
-        """Make room in the drafts' caches; see `requirements`."""
+        """Size the drafts' caches; see `requirements`."""
         models = [source for source in speculator.sources if isinstance(source, DraftModel)]
         for draft, model in zip(self.drafts, models, strict=True):
             model.open_runner(draft.pages(longest, self.grown_nodes), self.positions(longest))
@@ -156,8 +156,8 @@ def plan_speculation(config: EngineConfig, target: Arch, tokenizer: Any, layout:
             )
         return None
     spec = parse_tree(config.tree or "auto")
-    room = AUTO_MICRO_BATCH_TOKENS // (config.gpu_batch_size or DEFAULT_MICRO_BATCH) - 1
-    nodes = spec.nodes if spec.kind != "auto" else max(2, min(AUTO_NODES, room))
+    most = AUTO_MICRO_BATCH_TOKENS // (config.gpu_batch_size or DEFAULT_MICRO_BATCH) - 1
+    nodes = spec.nodes if spec.kind != "auto" else max(2, min(AUTO_NODES, most))
     names = [name for name in config.draft if name != NGRAM]
     drawing = {"independent": Drawing.INDEPENDENT, "without-replacement": Drawing.WITHOUT_REPLACEMENT}.get(
         config.draft_sampling, Drawing.DETERMINISTIC

@@ -25,7 +25,7 @@ def fixed_widths(widths: Sequence[int]) -> TreeShape:
 
 @dataclass(frozen=True)
 class StaticTrees:
-    """The best tree of every size for an acceptance table, by the dynamic programme of Sequoia (section 3.1), with
+    """The best tree of every size for an acceptance table, by the dynamic program of Sequoia (section 3.1), with
     depth limited.
 
     acceptance: ``acceptance[d][r]`` is the probability that the child of rank r below an accepted node at depth d is

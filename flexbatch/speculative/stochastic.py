@@ -32,7 +32,7 @@ def draft_key(sequence: Sequence, node: int) -> int:
 def drawn_children(
     logits: Tensor, sequence: Sequence, path: tuple[int, ...], node: int, count: int, drawing: Drawing
 ) -> tuple[Candidates, Tensor]:
-    """Up to ``count`` children of one node in draw order, and the distribution [vocab] float32, to be normalised, that
+    """Up to ``count`` children of one node in draw order, and the distribution [vocab] float32, to be normalized, that
     they were drawn from.
 
     logits: [vocab] of the draft, processed as the target's will be. Without replacement there are no more children

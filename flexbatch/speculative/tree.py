@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 
-import numpy as np
-
-from flexbatch.execution.inputs import ancestor_masks
-
 ROOT = -1
 """Parent of the nodes that follow the last committed token."""
 
@@ -29,7 +25,7 @@ class Drawing(Enum):
     INDEPENDENT = "independent"
     """Each child is an independent draw from the draft; siblings may repeat a token."""
     WITHOUT_REPLACEMENT = "without replacement"
-    """Siblings are drawn one after another from the draft, renormalised over the tokens not yet drawn."""
+    """Siblings are drawn one after another from the draft, renormalized over the tokens not yet drawn."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class TreeShape:
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """Place of every node among its siblings, 0 for the first."""
+        """Rank of every node among its siblings, 0 for the first."""
         ranks = [0] * len(self.parents)
         for siblings in self.children:
             for rank, node in enumerate(siblings):
@@ -90,21 +86,6 @@ class TreeShape:
             path.append(node)
             node = self.parents[node]
         return tuple(reversed(path))
-
-    @cached_property
-    def query_depths(self) -> np.ndarray:
-        """int32 [n + 1]: position of every query token relative to the root."""
-        depths = np.array((0, *self.depths), dtype=np.int32)
-        depths.flags.writeable = False
-        return depths
-
-    @cached_property
-    def query_masks(self) -> np.ndarray:
-        """int32 [n + 1, ceil((n + 1) / 32)]: ancestor masks of the query tokens, root included, as
-        `kernels.attention_reference.paged_attention` takes them."""
-        masks = ancestor_masks((ROOT, *(parent + 1 for parent in self.parents)))
-        masks.flags.writeable = False
-        return masks
 
 
 @dataclass(frozen=True)
@@ -158,10 +139,6 @@ class TokenTree:
         for parent, logprob in zip(self.parents, self.logprobs, strict=True):
             totals.append(min(logprob, 0.0) + (0.0 if parent == ROOT else totals[parent]))
         return tuple(totals)
-
-    def path_tokens(self, node: int) -> tuple[int, ...]:
-        """Tokens from below the root down to ``node``; () for ROOT."""
-        return tuple(self.token_ids[i] for i in self.shape.path(node))
 
     def query_tokens(self, last_token: int) -> tuple[int, ...]:
         """Query tokens of the sequence in a pass: the last committed token, then the nodes."""

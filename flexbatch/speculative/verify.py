@@ -7,7 +7,7 @@ total variation about 0.3).
   drawn at once). The path is exactly what
   plain decoding would have drawn, for *any* tree, also one that depends on the noise the target draws with.
 - independent: multi-step speculative sampling (Miao et al., "SpecInfer", ASPLOS 2024, Algorithm 2).
-- without replacement: the residual rule in draw order, the draft renormalised after each rejection (Chen et al.,
+- without replacement: the residual rule in draw order, the draft renormalized after each rejection (Chen et al.,
   "Sequoia", 2024, Algorithm 1). Chance enters through `Draws` alone, so that a test can run these very functions
   over every outcome and add up exact probabilities.
 """
@@ -29,7 +29,7 @@ from what is barred."""
 
 
 class Draws(Protocol):
-    """The random stream of one request. ``depth`` counts from the next output token (0): the same place never serves
+    """The random stream of one request. ``depth`` counts from the next output token (0): the same position never serves
     two decisions."""
 
     def accept(self, depth: int, rank: int, probability: float) -> bool:
@@ -48,7 +48,7 @@ class AcceptedPath:
     token: int
 
     def tokens(self, tree: TokenTree) -> tuple[int, ...]:
-        """All tokens that this verdict emits."""
+        """All tokens that this path emits."""
         return (*(tree.token_ids[node] for node in self.path), self.token)
 
 
@@ -126,7 +126,7 @@ def rejection(
 
 
 def _residual(p: Tensor, q: Tensor) -> Tensor:
-    """max(p - q, 0), normalised. Where q covers p the child is always accepted and p stays, never to be drawn from."""
+    """max(p - q, 0), normalized. Where q covers p the child is always accepted and p stays, never to be drawn from."""
     excess = (p - q).clamp_(min=0.0)
     mass = excess.sum()
     return torch.where(mass > 0, excess / mass, p)

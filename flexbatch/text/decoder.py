@@ -74,7 +74,7 @@ class TextDecoder:
         return found if letter is not None and self.decode([letter]) == "A" else {}
 
     def hides(self, token_id: int) -> bool:
-        """Whether the token has no place in the text: it is special, or the tokenizer does not have it (models round
+        """Whether the token is no part of the text: it is special, or the tokenizer does not have it (models round
         their vocabularies up)."""
         return self.is_special(token_id) or self.is_unknown(token_id)
 

@@ -31,7 +31,7 @@ class StopSearch:
     """The text of an answer as its tokens come, searched for stop strings. ``special``: it shows special tokens.
 
     A stop string may be, or hold, a special token, which the text does not show. Where one may, the text with special
-    tokens is decoded and searched as well; `_marks` tells where its places lie in the text without them.
+    tokens is decoded and searched as well; `_marks` maps its offsets to the text without them.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class StopSearch:
                 offset = text.find(stop, offset + 1)
 
     def _visible_length(self, offset: int) -> int:
-        """The length of the visible text at a place of the text with special tokens."""
+        """The length of the visible text at an offset of the text with special tokens."""
         if not self._marks:
             # The two may differ at their beginnings: by the space of a first piece.
             assert self._spelled is not None

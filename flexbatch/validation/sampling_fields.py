@@ -24,8 +24,8 @@ MOST_SAMPLES = 16_384
 """Completions of one prompt, as in vLLM. Every one is a request of its own before anything runs: 64 bytes each and its
 share of lists, 6.4 GiB for 100 million."""
 MOST_LOGPROBS = 10_000
-"""Candidates at one place. Each is an object of 0.2 kB in the result: 2 MB a token at this bound. The whole vocabulary
-is -1."""
+"""Candidates at one position. Each is an object of 0.2 kB in the result: 2 MB a token at this bound. The whole
+vocabulary is -1."""
 MOST_STOPS, LONGEST_STOP = 1_024, 4_096
 """Stop strings (bad words) and characters of one: all are looked for after every token."""
 MOST_TOKENS = 2**31 - 1

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.apps.jobs.channel import Cancelled, Channel
+from flexbatch.apps.jobs.channel import Canceled, Channel
 from flexbatch.apps.jobs.sort_buffer import order_rows
 
 prompts = st.lists(st.lists(st.integers(0, 2), max_size=8), max_size=30)
@@ -64,7 +64,7 @@ def test_a_producer_that_waits_for_room_is_freed(end: str) -> None:
     def produce() -> None:
         try:
             channel.put(1)
-        except Cancelled:
+        except Canceled:
             freed.append(True)
 
     thread = threading.Thread(target=produce)

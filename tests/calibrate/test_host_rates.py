@@ -37,7 +37,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "launch_seconds": 3e-4,
         "graph_seconds": 4e-5 if device == "cuda" else 0.0,
         "exchange_seconds": 5e-4,
-        "settle_seconds": 7e-4,
+        "synchronize_seconds": 7e-4,
         "staging_seconds": 8e-4,
         "fetch_seconds": 9e-4,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
@@ -90,7 +90,7 @@ def test_costs_of_this_machine() -> None:
         "launch_seconds",
         "pass_seconds",
         "exchange_seconds",
-        "settle_seconds",
+        "synchronize_seconds",
         "staging_seconds",
         "fetch_seconds",
     }

@@ -32,7 +32,7 @@ def test_a_read_only_folder_is_a_usage_error(
     message = error_of(capsys)
     assert (
         f"offload folder {small_disk}/offload: Read-only file system" in message
-        and "name a writable folder with room in --offload-dir" in message
+        and "name a writable folder with free space in --offload-dir" in message
     )
 
 

@@ -109,7 +109,7 @@ def test_the_harness_prints_its_lists_and_nothing_else() -> None:
 
 
 def test_c_and_python_are_kept_apart_in_a_program_that_calls_a_command(capfd: pytest.CaptureFixture[str]) -> None:
-    """`main` called from Python: stdout is as before, afterwards."""
+    """`main` called from Python: stdout is as before, afterward."""
     print("before")
     with data_apart() as data:
         print("noise")

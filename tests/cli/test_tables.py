@@ -45,7 +45,7 @@ def cells(text: str, first: str) -> list[str]:
     return line.strip()[len(first) :].split()
 
 
-def test_placement_shows_asked_and_realised_shares_and_memory() -> None:
+def test_placement_shows_asked_and_realized_shares_and_memory() -> None:
     text = tables.placement(REPORT)
     assert "gpu batch size 4" in text and "overlap True" in text
     assert [line.split() for line in text.splitlines() if "weights  " in line] == [

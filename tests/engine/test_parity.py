@@ -119,7 +119,7 @@ SPREAD = {"disk": (("disk", "disk", "mixed", 2, True, 7), 0), "mixed": (("mixed"
     sampled((*bits, name) for bits in [(4, 16), (8, 8), (16, 4), (4, 4)] for name in SPREAD),
 )
 def test_compressed_tokens_depend_on_nothing_but_the_bits(weight_bits, cache_bits, spread, reference, tmp_path):
-    """Quantised weights and cache change the tokens, but placement, chunking and overlap may not."""
+    """Quantized weights and cache change the tokens, but placement, chunking and overlap may not."""
     model = reference("llama")
     outputs = [
         run(model, tmp_path, cell, share, weight_bits=weight_bits, cache_bits=cache_bits)

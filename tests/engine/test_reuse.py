@@ -44,7 +44,7 @@ def model(tmp_path):
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_second_start_skips_the_work(bits, model, tmp_path, monkeypatch):
-    """All weights on disk: nothing is read from the checkpoint, quantised or written again."""
+    """All weights on disk: nothing is read from the checkpoint, quantized or written again."""
     first, loaded, reused = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=bits)
     assert loaded == (model / "model.safetensors").stat().st_size - header_bytes(model) and reused == 0
     before = files(tmp_path / "offload")
@@ -60,8 +60,8 @@ def header_bytes(model):
     return 8 + int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little")
 
 
-def test_quantised_weights_in_memory_come_from_files_too(model, tmp_path, monkeypatch):
-    """What is left to read are the tensors that stay unquantised. Splits are no part of a file: another placement
+def test_quantized_weights_in_memory_come_from_files_too(model, tmp_path, monkeypatch):
+    """What is left to read are the tensors that stay unquantized. Splits are no part of a file: another placement
     takes the same ones."""
     first, everything, _ = start(model, tmp_path / "offload", percent=ON_GPU_AND_CPU, weight_bits=4)
     before = files(tmp_path / "offload")

@@ -82,7 +82,7 @@ def test_a_header_is_prefilled_once_on_every_tier(placement, num_samples, model,
 
 @pytest.mark.parametrize("chunk", [7, 512])
 def test_a_compressed_header_gives_the_tokens_of_its_own_reading(chunk, model, tmp_path, monkeypatch):
-    """Others read the header quantised, as the one that brought it does."""
+    """Others read the header quantized, as the one that brought it does."""
     params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
     shared, report, tiers = run(model, "mixed", tmp_path, params, cache_bits=4, prefill_chunk=chunk)
     assert report["prefilled_tokens"] == prefilled(1) + (tiers - 1) * SHARED

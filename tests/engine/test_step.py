@@ -6,10 +6,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.execution.turns import Turns
+from flexbatch.loop import EngineLoop
+from flexbatch.text.prompts import PromptError
 from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 from tests.tiny_models import random_prompts
 
@@ -89,6 +93,24 @@ def test_ids_are_the_callers_and_samples_come_together(llm):
     assert llm.abort(("mine", 1)) and not llm.has_unfinished()
 
 
+def test_ids_that_nobody_gave_are_not_those_that_somebody_gave(llm, wanted):
+    """Whichever numbers the caller uses, and whichever come next."""
+    following = llm.add_request(PROMPTS[0], GREEDY)
+    assert llm.abort(following)
+    given = [following + 1, following + 3, following + 4, "2"]
+    keys = [llm.add_request(PROMPTS[i], GREEDY, request_id=key) for i, key in enumerate(given)]
+    keys += [llm.add_request(PROMPTS[i], GREEDY) for i in range(len(given), 9)]
+    assert len(set(keys)) == 9 and finish(llm) == {key: wanted[i] for i, key in enumerate(keys)}
+
+
+@pytest.mark.parametrize("key", [["a"], {"a": 1}, ("a", ["b"])], ids=str)
+def test_an_id_that_can_be_none_is_refused_by_name(key, llm):
+    for call in (lambda: llm.add_request(PROMPTS[0], GREEDY, request_id=key), lambda: llm.abort(key)):
+        with pytest.raises(ConfigurationError, match=r"request_id .* without a hash.*one request"):
+            call()
+    assert not llm.has_unfinished()
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_an_aborted_request_frees_its_pages_and_touches_nobody(after, llm, wanted):
     """Waiting ones and running ones, one with several samples among them."""
@@ -162,6 +184,85 @@ def test_requests_come_from_many_threads(llm, wanted):
     while llm.has_unfinished() or any(thread.is_alive() for thread in threads):
         found |= {key: completion.token_ids for key, completion in llm.step()}
     assert {keys[key]: tokens for key, tokens in found.items()} == dict(enumerate(wanted))
+
+
+def test_a_request_does_not_wait_for_the_pass_of_another_thread(llm, wanted, monkeypatch):
+    """Nor is it in the way of one: passes take seconds where a model is read from the disk. What gives one up gets in
+    before the next pass, whoever else is waiting."""
+    begun, added = threading.Event(), threading.Event()
+    advance = EngineLoop.advance
+
+    def held(loop, complete):
+        begun.set()
+        assert added.wait(60), "the request waits for the pass that waits for it"
+        return advance(loop, complete)
+
+    llm.add_request(PROMPTS[0], GREEDY, request_id="first")
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(EngineLoop, "advance", held)
+        step = pool.submit(llm.step)
+        assert begun.wait(60)
+        with pytest.raises(ConfigurationError, match="has not finished"):
+            llm.add_request(PROMPTS[1], GREEDY, request_id="first")
+        with pytest.raises(PromptError):
+            llm.add_request([-1], GREEDY, request_id="second")
+        assert llm.add_request(PROMPTS[1], GREEDY, request_id="second") == "second"
+        added.set()
+        step.result()
+    assert finish(llm) == {"first": wanted[0], "second": wanted[1]}
+
+
+def test_whoever_waits_for_a_pass_is_next():
+    """A thread that runs pass after pass lets one that waits in between two of them, although it is awake first."""
+    turns, order = Turns(), []
+
+    def run(begun: threading.Event, wait: threading.Event) -> None:
+        with turns.step():
+            begun.set()
+            assert wait.wait(60)
+        with turns.step():
+            order.append("pass")
+
+    def abort() -> None:
+        with turns.change("abort"):
+            order.append("abort")
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(100):
+            begun, end = threading.Event(), threading.Event()
+            running = pool.submit(run, begun, end)
+            assert begun.wait(60)
+            waiting = pool.submit(abort)
+            while not turns._entrance.locked():
+                time.sleep(1e-4)
+            end.set()
+            running.result()
+            waiting.result()
+    assert order == ["abort", "pass"] * 100
+    turns.check()
+
+
+def test_requests_come_and_go_from_threads_while_passes_run(llm, wanted):
+    """Each thread adds its own and gives up every third of them, while another thread runs pass after pass."""
+    found, stop = {}, threading.Event()
+
+    def run() -> None:
+        while not stop.is_set() or llm.has_unfinished():
+            found.update((key, completion.token_ids) for key, completion in llm.step())
+
+    def ask(thread: int) -> set[object]:
+        keys = {llm.add_request(PROMPTS[i], GREEDY, request_id=(thread, i)) for i in range(len(PROMPTS))}
+        return {(thread, i) for i in range(0, len(PROMPTS), 3) if llm.abort((thread, i))} & keys
+
+    with ThreadPoolExecutor(4) as pool:
+        running = pool.submit(run)
+        given_up = [pool.submit(ask, thread) for thread in range(3)]
+        gone = set().union(*(each.result() for each in given_up))
+        stop.set()
+        running.result()
+    assert {(thread, i) for thread in range(3) for i in range(len(PROMPTS))} - gone == found.keys()
+    assert all(tokens == wanted[i] for (_, i), tokens in found.items())
+    check(llm)
 
 
 def test_a_failing_pass_ends_the_requests_and_the_next_ones_work(llm, wanted, monkeypatch):

@@ -4,6 +4,7 @@ tier, with a quantized cache, drafts, seeds, log-probabilities, samples, shared 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.scheduler import Scheduler
+from flexbatch.loop import EngineLoop
+from flexbatch.planner.planner import Planner
 from flexbatch.validation.errors import ConfigurationError
 from tests.execution.test_answer_lengths import ended
 from tests.tiny_models import VOCAB, random_prompts
@@ -225,3 +228,74 @@ def test_a_block_grows_with_what_is_learned_and_sources_are_told_apart(reference
         assert {name: each["answers"] for name, each in seen.items()} == {"": 60, "source 0": 30, "source 1": 30}
         with pytest.raises(ConfigurationError, match="source that has a hash"):
             list(llm.stream([(0, prompts[0], params[0], ["no hash"])]))
+
+
+@pytest.fixture
+def replanned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Blocks are replaced after every answer that was seen, by turns by larger ones and by smaller ones that do not
+    take all that was in flight."""
+    sizes, chosen, advance = itertools.cycle([1, 6, 2, 5, 1, 3]), [], EngineLoop.advance
+
+    def adopt(planner: Planner, job: Any) -> Any:
+        chosen.append(next(sizes))
+        plan = planner.engine_plan
+        policy = dataclasses.replace(plan.policy, gpu_batch_size=chosen[-1])
+        planner._engine_plan = dataclasses.replace(plan, policy=policy)
+        return planner._engine_plan
+
+    def advanced(loop: EngineLoop, complete: bool) -> Any:
+        if loop.lengths.learns:
+            loop.next_lengths_plan = min(loop.next_lengths_plan, loop.lengths.num_seen + 1)
+        finished = advance(loop, complete)
+        assert finished or loop.running, "nothing runs, and nobody is told that requests are left"
+        return finished
+
+    monkeypatch.setattr(Planner, "adopt_lengths", adopt)
+    monkeypatch.setattr(EngineLoop, "advance", advanced)
+    return chosen
+
+
+def stepped(llm: LLM) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    while llm.has_unfinished():
+        found |= dict(llm.step())
+    return found
+
+
+def test_what_a_smaller_block_does_not_take_waits_for_its_turn(reference, tmp_path, replanned):
+    """Sequences that a block has left wait in the next one, and in the one after that: those that were still waiting
+    when it was replaced were lost, and a job waited for them forever."""
+    folder, (prompts, params) = str(reference("llama").folder), requests()
+    roomy = {**SETTINGS, **PLACES["gpu"], "gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path)}
+    with LLM(folder, **roomy, reserve="all") as llm:
+        wanted = told(llm.generate(prompts, params))
+    with LLM(folder, **roomy) as llm:
+        assert told(llm.generate(prompts, params)) == wanted and len(replanned) >= 3
+        found = dict(llm.stream((i, *item) for i, item in enumerate(zip(prompts, params, strict=True))))
+        assert told(found[i] for i in range(len(prompts))) == wanted
+
+        def waiting() -> list[Any]:
+            scheduler = llm._loop.scheduler
+            return [] if scheduler is None else list(scheduler.waiting)
+
+        # One that waits in the next block is given up; of two samples both go.
+        keys = [llm.add_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        found = {}
+        while not any(each.num_output_tokens for each in waiting()):
+            found |= dict(llm.step())
+        given_up = waiting()[-1].request.index
+        assert llm.abort(given_up) and given_up not in {each.request.index for each in waiting()}
+        found |= stepped(llm)
+        assert set(keys) - found.keys() == {given_up}
+        assert all(told([found[key]]) == [wanted[i]] for i, key in enumerate(keys) if key in found)
+
+        # A run that is to end finishes what has begun in another block, too.
+        keys = [llm.add_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        found = {}
+        while not any(each.num_output_tokens for each in waiting()):
+            found |= dict(llm.step())
+        begun = {each.request.index for each in waiting() if each.num_output_tokens}
+        llm.drain()
+        found |= stepped(llm)
+        assert begun <= found.keys() < set(keys)
+        llm.tiers.check()

@@ -1,4 +1,4 @@
-"""Constraints against transformers' own processors, and along drafted paths against the same tokens committed."""
+"""TokenConstraints against transformers' own processors, and along drafted paths against the same tokens committed."""
 
 from __future__ import annotations
 

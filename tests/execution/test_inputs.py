@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.execution.inputs import InputBuilder, ancestor_masks, attention_place
+from flexbatch.execution.inputs import InputBuilder, ancestor_masks, attention_memory
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.memory.pages import PageTable
 from flexbatch.memory.tiers import Pool
@@ -138,7 +138,7 @@ def test_every_query_token_is_where_it_belongs(builder: InputBuilder, made: list
     assert [flat[row] for row in inputs.logit_index.tolist()] == list(inputs.logit_rows)
     assert list(inputs.logit_rows) == [(query, i) for query, i in flat if i >= query.first_logit]
     places = {
-        place: [query for query in ordered if attention_place(query) == place] for place in ("gpu", "staged", "cpu")
+        place: [query for query in ordered if attention_memory(query) == place] for place in ("gpu", "staged", "cpu")
     }
     cursor = 0
     for place in ("gpu", "staged", "cpu"):
@@ -196,7 +196,7 @@ def test_prompts_and_large_trees_of_cpu_sequences_are_attended_on_the_device() -
         prompt = tuple(range(count))
         parents = tuple(range(-1, count - 1)) if tree else None
         query = query_of(0, prompt, 0, count, PageTable("cpu", list(range(20)), cpu_attention=True), parents)
-        assert attention_place(query) == place
+        assert attention_memory(query) == place
 
 
 def test_a_pass_counts_its_prompt_tokens() -> None:

@@ -181,7 +181,7 @@ def awkward(dtype: torch.dtype, shape: tuple[int, ...], group: int, seed: int) -
 def assert_same_rows(
     got: torch.Tensor, wanted: torch.Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype
 ) -> None:
-    """Bit for bit; of a NaN in quantised rows only that it is one."""
+    """Bit for bit; of a NaN in quantized rows only that it is one."""
     if bits == 16:
         assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
         return

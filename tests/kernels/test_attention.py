@@ -58,7 +58,7 @@ def test_native_cuts_long_contexts(window):
     "heads", [{"head_dim": 32}, {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128}], ids=["narrow", "wide"]
 )
 def test_native_result_depends_on_the_sequence_alone(heads):
-    """Bit for bit, whatever the number of threads and the neighbours in the batch."""
+    """Bit for bit, whatever the number of threads and the neighbors in the batch."""
     (query, rows, table, starts, lens), options = Case((1, 3, 1), (700, 90, 1100), **heads).build()
     together = [
         native.paged_attention(query, rows, table, starts, lens, **options, threads=threads) for threads in (1, 3)

@@ -18,7 +18,7 @@ QUICK = (*native.FLAGS, "-O0")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """One compiled library, which the tests copy; unoptimised, in a third of the time."""
+    """One compiled library, which the tests copy; unoptimized, in a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "FLAGS", QUICK)
         return native.build(tmp_path_factory.mktemp("built"))

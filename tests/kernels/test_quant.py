@@ -1,4 +1,4 @@
-"""Quantisation in Triton against the oracle: bit for bit."""
+"""Quantization in Triton against the oracle: bit for bit."""
 
 import pytest
 import torch
@@ -63,8 +63,8 @@ def test_error_is_half_a_step(shape, group, bits):
     assert (back - x).abs().max() <= extent / ((1 << bits) - 1) / 2 * 1.001
 
 
-def squared_error(x, quantised, bits, group):
-    return (reference.dequantize(*quantised, x.shape[1], bits, group) - x).square()
+def squared_error(x, quantized, bits, group):
+    return (reference.dequantize(*quantized, x.shape[1], bits, group) - x).square()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

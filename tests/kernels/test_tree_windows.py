@@ -85,7 +85,7 @@ def triton_case(seed: int, on_gpu: bool) -> tuple[Case, int]:
 
 
 def unrounded(rows: torch.Tensor, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of token rows in float32, quantised ones with all bits that their codes and parameters say."""
+    """Keys and values of token rows in float32, quantized ones with all bits that their codes and parameters say."""
     if case.bits == 16:
         return rows[:, 0].float(), rows[:, 1].float()
     codes, groups = reference.code_bytes(case.head_dim, case.bits), reference.num_groups(case.head_dim, case.group)

@@ -108,7 +108,7 @@ def test_a_shared_prefix_is_read_from_the_pages_of_another() -> None:
         assert torch.equal(read(cache, queues, [(second, PAGE_TOKENS + 2)], 0)[0], torch.cat([prompt, end]))
 
 
-def test_neighbours_in_the_file_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_in_the_file_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_cache() as (cache, _):
         assert cache.runs([4, 5, 6, 2, 1, 3]) == [(0, 4, 3), (3, 2, 1), (4, 1, 1), (5, 3, 1)]
         assert cache.runs([]) == []

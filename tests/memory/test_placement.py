@@ -27,7 +27,7 @@ def test_every_beginning_is_within_one_piece_of_the_split(sizes: list[int], spli
     tiers = spread(sizes, split)
     for count in range(1, len(sizes) + 1):
         for deviation in deviations(sizes[:count], tiers[:count], split):
-            # The tier furthest behind is behind by a third of the piece at least: it is ahead by two thirds afterwards
+            # The tier furthest behind is behind by a third of the piece at least: it is ahead by two thirds afterward
             # at most.
             assert -max(sizes[:count]) - 1e-6 <= deviation <= 2 / 3 * max(sizes[:count]) + 1e-6
 

@@ -71,7 +71,7 @@ def test_slabs_are_aligned_without_overlap_and_as_long_as_said(plan: WeightPlan)
 
 @settings(max_examples=40, deadline=None)
 @given(plans())
-def test_matrices_of_blocks_alone_are_quantised_and_tables_alone_gathered(plan: WeightPlan) -> None:
+def test_matrices_of_blocks_alone_are_quantized_and_tables_alone_gathered(plan: WeightPlan) -> None:
     for tensor in plan.all_tensors:
         assert not tensor.quantized or tensor.spec.role in QUANTIZED_ROLES
         dense = tensor.spec.numel * tensor.element_bytes

@@ -75,8 +75,8 @@ def sweep(store: WeightStore, arch: Arch, bits: int, count: int) -> None:
             weights = store.weights(tick.layer, stage)
             for role, tensor in wanted[tick.layer].items():
                 if role in weights:
-                    quantised = bits != 16 and role in ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
-                    if not quantised or (stage == "pre") == (role == "qkv.weight"):
+                    quantized = bits != 16 and role in ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
+                    if not quantized or (stage == "pre") == (role == "qkv.weight"):
                         assert torch.equal(weights[role], tensor), (tick, stage, role)
         assert set(wanted[tick.layer]) <= set(store.weights(tick.layer, "post")), tick
         if tick.micro_batch == count - 1:

@@ -473,7 +473,7 @@ def test_stop_tokens_of_the_generation_config_win(folder):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool])
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_integers_without_an_explanation_are_no_weights(folder, dtype, form):
-    """They are codes of a quantiser whose config is lost; taken for numbers they gave text without a word."""
+    """They are codes of a quantizer whose config is lost; taken for numbers they gave text without a word."""
     name = "model.layers.1.mlp.up_proj.weight"
     change(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     if form == "bin":

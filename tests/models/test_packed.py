@@ -54,7 +54,7 @@ def pack_outputs(values, order):
     return words(torch.stack([eights[..., output] for output in order], dim=-1))
 
 
-def quantise(rows, columns, method, group, generator):
+def quantize(rows, columns, method, group, generator):
     """Stored tensors of a random matrix, and the matrix [rows, columns] that they mean."""
     groups = columns // group
     codes = torch.randint(0, 16, (columns, rows), generator=generator)
@@ -74,14 +74,14 @@ def quantise(rows, columns, method, group, generator):
 
 
 def make(folder, method, case="llama", group=GROUP, tokenizer=False, **overrides):
-    """Replace the matrices of the blocks in a tiny model by quantised ones. Returns the torch model with what they
+    """Replace the matrices of the blocks in a tiny model by quantized ones. Returns the torch model with what they
     mean."""
     model = make_model(case, folder, tokenizer=tokenizer, **overrides)
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(5)
     for name in list(tensors):
         # Quantizers leave routers alone.
         if tensors[name].dim() == 2 and (".layers." in name or ".h." in name) and not name.endswith(".gate.weight"):
-            packed, meant = quantise(*tensors.pop(name).shape, method, group, generator)
+            packed, meant = quantize(*tensors.pop(name).shape, method, group, generator)
             tensors |= {name.replace("weight", suffix): tensor.contiguous() for suffix, tensor in packed.items()}
             weight_of(model, name).copy_(meant)
     save_file(tensors, folder / "model.safetensors")
@@ -242,7 +242,7 @@ def test_roles_that_are_packed_everywhere(tmp_path):
 @pytest.mark.parametrize("group", [32, 8])
 @pytest.mark.parametrize("weight_bits", [16, 4])
 def test_the_plan_has_the_bytes_of_the_checkpoint(group, weight_bits, tmp_path):
-    """Its own groups, a matrix that one layer has unquantised and so all have at --weight-bits, norms: as stored,
+    """Its own groups, a matrix that one layer has unquantized and so all have at --weight-bits, norms: as stored,
     byte for byte."""
     make(tmp_path, "gptq", group=group, tokenizer=True, **SIZES)
 
@@ -295,7 +295,7 @@ def test_groups_split_without_change(tmp_path):
     "quantization",
     [{"quant_method": "eetq", "bits": 8}, {"quant_method": "gptq", "bits": 5}, {"quant_method": None}],
 )
-def test_other_quantisations_are_refused(tmp_path, quantization):
+def test_other_quantizations_are_refused(tmp_path, quantization):
     make(tmp_path, "gptq", **SIZES)
     configure(tmp_path, quantization_config=quantization)
     with pytest.raises(CheckpointError, match=rf"{tmp_path}: .* is not supported; supported: "):
@@ -413,7 +413,7 @@ def test_spoiled_packed_weights_are_named(tmp_path, kind):
         packed_pieces(tmp_path)
 
 
-def test_zero_biases_that_quantisers_add_are_skipped(tmp_path):
+def test_zero_biases_that_quantizers_add_are_skipped(tmp_path):
     make(tmp_path, "gptq", **SIZES)
     change(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(64)}))
     assert packed_pieces(tmp_path)

@@ -38,7 +38,7 @@ def test_no_file_names_a_folder_beside_the_repository() -> None:
 
 
 @pytest.mark.parametrize("name", ["gsm8k_test.jsonl", "humaneval.jsonl", "mt_bench.jsonl"])
-def test_prompts_of_benchmarks_are_small_different_and_named_with_their_licence(name: str) -> None:
+def test_prompts_of_benchmarks_are_small_different_and_named_with_their_license(name: str) -> None:
     rows = [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
     assert len({row["prompt"] for row in rows}) == len(rows) >= 40 and all(
         row.keys() == {"id", "prompt"} for row in rows

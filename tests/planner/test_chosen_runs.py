@@ -1,5 +1,5 @@
 """Runs under chosen policies: the same tokens however little memory there is, and a plan that is compared with the
-run, learnt from and changed."""
+run, learned from and changed."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def free_launch(name: str) -> Hardware:
         "sequence_seconds",
         "cpu_attention_seconds",
         "exchange_seconds",
-        "settle_seconds",
+        "synchronize_seconds",
         "staging_seconds",
         "fetch_seconds",
         "link_seconds",
@@ -92,7 +92,7 @@ def test_no_overlap_costs_the_sum():
     in_turn = sum(seconds[n] for n in ("h2d", "d2h", "gpu_compute"))
     assert float(serial.pass_seconds(point_of(policy))) == pytest.approx(in_turn)
     settled = PassModel(
-        public_shape("opt-6.7b"), small(settle_seconds=1e-3), dataclasses.replace(policy, overlap=False), load
+        public_shape("opt-6.7b"), small(synchronize_seconds=1e-3), dataclasses.replace(policy, overlap=False), load
     )
     assert float(settled.pass_seconds(point_of(policy))) == pytest.approx(in_turn + 33 * 2 * 1e-3)
 
@@ -140,7 +140,7 @@ def test_what_is_staged_or_fetched_is_launched_too(weights, cache, share, load, 
     assert max(none, 32 * 2 * each) <= shown <= none + 32 * 2 * each
 
 
-def test_quantised_rows_are_expanded_at_their_own_rate():
+def test_quantized_rows_are_expanded_at_their_own_rate():
     eight, four = Curve((1.0, 4.0), (5e10, 3e10)), Curve((1.0, 4.0), (4e10, 2e10))
     hardware = dataclasses.replace(load_hardware("h200"), cpu_attention_8=eight, cpu_attention_4=four)
     assert hardware.cpu_attention_rate(1) == hardware.cpu_attention.values[0]

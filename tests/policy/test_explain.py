@@ -268,9 +268,9 @@ def test_shape_comes_back_from_json():
 def test_spread_weights_meet_the_split_to_one_tensor(gpu, rest, name):
     shape = public_shape(name)
     asked = Split(gpu, (1 - gpu) * rest, 1 - gpu - (1 - gpu) * rest)
-    realised, largest = spread_weights(shape, asked)
+    realized, largest = spread_weights(shape, asked)
     tensor = max(*shape.block_tensors, *shape.head_tensors, *shape.embedding_tensors) / shape.total_elements
-    for want, have in zip(asked.fractions, realised.fractions, strict=True):
+    for want, have in zip(asked.fractions, realized.fractions, strict=True):
         assert abs(want - have) <= tensor + 1e-9
         assert want > 0 or have == 0
     assert largest <= shape.largest_layer_bytes(16)
@@ -299,7 +299,7 @@ def test_peak_memory_by_hand():
     assert peak["gpu"]["activations"] == 3 * (48 + 48 * 512) * 7168 * 2
 
 
-def test_quantised_peak_counts_the_expansion():
+def test_quantized_peak_counts_the_expansion():
     shape, hardware = public_shape("opt-30b"), load_hardware("h200")
     policy = Policy(Split(0.5, 0.5), Split(1, 0), Split(1, 0), 4, 1, 4, 4)
     rows = memory_rows(shape, hardware, Workload.uniform(512, 32), policy)

@@ -150,7 +150,7 @@ def test_whole_search_for_the_largest_model_is_short():
 
 
 @pytest.mark.parametrize("model, gpu, cpu, every", MACHINES)
-def test_choice_beats_its_neighbours(model, gpu, cpu, every):
+def test_choice_beats_its_neighbors(model, gpu, cpu, every):
     """No block of another size, with its own best splits, is better by more than 1 %."""
     hardware = load_hardware("h200").with_memory(gpu=gpu * GIB, cpu=cpu * GIB)
     shape = public_shape(model)

@@ -1,4 +1,4 @@
-"""The runner of the settings: what it writes can be priced, a cut run goes on, neighbours are distinct and fit."""
+"""The runner of the settings: what it writes can be priced, a cut run goes on, neighbors are distinct and fit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from benchmark import policy_neighbours, policy_runs
+from benchmark import policy_neighbors, policy_runs
 from benchmark.policy_error import plan_of
-from benchmark.policy_settings import NEIGHBOURHOODS, SETTINGS, Setting
+from benchmark.policy_settings import NEIGHBORHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.policy import Policy, Split
@@ -37,7 +37,7 @@ def run(monkeypatch, tmp_path, names, *extra, table=None):
     }
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["opt-125m"] | sizes)
     monkeypatch.setattr(policy_runs, "SETTINGS", table or {"tiny": TINY})
-    monkeypatch.setattr(policy_runs, "NEIGHBOURHOODS", table or {"tiny": TINY})
+    monkeypatch.setattr(policy_runs, "NEIGHBORHOODS", table or {"tiny": TINY})
     monkeypatch.setattr(
         "sys.argv",
         ["policy_runs", str(tmp_path / "runs.jsonl"), "--hardware", "cpu", "--child", "--only", *names, *extra],
@@ -137,15 +137,15 @@ def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
     ) == 2
 
 
-def test_neighbours_differ_from_the_policy_and_from_each_other():
+def test_neighbors_differ_from_the_policy_and_from_each_other():
     for cache in (Split(0.1, 0.8, 0.1), Split(0, 1)):
         policy = Policy(Split(0.4, 0.6), cache, Split(1, 0), 24, 2, cpu_attention=0.5, prefill_budget=1024)
-        found = [other for _, other in policy_neighbours.neighbours(policy)]
+        found = [other for _, other in policy_neighbors.neighbors(policy)]
         assert len({other for other in found if other != policy}) >= 18
         assert all(other.weights == policy.weights for other in found[:6])
 
 
-def test_a_neighbourhood_runs_every_policy(monkeypatch, tmp_path):
+def test_a_neighborhood_runs_every_policy(monkeypatch, tmp_path):
     tiny = Setting(
         **{
             **TINY.__dict__,
@@ -155,9 +155,9 @@ def test_a_neighbourhood_runs_every_policy(monkeypatch, tmp_path):
             "fixed": {"device": "cpu", "dtype": "float32"},
         }
     )
-    _, (record,) = run(monkeypatch, tmp_path, ["tiny"], "--neighbours", table={"tiny": tiny})
+    _, (record,) = run(monkeypatch, tmp_path, ["tiny"], "--neighbors", table={"tiny": tiny})
     tried = record["tried"]
-    assert [each["name"] for each in tried].count("chosen") == 2 and len(tried) == 2 + policy_neighbours.NUM_NEIGHBOURS
+    assert [each["name"] for each in tried].count("chosen") == 2 and len(tried) == 2 + policy_neighbors.NUM_NEIGHBORS
     assert all(each["gpu_batch_size"] * each["num_gpu_batches"] <= tiny.num_prompts for each in tried), (
         "blocks that no job of so many sequences fills"
     )
@@ -179,7 +179,7 @@ def test_a_neighbourhood_runs_every_policy(monkeypatch, tmp_path):
 
 def test_settings_cover_what_the_model_distinguishes():
     settings = SETTINGS.values()
-    assert len(settings) >= 12 and len(NEIGHBOURHOODS) == 3
+    assert len(settings) >= 12 and len(NEIGHBORHOODS) == 3
     assert (
         {s.fixed.get("weight_bits", 16) for s in settings}
         == {s.fixed.get("cache_bits", 16) for s in settings}

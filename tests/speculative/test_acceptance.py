@@ -150,7 +150,7 @@ def test_choice_is_the_best_of_all_sizes_for_every_group(live: int, parts, slope
 
 
 @given(st.lists(st.lists(st.floats(0, 0.3), min_size=3, max_size=3), min_size=1, max_size=5))
-def test_gains_of_nodes_are_those_of_the_dynamic_programme(rows) -> None:
+def test_gains_of_nodes_are_those_of_the_dynamic_program(rows) -> None:
     table = tuple(tuple(sorted(row, reverse=True)) for row in rows)
     gains = path_gains(table, 20)
     totals = [1 + sum(gains[:nodes]) for nodes in range(21)]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from flexbatch.speculative.growth import GrowingTree, TreePlan
 from flexbatch.speculative.shapes import StaticTrees, fixed_widths
 from flexbatch.speculative.tree import TokenTree, TreeShape
+from tests.speculative.tree_paths import path_tokens
 
 VOCAB = 7
 
@@ -43,7 +44,7 @@ def test_a_shape_gets_the_likeliest_children_at_its_places(widths: list[int], li
     kept = [node for node, depth in enumerate(shape.depths) if depth <= limit]
     assert tree.parents == tuple(shape.parents[node] for node in kept)
     for node in range(len(tree)):
-        expected = children(tree.path_tokens(tree.parents[node]))[tree.shape.ranks[node]]
+        expected = children(path_tokens(tree, tree.parents[node]))[tree.shape.ranks[node]]
         assert (tree.token_ids[node], (tree.logprobs or ())[node]) == expected
 
 
@@ -67,7 +68,7 @@ def test_a_beam_keeps_the_likeliest_paths_of_every_level(beam: int, depth: int, 
         candidates += level
     best = sorted((value for _, value in candidates), reverse=True)[:nodes]
     assert sorted(tree.path_logprobs, reverse=True) == pytest.approx(best)
-    assert {tree.path_tokens(node) for node in range(len(tree))} <= {path for path, _ in candidates}
+    assert {path_tokens(tree, node) for node in range(len(tree))} <= {path for path, _ in candidates}
 
 
 def test_missing_candidates_make_a_smaller_tree() -> None:

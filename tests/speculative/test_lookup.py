@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.speculative.lookup import MAX_CANDIDATES, MAX_MATCH, Lookup
+from tests.speculative.tree_paths import path_tokens
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 
@@ -40,9 +41,9 @@ def test_tree_holds_the_continuations_of_the_longest_matches(
     assert bool(len(tree)) == bool(expected)
     if expected:
         best = expected[0][:nodes]
-        assert tree.token_ids[: len(best)] == best and tree.path_tokens(len(best) - 1) == best
+        assert tree.token_ids[: len(best)] == best and path_tokens(tree, len(best) - 1) == best
         prefixes = {continuation[: i + 1] for continuation in expected for i in range(depth)}
-        assert {tree.path_tokens(node) for node in range(len(tree))} <= prefixes
+        assert {path_tokens(tree, node) for node in range(len(tree))} <= prefixes
         assert len(tree) == min(nodes, len(prefixes))
 
 
@@ -68,7 +69,7 @@ def test_a_new_suffix_gives_no_tree_and_damage_is_found() -> None:
     lookup = Lookup([1, 2, 3])
     assert not len(lookup.propose(8, 4)) and not len(Lookup().propose(8, 4))
     lookup.tokens[0] = 9
-    with pytest.raises(AssertionError, match="wrong place"):
+    with pytest.raises(AssertionError, match="wrong position"):
         lookup.check()
     with pytest.raises(ValueError, match="ngram=0"):
         Lookup(ngram=0)

@@ -15,7 +15,7 @@ from tests.speculative.engines import GREEDY, Scripted, engine, tokens
 from tests.tiny_models import make_model, make_tokenizer
 
 
-def test_simulated_acceptance_is_labelled(reference, other, tmp_path):
+def test_simulated_acceptance_is_labeled(reference, other, tmp_path):
     model = reference("llama")
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=1)
     with engine(model, tmp_path, draft=(str(other),), tree="chain:4", simulate_acceptance=0.8) as llm:
@@ -47,7 +47,7 @@ def test_compare_plain_measures_both_in_one_run(reference, tmp_path):
     assert speculation["plain_passes"] > report["passes"] and speculation["speed_up"] > 0
     assert report["requests"] == len(model.prompts), "the plain run is not counted twice"
     read = sum(len(prompt) for prompt in model.prompts)
-    assert llm._loop.comparison.kept_plain.prefilled_tokens == llm.statistics.prefilled_tokens == read, (
+    assert llm._loop.comparison.kept_baseline.prefilled_tokens == llm.statistics.prefilled_tokens == read, (
         "no run finds the prompts that another one has read"
     )
 
@@ -77,7 +77,7 @@ def test_random_weights_need_vocabularies_of_one_size(tmp_path):
         LLM("opt-30b", draft=("llama-2-7b",), **settings)
 
 
-def test_drafts_count_towards_the_budget_of_the_gpu(reference, other, tmp_path):
+def test_drafts_count_toward_the_budget_of_the_gpu(reference, other, tmp_path):
     """The target alone fits; with a draft the plan is refused with the draft's rows in the table."""
     model = reference("llama")
     with engine(model, tmp_path, gpu_memory="32MiB") as llm:

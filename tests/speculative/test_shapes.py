@@ -1,4 +1,4 @@
-"""Tree syntax, fixed widths, and the dynamic programme against brute force and against greedy growth."""
+"""Tree syntax, fixed widths, and the dynamic program against brute force and against greedy growth."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SMALL = list(every_shape(5))
 
 @settings(max_examples=60, deadline=None)
 @given(tables(), st.integers(0, 5))
-def test_dynamic_programme_equals_brute_force(table, nodes: int) -> None:
+def test_dynamic_program_equals_brute_force(table, nodes: int) -> None:
     best = max(expected_tokens(shape, table) for shape in SMALL if len(shape) <= nodes)
     trees = StaticTrees(table, 5)
     assert trees.expected_tokens[nodes] == pytest.approx(best, abs=1e-12)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flexbatch.kernels import attention_reference
 from flexbatch.speculative.tree import ROOT, Drawing, TokenTree, TreeShape, best_first, chain, merge
+from tests.speculative.tree_paths import path_tokens, query_masks
 
 
 @st.composite
@@ -25,7 +26,7 @@ def trees(draw, max_nodes: int = 90, vocab: int = 200, logprobs: bool = True) ->
 
 
 def paths(tree: TokenTree) -> set[tuple[int, ...]]:
-    return {tree.path_tokens(node) for node in range(len(tree))}
+    return {path_tokens(tree, node) for node in range(len(tree))}
 
 
 @settings(deadline=None)
@@ -40,14 +41,13 @@ def test_shape_agrees_with_walking_up(tree: TokenTree) -> None:
         assert list(shape.children[parent + 1]) == siblings and siblings[shape.ranks[node]] == node
         assert tree.child(parent + 1, tree.token_ids[node]) == node
     assert sum(map(len, shape.children)) == len(tree)
-    assert shape.query_depths.tolist() == [0, *shape.depths]
     assert tree.query_tokens(7) == (7, *tree.token_ids)
 
 
 @settings(deadline=None)
 @given(trees(logprobs=False))
 def test_masks_hold_exactly_the_ancestors(tree: TokenTree) -> None:
-    masks = tree.shape.query_masks
+    masks = query_masks(tree.shape)
     rows = len(tree) + 1
     assert masks.dtype == np.int32 and masks.shape == (rows, -(-rows // 32))
     bits = (masks.view(np.uint32)[:, np.arange(rows) // 32] >> (np.arange(rows) % 32).astype(np.uint32)) & 1
@@ -61,7 +61,7 @@ def test_masks_hold_exactly_the_ancestors(tree: TokenTree) -> None:
 
 
 def test_a_chain_is_causal_beyond_one_word() -> None:
-    masks = chain(list(range(99))).shape.query_masks
+    masks = query_masks(chain(list(range(99))).shape)
     bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :100]
     assert np.array_equal(bits, np.tril(np.ones((100, 100), dtype=np.uint8)))
 
@@ -92,8 +92,8 @@ def test_tree_attention_equals_attention_over_each_path(tree: TokenTree, prefix:
             query[slots[len(slots) - queries :]], cache, table, starts, lens, **settings_, **extra
         )
 
-    masks = torch.from_numpy(tree.shape.query_masks.copy())
-    positions = torch.from_numpy(tree.shape.query_depths + np.int32(prefix))
+    masks = torch.from_numpy(query_masks(tree.shape))
+    positions = torch.tensor([prefix + depth for depth in (0, *tree.depths)], dtype=torch.int32)
     together = attend(list(range(prefix + rows)), rows, tree_masks=masks, positions=positions)
     for node in range(-1, len(tree)):
         path = [0, *(i + 1 for i in tree.shape.path(node))]
@@ -110,9 +110,9 @@ def test_merge_holds_every_path_once(several: list[TokenTree]) -> None:
     for tree in several:
         for node in range(len(tree)):
             assert tree.logprobs is not None
-            path = tree.path_tokens(node)
+            path = path_tokens(tree, node)
             best[path] = max(best.get(path, -np.inf), tree.logprobs[node])
-    assert {merged.path_tokens(node): (merged.logprobs or ())[node] for node in range(len(merged))} == best
+    assert {path_tokens(merged, node): (merged.logprobs or ())[node] for node in range(len(merged))} == best
     assert merge([merged, *several]) == merged
 
 
@@ -171,4 +171,4 @@ def test_independent_siblings_may_repeat_and_empty_trees_are_plain_decoding() ->
     tree = TokenTree((3, 3), TreeShape((-1, -1)), None, Drawing.INDEPENDENT)
     assert tree.child(0, 3) == 0 and tree.child(0, 4) is None
     empty = TokenTree()
-    assert empty.query_tokens(9) == (9,) and empty.shape.query_masks.tolist() == [[1]] and empty.shape.path(ROOT) == ()
+    assert empty.query_tokens(9) == (9,) and query_masks(empty.shape).tolist() == [[1]] and empty.shape.path(ROOT) == ()

@@ -17,6 +17,7 @@ from flexbatch.memory.pages import SequencePages
 from flexbatch.speculative.shapes import fixed_widths
 from flexbatch.speculative.tree import Drawing, TokenTree, TreeShape, chain
 from flexbatch.speculative.verify import AcceptedPath, verify
+from tests.speculative.tree_paths import path_tokens
 
 T = TypeVar("T")
 Prefix = tuple[int, ...]
@@ -113,7 +114,7 @@ def emitted(
     def procedure(script: Script) -> tuple[int, ...]:
         tree, sources = draw_tree(draft, shape, drawn, script)
         tree = tree if rule is None else TokenTree(tree.token_ids, shape, None, rule)
-        rows = torch.stack([target(tree.path_tokens(node)) for node in range(-1, len(tree))])
+        rows = torch.stack([target(path_tokens(tree, node)) for node in range(-1, len(tree))])
         tokens = verify(tree, rows, script, sources).tokens(tree)
         while len(tokens) < length:
             tokens = (*tokens, script.token(0, target(tokens)))
@@ -183,7 +184,7 @@ def test_a_perfect_draft_is_always_accepted(drawn: Drawing) -> None:
     def procedure(script: Script) -> AcceptedPath:
         tree, sources = draw_tree(model, SHAPES["two by one"], drawn, script)
         return verify(
-            tree, torch.stack([model(tree.path_tokens(node)) for node in range(-1, len(tree))]), script, sources
+            tree, torch.stack([model(path_tokens(tree, node)) for node in range(-1, len(tree))]), script, sources
         )
 
     assert sum(weight for weight, accepted in outcomes(procedure) if len(accepted.path) == 2) == pytest.approx(
@@ -216,7 +217,7 @@ def test_several_drafts_one_distribution_per_child() -> None:
         tree = TokenTree(
             tuple(script.token(-1, draft(())) for draft in drafts), fixed_widths((2,)), None, Drawing.INDEPENDENT
         )
-        rows = torch.stack([target(tree.path_tokens(node)) for node in range(-1, 2)])
+        rows = torch.stack([target(path_tokens(tree, node)) for node in range(-1, 2)])
         return verify(tree, rows, script, [draft(()) for draft in drafts]).tokens(tree)[0]
 
     for weight, token in outcomes(procedure):

@@ -15,7 +15,7 @@ Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Family:
+class GGUFFamily:
     """How one architecture of GGUF files becomes a family of `families`. names: keys that the family calls otherwise
     than most. epsilon, context: its names of these. turned: the rows of queries and keys are in the order of neighbors
     that form a pair, and our halves do. partial: a part of every head may be rotated. more: what else the metadata
@@ -96,30 +96,30 @@ def _starcoder(header: Header, values: Values, config: Config) -> Config:
 
 
 GPT = {"feed_forward_length": "n_inner"}
-LLAMA = Family("llama", turned=True)
-FAMILIES: dict[str, Family] = {
+LLAMA = GGUFFamily("llama", turned=True)
+FAMILIES: dict[str, GGUFFamily] = {
     "llama": LLAMA,
     "mistral": LLAMA,
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", compute="bfloat16"),
-    "gemma2": Family("gemma2", more=_gemma2, compute="bfloat16"),
-    "gemma3": Family("gemma3_text", more=_gemma3, compute="bfloat16"),
-    "phi2": Family("phi", epsilon="layer_norm_eps", partial=True),
-    "phi3": Family("phi3", more=_window, partial=True),
-    "glm4": Family("glm4", partial=True),
-    "stablelm": Family("stablelm", epsilon="layer_norm_eps", partial=True, more=_stablelm),
-    "starcoder2": Family("starcoder2", epsilon="norm_epsilon", more=_window),
-    "starcoder": Family("gpt_bigcode", GPT, "layer_norm_epsilon", "n_positions", more=_starcoder),
-    "gpt2": Family("gpt2", GPT, "layer_norm_epsilon", "n_positions"),
-    "gptneox": Family("gpt_neox", epsilon="layer_norm_eps", partial=True, more=_gpt_neox),
-    "bloom": Family("bloom", epsilon="layer_norm_epsilon", context="seq_length"),
-    "falcon": Family("falcon", {"feed_forward_length": "ffn_hidden_size"}, "layer_norm_epsilon", more=_falcon),
+    "qwen2": GGUFFamily("qwen2"),
+    "qwen3": GGUFFamily("qwen3"),
+    "gemma": GGUFFamily("gemma", compute="bfloat16"),
+    "gemma2": GGUFFamily("gemma2", more=_gemma2, compute="bfloat16"),
+    "gemma3": GGUFFamily("gemma3_text", more=_gemma3, compute="bfloat16"),
+    "phi2": GGUFFamily("phi", epsilon="layer_norm_eps", partial=True),
+    "phi3": GGUFFamily("phi3", more=_window, partial=True),
+    "glm4": GGUFFamily("glm4", partial=True),
+    "stablelm": GGUFFamily("stablelm", epsilon="layer_norm_eps", partial=True, more=_stablelm),
+    "starcoder2": GGUFFamily("starcoder2", epsilon="norm_epsilon", more=_window),
+    "starcoder": GGUFFamily("gpt_bigcode", GPT, "layer_norm_epsilon", "n_positions", more=_starcoder),
+    "gpt2": GGUFFamily("gpt2", GPT, "layer_norm_epsilon", "n_positions"),
+    "gptneox": GGUFFamily("gpt_neox", epsilon="layer_norm_eps", partial=True, more=_gpt_neox),
+    "bloom": GGUFFamily("bloom", epsilon="layer_norm_epsilon", context="seq_length"),
+    "falcon": GGUFFamily("falcon", {"feed_forward_length": "ffn_hidden_size"}, "layer_norm_epsilon", more=_falcon),
 }
 """By ``general.architecture``. Mistral's files call themselves llama."""
 
 
-def family_of(header: Header) -> Family:
+def family_of(header: Header) -> GGUFFamily:
     """Raises CheckpointError for an architecture that is not in the table, or a mixture of experts."""
     name, known = header.architecture, FAMILIES.get(header.architecture)
     if header.of_model("expert_count") or any(".ffn_gate_inp." in tensor for tensor in header.tensors):

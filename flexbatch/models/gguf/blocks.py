@@ -110,7 +110,7 @@ def codes_and_parameters(raw: np.ndarray, kind: str, bits: int) -> tuple[Tensor,
 
 
 def _halves(blocks: np.ndarray, start: int) -> np.ndarray:
-    """The float16 at one place of every block, as float32."""
+    """The float16 at one offset of every block, as float32."""
     return np.ascontiguousarray(blocks[..., start : start + 2]).view(np.float16)[..., 0].astype(np.float32)
 
 

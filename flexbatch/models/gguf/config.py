@@ -27,7 +27,7 @@ from flexbatch.models.config_types import (
     Rule,
     check_keys,
 )
-from flexbatch.models.gguf.architectures import Config, Family, Values, family_of
+from flexbatch.models.gguf.architectures import Config, GGUFFamily, Values, family_of
 from flexbatch.models.gguf.blocks import FLOATS
 from flexbatch.models.gguf.header import Header
 from flexbatch.models.source import read_tensors
@@ -90,7 +90,7 @@ def read_arch(header: Header) -> Arch:
     )
 
 
-def _dtype(header: Header, family: Family) -> str:
+def _dtype(header: Header, family: GGUFFamily) -> str:
     """The 16-bit type of the weights; that of the scales, where all are in blocks."""
     kinds = {tensor.dtype for tensor in header.tensors.values() if len(tensor.shape) > 1}
     named = {"BF16": "bfloat16", "F16": "float16"}
@@ -159,7 +159,7 @@ def _tokens(header: Header) -> Config:
     }
 
 
-def _rotation(header: Header, family: Family, values: Values, config: Config) -> Config:
+def _rotation(header: Header, family: GGUFFamily, values: Values, config: Config) -> Config:
     """One entry of the rotation, in the form that every reader takes."""
     if values["rope.dimension_count"] is None and values["rope.freq_base"] is None:
         return {}

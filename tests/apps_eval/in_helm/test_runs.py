@@ -281,7 +281,7 @@ def test_a_bad_request_is_an_error_and_loses_nothing(folder, model, method):
         f"id{number}" for number in range(8) for _ in range(per_question)
     ]
     failed = [place for place, each in enumerate(states) if not each["result"]["success"]]
-    assert failed == [error["place"] for error in errors] and {error["instance"] for error in errors} == {"id3"}
+    assert failed == [error["index"] for error in errors] and {error["instance"] for error in errors} == {"id3"}
     assert all(
         states[place]["result"]["completions"] == [] and "tokens" in states[place]["result"]["error"]
         for place in failed

@@ -11,10 +11,10 @@ from benchmark.observed import ObservedLLM, fixed_by, measure, open_engine
 from benchmark.policy_settings import Setting
 from flexbatch.policy.policy import Policy, Split
 
-NUM_NEIGHBOURS = 10
+NUM_NEIGHBORS = 10
 
 
-def neighbours(policy: Policy) -> Iterator[tuple[str, Policy]]:
+def neighbors(policy: Policy) -> Iterator[tuple[str, Policy]]:
     """Policies around ``policy`` as a person would try them, the most telling first; whether they fit is for the
     caller to say."""
     b, k, w, c = policy.gpu_batch_size, policy.num_gpu_batches, policy.weights, policy.cache
@@ -76,8 +76,8 @@ def with_cache(policy: Policy, moved: float) -> tuple[str, Policy]:
     return f"cache on the GPU {split.gpu:.0%}", dataclasses.replace(policy, cache=split)
 
 
-def run_neighbourhood(setting: Setting, hardware: str, fixed: dict[str, Any]) -> dict[str, Any]:
-    """The chosen policy and NUM_NEIGHBOURS around it that fit, each by the same job; the chosen one again at the
+def run_neighborhood(setting: Setting, hardware: str, fixed: dict[str, Any]) -> dict[str, Any]:
+    """The chosen policy and NUM_NEIGHBORS around it that fit, each by the same job; the chosen one again at the
     end."""
     tried: list[dict[str, Any]] = []
 
@@ -105,9 +105,9 @@ def run_neighbourhood(setting: Setting, hardware: str, fixed: dict[str, Any]) ->
             attempt(llm, "chosen")
             # A block of more sequences than the job has is the block of them all.
             largest = max(chosen.block_size, setting.num_prompts)
-            for name, policy in neighbours(chosen):
+            for name, policy in neighbors(chosen):
                 new = policy != chosen and policy not in candidates and policy.block_size <= largest
-                if new and llm.fits(policy) and len(candidates) < NUM_NEIGHBOURS:
+                if new and llm.fits(policy) and len(candidates) < NUM_NEIGHBORS:
                     candidates[policy] = name
             for policy, name in candidates.items():
                 if policy.weights == chosen.weights:
