@@ -31,10 +31,18 @@ class Machine:
     context: float = 0.0
     launch: float = 1e-3
     noise: float = 0.05
+    bursts: float = 0.0
+    """Share of the time in which somebody else has most of the processors, for a second or so each time."""
+    burst_left: float = 0.0
 
     def seconds(self, prompts: float, decoding: int, context: float, chance: random.Random) -> float:
         work = max(self.streaming, self.prompt_token * prompts + self.new_token * decoding)
-        return (self.launch + work + self.context * context) * chance.uniform(1 - self.noise, 1 + self.noise)
+        alone = (self.launch + work + self.context * context) * chance.uniform(1 - self.noise, 1 + self.noise)
+        if self.burst_left <= 0 and chance.random() < alone * self.bursts / (1 - self.bursts):
+            self.burst_left = chance.uniform(0.5, 1.5)
+        seconds = alone * (3.0 if self.burst_left > 0 else 1.0)
+        self.burst_left -= seconds
+        return seconds
 
 
 @dataclass
@@ -121,6 +129,12 @@ JOBS: dict[str, Callable[[], Job]] = {
         OFFLOADED, uniform(200, (100, 500), (20, 90)), block=40, costs=(0.33, 1e-6, 1e-6)
     ),
     "a wave of ten at the end": lambda: Job(OFFLOADED, uniform(130, (256, 256), (64, 64)), block=40),
+    "one long answer on a busy machine": lambda: Job(
+        Machine(new_token=0.01, noise=0.3, bursts=0.3), [(10, 6000, 6000)], block=1, costs=eta.UNPLANNED["cpu"]
+    ),
+    "waves of short passes on a busy machine": lambda: Job(
+        Machine(prompt_token=1e-4, new_token=1e-3, noise=0.3, bursts=0.3), uniform(500, (50, 400), (20, 90)), block=16
+    ),
     "scoring, no answers": lambda: Job(PREFILL, uniform(100, (300, 2000), (0, 0)), block=30),
 }
 
