@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +14,9 @@ from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit, Plan
 from flexbatch.policy.policy import TIERS, Constraints
+from flexbatch.policy.sweep_request import SweepRequest
 from flexbatch.policy.units import BINARY, GIB, duration_text, fitting_unit, number_text
 from flexbatch.policy.workload import Workload
-
-
-@dataclass(frozen=True)
-class SweepRequest:
-    """``kind`` "gpu_memory" or "cpu_memory", from ``first`` to ``last`` bytes in ``steps`` equal steps."""
-
-    kind: str
-    first: int
-    last: int
-    steps: int
-
-    @classmethod
-    def parse(cls, text: str, parse_bytes: Callable[[str], int]) -> SweepRequest:
-        """From ``gpu_memory=8GiB:48GiB:5``. Raises ValueError."""
-        match = re.fullmatch(r"(gpu_memory|cpu_memory)=([^:]+):([^:]+):(\d+)", text.strip())
-        if match is None:
-            raise ValueError(
-                f"--sweep {text!r}: write gpu_memory=8GiB:48GiB:5 or cpu_memory=...: first, last and how many"
-            )
-        request = cls(match[1], parse_bytes(match[2]), parse_bytes(match[3]), int(match[4]))
-        if request.steps < 2 or request.last <= request.first:
-            raise ValueError(f"--sweep {text!r}: needs at least 2 steps and a last size above the first")
-        return request
-
-    def constrain(self, constraints: Constraints, size: int) -> Constraints:
-        gpu = self.kind == "gpu_memory"
-        return dataclasses.replace(
-            constraints,
-            gpu_memory=size if gpu else constraints.gpu_memory,
-            cpu_memory=constraints.cpu_memory if gpu else size,
-        )
-
-    @property
-    def sizes(self) -> list[int]:
-        return [self.first + (self.last - self.first) * i // (self.steps - 1) for i in range(self.steps)]
 
 
 def sweep(

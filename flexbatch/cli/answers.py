@@ -1,13 +1,65 @@
-"""Answers as people read them: several of one prompt apart, and the log-probabilities of their tokens."""
+"""Answers as people read them: in order, several of one prompt apart, and the log-probabilities of their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import IO
 
 from flexbatch.request import Completion, TokenLogprob
 
+RULE = "-" * 70
 MOST_OTHERS = 5
 """Other tokens that are shown beside the one that was drawn: what a line of a terminal holds."""
+
+
+class OrderedOutput:
+    """Writes streams of text in the order of their prompts: the first that is not done as it grows, the others when
+    their turn comes."""
+
+    def __init__(self, stream: IO[str], prompts: Sequence[str], *, titles: bool) -> None:
+        self.stream, self.prompts, self.titles = stream, prompts, titles
+        self.texts = [""] * len(prompts)
+        self.endings: dict[int, str] = {}
+        """Maps the number of a prompt that is done to what is written after its text."""
+        self.current = 0
+        self.written = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.written = 0
+        if self.current < len(self.prompts) and self.titles:
+            self._write(f"{RULE}\n{self.prompts[self.current]}" if self.current else self.prompts[0])
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+    def add(self, number: int, text: str) -> None:
+        """Adds text to a prompt."""
+        self.texts[number] += text
+        self._advance()
+
+    def finish(self, number: int, text: str, after: str = "") -> None:
+        """Sets the whole text of a prompt, and what follows it; what has not been written of it is written now or at
+        its turn."""
+        self.texts[number] = text
+        self.endings[number] = f"{after}\n"
+        self._advance()
+
+    def _advance(self) -> None:
+        while self.current < len(self.prompts):
+            text = self.texts[self.current]
+            if len(text) > self.written:
+                self._write(text[self.written :])
+                self.written = len(text)
+            if self.current not in self.endings:
+                return
+            self._write(self.endings[self.current])
+            self.current += 1
+            self._begin()
+
+    def check(self) -> None:
+        assert self.current == len(self.prompts), f"{self.current} of {len(self.prompts)} prompts are written"
 
 
 def answer_texts(completion: Completion) -> str:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import OracleLLM
 
-from flexbatch.apps.completion import OrderedOutput, main
+from flexbatch.apps.completion import main
+from flexbatch.cli.answers import OrderedOutput
 from flexbatch.request import SamplingParams
 
 ENGINE = ["--device", "cpu", "--dtype", "float32", "--gpu-batch-size", "2", "--num-gpu-batches", "2"]
