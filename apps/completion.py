@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from flexbatch.cli import prompt_files, result_file, result_rows
-from flexbatch.cli.answers import OrderedOutput, answer_texts, token_lines
+from flexbatch.cli.answers import OrderedOutput, answer_texts, prompt_lines, token_lines
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import (
     check_files,
@@ -117,7 +117,7 @@ def complete(
         )
         lines[number] = json_text({"index": number, **line}) + "\n"
         if output:
-            output.finish(number, text, token_lines(completion) if params.n == 1 else "")
+            output.finish(number, text, prompt_lines(completion) + (token_lines(completion) if params.n == 1 else ""))
         else:
             print(lines[number], end="", file=stdout, flush=True)
     if output:

@@ -88,11 +88,13 @@ def draw_pass(plan: Plan, axes: Any) -> None:
         axes.barh(
             [names.index(name) for name in chosen], [scale * seconds[name] for name in chosen], color=color, label=what
         )
-    # In a column of their own, right of the line, where no bar and no other label is.
+    # In a column of their own, right of the frame, where no bar, line or other label is; the layout gives them room.
     longest = scale * max(plan.pass_seconds, *seconds.values())
     for place, name in enumerate(names):
         text = f"{duration_text(seconds[name])}, {seconds[name] / plan.pass_seconds:.0%}" if seconds[name] else "-"
-        axes.annotate(text, (1.04 * longest, place), va="center")
+        axes.annotate(
+            text, (1.02, place), xycoords=axes.get_yaxis_transform(), va="center", annotation_clip=False, in_layout=True
+        )
     axes.axvline(
         scale * plan.pass_seconds,
         color="black",
@@ -101,7 +103,7 @@ def draw_pass(plan: Plan, axes: Any) -> None:
         label=f"average pass, {duration_text(plan.pass_seconds)}",
     )
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.set_xlim(0, 1.4 * longest)
+    axes.set_xlim(0, 1.05 * longest)
     axes.invert_yaxis()
     axes.set_xlabel(f"{unit} in the average pass, each resource alone")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)

@@ -77,10 +77,21 @@ def answer_texts(completion: Completion) -> str:
 def token_lines(sample: Completion) -> str:
     """A line for each generated token, behind a line break: its log-probability, its rank, itself, and the likeliest of
     the others."""
-    if sample.logprobs is None or not sample.logprobs:
+    return _table("token", sample.token_ids, sample.logprobs or [])
+
+
+def prompt_lines(completion: Completion) -> str:
+    """The same for the tokens of the prompt, where they were asked for."""
+    return _table("token of the prompt", completion.prompt_token_ids, completion.prompt_logprobs or [])
+
+
+def _table(title: str, token_ids: Sequence[int], places: Sequence[dict[int, TokenLogprob] | None]) -> str:
+    if not places:
         return ""
-    lines = [" logprob    rank  token"]
-    for token_id, entries in zip(sample.token_ids, sample.logprobs, strict=True):
+    lines = [f" logprob    rank  {title}"]
+    for token_id, entries in zip(token_ids, places, strict=True):
+        if entries is None:  # the first token follows nothing; some are not scored
+            continue
         chosen = entries[token_id]
         others = sorted((e for e in entries.values() if e.token_id != token_id), key=lambda entry: entry.rank)
         lines.append(f"{chosen.logprob:8.3f}  {chosen.rank:6}  {_name(chosen)}{''.join(_others(others))}")

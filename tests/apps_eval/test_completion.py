@@ -152,6 +152,15 @@ def test_several_answers_stand_apart_and_show_their_log_probabilities(tiny, comm
     assert out.count(" logprob    rank  token\n") == 2 and out.count(" more\n") == 16, "the whole vocabulary is cut"
 
 
+def test_a_scored_prompt_shows_its_tokens(tiny, command):
+    code, out, _ = command(tiny, "red ale", "--prompt-logprobs", "1", "--max-tokens", "0")
+    (scored,) = OracleLLM(tiny).generate(["red ale"], SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=1))
+    rows = out.splitlines()
+    assert code == 0 and rows[2].split() == ["logprob", "rank", "token", "of", "the", "prompt"]
+    assert len(rows) == 2 + len(scored.prompt_token_ids), out  # the first token follows nothing
+    assert rows[-1].startswith(f"{scored.prompt_logprobs[-1][scored.prompt_token_ids[-1]].logprob:8.3f}")
+
+
 def test_words_may_stand_between_flags(tiny, command):
     code, out, _ = command(tiny, "red ale", "--logprobs", "0", "dark", "--limit", "1")
     assert code == 0 and "red ale" not in out and "-----" not in out

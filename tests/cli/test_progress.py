@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -159,6 +160,23 @@ def test_the_time_left_is_true_from_a_tenth_of_a_job_on(name: str) -> None:
             left,
             total - now,
         )
+
+
+def test_after_ctrl_c_what_is_left_is_what_is_in_flight() -> None:
+    """Of 200 sequences of at most 90 tokens, in passes of a second."""
+    job = Job(OFFLOADED, uniform(200, (100, 500), (20, 90)), block=40)
+    told: list[tuple[float | None, float | None, str]] = []
+
+    def look(number: int, meter: JobMeter) -> None:
+        if number == 100:
+            before = meter.seconds_left
+            meter.draining = True
+            told.append((before, meter.seconds_left, meter.text()))
+
+    job.run(look)
+    ((before, after, text),) = told
+    assert before is not None and after is not None and before > 150 and 30 < after < 100
+    assert re.search(r"read ([\d,]+) of about \1 prompt tokens", text), text
 
 
 def test_the_time_left_follows_a_machine_that_gets_slower() -> None:
