@@ -21,9 +21,16 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from flexbatch.cli import prompt_files, result_file, result_rows
-from flexbatch.cli.answers import answer_texts, token_lines
+from flexbatch.cli.answers import OrderedOutput, answer_texts, prompt_lines, token_lines
 from flexbatch.cli.command import run_command, set_up_logging
-from flexbatch.cli.early_checks import check_files, check_machine, check_models, check_sampling
+from flexbatch.cli.early_checks import (
+    check_files,
+    check_files_to_write,
+    check_machine,
+    check_models,
+    check_rows_file,
+    check_sampling,
+)
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.prompt_files import PromptRow
 from flexbatch.cli.run_settings import InputConfig, SamplingConfig
@@ -41,8 +48,6 @@ from flexbatch.validation.errors import DONE, ROW_ERRORS, ConfigurationError
 
 if TYPE_CHECKING:
     from flexbatch import LLM
-
-RULE = "-" * 70
 
 
 @dataclass(frozen=True)
@@ -75,56 +80,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_arguments(parser, SamplingConfig, "sampling")
     add_engine_arguments(parser)
     return parser
-
-
-class OrderedOutput:
-    """Writes streams of text in the order of their prompts: the first that is not done as it grows, the others when
-    their turn comes."""
-
-    def __init__(self, stream: IO[str], prompts: Sequence[str], *, titles: bool) -> None:
-        self.stream, self.prompts, self.titles = stream, prompts, titles
-        self.texts = [""] * len(prompts)
-        self.endings: dict[int, str] = {}
-        """Maps the number of a prompt that is done to what is written after its text."""
-        self.current = 0
-        self.written = 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self.written = 0
-        if self.current < len(self.prompts) and self.titles:
-            self._write(f"{RULE}\n{self.prompts[self.current]}" if self.current else self.prompts[0])
-
-    def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
-
-    def add(self, number: int, text: str) -> None:
-        """Adds text to a prompt."""
-        self.texts[number] += text
-        self._advance()
-
-    def finish(self, number: int, text: str, after: str = "") -> None:
-        """Sets the whole text of a prompt, and what follows it; what has not been written of it is written now or at
-        its turn."""
-        self.texts[number] = text
-        self.endings[number] = f"{after}\n"
-        self._advance()
-
-    def _advance(self) -> None:
-        while self.current < len(self.prompts):
-            text = self.texts[self.current]
-            if len(text) > self.written:
-                self._write(text[self.written :])
-                self.written = len(text)
-            if self.current not in self.endings:
-                return
-            self._write(self.endings[self.current])
-            self.current += 1
-            self._begin()
-
-    def check(self) -> None:
-        assert self.current == len(self.prompts), f"{self.current} of {len(self.prompts)} prompts are written"
 
 
 def flexflow_record(completion: Completion, seconds: float, prompt: str, text: str) -> str:
@@ -162,7 +117,7 @@ def complete(
         )
         lines[number] = json_text({"index": number, **line}) + "\n"
         if output:
-            output.finish(number, text, token_lines(completion) if params.n == 1 else "")
+            output.finish(number, text, prompt_lines(completion) + (token_lines(completion) if params.n == 1 else ""))
         else:
             print(lines[number], end="", file=stdout, flush=True)
     if output:
@@ -257,6 +212,10 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
         raise ConfigurationError("--system is for --chat")
     check_sampling(sampling)
     check_files({"--prompts": config.prompts})
+    if config.output in result_file.STDOUT:
+        raise ConfigurationError(f"--output {config.output}: the text goes there; --json prints the lines of --output")
+    check_rows_file(config.output)
+    check_files_to_write({"--output": config.output, "--flexflow-output": config.flexflow_output})
     check_machine(engine)
     given = [row.prompt for row in prompt_files.read_prompts(config.prompts)] if config.prompts else args.words
     if not given and not config.chat:

@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         return run_process(lambda: main(sys.argv[1:]))
     words = arguments
+    if len(words) > 1 and words[0] == "help" and words[1] in COMMANDS:
+        words = [words[1], "--help"]
     if words and words[0] in ("-h", "--help", "--help-all", "help"):
         print(usage())
         return 0
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] not in COMMANDS:
         name = command_name("flexbatch")
         if words:
-            hint = did_you_mean(words[0], COMMANDS) or f"; {name} --help lists them"
+            hint = did_you_mean(words[0], [*COMMANDS, "--help", "--version"]) or f"; {name} --help lists them"
             print(f"{name}: unknown command {words[0]}{hint}", file=sys.stderr)
         else:
             print(f"{name}: a command is needed\n\n{usage()}", file=sys.stderr)

@@ -27,7 +27,7 @@ from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.loader import PlacedModel
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Report, Statistics, describe_memory
-from flexbatch.planner.vllm_keywords import engine_settings
+from flexbatch.planner.vllm_keywords import NamesOfVllm, check_call, engine_settings
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
 from flexbatch.speculative.speculator import Speculator
@@ -36,7 +36,7 @@ from flexbatch.text.prompts import Prompt
 from flexbatch.trace import RecordingTracer, Tracer
 
 
-class LLM:
+class LLM(NamesOfVllm):
     """A model whose weights, KV cache and activations are spread over GPU, CPU and disk.
 
     Keywords are the fields of `EngineConfig`; what is None is chosen. Those of vLLM's `LLM` are taken as what they mean
@@ -90,7 +90,7 @@ class LLM:
 
     @property
     def engine_plan(self) -> EnginePlan:
-        """The plan that was made for the latest job; before the first, the one for a typical job."""
+        """That of the latest job; before the first, the one for a typical job."""
         return self.planner.engine_plan
 
     @property
@@ -149,6 +149,7 @@ class LLM:
         on_finished: Callable[[Completion], None] | None = None,
         on_prompt: Callable[[int, Completion], None] | None = None,
         first_index: int | None = None,
+        **others: Any,
     ) -> list[Completion]:
         """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each.
         Results in the order of the prompts.
@@ -159,10 +160,11 @@ class LLM:
         any order; ``on_prompt`` with every prompt's index and its completion, all samples in it, when the last of them
         ends. ``first_index`` is the index of the first prompt in a larger job, whose rest then draws the tokens that it
         would have drawn. Raises PromptError for the first prompt that cannot be run, before anything is generated;
-        EngineBusyError while a stream is open, or in a callback of this engine. It waits for a call in another
-        thread. A prompt that fails on the way, as the model's logits are no finite numbers or every token is barred,
-        has a completion with ``finish_reason`` "error" and the rest goes on.
+        EngineBusyError while a stream is open, or in a callback of this engine. A prompt that fails on the way has a
+        completion with ``finish_reason`` "error" and the rest goes on.
         """
+        if others:
+            check_call("LLM.generate", others, LLM.generate)
         options = ChatOptions(
             chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs or {}
         )
@@ -191,8 +193,7 @@ class LLM:
         return self.generate(messages, sampling_params, **options)
 
     def prepare(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> None:
-        """Allocate what a job of these prompts needs (cache, staging, buffers), as `generate` would at its start:
-        outside of a measurement, say."""
+        """Allocate what a job of these prompts needs, as `generate` would at its start: outside of a measurement."""
         with self._turns.whole("prepare"):
             self._intake.check_empty("prepare")
             requests = requests_of(prompts, sampling_params, self._intake.encoder, self._intake.defaults)
@@ -260,8 +261,7 @@ class LLM:
     # Report and end
 
     def watch(self, observer: RunObserver) -> None:
-        """Let an observer see every pass and every sequence of the runs that begin from now on: progress, say. It is
-        called in the thread that runs passes, and must not call the engine."""
+        """Let an observer see the runs that begin from now on: progress, say. It must not call the engine."""
         self._turns.check_open("watch")
         self._loop.watchers.append(observer)
 

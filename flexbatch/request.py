@@ -10,7 +10,14 @@ from typing import Any
 
 from flexbatch.validation.checks import check_keywords, checked
 from flexbatch.validation.errors import ConfigurationError
-from flexbatch.validation.sampling_fields import CHECKS, MOST_BIASES, OTHER_NAMES, UNAVAILABLE
+from flexbatch.validation.sampling_fields import (
+    CHECKS,
+    MOST_BIASES,
+    OTHER_NAMES,
+    UNAVAILABLE,
+    taking_neutral,
+    with_meaning,
+)
 
 SAMPLING_RULES = 1
 """Version of how tokens follow from logits, sampling parameters, seeds and positions in a job. A change that gives the
@@ -86,11 +93,14 @@ class SamplingParams:
     BOS token that the tokenizer puts before a text stays."""
 
     def __new__(cls, *args: Any, **keywords: Any) -> SamplingParams:
-        check_keywords("SamplingParams", keywords, CHECKS, OTHER_NAMES, UNAVAILABLE)
+        if not keywords.keys() <= CHECKS.keys():
+            check_keywords("SamplingParams", with_meaning(keywords), CHECKS, OTHER_NAMES, UNAVAILABLE)
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in CHECKS:
+            if not with_meaning({name: value}):
+                return
             check_keywords("SamplingParams", [name], CHECKS, OTHER_NAMES, UNAVAILABLE)
         # Defaults are as they should be: 25 of 30 in every row of a job.
         if value is not getattr(SamplingParams, name):
@@ -135,6 +145,8 @@ class SamplingParams:
         kept.check()
         return kept
 
+    clone = snapshot  # its name in vLLM
+
     @property
     def may_end_early(self) -> bool:
         """Whether anything but ``max_tokens`` can end the output."""
@@ -172,6 +184,8 @@ class SamplingParams:
         if self.forced_bos_token_id is not None:
             yield "forced_bos_token_id", self.forced_bos_token_id
 
+
+SamplingParams.__init__ = taking_neutral(SamplingParams.__init__)  # type: ignore[method-assign]
 
 CONSTRAINTS = (
     "min_tokens", "min_length", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
@@ -219,6 +233,9 @@ class CompletionOutput:
     logprobs: list[dict[int, TokenLogprob]] | None
     finish_reason: str
     stop_reason: str | int | None
+
+    def finished(self) -> bool:
+        return True
 
 
 @dataclass

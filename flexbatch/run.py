@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
-from flexbatch.cli.early_checks import check_inputs, check_plot, check_sampling, refuse_inputs
+from flexbatch.cli.early_checks import (
+    check_files_to_write,
+    check_inputs,
+    check_plot,
+    check_rows_file,
+    check_sampling,
+    refuse_inputs,
+)
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
@@ -123,8 +130,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     engine = with_flexgen_flags(engine, config)
     if config.plot and not config.dry_run:
         raise ConfigurationError("--plot draws the plan of a --dry-run; add --dry-run")
-    if config.trace and not Path(config.trace).absolute().parent.is_dir():
-        raise ConfigurationError(f"--trace {config.trace}: its folder does not exist")
+    check_rows_file(config.output)
+    check_files_to_write({"--trace": config.trace})
     check_plot("--plot", config.plot)
     check_sampling(sampling)
     if config.output is not None:

@@ -135,8 +135,12 @@ class Parser(argparse.ArgumentParser):
         if hasattr(found, "words"):
             found.words = [*found.words, *(word for word in left if not word.startswith("-"))]
             left = [word for word in left if word.startswith("-")]
+        for word in left:
+            if word.startswith("-") and not word.lstrip("-")[:1].isdigit():
+                self.error(f"unknown flag {word}{self._suggestion(word.partition('=')[0])}")
         if left:
-            self.error(f"unrecognized arguments: {' '.join(left)}")
+            prompts = "--prompts" in known and not any(word.startswith("-") for word in left)
+            self.error(f"unrecognized arguments: {' '.join(left)}{f'; did you mean --prompts {left[0]}?' * prompts}")
         return found
 
     def meant(self, flag: str) -> str | None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +14,9 @@ from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.plan import DoesNotFit, Plan
 from flexbatch.policy.policy import TIERS, Constraints
+from flexbatch.policy.sweep_request import SweepRequest
 from flexbatch.policy.units import BINARY, GIB, duration_text, fitting_unit, number_text
 from flexbatch.policy.workload import Workload
-
-
-@dataclass(frozen=True)
-class SweepRequest:
-    """``kind`` "gpu_memory" or "cpu_memory", from ``first`` to ``last`` bytes in ``steps`` equal steps."""
-
-    kind: str
-    first: int
-    last: int
-    steps: int
-
-    @classmethod
-    def parse(cls, text: str, parse_bytes: Callable[[str], int]) -> SweepRequest:
-        """From ``gpu_memory=8GiB:48GiB:5``. Raises ValueError."""
-        match = re.fullmatch(r"(gpu_memory|cpu_memory)=([^:]+):([^:]+):(\d+)", text.strip())
-        if match is None:
-            raise ValueError(
-                f"--sweep {text!r}: write gpu_memory=8GiB:48GiB:5 or cpu_memory=...: first, last and how many"
-            )
-        request = cls(match[1], parse_bytes(match[2]), parse_bytes(match[3]), int(match[4]))
-        if request.steps < 2 or request.last <= request.first:
-            raise ValueError(f"--sweep {text!r}: needs at least 2 steps and a last size above the first")
-        return request
-
-    def constrain(self, constraints: Constraints, size: int) -> Constraints:
-        gpu = self.kind == "gpu_memory"
-        return dataclasses.replace(
-            constraints,
-            gpu_memory=size if gpu else constraints.gpu_memory,
-            cpu_memory=constraints.cpu_memory if gpu else size,
-        )
-
-    @property
-    def sizes(self) -> list[int]:
-        return [self.first + (self.last - self.first) * i // (self.steps - 1) for i in range(self.steps)]
 
 
 def sweep(
@@ -125,11 +88,13 @@ def draw_pass(plan: Plan, axes: Any) -> None:
         axes.barh(
             [names.index(name) for name in chosen], [scale * seconds[name] for name in chosen], color=color, label=what
         )
-    # In a column of their own, right of the line, where no bar and no other label is.
+    # In a column of their own, right of the frame, where no bar, line or other label is; the layout gives them room.
     longest = scale * max(plan.pass_seconds, *seconds.values())
     for row, name in enumerate(names):
         text = f"{duration_text(seconds[name])}, {seconds[name] / plan.pass_seconds:.0%}" if seconds[name] else "-"
-        axes.annotate(text, (1.04 * longest, row), va="center")
+        axes.annotate(
+            text, (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", annotation_clip=False, in_layout=True
+        )
     axes.axvline(
         scale * plan.pass_seconds,
         color="black",
@@ -138,7 +103,7 @@ def draw_pass(plan: Plan, axes: Any) -> None:
         label=f"average pass, {duration_text(plan.pass_seconds)}",
     )
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.set_xlim(0, 1.4 * longest)
+    axes.set_xlim(0, 1.05 * longest)
     axes.invert_yaxis()
     axes.set_xlabel(f"{unit} in the average pass, each resource alone")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)

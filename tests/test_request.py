@@ -253,7 +253,10 @@ def test_no_single_request_takes_much_memory(settings):
         (lambda: dataclasses.replace(SamplingParams(), temprature=5), "did you mean 'temperature'?"),
         (lambda: SamplingParams(zzz=5), "SamplingParams has no keyword 'zzz'; known are "),
         (lambda: setattr(SamplingParams(), "max_token", 5), "no keyword 'max_token'; did you mean 'max_tokens'?"),
-        (lambda: SamplingParams(logits_processors=[]), "no keyword 'logits_processors': no code of the caller runs"),
+        (
+            lambda: SamplingParams(logits_processors=[print]),
+            "no keyword 'logits_processors': no code of the caller runs",
+        ),
         (lambda: SamplingParams(use_beam_search=True), "no keyword 'use_beam_search': there is no beam search"),
         (lambda: SamplingParams(max_new_tokens=5), "no keyword 'max_new_tokens'; did you mean 'max_tokens'?"),
         (lambda: SamplingParams(max_length=5), "no keyword 'max_length'; did you mean 'max_tokens'?"),

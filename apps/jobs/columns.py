@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from flexbatch.policy.suggest import did_you_mean
 from flexbatch.text.files import json_text, lone_surrogate
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
@@ -292,5 +293,6 @@ def check_names(types: Iterable[str], columns: Iterable[str]) -> None:
     known = list(columns)
     if unknown := [name for name in types if name not in known]:
         raise ConfigurationError(
-            f"column_types: the input has no column {unknown[0]!r}; its columns are: {', '.join(known)}"
+            f"column_types: the input has no column {unknown[0]!r}{did_you_mean(unknown[0], known)}; its columns are: "
+            f"{', '.join(known)}"
         )

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,18 @@ def open_source(location: str, config: JobConfig) -> RowSource:
     return source
 
 
+def _unlike(location: str, kinds: Collection[str | None], first: str) -> str:
+    """The error of files that cannot be read together, or of which nobody knows how."""
+    if len(kinds) == 1:
+        lines = first.lower().endswith(".txt")
+        remedy = "flexbatch run --prompts reads lines of text" if lines else "--input-format says what it holds"
+        return f"input {redacted_word(location)} is no Parquet, CSV or JSON lines by its name; {remedy}"
+    return (
+        f"input {redacted_word(location)} holds files of several kinds ({first}, ...): choose one with a glob, or "
+        "--input-format"
+    )
+
+
 def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]) -> RowSource:
     kind, path = config.input_format, Path(location).expanduser()
     if "://" not in location:
@@ -73,10 +85,7 @@ def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]
     if kind in ("auto", "dataset"):
         kinds = {file.format for file in files}
         if len(kinds) > 1 or None in kinds:
-            raise ConfigurationError(
-                f"input {redacted_word(location)} holds files of several or unknown kinds ({files[0].name}, ...): "
-                "choose one with a glob, or --input-format"
-            )
+            raise ConfigurationError(_unlike(location, kinds, files[0].name))
         kind = str(kinds.pop())
     if kind == "openai":
         return OpenAISource(filesystem, files)
@@ -145,6 +154,17 @@ def plan_job(
     chosen = config.api_params if isinstance(source, OpenAISource) else config.params
     params = chosen(generation_of(engine))
     part_rows = config.part_rows or default_part_rows(source.row_groups)
+    # Before the files of the model are read, a prompt column that is not there is told.
+    reader: RequestReader
+    if isinstance(source, OpenAISource):
+        if config.prompt_logprobs is not None:
+            raise ConfigurationError(
+                "--prompt-logprobs is for columns of prompts; requests of the OpenAI API ask by echo and logprobs"
+            )
+        reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated)
+    else:
+        warn_of_equal_prompts(config, [*schema.names, *partitions])
+        reader = RowReader(config, schema, partitions, params, engine.seed)
     identity = config.identity()
     identity["output"]["part_rows"] = part_rows
     identity["seed"] = engine.seed
@@ -155,20 +175,12 @@ def plan_job(
     precision = {name: getattr(engine, name) for name in ("dtype", "weight_bits", "cache_bits", "dummy_weights")}
     fingerprint = {"input": source.identity, "model": {**precision, **model_identity(engine)}, **identity}
     fingerprint["versions"] = {"sampling": SAMPLING_RULES, "output folder": FORMAT}
-    reader: RequestReader
     output: Output
     if isinstance(source, OpenAISource):
-        if config.prompt_logprobs is not None:
-            raise ConfigurationError(
-                "--prompt-logprobs is for columns of prompts; requests of the OpenAI API ask by echo and logprobs"
-            )
         # Chat requests without a limit of their own have this one, or none.
         fingerprint["generation"]["chat_max_tokens"] = config.max_tokens
-        reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated)
         output = OpenAIOutput(fingerprint_digest(fingerprint).hex()[:12])
     else:
-        warn_of_equal_prompts(config, [*schema.names, *partitions])
-        reader = RowReader(config, schema, partitions, params, engine.seed)
         output = ParquetOutput(config, schema, partitions)
     parts = first_rows(plan_parts(source.row_groups, part_rows), config.limit)
     return BatchJob(config, engine, folder, source, reader, output, parts, fingerprint)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping
 from typing import Any
 
 from flexbatch.apps.jobs.columns import UnfitValue, check_text
-from flexbatch.text.files import MARK, json_text, parse_json, with_doubles
+from flexbatch.apps.jobs.template import pieces_of
+from flexbatch.text.files import json_text, parse_json, with_doubles
 from flexbatch.validation.checks import short
-from flexbatch.validation.errors import ConfigurationError
 
 
 class RowError(ValueError):
@@ -21,16 +20,7 @@ class Template:
     ``}}`` are braces. Raises ConfigurationError for anything else."""
 
     def __init__(self, text: str) -> None:
-        self._pieces: list[tuple[str, tuple[str, ...] | None]] = []
-        try:
-            for literal, name, form, conversion in string.Formatter().parse(text.removeprefix(MARK)):
-                if name is not None and (form or conversion or not name or any(mark in name for mark in "[]()")):
-                    raise ConfigurationError(
-                        f"prompt template: {{{name}}} must be the name of a column; write {{{{ and }}}} for braces"
-                    )
-                self._pieces.append((literal, None if name is None else tuple(name.split("."))))
-        except ValueError as error:
-            raise ConfigurationError(f"prompt template {text!r}: {error}; write {{{{ and }}}} for braces") from None
+        self._pieces = pieces_of(text)
 
     @property
     def columns(self) -> tuple[str, ...]:

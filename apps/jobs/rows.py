@@ -25,6 +25,7 @@ from flexbatch.apps.jobs.prompts import (
     unicode_text,
 )
 from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.policy.suggest import did_you_mean
 from flexbatch.request import SamplingParams
 from flexbatch.text.files import parse_json
 from flexbatch.validation.checks import short
@@ -120,8 +121,9 @@ class RowReader:
         wanted = [*names, *self._columns.values()]
         for name in wanted:
             if name not in schema.names and name not in partitions:
+                known = [*schema.names, *partitions]
                 raise ConfigurationError(
-                    f"the input has no column {name!r}; its columns are: {', '.join([*schema.names, *partitions])}"
+                    f"the input has no column {name!r}{did_you_mean(name, known)}; its columns are: {', '.join(known)}"
                 )
         if prompts in schema.names and not _is_text(schema.field(prompts).type):
             raise ConfigurationError(

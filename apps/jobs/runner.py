@@ -136,7 +136,7 @@ def _generate(
     )
     encode, limit = make_encode(llm, job.config.truncate), job.config.error_limit(counts.rows_total)
     pipeline = Pipeline(job, shard.left, shard.finished, shard.store, encode, counts, interrupts, limit)
-    interrupts.on_drain = lambda: drained(llm, resume)
+    interrupts.on_drain = lambda: drained(llm, meter, resume)
     try:
         pipeline.run(llm)
     finally:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from flexbatch.apps.jobs.template import pieces_of
 from flexbatch.cli.run_settings import InputConfig, SamplingConfig
 from flexbatch.config import option
 from flexbatch.validation.errors import ConfigurationError
@@ -71,6 +72,8 @@ class JobConfig(InputConfig, SamplingConfig):
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.prompt_column, self.messages_column, self.prompt_template)) > 1:
             raise ConfigurationError("give only one of --prompt-column, --messages-column and --prompt-template")
+        if self.prompt_template is not None:
+            pieces_of(self.prompt_template)
         for name in ("part_rows", "window_rows", "ray_actors"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,6 +1,6 @@
 """``flexbatch profile -o hardware.json``: measures this machine for the policy optimizer.
 
-Exit codes: 0 done, 2 usage.
+Exit codes: 0 done, 2 usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from flexbatch.policy.command_line import Parser
 from flexbatch.policy.stdout import data_apart, run_process
 from flexbatch.validation.devices import check_device
-from flexbatch.validation.errors import DONE, USAGE, ConfigurationError
+from flexbatch.validation.errors import DONE, INTERRUPTED, USAGE, ConfigurationError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -86,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
         check(options)
         with data_apart():
             write_profile(options)
+    except KeyboardInterrupt:
+        print("flexbatch profile: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
     except (ConfigurationError, OSError) as error:
         print(f"flexbatch profile: {error}", file=sys.stderr)
         return USAGE

@@ -3,8 +3,10 @@ torch takes ten seconds or more where a disk is cold or processors are shared.""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from flexbatch.config import NGRAM, EngineConfig
 from flexbatch.policy.suggest import neighbor
 from flexbatch.validation.devices import check_device, check_dtype, named_machine
 from flexbatch.validation.errors import ConfigurationError
+
+PICTURES = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")
+"""Endings that matplotlib draws everywhere; asking it takes a second."""
 
 
 def check_machine(config: EngineConfig) -> None:
@@ -24,9 +29,12 @@ def check_machine(config: EngineConfig) -> None:
         from flexbatch.speculative.tree_spec import parse_tree
 
         parse_tree(config.tree)
-    folder = config.offload_path
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"--offload-dir {config.offload_dir} is a file; give a folder")
+    if config.draft is None:
+        for flag, given in (("--tree", config.tree), ("--compare-plain", config.compare_plain or None)):
+            if given is not None:
+                raise ConfigurationError(f"{flag} is for speculation: give --draft MODEL, or --draft {NGRAM}, too")
+    if config.offload_path is not None:
+        check_folder_to_write("--offload-dir", str(config.offload_dir))
 
 
 def check_models(config: EngineConfig) -> None:
@@ -36,9 +44,11 @@ def check_models(config: EngineConfig) -> None:
 
         shape(config.model)
         return
-    from flexbatch.models.resolve import resolve
+    from flexbatch.models.resolve import resolve, tokenizer_folder
 
     resolve(config.model)
+    if config.tokenizer is not None:
+        tokenizer_folder(config.tokenizer)
     for draft in config.draft or ():
         if draft != NGRAM:
             resolve(draft)
@@ -62,20 +72,78 @@ def check_files(files: Mapping[str, str | None]) -> None:
     for flag, path in files.items():
         if path is None or path == STANDARD_INPUT:
             continue
+        if not path:
+            raise ConfigurationError(f"{flag} is empty; name a file")
         if not os.path.exists(path):
             raise ConfigurationError(f"{flag} {path} does not exist{neighbor(Path(path))}")
         if os.path.isdir(path):
             raise ConfigurationError(f"{flag} {path} is a folder; give a file")
 
 
+def check_files_to_write(files: Mapping[str, str | None]) -> None:
+    """That files which are written at the end of a run, or along with it, can be, by their flags. Raises
+    ConfigurationError."""
+    for flag, path in files.items():
+        if path is None:
+            continue
+        if not path:
+            raise ConfigurationError(f"{flag} is empty; name a file")
+        if os.path.isdir(path):
+            raise ConfigurationError(f"{flag} {path} is a folder; name a file")
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            raise ConfigurationError(f"{flag} {path}: its folder does not exist")
+        if not os.path.exists(path):
+            _try_folder(folder, f"{flag} {path}")
+        elif not os.access(path, os.W_OK):
+            raise ConfigurationError(f"{flag} {path}: cannot be written")
+
+
+def check_rows_file(path: str | None) -> None:
+    """Raises ConfigurationError where JSON lines would be written under the name of something else."""
+    if path is None:
+        return
+    if not path:
+        raise ConfigurationError("--output is empty; name a file")
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise ConfigurationError(
+            f"--output {path}: rows are written as JSON lines; name it {Path(path).with_suffix('.jsonl')}, or take "
+            "flexbatch batch, which writes Parquet"
+        )
+
+
+def check_folder_to_write(flag: str, path: str) -> None:
+    """That files can be made in a folder, which is made where there is none. Raises ConfigurationError."""
+    folder = Path(path).expanduser().absolute()
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ConfigurationError(f"{flag} {path}: {folder} is a file; give a folder")
+    _try_folder(folder, f"{flag} {path}")
+
+
+def _try_folder(folder: Path, what: str) -> None:
+    """A name is made and removed: rights alone do not tell of a disk that is mounted read-only, or of /proc. A full
+    disk is told by who writes there, with what lies on it."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".flexbatch-"):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            reason = error.strerror or error
+            raise ConfigurationError(f"{what}: nothing can be made in {folder}: {reason}") from None
+
+
 def check_plot(flag: str, path: str | None) -> None:
     """That a picture can be drawn and written. Raises ConfigurationError."""
     if path is None:
         return
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix and suffix not in PICTURES:
+        raise ConfigurationError(f"{flag} {path}: no picture is written as .{suffix}; choose {', '.join(PICTURES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigurationError(f"{flag} {path} needs matplotlib: pip install 'flexbatch[plot]'")
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigurationError(f"{flag} {path}: its folder does not exist")
+    check_files_to_write({flag: path})
 
 
 def check_inputs(engine: EngineConfig, prompts: str | None) -> None:

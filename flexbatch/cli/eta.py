@@ -25,8 +25,11 @@ UNPLANNED: dict[str, PassCosts] = {"cuda": (64.0, 1.0, 1.0), "cpu": (4.0, 1.0, 1
 some."""
 KEPT = 0.995
 """Of the weight of earlier passes, at each new one: the last 200 count."""
-RECENT = 8
-"""Passes that tell whether the machine is slower or faster now."""
+SHORT_PASS = 0.3
+"""Seconds. Shorter passes count as what they are of it: 200 passes of 30 ms are six seconds, in which somebody else's
+compiler may have had the processors. The last minute counts."""
+RECENT, RECENT_SECONDS = 8, 20.0
+"""Passes that tell whether the machine is slower or faster now: eight, or those of twenty seconds if these are more."""
 TIED = 0.003
 """How firmly the three costs are held together."""
 STEPS = 200
@@ -67,16 +70,25 @@ class PassTimes:
         self.expected = np.array(expected)
         self.matrix, self.vector = np.zeros((3, 3)), np.zeros(3)
         self.together, self.together_squared = 0.0, 0.0
-        self.recent: deque[tuple[np.ndarray, float]] = deque(maxlen=RECENT)
+        self.recent: deque[tuple[np.ndarray, float]] = deque()
+        self.recent_terms, self.recent_seconds = np.zeros(3), 0.0
 
     def add(self, prompt_tokens: float, decoding: float, seconds: float) -> None:
         terms = self.expected * (1.0, prompt_tokens, decoding)
         shares = terms / max(seconds, 1e-9)
         whole = float(shares.sum())
-        self.matrix = KEPT * self.matrix + np.outer(shares, shares)
-        self.vector = KEPT * self.vector + shares
-        self.together, self.together_squared = KEPT * self.together + whole, KEPT * self.together_squared + whole**2
+        kept = KEPT ** min(1.0, seconds / SHORT_PASS)
+        self.matrix = kept * self.matrix + np.outer(shares, shares)
+        self.vector = kept * self.vector + shares
+        self.together, self.together_squared = kept * self.together + whole, kept * self.together_squared + whole**2
+        self._add_recent(terms, seconds)
+
+    def _add_recent(self, terms: np.ndarray, seconds: float) -> None:
         self.recent.append((terms, seconds))
+        self.recent_terms, self.recent_seconds = self.recent_terms + terms, self.recent_seconds + seconds
+        while len(self.recent) > RECENT and self.recent_seconds - self.recent[0][1] >= RECENT_SECONDS:
+            oldest, took = self.recent.popleft()
+            self.recent_terms, self.recent_seconds = self.recent_terms - oldest, self.recent_seconds - took
 
     @property
     def factors(self) -> np.ndarray:
@@ -89,9 +101,8 @@ class PassTimes:
     def costs(self) -> np.ndarray:
         """Seconds of a pass, a prompt token and a decoding sequence, as they are now."""
         factors = self.factors
-        measured = sum(seconds for _, seconds in self.recent)
-        expected = sum(float(terms @ factors) for terms, _ in self.recent)
-        return self.expected * factors * min(2.0, max(0.5, measured / expected))
+        expected = float(self.recent_terms @ factors)
+        return self.expected * factors * min(2.0, max(0.5, self.recent_seconds / expected))
 
 
 class AnswerSpread:

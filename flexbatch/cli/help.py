@@ -52,6 +52,21 @@ SHORT = {
 """Of settings that most people need first: a text of one line for the first help."""
 
 
+LETTERS = {
+    "-m": "--model",
+    "-p": "--prompts",
+    "-i": "--prompts",
+    "-o": "--output",
+    "-n": "--n",
+    "-t": "--temperature",
+    "-c": "--config",
+    "--output-file": "--output",
+    "--input-file": "--prompts",
+    "--input": "--prompts",
+}
+"""What other programs call a flag."""
+
+
 class CommandParser(command_line.Parser):
     """The parser of a command over an engine. Its usage errors quote words of the command, which may be URIs with
     credentials."""
@@ -78,6 +93,8 @@ class CommandParser(command_line.Parser):
         return self.groups[found]
 
     def meant(self, flag: str) -> str | None:
+        if flag in LETTERS:
+            return LETTERS[flag]
         from flexbatch.request import OTHER_NAMES  # an import that help need not wait for
 
         other = OTHER_NAMES.get(flag.removeprefix("--").replace("-", "_"))

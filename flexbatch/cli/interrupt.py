@@ -8,9 +8,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexbatch.validation.errors import INTERRUPTED
+
+if TYPE_CHECKING:
+    from flexbatch.cli.progress import JobMeter
 
 
 class Interrupts:
@@ -51,9 +54,10 @@ class Interrupts:
                 signal.signal(number, handler)
 
 
-def drained(llm: Any, resume: str | None) -> str:
-    """Has an `LLM` begin no more sequences; returns what the user is told meanwhile."""
-    count = llm.drain()
+def drained(llm: Any, meter: JobMeter, resume: str | None) -> str:
+    """Has an `LLM` begin no more sequences; returns what the user is told meanwhile. Takes no lock: it is called by a
+    signal handler."""
+    count, meter.draining = llm.drain(), True
     kept = f"what is done is kept; go on with: {resume}" if resume else "nothing is kept without --output FILE"
     return (
         f"interrupted: the {count:,} sequences in flight are being finished, no others begin (Ctrl-C again stops now); "

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from flexbatch.planner.planner import Planner
     from flexbatch.policy.hardware import Hardware
     from flexbatch.policy.plan import Plan
-    from flexbatch.policy.whatif import SweepRequest
+    from flexbatch.policy.sweep_request import SweepRequest
 
 PLANNED = (
     *("gpu_memory", "cpu_memory", "weight_bits", "cache_bits", "allow_bits", "percent", "gpu_batch_size"),
@@ -61,7 +61,7 @@ class PlanConfig:
         metavar="N",
         aliases=("--gen-len",),
     )
-    num_prompts: int = option(10_000, "prompts of the job")
+    num_prompts: int = option(10_000, "prompts of the job", aliases=("--limit",))
     disk: str | None = option(
         None, "free space of the disk, with --gpu (default: that of the machine's profile)", metavar="SIZE"
     )
@@ -76,8 +76,9 @@ class PlanConfig:
     def __post_init__(self) -> None:
         for name in ("prompt_len", "max_tokens", "num_prompts"):
             values = getattr(self, name)
-            if min((values,) if isinstance(values, int) else values or (0,)) < 1:
-                raise ConfigurationError(f"--{name.replace('_', '-')} {values} must be at least 1")
+            least = min((values,) if isinstance(values, int) else values or (0,))
+            if least < 1:
+                raise ConfigurationError(f"--{name.replace('_', '-')} {least} must be at least 1")
         if self.disk is not None:
             parse_bytes(self.disk)
 
@@ -233,7 +234,7 @@ def sweep_request(text: str | None) -> SweepRequest | None:
     """What --sweep asks for. Raises ConfigurationError."""
     if text is None:
         return None
-    from flexbatch.policy.whatif import SweepRequest
+    from flexbatch.policy.sweep_request import SweepRequest
 
     try:
         return SweepRequest.parse(text, parse_bytes)

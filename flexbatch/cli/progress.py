@@ -48,7 +48,10 @@ class JobMeter:
         self.window: deque[tuple[float, PassSeen]] = deque()
         self.prompts_ended = 0
         """Prompt tokens of the sequences that have ended, those included that others had read before."""
+        self.draining = False
+        """Whether no more sequences begin: what is left is what is in flight."""
         self._rest: Rest | None = None
+        self._rest_is_of_all = True
         self._worked_out = self.started
         self._lock = threading.RLock()
 
@@ -107,7 +110,9 @@ class JobMeter:
             if self.last is None or self.times is None or self.answers is None:
                 return None
             age = self.last_told - self._worked_out
-            if self._rest is None or age >= min(REST_SECONDS, 0.05 * (self.last_told - self.started)):
+            stale = self._rest_is_of_all and self.draining
+            if self._rest is None or stale or age >= min(REST_SECONDS, 0.05 * (self.last_told - self.started)):
+                self._rest_is_of_all = not self.draining
                 self._rest, self._worked_out = self._work_out(), self.last_told
             return self._rest
 
@@ -116,7 +121,7 @@ class JobMeter:
         from flexbatch.cli.eta import Waiting, rest_of
 
         begun = self.ended + len(self.in_flight)
-        waiting = Waiting(max(0, self.total - begun), self.lengths, begun)
+        waiting = Waiting(0 if self.draining else max(0, self.total - begun), self.lengths, begun)
         steps = sum(each.decoding for _, each in self.window)
         new = sum(each.new_tokens for _, each in self.window)
         # Prompts that end in a pass bring a token, too: without drafts no sequence has more than one a pass.

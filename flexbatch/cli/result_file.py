@@ -22,7 +22,7 @@ from flexbatch.files.atomic import replacing
 from flexbatch.text.files import json_text
 from flexbatch.validation.errors import ConfigurationError
 
-STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 SHOWN_CHARACTERS = 60
 """Characters of a setting's value that are shown where the rows of another run are refused."""
 

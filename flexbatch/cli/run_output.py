@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from flexbatch.cli.answers import token_lines
+from flexbatch.cli.answers import prompt_lines, token_lines
 from flexbatch.cli.colors import with_title
 from flexbatch.cli.interrupt import Interrupts, drained
 from flexbatch.cli.progress import JobMeter, Progress
@@ -55,7 +55,7 @@ def complete(
         f"{wrote:,}",
     )
     interrupts = Interrupts()
-    interrupts.on_drain = lambda: drained(llm, resume)
+    interrupts.on_drain = lambda: drained(llm, meter, resume)
     with interrupts.installed(), Progress(len(lengths), meter) as progress:
         try:
             llm.generate(
@@ -86,5 +86,6 @@ def print_completion(name: str, prompt: Any, completion: Completion, data: TextI
         print(prompt + completion.text, file=data)
     else:
         print(completion.text or " ".join(map(str, completion.token_ids)), file=data)
-    if completion.logprobs:
-        print(token_lines(completion).lstrip("\n"), file=data)
+    for table in (prompt_lines(completion), token_lines(completion)):
+        if table:
+            print(table.lstrip("\n"), file=data)

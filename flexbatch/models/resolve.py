@@ -89,7 +89,7 @@ def tokenizer_folder(name: str) -> Path:
         return folder
     if name in BUNDLED or not HUB_ID.fullmatch(name):
         return resolve(name)
-    return _fetch(name, TOKENIZER_PATTERNS)
+    return _fetch(name, TOKENIZER_PATTERNS, "tokenizer", "Give a folder with tokenizer.json")
 
 
 def _download(model: str) -> Path:
@@ -99,7 +99,12 @@ def _download(model: str) -> Path:
     return folder if list(folder.glob("*.safetensors")) else _fetch(model, [*patterns, "*.bin"])
 
 
-def _fetch(model: str, patterns: list[str]) -> Path:
+def _fetch(
+    model: str,
+    patterns: list[str],
+    what: str = "model",
+    remedy: str = "Give a folder with config.json and the weights, or --model demo",
+) -> Path:
     from huggingface_hub import snapshot_download  # 0.3 s that only a Hub id needs
 
     try:
@@ -107,10 +112,9 @@ def _fetch(model: str, patterns: list[str]) -> Path:
     except Exception as error:  # every HTTP library of the Hub client has exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model {model!r} is no local folder and cannot be fetched from the Hugging Face Hub: {reason}"
+            f"{what} {model!r} is no local folder and cannot be fetched from the Hugging Face Hub: {reason}"
             f"{neighbor(Path(model))}. "
-            "Give a folder with config.json and the weights, or --model demo, or connect to the network (HF_HOME "
-            "holds what was downloaded before)"
+            f"{remedy}, or connect to the network (HF_HOME holds what was downloaded before)"
         ) from error
 
 

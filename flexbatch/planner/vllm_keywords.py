@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,7 @@ from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.planner.budgets import resolve_device
 from flexbatch.policy.suggest import nearest
 from flexbatch.policy.units import size_text
-from flexbatch.validation.checks import Unfit, check_keywords, checked, number, short, whole
+from flexbatch.validation.checks import Unfit, check_keywords, checked, is_one_of, number, short, whole
 from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
@@ -39,7 +39,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "quantization": ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "gguf"),
     "kv_cache_dtype": ("auto",),
     "block_size": (16,),
-    "swap_space": (0,),
+    "swap_space": (0, 4, 4.0),
     "cpu_offload_gb": (0,),
     "enable_lora": (False,),
     "hf_overrides": ({},),
@@ -48,6 +48,14 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "task": ("auto", "generate"),
     "runner": ("auto", "generate"),
     "convert": ("auto", "none"),
+    "limit_mm_per_prompt": ({},),
+    "async_scheduling": (True, False),
+    "use_v2_block_manager": (True, False),
+    "enable_sleep_mode": (False,),
+    "logprobs_mode": ("raw_logprobs",),
+    "config_format": ("auto", "hf"),
+    "allowed_local_media_path": ("",),
+    "mm_processor_kwargs": ({},),
 }
 """Values, beside None, that ask for what happens anyway; graphs are captured where they help, and change no token."""
 ONE_GPU = "an engine uses one GPU; several engines share a job: flexbatch batch --ray, or one process for each --shard"
@@ -74,7 +82,18 @@ REMEDIES = {
     "max_seq_len_to_capture": "graphs are captured where they help; leave it out",
     "compilation_config": "nothing is compiled at start; leave it out",
     "num_gpu_blocks_override": "use gpu_memory",
-    "preemption_mode": "what is in flight is never preempted; leave it out",
+    "preemption_mode": "which sequences step aside, and whether their cache is moved or read anew, follows from the "
+    "machine's rates; leave it out",
+    "kv_cache_memory_bytes": "use gpu_memory, for weights, cache and all else together",
+    "attention_backend": "the kernels are the engine's own; leave it out",
+    "async_scheduling": "leave it out",
+    "use_v2_block_manager": "leave it out",
+    "enable_sleep_mode": "close() frees the memory",
+    "logprobs_mode": "log-probabilities are the model's own, before bias, penalties and temperature",
+    "config_format": "config.json of transformers, or a GGUF file, is read",
+    "chat_template": "give it to chat or generate",
+    "allowed_local_media_path": "models read text only",
+    "mm_processor_kwargs": "models read text only",
     "speculative_config": 'use draft (a model, or "ngram") and tree="chain:N"',
     "speculative_model": "use draft",
     "num_speculative_tokens": 'use tree="chain:N"',
@@ -147,7 +166,7 @@ def engine_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             check_keywords("LLM", [name], {"trace", *known, *([like_it] if like_it else [])})
     kept = {name: value for name, value in settings.items() if name in known}
     for name, value in settings.items():
-        if name in known or value is None or _is_one_of(value, HARMLESS.get(name, ())):
+        if name in known or value is None or is_one_of(value, HARMLESS.get(name, ())):
             continue
         try:
             if name not in MAPPED:
@@ -169,6 +188,52 @@ def engine_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if not (name == "seed" and value is None)}
 
 
-def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
-    """Told apart as Python's types do: 1 is not True."""
-    return any(type(value) is type(other) and value == other for other in values)
+NO_ADAPTERS = "adapters are not available; merge them into the weights (merge_and_unload of PEFT)"
+CALL_KEYWORDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "lora_request": ((None,), NO_ADAPTERS),
+    "prompt_adapter_request": ((None,), NO_ADAPTERS),
+    "priority": ((None,), "prompts begin in the order in which they are given"),
+    "guided_options_request": ((None,), "answers of a given structure are not available"),
+    "tokenization_kwargs": ((None, {}), "SamplingParams(truncate_prompt_tokens=N) cuts prompts"),
+    "mm_processor_kwargs": ((None, {}), "models read text only"),
+    "chat_template_content_format": ((None, "auto", "string"), "templates get the text of a message"),
+    "prompt_token_ids": ((None,), 'give the lists of ids, or {"prompt_token_ids": ids}, as prompts'),
+}
+"""Keywords of vLLM's `generate` and `chat`: what changes nothing, and what to do instead of other values."""
+
+
+def check_call(what: str, others: Mapping[str, Any], call: Callable[..., Any]) -> None:
+    """Raises ConfigurationError for keywords of a ``call`` that mean nothing here, UnknownKeywordError, a TypeError,
+    for what neither library has."""
+    for name, value in others.items():
+        if name not in CALL_KEYWORDS:
+            check_keywords(what, [name], {*call.__annotations__, *CALL_KEYWORDS} - {"return", "others"})
+        neutral, remedy = CALL_KEYWORDS[name]
+        if not is_one_of(value, neutral):
+            raise ConfigurationError(f"{what}: {name}={short(value)} is not available: {remedy}")
+
+
+NO_POOLING = "the engine generates and scores text; max_tokens=0 with prompt_logprobs scores"
+ABSENT: dict[str, str] = {
+    **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), NO_POOLING),
+    "beam_search": "there is no beam search; n and temperature give several answers",
+    **dict.fromkeys(("sleep", "wake_up"), "close() frees the memory; a new LLM takes it again"),
+    "reset_prefix_cache": "pages of prefixes that nobody holds go first where memory is needed",
+    **dict.fromkeys(("start_profile", "stop_profile"), "LLM(trace=True) records a timeline: llm.tracer.write(FILE)"),
+    **dict.fromkeys(("collective_rpc", "apply_model"), "passes run in this process, and no code of the caller in them"),
+    "get_metrics": "report() has throughput, placement and bytes",
+    "set_tokenizer": "LLM(tokenizer=...) names another one",
+    "llm_engine": "this object is the engine: add_request, step, abort, has_unfinished, config, arch",
+}
+"""Methods and attributes of vLLM's `LLM` without a counterpart, and what there is instead."""
+
+
+class NamesOfVllm:
+    """Says of the attributes that vLLM's `LLM` has and ours does not what there is instead."""
+
+    if not TYPE_CHECKING:  # else every name would pass for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(
+                f"LLM has no {name!r}{': ' * (name in ABSENT)}{ABSENT.get(name, '')}", name=name, obj=self
+            )

@@ -65,6 +65,11 @@ def check_keywords(
             raise UnknownKeywordError(f"{what} has no keyword {name!r}{hint}")
 
 
+def is_one_of(value: Any, values: Iterable[Any]) -> bool:
+    """Told apart as Python's types do: 1 is not True."""
+    return any(type(value) is type(other) and value == other for other in values)
+
+
 def whole(low: int | None = None, high: int | None = None) -> Check:
     """A whole number; numpy's will do, bool and 2.0 will not."""
 

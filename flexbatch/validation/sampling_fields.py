@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from math import inf
 from numbers import Integral
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from flexbatch.validation.checks import (
     Check,
     Unfit,
+    is_one_of,
     number,
     one_or_several,
     optional,
@@ -86,20 +88,38 @@ OTHER_NAMES = {
     "include_stop": "include_stop_str_in_output",
 }
 """What users of other libraries call a field, to be told its name here. Names that look alike may mean another one."""
+NO_STRUCTURE = "answers of a given structure are not available; allowed_token_ids and stop narrow what may come"
 NO_BEAMS = "there is no beam search; n and temperature give several answers"
 UNAVAILABLE = {
     "logits_processors": "no code of the caller runs in a pass; logit_bias, bad_words, allowed_token_ids and "
     "sequence_bias change what may be drawn",
     "output_kind": "generate gives whole answers; stream(items, on_tokens) and add_request(on_text=) give text as it "
     "comes",
+    "structured_outputs": NO_STRUCTURE,
+    "guided_decoding": NO_STRUCTURE,
     "use_beam_search": NO_BEAMS,
     "length_penalty": NO_BEAMS,
     "early_stopping": NO_BEAMS,
     "spaces_between_special_tokens": "the tokenizer decides about these spaces; leave it out",
     "flat_logprobs": "log-probabilities are one dict for each token; leave it out",
     "extra_args": "there are no plug-ins that would read it; leave it out",
+    "skip_reading_prefix_cache": "prompt_logprobs reads the whole prompt by itself; leave it out",
+    "thinking_token_budget": "max_tokens counts thinking, too; leave it out",
 }
 """Fields of vLLM's SamplingParams without a counterpart, and why."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(UNAVAILABLE, (None,)),
+    "best_of": (None,),
+    "logits_processors": (None, []),
+    "extra_args": (None, {}),
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1.0),
+    "early_stopping": (None, False),
+    "spaces_between_special_tokens": (None, True),
+    "flat_logprobs": (None, False),
+    "skip_reading_prefix_cache": (None, False),
+}
+"""Values of such fields that ask for what happens anyway: vLLM's defaults, which scripts spell out."""
 
 _token = whole(0)
 _bias = number(lambda bias: -1e30 <= bias <= 1e30 or bias == -inf, "between -1e30 and 1e30, or -inf to bar a token")
@@ -138,3 +158,18 @@ CHECKS: dict[str, Check] = {
     "detokenize": truth,
     "truncate_prompt_tokens": optional(_kept_tokens),
 }
+
+
+def with_meaning(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of SamplingParams without those of vLLM that ask for nothing."""
+    return {name: value for name, value in keywords.items() if not is_one_of(value, NEUTRAL.get(name, ()))}
+
+
+def taking_neutral(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that leaves out what `with_meaning` does."""
+
+    @wraps(init)
+    def wrapped(self: Any, *args: Any, **keywords: Any) -> None:
+        init(self, *args, **(keywords if keywords.keys() <= CHECKS.keys() else with_meaning(keywords)))
+
+    return wrapped

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import OracleLLM
 
-from flexbatch.apps.completion import OrderedOutput, main
+from flexbatch.apps.completion import main
+from flexbatch.cli.answers import OrderedOutput
 from flexbatch.request import SamplingParams
 
 ENGINE = ["--device", "cpu", "--dtype", "float32", "--gpu-batch-size", "2", "--num-gpu-batches", "2"]
@@ -149,6 +150,15 @@ def test_several_answers_stand_apart_and_show_their_log_probabilities(tiny, comm
         assert row.startswith(f"{entries[token_id].logprob:8.3f}  {entries[token_id].rank:6}  ") and "others: " in row
     code, out, _ = command(tiny, "red ale", "--logprobs", "-1", "--n", "2", "--temperature", "1")
     assert out.count(" logprob    rank  token\n") == 2 and out.count(" more\n") == 16, "the whole vocabulary is cut"
+
+
+def test_a_scored_prompt_shows_its_tokens(tiny, command):
+    code, out, _ = command(tiny, "red ale", "--prompt-logprobs", "1", "--max-tokens", "0")
+    (scored,) = OracleLLM(tiny).generate(["red ale"], SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=1))
+    rows = out.splitlines()
+    assert code == 0 and rows[2].split() == ["logprob", "rank", "token", "of", "the", "prompt"]
+    assert len(rows) == 2 + len(scored.prompt_token_ids), out  # the first token follows nothing
+    assert rows[-1].startswith(f"{scored.prompt_logprobs[-1][scored.prompt_token_ids[-1]].logprob:8.3f}")
 
 
 def test_words_may_stand_between_flags(tiny, command):

@@ -127,6 +127,7 @@ def test_nothing_of_a_plot_is_cut_and_no_labels_meet(tmp_path: Path, monkeypatch
     monkeypatch.setattr(whatif, "finished", lambda plt, figure, path: drawn.append(figure))
     one = Split(1, 0)
     policies = [Policy(Split(0.2, 0.8), Split(0, 1), one, 48, 3, cpu_attention=0.5), Policy(one, one, one, 1, 1)]
+    monkeypatch.setattr(whatif, "duration_text", lambda seconds: "2 min 24 s")  # among the longest
     for machine, policy in zip(("rtx-4090", "cpu"), policies, strict=True):
         plan = price(public_shape("opt-30b"), load_hardware(machine), Workload.uniform(512, 32, 300), policy)
         whatif.plot_plan(plan, tmp_path / "unused.png")
@@ -146,6 +147,10 @@ def test_nothing_of_a_plot_is_cut_and_no_labels_meet(tmp_path: Path, monkeypatch
                 if boxes[i].overlaps(boxes[j])
             ]
             assert not meeting
+            frame = axes.get_window_extent()
+            for text in axes.texts:  # beside the frame, or within it
+                box = text.get_window_extent()
+                assert box.x0 >= frame.x1 or box.x1 <= frame.x1, text.get_text()
             assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 * max(1, bounds.x1) for box in boxes)
         legends = [{text.get_text() for text in axes.get_legend().get_texts()} for axes in figure.axes]
         assert "what limits" in legends[0] and {"weights", "cache", "budget"} <= legends[1]

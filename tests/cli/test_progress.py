@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,10 +32,18 @@ class Machine:
     context: float = 0.0
     launch: float = 1e-3
     noise: float = 0.05
+    bursts: float = 0.0
+    """Share of the time in which somebody else has most of the processors, for a second or so each time."""
+    burst_left: float = 0.0
 
     def seconds(self, prompts: float, decoding: int, context: float, chance: random.Random) -> float:
         work = max(self.streaming, self.prompt_token * prompts + self.new_token * decoding)
-        return (self.launch + work + self.context * context) * chance.uniform(1 - self.noise, 1 + self.noise)
+        alone = (self.launch + work + self.context * context) * chance.uniform(1 - self.noise, 1 + self.noise)
+        if self.burst_left <= 0 and chance.random() < alone * self.bursts / (1 - self.bursts):
+            self.burst_left = chance.uniform(0.5, 1.5)
+        seconds = alone * (3.0 if self.burst_left > 0 else 1.0)
+        self.burst_left -= seconds
+        return seconds
 
 
 @dataclass
@@ -121,6 +130,12 @@ JOBS: dict[str, Callable[[], Job]] = {
         OFFLOADED, uniform(200, (100, 500), (20, 90)), block=40, costs=(0.33, 1e-6, 1e-6)
     ),
     "a wave of ten at the end": lambda: Job(OFFLOADED, uniform(130, (256, 256), (64, 64)), block=40),
+    "one long answer on a busy machine": lambda: Job(
+        Machine(new_token=0.01, noise=0.3, bursts=0.3), [(10, 6000, 6000)], block=1, costs=eta.UNPLANNED["cpu"]
+    ),
+    "waves of short passes on a busy machine": lambda: Job(
+        Machine(prompt_token=1e-4, new_token=1e-3, noise=0.3, bursts=0.3), uniform(500, (50, 400), (20, 90)), block=16
+    ),
     "scoring, no answers": lambda: Job(PREFILL, uniform(100, (300, 2000), (0, 0)), block=30),
 }
 
@@ -145,6 +160,23 @@ def test_the_time_left_is_true_from_a_tenth_of_a_job_on(name: str) -> None:
             left,
             total - now,
         )
+
+
+def test_after_ctrl_c_what_is_left_is_what_is_in_flight() -> None:
+    """Of 200 sequences of at most 90 tokens, in passes of a second."""
+    job = Job(OFFLOADED, uniform(200, (100, 500), (20, 90)), block=40)
+    told: list[tuple[float | None, float | None, str]] = []
+
+    def look(number: int, meter: JobMeter) -> None:
+        if number == 100:
+            before = meter.seconds_left
+            meter.draining = True
+            told.append((before, meter.seconds_left, meter.text()))
+
+    job.run(look)
+    ((before, after, text),) = told
+    assert before is not None and after is not None and before > 150 and 30 < after < 100
+    assert re.search(r"read ([\d,]+) of about \1 prompt tokens", text), text
 
 
 def test_the_time_left_follows_a_machine_that_gets_slower() -> None:

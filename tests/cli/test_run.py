@@ -214,8 +214,8 @@ def test_path_names_the_folder_as_in_flexgen(model_folder: Path, capsys: pytest.
         ),
         (
             ["--percent", "0", "0", "100", "0", "100", "0", "--prompt-len", "5", "--offload-dir", "/proc/offload"],
-            4,
-            "on the disk of --offload-dir",
+            2,
+            "--offload-dir /proc/offload: nothing can be made in /proc",
         ),
         (["--prompt-len", "5", "--gpu-memory", "20KiB", "--percent", "100", "0", "100", "0", "100", "0"], 4, "gpu"),
     ],

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.planner.vllm_keywords import engine_settings
 from flexbatch.request import CompletionOutput
 from flexbatch.text.chat import ChatPrompt
 from flexbatch.text.prompts import PromptError
@@ -358,3 +359,98 @@ def test_a_bar_counts_answers(llm, capsys):
     llm.generate(PROMPTS, SamplingParams(max_tokens=1), use_tqdm=True)
     captured = capsys.readouterr()
     assert captured.out == "" and "4/4" in captured.err
+
+
+VLLM_DEFAULTS = {
+    "n": 1, "best_of": None, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "top_p": 1.0,
+    "top_k": 0, "min_p": 0.0, "seed": None, "stop": None, "stop_token_ids": None, "bad_words": None,
+    "ignore_eos": False, "min_tokens": 0, "logprobs": None, "prompt_logprobs": None, "flat_logprobs": False,
+    "detokenize": True, "skip_special_tokens": True, "spaces_between_special_tokens": True, "logits_processors": None,
+    "include_stop_str_in_output": False, "truncate_prompt_tokens": None, "output_kind": None, "guided_decoding": None,
+    "structured_outputs": None, "logit_bias": None, "allowed_token_ids": None, "extra_args": None,
+    "skip_reading_prefix_cache": None, "thinking_token_budget": None,
+}  # fmt: skip
+
+
+def test_every_default_of_vllm_may_be_spelled_out():
+    spelled = SamplingParams(temperature=0.5, **VLLM_DEFAULTS)
+    assert spelled == SamplingParams(temperature=0.5) and spelled.clone() == spelled
+    for name, value in VLLM_DEFAULTS.items():
+        assert SamplingParams(**{name: value}) == SamplingParams(), name
+        setattr(spelled, name, value)
+    assert spelled == SamplingParams(temperature=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("structured_outputs", {"json": {}}, "answers of a given structure are not available"),
+        ("guided_decoding", {"regex": "a"}, "answers of a given structure are not available"),
+        ("spaces_between_special_tokens", False, "the tokenizer decides"),
+        ("flat_logprobs", True, "one dict for each token"),
+        ("best_of", 2, "did you mean 'n'"),
+        ("best_of", True, "did you mean 'n'"),
+        ("early_stopping", 0, "there is no beam search"),
+        ("logits_processors", [print], "no code of the caller"),
+    ],
+)
+def test_what_a_field_without_a_counterpart_asks_for_is_refused(name, value, problem):
+    with pytest.raises(ConfigurationError, match=problem):
+        SamplingParams(**{name: value})
+    params = SamplingParams()
+    with pytest.raises(ConfigurationError, match=problem):
+        setattr(params, name, value)
+
+
+def test_keywords_of_calls_that_change_nothing_are_taken_and_others_told(llm):
+    params = SamplingParams(max_tokens=1, temperature=0)
+    neutral = {"lora_request": None, "priority": None, "tokenization_kwargs": None, "mm_processor_kwargs": None}
+    (plain,), (spelled,) = llm.generate("hello", params), llm.generate("hello", params, **neutral)
+    assert spelled.token_ids == plain.token_ids
+    assert llm.chat(CHAT, params, chat_template_content_format="auto", **neutral)
+    for name, value, problem in [
+        ("lora_request", object(), "merge them into the weights"),
+        ("priority", [1], "in the order in which they are given"),
+        ("prompt_token_ids", [[5, 6]], "as prompts"),
+        ("chat_template_content_format", "openai", "templates get the text"),
+    ]:
+        with pytest.raises(ConfigurationError, match=problem):
+            llm.generate("hello", params, **{name: value})
+    for call, name, meant in [
+        (llm.generate, "use_tdqm", "use_tqdm"),
+        (llm.chat, "add_generation_promt", "add_generation_prompt"),
+        (llm.chat, "tool", "tools"),
+    ]:
+        with pytest.raises(TypeError, match=rf"no keyword '{name}'; did you mean '{meant}'\?"):
+            call(CHAT, params, **{name: None})
+
+
+def test_attributes_of_vllm_that_are_not_here_say_what_is(llm):
+    for name, instead in [("embed", "max_tokens=0 with prompt_logprobs"), ("sleep", "close"), ("llm_engine", "step")]:
+        with pytest.raises(AttributeError, match=rf"LLM has no '{name}': .*{instead}"):
+            getattr(llm, name)
+    with pytest.raises(AttributeError, match=r"LLM has no 'generat'$"):
+        _ = llm.generat
+    assert not hasattr(llm, "embed") and llm.generate("a", SamplingParams(max_tokens=1))[0].outputs[0].finished()
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        {"swap_space": 4}, {"limit_mm_per_prompt": {}}, {"async_scheduling": True}, {"logprobs_mode": "raw_logprobs"},
+        {"config_format": "auto"}, {"mm_processor_kwargs": None}, {"enable_sleep_mode": False},
+    ],
+)  # fmt: skip
+def test_defaults_of_the_engine_may_be_spelled_out(keyword):
+    assert engine_settings(keyword) == {}
+
+
+def test_keywords_of_the_engine_name_the_setting_to_use():
+    for keyword, problem in [
+        ({"kv_cache_memory_bytes": 2**30}, "use gpu_memory"),
+        ({"logprobs_mode": "processed_logits"}, "the model's own"),
+        ({"chat_template": "x"}, "give it to chat"),
+        ({"attention_backend": "FLASHINFER"}, "leave it out"),
+    ]:
+        with pytest.raises(ConfigurationError, match=problem):
+            engine_settings(keyword)
