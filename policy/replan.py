@@ -137,7 +137,7 @@ def model_for(
     load, _ = steady_load(plan.workload, plan.policy, in_flight=limit)
     if mean_context is not None:
         load = dataclasses.replace(load, decode_context=float(load.decode_sequences) * mean_context)
-    return PassModel(plan.shape, hardware, policy, load), point_of(policy)
+    return plan.passes_like(load, hardware, policy), point_of(policy)
 
 
 def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float | None) -> tuple[float, float]:
