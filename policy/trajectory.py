@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexbatch.policy.admission import CacheSizes, cache_sizes, micro_batch_tokens
-from flexbatch.policy.pass_load import PassLoad, steady_load
+from flexbatch.policy.admission import CacheSizes, cache_sizes, micro_batch_tokens, num_pages
+from flexbatch.policy.expected_pages import ExpectedPages
+from flexbatch.policy.pass_load import PassLoad, reserved_tokens, steady_load
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.walk import Walk, walk
 from flexbatch.policy.workload import Workload
@@ -63,7 +64,8 @@ def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: Cac
         return JobPasses(load, np.ones(1), finished * workload.mean_output, some, none)
     tokens = workload.num_sequences * workload.mean_output
     if exact and workload.in_order is not None:
-        walked = walk(workload.requests, policy, sizes or pools(workload, policy), micro_batch_tokens(policy))
+        expected = ExpectedPages(workload.in_order[1]) if workload.grows else None
+        walked = walk(workload.requests, policy, sizes or pools(workload, policy), micro_batch_tokens(policy), expected)
     elif workload.num_sequences <= min(4 * WALKED, max(WALKED, FEW_BLOCKS * policy.block_size)):
         walked = walk(workload.requests, dataclasses.replace(policy, cache=EVERYWHERE))
     else:
@@ -75,7 +77,11 @@ def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: Cac
 def pools(workload: Workload, policy: Policy) -> CacheSizes:
     """The pages of a block that is made for the job."""
     block = min(policy.block_size, len(workload.requests))
-    return cache_sizes(policy, workload.longest_pages[:block])
+    longest = workload.longest_pages[:block]
+    if workload.grows:
+        # One that reaches all that it may, and others as they are met.
+        longest = [longest[0], *[num_pages(math.ceil(reserved_tokens(workload, policy)))] * (block - 1)]
+    return cache_sizes(policy, longest)
 
 
 def long_job(workload: Workload, policy: Policy) -> tuple[Walk, np.ndarray]:
