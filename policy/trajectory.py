@@ -64,8 +64,12 @@ def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: Cac
         return JobPasses(load, np.ones(1), finished * workload.mean_output, some, none)
     tokens = workload.num_sequences * workload.mean_output
     if exact and workload.in_order is not None:
-        expected = ExpectedPages(workload.in_order[1]) if workload.grows else None
-        walked = walk(workload.requests, policy, sizes or pools(workload, policy), micro_batch_tokens(policy), expected)
+        # Estimating anew in every pass takes ten times as long as the rest of the walk: not for long jobs in a search.
+        likely = workload.grows and (sizes is not None or workload.num_sequences <= WALKED)
+        expected = ExpectedPages(workload.in_order[1]) if likely else None
+        walked = walk(
+            workload.requests, policy, sizes or pools(workload, policy, likely), micro_batch_tokens(policy), expected
+        )
     elif workload.num_sequences <= min(4 * WALKED, max(WALKED, FEW_BLOCKS * policy.block_size)):
         walked = walk(workload.requests, dataclasses.replace(policy, cache=EVERYWHERE))
     else:
@@ -74,11 +78,11 @@ def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: Cac
     return JobPasses(walked.load, walked.counts, tokens, walked.in_flight, walked.tail)
 
 
-def pools(workload: Workload, policy: Policy) -> CacheSizes:
-    """The pages of a block that is made for the job."""
+def pools(workload: Workload, policy: Policy, likely: bool) -> CacheSizes:
+    """The pages of a block that is made for the job. likely: for likely answers."""
     block = min(policy.block_size, len(workload.requests))
     longest = workload.longest_pages[:block]
-    if workload.grows:
+    if likely:
         # One that reaches all that it may, and others as they are met.
         longest = [longest[0], *[num_pages(math.ceil(reserved_tokens(workload, policy)))] * (block - 1)]
     return cache_sizes(policy, longest)
