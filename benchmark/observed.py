@@ -71,6 +71,12 @@ class ObservedLLM(LLM):
         assert isinstance(self._loop, ObservedLoop)
         return self._loop.pass_log
 
+    @property
+    def num_graphs(self) -> int:
+        """Decode graphs that the block of the last job had memory for."""
+        runner = self._loop.capacity.runner
+        return 0 if runner is None else self.engine_plan.num_graphs(runner.sizes)
+
     def __enter__(self) -> ObservedLLM:
         return self
 
@@ -180,5 +186,6 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         "tokens_per_second": generated / seconds,
         "predicted_then": log.plan.predicted_tokens_per_second,
         "load_seconds": llm.report()["load_seconds"],
+        "graphs": llm.num_graphs,
         "passes": log.log,
     }

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from flexbatch.planner.choose import without_reserves
 from flexbatch.policy.explain import summary
 from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.policy.model_shape import ModelShape
@@ -41,7 +42,9 @@ def plan_of(run: dict, hardware: Hardware) -> Plan:
         *splits, run["gpu_batch_size"], run["num_gpu_batches"], **{name: run[name] for name in OPTIONAL if name in run}
     )
     workload = Workload.from_lengths(run["prompt_lens"], run["output_lens"])
-    return price(shape, hardware.with_memory(run.get("gpu_memory"), run.get("cpu_memory")), workload, policy)
+    # Budgets of a run are for its pools alone.
+    machine = without_reserves(hardware).with_memory(run.get("gpu_memory"), run.get("cpu_memory"))
+    return price(shape, machine, workload, policy)
 
 
 def compare(runs: Iterable[dict], hardware: Hardware) -> list[dict]:

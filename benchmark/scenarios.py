@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 GIB = 1 << 30
+PLACED_BY_HAND = ("percent", "gpu_batch_size", "num_gpu_batches", "cpu_attention", "prefill_chunk", "prefill_budget")
+"""Settings of a scenario that the engine chooses where a chosen plan is measured."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,12 @@ class Scenario:
     note: str = ""
     reserve_gib: float = field(default=1.2)
     """Left for the CUDA context, cuBLAS workspaces and fragmentation: the engine's budget is ``gpu_gib`` less this."""
+
+    @property
+    def with_chosen_plan(self) -> Scenario:
+        """The same job, placed by the engine."""
+        settings = {name: value for name, value in self.settings.items() if name not in PLACED_BY_HAND}
+        return replace(self, settings=settings, note="chosen plan")
 
 
 def opt30(percent: tuple[float, ...], gpu_batch_size: int, num_gpu_batches: int, **settings: Any) -> dict[str, Any]:
@@ -81,5 +89,14 @@ SCENARIOS: dict[str, Scenario] = {
         },
         768,
         goal=120,
+    ),
+    "llama-3-70b-4-4": Scenario(
+        "llama-3-70b",
+        25.2,
+        {"weight_bits": 4, "cache_bits": 4, "cpu_memory": "110GiB"},
+        701,
+        gen_len=128,
+        goal=803,
+        note="chosen plan",
     ),
 }

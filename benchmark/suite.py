@@ -2,9 +2,12 @@
 distinct prompts.
 
     python -m benchmark.suite --scenarios opt-30b-16-16 opt-30b-16-4 --output results.json
+    python -m benchmark.suite --scenarios opt-30b-4-4 --chosen
 
 Figures are generated tokens / (prefill + decode) seconds of a whole job, start-up and drain included; nothing is
-projected. Neighboring scenarios of one model with the same settings share its weights, which are loaded once.
+projected. With --chosen every scenario runs twice, placed by hand and by the plan that the engine chooses, and the
+ratio of both is told. Neighboring scenarios of one model with the same settings share its weights, which are
+loaded once.
 """
 
 from __future__ import annotations
@@ -155,6 +158,26 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
     }
 
 
+def variants(names: list[str], changes: dict[str, Any], chosen: bool) -> dict[str, Scenario]:
+    """The scenarios that are run, by name."""
+    found = {}
+    for name in names:
+        found[name] = by_hand = replace(SCENARIOS[name], **changes)
+        if chosen and by_hand.with_chosen_plan.settings != by_hand.settings:
+            found[f"{name} chosen"] = by_hand.with_chosen_plan
+    return found
+
+
+def share_of_hand_placed(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each chosen plan that ran beside a hand-placed one, the share of its throughput."""
+    rates = {each["scenario"]: each["tokens_per_second"] for each in results if "tokens_per_second" in each}
+    return {
+        name: rate / rates[by_hand]
+        for name, rate in rates.items()
+        if (by_hand := name.removesuffix(" chosen")) != name and by_hand in rates
+    }
+
+
 def speculation_of(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What one job added to the engine's figures on speculation; what was learned is that of all jobs."""
     counted = (
@@ -189,6 +212,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, help="JSON file; written after every scenario")
     parser.add_argument("--trace", type=Path, help="folder for Perfetto traces")
+    parser.add_argument("--chosen", action="store_true", help="also with the plan that the engine chooses")
     parser.add_argument(
         "--num-prompts", type=int, help="prompts instead of the scenario's own number (for a quick look)"
     )
@@ -206,10 +230,10 @@ def main() -> int:
             name: value for name, value in (("num_prompts", arguments.num_prompts), ("model", arguments.model)) if value
         }
         results, loaded = [], Loaded()
-        for name in arguments.scenarios:
+        for name, scenario in variants(arguments.scenarios, changes, arguments.chosen).items():
             trace = arguments.trace / f"{name}.json" if arguments.trace else None
             try:
-                results.append(run(name, replace(SCENARIOS[name], **changes), loaded, overrides, trace))
+                results.append(run(name, scenario, loaded, overrides, trace))
             except Exception as error:  # the remaining scenarios still count
                 results.append({"scenario": name, "error": f"{type(error).__name__}: {error}"})
                 loaded.close()
@@ -218,6 +242,8 @@ def main() -> int:
             if arguments.output:
                 arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
         loaded.close()
+        for name, share in share_of_hand_placed(results).items():
+            print(json.dumps({"scenario": name, "share_of_hand_placed": share}), file=data)
         return 1 if any("error" in result for result in results) else 0
 
 

@@ -59,6 +59,8 @@ def machine_bound(
     )
     fixed_costs = (
         "graph_seconds",
+        "expand_seconds",
+        "request_seconds",
         "sequence_seconds",
         "cpu_attention_seconds",
         "exchange_seconds",

@@ -19,6 +19,7 @@ import functools
 import numpy as np
 
 from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest, total
+from flexbatch.policy.decode_graphs import runs_graphs
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from flexbatch.policy.model_shape import ModelShape
@@ -46,11 +47,15 @@ class PassModel:
     """Demands of the passes ``load`` of a model on a machine for a policy's sizes and bits.
 
     Of the policy's placement one thing counts: whether any sequence is attended on the CPU (``cpu_attention`` above
-    0), which has fixed costs, however few they are.
+    0), which has fixed costs, however few they are. graphs: whether there is memory for decode graphs where everything
+    is on the GPU.
     """
 
-    def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad):
+    def __init__(
+        self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad, graphs: bool = True
+    ) -> None:
         self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
+        self.graphs = graphs and runs_graphs(policy, hardware.device, shape.experts is not None)
         self.batches = policy.num_gpu_batches
 
     @functools.cached_property
@@ -59,30 +64,46 @@ class PassModel:
 
     @property
     def host_seconds(self) -> np.ndarray:
-        """Composing a pass, sampling, committing."""
-        return self.hardware.pass_seconds + self.hardware.sequence_seconds * np.asarray(
-            self.load.decode_sequences + self.load.finished_prompts
-        )
+        """Composing a pass, sampling, committing; and what a sequence costs once, in the pass that completes its
+        prompt."""
+        hardware, finished = self.hardware, np.asarray(self.load.finished_prompts)
+        each = hardware.sequence_seconds * (self.load.decode_sequences + finished)
+        return hardware.pass_seconds + each + hardware.request_seconds * finished
+
+    @property
+    def tick_seconds(self) -> float:
+        """Launching every tick of one pass, and the expansion of quantized weights once a layer."""
+        layers = self.shape.num_layers
+        expansion = layers * self.hardware.expansion_launch_seconds if self.policy.weight_bits != 16 else 0.0
+        return (layers + 1) * self.batches * self.hardware.launch_seconds + expansion
 
     @property
     def launch_seconds(self) -> np.ndarray:
         """Seconds of one pass: launching every tick, and what happens once a pass and for every sequence."""
-        return (self.shape.num_layers + 1) * self.batches * self.hardware.launch_seconds + self.host_seconds
+        return self.tick_seconds + self.host_seconds
+
+    def on_gpu(self, point: np.ndarray) -> bool:
+        """Whether everything is on a GPU at a placement."""
+        return self.hardware.device == "cuda" and all(point[COLUMNS[f"{kind}_gpu"]] >= 1 - RESIDENT for kind in KINDS)
+
+    @property
+    def in_graphs(self) -> np.ndarray:
+        """Which passes are one graph each, where everything is on the GPU: without prompts, and not too many
+        sequences."""
+        few = np.asarray(self.load.decode_sequences) <= MAX_GRAPH_SEQUENCES
+        return self.graphs & (np.asarray(self.load.prompt_tokens) == 0) & few
+
+    @property
+    def graph_launch_seconds(self) -> np.ndarray:
+        """Of a pass that is one graph: its kernels are launched by the GPU."""
+        return self.host_seconds + (self.shape.num_layers + 1) * self.hardware.graph_seconds
 
     def launched(self, point: np.ndarray) -> np.ndarray:
-        """Seconds of launching in each pass at a placement: a decode pass of a block that is on the GPU whole is one
-        CUDA graph, launched by the GPU, but for a model with experts."""
-        resident = all(point[COLUMNS[f"{kind}_gpu"]] >= 1 - RESIDENT for kind in KINDS)
-        one_graph = resident and self.hardware.device == "cuda" and self.batches == 1 and self.policy.overlap
-        one_graph = one_graph and self.shape.experts is None  # those are launched kernel by kernel
-        if not one_graph:
-            in_turn = 0.0 if self._launches_ahead else self._extra_launch_seconds(point)
-            return self.launch_seconds + self.shape.num_layers * self.batches * in_turn
-        graphed = (np.asarray(self.load.prompt_tokens) == 0) & (
-            np.asarray(self.load.decode_sequences) <= MAX_GRAPH_SEQUENCES
-        )
-        in_graph = self.host_seconds + (self.shape.num_layers + 1) * self.hardware.graph_seconds
-        return np.where(graphed, in_graph, self.launch_seconds)
+        """Seconds of launching in each pass at a placement."""
+        if self.on_gpu(point):
+            return np.where(self.in_graphs, self.graph_launch_seconds, self.launch_seconds)
+        in_turn = 0.0 if self._launches_ahead else self._extra_launch_seconds(point)
+        return self.launch_seconds + self.shape.num_layers * self.batches * in_turn
 
     @property
     def _launches_ahead(self) -> bool:

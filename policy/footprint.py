@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from flexbatch.policy.affine import affine, evaluate, point_of
+from flexbatch.policy.affine import RESIDENT, affine, evaluate, point_of
+from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import (
     INPUT_BUFFER_BYTES,
@@ -22,7 +23,17 @@ from flexbatch.policy.pass_load import reserved_tokens
 from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.policy.workload import Workload
 
-KIND_LABELS = ("weights", "weight slabs", "cache", "cache staging", "activations", "workspace", "logits", "reserved")
+KIND_LABELS = (
+    "weights",
+    "weight slabs",
+    "cache",
+    "cache staging",
+    "activations",
+    "workspace",
+    "logits",
+    "decode graphs",
+    "reserved",
+)
 
 
 def prompt_tokens_per_pass(workload: Workload, policy: Policy) -> float:
@@ -75,6 +86,8 @@ def memory_rows(
         "activations": affine(activations_gpu=hidden, activations_cpu=two_hidden, activations_disk=two_hidden),
         "workspace": affine(tokens * shape.peak_workspace_bytes),
         "logits": affine(logits_bytes(max(MIN_LOGIT_ROWS, batch) * shape.vocab_size)),
+        # Only where everything is on the gpu tier; the cache is the last that gets there.
+        "decode graphs": affine(cache_gpu=graph_bytes_of(shape, hardware, workload, policy)),
         "reserved": affine(hardware.gpu_reserved_bytes),
     }
     cpu = {
@@ -96,6 +109,16 @@ def memory_rows(
         "activations": affine(activations_disk=hidden),
     }
     return {"gpu": gpu, "cpu": cpu, "disk": disk}
+
+
+def graph_bytes_of(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> int:
+    """The bytes of the decode graphs that a block on the gpu tier is planned with."""
+    return planned_bytes(shape, policy, hardware.device, workload.longest_slots[0])
+
+
+def has_graphs(peak: dict[str, dict[str, int]]) -> bool:
+    """Whether a block with this peak memory runs its decode passes as graphs."""
+    return peak["gpu"].get("decode graphs", 0) > 0
 
 
 def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[Split, float]:
@@ -141,8 +164,14 @@ def round_cache(policy: Policy) -> Split:
     return Split(gpu / block, cpu / block, rest / block)
 
 
-def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> dict[str, dict[str, int]]:
-    """``peak[tier][kind]`` in bytes at the placement that whole tensors and whole sequences can meet."""
+def peak_memory(
+    shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy, with_graphs: bool = False
+) -> dict[str, dict[str, int]]:
+    """``peak[tier][kind]`` in bytes at the placement that whole tensors and whole sequences can meet.
+
+    with_graphs: a block on the gpu tier has its decode graphs, whether these fit or not. Without, they get what is
+    left, or are not there: they are no reason to refuse a job.
+    """
     rows = memory_rows(shape, hardware, workload, policy)
     split, away = spread_weights(shape, policy.weights, policy.weight_bits)
     point = point_of(policy)
@@ -154,6 +183,11 @@ def peak_memory(shape: ModelShape, hardware: Hardware, workload: Workload, polic
     staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)
     per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk)
     peak["gpu"]["cache staging"] += math.ceil(2 * staged_rows * (math.ceil(per_batch - 1e-6) - per_batch))
+    resident = all(each.gpu >= 1 - RESIDENT for each in (policy.weights, policy.cache, policy.activations))
+    graphs = graph_bytes_of(shape, hardware, workload, policy) if resident else 0
+    peak["gpu"]["decode graphs"] = 0
+    if with_graphs or sum(peak["gpu"].values()) + graphs <= hardware.gpu_memory_bytes:
+        peak["gpu"]["decode graphs"] = graphs
     return peak
 
 

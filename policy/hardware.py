@@ -14,6 +14,9 @@ import numpy as np
 from flexbatch.policy.suggest import did_you_mean
 
 SHIPPED = Path(__file__).parent / "profiles"
+KERNELS_OF_TICK, EXPANSIONS_OF_LAYER = 24, 4
+"""What a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and their
+events; and one expansion of each quantized matrix."""
 
 
 def is_rate(value: object) -> bool:
@@ -92,6 +95,10 @@ class Hardware:
     graph_seconds: float = 0.0
     """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they
     compute."""
+    expand_seconds: float = 0.0
+    """Per layer of quantized weights: the expansion of its matrices is launched, once for all micro-batches."""
+    request_seconds: float = 0.0
+    """Per sequence, once: it is admitted, gets its pages, and gives them back at its end."""
     staging_seconds: float = 0.0
     """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched, too,
     with several micro-batches while another resource is busy."""
@@ -178,6 +185,11 @@ class Hardware:
         compute, and time grows with the queries."""
         curve = {8: self.cpu_attention_8, 4: self.cpu_attention_4}.get(cache_bits) or self.cpu_attention
         return curve.at(queries_per_kv_head) * min(1.0, curve.points[-1] / queries_per_kv_head)
+
+    @property
+    def expansion_launch_seconds(self) -> float:
+        """``expand_seconds``; in a profile that lacks it, by the share of its kernels in those of a tick."""
+        return self.expand_seconds or self.launch_seconds * EXPANSIONS_OF_LAYER / KERNELS_OF_TICK
 
     @property
     def cpu_attention_slowdown(self) -> float:

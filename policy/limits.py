@@ -4,6 +4,11 @@ from __future__ import annotations
 
 PAGE_TOKENS = 16
 """Tokens of a page of the KV cache."""
+LOOKAHEAD_TOKENS = 16
+"""Tokens for which every sequence that runs has pages in sight when one is admitted, whatever is expected: nobody that
+has come back steps aside again within as many passes."""
+RESERVED_DEVIATIONS = 1.0
+"""Standard deviations of the sum of all answers in flight that are reserved beyond its mean."""
 MAX_PREFILL_CHUNK = 2048
 """Prompt tokens that one sequence brings to one pass where the user sets no chunk."""
 MAX_MICRO_BATCH_TOKENS = 8192

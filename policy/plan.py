@@ -10,10 +10,10 @@ import numpy as np
 
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import JOINT, RESOURCES, PassModel
-from flexbatch.policy.footprint import capacity, peak_memory, shortfall
+from flexbatch.policy.footprint import capacity, has_graphs, peak_memory, shortfall
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.model_shape import ModelShape
-from flexbatch.policy.pass_load import first_finish, steady_load
+from flexbatch.policy.pass_load import PassLoad, first_finish, steady_load
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.trajectory import JobPasses, passes_of
 from flexbatch.policy.workload import Workload
@@ -71,6 +71,11 @@ class Plan:
         """Times that the job's sequences fill the block, the last time perhaps in part; None for a job without end."""
         total = self.workload.num_sequences
         return None if total is None else math.ceil(total / self.most_in_flight - 1e-9)
+
+    def passes_like(self, load: PassLoad, hardware: Hardware | None = None, policy: Policy | None = None) -> PassModel:
+        """The cost of other passes of this plan: of its policy, or of one whose settings differ and not its bytes, on
+        its machine or another."""
+        return PassModel(self.shape, hardware or self.hardware, policy or self.policy, load, has_graphs(self.memory))
 
     @property
     def fraction_of_bound(self) -> float:
@@ -139,13 +144,14 @@ def price(
     load, counts, tokens = passes.load, passes.counts, passes.tokens
     # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
     met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
-    model, point = PassModel(shape, hardware, met, load), point_of(met)
+    memory = peak_memory(shape, hardware, workload, met)
+    model, point = PassModel(shape, hardware, met, load, has_graphs(memory)), point_of(met)
     seconds = counts * model.pass_seconds(point)
     total = float(np.sum(seconds))
     bound = float(np.sum(counts * model.bound_seconds(point)))
     num_passes = float(counts.sum())
     steady, finished = steady_load(workload, policy)
-    steady_seconds = float(PassModel(shape, hardware, met, steady).pass_seconds(point))
+    steady_seconds = float(PassModel(shape, hardware, met, steady, has_graphs(memory)).pass_seconds(point))
     return Plan(
         policy=policy,
         shape=shape,
@@ -169,5 +175,5 @@ def price(
         tail_passes=passes.tail_passes,
         tail_sequences=passes.tail_sequences,
         tail_seconds=float(np.sum(np.broadcast_to(seconds, counts.shape)[passes.tail])),
-        memory=peak_memory(shape, hardware, workload, met),
+        memory=memory,
     )

@@ -137,7 +137,7 @@ def model_for(
     load, _ = steady_load(plan.workload, plan.policy, in_flight=limit)
     if mean_context is not None:
         load = dataclasses.replace(load, decode_context=float(load.decode_sequences) * mean_context)
-    return PassModel(plan.shape, hardware, policy, load), point_of(policy)
+    return plan.passes_like(load, hardware, policy), point_of(policy)
 
 
 def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float | None) -> tuple[float, float]:
@@ -185,7 +185,7 @@ def seconds_at(model: PassModel, point: np.ndarray, budget: int) -> float:
     with_prompts = dataclasses.replace(load, **{name: getattr(load, name) * bursts for name in PROMPT_FIELDS})
     without = dataclasses.replace(load, **dict.fromkeys(PROMPT_FIELDS, 0.0))
     times = [
-        float(PassModel(model.shape, model.hardware, policy, each).pass_seconds(point))
+        float(PassModel(model.shape, model.hardware, policy, each, model.graphs).pass_seconds(point))
         for each in (with_prompts, without)
     ]
     return times[0] / bursts + times[1] * (1 - 1 / bursts)

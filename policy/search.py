@@ -130,8 +130,8 @@ class Search:
         return placed(self.shape, candidate.policy, candidate.solution.point, self.constraints)
 
     def shortage(self, policy: Policy) -> dict[str, int]:
-        """Bytes by which tiers are too small for a policy's exact sizes."""
-        return shortfall(peak_memory(self.shape, self.hardware, self.workload, policy), self.hardware)
+        """Bytes by which tiers are too small for a policy's exact sizes, decode graphs included."""
+        return shortfall(peak_memory(self.shape, self.hardware, self.workload, policy, True), self.hardware)
 
     def finish(self, candidate: Candidate) -> Plan | None:
         """The plan of a candidate with whole tensors and sequences; the program runs again with less memory while

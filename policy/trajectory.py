@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexbatch.policy.admission import CacheSizes, cache_sizes, micro_batch_tokens
-from flexbatch.policy.pass_load import PassLoad, steady_load
+from flexbatch.policy.admission import CacheSizes, cache_sizes, micro_batch_tokens, num_pages
+from flexbatch.policy.expected_pages import ExpectedPages
+from flexbatch.policy.pass_load import PassLoad, reserved_tokens, steady_load
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.walk import Walk, walk
 from flexbatch.policy.workload import Workload
@@ -63,7 +64,12 @@ def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: Cac
         return JobPasses(load, np.ones(1), finished * workload.mean_output, some, none)
     tokens = workload.num_sequences * workload.mean_output
     if exact and workload.in_order is not None:
-        walked = walk(workload.requests, policy, sizes or pools(workload, policy), micro_batch_tokens(policy))
+        # Estimating anew in every pass takes ten times as long as the rest of the walk: not for long jobs in a search.
+        likely = workload.grows and (sizes is not None or workload.num_sequences <= WALKED)
+        expected = ExpectedPages(workload.in_order[1]) if likely else None
+        walked = walk(
+            workload.requests, policy, sizes or pools(workload, policy, likely), micro_batch_tokens(policy), expected
+        )
     elif workload.num_sequences <= min(4 * WALKED, max(WALKED, FEW_BLOCKS * policy.block_size)):
         walked = walk(workload.requests, dataclasses.replace(policy, cache=EVERYWHERE))
     else:
@@ -72,10 +78,14 @@ def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: Cac
     return JobPasses(walked.load, walked.counts, tokens, walked.in_flight, walked.tail)
 
 
-def pools(workload: Workload, policy: Policy) -> CacheSizes:
-    """The pages of a block that is made for the job."""
+def pools(workload: Workload, policy: Policy, likely: bool) -> CacheSizes:
+    """The pages of a block that is made for the job. likely: for likely answers."""
     block = min(policy.block_size, len(workload.requests))
-    return cache_sizes(policy, workload.longest_pages[:block])
+    longest = workload.longest_pages[:block]
+    if likely:
+        # One that reaches all that it may, and others as they are met.
+        longest = [longest[0], *[num_pages(math.ceil(reserved_tokens(workload, policy)))] * (block - 1)]
+    return cache_sizes(policy, longest)
 
 
 def long_job(workload: Workload, policy: Policy) -> tuple[Walk, np.ndarray]:

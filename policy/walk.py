@@ -12,6 +12,7 @@ import numpy as np
 from flexbatch.policy import admission
 from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.balancer import TierBalancer
+from flexbatch.policy.expected_pages import ExpectedPages
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.workload import RequestLengths
@@ -57,7 +58,7 @@ class MicroBatch:
         self.decoding, self.context = 0, 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Reading:
     """A sequence whose prompt is being read."""
 
@@ -65,16 +66,29 @@ class Reading:
     tier: str
     micro_batch: MicroBatch
     uncached: int
+    pages: int
+    """Reserved for it."""
     admitted: int = 0
+    began: int | None = None
+    """The pass in which its first token came."""
 
 
 class Walker:
     """Block, pools and requests of one walk; `step` is a pass, or a run of alike ones."""
 
     def __init__(
-        self, requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes | None, token_limit: int
+        self,
+        requests: Sequence[RequestLengths],
+        policy: Policy,
+        sizes: CacheSizes | None,
+        token_limit: int,
+        expected: ExpectedPages | None = None,
     ) -> None:
-        """sizes: pages of the pools; None where only the slots of the block limit who gets in."""
+        """sizes: pages of the pools; None where only the slots of the block limit who gets in. expected: where pages
+        are reserved for likely answers; else each sequence reserves all that it will have."""
+        self.expected = expected if sizes else None
+        self.running: list[Reading] = []
+        """Where pages are reserved for likely answers: the sequences in flight."""
         self.policy, self.sizes, self.token_limit = policy, sizes, token_limit
         self.budget = policy.prompt_tokens_per_micro_batch
         self.waiting = deque(requests)
@@ -91,20 +105,37 @@ class Walker:
     # Admission, as in `Scheduler.admit` and `Block`
 
     def admit(self) -> None:
+        if self.waiting and self.num_running < self.policy.block_size:
+            self.estimate()
         while self.waiting and self.num_running < self.policy.block_size:
             request = self.waiting[0]
             if self.sizes and request.pages > admission.largest_sequence(self.policy.cache, self.sizes):
                 self.waiting.popleft()  # refused
                 continue
+            pages = self.pages_of(request)
             open_batches = {
                 tier: batches
                 for tier in self.allowed
-                if self.has_pages(tier, request.pages) and (batches := self.open_micro_batches(tier, request.pages))
+                if self.has_pages(tier, pages) and (batches := self.open_micro_batches(tier, pages))
             }
             if not open_batches:
                 return
             tier = self.balancer.choose(1, list(open_batches)) if len(self.allowed) > 1 else self.allowed[0]
-            self.enter(self.waiting.popleft(), tier, open_batches[tier])
+            self.enter(self.waiting.popleft(), tier, open_batches[tier], pages)
+
+    def pages_of(self, request: RequestLengths) -> int:
+        """Pages to reserve for a sequence that is about to run."""
+        return request.pages if self.expected is None else self.expected.of_one(request.prompt, self.num_running + 1)
+
+    def estimate(self) -> None:
+        """Reserve anew for all that run, where that is for likely answers."""
+        if self.expected is None or not self.running or self.sizes is None:
+            return
+        generated = np.array([0 if each.began is None else self.now - each.began for each in self.running])
+        rows = np.array([each.request.prompt for each in self.running]) + generated
+        for each, pages in zip(self.running, self.expected.together(rows, generated).tolist(), strict=True):
+            self.take(each, pages - each.pages)
+            each.pages = pages
 
     def has_pages(self, tier: str, pages: int) -> bool:
         return self.sizes is None or (self.free[tier] >= pages and (tier != "disk" or self.free_tails > 0))
@@ -116,27 +147,33 @@ class Walker:
             occupied, staged, "gpu" if self.sizes is None else tier, pages, batch_size, staging
         )
 
-    def enter(self, request: RequestLengths, tier: str, open_batches: list[int]) -> None:
+    def enter(self, request: RequestLengths, tier: str, open_batches: list[int], pages: int) -> None:
         occupied, of_tier = [each.occupied for each in self.batches], [each.of_tier[tier] for each in self.batches]
         batch = self.batches[admission.emptiest(open_batches, of_tier, occupied)]
-        self.count(request, tier, batch, 1)
         self.num_admitted += 1
-        reading = Reading(request, tier, batch, request.prompt, self.num_admitted)
+        reading = Reading(request, tier, batch, request.prompt, pages, self.num_admitted)
+        self.count(reading, 1)
         (batch.single if request.prompt == 1 else batch.reading).append(reading)
 
-    def count(self, request: RequestLengths, tier: str, batch: MicroBatch, sign: int) -> None:
+    def count(self, reading: Reading, sign: int) -> None:
         """Take (1) or give back (-1) a slot and its pages."""
+        tier, batch = reading.tier, reading.micro_batch
         self.num_running += sign
         batch.occupied += sign
         batch.of_tier[tier] += sign
         self.balancer.place(tier, sign)
         if self.sizes is None:
             return
-        self.free[tier] -= sign * request.pages
+        self.take(reading, sign * reading.pages)
         if tier == "disk":
             self.free_tails -= sign
-        if tier != "gpu":
-            batch.staged += sign * request.pages
+        if self.expected is not None:
+            (self.running.append if sign > 0 else self.running.remove)(reading)
+
+    def take(self, reading: Reading, pages: int) -> None:
+        self.free[reading.tier] -= pages
+        if reading.tier != "gpu":
+            reading.micro_batch.staged += pages
 
     # Passes, as in `Scheduler.token_counts` and `commit`
 
@@ -187,9 +224,10 @@ class Walker:
 
     def first_token(self, reading: Reading) -> None:
         """A prompt was read: its sequence decodes from the next pass on, or is done."""
+        reading.began = self.now - 1
         left = reading.request.output - 1
         if left <= 0:
-            self.count(reading.request, reading.tier, reading.micro_batch, -1)
+            self.count(reading, -1)
             return
         reading.micro_batch.decoding += 1
         reading.micro_batch.context += reading.request.prompt
@@ -198,7 +236,7 @@ class Walker:
     def end(self, reading: Reading) -> None:
         reading.micro_batch.decoding -= 1
         reading.micro_batch.context -= reading.request.prompt + reading.request.output - 1
-        self.count(reading.request, reading.tier, reading.micro_batch, -1)
+        self.count(reading, -1)
 
     def row(self, count: int, decoding: int, context: float, *prompts: float) -> None:
         self.rows.append((count, self.num_running, self.num_admitted, decoding, context, *(prompts or (0, 0, 0, 0))))
@@ -208,19 +246,25 @@ class Walker:
         """Invariants: what is taken is what runs, and nothing is left behind."""
         assert self.num_running == sum(batch.occupied for batch in self.batches) >= 0
         assert all(0 <= batch.occupied <= self.policy.gpu_batch_size and batch.staged >= 0 for batch in self.batches)
-        assert min(self.free.values(), default=0) >= 0 and self.free_tails >= 0
+        assert self.expected or min(self.free.values(), default=0) >= 0
+        assert self.free_tails >= 0 and len(self.running) == (self.num_running if self.expected else 0)
         self.balancer.check()
 
 
 def walk(
-    requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes | None = None, token_limit: int | None = None
+    requests: Sequence[RequestLengths],
+    policy: Policy,
+    sizes: CacheSizes | None = None,
+    token_limit: int | None = None,
+    expected: ExpectedPages | None = None,
 ) -> Walk:
     """Every pass of a job of ``requests``, in their order of arrival, each of which generates all of its ``output``.
 
     sizes: pages of the pools, without which the block's slots alone limit who gets in. token_limit: query tokens that a
-    micro-batch's buffers hold (default: as many as they are made for).
+    micro-batch's buffers hold (default: as many as they are made for). expected: what is reserved where admission goes
+    by likely answers; nobody steps aside in the walk, and the pools may be short for as long as somebody would.
     """
-    walker = Walker(requests, policy, sizes, token_limit or admission.micro_batch_tokens(policy))
+    walker = Walker(requests, policy, sizes, token_limit or admission.micro_batch_tokens(policy), expected)
     walker.admit()
     while walker.num_running:
         walker.step()

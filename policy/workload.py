@@ -28,6 +28,17 @@ class RequestLengths:
         return cls(prompt_tokens, output_tokens, num_pages(prompt_tokens + output_tokens - 1))
 
 
+def by_total(pairs: np.ndarray) -> np.ndarray:
+    """[2, sequences] ordered by the sum of both lengths, then by the first. Whole numbers are sorted as one key each: a
+    million take a tenth of the time."""
+    total = pairs.sum(axis=0)
+    base = pairs[0].max() + 1
+    if total.max() * base >= 2**62 or not np.array_equal(pairs, np.floor(pairs)):
+        return pairs[:, np.lexsort((pairs[1], pairs[0], total))]
+    total, first = np.divmod(np.sort((total * base + pairs[0]).astype(np.int64)), int(base))
+    return np.stack([first, total - first]).astype(float)
+
+
 @dataclass(frozen=True)
 class Workload:
     """The lengths of the sequences of a job, as equally likely (prompt tokens, generated tokens) pairs.
@@ -111,7 +122,7 @@ class Workload:
         keeps the sums."""
         given = np.array([prompts, outputs], dtype=float)
         count = given.shape[1]
-        pairs = given[:, np.lexsort((given[1], given[0], given.sum(axis=0)))]
+        pairs = by_total(given)
         if count > cls.MAX_PAIRS:
             cuts = np.array([count * i // cls.MAX_PAIRS for i in range(cls.MAX_PAIRS + 1)])
             pairs = np.add.reduceat(pairs, cuts[:-1], axis=1) / np.diff(cuts)

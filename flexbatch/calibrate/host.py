@@ -16,7 +16,18 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from flexbatch.calibrate.passes import MIB, ON_CPU, ON_GPU, resident, run_passes, small_arch, with_cpu_attention
+from flexbatch.calibrate.passes import (
+    MIB,
+    ON_CPU,
+    ON_GPU,
+    SHORT_ANSWER,
+    WAVES,
+    resident,
+    run_job,
+    run_passes,
+    small_arch,
+    with_cpu_attention,
+)
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.policy import Policy, Split
@@ -165,6 +176,18 @@ def graph_seconds(device: torch.device) -> float:
     return (replay(MANY) - replay(FEW)) / (MANY - FEW)
 
 
+def request_seconds(device: torch.device, pass_seconds: float) -> float:
+    """Returns what a sequence costs beside its passes, of ``pass_seconds`` each: in a job of the sizes of "few", of
+    which every block lasts two passes; the first, in which kernels are loaded, does not count."""
+    policy = resident(8)
+    found = []
+    for _ in range(ROUNDS):
+        turns = run_job(small_arch(FEW, head_dim(device)), policy, device, Tracer(), WAVES * policy.block_size)
+        later = [seconds for seconds, _ in turns][SHORT_ANSWER:]
+        found.append((sum(later) - len(later) * pass_seconds) / ((WAVES - 1) * policy.block_size))
+    return max(0.0, min(found))
+
+
 def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) -> dict[str, float]:
     """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` by non-negative least squares over ``policies``;
     a graph's ticks cost the host nothing."""
@@ -183,10 +206,11 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) 
 def host_rates(device: torch.device) -> dict[str, float]:
     """What passes of small models tell, as fields of `policy.hardware.Hardware`.
 
-    ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes.
-    ``graph_seconds``: 0 without a GPU, where there are no graphs. ``exchange_seconds`` and ``synchronize_seconds``:
-    from how passes of one micro-batch grow with the layers; ``staging_seconds`` and ``fetch_seconds``: from how those
-    of two do. ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and
+    ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``: 0
+    without a GPU, where there are no graphs. ``exchange_seconds`` and ``synchronize_seconds``: from how passes of one
+    micro-batch grow with the layers; ``staging_seconds``, ``fetch_seconds`` and ``expand_seconds``: from how those of
+    two do. ``request_seconds``: from a job in which all is coming and going. ``cpu_attention_seconds`` and, with a GPU,
+    ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and
     ALONE.
     """
     gpu = device.type == "cuda"
@@ -198,15 +222,17 @@ def host_rates(device: torch.device) -> dict[str, float]:
         "fetched": replace(baseline["few"], weights=ON_CPU),
         "with_cpu_attention": with_cpu_attention(8),
         "in turn": replace(with_cpu_attention(8), overlap=False),
+        "expanded": replace(baseline["few"], weight_bits=8),
     }
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
     torch.set_num_threads(1)
     try:
         passes = HostPasses(baseline | others, device)
+        coming_and_going = request_seconds(device, passes.seconds["few", FEW])
     finally:
         torch.set_num_threads(threads)
-    rates = {"graph_seconds": max(0.0, graph_seconds(device)) if gpu else 0.0}
+    rates = {"graph_seconds": max(0.0, graph_seconds(device)) if gpu else 0.0, "request_seconds": coming_and_going}
     rates |= python_rates(passes, baseline, rates["graph_seconds"])
     layer = {name: passes.layer_seconds(name) for name in ("few", *others)}
     differences = {
@@ -214,6 +240,7 @@ def host_rates(device: torch.device) -> dict[str, float]:
         "synchronize_seconds": layer["in turn"] - layer["with_cpu_attention"],
         "staging_seconds": (layer["staged"] - layer["few"]) / 2,
         "fetch_seconds": (layer["fetched"] - layer["few"]) / 2,
+        "expand_seconds": layer["expanded"] - layer["few"],
     }
     rates |= {name: max(0.0, seconds) for name, seconds in differences.items()}
     if not gpu:

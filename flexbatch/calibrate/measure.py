@@ -26,15 +26,12 @@ from flexbatch.calibrate.disk import measure_disk
 from flexbatch.calibrate.fits import fit_curve, fit_rate
 from flexbatch.calibrate.identity import machine_key
 from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, measure_links
-from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.hardware import KERNELS_OF_TICK, Hardware
 
 logger = logging.getLogger("flexbatch")
 
 TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}
 GROUPS = (1, 4, 8)
-OPS_PER_TICK = 24
-"""Kernels that a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and
-their events."""
 
 
 def measure(device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None) -> Hardware:
@@ -178,7 +175,7 @@ def _overheads(values: dict, dev: torch.device, timer: Timer) -> None:
     small = torch.ones(64, device=dev)
     timer(lambda: small.add_(1))
     start = time.perf_counter()
-    for _ in range(10 * OPS_PER_TICK):
+    for _ in range(10 * KERNELS_OF_TICK):
         small.add_(1)
     values["launch_seconds"] = (time.perf_counter() - start) / 10
     logits = torch.randn(64, 32000, device=dev)

@@ -26,6 +26,7 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
 from flexbatch.models.families import read_arch
+from flexbatch.policy.limits import weight_group
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.request import Request, SamplingParams
 from flexbatch.trace import Tracer
@@ -34,6 +35,8 @@ MIB = 2**20
 
 PROMPT_TOKENS = 4
 WARM_UP, PASSES = 3, 6
+SHORT_ANSWER, WAVES = 2, 8
+"""Tokens of the answers, and blocks, of a job that is all coming and going."""
 ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
 
 
@@ -85,7 +88,9 @@ def small_runner(
         stack.callback(tiers.close)
         queues = TransferQueues(device, tracer, disk_threads=1)
         stack.callback(queues.close)
-        weights = WeightStore(plan_weights(arch, policy.weights, 16, 64, dtype.itemsize), tiers, queues, dtype)
+        group = weight_group(arch.hidden_size)
+        plan = plan_weights(arch, policy.weights, policy.weight_bits, group, dtype.itemsize)
+        weights = WeightStore(plan, tiers, queues, dtype)
         stack.callback(weights.close)
         Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
         layout = cache_layout(arch, 16, dtype)
@@ -98,19 +103,36 @@ def run_passes(
     arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS
 ) -> list[float]:
     """Seconds of the decode passes of a full block, after some that warm up."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     new_tokens = 1 + WARM_UP + PASSES
+    turns = run_job(arch, policy, device, tracer, policy.block_size, prompt_tokens, new_tokens)
+    return [seconds for _, seconds in turns][1 + WARM_UP : -1]
+
+
+def run_job(
+    arch: Arch,
+    policy: Policy,
+    device: torch.device,
+    tracer: Tracer,
+    num_requests: int,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = SHORT_ANSWER,
+) -> list[tuple[float, float]]:
+    """Seconds of every turn of the loop, and of its pass: between two passes sequences are admitted."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     generator = random.Random(0)
-    requests = [Request(i, generator.choices(range(3, 64), k=prompt_tokens), params) for i in range(policy.block_size)]
+    requests = [Request(i, generator.choices(range(3, 64), k=prompt_tokens), params) for i in range(num_requests)]
     job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
-    seconds = []
+    turns = []
     with small_runner(arch, policy, job, device, dtype, tracer) as runner:
         sequences = (Sequence(request, sequence_id=request.index) for request in requests)
         scheduler = Scheduler(policy, runner.cache, sequences, runner.sizes.max_micro_batch_tokens)
+        began = time.perf_counter()
         while scheduler.has_work():
             start = time.perf_counter()
             batch = scheduler.next_pass()
             scheduler.commit(batch, sample_tokens(runner.executor.run(batch), scheduler.running))
-            seconds.append(time.perf_counter() - start)
-    return seconds[1 + WARM_UP : -1]
+            end = time.perf_counter()
+            turns.append((end - began, end - start))
+            began = end
+    return turns

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flexbatch.policy.affine import point_of
-from flexbatch.policy.cost import PassModel
 from flexbatch.policy.pass_load import Lengths, PassLoad
 from flexbatch.policy.plan import Plan
 
@@ -48,8 +47,7 @@ def costs_of(plan: Plan) -> PassCosts:
     prompts = PassLoad.prefill(max(1.0, tokens / lengths.prompt), min(tokens, lengths.prompt))
     one, full = PassLoad.decode(1, context), PassLoad.decode(policy.block_size, context)
     empty, decoding, both = (
-        float(PassModel(plan.shape, plan.hardware, policy, load).pass_seconds(point_of(policy)))
-        for load in (one, full, full + prompts)
+        float(plan.passes_like(load).pass_seconds(point_of(policy))) for load in (one, full, full + prompts)
     )
     least = 1e-3 * decoding
     return (

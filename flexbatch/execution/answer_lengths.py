@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexbatch.execution.sequence import Sequence
+from flexbatch.policy.limits import RESERVED_DEVIATIONS
 from flexbatch.request import Request
 
 EDGES = np.unique(np.concatenate([np.arange(0, 1024, 8), np.geomspace(1024, 2**31, 240)]).round())
@@ -21,8 +22,6 @@ PRIOR = 2
 every answer is expected to reach its limit, and the estimate falls as they end."""
 REMEMBERED = 1024
 """Latest answers of a source that the estimate is made of: lengths may change along a job."""
-SAFETY = 1.0
-"""Standard deviations of the sum of all answers in flight that are reserved beyond its mean."""
 PASSES_AHEAD = np.unique(np.concatenate([[0], np.geomspace(8, 2**31, 340)]).astype(np.int64))
 """Times to come at which the pages of all sequences are estimated."""
 ENOUGH = 32
@@ -84,7 +83,7 @@ class AnswerLengths:
     ``max_tokens``.
     """
 
-    def __init__(self, reserve: str = "expected", safety: float = SAFETY) -> None:
+    def __init__(self, reserve: str = "expected", safety: float = RESERVED_DEVIATIONS) -> None:
         self.reserve, self.safety = reserve, safety
         self.sources: dict[Hashable, Seen] = {}
         self.num_seen = self.stale = 0

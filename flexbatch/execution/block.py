@@ -11,11 +11,8 @@ from flexbatch.memory.page_moves import restore
 from flexbatch.memory.pages import PageTable
 from flexbatch.policy import admission
 from flexbatch.policy.balancer import TierBalancer
+from flexbatch.policy.limits import LOOKAHEAD_TOKENS
 from flexbatch.policy.policy import TIERS, Policy, Split
-
-LOOKAHEAD_TOKENS = 16
-"""Tokens for which every sequence that runs has pages in sight when one is admitted, whatever is expected: nobody that
-has come back steps aside again within as many passes."""
 
 
 class Block:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from flexbatch.execution.answer_lengths import SAFETY
 from flexbatch.execution.job import Job
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.models.arch import Arch
@@ -16,6 +15,7 @@ from flexbatch.policy.limits import (
     LOGITS_CHUNK_BYTES,
     MIN_LOGIT_ROWS,
     PAGE_TOKENS,
+    RESERVED_DEVIATIONS,
     cache_group,
 )
 from flexbatch.policy.policy import Policy
@@ -55,7 +55,7 @@ def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: 
     """Pages for a full block of the job's longest requests, or of its likely ones where these are known, on every
     tier's share (a tier may hold one sequence more than its share)."""
     block = min(policy.block_size, max(1, job.num_requests))
-    sequence_tokens = tuple(job.rows_to_reserve(block, SAFETY))
+    sequence_tokens = tuple(job.rows_to_reserve(block, RESERVED_DEVIATIONS))
     longest = [layout.num_pages(tokens + max_query_nodes) for tokens in sequence_tokens] or [1]
     cache = cache_sizes(policy, longest, layout.page_tokens, max_query_nodes)
     tokens = micro_batch_tokens(policy, max_query_nodes)

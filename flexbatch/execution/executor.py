@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
-from flexbatch.execution.graphs import MAX_GRAPHS, CudaRecorder, DecodeGraphs
+from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
 from flexbatch.execution.pass_batch import LogitsChunk, PassBatch
 from flexbatch.memory.activations import ActivationStore
@@ -20,6 +20,7 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
 from flexbatch.models.experts import recordable
+from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.schedule import Tick, zigzag
 from flexbatch.trace import Tracer

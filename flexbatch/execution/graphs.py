@@ -14,40 +14,16 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
+from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
-
-CONTEXT_STEP = 512
-"""Tokens. The longest context is rounded up to a multiple; it only decides how a sequence's keys are split over the
-chip."""
-
-MAX_GRAPHS = 16
-"""Graphs that are kept, at most. A block of 512 sequences has 20 sizes, each with a graph for every 512 tokens of
-context."""
-LAUNCHES_OF_LAYER, LAUNCH_BYTES = 16, 16 << 10
-"""What the driver keeps of a graph: parameters and code of every kernel that it launches, about."""
 
 Layers = Callable[[MicroBatchInputs], Tensor]
 """Runs all layers on static inputs: hidden states [num_sequences, hidden_size] after the last one."""
 
 
-def bucket_of(num_sequences: int) -> int:
-    """Sequences that a graph is captured for: powers of two up to 32, then multiples of 32."""
-    if num_sequences <= 32:
-        return 1 << (num_sequences - 1).bit_length()
-    return -(-num_sequences // 32) * 32
-
-
 def smallest_covering(keys: Iterable[tuple[int, int]], key: tuple[int, int]) -> tuple[int, int] | None:
     """The least of ``keys`` (sequences, longest context) that hold ``key``, None when none does."""
     return min((other for other in keys if other[0] >= key[0] and other[1] >= key[1]), default=None)
-
-
-def graph_bytes(num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int) -> int:
-    """The bytes of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs
-    (page tables above all), and hidden states."""
-    bucket = bucket_of(min(sequences, MAX_GRAPH_SEQUENCES))
-    pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens
-    return LAUNCH_BYTES * (LAUNCHES_OF_LAYER * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
 
 
 class Recorded(Protocol):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -34,16 +35,17 @@ class Job:
         The context may end one earlier. The last token that a request generates needs no row, and the last one of a
         prompt that is only scored is not read."""
 
-        def rows(prompt: int, most: int, answer: int) -> int:
-            if most == 0 and prompt > 1:
-                return prompt - 1
-            return prompt + max(0, min(answer, max_positions - prompt) - 1)
-
         pairs = list(lengths) or [(1, 0)]
-        cache = tuple(rows(prompt, most, most) for prompt, most in pairs)
-        prompts = tuple(prompt - 1 if most == 0 and prompt > 1 else prompt for prompt, most in pairs)
-        drawn = tuple(rows(prompt, most, answer) for (prompt, most), answer in zip(pairs, likely, strict=False))
-        return cls(cache, prompts, drawn if len(drawn) == len(pairs) else ())
+        prompts, most = np.array(pairs, dtype=np.int64).T
+        scored = (most == 0) & (prompts > 1)
+
+        def rows(answers: np.ndarray) -> tuple[int, ...]:
+            grown = prompts + np.maximum(0, np.minimum(answers, max_positions - prompts) - 1)
+            return tuple(np.where(scored, prompts - 1, grown).tolist())
+
+        drawn = np.fromiter(islice(likely, len(pairs)), dtype=np.int64)
+        known = rows(drawn) if len(drawn) == len(pairs) else ()
+        return cls(rows(most), tuple(np.where(scored, prompts - 1, prompts).tolist()), known)
 
     @classmethod
     def typical(cls, max_positions: int) -> Job:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 
 from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.executor import Executor
-from flexbatch.execution.graphs import MAX_GRAPHS
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
@@ -21,6 +20,7 @@ from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
+from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.policy import Policy
 

@@ -177,7 +177,7 @@ class Scheduler:
 
     def begin_anew(self, tier: str, pages: set[int]) -> None:
         """Those that share pages which will not be filled have read nothing yet: they wait to be admitted anew."""
-        for sequence in list(self.running.values()):
+        for sequence in list(self.running.values()) if pages else ():
             table = sequence.pages
             if table.tier == tier and pages.intersection(table.pages[: table.num_shared]):
                 self.step_aside(sequence)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexbatch.execution.job import Job
-from flexbatch.memory.tiers import check_budgets
+from flexbatch.memory.tiers import MemoryRequirement, check_budgets
 from flexbatch.planner.placements import (
     SMALLEST_PREFILL_BUDGET,
     WHOLE_BLOCK,
@@ -22,6 +22,7 @@ from flexbatch.planner.placements import (
     resident,
 )
 from flexbatch.planner.problem import Problem, constraints_of
+from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS
 from flexbatch.policy.optimizer import choose
@@ -67,8 +68,9 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], requiremen
     if problem.is_fixed:
         # Refused by the caller with the exact table when it does not fit.
         return Choice(baseline, priced(problem, machine, baseline))
+    with_graphs = counting_graphs(problem, machine, requirements)
     for policy in resident(problem, baseline):
-        if not overshoot(requirements(policy), problem.budgets):
+        if not overshoot(with_graphs(policy), problem.budgets):
             return Choice(policy, priced(problem, machine, policy))
     logger.info("planning where everything goes, for %s sequences", f"{problem.job.num_requests:,}")
     if fits_in_memory(problem, requirements):
@@ -85,10 +87,12 @@ def weighed(problem: Problem, machine: Hardware, requirements: Requirements) -> 
     simple = [priced(problem, machine, policy) for policy in fallbacks(problem, requirements)]
     found = [Choice(plan.policy, plan) for plan in simple]
     refusal = None
-    try:
-        found.append(searched(problem, machine, requirements))
-    except DoesNotFit as error:
-        refusal = error
+    for needs in (counting_graphs(problem, machine, requirements), requirements):
+        try:
+            found.append(searched(problem, machine, needs))
+            break
+        except DoesNotFit as error:
+            refusal = error
     if not found:
         if problem.config.percent is not None:
             smallest = baseline_policy(problem, most_sequences=1)
@@ -100,6 +104,20 @@ def weighed(problem: Problem, machine: Hardware, requirements: Requirements) -> 
             )
         raise DoesNotFitError(str(refusal)) from refusal
     return max(found, key=predicted)
+
+
+def counting_graphs(problem: Problem, machine: Hardware, requirements: Requirements) -> Requirements:
+    """The requirements with those decode graphs that a block on the gpu tier is planned with: one that leaves no memory
+    for them is launched kernel by kernel."""
+
+    def needs(policy: Policy) -> list[MemoryRequirement]:
+        rows = requirements(policy)
+        if any(split.gpu < 1 for split in (policy.weights, policy.cache, policy.activations)):
+            return rows
+        size = planned_bytes(problem.shape, policy, machine.device, problem.job.longest)
+        return [*rows, MemoryRequirement("decode graphs", "gpu", size)] if size else rows
+
+    return needs
 
 
 def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -> Choice:

@@ -21,7 +21,7 @@ from flexbatch.execution.scheduler import Scheduler
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Statistics
 from flexbatch.policy.affine import point_of
-from flexbatch.policy.cost import RESOURCES, PassModel
+from flexbatch.policy.cost import RESOURCES
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import Plan
@@ -209,7 +209,7 @@ class PassMeter:
         pass_loads, seconds, busy = zip(*window, strict=True)
         window.clear()
         load = PassLoad(*(np.array([getattr(each, field.name) for each in pass_loads]) for field in fields(PassLoad)))
-        model = PassModel(self.plan.shape, self.plan.hardware, self.plan.policy, load)
+        model = self.plan.passes_like(load)
         predicted_seconds = float(np.sum(model.pass_seconds(self.point)))
         timed = np.array([each is not None for each in busy])
         resources = {name: value for name, value in model.resource_seconds(self.point).items() if name in RESOURCES}
@@ -239,7 +239,7 @@ class PassMeter:
         """Predicted against measured, of the passes after warm-up; resources by those of them that were timed."""
         self.finish()
         plan = self.plan
-        ceilings = PassModel(plan.shape, plan.hardware, plan.policy, PassLoad()).ceilings
+        ceilings = plan.passes_like(PassLoad()).ceilings
         resources = {
             name: {
                 "predicted_seconds": self.predicted[name],

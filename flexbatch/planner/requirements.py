@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 
 from flexbatch.execution.block_sizes import BlockSizes, logits_chunk_bytes
-from flexbatch.execution.graphs import MAX_GRAPHS, bucket_of, graph_bytes
 from flexbatch.kernels.native_sizes import workspace_bytes
 from flexbatch.memory.files import align
 from flexbatch.memory.pages import CacheLayout
@@ -17,8 +16,9 @@ from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
 from flexbatch.models.experts import recordable
 from flexbatch.policy.admission import micro_batch_tokens
+from flexbatch.policy.decode_graphs import MAX_GRAPHS, graph_bytes, graph_pool_bytes, runs_graphs
 from flexbatch.policy.footprint import logits_bytes
-from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS, INPUT_BUFFER_BYTES, MAX_GRAPH_SEQUENCES
+from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS, INPUT_BUFFER_BYTES
 from flexbatch.policy.policy import Policy
 
 
@@ -110,9 +110,8 @@ def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: Bloc
     )
 
 
-def graph_pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
-    """Intermediate results of the largest decode pass: graphs share them, and nothing else does."""
-    return bucket_of(min(policy.gpu_batch_size, MAX_GRAPH_SEQUENCES)) * arch.workspace_elements * layout.dtype.itemsize
+def pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
+    return graph_pool_bytes(policy.gpu_batch_size, arch.workspace_elements * layout.dtype.itemsize)
 
 
 def num_graphs(
@@ -127,9 +126,9 @@ def num_graphs(
     """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its
     ``rows`` leave of the gpu tier's budget."""
     resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
-    if not (cuda and resident and policy.overlap and recordable(arch)):
+    if not (resident and runs_graphs(policy, "cuda" if cuda else "cpu", not recordable(arch))):
         return 0
-    left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - graph_pool_bytes(arch, policy, layout)
+    left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - pool_bytes(arch, policy, layout)
     return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))
 
 
@@ -144,5 +143,5 @@ def graph_requirements(
 ) -> list[MemoryRequirement]:
     """The row of the decode graphs, where there are any."""
     count = num_graphs(arch, policy, layout, sizes, rows, budget, cuda)
-    size = count * one_graph_bytes(arch, policy, layout, sizes) + graph_pool_bytes(arch, policy, layout)
+    size = count * one_graph_bytes(arch, policy, layout, sizes) + pool_bytes(arch, policy, layout)
     return [MemoryRequirement(f"decode graphs ({count})", "gpu", size)] if count else []

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from flexbatch.calibrate import host, passes
+from flexbatch.models.arch import Arch
 from flexbatch.policy.policy import Policy, Split
-from flexbatch.trace import Span
+from flexbatch.trace import Span, Tracer
 
 CPU = torch.device("cpu")
 
@@ -23,10 +24,18 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         ticks = (num_layers + 1) * policy.num_gpu_batches
         more = 5e-4 * (policy.cpu_attention > 0) + 7e-4 * (not policy.overlap)
         more += policy.num_gpu_batches * (8e-4 * (policy.cache.cpu - policy.cpu_attention) + 9e-4 * policy.weights.cpu)
+        more += 2e-4 * (policy.weight_bits < 16)
         return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + more * num_layers
+
+    def turns(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, count: int) -> list:
+        """Blocks of two passes; the first loads kernels."""
+        one = seconds(arch.num_layers, policy, device)
+        later = count // policy.block_size - 1
+        return [(9.0, 9.0)] * 2 + later * [(one + 3e-5 * policy.block_size, one), (one, one)]
 
     attention = {0: host.AttentionInPasses(6e-4, 1e11, 5e10), 1: host.AttentionInPasses(5e-4, 1.2e11, math.inf)}
     monkeypatch.setattr(host, "decode_seconds", seconds)
+    monkeypatch.setattr(host, "run_job", turns)
     monkeypatch.setattr(host, "attention_seconds", lambda device: 4e-4)
     monkeypatch.setattr(host, "graph_seconds", lambda device: 4e-5)
     monkeypatch.setattr(host, "attention_in_passes", lambda device, weights, calls: attention[weights.gpu])
@@ -40,6 +49,8 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "synchronize_seconds": 7e-4,
         "staging_seconds": 8e-4,
         "fetch_seconds": 9e-4,
+        "expand_seconds": 2e-4,
+        "request_seconds": 3e-5,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
         **(
             {"cpu_attention_during_h2d": 1e11, "h2d_during_cpu_attention": 5e10, host.ALONE: 1.2e11}
@@ -93,6 +104,8 @@ def test_costs_of_this_machine() -> None:
         "synchronize_seconds",
         "staging_seconds",
         "fetch_seconds",
+        "expand_seconds",
+        "request_seconds",
     }
     assert found.keys() == {*names, "graph_seconds", "cpu_attention_seconds"}
     assert all(0 <= seconds < math.inf for seconds in found.values()) and found["cpu_attention_seconds"] > 0
@@ -111,6 +124,7 @@ def test_costs_of_a_noisy_machine(noise: int, monkeypatch: pytest.MonkeyPatch) -
         return work * chance.choice((1, 1, 2, 50 * chance.random() + 1))
 
     monkeypatch.setattr(host, "decode_seconds", seconds)
+    monkeypatch.setattr(host, "run_job", lambda *_: [(chance.random(), chance.random()) for _ in range(16)])
     monkeypatch.setattr(host, "attention_seconds", lambda device: chance.random())
     found = host.host_rates(CPU)
     assert all(0 <= value < math.inf for value in found.values())

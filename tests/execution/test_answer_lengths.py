@@ -17,9 +17,12 @@ from flexbatch.execution.job import Job
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.policy.admission import CacheSizes
+from flexbatch.policy.admission import CacheSizes, num_pages
+from flexbatch.policy.expected_pages import ExpectedPages
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.step_aside import StepAsideCosts
+from flexbatch.policy.walk import walk
+from flexbatch.policy.workload import Request
 from tests.execution.rigs import EOS, PAGE_TOKENS, open_cache, waiting
 
 MOST = 1024
@@ -243,3 +246,27 @@ def test_answers_that_are_suddenly_long_cost_little(tmp_path: Path) -> None:
     assert surprised.put_aside > 0, "nothing was overbooked"
     work = surprised.passes + surprised.recomputed / (BUDGET + 64)
     assert work <= 1.15 * planned.passes
+
+
+@pytest.mark.parametrize(
+    ["seed", "mean", "count"],
+    [(4, 120, 250), (6, 300, 100), pytest.param(7, 120, 600, marks=pytest.mark.slow), (5, 60, 200)],
+)
+def test_passes_are_predicted_where_pages_are_reserved_for_likely_answers(
+    seed: int, mean: float, count: int, tmp_path: Path
+) -> None:
+    """By the distribution that was learned. With the pages of every answer's own length reserved, which is what is
+    known of them, it would be half as many again."""
+    chance = random.Random(seed)
+    answers = [geometric(chance, mean) for _ in range(count)]
+    measured = run_job(tmp_path, answers, "expected", learned([geometric(chance, mean) for _ in range(500)]))
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 64, 1, prefill_chunk=256, prefill_budget=BUDGET)
+    sizes = CacheSizes(8 * -(-(PROMPT + MOST) // PAGE_TOKENS), 0, 0, 0)
+    lengths = [min(MOST, answer) for answer in answers]
+    requests = [Request(PROMPT, length, num_pages(PROMPT + length - 1, PAGE_TOKENS)) for length in lengths]
+    likely, own = (
+        walk(requests, policy, sizes, 64 + BUDGET, expected).passes
+        for expected in (ExpectedPages(lengths, PAGE_TOKENS), None)
+    )
+    assert likely == pytest.approx(measured.passes, rel=0.05)
+    assert abs(likely - measured.passes) <= abs(own - measured.passes)

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.execution.graphs import MAX_GRAPHS, DecodeGraphs, bucket_of, smallest_covering
+from flexbatch.execution.graphs import DecodeGraphs, smallest_covering
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
+from flexbatch.policy.decode_graphs import MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from tests.tiny_models import make_model, random_prompts
 

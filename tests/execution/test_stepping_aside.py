@@ -20,7 +20,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from flexbatch.execution import block
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.inputs import AttentionGroup, InputBuilder
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
@@ -32,6 +31,7 @@ from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.transfer import READY
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.admission import CacheSizes
+from flexbatch.policy.limits import LOOKAHEAD_TOKENS
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.step_aside import StepAsideCosts
 from tests.execution.rigs import EOS, PAGE_TOKENS, open_cache, waiting
@@ -154,7 +154,7 @@ class SteppingAside(RuleBasedStateMachine):
         for sequence in scheduler.aside.sequences:
             if scheduler.aside.counts.kept == kept and sequence.sequence_id in self.came_back:
                 stayed = self.passes - self.came_back.pop(sequence.sequence_id)
-                assert stayed >= block.LOOKAHEAD_TOKENS, f"put aside again after {stayed} passes"
+                assert stayed >= LOOKAHEAD_TOKENS, f"put aside again after {stayed} passes"
         self.sweep(work)
         scheduler.commit(work, drawn(work, scheduler.running, self.answers))
         scheduler.check()

@@ -30,6 +30,8 @@ def free_launch(name: str) -> Hardware:
         "exchange_seconds",
         "synchronize_seconds",
         "staging_seconds",
+        "expand_seconds",
+        "request_seconds",
         "fetch_seconds",
         "link_seconds",
         "disk_read_seconds",
@@ -189,6 +191,24 @@ def test_a_graph_launches_by_layer():
             point_of(policy)
         )
         assert float(found) == pytest.approx(float(base) + seconds)
+
+
+def test_expansion_is_launched_once_a_layer():
+    """Whatever the number of micro-batches, and not at 16 bits; a profile that lacks it has it by its kernels."""
+    shape, load = public_shape("opt-6.7b"), PassLoad.decode(8, 100)
+    for batches in (1, 4):
+        for bits, each in ((16, 0.0), (8, 1.0), (4, 1.0)):
+            policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 8, batches, weight_bits=bits)
+            assert PassModel(shape, small(expand_seconds=1.0), policy, load).tick_seconds == 32 * each
+    assert small(launch_seconds=6.0).expansion_launch_seconds == pytest.approx(1.0)
+
+
+def test_a_sequence_costs_the_host_once_more_when_its_prompt_is_read():
+    policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 8, 3)
+    shape = public_shape("opt-6.7b")
+    for load, finished in ((PassLoad.decode(8, 100), 0), (PassLoad.prefill(5, 64), 5)):
+        host = PassModel(shape, small(request_seconds=0.5), policy, load).host_seconds
+        assert float(host) == 0.5 * finished
 
 
 def test_every_sequence_costs_the_host():

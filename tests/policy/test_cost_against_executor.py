@@ -94,7 +94,7 @@ def percent(weights: Any = GPU, cache: Any = GPU, activations: Any = GPU) -> tup
 def predictor(llm: LLM, load: PassLoad) -> PassModel:
     """The cost model of a pass, launching of a tick at one second, and nothing else launched."""
     shape = model_shape("llama", llm.engine_plan.arch, 4, llm.policy.weight_bits)
-    costs = {"launch_seconds": 1.0, "pass_seconds": 0.0, "sequence_seconds": 0.0}
+    costs = {"launch_seconds": 1.0, "expand_seconds": 1e-99, "pass_seconds": 0.0, "sequence_seconds": 0.0}
     return PassModel(shape, dataclasses.replace(load_hardware("cpu"), **costs), llm.policy, load)
 
 

@@ -10,13 +10,23 @@ from hypothesis import strategies as st
 from flexbatch.policy.pass_load import Lengths, PassLoad, job_phases, reserved_tokens, steady_load
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.trajectory import WALKED, passes_of
-from flexbatch.policy.workload import Workload
+from flexbatch.policy.workload import Workload, by_total
 
 ONE = Split(1, 0)
 
 
 def block(batch: int, count: int, **more) -> Policy:
     return Policy(ONE, ONE, ONE, batch, count, **more)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=60),
+    st.sampled_from([0.0, 0.5, 2.0**40]),
+)
+def test_lengths_are_ordered_by_their_sum(pairs, more):
+    """Whole numbers, and others: means of merged lengths, or so large ones that no key holds both."""
+    columns = np.array(pairs, dtype=float).T + more
+    assert by_total(columns).T.tolist() == sorted(columns.T.tolist(), key=lambda pair: (sum(pair), *pair))
 
 
 def test_one_block_of_equal_sequences():

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from benchmark import policy_neighbors, policy_runs
+from benchmark import pass_errors, policy_neighbors, policy_runs
 from benchmark.policy_error import plan_of
 from benchmark.policy_settings import NEIGHBORHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
@@ -54,6 +54,11 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     assert plan.policy.block_size == 4 and not plan.missing
     assert plan.predicted_tokens_per_second == pytest.approx(record["predicted_then"], rel=0.02)
     passes = record["passes"]
+    kinds = list(pass_errors.kinds_of(record, load_hardware("cpu")))
+    assert [each.kind for each in kinds] == ["decode", "mixed"] and sum(each.count for each in kinds) == len(passes)
+    whole = sum(each.count * each.measured for each in kinds)
+    assert whole == pytest.approx(sum(each["seconds"] for each in passes))
+    assert all(each.predicted > each.host + each.launching > 0 for each in kinds)
     # Every prompt token went in once, and every generated token but the first of each request came from a decode pass.
     assert sum(each["load"][2] for each in passes) == sum(record["prompt_lens"])
     assert sum(each["load"][0] for each in passes) == sum(record["output_lens"]) - len(record["output_lens"])

@@ -1,0 +1,117 @@
+"""Predicted against measured passes by their kind, from what `benchmark.policy_runs` has recorded: where a job's
+throughput is off, which passes are, and what of them the prediction puts where.
+
+    python -m benchmark.pass_errors runs.jsonl --hardware machine.json
+
+Kinds: "graph" (a decode pass that is one CUDA graph), "decode" and "mixed" (with prompts). Columns, of the average pass
+in milliseconds: measured, predicted, of the prediction what the host does once a pass, what launching takes, and the
+busiest resource; the error is predicted / measured - 1. "count" compares the passes that were predicted and run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmark.policy_error import plan_of
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import RESOURCES, PassModel
+from flexbatch.policy.hardware import Hardware, load_hardware
+from flexbatch.policy.pass_load import PassLoad
+from flexbatch.policy.stdout import data_apart, run_process
+
+
+@dataclass(frozen=True)
+class KindOfPass:
+    """The passes of one kind in a job; seconds of the average one."""
+
+    setting: str
+    kind: str
+    count: int
+    measured: float
+    predicted: float
+    host: float
+    launching: float
+    busiest: str
+    busiest_seconds: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def kinds_of(run: dict, hardware: Hardware) -> Iterator[KindOfPass]:
+    """The kinds of passes that a recorded run had; none without its passes."""
+    if not run.get("passes"):
+        return
+    plan = plan_of(run, hardware)
+    load = PassLoad(*np.array([each["load"] for each in run["passes"]], dtype=float).T)
+    measured = np.array([each["seconds"] for each in run["passes"]])
+    policy = plan.policy
+    model, point = PassModel(plan.shape, hardware, policy, load, run.get("graphs", 1) > 0), point_of(policy)
+    rows = {name: np.broadcast_to(value, measured.shape) for name, value in model.resource_seconds(point).items()}
+    columns = [np.broadcast_to(each, measured.shape) for each in (model.pass_seconds(point), model.host_seconds)]
+    launched = np.broadcast_to(model.launched(point), measured.shape) - columns[1]
+    graph = model.in_graphs if model.on_gpu(point) else np.zeros(measured.shape, dtype=bool)
+    mixed = np.asarray(load.prompt_tokens) > 0
+    for kind, which in (("graph", graph), ("decode", ~graph & ~mixed), ("mixed", mixed)):
+        if not which.any():
+            continue
+        busy = {name: float(rows[name][which].mean()) for name in RESOURCES}
+        busiest = max(busy, key=lambda name: busy[name])
+        means = [float(each[which].mean()) for each in (measured, *columns, launched)]
+        yield KindOfPass(run["name"], kind, int(which.sum()), *means, busiest, busy[busiest])
+
+
+def table(kinds: Iterable[KindOfPass]) -> list[str]:
+    lines = ["| setting | kind | passes | measured | predicted | error | host | launching | busiest resource |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    for each in kinds:
+        numbers = [1e3 * value for value in (each.measured, each.predicted, each.host, each.launching)]
+        shown = [f"{value:.1f}" for value in numbers]
+        resource = f"{each.busiest} {1e3 * each.busiest_seconds:.1f}"
+        lines.append(
+            f"| {each.setting} | {each.kind} | {each.count} | {shown[0]} | {shown[1]} | {each.error:+.0%} | "
+            f"{shown[2]} | {shown[3]} | {resource} |"
+        )
+    return lines
+
+
+def counts(run: dict, hardware: Hardware) -> str:
+    """Passes predicted and run, and what of the job was outside of passes."""
+    plan, passes = plan_of(run, hardware), run["passes"]
+    outside = run["seconds"] - sum(each["seconds"] for each in passes) if "seconds" in run else 0.0
+    rate = plan.predicted_tokens_per_second / run["tokens_per_second"] - 1
+    return (
+        f"{run['name']}: {plan.passes:.0f} passes predicted, {len(passes)} run; {outside:.2f} s outside of passes; "
+        f"throughput {rate:+.1%}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmark.pass_errors", description=(__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+    )
+    parser.add_argument("runs", type=Path, help="JSON lines of benchmark.policy_runs")
+    parser.add_argument("--hardware", required=True, help="a shipped machine or a JSON file of flexbatch profile")
+    options = parser.parse_args(arguments)
+    with data_apart() as data:
+        recorded = [json.loads(line) for line in options.runs.read_text().splitlines() if line.strip()]
+        runs = [run for run in recorded if run.get("passes")]
+        if not runs:
+            print(f"error: {options.runs} holds no runs with passes", file=sys.stderr)
+            return 2
+        hardware = load_hardware(options.hardware)
+        lines = table(kind for run in runs for kind in kinds_of(run, hardware))
+        print("\n".join([*lines, "", *(counts(run, hardware) for run in runs)]), file=data)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(main))

@@ -1,0 +1,56 @@
+"""Memory of decode passes as CUDA graphs, counted by the engine and the planner alike: a block that is on the GPU whole
+launches a pass by one call where there is room for them, and a thousand kernels one by one where there is none."""
+
+from __future__ import annotations
+
+from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES, PAGE_TOKENS
+from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.policy import Policy
+
+CONTEXT_STEP = 512
+"""Tokens. The longest context is rounded up to a multiple; it only decides how a sequence's keys are split over the
+chip."""
+MAX_GRAPHS = 16
+"""Graphs that are kept, at most. A block of 512 sequences has 20 sizes, each with a graph for every 512 tokens of
+context."""
+PLANNED_GRAPHS = 4
+"""Graphs that a plan leaves room for: the sizes of a full block and of its last wave. 541 prompts of Llama-3.2-3B on an
+H200 took 27 ms a pass in a block that filled the GPU to the last 13 MiB, where graphs would have taken 11; four of them
+take the memory of three of its 185 sequences."""
+LAUNCHES_OF_LAYER, LAUNCH_BYTES = 16, 16 << 10
+"""What the driver keeps of a graph: parameters and code of every kernel that it launches, about."""
+
+
+def bucket_of(num_sequences: int) -> int:
+    """Sequences that a graph is captured for: powers of two up to 32, then multiples of 32."""
+    if num_sequences <= 32:
+        return 1 << (num_sequences - 1).bit_length()
+    return -(-num_sequences // 32) * 32
+
+
+def graph_bytes(num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int) -> int:
+    """The bytes of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs
+    (page tables above all), and hidden states."""
+    bucket = bucket_of(min(sequences, MAX_GRAPH_SEQUENCES))
+    pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens
+    return LAUNCH_BYTES * (LAUNCHES_OF_LAYER * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
+
+
+def graph_pool_bytes(sequences: int, workspace_bytes: int) -> int:
+    """Intermediate results of the largest decode pass: graphs share them, and nothing else does. workspace_bytes: of
+    one token."""
+    return bucket_of(min(sequences, MAX_GRAPH_SEQUENCES)) * workspace_bytes
+
+
+def runs_graphs(policy: Policy, device: str, experts: bool) -> bool:
+    """Whether decode passes are graphs where everything is on the gpu tier. Those of a model with experts are launched
+    kernel by kernel."""
+    return device == "cuda" and policy.num_gpu_batches == 1 and policy.overlap and not experts
+
+
+def planned_bytes(shape: ModelShape, policy: Policy, device: str, longest: float) -> int:
+    """The bytes of the graphs that a plan counts on. longest: tokens of the longest sequence."""
+    if not runs_graphs(policy, device, shape.experts is not None):
+        return 0
+    one = graph_bytes(shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS)
+    return PLANNED_GRAPHS * one + graph_pool_bytes(policy.gpu_batch_size, shape.peak_workspace_bytes)

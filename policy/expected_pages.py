@@ -1,0 +1,56 @@
+"""Pages that sequences are expected to take, where admission goes by the likely length of an answer: the scheduler's
+rule, on numbers, for answers that are spread as a job's are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flexbatch.policy.limits import LOOKAHEAD_TOKENS, PAGE_TOKENS, RESERVED_DEVIATIONS
+
+AHEAD = np.unique(np.concatenate([[0], np.geomspace(8, 2**31, 120)]).astype(np.int64))
+"""Passes to come at which the pages of all sequences are estimated."""
+
+
+class ExpectedPages:
+    """What is reserved for sequences in flight: what all of them together are expected to have when that is the most,
+    with a margin, each its share."""
+
+    def __init__(self, answers: Sequence[int] | np.ndarray, page_tokens: int = PAGE_TOKENS) -> None:
+        self.page_tokens = page_tokens
+        self.answers = np.sort(np.asarray(answers))
+        self.limit = int(self.answers[-1])
+
+    def survival(self, generated: np.ndarray) -> np.ndarray:
+        """The share of answers that go on after so many tokens."""
+        longer = len(self.answers) - np.searchsorted(self.answers, generated, side="right")
+        return np.maximum(longer, 0.5) / len(self.answers)
+
+    def occupied(self, rows: np.ndarray, generated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of the token rows of each sequence after some passes: [times, sequences]."""
+        left = np.maximum(0, self.limit - generated)
+        ahead = AHEAD[: 1 + np.searchsorted(AHEAD, left.max())]
+        grown = np.minimum(ahead[:, None], left)
+        alive = np.minimum(1.0, self.survival(generated + grown) / self.survival(generated))
+        later = rows + grown
+        return later * alive, later**2 * alive * (1 - alive)
+
+    def of_one(self, prompt: int, in_flight: int) -> int:
+        """Pages of a sequence that is about to join others, ``in_flight`` with it."""
+        means, variances = self.occupied(np.array([prompt]), np.array([0]))
+        likely = (means + RESERVED_DEVIATIONS * np.sqrt(variances / max(1, in_flight))).max()
+        return int(self.pages(np.array([likely]), np.array([prompt]), np.array([0]))[0])
+
+    def together(self, rows: np.ndarray, generated: np.ndarray) -> np.ndarray:
+        """Pages of each sequence in flight. rows: tokens that it has, prompt and answer."""
+        means, variances = self.occupied(rows, generated)
+        deviations = np.maximum(np.sqrt(variances.sum(axis=1)), 1e-9)
+        most = int((means.sum(axis=1) + RESERVED_DEVIATIONS * deviations).argmax())
+        return self.pages(means[most] + RESERVED_DEVIATIONS * variances[most] / deviations[most], rows, generated)
+
+    def pages(self, likely: np.ndarray, rows: np.ndarray, generated: np.ndarray) -> np.ndarray:
+        """For its next tokens at least, and for no more than it may reach."""
+        wanted = np.maximum(np.ceil(likely), rows + LOOKAHEAD_TOKENS)
+        most = rows - generated + self.limit - 1
+        return -(-np.maximum(np.minimum(wanted, most), rows).astype(int) // self.page_tokens)

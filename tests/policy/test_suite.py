@@ -1,0 +1,39 @@
+"""The suite runs hand-placed and chosen plans of the same job beside each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from benchmark import suite
+from benchmark.scenarios import PLACED_BY_HAND, SCENARIOS
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_chosen_plan_keeps_the_job_and_what_is_no_placement(name):
+    by_hand, chosen = SCENARIOS[name], SCENARIOS[name].with_chosen_plan
+    assert not set(PLACED_BY_HAND) & chosen.settings.keys()
+    assert {**by_hand.settings, **chosen.settings} == by_hand.settings
+    assert (chosen.model, chosen.gpu_gib, chosen.num_prompts, chosen.prompt_len, chosen.gen_len) == (
+        by_hand.model, by_hand.gpu_gib, by_hand.num_prompts, by_hand.prompt_len, by_hand.gen_len,
+    )  # fmt: skip
+
+
+def test_both_run_and_are_compared(monkeypatch, tmp_path, capfd):
+    rates = {"opt-30b-4-4": 200.0, "opt-30b-4-4 chosen": 190.0, "llama-3-70b-4-4": 800.0}
+    ran = []
+
+    def run(name, scenario, loaded, overrides, trace):
+        ran.append((name, "percent" in scenario.settings, scenario.num_prompts))
+        return {"scenario": name, "tokens_per_second": rates[name]}
+
+    monkeypatch.setattr(suite, "run", run)
+    names = ["opt-30b-4-4", "llama-3-70b-4-4"]
+    monkeypatch.setattr(sys, "argv", ["suite", "--scenarios", *names, "--chosen", "--num-prompts", "7"])
+    assert suite.main() == 0
+    # Where nothing was placed by hand there is nothing to compare.
+    assert ran == [("opt-30b-4-4", True, 7), ("opt-30b-4-4 chosen", False, 7), ("llama-3-70b-4-4", False, 7)]
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert lines[3:] == [{"scenario": "opt-30b-4-4 chosen", "share_of_hand_placed": 0.95}]
