@@ -17,6 +17,7 @@ from flexbatch.execution.requests import Defaults, Params, requests_of, samples_
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
+from flexbatch.planner.adapter_choice import AdapterChoice
 from flexbatch.planner.report import described_failure
 from flexbatch.request import Completion, Request, SamplingParams, TokenLogprob
 from flexbatch.text.chat import ChatOptions
@@ -86,8 +87,10 @@ class Intake(RunObserver):
     """The line of waiting requests. New ones may be added at any time, from any thread; they become sequences when the
     scheduler has capacity for them."""
 
-    def __init__(self, encoder: PromptEncoder, generation: GenerationDefaults, arch: Arch, engine_seed: int) -> None:
-        self.encoder, self.defaults = encoder, Defaults(generation)
+    def __init__(
+        self, encoder: PromptEncoder, generation: GenerationDefaults, arch: Arch, engine_seed: int, loras: AdapterChoice
+    ) -> None:
+        self.encoder, self.defaults, self._loras = encoder, Defaults(generation), loras
         self._decoder = None if encoder.tokenizer is None else TextDecoder(encoder.tokenizer)
         self._arch, self._engine_seed = arch, engine_seed
         self._waiting: deque[Request] = deque()
@@ -128,6 +131,7 @@ class Intake(RunObserver):
         params: Params,
         first_index: int | None = None,
         chat: ChatOptions | None = None,
+        lora: Any = None,
     ) -> list[Request]:
         """The requests of a job. ``chat``: for its prompts, which are all chat messages then. ``first_index``: of its
         first prompt in a larger job, whose numbers its prompts have; None: they have the next ones of this engine."""
@@ -136,7 +140,8 @@ class Intake(RunObserver):
             prompts = with_chat_options(prompts, chat)
         number = self.take_numbers(len(prompts)) if first_index is None else first_index
         self._next_number = max(self._next_number, number + len(prompts))
-        return requests_of(prompts, params, self.encoder, self.defaults, first_index or 0, number)
+        adapters = self._loras.numbers(lora, len(prompts))
+        return requests_of(prompts, params, self.encoder, self.defaults, first_index or 0, number, adapters)
 
     def add(
         self,
@@ -146,10 +151,11 @@ class Intake(RunObserver):
         on_text: OnText | None,
         index: int,
         source: Hashable = None,
+        lora: Any = None,
     ) -> None:
-        """Encode a prompt and let it wait. Raises PromptError, ConfigurationError."""
-        number = self.take_numbers(1)
-        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder, number, source))
+        """Encode a prompt and let it wait. Raises PromptError, ConfigurationError, CheckpointError."""
+        number, adapter, params = self.take_numbers(1), self._loras.number(lora), self.defaults.instead_of(params)
+        samples = list(samples_of(index, prompt, params, self.encoder, number, source, adapter))
         self._has_listeners |= on_text is not None
         self._expected[index] = Expected(key, len(samples), on_text)
         self._waiting.extend(samples)
@@ -166,20 +172,21 @@ class Intake(RunObserver):
     ) -> tuple[Hashable, Completion] | None:
         """Let an item of a stream wait; returns its key and a completion that says why, where it cannot be run. Raises
         ConfigurationError for what is no item."""
-        if not isinstance(item, tuple | list) or len(item) not in (3, 4) or not isinstance((*item, None)[3], Hashable):
+        whole = isinstance(item, tuple | list) and 3 <= len(item) <= 5
+        if not whole or not isinstance((*item, None)[3], Hashable):
             raise ConfigurationError(
                 f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams), or "
-                "(key, prompt, SamplingParams, source) with a source that has a hash"
+                "(key, prompt, SamplingParams, source, LoRARequest or None) with a source that has a hash"
             )
-        key, prompt, params, *source = item
+        key, prompt, params, *more = item
         try:
-            self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index, *source)
+            self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index, *more)
         except ValueError as error:
             return key, Completion([], finish_reason="error", error=str(error), index=index, request_id=key)
         return None
 
     def add_named(
-        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None
+        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None, lora: Any = None
     ) -> Hashable:
         """Let a prompt wait under its own id; returns the id, a number where None is given. Raises
         ConfigurationError for an id that is in use."""
@@ -187,7 +194,7 @@ class Intake(RunObserver):
         key = index if key is None else key
         if key in self._named:
             raise ConfigurationError(f"request_id {key!r} belongs to a request that has not finished")
-        self.add(key, prompt, params, on_text, index)
+        self.add(key, prompt, params, on_text, index, lora=lora)
         self._named[key], self._expected[index].named = index, True
         return key
 

@@ -193,6 +193,8 @@ class Request:
     prompt: str | None = None
     number: int | None = None
     source: Hashable = None
+    adapter: int = 0
+    """Its LoRA adapter by number, 0 for none."""
 
 
 @dataclass(frozen=True)

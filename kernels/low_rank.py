@@ -1,7 +1,7 @@
 """Low-rank updates of many adapters in Triton: two launches, whatever adapters the tokens have.
 
-Tiles hold tokens of one adapter. Their shape is the same in every call and every sum runs over the adapter's own rank, so
-that a token's result does not depend on which other adapters there are, nor on who else has its own.
+Tiles hold tokens of one adapter. Their shape is the same in every call and every sum runs over the adapter's own rank,
+so that a token's result does not depend on which other adapters there are, nor on who else has its own.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs

@@ -59,4 +59,3 @@ def _whole_groups(tiles: Tensor) -> list[list[int]]:
         else:
             groups.append([adapter, first, end])
     return groups
-

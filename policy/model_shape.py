@@ -34,6 +34,8 @@ class ModelShape:
     stored_block_bytes: tuple[int, ...] = ()
     """Bytes of each of ``block_tensors`` in a checkpoint that is quantised already, whatever its bits and groups;
     empty: the policy's bits decide."""
+    adapter_tensors: tuple[int, ...] = ()
+    """Of the adapters of one layer, which are never quantised."""
 
     @classmethod
     def from_sizes(
@@ -117,14 +119,15 @@ class ModelShape:
     def block_tensor_bytes(self, bits: int) -> tuple[int, ...]:
         """Each tensor of one layer as it is stored."""
         plain = tuple(self.weight_bytes(elements, bits) for elements in self.block_tensors)
-        return self.stored_block_bytes or plain if bits != 16 else plain
+        adapters = tuple(self.weight_bytes(elements, 16) for elements in self.adapter_tensors)
+        return ((self.stored_block_bytes or plain) if bits != 16 else plain) + adapters
 
     def block_bytes(self, bits: int) -> int:
         return sum(self.block_tensor_bytes(bits))
 
     @property
     def block_elements(self) -> int:
-        return sum(self.block_tensors)
+        return sum(self.block_tensors) + sum(self.adapter_tensors)
 
     @property
     def head_elements(self) -> int:

@@ -29,8 +29,10 @@ from flexbatch.apps.jobs.results import Output, ParquetOutput
 from flexbatch.apps.jobs.rows import Encode, RequestReader, RowReader, RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, RowSource
+from flexbatch.cli.loras import for_all_rows
 from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import generation_of
+from flexbatch.models.lora.request import parse_loras
 from flexbatch.request import SAMPLING_RULES, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted_word
@@ -138,6 +140,8 @@ def plan_job(
     """Plans a job; reads schemas and footers of the input, nothing else of Parquet. Raises ConfigurationError."""
     check_folders(location, folder)
     source = open_source(location, config)
+    if not isinstance(source, OpenAISource) and config.lora_column is None:
+        engine = for_all_rows(engine, "--lora-column COLUMN, or --lora-default NAME for all")
     partitions = sorted({name for group in source.row_groups for name in partition_values(group.folder)})
     schema = without_errors(source.schema)
     if not isinstance(source, OpenAISource):
@@ -164,7 +168,8 @@ def plan_job(
             )
         # Chat requests without a limit of their own have this one, or none.
         fingerprint["generation"]["chat_max_tokens"] = config.max_tokens
-        reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated)
+        names = [request.name for request in parse_loras(engine.lora)]
+        reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated, names)
         output = OpenAIOutput(fingerprint_digest(fingerprint).hex()[:12])
     else:
         warn_of_equal_prompts(config, [*schema.names, *partitions])
