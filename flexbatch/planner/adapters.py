@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.config import EngineConfig
+from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.lora.adapter import MERGE, Adapter, read_adapter
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.lora.request import LoRARequest, parse_loras
@@ -46,7 +47,8 @@ def checked(request: LoRARequest, model: OpenModel) -> Adapter:
     """An adapter whose copies of the model's own tensors are the model's. Raises CheckpointError."""
     adapter = read_adapter(request, model.arch)
     wanted = {key: tensor for tensor, key in adapter.copies}
-    if not wanted or model.folder is None:
+    # A GGUF file may hold its tables in codes, which no copy equals.
+    if not wanted or model.folder is None or is_gguf(model.folder):
         return adapter
     others = {(spec.layer, spec.role) for spec in weight_specs(model.arch)} - wanted.keys()
     for piece in model.pieces(others, 0, torch.float32):

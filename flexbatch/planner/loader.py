@@ -113,7 +113,8 @@ class PlacedModel:
             moved = move_weights(weights, engine_plan.weight_plan, partial(adapters.tensor, dtype=engine_plan.dtype))
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        logger.info("moved %s of weights in %s: %s", size_text(moved), duration_text(seconds), shares(engine_plan))
+        what = f"moved {size_text(moved)} of weights" if moved else f"placed adapters {', '.join(adapters.names)}"
+        logger.info("%s in %s: %s", what, duration_text(seconds), shares(engine_plan))
 
     def _unload(self) -> None:
         self.weights, self.speculator = None, None

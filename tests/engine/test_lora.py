@@ -57,8 +57,9 @@ def re_name(module):
     return module.split(".", 1)[1]
 
 
-QUICK = ("opt-postnorm", "gpt2", "falcon-40b", "gemma3-linear")
-"""Projections of the embedding, transposed and interleaved matrices, a scaled embedding; Llama is in other tests."""
+QUICK = ("gpt2", "falcon-40b", "gemma3-linear")
+"""Transposed and interleaved matrices, a scaled embedding; Llama is in the other tests."""
+SAMPLED = [pytest.param(name, marks=() if name in ("gpu", "disk") else pytest.mark.slow) for name in PLACEMENTS]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_switching_adapters_reads_nobody_elses_prefix(eight, tmp_path):
         assert sorted(key[0] for key in prefixes.pages if key[0] < 0) == [-6, -2, -1], "one beginning for each adapter"
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_adapters_beside_quantized_weights(bits, eight, tmp_path):
     folder, _, folders, prompts, _ = eight
     model = make_model("llama", tmp_path / "copy")
@@ -204,7 +205,7 @@ def test_those_that_step_aside_come_back_with_their_adapter(placement, eight, tm
         assert llm.report()["preemptions"]["recomputed_tokens"] > 0
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", SAMPLED)
 def test_the_only_adapter_of_a_job_is_merged(placement, eight, tmp_path):
     """No pass knows of it then. Files of merged weights on the disk are not taken for those of others."""
     folder, _, folders, prompts, wanted = eight
@@ -219,7 +220,11 @@ def test_the_only_adapter_of_a_job_is_merged(placement, eight, tmp_path):
         assert run(llm, prompts, {None: wanted[None]}) == []
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "gpt2", "bloom", "codegen", "falcon-40b", "phi3"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama-tied", "bloom"]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("llama", "gpt2", "codegen", "falcon-40b", "phi3")],
+)
 def test_merging_embedding_head_and_fused_projections(case, tmp_path):
     """Where the table is the head as well, only one of both was trained: it is not merged, and right all the same."""
     model = make_model(case, tmp_path / "model")
@@ -231,7 +236,24 @@ def test_merging_embedding_head_and_fused_projections(case, tmp_path):
         assert (llm.planner.deployment.adapters.merged is None) == llm.arch.tie_word_embeddings
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("case", ["opt-postnorm", "llama-tied"])
+def test_adapters_of_nothing_but_the_ends(case, tmp_path):
+    """Of the embedding, of its projections, of the head: no layer has any, and a chunk of logits has a few rows."""
+    model = make_model(case, tmp_path / "model")
+    ends = {"embed": [embedding(model)], "head": [linear_modules(model, head=True)[-1]]}
+    ends["project"] = [name for name in linear_modules(model) if "project" in name]
+    folders = {n: write_adapter(tmp_path / n, model, each, seed=8, strength=3.0) for n, each in ends.items() if each}
+    prompts = random_prompts([2, 9], seed=3)
+    wanted = {name: tokens_of(model, prompts, path) for name, path in {**folders, None: None}.items()}
+    assert len(set(map(str, wanted.values()))) == len(wanted)
+    with LLM(str(tmp_path / "model"), lora=folders, **MEMORY, **PLACEMENTS["cpu"]) as llm:
+        llm.prepare(prompts * 4, GREEDY)
+        builder = llm.runner.executor.builder
+        llm.runner.executor.logit_rows = builder.logit_rows = 3
+        assert run(llm, prompts, wanted) == []
+
+
+@pytest.mark.parametrize("placement", SAMPLED)
 def test_adapters_that_come_with_a_request(placement, eight, tmp_path):
     """As in vLLM: none is known when the engine is made, and more come after weights have been placed."""
     folder, _, folders, prompts, wanted = eight
@@ -258,6 +280,10 @@ def test_streams_steps_and_chats_name_adapters(eight, tmp_path):
         assert "no adapter 'b'; known: a0, a1" in found.pop("unknown").error
         default = {**wanted, None: wanted["a6"]}
         assert {name: each.token_ids for name, each in found.items()} == {name: default[name][0] for name in names}
+        conversation = [{"role": "user", "content": "x"}]
+        template = "{{ messages[0]['content'] }}"
+        plain = llm.generate("x", GREEDY, lora_request="a1")[0].token_ids
+        assert llm.chat(conversation, GREEDY, chat_template=template, lora_request="a1")[0].token_ids == plain
         llm.add_request(prompts[1], GREEDY, "x", lora_request="a2")
         llm.add_request(prompts[1], GREEDY, "y")
         llm.add_request(prompts[1], GREEDY, "z", lora_request=LoRARequest("new", 9, str(folders["a1"])))
@@ -304,7 +330,7 @@ def test_wrong_settings(what, eight):
         LLM(str(eight[0] / "model"), **MEMORY, **settings)
 
 
-@pytest.mark.parametrize("placement", ["gpu", "cpu"])
+@pytest.mark.parametrize("placement", ["gpu", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_a_plan_counts_the_adapters(placement, eight, tmp_path):
     """The budget of its table is enough, and one that is too small for weights and adapters is refused."""
     folder, _, folders, prompts, wanted = eight

@@ -113,13 +113,17 @@ class AdapterSet:
     def id_of(self, name: str | None) -> int:
         """Raises ConfigurationError for a name that is not known."""
         name = self.default if name is None else name
-        if name is None or (self.merged is not None and name == self.merged.name):
+        if name is None:
             return 0
-        for index, adapter in enumerate(self.adapters):
-            if adapter.name == name:
-                return index + 1
+        if name in self._ids:
+            return self._ids[name]
         known = f"known: {', '.join(self.names)}" if self.names else "none was given by lora=NAME=FOLDER (--lora)"
         raise ConfigurationError(f"lora_request: there is no adapter {name!r}; {known}")
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        ids = {adapter.name: index + 1 for index, adapter in enumerate(self.adapters)}
+        return ids if self.merged is None else {**ids, self.merged.name: 0}
 
     def adding(self, adapter: Adapter) -> AdapterSet:
         return replace(self, adapters=(*self.adapters, adapter))
