@@ -59,7 +59,7 @@ class AdaptedMatrix:
     def segments(self) -> list[list[tuple[int, int, int]]]:
         """(first row of ``down``, rank, first element of ``up``) by adapter and part."""
         row = element = 0
-        found = []
+        found: list[list[tuple[int, int, int]]] = []
         for ranks in self.ranks:
             found.append([])
             for rank, width in zip(ranks, self.widths, strict=True):
