@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flexbatch import LLM, LoRARequest, SamplingParams
 from flexbatch.execution.graphs import DecodeGraphs
@@ -384,3 +385,19 @@ def test_peft_itself(tmp_path):
             ]
     with LLM(str(tmp_path / "model"), lora=folders, **MEMORY, **PLACEMENTS["mixed"]) as llm:
         assert run(llm, prompts, wanted) == []
+
+
+def test_a_fault_is_looked_for_with_the_adapter_that_has_it(tmp_path):
+    """An adapter with an infinite number in layer 1 fails its own sequences, by name of the layer, and nobody else's."""
+    model = make_model("llama", tmp_path / "model")
+    names = linear_modules(model)
+    good, bad = (write_adapter(tmp_path / name, model, names, seed=3) for name in ("good", "bad"))
+    tensors = load_file(bad / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = float("inf")
+    save_file(tensors, bad / "adapter_model.safetensors")
+    prompts = random_prompts([19, 20], seed=3)
+    with LLM(str(tmp_path / "model"), lora={"good": good, "bad": bad}, **MEMORY, **PLACEMENTS["gpu"]) as llm:
+        found = llm.generate([prompts[0], prompts[0], prompts[1]], GREEDY, lora_request=["bad", "good", None])
+    assert "stop being finite in layer 1" in found[0].error
+    wanted = [*tokens_of(model, prompts[:1], good), *tokens_of(model, prompts[1:], None)]
+    assert [each.token_ids for each in found[1:]] == wanted
