@@ -388,7 +388,7 @@ def test_peft_itself(tmp_path):
 
 
 def test_a_fault_is_looked_for_with_the_adapter_that_has_it(tmp_path):
-    """An adapter with an infinite number in layer 1 fails its own sequences, by name of the layer, and nobody else's."""
+    """An adapter with an infinite number in layer 1 fails its own sequences, naming the layer, and nobody else's."""
     model = make_model("llama", tmp_path / "model")
     names = linear_modules(model)
     good, bad = (write_adapter(tmp_path / name, model, names, seed=3) for name in ("good", "bad"))
