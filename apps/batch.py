@@ -22,6 +22,7 @@ from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine, check_folder_to_write
 from flexbatch.cli.help import CommandParser
+from flexbatch.cli.loras import lora_identity
 from flexbatch.cli.settings import (
     add_arguments,
     add_engine_arguments,
@@ -89,6 +90,7 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
         arch = open_configured(config).arch
         dtype = resolve_dtype(config.dtype, arch, resolve_device(config.device))
         found |= {"dtype": str(dtype).removeprefix("torch."), "allow_bits": sorted(config.allow_bits or ())}
+        found |= lora_identity(config, records)
         if config.tokenizer is not None:
             found["tokenizer"] = tokenizer_files_digest(tokenizer_folder(config.tokenizer))
         if config.max_model_len is not None:

@@ -32,6 +32,7 @@ from flexbatch.cli.early_checks import (
     check_sampling,
 )
 from flexbatch.cli.help import CommandParser
+from flexbatch.cli.loras import for_all_rows
 from flexbatch.cli.prompt_files import PromptRow
 from flexbatch.cli.run_settings import InputConfig, SamplingConfig
 from flexbatch.cli.settings import (
@@ -192,6 +193,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], stdin: IO[str]
         [CompletionConfig, SamplingConfig, EngineConfig], args, environ, getattr(args, "config", None)
     )
     refuse_measurements(engine)
+    engine = for_all_rows(engine)
     config.check_limit()
     if args.words and config.prompts is not None:
         raise ConfigurationError("prompts come from the arguments or from --prompts FILE; leave one out")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from flexbatch import LLM
 
 LOGPROBS = ("model", "huggingface")
-OUTPUT_FIELDS = ("weight_bits", "cache_bits", "dtype", "device", "dummy_weights", "seed")
+OUTPUT_FIELDS = ("weight_bits", "cache_bits", "dtype", "device", "dummy_weights", "seed", "lora", "lora_default")
 """Engine settings that can change a token, and so belong to the cache key; placement and batching cannot."""
 
 

@@ -46,8 +46,9 @@ def changed_settings(config: EngineConfig) -> dict[str, Any]:
 def engine_settings() -> dict[str, Any]:
     """Returns the engine settings for ``helm-run`` itself, whose command line has no flag for them: ``FLEXBATCH_*``
     over the defaults."""
+    from flexbatch.cli.loras import for_all_rows
     from flexbatch.cli.settings import add_engine_arguments, engine_config
 
     parser = argparse.ArgumentParser(add_help=False)
     add_engine_arguments(parser)
-    return changed_settings(engine_config(parser.parse_args([])))
+    return changed_settings(for_all_rows(engine_config(parser.parse_args([]))))

@@ -21,6 +21,7 @@ from typing import TextIO
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
 from flexbatch.cli.help import CommandParser
+from flexbatch.cli.loras import for_all_rows
 from flexbatch.cli.settings import add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import CRASH, ROW_ERRORS, ConfigurationError
@@ -95,7 +96,7 @@ def helm_arguments(args: argparse.Namespace, rest: Sequence[str], deployment: st
 
 
 def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str], data: TextIO) -> int:
-    config = engine_config(args, environ)
+    config = for_all_rows(engine_config(args, environ))
     refuse_measurements(config)
     check_engine(config)
     try:

@@ -96,7 +96,7 @@ def sampling_params(
 
 def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
     """Returns keywords of `LLM` from ``--model_args``, which knows no lists: ``percent=20 80 0 100 0 100``,
-    ``draft=small medium``; None means unset.
+    ``draft=small medium``, ``lora=name=folder``, whose first is for all; None means unset.
 
     Raises ConfigurationError for a keyword that `LLM` does not have.
     """
@@ -117,4 +117,7 @@ def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
         given["percent"] = tuple(float(number) for number in re.split(r"[\s/:;]+", given["percent"].strip()))
     if isinstance(given.get("draft"), str):
         given["draft"] = tuple(given["draft"].split())
+    if isinstance(given.get("lora"), str):
+        given["lora"] = tuple(given["lora"].split())
+        given.setdefault("lora_default", given["lora"][0].partition("=")[0])
     return given

@@ -40,6 +40,7 @@ from flexbatch.apps.jobs.results import ParquetOutput, RowRecord
 from flexbatch.apps.jobs.rows import RowReader, RowRequest
 from flexbatch.apps.jobs.runner import OpenEngine
 from flexbatch.apps.jobs.settings import JobConfig
+from flexbatch.cli.loras import for_all_rows
 from flexbatch.cli.settings import refuse_measurements
 from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import generation_of
@@ -67,6 +68,7 @@ class GenerateText:
         self._config = JobConfig(**{name: value for name, value in settings.items() if name in names})
         engine = EngineConfig(**{name: value for name, value in settings.items() if name not in names})
         refuse_measurements(engine)
+        engine = engine if self._config.lora_column else for_all_rows(engine)
         self._params = self._config.params(generation_of(engine))
         self._seed, self._llm = engine.seed, open_engine(engine, None)
         self._encode = make_encode(self._llm, self._config.truncate)
@@ -105,7 +107,7 @@ class GenerateText:
         batches: Iterable[pa.RecordBatch],
         waiting: deque[tuple[pa.RecordBatch, list[RowRecord]]],
         in_flight: dict[int, tuple[list[RowRecord], RowRequest]],
-    ) -> Iterator[tuple[int, Sequence[int], SamplingParams]]:
+    ) -> Iterator[tuple[int, Sequence[int], SamplingParams, None, str | None]]:
         key = 0
         for batch in batches:
             (reader, output), records = self._form_for(batch.schema), [None] * len(batch)
@@ -120,7 +122,7 @@ class GenerateText:
                     records[row.offset] = output.failure(row, str(error))
                     continue
                 in_flight[key] = (records, row)
-                yield key, row.token_ids, row.params
+                yield key, row.token_ids, row.params, None, row.lora
                 key += 1
 
     def _form_for(self, schema: pa.Schema) -> tuple[RowReader, ParquetOutput]:

@@ -9,9 +9,10 @@ from flexbatch.kernels import threads
 
 if TYPE_CHECKING:
     from flexbatch.engine import LLM
+    from flexbatch.models.lora.request import LoRARequest
     from flexbatch.request import Completion, SamplingParams
 
-__all__ = ["LLM", "Completion", "SamplingParams"]
+__all__ = ["LLM", "Completion", "LoRARequest", "SamplingParams"]
 __version__ = "0.1.0"
 
 # Here and not in the commands, because it has to precede the import of torch, for those who import this package from
@@ -29,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from flexbatch import request
 
         return getattr(request, name)
+    if name == "LoRARequest":
+        from flexbatch.models.lora.request import LoRARequest
+
+        return LoRARequest
     raise AttributeError(f"module 'flexbatch' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,18 @@ class EngineConfig:
     tokenizer: str | None = option(None, "folder or Hub id of another tokenizer (default: the one beside the model)")
     max_model_len: int | None = option(
         None, "tokens of a prompt and its answer together, at most (default: the model's context)"
+    )
+    lora: tuple[str, ...] | None = option(
+        None,
+        "LoRA adapters, folders that PEFT saved, by the names with which requests choose one",
+        nargs="+",
+        metavar="NAME=FOLDER",
+    )
+    lora_default: str | None = option(
+        None,
+        "the adapter of requests that name none; the only one of --lora is merged into weights that are not quantized "
+        "(default: for the commands the only one of --lora, where rows cannot choose; else none)",
+        metavar="NAME",
     )
     percent: tuple[float, ...] | None = option(
         None,
@@ -114,6 +127,9 @@ class EngineConfig:
             raise ConfigurationError(problem)
 
         from flexbatch.validation.setting_types import settings_of
+
+        if isinstance(self.lora, Mapping):
+            object.__setattr__(self, "lora", tuple(f"{name}={folder}" for name, folder in self.lora.items()))
 
         for name, value in settings_of(self).items():
             object.__setattr__(self, name, value)

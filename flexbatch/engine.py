@@ -21,7 +21,9 @@ from flexbatch.execution.turns import Turns
 from flexbatch.intake import Intake, Item, OnText
 from flexbatch.loop import EngineLoop
 from flexbatch.memory.weights import WeightStore
+from flexbatch.models.lora.request import LoRA
 from flexbatch.planner import monitor
+from flexbatch.planner.adapter_choice import AdapterChoice
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.loader import PlacedModel
@@ -67,10 +69,8 @@ class LLM(NamesOfVllm):
     @classmethod
     def plan(cls, config: EngineConfig, job: Job) -> dict[str, Any]:
         """What `from_config` and running the job would put where, without loading anything: the first part of `report`,
-        and the `Plan` as "plan".
-
-        With a named machine (--hardware) and the default device, it is planned for that machine and its memory;
-        nothing is measured. Raises DoesNotFitError when the job does not fit the budgets.
+        and the `Plan` as "plan". With a named machine (--hardware) and the default device, it is planned for that
+        machine and its memory; nothing is measured. Raises DoesNotFitError when the job does not fit the budgets.
         """
         return Planner(config, job, dry=True).describe(job)
 
@@ -79,7 +79,8 @@ class LLM(NamesOfVllm):
         self._turns, deployment = Turns(), planner.deployment
         self.arch, self.tokenizer = deployment.model.arch, deployment.model.tokenizer
         self.tracer: Tracer = RecordingTracer(deployment.device) if trace else monitor.UsageTracer(deployment.device)
-        self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed)
+        choice = AdapterChoice(planner, lambda: self._loop.scheduler is None)
+        self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed, choice)
         self._model = PlacedModel(deployment, self.tracer)
         self.tiers, self.queues = self._model.tiers, self._model.queues
         self._capacity = Capacity(planner, self.tiers, self.queues, self._model.place)
@@ -149,6 +150,7 @@ class LLM(NamesOfVllm):
         on_finished: Callable[[Completion], None] | None = None,
         on_prompt: Callable[[int, Completion], None] | None = None,
         first_index: int | None = None,
+        lora_request: LoRA | Sequence[LoRA] = None,
         **others: Any,
     ) -> list[Completion]:
         """Complete one prompt or several (text, token ids or chat messages); one SamplingParams for all or one each.
@@ -159,18 +161,17 @@ class LLM(NamesOfVllm):
         for prompts of chat messages, see `ChatOptions`. ``on_finished`` is called with every completion as it ends, in
         any order; ``on_prompt`` with every prompt's index and its completion, all samples in it, when the last of them
         ends. ``first_index`` is the index of the first prompt in a larger job, whose rest then draws the tokens that it
-        would have drawn. Raises PromptError for the first prompt that cannot be run, before anything is generated;
-        EngineBusyError while a stream is open, or in a callback of this engine. A prompt that fails on the way has a
-        completion with ``finish_reason`` "error" and the rest goes on.
+        would have drawn. ``lora_request``: the adapter of all prompts, or one each. Raises PromptError for the first
+        prompt that cannot be run, before anything is generated; EngineBusyError while a stream is open, or in a
+        callback of this engine. A prompt that fails on the way has ``finish_reason`` "error" and the rest goes on.
         """
         if others:
             check_call("LLM.generate", others, LLM.generate)
-        options = ChatOptions(
-            chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs or {}
-        )
+        more = add_generation_prompt, continue_final_message, tools, chat_template_kwargs or {}
+        options = ChatOptions(chat_template, *more)
         with self._turns.whole("generate"):
             self._intake.check_empty("generate")
-            requests = self._intake.requests(prompts, sampling_params, first_index, options)
+            requests = self._intake.requests(prompts, sampling_params, first_index, options, lora_request)
             drafted = self.planner.deployment.speculation is not None
             run = jobs.compared if self.config.compare_plain and drafted else jobs.completions
             with finished_bar(use_tqdm, len(requests), on_finished) as told:
@@ -202,8 +203,8 @@ class LLM(NamesOfVllm):
     def stream(
         self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None
     ) -> Iterator[tuple[Hashable, Completion]]:
-        """Complete (key, prompt, params) items, or (key, prompt, params, source), as they come; yields (key,
-        completion) as sequences finish, in any order. Answers of one source are expected to be of like lengths.
+        """Complete (key, prompt, params) items, or (key, prompt, params, source, lora_request), as they come; yields
+        (key, completion) as sequences finish, in any order. Answers of one source are expected to be of like lengths.
 
         Items are drawn about a block ahead, in a thread of their own, so that one that is slow to come holds up no
         sequence in flight. An item that cannot be run yields a completion with ``finish_reason`` "error" and the rest
@@ -222,14 +223,14 @@ class LLM(NamesOfVllm):
         sampling_params: SamplingParams | None = None,
         request_id: Hashable = None,
         on_text: OnText | None = None,
+        lora_request: LoRA = None,
     ) -> Hashable:
         """Let a prompt wait for `step`; returns its id, a number where None is given. May be called at any time, also
         while another thread runs a pass, whose end it does not wait for, and by ``on_text``, which is told of the new
         text of its first sample after every pass. Raises PromptError for a prompt that cannot be run,
-        ConfigurationError for an id that is still in use, EngineBusyError while a stream is open.
-        """
+        ConfigurationError for an id that is still in use, EngineBusyError while a stream is open."""
         with self._turns.addition("add_request"):
-            return self._intake.add_named(request_id, prompt, sampling_params, on_text)
+            return self._intake.add_named(request_id, prompt, sampling_params, on_text, lora_request)
 
     def step(self) -> list[tuple[Hashable, Completion]]:
         """Run one pass over the requests that were added; returns (id, completion) of those that finished. A request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, islice
@@ -18,8 +18,9 @@ from flexbatch.execution.requests import Defaults, Params, hashable_id, requests
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
-from flexbatch.planner.report import described_failure
-from flexbatch.request import Completion, Request, SamplingParams, TokenLogprob
+from flexbatch.planner.adapter_choice import AdapterChoice
+from flexbatch.planner.completions import completion_of, with_samples
+from flexbatch.request import Completion, Request, SamplingParams
 from flexbatch.text.chat import ChatOptions
 from flexbatch.text.decoder import TextDecoder
 from flexbatch.text.prompts import Prompt, PromptEncoder, as_prompts, with_chat_options
@@ -28,48 +29,6 @@ from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 Item = tuple[Hashable, Prompt, SamplingParams | None]
 """An item of a stream: the caller's key, a prompt, and how to complete it (None: as generation_config.json says)."""
 OnText = Callable[[str], None]
-
-
-def completion_of(sequence: execution.Sequence, decoder: TextDecoder | None = None) -> Completion:
-    """The completion of a sequence that ended, or of a request that failed. ``decoder`` names the tokens that have
-    log-probabilities."""
-    request, output = sequence.request, sequence.output
-    completion = Completion(
-        list(request.prompt_token_ids),
-        prompt=request.prompt,
-        index=request.index,
-        error=described_failure(sequence),
-        finish_reason="error",
-    )
-    if output.finish is None or sequence.error:
-        return completion
-    completion.token_ids, completion.text = output.token_ids, output.text
-    completion.finish_reason, completion.stop_reason = output.finish.reason, output.finish.stop_reason
-    if request.params.logprobs is not None:
-        completion.logprobs = [_named(entries, decoder) for entries in sequence.logprobs]
-    if request.params.prompt_logprobs is not None:
-        unscored = min(request.params.prompt_logprobs_start, len(request.prompt_token_ids))
-        scored = (entries and _named(entries, decoder) for entries in sequence.prompt_logprobs)
-        completion.prompt_logprobs = [*[None] * unscored, *scored]
-    return completion
-
-
-def _named(entries: dict[int, TokenLogprob], decoder: TextDecoder | None) -> dict[int, TokenLogprob]:
-    if decoder is None:
-        return entries
-    return {
-        token_id: TokenLogprob(token_id, entry.logprob, entry.rank, decoder.alone(token_id))
-        for token_id, entry in entries.items()
-    }
-
-
-def with_samples(completions: Mapping[int, Completion]) -> Completion:
-    """The first of the n completions of a prompt, with all of them as its samples when there are several; they end in
-    any order. One that failed comes before the first, so that nobody takes the rest for the whole."""
-    first = next((completions[sample] for sample in sorted(completions) if completions[sample].error), completions[0])
-    if len(completions) > 1:
-        first.samples = [completions[sample] for sample in sorted(completions)]
-    return first
 
 
 @dataclass
@@ -87,8 +46,10 @@ class Intake(RunObserver):
     """The line of waiting requests. New ones may be added at any time, from any thread, also while a pass runs; they
     become sequences when the scheduler has capacity for them."""
 
-    def __init__(self, encoder: PromptEncoder, generation: GenerationDefaults, arch: Arch, engine_seed: int) -> None:
-        self.encoder, self.defaults = encoder, Defaults(generation)
+    def __init__(
+        self, encoder: PromptEncoder, generation: GenerationDefaults, arch: Arch, engine_seed: int, loras: AdapterChoice
+    ) -> None:
+        self.encoder, self.defaults, self._loras = encoder, Defaults(generation), loras
         self._decoder = None if encoder.tokenizer is None else TextDecoder(encoder.tokenizer)
         self._arch, self._engine_seed = arch, engine_seed
         self._waiting: deque[Request] = deque()
@@ -130,6 +91,7 @@ class Intake(RunObserver):
         params: Params,
         first_index: int | None = None,
         chat: ChatOptions | None = None,
+        lora: Any = None,
     ) -> list[Request]:
         """The requests of a job. ``chat``: for its prompts, which are all chat messages then. ``first_index``: of its
         first prompt in a larger job, whose numbers its prompts have; None: they have the next ones of this engine."""
@@ -138,7 +100,8 @@ class Intake(RunObserver):
             prompts = with_chat_options(prompts, chat)
         number = self.take_numbers(len(prompts)) if first_index is None else first_index
         self._next_number = max(self._next_number, number + len(prompts))
-        return requests_of(prompts, params, self.encoder, self.defaults, first_index or 0, number)
+        adapters = self._loras.numbers(lora, len(prompts))
+        return requests_of(prompts, params, self.encoder, self.defaults, first_index or 0, number, adapters)
 
     def add(
         self,
@@ -149,10 +112,12 @@ class Intake(RunObserver):
         index: int,
         source: Hashable = None,
         named: bool = False,
+        lora: Any = None,
     ) -> None:
-        """Encode a prompt and let it wait. ``named``: under an id. Raises PromptError, ConfigurationError."""
-        number = self.take_numbers(1)
-        samples = list(samples_of(index, prompt, self.defaults.instead_of(params), self.encoder, number, source))
+        """Encode a prompt and let it wait. ``named``: under an id. Raises PromptError, ConfigurationError,
+        CheckpointError."""
+        number, adapter, params = self.take_numbers(1), self._loras.number(lora), self.defaults.instead_of(params)
+        samples = list(samples_of(index, prompt, params, self.encoder, number, source, adapter))
         self._has_listeners |= on_text is not None
         with self._lock:
             self._expected[index] = Expected(key, len(samples), on_text, named)
@@ -170,20 +135,22 @@ class Intake(RunObserver):
     ) -> tuple[Hashable, Completion] | None:
         """Let an item of a stream wait; returns its key and a completion that says why, where it cannot be run. Raises
         ConfigurationError for what is no item."""
-        if not isinstance(item, tuple | list) or len(item) not in (3, 4) or not isinstance((*item, None)[3], Hashable):
+        whole = isinstance(item, tuple | list) and 3 <= len(item) <= 5
+        if not whole or not isinstance((*item, None)[3], Hashable):
             raise ConfigurationError(
                 f"item {index} of the stream is {str(item)[:80]!r}; an item is (key, prompt, SamplingParams), or "
-                "(key, prompt, SamplingParams, source) with a source that has a hash"
+                "(key, prompt, SamplingParams, source, LoRARequest or None) with a source that has a hash"
             )
-        key, prompt, params, *source = item
+        key, prompt, params, *more = item
         try:
-            self.add(key, prompt, params, None if on_tokens is None else partial(on_tokens, key), index, *source)
+            on_text = None if on_tokens is None else partial(on_tokens, key)
+            self.add(key, prompt, params, on_text, index, **dict(zip(("source", "lora"), more, strict=False)))
         except ValueError as error:
             return key, Completion([], finish_reason="error", error=str(error), index=index, request_id=key)
         return None
 
     def add_named(
-        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None
+        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None, lora: Any = None
     ) -> Hashable:
         """Let a prompt wait under its id, for None a number; returns it. Raises ConfigurationError for one in use."""
         index = next(self._indices)
@@ -193,7 +160,7 @@ class Intake(RunObserver):
             raise ConfigurationError(f"request_id {key!r} belongs to a request that has not finished")
         self._named[key] = index  # first, as the pass that ends it may begin as soon as it waits
         try:
-            self.add(key, prompt, params, on_text, index, named=True)
+            self.add(key, prompt, params, on_text, index, named=True, lora=lora)
         except BaseException:
             self._named.pop(key, None)
             raise

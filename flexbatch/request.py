@@ -35,12 +35,11 @@ class SamplingParams:
     ``temperature=0`` is greedy. ``top_k`` 0 or -1 keeps every token. ``seed=None`` derives the request's own random
     stream from the engine's seed and the request's number among all that the engine has had. ``logprobs=k`` returns the
     k most likely tokens and the chosen one for every generated token, -1 those of the whole vocabulary;
-    ``prompt_logprobs=k`` likewise for the prompt, from token
-    ``prompt_logprobs_start`` on: what lies before it is not scored, and so may share the cache pages of a common
-    prefix. ``min_tokens``: generated before EOS or a stop token may come, or a stop string counts. The fields from
-    ``min_length`` to ``sequence_bias`` are those of transformers' generation_config.json, and mean the same. Raises
-    ConfigurationError, a ValueError, that names the field for values of a wrong type or out of range, and for a keyword
-    that does not exist.
+    ``prompt_logprobs=k`` likewise for the prompt, from token ``prompt_logprobs_start`` on: what lies before it is not
+    scored, and so may share the cache pages of a common prefix. ``min_tokens``: generated before EOS or a stop token
+    may come, or a stop string counts. The fields from ``min_length`` to ``sequence_bias`` are those of transformers'
+    generation_config.json, and mean the same. Raises ConfigurationError, a ValueError, that names the field for values
+    of a wrong type or out of range, and for a keyword that does not exist.
     """
 
     max_tokens: int | None = 16
@@ -120,8 +119,7 @@ class SamplingParams:
         if self.n * len(self.logit_bias or ()) > MOST_BIASES:
             raise ConfigurationError(
                 f"sampling parameter n={self.n} must be at most {MOST_BIASES // len(self.logit_bias or ())} "
-                f"with a logit_bias of {len(self.logit_bias or ()):,} "
-                "tokens: every completion keeps a table of them"
+                f"with a logit_bias of {len(self.logit_bias or ()):,} tokens: every completion keeps a table of them"
             )
         if self.stop and not self.detokenize:
             raise ConfigurationError(
@@ -207,6 +205,8 @@ class Request:
     prompt: str | None = None
     number: int | None = None
     source: Hashable = None
+    adapter: int = 0
+    """Its LoRA adapter by number, 0 for none."""
 
 
 @dataclass(frozen=True)

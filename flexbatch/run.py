@@ -31,6 +31,7 @@ from flexbatch.cli.early_checks import (
     refuse_inputs,
 )
 from flexbatch.cli.help import CommandParser
+from flexbatch.cli.loras import for_all_rows
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig
@@ -127,7 +128,7 @@ def print_plan(
 def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resume: str | None = None) -> int:
     """Everything after parsing; returns the exit code. ``resume`` is the command that goes on after an interruption."""
     engine, config, sampling = read_settings([EngineConfig, RunConfig, SamplingConfig], args, environ, args.config)
-    engine = with_flexgen_flags(engine, config)
+    engine = for_all_rows(with_flexgen_flags(engine, config))
     if config.plot and not config.dry_run:
         raise ConfigurationError("--plot draws the plan of a --dry-run; add --dry-run")
     check_rows_file(config.output)

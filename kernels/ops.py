@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import attention_reference, native, reference
+from flexbatch.kernels import attention_reference, low_rank_reference, native, reference
 
 
 def _compiled(dtype: torch.dtype) -> bool:
@@ -139,3 +139,13 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
 
         return norm_rope.gated_activation(gate_up, activation)
     return reference.gated_activation(gate_up, activation)
+
+
+def low_rank_update(out: Tensor, x: Tensor, *arguments: Any, **options: Any) -> None:
+    """`low_rank_reference.low_rank_update`."""
+    if out.is_cuda:
+        from flexbatch.kernels import low_rank
+
+        low_rank.low_rank_update(out, x, *arguments, **options)
+    else:
+        low_rank_reference.low_rank_update(out, x, *arguments, **options)

@@ -43,6 +43,8 @@ class ModelShape:
     """Tensors of one of them."""
     stored_dense_bytes: tuple[int, ...] = ()
     """Like ``stored_block_bytes``, of ``dense_tensors``."""
+    adapter_tensors: tuple[int, ...] = ()
+    """Of the adapters of one layer, which are never quantized."""
 
     @classmethod
     def from_sizes(
@@ -130,7 +132,8 @@ class ModelShape:
     def block_tensor_bytes(self, bits: int) -> tuple[int, ...]:
         """Each tensor of one layer as it is stored."""
         plain = tuple(self.weight_bytes(elements, bits) for elements in self.block_tensors)
-        return self.stored_block_bytes or plain if bits != 16 else plain
+        adapters = tuple(self.weight_bytes(elements, 16) for elements in self.adapter_tensors)
+        return ((self.stored_block_bytes or plain) if bits != 16 else plain) + adapters
 
     def dense_tensor_bytes(self, bits: int) -> tuple[int, ...]:
         """Each tensor of one of the ``dense_layers`` as it is stored."""
@@ -145,7 +148,7 @@ class ModelShape:
 
     @property
     def block_elements(self) -> int:
-        return sum(self.block_tensors)
+        return sum(self.block_tensors) + sum(self.adapter_tensors)
 
     @property
     def spared_elements(self) -> int:

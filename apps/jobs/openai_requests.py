@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,7 +242,8 @@ def _logprobs(body: Mapping[str, Any], url: str) -> int | None:
 
 class OpenAIReader:
     """Makes requests of the lines of a batch file. ``chat_limit`` is as in `parse_request`; ``repeated`` maps a row
-    whose ``custom_id`` an earlier row has to that row."""
+    whose ``custom_id`` an earlier row has to that row. A request whose ``model`` is one of ``adapters``
+    gets it."""
 
     def __init__(
         self,
@@ -250,8 +251,9 @@ class OpenAIReader:
         seed: int,
         chat_limit: int | None = None,
         repeated: Mapping[int, int] | None = None,
+        adapters: Collection[str] = (),
     ) -> None:
-        self._params, self._seed = params, seed
+        self._params, self._seed, self._adapters = params, seed, frozenset(adapters)
         self._chat_limit, self._repeated = chat_limit, dict(repeated or {})
 
     def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[RowRequest]:
@@ -271,12 +273,12 @@ class OpenAIReader:
         if index in self._repeated:
             told = f"custom_id {short(call.custom_id)} is that of row {self._repeated[index]} already"
             raise RequestError("duplicate_custom_id", told, call)
-        requests = []
+        requests, lora = [], call.model if call.model in self._adapters else None
         for number, prompt in enumerate(prompts):
             own = params
             if params.seed is None and params.temperature > 0:
                 own = dataclasses.replace(params, seed=row_seed(self._seed, f"{index}.{number}" if number else index))
             requests.append(
-                RowRequest(part, offset, index, prompt, own, extra=call, number=number, prompts=len(prompts))
+                RowRequest(part, offset, index, prompt, own, extra=call, lora=lora, number=number, prompts=len(prompts))
             )
         return dataclasses.replace(requests[0], others=requests[1:])

@@ -194,9 +194,11 @@ class Pipeline:
         order = order_rows([row.token_ids for row in rows], [row.params.max_tokens or 0 for row in rows])
         return [rows[index] for index in order]
 
-    def _items(self, in_flight: dict[int, RowRequest]) -> Iterator[tuple[int, Sequence[int], SamplingParams, str]]:
-        """Yields what the engine draws, with the folder of each row as its source. An input that fails ends like an
-        input that is over, so that the sequences in flight are finished."""
+    def _items(
+        self, in_flight: dict[int, RowRequest]
+    ) -> Iterator[tuple[int, Sequence[int], SamplingParams, str, str | None]]:
+        """Yields what the engine draws, with the folder of each row as its source, and its adapter. An input that fails
+        ends like an input that is over, so that the sequences in flight are finished."""
         others = itertools.count(-1, -1)
         try:
             for rows in self._sorted:
@@ -205,7 +207,7 @@ class Pipeline:
                         return
                     key = next(others) if row.number else row.index
                     in_flight[key] = row
-                    yield key, row.token_ids, row.params, self._open[row.part].part.folder
+                    yield key, row.token_ids, row.params, self._open[row.part].part.folder, row.lora
         except Exception as error:
             self._failure = self._failure or error
 

@@ -29,8 +29,10 @@ from flexbatch.apps.jobs.results import Output, ParquetOutput
 from flexbatch.apps.jobs.rows import Encode, RequestReader, RowReader, RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, RowSource
+from flexbatch.cli.loras import for_all_rows
 from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import generation_of
+from flexbatch.models.lora.request import parse_loras
 from flexbatch.request import SAMPLING_RULES, SamplingParams
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import redacted_word
@@ -147,6 +149,8 @@ def plan_job(
     """Plans a job; reads schemas and footers of the input, nothing else of Parquet. Raises ConfigurationError."""
     check_folders(location, folder)
     source = open_source(location, config)
+    if not isinstance(source, OpenAISource) and config.lora_column is None:
+        engine = for_all_rows(engine, "--lora-column COLUMN, or --lora-default NAME for all")
     partitions = sorted({name for group in source.row_groups for name in partition_values(group.folder)})
     schema = without_errors(source.schema)
     if not isinstance(source, OpenAISource):
@@ -161,7 +165,8 @@ def plan_job(
             raise ConfigurationError(
                 "--prompt-logprobs is for columns of prompts; requests of the OpenAI API ask by echo and logprobs"
             )
-        reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated)
+        names = [request.name for request in parse_loras(engine.lora)]
+        reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated, names)
     else:
         warn_of_equal_prompts(config, [*schema.names, *partitions])
         reader = RowReader(config, schema, partitions, params, engine.seed)

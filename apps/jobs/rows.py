@@ -38,8 +38,10 @@ SETTINGS: dict[str, type] = {
     "top_k": int,
     "seed": int,
     "stop": str,
+    "lora": str,
 }
-"""Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list."""
+"""Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list. ``lora`` names an
+adapter."""
 
 
 @dataclass
@@ -58,6 +60,8 @@ class RowRequest:
     """Whatever the output of this row needs besides the completion."""
     others: Sequence[RowRequest] = ()
     """Of a row with several prompts, the requests of all but the first."""
+    lora: str | None = None
+    """The name of its adapter; None: the default."""
     number: int = 0
     prompts: int = 1
     """The request is for prompt ``number`` of so many that the row has."""
@@ -156,11 +160,12 @@ class RowReader:
             params, prompt = self._params, self._prompt(values)
             settings = ((name, _setting(name, values[column])) for name, column in self._columns.items())
             changes = {name: value for name, value in settings if value is not None}
+            lora = changes.pop("lora", None)
             if params.seed is None and "seed" not in changes and changes.get("temperature", params.temperature) > 0:
                 changes["seed"] = row_seed(self._seed, repr(prompt) if self._seed_by_prompt else index)
             if changes:
                 params = dataclasses.replace(params, **changes)
-            return RowRequest(part.number, offset, index, prompt, params)
+            return RowRequest(part.number, offset, index, prompt, params, lora=lora)
         except Exception as error:
             return RowRequest(part.number, offset, index, error=str(row_error(error)))
 
@@ -199,7 +204,10 @@ def _setting(name: str, value: Any) -> Any:
     kind = SETTINGS[name]
     if value is None or value == "":
         return None
-    if name == "stop":
+    if name == "lora":
+        if isinstance(value, str):
+            return unicode_text(value, "lora")
+    elif name == "stop":
         if isinstance(value, str):
             return unicode_text(value, "stop")
         if isinstance(value, list) and all(isinstance(text, str) for text in value):
@@ -212,5 +220,6 @@ def _setting(name: str, value: Any) -> Any:
             good = isinstance(number, int | float | Decimal) and not isinstance(number, bool) and small
             if good and number == number and (kind is float or kind(number) == number):
                 return kind(number)
-    wanted = "text or a list of texts" if name == "stop" else "a number" if kind is float else "a whole number"
+    words = {"stop": "text or a list of texts", "lora": "the name of an adapter"}
+    wanted = words.get(name, "a number" if kind is float else "a whole number")
     raise RowError(f"setting {name} is {short(value)}, wanted {wanted}")

@@ -15,6 +15,7 @@ from flexbatch.apps.wrangle.tables import TableError
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_machine, check_models
 from flexbatch.cli.help import CommandParser
+from flexbatch.cli.loras import for_all_rows
 from flexbatch.cli.settings import add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
 from flexbatch.validation.errors import ROW_ERRORS, ConfigurationError
@@ -112,7 +113,7 @@ def command(args: argparse.Namespace, data_out: TextIO) -> int:
         value, least = getattr(args, name), 0 if name == "shots" else 1
         if value is not None and value < least:
             raise ConfigurationError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    engine = engine_config(args)
+    engine = for_all_rows(engine_config(args))
     refuse_measurements(engine)
     check_machine(engine)
     if not args.folder.is_dir():

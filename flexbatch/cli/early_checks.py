@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flexbatch.cli.run_settings import STANDARD_INPUT, SamplingConfig
 from flexbatch.config import NGRAM, EngineConfig
+from flexbatch.models.lora.request import parse_loras
 from flexbatch.policy.suggest import neighbor
 from flexbatch.validation.devices import check_device, check_dtype, named_machine
 from flexbatch.validation.errors import ConfigurationError
@@ -38,7 +39,13 @@ def check_machine(config: EngineConfig) -> None:
 
 
 def check_models(config: EngineConfig) -> None:
-    """The model and its drafts; what has a Hub id is fetched. Raises CheckpointError."""
+    """The model, its adapters and its drafts; what has a Hub id is fetched. Raises CheckpointError,
+    ConfigurationError."""
+    for adapter in parse_loras(config.lora):
+        if not Path(adapter.path).expanduser().is_dir():
+            raise ConfigurationError(
+                f"--lora {adapter.name}={adapter.path}: no such folder{neighbor(Path(adapter.path))}"
+            )
     if config.dummy_weights:
         from flexbatch.models.shapes import shape
 

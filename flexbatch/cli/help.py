@@ -20,7 +20,7 @@ NAMES = {
     "stop_token_ids include_stop_str_in_output skip_special_tokens min_tokens bad_words allowed_token_ids ignore_eos n "
     "logprobs prompt_logprobs seed generation_config max_tokens_column temperature_column top_p_column "
     "top_k_column seed_column stop_column",
-    MODEL: "model tokenizer max_model_len path dtype device dummy_weights",
+    MODEL: "model lora lora_default lora_column tokenizer max_model_len path dtype device dummy_weights",
     PLACEMENT: "percent gpu_batch_size num_gpu_batches cpu_attention cpu_cache_compute prefill_chunk prefill_budget "
     "overlap hardware recalibrate",
     MEMORY: "gpu_memory cpu_memory offload_dir weight_bits cache_bits allow_bits compress_weight compress_cache "

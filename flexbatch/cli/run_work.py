@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexbatch.cli import prompt_files, random_prompts
+from flexbatch.cli.loras import lora_identity
 from flexbatch.cli.prompt_files import PromptRow
 from flexbatch.cli.run_settings import SYNTHETIC_PROMPT_LEN, SYNTHETIC_PROMPTS, RunConfig, SamplingConfig
 from flexbatch.config import EngineConfig
@@ -73,6 +74,7 @@ class Work:
             "prompts": f"{len(self.rows)} with digest {digest(rows)}",
             "model": engine.model if self.model.folder is None else digest(model_files(self.model.folder, engine)),
             "sampling_rules": SAMPLING_RULES,
+            **lora_identity(engine),
             **dataclasses.asdict(self.params),
         }
         return {**facts, **{name: getattr(engine, name) for name in settings}}

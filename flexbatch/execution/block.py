@@ -174,7 +174,7 @@ class Block:
         end = len(prompt) - sequence.num_uncomputed
         if params.prompt_logprobs is not None:
             end = min(end, params.prompt_logprobs_start)
-        return self.cache.shareable(tier, prompt[:end])
+        return self.cache.shareable(tier, prompt[:end], sequence.request.adapter)
 
     def admit(self, sequence: Sequence, tier: str) -> None:
         """Give a waiting sequence, or one that stepped aside, its pages and its micro-batch."""
@@ -191,7 +191,7 @@ class Block:
         if sequence.parked is None:
             shared = self.shareable(sequence, tier)
             known = len(sequence.token_ids) - sequence.num_uncomputed
-            sequence.table = self.cache.open(tier, known, read, shared, on_cpu)
+            sequence.table = self.cache.open(tier, known, read, shared, on_cpu, sequence.request.adapter)
         else:
             sequence.table, sequence.parked = restore(self.cache, sequence.parked, tier, on_cpu), None
         sequence.micro_batch = micro_batch

@@ -118,7 +118,8 @@ def read(readings: list[Reread], scheduler: Scheduler, executor: Executor) -> No
         for i, item in unfinished.items():
             start = item.table.num_tokens
             tokens = tuple(item.token_ids[start : start + chunk])
-            queries.append(QueryTokens(i, tokens, start, len(tokens), item.table.location, len(item.token_ids)))
+            location, adapter = item.table.location, item.failed.request.adapter
+            queries.append(QueryTokens(i, tokens, start, len(tokens), location, len(item.token_ids), adapter=adapter))
         for _ in executor.run(PassBatch((tuple(queries),)), watch):
             pass
         for query in queries:

@@ -20,6 +20,7 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
 from flexbatch.models.experts import recordable
+from flexbatch.models.lora.applied import AdapterTables
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.schedule import Tick, zigzag
@@ -47,13 +48,14 @@ class Executor:
         overlap: bool,
         logits_chunk_bytes: int = LOGITS_CHUNK_BYTES,
         max_graphs: int = MAX_GRAPHS,
+        adapters: AdapterTables | None = None,
     ) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
         self.queues, self.dtype, self.overlap = queues, dtype, overlap
-        self.logits_chunk_bytes = logits_chunk_bytes
         self.device, self.tracer = queues.device, queues.tracer
         self.uploads = host_buffers.uploads
-        self.builder = InputBuilder(cache.layout.page_tokens, self.uploads)
+        self.logit_rows = max(1, logits_chunk_bytes // (4 * arch.vocab_size))
+        self.builder = InputBuilder(cache.layout.page_tokens, self.uploads, adapters, self.logit_rows)
         self.rotary = rotary
         self.host_buffers = host_buffers
         self.attention = CacheAttention(arch, cache, queues, host_buffers)
@@ -61,7 +63,12 @@ class Executor:
         self.graphs: DecodeGraphs | None = None
         if resident and overlap and recordable(arch):
             self.graphs = DecodeGraphs(
-                self.device, cache.layout.page_tokens, arch.max_positions, CudaRecorder(), max_graphs
+                self.device,
+                cache.layout.page_tokens,
+                arch.max_positions,
+                CudaRecorder(),
+                max_graphs,
+                self.builder.group_adapters,
             )
 
     def reach(self, longest: int) -> None:
@@ -181,7 +188,7 @@ class Executor:
             watch(-1, inputs, hidden)
         with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
             query, key, value = layers.pre_attention(
-                self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables
+                self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables, inputs.adapters
             )
             pending = PendingTick(tick, inputs, hidden, torch.empty_like(query), watch=watch)
             if inputs.cpu is not None:
@@ -205,7 +212,9 @@ class Executor:
             self.host_buffers.release(pending.cpu_output, self.queues.mark())
         weights = self.weights.weights(tick.layer, "post")
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
-            hidden = layers.post_attention(self.arch, tick.layer, weights, pending.hidden, pending.attention)
+            hidden = layers.post_attention(
+                self.arch, tick.layer, weights, pending.hidden, pending.attention, pending.inputs.adapters
+            )
         if pending.watch is not None:
             pending.watch(tick.layer, pending.inputs, hidden)
         if tick.layer == self.arch.num_layers - 1:
@@ -227,16 +236,20 @@ class Executor:
             position_rows = self.weights.tensors.gather_rows(
                 "pos_embed.weight", inputs.positions + offset, inputs.host_positions + offset
             )
-        return layers.embed(self.arch, self.weights.tensors.embedding_weights, rows, position_rows)
+        weights = self.weights.tensors.embedding_weights
+        if inputs.adapters is not None:
+            inputs.adapters.add(-1, "embed", weights, inputs.token_ids, rows)
+        return layers.embed(self.arch, weights, rows, position_rows, inputs.adapters)
 
     def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsChunk]:
         """Logits of the rows that were asked for, in chunks."""
         weights = self.weights.weights(layer, "head")
         hidden = self.activations.get(micro_batch)
-        step = max(1, self.logits_chunk_bytes // (4 * self.arch.vocab_size))
-        for start in range(0, len(hidden), step):
+        step = self.logit_rows
+        for chunk, start in enumerate(range(0, len(hidden), step)):
+            adapters = inputs.head_adapters[chunk] if inputs.head_adapters else None
             with self.tracer.compute_span(f"head {micro_batch}"):
-                logits = layers.head(self.arch, weights, hidden[start : start + step])
+                logits = layers.head(self.arch, weights, hidden[start : start + step], adapters)
             yield LogitsChunk(inputs.logit_rows[start : start + step], logits)
         if micro_batch == count - 1:
             self.weights.release(layer, self.queues.mark())

@@ -10,20 +10,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flexbatch.execution.adapter_groups import most_tiles
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
+from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 
+Key = tuple[int, int, bool]
+"""(sequences, longest context, whether any has an adapter)."""
 Layers = Callable[[MicroBatchInputs], Tensor]
 """Runs all layers on static inputs: hidden states [num_sequences, hidden_size] after the last one."""
 
 
-def smallest_covering(keys: Iterable[tuple[int, int]], key: tuple[int, int]) -> tuple[int, int] | None:
-    """The least of ``keys`` (sequences, longest context) that hold ``key``, None when none does."""
-    return min((other for other in keys if other[0] >= key[0] and other[1] >= key[1]), default=None)
+def smallest_covering(keys: Iterable[Key], key: Key) -> Key | None:
+    """The least of ``keys`` with room for ``key``, None when there is none."""
+    covering = (other for other in keys if all(has >= wants for has, wants in zip(other, key, strict=True)))
+    return min(covering, default=None)
 
 
 class Recorded(Protocol):
@@ -86,8 +92,8 @@ class Captured:
 
 
 class DecodeGraphs:
-    """Captured decode passes by (sequences, longest context); a bucket is captured when it comes for the second time.
-    Of more than ``most`` the one that was not used for longest goes.
+    """Captured decode passes by `Key`; a bucket is captured when it comes for the second time. Of more than ``most``
+    the one that was not used for longest goes. group_adapters: of tokens with these adapters.
 
     The first time a bucket runs in the smallest graph that covers it: at the end of a job, where sequences leave with
     every pass, most sizes come only once (OPT-1.3B on the H200 machine: 17 to 22 ms launched one by one, 14 in the
@@ -98,7 +104,13 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, device: torch.device, page_tokens: int, max_positions: int, record: Record, most: int = MAX_GRAPHS
+        self,
+        device: torch.device,
+        page_tokens: int,
+        max_positions: int,
+        record: Record,
+        most: int = MAX_GRAPHS,
+        group_adapters: Callable[[np.ndarray], PassAdapters | None] = lambda adapter_ids: None,
     ) -> None:
         self.device, self.page_tokens, self.max_positions, self.record, self.most = (
             device,
@@ -107,8 +119,9 @@ class DecodeGraphs:
             record,
             most,
         )
-        self.seen: set[tuple[int, int]] = set()
-        self.captured: dict[tuple[int, int], Captured] = {}
+        self.group_adapters = group_adapters
+        self.seen: set[Key] = set()
+        self.captured: dict[Key, Captured] = {}
         """The one that was used last at the end."""
 
     def run(self, inputs: MicroBatchInputs, layers: Layers) -> Tensor | None:
@@ -127,17 +140,18 @@ class DecodeGraphs:
         key = (
             bucket_of(inputs.num_tokens),
             min(-(-group.max_context_len // CONTEXT_STEP) * CONTEXT_STEP, self.max_positions),
+            inputs.adapters is not None,
         )
         if key not in self.captured and key in self.seen:
             while len(self.captured) >= self.most:
                 self.evict(next(iter(self.captured)))
-            self.captured[key] = self.capture(*key, inputs, layers)
+            self.captured[key] = self.capture(key[0], key[1], inputs, layers)
         self.seen.add(key)
         covering = smallest_covering(self.captured, key)
         if covering is None:
             return None
         captured = self.captured[covering] = self.captured.pop(covering)
-        fill(captured.inputs, inputs)
+        self.fill(captured.inputs, inputs)
         captured.graph.replay()
         return captured.hidden[: inputs.num_tokens]
 
@@ -169,12 +183,37 @@ class DecodeGraphs:
             gpu=group,
             logit_rows=(),
             logit_index=torch.arange(bucket, device=self.device),
+            adapters=self.static_adapters(bucket, inputs.adapters),
         )
-        fill(static, inputs)
+        self.fill(static, inputs)
         graph, hidden = self.record(lambda: layers(static))
         return Captured(graph, static, hidden)
 
-    def evict(self, key: tuple[int, int]) -> None:
+    def static_adapters(self, bucket: int, adapters: PassAdapters | None) -> PassAdapters | None:
+        """Room for any adapters that so many sequences may have."""
+        if adapters is None:
+            return None
+        tiles = most_tiles(bucket, adapters.tables.num_adapters)
+        return PassAdapters(
+            adapters.tables,
+            torch.zeros(bucket, dtype=torch.int64, device=self.device),
+            torch.zeros(tiles, 3, dtype=torch.int32, device=self.device),
+        )
+
+    def fill(self, static: MicroBatchInputs, inputs: MicroBatchInputs) -> None:
+        """Copy the inputs of a pass into a graph's static tensors. What repeats the first sequence has its adapter: it
+        writes the same keys and values."""
+        fill(static, inputs)
+        if static.adapters is None:
+            return
+        ids = inputs.adapter_ids
+        groups = self.group_adapters(np.concatenate([ids, np.repeat(ids[:1], len(static.token_ids) - len(ids))]))
+        static.adapters.tiles.zero_()
+        if groups is not None:
+            static.adapters.tiles[: len(groups.tiles)].copy_(groups.tiles)
+            static.adapters.order[: len(groups.order)].copy_(groups.order)
+
+    def evict(self, key: Key) -> None:
         """Let go of a graph. It has to come twice again: passes that go round among more buckets than are kept would
         capture all the time."""
         if self.device.type == "cuda":

@@ -4,15 +4,17 @@ attended."""
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexbatch.execution.adapter_groups import group_tokens
 from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.memory.pages import Gather, SequencePages
 from flexbatch.memory.uploads import Uploads
+from flexbatch.models.lora.applied import AdapterTables, PassAdapters
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 
 
@@ -60,6 +62,11 @@ class MicroBatchInputs:
     cpu: AttentionGroup | None
     logit_rows: tuple[tuple[QueryTokens, int], ...]
     logit_index: Tensor
+    adapter_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    """[num_tokens] of the tokens' adapters, 0 for none."""
+    adapters: PassAdapters | None = None
+    head_adapters: tuple[PassAdapters | None, ...] = ()
+    """Of every chunk of logits; empty where no adapter changes the head."""
 
     @property
     def num_tokens(self) -> int:
@@ -88,10 +95,13 @@ def ancestor_masks(parents: Many[int]) -> np.ndarray:
 
 
 class InputBuilder:
-    """Builds the inputs of a pass on one compute device."""
+    """Builds the inputs of a pass on one compute device. logit_rows: of a chunk of logits."""
 
-    def __init__(self, page_tokens: int, uploads: Uploads) -> None:
+    def __init__(
+        self, page_tokens: int, uploads: Uploads, adapters: AdapterTables | None = None, logit_rows: int = 1
+    ) -> None:
         self.page_tokens, self.uploads, self.device = page_tokens, uploads, uploads.device
+        self.adapters, self.logit_rows = adapters, logit_rows
 
     def build(self, queries: Many[QueryTokens]) -> MicroBatchInputs:
         # Groups are consecutive: resident sequences, staged ones (cpu before disk), then those attended on the CPU.
@@ -112,6 +122,9 @@ class InputBuilder:
             rows += [(query, i) for i in range(query.first_logit, query.num_tokens)]
             index += range(first + query.first_logit, first + query.num_tokens)
             first += query.num_tokens
+        adapter_ids = np.repeat(
+            np.array([query.adapter for query in ordered], dtype=np.int32), [query.num_tokens for query in ordered]
+        )
         return MicroBatchInputs(
             queries=tuple(ordered),
             token_ids=self.upload(token_ids),
@@ -123,7 +136,22 @@ class InputBuilder:
             cpu=self.pool_group(groups["cpu"], cpu_start, torch.device("cpu")) if groups["cpu"] else None,
             logit_rows=tuple(rows),
             logit_index=self.upload(np.asarray(index, dtype=np.int64)),
+            adapter_ids=adapter_ids,
+            adapters=self.group_adapters(adapter_ids),
+            head_adapters=self.head_adapters(adapter_ids[index]),
         )
+
+    def group_adapters(self, adapter_ids: np.ndarray) -> PassAdapters | None:
+        """None where no token has an adapter."""
+        if self.adapters is None or not adapter_ids.any():
+            return None
+        return PassAdapters(self.adapters, *map(self.upload, group_tokens(adapter_ids)))
+
+    def head_adapters(self, adapter_ids: np.ndarray) -> tuple[PassAdapters | None, ...]:
+        if self.adapters is None or not self.adapters.in_head:
+            return ()
+        starts = range(0, len(adapter_ids), self.logit_rows)
+        return tuple(self.group_adapters(adapter_ids[start : start + self.logit_rows]) for start in starts)
 
     def upload(self, array: np.ndarray, device: torch.device | None = None) -> Tensor:
         return torch.from_numpy(array) if device is not None and device.type == "cpu" else self.uploads.send(array)

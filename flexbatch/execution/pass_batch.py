@@ -33,6 +33,8 @@ class QueryTokens:
     num_prompt_tokens: int
     """Tokens of the sequence's whole prompt."""
     parents: tuple[int, ...] | None = None
+    adapter: int = 0
+    """Its LoRA adapter by number, 0 for none."""
 
     @property
     def num_tokens(self) -> int:

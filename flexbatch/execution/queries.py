@@ -21,6 +21,7 @@ def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:
         sequence.pages.location,
         sequence.num_prompt_tokens,
         parents,
+        sequence.request.adapter,
     )
 
 
@@ -33,7 +34,13 @@ def text_query(sequence: Sequence, count: int) -> QueryTokens:
         first_logit = min(first_logit, max(0, sequence.next_scored - 1 - start))
     token_ids = tuple(sequence.token_ids[start : start + count])
     return QueryTokens(
-        sequence.sequence_id, token_ids, start, first_logit, sequence.pages.location, sequence.num_prompt_tokens
+        sequence.sequence_id,
+        token_ids,
+        start,
+        first_logit,
+        sequence.pages.location,
+        sequence.num_prompt_tokens,
+        adapter=sequence.request.adapter,
     )
 
 

@@ -71,9 +71,11 @@ def requests_of(
     defaults: Defaults,
     first_index: int = 0,
     first_number: int | None = None,
+    adapters: Sequence[int] | None = None,
 ) -> list[Request]:
     """One request for every sample of every prompt, in the order of the prompts, which are counted from
     ``first_index``. One SamplingParams is for all. ``first_number``: of the random streams; None: the same.
+    ``adapters``: their numbers, 0 for none.
 
     Raises PromptError for the first prompt that cannot be run, ConfigurationError for prompts that are none, and when
     there are not as many parameters as prompts, or others than those.
@@ -95,7 +97,9 @@ def requests_of(
     return [
         request
         for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
-        for request in samples_of(first_index + i, prompt, p, encoder, number + i)
+        for request in samples_of(
+            first_index + i, prompt, p, encoder, number + i, adapter=adapters[i] if adapters else 0
+        )
     ]
 
 
@@ -106,6 +110,7 @@ def samples_of(
     encoder: PromptEncoder,
     number: int | None = None,
     source: Hashable = None,
+    adapter: int = 0,
 ) -> Iterator[Request]:
     """The n requests of one prompt, made as they are asked for, with a number for ``max_tokens``, and bad words as
     tokens. Raises PromptError, or ConfigurationError for parameters that contradict each other, at once."""
@@ -114,4 +119,4 @@ def samples_of(
     found = encoder.read(index, prompt, params.max_tokens, params.truncate_prompt_tokens)
     limited = encoder.with_tokens(index, params).within(encoder.context_left(found.token_ids))
     made = partial(Request, index, found.token_ids, limited, prompt=found.text, number=number, source=source)
-    return (made(sample=sample) for sample in range(limited.n))
+    return (made(sample=sample, adapter=adapter) for sample in range(limited.n))

@@ -20,6 +20,8 @@ from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
+from flexbatch.models.lora.adapter_set import AdapterSet
+from flexbatch.models.lora.applied import AdapterTables
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.policy import Policy
@@ -76,6 +78,7 @@ def open_runner(
     queues: TransferQueues,
     logits_chunk_bytes: int = LOGITS_CHUNK_BYTES,
     max_graphs: int = MAX_GRAPHS,
+    adapters: AdapterSet | None = None,
 ) -> Runner:
     """A runner for blocks of these sizes; the caller has checked the budgets.
 
@@ -109,5 +112,6 @@ def open_runner(
             policy.overlap,
             logits_chunk_bytes,
             max_graphs,
+            AdapterTables(adapters, queues.device) if adapters is not None and adapters.adapters else None,
         )
     return Runner(policy, sizes, cache, activations, host_buffers, rotary, executor, give_back)

@@ -68,10 +68,10 @@ class KVCache:
 
     # Tables
 
-    def shareable(self, tier: str, prompt: Sequence[int]) -> list[int]:
-        """Pages on ``tier`` that hold, or are about to hold, the beginning of a prompt. The last prompt token is
-        never shared: its logits are needed."""
-        return self.pools[tier].prefixes.match(prompt, (len(prompt) - 1) // self.layout.page_tokens)
+    def shareable(self, tier: str, prompt: Sequence[int], adapter: int = 0) -> list[int]:
+        """Pages on ``tier`` that hold, or are about to hold, the beginning of a prompt, read with the same adapter. The
+        last prompt token is never shared: its logits are needed."""
+        return self.pools[tier].prefixes.match(prompt, (len(prompt) - 1) // self.layout.page_tokens, adapter)
 
     def open(
         self,
@@ -80,13 +80,14 @@ class KVCache:
         prompt: Sequence[int] = (),
         shared_pages: Sequence[int] = (),
         cpu_attention: bool = False,
+        adapter: int = 0,
     ) -> PageTable:
         """A table with pages for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`. ``prompt`` enters
-        the prefix index. ``cpu_attention``: decode tokens are attended by the CPU."""
+        the prefix index, under its ``adapter``. ``cpu_attention``: decode tokens are attended by the CPU."""
         shared, pool = list(shared_pages), self.pools[tier]
         pool.share(shared)
         pages = shared + pool.allocate(self.layout.num_pages(num_tokens) - len(shared))
-        pool.prefixes.enter(pages, prompt)
+        pool.prefixes.enter(pages, prompt, adapter)
         num_cached = len(shared) * self.layout.page_tokens
         table = PageTable(tier, pages, num_cached, num_shared=len(shared), cpu_attention=cpu_attention)
         if tier == "disk":

@@ -7,6 +7,8 @@ is one layer in host memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,34 +18,47 @@ from flexbatch.memory.weight_tensors import Key
 from flexbatch.memory.weights import WeightStore
 
 
-def move_weights(store: WeightStore, plan: WeightPlan) -> int:
+def no_tensor(key: Key) -> Tensor:
+    """Nothing is new."""
+    raise AssertionError(f"{key} is in no store")
+
+
+def move_weights(store: WeightStore, plan: WeightPlan, new_tensor: Callable[[Key], Tensor] = no_tensor) -> int:
     """Bring the weights of ``store`` to the tiers of ``plan``, with the bits that they have; returns the bytes that
-    changed their tier. No runner may be open.
+    changed their tier. No runner may be open. ``new_tensor``: what ``store`` has not, or not in this shape: adapters.
 
     What comes to the disk tier is a file without a name: nothing of it is left when the engine is closed. Where this
     raises, the store cannot be used any more. Raises OffloadError, DoesNotFitError.
     """
     store.close_buffers()
     before = store.plan
-    moved = sum(
-        tensor.num_bytes
-        for tensor, was in zip(plan.all_tensors, before.all_tensors, strict=True)
-        if tensor.tier != was.tier
-    )
+    tiers = {tensor.spec: tensor.tier for tensor in before.all_tensors}
+    moved = sum(each.num_bytes for each in plan.all_tensors if tiers.get(each.spec) not in (None, each.tier))
+    kept = {tensor.spec for tensor in plan.all_tensors} & tiers.keys()
     for layer in before.groups:
         if before.groups[layer] == plan.groups[layer]:
             continue
-        contents = {key_of(tensor): read_tensor(store, tensor) for tensor in before.groups[layer]}
+        contents = {
+            key_of(tensor): read_tensor(store, tensor) for tensor in before.groups[layer] if tensor.spec in kept
+        }
         for tensor in before.groups[layer]:
             store.tensors.drop_file(key_of(tensor))
         store.tensors.free_layer(layer, before)
         store.tensors.allocate_layer(layer, plan)
         for tensor in plan.groups[layer]:
-            write_tensor(store, tensor, contents.pop(key_of(tensor)))
+            content = contents.pop(key_of(tensor), None)
+            write_tensor(store, tensor, padded(new_tensor(key_of(tensor))) if content is None else content)
     store.plan = store.tensors.plan = plan
     store.open_buffers()
     store.check()
     return moved
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, as long as its file would be."""
+    buffer = torch.zeros(align(tensor.nbytes), dtype=torch.uint8)
+    buffer[: tensor.nbytes].copy_(tensor.view(torch.uint8).view(-1))
+    return buffer
 
 
 def most_while_moving(before: WeightPlan, after: WeightPlan) -> dict[str, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Key = tuple[int, tuple[int, ...]]
-"""(page before it, -1 for the first; tokens of the page): exact, a hash collision cannot share a wrong page."""
+"""(page before it, for the first -1 less the number of the adapter; tokens of the page): exact, a hash collision cannot
+share a wrong page."""
 
 
 class PrefixIndex:
@@ -21,24 +22,24 @@ class PrefixIndex:
         self.keys: dict[int, Key] = {}
         self.ready: set[int] = set()
 
-    def match(self, token_ids: Sequence[int], max_pages: int) -> list[int]:
-        """Pages that hold the beginning of ``token_ids``, at most ``max_pages``."""
+    def match(self, token_ids: Sequence[int], max_pages: int, adapter: int = 0) -> list[int]:
+        """Pages that hold the beginning of ``token_ids`` as an adapter (0: none) reads it, at most ``max_pages``."""
         found: list[int] = []
         while len(found) < max_pages:
-            page = self.pages.get(self.key(found, token_ids))
+            page = self.pages.get(self.key(found, token_ids, adapter))
             if page is None:
                 break
             found.append(page)
         return found
 
-    def key(self, before: Sequence[int], token_ids: Sequence[int]) -> Key:
+    def key(self, before: Sequence[int], token_ids: Sequence[int], adapter: int) -> Key:
         start = len(before) * self.page_tokens
-        return (before[-1] if before else -1, tuple(token_ids[start : start + self.page_tokens]))
+        return (before[-1] if before else -1 - adapter, tuple(token_ids[start : start + self.page_tokens]))
 
-    def enter(self, pages: Sequence[int], token_ids: Sequence[int]) -> None:
+    def enter(self, pages: Sequence[int], token_ids: Sequence[int], adapter: int = 0) -> None:
         """Enter the full pages of a prompt that is about to be prefilled; those that are known already stay."""
         for i in range(len(token_ids) // self.page_tokens):
-            key = self.key(pages[:i], token_ids)
+            key = self.key(pages[:i], token_ids, adapter)
             if pages[i] in self.keys:
                 continue
             if key in self.pages:
@@ -66,4 +67,4 @@ class PrefixIndex:
         assert self.ready <= self.keys.keys()
         for key, page in self.pages.items():
             assert self.keys[page] == key
-            assert key[0] == -1 or key[0] in self.keys, (page, key[0])
+            assert key[0] < 0 or key[0] in self.keys, (page, key[0])

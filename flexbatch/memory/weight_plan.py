@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -169,11 +169,13 @@ def plan_weights(
     element_bytes: int,
     prequantized: Mapping[str, tuple[int, int]] | None = None,
     num_slabs: int = 2,
+    adapters: Sequence[WeightSpec] = (),
 ) -> WeightPlan:
     """Spread all tensors of the model over the tiers by error diffusion.
 
     ``prequantized`` maps roles of a checkpoint that is quantized already to their (bits, group), which then win over
-    ``bits``.
+    ``bits``. ``adapters``: tensors of adapters, which are never quantized, and lie in host memory where weights lie
+    there or on the disk.
     """
     specs = list(weight_specs(arch))
     formats = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs}
@@ -183,6 +185,9 @@ def plan_weights(
     head = arch.num_layers
     groups: dict[int, list[PlacedTensor]] = {layer: [] for layer in range(-1, head + 1)}
     offsets: dict[tuple[int, str], int] = {}
+    added = [PlacedTensor(spec, "gpu", 16, group, element_bytes) for spec in adapters if spec.layer >= 0]
+    unplaced += added
+    tiers += spread((tensor.num_bytes for tensor in added), Split(split.gpu, 1 - split.gpu))
     for tensor, tier in zip(unplaced, tiers, strict=True):
         spec = tensor.spec
         layer = head if spec.role == "embed.weight" and arch.tie_word_embeddings else spec.layer
@@ -191,7 +196,7 @@ def plan_weights(
         groups[layer].append(PlacedTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
     resident = tuple(
         PlacedTensor(spec, "gpu", 16, group, element_bytes)
-        for spec in specs
+        for spec in (*specs, *adapters)
         if spec.layer < 0 and spec.role not in GATHERED_ROLES
     )
     return WeightPlan(

@@ -186,13 +186,12 @@ def _blocks(arch: Arch, assignment: Assignment, *tensors: Tensor) -> Iterator[tu
         yield (
             slice(start, end),
             tuple(
-                _separated(tensor, assignment.row.part, arch)[index].reshape(-1, *tensor.shape[1:])
-                for tensor in tensors
+                separated(tensor, assignment.row.part, arch)[index].reshape(-1, *tensor.shape[1:]) for tensor in tensors
             ),
         )
 
 
-def _separated(tensor: Tensor, layout: str, arch: Arch) -> tuple[Tensor, Tensor, Tensor]:
+def separated(tensor: Tensor, layout: str, arch: Arch) -> tuple[Tensor, Tensor, Tensor]:
     """Views of the queries, keys and values of an interleaved projection."""
     if layout == "grouped":
         group = arch.num_heads // arch.num_kv_heads

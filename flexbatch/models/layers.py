@@ -1,7 +1,7 @@
 """The decoder as pure functions over a dict role -> tensor, on flat ragged tokens (no batch dimension).
 
 T: tokens, H: hidden size, E: width of the embedding table, D: head size. Attention itself lies between
-`pre_attention` and `post_attention`.
+`pre_attention` and `post_attention`. ``adapters``: those of the tokens at hand, None where no token has one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from torch import Tensor
 from flexbatch.kernels import ops
 from flexbatch.models import experts
 from flexbatch.models.arch import Arch
+from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.models.rope import RopeTables
 
 Weights = Mapping[str, Tensor]
 
 
-def embed(arch: Arch, weights: Weights, embed_rows: Tensor, pos_rows: Tensor | None) -> Tensor:
+def embed(
+    arch: Arch, weights: Weights, embed_rows: Tensor, pos_rows: Tensor | None, adapters: PassAdapters | None = None
+) -> Tensor:
     """Hidden state [T, H] of embedding rows [T, E] and, for learned positions, position rows [T, H] (row ``position
     + arch.position_offset``)."""
     hidden = embed_rows
@@ -28,7 +31,7 @@ def embed(arch: Arch, weights: Weights, embed_rows: Tensor, pos_rows: Tensor | N
         # The factor is rounded to the compute dtype first, as the published models were trained.
         hidden = hidden * torch.tensor(arch.embed_scale, dtype=hidden.dtype, device=hidden.device)
     if arch.projects_embedding:
-        hidden = F.linear(hidden, weights["project_in.weight"])
+        hidden = _linear(weights, "project_in", hidden, -1, adapters)
     if arch.position == "learned":
         assert pos_rows is not None, "learned positions need their rows"
         hidden = hidden + pos_rows
@@ -36,11 +39,17 @@ def embed(arch: Arch, weights: Weights, embed_rows: Tensor, pos_rows: Tensor | N
 
 
 def pre_attention(
-    arch: Arch, layer: int, weights: Weights, hidden: Tensor, positions: Tensor, rope: RopeTables | None
+    arch: Arch,
+    layer: int,
+    weights: Weights,
+    hidden: Tensor,
+    positions: Tensor,
+    rope: RopeTables | None,
+    adapters: PassAdapters | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query [T, Hq, D], key and value [T, Hkv, D] of ``hidden`` [T, H] at ``positions`` [T]."""
     normed = hidden if arch.post_norm else _norm(arch, weights, "attn_norm", hidden)
-    fused = F.linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
+    fused = _linear(weights, "qkv", normed, layer, adapters)
     query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
     if arch.wide_qk_norm:
         query, key = (
@@ -60,23 +69,30 @@ def pre_attention(
     return query, key, value
 
 
-def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, attention: Tensor) -> Tensor:
+def post_attention(
+    arch: Arch,
+    layer: int,
+    weights: Weights,
+    hidden: Tensor,
+    attention: Tensor,
+    adapters: PassAdapters | None = None,
+) -> Tensor:
     """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
     ``hidden`` [T, H] is the layer's input."""
-    update = F.linear(attention.flatten(1), weights["o.weight"], weights.get("o.bias"))
+    update = _linear(weights, "o", attention.flatten(1), layer, adapters)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_attn_norm", update)
     if arch.parallel_residual:
         normed = _norm(arch, weights, "attn_norm" if arch.shared_norm else "mlp_norm", hidden)
-        return (_mlp(arch, layer, weights, normed) + update) + hidden
+        return (_mlp(arch, layer, weights, normed, adapters) + update) + hidden
     if arch.post_norm:
         hidden = _norm(arch, weights, "attn_norm", hidden, update)
-        return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, layer, weights, hidden))
+        return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, layer, weights, hidden, adapters))
     if arch.residual_scale != 1.0:
         update = update * arch.residual_scale
     # The layer's input stays as it is: it is added to ``update``, which is ours.
     normed = _norm(arch, weights, "mlp_norm", hidden, update)
-    hidden, update = update, _mlp(arch, layer, weights, normed)
+    hidden, update = update, _mlp(arch, layer, weights, normed, adapters)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_mlp_norm", update)
     if arch.residual_scale != 1.0:
@@ -84,14 +100,14 @@ def post_attention(arch: Arch, layer: int, weights: Weights, hidden: Tensor, att
     return hidden + update
 
 
-def head(arch: Arch, weights: Weights, hidden: Tensor) -> Tensor:
+def head(arch: Arch, weights: Weights, hidden: Tensor, adapters: PassAdapters | None = None) -> Tensor:
     """Logits [N, vocab] float32 of the hidden states [N, H] of the last layer. With tied embeddings the caller gives
     the table as ``head.weight``."""
     if arch.final_norm:
         hidden = _norm(arch, weights, "final_norm", hidden)
     if arch.projects_embedding:
-        hidden = F.linear(hidden, weights["project_out.weight"])
-    logits = F.linear(hidden, weights["head.weight"], weights.get("head.bias")).float()
+        hidden = _linear(weights, "project_out", hidden, arch.num_layers, adapters)
+    logits = _linear(weights, "head", hidden, arch.num_layers, adapters).float()
     if arch.logits_divisor != 1.0:
         logits.div_(arch.logits_divisor)
     if arch.final_soft_cap:
@@ -108,17 +124,23 @@ def _norm(arch: Arch, weights: Weights, name: str, x: Tensor, residual: Tensor |
     return ops.rms_norm(x, weight, arch.norm_eps, residual=residual, offset=arch.norm_offset)
 
 
-def _mlp(arch: Arch, layer: int, weights: Weights, x: Tensor) -> Tensor:
+def _linear(weights: Weights, role: str, x: Tensor, layer: int, adapters: PassAdapters | None) -> Tensor:
+    """The product of x with a matrix, its bias and the updates of the tokens' adapters."""
+    out = F.linear(x, weights[f"{role}.weight"], weights.get(f"{role}.bias"))
+    if adapters is not None:
+        adapters.add(layer, role, weights, x, out)
+    return out
+
+
+def _mlp(arch: Arch, layer: int, weights: Weights, x: Tensor, adapters: PassAdapters | None) -> Tensor:
     routed = arch.experts_of(layer)
     if routed is not None:
         return experts.feed_forward(routed, weights, x, arch.activation)
     if arch.mlp == "gated":
-        inner = ops.gated_activation(
-            F.linear(x, weights["gate_up.weight"], weights.get("gate_up.bias")), arch.activation
-        )
+        inner = ops.gated_activation(_linear(weights, "gate_up", x, layer, adapters), arch.activation)
     else:
-        inner = _activate(arch.activation, F.linear(x, weights["up.weight"], weights.get("up.bias")))
-    return F.linear(inner, weights["down.weight"], weights.get("down.bias"))
+        inner = _activate(arch.activation, _linear(weights, "up", x, layer, adapters))
+    return _linear(weights, "down", inner, layer, adapters)
 
 
 def _activate(name: str, x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.checkpoint import Piece
 from flexbatch.models.described import Description
 from flexbatch.models.dummy import dummy
+from flexbatch.models.lora.adapter import Adapter
+from flexbatch.models.lora.merge import merged
 from flexbatch.models.quantized.config import read_quantization
 from flexbatch.models.quantized.decoding import planned_formats
 from flexbatch.models.quantized.scheme import QuantizedPiece
@@ -35,6 +37,8 @@ class OpenModel:
     """Of a tokenizer that stands in for the model's own."""
     weight_bits: int = field(default=16, kw_only=True)
     """Codes of more bits than the user asks for are quantized anew."""
+    adapter: Adapter | None = field(default=None, kw_only=True)
+    """What is added to the weights as they are read."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -63,7 +67,13 @@ class OpenModel:
         self, skip: set[tuple[int, str]], seed: int, dtype: torch.dtype, packed: bool = False
     ) -> Iterator[Piece | QuantizedPiece]:
         """The tensors one by one, without the (layer, role) pairs in ``skip``: the checkpoint's, ``packed`` ones as
-        they are stored, or random ones. Raises CheckpointError."""
+        they are stored, or random ones, with the adapter added. Raises CheckpointError."""
+        pieces = self._own_pieces(skip, seed, dtype, packed)
+        return pieces if self.adapter is None else merged(pieces, self.adapter, dtype)
+
+    def _own_pieces(
+        self, skip: set[tuple[int, str]], seed: int, dtype: torch.dtype, packed: bool
+    ) -> Iterator[Piece | QuantizedPiece]:
         if self.folder is not None:
             if packed:
                 yield from checkpoint.stream(self.folder, self.arch, skip, packed=True)

@@ -78,11 +78,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def list_tensors(folder: Path) -> list[StoredTensor]:
     """Every stored tensor in the order of the files; reads headers only."""
-    return [
-        tensor
-        for file in weight_files(folder)
-        for tensor in (_list_safetensors(file) if file.suffix == ".safetensors" else _list_bin(file))
-    ]
+    return [tensor for file in weight_files(folder) for tensor in list_file(file)]
+
+
+def list_file(file: Path) -> list[StoredTensor]:
+    """The tensors of one file in their order; reads its header only."""
+    return _list_safetensors(file) if file.suffix == ".safetensors" else _list_bin(file)
 
 
 def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:

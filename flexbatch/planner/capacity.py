@@ -105,6 +105,7 @@ class Capacity:
             self.queues,
             logits_chunk_bytes(engine_plan.arch, engine_plan.policy, sizes.max_query_nodes),
             engine_plan.num_graphs(sizes),
+            engine_plan.deployment.adapters,
         )
         return self.runner
 

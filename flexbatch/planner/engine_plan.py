@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import MemoryRequirement
 from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.models.arch import Arch
+from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import OpenModel
 from flexbatch.planner import budgets, requirements
 from flexbatch.policy.limits import weight_group
@@ -33,6 +34,7 @@ class Deployment:
     dtype: torch.dtype
     budgets: dict[str, int]
     speculation: Speculation | None
+    adapters: AdapterSet
 
     @property
     def is_cuda(self) -> bool:
@@ -52,7 +54,8 @@ class Deployment:
         bits = self.config.weight_bits if prequantized else policy.weight_bits
         slabs = num_slabs or policy.num_weight_slabs
         group = weight_group(arch.hidden_size)
-        return plan_weights(arch, policy.weights, bits, group, self.dtype.itemsize, prequantized, slabs)
+        size, adapters = self.dtype.itemsize, self.adapters.specs
+        return plan_weights(arch, policy.weights, bits, group, size, prequantized, slabs, adapters)
 
     def sizes(self, policy: Policy, job: Job) -> BlockSizes:
         """Returns the sizes of a block for a job."""
@@ -64,6 +67,9 @@ class Deployment:
         rows = requirements.block_requirements(
             weight_plan, policy, self.layout(policy), sizes, self.dtype, self.is_cuda, threads
         )
+        if self.adapters.adapters:
+            needed = self.adapters.workspace_bytes(sizes.max_micro_batch_tokens, self.dtype.itemsize)
+            rows.append(MemoryRequirement("adapter updates", "gpu", needed))
         return rows + (self.speculation.requirements(sizes.sequence_tokens, self.is_cuda) if self.speculation else [])
 
 
@@ -78,6 +84,11 @@ class EnginePlan:
     answer_share: float = 1.0
     """Share of the length that answers are expected to have, ``max_tokens`` at first, that the block's pages suffice
     for: less than 1 where the user fixed a block that holds no more in the budgets."""
+
+    def on(self, deployment: Deployment) -> EnginePlan:
+        """The same decisions for other adapters."""
+        weight_plan = deployment.weight_plan(self.policy, self.weight_plan.num_slabs)
+        return replace(self, deployment=deployment, weight_plan=weight_plan)
 
     @property
     def config(self) -> EngineConfig:

@@ -44,7 +44,14 @@ class Forecast:
         if hardware is None:
             return facts
         config, model = found.config, found.model
-        shape = model_shape(config.model, found.arch, found.dtype.itemsize, config.weight_bits, model.prequantized)
+        shape = model_shape(
+            config.model,
+            found.arch,
+            found.dtype.itemsize,
+            config.weight_bits,
+            model.prequantized,
+            found.deployment.adapters,
+        )
         plan = price(shape, without_reserves(hardware), workload, found.policy, passes)
         return {**facts, "predicted_seconds": plan.seconds, "tail_seconds": plan.tail_seconds}
 

@@ -7,17 +7,20 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from flexbatch.memory.files import prepare_offload_dir
-from flexbatch.memory.loading import Loader
+from flexbatch.memory.loading import Key, Loader
 from flexbatch.memory.moving import move_weights
 from flexbatch.memory.tiers import Pool, Tiers
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.fingerprint import RECORDS, WeightFiles, combined
+from flexbatch.models.quantized.scheme import QuantizedPiece
+from flexbatch.models.specs import Piece
 from flexbatch.planner.engine_plan import Deployment, EnginePlan
 from flexbatch.policy.policy import TIERS
 from flexbatch.policy.units import duration_text, size_text
@@ -84,7 +87,7 @@ class PlacedModel:
         size = size_text(sum(map(engine_plan.weight_plan.tier_bytes, TIERS)))
         logger.info("loading %s: %s of weights", config.model, size)
         with torch.inference_mode():
-            read = loader.load(lambda skip: engine_plan.model.pieces(skip, config.seed, engine_plan.dtype, packed=True))
+            read = loader.load(partial(pieces_of, engine_plan))
         self.loaded_bytes += read
         self.reused_bytes += loader.reused_bytes
         self.weights.check()
@@ -105,12 +108,13 @@ class PlacedModel:
         logger.info("loaded %s in %s: %s%s; %s", *told)
 
     def _move(self, weights: WeightStore, engine_plan: EnginePlan) -> None:
-        started = time.perf_counter()
+        started, adapters = time.perf_counter(), engine_plan.deployment.adapters
         with torch.inference_mode():
-            moved = move_weights(weights, engine_plan.weight_plan)
+            moved = move_weights(weights, engine_plan.weight_plan, partial(adapters.tensor, dtype=engine_plan.dtype))
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        logger.info("moved %s of weights in %s: %s", size_text(moved), duration_text(seconds), shares(engine_plan))
+        what = f"moved {size_text(moved)} of weights" if moved else f"placed adapters {', '.join(adapters.names)}"
+        logger.info("%s in %s: %s", what, duration_text(seconds), shares(engine_plan))
 
     def _unload(self) -> None:
         self.weights, self.speculator = None, None
@@ -134,6 +138,13 @@ class PlacedModel:
             self._unload()
 
 
+def pieces_of(engine_plan: EnginePlan, skip: set[Key]) -> Iterator[Piece | QuantizedPiece]:
+    """The tensors of the model, without those in ``skip``, and of its adapters."""
+    dtype = engine_plan.dtype
+    yield from engine_plan.model.pieces(skip, engine_plan.config.seed, dtype, packed=True)
+    yield from engine_plan.deployment.adapters.pieces(dtype)
+
+
 def shares(engine_plan: EnginePlan) -> str:
     """Of the weights, on each tier."""
     return ", ".join(f"{value:.1f} % {tier}" for tier, value in engine_plan.weight_plan.realized_percent.items())
@@ -143,13 +154,15 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
     """With a folder for converted tensors where some go to the disk tier, or are quantized and kept for the next start.
 
     The folder is named after everything that tells its tensors from others: the content of the checkpoint (or how
-    random weights are drawn) and the dtype as resolved; bits and groups are in the names of the files. Whoever files
-    nothing does not pay for digesting a checkpoint.
+    random weights are drawn), a merged adapter, and the dtype as resolved; bits and groups are in the names of the
+    files. Whoever files nothing does not pay for digesting a checkpoint.
     """
     tensors = engine_plan.weight_plan.all_tensors
     if not any(tensor.tier == "disk" or (keeps_files and tensor.quantized) for tensor in tensors):
         return Loader(weights, None, cache_quantized=False)
-    dtype = str(engine_plan.dtype).removeprefix("torch.")
+    dtype, adapter = str(engine_plan.dtype).removeprefix("torch."), engine_plan.model.adapter
+    if adapter is not None:
+        dtype = f"{adapter.digest}-{dtype}"
     if engine_plan.model.folder is None:
         drawn = f"{torch.__version__} {engine_plan.config.seed} {engine_plan.arch}"
         identity = f"dummy-{combined(drawn, ())[:32]}"

@@ -20,8 +20,9 @@ from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.generation_config import generation_of
+from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import OpenModel, as_configured, open_configured
-from flexbatch.planner import budgets
+from flexbatch.planner import adapters, budgets
 from flexbatch.planner.choose import Choice, choose_policy, differs, priced, without_reserves
 from flexbatch.planner.engine_plan import Deployment, EnginePlan, described
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
@@ -63,22 +64,19 @@ class Planner:
         self.config, self.dry = config, dry
         self.generation = generation_of(config, model.folder if model else None)
         model = open_configured(config) if model is None else as_configured(model, config)
+        model, loras = adapters.configured(config, model)
         named = hardware or named_machine(config.hardware)
         elsewhere = dry and named is not None and config.device == "auto"
         device = torch.device(named.device) if elsewhere and named else budgets.resolve_device(config.device)
         dtype = budgets.resolve_dtype(config.dtype, model.arch, device)
         tiers = budgets.resolve_budgets(config, device, named if elsewhere else None, dry)
-        self._hardware = named
-        self.offload_dir = budgets.offload_dir(config)
-        self.profile_path = (
-            machine.profile_path(config.hardware, device, self.offload_dir, machine.default_profile_dir())
-            if config.recalibrate
-            else None
-        )
+        self._hardware, self.offload_dir, profiles = named, budgets.offload_dir(config), machine.default_profile_dir()
+        profile = partial(machine.profile_path, config.hardware, device, self.offload_dir, profiles)
+        self.profile_path = profile() if config.recalibrate else None
         self.encoder = PromptEncoder(model.tokenizer, max_context=model.arch.context, vocab_size=model.arch.vocab_size)
-        layout = cache_layout(model.arch, config.cache_bits, dtype)
-        speculation = plan_speculation(config, model.arch, model.tokenizer, layout)
-        self.deployment = Deployment(config, model, device, dtype, tiers, speculation)
+        arch, layout = model.arch, cache_layout(model.arch, config.cache_bits, dtype)
+        speculation = plan_speculation(config, arch, model.tokenizer, layout)
+        self.deployment = Deployment(config, model, device, dtype, tiers, speculation, loras)
         self._shortest_refused = sys.maxsize
         """Token rows of the shortest request that no policy was found to hold."""
         self.placed: EnginePlan | None = None
@@ -99,8 +97,7 @@ class Planner:
     def _check_smallest(self) -> None:
         """Raises DoesNotFitError where no policy holds the smallest request. Nothing is searched for, and no machine
         measured, where a simple placement does."""
-        smallest = Job((1,), (1,))
-        problem = self._problem(smallest)
+        problem = self._problem(smallest := Job((1,), (1,)))
         baseline = baseline_policy(problem)
 
         def needs(policy: Policy) -> list[MemoryRequirement]:
@@ -141,6 +138,14 @@ class Planner:
         if self._hardware is not None:
             return self._hardware
         return machine.known_machine(self.deployment.device, self.offload_dir, machine.default_profile_dir())
+
+    def adopt(self, loras: AdapterSet) -> None:
+        """Plan with more adapters from now on: the next job brings them to their tiers."""
+        self.deployment = dataclasses.replace(self.deployment, adapters=loras)
+        self._weight_plans.clear()
+        self._settled.clear()
+        self.placed = self.placed and self.placed.on(self.deployment)
+        self._engine_plan = self._engine_plan and self._engine_plan.on(self.deployment)
 
     def recalibrate(self, hardware: Hardware) -> None:
         """Plan for the machine as runs have shown it, here and, with --recalibrate, in later processes."""
@@ -183,7 +188,8 @@ class Planner:
                 config, weight_bits=bits.weight_bits, cache_bits=bits.cache_bits, allow_bits=()
             )
         element_bytes, loaded = self.deployment.dtype.itemsize, None if before is None else before.policy
-        return Problem(model.arch, config, job, self.deployment.budgets, element_bytes, model.prequantized, loaded)
+        held, loras = self.deployment.budgets, self.deployment.adapters
+        return Problem(model.arch, config, job, held, element_bytes, model.prequantized, loaded, loras)
 
     def _chosen(self, problem: Problem, num_slabs: int | None = None) -> Choice:
         choice = choose_policy(
@@ -238,11 +244,8 @@ class Planner:
                 choice = self._chosen(problem)
                 weight_plan = self.deployment.weight_plan(choice.policy)
                 found = EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan)
-                reason = (
-                    "nothing else holds the job"
-                    if kept is None
-                    else Relocation(problem, self.hardware, kept, found).gain()
-                )
+                relocation = Relocation(problem, self.hardware, kept, found) if kept else None
+                reason = relocation.gain() if relocation else "nothing else holds the job"
                 if reason and fits_while_moving(weights, found.weight_plan, self.deployment.budgets):
                     logger.info("weights move: %s", reason)
                     self.problem = problem
@@ -269,8 +272,8 @@ class Planner:
         return found
 
     def shortfall(self, job: Job) -> dict[str, int]:
-        """Bytes by tier that a block for a job needs beyond the budgets; none where another policy would hold it, with
-        the weights where they are or on other tiers."""
+        """Bytes by tier that a block for a job needs beyond the budgets; none where another policy would hold it,
+        wherever the weights lie then."""
         plan = self.engine_plan
         missing = overshoot(plan.requirements(plan.sizes(job)), self.deployment.budgets)
         if not missing or self.problem.is_fixed or job.longest >= self._shortest_refused:
@@ -286,8 +289,7 @@ class Planner:
 
     def describe(self, job: Job) -> dict[str, Any]:
         """What running the job would put where; the plan itself is "plan". Raises DoesNotFitError."""
-        found = self.engine_plan
-        rows = found.requirements(found.sizes(job))
+        rows = (found := self.engine_plan).requirements(found.sizes(job))
         check_budgets(rows, self.deployment.budgets)
         plan = found.plan or priced(self.problem, without_reserves(self.hardware), found.policy)
         return {

@@ -14,6 +14,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.memory.weight_plan import PlacedTensor, tensor_format
 from flexbatch.models.arch import Arch
+from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.limits import weight_group
@@ -35,6 +36,7 @@ class Problem:
     """(bits, group) by role of a checkpoint that is quantized already."""
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
+    adapters: AdapterSet | None = None
 
     @cached_property
     def workload(self) -> Workload:
@@ -42,7 +44,8 @@ class Problem:
 
     @cached_property
     def shape(self) -> ModelShape:
-        return model_shape(self.config.model, self.arch, self.element_bytes, self.config.weight_bits, self.prequantized)
+        bits, adapters = self.config.weight_bits, self.adapters
+        return model_shape(self.config.model, self.arch, self.element_bytes, bits, self.prequantized, adapters)
 
     @property
     def stored_bits(self) -> int | None:
@@ -72,7 +75,12 @@ class Problem:
 
 
 def model_shape(
-    name: str, arch: Arch, element_bytes: int, bits: int = 16, prequantized: Mapping[str, tuple[int, int]] | None = None
+    name: str,
+    arch: Arch,
+    element_bytes: int,
+    bits: int = 16,
+    prequantized: Mapping[str, tuple[int, int]] | None = None,
+    adapters: AdapterSet | None = None,
 ) -> ModelShape:
     """The sizes of all tensors in placement order. Of tied embeddings the table belongs to the head, which ships it.
 
@@ -111,7 +119,11 @@ def model_shape(
         intermediate_size=arch.intermediate_size,
         vocab_size=arch.vocab_size,
         block_tensors=elements((typical,)),
-        head_tensors=(*table, *elements((arch.num_layers,))),
+        head_tensors=(
+            *table,
+            *elements((arch.num_layers,)),
+            *(() if adapters is None else adapters.elements_of_head()),
+        ),
         embedding_tensors=elements((-1,)),
         mlp_matrices=3 if arch.mlp == "gated" else 2,
         element_bytes=element_bytes,
@@ -120,6 +132,7 @@ def model_shape(
         dense_layers=len(dense) if sparse else 0,
         dense_tensors=elements((other,)),
         stored_dense_bytes=stored(other),
+        adapter_tensors=() if adapters is None else adapters.elements_of_a_layer(),
     )
 
 

@@ -41,7 +41,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "block_size": (16,),
     "swap_space": (0, 4, 4.0),
     "cpu_offload_gb": (0,),
-    "enable_lora": (False,),
+    "enable_lora": (True, False),
     "hf_overrides": ({},),
     "override_generation_config": ({},),
     "hf_token": (False,),
@@ -97,7 +97,7 @@ REMEDIES = {
     "speculative_config": 'use draft (a model, or "ngram") and tree="chain:N"',
     "speculative_model": "use draft",
     "num_speculative_tokens": 'use tree="chain:N"',
-    "enable_lora": "adapters are not available; merge them into the weights (merge_and_unload of PEFT)",
+    "enable_lora": "adapters come by lora={name: folder}, or with a request's lora_request",
     "hf_overrides": "change config.json in a copy of the folder",
     "override_generation_config": "give SamplingParams",
     "hf_token": "set HF_TOKEN, or log in with hf auth login",
@@ -139,6 +139,12 @@ def _logprobs(count: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _unlimited(count: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Adapters may be as many, and have ranks as high, as memory holds."""
+    checked("LLM", "max_loras or max_lora_rank", count, whole(1, 2**31 - 1))
+    return {}
+
+
 def _loaded(form: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     if form != "dummy":
         raise Unfit(REMEDIES["load_format"])
@@ -149,6 +155,7 @@ MAPPED: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "gpu_memory_utilization": _utilization,
     "cpu_offload_gb": _offload,
     "max_num_batched_tokens": _prompt_tokens,
+    **dict.fromkeys(("max_loras", "max_lora_rank", "max_cpu_loras"), _unlimited),
     "max_logprobs": _logprobs,
     "load_format": _loaded,
 }

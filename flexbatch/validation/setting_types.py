@@ -49,6 +49,7 @@ BY_TYPE: Mapping[str, Check] = {
     "tuple[int, ...] | None": optional(several(whole(), 1024, "whole numbers")),
     "tuple[str, ...] | None": optional(drafts),
 }
+BY_NAME: Mapping[str, Check] = {"seed": SEED, "lora": optional(several(text(2 * LONGEST), 2**16, "NAME=FOLDER"))}
 TORCH = ("device", "dtype")
 
 
@@ -64,7 +65,7 @@ def settings_of(config: Any) -> dict[str, Any]:
             value = (value,)
         if kind.startswith("tuple") and isinstance(value, list | tuple):
             value = tuple(map(plain, value))
-        check = SEED if field.name == "seed" else BY_TYPE[kind]
+        check = BY_NAME.get(field.name) or BY_TYPE[kind]
         values[field.name] = checked("setting", field.name, plain(value), check)
     return values
 

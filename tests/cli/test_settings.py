@@ -46,6 +46,7 @@ def test_without_anything_the_defaults_hold() -> None:
 VALUES = {
     "percent": ("10 20 30 40 50 50", (10.0, 20.0, 30.0, 40.0, 50.0, 50.0)),
     "draft": ("a b", ("a", "b")),
+    "lora": ("a=b c=d", ("a=b", "c=d")),
     "weight_bits": ("4", 4),
     "cache_bits": ("8", 8),
     "gpu_memory": ("16GiB", "16GiB"),

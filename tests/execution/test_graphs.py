@@ -20,7 +20,7 @@ from flexbatch.policy.decode_graphs import MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from tests.tiny_models import make_model, random_prompts
 
-keys = st.tuples(st.integers(1, MAX_GRAPH_SEQUENCES).map(bucket_of), st.sampled_from([512, 1024, 2048]))
+keys = st.tuples(st.integers(1, MAX_GRAPH_SEQUENCES).map(bucket_of), st.sampled_from([512, 1024, 2048]), st.booleans())
 
 
 @given(st.integers(1, MAX_GRAPH_SEQUENCES))
@@ -29,9 +29,9 @@ def test_a_bucket_has_room_and_wastes_less_than_half_or_32_places(count: int) ->
 
 
 @given(st.lists(keys), keys)
-def test_the_smallest_graph_with_room(captured: list[tuple[int, int]], key: tuple[int, int]) -> None:
+def test_the_smallest_graph_with_room(captured: list[tuple[int, int, bool]], key: tuple[int, int, bool]) -> None:
     found = smallest_covering(captured, key)
-    fitting = [other for other in captured if other[0] >= key[0] and other[1] >= key[1]]
+    fitting = [other for other in captured if other[0] >= key[0] and other[1] >= key[1] and other[2] >= key[2]]
     assert (found is None) == (not fitting)
     if found is not None:
         assert found in fitting and all(found[0] <= other[0] for other in fitting)
@@ -104,7 +104,7 @@ def hidden_of(inputs: MicroBatchInputs) -> torch.Tensor:
 def test_the_graph_that_was_not_used_for_longest_goes(most: int) -> None:
     rng, record = random.Random(most), Recorder()
     graphs = DecodeGraphs(torch.device("cpu"), 16, 8192, record, most)
-    used: list[tuple[int, int]] = []
+    used: list[tuple[int, int, bool]] = []
     for _ in range(400):
         inputs = decode_inputs(rng.choice([1, 2, 3, 7, 40, 90]), rng.choice([5, 500, 700, 3000]), 16)
         before = list(graphs.captured)

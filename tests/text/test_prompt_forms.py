@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ def encoder(tokenizer) -> PromptEncoder:
 
 
 def streamed(items, encoder):
-    intake = Intake(encoder, GENERATION, None, 0)
+    intake = Intake(encoder, GENERATION, None, 0, SimpleNamespace(number=lambda lora: 0))
     refused = [intake.add_item(index, item, None) for index, item in enumerate(items)]
     intake.check()
     return intake.ahead(None), [each for each in refused if each is not None]

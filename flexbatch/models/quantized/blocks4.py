@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flexbatch.models.quantized.scheme import TYPES, Part, Parts, Rows, Scheme, finite
+from flexbatch.models.quantized.scheme import TYPES, Parts, Rows, Scheme, StoredPart, finite
 from flexbatch.models.source import StoredTensor
 from flexbatch.validation.errors import CheckpointError
 
@@ -50,7 +50,7 @@ class Blocks4(Scheme):
     def __str__(self) -> str:
         return "bitsandbytes in 4 bits"
 
-    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+    def parts(self, rows: int, columns: int) -> dict[str, StoredPart]:
         count = -(-rows * columns // 2)
         # Codes may lie in elements of another type, several bytes each (bnb_4bit_quant_storage).
         storage = {name: kind.itemsize for name, kind in TYPES.items() if kind is not None and kind.itemsize <= 4}
@@ -59,12 +59,12 @@ class Blocks4(Scheme):
         nested = tuple((-(-count // size),) for (count,) in blocks for size in BLOCK_SIZES)
         states = tuple((size,) for size in range(2, MAX_STATE_BYTES))
         return {
-            "": Part((*weight, *(shape[::-1] for shape in weight)), tuple(storage)),
-            "weight.absmax": Part(blocks, ("F32", "F16", "BF16", "U8")),
-            "weight.quant_map": Part(((16,),), ("F32",), True),
-            "weight.nested_absmax": Part(nested, ("F32",), True),
-            "weight.nested_quant_map": Part(((256,),), ("F32",), True),
-            **{mark: Part(states, ("U8",), True) for mark in self.marks},
+            "": StoredPart((*weight, *(shape[::-1] for shape in weight)), tuple(storage)),
+            "weight.absmax": StoredPart(blocks, ("F32", "F16", "BF16", "U8")),
+            "weight.quant_map": StoredPart(((16,),), ("F32",), True),
+            "weight.nested_absmax": StoredPart(nested, ("F32",), True),
+            "weight.nested_quant_map": StoredPart(((256,),), ("F32",), True),
+            **{mark: StoredPart(states, ("U8",), True) for mark in self.marks},
         }
 
     def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 from flexbatch.models.quantized.scheme import (
     SCALE_TYPES,
     Form,
-    Part,
     Parts,
     Rows,
     Scheme,
+    StoredPart,
     affine,
     finite,
     row_group,
@@ -108,26 +108,26 @@ class Integers(Scaled):
     def half(self) -> int:
         return 1 << (self.bits - 1)
 
-    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+    def parts(self, rows: int, columns: int) -> dict[str, StoredPart]:
         (grid,) = self.grids
         if grid.columns and columns % grid.columns and grid.rows == 1:
             raise ValueError(f"a matrix [{rows}, {columns}] does not divide into groups of {grid.columns} inputs")
         shapes = grid.shapes(rows, columns)
         packed_zeros = self.packed and not self.symmetric
-        own = {"weight_packed": Part(((rows, -(-columns * self.bits // 32)),), ("I32",))}
+        own = {"weight_packed": StoredPart(((rows, -(-columns * self.bits // 32)),), ("I32",))}
         own |= {
-            "weight_shape": Part(((2,),), ("I64", "I32"), True),
-            "weight_g_idx": Part(((columns,),), ("I32",), not self.reorders),
+            "weight_shape": StoredPart(((2,),), ("I64", "I32"), True),
+            "weight_g_idx": StoredPart(((columns,),), ("I32",), not self.reorders),
         }
         return {
-            **(own if self.packed else {"": Part(((rows, columns),), ("I8",))}),
-            self.scale: Part(shapes, SCALE_TYPES),
-            "weight_zero_point": Part(
+            **(own if self.packed else {"": StoredPart(((rows, columns),), ("I8",))}),
+            self.scale: StoredPart(shapes, SCALE_TYPES),
+            "weight_zero_point": StoredPart(
                 (self.zero_words(rows, columns), *shapes) if packed_zeros else shapes,
                 ("I32", "I8") if packed_zeros else ("I8",),
                 self.symmetric,
             ),
-            **({"weight_format": Part(((),), ("U8",), True)} if self.scale == "SCB" else {}),
+            **({"weight_format": StoredPart(((),), ("U8",), True)} if self.scale == "SCB" else {}),
         }
 
     def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int) -> None:
@@ -207,12 +207,12 @@ class Floats(Scaled):
     def names(self) -> tuple[str, ...]:
         return (self.scale,) if self.scale else ("weight_scale", "weight_scale_inv")
 
-    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+    def parts(self, rows: int, columns: int) -> dict[str, StoredPart]:
         shapes = self.scale_shapes(rows, columns)
         types = (*SCALE_TYPES, "F8_E8M0", *(("U8",) if self.exponents else ()))
-        scales = {name: Part(shapes, types, len(self.names()) > 1) for name in self.names()}
-        zeros = Part(shapes, ("I8", "F8_E4M3", *SCALE_TYPES), True)
-        return {"": Part(((rows, columns),), ("F8_E4M3", "F8_E5M2")), **scales, "weight_zero_point": zeros}
+        scales = {name: StoredPart(shapes, types, len(self.names()) > 1) for name in self.names()}
+        zeros = StoredPart(shapes, ("I8", "F8_E4M3", *SCALE_TYPES), True)
+        return {"": StoredPart(((rows, columns),), ("F8_E4M3", "F8_E5M2")), **scales, "weight_zero_point": zeros}
 
     def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int) -> None:
         super().check(stored, rows, columns)

@@ -98,7 +98,7 @@ class QuantizedPiece:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One stored tensor of a matrix: its possible shapes and types, and whether it may be missing."""
 
     shapes: tuple[tuple[int, ...], ...]
@@ -135,7 +135,7 @@ class Scheme:
         """Whether a module that stores inputs by outputs (GPT-2's) is stored by it as outputs by inputs."""
         return True
 
-    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+    def parts(self, rows: int, columns: int) -> dict[str, StoredPart]:
         """Raises ValueError when the sizes of a matrix do not fit the scheme."""
         raise NotImplementedError
 

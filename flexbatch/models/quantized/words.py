@@ -19,10 +19,10 @@ from torch import Tensor
 from flexbatch.models.quantized.scheme import (
     SCALE_TYPES,
     Form,
-    Part,
     Parts,
     Rows,
     Scheme,
+    StoredPart,
     affine,
     finite,
     row_group,
@@ -90,14 +90,14 @@ class GPTQ(Words):
     def __str__(self) -> str:
         return f"gptq in {self.bits} bits and groups of {self.group or 'whole rows'}"
 
-    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+    def parts(self, rows: int, columns: int) -> dict[str, StoredPart]:
         self.whole_words(rows, columns)
         groups = self.groups(columns)
         return {
-            "qweight": Part(((columns * self.bits // 32, rows),), ("I32",)),
-            "qzeros": Part(((groups, rows * self.bits // 32),), ("I32",), self.symmetric),
-            "scales": Part(((groups, rows),), SCALE_TYPES),
-            "g_idx": Part(((columns,),), ("I32", "I64"), not self.reorders),
+            "qweight": StoredPart(((columns * self.bits // 32, rows),), ("I32",)),
+            "qzeros": StoredPart(((groups, rows * self.bits // 32),), ("I32",), self.symmetric),
+            "scales": StoredPart(((groups, rows),), SCALE_TYPES),
+            "g_idx": StoredPart(((columns,),), ("I32", "I64"), not self.reorders),
         }
 
     def unpacked(self, parts: Parts, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,13 +117,13 @@ class AWQ(Words):
     def __str__(self) -> str:
         return f"awq in {self.bits} bits and groups of {self.group or 'whole rows'}"
 
-    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+    def parts(self, rows: int, columns: int) -> dict[str, StoredPart]:
         self.whole_words(rows, columns)
         groups = self.groups(columns)
         return {
-            "qweight": Part(((columns, rows // 8),), ("I32",)),
-            "qzeros": Part(((groups, rows // 8),), ("I32",)),
-            "scales": Part(((groups, rows),), SCALE_TYPES),
+            "qweight": StoredPart(((columns, rows // 8),), ("I32",)),
+            "qzeros": StoredPart(((groups, rows // 8),), ("I32",)),
+            "scales": StoredPart(((groups, rows),), SCALE_TYPES),
         }
 
     def unpacked(self, parts: Parts, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,13 +149,13 @@ class AWQByInputs(Words):
         step = 1 if group >= 128 else 2 if group == 64 else 4
         return math.ceil(columns // group / 8 / step) * step
 
-    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+    def parts(self, rows: int, columns: int) -> dict[str, StoredPart]:
         self.whole_words(rows, columns)
         words = self.words_of_zeros(columns)
         return {
-            "qweight": Part(((rows, columns // 8),), ("I32",)),
-            "qzeros": Part(((rows, words),), ("I32",)),
-            "scales": Part(((rows, 8 * words),), SCALE_TYPES),
+            "qweight": StoredPart(((rows, columns // 8),), ("I32",)),
+            "qzeros": StoredPart(((rows, words),), ("I32",)),
+            "scales": StoredPart(((rows, 8 * words),), SCALE_TYPES),
         }
 
     def unpacked(self, parts: Parts, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
