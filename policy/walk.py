@@ -136,7 +136,7 @@ class Walker:
         if tier != "gpu":
             batch.staged += sign * request.pages
 
-    # Passes, as in `Scheduler.token_counts` and `commit`
+    # Passes, as in `queries.token_counts` and `Scheduler.commit`
 
     def step(self) -> None:
         """A pass, or as many as change nothing but the length of contexts."""

@@ -119,7 +119,7 @@ def read(readings: list[Reading], scheduler: Scheduler, executor: Executor) -> N
             start = item.table.num_tokens
             tokens = tuple(item.token_ids[start : start + chunk])
             queries.append(QueryTokens(i, tokens, start, len(tokens), item.table.location, len(item.token_ids)))
-        for _ in executor.run(PassBatch((tuple(queries),)), watch):
+        for _ in executor.run(PassBatch((tuple(queries),)), watch=watch):
             pass
         for query in queries:
             scheduler.cache.commit(by_id[query.sequence_id].table, query.start + query.num_tokens)
