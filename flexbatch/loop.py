@@ -203,8 +203,7 @@ class EngineLoop:
         monitor, ahead = self.plan_monitor(runner), self.planner.config.goes_ahead(runner.executor.graphs is not None)
         self.passes = Passes(self.scheduler, runner.executor, self.tracer, ahead)
         if isinstance(self.tracer, UsageTracer):
-            # What two passes do at a time cannot be told apart.
-            self.tracer.wanted = monitor is not None and not ahead
+            self.tracer.wanted = monitor is not None
         if monitor is not None:
             self.monitor = monitor
             self.observers.append(monitor)
