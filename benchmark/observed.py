@@ -115,6 +115,8 @@ def fixed_by(policy: Policy) -> dict[str, Any]:
         "weight_bits": policy.weight_bits,
         "cache_bits": policy.cache_bits,
         "overlap": policy.overlap,
+        # Passes one by one: that is what the model of a pass predicts.
+        "async_scheduling": False,
     }
 
 

@@ -1,7 +1,7 @@
 """The loop of the engine: sequences from the intake through the scheduler and the executor, a pass at a time.
 
-`EngineLoop.run_pass` is the algorithm; what else happens to a run (statistics, the comparison with its plan, text for
-readers) watches it as a `RunObserver`.
+`execution.passes.Passes` is the algorithm; what else happens to a run (statistics, the comparison with its plan, text
+for readers) watches it as a `RunObserver`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from flexbatch.execution.answer_lengths import ENOUGH, REMEMBERED, AnswerLengths
 from flexbatch.execution.diagnosis import explain_faults
 from flexbatch.execution.job import Job
 from flexbatch.execution.observer import RunObserver
+from flexbatch.execution.passes import Passes
 from flexbatch.execution.proposals import Proposer
 from flexbatch.execution.runner import Runner
-from flexbatch.execution.sampler import sample_tokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 from flexbatch.intake import Intake
@@ -40,13 +40,7 @@ logger = logging.getLogger("flexbatch")
 class EngineLoop:
     """Runs one block at a time. A run begins with the first request and ends when nothing is left, or fails."""
 
-    def __init__(
-        self,
-        planner: Planner,
-        capacity: Capacity,
-        intake: Intake,
-        tracer: Tracer,
-    ) -> None:
+    def __init__(self, planner: Planner, capacity: Capacity, intake: Intake, tracer: Tracer) -> None:
         self.planner, self.capacity, self.intake, self.tracer = planner, capacity, intake, tracer
         self.statistics = Statistics()
         self.comparison = Comparison()
@@ -63,6 +57,7 @@ class EngineLoop:
         """Answers at which they are compared with the plan: twice as many each time."""
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
+        self.passes: Passes | None = None
         self.observers: list[RunObserver] = []
         """The observers of the run that goes on."""
         self.watchers: list[RunObserver] = []
@@ -177,11 +172,7 @@ class EngineLoop:
         return Job.of(lengths, context, self.lengths.draw(limits))
 
     def begin(
-        self,
-        runner: Runner,
-        left: Iterable[Sequence],
-        proposer: Proposer | None,
-        whole_job: Job | None = None,
+        self, runner: Runner, left: Iterable[Sequence], proposer: Proposer | None, whole_job: Job | None = None
     ) -> None:
         """left: sequences of the run before, which go on before anybody else. whole_job: what will run, where that is
         known."""
@@ -203,7 +194,8 @@ class EngineLoop:
         if whole_job is not None and proposer is None:
             self.job_record = JobRecord(Forecast(self.planner.engine_plan, whole_job, runner.sizes))
             self.observers.append(self.job_record)
-        monitor = self.plan_monitor(runner)
+        monitor, ahead = self.plan_monitor(runner), self.planner.config.goes_ahead(runner.executor.graphs is not None)
+        self.passes = Passes(self.scheduler, runner.executor, self.tracer, ahead)
         if isinstance(self.tracer, UsageTracer):
             self.tracer.wanted = monitor is not None
         if monitor is not None:
@@ -222,17 +214,13 @@ class EngineLoop:
     @torch.inference_mode()
     def run_pass(self) -> list[Sequence]:
         """One turn of the loop. Returns the sequences that have ended since the last one."""
-        scheduler, runner, started = self.scheduler, self.capacity.runner, time.perf_counter()
-        assert scheduler is not None and runner is not None
+        scheduler, passes, runner, started = self.scheduler, self.passes, self.capacity.runner, time.perf_counter()
+        assert scheduler is not None and passes is not None and runner is not None
         try:
-            if scheduler.has_work():
-                self.tracer.begin_pass()
-                begun = time.perf_counter()
-                batch = scheduler.next_pass()
-                logits = runner.executor.run(batch)
-                scheduler.commit(batch, sample_tokens(logits, scheduler.running, scheduler.proposer))
+            if (batch := passes.turn()) is not None:
+                seconds = time.perf_counter() - started
                 for observer in self.observers:
-                    observer.after_pass(scheduler, batch, time.perf_counter() - begun)
+                    observer.after_pass(scheduler, batch, seconds)
             finished = scheduler.take_finished()
             explain_faults(finished, scheduler, runner.executor)
         except BaseException as error:
@@ -247,6 +235,8 @@ class EngineLoop:
 
     def fail(self, error: BaseException) -> None:
         """What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it."""
+        if self.passes is not None:
+            self.passes.flight = None
         proposer = self.scheduler.proposer if self.scheduler is not None else None
         self.capacity.close()
         if proposer is not None:
@@ -259,8 +249,9 @@ class EngineLoop:
     @torch.inference_mode()
     def end(self) -> None:
         """Give back what is in flight, and tell the observers."""
-        scheduler, self.scheduler = self.scheduler, None
-        if scheduler is not None:
+        scheduler, passes, self.scheduler, self.passes = self.scheduler, self.passes, None, None
+        if scheduler is not None and passes is not None:
+            passes.forget()
             scheduler.abort()
         if self.capacity.weights is not None:
             # Between runs, too: what broke off here, as Ctrl-C may, would leave layers leased to the next run.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog
 
 from flexbatch.policy.affine import COLUMNS, KINDS, VARIABLES
 from flexbatch.policy.cost import PassModel, Stage
@@ -69,6 +68,8 @@ class LinearProgram:
         upper_rows, upper_limits = self._dense(self.at_most)
         equal_rows, equal_limits = self._dense(self.equal)
         bounds = np.column_stack((self.lower, self.upper))
+        from scipy.optimize import linprog  # 0.4 s of imports that a model which fits the GPU does not need
+
         result: Any = linprog(cost, upper_rows, upper_limits, equal_rows, equal_limits, bounds, method="highs")
         return LinearSolution(result.x, float(result.fun), result.ineqlin.marginals) if result.status == 0 else None
 

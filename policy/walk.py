@@ -175,7 +175,7 @@ class Walker:
         if reading.tier != "gpu":
             reading.micro_batch.staged += pages
 
-    # Passes, as in `Scheduler.token_counts` and `commit`
+    # Passes, as in `queries.token_counts` and `Scheduler.commit`
 
     def step(self) -> None:
         """A pass, or as many as change nothing but the length of contexts."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import isotonic_regression, nnls
 
 from flexbatch.policy.hardware import Curve
 
@@ -35,6 +34,8 @@ def fit_rate(amounts: Sequence[float], seconds: Sequence[float]) -> RateFit:
     # Scaled to the longest measurement: bytes and seconds differ by ten orders of magnitude.
     scale = x.max()
     design = np.stack([x / scale, np.ones_like(x)], axis=1)
+    from scipy.optimize import nnls  # 0.4 s of imports that a known machine does not need
+
     (slope, fixed), _ = nnls(design / t[:, None], np.ones_like(t))
     largest = float(t[np.argmax(x)])
     if slope < largest / 1.5:
@@ -47,6 +48,8 @@ def fit_curve(points: Sequence[float], values: Sequence[float]) -> tuple[Curve, 
     """The nearest curve that does not fall (isotonic regression), and the relative root-mean-square error."""
     order = np.argsort(points)
     x, y = np.asarray(points, dtype=float)[order], np.asarray(values, dtype=float)[order]
+    from scipy.optimize import isotonic_regression
+
     fitted = isotonic_regression(y).x
     error = float(np.sqrt(np.mean((fitted / y - 1) ** 2)))
     return Curve(tuple(float(v) for v in x), tuple(float(v) for v in fitted)), error

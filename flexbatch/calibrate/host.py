@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 
 from flexbatch.calibrate.passes import (
     MIB,
@@ -198,6 +197,8 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) 
             terms.append([1, policy.block_size, 0 if one_graph else policy.num_gpu_batches * (layers + 1)])
             seconds.append(passes.seconds[name, layers] - (layers + 1) * graph * one_graph)
     # Relative errors: a pass of ten layers is not five times as important as one of two.
+    from scipy.optimize import nnls  # 0.4 s of imports that a known machine does not need
+
     found, _ = nnls(np.array(terms) / np.array(seconds)[:, None], np.ones(len(seconds)))
     return dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
 

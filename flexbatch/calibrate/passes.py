@@ -14,8 +14,8 @@ import torch
 
 from flexbatch.execution.block_sizes import block_sizes, cache_layout
 from flexbatch.execution.job import Job
+from flexbatch.execution.passes import Passes
 from flexbatch.execution.runner import Runner, open_runner
-from flexbatch.execution.sampler import sample_tokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.loading import Loader
@@ -127,11 +127,10 @@ def run_job(
     with small_runner(arch, policy, job, device, dtype, tracer) as runner:
         sequences = (Sequence(request, sequence_id=request.index) for request in requests)
         scheduler = Scheduler(policy, runner.cache, sequences, runner.sizes.max_micro_batch_tokens)
-        began = time.perf_counter()
+        passes, began = Passes(scheduler, runner.executor, tracer, ahead=False), time.perf_counter()
         while scheduler.has_work():
             start = time.perf_counter()
-            batch = scheduler.next_pass()
-            scheduler.commit(batch, sample_tokens(runner.executor.run(batch), scheduler.running))
+            passes.turn()
             end = time.perf_counter()
             turns.append((end - began, end - start))
             began = end

@@ -33,6 +33,8 @@ class Block:
         self.promised = dict.fromkeys(TIERS, 0)
         """Those of them that are not taken yet, by tier."""
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
+        self.of_tier = {tier: [0] * policy.num_gpu_batches for tier in TIERS}
+        """Sequences of each micro-batch, by tier."""
         self.running: dict[int, Sequence] = {}
         """By sequence id."""
         self.tiers = TierBalancer(policy.cache)
@@ -152,7 +154,10 @@ class Block:
     def open_micro_batches(self, pages: int, tier: str) -> list[int]:
         """Micro-batches with a free slot, and staging pages for all their sequences that are not on the gpu tier, one
         of so many pages among them."""
-        staged = [sum(self.reserved[s.sequence_id] for s in self.staged(k)) for k in range(len(self.micro_batches))]
+        staged = [0] * len(self.micro_batches)
+        if tier != "gpu":
+            # Of a full block, for every sequence that comes: nothing goes through staging for the gpu tier.
+            staged = [sum(self.reserved[s.sequence_id] for s in self.staged(k)) for k in range(len(staged))]
         batch_size, staging_pages = self.policy.gpu_batch_size, self.cache.sizes.staging_pages
         return admission.open_micro_batches(self.occupied, staged, tier, pages, batch_size, staging_pages)
 
@@ -186,8 +191,7 @@ class Block:
         # A page whose last token nobody reads is never ready: those that shared it would wait for ever.
         read = prompt[: len(prompt) - sequence.num_uncomputed] if sequence.shares_pages else ()
         pages = self.pages_to_reserve(sequence)
-        of_tier = [sum(s.pages.tier == tier for s in batch) for batch in self.micro_batches]
-        micro_batch = admission.emptiest(self.open_micro_batches(pages, tier), of_tier, self.occupied)
+        micro_batch = admission.emptiest(self.open_micro_batches(pages, tier), self.of_tier[tier], self.occupied)
         if sequence.parked is None:
             shared = self.shareable(sequence, tier)
             known = len(sequence.token_ids) - sequence.num_uncomputed
@@ -196,6 +200,7 @@ class Block:
             sequence.table, sequence.parked = restore(self.cache, sequence.parked, tier, on_cpu), None
         sequence.micro_batch = micro_batch
         self.micro_batches[micro_batch].append(sequence)
+        self.of_tier[tier][micro_batch] += 1
         self.running[sequence.sequence_id] = sequence
         self.reserved[sequence.sequence_id] = pages
         self.promised[tier] += self.not_taken(sequence)
@@ -204,15 +209,27 @@ class Block:
 
     def rows_of_pass(self, sequence: Sequence) -> int:
         """Token rows that it needs for its next pass."""
-        return min(self.max_rows(sequence), len(sequence.token_ids) + self.spare_tokens)
+        return min(self.max_rows(sequence), len(sequence.token_ids) + sequence.num_unread + self.spare_tokens)
 
     def short(self) -> list[Sequence]:
         """Those that need more pages for the next pass, in the order of their arrival."""
         page_tokens = self.cache.layout.page_tokens
-        found = [
-            each for each in self.running.values() if self.rows_of_pass(each) > len(each.pages.pages) * page_tokens
-        ]
+        # First what costs least to ask, as most have room in their last page.
+        most = [each for each in self.running.values() if each.num_room(page_tokens) < self.spare_tokens]
+        found = [each for each in most if self.rows_of_pass(each) > len(each.pages.pages) * page_tokens]
         return sorted(found, key=lambda each: each.sequence_id)
+
+    def all_can_grow(self) -> bool:
+        """Whether tiers and staging have the pages of the next pass, so that nobody has to step aside."""
+        layout, needed, missing = self.cache.layout, dict[Sequence, int](), dict.fromkeys(TIERS, 0)
+        for each in self.short():
+            needed[each] = layout.num_pages(self.rows_of_pass(each)) - len(each.pages.pages)
+            missing[each.pages.tier] += needed[each]
+        return all(count <= self.cache.pools[tier].num_available for tier, count in missing.items()) and all(
+            sum(len(each.pages.pages) + needed.get(each, 0) for each in self.staged(k))
+            <= self.cache.sizes.staging_pages
+            for k in range(len(self.micro_batches) if missing["cpu"] or missing["disk"] else 0)
+        )
 
     def grow(self, sequence: Sequence) -> bool:
         """Take pages for the next pass; False where its tier has too few."""
@@ -243,6 +260,7 @@ class Block:
         self.promised[sequence.pages.tier] -= self.not_taken(sequence)
         del self.reserved[sequence.sequence_id]
         self.micro_batches[sequence.micro_batch].remove(sequence)
+        self.of_tier[sequence.pages.tier][sequence.micro_batch] -= 1
         del self.running[sequence.sequence_id]
         self.tiers.remove(sequence.pages.tier, 1)
         if sequence.pages.tier == "cpu":
@@ -265,7 +283,8 @@ class Block:
                 assert sequence.micro_batch == k and sequence.status == "running"
                 sequence.check()
         for tier in TIERS:
-            assert self.tiers.placed[tier] == sum(sequence.pages.tier == tier for sequence in sequences)
+            counts = [sum(each.pages.tier == tier for each in batch) for batch in self.micro_batches]
+            assert self.of_tier[tier] == counts and self.tiers.placed[tier] == sum(counts), (tier, counts)
         on_cpu = [sequence.pages.cpu_attention for sequence in sequences if sequence.pages.tier == "cpu"]
         assert self.attention_tiers.placed == {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}, (
             self.attention_tiers.placed

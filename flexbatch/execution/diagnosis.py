@@ -120,7 +120,7 @@ def read(readings: list[Reread], scheduler: Scheduler, executor: Executor) -> No
             tokens = tuple(item.token_ids[start : start + chunk])
             location, adapter = item.table.location, item.failed.request.adapter
             queries.append(QueryTokens(i, tokens, start, len(tokens), location, len(item.token_ids), adapter=adapter))
-        for _ in executor.run(PassBatch((tuple(queries),)), watch):
+        for _ in executor.run(PassBatch((tuple(queries),)), watch=watch):
             pass
         for query in queries:
             scheduler.cache.commit(by_id[query.sequence_id].table, query.start + query.num_tokens)

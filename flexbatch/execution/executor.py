@@ -10,7 +10,7 @@ from torch import Tensor
 from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
 from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
-from flexbatch.execution.pass_batch import LogitsChunk, PassBatch
+from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, PassBatch
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
@@ -59,9 +59,8 @@ class Executor:
         self.rotary = rotary
         self.host_buffers = host_buffers
         self.attention = CacheAttention(arch, cache, queues, host_buffers)
-        resident = self.device.type == "cuda" and weights.resident and cache.resident and activations.resident
         self.graphs: DecodeGraphs | None = None
-        if resident and overlap and recordable(arch):
+        if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
             self.graphs = DecodeGraphs(
                 self.device,
                 cache.layout.page_tokens,
@@ -70,6 +69,16 @@ class Executor:
                 max_graphs,
                 self.builder.group_adapters,
             )
+
+    @property
+    def resident(self) -> bool:
+        """Whether all that a pass needs lies on the compute device."""
+        return self.weights.resident and self.cache.resident and self.activations.resident
+
+    @property
+    def takes_newest(self) -> bool:
+        """Whether a pass may run whose newest tokens only the device knows: not where the host looks them up."""
+        return self.device.type == "cpu" or self.weights.tensors.gathers_on_device("embed.weight")
 
     def reach(self, longest: int) -> None:
         """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""
@@ -84,11 +93,13 @@ class Executor:
         if self.graphs is not None:
             self.graphs.clear()
 
-    def run(self, batch: PassBatch, watch: Watch | None = None) -> Iterator[LogitsChunk]:
+    def run(
+        self, batch: PassBatch, newest: NewestTokens | None = None, watch: Watch | None = None
+    ) -> Iterator[LogitsChunk]:
         """One sweep through all layers. Yields logits by chunks of rows; the pass is complete when the iterator is
-        exhausted."""
+        exhausted. newest: tokens that the pass before has drawn, and the host has not read."""
         self.uploads.begin_pass()
-        inputs = [self.builder.build(queries) for queries in batch.micro_batches]
+        inputs = [self.builder.build(queries, newest) for queries in batch.micro_batches]
         count, num_layers = len(inputs), self.arch.num_layers + 1
         self.cache.begin_pass(self.queues.mark())
         self.activations.plan([each.num_tokens for each in inputs])

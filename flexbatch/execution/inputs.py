@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flexbatch.execution.adapter_groups import group_tokens
-from flexbatch.execution.pass_batch import QueryTokens
+from flexbatch.execution.pass_batch import UNREAD, NewestTokens, QueryTokens
 from flexbatch.memory.pages import Gather, SequencePages
 from flexbatch.memory.uploads import Uploads
 from flexbatch.models.lora.applied import AdapterTables, PassAdapters
@@ -103,7 +104,8 @@ class InputBuilder:
         self.page_tokens, self.uploads, self.device = page_tokens, uploads, uploads.device
         self.adapters, self.logit_rows = adapters, logit_rows
 
-    def build(self, queries: Many[QueryTokens]) -> MicroBatchInputs:
+    def build(self, queries: Many[QueryTokens], newest: NewestTokens | None = None) -> MicroBatchInputs:
+        """newest: what the pass before drew, where queries have tokens that are `UNREAD`."""
         # Groups are consecutive: resident sequences, staged ones (cpu before disk), then those attended on the CPU.
         groups: dict[str, list[QueryTokens]] = {"gpu": [], "staged": [], "cpu": []}
         for query in queries:
@@ -111,8 +113,8 @@ class InputBuilder:
         groups["staged"].sort(key=lambda query: query.pages.tier == "disk")
         ordered = [query for group in groups.values() for query in group]
         # Flat, not array by array: of 512 decode tokens each array of one takes longer to make than to fill.
-        token_ids = np.fromiter((token for query in ordered for token in query.token_ids), dtype=np.int64)
-        positions = np.fromiter((position for query in ordered for position in query.positions), dtype=np.int64)
+        token_ids = np.fromiter(chain.from_iterable(query.token_ids for query in ordered), dtype=np.int64)
+        positions = np.fromiter(chain.from_iterable(query.positions for query in ordered), dtype=np.int64)
         staged_start = sum(query.num_tokens for query in groups["gpu"])
         cpu_start = staged_start + sum(query.num_tokens for query in groups["staged"])
         rows: list[tuple[QueryTokens, int]] = []
@@ -127,7 +129,7 @@ class InputBuilder:
         )
         return MicroBatchInputs(
             queries=tuple(ordered),
-            token_ids=self.upload(token_ids),
+            token_ids=self.with_newest(self.upload(token_ids), token_ids, ordered, newest),
             host_token_ids=torch.from_numpy(token_ids),
             positions=self.upload(positions),
             host_positions=torch.from_numpy(positions),
@@ -152,6 +154,19 @@ class InputBuilder:
             return ()
         starts = range(0, len(adapter_ids), self.logit_rows)
         return tuple(self.group_adapters(adapter_ids[start : start + self.logit_rows]) for start in starts)
+
+    def with_newest(
+        self, token_ids: Tensor, host: np.ndarray, queries: list[QueryTokens], newest: NewestTokens | None
+    ) -> Tensor:
+        """Fill in the tokens that the host does not know; on the CPU they are then in its array, too. Where none could
+        be drawn the sequence has ended, and any token will do."""
+        unread = np.flatnonzero(host == UNREAD)
+        if not len(unread):
+            return token_ids
+        assert newest is not None, "tokens of a pass that nobody ran"
+        rows = [newest.rows[query.sequence_id] for query in queries if query.token_ids[-1] == UNREAD]
+        drawn = newest.token_ids.index_select(0, self.upload(np.asarray(rows, dtype=np.int64)))
+        return token_ids.index_copy_(0, self.upload(unread), drawn.clamp_(min=0))
 
     def upload(self, array: np.ndarray, device: torch.device | None = None) -> Tensor:
         return torch.from_numpy(array) if device is not None and device.type == "cpu" else self.uploads.send(array)

@@ -7,8 +7,44 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
+from flexbatch.execution.copies import Readback, sent
 from flexbatch.policy.limits import SAMPLING_CHUNK_LOGITS
 from flexbatch.request import TokenLogprob
+
+
+class Scored:
+    """Log-probabilities on their way to the host."""
+
+    def __init__(self, logits: Tensor, token_ids: Tensor, counts: Many[int], rows: Many[int]) -> None:
+        """token_ids: [len(rows)] int64 on the device of the logits, negative where a row has none. See
+        `token_logprobs`."""
+        vocab = logits.shape[1]
+        self._counts = [vocab if count < 0 else count for count in counts]
+        self._pieces: list[tuple[list[int], Readback]] = []
+        for block in chunks(list(range(len(rows))), vocab):
+            chunk, _ = take(logits, [rows[i] for i in block])
+            tokens = token_ids[block[0] : block[-1] + 1]
+            logprobs = chunk.log_softmax(-1)
+            own = logprobs.gather(1, tokens.clamp(min=0)[:, None])
+            ranks = (logprobs > own).sum(-1) + 1
+            values, ids = logprobs.topk(min(max(self._counts[i] for i in block), vocab), dim=-1)
+            self._pieces.append((block, Readback(tokens, own[:, 0], ranks, values, ids)))
+
+    def read(self) -> list[dict[int, TokenLogprob] | None]:
+        """One entry for every row; None for one without a token."""
+        results: list[dict[int, TokenLogprob] | None] = []
+        for block, readback in self._pieces:
+            columns = (column.tolist() for column in readback.take())
+            for i, token_id, logprob, rank, top_values, top_ids in zip(block, *columns, strict=True):
+                if token_id < 0:
+                    results.append(None)
+                    continue
+                entry = {token_id: TokenLogprob(token_id, logprob, rank)}
+                top = zip(top_ids[: self._counts[i]], top_values, strict=False)
+                for place, (token, value) in enumerate(top, 1):
+                    entry.setdefault(token, TokenLogprob(token, value, place))
+                results.append(entry)
+        return results
 
 
 def token_logprobs(
@@ -26,23 +62,8 @@ def token_logprobs(
         raise ValueError(
             f"{len(selected)} rows, {len(token_ids)} tokens, {len(counts)} counts: need one of each per row"
         )
-    counts = [logits.shape[1] if count < 0 else count for count in counts]
-    results: list[dict[int, TokenLogprob]] = []
-    for block in chunks(list(range(len(selected))), logits.shape[1]):
-        chunk, _ = take(logits, [selected[i] for i in block])
-        tokens = torch.tensor([token_ids[i] for i in block], dtype=torch.int64, device=logits.device)[:, None]
-        logprobs = chunk.log_softmax(-1)
-        own = logprobs.gather(1, tokens)
-        ranks = (logprobs > own).sum(-1) + 1
-        values, ids = logprobs.topk(min(max(counts[i] for i in block), logits.shape[1]), dim=-1)
-        for i, logprob, rank, top_values, top_ids in zip(
-            block, own[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), strict=True
-        ):
-            entry = {token_ids[i]: TokenLogprob(token_ids[i], logprob, rank)}
-            for rank, (token, value) in enumerate(zip(top_ids[: counts[i]], top_values, strict=False), 1):
-                entry.setdefault(token, TokenLogprob(token, value, rank))
-            results.append(entry)
-    return results
+    scored = Scored(logits, sent(token_ids, torch.int64, logits.device), counts, selected)
+    return [entry for entry in scored.read() if entry is not None]
 
 
 def chunks(rows: list[int], vocab: int) -> list[list[int]]:
@@ -53,7 +74,7 @@ def chunks(rows: list[int], vocab: int) -> list[list[int]]:
 
 def take(logits: Tensor, rows: Many[int]) -> tuple[Tensor, Tensor]:
     """(the rows, their indices as a tensor); without a copy where they are a range of all."""
-    index = torch.tensor(rows, dtype=torch.int64, device=logits.device)
+    index = sent(rows, torch.int64, logits.device)
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         return logits[rows[0] : rows[-1] + 1], index
-    return logits[index], index
+    return logits.index_select(0, index), index

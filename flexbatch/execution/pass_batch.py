@@ -6,7 +6,7 @@ Nothing here refers to a live object, so a pass can be sent to another process a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from flexbatch.memory.pages import SequencePages
 
+UNREAD = -1
+"""In the place of a token that the pass before draws: the device has it, the host does not know it yet."""
+
 
 @dataclass(frozen=True, eq=False)
 class QueryTokens:
@@ -22,6 +25,7 @@ class QueryTokens:
 
     ``parents`` is None for consecutive tokens. For a tree, token 0 is the last committed token and ``parents[i]`` the
     query token that token i continues (-1 for token 0). Logits are wanted for query tokens ``first_logit`` and later.
+    The one token to decode may be `UNREAD`.
     """
 
     sequence_id: int
@@ -96,6 +100,15 @@ class PassBatch:
     @property
     def num_sequences(self) -> int:
         return sum(map(len, self.micro_batches))
+
+
+@dataclass(frozen=True)
+class NewestTokens:
+    """What a pass drew, for the one that follows it: ``token_ids`` [n] int64 on the compute device, negative where
+    there is none, and the row of each sequence by its id."""
+
+    token_ids: Tensor
+    rows: Mapping[int, int]
 
 
 @dataclass(frozen=True)

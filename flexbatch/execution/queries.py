@@ -1,12 +1,62 @@
-"""What a sequence brings to a pass, as plain data."""
+"""What a sequence brings to a pass: how many of its tokens, and these as plain data."""
 
 from __future__ import annotations
 
-from flexbatch.execution.pass_batch import QueryTokens
-from flexbatch.execution.proposals import Tree
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flexbatch.execution.pass_batch import UNREAD, QueryTokens
+from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
+from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.pages import PageTable
+from flexbatch.policy.admission import chunk_tokens, prompt_budget
+
+
+@dataclass(frozen=True)
+class PassLimits:
+    """Query tokens of a micro-batch, prompt tokens of it, and prompt tokens of one sequence, at most; and the nodes of
+    the largest tree."""
+
+    micro_batch_tokens: int
+    prefill_budget: int
+    prefill_chunk: int
+    tree_nodes: int
+
+
+def token_counts(batch: Iterable[Sequence], cache: KVCache, limits: PassLimits) -> dict[Sequence, int]:
+    """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for the budget of
+    a later pass are left out."""
+    uncached = {sequence: sequence.num_uncached for sequence in batch}
+    num_single = sum(count == 1 for count in uncached.values())
+    budget = prompt_budget(num_single, limits.micro_batch_tokens, limits.prefill_budget, limits.tree_nodes)
+    counts = {}
+    for sequence, uncached_tokens in uncached.items():
+        if not cache.prefix_ready(sequence.pages):
+            continue
+        count = 1
+        if uncached_tokens > 1:
+            count = chunk_tokens(uncached_tokens, limits.prefill_chunk, budget)
+            budget -= count
+        if count > 0:
+            counts[sequence] = count
+    return counts
+
+
+def proposed_trees(proposer: Proposer | None, counts: Iterable[Mapping[Sequence, int]]) -> dict[Sequence, Tree]:
+    """The trees of those that decode in a pass to which sequences bring so many tokens of their text."""
+    if proposer is None:
+        return {}
+    chosen = [pair for batch in counts for pair in batch.items()]
+    decoding = [
+        sequence
+        for sequence, _ in chosen
+        if sequence.num_uncached == 1 and sequence.output.finish is None and sequence.drafted and sequence.fault is None
+    ]
+    depths = [sequence.output.max_tokens - sequence.num_output_tokens - 1 for sequence in decoding]
+    num_prompt_tokens = sum(count for _, count in chosen if count > 1)
+    return dict(zip(decoding, proposer.propose(decoding, depths, num_prompt_tokens), strict=True))
 
 
 def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:
@@ -26,13 +76,13 @@ def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:
 
 
 def text_query(sequence: Sequence, count: int) -> QueryTokens:
-    """The next ``count`` tokens of the text."""
+    """The next ``count`` tokens of the text, or the one that the host has not read yet."""
     start = sequence.num_cached
-    last = start + count == len(sequence.token_ids)
+    last = start + count == len(sequence.token_ids) + sequence.num_unread
     first_logit = count - 1 if last and sequence.output.finish is None else count
     if sequence.params.prompt_logprobs is not None and sequence.next_scored < sequence.num_prompt_tokens:
         first_logit = min(first_logit, max(0, sequence.next_scored - 1 - start))
-    token_ids = tuple(sequence.token_ids[start : start + count])
+    token_ids = tuple(sequence.token_ids[start : start + count]) or (UNREAD,)
     return QueryTokens(
         sequence.sequence_id,
         token_ids,
@@ -44,7 +94,13 @@ def text_query(sequence: Sequence, count: int) -> QueryTokens:
     )
 
 
-def accepted_path(query: QueryTokens, sequence: Sequence, sampled: SampledTokens) -> tuple[PageTable, int, list[int]]:
-    """Of a tree: the sequence's pages, the position of the first token below the root, and the rows that move there and
-    behind it."""
-    return sequence.pages, query.start + 1, [query.start + node for node in sampled.path]
+def accepted_paths(
+    queries: Iterable[QueryTokens], sequences: Mapping[int, Sequence], sampled: Mapping[int, SampledTokens]
+) -> list[tuple[PageTable, int, list[int]]]:
+    """Of every tree: the sequence's pages, the position of the first token below the root, and the rows that move there
+    and behind it."""
+    return [
+        (sequences[id].pages, query.start + 1, [query.start + node for node in sampled[id].path])
+        for query in queries
+        if query.parents is not None and (id := query.sequence_id) in sequences
+    ]

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexbatch.execution.copies import sent
+
 GAMMA = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 TOKEN_DRAW = 0
@@ -45,10 +47,8 @@ def uniforms(
     keys: 64-bit stream keys; positions: index of the generated token each row draws. Row r depends on (keys[r],
     positions[r], purpose) alone.
     """
-    start = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
-    step = torch.tensor(
-        [_signed((2 * position + purpose + 1) * GAMMA) for position in positions], dtype=torch.int64, device=device
-    )
+    start = sent([_signed(key) for key in keys], torch.int64, device)
+    step = sent([_signed((2 * position + purpose + 1) * GAMMA) for position in positions], torch.int64, device)
     row = mix(start + step)
     queue = torch.arange(1, queues + 1, dtype=torch.int64, device=device) * _signed(GAMMA)
     # 52 bits and a half: the largest, 1 - 2**-53, is still below 1 in float64.

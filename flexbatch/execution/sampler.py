@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flexbatch.execution.logprobs import token_logprobs
-from flexbatch.execution.pass_batch import LogitsChunk, QueryTokens
-from flexbatch.execution.sampling import NOT_FINITE, finite_rows, sample
+from flexbatch.execution.copies import Readback, sent
+from flexbatch.execution.logprobs import Scored, take
+from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, QueryTokens
+from flexbatch.execution.sampling import NOT_FINITE, Sampled, finite_rows, sample
 from flexbatch.execution.sequence import Fault, Sequence
 from flexbatch.request import TokenLogprob
 
@@ -67,48 +69,116 @@ class Verifier(Protocol):
     def follow(self, query: QueryTokens, sampled: SampledTokens) -> SampledTokens: ...
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A token after each of some query tokens, out of one chunk of logits, on the way to the host."""
+
+    queries: tuple[QueryTokens, ...]
+    sampled: Sampled
+    readback: Readback
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of the prompt tokens that follow rows of logits, on the way to the host."""
+
+    rows: tuple[tuple[QueryTokens, int], ...]
+    scored: Scored
+    finite: Readback
+
+
+class Drawn:
+    """What a pass has drawn. It is on the device until somebody reads it: the next pass may take its newest tokens
+    there."""
+
+    def __init__(self, sequences: Mapping[int, Sequence], verifier: Verifier | None = None) -> None:
+        self.sequences, self.verifier = sequences, verifier
+        self.draws: list[Draw] = []
+        self.prompts: list[PromptScores] = []
+        self.verified: dict[int, SampledTokens] = {}
+        """Of trees about which the verifier has decided."""
+
+    @property
+    def newest(self) -> NewestTokens | None:
+        """For the next pass, of sequences without trees; None where nothing was drawn."""
+        if not self.draws:
+            return None
+        queries = [query for draw in self.draws for query in draw.queries]
+        tokens = [draw.sampled.token_ids for draw in self.draws]
+        token_ids = tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+        return NewestTokens(token_ids, {query.sequence_id: row for row, query in enumerate(queries)})
+
+    def read(self) -> dict[int, SampledTokens]:
+        """What the pass gave every sequence, by its id. Waits until the pass has run."""
+        results = self.verified
+        for scores in self.prompts:
+            self.add_scores(results, scores)
+        trees: dict[int, QueryTokens] = {}
+        for draw in self.draws:
+            (token_ids,) = draw.readback.take()
+            for query, token_id, entry in zip(draw.queries, token_ids.tolist(), draw.sampled.logprobs, strict=True):
+                sampled = results.setdefault(query.sequence_id, SampledTokens())
+                sampled.token_ids.append(token_id)
+                sampled.logprobs.append(entry)
+                if query.parents is not None:
+                    trees[query.sequence_id] = query
+        for sequence_id, query in trees.items():
+            sampled = results[sequence_id]
+            follow = sampled.follow if self.verifier is None else partial(self.verifier.follow, sampled=sampled)
+            results[sequence_id] = follow(query)
+        for sequence_id, sampled in results.items():
+            sampled.mark_fault(self.sequences[sequence_id].num_output_tokens)
+        return results
+
+    @staticmethod
+    def add_scores(results: dict[int, SampledTokens], scores: PromptScores) -> None:
+        """The log-probabilities of prompt tokens, or a fault where a row has none."""
+        (finite,) = scores.finite.take()
+        for (query, token), is_finite, entry in zip(scores.rows, finite.tolist(), scores.scored.read(), strict=True):
+            assert entry is not None, "the tokens of a prompt are known"
+            sampled = results.setdefault(query.sequence_id, SampledTokens())
+            sampled.prompt_logprobs.append(entry)
+            if not is_finite:
+                number = query.start + token + 1
+                problem = f"the model's logits for prompt token {number} (the first is 0) are not finite numbers"
+                sampled.fault = sampled.fault or Fault(problem)
+
+
 def sample_tokens(
     chunks: Iterable[LogitsChunk], sequences: Mapping[int, Sequence], verifier: Verifier | None = None
-) -> dict[int, SampledTokens]:
+) -> Drawn:
     """Sample the next token of every sequence whose newest token was in the pass, and score prompt tokens where that
-    was asked for. Sequences and results go by sequence id.
+    was asked for. Sequences go by their ids; rows of those that are not there any more are left out.
 
-    Logits are consumed chunk by chunk, so that those of a long prompt never exist at once. Of a tree, every query
-    token draws what plain decoding would draw there, and the path of matching tokens is the result; trees that need
-    ``verifier`` are handed to it whole.
+    Logits are consumed chunk by chunk, so that those of a long prompt never exist at once. Nothing waits for the
+    device, but where ``verifier`` decides. Of a tree, every query token draws what plain decoding would draw there, and
+    the path of matching tokens is the result; trees that need ``verifier`` are handed to it whole.
     """
-    results: dict[int, SampledTokens] = {}
-    trees: dict[int, QueryTokens] = {}
+    # By now, not a live view: who ends before the tokens are read is still counted by what it had.
+    drawn = Drawn(dict(sequences), verifier)
     verified: set[int] = set()
     incomplete: dict[int, Tensor] = {}
     for chunk in chunks:
-        score_prompts(chunk, sequences, results)
+        score_prompts(chunk, sequences, drawn)
         if verifier is not None:
-            verified |= verify_trees(chunk, incomplete, results, verifier)
+            verified |= verify_trees(chunk, incomplete, drawn.verified, verifier)
         rows = [
             r
             for r, (query, token) in enumerate(chunk.rows)
-            if query.sequence_id not in verified and draws(query, token, sequences[query.sequence_id])
+            if query.sequence_id not in verified
+            and (sequence := sequences.get(query.sequence_id)) is not None
+            and draws(query, token, sequence)
         ]
         if not rows:
             continue
-        queries = [chunk.rows[r][0] for r in rows]
-        trees |= {query.sequence_id: query for query in queries if query.parents is not None}
+        queries = tuple(chunk.rows[r][0] for r in rows)
         drafted = [
             query.paths[chunk.rows[r][1]] if query.parents is not None else ()
             for r, query in zip(rows, queries, strict=True)
         ]
-        drawn = sample(select(chunk.logits, rows), [sequences[query.sequence_id] for query in queries], drafted)
-        for query, token_id, entry in zip(queries, drawn.token_ids.tolist(), drawn.logprobs, strict=True):
-            sampled = results.setdefault(query.sequence_id, SampledTokens())
-            sampled.token_ids.append(token_id)
-            sampled.logprobs.append(entry)
-    for sequence_id, query in trees.items():
-        sampled = results[sequence_id]
-        results[sequence_id] = sampled.follow(query) if verifier is None else verifier.follow(query, sampled)
-    for sequence_id, sampled in results.items():
-        sampled.mark_fault(sequences[sequence_id].num_output_tokens)
-    return results
+        sampled = sample(select(chunk.logits, rows), [sequences[query.sequence_id] for query in queries], drafted)
+        drawn.draws.append(Draw(queries, sampled, Readback(sampled.token_ids)))
+    return drawn
 
 
 def verify_trees(
@@ -137,7 +207,7 @@ def verify_trees(
 
 
 def select(logits: Tensor, rows: list[int]) -> Tensor:
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == len(logits) else take(logits, rows)[0]
 
 
 def draws(query: QueryTokens, token: int, sequence: Sequence) -> bool:
@@ -146,25 +216,22 @@ def draws(query: QueryTokens, token: int, sequence: Sequence) -> bool:
     return newest and sequence.output.finish is None
 
 
-def score_prompts(chunk: LogitsChunk, sequences: Mapping[int, Sequence], results: dict[int, SampledTokens]) -> None:
-    """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``, or a fault
-    where a row has none."""
+def score_prompts(chunk: LogitsChunk, sequences: Mapping[int, Sequence], drawn: Drawn) -> None:
+    """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``."""
+    if not any(sequence.params.prompt_logprobs is not None for sequence in sequences.values()):
+        return
     rows, targets, counts = [], [], []
     for r, (query, token) in enumerate(chunk.rows):
-        sequence = sequences[query.sequence_id]
-        if (wanted := sequence.params.prompt_logprobs) is not None and (
-            following := query.start + token + 1
-        ) < sequence.num_prompt_tokens:
+        sequence = sequences.get(query.sequence_id)
+        if (
+            sequence is not None
+            and (wanted := sequence.params.prompt_logprobs) is not None
+            and (following := query.start + token + 1) < sequence.num_prompt_tokens
+        ):
             rows.append(r)
             targets.append(sequence.token_ids[following])
             counts.append(wanted)
     if rows:
-        finite = finite_rows(chunk.logits).tolist()
-        for r, entry in zip(rows, token_logprobs(chunk.logits, targets, counts, rows=rows), strict=True):
-            query, token = chunk.rows[r]
-            sampled = results.setdefault(query.sequence_id, SampledTokens())
-            sampled.prompt_logprobs.append(entry)
-            if not finite[r]:
-                number = query.start + token + 1
-                problem = f"the model's logits for prompt token {number} (the first is 0) are not finite numbers"
-                sampled.fault = sampled.fault or Fault(problem)
+        scored = Scored(chunk.logits, sent(targets, torch.int64, chunk.logits.device), counts, rows)
+        finite = finite_rows(select(chunk.logits, rows))
+        drawn.prompts.append(PromptScores(tuple(chunk.rows[r] for r in rows), scored, Readback(finite)))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.constraints import Effect
-from flexbatch.execution.logprobs import chunks, take, token_logprobs
+from flexbatch.execution.copies import sent
+from flexbatch.execution.logprobs import Scored, chunks, take
 from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.sequence import Sequence
 from flexbatch.request import TokenLogprob
@@ -34,11 +35,21 @@ row."""
 
 @dataclass(frozen=True)
 class Sampled:
-    """token_ids: [N] int64 on the device of the logits, NOT_FINITE or ALL_BARRED where there is none. logprobs[r]: None
-    for rows that did not ask."""
+    """token_ids: [N] int64 on the device of the logits, NOT_FINITE or ALL_BARRED where there is none. Nothing here
+    waits for the device but `logprobs`, which are None for rows that did not ask."""
 
     token_ids: Tensor
-    logprobs: list[dict[int, TokenLogprob] | None]
+    scored: Scored | None = None
+    """Log-probabilities of the rows that asked."""
+    scored_rows: tuple[int, ...] = ()
+
+    @property
+    def logprobs(self) -> list[dict[int, TokenLogprob] | None]:
+        """For every row; waits until they are on the host."""
+        entries: list[dict[int, TokenLogprob] | None] = [None] * len(self.token_ids)
+        for row, entry in zip(self.scored_rows, [] if self.scored is None else self.scored.read(), strict=True):
+            entries[row] = entry
+        return entries
 
 
 def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = None) -> Sampled:
@@ -53,7 +64,7 @@ def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = 
         # The maximum comes with its index: NaN and infinity, which it would be, are seen without another look at the
         # logits.
         peaks, token_ids = logits.max(-1)
-        return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE), [None] * len(sequences))
+        return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE))
     paths = drafted or [()] * len(sequences)
     token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
     for rows in chunks([r for r, sequence in enumerate(sequences) if sequence.params.greedy], logits.shape[1]):
@@ -68,15 +79,12 @@ def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = 
             chunk + gumbel([sequence.stream_key for sequence in chosen], positions, logits.shape[1], logits.device)
         )
     token_ids = torch.where(finite_rows(logits), token_ids, NOT_FINITE)
-    logprobs: list[dict[int, TokenLogprob] | None] = [None] * len(sequences)
     wanting = [r for r, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
-    if wanting:
-        drawn = dict(zip(wanting, token_ids[wanting].tolist(), strict=True))
-        wanting = [r for r in wanting if drawn[r] >= 0]
-        chosen_tokens, counts = [drawn[r] for r in wanting], [sequences[r].params.logprobs or 0 for r in wanting]
-        for r, entry in zip(wanting, token_logprobs(logits, chosen_tokens, counts, rows=wanting), strict=True):
-            logprobs[r] = entry
-    return Sampled(token_ids, logprobs)
+    if not wanting:
+        return Sampled(token_ids)
+    counts = [sequences[r].params.logprobs or 0 for r in wanting]
+    drawn = token_ids.index_select(0, sent(wanting, torch.int64, logits.device))
+    return Sampled(token_ids, Scored(logits, drawn, counts, wanting), tuple(wanting))
 
 
 def _best(scores: Tensor) -> Tensor:
@@ -109,9 +117,7 @@ def process_logits(logits: Tensor, sequences: Many[Sequence], drafted: Drafted |
         chunk = adjust(chunk, chosen, [paths[r] for r in rows])
         peaks, best = chunk.max(-1)
         drawn = restrict(chunk, chosen).softmax(-1)
-        greedy = torch.tensor(
-            [r for r, sequence in enumerate(chosen) if sequence.params.greedy], dtype=torch.int64, device=logits.device
-        )
+        greedy = sent([r for r, each in enumerate(chosen) if each.params.greedy], torch.int64, logits.device)
         drawn[greedy] = 0.0
         drawn[greedy, best[greedy]] = 1.0
         drawn.masked_fill_(~(finite & peaks.isfinite())[:, None], torch.nan)
@@ -140,11 +146,8 @@ def _biased(logits: Tensor, biases: Many[tuple[int, int, float]]) -> Tensor:
     if not biases:
         return logits
     rows, tokens, values = zip(*biases, strict=True)
-    where = (
-        torch.tensor(rows, device=logits.device),
-        torch.tensor(_in_vocabulary(np.array(tokens), logits.shape[1]), device=logits.device),
-    )
-    return logits.index_put(where, logits[where] + torch.tensor(values, dtype=logits.dtype, device=logits.device))
+    where = placed(rows, _in_vocabulary(np.array(tokens), logits.shape[1]), logits.device)
+    return logits.index_put(where, logits[where] + sent(values, logits.dtype, logits.device))
 
 
 def _penalized(logits: Tensor, sequences: Many[Sequence], drafted: Drafted) -> Tensor:
@@ -162,8 +165,8 @@ def _penalized(logits: Tensor, sequences: Many[Sequence], drafted: Drafted) -> T
     if not len(rows):
         return logits
     tokens = _in_vocabulary(np.concatenate([piece.token_ids for _, piece in pieces]), logits.shape[1])
-    where = (torch.from_numpy(rows).to(logits.device), torch.from_numpy(tokens).to(logits.device))
-    terms = torch.from_numpy(np.concatenate([piece.terms for _, piece in pieces])).to(logits.device)
+    where = placed(rows, tokens, logits.device)
+    terms = sent(np.concatenate([piece.terms for _, piece in pieces]), torch.float32, logits.device)
     bias, repetition, subtract = terms.unbind(1)
     value = logits[where] + bias
     # A bias of 1e30 divided by a penalty of 1e-30 would be infinite, which says that nothing can be drawn; times 1e30
@@ -184,11 +187,11 @@ def _confined(logits: Tensor, effects: Mapping[int, Effect]) -> Tensor:
     logits = logits.clone()
     for pairs, value in ((forced, 0.0), (barred, -torch.inf)):
         if pairs:
-            rows, tokens = torch.tensor(pairs, device=logits.device).unbind(1)
-            _in_vocabulary(np.array([token for _, token in pairs]), vocab)
+            rows, tokens = zip(*pairs, strict=True)
+            where = placed(rows, _in_vocabulary(np.array(tokens), vocab), logits.device)
             if pairs is forced:
-                logits[rows] = -torch.inf
-            logits[rows, tokens] = value
+                logits.index_fill_(0, where[0], -torch.inf)
+            logits.index_put_(where, torch.full((), value, dtype=logits.dtype, device=logits.device))
     return logits
 
 
@@ -196,13 +199,18 @@ def _allowed(logits: Tensor, allowed: Mapping[int, np.ndarray]) -> Tensor:
     """allowed: tokens of a row that keep their logits, each once."""
     if not allowed:
         return logits
-    rows = torch.tensor(list(allowed), device=logits.device)
+    rows = sent(list(allowed), torch.int64, logits.device)
     counts = [len(tokens) for tokens in allowed.values()]
     tokens = _in_vocabulary(np.concatenate(list(allowed.values())), logits.shape[1])
     row_of_token = np.repeat(list(allowed), counts)
-    where = (torch.from_numpy(row_of_token).to(logits.device), torch.from_numpy(tokens).to(logits.device))
+    where = placed(row_of_token, tokens, logits.device)
     kept = logits[where]
     return logits.index_fill(0, rows, -torch.inf).index_put(where, kept)
+
+
+def placed(rows: Many[int] | np.ndarray, tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where to index logits: a row and a token each."""
+    return sent(rows, torch.int64, device), sent(tokens, torch.int64, device)
 
 
 def _in_vocabulary(tokens: np.ndarray, vocab: int) -> np.ndarray:
@@ -225,17 +233,17 @@ def restrict(logits: Tensor, sequences: Many[Sequence]) -> Tensor:
     # keeps a tiny one from inf - inf.
     limits = torch.finfo(logits.dtype)
     temperatures = [min(max(sequence.params.temperature or 1.0, limits.tiny), limits.max) for sequence in sequences]
-    temperature = torch.tensor(temperatures, dtype=logits.dtype, device=device)
+    temperature = sent(temperatures, logits.dtype, device)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
     min_p = [sequence.params.min_p for sequence in sequences]
     if any(min_p):
-        floor = torch.tensor(min_p, dtype=logits.dtype, device=device).log()
+        floor = sent(min_p, logits.dtype, device).log()
         logits = logits.masked_fill(logits < floor[:, None], -torch.inf)
     top_k = [min(sequence.params.top_k, vocab) if sequence.params.top_k > 0 else vocab for sequence in sequences]
     if min(top_k) < vocab:
         limited = [r for r, k in enumerate(top_k) if k < vocab]
         part, index = take(logits, limited)
-        last = torch.tensor([top_k[r] - 1 for r in limited], device=device)
+        last = sent([top_k[r] - 1 for r in limited], torch.int64, device)
         kth = part.topk(max(top_k[r] for r in limited), dim=-1).values.gather(1, last[:, None])
         logits = logits.index_put((index,), part.masked_fill(part < kth, -torch.inf))
     if any(sequence.params.top_p < 1 for sequence in sequences):
@@ -252,7 +260,7 @@ def _restrict_mass(logits: Tensor, top_p: list[float]) -> Tensor:
     mass = ordered.softmax(-1, dtype=torch.float64)
     before = mass.cumsum(-1).sub_(mass)
     del mass
-    wanted = torch.tensor([top_p[r] for r in nucleus], dtype=torch.float64, device=logits.device)
+    wanted = sent([top_p[r] for r in nucleus], torch.float64, logits.device)
     ordered.masked_fill_(before >= wanted[:, None], -torch.inf)
     del before
     return logits.index_put((index,), torch.empty_like(part).scatter_(1, order, ordered))

@@ -9,14 +9,13 @@ from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.aside import Aside
 from flexbatch.execution.block import Block
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
-from flexbatch.execution.proposals import Proposer, Tree
-from flexbatch.execution.queries import accepted_path, text_query, tree_query
+from flexbatch.execution.proposals import Proposer
+from flexbatch.execution.queries import PassLimits, accepted_paths, proposed_trees, text_query, token_counts, tree_query
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import keep_paths
 from flexbatch.memory.pages import PageTable
-from flexbatch.policy.admission import chunk_tokens, prompt_budget
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.step_aside import StepAsideCosts
 
@@ -62,6 +61,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque(left)
         self.finished: list[Sequence] = []
         self.outgrown = False
+        self.advanced: dict[int, Sequence] | None = None
+        """The sequences of a pass that counts as done while nobody has read its tokens, by id."""
 
     @property
     def running(self) -> dict[int, Sequence]:
@@ -78,6 +79,12 @@ class Scheduler:
     def started(self) -> list[Sequence]:
         """The sequences in flight, and those that have stepped aside."""
         return [*self.running.values(), *self.aside.sequences]
+
+    @property
+    def reads_tokens_first(self) -> bool:
+        """Whether the tokens of a pass have to be read before the next one is composed: drafts continue them, and the
+        host copies the pages of those that step aside and come back."""
+        return self.proposer is not None or bool(self.aside.sequences)
 
     def has_work(self) -> bool:
         """Whether there is anything to run; admits what fits."""
@@ -139,11 +146,9 @@ class Scheduler:
         """The query tokens of every sequence: one token or a token tree each to decode, and chunks of prompts as far
         as the micro-batch's budget goes."""
         self.give_pages()
-        counts = [self.token_counts(batch) for batch in self.block.micro_batches]
-        trees = self.propose(
-            [sequence for batch in counts for sequence in batch],
-            sum(count for batch in counts for count in batch.values() if count > 1),
-        )
+        limits = PassLimits(self.micro_batch_tokens, self.prefill_budget, self.prefill_chunk, self.block.spare_tokens)
+        counts = [token_counts(batch, self.cache, limits) for batch in self.block.micro_batches]
+        trees = proposed_trees(self.proposer, counts)
         composed = (
             tuple(
                 tree_query(sequence, tree)
@@ -182,59 +187,41 @@ class Scheduler:
             if table.tier == tier and pages.intersection(table.pages[: table.num_shared]):
                 self.step_aside(sequence)
 
-    def token_counts(self, batch: list[Sequence]) -> dict[Sequence, int]:
-        """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for the
-        budget of a later pass are left out."""
-        uncached = {sequence: sequence.num_uncached for sequence in batch}
-        num_single = sum(count == 1 for count in uncached.values())
-        budget = prompt_budget(num_single, self.micro_batch_tokens, self.prefill_budget, self.block.spare_tokens)
-        counts = {}
-        for sequence, uncached_tokens in uncached.items():
-            if not self.cache.prefix_ready(sequence.pages):
-                continue
-            count = 1
-            if uncached_tokens > 1:
-                count = chunk_tokens(uncached_tokens, self.prefill_chunk, budget)
-                budget -= count
-            if count > 0:
-                counts[sequence] = count
-        return counts
+    # What a pass gave
 
-    def propose(self, sequences: list[Sequence], num_prompt_tokens: int) -> dict[Sequence, Tree]:
-        """The trees of those that decode in this pass."""
-        if self.proposer is None:
-            return {}
-        decoding = [
-            sequence
-            for sequence in sequences
-            if sequence.num_uncached == 1
-            and sequence.output.finish is None
-            and sequence.drafted
-            and sequence.fault is None
-        ]
-        depths = [sequence.output.max_tokens - sequence.num_output_tokens - 1 for sequence in decoding]
-        return dict(zip(decoding, self.proposer.propose(decoding, depths, num_prompt_tokens), strict=True))
+    def advance(self, batch: PassBatch) -> bool:
+        """Count a pass that runs as done, before its tokens are read: its rows are in the cache, and what it draws are
+        tokens, of which some bring their sequences to max_tokens. `commit` then takes in the tokens alone. Returns
+        whether the next pass can be composed: not where somebody would have to step aside for it.
+        """
+        self.advanced = {id: sequence for query in batch if (sequence := self.running.get(id := query.sequence_id))}
+        for query in batch:
+            if (sequence := self.advanced.get(query.sequence_id)) is not None:
+                end = query.start + query.num_tokens
+                sequence.num_unread = int(end == len(sequence.token_ids) and sequence.output.finish is None)
+                self.cache.commit(sequence.pages, end)
+                if sequence.surely_ends:
+                    self.release(sequence)
+        return self.has_work() and self.block.all_can_grow()
 
     def commit(self, batch: PassBatch, sampled: Mapping[int, SampledTokens]) -> None:
         """Append what was sampled (by sequence id), keep the accepted paths of trees in the cache, and release
-        sequences that are done."""
-        keep_paths(
-            self.cache,
-            [
-                accepted_path(query, self.running[query.sequence_id], sampled[query.sequence_id])
-                for query in batch
-                if query.parents is not None
-            ],
-        )
+        sequences that are done. What has left since the pass was composed is left out."""
+        advanced, self.advanced = self.advanced, None
+        sequences = dict(self.running) if advanced is None else advanced
+        queries = [query for query in batch if query.sequence_id in sequences]
+        keep_paths(self.cache, accepted_paths(queries, sequences, sampled))
         if self.proposer is not None:
             self.proposer.observe(
-                {id: sampled[id] for query in batch if (id := query.sequence_id) in sampled and sampled[id].token_ids}
+                {id: sampled[id] for query in queries if (id := query.sequence_id) in sampled and sampled[id].token_ids}
             )
-        for query in batch:
-            self.commit_one(query, sampled.get(query.sequence_id) or SampledTokens())
+        for query in queries:
+            sequence, result = sequences[query.sequence_id], sampled.get(query.sequence_id) or SampledTokens()
+            self.commit_one(query, sequence, result, cached=advanced is not None)
 
-    def commit_one(self, query: QueryTokens, result: SampledTokens) -> None:
-        sequence = self.running[query.sequence_id]
+    def commit_one(self, query: QueryTokens, sequence: Sequence, result: SampledTokens, cached: bool) -> None:
+        """cached: its rows are counted already."""
+        sequence.num_unread = 0
         if query.parents is not None and result.fault is not None and result.fault.in_model:
             # Attention multiplies masked values by 0, which leaves NaN: a drafted token that plain decoding never
             # reads may have done this.
@@ -246,21 +233,22 @@ class Scheduler:
             kept = sequence.extend(result.token_ids)
             sequence.logprobs += [entry for entry in result.logprobs[:kept] if entry is not None]
             sequence.prompt_logprobs += result.prompt_logprobs
-        # Of a tree, the rows of its root and of the kept part of its path; the token after the path has none yet.
-        cached = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)
-        self.cache.commit(sequence.pages, query.start + cached)
+        if not cached:
+            # Of a tree, the rows of its root and of the kept part of its path; the token after the path has none yet.
+            count = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)
+            self.cache.commit(sequence.pages, query.start + count)
         if (sequence.output.finish is not None or sequence.fault is not None) and sequence.prompt_is_read:
+            if sequence.sequence_id in self.running:
+                self.release(sequence)
             if sequence.fault_may_be_of_others:
                 self.restart(sequence)
             else:
-                self.release(sequence)
                 self.finish(sequence, "" if sequence.fault is None else sequence.fault.problem)
 
     # The end of a sequence
 
     def restart(self, sequence: Sequence) -> None:
         """Read a prompt once more, next, in pages of its own."""
-        self.release(sequence)
         sequence.restart()
         self.waiting.appendleft(sequence)
 
@@ -294,6 +282,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Invariants: every sequence is where it should be, and the block consistent."""
+        unread = {sequence.sequence_id for sequence in self.started if sequence.num_unread}
+        assert unread <= (self.advanced or {}).keys(), unread
         assert all(sequence.status == "waiting" for sequence in self.waiting)
         assert all(sequence.status == "finished" for sequence in self.finished)
         self.aside.check()

@@ -102,6 +102,8 @@ class Sequence:
         tokens anew."""
         self.micro_batch = 0
         """Which micro-batch it belongs to while it runs."""
+        self.num_unread = 0
+        """1 where its newest token is drawn, and the host has not read it: the next pass runs meanwhile."""
         self.shares_pages = True
         self.drafted = True
         """Whether anything may be drafted for it."""
@@ -146,10 +148,20 @@ class Sequence:
         """Leading tokens whose keys and values are in the cache."""
         return 0 if self.table is None else self.table.num_tokens
 
+    def num_room(self, page_tokens: int) -> int:
+        """Token rows that its pages have beyond its tokens; negative where they have too few."""
+        return len(self.pages.pages) * page_tokens - len(self.token_ids) - self.num_unread
+
     @property
     def num_uncached(self) -> int:
         """Tokens that still have to be read."""
-        return len(self.token_ids) - self.num_uncomputed - self.num_cached
+        return len(self.token_ids) + self.num_unread - self.num_uncomputed - self.num_cached
+
+    @property
+    def surely_ends(self) -> bool:
+        """Whether the tokens that were drawn, whatever they are, are all that were asked for."""
+        ended = self.output.finish is not None or self.num_output_tokens + self.num_unread >= self.output.max_tokens
+        return ended and self.prompt_is_read
 
     @property
     def prompt_is_read(self) -> bool:
@@ -181,13 +193,14 @@ class Sequence:
         """Wait again, to read the prompt in pages of its own: nothing was generated, and what was scored is not to be
         trusted."""
         self.table, self.parked, self.fault, self.prompt_logprobs = None, None, None, []
-        self.shares_pages, self.drafted = False, True
+        self.shares_pages, self.drafted, self.num_unread = False, True, 0
 
     def check(self) -> None:
         """Invariants: the cache never holds more than the tokens, what depends on the output has seen all of it, and
         there are no more tokens than were asked for."""
         assert self.token_ids is self.output.text_token_ids
         assert self.table is None or self.parked is None
+        assert self.num_unread in (0, 1), self.num_unread
         assert self.num_cached <= len(self.token_ids), (self.num_cached, len(self.token_ids))
         assert self.token_ids[: self.num_prompt_tokens] == list(self.request.prompt_token_ids)
         generated = self.token_ids[self.num_prompt_tokens :]

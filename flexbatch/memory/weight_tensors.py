@@ -81,6 +81,13 @@ class WeightTensors:
             file.read(row, index * row_bytes)
         return host.view(self.dtype).index_select(0, inverse).to(self.device)
 
+    def gathers_on_device(self, role: str) -> bool:
+        """Whether `gather_rows` of an embedding table needs no ids on the host."""
+        view = self.views.get((-1, role))
+        if view is None or (table := view.dense) is None:
+            return False
+        return table.device == self.device or table.shape[1] * table.element_size() % 16 == 0
+
     @property
     def embedding_weights(self) -> dict[str, Tensor]:
         """The resident tensors of the embedding stage (norm, projection)."""

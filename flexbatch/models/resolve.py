@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from flexbatch.policy.suggest import did_you_mean, neighbor
 from flexbatch.validation.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo"
 BUNDLED = {"demo": DEMO, "demo-draft": DEMO.with_name("demo-draft")}
@@ -138,13 +139,37 @@ def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
+        options = {"trust_remote_code": False, "local_files_only": True, "config": _bare_config(Path(folder))} | options
+        return AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{folder} has no tokenizer that can be read (tokenizer.json, tokenizer.model, or vocab.json with "
             f"merges.txt): {reason}"
         ) from error
+
+
+def _bare_config(folder: Path) -> PretrainedConfig | None:
+    """What AutoTokenizer asks of config.json where tokenizer_config.json names a class: the model's type, without the
+    class of its configuration, which imports 900 modules of torch and transformers in 2.6 s. None: it has to ask more.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        model, tokenizer = (
+            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "tokenizer_config.json")
+        )
+        named, kind = tokenizer["tokenizer_class"], model["model_type"]
+        if not (isinstance(named, str) and isinstance(kind, str) and "auto_map" not in tokenizer | model):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):  # of files that lack something, or hold something else
+        return None
+    config: Any = PretrainedConfig()
+    config.name_or_path, config.model_type = str(folder), kind
+    for name in ("model_name", "tokenizer_class"):
+        if name in model:
+            setattr(config, name, model[name])
+    return config
 
 
 def _lacking_packages(folder: Path) -> list[str]:

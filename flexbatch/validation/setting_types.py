@@ -41,6 +41,7 @@ BY_TYPE: Mapping[str, Check] = {
     "str": text(LONGEST),
     "str | None": optional(text(LONGEST)),
     "bool": truth,
+    "bool | None": optional(truth),
     "int": whole(),
     "int | None": optional(whole(None, LARGEST)),
     "float | None": optional(FINITE),

@@ -1,0 +1,200 @@
+"""How busy the GPU is while a job runs that lies on it whole, what it waits for, and what the host does meanwhile.
+
+    python -m benchmark.gpu_busy --model llama-3-8b --prompts 1000 --new-tokens 128
+    python -m benchmark.gpu_busy --model llama-3-8b --async-scheduling false
+
+Random weights of a public shape, ragged prompts of 20 to 400 tokens. The job runs three times: to warm up, timed, and
+with torch's profiler on some passes in the middle, which slows the host down. ``busy`` is the share of those passes
+in which at least one kernel or copy ran; ``gaps`` are the waits between them, the longest first, each with the kernel
+before and after it. ``host`` are milliseconds a pass of the parts of a turn, of the timed run. Without a GPU the device
+is the CPU, and ``busy`` is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmark.machine import machine
+from flexbatch import LLM, SamplingParams
+from flexbatch.execution.passes import Passes
+from flexbatch.execution.sampler import Drawn
+from flexbatch.execution.scheduler import Scheduler
+from flexbatch.policy.stdout import data_apart, run_process
+
+PARTS: dict[str, tuple[type, str]] = {
+    "advance and admit": (Scheduler, "advance"),
+    "compose": (Scheduler, "next_pass"),
+    "compose and launch": (Passes, "launch"),
+    "wait and read": (Drawn, "read"),
+    "commit": (Scheduler, "commit"),
+    "sample": (Passes, "sample"),
+    "turn": (Passes, "turn"),
+}
+"""Parts of a turn; composing is in "compose and launch", too, and all of them in "turn"."""
+GAPS = 12
+
+
+class HostTimes:
+    """Seconds of the parts of all turns."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.turns = 0
+
+    def __enter__(self) -> HostTimes:
+        self.originals = {part: getattr(*place) for part, place in PARTS.items()}
+        for part, (owner, name) in PARTS.items():
+            setattr(owner, name, self.timed(part, self.originals[part]))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for part, (owner, name) in PARTS.items():
+            setattr(owner, name, self.originals[part])
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.seconds[part] += time.perf_counter() - begun
+                self.turns += part == "turn"
+
+        return call
+
+    def per_turn(self) -> dict[str, float]:
+        """Milliseconds of a turn."""
+        return {part: round(1e3 * self.seconds[part] / max(1, self.turns), 3) for part in PARTS}
+
+
+class Window:
+    """Profiles some turns of a run."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count, self.turn = first, count, 0
+        self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+        self.original: Callable[[Passes], Any] = Passes.turn
+
+    def __enter__(self) -> Window:
+        def turn(passes: Passes) -> Any:
+            if self.turn == self.first:
+                torch.cuda.synchronize()
+                self.profiler.start()
+            done = self.original(passes)
+            self.turn += 1
+            if self.turn == self.first + self.count:
+                torch.cuda.synchronize()
+                self.profiler.stop()
+            return done
+
+        Passes.turn = turn  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Passes.turn = self.original  # type: ignore[method-assign]
+        if self.first < self.turn < self.first + self.count:
+            self.profiler.stop()
+
+    def report(self) -> dict[str, Any]:
+        spans = sorted(
+            (event.time_range.start, event.time_range.end, event.name)
+            for event in self.profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
+        return {"passes": min(self.count, self.turn - self.first), **busy(spans)}
+
+
+def busy(spans: list[tuple[float, float, str]]) -> dict[str, Any]:
+    """Of kernels and copies (start, end, name) in microseconds, by start: the share of the time in which any ran, the
+    longest waits, and where the time went."""
+    if not spans:
+        return {"busy": 0.0, "gaps": [], "kernels": {}}
+    covered, gaps, kernels = 0.0, [], Counter[str]()
+    begun, (_, until, last) = spans[0][0], spans[0]
+    for start, end, name in spans:
+        kernels[name] += end - start
+        if start > until:
+            gaps.append((start - until, last, name))
+        covered += max(0.0, end - max(start, until))
+        if end >= until:
+            until, last = end, name
+    covered += spans[0][1] - begun
+    return {
+        "busy": round(covered / (until - begun), 4),
+        "gaps": [
+            {"us": round(gap, 1), "after": before[:60], "before": after[:60]}
+            for gap, before, after in sorted(gaps, reverse=True)[:GAPS]
+        ],
+        "kernels": {name[:80]: round(us / (until - begun), 4) for name, us in kernels.most_common(GAPS)},
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    chance = random.Random(0)
+    sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if args.sampled else {"temperature": 0.0}
+    params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True, **sampled)
+    settings = {} if args.async_scheduling is None else {"async_scheduling": args.async_scheduling == "true"}
+    dummy = not Path(args.model).is_dir() and args.model != "demo"
+    with LLM(args.model, dummy_weights=dummy, weight_bits=args.weight_bits, **settings) as llm:
+        lengths = [chance.randint(20, 400) for _ in range(args.prompts)]
+        prompts = [
+            {"prompt_token_ids": [chance.randrange(3, llm.arch.vocab_size) for _ in range(length)]}
+            for length in lengths
+        ]
+        llm.prepare(prompts, params)
+        llm.generate(prompts, params)
+        with HostTimes() as host:
+            begun = time.perf_counter()
+            llm.generate(prompts, params)
+            seconds = time.perf_counter() - begun
+        report = {
+            "model": args.model,
+            "weight_bits": args.weight_bits,
+            "async_scheduling": args.async_scheduling,
+            "sampled": args.sampled,
+            "block": llm.policy.block_size,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(args.prompts * args.new_tokens / seconds, 1),
+            "passes": host.turns,
+            "host": host.per_turn(),
+        }
+        if torch.cuda.is_available():
+            with Window(host.turns // 3, args.passes) as window:
+                llm.generate(prompts, params)
+            report["profiled"] = window.report()
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3-8b", help="a public shape (random weights), a folder, or demo")
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--passes", type=int, default=40, help="passes that are profiled")
+    parser.add_argument("--weight-bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument("--async-scheduling", choices=("true", "false"))
+    parser.add_argument("--sampled", action="store_true", help="temperature 0.8 and top-p 0.9, not greedy")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    with data_apart() as stdout:
+        report = {"machine": machine(), **measure(args)}
+        text = json.dumps(report, indent=1)
+        print(text, file=stdout)
+    if args.output is not None:
+        args.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(main))
