@@ -19,6 +19,7 @@ import torch
 from flexbatch.execution.answer_lengths import ENOUGH, REMEMBERED, AnswerLengths
 from flexbatch.execution.diagnosis import explain_faults
 from flexbatch.execution.job import Job
+from flexbatch.execution.masks import MaskWorkers
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.proposals import Proposer
 from flexbatch.execution.runner import Runner
@@ -62,6 +63,7 @@ class EngineLoop:
         """Of all runs: what a job teaches is believed of the next one."""
         self.next_lengths_plan = ENOUGH
         """Answers at which they are compared with the plan: twice as many each time."""
+        self.masks = MaskWorkers()
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
         self.observers: list[RunObserver] = []
@@ -225,6 +227,7 @@ class EngineLoop:
                 self.tracer.begin_pass()
                 begun = time.perf_counter()
                 batch = scheduler.next_pass()
+                self.masks.begin(batch, scheduler.running)
                 logits = runner.executor.run(batch)
                 scheduler.commit(batch, sample_tokens(logits, scheduler.running, scheduler.proposer))
                 for observer in self.observers:
@@ -258,6 +261,7 @@ class EngineLoop:
         scheduler, self.scheduler = self.scheduler, None
         if scheduler is not None:
             scheduler.abort()
+        self.masks.end()
         if self.capacity.weights is not None:
             # Between runs, too: what broke off here, as Ctrl-C may, would leave layers leased to the next run.
             self.capacity.weights.drain()

@@ -11,6 +11,7 @@ from typing import Any
 from flexbatch.validation.checks import check_keywords, checked
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.sampling_fields import CHECKS, MOST_BIASES, OTHER_NAMES, UNAVAILABLE
+from flexbatch.validation.structured_fields import StructuredOutputsParams
 
 SAMPLING_RULES = 1
 """Version of how tokens follow from logits, sampling parameters, seeds and places in a job. A change that gives the
@@ -84,6 +85,8 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = None
     """Only so many tokens at the end of the prompt are used; -1: as many as the context leaves beside max_tokens. The
     BOS token that the tokenizer puts before a text stays."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """The form of the answer: a JSON schema, a regex, a choice or a grammar. A dict of its fields will do."""
 
     def __new__(cls, *args: Any, **keywords: Any) -> SamplingParams:
         check_keywords("SamplingParams", keywords, CHECKS, OTHER_NAMES, UNAVAILABLE)
