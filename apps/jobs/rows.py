@@ -26,9 +26,10 @@ from flexbatch.apps.jobs.prompts import (
 )
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.request import SamplingParams
-from flexbatch.text.files import parse_json
+from flexbatch.text.files import parse_json, with_doubles
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.structured_fields import StructuredOutputsParams
 
 SETTINGS: dict[str, type] = {
     "max_tokens": int,
@@ -37,8 +38,12 @@ SETTINGS: dict[str, type] = {
     "top_k": int,
     "seed": int,
     "stop": str,
+    "json_schema": str,
 }
-"""Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list."""
+"""Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list, and a schema an
+object."""
+FIELDS = {"json_schema": "structured_outputs"}
+"""Fields of SamplingParams that have another name."""
 
 
 @dataclass
@@ -153,7 +158,7 @@ class RowReader:
             values = {**fixed, **row, **{name: parse_json(texts[name], exact=True, constants=True) for name in texts}}
             params, prompt = self._params, self._prompt(values)
             settings = ((name, _setting(name, values[column])) for name, column in self._columns.items())
-            changes = {name: value for name, value in settings if value is not None}
+            changes = {FIELDS.get(name, name): value for name, value in settings if value is not None}
             if params.seed is None and "seed" not in changes and changes.get("temperature", params.temperature) > 0:
                 changes["seed"] = row_seed(self._seed, repr(prompt) if self._seed_by_prompt else index)
             if changes:
@@ -184,6 +189,13 @@ def _python_row(batch: pa.RecordBatch, offset: int) -> dict[str, Any] | RowError
     return row
 
 
+def without_nulls(value: Any) -> Any:
+    """Returns an object without the fields that are null: a column of objects gives each all the fields of any."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -197,6 +209,9 @@ def _setting(name: str, value: Any) -> Any:
     kind = SETTINGS[name]
     if value is None or value == "":
         return None
+    if name == "json_schema":
+        given = value if isinstance(value, str) else without_nulls(with_doubles(value))
+        return StructuredOutputsParams(json=unicode_text(given, name))
     if name == "stop":
         if isinstance(value, str):
             return unicode_text(value, "stop")

@@ -12,7 +12,7 @@ from flexbatch.config import option
 from flexbatch.validation.errors import ConfigurationError
 
 FORMATS = ("auto", "parquet", "csv", "jsonl", "openai", "dataset")
-SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "json_schema")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class JobConfig(InputConfig, SamplingConfig):
         None, "column with the seed per row; null means one derived from --seed and the row's index"
     )
     stop_column: str | None = option(None, "column with stop texts per row")
+    json_schema_column: str | None = option(
+        None, "column with a JSON schema per row, as text or object; null means --json-schema, or any text"
+    )
     generated_tokens: bool = option(False, "write the generated token ids too")
     output_prefix: str = option("", "put this before the names of the result columns (default: nothing)")
     part_rows: int | None = option(

@@ -192,7 +192,8 @@ OTHER_VALUES: dict[str, Any] = {
     "generated_tokens": True, "output_prefix": "y_", "limit": 3, "n": 2, "min_p": 0.1, "prompt_logprobs": 1,
     "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5, "stop_token_ids": (3,),
     "allowed_token_ids": (3,), "bad_words": ("x",), "min_tokens": 2, "ignore_eos": True, "skip_special_tokens": False,
-    "include_stop_str_in_output": True,
+    "include_stop_str_in_output": True, "choice": ("x",), "regex": "x",
+    "json_schema": str(Path(__file__).parents[1] / "data" / "person.schema.json"),
 }  # fmt: skip
 
 
