@@ -58,6 +58,9 @@ class JobConfig(InputConfig, SamplingConfig):
     )
     window_rows: int = option(1024, "rows that are ordered among each other, for balance and shared prefixes")
     retry_failed: bool = option(False, "run the rows that ended in an error again")
+    retry_truncated: int | None = option(
+        None, "run the rows whose answers were cut at fewer than N tokens again, and all that are left, with N at least"
+    )
     max_errors: str | None = option(
         None, "stop when more rows than this fail: a number, or a share of the rows such as 1%", metavar="N|P%"
     )
@@ -74,7 +77,7 @@ class JobConfig(InputConfig, SamplingConfig):
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.prompt_column, self.messages_column, self.prompt_template)) > 1:
             raise ConfigurationError("give only one of --prompt-column, --messages-column and --prompt-template")
-        for name in ("part_rows", "window_rows", "ray_actors"):
+        for name in ("part_rows", "window_rows", "ray_actors", "retry_truncated"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name}={value} must be at least 1")
@@ -85,6 +88,8 @@ class JobConfig(InputConfig, SamplingConfig):
                 "--overwrite with --shard would discard the other shards' parts: remove the output folder, then "
                 "start the shards"
             )
+        if self.overwrite and self.retry_truncated is not None:
+            raise ConfigurationError("--overwrite discards what --retry-truncated would keep: give one of them")
         if self.overwrite and self.retry_failed:
             raise ConfigurationError("--overwrite discards what --retry-failed would keep: give one of them")
         self.error_limit(1)

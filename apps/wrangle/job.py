@@ -17,7 +17,7 @@ from flexbatch.apps.wrangle.examples import Example, Wording, read_examples
 from flexbatch.apps.wrangle.scores import Scores, is_right, score
 from flexbatch.apps.wrangle.shots import cluster_shots, join_shots, manual_shots, prompt, random_shots, read_manual
 from flexbatch.apps.wrangle.tables import TableError
-from flexbatch.request import SamplingParams
+from flexbatch.request import SamplingParams, StructuredOutputsParams
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def ask(
         indices.setdefault(text, []).append(index)
     answers: list[str | None] = [None] * len(prompts)
     errors = [""] * len(prompts)
-    form = {"choice": choice} if choice else None
+    form = StructuredOutputsParams(choice=choice) if choice else None
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop="\n", structured_outputs=form)
     with tqdm(total=len(indices), desc="FlexBatch", unit="prompt", disable=None) as progress:
         for text, completion in llm.stream((text, text, params) for text in indices):

@@ -170,7 +170,7 @@ def source(form: StructuredOutputsParams) -> str:
         options: dict[str, Any] = {"whitespace_flexible": not form.disable_any_whitespace}
         if form.whitespace_pattern is not None:
             options["whitespace_pattern"] = form.whitespace_pattern
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)  # type: ignore[arg-type]
     if form.regex is not None:
         return LLMatcher.grammar_from_regex(form.regex)
     if form.choice:
@@ -187,7 +187,7 @@ def closed(schema: Any) -> Any:
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {}
+    found: dict[str, Any] = {}
     for name, part in schema.items():
         if name in MAPS and isinstance(part, dict):
             found[name] = {key: closed(inner) for key, inner in part.items()}

@@ -112,7 +112,8 @@ class Vocabulary:
         return self.longest_first(wanted)
 
     def longest_first(self, wanted: bytes) -> list[int]:
-        tokens, place = [], 0
+        tokens: list[int] = []
+        place = 0
         while place < len(wanted):
             ends = range(min(len(wanted), place + self._longest), place, -1)
             found = next((end for end in ends if wanted[place:end] in self._by_bytes), None)

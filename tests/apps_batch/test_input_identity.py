@@ -182,8 +182,9 @@ def test_a_file_that_is_written_meanwhile_is_an_error_that_names_it(tmp_path: Pa
 
 
 NOT_ANSWERS = {
-    "prompts", "output", "dry_run", "window_rows", "retry_failed", "max_errors", "overwrite", "metrics_file", "shard",
-    "ray", "ray_actors", "ray_address", "ray_cpus",
+    "prompts", "output", "dry_run", "window_rows", "retry_failed", "retry_truncated",
+    "max_errors", "overwrite", "metrics_file",
+    "shard", "ray", "ray_actors", "ray_address", "ray_cpus",
 }  # fmt: skip
 BY_THE_INPUT = {"input_format", "dataset_config", "split"}
 BY_THE_LAYOUT = {"part_rows"}
