@@ -10,9 +10,9 @@ from flexbatch.kernels import threads
 if TYPE_CHECKING:
     from flexbatch.engine import LLM
     from flexbatch.models.lora.request import LoRARequest
-    from flexbatch.request import Completion, SamplingParams
+    from flexbatch.request import Completion, SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "Completion", "LoRARequest", "SamplingParams"]
+__all__ = ["LLM", "Completion", "LoRARequest", "SamplingParams", "StructuredOutputsParams"]
 __version__ = "0.1.0"
 
 # Here and not in the commands, because it has to precede the import of torch, for those who import this package from
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
         from flexbatch.engine import LLM
 
         return LLM
-    if name in ("Completion", "SamplingParams"):
+    if name in ("Completion", "SamplingParams", "StructuredOutputsParams"):
         from flexbatch import request
 
         return getattr(request, name)

@@ -12,6 +12,7 @@ from itertools import chain, count, islice
 from typing import Any
 
 from flexbatch.execution import sequence as execution
+from flexbatch.execution.masks import GrammarFollower
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.requests import Defaults, Params, hashable_id, requests_of, samples_of
@@ -174,14 +175,24 @@ class Intake(RunObserver):
             except IndexError:
                 yield None
                 continue
+            grammar = self.grammar_of(request.params)
             yield execution.Sequence(
                 request,
-                self._decoder,
+                self._decoder if grammar is None else self.encoder.grammars.decoder,
                 engine_seed=self._engine_seed,
                 eos_token_ids=self._arch.eos_token_ids,
                 max_context=self._arch.context,
                 sequence_id=next(self._sequence_ids),
+                grammar=grammar,
             )
+
+    def grammar_of(self, params: SamplingParams) -> GrammarFollower | None:
+        """The grammar of one answer. It ends by EOS, and by those of its stop tokens that are no text."""
+        if params.structured_outputs is None:
+            return None
+        grammar = self.encoder.grammars.compile(params.structured_outputs)
+        ends = () if params.ignore_eos else self._arch.eos_token_ids
+        return GrammarFollower(grammar, {*ends, *grammar.vocabulary.special.keys() & {*params.stop_token_ids}})
 
     def ahead(self, limit: int | None) -> list[Request]:
         """The first requests that wait; None: all."""

@@ -18,6 +18,7 @@ import torch
 from flexbatch.execution.answer_lengths import ENOUGH, REMEMBERED, AnswerLengths
 from flexbatch.execution.diagnosis import explain_faults
 from flexbatch.execution.job import Job
+from flexbatch.execution.masks import MaskWorkers
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.proposals import Proposer
@@ -55,6 +56,7 @@ class EngineLoop:
         """Of all runs: what a job teaches is believed of the next one."""
         self.next_lengths_plan = ENOUGH
         """Answers at which they are compared with the plan: twice as many each time."""
+        self.masks = MaskWorkers()
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
         self.passes: Passes | None = None
@@ -195,7 +197,7 @@ class EngineLoop:
             self.job_record = JobRecord(Forecast(self.planner.engine_plan, whole_job, runner.sizes))
             self.observers.append(self.job_record)
         monitor, ahead = self.plan_monitor(runner), self.planner.config.goes_ahead(runner.executor.graphs is not None)
-        self.passes = Passes(self.scheduler, runner.executor, self.tracer, ahead)
+        self.passes = Passes(self.scheduler, runner.executor, self.tracer, ahead, self.masks)
         if isinstance(self.tracer, UsageTracer):
             self.tracer.wanted = monitor is not None
         if monitor is not None:
@@ -253,6 +255,7 @@ class EngineLoop:
         if scheduler is not None and passes is not None:
             passes.forget()
             scheduler.abort()
+        self.masks.end()
         if self.capacity.weights is not None:
             # Between runs, too: what broke off here, as Ctrl-C may, would leave layers leased to the next run.
             self.capacity.weights.drain()

@@ -18,6 +18,7 @@ from flexbatch.validation.sampling_fields import (
     taking_neutral,
     with_meaning,
 )
+from flexbatch.validation.structured_fields import StructuredOutputsParams
 
 SAMPLING_RULES = 1
 """Version of how tokens follow from logits, sampling parameters, seeds and positions in a job. A change that gives the
@@ -90,6 +91,8 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = None
     """Only so many tokens at the end of the prompt are used; -1: as many as the context leaves beside max_tokens. The
     BOS token that the tokenizer puts before a text stays."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """The form of the answer: a JSON schema, a regex, a choice or a grammar. A dict of its fields will do."""
 
     def __new__(cls, *args: Any, **keywords: Any) -> SamplingParams:
         if not keywords.keys() <= CHECKS.keys():
@@ -283,15 +286,9 @@ class Completion:
         """The n answers to the prompt."""
         return [
             CompletionOutput(
-                index,
-                each.text,
-                each.token_ids,
-                each.cumulative_logprob,
-                each.logprobs,
-                each.finish_reason,
-                each.stop_reason,
+                i, one.text, one.token_ids, one.cumulative_logprob, one.logprobs, one.finish_reason, one.stop_reason
             )
-            for index, each in enumerate(self.samples or [self])
+            for i, one in enumerate(self.samples or [self])
         ]
 
     @property

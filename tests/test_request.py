@@ -145,6 +145,7 @@ WRONG_TYPES = {
         ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"),
         (0, 1, "true", None, [], 1.0),
     ),
+    "structured_outputs": (5, "json", ["yes"], {1: 2}),
 }
 
 

@@ -70,7 +70,8 @@ class PartQueue:
         self._held[worker] = set()
         if not lost:
             return
-        job, retry = self._job, self._job.config.retry_failed
+        job, config = self._job, self._job.config
+        retry = config.retry_failed or config.retry_truncated is not None
         state = Path(job.folder).expanduser() / STATE
         if not retry:
             known = read_commits(state, self._digest)
@@ -82,7 +83,7 @@ class PartQueue:
         for number, records in Journal(state, "part-queue", self._digest).recover(lost.__contains__).items():
             self._finished[number] = {
                 **self._finished[number],
-                **{row: record for row, record in records.items() if not (retry and job.output.error_of(record))},
+                **{row: record for row, record in records.items() if not job.runs_again(record)},
             }
         self._waiting.extendleft(sorted(lost, reverse=True))
 
@@ -148,7 +149,7 @@ class Worker:
             def committed(part: Part) -> None:
                 ray.get(part_queue.done.remote(number, dataclasses.asdict(store.commits[part.number])))
 
-            encode = make_encode(llm, job.config.truncate)
+            encode = make_encode(llm, job.config.truncate, job.config.retry_truncated)
             Pipeline(job, parts(), finished, store, encode, Counts(0), Interrupts(), on_commit=committed).run(llm)
 
 

@@ -19,6 +19,7 @@ from flexbatch.apps.jobs.columns import ROW_ERROR
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.openai_source import LINE
 from flexbatch.apps.jobs.prompts import RowError, messages_prompt, row_error, unicode_text
+from flexbatch.apps.jobs.response_format import response_form
 from flexbatch.apps.jobs.rows import RowRequest, row_seed
 from flexbatch.request import SamplingParams
 from flexbatch.text.chat import ChatOptions, ChatPrompt
@@ -43,6 +44,8 @@ OTHER = (
     "top_logprobs",
     "echo",
     "logit_bias",
+    "response_format",
+    "structured_outputs",
     "user",
     "metadata",
     "store",
@@ -57,7 +60,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
 }
 """Fields that are accepted only with a value that asks for what happens anyway."""
 MAX_DOUBLE = sys.float_info.max
@@ -179,6 +181,8 @@ def _params(body: Mapping[str, Any], url: str, defaults: SamplingParams) -> Samp
     changes |= {name: _tokens(name, body[name]) for name in TOKENS if body.get(name) is not None}
     if body.get("logit_bias") is not None:
         changes["logit_bias"] = _logit_bias(body["logit_bias"]) or None
+    if (form := response_form(body)) is not None:
+        changes["structured_outputs"] = form
     logprobs = _logprobs(body, url)
     if logprobs is not None:
         changes["logprobs"] = logprobs

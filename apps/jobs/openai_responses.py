@@ -254,6 +254,11 @@ class OpenAIOutput:
     def error_of(self, record: RowRecord) -> str:
         return record["error"]["message"] if record["error"] else ""
 
+    def is_truncated(self, record: RowRecord, tokens: int) -> bool:
+        choices = record["response"]["body"]["choices"] if record["response"] else []
+        cut = any(choice["finish_reason"] == "length" for choice in choices)
+        return cut and self.tokens_of(record)[1] < tokens * len(choices)
+
     def tokens_of(self, record: RowRecord) -> tuple[int, int]:
         usage = (
             record["response"]["body"]["usage"] if record["response"] else {"prompt_tokens": 0, "completion_tokens": 0}

@@ -25,7 +25,7 @@ from flexbatch.apps.jobs.openai_requests import OpenAIReader
 from flexbatch.apps.jobs.openai_responses import OpenAIOutput
 from flexbatch.apps.jobs.openai_source import OpenAISource
 from flexbatch.apps.jobs.prompts import Template, row_error
-from flexbatch.apps.jobs.results import Output, ParquetOutput
+from flexbatch.apps.jobs.results import Output, ParquetOutput, RowRecord, runs_again
 from flexbatch.apps.jobs.rows import Encode, RequestReader, RowReader, RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, RowSource
@@ -53,6 +53,10 @@ class BatchJob:
     output: Output
     parts: Sequence[Part]
     fingerprint: dict[str, Any]
+
+    def runs_again(self, record: RowRecord) -> bool:
+        """Returns whether a row that is finished is to be run once more."""
+        return runs_again(record, self.output, self.config.retry_failed, self.config.retry_truncated)
 
 
 def open_source(location: str, config: JobConfig) -> RowSource:
@@ -191,9 +195,9 @@ def plan_job(
     return BatchJob(config, engine, folder, source, reader, output, parts, fingerprint)
 
 
-def make_encode(llm: Any, truncate: str | None) -> Encode:
-    """Returns the function that makes rows ready for the engine. It works on a copy of the tokenizer: the engine
-    decodes with its own in another thread meanwhile."""
+def make_encode(llm: Any, truncate: str | None, tokens: int | None = None) -> Encode:
+    """Returns the function that makes rows ready for the engine, which may generate ``tokens`` at least. It works on a
+    copy of the tokenizer: the engine decodes with its own in another thread meanwhile."""
     from flexbatch.text.prompts import PromptEncoder
 
     tokenizer, context = copy.deepcopy(llm.tokenizer), llm.arch.context
@@ -202,6 +206,8 @@ def make_encode(llm: Any, truncate: str | None) -> Encode:
     def encode(row: RowRequest) -> RowRequest:
         try:
             params = row.params
+            if tokens is not None and params.max_tokens is not None:
+                params = dataclasses.replace(params, max_tokens=max(params.max_tokens, tokens))
             encoder.check_params(row.index, params)
             found = encoder.read(row.index, row.prompt, params.max_tokens, params.truncate_prompt_tokens)
             params = encoder.with_tokens(row.index, params).within(context - len(found.token_ids))

@@ -55,6 +55,10 @@ class Output(Protocol):
         """Returns the error of a row, "" when it is fine."""
         ...
 
+    def is_truncated(self, record: RowRecord, tokens: int) -> bool:
+        """Returns whether an answer was cut before it had so many tokens."""
+        ...
+
     def tokens_of(self, record: RowRecord) -> tuple[int, int]:
         """Returns (input tokens, generated tokens)."""
         ...
@@ -71,6 +75,12 @@ class Output(Protocol):
         """Returns the records of a committed part. Raises ValueError when the file does not hold ``rows`` rows of
         this job."""
         ...
+
+
+def runs_again(record: RowRecord, output: Output, failed: bool, tokens: int | None) -> bool:
+    """Returns whether a finished row is to be run once more: one with an error where ``failed``, and one that was cut
+    before ``tokens``."""
+    return (failed and bool(output.error_of(record))) or (tokens is not None and output.is_truncated(record, tokens))
 
 
 def result_schema(
@@ -169,6 +179,10 @@ class ParquetOutput:
 
     def error_of(self, record: RowRecord) -> str:
         return record[4]
+
+    def is_truncated(self, record: RowRecord, tokens: int) -> bool:
+        answers = zip(record[1], record[3], strict=True) if self._many else [(record[1], record[3])]
+        return any(reason == "length" and made < tokens for reason, made in answers)
 
     def tokens_of(self, record: RowRecord) -> tuple[int, int]:
         return record[2], sum(record[3]) if self._many else record[3]

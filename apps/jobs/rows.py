@@ -27,9 +27,10 @@ from flexbatch.apps.jobs.prompts import (
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.policy.suggest import did_you_mean
 from flexbatch.request import SamplingParams
-from flexbatch.text.files import parse_json
+from flexbatch.text.files import parse_json, with_doubles
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.structured_fields import StructuredOutputsParams
 
 SETTINGS: dict[str, type] = {
     "max_tokens": int,
@@ -39,9 +40,12 @@ SETTINGS: dict[str, type] = {
     "seed": int,
     "stop": str,
     "lora": str,
+    "json_schema": str,
 }
-"""Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list. ``lora`` names an
-adapter."""
+"""Settings that a column can hold per row, with the type of its values; ``stop`` may also be a list, and a schema an
+object. ``lora`` names an adapter."""
+FIELDS = {"json_schema": "structured_outputs"}
+"""Fields of SamplingParams that have another name."""
 
 
 @dataclass
@@ -159,7 +163,7 @@ class RowReader:
             values = {**fixed, **row, **{name: parse_json(texts[name], exact=True, constants=True) for name in texts}}
             params, prompt = self._params, self._prompt(values)
             settings = ((name, _setting(name, values[column])) for name, column in self._columns.items())
-            changes = {name: value for name, value in settings if value is not None}
+            changes = {FIELDS.get(name, name): value for name, value in settings if value is not None}
             lora = changes.pop("lora", None)
             if params.seed is None and "seed" not in changes and changes.get("temperature", params.temperature) > 0:
                 changes["seed"] = row_seed(self._seed, repr(prompt) if self._seed_by_prompt else index)
@@ -191,6 +195,13 @@ def _python_row(batch: pa.RecordBatch, offset: int) -> dict[str, Any] | RowError
     return row
 
 
+def without_nulls(value: Any) -> Any:
+    """Returns an object without the fields that are null: a column of objects gives each all the fields of any."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -204,6 +215,9 @@ def _setting(name: str, value: Any) -> Any:
     kind = SETTINGS[name]
     if value is None or value == "":
         return None
+    if name == "json_schema":
+        given = value if isinstance(value, str) else without_nulls(with_doubles(value))
+        return StructuredOutputsParams(json=unicode_text(given, name))
     if name == "lora":
         if isinstance(value, str):
             return unicode_text(value, "lora")

@@ -51,7 +51,7 @@ class Shard:
             job.folder, job.fingerprint, (assignment.shard, assignment.shards), overwrite=job.config.overwrite
         )
         try:
-            left, finished = store.recover(parts, job.output, job.config.retry_failed)
+            left, finished = store.recover(parts, job.output, job.config.retry_failed, job.config.retry_truncated)
         except (ConfigurationError, ValueError, OSError):
             store.close()
             raise
@@ -134,7 +134,8 @@ def _generate(
         metrics_file=job.config.metrics_file,
         labels={"shard": f"{assignment.shard}/{assignment.shards}"} if assignment.shards > 1 else {},
     )
-    encode, limit = make_encode(llm, job.config.truncate), job.config.error_limit(counts.rows_total)
+    encode = make_encode(llm, job.config.truncate, job.config.retry_truncated)
+    limit = job.config.error_limit(counts.rows_total)
     pipeline = Pipeline(job, shard.left, shard.finished, shard.store, encode, counts, interrupts, limit)
     interrupts.on_drain = lambda: drained(llm, meter, resume)
     try:

@@ -13,7 +13,7 @@ from flexbatch.config import option
 from flexbatch.validation.errors import ConfigurationError
 
 FORMATS = ("auto", "parquet", "csv", "jsonl", "openai", "dataset")
-SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "lora")
+SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "lora", "json_schema")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class JobConfig(InputConfig, SamplingConfig):
     lora_column: str | None = option(
         None, "column with the name of an adapter of --lora per row; null means --lora-default, or none"
     )
+    json_schema_column: str | None = option(
+        None, "column with a JSON schema per row, as text or object; null means --json-schema, or any text"
+    )
     generated_tokens: bool = option(False, "write the generated token ids too")
     output_prefix: str = option("", "put this before the names of the result columns (default: nothing)")
     part_rows: int | None = option(
@@ -59,6 +62,9 @@ class JobConfig(InputConfig, SamplingConfig):
     )
     window_rows: int = option(1024, "rows that are ordered among each other, for balance and shared prefixes")
     retry_failed: bool = option(False, "run the rows that ended in an error again")
+    retry_truncated: int | None = option(
+        None, "run the rows whose answers were cut at fewer than N tokens again, and all that are left, with N at least"
+    )
     max_errors: str | None = option(
         None, "stop when more rows than this fail: a number, or a share of the rows such as 1%", metavar="N|P%"
     )
@@ -77,7 +83,7 @@ class JobConfig(InputConfig, SamplingConfig):
             raise ConfigurationError("give only one of --prompt-column, --messages-column and --prompt-template")
         if self.prompt_template is not None:
             pieces_of(self.prompt_template)
-        for name in ("part_rows", "window_rows", "ray_actors"):
+        for name in ("part_rows", "window_rows", "ray_actors", "retry_truncated"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name}={value} must be at least 1")
@@ -88,6 +94,8 @@ class JobConfig(InputConfig, SamplingConfig):
                 "--overwrite with --shard would discard the other shards' parts: remove the output folder, then "
                 "start the shards"
             )
+        if self.overwrite and self.retry_truncated is not None:
+            raise ConfigurationError("--overwrite discards what --retry-truncated would keep: give one of them")
         if self.overwrite and self.retry_failed:
             raise ConfigurationError("--overwrite discards what --retry-failed would keep: give one of them")
         self.error_limit(1)

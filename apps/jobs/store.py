@@ -33,7 +33,7 @@ from flexbatch.apps.jobs.manifest import (
     refuse_other_files,
 )
 from flexbatch.apps.jobs.records import RecordLog
-from flexbatch.apps.jobs.results import Output, RowRecord
+from flexbatch.apps.jobs.results import Output, RowRecord, runs_again
 from flexbatch.files.atomic import make_folder, rename_if_absent, sync_folder, temporary_name
 from flexbatch.validation.errors import ConfigurationError, told
 
@@ -120,15 +120,20 @@ class OutputStore:
         self.journal.lease(part.number, self.term + lease)
 
     def recover(
-        self, parts: Sequence[Part], output: Output, retry_failed: bool = False
+        self, parts: Sequence[Part], output: Output, retry_failed: bool = False, retry_truncated: int | None = None
     ) -> tuple[list[Part], dict[int, dict[int, RowRecord]]]:
         """Returns what is left to do: the parts without a committed file, and per part the records of the rows that are
         finished already.
 
         With ``retry_failed`` rows that ended in an error count as not finished, also those of committed parts: such
         a part is written anew, and replaced in one step when it is whole again. Raises ConfigurationError for a part
-        file that this job did not write.
+        file that this job did not write. So do, with ``retry_truncated``, those whose answers were cut before as many
+        tokens.
         """
+
+        def again(record: RowRecord) -> bool:
+            return runs_again(record, output, retry_failed, retry_truncated)
+
         known = read_commits(self.state, self.digest)
         self._remove_temporary(parts, output)
         open_parts: list[Part] = []
@@ -140,7 +145,7 @@ class OutputStore:
                 open_parts.append(part)
                 continue
             commit = known.get(part.number, {}).get(found)
-            if commit is None or (retry_failed and commit.errors):
+            if commit is None or (retry_failed and commit.errors) or retry_truncated is not None:
                 try:
                     records = output.read(path, part.rows)
                 except ValueError as error:
@@ -148,20 +153,16 @@ class OutputStore:
                 if commit is None:
                     commit = Commit.of(part.number, records, output)
                     self._record(commit, found)
-                if retry_failed and commit.errors:
+                if any(map(again, records)):
                     open_parts.append(part)
                     self._replaced[part.number] = found
-                    kept[part.number] = {
-                        row: record for row, record in enumerate(records) if not output.error_of(record)
-                    }
+                    kept[part.number] = {row: record for row, record in enumerate(records) if not again(record)}
                     continue
             self.commits[part.number] = commit
         self._commits_log.sync()
         wanted = {part.number for part in open_parts}
         for number, records_of in self.journal.recover(wanted.__contains__).items():
-            kept.setdefault(number, {}).update(
-                {row: record for row, record in records_of.items() if not (retry_failed and output.error_of(record))}
-            )
+            kept.setdefault(number, {}).update({row: record for row, record in records_of.items() if not again(record)})
         for part in parts:
             if part.number not in wanted:
                 self.journal.committed(part.number)

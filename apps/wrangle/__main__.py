@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--max-tokens", type=int, metavar="N", help="longest answer (default: as in the paper, 3 to 10)")
     add("--example-seed", type=int, default=1234, metavar="N", help="seed of the random examples (default: 1234)")
+    add("--free-answers", action="store_true", help="let the model write anything, not Yes or No alone")
     add("--output", type=Path, metavar="DIR", help="folder for predictions.parquet and scores.json")
     add("--dry-run", action="store_true", help="print the first prompt and stop, without loading a model")
     add_engine_arguments(parser)
@@ -125,7 +126,7 @@ def command(args: argparse.Namespace, data_out: TextIO) -> int:
     same = {
         name: getattr(args, name)
         for name in ("folder", "split", "select", "shots", "trials", "limit", "balanced", "instruction", "manual")
-    }
+    } | {"free_answers": args.free_answers}
     config = WrangleConfig(
         **same, separator=args.separator, missing=args.missing, max_tokens=args.max_tokens, seed=args.example_seed
     )

@@ -17,7 +17,7 @@ from flexbatch.apps.wrangle.examples import Example, Wording, read_examples
 from flexbatch.apps.wrangle.scores import Scores, is_right, score
 from flexbatch.apps.wrangle.shots import cluster_shots, join_shots, manual_shots, prompt, random_shots, read_manual
 from flexbatch.apps.wrangle.tables import TableError
-from flexbatch.request import SamplingParams
+from flexbatch.request import SamplingParams, StructuredOutputsParams
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class WrangleConfig:
     missing: str = "nan"
     max_tokens: int | None = None
     seed: int = 1234
+    free_answers: bool = False
+
+    def choice(self, data: DataSet) -> tuple[str, ...]:
+        """Returns what an answer may be, as it is written after a space and without one; () for any text."""
+        return ("Yes", "No", " Yes", " No") if data.task in YES_NO and not self.free_answers else ()
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,18 @@ class Trial:
         return score([answer for answer, _ in pairs], [label for _, label in pairs], task)
 
 
-def ask(llm: Any, prompts: Sequence[str], max_tokens: int) -> tuple[list[str | None], list[str]]:
-    """Returns greedy answers up to the end of the line, and the error of each prompt that could not be run. Equal
-    prompts are asked once."""
+def ask(
+    llm: Any, prompts: Sequence[str], max_tokens: int, choice: Sequence[str] = ()
+) -> tuple[list[str | None], list[str]]:
+    """Returns greedy answers up to the end of the line, one of ``choice`` where there is any, and the error of each
+    prompt that could not be run. Equal prompts are asked once."""
     indices: dict[str, list[int]] = {}
     for index, text in enumerate(prompts):
         indices.setdefault(text, []).append(index)
     answers: list[str | None] = [None] * len(prompts)
     errors = [""] * len(prompts)
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop="\n")
+    form = StructuredOutputsParams(choice=choice) if choice else None
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop="\n", structured_outputs=form)
     with tqdm(total=len(indices), desc="FlexBatch", unit="prompt", disable=None) as progress:
         for text, completion in llm.stream((text, text, params) for text in indices):
             progress.update()
@@ -88,7 +96,7 @@ def run(config: WrangleConfig, data: DataSet, llm: Any, plans: TrialPrompts | No
     wrong, and when every prompt fails."""
     trials = []
     for prompts, examples in plan(config, data, llm) if plans is None else plans:
-        answers, errors = ask(llm, prompts, config.max_tokens or data.max_tokens)
+        answers, errors = ask(llm, prompts, config.max_tokens or data.max_tokens, config.choice(data))
         if examples and all(errors):
             raise TableError(f"none of the {len(prompts)} prompts could be run; the first: {errors[0]}")
         trials.append(Trial(examples, prompts, answers, errors))
@@ -125,6 +133,7 @@ def plan(config: WrangleConfig, data: DataSet, llm: Any = None) -> TrialPrompts:
                 llm,
                 [prompt(join_shots(shots), example, instruction) for example in validation],
                 config.max_tokens or data.max_tokens,
+                config.choice(data),
             )
             wrong = [
                 answer is None or not is_right(answer, example.label, data.task)

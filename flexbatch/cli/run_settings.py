@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexbatch.config import option
+from flexbatch.text.files import read_text
 from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.structured_fields import StructuredOutputsParams, schema_text
 
 if TYPE_CHECKING:
     from flexbatch.models.generation_config import GenerationDefaults
@@ -137,11 +139,22 @@ class SamplingConfig:
         None, "return the log-probability of every generated token and of the N most likely ones; -1: of all tokens"
     )
     prompt_logprobs: int | None = option(None, "the same for the tokens of the prompt")
+    json_schema: str | None = option(None, "answers are JSON of the schema in this file", metavar="FILE")
+    choice: tuple[str, ...] = option((), "answers are one of these texts", nargs="+", metavar="TEXT")
+    regex: str | None = option(None, "answers match this regular expression from beginning to end", metavar="REGEX")
 
     def given(self) -> dict[str, Any]:
-        """What the user has set."""
+        """What the user has set, by the fields of SamplingParams. Raises ConfigurationError for a schema that cannot be
+        read."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(SamplingConfig))
-        return {name: value for name, value in values if value is not None and value != ()}
+        found = {name: value for name, value in values if value is not None and value != ()}
+        form = {name: found.pop(name) for name in ("choice", "regex") if name in found}
+        if (path := found.pop("json_schema", None)) is not None:
+            try:
+                form["json"] = schema_text(read_text(path))
+            except (OSError, ValueError) as error:
+                raise ConfigurationError(f"--json-schema {path}: {error}") from error
+        return {**found, "structured_outputs": StructuredOutputsParams(**form)} if form else found
 
     def check_sampling(self) -> None:
         """Raises ConfigurationError for what is wrong whatever the model's file adds to it."""

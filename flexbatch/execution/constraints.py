@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,10 @@ class Effect:
     forced: tuple[int, ...]
     barred: list[int]
     allowed: np.ndarray | None = None
+
+    def unforced(self, mask: np.ndarray) -> Effect:
+        """The same without forced tokens that a mask bars, a bit for every token."""
+        return replace(self, forced=tuple(token for token in self.forced if mask[token // 8] >> token % 8 & 1))
 
 
 class Following:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from flexbatch.execution.executor import Executor
+from flexbatch.execution.masks import MaskWorkers
 from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, PassBatch
 from flexbatch.execution.sampler import Drawn, sample_tokens
 from flexbatch.execution.scheduler import Scheduler
@@ -42,10 +43,12 @@ class Flight:
 
 class Passes:
     """Turns the loop of one scheduler and one executor. ``ahead``: compose each pass while the one before runs, where
-    nothing needs its tokens first."""
+    nothing needs its tokens first. ``masks``: of answers that follow a grammar, computed while their pass runs."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, tracer: Tracer, ahead: bool) -> None:
-        self.scheduler, self.executor, self.tracer, self.ahead = scheduler, executor, tracer, ahead
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, tracer: Tracer, ahead: bool, masks: MaskWorkers | None = None
+    ) -> None:
+        self.scheduler, self.executor, self.tracer, self.ahead, self.masks = scheduler, executor, tracer, ahead, masks
         self.flight: Flight | None = None
         """Between turns the scheduler is as it was before this pass, so that it may as well be forgotten."""
 
@@ -76,6 +79,8 @@ class Passes:
         """Compose a pass and launch its layers, all that comes before its first logits."""
         self.tracer.begin_pass()
         batch = self.scheduler.next_pass()
+        if self.masks is not None:
+            self.masks.begin(batch, self.scheduler.running)
         chunks = self.executor.run(batch) if newest is None else self.executor.run(batch, newest)
         return Launched(batch, started(chunks))
 

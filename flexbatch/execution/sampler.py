@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexbatch.execution.copies import Readback, sent
 from flexbatch.execution.logprobs import Scored, take
+from flexbatch.execution.masks import GrammarFollower
 from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, QueryTokens
 from flexbatch.execution.sampling import NOT_FINITE, Sampled, finite_rows, sample
 from flexbatch.execution.sequence import Fault, Sequence
@@ -32,15 +33,17 @@ class SampledTokens:
     fault: Fault | None = None
     """With one there are no new tokens."""
 
-    def mark_fault(self, num_output_tokens: int) -> None:
+    def mark_fault(self, num_output_tokens: int, grammar: GrammarFollower | None = None) -> None:
         """Turn a mark instead of the last token (`sampling.NOT_FINITE`, `sampling.ALL_BARRED`) into a fault.
-        num_output_tokens: that the sequence had before the pass."""
+        num_output_tokens: that the sequence had before the pass. grammar: that it follows."""
         if self.fault is not None or not self.token_ids or self.token_ids[-1] >= 0:
             return
         *path, mark = self.token_ids
         number = num_output_tokens + len(path) + 1
         if mark == NOT_FINITE:
             problem = f"the model's logits for generated token {number} are not finite numbers"
+        elif grammar is not None:
+            problem = f"structured_outputs: {grammar.problem or grammar.DEAD_END} as generated token {number}"
         else:
             problem = f"bias, suppressed words and other constraints bar every token as generated token {number}"
         self.fault = Fault(problem, mark == NOT_FINITE)
@@ -127,7 +130,8 @@ class Drawn:
             follow = sampled.follow if self.verifier is None else partial(self.verifier.follow, sampled=sampled)
             results[sequence_id] = follow(query)
         for sequence_id, sampled in results.items():
-            sampled.mark_fault(self.sequences[sequence_id].num_output_tokens)
+            sequence = self.sequences[sequence_id]
+            sampled.mark_fault(sequence.num_output_tokens, sequence.grammar)
         return results
 
     @staticmethod

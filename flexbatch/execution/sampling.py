@@ -20,6 +20,7 @@ from torch import Tensor
 from flexbatch.execution.constraints import Effect
 from flexbatch.execution.copies import sent
 from flexbatch.execution.logprobs import Scored, chunks, take
+from flexbatch.execution.masks import masked
 from flexbatch.execution.random_stream import gumbel
 from flexbatch.execution.sequence import Sequence
 from flexbatch.request import TokenLogprob
@@ -126,8 +127,8 @@ def process_logits(logits: Tensor, sequences: Many[Sequence], drafted: Drafted |
 
 
 def adjust(logits: Tensor, sequences: Many[Sequence], drafted: Drafted) -> Tensor:
-    """Bias, penalties and constraints, which can change the argmax. logits [N, vocab] is returned as it is when no row
-    asks for any, else a copy."""
+    """Bias, penalties, constraints and grammars, which can change the argmax. logits [N, vocab] is returned as it is
+    when no row asks for any, else a copy."""
     if not any(sequence.adjusted for sequence in sequences):
         return logits
     effects = {
@@ -138,7 +139,14 @@ def adjust(logits: Tensor, sequences: Many[Sequence], drafted: Drafted) -> Tenso
     logits = _biased(
         logits, [(row, token, bias) for row, effect in effects.items() for token, bias in effect.bias.items()]
     )
-    return _confined(_penalized(logits, sequences, drafted), effects)
+    masks = {
+        row: sequence.grammar.mask(path)
+        for row, (sequence, path) in enumerate(zip(sequences, drafted, strict=True))
+        if sequence.grammar is not None
+    }
+    # What a grammar bars is not forced: an answer is cut at max_tokens rather than failed.
+    effects |= {row: effect.unforced(masks[row]) for row, effect in effects.items() if row in masks and effect.forced}
+    return masked(_confined(_penalized(logits, sequences, drafted), effects), masks)
 
 
 def _biased(logits: Tensor, biases: Many[tuple[int, int, float]]) -> Tensor:

@@ -82,9 +82,11 @@ class Scheduler:
 
     @property
     def reads_tokens_first(self) -> bool:
-        """Whether the tokens of a pass have to be read before the next one is composed: drafts continue them, and the
-        host copies the pages of those that step aside and come back."""
-        return self.proposer is not None or bool(self.aside.sequences)
+        """Whether the tokens of a pass have to be read before the next one is composed: drafts continue them, so do the
+        tokens that a grammar leaves no choice about, and the host copies the pages of those that step aside."""
+        if self.proposer is not None or self.aside.sequences:
+            return True
+        return any(sequence.needs_host for sequence in self.running.values())
 
     def has_work(self) -> bool:
         """Whether there is anything to run; admits what fits."""

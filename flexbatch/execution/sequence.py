@@ -19,6 +19,8 @@ import numpy as np
 
 from flexbatch.execution.adjustments import Adjustments
 from flexbatch.execution.constraints import TokenConstraints
+from flexbatch.execution.masks import GrammarFollower
+from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.memory.pages import PageTable
 from flexbatch.request import Request, SamplingParams, TokenLogprob
 from flexbatch.text.decoder import TextDecoder
@@ -67,9 +69,11 @@ class Sequence:
         eos_token_ids: Collection[int] = (),
         max_context: int | None = None,
         sequence_id: int = 0,
+        grammar: GrammarFollower | None = None,
     ) -> None:
         """decoder: of the model's tokenizer; None without one. max_context: tokens of prompt and output together, at
-        most. sequence_id: by which passes name the sequence; larger than those of all that came before it."""
+        most. sequence_id: by which passes name the sequence; larger than those of all that came before it. grammar:
+        that the answer follows."""
         params = request.params
         self.request, self.sequence_id = request, sequence_id
         self.output = OutputText(
@@ -90,7 +94,8 @@ class Sequence:
         self.stream_key = stream_key(request, engine_seed)
         self.adjustments = Adjustments(request) if penalized or params.logit_bias else None
         self.constraints = TokenConstraints(params, self.token_ids, eos_token_ids) if params.constrained else None
-        self.adjusted = self.adjustments is not None or self.constraints is not None
+        self.grammar = grammar
+        self.adjusted = self.adjustments is not None or self.constraints is not None or grammar is not None
         """Whether anything changes the model's logits before a token is drawn."""
         self.unadjusted_greedy = params.greedy and not self.adjusted and params.logprobs is None
         self.logprobs: list[dict[int, TokenLogprob]] = []
@@ -175,11 +180,46 @@ class Sequence:
             self.fault is not None and self.fault.in_model and self.pages.num_shared > 0 and not self.num_output_tokens
         )
 
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host has to know its newest token before the next pass is composed: what a grammar leaves no
+        choice about is brought with it."""
+        return self.grammar is not None
+
+    def is_decoded_by(self, query: QueryTokens) -> bool:
+        """Whether a pass with this query draws a token: it holds the newest one, and the output has not ended."""
+        newest = query.parents is not None or query.start + query.num_tokens == len(self.token_ids)
+        return newest and self.output.finish is None
+
     def extend(self, token_ids: Collection[int]) -> int:
-        """Append generated tokens up to the end of the output; returns how many were kept."""
-        kept = self.output.extend(token_ids)
-        self.catch_up(kept)
+        """Append generated tokens up to the end of the output, and those after them that a grammar leaves no choice
+        about; returns how many of ``token_ids`` were kept."""
+        if self.grammar is None:
+            kept = self.output.extend(token_ids)
+            self.catch_up(kept)
+            return kept
+        before = self.num_output_tokens
+        kept = self._follow(token_ids, self.grammar)
+        # What has a log-probability is read in a pass of its own, and so is what other constraints may bar.
+        if self.params.logprobs is None and self.constraints is None:
+            while self.output.finish is None and (forced := self.grammar.forced()):
+                self._follow(forced, self.grammar)
+        self.catch_up(self.num_output_tokens - before)
+        if self.grammar.problem and self.fault is None:
+            self.fault = Fault(f"structured_outputs: {self.grammar.problem}", in_model=False)
         return kept
+
+    def _follow(self, token_ids: Collection[int], grammar: GrammarFollower) -> int:
+        """Append tokens up to the end of the output, which is also where the grammar has nothing more."""
+        before = self.num_output_tokens
+        for token_id in token_ids:
+            if self.output.finish is not None:
+                break
+            self.output.append(token_id)
+            grammar.advance(token_id)
+            if grammar.complete:
+                self.output.complete()
+        return self.num_output_tokens - before
 
     def catch_up(self, count: int) -> None:
         """Let what depends on the output take in its last ``count`` tokens."""
@@ -209,6 +249,8 @@ class Sequence:
         )
         if self.constraints is not None:
             self.constraints.check()
+        if self.grammar is not None:
+            self.grammar.check(len(generated))
         limit = self.params.max_tokens
         assert limit is None or len(generated) <= limit, f"{len(generated)} tokens for max_tokens={limit}"
         self.output.check()

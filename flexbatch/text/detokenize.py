@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flexbatch.request import SamplingParams
 from flexbatch.text.decoder import REPLACEMENT, Detokenizer, TextDecoder
+from flexbatch.text.stops import begun_stop, first_stop
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ class OutputText:
         self._cut: int | None = None
         """Where a stop string begins, or ends, if it is a part of the text."""
         self._final: str | None = None
+        self._ended_by_token = False
+        """Whether the last token is an EOS or stop token, which is no text."""
         self.text_token_ids = list(prompt_token_ids)
         """Prompt and kept tokens."""
         self.finish: Finish | None = None if self.max_tokens else Finish("length")
@@ -223,11 +226,19 @@ class OutputText:
             self.finish = Finish("stop", token_id)
         elif self.num_tokens >= self.max_tokens:
             self.finish = Finish("length")
+        self._ended_by_token = self.finish is not None and self.finish.reason == "stop"
         found, length = self._completed_stop(token_id)
         # An EOS or stop token is no text; a stop string that it completes counts where it takes text before it away.
         if found is not None and (self.finish is None or self.finish.reason == "length" or found.cut < length):
             self.finish, self._cut = Finish("stop", found.stop), found.end if self._with_stop else found.cut
+            self._ended_by_token = False
         return self.finish
+
+    def complete(self) -> None:
+        """End behind the last token, after which nothing can follow: an answer that max_tokens would cut there is
+        whole."""
+        if self.finish is None or self.finish.reason == "length":
+            self.finish = Finish("stop")
 
     def _completed_stop(self, token_id: int) -> tuple[FoundStop | None, int]:
         """The stop string that this token completes, and the length of the text before the token."""
@@ -249,7 +260,7 @@ class OutputText:
             return search.visible.text[: search.showable()]
         if self._final is None:
             token_ids = self.token_ids
-            if self.finish.reason == "stop" and self._cut is None and not self._with_stop:
+            if self._ended_by_token and not self._with_stop:
                 token_ids = token_ids[:-1]
             whole = self._decoder.continuation(self._prompt_token_ids, token_ids, special=self._special)
             self._final = whole[: self._cut]
@@ -283,17 +294,3 @@ class OutputText:
         assert self._cut is None or (self.finish is not None and isinstance(self.finish.stop_reason, str))
         if self._search is not None:
             self._search.check()
-
-
-def begun_stop(text: str, stops: Iterable[str]) -> int:
-    """Characters at the end of `text` that may turn out to be the beginning of a stop string."""
-    return max((length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])), default=0)
-
-
-def first_stop(text: str, stops: Iterable[str], passed: int = 0) -> tuple[int, str | None]:
-    """(position, stop string) of the earliest stop string in `text` that ends after its first ``passed`` characters,
-    the longer at equal positions, or (len(text), None)."""
-    found = [
-        (offset, -len(stop), stop) for stop in stops if (offset := text.find(stop, max(0, passed + 1 - len(stop)))) >= 0
-    ]
-    return (len(text), None) if not found else (min(found)[0], min(found)[2])

@@ -11,6 +11,7 @@ from typing import Any
 from flexbatch.request import SamplingParams
 from flexbatch.text.chat import ChatError, ChatOptions, ChatPrompt, ChatTemplate
 from flexbatch.text.files import lone_surrogate
+from flexbatch.text.grammars import Grammars
 from flexbatch.validation.errors import ConfigurationError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | ChatPrompt
@@ -161,6 +162,7 @@ class PromptEncoder:
         self._truncate = truncate
         self._chat = ChatTemplate(tokenizer)
         self._spelled = lru_cache(1024)(self._spellings)
+        self.grammars = Grammars(tokenizer, vocab_size)
 
     def encode(self, index: int, prompt: Prompt, max_tokens: int | None = 1) -> list[int]:
         """Token ids of prompt number `index`; see `read`."""
@@ -216,7 +218,7 @@ class PromptEncoder:
 
     def check_params(self, index: int, params: SamplingParams) -> None:
         """Raises PromptError where prompt number `index` asks for what this model does not have: tokens to bias or bar,
-        or text to look for stop strings and bad words in."""
+        or text to look for stop strings and bad words in; or where the form of its answer does not compile."""
         for name, token in params.named_tokens():
             if not 0 <= token < self._vocab_size:
                 raise PromptError(
@@ -226,6 +228,11 @@ class PromptEncoder:
             raise PromptError(index, "has stop strings, but the model has no tokenizer; use stop_token_ids")
         if params.bad_words and self.tokenizer is None:
             raise PromptError(index, "has bad words, but the model has no tokenizer; use bad_words_ids")
+        if params.structured_outputs is not None:
+            try:
+                self.grammars.compile(params.structured_outputs)
+            except ConfigurationError as error:
+                raise PromptError(index, str(error)) from None
 
     def with_tokens(self, index: int, params: SamplingParams) -> SamplingParams:
         """The parameters with the bad words among their `bad_words_ids`. Raises PromptError."""

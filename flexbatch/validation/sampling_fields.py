@@ -21,6 +21,7 @@ from flexbatch.validation.checks import (
     truth,
     whole,
 )
+from flexbatch.validation.structured_fields import as_structured_outputs
 
 MOST_SAMPLES = 16_384
 """Completions of one prompt, as in vLLM. Every one is a request of its own before anything runs: 64 bytes each and its
@@ -86,6 +87,8 @@ OTHER_NAMES = {
     "top_logprobs": "logprobs",
     "repeat_penalty": "repetition_penalty",
     "include_stop": "include_stop_str_in_output",
+    **dict.fromkeys(("guided_decoding", "guided_json", "guided_regex", "guided_choice"), "structured_outputs"),
+    **dict.fromkeys(("guided_grammar", "response_format", "json_schema"), "structured_outputs"),
 }
 """What users of other libraries call a field, to be told its name here. Names that look alike may mean another one."""
 NO_STRUCTURE = "answers of a given structure are not available; allowed_token_ids and stop narrow what may come"
@@ -157,6 +160,7 @@ CHECKS: dict[str, Check] = {
     "skip_special_tokens": truth,
     "detokenize": truth,
     "truncate_prompt_tokens": optional(_kept_tokens),
+    "structured_outputs": optional(as_structured_outputs),
 }
 
 

@@ -35,7 +35,7 @@ FIELDS = (
     "logit_bias", "prompt", "messages", "model", "user", "metadata", "stream", "echo", "best_of", "suffix", "tools",
     "response_format", "unknown", "min_tokens", "truncate_prompt_tokens", "include_stop_str_in_output",
     "skip_special_tokens", "bad_words", "stop_token_ids", "allowed_token_ids", "add_generation_prompt",
-    "continue_final_message", "chat_template_kwargs",
+    "continue_final_message", "chat_template_kwargs", "structured_outputs",
 )  # fmt: skip
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 5, 5.5, -0.0, 1e308, 1e-308, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**400,

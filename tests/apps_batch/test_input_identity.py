@@ -182,8 +182,9 @@ def test_a_file_that_is_written_meanwhile_is_an_error_that_names_it(tmp_path: Pa
 
 
 NOT_ANSWERS = {
-    "prompts", "output", "dry_run", "window_rows", "retry_failed", "max_errors", "overwrite", "metrics_file", "shard",
-    "ray", "ray_actors", "ray_address", "ray_cpus",
+    "prompts", "output", "dry_run", "window_rows", "retry_failed", "retry_truncated",
+    "max_errors", "overwrite", "metrics_file",
+    "shard", "ray", "ray_actors", "ray_address", "ray_cpus",
 }  # fmt: skip
 BY_THE_INPUT = {"input_format", "dataset_config", "split"}
 BY_THE_LAYOUT = {"part_rows"}
@@ -192,7 +193,8 @@ OTHER_VALUES: dict[str, Any] = {
     "generated_tokens": True, "output_prefix": "y_", "limit": 3, "n": 2, "min_p": 0.1, "prompt_logprobs": 1,
     "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5, "stop_token_ids": (3,),
     "allowed_token_ids": (3,), "bad_words": ("x",), "min_tokens": 2, "ignore_eos": True, "skip_special_tokens": False,
-    "include_stop_str_in_output": True,
+    "include_stop_str_in_output": True, "choice": ("x",), "regex": "x",
+    "json_schema": str(Path(__file__).parents[1] / "data" / "person.schema.json"),
 }  # fmt: skip
 
 

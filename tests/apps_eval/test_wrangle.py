@@ -104,11 +104,12 @@ class Answers:
     """An engine that answers by rule, and remembers the prompts."""
 
     def __init__(self, rule) -> None:
-        self.rule, self.prompts = rule, []
+        self.rule, self.prompts, self.forms = rule, [], []
 
     def stream(self, items, on_tokens=None):
         for key, text, params in items:
             assert params.stop == ("\n",) and params.greedy
+            self.forms.append(params.structured_outputs)
             self.prompts.append(text)
             said = self.rule(text)
             bad = said is None
@@ -420,3 +421,20 @@ def test_usage_errors_are_exit_code_2(tmp_path, capsys):
     assert main([str(make_matching(tmp_path)), "--trials", "0"]) == 2
     assert main([str(tmp_path / "entity_matching/structured/Beer"), "--dry-run", "--shots", "1"]) == 0
     assert capsys.readouterr().out.count("Are Product A and Product B the same?") == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "free", "choice"),
+    [
+        ("entity_matching", False, ("Yes", "No", " Yes", " No")),
+        ("error_detection", False, ("Yes", "No", " Yes", " No")),
+        ("entity_matching", True, None),
+        ("data_imputation", False, None),
+    ],
+)
+def test_questions_of_yes_and_no_leave_no_other_answer(tmp_path, task, free, choice):
+    """Also where the model's mistakes choose the shots."""
+    folder = MAKERS[task](tmp_path)
+    data, llm = find_data_set(folder, task, None if task != "data_imputation" else "city"), Answers(lambda text: "Yes")
+    run(WrangleConfig(folder, split="test", select="clusters", shots=2, free_answers=free), data, llm)
+    assert llm.forms and {form and form.choice for form in llm.forms} == {choice}

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 IMPORTED_AS = {"pyyaml": "yaml", "scikit-learn": "sklearn", "huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval"}
 """Distributions whose modules have another name."""
-BRING_THEIR_OWN = {"gguf", "helm", "ray", "lm_eval", "sklearn", "matplotlib"}
+BRING_THEIR_OWN = {"gguf", "helm", "llguidance", "ray", "lm_eval", "sklearn", "matplotlib"}
 """Modules of extras and of HELM's environment: what uses them says which extra to install."""
 COME_ALONG = {"fsspec": "datasets", "jinja2": "torch"}
 """Modules that another requirement cannot be without. What transformers loads tokenizers with is required, and
@@ -61,7 +61,7 @@ def test_nothing_depends_on_what_only_the_tests_bring() -> None:
     """A solver that was looked for and found wherever the extra `test` was installed made every check pass and every
     fresh environment fail."""
     options, extras = setup_cfg()["options"], setup_cfg()["options.extras_require"]
-    users = ("gguf", "lm-eval", "ray", "plot", "wrangle")
+    users = ("gguf", "lm-eval", "ray", "plot", "structured", "wrangle")
     for_users = modules_of("\n".join([options["install_requires"], *(extras[name] for name in users)]))
     only_tests = modules_of(extras["test"] + extras["dev"]) - for_users - {"flexbatch"}
     wanted = re.compile(

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from flexbatch.request import SamplingParams
 from flexbatch.text.decoder import Detokenizer, TextDecoder
-from flexbatch.text.detokenize import Finish, OutputText, first_stop
+from flexbatch.text.detokenize import Finish, OutputText
+from flexbatch.text.stops import first_stop
 
 fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
 EOS = 1
