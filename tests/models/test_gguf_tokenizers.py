@@ -82,3 +82,12 @@ def test_what_cannot_be_converted_is_said(add: Callable[[GGUFWriter], None], mes
     path = write(tmp_path / "x.gguf", add)
     with pytest.raises(CheckpointError, match=f"{path}.*{message}"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("version", ["4.56.0", "5.17.0", "5.22.2"])
+def test_older_releases_of_transformers_are_refused(version: str, tmp_path: Path, monkeypatch) -> None:
+    """They take another token for EOS, or none for BOS, and say nothing."""
+    monkeypatch.setattr("transformers.__version__", version)
+    path = write(tmp_path / "x.gguf", lambda writer: add_tokenizer(writer, make_tokenizer(), 307))
+    with pytest.raises(CheckpointError, match=rf"needs transformers 5\.23 or newer, and {version} is installed"):
+        load_tokenizer(path)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+OLDEST = (5, 23)
+"""Of transformers: up to 5.17 its converter took the BOS token of a SentencePiece vocabulary for EOS, so that no answer
+ended, and up to 5.22 it put no BOS token before a text."""
 
 
 def load_gguf_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase:
@@ -24,7 +27,13 @@ def load_gguf_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase:
     Raises CheckpointError.
     """
     count = _checked_count(path, read_header(path).metadata)
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, __version__
+
+    if tuple(int(part) for part in __version__.split(".")[:2]) < OLDEST:
+        raise CheckpointError(
+            f"{path}: the tokenizer of a GGUF file needs transformers {'.'.join(map(str, OLDEST))} or newer, and "
+            f"{__version__} is installed; pip install -U transformers, or name a folder with the model's own by --tokenizer"
+        )
 
     try:
         tokenizer = PreTrainedTokenizerFast(gguf_file=path.name, name_or_path=str(path.parent), vocab_file=str(path))
