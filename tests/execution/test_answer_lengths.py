@@ -22,7 +22,7 @@ from flexbatch.policy.expected_pages import ExpectedPages
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.step_aside import StepAsideCosts
 from flexbatch.policy.walk import walk
-from flexbatch.policy.workload import Request
+from flexbatch.policy.workload import RequestLengths
 from tests.execution.rigs import EOS, PAGE_TOKENS, open_cache, waiting
 
 MOST = 1024
@@ -263,7 +263,7 @@ def test_passes_are_predicted_where_pages_are_reserved_for_likely_answers(
     policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 64, 1, prefill_chunk=256, prefill_budget=BUDGET)
     sizes = CacheSizes(8 * -(-(PROMPT + MOST) // PAGE_TOKENS), 0, 0, 0)
     lengths = [min(MOST, answer) for answer in answers]
-    requests = [Request(PROMPT, length, num_pages(PROMPT + length - 1, PAGE_TOKENS)) for length in lengths]
+    requests = [RequestLengths(PROMPT, length, num_pages(PROMPT + length - 1, PAGE_TOKENS)) for length in lengths]
     likely, own = (
         walk(requests, policy, sizes, 64 + BUDGET, expected).passes
         for expected in (ExpectedPages(lengths, PAGE_TOKENS), None)
