@@ -138,7 +138,9 @@ def _try_folder(folder: Path, what: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             reason = error.strerror or error
-            raise ConfigurationError(f"{what}: nothing can be made in {folder}: {reason}") from None
+            raise ConfigurationError(
+                f"{what}: nothing can be made in {folder}: {reason}; name a folder that can be written"
+            ) from None
 
 
 def check_plot(flag: str, path: str | None) -> None:

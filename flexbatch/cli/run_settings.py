@@ -148,7 +148,7 @@ class SamplingConfig:
         read."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(SamplingConfig))
         found = {name: value for name, value in values if value is not None and value != ()}
-        form = {name: found.pop(name) for name in ("choice", "regex") if name in found}
+        form: dict[str, Any] = {name: found.pop(name) for name in ("choice", "regex") if name in found}
         if (path := found.pop("json_schema", None)) is not None:
             try:
                 form["json"] = schema_text(read_text(path))

@@ -31,8 +31,8 @@ def test_a_read_only_folder_is_a_usage_error(
     assert command("--offload-dir", str(small_disk / "offload"), *words) == 2
     message = error_of(capsys)
     assert (
-        f"offload folder {small_disk}/offload: Read-only file system" in message
-        and "name a writable folder with free space in --offload-dir" in message
+        f"--offload-dir {small_disk}/offload: nothing can be made in {small_disk}: Read-only file system" in message
+        and "name a folder that can be written" in message
     )
 
 

@@ -1,4 +1,4 @@
-"""What stands beside the parity grid, on a GPU: passes ahead of the host, adapters, experts and checkpoints in codes."""
+"""What stands beside the parity grid, on a GPU: passes ahead of the host, adapters and experts."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_a_share_of_the_memory_is_one_of_what_the_machine_has(monkeypatch):
         ({"kv_cache_dtype": "fp8"}, "use cache_bits"),
         ({"quantization": "fp8"}, "weight_bits"),
         ({"speculative_config": {"model": "m"}}, 'use draft .* tree="chain:N"'),
-        ({"swap_space": 4}, "cpu_memory"),
+        ({"swap_space": 8}, "cpu_memory"),
         ({"enable_prefix_caching": False}, "always share"),
         ({"revision": "abc"}, "give its folder as model"),
         ({"load_format": "gguf"}, "dummy_weights=True"),

@@ -32,7 +32,8 @@ def load_gguf_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase:
     if tuple(int(part) for part in __version__.split(".")[:2]) < OLDEST:
         raise CheckpointError(
             f"{path}: the tokenizer of a GGUF file needs transformers {'.'.join(map(str, OLDEST))} or newer, and "
-            f"{__version__} is installed; pip install -U transformers, or name a folder with the model's own by --tokenizer"
+            f"{__version__} is installed; pip install -U transformers, or name a folder with the model's own by "
+            "--tokenizer"
         )
 
     try:
