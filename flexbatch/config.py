@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,9 +131,6 @@ class EngineConfig:
             raise ConfigurationError(problem)
 
         from flexbatch.validation.setting_types import settings_of
-
-        if isinstance(self.lora, Mapping):
-            object.__setattr__(self, "lora", tuple(f"{name}={folder}" for name, folder in self.lora.items()))
 
         for name, value in settings_of(self).items():
             object.__setattr__(self, name, value)

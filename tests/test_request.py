@@ -267,7 +267,10 @@ def test_no_single_request_takes_much_memory(settings):
         (lambda: SamplingParams(do_sample=False), "no keyword 'do_sample'; did you mean 'temperature'?"),
         (lambda: LLM("demo", gpu_batchsize=4), "LLM has no keyword 'gpu_batchsize'; did you mean 'gpu_batch_size'?"),
         (lambda: LLM("demo", tracing=True), "LLM has no keyword 'tracing'"),
-        (lambda: LLM("demo", zzz=True), "LLM has no keyword 'zzz'; known are allow_bits, cache_bits,"),
+        (
+            lambda: LLM("demo", zzz=True),
+            "LLM has no keyword 'zzz'; known are allow_bits, async_scheduling, cache_bits,",
+        ),
         (
             lambda: LLM("demo", max_model_length=9),
             "LLM has no keyword 'max_model_length'; did you mean 'max_model_len'?",
@@ -310,6 +313,9 @@ SETTINGS = {
     "percent": ("100", (100, 0, "a", 0, 100, 0), (math.nan, 0, 0, 0, 0, 0), {100: 0}, (True,) * 6, [1, 2]),
     "allow_bits": ("8", ["8"], [8.0], [7], {8: 4}),
     "draft": (5, [5], [None], "", b"demo-draft"),
+    "async_scheduling": (0, 1, "no", []),
+    "lora": (5, "a", [5], {"a": 5}, {5: "a"}, ["a"]),
+    "lora_default": (5, b"a", ["a"]),
 }
 
 

@@ -104,7 +104,7 @@ REMEDIES = {
     "runner": "the engine generates and scores text; max_tokens=0 with prompt_logprobs scores",
     "convert": "the engine generates and scores text",
     "limit_mm_per_prompt": "models read text only",
-    "guided_decoding_backend": "answers of a given structure are not available",
+    "guided_decoding_backend": "forms of answers are compiled by llguidance; leave it out",
     "logits_processors": "no code of the caller runs in a pass; SamplingParams has logit_bias, bad_words and "
     "allowed_token_ids",
     "served_model_name": "there is no server; flexbatch batch answers OpenAI batch files",
@@ -193,12 +193,10 @@ def engine_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if not (name == "seed" and value is None)}
 
 
-NO_ADAPTERS = "adapters are not available; merge them into the weights (merge_and_unload of PEFT)"
 CALL_KEYWORDS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "lora_request": ((None,), NO_ADAPTERS),
-    "prompt_adapter_request": ((None,), NO_ADAPTERS),
+    "prompt_adapter_request": ((None,), "lora_request names an adapter of LoRA, the kind that there is"),
     "priority": ((None,), "prompts begin in the order in which they are given"),
-    "guided_options_request": ((None,), "answers of a given structure are not available"),
+    "guided_options_request": ((None,), "SamplingParams(structured_outputs=...) says the form of answers"),
     "tokenization_kwargs": ((None, {}), "SamplingParams(truncate_prompt_tokens=N) cuts prompts"),
     "mm_processor_kwargs": ((None, {}), "models read text only"),
     "chat_template_content_format": ((None, "auto", "string"), "templates get the text of a message"),

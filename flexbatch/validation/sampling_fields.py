@@ -91,15 +91,12 @@ OTHER_NAMES = {
     **dict.fromkeys(("guided_grammar", "response_format", "json_schema"), "structured_outputs"),
 }
 """What users of other libraries call a field, to be told its name here. Names that look alike may mean another one."""
-NO_STRUCTURE = "answers of a given structure are not available; allowed_token_ids and stop narrow what may come"
 NO_BEAMS = "there is no beam search; n and temperature give several answers"
 UNAVAILABLE = {
     "logits_processors": "no code of the caller runs in a pass; logit_bias, bad_words, allowed_token_ids and "
     "sequence_bias change what may be drawn",
     "output_kind": "generate gives whole answers; stream(items, on_tokens) and add_request(on_text=) give text as it "
     "comes",
-    "structured_outputs": NO_STRUCTURE,
-    "guided_decoding": NO_STRUCTURE,
     "use_beam_search": NO_BEAMS,
     "length_penalty": NO_BEAMS,
     "early_stopping": NO_BEAMS,
@@ -113,6 +110,7 @@ UNAVAILABLE = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(UNAVAILABLE, (None,)),
     "best_of": (None,),
+    "guided_decoding": (None,),
     "logits_processors": (None, []),
     "extra_args": (None, {}),
     "use_beam_search": (None, False),

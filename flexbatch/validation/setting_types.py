@@ -50,7 +50,19 @@ BY_TYPE: Mapping[str, Check] = {
     "tuple[int, ...] | None": optional(several(whole(), 1024, "whole numbers")),
     "tuple[str, ...] | None": optional(drafts),
 }
-BY_NAME: Mapping[str, Check] = {"seed": SEED, "lora": optional(several(text(2 * LONGEST), 2**16, "NAME=FOLDER"))}
+
+
+def adapters(value: Any) -> tuple[str, ...]:
+    """NAME=FOLDER texts, or a mapping of names to folders."""
+    wanted = "NAME=FOLDER texts, or names with their folders"
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) and isinstance(path, str | os.PathLike) for name, path in value.items()):
+            raise Unfit(wanted)
+        value = [f"{name}={os.fspath(path)}" for name, path in value.items()]
+    return several(text(2 * LONGEST), 2**16, wanted)(value)
+
+
+BY_NAME: Mapping[str, Check] = {"seed": SEED, "lora": optional(adapters)}
 TORCH = ("device", "dtype")
 
 

@@ -83,7 +83,10 @@ def as_structured_outputs(value: Any) -> StructuredOutputsParams:
     if isinstance(value, StructuredOutputsParams):
         return value
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return StructuredOutputsParams(**value)
+        try:
+            return StructuredOutputsParams(**value)
+        except ConfigurationError as error:
+            raise Unfit(f"one form of answers: {error}") from None
     raise Unfit("StructuredOutputsParams(json=..., or another kind), or a dict of its fields")
 
 

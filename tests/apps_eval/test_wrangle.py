@@ -378,7 +378,7 @@ def test_the_command_end_to_end_on_the_demo_model(tmp_path, capsys, task):
     assert code == 0 and found["task"].startswith(task) and found["trials"][0]["count"] == 12
     predictions = pyarrow.parquet.read_table(tmp_path / "out/predictions.parquet").to_pylist()
     assert len(predictions) == 24 and all(row["answer"] is not None and row["error"] is None for row in predictions)
-    assert found["mean"]["accuracy"] == sum(row["right"] for row in predictions) / 24
+    assert found["mean"]["accuracy"] == pytest.approx(sum(row["right"] for row in predictions) / 24)
     assert json.loads((tmp_path / "out/scores.json").read_text()) == found
 
 

@@ -299,7 +299,7 @@ def test_streams_steps_and_chats_name_adapters(eight, tmp_path):
 WRONG = {
     "unknown name": ("b", "there is no adapter 'b'; known: a0"),
     "other folder": (LoRARequest("a0", 1, "elsewhere"), "the name 'a0' belongs to the adapter in"),
-    "no adapter": (7, "lora_request is 7, a int; give LoRARequest"),
+    "no adapter": (7, "lora_request is 7, of type int; give LoRARequest"),
     "too many": (["a0", "a0"], "2 lora_request for 1 prompts"),
     "no folder": (LoRARequest("new", 1, "/nowhere"), "adapter folder /nowhere does not exist"),
 }

@@ -384,8 +384,7 @@ def test_every_default_of_vllm_may_be_spelled_out():
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("structured_outputs", {"json": {}}, "answers of a given structure are not available"),
-        ("guided_decoding", {"regex": "a"}, "answers of a given structure are not available"),
+        ("guided_decoding", {"regex": "a"}, "did you mean 'structured_outputs'"),
         ("spaces_between_special_tokens", False, "the tokenizer decides"),
         ("flat_logprobs", True, "one dict for each token"),
         ("best_of", 2, "did you mean 'n'"),
@@ -409,7 +408,7 @@ def test_keywords_of_calls_that_change_nothing_are_taken_and_others_told(llm):
     assert spelled.token_ids == plain.token_ids
     assert llm.chat(CHAT, params, chat_template_content_format="auto", **neutral)
     for name, value, problem in [
-        ("lora_request", object(), "merge them into the weights"),
+        ("lora_request", object(), r"give LoRARequest\(name, number, folder\)"),
         ("priority", [1], "in the order in which they are given"),
         ("prompt_token_ids", [[5, 6]], "as prompts"),
         ("chat_template_content_format", "openai", "templates get the text"),
@@ -437,7 +436,7 @@ def test_attributes_of_vllm_that_are_not_here_say_what_is(llm):
 @pytest.mark.parametrize(
     "keyword",
     [
-        {"swap_space": 4}, {"limit_mm_per_prompt": {}}, {"async_scheduling": True}, {"logprobs_mode": "raw_logprobs"},
+        {"swap_space": 4}, {"limit_mm_per_prompt": {}}, {"logprobs_mode": "raw_logprobs"},
         {"config_format": "auto"}, {"mm_processor_kwargs": None}, {"enable_sleep_mode": False},
     ],
 )  # fmt: skip

@@ -61,6 +61,6 @@ def as_lora_request(value: Any, what: str = "lora_request") -> LoRARequest | Non
     if hasattr(value, "lora_name") and hasattr(value, "lora_path"):
         return LoRARequest(value.lora_name, getattr(value, "lora_int_id", 0), value.lora_path)
     raise ConfigurationError(
-        f"{what} is {short(value)}, a {type(value).__name__}; give LoRARequest(name, number, folder), the name of an "
-        "adapter, or None"
+        f"{what} is {short(value)}, of type {type(value).__name__}; give LoRARequest(name, number, folder), the "
+        "name of an adapter, or None"
     )
