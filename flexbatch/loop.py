@@ -196,7 +196,7 @@ class EngineLoop:
         if whole_job is not None and proposer is None:
             self.job_record = JobRecord(Forecast(self.planner.engine_plan, whole_job, runner.sizes))
             self.observers.append(self.job_record)
-        monitor, ahead = self.plan_monitor(runner), self.planner.config.goes_ahead(runner.executor.graphs is not None)
+        monitor, ahead = self.plan_monitor(runner), self.planner.config.goes_ahead
         self.passes = Passes(self.scheduler, runner.executor, self.tracer, ahead, self.masks)
         if isinstance(self.tracer, UsageTracer):
             self.tracer.wanted = monitor is not None

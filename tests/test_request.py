@@ -304,7 +304,9 @@ SETTINGS = {
         ),
         (1.5, "4", True, 16.0, [4], object, math.nan),
     ),
-    **dict.fromkeys(("overlap", "recalibrate", "compare_plain", "dummy_weights"), (0, 1, "no", None, [])),
+    **dict.fromkeys(
+        ("overlap", "recalibrate", "compare_plain", "dummy_weights", "async_scheduling"), (0, 1, "no", None, [])
+    ),
     **dict.fromkeys(("cpu_attention", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
     **dict.fromkeys(("model", "device", "dtype", "hardware"), (5, None, b"cpu", ["cpu"], float)),
     **dict.fromkeys(("tree", "offload_dir", "tokenizer", "generation_config", "draft_sampling"), (5, b"a", ["a"])),
@@ -313,7 +315,6 @@ SETTINGS = {
     "percent": ("100", (100, 0, "a", 0, 100, 0), (math.nan, 0, 0, 0, 0, 0), {100: 0}, (True,) * 6, [1, 2]),
     "allow_bits": ("8", ["8"], [8.0], [7], {8: 4}),
     "draft": (5, [5], [None], "", b"demo-draft"),
-    "async_scheduling": (0, 1, "no", []),
     "lora": (5, "a", [5], {"a": 5}, {5: "a"}, ["a"]),
     "lora_default": (5, b"a", ["a"]),
 }

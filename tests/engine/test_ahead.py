@@ -207,11 +207,10 @@ def test_a_failed_or_interrupted_pass_leaves_nothing_behind(pair, monkeypatch):
         assert completed(pair[1], job) == wanted
 
 
-def test_only_a_device_beside_the_host_goes_ahead_unasked():
-    assert EngineConfig().goes_ahead(resident=True) and not EngineConfig().goes_ahead(resident=False)
-    assert EngineConfig(async_scheduling=True).goes_ahead(resident=False)
-    assert not EngineConfig(async_scheduling=False).goes_ahead(resident=True)
-    assert not EngineConfig(async_scheduling=True, overlap=False).goes_ahead(resident=True)
+def test_passes_go_ahead_when_asked_and_where_transfers_overlap():
+    assert not EngineConfig().goes_ahead and not EngineConfig(async_scheduling=False).goes_ahead
+    assert EngineConfig(async_scheduling=True).goes_ahead
+    assert not EngineConfig(async_scheduling=True, overlap=False).goes_ahead
 
 
 def test_tokens_that_only_the_device_knows_need_its_embedding(pair):
