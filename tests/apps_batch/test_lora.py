@@ -12,7 +12,6 @@ import pytest
 from flexbatch import LLM, SamplingParams
 from flexbatch.apps.batch import main, model_identity
 from flexbatch.apps.completion import main as complete
-from flexbatch.apps.lm_eval_settings import engine_arguments
 from flexbatch.apps.ray import GenerateText
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.run_work import make_work
@@ -143,5 +142,6 @@ def test_what_completions_depend_on(models, tmp_path):
 
 
 def test_lm_eval_takes_one_for_all():
+    engine_arguments = pytest.importorskip("flexbatch.apps.lm_eval_settings", exc_type=ImportError).engine_arguments
     found = engine_arguments({"lora": "sql=adapters/sql", "device": "cpu"})
     assert found == {"lora": ("sql=adapters/sql",), "lora_default": "sql", "device": "cpu"}
