@@ -142,6 +142,8 @@ def test_what_completions_depend_on(models, tmp_path):
 
 
 def test_lm_eval_takes_one_for_all():
-    engine_arguments = pytest.importorskip("flexbatch.apps.lm_eval_settings", exc_type=ImportError).engine_arguments
+    pytest.importorskip("lm_eval")
+    from flexbatch.apps.lm_eval_settings import engine_arguments
+
     found = engine_arguments({"lora": "sql=adapters/sql", "device": "cpu"})
     assert found == {"lora": ("sql=adapters/sql",), "lora_default": "sql", "device": "cpu"}
