@@ -111,7 +111,7 @@ def _fetch(
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # every HTTP library of the Hub client has exceptions of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{what} {model!r} is no local folder and cannot be fetched from the Hugging Face Hub: {reason}"
             f"{neighbor(Path(model))}. "

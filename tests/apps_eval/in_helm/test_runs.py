@@ -245,7 +245,7 @@ def test_a_run_that_fails_is_told_last_and_loses_no_other(folder, model):
     ("words", "told"),
     [
         (["-r", "nosuch:model=text"], "HELM has no run of this name"),
-        (["-r", "simple_mcqa:model=text", "--model", "no/where"], "--model no/where"),
+        (["-r", "simple_mcqa:model=text", "--model", "no/where"], "model 'no/where' is no local folder"),
     ],
 )
 def test_mistakes_in_the_command_are_exit_code_2_without_a_traceback(folder, words, told):
