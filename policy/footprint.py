@@ -65,7 +65,7 @@ def memory_rows(
     row = shape.token_bytes(policy.cache_bits)
     weights = shape.total_bytes(bits)
     slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
-    dequantization = 0.0 if bits == 16 else max(shape.block_bytes(16), shape.dense_bytes(16))
+    dequantization = shape.dequantized_bytes(bits)
     cache = batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
@@ -177,7 +177,7 @@ def peak_memory(
     point = point_of(policy)
     point[1:4] = split.fractions
     peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
-    dequantization = 0 if policy.weight_bits == 16 else max(shape.block_bytes(16), shape.dense_bytes(16))
+    dequantization = shape.dequantized_bytes(policy.weight_bits)
     peak["gpu"]["weight slabs"] = dequantization + policy.num_weight_slabs * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
     staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)

@@ -146,6 +146,10 @@ class ModelShape:
     def dense_bytes(self, bits: int) -> int:
         return sum(self.dense_tensor_bytes(bits))
 
+    def dequantized_bytes(self, bits: int) -> int:
+        """The largest layer expanded to 16 bits; nothing is where weights have 16 bits."""
+        return 0 if bits == 16 else max(self.block_bytes(16), self.dense_bytes(16))
+
     @property
     def block_elements(self) -> int:
         return sum(self.block_tensors) + sum(self.adapter_tensors)

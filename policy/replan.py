@@ -168,24 +168,16 @@ def chunk_budget(plan: Plan, hardware: Hardware, limit: int, share: float, mean_
     """
     planned = plan.policy.prompt_tokens_per_micro_batch
     model, point = model_for(plan, hardware, limit, share, mean_context)
-    paced = math.ceil(float(model.load.prompt_tokens) / plan.policy.num_gpu_batches)
-    budgets = [planned]
+    load, batches = model.load, plan.policy.num_gpu_batches
+    budgets, paced = [planned], math.ceil(float(load.prompt_tokens) / batches)
     while budgets[-1] > paced:
         budgets.append(max(paced, budgets[-1] // 2))
-    seconds = {budget: seconds_at(model, point, budget) for budget in budgets}
-    enough = min(seconds.values()) * (1 + LEAST_GAIN)
-    return next(budget for budget in budgets if seconds[budget] <= enough)
-
-
-def seconds_at(model: PassModel, point: np.ndarray, budget: int) -> float:
-    """The average pass of ``model`` when its prompts come ``budget`` tokens of a micro-batch at a time, and other
-    passes have none."""
-    load, policy = model.load, model.policy
-    bursts = budget * policy.num_gpu_batches / float(load.prompt_tokens)
-    with_prompts = dataclasses.replace(load, **{name: getattr(load, name) * bursts for name in PROMPT_FIELDS})
-    without = dataclasses.replace(load, **dict.fromkeys(PROMPT_FIELDS, 0.0))
-    times = [
-        float(PassModel(model.shape, model.hardware, policy, each, model.graphs).pass_seconds(point))
-        for each in (with_prompts, without)
-    ]
-    return times[0] / bursts + times[1] * (1 - 1 / bursts)
+    # The average pass when its prompts come so many tokens of a micro-batch at a time, and other passes have none.
+    bursts = np.array(budgets) * batches / float(load.prompt_tokens)
+    prompts = {name: getattr(load, name) * np.array([0.0, *bursts]) for name in PROMPT_FIELDS}
+    without, *with_prompts = plan.passes_like(
+        dataclasses.replace(load, **prompts), hardware, model.policy
+    ).pass_seconds(point)
+    seconds = np.array(with_prompts) / bursts + without * (1 - 1 / bursts)
+    enough = seconds.min() * (1 + LEAST_GAIN)
+    return next(budget for budget, each in zip(budgets, seconds, strict=True) if each <= enough)

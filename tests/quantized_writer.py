@@ -19,6 +19,14 @@ from tests.tiny_models import make_model
 
 Matrix = tuple[dict[str, Tensor], Tensor]
 """Stored tensors by what follows the module's name, and the matrix [rows, columns] that they mean, in float32."""
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
 
 
 def bit_words(values: np.ndarray, bits: int) -> Tensor:

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from torch import Tensor
 
 from flexbatch.kernels.low_rank_reference import TILE_TOKENS
-
-
-@dataclass(frozen=True)
-class AdapterGroups:
-    """Arguments of `ops.low_rank_update`."""
-
-    order: Tensor
-    tiles: Tensor
 
 
 def group_tokens(adapters: np.ndarray, extra_tiles: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -85,7 +85,7 @@ class Loader:
         """Matrices of a quantized checkpoint whose scales lost bits in the compute dtype."""
         self.requantized: set[Key] = set()
         """Matrices of a quantized checkpoint that a store at --weight-bits does not hold as they are."""
-        self.squared_error, self.squared_sum = 0.0, 0.0
+        self.squared_error = self.squared_sum = torch.zeros((), dtype=torch.float64, device=store.device)
         """Of these: what their weights changed by, and the weights."""
 
     def filed(self, placed: PlacedTensor) -> bool:
@@ -212,8 +212,9 @@ class Loader:
             if piece.from_codes:
                 self.requantized.add((piece.layer, piece.role))
                 found = ops.dequantize(codes, parameters, tensor.shape[1], placed.bits, placed.group)
-                self.squared_error += (found.float() - chunk.float()).square().sum().item()
-                self.squared_sum += chunk.float().square().sum().item()
+                # Read when all is loaded: a number on the host would wait for the device at every chunk.
+                self.squared_error = self.squared_error + (found.float() - chunk.float()).square().sum()
+                self.squared_sum = self.squared_sum + chunk.float().square().sum()
 
     def warn_of_losses(self) -> None:
         """Say what a quantized checkpoint lost on its way."""
@@ -227,7 +228,8 @@ class Loader:
                 len(self.rounded), bits, name, wider,
             )  # fmt: skip
         if self.requantized:
-            share = 100 * (self.squared_error / self.squared_sum) ** 0.5 if self.squared_sum else 0.0
+            error, total = float(self.squared_error), float(self.squared_sum)
+            share = 100 * (error / total) ** 0.5 if total else 0.0
             logger.warning(
                 "%d matrices that are quantized in the checkpoint were quantized anew, in the %d bits of "
                 "--weight-bits: their weights changed by %.2g %% (root mean square); --weight-bits 16 keeps them",

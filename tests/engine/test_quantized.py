@@ -14,17 +14,9 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.models.described import describe
 from flexbatch.models.opened import planned_model
 from tests.grids import sampled
-from tests.quantized_writer import KINDS, write_model
+from tests.quantized_writer import KINDS, SIZES, write_model
 from tests.tiny_models import greedy_tokens, make_tokenizer, random_prompts
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-}
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 PLACES = ((100, 0), (0, 100), (30, 40))
 

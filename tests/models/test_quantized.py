@@ -16,17 +16,9 @@ from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
 from flexbatch.models.quantized.decoding import planned_formats
 from flexbatch.models.specs import weight_specs
 from tests.grids import grid
-from tests.quantized_writer import KINDS, Kind, configure, write_model
+from tests.quantized_writer import KINDS, SIZES, Kind, configure, write_model
 from tests.tiny_models import FAMILY_CASES
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-}
 MATRICES = ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
 FORMS: dict[str, tuple[int, int] | None] = {
     **dict.fromkeys(("int4", "int4-zeros", "int2"), (4, 32)),

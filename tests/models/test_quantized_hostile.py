@@ -18,8 +18,8 @@ from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.quantized.config import read_quantization
 from tests.grids import grid
-from tests.models.test_quantized import SIZES, read
-from tests.quantized_writer import KINDS, Kind, compressed, configure, float8_weights, write_model
+from tests.models.test_quantized import read
+from tests.quantized_writer import KINDS, SIZES, Kind, compressed, configure, float8_weights, write_model
 
 SMALL = {**SIZES, "num_hidden_layers": 1}
 MODULE = "model.layers.0.self_attn.o_proj"

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexbatch.models import checkpoint
-from tests.models.test_quantized import SIZES, read
-from tests.quantized_writer import configure, float8, write_model
+from tests.models.test_quantized import read
+from tests.quantized_writer import SIZES, configure, float8, write_model
 from tests.tiny_models import make_model
 
 

@@ -40,6 +40,8 @@ class Words(Scheme):
     bits: int
     group: int
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+    short_last_group: ClassVar[bool] = False
+    """Whether the last group of a row may have fewer inputs than the others."""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -52,10 +54,10 @@ class Words(Scheme):
         return 4 if self.bits <= 4 else 8, self.group or row_group(columns)
 
     def whole_words(self, rows: int, columns: int) -> None:
-        """Raises ValueError. The last group of GPTQ may be short."""
+        """Raises ValueError."""
         group = self.group or columns
         fields = 32 // self.bits if self.bits != 3 else 32
-        if columns % fields or rows % fields or (columns % group and not isinstance(self, GPTQ)):
+        if columns % fields or rows % fields or (columns % group and not self.short_last_group):
             raise ValueError(
                 f"a matrix [{rows}, {columns}] does not divide into words of {fields} codes and groups of {group} "
                 "inputs"
@@ -83,6 +85,7 @@ class GPTQ(Words):
     """zero_offset: what is added to a stored zero point. symmetric: they may be missing, and are all one half then.
     reorders: groups take inputs out of their order, which files have to tell."""
 
+    short_last_group: ClassVar[bool] = True
     zero_offset: int = 1
     symmetric: bool = False
     reorders: bool = False
