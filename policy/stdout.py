@@ -11,7 +11,9 @@ import contextlib
 import ctypes
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
@@ -22,9 +24,28 @@ READER_GONE = 1
 def run_process(main: Callable[[], int | None]) -> int:
     """Runs the main function of a process, whose `sys.stdout` is then a stream of its own, and returns its exit code.
 
-    A reader that has gone (``| head``) ends the process without a traceback. Where stdout is moved already, or is no
-    file, ``main`` just runs.
+    A reader that has gone (``| head``) ends the process without a traceback, and so does Ctrl-C where nobody handles
+    it: while modules are imported, and once ``main`` has returned. Where stdout is moved already, or is no file,
+    ``main`` just runs.
     """
+    try:
+        code = _run_with_own_stdout(main)
+        _ignore_interrupts()
+    except KeyboardInterrupt:
+        _ignore_interrupts()
+        code = 128 + signal.SIGINT
+    return code
+
+
+def _ignore_interrupts() -> None:
+    """The exit code stands and all is written: a second Ctrl-C that comes now would only interrupt the interpreter,
+    which takes its libraries down for up to a second and prints a traceback for each that it is kept from."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _run_with_own_stdout(main: Callable[[], int | None]) -> int:
     _open_standard_streams()
     if _descriptor(sys.stdout) != 1:
         return main() or 0

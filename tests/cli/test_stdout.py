@@ -199,6 +199,31 @@ sys.exit(run_process(lambda: run_command(command)))
     assert "Traceback" not in done.stderr and "noise" not in done.stdout
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("begin", ["import os, signal", "import os, signal, torch"])
+def test_a_signal_while_the_interpreter_ends_is_no_traceback(number: str, begin: str) -> None:
+    """The second Ctrl-C of a run whose last sequences have just ended; torch takes its libraries down there."""
+    program = f"""
+import atexit, sys
+{begin}
+from flexbatch.cli.command import run_command
+from flexbatch.policy.stdout import run_process
+atexit.register(lambda: os.kill(os.getpid(), signal.{number}))
+sys.exit(run_process(lambda: run_command(lambda data: print("data", file=data) or 3)))
+"""
+    done = python("-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "data\n", "")
+
+
+def test_ctrl_c_while_modules_are_imported_is_no_traceback() -> None:
+    code = (
+        "import os, signal, sys\nfrom flexbatch.policy.stdout import run_process\n"
+        "sys.exit(run_process(lambda: os.kill(os.getpid(), signal.SIGINT)))"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_half_a_surrogate_pair_is_written_as_json_writes_it() -> None:
     code = (
         "from flexbatch.policy.stdout import run_process\nimport json\nrun_process(lambda: "
