@@ -24,7 +24,7 @@ from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import for_all_rows
 from flexbatch.cli.settings import add_engine_arguments, engine_config, refuse_measurements
 from flexbatch.policy.stdout import run_process
-from flexbatch.validation.errors import CRASH, ROW_ERRORS, ConfigurationError
+from flexbatch.validation.errors import CRASH, ROW_ERRORS, ConfigurationError, reason
 
 RUNNER = "flexbatch.apps.helm.FlexBatchRunner"
 ALL_INSTANCES = 10**9
@@ -122,7 +122,7 @@ def command(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     try:
         register(deployment, apply_chat_template=args.chat_template, logprobs=args.logprobs, **changed_settings(config))
     except OSError as problem:
-        raise ConfigurationError(f"--model {config.model}: {problem}") from problem
+        raise ConfigurationError(f"--model {config.model}: {reason(problem)}") from problem
     began = time.time()
     try:
         helm_run(helm_args)

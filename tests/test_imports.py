@@ -4,7 +4,6 @@ upward; no torch for ``--help``."""
 from __future__ import annotations
 
 import ast
-import resource
 import subprocess
 import sys
 from collections.abc import Collection
@@ -104,38 +103,21 @@ def test_links_are_committed(name: str) -> None:
     assert link.readlink() == Path("..") / name
 
 
-HELP_SECONDS = 1.0
-"""Of one core: what else the machine does takes none of them."""
-
-
-def core_seconds() -> float:
-    """Of all processes that this one has started and waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.mark.parametrize(
     "module",
     ("flexbatch", "flexbatch.run", "flexbatch.apps.batch", "flexbatch.apps.wrangle", "flexbatch.apps.inspect_model"),
 )
-def test_help_answers_within_a_second_without_torch(module: str) -> None:
+def test_help_answers_without_torch(module: str) -> None:
     code = (
         f"import runpy, sys\nsys.argv = ['x', '--help']\n"
         f"try:\n    runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
         f"finally:\n    assert 'torch' not in sys.modules, 'torch was imported'"
     )
-    seconds = []
-    for _ in range(3):  # the least of three: a busy machine's caches are cold
-        start = core_seconds()
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
-        seconds.append(core_seconds() - start)
-        assert done.returncode == 0, done.stderr
-        assert "usage" in done.stdout
-        if seconds[-1] < HELP_SECONDS:
-            break
-    assert min(seconds) < HELP_SECONDS
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
 
 
 def module_name(path: Path) -> str:

@@ -22,6 +22,7 @@ from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.request import Completion, TokenLogprob
 from flexbatch.text.decoder import TextDecoder
 from flexbatch.text.files import split_lines
+from flexbatch.validation.errors import reason
 
 CONTEXT = 256
 """Number of tokens before a token that can decide how it is written, special ones among them."""
@@ -283,7 +284,7 @@ class OpenAIOutput:
         try:
             return [json.loads(line) for line in split_lines(path.read_bytes().decode())]
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {reason(error)}") from error
 
     def read(self, path: Path, rows: int) -> list[RowRecord]:
         records = self._records(path)

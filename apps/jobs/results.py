@@ -15,7 +15,7 @@ from flexbatch.apps.jobs.columns import ROW_ERROR
 from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.request import Completion, TokenLogprob
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, reason
 from flexbatch.validation.secrets import redacted
 
 RowRecord = Any
@@ -220,7 +220,7 @@ class ParquetOutput:
         try:
             table = pq.read_table(path, columns=[self._prefix + name for name in self._kept], partitioning=None)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {reason(error)}") from error
         if len(table) != rows:
             raise ValueError(f"{path} holds {len(table)} rows, this job's part has {rows}")
         columns = {name: table[self._prefix + name].to_pylist() for name in self._kept}

@@ -24,7 +24,7 @@ from flexbatch.apps.jobs.columns import refuse_reserved
 from flexbatch.apps.jobs.content import content, wanted_whole
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import Part, RowGroup
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, reason
 
 BATCH_ROWS = 1024
 DATASET_GROUP_ROWS = 1000
@@ -121,7 +121,7 @@ class ParquetSource:
                     identity["footer"] = f"sha256 {hashlib.sha256(footer).hexdigest()[:32]}"
                 return parquet.metadata, parquet.schema_arrow, identity
         except (pa.ArrowException, OSError) as error:
-            raise ConfigurationError(f"{file.name}: not a readable Parquet file: {error}") from None
+            raise ConfigurationError(f"{file.name}: not a readable Parquet file: {reason(error)}") from None
 
     def _file(self, path: str) -> pq.ParquetFile:
         """Returns the file, opened once for all its row groups: parsing the footer again for each would be quadratic
@@ -151,7 +151,7 @@ class ParquetSource:
                 row += len(batch)
                 yield conform(batch, self.schema)
         except (pa.ArrowException, OSError) as error:
-            raise SourceError(f"{where.file}: row group {where.group} cannot be read: {error}") from error
+            raise SourceError(f"{where.file}: row group {where.group} cannot be read: {reason(error)}") from error
         if row != where.rows:
             raise SourceError(f"{where.file}: row group {where.group} holds {row} rows, its footer says {where.rows}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from flexbatch.apps.wrangle.examples import Example
 from flexbatch.apps.wrangle.tables import TableError
 from flexbatch.text.files import read_text
+from flexbatch.validation.errors import reason
 
 Manual = str | dict[str, str]
 """The examples as text; or for every value of the data set's group column, its text."""
@@ -100,7 +101,7 @@ def read_manual(path: Path, data_set: str) -> Manual:
     try:
         content = read_text(path).replace("\r\n", "\n")
     except OSError as problem:
-        raise TableError(f"hand-written shots cannot be read: {problem}; give --manual FILE") from problem
+        raise TableError(f"hand-written shots cannot be read: {reason(problem)}; give --manual FILE") from problem
     if path.suffix == ".py":
         return _from_constants(path, content, data_set)
     if path.suffix != ".json":

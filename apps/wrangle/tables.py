@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flexbatch.text.files import read_text
+from flexbatch.validation.errors import reason
 
 TableRow = dict[str, str | None]
 """Maps a column to its printed value; None where a value is missing."""
@@ -84,7 +85,7 @@ def _read_parquet(path: Path) -> list[TableRow]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowInvalid) as problem:
-        raise TableError(f"{path} cannot be read as Parquet: {problem}") from problem
+        raise TableError(f"{path} cannot be read as Parquet: {reason(problem)}") from problem
     columns: dict[str, list[str | None]] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         values = column.to_pylist()

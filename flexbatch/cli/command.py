@@ -77,8 +77,7 @@ def run_command(main: Callable[[TextIO], int | None], resume: str | None = None)
         if code == CRASH:
             logger.exception("crashed: %s", told(error))
         else:
-            explained = isinstance(error, OSError) and error.filename is None and error.strerror
-            logger.error("%s", explained or told(error))
+            logger.error("%s", told(error))
         return code
 
 

@@ -15,7 +15,7 @@ from flexbatch.config import NGRAM, EngineConfig
 from flexbatch.models.lora.request import parse_loras
 from flexbatch.policy.suggest import neighbor
 from flexbatch.validation.devices import check_device, check_dtype, named_machine
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, reason
 
 PICTURES = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")
 """Endings that matplotlib draws everywhere; asking it takes a second."""
@@ -137,9 +137,9 @@ def _try_folder(folder: Path, what: str) -> None:
             pass
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            reason = error.strerror or error
+            why = reason(error)
             raise ConfigurationError(
-                f"{what}: nothing can be made in {folder}: {reason}; name a folder that can be written"
+                f"{what}: nothing can be made in {folder}: {why}; name a folder that can be written"
             ) from None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from flexbatch.cli.run_settings import STANDARD_INPUT
 from flexbatch.text.csv_rows import CsvRows, delimiter_of
 from flexbatch.text.files import decode_text, parse_json, read_text, split_lines, with_doubles
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, reason
 
 LONGEST_LINE = 64 * 2**20
 """Characters of a line of CSV."""
@@ -61,7 +61,7 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
     try:
         rows = list(readers[path.suffix.lower()](path))
     except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise ConfigurationError(f"{path}: cannot be read: {reason(error)}") from error
     if not rows:
         raise ConfigurationError(f"{path}: holds no prompts")
     return rows

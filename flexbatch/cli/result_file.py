@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO, TextIO
 
 from flexbatch.files.atomic import replacing
 from flexbatch.text.files import json_text
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, reason
 
 STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 SHOWN_CHARACTERS = 60
@@ -49,7 +49,7 @@ class ResultFile:
             _check_writable(self.path)
             self._state = _locked(self.state_path)
         except OSError as error:
-            raise ConfigurationError(f"output {path}: cannot be written: {error.strerror or error}") from error
+            raise ConfigurationError(f"output {path}: cannot be written: {reason(error)}") from error
 
     def __enter__(self) -> ResultFile:
         return self
@@ -191,7 +191,7 @@ def results(path: str, data: TextIO) -> Iterator[ResultFile | ResultStream]:
         try:
             stream = open(path, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed below)
         except OSError as error:
-            raise ConfigurationError(f"output {path}: cannot be written: {error.strerror}") from error
+            raise ConfigurationError(f"output {path}: cannot be written: {reason(error)}") from error
         with stream, ResultStream(stream) as out:
             yield out
     else:
@@ -243,7 +243,7 @@ def whole_file(path: str | Path) -> Iterator[IO[str]]:
         try:
             file = stack.enter_context(replacing(Path(path)))
         except OSError as error:
-            raise ConfigurationError(f"output {path}: cannot be written: {error.strerror}") from error
+            raise ConfigurationError(f"output {path}: cannot be written: {reason(error)}") from error
         stream = io.TextIOWrapper(file, encoding="utf-8")
         try:
             yield stream

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexbatch.config import option
 from flexbatch.text.files import read_text
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, reason
 from flexbatch.validation.structured_fields import StructuredOutputsParams, schema_text
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class SamplingConfig:
             try:
                 form["json"] = schema_text(read_text(path))
             except (OSError, ValueError) as error:
-                raise ConfigurationError(f"--json-schema {path}: {error}") from error
+                raise ConfigurationError(f"--json-schema {path}: {reason(error)}") from error
         return {**found, "structured_outputs": StructuredOutputsParams(**form)} if form else found
 
     def check_sampling(self) -> None:

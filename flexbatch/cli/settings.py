@@ -17,7 +17,7 @@ from flexbatch.cli.help import JOB, CommandParser
 from flexbatch.config import EngineConfig
 from flexbatch.text.files import read_text
 from flexbatch.validation.checks import closest
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, reason
 
 ENVIRONMENT_PREFIX = "FLEXBATCH_"
 ALMOST = 0.82
@@ -244,7 +244,7 @@ def _read_yaml(config_file: str | None) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(read_text(config_file))
     except (OSError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigurationError(f"{config_file}: cannot be read as YAML: {error}") from error
+        raise ConfigurationError(f"{config_file}: cannot be read as YAML: {reason(error)}") from error
     if not isinstance(content, dict | None):
         raise ConfigurationError(
             f"{config_file}: needs a mapping of settings, e.g. gpu_batch_size: 32; it holds a {type(content).__name__}"

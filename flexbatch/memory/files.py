@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from flexbatch.files.atomic import replacing
 from flexbatch.policy.units import size_text
+from flexbatch.validation.errors import reason
 
 if TYPE_CHECKING:
     from torch import Tensor  # the command line writes its output by way of this module, and must not wait for torch
@@ -138,8 +139,7 @@ def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
         )
     return OffloadError(
         error.errno,
-        f"offload folder {folder}: {error.strerror or error}{free}; name a writable folder with free space in "
-        "--offload-dir",
+        f"offload folder {folder}: {reason(error)}{free}; name a writable folder with free space in --offload-dir",
     )
 
 

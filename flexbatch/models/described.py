@@ -15,7 +15,7 @@ from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.resolve import BUNDLED, HUB_ID, WHEELS, resolve
 from flexbatch.policy.shapes import SHAPES, find_shape
 from flexbatch.policy.suggest import did_you_mean
-from flexbatch.validation.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError, reason
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+        raise CheckpointError(f"{file} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, wanted an object")
     return config

@@ -26,7 +26,7 @@ from typing import Any
 
 from flexbatch.files.atomic import replacing
 from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf, parts_of
-from flexbatch.validation.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError, reason
 
 CHUNK_BYTES = 8 << 20
 """Digested by one thread at a time."""
@@ -100,7 +100,7 @@ def file_digest(path: Path, records: Path | None = None, clock: Callable[[], flo
             if Signature.of(os.fstat(file.fileno())) != signature:
                 raise CheckpointError(f"{path} changed while it was read; start again when nobody writes to it")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     if record is not None and signature.settled(started):
         _write_record(record, {**known, "digest": digest})
     return digest
@@ -224,4 +224,4 @@ def _signature(path: Path) -> Signature:
     try:
         return Signature.of(path.stat())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error

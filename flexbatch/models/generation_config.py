@@ -18,7 +18,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.models.resolve import resolve
 from flexbatch.request import SamplingParams
 from flexbatch.validation.checks import short
-from flexbatch.validation.errors import CheckpointError, ConfigurationError
+from flexbatch.validation.errors import CheckpointError, ConfigurationError, reason
 from flexbatch.validation.sampling_fields import TRANSFORMERS_NAMES
 
 FILE = "generation_config.json"
@@ -174,7 +174,7 @@ def read_generation(folder: Path | str) -> GenerationDefaults:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, wanted an object")
     content = {key: value for key, value in content.items() if value is not None}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexbatch.models.gguf import blocks
 from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf, pointer_remedy
-from flexbatch.validation.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError, reason
 
 REMAP_BYTES = 256 * 2**20
 COMPARED_BYTES = 64 * 2**20
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {reason(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, wanted an object")
     return value
@@ -106,7 +106,7 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
         try:
             value = handle[tensor.name] if isinstance(handle, dict) else handle.get_tensor(tensor.name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be read: {error}") from error
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} cannot be read: {reason(error)}") from error
         touched += value.nbytes
         yield tensor, value
         del value
@@ -159,7 +159,7 @@ def _open_safetensors(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is damaged or truncated ({file.stat().st_size} bytes): {error}{pointer_remedy(file)}"
+            f"{file} is damaged or truncated ({file.stat().st_size} bytes): {reason(error)}{pointer_remedy(file)}"
         ) from error
 
 

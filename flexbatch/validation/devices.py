@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexbatch.policy.suggest import did_you_mean
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, reason
 
 if TYPE_CHECKING:
     from flexbatch.policy.hardware import Hardware
@@ -48,4 +48,4 @@ def named_machine(name: str, flag: str = "--hardware") -> Hardware | None:
     try:
         return load_hardware(name)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{flag} {name}: {error}") from error
+        raise ConfigurationError(f"{flag} {name}: {reason(error)}") from error

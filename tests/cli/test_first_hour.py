@@ -1,6 +1,7 @@
 """The first hour with the commands: what somebody mistypes or lacks is told at once, in one line, and stdout is data.
 
-Each row starts a process, as a user does. Seconds are those of a core, not of the clock: other processes share it.
+Each row starts a process, as a user does. That it imports nothing heavy is what makes it quick; how quick that is
+measures `benchmark/first_hour.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,7 +33,6 @@ from flexbatch.validation.devices import DTYPES, GPU_FILES, check_device
 from flexbatch.validation.errors import ConfigurationError, told
 
 ROOT = Path(__file__).parents[2]
-CHEAP_SECONDS, HELP_SECONDS = 1.0, 0.3
 SCREEN_LINES, SCREEN_COLUMNS = 26, 80
 HEAVY = ("torch", "transformers", "pyarrow", "datasets", "scipy")
 HAS_GPU = any(next(Path("/dev").glob(name), None) for name in GPU_FILES)
@@ -49,25 +48,21 @@ class Told:
     """Of stderr, without the time and level of the log."""
     heavy: list[str]
     """Libraries that it has imported, of those that take long."""
-    seconds: float
 
 
 def start(words: Sequence[str], folder: Path, **environ: str) -> Told:
     """``python -m WORDS`` in a folder."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEXBATCH_")}
     variables = {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": str(SCREEN_COLUMNS), **environ}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", *words],
         cwd=folder, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     imports = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     names = {line.rpartition("|")[2].strip() for line in imports}
     told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     lines = [re.sub(r"^\d\d:\d\d:\d\d [A-Z]+ ", "", line) for line in told]
-    return Told(done.returncode, done.stdout, lines, [name for name in HEAVY if name in names], seconds)
+    return Told(done.returncode, done.stdout, lines, [name for name in HEAVY if name in names])
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +203,8 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_heavy_is_imported(nam
     told = start(["flexbatch", *words], folder)
     assert told.code == 2 and told.out == "" and len(told.lines) == 1, told
     assert re.search(message, told.lines[0]), told.lines
-    assert not told.heavy and told.seconds < CHEAP_SECONDS, told
-    assert "Errno" not in told.lines[0] or "none.yaml" in told.lines[0]
+    assert not told.heavy, told
+    assert "Errno" not in told.lines[0]
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
@@ -235,14 +230,11 @@ def test_variables_of_other_commands_are_no_typos() -> None:
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_fits_a_screen_and_is_quick(command: str, folder: Path) -> None:
-    told = [start(["flexbatch", *command.split(), "--help"], folder)]
-    while told[-1].seconds >= HELP_SECONDS and len(told) < 5:  # the least of five: a busy machine's caches are cold
-        told.append(start(["flexbatch", *command.split(), "--help"], folder))
-    assert min(each.seconds for each in told) < HELP_SECONDS
-    help_lines = told[0].out.splitlines()
-    assert told[0].code == 0 and not told[0].lines and not told[0].heavy
-    assert len(help_lines) <= SCREEN_LINES, told[0].out
+def test_help_fits_a_screen_and_imports_nothing_heavy(command: str, folder: Path) -> None:
+    told = start(["flexbatch", *command.split(), "--help"], folder)
+    help_lines = told.out.splitlines()
+    assert told.code == 0 and not told.lines and not told.heavy
+    assert len(help_lines) <= SCREEN_LINES, told.out
     python = os.path.basename(sys.executable)
     assert help_lines[0].startswith(f"usage: {python} -m flexbatch {command}".rstrip())
     if command and command != "lm-eval":
@@ -317,9 +309,11 @@ def test_messages_name_files_as_the_user_does() -> None:
     """Files that are being written have another name until they are whole."""
     for path in ("out.jsonl", "/a/b/part-00000.parquet", "./x", ".hidden"):
         error = OSError(28, "No space left on device", str(temporary_name(Path(path))))
-        assert told(error) == f"[Errno 28] No space left on device: '{Path(path)}'"
+        assert told(error) == f"{Path(path)}: No space left on device"
         assert told(temporary_name(Path(path))) == str(Path(path))
     assert told("a file .x.tmp of the user") == "a file .x.tmp of the user"
+    assert told(OSError(28, "No space left on device")) == "No space left on device"
+    assert told(OSError("of a library")) == "of a library"
 
 
 def test_devices_are_known_by_their_drivers(tmp_path: Path) -> None:

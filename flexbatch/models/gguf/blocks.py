@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexbatch.validation.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError, reason
 
 if TYPE_CHECKING:
     from flexbatch.models.source import StoredTensor
@@ -79,7 +79,7 @@ def raw_rows(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
     try:
         return np.memmap(stored.file, np.uint8, "r", offset=stored.offset + start * width, shape=(stop - start, width))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{stored.file}: tensor {stored.name} cannot be read: {error}") from error
+        raise CheckpointError(f"{stored.file}: tensor {stored.name} cannot be read: {reason(error)}") from error
 
 
 def numbers(raw: np.ndarray, kind: str) -> Tensor:

@@ -21,7 +21,7 @@ from flexbatch.models.gguf.blocks import block_sizes, type_names
 from flexbatch.models.gguf.parts import parts_of, pointer_remedy
 from flexbatch.models.source import StoredTensor
 from flexbatch.validation.checks import short
-from flexbatch.validation.errors import CheckpointError
+from flexbatch.validation.errors import CheckpointError, reason
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -101,7 +101,7 @@ def _read_part(path: Path) -> Header:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(path, data).read()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
 
 
 class _Reader:
