@@ -123,15 +123,15 @@ def _launch_decode(
     statistics: Tensor, grid: tuple[int, int], launch: AttentionLaunch, options: AttentionOptions,
 ) -> None:  # fmt: skip
     """`decode_kernels`: one query token per sequence over a quantized cache whose heads are not shared."""
-    head_dim, group, alibi = query.shape[2], options.group, options.alibi_slopes is not None
+    head_dim, group = query.shape[2], options.group
     decode_kernel[grid](
         query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics,
-        options.alibi_slopes if alibi else query_starts,  # a pointer that is not followed
+        *(query_starts if x is None else x for x in (options.alibi_slopes, options.sinks)),  # not followed then
         len(query), query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale,
-        SPLIT=grid[1] > 1, ALIBI=alibi, HEADS=options.num_kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=options.page_tokens,
-        BITS=options.bits, BLOCK_G=max(1, head_dim // group), BLOCK_W=min(group, head_dim) * options.bits // 32,
-        BLOCK_N=launch.block_n, STAGES=launch.num_stages, num_warps=launch.num_warps,
-        maxnreg=launch.max_registers or None,
+        SPLIT=grid[1] > 1, ALIBI=options.alibi_slopes is not None, SINKS=options.sinks is not None,
+        HEADS=options.num_kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=options.page_tokens, BITS=options.bits,
+        BLOCK_G=max(1, head_dim // group), BLOCK_W=min(group, head_dim) * options.bits // 32, BLOCK_N=launch.block_n,
+        STAGES=launch.num_stages, num_warps=launch.num_warps, maxnreg=launch.max_registers or None,
     )  # fmt: skip
 
 
@@ -150,17 +150,17 @@ def _launch_tiles(
     if not one_tile and num_tokens * (num_heads // kv_heads) == max_rows * sequences:
         small = 0  # all sequences have as many query tokens: none needs the small tile
     pointers = (
-        query_starts if x is None else x for x in (options.alibi_slopes, options.positions, masks)
+        query_starts if x is None else x for x in (options.alibi_slopes, options.sinks, options.positions, masks)
     )  # one that is not followed stands for what is not there
     attention_kernel[grid](
         query, rows, parameters, page_table, query_starts, context_lens, target, statistics, *pointers,
         sequences, num_tokens, query.stride(0), rows.stride(0), parameters.stride(0), page_table.stride(0),
         0 if masks is None else masks.stride(0), options.window, options.scale, options.soft_cap or 1.0,
         options.alibi_scale, BLOCK_M=launch.block_m, SMALL_M=small, SPLIT=grid[1] > 1, GROUP=num_heads // kv_heads,
-        ALIBI=0 if options.alibi_slopes is None else 2 if options.alibi_scale else 1, WINDOW=options.window > 0,
-        SOFT_CAP=options.soft_cap > 0, TREE=masks is not None, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-        PAGE_TOKENS=page_tokens, BITS=options.bits, GROUPS=reference.num_groups(head_dim, options.group),
-        BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
+        ALIBI=0 if options.alibi_slopes is None else 2 if options.alibi_scale else 1,
+        SINKS=options.sinks is not None, WINDOW=options.window > 0, SOFT_CAP=options.soft_cap > 0,
+        TREE=masks is not None, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=page_tokens, BITS=options.bits,
+        GROUPS=reference.num_groups(head_dim, options.group), BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
         ONE_TILE=one_tile, num_warps=launch.num_warps, num_stages=launch.num_stages,
         maxnreg=launch.max_registers or None,
     )  # fmt: skip

@@ -37,11 +37,11 @@ def _find_sequence(query_starts, tile, num_sequences, GROUP: tl.constexpr, BLOCK
 @triton.jit
 def _attend(
     row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table, row_stride,
-    parameter_stride, out, statistics, num_tokens, slopes_of, positions, tree_masks, mask_words, window, scale,
-    soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    parameter_stride, out, statistics, num_tokens, slopes_of, sinks_of, positions, tree_masks, mask_words, window,
+    scale, soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_M query rows from ``row0`` of one sequence, against this program's split of the keys."""
     PIECES: tl.constexpr = 2 if BITS == 4 else 1
@@ -62,6 +62,10 @@ def _attend(
                                BLOCK_N)  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:  # of one of the splits: the softmax begins as if a key with this score and no value had been added
+        first = tl.program_id(1) == 0
+        m = tl.where(first, tl.load(sinks_of + query_head).to(tl.float32) * 1.4426950408889634, m)
+        total = tl.where(first, total + 1.0, total)
     acc0 = tl.zeros([BLOCK_M, BLOCK_G * BLOCK_B], tl.float32)
     acc1 = acc0 if BITS == 4 else total
     for start in range(lo, whole, BLOCK_N):
@@ -79,22 +83,8 @@ def _attend(
             BLOCK_B, BLOCK_N,
         )  # fmt: skip
     index = token * (KV_HEADS * GROUP) + query_head
-    _store(
-        out,
-        statistics,
-        index,
-        element,
-        valid,
-        m,
-        total,
-        acc0,
-        acc1,
-        num_tokens,
-        SPLIT,
-        KV_HEADS * GROUP,
-        HEAD_DIM,
-        BITS,
-    )
+    _store(out, statistics, index, element, valid, m, total, acc0, acc1, num_tokens, SPLIT, KV_HEADS * GROUP, HEAD_DIM,
+           BITS)  # fmt: skip
 
 
 @triton.jit
@@ -142,12 +132,12 @@ def _store(
 # every number of splits as a constant (a second each, in the middle of a job).
 @triton.jit(do_not_specialize=["num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
 def attention_kernel(
-    query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, positions, tree_masks,
-    num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window, scale,
-    soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, TREE: tl.constexpr, KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
+    query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, sinks, positions,
+    tree_masks, num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window,
+    scale, soft_cap, alibi_scale, BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    TREE: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV heads x tiles, splits). Heads vary fastest: programs running together read neighboring memory.
 
@@ -172,17 +162,17 @@ def attention_kernel(
             if num_rows <= SMALL_M:
                 _attend(
                     row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table,
-                    row_stride, parameter_stride, out, statistics, num_tokens, slopes, positions, tree_masks,
-                    mask_words, window, scale, soft_cap, alibi_scale, SMALL_M, SPLIT, GROUP, ALIBI, WINDOW, SOFT_CAP,
-                    TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N,
+                    row_stride, parameter_stride, out, statistics, num_tokens, slopes, sinks, positions, tree_masks,
+                    mask_words, window, scale, soft_cap, alibi_scale, SMALL_M, SPLIT, GROUP, ALIBI, SINKS, WINDOW,
+                    SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N,
                 )  # fmt: skip
         if BLOCK_M > SMALL_M:  # noqa: SIM102
             if num_rows > SMALL_M:
                 _attend(
                     row0, num_rows, first_token, context, head, query, query_stride, rows, parameters, table,
-                    row_stride, parameter_stride, out, statistics, num_tokens, slopes, positions, tree_masks,
-                    mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M, SPLIT, GROUP, ALIBI, WINDOW, SOFT_CAP,
-                    TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N,
+                    row_stride, parameter_stride, out, statistics, num_tokens, slopes, sinks, positions, tree_masks,
+                    mask_words, window, scale, soft_cap, alibi_scale, BLOCK_M, SPLIT, GROUP, ALIBI, SINKS, WINDOW,
+                    SOFT_CAP, TREE, KV_HEADS, HEAD_DIM, PAGE_TOKENS, BITS, GROUPS, BLOCK_G, BLOCK_B, BLOCK_N,
                 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ class AttentionOptions(NamedTuple):
     that share a scale and a minimum in a quantized cache. alibi_slopes: [num_heads] float32; with ``alibi_scale``
     slopes and key positions and their products are rounded to bfloat16 and then scaled by it, as Falcon does. window:
     keys at a distance of ``window`` or more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none).
+    sinks: [num_heads] float32, one more score of every query of a head, as of a key whose value is zero.
     tree_masks: [num_tokens, words] int32, bit b of word w set when the token sees query token 32 * w + b of its own
     sequence (itself included); without it the query tokens are causal. positions: [num_tokens] int32, needed only with
     ``tree_masks`` (depths, for ALiBi and window). max_query_len, max_context_len: upper bounds over the sequences (0:
@@ -32,6 +33,7 @@ class AttentionOptions(NamedTuple):
     alibi_scale: float = 0.0
     window: int = 0
     soft_cap: float = 0.0
+    sinks: Tensor | None = None
     tree_masks: Tensor | None = None
     positions: Tensor | None = None
     max_query_len: int = 0
@@ -87,7 +89,11 @@ def _attend(query: Tensor, rows: Tensor, pages: Tensor, span: slice, context: in
             scores = scores + options.alibi_scale * (rounded - slopes * query_position[:, None])
         else:
             scores = scores - slopes * distance
-    probabilities = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if options.sinks is not None:
+        sinks = options.sinks.view(kv_heads, -1, 1, 1).expand(-1, -1, queries, 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    probabilities = torch.softmax(scores, dim=-1)[..., :context]
     result = torch.einsum("hgqk,khd->qhgd", probabilities, value.float())
     return result.reshape(queries, num_heads, head_dim).to(query.dtype)
 

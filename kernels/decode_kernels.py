@@ -41,10 +41,10 @@ def _parameters(pair, dtype: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "max_pages"])
 def decode_kernel(
-    query, words, page_table, query_starts, context_lens, out, statistics, slopes, num_tokens, query_stride, row_quads,
-    max_pages, scale, SPLIT: tl.constexpr, ALIBI: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    query, words, page_table, query_starts, context_lens, out, statistics, slopes, sinks, num_tokens, query_stride,
+    row_quads, max_pages, scale, SPLIT: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads x sequences, splits). words: token rows as int32, ``row_quads`` times four of them apart; heads of
     BLOCK_G groups of BLOCK_W words."""
@@ -60,6 +60,13 @@ def decode_kernel(
         table = page_table + sequence.to(tl.int64) * max_pages
         top, total, result = _attend(q, slope, words, table, context, head, row_quads, query.dtype.element_ty, ALIBI,
                                      HEADS, PAGE_TOKENS, BITS, BLOCK_G, BLOCK_W, BLOCK_N, STAGES)  # fmt: skip
+        if SINKS:  # of one of the splits
+            sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+            sink = tl.where(tl.program_id(1) == 0, sink, float("-inf"))
+            before, top = top, tl.maximum(top, sink)
+            floor = tl.where(top == float("-inf"), 0.0, top)
+            total = total * tl.exp2(before - floor) + tl.exp2(sink - floor)
+            result = result * tl.exp2(before - floor)
         index = token * HEADS + head
         if SPLIT:
             index += tl.program_id(1).to(tl.int64) * num_tokens * HEADS

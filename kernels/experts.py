@@ -11,16 +11,18 @@ token's sum does not depend on the other tokens of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexbatch.kernels import ops
-
 Units = Sequence[tuple[int, Tensor]]
+Biases = tuple[Tensor | None, Tensor | None]
+"""Of gate and up [experts, 2 W], and of down [experts, H]."""
+Activate = Callable[[Tensor], Tensor]
+"""[R, 2 W] of gates and ups -> [R, W]."""
 
 GROUPED_CAPABILITY = (8, 0)
 """Of the oldest GPUs that torch's grouped product runs on."""
@@ -51,14 +53,30 @@ def grouped_mm() -> Any:
     return getattr(torch, "_grouped_mm", None) if (major, minor) >= (2, 9) else None
 
 
-def expert_mlp(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Units, down: Units, activation: str) -> Tensor:
-    """Sum over the experts ``chosen`` [T, K] of ``shares`` [T, K] times down(activation(gate) * up) of x [T, H]: [T,
+def expert_mlp(
+    x: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    gate_up: Units,
+    down: Units,
+    activate: Activate,
+    biases: Biases = (None, None),
+) -> Tensor:
+    """Sum over the experts ``chosen`` [T, K] of ``shares`` [T, K] times down(activate(gate and up)) of x [T, H]: [T,
     H]."""
     way = by_groups if has_grouped_product(x, gate_up) and has_grouped_product(x, down) else by_loop
-    return way(x, chosen, shares, joined(gate_up), joined(down), activation)
+    return way(x, chosen, shares, joined(gate_up), joined(down), activate, biases)
 
 
-def by_loop(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Units, down: Units, activation: str) -> Tensor:
+def by_loop(
+    x: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    gate_up: Units,
+    down: Units,
+    activate: Activate,
+    biases: Biases = (None, None),
+) -> Tensor:
     """`expert_mlp`, one expert after the other. On a GPU it waits once for the number of tokens of each."""
     experts = chosen.flatten()
     order, total = experts.argsort(stable=True), sum(len(matrices) for _, matrices in gate_up)
@@ -72,22 +90,34 @@ def by_loop(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Units, down: Uni
     for expert, count in enumerate(counts):
         if count:
             rows = order[start : start + count]
-            inner = ops.gated_activation(F.linear(x[rows // chosen.shape[1]], first[expert]), activation)
-            out[rows] = F.linear(inner, second[expert])
+            inner = activate(F.linear(x[rows // chosen.shape[1]], first[expert], _bias(biases[0], expert)))
+            out[rows] = F.linear(inner, second[expert], _bias(biases[1], expert))
             start += count
     return weighted(out.view(*chosen.shape, -1), shares)
 
 
-def by_groups(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Units, down: Units, activation: str) -> Tensor:
+def _bias(biases: Tensor | None, expert: int) -> Tensor | None:
+    return None if biases is None else biases[expert]
+
+
+def by_groups(
+    x: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    gate_up: Units,
+    down: Units,
+    activate: Activate,
+    biases: Biases = (None, None),
+) -> Tensor:
     """`expert_mlp` in one launch for every stretch of experts that lies in one piece; the host waits for nothing."""
     experts = chosen.flatten()
-    inner = ops.gated_activation(grouped_linear(x, experts, gate_up), activation)
-    return weighted(grouped_linear(inner, experts, down).view(*chosen.shape, -1), shares)
+    inner = activate(grouped_linear(x, experts, gate_up, biases[0]))
+    return weighted(grouped_linear(inner, experts, down, biases[1]).view(*chosen.shape, -1), shares)
 
 
-def grouped_linear(x: Tensor, experts: Tensor, units: Units) -> Tensor:
-    """Row r of x (of R rows, or of T: then each stands for the K rows of a token) times the matrix of ``experts``[r]:
-    [R, rows of a matrix]."""
+def grouped_linear(x: Tensor, experts: Tensor, units: Units, biases: Tensor | None = None) -> Tensor:
+    """Row r of x (of R rows, or of T: then each stands for the K rows of a token) times the matrix of ``experts``[r],
+    and its bias: [R, rows of a matrix]."""
     product, rows = grouped_mm(), len(experts)
     repeated = rows // len(x) if len(x) else 1
     # One row more than there are: where what a unit computes for the rows of other units goes.
@@ -100,7 +130,7 @@ def grouped_linear(x: Tensor, experts: Tensor, units: Units) -> Tensor:
         ends = torch.searchsorted(sorted_local, torch.arange(count, device=x.device), right=True)
         result = product(x[order // repeated], matrices.transpose(-2, -1), offs=ends.to(torch.int32))
         out.index_copy_(0, torch.where(places < ends[-1], order, rows), result)
-    return out[:rows]
+    return out[:rows] if biases is None else out[:rows].add_(biases[experts])
 
 
 def weighted(rows: Tensor, shares: Tensor) -> Tensor:

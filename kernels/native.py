@@ -64,6 +64,7 @@ class _Attention(ctypes.Structure):
                 "tree_masks",
                 "positions",
                 "alibi_slopes",
+                "sinks",
             )
         ),
         *(
@@ -216,14 +217,14 @@ def paged_attention(
         for x in (page_table, query_starts, context_lens, chosen.tree_masks, chosen.positions)
     ]
     query = query.contiguous()
-    slopes = None if chosen.alibi_slopes is None else chosen.alibi_slopes.float().contiguous()
+    per_head = [None if x is None else x.float().contiguous() for x in (chosen.alibi_slopes, chosen.sinks)]
     result = torch.empty_like(query) if out is None else out
     assert result.is_contiguous() and result.dtype == query.dtype and result.shape == query.shape, (
         "out must be dense and like the query"
     )
     attention = _Attention(
         _cache(rows, chosen.num_kv_heads, head_dim, chosen.bits, chosen.group, query.dtype),
-        query.data_ptr(), result.data_ptr(), *(_pointer(x) for x in integers), _pointer(slopes),
+        query.data_ptr(), result.data_ptr(), *(_pointer(x) for x in (*integers, *per_head)),
         page_table.shape[0], page_table.shape[1], num_heads, chosen.page_tokens,
         0 if chosen.tree_masks is None else chosen.tree_masks.shape[1],
         chosen.window, threads or torch.get_num_threads(), chosen.scale, chosen.soft_cap, chosen.alibi_scale,

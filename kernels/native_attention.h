@@ -18,7 +18,7 @@ typedef struct {
     const char *query; /* of the cache's dtype, as the result */
     char *out;
     const int32_t *page_table, *query_starts, *context_lens, *tree_masks, *positions;
-    const float *alibi_slopes;
+    const float *alibi_slopes, *sinks;
     int64_t num_sequences, max_pages, num_heads, page_tokens, mask_words, window, threads;
     float scale, soft_cap, alibi_scale;
 } attention_t;
@@ -133,6 +133,15 @@ void prefetch_side(const attention_t *a, const char *row, int64_t head, int side
     const int64_t bytes = c->bits == 16 ? c->head_dim * element_bytes(c->dtype) : codes_of_head(c);
     const char *from = row + (side * c->num_kv_heads + head) * bytes;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* Where the online softmax of a row begins: a sink counts as a key that was added before all others, of an item with all
+ * keys or the first ones. */
+static inline float first_maximum(const attention_t *a, const item_t *item, int64_t head) {
+    return a->sinks && item->partial <= 0 ? a->sinks[head] : -INFINITY;
+}
+static inline float first_sum(const attention_t *a, const item_t *item) {
+    return a->sinks && item->partial <= 0 ? 1.0f : 0.0f;
 }
 
 /* Write one finished row, `acc` having its elements `stride` floats apart: normalized, or as a partial result with

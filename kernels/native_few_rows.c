@@ -122,7 +122,8 @@ void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch
     for (int64_t i = 0; i < all; i++) {
         int64_t row = item->row_begin + i % rows, head = i / rows * s.heads_per_group + row % s.heads_per_group;
         read_query(a, s.begin + row / s.heads_per_group, head, query + i * s.width);
-        maxima[i] = -INFINITY;
+        maxima[i] = first_maximum(a, item, head);
+        sums[i] = first_sum(a, item);
     }
     const char *now[KEYS], *next[KEYS];
     find_rows(a, item, item->key_begin, next);

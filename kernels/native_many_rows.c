@@ -74,7 +74,7 @@ static void mask_tile(const attention_t *a, const span_t *s, const item_t *item,
 }
 
 static void load_tile(const attention_t *a, const span_t *s, const item_t *item, int64_t lanes, float *query,
-    float *positions, float *slopes) {
+    float *positions, float *slopes, float *maxima, float *sums) {
     float source[a->cache.head_dim];
     for (int64_t lane = 0; lane < lanes; lane++) {
         const int32_t row = item->row_begin + (lane < item->row_end - item->row_begin ? (int32_t)lane : 0),
@@ -84,6 +84,8 @@ static void load_tile(const attention_t *a, const span_t *s, const item_t *item,
         for (int64_t d = 0; d < a->cache.head_dim; d++) query[d * TILE + lane] = source[d];
         positions[lane] = query_position(a, s, q);
         slopes[lane] = a->alibi_slopes ? a->alibi_slopes[head] : 0.0f;
+        maxima[lane] = first_maximum(a, item, head);
+        sums[lane] = first_sum(a, item);
     }
 }
 
@@ -94,9 +96,8 @@ void flexbatch_many_rows(const attention_t *a, const item_t *item, float *scratc
         *sums = maxima + TILE;
     float *positions = sums + TILE, *slopes = positions + TILE, *keys = slopes + TILE, *values = keys + KEYS * width;
     memset(scratch, 0, (values + KEYS * width - scratch) * sizeof(float));
-    load_tile(a, &s, item, lanes, query, positions, slopes);
+    load_tile(a, &s, item, lanes, query, positions, slopes, maxima, sums);
     const position_range_t range = position_range(a, &s, item);
-    for (int64_t lane = 0; lane < lanes; lane++) maxima[lane] = -INFINITY;
     for (int32_t key = item->key_begin; key < item->key_end; key += KEYS) {
         const int32_t end = key + KEYS < item->key_end ? key + KEYS : item->key_end;
         for (int32_t t = 0; t < KEYS; t++) {

@@ -102,6 +102,19 @@ def _gated_kernel(gate_up, out, size, stride, ACTIVATION: tl.constexpr, BLOCK: t
     tl.store(out + row * size + element, gate.to(raw.dtype) * up, mask=mask)
 
 
+@triton.jit
+def _clamped_kernel(gate_up, out, size, stride, gain, limit, BLOCK: tl.constexpr):
+    """`reference.clamped_gate`, in float32 until the store. Grid (rows, columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < size
+    gate = tl.load(gate_up + row * stride + element, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + size + element, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.minimum(tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + row * size + element, (up + 1.0) * (gate * tl.sigmoid(gate * gain)), mask=mask)
+
+
 def _outer_inner(x: Tensor) -> tuple[int, int, int]:
     """Number of inner rows and the distances of outer and of inner rows of [..., inner, size] or [rows, size]."""
     if x.dim() == 3 and x.stride(2) == 1:
@@ -113,7 +126,14 @@ def _outer_inner(x: Tensor) -> tuple[int, int, int]:
 
 
 def _norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, rms: bool, offset: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    rms: bool,
+    offset: float,
+    wide: bool,
 ) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inner, x_outer, x_inner = _outer_inner(x)
@@ -125,22 +145,30 @@ def _norm(
             x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias, out,
             inner, x_outer, x_inner, residual_outer, residual_inner, size, eps, offset,
             RMS=rms, RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
-            WIDE=offset != 0.0, BLOCK=block,
+            WIDE=wide or offset != 0.0, BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
         )  # fmt: skip
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    wide: bool = False,
+) -> Tensor:
     """`reference.rms_norm`."""
-    return _norm(x, weight, None, eps, residual, True, offset)
+    return _norm(x, weight, None, eps, residual, True, offset, wide)
 
 
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
 ) -> Tensor:
     """`reference.layer_norm`."""
-    return _norm(x, weight, bias, eps, residual, False, 0.0)
+    return _norm(x, weight, bias, eps, residual, False, 0.0, True)
 
 
 def rotary(
@@ -175,5 +203,17 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     if rows:
         _gated_kernel[(rows, triton.cdiv(size, block))](
             gate_up, out, size, gate_up.stride(0), ACTIVATION=activation, BLOCK=block
+        )
+    return out
+
+
+def clamped_gate(gate_up: Tensor, gain: float, limit: float) -> Tensor:
+    """`reference.clamped_gate`."""
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
+    block = min(2048, triton.next_power_of_2(size))
+    if rows:
+        _clamped_kernel[(rows, triton.cdiv(size, block))](
+            gate_up, out, size, gate_up.stride(0), gain, limit, BLOCK=block
         )
     return out

@@ -93,13 +93,21 @@ def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
         reference.scatter_rows(source, destination, slots)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    wide: bool = False,
+) -> Tensor:
     """`reference.rms_norm`."""
     if x.is_cuda:
         from flexbatch.kernels import norm_rope
 
-        return norm_rope.rms_norm(x, weight, eps, residual=residual, offset=offset)
-    return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
+        return norm_rope.rms_norm(x, weight, eps, residual=residual, offset=offset, wide=wide)
+    return reference.rms_norm(x, weight, eps, residual=residual, offset=offset, wide=wide)
 
 
 def layer_norm(
@@ -139,6 +147,15 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
 
         return norm_rope.gated_activation(gate_up, activation)
     return reference.gated_activation(gate_up, activation)
+
+
+def clamped_gate(gate_up: Tensor, gain: float, limit: float) -> Tensor:
+    """`reference.clamped_gate`."""
+    if gate_up.is_cuda:
+        from flexbatch.kernels import norm_rope
+
+        return norm_rope.clamped_gate(gate_up, gain, limit)
+    return reference.clamped_gate(gate_up, gain, limit)
 
 
 def low_rank_update(out: Tensor, x: Tensor, *arguments: Any, **options: Any) -> None:

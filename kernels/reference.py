@@ -185,18 +185,26 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
     rows.index_copy_(0, slots, pack_rows(key, value, bits, group))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    wide: bool = False,
+) -> Tensor:
     """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension of x [..., size].
 
     With ``residual`` x is added to it in place and the sum is normalized. ``offset`` is added to the weight; such
-    models multiply in float32, the others after rounding to x's dtype, so that 16-bit results agree with
-    transformers' to the last bit.
+    models, and those that say ``wide``, multiply in float32, the others after rounding to x's dtype, so that 16-bit
+    results agree with transformers' to the last bit.
     """
     if residual is not None:
         x = residual.add_(x)
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * (offset + weight.float())).to(x.dtype) if offset else weight * wide.to(x.dtype)
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (offset + weight.float())).to(x.dtype) if offset or wide else weight * normed.to(x.dtype)
 
 
 def layer_norm(
@@ -243,3 +251,11 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     if activation in ("gelu", "gelu_tanh"):
         return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
     return {"silu": F.silu, "relu": F.relu}[activation](gate) * up
+
+
+def clamped_gate(gate_up: Tensor, gain: float, limit: float) -> Tensor:
+    """(up + 1) * gate * sigmoid(gain * gate) of gate_up [num_tokens, 2 * size], gate first; gates above ``limit`` and
+    ups beyond it on either side count as it."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * gain))

@@ -108,6 +108,28 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
 }
 """Jiang et al. 2024, "Mixtral of experts", table 1, and the authors' config.json."""
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "dtype": "bfloat16",
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "head_dim": 64,
+    "sliding_window": 128,
+    "num_experts_per_tok": 4,
+    "attention_bias": True,
+    "eos_token_id": 200002,
+    "bos_token_id": None,
+}
+"""OpenAI 2025, "gpt-oss-120b & gpt-oss-20b model card", table 1, and the authors' config.json."""
 
 
 def _qwen3_moe(hidden: int, inner: int, width: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -190,6 +212,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         eos_token_id=50279,
         bos_token_id=None,
     ),
+    "gpt-oss-20b": _llama(2880, 2880, 24, 64, 8, **GPT_OSS, num_local_experts=32),
+    "gpt-oss-120b": _llama(2880, 2880, 36, 64, 8, **GPT_OSS, num_local_experts=128),
 }
 """By name: entries of config.json as the authors published them. Models with experts are in the 16 bits that grouped
 matrix products exist for, the others in float16."""

@@ -287,6 +287,15 @@ GLM_MOE_SIZES = {
     "routed_scaling_factor": 1.7,
     "num_nextn_predict_layers": 0,
 }
+# Inputs of both matrices in whole blocks of 32, as its packed files have them; limits that are reached.
+GPT_OSS_SIZES = {
+    **{**LLAMA_SIZES, "hidden_size": 64, "intermediate_size": 96, "num_experts_per_tok": 3, "num_local_experts": 6},
+    **{"sliding_window": 13, "swiglu_limit": 2.5},
+}
+GPT_OSS_ROPE = {
+    **{"rope_type": "yarn", "factor": 4.0, "rope_theta": 1500.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    **{"truncate": False, "original_max_position_embeddings": 128},
+}
 FAMILY_CASES |= {
     "qwen3_moe": ("qwen3_moe", {**QWEN_MOE_SIZES, "norm_topk_prob": True}),
     "qwen3_moe-window": (
@@ -312,6 +321,12 @@ FAMILY_CASES |= {
         | {"router_jitter_noise": 0.4},
     ),
     "glm4_moe": ("glm4_moe", {**GLM_MOE_SIZES, "use_qk_norm": True, "attention_bias": True}),
+    "gpt_oss": ("gpt_oss", {**GPT_OSS_SIZES, "rope_parameters": GPT_OSS_ROPE}),
+    "gpt_oss-plain": (
+        "gpt_oss",
+        {**GPT_OSS_SIZES, "attention_bias": False, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}, "swiglu_limit": 1.2, "swiglu_alpha": 0.9},
+    ),
     "glm4_moe-plain": ("glm4_moe", {**GLM_MOE_SIZES, "n_group": 1, "norm_topk_prob": False}),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.models.arch import Arch
+from flexbatch.models.specs import sink_role
 from flexbatch.policy.schedule import Tick
 
 SPARE_FROM_THREADS = 8
@@ -42,12 +43,23 @@ class PendingTick:
 class CacheAttention:
     """Appends the keys and values of a tick to the cache and attends, group by group."""
 
-    def __init__(self, arch: Arch, cache: KVCache, queues: TransferQueues, host_buffers: HostBuffers) -> None:
+    def __init__(
+        self,
+        arch: Arch,
+        cache: KVCache,
+        queues: TransferQueues,
+        host_buffers: HostBuffers,
+        embedding_weights: Mapping[str, Tensor],
+    ) -> None:
         self.arch, self.cache, self.queues, self.host_buffers = arch, cache, queues, host_buffers
         slopes, devices = arch.alibi_slopes(), {queues.device, torch.device("cpu")}
         self.slopes = (
             {device: torch.tensor(slopes, dtype=torch.float32, device=device) for device in devices} if slopes else {}
         )
+        roles = [sink_role(layer) for layer in range(arch.num_layers)] if arch.sinks else []
+        self.sinks = {
+            device: [embedding_weights[role].to(device, torch.float32) for role in roles] for device in devices
+        }
         threads = torch.get_num_threads()
         self.cpu_threads = threads - 1 if queues.device.type == "cuda" and threads >= SPARE_FROM_THREADS else 0
         """Threads of CPU attention; 0: as many as torch uses."""
@@ -88,6 +100,7 @@ class CacheAttention:
             alibi_scale=arch.attention_scale if arch.scaled_alibi else 0.0,
             window=arch.window(layer),
             soft_cap=arch.soft_cap,
+            sinks=self.sinks[query.device][layer] if arch.sinks else None,
             tree_masks=group.tree_masks,
             positions=None if group.tree_masks is None else positions.to(torch.int32),
             max_query_len=group.max_query_len,

@@ -58,7 +58,7 @@ class Executor:
         self.builder = InputBuilder(cache.layout.page_tokens, self.uploads, adapters, self.logit_rows)
         self.rotary = rotary
         self.host_buffers = host_buffers
-        self.attention = CacheAttention(arch, cache, queues, host_buffers)
+        self.attention = CacheAttention(arch, cache, queues, host_buffers, weights.tensors.embedding_weights)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
             self.graphs = DecodeGraphs(

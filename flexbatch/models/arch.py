@@ -44,9 +44,10 @@ class Arch:
     same norm) and are added together. post_norm: norms come after the residual addition. sublayer_norm: the output
     of attention and of the MLP is normed before it is added. sliding_layers: for every layer whether
     ``sliding_window`` holds there; empty when it holds everywhere. qk_norm: every head of queries and keys is normed;
-    ``wide_qk_norm``: all heads together. clip_qkv: largest absolute value of queries, keys and values, 0: any.
-    residual_scale multiplies what a layer adds to its input, ``logits_divisor`` divides the logits. experts: what
-    takes the place of the MLP in the layers that ``sparse_layers`` names (empty: in all of them).
+    ``wide_qk_norm``: all heads together. norm_wide: norms are multiplied by their weights in float32. sinks: every head
+    has one more score, that of a key without a value. clip_qkv: largest absolute value of queries, keys and values,
+    0: any. residual_scale multiplies what a layer adds to its input, ``logits_divisor`` divides the logits. experts:
+    what takes the place of the MLP in the layers that ``sparse_layers`` names (empty: in all of them).
     skipped_layers: further layers of the files, which predict tokens after the next and are not used.
     """
 
@@ -64,6 +65,7 @@ class Arch:
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     norm_affine: bool = True
+    norm_wide: bool = False
     post_norm: bool = False
     sublayer_norm: bool = False
     qk_norm: bool = False
@@ -82,6 +84,7 @@ class Arch:
     # attention
     query_scale: float | None = None
     soft_cap: float = 0.0
+    sinks: bool = False
     clip_qkv: float = 0.0
     sliding_window: int = 0
     sliding_layers: tuple[bool, ...] = ()

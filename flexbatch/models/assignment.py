@@ -47,7 +47,7 @@ class Assignment:
     @property
     def source_experts(self) -> slice | None:
         """Which experts of a stored tensor that holds them all, None for any other tensor."""
-        if self.row.part != "stacked":
+        if not self.row.says("stacked"):
             return None
         first = int(self.row.role.split(".")[1])
         return slice(first, first + len(self.spec.sections) // parts_of_expert(self.row))

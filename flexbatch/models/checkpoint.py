@@ -170,9 +170,29 @@ def _pieces(assignments: list[Assignment], arch: Arch, kept: Collection[str]) ->
             continue
         dense = parts.pop("").t() if a.row.part == "transposed" else parts.pop("")
         if a.source_experts is not None:
-            dense = dense[a.source_experts].flatten(0, 1)
+            yield from _of_experts(a, dense)
+            continue
+        dense = gates_first(dense, 1) if a.row.says("pairs") else dense
         yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(arch, a, dense))
         del dense
+
+
+def _of_experts(assignment: Assignment, dense: Tensor) -> Iterator[Piece]:
+    """Those experts of a stored tensor [experts, ...] that a canonical one holds, one at a time: of gates and ups by
+    turns a copy is made."""
+    row, spec = assignment.row, assignment.spec
+    assert assignment.source_experts is not None
+    for index, matrix in enumerate(dense[assignment.source_experts]):
+        matrix = matrix.t() if row.says("turned") else matrix
+        matrix = gates_first(matrix, 0) if row.says("pairs") else matrix
+        place = slice(index * len(matrix), (index + 1) * len(matrix))
+        yield Piece(spec.layer, spec.role, place, matrix)
+
+
+def gates_first(tensor: Tensor, dim: int) -> Tensor:
+    """Gates and ups that take turns along a dimension, as all gates and then all ups."""
+    gates, ups = tensor.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    return torch.cat([gates, ups], dim)
 
 
 def _blocks(arch: Arch, assignment: Assignment, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:

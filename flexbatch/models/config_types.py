@@ -89,7 +89,7 @@ KEYS: dict[str, Rule] = {
         ("routed_scaling_factor", "clip_qkv", "embedding_multiplier", "attention_multiplier", "residual_multiplier"),
         POSITIVE,
     ),
-    "logits_scaling": POSITIVE,
+    **dict.fromkeys(("logits_scaling", "swiglu_limit", "swiglu_alpha"), POSITIVE),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads"), HEADS),
     **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "head_dim", "rotary_dim"), WIDTH),

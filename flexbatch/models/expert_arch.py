@@ -20,7 +20,9 @@ class Experts:
     the choice and left out of the weights. groups: the experts form as many groups of neighbors, and only the
     ``top_groups`` with the largest sum of their two best scores are chosen from. float_router: router and correction
     are kept and multiplied in float32. shared_width: of a gated MLP that every token goes through as well, 0: none;
-    ``shared_gate``: its output is multiplied by the sigmoid of one more product.
+    ``shared_gate``: its output is multiplied by the sigmoid of one more product. router_bias, bias: whether the router
+    and the experts' matrices have biases. clamp: limit of gates and ups, 0: none; then an expert computes
+    (up + 1) * gate * sigmoid(``gain`` * gate) in the place of the model's activation.
     """
 
     count: int
@@ -37,6 +39,10 @@ class Experts:
     float_router: bool = False
     shared_width: int = 0
     shared_gate: bool = False
+    router_bias: bool = False
+    bias: bool = False
+    clamp: float = 0.0
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.width < 1:

@@ -6,6 +6,7 @@ T: tokens, H: hidden size, E: experts, K: experts of a token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,11 @@ def feed_forward(experts: Experts, weights: Weights, x: Tensor, activation: str)
     """[T, H] of the normed hidden states x [T, H]."""
     chosen, shares = route(experts, weights, x)
     gate_up, down = (units_of(experts, weights, name) for name in ("gate_up", "down"))
-    out = expert_mlp(x, chosen, shares, gate_up, down, activation)
+    activate = partial(ops.gated_activation, activation=activation)
+    if experts.clamp:
+        activate = partial(ops.clamped_gate, gain=experts.gain, limit=experts.clamp)
+    biases = weights.get("expert_biases.gate_up"), weights.get("expert_biases.down")
+    out = expert_mlp(x, chosen, shares, gate_up, down, activate, biases)
     if experts.shared_width:
         inner = ops.gated_activation(F.linear(x, weights["shared.gate_up.weight"]), activation)
         shared = F.linear(inner, weights["shared.down.weight"])
@@ -48,7 +53,7 @@ def route(experts: Experts, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor
     Of equal scores the lower number wins: `topk` has no rule, and would let the company of a token decide.
     """
     weight = weights["router.weight"]
-    logits = F.linear(x.float() if experts.float_router else x, weight)
+    logits = F.linear(x.float() if experts.float_router else x, weight, weights.get("router.bias"))
     if experts.scoring == "sparsemixer":
         return _sparsemixer(logits, experts.margin)
     logits = logits.float()

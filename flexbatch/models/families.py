@@ -195,7 +195,6 @@ FAMILIES: dict[str, Family] = {
     **EXPERT_FAMILIES,
 }
 REFUSED = {
-    "gpt_oss": "its attention sinks and MXFP4 weights are not supported yet",
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), "its latent attention is not supported yet"
     ),
@@ -247,11 +246,11 @@ def source_names(arch: Arch) -> dict[str, tuple[int, ModuleMapping, str]]:
         f"{row.module}{suffix}": (stages[row.role], row, suffix) for row in family.outer_rows for suffix in row.suffixes
     }
     units = arch.experts.units if arch.experts else []
-    rows = [each for row in family.block_rows for each in ((row,) if row.part == "stacked" else row.of_experts(units))]
+    rows = [each for row in family.block_rows for each in ((row,) if row.says("stacked") else row.of_experts(units))]
     for layer in range(arch.num_layers):
         for row in rows:
             for suffix in row.suffixes:
-                names[f"{family.blocks}.{layer}.{row.module}{suffix}"] = (layer, row, suffix)
+                names[f"{family.blocks}.{layer}.{row.module}{suffix}"] = (*row.of_layer(layer), suffix)
     return names
 
 

@@ -38,6 +38,13 @@ STACKED_EXPERTS = mappings(
     ("shared_mlp.input_linear", "shared.gate_up"),
     ("shared_mlp.output_linear", "shared.down"),
 )
+BARE_EXPERTS = mappings(
+    ("mlp.router", "router"),
+    ("mlp.experts.gate_up_proj", "experts.gate_up.weight", "bare stacked turned pairs"),
+    ("mlp.experts.gate_up_proj_bias", "expert_biases.gate_up", "bare pairs"),
+    ("mlp.experts.down_proj", "experts.down.weight", "bare stacked turned"),
+    ("mlp.experts.down_proj_bias", "expert_biases.down", "bare"),
+)
 
 
 def _shared(module: str) -> tuple[ModuleMapping, ...]:
@@ -139,6 +146,13 @@ EXPERT_FAMILIES: dict[str, Family] = {
                 *("routed_scaling_factor", "num_nextn_predict_layers"),
             )
         ),
+    ),
+    "gpt_oss": llama_family(
+        readers_experts.gpt_oss,
+        special(None, None, num_local_experts=128, num_experts_per_tok=4, num_key_value_heads=8)
+        | {"head_dim": 64, "rms_norm_eps": 1e-5},
+        ATTENTION + BARE_EXPERTS + mappings(("self_attn.sinks", "sinks.{layer}", "bare")),
+        expert_keys=_keys("experts_per_token"),
     ),
 }
 

@@ -53,14 +53,16 @@ def pre_attention(
     query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
     if arch.wide_qk_norm:
         query, key = (
-            ops.rms_norm(x.flatten(1), weights[role], arch.norm_eps, offset=arch.norm_offset).view(x.shape)
+            ops.rms_norm(x.flatten(1), weights[role], arch.norm_eps, offset=arch.norm_offset, wide=arch.norm_wide).view(
+                x.shape
+            )
             for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight"))
         )
     if arch.clip_qkv:
         query, key, value = (x.clamp(-arch.clip_qkv, arch.clip_qkv) for x in (query, key, value))
     if arch.qk_norm:
         query, key = (
-            ops.rms_norm(x, weights[role], arch.norm_eps, offset=arch.norm_offset)
+            ops.rms_norm(x, weights[role], arch.norm_eps, offset=arch.norm_offset, wide=arch.norm_wide)
             for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight"))
         )
     if rope is not None:
@@ -121,7 +123,7 @@ def _norm(arch: Arch, weights: Weights, name: str, x: Tensor, residual: Tensor |
     if arch.norm == "layer":
         return ops.layer_norm(x, weight, weights.get(f"{name}.bias"), arch.norm_eps, residual=residual)
     assert weight is not None, f"{name}.weight is missing"
-    return ops.rms_norm(x, weight, arch.norm_eps, residual=residual, offset=arch.norm_offset)
+    return ops.rms_norm(x, weight, arch.norm_eps, residual=residual, offset=arch.norm_offset, wide=arch.norm_wide)
 
 
 def _linear(weights: Weights, role: str, x: Tensor, layer: int, adapters: PassAdapters | None) -> Tensor:

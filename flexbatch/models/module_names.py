@@ -19,9 +19,11 @@ class ModuleMapping:
     """What a module of a checkpoint is here. module: its name without ``.weight``/``.bias``. role: canonical name
     likewise. part: which rows of a fused tensor it fills ("q", "k", "v", "gate", "up"), or how the source differs:
     "grouped" (per KV head its queries, key, value), "codegen" (per quarter of the heads queries, values, keys),
-    "transposed", "bare" (the module's name is the tensor's own, without a suffix), "stacked" (all experts in one
-    tensor, expert first). expert: which of the experts of a fused tensor it fills. A module's name with ``{expert}``
-    and a role with ``experts.`` stand for those of every expert."""
+    "transposed". Words that may stand together: "bare" (the module's name is the tensor's own, without a suffix),
+    "stacked" (all experts in one tensor, expert first), "turned" (inputs by outputs, of every expert), "pairs" (gates
+    and ups by turns, not one after the other). expert: which of the experts of a fused tensor it fills. A module's
+    name with ``{expert}`` and a role with ``experts.`` stand for those of every expert, a role with ``{layer}`` for a
+    tensor of a layer that is kept in the embedding stage."""
 
     module: str
     role: str
@@ -31,7 +33,16 @@ class ModuleMapping:
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Of the names of its tensors."""
-        return ("",) if self.part == "bare" else (".weight", ".bias")
+        return ("",) if self.says("bare") else (".weight", ".bias")
+
+    def says(self, word: str) -> bool:
+        return word in self.part.split()
+
+    def of_layer(self, layer: int) -> tuple[int, ModuleMapping]:
+        """The stage and the row of this one's tensor in a layer."""
+        if "{layer}" in self.role:
+            return -1, replace(self, role=self.role.format(layer=layer))
+        return layer, self
 
     @property
     def target(self) -> tuple[str, int]:
@@ -43,7 +54,7 @@ class ModuleMapping:
         which experts are placed; itself where it has nothing to do with experts."""
         if not self.role.startswith("experts."):
             return (self,)
-        if self.part == "stacked":
+        if self.says("stacked"):
             return tuple(replace(self, role=self.role.replace(".", f".{first}.", 1)) for first, _ in units)
         return tuple(
             replace(

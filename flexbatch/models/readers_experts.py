@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from flexbatch.models.arch import Arch
@@ -13,6 +14,14 @@ from flexbatch.models.expert_arch import Experts
 from flexbatch.models.readers import llama_like, partial
 from flexbatch.validation.errors import CheckpointError
 
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What the number of experts is called, by family and by version of transformers."""
 
@@ -159,6 +168,33 @@ def glm4_moe(config: Config) -> Arch:
         skipped_layers=optional(config, "num_nextn_predict_layers", 1),
         **rope,
         **_in_layers(experts, [i >= first for i in range(layers)]),
+    )
+
+
+def gpt_oss(config: Config) -> Arch:
+    """Windows by turns from the first layer on, where the file does not name them; its rotation is extended unless the
+    file says otherwise."""
+    bias, layers = bool(config.get("attention_bias", True)), required(config, "num_hidden_layers")
+    experts = _experts(
+        config,
+        required(config, "intermediate_size"),
+        scoring="softmax_of_chosen",
+        router_bias=True,
+        bias=True,
+        clamp=float(optional(config, "swiglu_limit", 7.0)),
+        gain=float(optional(config, "swiglu_alpha", 1.702)),
+    )
+    entry = entry_of(config, whole=True)
+    entry = entry if entry.values else replace(entry, values=dict(GPT_OSS_ROPE))
+    return llama_like(
+        config,
+        norm_wide=True,
+        sinks=True,
+        qkv_bias=bias,
+        output_bias=bias,
+        **read_rope(config, required(config, "head_dim"), theta=optional(config, "rope_theta", 150000.0), entry=entry),
+        **read_windows(config, [not layer % 2 for layer in range(layers)], 128),
+        **_in_layers(experts, [True] * layers),
     )
 
 

@@ -42,19 +42,20 @@ def check_complete(
 
 def rows_of(row: ModuleMapping, arch: Arch) -> tuple[ModuleMapping, ...]:
     """The row, or of a tensor with all experts one for each of their parts."""
-    return row.of_experts(arch.experts.units) if row.part == "stacked" and arch.experts else (row,)
+    return row.of_experts(arch.experts.units) if row.says("stacked") and arch.experts else (row,)
 
 
 def parts_of_expert(row: ModuleMapping) -> int:
     """Sections of one expert in its role's tensor: gate and up are two."""
-    return 2 if row.role.endswith("gate_up") else 1
+    return 2 if "gate_up" in row.role else 1
 
 
 def source_shape(spec: WeightSpec, row: ModuleMapping, arch: Arch) -> tuple[int, ...]:
     rows = section(spec, row)
-    if row.part == "stacked":
+    if row.says("stacked"):
         assert arch.experts is not None
-        return arch.experts.count, sum(spec.sections[: parts_of_expert(row)]), *spec.shape[1:]
+        shape = sum(spec.sections[: parts_of_expert(row)]), *spec.shape[1:]
+        return arch.experts.count, *(shape[::-1] if row.says("turned") else shape)
     if row.part == "transposed":
         return spec.shape[::-1]
     return spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])

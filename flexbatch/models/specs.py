@@ -72,6 +72,8 @@ def _embedding(arch: Arch) -> list[WeightSpec]:
     specs = [WeightSpec(-1, "embed.weight", (arch.vocab_size, arch.embedding_dim))]
     if arch.position == "learned":
         specs.append(WeightSpec(-1, "pos_embed.weight", (arch.max_positions + arch.position_offset, arch.hidden_size)))
+    if arch.sinks:
+        specs += [WeightSpec(-1, sink_role(layer), (arch.num_heads,)) for layer in range(arch.num_layers)]
     if arch.projects_embedding:
         specs.append(WeightSpec(-1, "project_in.weight", (arch.hidden_size, arch.embedding_dim)))
     return specs + (_norm(arch, -1, "embed_norm") if arch.embed_norm else [])
@@ -109,6 +111,8 @@ def _experts(experts: Experts, layer: int, hidden: int) -> list[WeightSpec]:
     """Router, shared MLP and experts. Experts that are placed together lie one below another in one matrix, so that it
     is read, quantized and moved as every other is: [experts x 2 width, hidden], and [experts x hidden, width]."""
     specs = [WeightSpec(layer, "router.weight", (experts.count, hidden), wide=experts.float_router)]
+    if experts.router_bias:
+        specs.append(WeightSpec(layer, "router.bias", (experts.count,), wide=experts.float_router))
     if experts.correction:
         specs.append(WeightSpec(layer, "router.correction", (experts.count,), wide=experts.float_router))
     if experts.shared_width:
@@ -118,11 +122,22 @@ def _experts(experts: Experts, layer: int, hidden: int) -> list[WeightSpec]:
     if experts.shared_gate:
         specs += _linear(layer, "shared_gate", 1, hidden, False)
     width = experts.width
+    if experts.bias:
+        specs += [
+            WeightSpec(layer, f"expert_biases.{name}", (experts.count, size))
+            for name, size in (("gate_up", 2 * width), ("down", hidden))
+        ]
     for first, count in experts.units:
         specs += _linear(layer, expert_role(first, "gate_up"), count * 2 * width, hidden, False, (width,) * 2 * count)
     for first, count in experts.units:
         specs += _linear(layer, expert_role(first, "down"), count * hidden, width, False, (hidden,) * count)
     return specs
+
+
+def sink_role(layer: int) -> str:
+    """The role of a layer's attention sinks. They are of the embedding stage, which stays on the compute device: CPU
+    attention has a copy from there, and a few numbers need not cross the link with every pass."""
+    return f"sinks.{layer}"
 
 
 def expert_role(first: int, name: str) -> str:

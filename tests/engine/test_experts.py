@@ -13,7 +13,7 @@ from tests.grids import grid
 from tests.speculative.engines import engine, tokens
 from tests.tiny_models import NEW_TOKENS, greedy_tokens, make_model, random_prompts
 
-FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe", "phimoe")
+FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe", "phimoe", "gpt_oss")
 """Those that route unlike each other; `test_families_in_engine.py` has them all."""
 
 
@@ -85,7 +85,13 @@ def test_16_bits_run_from_every_tier_alike(reference, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "draft", "place", "tree"),
-    grid(("qwen3_moe", "mixtral"), ("itself", "llama", "ngram"), ("gpu", "mixed"), ("<2,2,1>", "auto"), together=1),
+    grid(
+        ("qwen3_moe", "mixtral", "gpt_oss"),
+        ("itself", "llama", "ngram"),
+        ("gpu", "mixed"),
+        ("<2,2,1>", "auto"),
+        together=1,
+    ),
 )
 def test_speculation_has_the_tokens_of_plain_decoding(family, draft, place, tree, reference, tmp_path):
     """Experts verify trees, and draft."""
@@ -105,13 +111,14 @@ def test_experts_draft_for_a_dense_model(reference, tmp_path):
         assert tokens(llm, target.prompts) == target.token_ids
 
 
+@pytest.mark.parametrize("family", ["glm4_moe-plain", "gpt_oss"])
 @torch.no_grad()
-def test_an_expert_that_all_choose_and_one_that_none_does(tmp_path):
+def test_an_expert_that_all_choose_and_one_that_none_does(family, tmp_path):
     """Weights of both are moved; the tokens are those of transformers."""
-    model = make_model("glm4_moe-plain", tmp_path)
-    for name, buffer in model.named_buffers():
-        if name.endswith("correction_bias"):
-            buffer[0], buffer[1] = -10.0, 10.0
+    model = make_model(family, tmp_path)
+    for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+        if name.endswith(("correction_bias", "router.bias")):
+            tensor[0], tensor[1] = -10.0, 10.0
     model.save_pretrained(tmp_path)
     prompts = random_prompts([3, 40, 9])
     with engine(tmp_path, tmp_path / "offload", "disk") as llm:

@@ -27,6 +27,7 @@ class Case:
     alibi_scale: float = 0.0
     window: int = 0
     soft_cap: float = 0.0
+    sinks: bool = False
     tree: bool = False
     seed: int = 0
 
@@ -62,6 +63,9 @@ class Case:
                 "alibi_slopes": torch.rand(self.num_heads, generator=random) / 4,
                 "alibi_scale": self.alibi_scale,
             }
+        if self.sinks:
+            # Some above all scores, some that count for nothing.
+            options["sinks"] = torch.randn(self.num_heads, generator=random) * 3
         if self.tree:
             options |= self.random_trees(random)
         options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
@@ -131,6 +135,12 @@ CASES = {
     "decode, 4 bits": Case((1, 1, 0, 1), (1, 37, 5, 130), num_heads=3, num_kv_heads=3, dtype=torch.float16, bits=4),
     "decode, 8 bits, ALiBi": Case(
         (1, 1), (70, 33), num_heads=2, head_dim=128, dtype=torch.float16, bits=8, group=64, alibi=True
+    ),
+    "sinks, window": Case((1, 5, 40), (100, 37, 90), num_heads=6, head_dim=24, window=11, sinks=True),
+    "sinks, decode": Case((1, 1), (130, 3), num_heads=8, head_dim=64, sinks=True),
+    "sinks, trees, 8 bits": Case((9, 20), (30, 80), num_heads=6, head_dim=24, tree=True, window=40, bits=8, sinks=True),
+    "sinks, decode, 4 bits": Case(
+        (1, 1, 0, 1), (1, 37, 5, 130), num_heads=3, num_kv_heads=3, dtype=torch.float16, bits=4, sinks=True
     ),
     "4 bits, short group": Case((1, 20), (40, 41), head_dim=34, bits=4),
 }

@@ -30,7 +30,9 @@ def test_native(case, dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", [{}, {"window": 100}, {"tree": True}, {"bits": 4}, {"num_heads": 32}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 100}, {"tree": True}, {"bits": 4}, {"num_heads": 32}, {"sinks": True}], ids=str
+)
 def test_native_cuts_shorter_where_rows_are_wider(options):
     """16 heads of 128 elements: 128 keys in one piece, not 512."""
     case = replace(
@@ -43,10 +45,10 @@ def test_native_cuts_shorter_where_rows_are_wider(options):
 
 
 @needs_compiler
-@pytest.mark.parametrize("window", [0, 300])
-def test_native_cuts_long_contexts(window):
+@pytest.mark.parametrize("options", [{}, {"window": 300}, {"sinks": True}, {"sinks": True, "window": 300}], ids=str)
+def test_native_cuts_long_contexts(options):
     arguments, options = Case(
-        (1, 4, 17, 1), (1025, 600, 1600, 512), num_heads=6, num_kv_heads=2, head_dim=40, window=window
+        (1, 4, 17, 1), (1025, 600, 1600, 512), num_heads=6, num_kv_heads=2, head_dim=40, **options
     ).build()
     assert_close(
         native.paged_attention(*arguments, **options), attention_reference.paged_attention(*arguments, **options)
@@ -73,7 +75,7 @@ def random_cases(draw) -> Case:
     queries = draw(st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any))
     contexts = [max(1, q) + draw(st.integers(0, 70)) for q in queries]
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 9))
-    flags = {name: draw(st.booleans()) for name in ("alibi", "tree")}
+    flags = {name: draw(st.booleans()) for name in ("alibi", "tree", "sinks")}
     return Case(
         tuple(queries), tuple(contexts), kv_heads * group, kv_heads, draw(st.integers(1, 70)),
         bits=draw(st.sampled_from([16, 8, 4])),
@@ -103,7 +105,10 @@ INTERPRETED_LATER = {
     ("name", "splits"),
     [
         pytest.param(name, splits, marks=pytest.mark.slow if (name, splits) in INTERPRETED_LATER else ())
-        for names, splits in ((CASES, 1), (("decode", "window", "trees", "4 bits", "decode, 4 bits"), 3))
+        for names, splits in (
+            (CASES, 1),
+            (("decode", "window", "trees", "4 bits", "decode, 4 bits", "sinks, window", "sinks, decode, 4 bits"), 3),
+        )
         for name in names
     ],
 )
@@ -157,6 +162,18 @@ def test_triton_reads_a_slice_of_a_fused_projection(device):
         attention.paged_attention(part, *rest, **options, splits=1),
         attention.paged_attention(query, *rest, **options, splits=1),
     )
+
+
+def test_sinks_are_softmax_over_one_more_key():
+    """Against the definition: a key of that score whose value is zero, in plain arithmetic."""
+    (query, rows, table, starts, lens), options = Case((3,), (20,), head_dim=8, sinks=True).build()
+    slots = (table[0].long()[:, None] * 8 + torch.arange(8)).flatten()[:20]
+    found = attention_reference.paged_attention(query, rows, table, starts, lens, **options)
+    for token, head in ((0, 0), (1, 2), (2, 3)):
+        keys, values = (rows[slots[: 18 + token], side, head // 2] for side in (0, 1))
+        weights = (keys @ query[token, head] * 8**-0.5).exp()
+        wanted = (weights @ values) / (weights.sum() + options["sinks"][head].exp())
+        torch.testing.assert_close(found[token, head], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_triton_refuses_what_it_cannot_read():

@@ -3,13 +3,16 @@ the loop, whatever stretches the experts lie in."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from flexbatch.kernels import experts
+from flexbatch.kernels import experts, reference
 
 EXPERTS, WIDTH, HIDDEN = 7, 24, 16
+SILU = partial(reference.gated_activation, activation="silu")
 CUTS = {"one": [7], "two": [3, 4], "many": [1, 2, 1, 3], "each": [1] * 7}
 TOKENS = {"one": 1, "few": 5, "many": 150}
 
@@ -61,8 +64,27 @@ def test_products_equal_those_of_each_token(way, cut, tokens):
     x, chosen, shares, gate_up, down = routed(TOKENS[tokens], 3)
     # Gate and up lie in other stretches than down, as they do when they are placed apart.
     parts = units(gate_up, CUTS[cut], True), units(down, CUTS["two"], True)
-    found = getattr(experts, way)(x, chosen, shares, *parts, "silu")
+    found = getattr(experts, way)(x, chosen, shares, *parts, SILU)
     torch.testing.assert_close(found, one_by_one(x, chosen, shares, gate_up, down), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["by_loop", "by_groups"])
+def test_biases_are_those_of_each_expert(way):
+    """Added to the rows of their experts, of both products; gates and ups have limits here."""
+    if way == "by_groups" and not grouped_product_here(torch.float32):
+        pytest.skip("this torch has no grouped product for processors")
+    x, chosen, shares, gate_up, down = routed(9, 3)
+    first, second = torch.randn(EXPERTS, 2 * WIDTH), torch.randn(EXPERTS, HIDDEN)
+    parts = units(gate_up, CUTS["many"], True), units(down, CUTS["two"], True)
+    activate = partial(reference.clamped_gate, gain=1.7, limit=0.8)
+    found = getattr(experts, way)(x, chosen, shares, *parts, activate, (first, second))
+    for token, row in enumerate(x):
+        total = torch.zeros(HIDDEN)
+        for expert, share in zip(chosen[token].tolist(), shares[token].tolist(), strict=True):
+            gate, up = (gate_up[expert] @ row + first[expert]).chunk(2)
+            gate, up = gate.clamp(max=0.8), up.clamp(-0.8, 0.8)
+            total += share * (down[expert] @ ((up + 1) * gate * torch.sigmoid(1.7 * gate)) + second[expert])
+        torch.testing.assert_close(found[token], total, atol=1e-5, rtol=1e-5)
 
 
 def test_16_bits_of_both_ways_differ_by_rounding_only():
@@ -70,7 +92,7 @@ def test_16_bits_of_both_ways_differ_by_rounding_only():
         pytest.skip("this torch has no grouped product for processors")
     x, chosen, shares, gate_up, down = routed(40, 3, dtype=torch.bfloat16)
     parts = units(gate_up, CUTS["many"], True), units(down, CUTS["each"], True)
-    loop, groups = (way(x, chosen, shares, *parts, "silu") for way in (experts.by_loop, experts.by_groups))
+    loop, groups = (way(x, chosen, shares, *parts, SILU) for way in (experts.by_loop, experts.by_groups))
     assert loop.dtype == groups.dtype == torch.bfloat16
     torch.testing.assert_close(groups.float(), loop.float(), atol=0.02, rtol=0.02)
 

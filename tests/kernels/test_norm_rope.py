@@ -21,13 +21,13 @@ def close(got, wanted):
 
 
 @pytest.mark.parametrize("size", [64, 100, 1])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("offset", "wide"), [(0.0, False), (1.0, False), (0.0, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_with_residual(dtype, offset, size, norm_rope, device):
+def test_rms_norm_with_residual(dtype, offset, wide, size, norm_rope, device):
     x, residual, weight = torch.randn(5, size).to(dtype), torch.randn(5, size).to(dtype), torch.randn(size).to(dtype)
     carried = residual.to(device, copy=True)
-    got = norm_rope.rms_norm(x.to(device), weight.to(device), 1e-5, residual=carried, offset=offset)
-    close(got, reference.rms_norm(x, weight, 1e-5, residual=residual, offset=offset))
+    got = norm_rope.rms_norm(x.to(device), weight.to(device), 1e-5, residual=carried, offset=offset, wide=wide)
+    close(got, reference.rms_norm(x, weight, 1e-5, residual=residual, offset=offset, wide=wide))
     assert torch.equal(carried.cpu(), residual), "the residual carries the sum"
 
 
@@ -75,6 +75,27 @@ def test_rotary_in_place(dtype, interleaved, rotary_dim, norm_rope, device):
 def test_gated_activation(dtype, activation, norm_rope, device):
     gate_up = torch.randn(5, 2 * 70).to(dtype)
     close(norm_rope.gated_activation(gate_up.to(device), activation), reference.gated_activation(gate_up, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clamped_gate(dtype, norm_rope, device):
+    """Beyond the limit on either side, and what is no number stays none."""
+    gate_up = 3 * torch.randn(5, 2 * 70).to(dtype)
+    gate_up[1, 3] = gate_up[2, 80] = torch.nan
+    found, wanted = norm_rope.clamped_gate(gate_up.to(device), 1.7, 2.0), reference.clamped_gate(gate_up, 1.7, 2.0)
+    torch.testing.assert_close(found.cpu(), wanted, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype], equal_nan=True)
+    assert wanted.isnan().sum() == 2
+
+
+def test_16_bits_of_a_wide_norm_are_those_of_gpt_oss():
+    """Rounded once, after the weight."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+
+    norm = GptOssRMSNorm(64, 1e-5).to(torch.bfloat16)
+    norm.weight.data.normal_(1, 0.5)
+    x = torch.randn(50, 64).bfloat16()
+    assert torch.equal(reference.rms_norm(x, norm.weight, 1e-5, wide=True), norm(x))
+    assert not torch.equal(reference.rms_norm(x, norm.weight, 1e-5), norm(x))
 
 
 def test_rotary_is_that_of_transformers():

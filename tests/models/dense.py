@@ -9,6 +9,7 @@ from flexbatch.kernels import attention_reference, reference
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
 from flexbatch.models.rope import RopeTables, fill_tables, num_tables
+from flexbatch.models.specs import sink_role
 
 PAGE_TOKENS = 8
 
@@ -70,6 +71,7 @@ class DenseModel:
                 alibi_scale=self.arch.attention_scale if self.arch.scaled_alibi else 0.0,
                 window=self.arch.window(layer),
                 soft_cap=self.arch.soft_cap,
+                sinks=self.stages[-1][sink_role(layer)] if self.arch.sinks else None,
             )
             hidden = layers.post_attention(self.arch, layer, weights, hidden, attention)
         return list(layers.head(self.arch, self.head, hidden).split(counts))

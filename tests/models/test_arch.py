@@ -62,8 +62,9 @@ def test_keys_left_out_have_the_defaults_of_transformers(case):
 ROTARY = [
     case
     for case in FAMILY_CASES
-    if not case.startswith(("opt", "bloom", "gpt_big", "gpt2", "gptj", "codegen", "gemma3"))
+    if not case.startswith(("opt", "bloom", "gpt_big", "gpt2", "gptj", "codegen", "gemma3", "gpt_oss-plain"))
 ]
+"""Without gpt-oss whose rotation is not extended: a ``rope_scaling`` of null means its default extension."""
 
 
 @pytest.mark.parametrize("case", ROTARY)
@@ -194,6 +195,8 @@ def test_bad_configs_are_named(kind):
         ("mixtral-8x7b", 46.7),
         ("mixtral-8x22b", 140.6),
         ("olmoe-1b-7b", 6.92),
+        ("gpt-oss-20b", 20.9),
+        ("gpt-oss-120b", 116.8),
     ],
 )
 def test_public_shapes_have_their_published_size(name, billions):

@@ -129,12 +129,14 @@ def test_experts_of_a_dense_layer_are_refused(tmp_path):
         checkpoint.check(tmp_path, checkpoint.read_arch(tmp_path))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "granitemoe"])
+@pytest.mark.parametrize("case", ["mixtral", "granitemoe", "gpt_oss", "gpt_oss-plain"])
 def test_a_missing_expert_is_named(case, tmp_path):
     make_model(case, tmp_path, tokenizer=False)
     name = {
         "mixtral": "layers.2.block_sparse_moe.experts.4.w3.weight",
         "granitemoe": "layers.1.block_sparse_moe.output_linear.weight",
+        "gpt_oss": "layers.2.self_attn.sinks",
+        "gpt_oss-plain": "layers.0.mlp.experts.gate_up_proj_bias",
     }[case]
     change(tmp_path, lambda tensors: tensors.pop(f"model.{name}"))
     with pytest.raises(CheckpointError, match=rf"the weight files lack {name} \[[\d, ]*\]$"):
@@ -172,7 +174,8 @@ BAD = {
     "another router": ("mixtral", {"router_scoring": "tanh"}, "router_scoring='tanh' is not known of model_type"),
     "a shared expert": ("olmoe", {"num_shared_experts": 2}, "num_shared_experts=2 is not known of model_type 'olmoe'"),
     "a capacity": ("qwen3_moe", {"expert_capacity": 64}, "expert_capacity=64 is not known"),
-    "sinks": ("mixtral", {"model_type": "gpt_oss"}, "'gpt_oss': its attention sinks and MXFP4 weights are not"),
+    "no limit": ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit=0 must be a number above 0"),
+    "a shared expert of gpt-oss": ("gpt_oss", {"num_shared_experts": 1}, "num_shared_experts=1 is not known"),
     "latent": ("mixtral", {"model_type": "deepseek_v3"}, "'deepseek_v3': its latent attention is not supported"),
     "another extension": (
         "phimoe",
@@ -273,3 +276,53 @@ def test_published_files_are_read():
     arch = families.read_arch(json.loads(json.dumps(mixtral)))
     assert arch.experts == Experts(8, 2, 14336, normalize=True) and arch.window(0) == 0
     assert arch.rope_theta == 1e6 and arch.dtype == "bfloat16"
+
+
+def test_gpt_oss_as_it_was_published():
+    """Entries of its config.json that say nothing of what is computed are no obstacle; those it leaves out have their
+    defaults."""
+    published = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "eos_token_id": 200002,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "output_router_logits": False,
+        "pad_token_id": 199999,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 201088,
+    }
+    arch = families.read_arch(published)
+    assert [arch.window(layer) for layer in range(3)] == [128, 0, 128] and arch.max_positions == 131072
+    assert (arch.experts.count, arch.experts.top_k, arch.experts.clamp, arch.experts.gain) == (32, 4, 7.0, 1.702)
+    left_out = {
+        name: published[name] for name in published if name not in ("layer_types", "rope_scaling", "rope_theta")
+    }
+    assert families.read_arch(left_out) == arch
