@@ -18,7 +18,7 @@ from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.requests import Params, requests_of
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
-from flexbatch.intake import Intake, Item, OnText
+from flexbatch.intake import Intake, Item, OnPass, OnText, first_text
 from flexbatch.loop import EngineLoop
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.lora.request import LoRA
@@ -126,16 +126,6 @@ class LLM(NamesOfVllm):
 
     # Jobs
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What holds where none are given: the model's generation_config.json, read as transformers reads it. Greedy,
-        unless it says ``"do_sample": true`` or names a temperature. Raises ConfigurationError for what is unavailable.
-        """
-        return self.generation.params()
-
-    def get_tokenizer(self) -> Any:
-        """The tokenizer of transformers that lies beside the model; None for random weights."""
-        return self.tokenizer
-
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -224,13 +214,20 @@ class LLM(NamesOfVllm):
         request_id: Hashable = None,
         on_text: OnText | None = None,
         lora_request: LoRA = None,
+        priority: int = 0,
+        source: Hashable = None,
+        on_pass: OnPass | None = None,
     ) -> Hashable:
         """Let a prompt wait for `step`; returns its id, a number where None is given. May be called at any time, also
         while another thread runs a pass, whose end it does not wait for, and by ``on_text``, which is told of the new
-        text of its first sample after every pass. Raises PromptError for a prompt that cannot be run,
-        ConfigurationError for an id that is still in use, EngineBusyError while a stream is open."""
+        text of its first sample after every pass. ``on_pass``, in its place, is shown the sequence of every sample.
+        Smaller ``priority`` goes first, and others step aside for it. Answers of one ``source`` are expected to be of
+        like lengths. Raises PromptError for a prompt that cannot be run, ConfigurationError for an id that is still in
+        use, EngineBusyError while a stream is open."""
+        told = on_pass if on_text is None else first_text(on_text)
+        more = {"lora": lora_request, "priority": priority, "source": source}
         with self._turns.addition("add_request"):
-            return self._intake.add_named(request_id, prompt, sampling_params, on_text, lora_request)
+            return self._intake.add_named(request_id, prompt, sampling_params, told, **more)
 
     def step(self) -> list[tuple[Hashable, Completion]]:
         """Run one pass over the requests that were added; returns (id, completion) of those that finished. A request

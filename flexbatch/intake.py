@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.requests import Defaults, Params, hashable_id, requests_of, samples_of
 from flexbatch.execution.scheduler import Scheduler
+from flexbatch.execution.waiting import WaitingLine
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.planner.adapter_choice import AdapterChoice
@@ -29,7 +29,17 @@ from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 
 Item = tuple[Hashable, Prompt, SamplingParams | None]
 """An item of a stream: the caller's key, a prompt, and how to complete it (None: as generation_config.json says)."""
-OnText = Callable[[str], None]
+OnText, OnPass = Callable[[str], None], Callable[[execution.Sequence], None]
+
+
+def first_text(on_text: OnText) -> OnPass:
+    """What hands on the new text of a prompt's first sample."""
+
+    def on_pass(sequence: execution.Sequence) -> None:
+        if sequence.request.sample == 0 and (text := sequence.output.take()):
+            on_text(text)
+
+    return on_pass
 
 
 @dataclass
@@ -38,7 +48,7 @@ class Expected:
 
     key: Hashable
     num_samples: int
-    on_text: OnText | None = None
+    on_pass: OnPass | None = None
     named: bool = False
     completions: dict[int, Completion] = field(default_factory=dict)
 
@@ -53,8 +63,8 @@ class Intake(RunObserver):
         self.encoder, self.defaults, self._loras = encoder, Defaults(generation), loras
         self._decoder = None if encoder.tokenizer is None else TextDecoder(encoder.tokenizer)
         self._arch, self._engine_seed = arch, engine_seed
-        self._waiting: deque[Request] = deque()
-        self._lock = threading.Lock()
+        self._waiting = WaitingLine()
+        self._lock = threading.RLock()
         """Held while the containers change together, and never while a prompt is encoded."""
         self._expected: dict[int, Expected] = {}
         self._sequence_ids, self._indices = count(), count()
@@ -109,27 +119,28 @@ class Intake(RunObserver):
         key: Hashable,
         prompt: Prompt,
         params: SamplingParams | None,
-        on_text: OnText | None,
+        on_pass: OnPass | None,
         index: int,
         source: Hashable = None,
         named: bool = False,
         lora: Any = None,
+        priority: int = 0,
     ) -> None:
         """Encode a prompt and let it wait. ``named``: under an id. Raises PromptError, ConfigurationError,
         CheckpointError."""
         number, adapter, params = self.take_numbers(1), self._loras.number(lora), self.defaults.instead_of(params)
-        samples = list(samples_of(index, prompt, params, self.encoder, number, source, adapter))
-        self._has_listeners |= on_text is not None
+        samples = list(samples_of(index, prompt, params, self.encoder, number, source, adapter, priority))
+        self._has_listeners |= on_pass is not None
         with self._lock:
-            self._expected[index] = Expected(key, len(samples), on_text, named)
-            self._waiting.extend(samples)
+            self._expected[index] = Expected(key, len(samples), on_pass, named)
+            self._waiting.add(samples)
 
     def add_requests(self, samples: Iterable[Request]) -> None:
         """Let encoded requests wait; their completions go by the numbers of their prompts, as text."""
         for request in samples:
             key = str(request.index if request.number is None else request.number)
             self._expected.setdefault(request.index, Expected(key, request.params.n))
-            self._waiting.append(request)
+            self._waiting.add([request])
 
     def add_item(
         self, index: int, item: Any, on_tokens: Callable[[Hashable, str], None] | None
@@ -144,16 +155,17 @@ class Intake(RunObserver):
             )
         key, prompt, params, *more = item
         try:
-            on_text = None if on_tokens is None else partial(on_tokens, key)
-            self.add(key, prompt, params, on_text, index, **dict(zip(("source", "lora"), more, strict=False)))
+            on_pass = None if on_tokens is None else first_text(partial(on_tokens, key))
+            self.add(key, prompt, params, on_pass, index, **dict(zip(("source", "lora"), more, strict=False)))
         except ValueError as error:
             return key, Completion([], finish_reason="error", error=str(error), index=index, request_id=key)
         return None
 
     def add_named(
-        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_text: OnText | None, lora: Any = None
+        self, key: Hashable, prompt: Prompt, params: SamplingParams | None, on_pass: OnPass | None, **more: Any
     ) -> Hashable:
-        """Let a prompt wait under its id, for None a number; returns it. Raises ConfigurationError for one in use."""
+        """Let a prompt wait under its id, for None a number; returns it. ``more``: as `add` takes it. Raises
+        ConfigurationError for an id in use."""
         index = next(self._indices)
         if key is None:
             key = next(number for number in chain([index], self._indices) if number not in self._named)
@@ -161,7 +173,7 @@ class Intake(RunObserver):
             raise ConfigurationError(f"request_id {key!r} belongs to a request that has not finished")
         self._named[key] = index  # first, as the pass that ends it may begin as soon as it waits
         try:
-            self.add(key, prompt, params, on_text, index, named=True, lora=lora)
+            self.add(key, prompt, params, on_pass, index, named=True, **more)
         except BaseException:
             self._named.pop(key, None)
             raise
@@ -170,9 +182,9 @@ class Intake(RunObserver):
     def arrivals(self) -> Iterator[execution.Sequence | None]:
         """Sequences in the order of the requests, made as they are asked for; None while nobody waits. Never ends."""
         while True:
-            try:
-                request = self._waiting.popleft()
-            except IndexError:
+            with self._lock:
+                request = self._waiting.pop()
+            if request is None:
                 yield None
                 continue
             grammar = self.grammar_of(request.params)
@@ -185,6 +197,11 @@ class Intake(RunObserver):
                 sequence_id=next(self._sequence_ids),
                 grammar=grammar,
             )
+
+    def overtakes(self, first: execution.Sequence) -> bool:
+        """Whether somebody waits who is more urgent than a sequence."""
+        with self._lock:
+            return (priority := self._waiting.priority) is not None and priority < first.request.priority
 
     def grammar_of(self, params: SamplingParams) -> GrammarFollower | None:
         """The grammar of one answer. It ends by EOS, and by those of its stop tokens that are no text."""
@@ -244,7 +261,7 @@ class Intake(RunObserver):
             return set()
         with self._lock:
             self._expected.pop(index, None)
-            self._waiting = deque(request for request in self._waiting if request.index != index)
+            self._waiting.keep(lambda request: request.index != index)
         return {index}
 
     def drop_all_but(self, begun: set[int]) -> set[int]:
@@ -253,7 +270,7 @@ class Intake(RunObserver):
             kept = {index for index, each in self._expected.items() if index in begun or each.completions}
             self._expected = {index: each for index, each in self._expected.items() if index in kept}
             self._named = {key: index for key, index in self._named.items() if index in kept}
-            self._waiting = deque(request for request in self._waiting if request.index in kept)
+            self._waiting.keep(lambda request: request.index in kept)
             return kept
 
     def clear(self) -> None:
@@ -263,16 +280,15 @@ class Intake(RunObserver):
             self._named.clear()
 
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
-        """Hand on the new text of every prompt's first sample, where somebody listens."""
+        """Show every sequence that may have new tokens to whoever listens to its prompt."""
         if not self._has_listeners:
             return
         for sequence in [*scheduler.running.values(), *scheduler.finished]:
             expected = self._expected.get(sequence.request.index)
-            if expected is not None and expected.on_text is not None and sequence.request.sample == 0:
-                text = sequence.output.take()
-                if text:
-                    expected.on_text(text)
+            if expected is not None and expected.on_pass is not None:
+                expected.on_pass(sequence)
 
     def check(self) -> None:
         """Invariant: somebody expects every request that waits."""
+        self._waiting.check()
         assert {request.index for request in self._waiting} <= self._expected.keys()

@@ -191,6 +191,7 @@ class EngineLoop:
             self.lengths,
             capacity.step_aside_costs,
             left,
+            self.intake.overtakes,
         )
         self.observers = [self.statistics, self.intake, self.failures, *self.watchers]
         if whole_job is not None and proposer is None:

@@ -210,6 +210,8 @@ class Request:
     source: Hashable = None
     adapter: int = 0
     """Its LoRA adapter by number, 0 for none."""
+    priority: int = 0
+    """Those of smaller numbers go first, as in vLLM."""
 
 
 @dataclass(frozen=True)

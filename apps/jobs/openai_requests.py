@@ -9,18 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
-from flexbatch.apps.jobs.columns import ROW_ERROR
-from flexbatch.apps.jobs.layout import Part
-from flexbatch.apps.jobs.openai_source import LINE
 from flexbatch.apps.jobs.prompts import RowError, messages_prompt, row_error, unicode_text
 from flexbatch.apps.jobs.response_format import response_form
-from flexbatch.apps.jobs.rows import RowRequest, row_seed
 from flexbatch.request import SamplingParams
 from flexbatch.text.chat import ChatOptions, ChatPrompt
 from flexbatch.text.files import parse_json
@@ -103,13 +97,23 @@ def parse_request(
             raise RequestError("invalid_json_line", f"not a JSON object but a {type(value).__name__}")
         custom_id, url = value.get("custom_id"), value.get("url")
         call = Call(custom_id if isinstance(custom_id, str) else None, url if isinstance(url, str) else "")
-        body = _checked_body(value, call)
-        if call.url == CHAT:
-            defaults = dataclasses.replace(defaults, max_tokens=chat_limit)
-        params = _params(body, call.url, defaults)
-        prompts = [_chat(body)] if call.url == CHAT else _prompts(body.get("prompt"))
+        return parse_body(_checked_body(value, call), call, defaults, chat_limit)
+    except Exception as error:
+        known = "invalid_json_line" if call is None else "invalid_value"
+        code = error.code if isinstance(error, RequestError) else known
+        raise RequestError(code, str(row_error(error)), call) from None
+
+
+def parse_body(
+    body: Mapping[str, Any], call: Call, defaults: SamplingParams, chat_limit: int | None = None
+) -> tuple[Call, list[Any], SamplingParams]:
+    """The same of the body of a request to the URL of ``call``. Raises RequestError, with ``call``."""
+    try:
+        chat = call.url == CHAT
+        params = _params(body, call.url, dataclasses.replace(defaults, max_tokens=chat_limit) if chat else defaults)
+        prompts = [_chat(body)] if chat else _prompts(body.get("prompt"))
         echo = body.get("echo") is not None and _flag(body, "echo")
-        if echo and call.url == CHAT:
+        if echo and chat:
             raise RequestError("unsupported_parameter", "echo is for completions; a chat's prompt is its messages")
         if echo and params.logprobs is not None:
             params.prompt_logprobs = params.logprobs
@@ -119,8 +123,7 @@ def parse_request(
         name = unicode_text(model or "", "model")
         return dataclasses.replace(call, model=name, logprobs=params.logprobs, echo=echo), prompts, params
     except Exception as error:
-        known = "invalid_json_line" if call is None else "invalid_value"
-        code = error.code if isinstance(error, RequestError) else known
+        code = error.code if isinstance(error, RequestError) else "invalid_value"
         raise RequestError(code, str(row_error(error)), call) from None
 
 
@@ -242,47 +245,3 @@ def _logprobs(body: Mapping[str, Any], url: str) -> int | None:
             raise RequestError("invalid_value", f"top_logprobs is {top}, but logprobs is not true")
         return None
     return top
-
-
-class OpenAIReader:
-    """Makes requests of the lines of a batch file. ``chat_limit`` is as in `parse_request`; ``repeated`` maps a row
-    whose ``custom_id`` an earlier row has to that row. A request whose ``model`` is one of ``adapters``
-    gets it."""
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        seed: int,
-        chat_limit: int | None = None,
-        repeated: Mapping[int, int] | None = None,
-        adapters: Collection[str] = (),
-    ) -> None:
-        self._params, self._seed, self._adapters = params, seed, frozenset(adapters)
-        self._chat_limit, self._repeated = chat_limit, dict(repeated or {})
-
-    def rows(self, table: pa.Table, part: Part, skip: Callable[[int], bool]) -> Iterator[RowRequest]:
-        problems = table[ROW_ERROR].to_pylist() if ROW_ERROR in table.schema.names else [None] * len(table)
-        for offset, (line, problem) in enumerate(zip(table[LINE].to_pylist(), problems, strict=True)):
-            if not skip(offset):
-                index = part.first_row + offset
-                try:
-                    if problem is not None:
-                        raise RequestError("invalid_json_line", problem)
-                    yield self._row(part.number, offset, index, line)
-                except RequestError as error:
-                    yield RowRequest(part.number, offset, index, error=str(error), extra=error.call)
-
-    def _row(self, part: int, offset: int, index: int, line: bytes) -> RowRequest:
-        call, prompts, params = parse_request(line, self._params, self._chat_limit)
-        if index in self._repeated:
-            told = f"custom_id {short(call.custom_id)} is that of row {self._repeated[index]} already"
-            raise RequestError("duplicate_custom_id", told, call)
-        requests, lora = [], call.model if call.model in self._adapters else None
-        for number, prompt in enumerate(prompts):
-            own = params
-            if params.seed is None and params.temperature > 0:
-                own = dataclasses.replace(params, seed=row_seed(self._seed, f"{index}.{number}" if number else index))
-            requests.append(
-                RowRequest(part, offset, index, prompt, own, extra=call, lora=lora, number=number, prompts=len(prompts))
-            )
-        return dataclasses.replace(requests[0], others=requests[1:])

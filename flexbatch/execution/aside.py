@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flexbatch.execution.sequence import Sequence
@@ -35,7 +35,7 @@ class Preemptions:
 
 
 class Aside:
-    """The sequences that have stepped aside, the oldest first, and their pages.
+    """The sequences that have stepped aside, the most urgent first and then the oldest, and their pages.
 
     Pages are moved to a lower tier that has them free, or dropped and their tokens read anew, whichever costs less.
     A quantized cache is moved always: keys and values that are computed anew differ in the last bit, as matrices of
@@ -83,7 +83,7 @@ class Aside:
         """Let a sequence wait that has left the block. in_place: its tier is not short of pages. drop: whatever that
         costs."""
         self.sequences.append(sequence)
-        self.sequences.sort(key=lambda each: each.sequence_id)
+        self.sequences.sort(key=lambda each: each.precedence)
         sequence.table = None
         if not self.begun(table):
             self.free(table)
@@ -125,6 +125,14 @@ class Aside:
                 return True
         return False
 
+    def lets_pass(self, sequence: Sequence) -> bool:
+        """Whether nobody here goes before a sequence that is new."""
+        return not self.sequences or sequence.precedence < self.sequences[0].precedence
+
+    def reclaim_any(self, tiers: Iterable[str], spared: Sequence | None = None) -> bool:
+        """The same on the first of the tiers where anybody has pages."""
+        return any(self.reclaim(tier, spared) for tier in tiers)
+
     def empty(self) -> list[Sequence]:
         """Hand out all that wait, to be read anew elsewhere."""
         sequences, self.sequences = self.sequences, []
@@ -153,9 +161,9 @@ class Aside:
                 self.free(table)
 
     def check(self) -> None:
-        """Invariants: the oldest first, none runs, and what is parked is whole."""
-        ids = [sequence.sequence_id for sequence in self.sequences]
-        assert ids == sorted(set(ids)), ids
+        """Invariants: the most urgent first, and then the oldest; none runs, and what is parked is whole."""
+        order = [sequence.precedence for sequence in self.sequences]
+        assert order == sorted(set(order)), order
         for sequence in self.sequences:
             assert sequence.status == "waiting", sequence.status
             sequence.check()

@@ -212,12 +212,12 @@ class Block:
         return min(self.max_rows(sequence), len(sequence.token_ids) + sequence.num_unread + self.spare_tokens)
 
     def short(self) -> list[Sequence]:
-        """Those that need more pages for the next pass, in the order of their arrival."""
+        """Those that need more pages for the next pass, the most urgent first, and then the oldest."""
         page_tokens = self.cache.layout.page_tokens
         # First what costs least to ask, as most have room in their last page.
         most = [each for each in self.running.values() if each.num_room(page_tokens) < self.spare_tokens]
         found = [each for each in most if self.rows_of_pass(each) > len(each.pages.pages) * page_tokens]
-        return sorted(found, key=lambda each: each.sequence_id)
+        return sorted(found, key=lambda each: each.precedence)
 
     def all_can_grow(self) -> bool:
         """Whether tiers and staging have the pages of the next pass, so that nobody has to step aside."""
@@ -250,10 +250,15 @@ class Block:
         )
 
     def youngest(self, tier: str) -> Sequence:
-        """The last to come of those that run on a tier."""
+        """The last to come of those that run on a tier, and of the least urgent."""
         return max(
-            (each for each in self.running.values() if each.pages.tier == tier), key=lambda each: each.sequence_id
+            (each for each in self.running.values() if each.pages.tier == tier), key=lambda each: each.precedence
         )
+
+    def last_behind(self, sequence: Sequence) -> Sequence | None:
+        """The last to come of the least urgent that run, if they are less urgent than a sequence."""
+        last = max(self.running.values(), key=lambda each: each.precedence, default=sequence)
+        return last if last.request.priority > sequence.request.priority else None
 
     def release_slot(self, sequence: Sequence) -> PageTable:
         """Give back the slot of a running sequence; returns its pages, which are the caller's to release."""

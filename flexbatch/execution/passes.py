@@ -69,7 +69,18 @@ class Passes:
     @property
     def goes_ahead(self) -> bool:
         """Whether the next pass may be composed before the tokens of this one are read."""
-        return self.ahead and self.executor.takes_newest and not self.scheduler.reads_tokens_first
+        return self.ahead and self.executor.takes_newest and not self.reads_tokens_first
+
+    @property
+    def reads_tokens_first(self) -> bool:
+        """Whether the tokens of a pass have to be read before the next one is composed: drafts continue them, so do the
+        tokens that a grammar leaves no choice about, and the host copies the pages of those that step aside, or will
+        for a more urgent one."""
+        scheduler = self.scheduler
+        if scheduler.proposer is not None or scheduler.aside.sequences:
+            return True
+        urgent = (first := scheduler.peek()) is not None and scheduler.block.last_behind(first) is not None
+        return urgent or any(sequence.needs_host for sequence in scheduler.running.values())
 
     def first(self) -> Flight | None:
         """A pass with nothing before it in flight."""

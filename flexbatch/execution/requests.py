@@ -111,6 +111,7 @@ def samples_of(
     number: int | None = None,
     source: Hashable = None,
     adapter: int = 0,
+    priority: int = 0,
 ) -> Iterator[Request]:
     """The n requests of one prompt, made as they are asked for, with a number for ``max_tokens``, and bad words as
     tokens. Raises PromptError, or ConfigurationError for parameters that contradict each other, at once."""
@@ -119,4 +120,4 @@ def samples_of(
     found = encoder.read(index, prompt, params.max_tokens, params.truncate_prompt_tokens)
     limited = encoder.with_tokens(index, params).within(encoder.context_left(found.token_ids))
     made = partial(Request, index, found.token_ids, limited, prompt=found.text, number=number, source=source)
-    return (made(sample=sample, adapter=adapter) for sample in range(limited.n))
+    return (made(sample=sample, adapter=adapter, priority=priority) for sample in range(limited.n))

@@ -27,8 +27,9 @@ class Scheduler:
     (without it, always). Else nothing is admitted any more; once the rest has run, it stands first among the
     ``waiting``, for a larger block.
 
-    Where a tier has no pages left for those that grow, the youngest on it step aside. They come back before anybody
-    new is admitted. Of those that run the oldest always goes on, so that every sequence comes to its end.
+    Where a tier has no pages left for those that grow, the youngest on it step aside; for a more urgent request, the
+    youngest of the less urgent do. They come back before anybody new who is not more urgent. Of those that run the
+    oldest of the most urgent always goes on, so that every sequence comes to its end.
     """
 
     def __init__(
@@ -43,16 +44,18 @@ class Scheduler:
         lengths: AnswerLengths | None = None,
         costs: StepAsideCosts | None = None,
         left: Iterable[Sequence] = (),
+        overtakes: Callable[[Sequence], bool] = lambda first: False,
     ) -> None:
         """arrivals: waiting sequences, pulled one by one as there is capacity; None where nobody waits now, though
         more may come. lengths: of answers; without them all that a sequence may reach is reserved. costs: of stepping
-        aside. left: sequences that another block has left; they come before all arrivals."""
+        aside. left: sequences that another block has left; they come before all arrivals that are not more urgent.
+        overtakes: whether the next of the arrivals is more urgent than the first in line."""
         self.policy, self.cache, self.arrivals, self.proposer = policy, cache, arrivals, proposer
         self.lengths = lengths or AnswerLengths(reserve="all")
         self.block = Block(policy, cache, 0 if proposer is None else proposer.max_nodes, self.lengths)
         self.aside = Aside(cache, costs or StepAsideCosts(), self.block.promised, self.begin_anew)
         self.refusal = refusal or self.block.too_long
-        self.reach = reach
+        self.overtakes, self.reach = overtakes, reach
         """Whether the runner takes a sequence of so many tokens, for which it may grow; not asked for where None."""
         self.micro_batch_tokens = micro_batch_tokens
         self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
@@ -76,17 +79,13 @@ class Scheduler:
         return len(self.block.running)
 
     @property
+    def is_full(self) -> bool:
+        return self.num_sequences >= self.admission_limit
+
+    @property
     def started(self) -> list[Sequence]:
         """The sequences in flight, and those that have stepped aside."""
         return [*self.running.values(), *self.aside.sequences]
-
-    @property
-    def reads_tokens_first(self) -> bool:
-        """Whether the tokens of a pass have to be read before the next one is composed: drafts continue them, so do the
-        tokens that a grammar leaves no choice about, and the host copies the pages of those that step aside."""
-        if self.proposer is not None or self.aside.sequences:
-            return True
-        return any(sequence.needs_host for sequence in self.running.values())
 
     def has_work(self) -> bool:
         """Whether there is anything to run; admits what fits."""
@@ -95,22 +94,20 @@ class Scheduler:
 
     def peek(self) -> Sequence | None:
         """The next sequence in line; None where nobody waits at present."""
-        if not self.waiting and (sequence := next(self.arrivals, None)) is not None:
-            self.waiting.append(sequence)
+        ahead = not self.waiting or self.overtakes(self.waiting[0])
+        if ahead and (sequence := next(self.arrivals, None)) is not None:
+            self.waiting.appendleft(sequence)
         return self.waiting[0] if self.waiting else None
 
     def admit(self) -> None:
         """Fill the free slots of the block: first with those that have stepped aside, then in the order of arrival."""
-        if self.num_sequences < self.admission_limit and (self.aside.sequences or not self.outgrown):
+        if not self.is_full and (self.aside.sequences or not self.outgrown):
             self.lengths.update(self.started)
             self.block.estimate()
         self.take_back()
-        while (
-            not self.aside.sequences
-            and not self.outgrown
-            and self.num_sequences < self.admission_limit
-            and (sequence := self.peek()) is not None
-        ):
+        while not self.outgrown and (sequence := self.peek()) is not None and self.aside.lets_pass(sequence):
+            if self.is_full and self.block.last_behind(sequence) is None:
+                return
             if not self.block.holds(sequence) or (self.reach is not None and not self.reach(sequence.max_cache_tokens)):
                 problem = self.refusal(sequence)
                 if not problem:
@@ -118,19 +115,30 @@ class Scheduler:
                     return
                 self.finish(self.waiting.popleft(), problem)
                 continue
-            if (tier := self.block.choose_tier(sequence)) is None:
+            if (tier := self.tier_for(sequence)) is None:
                 assert self.num_sequences, "nothing runs and the next request finds no pages: pages are lost"
                 return
             self.block.admit(self.waiting.popleft(), tier)
 
+    def tier_for(self, sequence: Sequence) -> str | None:
+        """The tier of a new sequence, for which the less urgent step aside unless a pass is in flight; None where it
+        finds no slot or no pages."""
+        while (full := self.is_full) or (tier := self.block.choose_tier(sequence, self.aside.sequences)) is None:
+            last = self.block.last_behind(sequence) if self.advanced is None and self.aside.recomputes else None
+            if last is not None:
+                self.step_aside(last, in_place=full)
+            elif self.num_sequences or not self.aside.reclaim_any(self.block.allowed_tiers):
+                return None
+        return tier
+
     def take_back(self) -> None:
         """Let those that have stepped aside run again, the oldest first."""
         aside = self.aside.sequences
-        while aside and self.num_sequences < self.admission_limit:
+        while aside and not self.is_full:
             tier = self.block.choose_tier(aside[0], aside)
             if tier is not None:
                 self.block.admit(aside.pop(0), tier)
-            elif self.num_sequences or not any(self.aside.reclaim(name, aside[0]) for name in self.block.allowed_tiers):
+            elif self.num_sequences or not self.aside.reclaim_any(self.block.allowed_tiers, aside[0]):
                 # Where nothing runs, what the others have left stands in the way of the first.
                 assert self.num_sequences, "nothing runs and the first to come back finds no pages: pages are lost"
                 return
@@ -169,7 +177,7 @@ class Scheduler:
                 if not self.aside.reclaim(sequence.pages.tier):
                     self.step_aside(self.block.youngest(sequence.pages.tier))
         while short and (overfull := self.block.overfull()) is not None:
-            self.step_aside(max(self.block.staged(overfull), key=lambda each: each.sequence_id), in_place=True)
+            self.step_aside(max(self.block.staged(overfull), key=lambda each: each.precedence), in_place=True)
 
     def step_aside(self, sequence: Sequence, in_place: bool = False, drop: bool = False) -> None:
         """Take a sequence out of the block; it comes back as soon as there are pages for it. See `Aside.add`."""

@@ -118,6 +118,8 @@ class Sequence:
         self.error = ""
         """Why it failed; empty unless it is finished and did."""
         self.finished = False
+        self.precedence = request.priority, sequence_id
+        """Smaller than that of those who make way for it: it is more urgent, or as urgent and came before."""
 
     @property
     def params(self) -> SamplingParams:

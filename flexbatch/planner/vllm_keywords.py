@@ -11,9 +11,11 @@ import torch
 
 from flexbatch.config import EngineConfig
 from flexbatch.memory.host_memory import host_memory_bytes
+from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.planner.budgets import resolve_device
 from flexbatch.policy.suggest import nearest
 from flexbatch.policy.units import size_text
+from flexbatch.request import SamplingParams
 from flexbatch.validation.checks import Unfit, check_keywords, checked, is_one_of, number, short, whole
 from flexbatch.validation.errors import ConfigurationError
 
@@ -232,7 +234,20 @@ ABSENT: dict[str, str] = {
 
 
 class NamesOfVllm:
-    """Says of the attributes that vLLM's `LLM` has and ours does not what there is instead."""
+    """The names that vLLM's `LLM` has for what ours has too; of the others it says what there is instead."""
+
+    generation: GenerationDefaults
+    tokenizer: Any
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds where none are given: the model's generation_config.json, read as transformers reads it. Greedy,
+        unless it says ``"do_sample": true`` or names a temperature. Raises ConfigurationError for what is unavailable.
+        """
+        return self.generation.params()
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer of transformers that lies beside the model; None for random weights."""
+        return self.tokenizer
 
     if not TYPE_CHECKING:  # else every name would pass for an attribute
 

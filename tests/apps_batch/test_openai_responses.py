@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flexbatch.apps.jobs.openai_logprobs import TokenTexts, offsets_in
 from flexbatch.apps.jobs.openai_requests import CHAT, COMPLETIONS, Call
-from flexbatch.apps.jobs.openai_responses import OpenAIOutput, TokenTexts, offsets_in
+from flexbatch.apps.jobs.openai_responses import OpenAIOutput
 from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.request import Completion, SamplingParams, TokenLogprob
 from flexbatch.text.decoder import TextDecoder

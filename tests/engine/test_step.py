@@ -150,6 +150,37 @@ def test_text_comes_while_it_grows_and_callbacks_may_add_and_abort(llm, wanted):
     assert ["".join(heard[0]), "".join(heard[1])] == [texts["first"], texts["second"]] and len(heard[0]) > 2
 
 
+def test_the_more_urgent_take_the_slots_of_others_and_nobody_gets_other_tokens(llm, wanted):
+    """More of the others than the block holds, in flight and waiting."""
+    keys = [llm.add_request(prompt, GREEDY, priority=1) for prompt in PROMPTS[:8]]
+    found, ended = {}, []
+    for _ in range(2):
+        ended += llm.step()
+    urgent = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS[8:]]
+    passes = llm.statistics.passes
+    while llm.has_unfinished():
+        ended += llm.step()
+        check(llm)
+        if not set(urgent) - {key for key, _ in ended}:
+            passes, urgent = llm.statistics.passes - passes, []
+    found = {key: completion.token_ids for key, completion in ended}
+    assert [found[key] for key in keys] == wanted[:8] and passes < 25, "they waited for those in flight"
+    assert sorted(found[key] for key in found.keys() - set(keys)) == sorted(wanted[8:])
+
+
+def test_every_sample_is_shown_after_every_pass(llm):
+    params = SamplingParams(temperature=0.9, max_tokens=6, seed=5, n=3, ignore_eos=True, logprobs=2)
+    seen: dict[int, list[int]] = {}
+
+    def on_pass(sequence) -> None:
+        assert len(sequence.logprobs) == sequence.num_output_tokens
+        seen.setdefault(sequence.request.sample, []).append(sequence.num_output_tokens)
+
+    llm.add_request(PROMPTS[0], params, on_pass=on_pass, source="mine")
+    finish(llm)
+    assert seen.keys() == {0, 1, 2} and all(sorted(set(each))[-1] == 6 and len(each) > 2 for each in seen.values())
+
+
 def test_calls_that_need_the_whole_block_wait_for_no_leftovers(llm, wanted):
     llm.add_request(PROMPTS[0], GREEDY, request_id="left")
     llm.step()

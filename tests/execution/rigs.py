@@ -20,8 +20,9 @@ EOS = 1
 PAGE_TOKENS = 4
 
 
-def waiting(index: int, prompt: tuple[int, ...], max_context: int = 1000, **params: Any) -> Sequence:
-    request = Request(index, list(prompt), SamplingParams(**{"max_tokens": 4, "temperature": 0, **params}))
+def waiting(index: int, prompt: tuple[int, ...], max_context: int = 1000, priority: int = 0, **params: Any) -> Sequence:
+    sampling = SamplingParams(**{"max_tokens": 4, "temperature": 0, **params})
+    request = Request(index, list(prompt), sampling, priority=priority)
     return Sequence(request, eos_token_ids=(EOS,), max_context=max_context, sequence_id=index)
 
 

@@ -3,6 +3,7 @@ on, nobody is put aside again at once, and every token is read where the text sa
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,21 @@ class SteppingAside(RuleBasedStateMachine):
                 done.extend([20, 21, EOS])
                 self.lengths.observe(done)
         self.scheduler = Scheduler(
-            policy, self.cache, self.arrivals(), tokens, self.drafter, lengths=self.lengths, costs=COSTS[costs]
-        )
+            policy, self.cache, self.arrivals(), tokens, self.drafter, lengths=self.lengths, costs=COSTS[costs],
+            overtakes=lambda first: any(each.request.priority < first.request.priority for each in self.line),
+        )  # fmt: skip
         self.finished: list[Sequence] = []
         self.came_back: dict[int, int] = {}
         self.passes, self.count = 0, 0
 
     def arrivals(self) -> Any:
-        while True:
-            yield self.line.pop(0) if self.line else None
+        """The most urgent first, with ids in the order in which they are drawn."""
+        for number in itertools.count():
+            while not self.line:
+                yield None
+            sequence = self.line.pop(self.line.index(min(self.line, key=lambda each: each.precedence)))
+            sequence.sequence_id, sequence.precedence = number, (sequence.request.priority, number)
+            yield sequence
 
     @rule(
         prompts=st.lists(st.lists(st.integers(2, 3), min_size=1, max_size=14).map(tuple), min_size=1, max_size=6),
@@ -127,7 +134,7 @@ class SteppingAside(RuleBasedStateMachine):
             if chance.random() < 0.1:
                 params["ignore_eos"] = True
                 self.answers[self.count] = LONGEST + 5
-            self.line.append(waiting(self.count, prompt, **params))
+            self.line.append(waiting(self.count, prompt, priority=chance.choice([0, 0, 1]), **params))
             self.count += 1
 
     @rule(count=st.integers(1, 12))
@@ -143,9 +150,12 @@ class SteppingAside(RuleBasedStateMachine):
             assert not scheduler.aside.sequences
             return False
         scheduler.check()
+        self.check_precedence()
         for sequence_id in before & scheduler.running.keys():
             self.came_back[sequence_id] = self.passes
-        oldest = min(scheduler.running)
+        for sequence in scheduler.aside.sequences:
+            self.came_back.pop(sequence.sequence_id, None)  # it has made way for a more urgent one
+        oldest = min(scheduler.running.values(), key=lambda each: each.precedence).sequence_id
         kept = scheduler.aside.counts.kept
         work = scheduler.next_pass()
         scheduler.check()
@@ -161,6 +171,13 @@ class SteppingAside(RuleBasedStateMachine):
         self.finished += scheduler.take_finished()
         self.passes += 1
         return True
+
+    def check_precedence(self) -> None:
+        """Nobody runs in whose place a more urgent one waits, where tokens may be read anew."""
+        scheduler, first = self.scheduler, self.scheduler.peek()
+        if first is None or scheduler.outgrown or self.bits < 16 or not scheduler.aside.lets_pass(first):
+            return
+        assert all(each.request.priority <= first.request.priority for each in scheduler.running.values())
 
     # The cache, as the executor uses it in one layer
 
