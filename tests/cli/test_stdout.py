@@ -218,6 +218,7 @@ sys.exit(run_process(lambda: run_command(lambda data: print("data", file=data) o
 def test_ctrl_c_while_modules_are_imported_is_no_traceback() -> None:
     code = (
         "import os, signal, sys\nfrom flexbatch.policy.stdout import run_process\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background\n"
         "sys.exit(run_process(lambda: os.kill(os.getpid(), signal.SIGINT)))"
     )
     done = python("-c", code)
