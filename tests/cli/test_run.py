@@ -186,6 +186,7 @@ def test_dummy_weights_of_a_public_shape_plan_without_a_download(capsys: pytest.
 
 def test_path_names_the_folder_as_in_flexgen(model_folder: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["--device", "cpu", "--gpu-memory", "64MiB", "--prompt-len", "4", "--dry-run", "--json"]
+    words += ["--num-prompts", "3", "--gpu-batch-size", "3", "--num-gpu-batches", "1"]  # so that little is searched
     for model, path in (("org/tiny", model_folder.parent), ("whatever", model_folder)):
         assert run.main(["--model", model, "--path", str(path), *words]) == 0
         assert json.loads(capsys.readouterr().out)["model"] == str(model_folder)

@@ -199,13 +199,11 @@ sys.exit(run_process(lambda: run_command(command)))
     assert "Traceback" not in done.stderr and "noise" not in done.stdout
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("begin", ["import os, signal", "import os, signal, torch"])
+@pytest.mark.parametrize(("number", "begin"), [("SIGINT", ", torch"), ("SIGINT", ""), ("SIGTERM", "")])
 def test_a_signal_while_the_interpreter_ends_is_no_traceback(number: str, begin: str) -> None:
     """The second Ctrl-C of a run whose last sequences have just ended; torch takes its libraries down there."""
     program = f"""
-import atexit, sys
-{begin}
+import atexit, os, signal, sys{begin}
 from flexbatch.cli.command import run_command
 from flexbatch.policy.stdout import run_process
 atexit.register(lambda: os.kill(os.getpid(), signal.{number}))

@@ -224,6 +224,7 @@ def test_more_gpu_memory_never_costs_throughput():
     assert rates[-1] > 1.5 * rates[0]
 
 
+@pytest.mark.slow  # the planner's tests ask the same of the whole choice
 def test_disk_only_when_memory_is_short():
     plenty = chosen("opt-6.7b", "h200", 16, 100)
     short = chosen("opt-6.7b", "h200", 6, 8)
@@ -232,7 +233,9 @@ def test_disk_only_when_memory_is_short():
     assert short.predicted_tokens_per_second < plenty.predicted_tokens_per_second
 
 
-@pytest.mark.parametrize(("model", "bits", "cpu"), [("llama-3-70b", 4, 200), ("opt-6.7b", 16, 14)])
+@pytest.mark.parametrize(
+    ("model", "bits", "cpu"), [("llama-3-70b", 4, 200), pytest.param("opt-6.7b", 16, 14, marks=pytest.mark.slow)]
+)
 def test_the_disk_is_used_for_a_gain_or_not_at_all(model, bits, cpu):
     """Where compute limits, a block that is a little larger on the disk is predicted as little faster, and writes
     tens of GiB first."""
@@ -249,6 +252,7 @@ def test_the_disk_is_used_for_a_gain_or_not_at_all(model, bits, cpu):
     assert on_disk == (cpu < 200)
 
 
+@pytest.mark.slow  # the planner's tests ask the same of the whole choice
 def test_more_sequences_when_host_memory_grows():
     blocks = [chosen("opt-30b", "h200", 16, cpu).policy.block_size for cpu in (64, None)]  # the machine itself has 115
     assert blocks[0] < blocks[1]
