@@ -118,6 +118,7 @@ def stored(weights: WeightPlan) -> list[dict[str, Any]]:
     for tensor in weights.all_tensors:
         width = 32 if tensor.spec.wide else 8 * tensor.element_bytes
         form = f"{tensor.bits} bits in groups of {tensor.group}" if tensor.quantized else f"{width}-bit floats"
+        form = "MXFP4" if tensor.floats else form
         entry = forms.setdefault(form, {"form": form, "tensors": 0, "bytes": 0, "roles": []})
         entry["tensors"] += 1
         entry["bytes"] += tensor.num_bytes

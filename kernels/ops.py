@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import attention_reference, low_rank_reference, native, reference
+from flexbatch.kernels import attention_reference, low_rank_reference, mxfp4_reference, native, reference
 
 
 def _compiled(dtype: torch.dtype) -> bool:
@@ -70,6 +70,16 @@ def dequantize(
 
         return quant.dequantize(codes, parameters, size, bits, group, out=out)
     dense = reference.dequantize(codes, parameters, size, bits, group)
+    return dense if out is None else out.copy_(dense)
+
+
+def expand_mxfp4(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`mxfp4_reference.expand`, into ``out`` [..., size] where it is given."""
+    if codes.is_cuda:
+        from flexbatch.kernels import mxfp4
+
+        return mxfp4.expand(codes, scales, dtype, out)
+    dense = mxfp4_reference.expand(codes, scales, dtype)
     return dense if out is None else out.copy_(dense)
 
 

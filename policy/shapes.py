@@ -128,6 +128,15 @@ GPT_OSS = {
     "attention_bias": True,
     "eos_token_id": 200002,
     "bos_token_id": None,
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
 }
 """OpenAI 2025, "gpt-oss-120b & gpt-oss-20b model card", table 1, and the authors' config.json."""
 

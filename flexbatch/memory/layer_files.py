@@ -35,6 +35,8 @@ def layer_file(folder: Path, placed: PlacedTensor) -> Path:
     layout = (
         ("float32" if placed.spec.wide else "dense")
         if not placed.quantized
+        else "mxfp4"
+        if placed.floats
         else f"{placed.bits}bit-g{placed.group}" + ("-fit" if placed.bits == 4 else "")
     )
     layer = "embedding" if placed.spec.layer < 0 else f"layer-{placed.spec.layer:04d}"

@@ -173,12 +173,11 @@ class Loader:
         """Write codes of a quantized checkpoint as they are where ``target`` holds them, else dequantized. Returns the
         bytes of the codes and parameters."""
         num_bytes = piece.codes.nbytes + piece.parameters.nbytes
-        if (
-            target.codes is None
-            or target.parameters is None
-            or not piece.holds(target.placed.bits, target.placed.group)
-        ):
+        if target.codes is None or target.parameters is None or not piece.fits(target.placed.form):
             self.write_dense(piece.dense(), target, rows)
+        elif piece.floats:
+            target.codes[rows].copy_(piece.codes)
+            target.parameters[rows].copy_(piece.parameters)
         else:
             piece = piece.stored_as(target.placed.bits, target.placed.group)
             target.codes[rows].copy_(piece.codes)
@@ -197,6 +196,7 @@ class Loader:
             return
         assert target.codes is not None and target.parameters is not None
         placed, device = target.placed, self.store.device
+        assert not placed.floats, f"{placed.spec.role} is MXFP4, which is kept and never made"
         num_bytes = QUANTIZE_CHUNK_BYTES if device.type == "cuda" else CACHED_CHUNK_BYTES * torch.get_num_threads()
         step = max(1, num_bytes // (4 * tensor.shape[1]))
         for start in range(0, tensor.shape[0], step):

@@ -37,7 +37,8 @@ def view_of(slab: Tensor, placed: PlacedTensor, start: int, dtype: torch.dtype) 
         dtype = torch.float32 if placed.spec.wide else dtype
         return TensorView(placed, dense=slab[start : start + placed.dense_bytes].view(dtype).view(placed.spec.shape))
     codes = slab[start : start + math.prod(placed.codes_shape)].view(placed.codes_shape)
-    parameters = slab[start + placed.codes_bytes : start + placed.num_bytes].view(dtype).view(placed.parameters_shape)
+    kind = torch.uint8 if placed.floats else dtype
+    parameters = slab[start + placed.codes_bytes : start + placed.num_bytes].view(kind).view(placed.parameters_shape)
     return TensorView(placed, codes=codes, parameters=parameters)
 
 
@@ -67,7 +68,10 @@ class DequantizationBuffers:
             placed = view.placed
             assert view.codes is not None and view.parameters is not None
             out = buffer[cursor : cursor + placed.dense_bytes].view(self.dtype).view(placed.spec.shape)
-            ops.dequantize(view.codes, view.parameters, placed.spec.shape[1], placed.bits, placed.group, out=out)
+            if placed.floats:
+                ops.expand_mxfp4(view.codes, view.parameters, self.dtype, out=out)
+            else:
+                ops.dequantize(view.codes, view.parameters, placed.spec.shape[1], placed.bits, placed.group, out=out)
             dense[placed.spec.role] = out
             cursor += align(placed.dense_bytes, SLAB_ALIGNMENT)
         self.owners[stage] = layer

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from flexbatch.kernels import reference
 from flexbatch.memory.files import ALIGNMENT, align
 from flexbatch.models.arch import Arch
+from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.specs import WeightSpec, weight_specs
 from flexbatch.policy.balancer import spread
 from flexbatch.policy.policy import TIERS, Split
@@ -34,6 +35,12 @@ class PlacedTensor:
     group: int
     element_bytes: int
     offset: int = 0
+    floats: bool = field(default=False, kw_only=True)
+    """MXFP4: codes are floats, and parameters a byte for each group."""
+
+    @property
+    def form(self) -> Form:
+        return Form(self.bits, self.group, self.floats)
 
     @property
     def quantized(self) -> bool:
@@ -45,9 +52,10 @@ class PlacedTensor:
         return rows, reference.code_bytes(columns, self.bits)
 
     @property
-    def parameters_shape(self) -> tuple[int, int, int]:
+    def parameters_shape(self) -> tuple[int, ...]:
         rows, columns = self.spec.shape
-        return rows, reference.num_groups(columns, self.group), 2
+        groups = reference.num_groups(columns, self.group)
+        return (rows, groups) if self.floats else (rows, groups, 2)
 
     @property
     def dense_bytes(self) -> int:
@@ -62,7 +70,7 @@ class PlacedTensor:
         """Bytes in the slab, without alignment."""
         if not self.quantized:
             return self.dense_bytes
-        return self.codes_bytes + math.prod(self.parameters_shape) * self.element_bytes
+        return self.codes_bytes + math.prod(self.parameters_shape) * (1 if self.floats else self.element_bytes)
 
 
 @dataclass(frozen=True)
@@ -167,20 +175,20 @@ def plan_weights(
     bits: int,
     group: int,
     element_bytes: int,
-    prequantized: Mapping[str, tuple[int, int]] | None = None,
+    prequantized: Mapping[str, Form] | None = None,
     num_slabs: int = 2,
     adapters: Sequence[WeightSpec] = (),
 ) -> WeightPlan:
     """Spread all tensors of the model over the tiers by error diffusion.
 
-    ``prequantized`` maps roles of a checkpoint that is quantized already to their (bits, group), which then win over
-    ``bits``. ``adapters``: tensors of adapters, which are never quantized, and lie in host memory where weights lie
-    there or on the disk.
+    ``prequantized`` maps roles of a checkpoint that is quantized already to their forms, which then win over ``bits``.
+    ``adapters``: tensors of adapters, which are never quantized, and lie in host memory where weights lie there or on
+    the disk.
     """
     specs = list(weight_specs(arch))
     formats = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs}
     floating = [spec for spec in specs if spec.layer >= 0 or spec.role in GATHERED_ROLES]
-    unplaced = [PlacedTensor(spec, "gpu", *formats[spec], element_bytes) for spec in floating]
+    unplaced = [placed_tensor(spec, "gpu", formats[spec], element_bytes) for spec in floating]
     tiers = spread((tensor.num_bytes for tensor in unplaced), split)
     head = arch.num_layers
     groups: dict[int, list[PlacedTensor]] = {layer: [] for layer in range(-1, head + 1)}
@@ -193,7 +201,7 @@ def plan_weights(
         layer = head if spec.role == "embed.weight" and arch.tie_word_embeddings else spec.layer
         offset = offsets.get((layer, tier), 0)
         offsets[layer, tier] = offset + align(tensor.num_bytes, slab_alignment(tier))
-        groups[layer].append(PlacedTensor(spec, tier, tensor.bits, tensor.group, element_bytes, offset))
+        groups[layer].append(placed_tensor(spec, tier, tensor.form, element_bytes, offset))
     resident = tuple(
         PlacedTensor(spec, "gpu", 16, group, element_bytes)
         for spec in (*specs, *adapters)
@@ -204,9 +212,11 @@ def plan_weights(
     )
 
 
-def tensor_format(
-    spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, tuple[int, int]]
-) -> tuple[int, int]:
+def tensor_format(spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, Form]) -> Form:
     if spec.role in prequantized:
-        return prequantized[spec.role]
-    return (bits, group) if QUANTIZED_ROLES.fullmatch(spec.role) and len(spec.shape) == 2 else (16, group)
+        return Form(*prequantized[spec.role])
+    return Form(bits if QUANTIZED_ROLES.fullmatch(spec.role) and len(spec.shape) == 2 else 16, group)
+
+
+def placed_tensor(spec: WeightSpec, tier: str, form: Form, element_bytes: int, offset: int = 0) -> PlacedTensor:
+    return PlacedTensor(spec, tier, form.bits, form.group, element_bytes, offset, floats=form.floats)

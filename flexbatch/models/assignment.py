@@ -54,8 +54,11 @@ class Assignment:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Outputs and inputs of a matrix in codes, whose rows are outputs in every family."""
+        """Outputs and inputs of a matrix in codes, whose rows are outputs in every family; of one expert where it is
+        stored with all others."""
         rows, columns = self.spec.shape
+        if self.row.says("stacked"):
+            return sum(self.spec.sections[: parts_of_expert(self.row)]), columns
         return (rows if self.rows is None else self.rows.stop - self.rows.start), columns
 
     @property
@@ -129,9 +132,9 @@ class _Assigner:
 
     def add(self, tensor: StoredTensor) -> None:
         module = module_of(tensor.name, self.suffixes)
-        part = tensor.name.removeprefix(f"{module}.")
+        part = tensor.name.removeprefix(module).removeprefix(".")
         coded = part in self.suffixes
-        local = local_name(f"{module}.weight" if coded else tensor.name, self.prefixes, self.names)
+        local = self.local_of_codes(module) if coded else local_name(tensor.name, self.prefixes, self.names)
         if local is None:
             unused = self.quantization is not None and part in UNUSED
             skipped = self.family.skip and self.family.skip.search(tensor.name)
@@ -142,6 +145,11 @@ class _Assigner:
         layer, row, kind = self.names[local]
         for each in rows_of(row, self.arch):
             self.add_row(tensor, layer, each, kind, part if coded else "", local)
+
+    def local_of_codes(self, module: str) -> str | None:
+        """The name of a module's matrix if the model knows it; that of all experts may be the module's own."""
+        found = local_name(f"{module}.weight", self.prefixes, self.names)
+        return local_name(module, self.prefixes, self.names) if found is None else found
 
     def add_row(self, tensor: StoredTensor, layer: int, row: ModuleMapping, kind: str, part: str, local: str) -> None:
         if self.arch.tie_word_embeddings and row.role == "head" and kind == ".weight":
@@ -160,8 +168,8 @@ class _Assigner:
         """Raises CheckpointError for a part of a matrix in codes where the configuration knows of none."""
         if self.quantization is None:
             module = module_of(tensor.name, SUFFIXES)
-            coded = tensor.name.removeprefix(f"{module}.") in SUFFIXES
-            if coded and local_name(f"{module}.weight", self.prefixes, self.names) is not None:
+            coded = tensor.name.removeprefix(module).removeprefix(".") in SUFFIXES
+            if coded and self.local_of_codes(module) is not None:
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name} {self.unexplained(None, '')}")
 
     def record(self, tensor: StoredTensor, spec: WeightSpec, row: ModuleMapping, part: str, local: str) -> None:
@@ -184,7 +192,8 @@ class _Assigner:
         """Checked against the scheme that its module has, or as numbers. Raises CheckpointError."""
         stored, row = assignment.stored, assignment.row
         scheme = None
-        if self.quantization is not None and local.endswith(".weight") and len(assignment.spec.shape) == 2:
+        matrix = local.endswith(".weight") or row.says("stacked")
+        if self.quantization is not None and matrix and len(assignment.spec.shape) == 2:
             scheme = self.quantization.scheme_of(*self.called(assignment, local))
         if scheme is not None and ("" not in stored or scheme.applies(stored)):
             if row.part == "transposed" and not scheme.turns:
@@ -192,7 +201,8 @@ class _Assigner:
                 raise CheckpointError(
                     f"{first.file}: tensor {first.name}: {scheme} is not known of modules that store inputs by outputs"
                 )
-            scheme.check(stored, *assignment.sizes)
+            experts = self.arch.experts if row.says("stacked") else None
+            scheme.check(stored, *assignment.sizes, () if experts is None else (experts.count,))
             return replace(assignment, scheme=scheme)
         codes = next((tensor for part, tensor in stored.items() if part), None)
         if codes is not None and scheme is None:

@@ -23,7 +23,7 @@ from flexbatch.models.gguf import files as gguf_files
 from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.quantized import decoding
 from flexbatch.models.quantized.config import Quantization, read_quantization
-from flexbatch.models.quantized.scheme import QuantizedPiece
+from flexbatch.models.quantized.scheme import Form, QuantizedPiece
 from flexbatch.models.source import list_tensors, read_json, read_tensors
 from flexbatch.models.specs import Piece, weight_specs
 from flexbatch.validation.errors import CheckpointError
@@ -121,7 +121,7 @@ def stream(
         return gguf_files.stream(folder, arch, skip, packed)
     quantization = quantization_of(folder)
     assignments = assign(list_tensors(folder), arch, folder, quantization, noting=True)
-    kept: dict[str, tuple[int, int]] = {}
+    kept: dict[str, Form] = {}
     if packed and quantization is not None:
         kept = decoding.note(folder, quantization, assignments, arch)
     return _pieces([a for a in assignments if (a.spec.layer, a.spec.role) not in skip], arch, kept)
@@ -137,8 +137,8 @@ def check(folder: Path | str, arch: Arch) -> None:
         assign(list_tensors(folder), arch, folder, quantization_of(folder))
 
 
-def prequantized(folder: Path | str, arch: Arch) -> dict[str, tuple[int, int]]:
-    """(bits, group) of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an
+def prequantized(folder: Path | str, arch: Arch) -> dict[str, Form]:
+    """The forms of the roles that `stream` with ``packed`` delivers in codes in every layer; empty for an
     ordinary checkpoint. Reads headers, and in what order the groups of GPTQ take their inputs."""
     folder = Path(folder)
     if is_gguf(folder):
@@ -172,7 +172,7 @@ def _pieces(assignments: list[Assignment], arch: Arch, kept: Collection[str]) ->
         if a.source_experts is not None:
             yield from _of_experts(a, dense)
             continue
-        dense = gates_first(dense, 1) if a.row.says("pairs") else dense
+        dense = decoding.gates_first(dense, 1) if a.row.says("pairs") else dense
         yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(arch, a, dense))
         del dense
 
@@ -184,15 +184,9 @@ def _of_experts(assignment: Assignment, dense: Tensor) -> Iterator[Piece]:
     assert assignment.source_experts is not None
     for index, matrix in enumerate(dense[assignment.source_experts]):
         matrix = matrix.t() if row.says("turned") else matrix
-        matrix = gates_first(matrix, 0) if row.says("pairs") else matrix
+        matrix = decoding.gates_first(matrix, 0) if row.says("pairs") else matrix
         place = slice(index * len(matrix), (index + 1) * len(matrix))
         yield Piece(spec.layer, spec.role, place, matrix)
-
-
-def gates_first(tensor: Tensor, dim: int) -> Tensor:
-    """Gates and ups that take turns along a dimension, as all gates and then all ups."""
-    gates, ups = tensor.unflatten(dim, (-1, 2)).unbind(dim + 1)
-    return torch.cat([gates, ups], dim)
 
 
 def _blocks(arch: Arch, assignment: Assignment, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:

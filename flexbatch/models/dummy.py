@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flexbatch.kernels.mxfp4_reference import VALUES
 from flexbatch.models.arch import Arch
+from flexbatch.models.quantized.scheme import Form, QuantizedPiece
 from flexbatch.models.specs import Piece, WeightSpec, weight_specs
 
 # 8 MB in 16 bits, about the size of a last-level cache; more than one row of any published matrix.
 POOL_SIZE = 4_000_000
 
 
-def dummy(arch: Arch, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Piece]:
+def dummy(
+    arch: Arch, seed: int = 0, dtype: torch.dtype = torch.float32, formats: Mapping[str, Form] | None = None
+) -> Iterator[Piece | QuantizedPiece]:
     """Every tensor of the model in the order of a pass, in pieces of at most 2 million numbers. The same seed gives the
-    same values.
+    same values. formats: those of ``formats`` that are MXFP4 come so.
 
     Matrices are normal with standard deviation 0.02, those that write into the residual stream 0.02 / sqrt(2 x
     layers) (GPT-2's initialization); norms are normal around one with 0.1, biases around zero with 0.02. The numbers
@@ -26,8 +32,13 @@ def dummy(arch: Arch, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iter
     """
     normal = torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(seed))
     pools: dict[tuple[float, float], Tensor] = {}
+    codes = torch.randint(256, (POOL_SIZE,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     for spec in weight_specs(arch):
         scale, center = _distribution(spec, arch)
+        form = (formats or {}).get(spec.role)
+        if form is not None and form.floats:
+            yield from _blocks(codes, spec, form, seed, scale)
+            continue
         if (scale, center) not in pools:
             pools[scale, center] = (normal * scale + center).to(dtype)
         yield from _cut(pools[scale, center], spec, seed)
@@ -43,6 +54,17 @@ def _cut(pool: Tensor, spec: WeightSpec, seed: int) -> Iterator[Piece]:
         offset = offsets.randint(0, POOL_SIZE - count * row_size)
         values = pool[offset : offset + count * row_size].view(count, *spec.shape[1:])
         yield Piece(spec.layer, spec.role, None if count == spec.shape[0] else slice(first, first + count), values)
+
+
+def _blocks(codes: Tensor, spec: WeightSpec, form: Form, seed: int, deviation: float) -> Iterator[QuantizedPiece]:
+    """Any codes, with the scale that gives them about this standard deviation: without one theirs is that of the 16
+    values."""
+    spread = math.sqrt(sum(value**2 for value in VALUES) / len(VALUES))
+    exponent = 127 + round(math.log2(deviation / spread))
+    columns = spec.shape[1]
+    for piece in _cut(codes, replace(spec, shape=(spec.shape[0], columns // 2)), seed):
+        scales = torch.full((len(piece.tensor), columns // form.group), exponent, dtype=torch.uint8)
+        yield QuantizedPiece(spec.layer, spec.role, piece.rows, piece.tensor, scales, *form)
 
 
 def _distribution(spec: WeightSpec, arch: Arch) -> tuple[float, float]:

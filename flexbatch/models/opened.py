@@ -19,9 +19,9 @@ from flexbatch.models.described import Description
 from flexbatch.models.dummy import dummy
 from flexbatch.models.lora.adapter import Adapter
 from flexbatch.models.lora.merge import merged
-from flexbatch.models.quantized.config import read_quantization
+from flexbatch.models.quantized.config import Quantization, read_quantization
 from flexbatch.models.quantized.decoding import planned_formats
-from flexbatch.models.quantized.scheme import QuantizedPiece
+from flexbatch.models.quantized.scheme import Form, QuantizedPiece
 from flexbatch.validation.errors import CheckpointError, ConfigurationError
 
 
@@ -40,6 +40,9 @@ class OpenModel:
     adapter: Adapter | None = field(default=None, kw_only=True)
     """What is added to the weights as they are read."""
 
+    quantization: Quantization | None = field(default=None, kw_only=True)
+    """How the public shape's checkpoint is stored, where the weights are random."""
+
     @cached_property
     def tokenizer(self) -> Any:
         """The transformers tokenizer; None for random weights. Raises CheckpointError."""
@@ -48,14 +51,16 @@ class OpenModel:
         return None if self.folder is None else resolve.load_tokenizer(self.folder)
 
     @cached_property
-    def formats(self) -> dict[str, tuple[int, int]]:
-        """(bits, group) by role of a checkpoint that is quantized already, as far as a store holds it."""
-        return {} if self.folder is None else checkpoint.prequantized(self.folder, self.arch)
+    def formats(self) -> dict[str, Form]:
+        """Forms by role of a checkpoint that is quantized already, as far as a store holds it."""
+        if self.folder is not None:
+            return checkpoint.prequantized(self.folder, self.arch)
+        return {} if self.quantization is None else planned_formats(self.quantization, self.arch)
 
     @property
-    def prequantized(self) -> dict[str, tuple[int, int]]:
+    def prequantized(self) -> dict[str, Form]:
         """`formats` that are kept."""
-        return {role: form for role, form in self.formats.items() if form[0] <= self.weight_bits}
+        return {role: form for role, form in self.formats.items() if form.bits <= self.weight_bits}
 
     def check(self) -> None:
         """Raises CheckpointError for a checkpoint that does not hold what its configuration says, as far as headers
@@ -80,7 +85,7 @@ class OpenModel:
             else:
                 yield from checkpoint.stream(self.folder, self.arch, skip)
             return
-        for piece in dummy(self.arch, seed, dtype):
+        for piece in dummy(self.arch, seed, dtype, self.prequantized if packed else {}):
             if (piece.layer, piece.role) not in skip:
                 yield piece
 
@@ -96,7 +101,7 @@ class PlannedModel(OpenModel):
         return None
 
     @cached_property
-    def formats(self) -> dict[str, tuple[int, int]]:
+    def formats(self) -> dict[str, Form]:
         """By the weights' headers where they are there; else every matrix of a layer is taken to be quantized."""
         if self.described.folder is not None:
             with contextlib.suppress(CheckpointError):
@@ -113,7 +118,7 @@ def open_model(name: str, dummy_weights: bool = False) -> OpenModel:
     """By "demo" or "demo-draft" (bundled), a local folder or GGUF file, or a Hub id, which is downloaded; with
     ``dummy_weights`` by the name of a public shape. Raises CheckpointError that says what is wrong."""
     if dummy_weights:
-        return OpenModel(name, None, shapes.shape(name))
+        return OpenModel(name, None, shapes.shape(name), quantization=read_quantization(shapes.config_of(name)))
     folder = resolve.resolve(name)
     return OpenModel(name, folder, checkpoint.read_arch(folder))
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
-from flexbatch.memory.weight_plan import PlacedTensor, tensor_format
+from flexbatch.memory.weight_plan import placed_tensor, tensor_format
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.adapter_set import AdapterSet
+from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.limits import weight_group
@@ -32,8 +33,8 @@ class Problem:
     job: Job
     budgets: dict[str, int]
     element_bytes: int
-    prequantized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """(bits, group) by role of a checkpoint that is quantized already."""
+    prequantized: Mapping[str, Form] = field(default_factory=dict)
+    """Forms by role of a checkpoint that is quantized already."""
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
     adapters: AdapterSet | None = None
@@ -50,7 +51,7 @@ class Problem:
     @property
     def stored_bits(self) -> int | None:
         """Bits of the weights of a checkpoint that is quantized already."""
-        return max((bits for bits, _ in self.prequantized.values()), default=None)
+        return max((form.bits for form in self.prequantized.values()), default=None)
 
     @property
     def percent(self) -> tuple[float | None, ...] | None:
@@ -79,12 +80,12 @@ def model_shape(
     arch: Arch,
     element_bytes: int,
     bits: int = 16,
-    prequantized: Mapping[str, tuple[int, int]] | None = None,
+    prequantized: Mapping[str, Form] | None = None,
     adapters: AdapterSet | None = None,
 ) -> ModelShape:
     """The sizes of all tensors in placement order. Of tied embeddings the table belongs to the head, which ships it.
 
-    ``prequantized`` roles of a checkpoint keep their own (bits, group), and with them every matrix beside them is
+    ``prequantized`` roles of a checkpoint keep their own forms, and with them every matrix beside them is
     stored at ``bits`` already.
     """
     specs = list(weight_specs(arch))
@@ -96,7 +97,7 @@ def model_shape(
 
     def stored(layer: int | None) -> tuple[int, ...]:
         return tuple(
-            PlacedTensor(spec, "gpu", *tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
+            placed_tensor(spec, "gpu", tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
             for spec in specs
             if prequantized and spec.layer == layer
         )

@@ -6,12 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexbatch import LLM
+from flexbatch import LLM, SamplingParams
+from flexbatch.kernels import mxfp4_reference
 from flexbatch.models import experts as expert_layer
+from flexbatch.policy.shapes import SHAPES
 from tests.engine.test_parity import ACTIVATIONS, WEIGHTS, run
 from tests.grids import grid
+from tests.mxfp4_writer import make_packed
 from tests.speculative.engines import engine, tokens
-from tests.tiny_models import NEW_TOKENS, greedy_tokens, make_model, random_prompts
+from tests.tiny_models import NEW_TOKENS, Reference, greedy_tokens, make_model, random_prompts
 
 FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe", "phimoe", "gpt_oss")
 """Those that route unlike each other; `test_families_in_engine.py` has them all."""
@@ -131,3 +134,54 @@ def test_graphs_are_not_recorded_of_experts(reference):
 
     for family, expected in (("mixtral", False), ("llama", True)):
         assert expert_layer.recordable(checkpoint.read_arch(reference(family).folder)) is expected
+
+
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory):
+    """Greedy tokens of the expansion, by transformers."""
+    folder = tmp_path_factory.mktemp("mxfp4")
+    model, prompts = make_packed(folder), random_prompts([3, 40, 9, 70])
+    return Reference(folder, prompts, [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in prompts])
+
+
+@pytest.mark.parametrize(("place", "overlap"), [("mixed", True), ("disk", True), ("cpu", False), ("gpu", True)])
+def test_mxfp4_stays_packed_and_runs_from_every_tier(place, overlap, mxfp4, tmp_path):
+    """Everything else keeps its bits, and a later start finds the files of an earlier one."""
+    for start in (1, 2) if place == "disk" else (1,):
+        with engine(mxfp4.folder, tmp_path, place, overlap=overlap) as llm:
+            assert tokens(llm, mxfp4.prompts) == mxfp4.token_ids
+            tensors = llm.weights.plan.all_tensors
+            packed = [tensor for tensor in tensors if tensor.quantized]
+            assert {tensor.spec.role for tensor in packed} == {
+                tensor.spec.role for tensor in tensors if tensor.spec.role.startswith("experts.")
+            }
+            for tensor in packed:
+                assert 8 * tensor.num_bytes == 4.25 * tensor.spec.numel
+            assert (llm.report()["reused_bytes"] > 0) is (start == 2)
+            llm.weights.check()
+
+
+def test_mxfp4_equals_its_expansion_in_16_bits(tmp_path):
+    """Where rounding is coarse enough to show any other weight."""
+    make_packed(tmp_path / "packed", tmp_path / "expanded")
+    found, prompts = [], random_prompts([3, 40, 9])
+    for name in ("packed", "expanded"):
+        with engine(tmp_path / name, tmp_path / "offload", "cpu", dtype="bfloat16") as llm:
+            params = SamplingParams(max_tokens=6, temperature=0, logprobs=3, ignore_eos=True)
+            found.append([(each.token_ids, each.logprobs) for each in llm.generate(prompts, params)])
+    assert found[0] == found[1]
+
+
+def test_dummy_weights_of_a_published_form_are_packed(monkeypatch, tmp_path):
+    """gpt-oss of two layers and four experts, 50 MB in MXFP4."""
+    small = {"num_hidden_layers": 2, "num_local_experts": 4, "vocab_size": 300, "eos_token_id": 2, "hidden_size": 320}
+    monkeypatch.setitem(SHAPES, "gpt-oss-20b", SHAPES["gpt-oss-20b"] | small)
+    settings = {"gpu_memory": "2GiB", "cpu_memory": "2GiB", "device": "cpu", "dtype": "float32", "gpu_batch_size": 2}
+    with LLM("gpt-oss-20b", dummy_weights=True, percent=(50, 50, 100, 0, 100, 0), num_gpu_batches=1, **settings) as llm:
+        found = llm.generate([[5, 6, 7], [9] * 20], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+        assert [len(each.token_ids) for each in found] == [3, 3]
+        experts = [t for t in llm.weights.plan.all_tensors if t.spec.role.startswith("experts.")]
+        assert all(tensor.floats for tensor in experts)
+        view = llm.weights.views[0, "experts.0.down.weight"]
+        dense = mxfp4_reference.expand(view.codes, view.parameters, torch.float32)
+        assert 0.005 < dense.std() < 0.02, "like any random matrix that writes into the residual stream"

@@ -20,6 +20,7 @@ from flexbatch.models.checkpoint import CheckpointError
 from flexbatch.models.described import describe
 from flexbatch.models.fingerprint import WeightFiles, model_files_digest
 from flexbatch.models.opened import open_model, planned_model
+from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.resolve import load_tokenizer, resolve
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.run import main
@@ -34,15 +35,15 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-MIXES: dict[str, tuple[dict[str, str], dict[str, tuple[int, int]]]] = {
+MIXES: dict[str, tuple[dict[str, str], dict[str, Form]]] = {
     "4 bits": (
         {"": "Q4_1", "attn_k": "Q4_0", "token_embd": "Q8_0"},
-        dict.fromkeys(("qkv", "o", "gate_up", "down"), (4, 32)),
+        dict.fromkeys(("qkv", "o", "gate_up", "down"), Form(4, 32)),
     ),
-    "8 bits": ({"": "Q8_0", "token_embd": "F16"}, dict.fromkeys(("qkv", "o", "gate_up", "down"), (8, 32))),
+    "8 bits": ({"": "Q8_0", "token_embd": "F16"}, dict.fromkeys(("qkv", "o", "gate_up", "down"), Form(8, 32))),
     "4 in 8 bits": (
         {"": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q5_0", "attn_output": "Q5_1", "ffn_gate": "MXFP4"},
-        {"qkv": (8, 32), "o": (8, 32), "down": (8, 32)},
+        {"qkv": Form(8, 32), "o": Form(8, 32), "down": Form(8, 32)},
     ),
     "none": ({"": "MXFP4", "attn_q": "F32", "attn_k": "BF16"}, {}),
 }
@@ -96,7 +97,7 @@ def test_tokens_equal_transformers(
     with caplog.at_level(logging.INFO, "flexbatch"), engine(path, tmp_path, place) as llm:
         assert llm.engine_plan.model.prequantized == formats
         for tensor in llm.engine_plan.weight_plan.all_tensors:
-            assert (tensor.bits, tensor.group) == formats.get(tensor.spec.role, (16, tensor.group))
+            assert tensor.form == formats.get(tensor.spec.role, Form(16, tensor.group))
         assert [completion.token_ids for completion in llm.generate(prompts, GREEDY)] == wanted
         llm.weights.check()
     [line] = [record.getMessage() for record in caplog.records if "in codes as they are" in record.getMessage()]

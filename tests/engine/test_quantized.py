@@ -13,6 +13,7 @@ import torch
 from flexbatch import LLM, SamplingParams
 from flexbatch.models.described import describe
 from flexbatch.models.opened import planned_model
+from flexbatch.models.quantized.scheme import Form
 from tests.grids import sampled
 from tests.quantized_writer import KINDS, SIZES, write_model
 from tests.tiny_models import greedy_tokens, make_tokenizer, random_prompts
@@ -56,7 +57,7 @@ def test_tokens_are_those_of_the_weights_that_are_meant(name: str, percent: tupl
         with engine(tmp_path, percent) as llm:
             assert [completion.token_ids for completion in llm.generate(prompts, GREEDY)] == wanted
             for tensor in llm.engine_plan.weight_plan.all_tensors:
-                assert (tensor.bits, tensor.group) == kept.get(tensor.spec.role, (16, tensor.group))
+                assert tensor.form == kept.get(tensor.spec.role, Form(16, tensor.group))
             assert llm.planner.problem.shape.total_bytes(llm.policy.weight_bits) == sum(
                 tensor.num_bytes for tensor in llm.engine_plan.weight_plan.all_tensors
             )

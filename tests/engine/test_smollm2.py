@@ -15,6 +15,7 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.models.checkpoint import CheckpointError
+from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.resolve import resolve
 from tests.tiny_models import greedy_tokens
 
@@ -88,7 +89,7 @@ def test_chats_equal_transformers(place: str, draft: tuple[str, ...], chats: Any
     settings = {"device": "cpu", "gpu_batch_size": 6, "num_gpu_batches": 2, "offload_dir": str(tmp_path)}
     drafts = {"draft": draft, "tree": "chain:3"} if draft else {}
     with LLM("smollm2", percent=PLACES[place], gpu_memory="2GiB", cpu_memory="2GiB", **settings, **drafts) as llm:
-        assert llm.engine_plan.model.prequantized["down.weight"] == (4, 32)
+        assert llm.engine_plan.model.prequantized["down.weight"] == Form(4, 32)
         found = llm.generate(messages, SamplingParams(max_tokens=NEW, temperature=0))
     assert len(found) == CHATS and len({tuple(tokens) for tokens in wanted}) == CHATS
     for completion, prompt, tokens in zip(found, prompts, wanted, strict=True):

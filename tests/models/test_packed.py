@@ -13,6 +13,7 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
 from flexbatch.models.quantized.config import read_quantization
+from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.quantized.words import AWQ, GPTQ
 from flexbatch.models.specs import weight_specs
 from tests.models.dense import DenseModel
@@ -165,7 +166,7 @@ def test_experts_stay_packed(method, tmp_path):
     model = make(tmp_path, method, "mixtral", tokenizer=True, **{**SIZES, **sizes})
     arch, stages = read(tmp_path, packed=True)
     formats = checkpoint.prequantized(tmp_path, arch)
-    assert formats["experts.0.gate_up.weight"] == formats["experts.4.down.weight"] == (4, GROUP)
+    assert formats["experts.0.gate_up.weight"] == formats["experts.4.down.weight"] == Form(4, GROUP)
     assert "router.weight" not in formats
     prompts = random_prompts([7, 1, 30])
     for prompt, logits in zip(prompts, DenseModel(arch, stages, 3, 32).step(prompts), strict=True):
@@ -227,7 +228,7 @@ def test_roles_that_are_packed_everywhere(tmp_path):
     make(tmp_path, "awq", **SIZES)
     arch = checkpoint.read_arch(tmp_path)
     assert checkpoint.prequantized(tmp_path, arch) == dict.fromkeys(
-        ("qkv.weight", "o.weight", "gate_up.weight", "down.weight"), (4, GROUP)
+        ("qkv.weight", "o.weight", "gate_up.weight", "down.weight"), Form(4, GROUP)
     )
 
     def leave_alone(tensors):

@@ -14,20 +14,21 @@ from safetensors.torch import load_file, save_file
 from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
 from flexbatch.models.quantized.decoding import planned_formats
+from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.specs import weight_specs
 from tests.grids import grid
 from tests.quantized_writer import KINDS, SIZES, Kind, configure, write_model
 from tests.tiny_models import FAMILY_CASES
 
 MATRICES = ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
-FORMS: dict[str, tuple[int, int] | None] = {
-    **dict.fromkeys(("int4", "int4-zeros", "int2"), (4, 32)),
-    "int8": (8, 32),
-    "bytes-4-bits": (4, 16),
-    "bytes-blocks": (8, 32),
-    **dict.fromkeys(("gptq-3", "gptq-2", "gptq-static-groups", "gptq-sym", "gptq-no-zeros", "awq-gemv"), (4, 32)),
-    "gptq-short-group": (4, 40),
-    "gptq-8": (8, 32),
+FORMS: dict[str, Form | None] = {
+    **dict.fromkeys(("int4", "int4-zeros", "int2"), Form(4, 32)),
+    "int8": Form(8, 32),
+    "bytes-4-bits": Form(4, 16),
+    "bytes-blocks": Form(8, 32),
+    **dict.fromkeys(("gptq-3", "gptq-2", "gptq-static-groups", "gptq-sym", "gptq-no-zeros", "awq-gemv"), Form(4, 32)),
+    "gptq-short-group": Form(4, 40),
+    "gptq-8": Form(8, 32),
 }
 """What the matrices are kept in. Others are expanded, or have a scale for a row."""
 BY_ROWS = {
@@ -69,7 +70,7 @@ def test_codes_mean_what_the_format_says(name: str, tmp_path: Path) -> None:
     arch = checkpoint.read_arch(tmp_path / "codes")
     found = checkpoint.prequantized(tmp_path / "codes", arch)
     if name in BY_ROWS:
-        assert found == {role: (BY_ROWS[name], 96 if role == "down.weight" else 64) for role in MATRICES}
+        assert found == {role: Form(BY_ROWS[name], 96 if role == "down.weight" else 64) for role in MATRICES}
     else:
         assert found == (dict.fromkeys(MATRICES, FORMS[name]) if name in FORMS else {})
     quantization = checkpoint.quantization_of(tmp_path / "codes")
@@ -156,9 +157,9 @@ def test_groups_of_modules_have_their_own_schemes(tmp_path: Path) -> None:
     configure(tmp_path / "int4", quantization_config=config)
     arch = checkpoint.read_arch(tmp_path / "int4")
     assert checkpoint.prequantized(tmp_path / "int4", arch) == {
-        "qkv.weight": (8, 32),
-        "gate_up.weight": (4, 32),
-        "down.weight": (8, 32),
+        "qkv.weight": Form(8, 32),
+        "gate_up.weight": Form(4, 32),
+        "down.weight": Form(8, 32),
     }
     alone = {name: read(tmp_path / name, packed=False) for name in ("int8", "float8-rows")}
     for packed in (False, True):

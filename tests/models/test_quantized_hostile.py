@@ -211,7 +211,7 @@ def int4(**changes: Any) -> dict[str, Any]:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *(
         ({"quant_method": name}, f"quant_method '{name}' is not supported")
-        for name in ("hqq", "aqlm", "quanto", "mxfp4")
+        for name in ("hqq", "aqlm", "quanto", "higgs")
     ),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_method 'modelopt' is not supported"),
     ({}, ""),

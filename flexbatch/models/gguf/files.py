@@ -29,7 +29,7 @@ from flexbatch.models.gguf.blocks import (
 from flexbatch.models.gguf.header import Header, read_header
 from flexbatch.models.module_names import ModuleMapping
 from flexbatch.models.quantized.decoding import kept_and_expanded
-from flexbatch.models.quantized.scheme import QuantizedPiece
+from flexbatch.models.quantized.scheme import Form, QuantizedPiece
 from flexbatch.models.specs import Piece, weight_specs
 
 logger = logging.getLogger("flexbatch")
@@ -40,7 +40,7 @@ BESIDE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.w
 """Tensors that are part of the configuration."""
 
 Names = dict[str, tuple[int, ModuleMapping, str]]
-Formats = dict[str, tuple[int, int]]
+Formats = dict[str, Form]
 
 
 def read_arch(path: Path) -> Arch:
@@ -84,7 +84,7 @@ def assignments_of(header: Header, arch: Arch, noting: bool = False) -> list[Ass
 
 
 def prequantized(path: Path, arch: Arch) -> Formats:
-    """(bits, group) of the roles whose matrices a store holds exactly as they are in the file, in every layer."""
+    """The forms of the roles whose matrices a store holds exactly as they are in the file, in every layer."""
     return _formats(assignments_of(read_header(path), arch), arch)
 
 
@@ -94,7 +94,7 @@ def _formats(assignments: list[Assignment], arch: Arch) -> Formats:
         if 0 <= a.spec.layer < arch.num_layers and len(a.spec.shape) == 2:
             kinds.setdefault(a.spec.role, set()).add(a.stored[""].dtype)
     return {
-        role: (max(CODE_BITS[kind] for kind in found), GROUP)
+        role: Form(max(CODE_BITS[kind] for kind in found), GROUP)
         for role, found in kinds.items()
         if found <= CODE_BITS.keys()
     }
@@ -131,9 +131,7 @@ def _summary(assignments: list[Assignment], roles: Collection[str]) -> str | Non
     return kept_and_expanded(kept, expanded) if matrices else None
 
 
-def _pieces(
-    assignment: Assignment, arch: Arch, form: tuple[int, int] | None, turned: bool
-) -> Iterator[Piece | QuantizedPiece]:
+def _pieces(assignment: Assignment, arch: Arch, form: Form | None, turned: bool) -> Iterator[Piece | QuantizedPiece]:
     """One stored tensor, some rows at a time."""
     stored, spec = assignment.stored[""], assignment.spec
     rows, columns = rows_and_columns(stored)
@@ -147,7 +145,7 @@ def _pieces(
         raw = halves(raw, arch.head_dim) if turns else raw
         target = slice(first + start, first + stop)
         if form is not None:
-            codes, parameters = codes_and_parameters(raw, stored.dtype, form[0])
+            codes, parameters = codes_and_parameters(raw, stored.dtype, form.bits)
             yield QuantizedPiece(spec.layer, spec.role, target, codes, parameters, *form)
             continue
         values = numbers(raw, stored.dtype)

@@ -67,8 +67,8 @@ class Blocks4(Scheme):
             **{mark: StoredPart(states, ("U8",), True) for mark in self.marks},
         }
 
-    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int) -> None:
-        super().check(stored, rows, columns)
+    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int, experts: tuple[int, ...] = ()) -> None:
+        super().check(stored, rows, columns, experts)
         if len([mark for mark in self.marks if mark in stored]) != 1:
             raise CheckpointError(f"{stored[''].file}: tensor {stored[''].name} is of two kinds, nf4 and fp4")
 

@@ -12,6 +12,7 @@ from flexbatch.models.quantized import compressed
 from flexbatch.models.quantized.blocks4 import Blocks4
 from flexbatch.models.quantized.grids import ROW, TENSOR, Floats, Grid, Integers
 from flexbatch.models.quantized.modules import left_alone, matches, targeted
+from flexbatch.models.quantized.mxfp4 import BlockFloats
 from flexbatch.models.quantized.scheme import Scheme
 from flexbatch.models.quantized.words import AWQ, GPTQ, AWQByInputs
 from flexbatch.validation.errors import CheckpointError
@@ -24,7 +25,7 @@ UNUSED = (
 )
 """Scales of activations and of the cache, which are computed and stored as the settings say."""
 
-SUFFIXES = (*Blocks4.suffixes, *GPTQ.suffixes, *Floats.suffixes)
+SUFFIXES = (*Blocks4.suffixes, *GPTQ.suffixes, *Floats.suffixes, *BlockFloats.suffixes)
 """What may follow the name of a module whose matrix is in codes, of any method."""
 
 
@@ -227,6 +228,10 @@ def _bitsandbytes(method: str, values: Keys) -> Quantization:
     return Quantization(method, (((), scheme),), **skipped_of(values))
 
 
+def _mxfp4(method: str, values: Keys) -> Quantization:
+    return Quantization(method, (((), BlockFloats()),), **skipped_of(values))
+
+
 def _compressed(method: str, values: Keys) -> Quantization:
     schemes, skipped, notes = compressed.read(values)
     return Quantization(method, schemes, skipped, notes=notes)
@@ -239,4 +244,5 @@ METHODS: dict[str, Callable[[str, Keys], Quantization]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
     "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
 }

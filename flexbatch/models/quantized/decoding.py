@@ -19,6 +19,7 @@ from flexbatch.models.quantized.config import Quantization
 from flexbatch.models.quantized.scheme import Form, QuantizedPiece
 from flexbatch.models.quantized.words import in_order
 from flexbatch.models.source import read_tensors
+from flexbatch.models.source_rows import rows_of
 from flexbatch.models.specs import Piece, weight_specs
 from flexbatch.validation.errors import CheckpointError
 
@@ -36,7 +37,7 @@ Blocks = Callable[[Assignment, Tensor], Iterator[tuple[slice | None, tuple[Tenso
 
 
 def formats(assignments: Sequence[Assignment], arch: Arch) -> dict[str, Form]:
-    """(bits, group) by role of the layers' matrices that a store holds as they are, in every layer."""
+    """The form by role of the layers' matrices that a store holds as they are, in every layer."""
     return _by_role(assignments, forms_of(assignments), arch)
 
 
@@ -50,17 +51,21 @@ def _by_role(assignments: Sequence[Assignment], forms: Sequence[Form | None], ar
 
 def planned_formats(quantization: Quantization, arch: Arch) -> dict[str, Form]:
     """The same without the files: every matrix that the configuration means is taken to be stored as it says."""
-    shapes = {spec.role: spec for spec in weight_specs(arch) if spec.layer == 0 and len(spec.shape) == 2}
+    # The first layer, and the first with experts: all others are like one of them.
+    layers = {0, *[layer for layer in range(arch.num_layers) if arch.experts_of(layer)][:1]}
+    shapes = {(spec.layer, spec.role): spec for spec in weight_specs(arch) if len(spec.shape) == 2}
     found: dict[str, set[Form | None]] = {}
     for name, (layer, row, suffix) in source_names(arch).items():
-        spec = shapes.get(row.role + suffix)
-        if layer != 0 or spec is None:
+        if layer not in layers or not (suffix == ".weight" or row.says("stacked")):
             continue
         names = {prefix + name.removesuffix(suffix) for prefix in (*FAMILIES[arch.family].prefixes, "")}
         scheme = quantization.scheme_of(names, class_of(row))
-        rows, columns = Assignment({}, spec, row).sizes
-        expanded = scheme is None or getattr(scheme, "reorders", False)
-        found.setdefault(spec.role, set()).add(None if scheme is None or expanded else scheme.form(rows, columns))
+        for each in rows_of(row, arch):
+            spec = shapes.get((layer, each.role + suffix))
+            if spec is not None:
+                kept = scheme is not None and not getattr(scheme, "reorders", False)
+                form = scheme.form(*Assignment({}, spec, each).sizes) if kept and scheme is not None else None
+                found.setdefault(spec.role, set()).add(form)
     return {role: common for role, forms in found.items() if (common := _common(forms)) is not None}
 
 
@@ -69,8 +74,10 @@ def _common(forms: set[Form | None]) -> Form | None:
     known = [form for form in forms if form is not None]
     if len(known) < len(forms):
         return None
-    form = max(bits for bits, _ in known), math.gcd(*(group for _, group in known))
-    return form if form in known or form[1] >= LEAST_GROUP else None
+    if any(form.floats for form in known):
+        return known[0] if len(set(known)) == 1 else None
+    form = Form(max(form.bits for form in known), math.gcd(*(form.group for form in known)))
+    return form if form in known or form.group >= LEAST_GROUP else None
 
 
 def forms_of(assignments: Sequence[Assignment]) -> list[Form | None]:
@@ -100,7 +107,31 @@ def _stored_group(assignment: Assignment) -> int:
 def pieces(
     assignment: Assignment, parts: dict[str, Tensor], packed: bool, blocks: Blocks
 ) -> Iterator[Piece | QuantizedPiece]:
-    """One matrix; with ``packed`` in codes. Raises CheckpointError that names the matrix."""
+    """The matrix of an assignment, or those of its experts one by one; with ``packed`` in codes. Raises CheckpointError
+    that names the matrix."""
+    if assignment.source_experts is None:
+        yield from _pieces(assignment, parts, packed, blocks)
+        return
+    rows = assignment.sizes[0]
+
+    def in_place(index: int, tensor: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
+        placed = gates_first(tensor, 0) if assignment.row.says("pairs") else tensor
+        yield slice(index * rows, (index + 1) * rows), (placed,)
+
+    for index, expert in enumerate(range(assignment.source_experts.start, assignment.source_experts.stop)):
+        own = {suffix: tensor[expert] for suffix, tensor in parts.items()}
+        yield from _pieces(assignment, own, packed, lambda _, tensor, index=index: in_place(index, tensor))
+
+
+def gates_first(tensor: Tensor, dim: int) -> Tensor:
+    """Gates and ups that take turns along a dimension, as all gates and then all ups."""
+    gates, ups = tensor.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    return torch.cat([gates, ups], dim)
+
+
+def _pieces(
+    assignment: Assignment, parts: dict[str, Tensor], packed: bool, blocks: Blocks
+) -> Iterator[Piece | QuantizedPiece]:
     scheme, spec, (rows, columns) = assignment.scheme, assignment.spec, assignment.sizes
     assert scheme is not None
     if packed:

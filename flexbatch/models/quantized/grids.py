@@ -130,8 +130,8 @@ class Integers(Scaled):
             **({"weight_format": StoredPart(((),), ("U8",), True)} if self.scale == "SCB" else {}),
         }
 
-    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int) -> None:
-        super().check(stored, rows, columns)
+    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int, experts: tuple[int, ...] = ()) -> None:
+        super().check(stored, rows, columns, experts)
         zero = stored.get("weight_zero_point")
         if zero is not None and (type_name(zero.dtype) == "I32") != (zero.shape == self.zero_words(rows, columns)):
             raise CheckpointError(
@@ -147,7 +147,7 @@ class Integers(Scaled):
     def form(self, rows: int, columns: int) -> Form | None:
         (grid,) = self.grids
         bits = 4 if self.bits <= 4 else 8
-        return None if bits == 4 and columns % 2 else (bits, grid.columns or row_group(columns))
+        return None if bits == 4 and columns % 2 else Form(bits, grid.columns or row_group(columns))
 
     def unpacked(self, parts: Parts, rows: int, columns: int) -> Tensor:
         """Codes [rows, columns] uint8, from 0 on."""
@@ -176,7 +176,7 @@ class Integers(Scaled):
         return scale, zero.float().reshape(shape) + self.half
 
     def codes(self, parts: Parts, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        (grid,), (bits, group) = self.grids, self.form(rows, columns) or (8, columns)
+        (grid,), (bits, group, _) = self.grids, self.form(rows, columns) or Form(8, columns)
         row = torch.arange(rows) // (grid.rows or rows)
         scale, zero = (values[row] for values in self.scales_and_zeros(parts, rows, columns))
         stored, parameters = affine(self.unpacked(parts, rows, columns), scale, zero, bits)
@@ -214,8 +214,8 @@ class Floats(Scaled):
         zeros = StoredPart(shapes, ("I8", "F8_E4M3", *SCALE_TYPES), True)
         return {"": StoredPart(((rows, columns),), ("F8_E4M3", "F8_E5M2")), **scales, "weight_zero_point": zeros}
 
-    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int) -> None:
-        super().check(stored, rows, columns)
+    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int, experts: tuple[int, ...] = ()) -> None:
+        super().check(stored, rows, columns, experts)
         found = [name for name in self.names() if name in stored]
         if len(found) != 1:
             weight = stored[""]

@@ -1,25 +1,24 @@
 """What a way to store a matrix in codes has to tell: which tensors belong to it, what becomes of them, what they mean.
 
-A store computes scale * code + minimum for groups of neighboring inputs (`kernels.reference.dequantize`). A scheme
-whose weights are equal steps of a scale in such groups delivers codes; any other one delivers numbers.
+A store computes scale * code + minimum for groups of neighboring inputs (`kernels.reference.dequantize`), or holds
+MXFP4 (`kernels.mxfp4_reference`). A scheme whose weights are equal steps of a scale in such groups, or are MXFP4,
+delivers codes; any other one delivers numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import reference
+from flexbatch.kernels import mxfp4_reference, reference
 from flexbatch.models.source import StoredTensor
 from flexbatch.models.specs import Piece
 from flexbatch.validation.errors import CheckpointError
 
-Form = tuple[int, int]
-"""Bits of a store, and inputs that share a scale."""
 Parts = Mapping[str, Tensor]
 """The stored tensors of a matrix by what follows the module's name; "" is ``weight``."""
 Rows = Callable[[Tensor], Tensor]
@@ -54,10 +53,18 @@ def type_name(dtype: str) -> str:
     return next((name for name, found in TYPES.items() if found is not None and found == known), dtype)
 
 
+class Form(NamedTuple):
+    """How a store holds a matrix: bits of a weight, and inputs that share a scale. floats: MXFP4, not equal steps."""
+
+    bits: int
+    group: int
+    floats: bool = False
+
+
 @dataclass(frozen=True)
 class QuantizedPiece:
     """Rows of one canonical matrix in 4 or 8 bits. codes: [rows, columns * bits / 8] uint8; parameters: [rows, columns
-    / group, 2] float32 (scale, minimum)."""
+    / group, 2] float32 (scale, minimum), of MXFP4 [rows, columns / group] uint8."""
 
     layer: int
     role: str
@@ -66,13 +73,24 @@ class QuantizedPiece:
     parameters: Tensor
     bits: int
     group: int
+    floats: bool = False
+
+    @property
+    def form(self) -> Form:
+        return Form(self.bits, self.group, self.floats)
 
     @property
     def columns(self) -> int:
         return 8 // self.bits * self.codes.shape[1]
 
+    def fits(self, form: Form) -> bool:
+        """Whether a store of this form holds it as it is."""
+        if self.floats or form.floats:
+            return self.form == form
+        return self.holds(form.bits, form.group)
+
     def holds(self, bits: int, group: int) -> bool:
-        """Whether `stored_as` knows this form."""
+        """Whether `stored_as` knows this form of equal steps."""
         return bits in (4, 8) and bits >= self.bits and (group == self.group or self.group % group == 0)
 
     def stored_as(self, bits: int, group: int) -> QuantizedPiece:
@@ -93,6 +111,9 @@ class QuantizedPiece:
 
     def dense(self) -> Piece:
         """The weights themselves, in float32."""
+        if self.floats:
+            values = mxfp4_reference.expand(self.codes, self.parameters, torch.float32)
+            return Piece(self.layer, self.role, self.rows, values, from_codes=True)
         values = reference.dequantize(self.codes, self.parameters, self.columns, self.bits, self.group)
         return Piece(self.layer, self.role, self.rows, values, from_codes=True)
 
@@ -105,10 +126,11 @@ class StoredPart:
     types: tuple[str, ...]
     optional: bool = False
 
-    def check(self, stored: StoredTensor) -> None:
-        """Raises CheckpointError that names the tensor."""
-        if stored.shape not in self.shapes:
-            wanted = " or ".join(dict.fromkeys(str(list(shape)) for shape in self.shapes))
+    def check(self, stored: StoredTensor, experts: tuple[int, ...] = ()) -> None:
+        """Raises CheckpointError that names the tensor. experts: their number where it holds those of all."""
+        shapes = [(*experts, *shape) for shape in self.shapes]
+        if stored.shape not in shapes:
+            wanted = " or ".join(dict.fromkeys(str(list(shape)) for shape in shapes))
             raise CheckpointError(
                 f"{stored.file}: tensor {stored.name} has shape {list(stored.shape)}, wanted {wanted}"
             )
@@ -156,8 +178,9 @@ class Scheme:
             part in stored and (part != "" or type_name(stored[part].dtype) not in PLAIN_TYPES) for part in self.marks
         )
 
-    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int) -> None:
-        """Raises CheckpointError for tensors that are missing, or have another shape or type than the scheme's."""
+    def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int, experts: tuple[int, ...] = ()) -> None:
+        """Raises CheckpointError for tensors that are missing, or have another shape or type than the scheme's.
+        experts: their number where the tensors hold a matrix of each."""
         first = next(iter(stored.values()))
         try:
             wanted = self.parts(rows, columns)
@@ -166,10 +189,10 @@ class Scheme:
         module = module_of(first.name, self.suffixes)
         for name, part in wanted.items():
             if name in stored:
-                part.check(stored[name])
+                part.check(stored[name], experts)
             elif not part.optional:
                 raise CheckpointError(
-                    f"{first.file}: {first.name} is there, but the weight files lack {module}.{name or 'weight'}"
+                    f"{first.file}: {first.name} is there, but the weight files lack {joined(module, name or 'weight')}"
                 )
         more = [tensor for name, tensor in stored.items() if name not in wanted]
         if more:
@@ -181,8 +204,14 @@ class Scheme:
 
 def module_of(name: str, suffixes: tuple[str, ...]) -> str:
     """The name of the module that a tensor belongs to."""
-    found = next((suffix for suffix in sorted(suffixes, key=len, reverse=True) if name.endswith(f".{suffix}")), None)
-    return name.removesuffix(f".{found}") if found else name.rpartition(".")[0]
+    endings = (joined("", suffix) for suffix in sorted(suffixes, key=len, reverse=True))
+    found = next((ending for ending in endings if name.endswith(ending)), None)
+    return name.removesuffix(found) if found else name.rpartition(".")[0]
+
+
+def joined(module: str, suffix: str) -> str:
+    """The name of a module's tensor. A suffix that begins with a line belongs to the module's own name."""
+    return f"{module}{suffix}" if suffix.startswith("_") else f"{module}.{suffix}"
 
 
 def finite(scales: Tensor, what: str) -> Tensor:

@@ -51,7 +51,7 @@ class Words(Scheme):
         return -(-columns // (self.group or columns))
 
     def form(self, rows: int, columns: int) -> Form | None:
-        return 4 if self.bits <= 4 else 8, self.group or row_group(columns)
+        return Form(4 if self.bits <= 4 else 8, self.group or row_group(columns))
 
     def whole_words(self, rows: int, columns: int) -> None:
         """Raises ValueError."""
