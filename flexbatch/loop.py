@@ -82,6 +82,8 @@ class EngineLoop:
         if self.prediction:
             replans = {"replans": list(self.replans), "num_replans": len(self.replans)}
             report["prediction"] = {**self.prediction, **replans}
+        if self.capacity.routing is not None:
+            report["experts"] = self.capacity.routing.describe()
         if self.capacity.speculator is not None:
             report["speculation"] = {**self.capacity.speculator.report(), **self.comparison.describe()}
         return report

@@ -21,6 +21,7 @@ from flexbatch.models import layers
 from flexbatch.models.arch import Arch
 from flexbatch.models.experts import recordable
 from flexbatch.models.lora.applied import AdapterTables
+from flexbatch.models.routing import RoutingCounts
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.schedule import Tick, zigzag
@@ -32,7 +33,7 @@ class Executor:
 
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same
     ticks, the same tokens. ``logits_chunk_bytes``: float32 logits that are given at one time. ``max_graphs``: of
-    decode passes that are kept.
+    decode passes that are kept. routing: counts the tokens of experts, of passes tick by tick.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Executor:
         logits_chunk_bytes: int = LOGITS_CHUNK_BYTES,
         max_graphs: int = MAX_GRAPHS,
         adapters: AdapterTables | None = None,
+        routing: RoutingCounts | None = None,
     ) -> None:
         self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
         self.queues, self.dtype, self.overlap = queues, dtype, overlap
@@ -56,7 +58,7 @@ class Executor:
         self.uploads = host_buffers.uploads
         self.logit_rows = max(1, logits_chunk_bytes // (4 * arch.vocab_size))
         self.builder = InputBuilder(cache.layout.page_tokens, self.uploads, adapters, self.logit_rows)
-        self.rotary = rotary
+        self.rotary, self.routing = rotary, routing
         self.host_buffers = host_buffers
         self.attention = CacheAttention(arch, cache, queues, host_buffers, weights.tensors.embedding_weights)
         self.graphs: DecodeGraphs | None = None
@@ -98,11 +100,8 @@ class Executor:
     ) -> Iterator[LogitsChunk]:
         """One sweep through all layers. Yields logits by chunks of rows; the pass is complete when the iterator is
         exhausted. newest: tokens that the pass before has drawn, and the host has not read."""
-        self.uploads.begin_pass()
-        inputs = [self.builder.build(queries, newest) for queries in batch.micro_batches]
+        inputs = self.begin_pass(batch, newest)
         count, num_layers = len(inputs), self.arch.num_layers + 1
-        self.cache.begin_pass(self.queues.mark())
-        self.activations.plan([each.num_tokens for each in inputs])
         if self.graphs is not None and count == 1 and watch is None and (hidden := self.replay(inputs[0])) is not None:
             self.activations.set(0, hidden)
             yield from self.head(inputs[0], num_layers - 1, 0, count)
@@ -149,9 +148,21 @@ class Executor:
                         self.finish(pending, count)
             if not self.overlap:
                 self.synchronize()
+        if self.routing is not None:
+            self.routing.end_pass()
         # Only the head's slab was missing for the second layer of the next pass.
         if self.overlap and num_layers > 2:
             self.weights.fetch_rest(1, count)
+
+    def begin_pass(self, batch: PassBatch, newest: NewestTokens | None) -> list[MicroBatchInputs]:
+        """Send the inputs of the micro-batches, and let the stores know of them."""
+        self.uploads.begin_pass()
+        if self.routing is not None:
+            self.routing.begin_pass()
+        inputs = [self.builder.build(queries, newest) for queries in batch.micro_batches]
+        self.cache.begin_pass(self.queues.mark())
+        self.activations.plan([each.num_tokens for each in inputs])
+        return inputs
 
     # What travels
 
@@ -221,10 +232,10 @@ class Executor:
                 pending.cpu_output, pending.attention[pending.inputs.cpu.start : pending.inputs.cpu.end]
             )
             self.host_buffers.release(pending.cpu_output, self.queues.mark())
-        weights = self.weights.weights(tick.layer, "post")
+        weights, adapters = self.weights.weights(tick.layer, "post"), pending.inputs.adapters
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             hidden = layers.post_attention(
-                self.arch, tick.layer, weights, pending.hidden, pending.attention, pending.inputs.adapters
+                self.arch, tick.layer, weights, pending.hidden, pending.attention, adapters, self.routing
             )
         if pending.watch is not None:
             pending.watch(tick.layer, pending.inputs, hidden)

@@ -22,6 +22,7 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.lora.applied import AdapterTables
+from flexbatch.models.routing import RoutingCounts
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.policy import Policy
@@ -79,8 +80,10 @@ def open_runner(
     logits_chunk_bytes: int = LOGITS_CHUNK_BYTES,
     max_graphs: int = MAX_GRAPHS,
     adapters: AdapterSet | None = None,
+    routing: RoutingCounts | None = None,
 ) -> Runner:
-    """A runner for blocks of these sizes; the caller has checked the budgets.
+    """A runner for blocks of these sizes; the caller has checked the budgets. routing: counts the tokens of experts,
+    over this runner and those before it.
 
     One that fails half-way (a disk that is full, a GPU without memory) leaves nothing behind.
     """
@@ -113,5 +116,6 @@ def open_runner(
             logits_chunk_bytes,
             max_graphs,
             AdapterTables(adapters, queues.device) if adapters is not None and adapters.adapters else None,
+            routing,
         )
     return Runner(policy, sizes, cache, activations, host_buffers, rotary, executor, give_back)

@@ -16,14 +16,24 @@ from flexbatch.kernels import ops
 from flexbatch.kernels.experts import Units, expert_mlp
 from flexbatch.models.arch import Arch
 from flexbatch.models.expert_arch import Experts
+from flexbatch.models.routing import RoutingCounts
 from flexbatch.models.specs import expert_role
 
 Weights = Mapping[str, Tensor]
 
 
-def feed_forward(experts: Experts, weights: Weights, x: Tensor, activation: str) -> Tensor:
-    """[T, H] of the normed hidden states x [T, H]."""
+def feed_forward(
+    experts: Experts,
+    weights: Weights,
+    x: Tensor,
+    activation: str,
+    layer: int = 0,
+    routing: RoutingCounts | None = None,
+) -> Tensor:
+    """[T, H] of the normed hidden states x [T, H]. routing: where the choices of the layer are counted."""
     chosen, shares = route(experts, weights, x)
+    if routing is not None:
+        routing.add(layer, chosen)
     gate_up, down = (units_of(experts, weights, name) for name in ("gate_up", "down"))
     activate = partial(ops.gated_activation, activation=activation)
     if experts.clamp:

@@ -17,6 +17,7 @@ from flexbatch.models import experts
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.models.rope import RopeTables
+from flexbatch.models.routing import RoutingCounts
 
 Weights = Mapping[str, Tensor]
 
@@ -78,23 +79,24 @@ def post_attention(
     hidden: Tensor,
     attention: Tensor,
     adapters: PassAdapters | None = None,
+    routing: RoutingCounts | None = None,
 ) -> Tensor:
     """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
-    ``hidden`` [T, H] is the layer's input."""
+    ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts."""
     update = _linear(weights, "o", attention.flatten(1), layer, adapters)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_attn_norm", update)
     if arch.parallel_residual:
         normed = _norm(arch, weights, "attn_norm" if arch.shared_norm else "mlp_norm", hidden)
-        return (_mlp(arch, layer, weights, normed, adapters) + update) + hidden
+        return (_mlp(arch, layer, weights, normed, adapters, routing) + update) + hidden
     if arch.post_norm:
         hidden = _norm(arch, weights, "attn_norm", hidden, update)
-        return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, layer, weights, hidden, adapters))
+        return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, layer, weights, hidden, adapters, routing))
     if arch.residual_scale != 1.0:
         update = update * arch.residual_scale
     # The layer's input stays as it is: it is added to ``update``, which is ours.
     normed = _norm(arch, weights, "mlp_norm", hidden, update)
-    hidden, update = update, _mlp(arch, layer, weights, normed, adapters)
+    hidden, update = update, _mlp(arch, layer, weights, normed, adapters, routing)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_mlp_norm", update)
     if arch.residual_scale != 1.0:
@@ -134,10 +136,17 @@ def _linear(weights: Weights, role: str, x: Tensor, layer: int, adapters: PassAd
     return out
 
 
-def _mlp(arch: Arch, layer: int, weights: Weights, x: Tensor, adapters: PassAdapters | None) -> Tensor:
+def _mlp(
+    arch: Arch,
+    layer: int,
+    weights: Weights,
+    x: Tensor,
+    adapters: PassAdapters | None,
+    routing: RoutingCounts | None,
+) -> Tensor:
     routed = arch.experts_of(layer)
     if routed is not None:
-        return experts.feed_forward(routed, weights, x, arch.activation)
+        return experts.feed_forward(routed, weights, x, arch.activation, layer, routing)
     if arch.mlp == "gated":
         inner = ops.gated_activation(_linear(weights, "gate_up", x, layer, adapters), arch.activation)
     else:

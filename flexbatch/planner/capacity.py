@@ -13,6 +13,7 @@ from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.tiers import Tiers, check_budgets
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
+from flexbatch.models.routing import RoutingCounts
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.placements import overshoot
 from flexbatch.planner.planner import Planner
@@ -46,6 +47,8 @@ class Capacity:
         self.weights: WeightStore | None = None
         """None before the first job."""
         self.speculator: Speculator | None = None
+        self.routing: RoutingCounts | None = None
+        """Of a model with experts, from its first job on."""
 
     def place(self, engine_plan: EnginePlan) -> WeightStore:
         """The weights on the tiers of a plan. The runner is closed before they move."""
@@ -95,6 +98,8 @@ class Capacity:
         self.close()
         check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
         sizes = with_spare_pages(engine_plan, sizes, job)
+        if self.routing is None and engine_plan.arch.experts is not None:
+            self.routing = RoutingCounts(engine_plan.arch, self.queues.device)
         self.runner = open_runner(
             engine_plan.arch,
             weights,
@@ -106,6 +111,7 @@ class Capacity:
             logits_chunk_bytes(engine_plan.arch, engine_plan.policy, sizes.max_query_nodes),
             engine_plan.num_graphs(sizes),
             engine_plan.deployment.adapters,
+            self.routing,
         )
         return self.runner
 

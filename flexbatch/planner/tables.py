@@ -98,6 +98,13 @@ def throughput(report: Mapping[str, Any]) -> str:
         f"throughput ({duration_text(seconds)}, and {duration_text(report['load_seconds'])} to "
         f"load{label})\n{table(['', 'count', 'per second'], rows)}"
     )
+    experts = report.get("experts") or {}
+    if experts:
+        text += (
+            f"\n  experts: {experts['distinct_per_pass']:,.1f} of {experts['count']} in a pass and layer, Gini "
+            f"{experts['gini']:.2f} (least even layer {experts['largest_gini']:.2f}), the busiest has "
+            f"{experts['busiest']:.1f} times the mean"
+        )
     moved = {name: count for name, count in report.get("moved_bytes", {}).items() if count}
     if moved:
         unit, size = fitting_unit(max(moved.values()), DECIMAL)

@@ -185,3 +185,18 @@ def test_dummy_weights_of_a_published_form_are_packed(monkeypatch, tmp_path):
         view = llm.weights.views[0, "experts.0.down.weight"]
         dense = mxfp4_reference.expand(view.codes, view.parameters, torch.float32)
         assert 0.005 < dense.std() < 0.02, "like any random matrix that writes into the residual stream"
+
+
+def test_the_report_tells_how_even_the_routing_is(mxfp4, tmp_path):
+    """One expert has all tokens and one has none; every layer is counted in every micro-batch, chunk and pass."""
+    with engine(mxfp4.folder, tmp_path, "mixed", num_gpu_batches=2) as llm:
+        assert "experts" not in llm.report() or not llm.report()["experts"]
+        tokens(llm, mxfp4.prompts)
+        report, routing = llm.report(), llm._capacity.routing
+        routing.check()
+        read = report["prefilled_tokens"] + report["generated_tokens"] - len(mxfp4.prompts)
+        assert routing.total.sum(1).tolist() == [3 * read] * 3
+        assert report["experts"]["passes"] == report["passes"] and 3 <= report["experts"]["distinct_per_pass"] <= 6
+        assert 0 < report["experts"]["gini"] < 1 and "experts: " in str(report) and "Gini" in str(report)
+        tokens(llm, mxfp4.prompts[:1])
+        assert llm.report()["experts"]["passes"] == llm.report()["passes"], "runners change, counts go on"
