@@ -66,6 +66,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "contains": (fields(a={"type": "array", "contains": WHOLE}), "contains"),
     "not": (fields(a={"not": TEXT}), "not"),
     "if": ({"type": "object", "if": {"required": ["a"]}, "then": {"required": ["b"]}}, "if"),
+    "names that differ": ({"type": "object", "additionalProperties": WHOLE, "minProperties": 2}, "2 names open"),
     "nothing": (False, "not"),
 }
 """By name: a schema that the library cannot follow exactly, and a word of its message."""

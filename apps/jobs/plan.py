@@ -194,6 +194,7 @@ def plan_job(
         output = OpenAIOutput(fingerprint_digest(fingerprint).hex()[:12])
     else:
         output = ParquetOutput(config, schema, partitions)
+        output.log_columns()
     parts = first_rows(plan_parts(source.row_groups, part_rows), config.limit)
     return BatchJob(config, engine, folder, source, reader, output, parts, fingerprint)
 

@@ -31,6 +31,7 @@ PASSING = Reason("ended by the machine", retry=True)
 REASONS = (
     (r"\b[Cc]ontext of \d+ allows|\bmodel's context\b", TOO_LONG),
     (r"tokens need .*(cache pages| tier)", MEMORY),
+    (r"\bparsed_json: ", Reason("of answers that do not parse, whose texts are there")),
     (r"\bis (missing or )?null$|\bis missing or null|\bis empty\b|^holds no prompt", Reason("empty")),
     (r"UTF-8|surrogate pair", Reason("not Unicode text", "convert the input to UTF-8")),
     (r"\bschema\b|\bgrammar\b|\bregex", Reason("of an invalid schema")),

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexbatch.apps.jobs.columns import ROW_ERROR
+from flexbatch.apps.jobs.parsed_answers import ParsedAnswers
 from flexbatch.apps.jobs.rows import RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.request import Completion, TokenLogprob
@@ -83,15 +84,13 @@ def runs_again(record: RowRecord, output: Output, failed: bool, tokens: int | No
     return (failed and bool(output.error_of(record))) or (tokens is not None and output.is_truncated(record, tokens))
 
 
-def result_schema(
-    schema: pa.Schema, partitions: Sequence[str], prefix: str, results: Sequence[tuple[str, pa.DataType]]
-) -> pa.Schema:
+def result_schema(schema: pa.Schema, partitions: Sequence[str], prefix: str, results: Sequence[pa.Field]) -> pa.Schema:
     """Returns the input columns, then the result columns behind ``prefix``. Raises ConfigurationError where two names
     clash.
 
     Metadata that other libraries keep about their columns is dropped where it would no longer be true.
     """
-    fields = [pa.field(prefix + name, kind) for name, kind in results]
+    fields = [field.with_name(prefix + field.name) for field in results]
     clash = [field.name for field in fields if field.name in schema.names or field.name in partitions]
     if clash:
         raise ConfigurationError(
@@ -130,7 +129,8 @@ def listed_logprobs(steps: Sequence[dict[int, TokenLogprob] | None] | None) -> l
 class ParquetOutput:
     """Parquet parts: all input columns in their types, then the results. A record is a list in the order of `COLUMNS`.
 
-    With several answers to a prompt (--n), what belongs to one answer is a list of as many.
+    With several answers to a prompt (--n), what belongs to one answer is a list of as many. With --parse-json a column
+    behind the others holds what the answers' texts say.
     """
 
     suffix = ".parquet"
@@ -145,8 +145,17 @@ class ParquetOutput:
         self._kept = [name for name, _ in COLUMNS if not left_out.get(name)]
         self._many = (config.n or 1) > 1
         self._kinds = [(name, pa.list_(kind) if self._many and name in EACH else kind) for name, kind in COLUMNS]
-        fields = [(name, kind) for name, kind in self._kinds if name in self._kept]
+        fields = [pa.field(name, kind) for name, kind in self._kinds if name in self._kept]
+        self._parsed = ParsedAnswers(config) if config.parse_json else None
+        if self._parsed is not None:
+            column = self._parsed.field
+            fields.append(pa.field(column.name, pa.list_(column.with_name("item"))) if self._many else column)
         self.schema = result_schema(schema, partitions, self._prefix, fields)
+
+    def log_columns(self) -> None:
+        """Say of columns what their types leave open."""
+        if self._parsed is not None:
+            self._parsed.log()
 
     def start(self, created: int, tokenizer: Any) -> None:
         """Does nothing: the records hold neither times nor names of tokens."""
@@ -159,8 +168,18 @@ class ParquetOutput:
         answers = [self._answer(sample) for sample in completion.samples or [completion]]
         values = {name: [answer[name] for answer in answers] if self._many else answers[0][name] for name in EACH}
         scored = listed_logprobs(completion.prompt_logprobs) if "prompt_logprobs" in self._kept else None
-        found = {"num_input_tokens": used, "error": "", "prompt_logprobs": scored, **values}
+        error = self._unparsed(row, answers)
+        found = {"num_input_tokens": used, "error": error, "prompt_logprobs": scored, **values}
         return [found[name] for name, _ in COLUMNS]
+
+    def _unparsed(self, row: RowRequest, answers: Sequence[dict[str, Any]]) -> str:
+        """The error of a row with a whole answer that should be JSON, and is not, or does not fit its column."""
+        form = row.params.structured_outputs
+        if self._parsed is None or form is None or not form.is_json:
+            return ""
+        found = [self._parsed.problem(each["generated_text"], each["finish_reason"]) for each in answers]
+        told = [f"answer {place} of {len(found)}: {problem}" for place, problem in enumerate(found, 1) if problem]
+        return failure_text("; ".join(told) if self._many else found[0]) if told else ""
 
     def _answer(self, sample: Completion) -> dict[str, Any]:
         return {
@@ -199,6 +218,15 @@ class ParquetOutput:
             if name == "prompt_logprobs":
                 values = [value and _as_structs(value) for value in values]
             results.append(pa.array(values, kind))
+        if self._parsed is not None:
+            read = self._parsed.value_or_none
+            texts = ((record[0], record[1]) for record in records)
+            results.append(
+                pa.array(
+                    [text and list(map(read, text, ends)) if self._many else read(text, ends) for text, ends in texts],
+                    self.schema.field(len(self.schema) - 1).type,
+                )
+            )
         columns = [column for name, column in zip(table.column_names, table.columns, strict=True) if name != ROW_ERROR]
         return pa.Table.from_arrays([*columns, *results], schema=self.schema)
 

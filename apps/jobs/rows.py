@@ -116,7 +116,7 @@ class RowReader:
         seed_by_prompt: bool = False,
     ) -> None:
         self._params, self._seed, self._seed_by_prompt = params, seed, seed_by_prompt
-        self._columns = config.setting_columns()
+        self._columns, self._tight = config.setting_columns(), config.disable_any_whitespace
         prompts, messages = config.prompt_column, config.messages_column
         self._prompt: Callable[[dict[str, Any]], Any]
         if prompts is not None:
@@ -165,6 +165,9 @@ class RowReader:
             settings = ((name, _setting(name, values[column])) for name, column in self._columns.items())
             changes = {FIELDS.get(name, name): value for name, value in settings if value is not None}
             lora = changes.pop("lora", None)
+            if self._tight and "structured_outputs" in changes:
+                form = dataclasses.replace(changes["structured_outputs"], disable_any_whitespace=True)
+                changes["structured_outputs"] = form
             if params.seed is None and "seed" not in changes and changes.get("temperature", params.temperature) > 0:
                 changes["seed"] = row_seed(self._seed, repr(prompt) if self._seed_by_prompt else index)
             if changes:

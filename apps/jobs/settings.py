@@ -13,6 +13,9 @@ from flexbatch.config import option
 from flexbatch.validation.errors import ConfigurationError
 
 FORMATS = ("auto", "parquet", "csv", "jsonl", "openai", "dataset")
+NO_COLUMNS = (
+    "--parse-json is for columns; the answers to an OpenAI batch file are lines of the API, whose texts are JSON"
+)
 SETTING_COLUMNS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "lora", "json_schema")
 
 
@@ -54,6 +57,9 @@ class JobConfig(InputConfig, SamplingConfig):
     )
     json_schema_column: str | None = option(
         None, "column with a JSON schema per row, as text or object; null means --json-schema, or any text"
+    )
+    parse_json: bool = option(
+        False, "with a JSON schema, write the answers parsed too, as a column parsed_json of the schema's type"
     )
     generated_tokens: bool = option(False, "write the generated token ids too")
     output_prefix: str = option("", "put this before the names of the result columns (default: nothing)")
@@ -98,6 +104,10 @@ class JobConfig(InputConfig, SamplingConfig):
             raise ConfigurationError("--overwrite discards what --retry-truncated would keep: give one of them")
         if self.overwrite and self.retry_failed:
             raise ConfigurationError("--overwrite discards what --retry-failed would keep: give one of them")
+        if self.parse_json and self.json_schema is None and self.json_schema_column is None:
+            raise ConfigurationError("--parse-json needs a schema: give --json-schema or --json-schema-column")
+        if self.parse_json and self.input_format == "openai":
+            raise ConfigurationError(NO_COLUMNS)
         self.error_limit(1)
         self.shard_of()
         self.check_limit()
@@ -137,6 +147,8 @@ class JobConfig(InputConfig, SamplingConfig):
         }
         prompt["column_types"] = sorted(self.column_types)
         output = {
-            name: getattr(self, name) for name in ("output_prefix", "generated_tokens", "logprobs", "prompt_logprobs")
+            name: getattr(self, name)
+            for name in ("output_prefix", "generated_tokens", "logprobs", "prompt_logprobs", "parse_json")
         }
-        return {"generation": {"columns": self.setting_columns()}, "prompt": prompt, "output": output}
+        generation = {"columns": self.setting_columns(), "disable_any_whitespace": self.disable_any_whitespace}
+        return {"generation": generation, "prompt": prompt, "output": output}

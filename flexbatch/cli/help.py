@@ -15,11 +15,12 @@ GROUPS = (INPUT, OUTPUT, SAMPLING, JOB, MODEL, MEMORY, PLACEMENT, SPECULATION, C
 NAMES = {
     INPUT: "prompts limit prompt_len input_format dataset_config split column_types prompt_column "
     "messages_column prompt_template truncate chat system",
-    OUTPUT: "output flexflow_output json trace dry_run plot generated_tokens output_prefix part_rows metrics_file",
+    OUTPUT: "output flexflow_output json trace dry_run plot parse_json generated_tokens output_prefix "
+    "part_rows metrics_file",
     SAMPLING: "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty stop "
     "stop_token_ids include_stop_str_in_output skip_special_tokens min_tokens bad_words allowed_token_ids ignore_eos n "
-    "logprobs prompt_logprobs json_schema choice regex seed generation_config max_tokens_column "
-    "temperature_column top_p_column top_k_column seed_column stop_column json_schema_column",
+    "logprobs prompt_logprobs json_schema disable_any_whitespace choice regex seed generation_config "
+    "max_tokens_column temperature_column top_p_column top_k_column seed_column stop_column json_schema_column",
     MODEL: "model lora lora_default lora_column tokenizer max_model_len path dtype device dummy_weights",
     PLACEMENT: "percent gpu_batch_size num_gpu_batches cpu_attention cpu_cache_compute prefill_chunk prefill_budget "
     "overlap async_scheduling hardware recalibrate",

@@ -140,6 +140,7 @@ class SamplingConfig:
     )
     prompt_logprobs: int | None = option(None, "the same for the tokens of the prompt")
     json_schema: str | None = option(None, "answers are JSON of the schema in this file", metavar="FILE")
+    disable_any_whitespace: bool = option(False, "JSON answers have no whitespace between their tokens")
     choice: tuple[str, ...] = option((), "answers are one of these texts", nargs="+", metavar="TEXT")
     regex: str | None = option(None, "answers match this regular expression from beginning to end", metavar="REGEX")
 
@@ -154,6 +155,10 @@ class SamplingConfig:
                 form["json"] = schema_text(read_text(path))
             except (OSError, ValueError) as error:
                 raise ConfigurationError(f"--json-schema {path}: {reason(error)}") from error
+        if found.pop("disable_any_whitespace"):
+            if not form and getattr(self, "json_schema_column", None) is None:
+                raise ConfigurationError("--disable-any-whitespace is for JSON answers: give their --json-schema, too")
+            form |= {"disable_any_whitespace": True} if form else {}
         return {**found, "structured_outputs": StructuredOutputsParams(**form)} if form else found
 
     def check_sampling(self) -> None:

@@ -232,9 +232,10 @@ class Scheduler:
     def commit_one(self, query: QueryTokens, sequence: Sequence, result: SampledTokens, cached: bool) -> None:
         """cached: its rows are counted already."""
         sequence.num_unread = 0
-        if query.parents is not None and result.fault is not None and result.fault.in_model:
-            # Attention multiplies masked values by 0, which leaves NaN: a drafted token that plain decoding never
-            # reads may have done this.
+        if query.parents is not None and result.fault is not None:
+            # Plain decoding need not come to it. The output may end before, by a stop string, say, or because the form
+            # is complete and all that could follow is barred. And attention multiplies masked values by 0, which
+            # leaves NaN: a drafted token that plain decoding never reads may have done this.
             sequence.drafted = False
             return
         sequence.fault = sequence.fault or result.fault

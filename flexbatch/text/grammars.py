@@ -6,6 +6,7 @@ import importlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,21 +29,25 @@ VALUES = ("const", "enum", "default", "examples")
 
 class State:
     """What may follow one beginning of an answer. ``mask``: a bit for every token of the model's vocabulary, lowest
-    first; None until somebody asks. ``accepting``: whether the answer may end here."""
+    first; None until somebody asks. ``accepting``: whether the answer may end here. ``escaping``: whether it ends in
+    the first half of an escape."""
 
-    __slots__ = ("accepting", "following", "mask")
+    __slots__ = ("accepting", "escaping", "following", "mask")
 
-    def __init__(self) -> None:
+    def __init__(self, escaping: bool = False) -> None:
         self.mask: np.ndarray | None = None
-        self.accepting = False
+        self.accepting, self.escaping = False, escaping
         self.following: dict[int, State] = {}
 
 
 class Grammar:
-    """A compiled form of answers. Immutable but for the states that it keeps, which any thread may add."""
+    """A compiled form of answers. Immutable but for the states that it keeps, which any thread may add.
+    ``plain_names``: no escape by number, such as \\u0061 for a, where anything else can be written. The library keeps
+    the names of additional properties from being declared ones, and takes those that are written so for others."""
 
-    def __init__(self, matcher: Any, vocabulary: Vocabulary) -> None:
+    def __init__(self, matcher: Any, vocabulary: Vocabulary, plain_names: bool = False) -> None:
         self._matcher, self.vocabulary = matcher, vocabulary
+        self._escapes = vocabulary.escapes if plain_names else None
         self.num_kept = 0
         self.root = State()
         self.fill(self.root, matcher)
@@ -60,13 +65,16 @@ class Grammar:
         mask = bits[: (size + 7) // 8].copy()
         if size % 8:
             mask[-1] &= (1 << size % 8) - 1
+        if self._escapes is not None:
+            plain = mask & ~self._escapes.barred[int(state.escaping)]
+            mask = plain if state.accepting or plain.any() else mask
         state.mask = mask
 
     def child(self, state: State, token: int) -> State:
         """The state after one more token; kept while there are few."""
         found = state.following.get(token)
         if found is None:
-            found = State()
+            found = State(self._escapes is not None and self._escapes.ends_within(token, state.escaping))
             if self.num_kept < KEPT_STATES:
                 self.num_kept += 1
                 found = state.following.setdefault(token, found)
@@ -121,7 +129,7 @@ class Grammars:
                 except (ValueError, RecursionError) as error:
                     problem = str(error)
                 if not problem:
-                    grammar = self._compiled[form] = Grammar(matcher, vocabulary)
+                    grammar = self._compiled[form] = Grammar(matcher, vocabulary, has_open_names(form))
                     if len(self._compiled) > KEPT_GRAMMARS:
                         self._compiled.popitem(last=False)
                     if grammar.root.accepting or bool(grammar.root.mask.any()):  # type: ignore[union-attr]
@@ -162,9 +170,8 @@ def source(form: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if form.is_json:
-        schema = json.loads(form.json or '{"type": "object"}')
-        if form.disable_additional_properties:
-            schema = closed(schema)
+        schema = schema_of(form)
+        refuse_repeated_names(schema)
         if isinstance(schema, bool):  # the library takes objects alone
             schema = {} if schema else {"not": {}}
         options: dict[str, Any] = {"whitespace_flexible": not form.disable_any_whitespace}
@@ -179,6 +186,47 @@ def source(form: StructuredOutputsParams) -> str:
         return grammar_from("grammar", form.grammar or "")
     except Exception as error:  # its own parser of GBNF raises what it likes
         raise ValueError(str(error)) from error
+
+
+def schemas_in(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """A JSON schema and all the schemas in it, those that are objects."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from schemas_in(part)
+    elif isinstance(schema, dict):
+        yield schema
+        for name, part in schema.items():
+            if name in MAPS and isinstance(part, dict):
+                yield from schemas_in(list(part.values()))
+            elif name not in VALUES:
+                yield from schemas_in(part)
+
+
+def schema_of(form: StructuredOutputsParams) -> Any:
+    """What is compiled of a form that is JSON."""
+    schema = json.loads(form.json or '{"type": "object"}')
+    return closed(schema) if form.disable_additional_properties else schema
+
+
+def has_open_names(form: StructuredOutputsParams) -> bool:
+    """Whether objects may have properties besides those that the schema names."""
+    return form.is_json and any(
+        (each.get("properties") or each.get("patternProperties")) and each.get("additionalProperties") is not False
+        for each in schemas_in(schema_of(form))
+    )
+
+
+def refuse_repeated_names(schema: Any) -> None:
+    """Raises ValueError where several properties have to come whose names are not given: the library does not see
+    that they differ, and a name that is repeated is one property."""
+    for each in schemas_in(schema):
+        least, required = each.get("minProperties"), each.get("required")
+        given = len(required) if isinstance(required, list) else 0
+        if isinstance(least, int | float) and least > given + 1:
+            raise ValueError(
+                f"minProperties: {least} with {given} required properties leaves {least - given} names open, which have"
+                " to differ, and nothing sees to that: at most one may be open"
+            )
 
 
 def closed(schema: Any) -> Any:

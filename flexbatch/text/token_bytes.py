@@ -9,7 +9,10 @@ grammar can follow, and the tokenizer is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from flexbatch.text.decoder import TextDecoder
 from flexbatch.validation.checks import short
@@ -26,6 +29,34 @@ def byte_letters() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+class Escapes:
+    """Escapes by number of JSON (\\u0061 for a) in tokens. ``barred``: the tokens that have one or begin one, a bit
+    for each, lowest first: behind any text, and behind one that ends in a backslash that escapes."""
+
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        self._ends: dict[int, tuple[bool, bool]] = {}
+        found = np.zeros((2, len(tokens)), dtype=bool)
+        for token, text in enumerate(tokens):
+            if b"\\" in text or text[:1] == b"u":
+                before, behind = _escaped(text, False), _escaped(text, True)
+                found[:, token] = before[0], behind[0]
+                self._ends[token] = before[1], behind[1]
+        self.barred = np.packbits(found, axis=1, bitorder="little")
+
+    def ends_within(self, token: int, escaping: bool) -> bool:
+        """Whether a text ends in a backslash that escapes, after one more token."""
+        return self._ends.get(token, (False, False))[escaping]
+
+
+def _escaped(text: bytes, escaping: bool) -> tuple[bool, bool]:
+    """Whether a part of a text has an escape by number, and whether it ends in a backslash that escapes."""
+    by_number = False
+    for byte in text:
+        by_number |= escaping and byte == ord("u")
+        escaping = byte == ord("\\") and not escaping
+    return by_number, escaping
 
 
 class Vocabulary:
@@ -50,6 +81,11 @@ class Vocabulary:
         self._longest = max(map(len, self.bytes), default=0)
         self._by_bytes = {found: token for token, found in reversed([*enumerate(self.bytes)]) if found}
         self._compare()
+
+    @cached_property
+    def escapes(self) -> Escapes:
+        """Of JSON, in its tokens."""
+        return Escapes(self.bytes)
 
     def _letters(self) -> Mapping[str, int]:
         """The letters of byte-level BPE; empty for other vocabularies. Told by any letter that stands for another

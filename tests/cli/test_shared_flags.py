@@ -53,7 +53,7 @@ def test_what_a_request_may_say_a_flag_may_say() -> None:
         *("min_length", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
         *("forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
     }
-    forms = {"json_schema", "choice", "regex"}
+    forms = {"json_schema", "disable_any_whitespace", "choice", "regex"}
     fields = CHECKS.keys() - elsewhere - of_the_file - {"structured_outputs"}
     assert {setting.name for setting in settings_of(SamplingConfig)} == fields | forms
 

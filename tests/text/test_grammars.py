@@ -17,6 +17,7 @@ from flexbatch.text.grammars import Grammars
 from flexbatch.text.token_bytes import ByteDecoder, Vocabulary
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.structured_fields import StructuredOutputsParams
+from tests.public_schemas import PUBLIC
 from tests.schemas import REFUSED, SCHEMAS
 from tests.text.kinds import KINDS
 from tests.tiny_models import train_tokenizer
@@ -138,6 +139,59 @@ def test_whole_random_answers_fit_their_schema(name: str, grammars: Grammars, to
             whole += 1
             jsonschema.validate(json.loads(grammars.decoder.decode(tokens)), SCHEMAS[name])
     assert whole or name in ("format email", "format duration", "format hostname", "bounds"), "none ended"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLIC)
+def test_random_answers_to_public_schemas_fit(name: str, grammars: Grammars, tokenizer) -> None:
+    """As they are, and with properties that nobody declared wherever the schema may allow them."""
+    jsonschema = pytest.importorskip("jsonschema")
+    for schema in (PUBLIC[name], {key: part for key, part in PUBLIC[name].items() if key != "additionalProperties"}):
+        for tight in (True, False):
+            grammar = grammars.compile(StructuredOutputsParams(json=schema, disable_any_whitespace=tight))
+            for seed in range(6):
+                tokens, ended = random_answer(grammar, {tokenizer.eos_token_id}, seed)
+                if ended:
+                    jsonschema.validate(json.loads(grammars.decoder.decode(tokens)), schema)
+
+
+ANY, TEXT = {"type": "object", "properties": {"a": {"type": "integer"}}}, {"type": "string"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "fits"),
+    [
+        (ANY, '{"a":1,"b":"x"}', True),
+        (ANY, r'{"a":1,"\u0061":"x"}', False),
+        (ANY, r'{"\u0061":"x"}', False),
+        (ANY, r'{"\\u0061":"x"}', True),
+        (ANY, r'{"b\nu0061":"x"}', True),
+        ({**ANY, "additionalProperties": TEXT}, r'{"b\u0061":"x"}', False),
+        ({"type": "object", "properties": {"é": {"type": "null"}}}, r'{"\u00e9":1}', False),
+        ({"type": "object", "patternProperties": {"^x": {"type": "null"}}}, r'{"\u0078":1}', False),
+        ({"allOf": [ANY, {"type": "object", "additionalProperties": TEXT}]}, r'{"\u0061":"x"}', False),
+        ({"type": "array", "items": {"anyOf": [TEXT, ANY]}}, r'[{"\u0061":"x"}]', False),
+        ({"type": "object", "properties": {"a": {"const": "\x01"}}}, r'{"a":"\u0001"}', True),
+        ({**ANY, "additionalProperties": False}, '{"a":1}', True),
+        ({"type": "string"}, r'"\u0001"', True),
+    ],
+    ids=str,
+)
+def test_a_declared_name_is_not_written_otherwise(schema, text: str, fits: bool, grammars: Grammars, tokenizer) -> None:
+    r"""\u0061 is a: an additional property of that name would have a value that the schema has not for it."""
+    grammar, eos = grammars.compile(StructuredOutputsParams(json=schema)), tokenizer.eos_token_id
+    for pieces in (grammar.vocabulary.longest_first(text.encode()), tokenizer(text)["input_ids"]):
+        follower, drafted = GrammarFollower(grammar, {eos}), GrammarFollower(grammar, {eos})
+        for place, token in enumerate([*pieces, eos]):
+            allowed = tokens_of(follower.mask())
+            assert allowed == tokens_of(drafted.mask(tuple(pieces[:place]))), "a drafted path has the same masks"
+            if token not in allowed:
+                break
+            follower.advance(token)
+        assert (token == eos and token in allowed) == fits
+    if fits:
+        jsonschema = pytest.importorskip("jsonschema")
+        jsonschema.validate(json.loads(text), schema)
 
 
 @pytest.mark.parametrize("name", REFUSED)
