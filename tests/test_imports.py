@@ -116,7 +116,14 @@ def core_seconds() -> float:
 
 @pytest.mark.parametrize(
     "module",
-    ("flexbatch", "flexbatch.run", "flexbatch.apps.batch", "flexbatch.apps.wrangle", "flexbatch.apps.inspect_model"),
+    (
+        "flexbatch",
+        "flexbatch.run",
+        "flexbatch.apps.batch",
+        "flexbatch.apps.serve",
+        "flexbatch.apps.wrangle",
+        "flexbatch.apps.inspect_model",
+    ),
 )
 def test_help_answers_within_a_second_without_torch(module: str) -> None:
     code = (
