@@ -32,6 +32,12 @@ def _batch() -> Main:
     return main
 
 
+def _serve() -> Main:
+    from flexbatch.apps.serve.command import main
+
+    return main
+
+
 def _complete() -> Main:
     from flexbatch.apps.completion import main
 
@@ -72,6 +78,7 @@ COMMANDS: dict[str, tuple[Callable[[], Main], str]] = {
     "run": (_run, "the main job: prompts from a file through a model over the tiers"),
     "plan": (_plan, "what a job would take on a machine one has or has not; no weights needed"),
     "batch": (_batch, "a resumable job from Parquet, JSON lines or CSV to Parquet"),
+    "serve": (_serve, "a server for clients of the OpenAI API: files, batches, chats"),
     "complete": (_complete, "a few prompts, or a chat, with the text as it comes"),
     "inspect": (_inspect, "what a model is, how it would be stored and what would fit where"),
     "profile": (_profile, "measure a machine, for plans of jobs that run on it"),

@@ -8,6 +8,7 @@ for each start; what a command does at import, and how its interpreter ends, is 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 PRELOADED = (
     "torch", "transformers.models.llama", "flexbatch.run", "flexbatch.engine", "flexbatch.apps.batch",
     "flexbatch.calibrate.machine", "pandas", "pyarrow.dataset", "pyarrow.parquet", "tests.apps_batch.driver",
+    "flexbatch.apps.serve.process", "uvicorn",
 )  # fmt: skip
 
 
@@ -163,7 +165,8 @@ def serve() -> None:
     replies, running = os.dup(1), set()
     os.dup2(2, 1)
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # an environment without some extra starts what it has
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
 

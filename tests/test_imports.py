@@ -105,7 +105,14 @@ def test_links_are_committed(name: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ("flexbatch", "flexbatch.run", "flexbatch.apps.batch", "flexbatch.apps.wrangle", "flexbatch.apps.inspect_model"),
+    (
+        "flexbatch",
+        "flexbatch.run",
+        "flexbatch.apps.batch",
+        "flexbatch.apps.serve",
+        "flexbatch.apps.wrangle",
+        "flexbatch.apps.inspect_model",
+    ),
 )
 def test_help_answers_without_torch(module: str) -> None:
     code = (

@@ -24,7 +24,7 @@ from flexbatch.apps.jobs.manifest import FORMAT, fingerprint_digest
 from flexbatch.apps.jobs.openai_reader import OpenAIReader
 from flexbatch.apps.jobs.openai_responses import OpenAIOutput
 from flexbatch.apps.jobs.openai_source import OpenAISource
-from flexbatch.apps.jobs.prompts import Template, row_error
+from flexbatch.apps.jobs.prompts import Template, check_length, row_error
 from flexbatch.apps.jobs.results import Output, ParquetOutput, RowRecord, runs_again
 from flexbatch.apps.jobs.rows import Encode, RequestReader, RowReader, RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
@@ -213,6 +213,8 @@ def make_encode(llm: Any, truncate: str | None, tokens: int | None = None) -> En
             if tokens is not None and params.max_tokens is not None:
                 params = dataclasses.replace(params, max_tokens=max(params.max_tokens, tokens))
             encoder.check_params(row.index, params)
+            if truncate is None and params.truncate_prompt_tokens is None:
+                check_length(row.prompt, context)
             found = encoder.read(row.index, row.prompt, params.max_tokens, params.truncate_prompt_tokens)
             params = encoder.with_tokens(row.index, params).within(context - len(found.token_ids))
             # Of a prompt that was cut, what an answer may repeat is what is left of it.

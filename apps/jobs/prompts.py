@@ -10,6 +10,9 @@ from flexbatch.apps.jobs.template import pieces_of
 from flexbatch.text.files import json_text, parse_json, with_doubles
 from flexbatch.validation.checks import short
 
+LONGEST_TOKEN, LEAST_LIMIT = 128, 2**20
+"""Characters. The longest tokens of public vocabularies are runs of 128 spaces; shorter texts are tokenized to see."""
+
 
 class RowError(ValueError):
     """This row cannot be run; the job goes on without it."""
@@ -84,6 +87,21 @@ def unicode_text(value: Any, name: str) -> Any:
     except UnfitValue as error:
         raise RowError(str(error)) from None
     return value
+
+
+def check_length(prompt: Any, context: int) -> None:
+    """Raises RowError for a text that no tokenizer could bring into a context, before one tries: 40 MB of one letter
+    take gigabytes."""
+    messages = getattr(prompt, "messages", prompt)
+    texts = (
+        [each.get("content") for each in messages if isinstance(each, Mapping)] if isinstance(messages, list) else []
+    )
+    length = len(prompt) if isinstance(prompt, str) else sum(len(text) for text in texts if isinstance(text, str))
+    most = max(LEAST_LIMIT, context * LONGEST_TOKEN)
+    if length > most:
+        raise RowError(
+            f"has {length:,} characters; the model's context of {context} tokens holds {most:,} at most. Shorten it"
+        )
 
 
 def messages_prompt(value: Any, name: str) -> list[dict[str, Any]]:

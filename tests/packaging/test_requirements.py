@@ -9,9 +9,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-IMPORTED_AS = {"pyyaml": "yaml", "scikit-learn": "sklearn", "huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval"}
+IMPORTED_AS = {
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "huggingface-hub": "huggingface_hub",
+    "lm-eval": "lm_eval",
+    "python-multipart": "python_multipart",
+}
 """Distributions whose modules have another name."""
-BRING_THEIR_OWN = {"gguf", "helm", "llguidance", "ray", "lm_eval", "sklearn", "matplotlib"}
+SERVE = {"fastapi", "uvicorn", "prometheus_client", "python_multipart"}
+BRING_THEIR_OWN = {"gguf", "helm", "llguidance", "ray", "lm_eval", "sklearn", "matplotlib", *SERVE}
 """Modules of extras and of HELM's environment: what uses them says which extra to install."""
 COME_ALONG = {"fsspec": "datasets", "jinja2": "torch"}
 """Modules that another requirement cannot be without. What transformers loads tokenizers with is required, and
@@ -61,7 +68,7 @@ def test_nothing_depends_on_what_only_the_tests_bring() -> None:
     """A solver that was looked for and found wherever the extra `test` was installed made every check pass and every
     fresh environment fail."""
     options, extras = setup_cfg()["options"], setup_cfg()["options.extras_require"]
-    users = ("gguf", "lm-eval", "ray", "plot", "structured", "wrangle")
+    users = ("gguf", "lm-eval", "ray", "plot", "structured", "wrangle", "serve")
     for_users = modules_of("\n".join([options["install_requires"], *(extras[name] for name in users)]))
     only_tests = modules_of(extras["test"] + extras["dev"]) - for_users - {"flexbatch"}
     wanted = re.compile(
