@@ -46,10 +46,9 @@ class Scheduler:
         left: Iterable[Sequence] = (),
         overtakes: Callable[[Sequence], bool] = lambda first: False,
     ) -> None:
-        """arrivals: waiting sequences, pulled one by one as there is capacity; None where nobody waits now, though
-        more may come. lengths: of answers; without them all that a sequence may reach is reserved. costs: of stepping
-        aside. left: sequences that another block has left; they come before all arrivals that are not more urgent.
-        overtakes: whether the next of the arrivals is more urgent than the first in line."""
+        """arrivals: waiting sequences, pulled as there is capacity; None where nobody waits now, though more may come.
+        lengths: of answers; without them all that a sequence may reach is reserved. left: sequences that another block
+        has left; they come before all arrivals but those for which ``overtakes``, given the first in line, is true."""
         self.policy, self.cache, self.arrivals, self.proposer = policy, cache, arrivals, proposer
         self.lengths = lengths or AnswerLengths(reserve="all")
         self.block = Block(policy, cache, 0 if proposer is None else proposer.max_nodes, self.lengths)
