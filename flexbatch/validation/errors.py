@@ -16,8 +16,10 @@ TEMPORARY = re.compile(r"(^|[/'\"])\.([^/'\"]+)\.[0-9a-z_]{4,}\.tmp\b")
 def told(error: object) -> str:
     """The text of an error, or a path, with files that are being written by the names that they will have: those that
     the user gave. An error of the system is told as the shell tells it, ``FILE: No such file or directory``."""
-    named = isinstance(error, OSError) and error.strerror and error.filename is not None
-    return TEMPORARY.sub(r"\1\2", f"{error.filename}: {error.strerror}" if named else reason(error))
+    text = reason(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {text}"
+    return TEMPORARY.sub(r"\1\2", text)
 
 
 def reason(error: object) -> str:
