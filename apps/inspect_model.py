@@ -122,7 +122,7 @@ def stored(weights: WeightPlan) -> list[dict[str, Any]]:
         entry = forms.setdefault(form, {"form": form, "tensors": 0, "bytes": 0, "roles": []})
         entry["tensors"] += 1
         entry["bytes"] += tensor.num_bytes
-        role = re.sub(r"^experts\.\d+", "experts", tensor.spec.role.removesuffix(".weight"))
+        role = re.sub(r"^(experts|sinks)\.\d+", r"\1", tensor.spec.role.removesuffix(".weight"))
         if role not in entry["roles"]:
             entry["roles"].append(role)
     return list(forms.values())
