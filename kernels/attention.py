@@ -158,9 +158,10 @@ def _launch_tiles(
         0 if masks is None else masks.stride(0), options.window, options.scale, options.soft_cap or 1.0,
         options.alibi_scale, BLOCK_M=launch.block_m, SMALL_M=small, SPLIT=grid[1] > 1, GROUP=num_heads // kv_heads,
         ALIBI=0 if options.alibi_slopes is None else 2 if options.alibi_scale else 1,
-        SINKS=options.sinks is not None, WINDOW=options.window > 0, SOFT_CAP=options.soft_cap > 0,
-        TREE=masks is not None, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=page_tokens, BITS=options.bits,
-        GROUPS=reference.num_groups(head_dim, options.group), BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
+        SINKS=options.sinks is not None, WINDOW=(1 + options.chunked) * (options.window > 0),
+        SOFT_CAP=options.soft_cap > 0, TREE=masks is not None, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+        PAGE_TOKENS=page_tokens, BITS=options.bits, GROUPS=reference.num_groups(head_dim, options.group),
+        BLOCK_G=block_g, BLOCK_B=block_b, BLOCK_N=launch.block_n,
         ONE_TILE=one_tile, num_warps=launch.num_warps, num_stages=launch.num_stages,
         maxnreg=launch.max_registers or None,
     )  # fmt: skip

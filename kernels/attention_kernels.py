@@ -98,7 +98,9 @@ def _key_range(
     end = context if TREE else tl.minimum(context, prefix + (tl.minimum(row0 + BLOCK_M, num_rows) - 1) // GROUP + 1)
     begin = 0
     if WINDOW:
-        begin = tl.maximum(tl.min(tl.where(valid, position, context)) - window + 1, 0) // BLOCK_N * BLOCK_N
+        lowest = tl.min(tl.where(valid, position, context))
+        begin = lowest // window * window if WINDOW == 2 else tl.maximum(lowest - window + 1, 0)
+        begin = begin // BLOCK_N * BLOCK_N
     share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     lo = begin + tl.program_id(1) * share
     hi = tl.minimum(lo + share, end)

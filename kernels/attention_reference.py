@@ -16,7 +16,8 @@ class AttentionOptions(NamedTuple):
     bits: of an element of the cache, 4, 8, or 16 for the compute dtype, whatever its width. group: elements of a head
     that share a scale and a minimum in a quantized cache. alibi_slopes: [num_heads] float32; with ``alibi_scale``
     slopes and key positions and their products are rounded to bfloat16 and then scaled by it, as Falcon does. window:
-    keys at a distance of ``window`` or more are masked (0: none). soft_cap: cap * tanh(score / cap) (0: none).
+    keys at a distance of ``window`` or more are masked (0: none); ``chunked``: those before the multiple of ``window``
+    that the query's position has reached. soft_cap: cap * tanh(score / cap) (0: none).
     sinks: [num_heads] float32, one more score of every query of a head, as of a key whose value is zero.
     tree_masks: [num_tokens, words] int32, bit b of word w set when the token sees query token 32 * w + b of its own
     sequence (itself included); without it the query tokens are causal. positions: [num_tokens] int32, needed only with
@@ -38,6 +39,7 @@ class AttentionOptions(NamedTuple):
     positions: Tensor | None = None
     max_query_len: int = 0
     max_context_len: int = 0
+    chunked: bool = False
 
 
 def paged_attention(
@@ -79,7 +81,9 @@ def _attend(query: Tensor, rows: Tensor, pages: Tensor, span: slice, context: in
         scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
     query_position, key_position, visible = _visibility(span, context, options, query.device)
     distance = query_position[:, None] - key_position[None, :]
-    if options.window:
+    if options.chunked and options.window:
+        visible = visible & (key_position[None, :] >= (query_position // options.window * options.window)[:, None])
+    elif options.window:
         visible = visible & (distance < options.window)
     if options.alibi_slopes is not None:
         slopes = options.alibi_slopes.view(kv_heads, -1, 1, 1)

@@ -80,7 +80,9 @@ def masked_scores(
             visible = visible & ((keys < prefix)[None, :] | (((words >> (bit % 32)[None, :]) & 1) != 0))
         else:
             visible = visible & (distance >= 0)
-        if WINDOW:
+        if WINDOW == 2:
+            visible = visible & (key_position[None, :] >= (position // window * window)[:, None])
+        elif WINDOW:
             visible = visible & (distance < window)
         score = tl.where(visible, score, float("-inf"))
     return score

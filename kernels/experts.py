@@ -68,6 +68,23 @@ def expert_mlp(
     return way(x, chosen, shares, joined(gate_up), joined(down), activate, biases)
 
 
+def scaled_inputs(
+    x: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    gate_up: Units,
+    down: Units,
+    activate: Activate,
+    biases: Biases = (None, None),
+) -> Tensor:
+    """Sum over the experts ``chosen`` [T, K] of down(activate(gate and up)) of ``shares`` [T, K] times x [T, H], in x's
+    dtype: what counts for an expert is what it is given."""
+    rows, top_k = (x[:, None] * shares[:, :, None].to(x.dtype)).flatten(0, 1), chosen.shape[1]
+    whole = shares.new_ones(len(rows), 1)
+    out = expert_mlp(rows, chosen.reshape(-1, 1), whole, gate_up, down, activate, biases)
+    return weighted(out.view(-1, top_k, out.shape[1]), torch.ones_like(shares))
+
+
 def by_loop(
     x: Tensor,
     chosen: Tensor,

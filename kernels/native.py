@@ -227,7 +227,8 @@ def paged_attention(
         query.data_ptr(), result.data_ptr(), *(_pointer(x) for x in (*integers, *per_head)),
         page_table.shape[0], page_table.shape[1], num_heads, chosen.page_tokens,
         0 if chosen.tree_masks is None else chosen.tree_masks.shape[1],
-        chosen.window, threads or torch.get_num_threads(), chosen.scale, chosen.soft_cap, chosen.alibi_scale,
+        -chosen.window if chosen.chunked else chosen.window, threads or torch.get_num_threads(), chosen.scale,
+        chosen.soft_cap, chosen.alibi_scale,
     )  # fmt: skip
     # torch's allocator aligns to 64 bytes on the CPU.
     workspace = torch.empty(loaded.flexbatch_attention_bytes(ctypes.byref(attention)), dtype=torch.uint8)

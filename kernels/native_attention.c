@@ -15,7 +15,7 @@ static int is_few(const span_t *s) { return s->queries * s->heads_per_group < LA
  * possible in a partial result. In a tree slots say nothing about order: all its keys stay. */
 static void narrow(const attention_t *a, const span_t *s, item_t *item) {
     const int32_t seen = a->tree_masks ? s->context : s->prefix + (item->row_end - 1) / s->heads_per_group + 1;
-    int64_t start = a->window ? (int64_t)position_range(a, s, item).low - a->window + 1 : 0;
+    int64_t start = a->window ? (int64_t)window_start(a, position_range(a, s, item).low) : 0;
     if (a->tree_masks && start > s->prefix) start = s->prefix;
     if (item->key_end > seen) item->key_end = seen;
     if (item->key_begin < start) item->key_begin = (int32_t)start;

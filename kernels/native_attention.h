@@ -79,12 +79,18 @@ static inline position_range_t position_range(const attention_t *a, const span_t
     return p;
 }
 
+/* Position of the first key in the window of a query; a negative window stands for chunks of that many keys. */
+static inline float window_start(const attention_t *a, float position) {
+    if (a->window >= 0) return position - (float)a->window + 1.0f;
+    return (float)((int64_t)position / -a->window * -a->window);
+}
+
 /* Whether keys [key, end) need more than `scaled` from rows of query tokens from `first` on, at `range`: an ALiBi
  * term or a mask. */
 static inline int needs_bias(const attention_t *a, const span_t *s, int32_t first, position_range_t range,
     int32_t key, int32_t end) {
     if (a->alibi_slopes || end > (a->tree_masks ? s->prefix : s->prefix + first + 1)) return 1;
-    return a->window && range.high - (float)key >= (float)a->window;
+    return a->window && (float)key < window_start(a, range.high);
 }
 
 static inline void read_query(const attention_t *a, int64_t token, int64_t head, float *to) {
@@ -117,7 +123,12 @@ static inline vec biased_scores(const attention_t *a, vec score, vec position, v
         score += a->alibi_scale
             * (rounded_to_bfloat16(rounded_to_bfloat16(slope) * rounded_to_bfloat16(key_positions)) - slope * position);
     else if (a->alibi_slopes) score -= slope * distance;
-    if (a->window) score = choose(distance < splat((float)a->window), score, splat(-INFINITY));
+    if (a->window > 0) score = choose(distance < splat((float)a->window), score, splat(-INFINITY));
+    if (a->window < 0) {
+        vec start = position;
+        for (int i = 0; i < LANES; i++) start[i] = window_start(a, position[i]);
+        score = choose(key_positions >= start, score, splat(-INFINITY));
+    }
     return a->tree_masks ? score : choose(distance >= splat(0.0f), score, splat(-INFINITY));
 }
 

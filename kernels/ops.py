@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import attention_reference, low_rank_reference, mxfp4_reference, native, reference
+from flexbatch.kernels import (
+    attention_reference,
+    latent_reference,
+    low_rank_reference,
+    mxfp4_reference,
+    native,
+    reference,
+)
 
 
 def _compiled(dtype: torch.dtype) -> bool:
@@ -50,6 +57,26 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
         native.append_rows(rows, slots, key, value, bits, group)
     else:
         reference.append_rows(rows, slots, key, value, bits, group)
+
+
+def latent_attention(query: Tensor, rows: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    """`latent_reference.latent_attention`. On the CPU torch's products are as fast as there are: all heads share a
+    row."""
+    if query.is_cuda:
+        from flexbatch.kernels import latent
+
+        return latent.latent_attention(query, rows, *tensors, **options)
+    return latent_reference.latent_attention(query, rows, *tensors, **options)
+
+
+def append_latent_rows(rows: Tensor, slots: Tensor, key: Tensor, bits: int = 16, group: int = 64) -> None:
+    """`latent_reference.append_latent_rows`."""
+    if key.is_cuda:
+        from flexbatch.kernels import latent
+
+        latent.append_latent_rows(rows, slots, key, bits, group)
+    else:
+        latent_reference.append_latent_rows(rows, slots, key, bits, group)
 
 
 def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,12 @@ def code_bytes(size: int, bits: int) -> int:
     return -(-size * bits // 8)
 
 
-def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element_bytes: int) -> int:
-    """Bytes of one token row. 16 bits stands for the compute dtype, whatever its width."""
+def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element_bytes: int, sides: int = 2) -> int:
+    """Bytes of one token row. 16 bits stands for the compute dtype, whatever its width. sides: keys and values, or 1:
+    keys that are the values as well."""
     if bits == 16:
-        return 2 * num_kv_heads * head_dim * element_bytes
-    used = 2 * num_kv_heads * (code_bytes(head_dim, bits) + num_groups(head_dim, group) * 2 * element_bytes)
+        return sides * num_kv_heads * head_dim * element_bytes
+    used = sides * num_kv_heads * (code_bytes(head_dim, bits) + num_groups(head_dim, group) * 2 * element_bytes)
     return -(-used // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 

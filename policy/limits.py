@@ -60,11 +60,18 @@ def cache_group(head_dim: int) -> int:
 
 
 def workspace_elements(
-    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int, routed: int = 0
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    intermediate_size: int,
+    routed: int = 0,
+    head_width: int = 0,
 ) -> int:
     """What the engine keeps free for one token inside a layer: hidden states, projections and MLP with their copies.
-    routed: what a layer of experts takes in the place of the MLP (`expert_workspace_elements`)."""
-    projections = (num_heads + 2 * num_kv_heads) * head_dim
+    routed: what a layer of experts takes in the place of the MLP (`expert_workspace_elements`). head_width:
+    elements of a head's query and value beside those in the space of a latent."""
+    projections = (num_heads + 2 * num_kv_heads) * head_dim + num_heads * head_width
     return 6 * hidden_size + 2 * projections + max(3 * intermediate_size, routed)
 
 

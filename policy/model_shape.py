@@ -43,6 +43,10 @@ class ModelShape:
     """Tensors of one of them."""
     stored_dense_bytes: tuple[int, ...] = ()
     """Like ``stored_block_bytes``, of ``dense_tensors``."""
+    cache_sides: int = 2
+    """Vectors that are cached of a key-value head: 1 for latent attention, whose keys are the values as well."""
+    head_width: int = 0
+    """Of latent attention, elements of a head's query and value outside the space of the latent."""
     adapter_tensors: tuple[int, ...] = ()
     """Of the adapters of one layer, which are never quantized."""
 
@@ -116,11 +120,11 @@ class ModelShape:
         )
 
     def token_bytes(self, bits: int) -> int:
-        """Bytes of one token row of the cache of one layer, keys and values."""
+        """Bytes of one token row of the cache of one layer, keys and values or what stands for both."""
         if bits == 16:
-            return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
+            return self.cache_sides * self.num_kv_heads * self.head_dim * self.element_bytes
         used = (
-            2
+            self.cache_sides
             * self.num_kv_heads
             * (
                 math.ceil(self.head_dim * bits / 8)
@@ -202,7 +206,13 @@ class ModelShape:
         copies."""
         routed = self.experts.workspace_elements(self.hidden_size) if self.experts else 0
         elements = workspace_elements(
-            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size, routed
+            self.hidden_size,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.intermediate_size,
+            routed,
+            self.head_width,
         )
         return elements * self.element_bytes
 
@@ -210,7 +220,7 @@ class ModelShape:
     def workspace_bytes(self) -> int:
         """GPU workspace of one token inside a layer: residual, normed input, the larger of attention's and the MLP's
         intermediates, output."""
-        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim + self.num_heads * self.head_width
         mlp = self.mlp_matrices * self.intermediate_size
         if self.experts:
             mlp = self.experts.workspace_elements(self.hidden_size)

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from flexbatch.policy.expert_shape import ExpertShape
+from flexbatch.policy.expert_shapes import EXPERT_SHAPES, GPT_OSS, OLMOE, attention_of
 from flexbatch.policy.model_shape import ModelShape
 
 
@@ -108,37 +109,6 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
 }
 """Jiang et al. 2024, "Mixtral of experts", table 1, and the authors' config.json."""
-GPT_OSS = {
-    "model_type": "gpt_oss",
-    "dtype": "bfloat16",
-    "vocab_size": 201088,
-    "max_position_embeddings": 131072,
-    "rope_theta": 150000.0,
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-    },
-    "head_dim": 64,
-    "sliding_window": 128,
-    "num_experts_per_tok": 4,
-    "attention_bias": True,
-    "eos_token_id": 200002,
-    "bos_token_id": None,
-    "quantization_config": {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": [
-            "model.layers.*.self_attn",
-            "model.layers.*.mlp.router",
-            "model.embed_tokens",
-            "lm_head",
-        ],
-    },
-}
-"""OpenAI 2025, "gpt-oss-120b & gpt-oss-20b model card", table 1, and the authors' config.json."""
 
 
 def _qwen3_moe(hidden: int, inner: int, width: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -205,24 +175,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mixtral-8x22b": _llama(
         6144, 16384, 56, 48, 8, **MIXTRAL | {"vocab_size": 32768, "max_position_embeddings": 65536}
     ),
-    "olmoe-1b-7b": _llama(
-        2048,
-        1024,
-        16,
-        16,
-        16,
-        model_type="olmoe",
-        dtype="bfloat16",
-        vocab_size=50304,
-        num_experts=64,
-        num_experts_per_tok=8,
-        norm_topk_prob=False,
-        clip_qkv=None,
-        eos_token_id=50279,
-        bos_token_id=None,
-    ),
+    "olmoe-1b-7b": _llama(2048, 1024, 16, 16, 16, **OLMOE),
     "gpt-oss-20b": _llama(2880, 2880, 24, 64, 8, **GPT_OSS, num_local_experts=32),
     "gpt-oss-120b": _llama(2880, 2880, 36, 64, 8, **GPT_OSS, num_local_experts=128),
+    **EXPERT_SHAPES,
 }
 """By name: entries of config.json as the authors published them. Models with experts are in the 16 bits that grouped
 matrix products exist for, the others in float16."""
@@ -278,14 +234,32 @@ def public_shape(name: str) -> ModelShape:
     if kind == "falcon":
         kv_heads = config.get("num_kv_heads", 1)
         return ModelShape.from_sizes(**common, intermediate_size=4 * hidden, num_kv_heads=kv_heads, tied=True)
-    count = config.get("num_experts") or config.get("num_local_experts")
-    width = config.get("moe_intermediate_size", config["intermediate_size"])
-    return ModelShape.from_sizes(
+    return _gated(config, common)
+
+
+def _gated(config: dict[str, Any], common: dict[str, Any]) -> ModelShape:
+    """Of a model with gated MLPs or experts."""
+    count = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
+    width, inner = config.get("moe_intermediate_size", config["intermediate_size"]), config["intermediate_size"]
+    hidden, shared = config["hidden_size"], width * config.get("n_shared_experts", 0)
+    shape = ModelShape.from_sizes(
         **common,
-        intermediate_size=config["intermediate_size"],
+        intermediate_size=inner,
         num_kv_heads=config["num_key_value_heads"],
         head_dim=config.get("head_dim"),
         mlp_matrices=3,
-        experts=ExpertShape(count, config["num_experts_per_tok"], width) if count else None,
+        experts=ExpertShape(count, config["num_experts_per_tok"], width, shared) if count else None,
         tied=config.get("tie_word_embeddings", False),
+    )
+    fields: dict[str, Any] = {}
+    attention = shape.block_tensors[:2]
+    if config.get("kv_lora_rank"):
+        fields, attention = attention_of(config)
+    dense = config.get("first_k_dense_replace", 0)
+    return dataclasses.replace(
+        shape,
+        **fields,
+        block_tensors=(*attention, *shape.block_tensors[2:]),
+        dense_layers=dense,
+        dense_tensors=(*attention, 2 * hidden * inner, inner * hidden) if dense else (),
     )

@@ -17,6 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+NO_UPDATE = re.compile(r"router(\.layer)?$|\.wg$|kv_b_proj$|shared_expert_gate$")
+"""Modules that cannot have one: routers, gates, and what leads out of the space of a latent in two directions."""
+
 
 def linear_modules(model: PreTrainedModel, head: bool = False) -> list[str]:
     """Names of what "all-linear" means, and of the head, too, where it is wanted; nothing that sees images."""
@@ -28,6 +31,7 @@ def linear_modules(model: PreTrainedModel, head: bool = False) -> list[str]:
         and (head or module is not last)
         and "vision" not in name
         and "projector" not in name
+        and not NO_UPDATE.search(name)
     ]
 
 

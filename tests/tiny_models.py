@@ -328,6 +328,80 @@ FAMILY_CASES |= {
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}, "swiglu_limit": 1.2, "swiglu_alpha": 0.9},
     ),
     "glm4_moe-plain": ("glm4_moe", {**GLM_MOE_SIZES, "n_group": 1, "norm_topk_prob": False}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {**LLAMA_SIZES, "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 44, "moe_num_shared_experts": 2},
+    ),
+    "ernie4_5_moe-bias": (
+        "ernie4_5_moe",
+        {**LLAMA_SIZES, "num_hidden_layers": 4, "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 44}
+        | {"moe_layer_interval": 2, "moe_layer_end_index": 2, "moe_norm_min": 0.9, "use_bias": True},
+    ),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        {**LLAMA_SIZES, "intermediate_size": 44, "num_experts": 6, "moe_topk": [2, 2, 2]}
+        | {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4}},
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        {**LLAMA_SIZES, "intermediate_size": 44, "num_local_experts": 6, "num_experts_per_tok": 3, "rotary_dim": 6},
+    ),
+    "dbrx": (
+        "dbrx",
+        {"d_model": 60, "n_heads": 6, "n_layers": 3, "max_seq_len": 512}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 0.8, "rope_theta": 5e4}}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+        | {
+            "ffn_config": {"ffn_hidden_size": 44, "moe_num_experts": 6, "moe_top_k": 3}
+            | {"moe_normalize_expert_weights": 2.0}
+        },
+    ),
+    "llama4_text": (
+        "llama4_text",
+        {**LLAMA_SIZES, "num_hidden_layers": 4, "intermediate_size": 44, "intermediate_size_mlp": 92}
+        | {"num_local_experts": 6, "num_experts_per_tok": 1, "attention_chunk_size": 16, "floor_scale": 4}
+        | {"no_rope_layers": [1, 1, 1, 0], "moe_layers": [0, 2, 3], "attn_scale": 0.3},
+    ),
+    "llama4_text-two": (
+        "llama4_text",
+        {**LLAMA_SIZES, "intermediate_size": 44, "intermediate_size_mlp": 92, "interleave_moe_layer_step": 2}
+        | {"num_local_experts": 6, "num_experts_per_tok": 2, "use_qk_norm": False, "attention_bias": True}
+        | {"no_rope_layer_interval": 2, "attention_chunk_size": 7, "attn_temperature_tuning": False},
+    ),
+}
+
+
+# Values, unrotated and rotated parts of heads all differ.
+LATENT_SIZES = {
+    **{name: size for name, size in GLM_MOE_SIZES.items() if name != "head_dim"},
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 28,
+    "q_lora_rank": 40,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "rms_norm_eps": 1e-3,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+FAMILY_CASES |= {
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**LATENT_SIZES, "q_lora_rank": None, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
+        | {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.5}},
+    ),
+    "deepseek_v2-bias": (
+        "deepseek_v2",
+        {**LATENT_SIZES, "topk_method": "greedy", "attention_bias": True, "mlp_bias": True},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**LATENT_SIZES, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "attention_bias": True},
+    ),
+    "deepseek_v3-halves": ("deepseek_v3", {**LATENT_SIZES, "q_lora_rank": None, "rope_interleave": False}),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {**LATENT_SIZES, "n_group": 1, "v_head_dim": 30, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,18 @@ class CacheAttention:
         self, pending: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor
     ) -> None:
         """Attention of sequences on the gpu tier."""
-        layer, layout, part = pending.tick.layer, self.cache.layout, slice(group.start, group.end)
+        layer, part = pending.tick.layer, slice(group.start, group.end)
         rows = self.cache.rows("gpu", layer)
-        ops.append_rows(rows, group.slots, key[part], value[part], layout.bits, layout.group)
+        self.append(rows, group.slots, key[part], value[part])
         self.attend(pending.attention[part], layer, query[part], rows, group, pending.inputs.positions[part])
+
+    def append(self, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store the token rows of new query tokens."""
+        layout = self.cache.layout
+        if self.arch.latent is not None:
+            ops.append_latent_rows(rows, slots, key, layout.bits, layout.group)
+        else:
+            ops.append_rows(rows, slots, key, value, layout.bits, layout.group)
 
     def attend(
         self,
@@ -85,28 +94,34 @@ class CacheAttention:
     ) -> None:
         """Attention of one group over token rows that already hold its own keys and values."""
         arch, layout = self.arch, self.cache.layout
+        shared: dict[str, Any] = {
+            "page_tokens": layout.page_tokens,
+            "scale": arch.attention_scale,
+            "bits": layout.bits,
+            "group": layout.group,
+            "tree_masks": group.tree_masks,
+            "positions": None if group.tree_masks is None else positions.to(torch.int32),
+            "max_query_len": group.max_query_len,
+            "max_context_len": group.max_context_len,
+            "out": out,
+        }
+        tables = group.page_table, group.query_starts, group.context_lens
+        if arch.latent is not None:
+            ops.latent_attention(query, rows, *tables, value_dim=arch.latent.rank, **shared)
+            return
         ops.paged_attention(
             query,
             rows,
-            group.page_table,
-            group.query_starts,
-            group.context_lens,
+            *tables,
             num_kv_heads=arch.num_kv_heads,
-            page_tokens=layout.page_tokens,
-            scale=arch.attention_scale,
-            bits=layout.bits,
-            group=layout.group,
             alibi_slopes=self.slopes.get(query.device),
             alibi_scale=arch.attention_scale if arch.scaled_alibi else 0.0,
             window=arch.window(layer),
+            chunked=arch.chunked_window,
             soft_cap=arch.soft_cap,
             sinks=self.sinks[query.device][layer] if arch.sinks else None,
-            tree_masks=group.tree_masks,
-            positions=None if group.tree_masks is None else positions.to(torch.int32),
-            max_query_len=group.max_query_len,
-            max_context_len=group.max_context_len,
-            out=out,
             threads=threads,
+            **shared,
         )
 
     def attend_staged(
@@ -120,11 +135,11 @@ class CacheAttention:
         value: Tensor,
     ) -> None:
         """Attention over staging; the new token rows are stored beside it."""
-        layer, group, layout = pending.tick.layer, staged.attention, self.cache.layout
+        layer, group = pending.tick.layer, staged.attention
         gathered.wait()
         part = slice(group.start, group.end)
         rows = self.cache.staging_rows(buffer)
-        ops.append_rows(rows, group.slots, key[part], value[part], layout.bits, layout.group)
+        self.append(rows, group.slots, key[part], value[part])
         new_rows = rows.index_select(0, group.slots)
         written = self.queues.mark()
         if staged.num_cpu_tokens:
@@ -147,7 +162,7 @@ class CacheAttention:
 
         def attend() -> None:
             drained.synchronize()
-            ops.append_rows(rows, group.slots, host_key, host_value, layout.bits, layout.group)
+            self.append(rows, group.slots, host_key, host_value)
             self.attend(output, layer, host_query, rows, group, positions, self.cpu_threads)
 
         num_bytes = int(group.context_lens.sum()) * layout.token_bytes

@@ -22,9 +22,9 @@ from flexbatch.policy.policy import Policy
 
 
 def cache_layout(arch: Arch, bits: int, dtype: torch.dtype) -> CacheLayout:
-    return CacheLayout(
-        arch.num_layers, arch.num_kv_heads, arch.head_dim, bits, cache_group(arch.head_dim), PAGE_TOKENS, dtype
-    )
+    group = cache_group(arch.head_dim)
+    sizes = arch.num_layers, arch.num_kv_heads, arch.head_dim
+    return CacheLayout(*sizes, bits, group, PAGE_TOKENS, dtype, arch.cache_sides)
 
 
 def logits_chunk_bytes(arch: Arch, policy: Policy, max_query_nodes: int = 0) -> int:

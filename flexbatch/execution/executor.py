@@ -212,7 +212,9 @@ class Executor:
             query, key, value = layers.pre_attention(
                 self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables, inputs.adapters
             )
-            pending = PendingTick(tick, inputs, hidden, torch.empty_like(query), watch=watch)
+            pending = PendingTick(
+                tick, inputs, hidden, query.new_empty(*query.shape[:-1], self.arch.value_dim), watch=watch
+            )
             if inputs.cpu is not None:
                 self.attention.start_cpu_attention(pending, inputs.cpu, query, key, value)
             if inputs.gpu is not None:

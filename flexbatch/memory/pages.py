@@ -26,11 +26,15 @@ class CacheLayout:
     group: int
     page_tokens: int
     dtype: torch.dtype
+    sides: int = 2
+    """Keys and values; 1 for latent attention, whose keys are the values as well."""
 
     @property
     def token_bytes(self) -> int:
         """Bytes of keys and values of one token in one layer."""
-        return reference.token_bytes(self.num_kv_heads, self.head_dim, self.bits, self.group, self.dtype.itemsize)
+        return reference.token_bytes(
+            self.num_kv_heads, self.head_dim, self.bits, self.group, self.dtype.itemsize, self.sides
+        )
 
     @property
     def page_bytes(self) -> int:
@@ -47,10 +51,10 @@ class CacheLayout:
         return -(-num_tokens // self.page_tokens)
 
     def row_view(self, data: Tensor) -> Tensor:
-        """uint8 [n * token_bytes] as token rows: [n, 2, num_kv_heads, head_dim] in the compute dtype, or [n,
+        """uint8 [n * token_bytes] as token rows: [n, sides, num_kv_heads, head_dim] in the compute dtype, or [n,
         token_bytes] when quantized."""
         if self.bits == 16:
-            return data.view(self.dtype).view(-1, 2, self.num_kv_heads, self.head_dim)
+            return data.view(self.dtype).view(-1, self.sides, self.num_kv_heads, self.head_dim)
         return data.view(-1, self.token_bytes)
 
 

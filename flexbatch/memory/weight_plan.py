@@ -18,9 +18,11 @@ from flexbatch.policy.policy import TIERS, Split
 
 SLAB_ALIGNMENT = 256
 """Bytes. Every tensor in a slab starts at a multiple, which is what vector loads and cuBLAS want."""
-QUANTIZED_ROLES = re.compile(r"(qkv|o|(shared\.|experts\.\d+\.)?(gate_up|up|down))\.weight")
+QUANTIZED_ROLES = re.compile(r"(qkv|q|q_a|q_b|kv_a|k_up|v_up|o|(shared\.|experts\.\d+\.)?(gate_up|up|down))\.weight")
 """The matrices of a decoder layer. Norms, biases, routers, embedding and head keep the compute dtype: they are under
 3 % of a large model and the most sensitive part."""
+PRE_ROLES = frozenset(f"{name}.weight" for name in ("qkv", "q", "q_a", "q_b", "kv_a", "k_up"))
+"""Those that are multiplied with before attention."""
 GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight"})
 """Tables whose rows are gathered where they lie; a whole table never crosses the link."""
 
@@ -166,7 +168,7 @@ def slab_alignment(tier: str) -> int:
 
 def stage_of(role: str) -> str:
     """The half of a layer that uses a matrix: "pre", up to attention, or "post"."""
-    return "pre" if role == "qkv.weight" else "post"
+    return "pre" if role in PRE_ROLES else "post"
 
 
 def plan_weights(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from flexbatch.models.expert_arch import Experts
+from flexbatch.models.latent_arch import Latent
 from flexbatch.policy.limits import workspace_elements
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -43,12 +44,18 @@ class Arch:
     head to the scores. parallel_residual: MLP and attention read the same hidden state (``shared_norm``: even the
     same norm) and are added together. post_norm: norms come after the residual addition. sublayer_norm: the output
     of attention and of the MLP is normed before it is added. sliding_layers: for every layer whether
-    ``sliding_window`` holds there; empty when it holds everywhere. qk_norm: every head of queries and keys is normed;
-    ``wide_qk_norm``: all heads together. norm_wide: norms are multiplied by their weights in float32. sinks: every head
-    has one more score, that of a key without a value. clip_qkv: largest absolute value of queries, keys and values,
-    0: any. residual_scale multiplies what a layer adds to its input, ``logits_divisor`` divides the logits. experts:
-    what takes the place of the MLP in the layers that ``sparse_layers`` names (empty: in all of them).
-    skipped_layers: further layers of the files, which predict tokens after the next and are not used.
+    ``sliding_window`` holds there; empty when it holds everywhere. chunked_window: the window does not slide, a query
+    sees the keys of its own chunk of that many. rope_layers: for every layer whether it rotates; empty: all do.
+    qk_norm: every head of queries and keys is normed (``late_qk_norm``: after the rotation); ``wide_qk_norm``: all
+    heads together; ``plain_qk_norm``: in the layers that rotate, after it and without weights. query_growth: in the
+    layers that do not rotate, queries at position p are multiplied by 1 + query_growth x log(1 + floor((p + 1) /
+    query_growth_tokens)). norm_wide: norms are multiplied by their weights in float32. sinks: every head has one more
+    score, that of a key without a value. clip_qkv: largest absolute value of queries, keys and values, 0: any.
+    residual_scale multiplies what a layer adds to its input, ``logits_divisor`` divides the logits. experts: what
+    takes the place of the MLP in the layers that ``sparse_layers`` names (empty: in all of them). latent: what queries,
+    keys and values are made from in latent attention; ``head_dim`` is then the width of the one row that is cached, and
+    ``num_kv_heads`` is 1. skipped_layers: further layers of the files, which predict tokens after the next and are not
+    used.
     """
 
     family: str
@@ -66,10 +73,13 @@ class Arch:
     norm_offset: float = 0.0
     norm_affine: bool = True
     norm_wide: bool = False
+    norm_biases: bool = True
     post_norm: bool = False
     sublayer_norm: bool = False
     qk_norm: bool = False
     wide_qk_norm: bool = False
+    late_qk_norm: bool = False
+    plain_qk_norm: bool = False
     embed_norm: bool = False
     final_norm: bool = True
     # positions
@@ -80,17 +90,22 @@ class Arch:
     local_rope_scaling: RopeScaling | None = None
     rotary_dim: int = 0
     rope_interleaved: bool = False
+    rope_layers: tuple[bool, ...] = ()
     rope_scaling: RopeScaling | None = None
     # attention
     query_scale: float | None = None
+    query_growth: float = 0.0
+    query_growth_tokens: int = 8192
     soft_cap: float = 0.0
     sinks: bool = False
     clip_qkv: float = 0.0
     sliding_window: int = 0
     sliding_layers: tuple[bool, ...] = ()
+    chunked_window: bool = False
     scaled_alibi: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
+    latent: Latent | None = None
     # MLP and residuals
     mlp: str = "gated"
     activation: str = "silu"
@@ -134,10 +149,10 @@ class Arch:
             raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
         if self.position == "rope" and (self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise ValueError(f"rotary_dim={self.rotary_dim} must be even and between 2 and head_dim={self.head_dim}")
-        if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
-            raise ValueError(f"sliding_layers names {len(self.sliding_layers)} layers, the model has {self.num_layers}")
-        if self.sparse_layers and len(self.sparse_layers) != self.num_layers:
-            raise ValueError(f"sparse_layers names {len(self.sparse_layers)} layers, the model has {self.num_layers}")
+        for name in ("sliding_layers", "sparse_layers", "rope_layers"):
+            count = len(getattr(self, name))
+            if count not in (0, self.num_layers):
+                raise ValueError(f"{name} names {count} layers, the model has {self.num_layers}")
 
     @property
     def context(self) -> int:
@@ -159,15 +174,36 @@ class Arch:
         return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
 
     @property
+    def value_dim(self) -> int:
+        """Elements of a head's result of attention."""
+        return self.head_dim if self.latent is None else self.latent.rank
+
+    @property
+    def output_columns(self) -> int:
+        """Inputs of the output projection."""
+        return self.num_heads * (self.head_dim if self.latent is None else self.latent.value)
+
+    @property
+    def cache_sides(self) -> int:
+        """Vectors that are cached of a head: key and value, or a latent that is both."""
+        return 2 if self.latent is None else 1
+
+    @property
     def norm_bias(self) -> bool:
-        return self.norm == "layer"
+        return self.norm == "layer" and self.norm_biases
 
     @property
     def workspace_elements(self) -> int:
         """Intermediate results of one token in a layer, at most: hidden states, projections, MLP or experts."""
         routed = self.experts.workspace_elements(self.hidden_size) if self.experts else 0
         return workspace_elements(
-            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size, routed
+            self.hidden_size,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.intermediate_size,
+            routed,
+            0 if self.latent is None else self.latent.head_width,
         )
 
     @property
@@ -182,6 +218,10 @@ class Arch:
     def experts_of(self, layer: int) -> Experts | None:
         """The experts of this layer, None where it has a dense MLP."""
         return self.experts if not self.sparse_layers or self.sparse_layers[layer] else None
+
+    def rotates(self, layer: int) -> bool:
+        """Whether this layer rotates queries and keys."""
+        return self.position == "rope" and (not self.rope_layers or self.rope_layers[layer])
 
     def uses_local_rope(self, layer: int) -> bool:
         return self.local_rope_theta is not None and self.window(layer) > 0

@@ -18,7 +18,16 @@ from flexbatch.models.module_names import BUFFERS, ModuleMapping
 from flexbatch.models.quantized.config import SUFFIXES, UNUSED, Quantization
 from flexbatch.models.quantized.scheme import Scheme, module_of
 from flexbatch.models.source import StoredTensor, equal, read_tensors
-from flexbatch.models.source_rows import Names, check_complete, parts_of_expert, rows_of, section, source_shape
+from flexbatch.models.source_rows import (
+    Names,
+    check_complete,
+    class_of,
+    parts_of_expert,
+    rows_of,
+    section,
+    source_shape,
+    stored_rows,
+)
 from flexbatch.models.specs import WeightSpec, weight_specs
 from flexbatch.validation.errors import CheckpointError
 
@@ -47,18 +56,19 @@ class Assignment:
     @property
     def source_experts(self) -> slice | None:
         """Which experts of a stored tensor that holds them all, None for any other tensor."""
-        if not self.row.says("stacked"):
+        if not self.row.role.startswith("experts.") or not self.row.says("stacked", "flat"):
             return None
         first = int(self.row.role.split(".")[1])
-        return slice(first, first + len(self.spec.sections) // parts_of_expert(self.row))
+        count = len(self.spec.sections) // parts_of_expert(self.row) if self.row.says("stacked") else 1
+        return slice(first + self.row.expert, first + self.row.expert + count)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Outputs and inputs of a matrix in codes, whose rows are outputs in every family; of one expert where it is
         stored with all others."""
         rows, columns = self.spec.shape
-        if self.row.says("stacked"):
-            return sum(self.spec.sections[: parts_of_expert(self.row)]), columns
+        if self.row.says("stacked", "heads"):
+            return stored_rows(self.spec, self.row), columns
         return (rows if self.rows is None else self.rows.stop - self.rows.start), columns
 
     @property
@@ -129,6 +139,7 @@ class _Assigner:
         """The names of the modules of these, without prefix."""
         self.extra: list[StoredTensor] = []
         self.twice: list[StoredTensor] = []
+        self.skipped: list[StoredTensor] = []
 
     def add(self, tensor: StoredTensor) -> None:
         module = module_of(tensor.name, self.suffixes)
@@ -137,8 +148,9 @@ class _Assigner:
         local = self.local_of_codes(module) if coded else local_name(tensor.name, self.prefixes, self.names)
         if local is None:
             unused = self.quantization is not None and part in UNUSED
-            skipped = self.family.skip and self.family.skip.search(tensor.name)
-            if not BUFFERS.search(tensor.name) and not skipped and not unused:
+            if self.family.skip and self.family.skip.search(tensor.name):
+                self.skipped.append(tensor)
+            elif not BUFFERS.search(tensor.name) and not unused:
                 self.check_extra(tensor)
                 self.extra.append(tensor)
             return
@@ -247,7 +259,7 @@ class _Assigner:
         """What was left alone, in a line for each kind."""
         for tensors, what in (
             (
-                self.extra,
+                self.extra + (self.skipped if self.family.expert_keys else []),
                 f"tensors that are not part of a {self.arch.family} model with {self.arch.num_layers} layers "
                 "are not used",
             ),
@@ -285,8 +297,3 @@ class _Assigner:
             found.setdefault((a.spec.layer, a.spec.role), set()).add(a.row.target)
         check_complete(found, self.specs, self.names, self.arch, self.folder)
         return assignments
-
-
-def class_of(row: ModuleMapping) -> str:
-    """The class of a module in torch and transformers."""
-    return "Embedding" if row.role in ("embed", "pos_embed") else "Conv1D" if row.part == "transposed" else "Linear"

@@ -25,6 +25,7 @@ from flexbatch.models.quantized import decoding
 from flexbatch.models.quantized.config import Quantization, read_quantization
 from flexbatch.models.quantized.scheme import Form, QuantizedPiece
 from flexbatch.models.source import list_tensors, read_json, read_tensors
+from flexbatch.models.source_rows import rows_of_head
 from flexbatch.models.specs import Piece, weight_specs
 from flexbatch.validation.errors import CheckpointError
 
@@ -169,12 +170,19 @@ def _pieces(assignments: list[Assignment], arch: Arch, kept: Collection[str]) ->
             yield from decoding.pieces(a, parts, a.spec.role in kept, partial(_blocks, arch))
             continue
         dense = parts.pop("").t() if a.row.part == "transposed" else parts.pop("")
+        if a.row.says("row"):
+            dense = dense[0]
         if a.source_experts is not None:
-            yield from _of_experts(a, dense)
+            yield from _of_experts(a, dense if a.row.says("stacked") else dense.unflatten(0, (_count(arch), -1)))
             continue
         dense = decoding.gates_first(dense, 1) if a.row.says("pairs") else dense
         yield from (Piece(a.spec.layer, a.spec.role, rows, block) for rows, (block,) in _blocks(arch, a, dense))
         del dense
+
+
+def _count(arch: Arch) -> int:
+    assert arch.experts is not None
+    return arch.experts.count
 
 
 def _of_experts(assignment: Assignment, dense: Tensor) -> Iterator[Piece]:
@@ -185,13 +193,18 @@ def _of_experts(assignment: Assignment, dense: Tensor) -> Iterator[Piece]:
     for index, matrix in enumerate(dense[assignment.source_experts]):
         matrix = matrix.t() if row.says("turned") else matrix
         matrix = decoding.gates_first(matrix, 0) if row.says("pairs") else matrix
-        place = slice(index * len(matrix), (index + 1) * len(matrix))
+        first = 0 if assignment.rows is None else assignment.rows.start
+        place = slice(first + index * len(matrix), first + (index + 1) * len(matrix))
         yield Piece(spec.layer, spec.role, place, matrix)
 
 
 def _blocks(arch: Arch, assignment: Assignment, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
     """The tensors whole, or their queries, keys and values in turn where these are interleaved; with the destination
     rows."""
+    if assignment.row.says("heads"):
+        heads = (tensor.unflatten(0, (-1, sum(assignment.row.heads))) for tensor in tensors)
+        yield None, tuple(each[:, rows_of_head(assignment.row)].flatten(0, 1) for each in heads)
+        return
     if assignment.row.part not in ("grouped", "codegen"):
         yield assignment.rows, tensors
         return

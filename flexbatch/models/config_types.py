@@ -46,6 +46,15 @@ def above(least: float, most: float = 1e30, *, included: bool = False) -> Rule:
     return Rule(f"a number {'from' if included else 'above'} {least:g}{'' if most == 1e30 else f' to {most:g}'}", holds)
 
 
+def or_list(rule: Rule) -> Rule:
+    """One for all layers, or one for each."""
+
+    def holds(value: Any) -> bool:
+        return all(map(rule.holds, value)) and bool(value) if isinstance(value, list | tuple) else rule.holds(value)
+
+    return Rule(f"{rule.wanted}, or a list of them", holds)
+
+
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("a string", lambda value: isinstance(value, str))
 OBJECT = Rule("an object", lambda value: isinstance(value, dict))
@@ -63,6 +72,10 @@ TOKENS = Rule(
     "a token id or a list of them",
     lambda value: TOKEN.holds(value) or (isinstance(value, list | tuple) and all(TOKEN.holds(item) for item in value)),
 )
+LAYER_LIST = Rule(
+    "a list of layers",
+    lambda value: isinstance(value, list | tuple) and all(type(item) is int and item >= 0 for item in value),
+)
 LAYERS, HEADS, WIDTH, INNER = whole(1, MAX_LAYERS), whole(1, 2**14), whole(1, MAX_WIDTH), whole(1, MAX_INNER)
 CONTEXT, WINDOW = whole(1, MAX_TOKENS), whole(0, MAX_TOKENS)
 EPSILON = above(0, 1, included=True)
@@ -73,16 +86,31 @@ BASE = above(1, 1e15, included=True)
 
 KEYS: dict[str, Rule] = {
     "model_type": TEXT,
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), whole(0, MAX_EXPERTS)),
-    **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), whole(1, MAX_EXPERTS)),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), INNER),
+    **dict.fromkeys(("num_local_experts", "n_routed_experts", "moe_num_experts"), whole(0, MAX_EXPERTS)),
+    "num_experts": or_list(whole(0, MAX_EXPERTS)),
+    **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group", "moe_k", "moe_top_k"), whole(1, MAX_EXPERTS)),
+    "moe_topk": or_list(whole(1, MAX_EXPERTS)),
+    "moe_intermediate_size": or_list(INNER),
+    **dict.fromkeys(("shared_expert_intermediate_size", "intermediate_size_mlp", "ffn_hidden_size"), INNER),
     "shared_intermediate_size": whole(0, MAX_INNER),
-    "n_shared_experts": whole(0, 256),
-    "decoder_sparse_step": LAYERS,
-    "mlp_only_layers": Rule(
-        "a list of layers",
-        lambda value: isinstance(value, list | tuple) and all(type(item) is int and item >= 0 for item in value),
+    **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts"), whole(0, 256)),
+    "num_shared_expert": or_list(whole(0, 256)),
+    **dict.fromkeys(
+        ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step", "no_rope_layer_interval"),
+        LAYERS,
     ),
+    "moe_layer_start_index": whole(0, MAX_LAYERS),
+    "moe_layer_end_index": whole(-1, MAX_LAYERS),
+    "moe_norm_min": EPSILON,
+    **dict.fromkeys(("mlp_only_layers", "moe_layers"), LAYER_LIST),
+    "no_rope_layers": Rule(
+        "a list of 0 and 1", lambda value: isinstance(value, list | tuple) and all(item in (0, 1) for item in value)
+    ),
+    **dict.fromkeys(("attention_chunk_size", "floor_scale", "max_seq_len"), CONTEXT),
+    "attn_scale": NOT_NEGATIVE,
+    **dict.fromkeys(("attn_config", "ffn_config"), OBJECT),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), WIDTH),
+    "mlp_layer_types": NAMES,
     **dict.fromkeys(("first_k_dense_replace", "num_nextn_predict_layers"), whole(0, MAX_LAYERS)),
     **dict.fromkeys(("router_jitter_noise", "input_jitter_noise"), NOT_NEGATIVE),
     **dict.fromkeys(
@@ -93,7 +121,7 @@ KEYS: dict[str, Rule] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads"), HEADS),
     **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "head_dim", "rotary_dim"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), INNER),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), INNER),
     "vocab_size": whole(1, MAX_VOCABULARY),
     **dict.fromkeys(
         ("max_position_embeddings", "n_positions", "seq_length", "original_max_position_embeddings"), CONTEXT
@@ -139,7 +167,8 @@ KEYS: dict[str, Rule] = {
                 "add_cross_attention",
                 "scale_attn_weights",
             ),
-            *("norm_topk_prob", "use_qk_norm", "qkv_bias", "lm_head_bias"),
+            *("norm_topk_prob", "use_qk_norm", "qkv_bias", "lm_head_bias", "attn_temperature_tuning"),
+            "rope_interleave",
             *("scale_attn_by_inverse_layer_idx", "use_parallel_residual", "qk_layernorm", "use_bias", "use_qkv_bias"),
         ),
         FLAG,
@@ -159,6 +188,7 @@ ROPE_KEYS: dict[str, Rule] = {
         lambda value: is_number(value) and value == int(value) and 2 <= value <= MAX_TOKENS,
     ),
     **dict.fromkeys(("short_mscale", "long_mscale"), POSITIVE),
+    "alpha": NOT_NEGATIVE,
     "truncate": FLAG,
     **dict.fromkeys(("short_factor", "long_factor"), FACTORS),
     **dict.fromkeys(("full_attention", "sliding_attention"), OBJECT),

@@ -16,13 +16,16 @@ class Experts:
     scoring: "softmax" over all experts before the best are taken, "softmax_of_chosen" over the best alone, "sigmoid" of
     each, or "sparsemixer" (Liu et al. 2024, "GRIN", section 2: two experts one after the other, each weighed by a
     softmax over the scores within ``margin`` of the best). normalize: the weights of the chosen are divided by their
-    sum plus ``normalize_eps``. scale: multiplies them afterwards. correction: a bias for each expert that is added for
+    sum plus ``normalize_eps``, or by ``normalize_least`` where the sum is less; ``normalize_power``: by the p-norm of
+    this p in the place of the sum. scale: multiplies them afterwards. scales_input: they multiply what an expert is
+    given, not what it gives. correction: a bias for each expert that is added for
     the choice and left out of the weights. groups: the experts form as many groups of neighbors, and only the
-    ``top_groups`` with the largest sum of their two best scores are chosen from. float_router: router and correction
-    are kept and multiplied in float32. shared_width: of a gated MLP that every token goes through as well, 0: none;
-    ``shared_gate``: its output is multiplied by the sigmoid of one more product. router_bias, bias: whether the router
-    and the experts' matrices have biases. clamp: limit of gates and ups, 0: none; then an expert computes
-    (up + 1) * gate * sigmoid(``gain`` * gate) in the place of the model's activation.
+    ``top_groups`` with the largest sum of their ``group_best`` best scores are chosen from. float_router: router and
+    correction are kept and multiplied in float32. shared_width: of a gated MLP that every token goes through as well,
+    0: none; ``shared_gate``: its output is multiplied by the sigmoid of one more product; ``shared_bias``: its matrices
+    have biases. router_bias, bias: whether the router and the experts' matrices have biases. clamp: limit of gates and
+    ups, 0: none; then an expert computes (up + 1) * gate * sigmoid(``gain`` * gate) in the place of the model's
+    activation.
     """
 
     count: int
@@ -31,11 +34,15 @@ class Experts:
     scoring: str = "softmax"
     normalize: bool = False
     normalize_eps: float = 0.0
+    normalize_least: float = 0.0
+    normalize_power: float = 1.0
     scale: float = 1.0
+    scales_input: bool = False
     margin: float = 0.0
     correction: bool = False
     groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
     float_router: bool = False
     shared_width: int = 0
     shared_gate: bool = False
@@ -43,6 +50,7 @@ class Experts:
     bias: bool = False
     clamp: float = 0.0
     gain: float = 1.0
+    shared_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.width < 1:
@@ -58,11 +66,11 @@ class Experts:
                 f"{self.count} experts cannot form {self.groups} groups of which {self.top_groups} are chosen from"
             )
         if self.groups > 1 and (
-            self.count // self.groups < 2 or self.top_k > self.top_groups * self.count // self.groups
+            self.count // self.groups < self.group_best or self.top_k > self.top_groups * self.count // self.groups
         ):
             raise ValueError(
                 f"{self.groups} groups of {self.count // self.groups} experts, {self.top_groups} of them chosen from: "
-                f"groups are ranked by their two best experts, and must hold the top_k={self.top_k}"
+                f"groups are ranked by their {self.group_best} best experts, and must hold the top_k={self.top_k}"
             )
 
     @property

@@ -5,7 +5,7 @@ T: tokens, H: hidden size, E: experts, K: experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.kernels.experts import Units, expert_mlp
+from flexbatch.kernels.experts import Units, expert_mlp, scaled_inputs
 from flexbatch.models.arch import Arch
 from flexbatch.models.expert_arch import Experts
 from flexbatch.models.routing import RoutingCounts
 from flexbatch.models.specs import expert_role
 
 Weights = Mapping[str, Tensor]
+Linear = Callable[[str, Tensor], Tensor]
+"""A role and x -> the product of x with the role's matrix, its bias and the updates of adapters."""
 
 
 def feed_forward(
@@ -27,10 +29,12 @@ def feed_forward(
     weights: Weights,
     x: Tensor,
     activation: str,
+    linear: Linear,
     layer: int = 0,
     routing: RoutingCounts | None = None,
 ) -> Tensor:
-    """[T, H] of the normed hidden states x [T, H]. routing: where the choices of the layer are counted."""
+    """[T, H] of the normed hidden states x [T, H]. linear: of the shared MLP. routing: where the choices of the layer
+    are counted."""
     chosen, shares = route(experts, weights, x)
     if routing is not None:
         routing.add(layer, chosen)
@@ -39,10 +43,10 @@ def feed_forward(
     if experts.clamp:
         activate = partial(ops.clamped_gate, gain=experts.gain, limit=experts.clamp)
     biases = weights.get("expert_biases.gate_up"), weights.get("expert_biases.down")
-    out = expert_mlp(x, chosen, shares, gate_up, down, activate, biases)
+    way = scaled_inputs if experts.scales_input else expert_mlp
+    out = way(x, chosen, shares, gate_up, down, activate, biases)
     if experts.shared_width:
-        inner = ops.gated_activation(F.linear(x, weights["shared.gate_up.weight"]), activation)
-        shared = F.linear(inner, weights["shared.down.weight"])
+        shared = linear("shared.down", ops.gated_activation(linear("shared.gate_up", x), activation))
         if experts.shared_gate:
             shared *= F.linear(x, weights["shared_gate.weight"]).sigmoid()
         out += shared
@@ -71,11 +75,16 @@ def route(experts: Experts, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor
         best, chosen = _best(logits, experts.top_k)
         return chosen, best.softmax(-1) * experts.scale
     scores = logits.softmax(-1) if experts.scoring == "softmax" else logits.sigmoid()
-    ranked = scores + weights["router.correction"].float() if experts.correction else scores
-    chosen = _best(_in_best_groups(ranked, experts.groups, experts.top_groups), experts.top_k)[1]
+    # Sigmoids of unlike scores may be one number, 1: without a correction the scores themselves decide.
+    ranked = logits if experts.scoring == "sigmoid" else scores
+    if experts.correction:
+        ranked = scores + weights["router.correction"].float()
+    chosen = _best(_in_best_groups(ranked, experts), experts.top_k)[1]
     shares = scores.gather(1, chosen)
     if experts.normalize:
-        shares = shares / (shares.sum(-1, keepdim=True) + experts.normalize_eps)
+        power = experts.normalize_power
+        total = shares.sum(-1, keepdim=True) if power == 1 else shares.norm(power, -1, keepdim=True)
+        shares = shares / (total + experts.normalize_eps).clamp(min=experts.normalize_least)
     return chosen, shares * experts.scale
 
 
@@ -84,16 +93,17 @@ def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], order[:, :count]
 
 
-def _in_best_groups(scores: Tensor, groups: int, top_groups: int) -> Tensor:
-    """Scores [T, E], minus infinity outside the groups with the largest sums of two scores.
+def _in_best_groups(scores: Tensor, experts: Experts) -> Tensor:
+    """Scores [T, E], minus infinity outside the groups with the largest sums of their best scores.
 
     Older releases of transformers and DeepSeek's own code put zero there, which an expert with a negative corrected
     score would lose to.
     """
+    groups, top_groups = experts.groups, experts.top_groups
     if groups == top_groups:
         return scores
     grouped = scores.unflatten(-1, (groups, -1))
-    sums = _best(grouped.flatten(0, 1), 2)[0].sum(-1).view(-1, groups)
+    sums = _best(grouped.flatten(0, 1), experts.group_best)[0].sum(-1).view(-1, groups)
     kept = torch.zeros_like(sums, dtype=torch.bool).scatter_(1, _best(sums, top_groups)[1], True)
     return grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
 

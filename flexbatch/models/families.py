@@ -14,6 +14,7 @@ from flexbatch.models import readers, readers_layer_norm
 from flexbatch.models.arch import Arch
 from flexbatch.models.config_types import KEYS, check_keys
 from flexbatch.models.families_experts import EXPERT_FAMILIES, check_expert_keys
+from flexbatch.models.families_latent import LATENT_FAMILIES
 from flexbatch.models.family import Family, llama_family, special
 from flexbatch.models.module_names import (
     FOUR_H_MLP,
@@ -193,11 +194,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "stablelm": llama_family(readers_layer_norm.stablelm, special(0, 0, num_key_value_heads=32)),
     **EXPERT_FAMILIES,
+    **LATENT_FAMILIES,
 }
 REFUSED = {
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), "its latent attention is not supported yet"
-    ),
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe"), "its linear attention is not supported yet"),
 }
 """What stands in the way of families that are asked for most."""
@@ -227,7 +226,7 @@ def read_arch(config: dict[str, Any]) -> Arch:
     check_keys(config, KEYS)
     text = config.get("text_config") or {}
     check_keys(text, KEYS, "text_config.")
-    check_expert_keys(config, family)
+    check_expert_keys({**text, **config}, family)
     beside = {key: value for key, value in config.items() if key not in text or value is not None}
     try:
         return family.read({**family.defaults, **text, **beside})
@@ -246,7 +245,7 @@ def source_names(arch: Arch) -> dict[str, tuple[int, ModuleMapping, str]]:
         f"{row.module}{suffix}": (stages[row.role], row, suffix) for row in family.outer_rows for suffix in row.suffixes
     }
     units = arch.experts.units if arch.experts else []
-    rows = [each for row in family.block_rows for each in ((row,) if row.says("stacked") else row.of_experts(units))]
+    rows = [each for row in family.block_rows for each in ((row,) if row.is_shared else row.of_experts(units))]
     for layer in range(arch.num_layers):
         for row in rows:
             for suffix in row.suffixes:

@@ -6,31 +6,19 @@ import re
 from typing import Any
 
 from flexbatch.models import readers_experts
-from flexbatch.models.family import Family, llama_family, special
+from flexbatch.models.families_more_experts import MORE_EXPERT_FAMILIES
+from flexbatch.models.family import Family, expert_keys, llama_family, special
 from flexbatch.models.module_names import (
+    ATTENTION,
+    EXPERTS,
     GATED_MLP,
-    OUTPUT,
+    NUMBERED_EXPERTS,
     QK_NORM,
-    SEPARATE_QKV,
-    TWO_NORMS,
-    ModuleMapping,
     mappings,
+    shared_mlp,
 )
 from flexbatch.validation.errors import CheckpointError
 
-ATTENTION = SEPARATE_QKV + OUTPUT + TWO_NORMS
-EXPERTS = mappings(
-    ("mlp.gate", "router"),
-    ("mlp.experts.{expert}.gate_proj", "experts.gate_up", "gate"),
-    ("mlp.experts.{expert}.up_proj", "experts.gate_up", "up"),
-    ("mlp.experts.{expert}.down_proj", "experts.down", "expert"),
-)
-NUMBERED_EXPERTS = mappings(
-    ("block_sparse_moe.gate", "router"),
-    ("block_sparse_moe.experts.{expert}.w1", "experts.gate_up", "gate"),
-    ("block_sparse_moe.experts.{expert}.w3", "experts.gate_up", "up"),
-    ("block_sparse_moe.experts.{expert}.w2", "experts.down", "expert"),
-)
 STACKED_EXPERTS = mappings(
     ("block_sparse_moe.router.layer", "router"),
     ("block_sparse_moe.input_linear", "experts.gate_up", "stacked"),
@@ -45,19 +33,6 @@ BARE_EXPERTS = mappings(
     ("mlp.experts.down_proj", "experts.down.weight", "bare stacked turned"),
     ("mlp.experts.down_proj_bias", "expert_biases.down", "bare"),
 )
-
-
-def _shared(module: str) -> tuple[ModuleMapping, ...]:
-    """The MLP that every token goes through."""
-    return mappings(
-        (f"mlp.{module}.gate_proj", "shared.gate_up", "gate"),
-        (f"mlp.{module}.up_proj", "shared.gate_up", "up"),
-        (f"mlp.{module}.down_proj", "shared.down"),
-    )
-
-
-def _keys(*names: str) -> frozenset[str]:
-    return frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", *names})
 
 
 QWEN_KEYS = ("moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
@@ -91,19 +66,19 @@ EXPERT_FAMILIES: dict[str, Family] = {
         readers_experts.qwen3_moe,
         QWEN3_DEFAULTS,
         ATTENTION + QK_NORM + GATED_MLP + EXPERTS,
-        expert_keys=_keys(*QWEN_KEYS),
+        expert_keys=expert_keys(*QWEN_KEYS),
     ),
     "mixtral": llama_family(
         readers_experts.mixtral,
         MIXTRAL_DEFAULTS,
         ATTENTION + NUMBERED_EXPERTS,
-        expert_keys=_keys("router_jitter_noise"),
+        expert_keys=expert_keys("router_jitter_noise"),
     ),
     "olmoe": llama_family(
         readers_experts.olmoe,
         special(50279, None, num_local_experts=64, num_experts_per_tok=8, rms_norm_eps=1e-5),
         ATTENTION + QK_NORM + EXPERTS,
-        expert_keys=_keys("norm_topk_prob"),
+        expert_keys=expert_keys("norm_topk_prob"),
     ),
     "qwen2_moe": llama_family(
         readers_experts.qwen2_moe,
@@ -111,9 +86,9 @@ EXPERT_FAMILIES: dict[str, Family] = {
         ATTENTION
         + GATED_MLP
         + EXPERTS
-        + _shared("shared_expert")
+        + shared_mlp("mlp.shared_expert")
         + mappings(("mlp.shared_expert_gate", "shared_gate")),
-        expert_keys=_keys(*QWEN_KEYS, "shared_expert_intermediate_size"),
+        expert_keys=expert_keys(*QWEN_KEYS, "shared_expert_intermediate_size"),
     ),
     **dict.fromkeys(
         ("granitemoe", "granitemoeshared"),
@@ -121,14 +96,14 @@ EXPERT_FAMILIES: dict[str, Family] = {
             readers_experts.granitemoe,
             GRANITE_DEFAULTS,
             ATTENTION + STACKED_EXPERTS,
-            expert_keys=_keys("shared_intermediate_size"),
+            expert_keys=expert_keys("shared_intermediate_size"),
         ),
     ),
     "phimoe": llama_family(
         readers_experts.phimoe,
         {**MIXTRAL_DEFAULTS, "num_local_experts": 16},
         ATTENTION + NUMBERED_EXPERTS,
-        expert_keys=_keys("router_jitter_noise", "input_jitter_noise"),
+        expert_keys=expert_keys("router_jitter_noise", "input_jitter_noise"),
     ),
     "glm4_moe": llama_family(
         readers_experts.glm4_moe,
@@ -138,7 +113,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
         + GATED_MLP
         + EXPERTS
         + mappings(("mlp.gate.e_score_correction_bias", "router.correction", "bare"))
-        + _shared("shared_experts"),
+        + shared_mlp("mlp.shared_experts"),
         expert_keys=frozenset(
             (
                 *("n_routed_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
@@ -152,8 +127,9 @@ EXPERT_FAMILIES: dict[str, Family] = {
         special(None, None, num_local_experts=128, num_experts_per_tok=4, num_key_value_heads=8)
         | {"head_dim": 64, "rms_norm_eps": 1e-5},
         ATTENTION + BARE_EXPERTS + mappings(("self_attn.sinks", "sinks.{layer}", "bare")),
-        expert_keys=_keys("experts_per_token"),
+        expert_keys=expert_keys("experts_per_token"),
     ),
+    **MORE_EXPERT_FAMILIES,
 }
 
 ABOUT_EXPERTS = re.compile(r"expert|moe|router|routed|topk|shared|n_group|group_|sparse|dense|mtp|nextn|mlp_only")

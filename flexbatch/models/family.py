@@ -28,6 +28,11 @@ class Family:
     expert_keys: frozenset[str] = frozenset()
 
 
+def expert_keys(*names: str) -> frozenset[str]:
+    """Keys about experts, with those that nearly all families have."""
+    return frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", *names})
+
+
 def special(eos: int | list[int] | None, bos: int | None, **more: Any) -> dict[str, Any]:
     return {"eos_token_id": eos, "bos_token_id": bos, **more}
 

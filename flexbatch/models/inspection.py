@@ -48,6 +48,7 @@ def describe_arch(arch: Arch) -> dict[str, Any]:
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.intermediate_size,
         "experts": _describe_experts(arch),
+        "latent": _describe_latent(arch),
         "heads": arch.num_heads,
         "kv_heads": arch.num_kv_heads,
         "head_dim": arch.head_dim,
@@ -58,6 +59,19 @@ def describe_arch(arch: Arch) -> dict[str, Any]:
         "tied_embeddings": arch.tie_word_embeddings,
         "stop_tokens": list(arch.eos_token_ids),
         "dtype": arch.dtype,
+    }
+
+
+def _describe_latent(arch: Arch) -> dict[str, int] | None:
+    """None where every head has keys and values of its own."""
+    latent = arch.latent
+    if latent is None:
+        return None
+    return {
+        "rank": latent.rank,
+        "rotated": latent.rope,
+        "query_rank": latent.query_rank,
+        "cached_per_token_and_layer": latent.width,
     }
 
 

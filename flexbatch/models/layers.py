@@ -7,13 +7,14 @@ T: tokens, H: hidden size, E: width of the embedding table, D: head size. Attent
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.models import experts
+from flexbatch.models import experts, latent
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.models.rope import RopeTables
@@ -48,8 +49,14 @@ def pre_attention(
     rope: RopeTables | None,
     adapters: PassAdapters | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [T, Hq, D], key and value [T, Hkv, D] of ``hidden`` [T, H] at ``positions`` [T]."""
+    """Query [T, Hq, D], key and value [T, Hkv, D] of ``hidden`` [T, H] at ``positions`` [T]; of latent attention the
+    key is the value."""
     normed = hidden if arch.post_norm else _norm(arch, weights, "attn_norm", hidden)
+    if arch.latent is not None:
+        assert rope is not None, "latent attention rotates"
+        linear = partial(_linear_of, weights, layer, adapters)
+        query, key = latent.project(arch, weights, normed, rope.of(arch, layer), positions, linear)
+        return query, key, key
     fused = _linear(weights, "qkv", normed, layer, adapters)
     query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
     if arch.wide_qk_norm:
@@ -62,14 +69,28 @@ def pre_attention(
     if arch.clip_qkv:
         query, key, value = (x.clamp(-arch.clip_qkv, arch.clip_qkv) for x in (query, key, value))
     if arch.qk_norm:
-        query, key = (
-            ops.rms_norm(x, weights[role], arch.norm_eps, offset=arch.norm_offset, wide=arch.norm_wide)
-            for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight"))
-        )
-    if rope is not None:
+        query, key = _normed_heads(arch, weights, query, key)
+    if rope is not None and arch.rotates(layer):
         cos, sin = rope.of(arch, layer)
         ops.rotary(query, key, cos, sin, positions, rotary_dim=arch.rotary_dim, interleaved=arch.rope_interleaved)
+    if arch.late_qk_norm:
+        query, key = _normed_heads(arch, weights, query, key)
+    if arch.plain_qk_norm and arch.rotates(layer):
+        ones = query.new_ones(arch.head_dim)
+        query, key = (ops.rms_norm(x, ones, arch.norm_eps) for x in (query, key))
+    if arch.query_growth and not arch.rotates(layer):
+        growth = ((positions.float() + 1.0) / arch.query_growth_tokens).floor().log1p() * arch.query_growth + 1.0
+        query = (query * growth[:, None, None]).to(query.dtype)
     return query, key, value
+
+
+def _normed_heads(arch: Arch, weights: Weights, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Every head of queries and of keys by itself."""
+    query, key = (
+        ops.rms_norm(x, weights[role], arch.norm_eps, offset=arch.norm_offset, wide=arch.norm_wide)
+        for x, role in ((query, "q_norm.weight"), (key, "k_norm.weight"))
+    )
+    return query, key
 
 
 def post_attention(
@@ -83,7 +104,8 @@ def post_attention(
 ) -> Tensor:
     """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
     ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts."""
-    update = _linear(weights, "o", attention.flatten(1), layer, adapters)
+    flat = attention.flatten(1) if arch.latent is None else latent.expand(arch, weights, attention)
+    update = _linear(weights, "o", flat, layer, adapters)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_attn_norm", update)
     if arch.parallel_residual:
@@ -136,6 +158,10 @@ def _linear(weights: Weights, role: str, x: Tensor, layer: int, adapters: PassAd
     return out
 
 
+def _linear_of(weights: Weights, layer: int, adapters: PassAdapters | None, role: str, x: Tensor) -> Tensor:
+    return _linear(weights, role, x, layer, adapters)
+
+
 def _mlp(
     arch: Arch,
     layer: int,
@@ -146,7 +172,8 @@ def _mlp(
 ) -> Tensor:
     routed = arch.experts_of(layer)
     if routed is not None:
-        return experts.feed_forward(routed, weights, x, arch.activation, layer, routing)
+        linear = partial(_linear_of, weights, layer, adapters)
+        return experts.feed_forward(routed, weights, x, arch.activation, linear, layer, routing)
     if arch.mlp == "gated":
         inner = ops.gated_activation(_linear(weights, "gate_up", x, layer, adapters), arch.activation)
     else:

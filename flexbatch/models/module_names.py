@@ -20,23 +20,32 @@ class ModuleMapping:
     likewise. part: which rows of a fused tensor it fills ("q", "k", "v", "gate", "up"), or how the source differs:
     "grouped" (per KV head its queries, key, value), "codegen" (per quarter of the heads queries, values, keys),
     "transposed". Words that may stand together: "bare" (the module's name is the tensor's own, without a suffix),
-    "stacked" (all experts in one tensor, expert first), "turned" (inputs by outputs, of every expert), "pairs" (gates
-    and ups by turns, not one after the other). expert: which of the experts of a fused tensor it fills. A module's
-    name with ``{expert}`` and a role with ``experts.`` stand for those of every expert, a role with ``{layer}`` for a
-    tensor of a layer that is kept in the embedding stage."""
+    "stacked" (all experts in one tensor, expert first), "flat" (the same, in two dimensions), "turned" (inputs by
+    outputs, of every expert), "pairs" (gates and ups by turns, not one after the other), "row" (stored [1, n]), "heads"
+    (of latent attention, for each head the rows of ``k_up`` and those of ``v_up``, as many as ``heads`` says). expert:
+    which of the experts of a fused tensor it fills. A module's name with ``{expert}`` and a role with ``experts.``
+    stand for those of every expert, a role with ``{layer}`` for a tensor of a layer that is kept in the embedding
+    stage."""
 
     module: str
     role: str
     part: str = ""
     expert: int = field(default=0, kw_only=True)
+    heads: tuple[int, int] = field(default=(0, 0), kw_only=True)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Of the names of its tensors."""
         return ("",) if self.says("bare") else (".weight", ".bias")
 
-    def says(self, word: str) -> bool:
-        return word in self.part.split()
+    def says(self, *words: str) -> bool:
+        """Whether the part names any of the words."""
+        return not set(words).isdisjoint(self.part.split())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its tensor fills several roles, or several places of one."""
+        return self.says("stacked", "flat", "heads")
 
     def of_layer(self, layer: int) -> tuple[int, ModuleMapping]:
         """The stage and the row of this one's tensor in a layer."""
@@ -96,3 +105,25 @@ GLM4_NORMS = mappings(
 FOUR_H_MLP = mappings(("mlp.dense_h_to_4h", "up"), ("mlp.dense_4h_to_h", "down"))
 LLAMA_OUTER = mappings(("embed_tokens", "embed"), ("norm", "final_norm"), ("lm_head", "head"))
 LLAMA_ROWS = SEPARATE_QKV + OUTPUT + GATED_MLP + TWO_NORMS
+ATTENTION = SEPARATE_QKV + OUTPUT + TWO_NORMS
+EXPERTS = mappings(
+    ("mlp.gate", "router"),
+    ("mlp.experts.{expert}.gate_proj", "experts.gate_up", "gate"),
+    ("mlp.experts.{expert}.up_proj", "experts.gate_up", "up"),
+    ("mlp.experts.{expert}.down_proj", "experts.down", "expert"),
+)
+NUMBERED_EXPERTS = mappings(
+    ("block_sparse_moe.gate", "router"),
+    ("block_sparse_moe.experts.{expert}.w1", "experts.gate_up", "gate"),
+    ("block_sparse_moe.experts.{expert}.w3", "experts.gate_up", "up"),
+    ("block_sparse_moe.experts.{expert}.w2", "experts.down", "expert"),
+)
+
+
+def shared_mlp(module: str) -> tuple[ModuleMapping, ...]:
+    """The MLP that every token goes through."""
+    return mappings(
+        (f"{module}.gate_proj", "shared.gate_up", "gate"),
+        (f"{module}.up_proj", "shared.gate_up", "up"),
+        (f"{module}.down_proj", "shared.down"),
+    )

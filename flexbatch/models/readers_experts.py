@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.config_keys import Config, given, optional, read_windows, required
+from flexbatch.models.config_experts import in_layers, read_experts, read_groups
+from flexbatch.models.config_keys import Config, optional, read_windows, required
 from flexbatch.models.config_rope import entry_of, read_rope
-from flexbatch.models.expert_arch import Experts
 from flexbatch.models.readers import llama_like, partial
 from flexbatch.validation.errors import CheckpointError
 
@@ -22,17 +21,15 @@ GPT_OSS_ROPE = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""What the number of experts is called, by family and by version of transformers."""
 
 
 def mixtral(config: Config) -> Arch:
     layers = required(config, "num_hidden_layers")
-    experts = _experts(config, required(config, "intermediate_size"), normalize=True)
+    experts = read_experts(config, required(config, "intermediate_size"), normalize=True)
     return llama_like(
         config,
         **read_windows(config, [config.get("sliding_window") is not None] * layers, None),
-        **_in_layers(experts, [True] * layers),
+        **in_layers(experts, [True] * layers),
     )
 
 
@@ -40,7 +37,7 @@ def qwen2_moe(config: Config) -> Arch:
     layers, most = required(config, "num_hidden_layers"), optional(config, "max_window_layers", 28)
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     windows = [window is not None and not i % 2 and i < most for i in range(layers)]
-    experts = _experts(
+    experts = read_experts(
         config,
         required(config, "moe_intermediate_size"),
         normalize=optional(config, "norm_topk_prob", False),
@@ -51,14 +48,14 @@ def qwen2_moe(config: Config) -> Arch:
         config,
         qkv_bias=optional(config, "qkv_bias", True),
         **read_windows({**config, "sliding_window": window}, windows, None),
-        **_in_layers(experts, _qwen_layers(config)),
+        **in_layers(experts, _qwen_layers(config)),
     )
 
 
 def qwen3_moe(config: Config) -> Arch:
     layers, bias = required(config, "num_hidden_layers"), bool(config.get("attention_bias"))
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    experts = _experts(
+    experts = read_experts(
         config,
         required(config, "moe_intermediate_size"),
         normalize=optional(config, "norm_topk_prob", False),
@@ -69,13 +66,13 @@ def qwen3_moe(config: Config) -> Arch:
         qkv_bias=bias,
         output_bias=bias,
         **read_windows({**config, "sliding_window": window, "layer_types": None}, [window is not None] * layers, None),
-        **_in_layers(experts, _qwen_layers(config)),
+        **in_layers(experts, _qwen_layers(config)),
     )
 
 
 def olmoe(config: Config) -> Arch:
     bias = bool(config.get("attention_bias"))
-    experts = _experts(
+    experts = read_experts(
         config, required(config, "intermediate_size"), normalize=optional(config, "norm_topk_prob", False)
     )
     return llama_like(
@@ -84,7 +81,7 @@ def olmoe(config: Config) -> Arch:
         clip_qkv=optional(config, "clip_qkv", 0.0),
         qkv_bias=bias,
         output_bias=bias,
-        **_in_layers(experts, [True] * required(config, "num_hidden_layers")),
+        **in_layers(experts, [True] * required(config, "num_hidden_layers")),
     )
 
 
@@ -92,7 +89,8 @@ def granitemoe(config: Config) -> Arch:
     """Also with a shared MLP ("granitemoeshared"), which is there when it has a width."""
     bias = bool(config.get("attention_bias"))
     shared = config.get("shared_intermediate_size") or 0 if config["model_type"] == "granitemoeshared" else 0
-    experts = _experts(config, required(config, "intermediate_size"), scoring="softmax_of_chosen", shared_width=shared)
+    width = required(config, "intermediate_size")
+    experts = read_experts(config, width, scoring="softmax_of_chosen", shared_width=shared)
     return llama_like(
         config,
         embed_scale=optional(config, "embedding_multiplier", 1.0),
@@ -101,7 +99,7 @@ def granitemoe(config: Config) -> Arch:
         logits_divisor=optional(config, "logits_scaling", 1.0),
         qkv_bias=bias,
         output_bias=bias,
-        **_in_layers(experts, [True] * required(config, "num_hidden_layers")),
+        **in_layers(experts, [True] * required(config, "num_hidden_layers")),
     )
 
 
@@ -112,7 +110,7 @@ def phimoe(config: Config) -> Arch:
             f"config.json: num_experts_per_tok={config['num_experts_per_tok']}: this family's router takes 2"
         )
     margin = 2 * optional(config, "router_jitter_noise", 0.01)
-    experts = _experts(config, required(config, "intermediate_size"), scoring="sparsemixer", margin=margin)
+    experts = read_experts(config, required(config, "intermediate_size"), scoring="sparsemixer", margin=margin)
     return llama_like(
         config,
         norm="layer",
@@ -121,7 +119,7 @@ def phimoe(config: Config) -> Arch:
         head_bias=bool(config.get("lm_head_bias")),
         **_phimoe_rope(config),
         **read_windows(config, [config.get("sliding_window") is not None] * layers, None),
-        **_in_layers(experts, [True] * layers),
+        **in_layers(experts, [True] * layers),
     )
 
 
@@ -147,7 +145,7 @@ def glm4_moe(config: Config) -> Arch:
     layers, first = required(config, "num_hidden_layers"), optional(config, "first_k_dense_replace", 1)
     heads, hidden = required(config, "num_attention_heads"), required(config, "hidden_size")
     width = required(config, "moe_intermediate_size")
-    experts = _experts(
+    experts = read_experts(
         config,
         width,
         scoring="sigmoid",
@@ -157,7 +155,7 @@ def glm4_moe(config: Config) -> Arch:
         correction=True,
         float_router=True,
         shared_width=width * optional(config, "n_shared_experts", 1),
-        **_groups(config),
+        **read_groups(config),
     )
     head_dim = config["head_dim"] if config.get("head_dim") is not None else hidden // heads
     rope = read_rope(config, head_dim, theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5))
@@ -167,7 +165,7 @@ def glm4_moe(config: Config) -> Arch:
         qkv_bias=bool(config.get("attention_bias")),
         skipped_layers=optional(config, "num_nextn_predict_layers", 1),
         **rope,
-        **_in_layers(experts, [i >= first for i in range(layers)]),
+        **in_layers(experts, [i >= first for i in range(layers)]),
     )
 
 
@@ -175,7 +173,7 @@ def gpt_oss(config: Config) -> Arch:
     """Windows by turns from the first layer on, where the file does not name them; its rotation is extended unless the
     file says otherwise."""
     bias, layers = bool(config.get("attention_bias", True)), required(config, "num_hidden_layers")
-    experts = _experts(
+    experts = read_experts(
         config,
         required(config, "intermediate_size"),
         scoring="softmax_of_chosen",
@@ -194,45 +192,11 @@ def gpt_oss(config: Config) -> Arch:
         output_bias=bias,
         **read_rope(config, required(config, "head_dim"), theta=optional(config, "rope_theta", 150000.0), entry=entry),
         **read_windows(config, [not layer % 2 for layer in range(layers)], 128),
-        **_in_layers(experts, [True] * layers),
+        **in_layers(experts, [True] * layers),
     )
-
-
-def _experts(config: Config, width: int, **fields: Any) -> Experts | None:
-    """None where the file says that there are none."""
-    name = given(config, *COUNTS)
-    count, chosen = required(config, *COUNTS), required(config, "num_experts_per_tok")
-    if not count:
-        return None
-    if chosen > count:
-        raise CheckpointError(f"config.json: num_experts_per_tok={chosen} must be at most {name}={count}")
-    return Experts(count, chosen, width, **fields)
-
-
-def _groups(config: Config) -> dict[str, int]:
-    """The groups that experts are chosen from, checked by the names of the file."""
-    name = given(config, *COUNTS)
-    count, chosen = required(config, *COUNTS), required(config, "num_experts_per_tok")
-    groups, best = optional(config, "n_group", 1), optional(config, "topk_group", 1)
-    if groups == 1 and best == 1:
-        return {}
-    size = count // groups
-    if count % groups or best > groups or size < 2 or chosen > best * size:
-        raise CheckpointError(
-            f"config.json: {name}={count} experts in n_group={groups} groups, of which topk_group={best} are chosen "
-            f"from: groups must be alike, hold at least 2 experts each and together num_experts_per_tok={chosen}"
-        )
-    return {"groups": groups, "top_groups": best}
 
 
 def _qwen_layers(config: Config) -> list[bool]:
     """Every ``decoder_sparse_step``-th layer has experts, those of ``mlp_only_layers`` never."""
     dense, step = set(optional(config, "mlp_only_layers", ())), optional(config, "decoder_sparse_step", 1)
     return [layer not in dense and (layer + 1) % step == 0 for layer in range(required(config, "num_hidden_layers"))]
-
-
-def _in_layers(experts: Experts | None, sparse: Sequence[bool]) -> dict[str, Any]:
-    """The experts, and the layers that have them."""
-    if experts is None or not any(sparse):
-        return {}
-    return {"experts": experts, "sparse_layers": () if all(sparse) else tuple(sparse)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from flexbatch.models.arch import Arch
@@ -41,8 +42,12 @@ def check_complete(
 
 
 def rows_of(row: ModuleMapping, arch: Arch) -> tuple[ModuleMapping, ...]:
-    """The row, or of a tensor with all experts one for each of their parts."""
-    return row.of_experts(arch.experts.units) if row.says("stacked") and arch.experts else (row,)
+    """The row, or of a tensor that fills several roles one for each."""
+    if row.says("heads"):
+        assert arch.latent is not None
+        heads = arch.latent.nope, arch.latent.value
+        return replace(row, role="k_up", heads=heads), replace(row, role="v_up", heads=heads)
+    return row.of_experts(arch.experts.units) if row.is_shared and arch.experts else (row,)
 
 
 def parts_of_expert(row: ModuleMapping) -> int:
@@ -52,20 +57,46 @@ def parts_of_expert(row: ModuleMapping) -> int:
 
 def source_shape(spec: WeightSpec, row: ModuleMapping, arch: Arch) -> tuple[int, ...]:
     rows = section(spec, row)
-    if row.says("stacked"):
+    if row.says("heads"):
+        return stored_rows(spec, row), *spec.shape[1:]
+    if row.is_shared:
         assert arch.experts is not None
-        shape = sum(spec.sections[: parts_of_expert(row)]), *spec.shape[1:]
-        return arch.experts.count, *(shape[::-1] if row.says("turned") else shape)
+        parts = parts_of_expert(row) if row.says("stacked") else 1
+        shape = sum(spec.sections[:parts]), *spec.shape[1:]
+        shape = shape[::-1] if row.says("turned") else shape
+        return (arch.experts.count, *shape) if row.says("stacked") else (arch.experts.count * shape[0], *shape[1:])
+    if row.says("row"):
+        return 1, *spec.shape
     if row.part == "transposed":
         return spec.shape[::-1]
     return spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
 
 
+def rows_of_head(row: ModuleMapping) -> slice:
+    """Those of a head that fill the role, of a tensor that holds keys and values by head."""
+    keys, values = row.heads
+    return slice(0, keys) if row.role == "k_up" else slice(keys, keys + values)
+
+
+def stored_rows(spec: WeightSpec, row: ModuleMapping) -> int:
+    """Rows of a tensor that holds keys and values by head, and of one expert in one that holds all."""
+    if row.says("stacked"):
+        return sum(spec.sections[: parts_of_expert(row)])
+    part = rows_of_head(row)
+    return spec.shape[0] // (part.stop - part.start) * sum(row.heads)
+
+
 def section(spec: WeightSpec, row: ModuleMapping) -> slice | None:
     """Destination rows of a part, or of one expert's."""
-    index = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1, "expert": 0}.get(row.part)
+    places = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1, "expert": 0}
+    index = next((place for part, place in places.items() if row.says(part)), None)
     if index is None:
         return None
     index += row.expert * parts_of_expert(row)
     start = sum(spec.sections[:index])
     return slice(start, start + spec.sections[index])
+
+
+def class_of(row: ModuleMapping) -> str:
+    """The class of a module in torch and transformers."""
+    return "Embedding" if row.role in ("embed", "pos_embed") else "Conv1D" if row.part == "transposed" else "Linear"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.expert_arch import Experts
+from flexbatch.models.latent_arch import Latent
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,40 @@ def _embedding(arch: Arch) -> list[WeightSpec]:
 
 
 def _decoder_layer(arch: Arch, layer: int) -> list[WeightSpec]:
-    hidden, sections, experts = arch.hidden_size, arch.qkv_sections, arch.experts_of(layer)
+    hidden, sections = arch.hidden_size, arch.qkv_sections
+    if arch.latent is not None:
+        return _latent(arch, arch.latent, layer) + _after_attention(arch, layer)
     specs = _norm(arch, layer, "attn_norm")
     specs += _linear(layer, "qkv", sum(sections), hidden, arch.qkv_bias, sections)
-    if arch.qk_norm or arch.wide_qk_norm:
+    if arch.qk_norm or arch.late_qk_norm or arch.wide_qk_norm:
         widths = sections[:2] if arch.wide_qk_norm else (arch.head_dim, arch.head_dim)
         specs += [
             WeightSpec(layer, f"{name}.weight", (width,))
             for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
         ]
-    specs += _linear(layer, "o", hidden, arch.num_heads * arch.head_dim, arch.output_bias)
+    return specs + _after_attention(arch, layer)
+
+
+def _latent(arch: Arch, latent: Latent, layer: int) -> list[WeightSpec]:
+    """What makes queries and the rows of the cache. The matrices that lead out of the latent's space are two, for keys
+    before attention and for values after it."""
+    hidden, heads = arch.hidden_size, arch.num_heads
+    queries, specs = heads * (latent.nope + latent.rope), _norm(arch, layer, "attn_norm")
+    if latent.query_rank:
+        specs += _linear(layer, "q_a", latent.query_rank, hidden, latent.bias)
+        specs.append(WeightSpec(layer, "q_a_norm.weight", (latent.query_rank,)))
+        specs += _linear(layer, "q_b", queries, latent.query_rank, False)
+    else:
+        specs += _linear(layer, "q", queries, hidden, False)
+    specs += _linear(layer, "kv_a", latent.width, hidden, latent.bias)
+    specs.append(WeightSpec(layer, "kv_a_norm.weight", (latent.rank,)))
+    specs += _linear(layer, "k_up", heads * latent.nope, latent.rank, False)
+    return specs + _linear(layer, "v_up", heads * latent.value, latent.rank, False)
+
+
+def _after_attention(arch: Arch, layer: int) -> list[WeightSpec]:
+    hidden, experts = arch.hidden_size, arch.experts_of(layer)
+    specs = _linear(layer, "o", hidden, arch.output_columns, arch.output_bias)
     if arch.sublayer_norm:
         specs += _norm(arch, layer, "post_attn_norm")
     if not arch.shared_norm:
@@ -117,8 +142,8 @@ def _experts(experts: Experts, layer: int, hidden: int) -> list[WeightSpec]:
         specs.append(WeightSpec(layer, "router.correction", (experts.count,), wide=experts.float_router))
     if experts.shared_width:
         width = experts.shared_width
-        specs += _linear(layer, "shared.gate_up", 2 * width, hidden, False, (width, width))
-        specs += _linear(layer, "shared.down", hidden, width, False)
+        specs += _linear(layer, "shared.gate_up", 2 * width, hidden, experts.shared_bias, (width, width))
+        specs += _linear(layer, "shared.down", hidden, width, experts.shared_bias)
     if experts.shared_gate:
         specs += _linear(layer, "shared_gate", 1, hidden, False)
     width = experts.width

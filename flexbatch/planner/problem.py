@@ -22,6 +22,7 @@ from flexbatch.policy.limits import weight_group
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.policy import Constraints, Policy
 from flexbatch.policy.workload import Workload
+from flexbatch.validation.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,21 @@ class Problem:
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
     adapters: AdapterSet | None = None
+
+    def __post_init__(self) -> None:
+        if self.arch.latent is not None and self.config.cpu_attention:
+            heads, width = self.arch.num_heads, self.arch.latent.width
+            raise ConfigurationError(
+                f"cpu_attention={self.config.cpu_attention:g}: {self.arch.family} has latent attention, whose rows of "
+                f"{width} numbers are multiplied with {heads} heads each: that is work for the compute device; leave "
+                "cpu_attention out"
+            )
+
+    @property
+    def cpu_attention(self) -> float | None:
+        """The share that is fixed. None of latent attention: a byte of its cache takes as many operations as there are
+        heads, and the link carries it sooner than the CPU attends it."""
+        return self.config.cpu_attention if self.arch.latent is None else 0.0
 
     @cached_property
     def workload(self) -> Workload:
@@ -68,7 +84,7 @@ class Problem:
             config.percent,
             config.gpu_batch_size,
             config.num_gpu_batches,
-            config.cpu_attention,
+            self.cpu_attention,
             config.prefill_chunk,
             config.prefill_budget,
         )
@@ -110,6 +126,7 @@ def model_shape(
         )
 
     table = tuple(math.prod(spec.shape) for spec in specs if spec.role == "embed.weight" and arch.tie_word_embeddings)
+    adapted_head = () if adapters is None else adapters.elements_of_head()
     return ModelShape(
         name=name,
         num_layers=arch.num_layers,
@@ -120,11 +137,7 @@ def model_shape(
         intermediate_size=arch.intermediate_size,
         vocab_size=arch.vocab_size,
         block_tensors=elements((typical,)),
-        head_tensors=(
-            *table,
-            *elements((arch.num_layers,)),
-            *(() if adapters is None else adapters.elements_of_head()),
-        ),
+        head_tensors=(*table, *elements((arch.num_layers,)), *adapted_head),
         embedding_tensors=elements((-1,)),
         mlp_matrices=3 if arch.mlp == "gated" else 2,
         element_bytes=element_bytes,
@@ -133,6 +146,8 @@ def model_shape(
         dense_layers=len(dense) if sparse else 0,
         dense_tensors=elements((other,)),
         stored_dense_bytes=stored(other),
+        cache_sides=arch.cache_sides,
+        head_width=0 if arch.latent is None else arch.latent.head_width,
         adapter_tensors=() if adapters is None else adapters.elements_of_a_layer(),
     )
 
@@ -166,7 +181,7 @@ def constraints_of(problem: Problem, capacity: dict[str, int], block: tuple[int,
         percent=problem.percent,
         gpu_batch_size=block[0] if block else config.gpu_batch_size,
         num_gpu_batches=block[1] if block else config.num_gpu_batches,
-        cpu_attention=config.cpu_attention,
+        cpu_attention=problem.cpu_attention,
         prefill_chunk=config.prefill_chunk,
         prefill_budget=config.prefill_budget,
         weight_bits=bits("weight_bits", problem.stored_bits),

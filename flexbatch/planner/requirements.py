@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from flexbatch.execution.block_sizes import BlockSizes, logits_chunk_bytes
+from flexbatch.kernels.latent_reference import latent_workspace_bytes
 from flexbatch.kernels.native_sizes import workspace_bytes
 from flexbatch.memory.files import align
 from flexbatch.memory.pages import CacheLayout
@@ -40,6 +41,8 @@ def attention_workspace_bytes(arch: Arch, policy: Policy, sizes: BlockSizes, thr
             sizes.max_cpu_attention_tokens,
             min(CPU_ATTENTION_MAX_TREE_TOKENS, nodes + 1),
         )
+    if arch.latent is not None:
+        return 0 if device == "cpu" else latent_workspace_bytes(arch.num_heads, arch.head_dim, keys)
     return workspace_bytes(arch.num_heads, arch.num_kv_heads, arch.head_dim, sequences, tokens, queries, keys, threads)
 
 

@@ -193,6 +193,7 @@ def plan_draft(name: str, config: EngineConfig, target: Arch, tokenizer: Any, ta
         target_layout.group,
         target_layout.page_tokens,
         target_layout.dtype,
+        arch.cache_sides,
     )
     weights = plan_weights(arch, Split(1, 0), 16, target_layout.group, target_layout.dtype.itemsize)
     return DraftPlan(model, weights, layout)

@@ -26,6 +26,7 @@ class Case:
     alibi: bool = False
     alibi_scale: float = 0.0
     window: int = 0
+    chunked: bool = False
     soft_cap: float = 0.0
     sinks: bool = False
     tree: bool = False
@@ -55,6 +56,7 @@ class Case:
         options |= {
             "group": self.group,
             "window": self.window,
+            "chunked": self.chunked,
             "soft_cap": self.soft_cap,
             "max_query_len": max(self.queries),
         }
@@ -119,6 +121,7 @@ CASES = {
     "chunks, no groups": Case((5, 40), (37, 90), num_heads=2, head_dim=80),
     "window": Case((1, 5, 40), (100, 37, 90), head_dim=96, window=11),
     "window shorter than a block": Case((1, 3), (100, 37), head_dim=16, window=3),
+    "window of chunks": Case((1, 5, 40, 1), (100, 37, 90, 66), head_dim=16, window=33, chunked=True),
     "soft cap": Case((1, 20), (70, 41), head_dim=112, soft_cap=3.0),
     "trees": Case((9, 37, 1), (10, 80, 60), num_heads=6, head_dim=64, tree=True),
     "ALiBi rounded as Falcon does": Case(
@@ -152,6 +155,7 @@ WINDOWED = [
     (64, ", 8 bits", {"bits": 8}),
     (64, ", soft cap", {"soft_cap": 3.0}),
     (100, ", ALiBi", {"alibi": True}),
+    (32, ", in chunks", {"chunked": True}),
     (200, "", {}),
 ]
 """Shorter than a page, than a tree, than the context, and longer than all."""

@@ -45,7 +45,11 @@ def test_native_cuts_shorter_where_rows_are_wider(options):
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", [{}, {"window": 300}, {"sinks": True}, {"sinks": True, "window": 300}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 300}, {"window": 300, "chunked": True}, {"sinks": True}, {"sinks": True, "window": 300}],
+    ids=str,
+)
 def test_native_cuts_long_contexts(options):
     arguments, options = Case(
         (1, 4, 17, 1), (1025, 600, 1600, 512), num_heads=6, num_kv_heads=2, head_dim=40, **options
@@ -95,6 +99,7 @@ def test_native_on_random_cases(case):
 
 
 INTERPRETED_LATER = {
+    ("trees, window of 32, in chunks", 1),
     *(("trees, window of 40", 1), ("trees, window of 200", 1), ("trees, window of 64, soft cap", 1)),
     *(("trees, window of 100, ALiBi", 1), ("trees with rounded ALiBi", 1), ("trees", 3), ("4 bits", 3)),
 }

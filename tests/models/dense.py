@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import attention_reference, reference
+from flexbatch.kernels import attention_reference, latent_reference, reference
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
 from flexbatch.models.rope import RopeTables, fill_tables, num_tables
@@ -33,7 +33,7 @@ class DenseModel:
         self.page_table = (
             torch.arange(pages * num_sequences, dtype=torch.int32).view(pages, num_sequences).t().contiguous()
         )
-        shape = (pages * num_sequences * PAGE_TOKENS, 2, arch.num_kv_heads, arch.head_dim)
+        shape = (pages * num_sequences * PAGE_TOKENS, arch.cache_sides, arch.num_kv_heads, arch.head_dim)
         self.caches = [torch.full(shape, float("nan")) for _ in range(arch.num_layers)]
         self.lengths = [0] * num_sequences
         self.rope = rope_tables(arch)
@@ -57,19 +57,27 @@ class DenseModel:
         for layer in range(self.arch.num_layers):
             weights = self.stages[layer]
             query, key, value = layers.pre_attention(self.arch, layer, weights, hidden, positions, self.rope)
+            arguments = query, self.caches[layer], self.page_table, starts, torch.tensor(self.lengths)
+            if self.arch.latent is not None:
+                latent_reference.append_latent_rows(self.caches[layer], slots, key)
+                attention = latent_reference.latent_attention(
+                    *arguments,
+                    value_dim=self.arch.latent.rank,
+                    page_tokens=PAGE_TOKENS,
+                    scale=self.arch.attention_scale,
+                )
+                hidden = layers.post_attention(self.arch, layer, weights, hidden, attention)
+                continue
             reference.append_rows(self.caches[layer], slots, key, value)
             attention = attention_reference.paged_attention(
-                query,
-                self.caches[layer],
-                self.page_table,
-                starts,
-                torch.tensor(self.lengths),
+                *arguments,
                 num_kv_heads=self.arch.num_kv_heads,
                 page_tokens=PAGE_TOKENS,
                 scale=self.arch.attention_scale,
                 alibi_slopes=self.slopes,
                 alibi_scale=self.arch.attention_scale if self.arch.scaled_alibi else 0.0,
                 window=self.arch.window(layer),
+                chunked=self.arch.chunked_window,
                 soft_cap=self.arch.soft_cap,
                 sinks=self.stages[-1][sink_role(layer)] if self.arch.sinks else None,
             )

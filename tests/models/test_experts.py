@@ -176,7 +176,7 @@ BAD = {
     "a capacity": ("qwen3_moe", {"expert_capacity": 64}, "expert_capacity=64 is not known"),
     "no limit": ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit=0 must be a number above 0"),
     "a shared expert of gpt-oss": ("gpt_oss", {"num_shared_experts": 1}, "num_shared_experts=1 is not known"),
-    "latent": ("mixtral", {"model_type": "deepseek_v3"}, "'deepseek_v3': its latent attention is not supported"),
+    "linear": ("mixtral", {"model_type": "qwen3_next"}, "'qwen3_next': its linear attention is not supported"),
     "another extension": (
         "phimoe",
         {"rope_scaling": {"type": "yarn", "factor": 2.0}},

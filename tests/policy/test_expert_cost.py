@@ -50,7 +50,8 @@ def test_experts_that_are_hit_are_those_of_random_choices(count: int, top_k: int
 def test_every_expert_crosses_the_link_and_few_are_computed(name: str) -> None:
     shape, off = public_shape(name), Split(0, 1)
     work = work_of(model_of(shape, 200, off), off)
-    weights = shape.num_layers * shape.block_bytes(16) + 2 * shape.head_elements
+    sparse = shape.num_layers - shape.dense_layers
+    weights = sparse * shape.block_bytes(16) + shape.dense_layers * shape.dense_bytes(16) + 2 * shape.head_elements
     assert work["h2d"] == pytest.approx(weights, rel=0.001)
     products = 2 * 200 * (shape.active_elements + shape.head_elements)
     attention = 200 * 600 * 4 * shape.num_heads * shape.head_dim * shape.num_layers

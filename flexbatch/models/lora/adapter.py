@@ -24,7 +24,12 @@ from flexbatch.validation.errors import CheckpointError
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-LINEAR = frozenset(("qkv", "o", "gate_up", "up", "down", "project_in", "project_out", "head"))
+LINEAR = frozenset(
+    (
+        *("qkv", "q", "q_a", "q_b", "kv_a", "o", "gate_up", "up", "down", "shared.gate_up", "shared.down"),
+        *("project_in", "project_out", "head"),
+    )
+)
 """Roles whose update is a product of its input; that of "embed" is of one-hot rows."""
 FACTORS = {
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
@@ -32,7 +37,7 @@ FACTORS = {
     "lora_embedding_B.default": "up",
 }  # fmt: skip
 """What a tensor is by the end of its name; with "default" where the state of a model was saved as it is."""
-PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "shared.gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,8 @@ class _AdapterReader:
     def module(self, tensor: StoredTensor, name: str) -> _Module:
         local = local_name(f"{name}.weight", self.prefixes, self.names)
         layer, row, _ = self.names[local] if local is not None else (0, ModuleMapping("", ""), "")
+        if row.is_shared:
+            raise self.wrong(f"has a tensor {tensor.name}, and {row.module} cannot have a low-rank update; {MERGE}")
         if local is None or ((layer, f"{row.role}.weight") not in self.specs and row.role != "head"):
             layers = f"{self.arch.num_layers} layer{'s' if self.arch.num_layers > 1 else ''}"
             raise self.wrong(

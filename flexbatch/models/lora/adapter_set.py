@@ -148,7 +148,11 @@ class AdapterSet:
         return AdaptedMatrix(layer, role, found[0].down.shape[1], widths, updates)
 
     def _sections(self, role: str) -> tuple[int, ...]:
-        return self.arch.qkv_sections if role == "qkv" else (self.arch.intermediate_size,) * 2
+        if role == "qkv":
+            return self.arch.qkv_sections
+        experts = self.arch.experts
+        width = experts.shared_width if experts and role == "shared.gate_up" else self.arch.intermediate_size
+        return width, width
 
     @cached_property
     def specs(self) -> tuple[WeightSpec, ...]:

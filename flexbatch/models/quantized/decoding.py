@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.assignment import Assignment, class_of
+from flexbatch.models.assignment import Assignment
 from flexbatch.models.families import FAMILIES, source_names
 from flexbatch.models.quantized.config import Quantization
 from flexbatch.models.quantized.scheme import Form, QuantizedPiece
 from flexbatch.models.quantized.words import in_order
 from flexbatch.models.source import read_tensors
-from flexbatch.models.source_rows import rows_of
+from flexbatch.models.source_rows import class_of, rows_of
 from flexbatch.models.specs import Piece, weight_specs
 from flexbatch.validation.errors import CheckpointError
 
