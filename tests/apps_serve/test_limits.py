@@ -149,7 +149,7 @@ def test_more_than_the_queue_holds_are_told_when_to_come_back(server: Server) ->
     client, codes = server.client(), []
 
     def ask() -> None:
-        found = httpx.post(f"{server.url}/v1/completions", json={**LONG, "n": 40, "max_tokens": 40}, timeout=120)
+        found = httpx.post(f"{server.url}/v1/completions", json={**LONG, "n": 40, "max_tokens": 12}, timeout=120)
         codes.append((found.status_code, found.headers.get("retry-after"), found.json().get("error", {}).get("code")))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -183,9 +183,9 @@ def test_keys_are_asked_for_and_slow_clients_are_left(tmp_path: Path) -> None:
     try:
         for key in ("secret-one", "secret-two"):
             assert server.client(key).models.list().data
-        for wrong in ("secret-on", "secret-one ", "# of the team", "", "\u00fc"):
+        for wrong in ("secret-on", "secret-one2", "# of the team", "\u00fc"):
             found = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {wrong}".encode()})
-            assert found.status_code == (200 if wrong == "secret-one " else 401), wrong
+            assert found.status_code == 401, wrong
         for path in ("/v1/models", "/status", "/metrics", "/v1/files"):
             assert httpx.get(server.url + path).json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{server.url}/health").status_code == httpx.get(server.url).status_code == 200
