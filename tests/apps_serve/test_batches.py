@@ -139,7 +139,7 @@ def server_status(server: Server) -> dict:
 
 def test_a_batch_that_is_late_expires_with_its_lines_told(server: Server) -> None:
     client = server.client()
-    batch_id = begin_batch(client, some_lines(400, 40), completion_window="3s")
+    batch_id = begin_batch(client, some_lines(400, 40), completion_window="1s")
     batch = ended(client, batch_id)
     assert batch.status == "expired" and batch.expired_at >= batch.expires_at
     good, bad = records(content(client, batch.output_file_id)), records(content(client, batch.error_file_id))
