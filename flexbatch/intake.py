@@ -29,7 +29,8 @@ from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 
 Item = tuple[Hashable, Prompt, SamplingParams | None]
 """An item of a stream: the caller's key, a prompt, and how to complete it (None: as generation_config.json says)."""
-OnText, OnPass = Callable[[str], None], Callable[[execution.Sequence], None]
+OnText = Callable[[str], None]
+OnPass = Callable[[execution.Sequence], None]
 
 
 def first_text(on_text: OnText) -> OnPass:

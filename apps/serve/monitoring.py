@@ -28,7 +28,7 @@ class Monitoring:
         self._report: dict[str, Any] = {}
         self._reported = 0.0
         self.registry = CollectorRegistry()
-        self.registry.register(self)  # type: ignore[arg-type]  # a collector by its methods
+        self.registry.register(self)  # a collector by its methods
         name = "flexbatch_requests_total"
         self.requests = Counter(name, "HTTP requests that were answered", ["route", "status"], registry=self.registry)
         self.seconds = Histogram(

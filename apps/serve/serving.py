@@ -90,6 +90,7 @@ class Serving:
         self._failures = self.num_of_batches = 0
         """Passes that have failed in a row; and sequences of batches in the engine, running ones and waiting ones."""
         self._gather_until = self._stop_by = 0.0
+        self._in_run = False
         self._gate, self._closed = threading.Lock(), False
         self.stopping = threading.Event()
 
@@ -141,12 +142,18 @@ class Serving:
     def snapshot(self, timeout: float) -> dict[str, Any] | None:
         """The engine's report between two passes; None where none has ended within ``timeout`` seconds."""
         found: Future[dict[str, Any]] = Future()
-        self._orders.put(lambda: None if self._closed else found.set_result(dict(self.llm.report())))
+
+        def order() -> None:
+            try:
+                if not self._closed:
+                    found.set_result(dict(self.llm.report()))
+            except Exception as error:
+                found.set_exception(error)
+
+        self._orders.put(order)
         try:
             return found.result(timeout)
-        except TimeoutError:
-            return None
-        except Exception:  # the engine is closed
+        except Exception:  # too late, or the engine has failed
             return None
 
     # The engine's thread
@@ -159,7 +166,11 @@ class Serving:
                 self._follow_orders()
                 if not self.stopping.is_set():
                     self._fill()
-                if self.llm.has_unfinished() and not self._gathers():
+                if not self.llm.has_unfinished():
+                    if self._in_run:
+                        self.llm.step()  # the last ones were given up: it ends the run
+                    self._in_run = False
+                elif not self._gathers():
                     self._step()
         finally:
             self.stopping.set()
@@ -202,6 +213,10 @@ class Serving:
         except ValueError as error:
             del self._asked[key]
             asked.on_end(Completion([], finish_reason="error", error=str(error)))
+        except Exception:
+            logger.exception("a request could not be added")
+            del self._asked[key]
+            asked.on_end(failed())
 
     def _fill(self) -> None:
         """Take lines of batches, of the oldest first, until the block and what comes after it are full."""
@@ -228,6 +243,7 @@ class Serving:
         return bool(self._gather_until)
 
     def _step(self) -> None:
+        self._in_run = True
         try:
             finished = self.llm.step()
         except Exception as error:

@@ -19,7 +19,8 @@ from flexbatch.apps.serve.monitoring import Monitoring
 logger = logging.getLogger("flexbatch")
 
 Message = dict[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 UNWANTED_BYTES, UNWANTED_SECONDS = 64 * 2**20, 2.0
 OPEN_PATHS = ("/", "/health")
 """Without a key: neither holds data. The page asks for a key itself."""

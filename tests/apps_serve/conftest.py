@@ -16,7 +16,7 @@ from tests.apps_serve.helpers import PLACED, Server
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     state: Path = tmp_path_factory.mktemp("serve") / "state"
-    made = Server(state, *PLACED, "--max-request-size", "1MiB", "--max-file-size", "64MiB", "--max-waiting", "64")
+    made = Server(state, *PLACED, "--max-request-size", "1MiB", "--max-file-size", "16MiB", "--max-waiting", "64")
     yield made
     said = made.stop()
     assert made.process.returncode == 0 and "Traceback" not in said, said

@@ -125,14 +125,14 @@ def state_of(server: Server) -> Path:
 
 
 def test_a_file_may_hold_lines_that_are_too_long(server: Server) -> None:
-    """One of more than 64 MiB would be refused by this server's limit of a file; 40 MB are read, and are no prompt."""
+    """They are read, and are no prompt: no tokenizer is asked about eight million letters."""
     client = server.client()
-    lines = [line("long", "x" * 40_000_000, max_tokens=1), *some_lines(2, 4)]
+    lines = [line("long", "x" * 8_000_000, max_tokens=1), *some_lines(2, 4)]
     batch = ended(client, begin_batch(client, lines))
     assert batch.request_counts.model_dump() == {"total": 3, "completed": 2, "failed": 1}
     assert "tokens" in records(content(client, batch.error_file_id))[0]["error"]["message"]
     with pytest.raises(openai.APIStatusError) as caught:
-        client.files.create(file=("x", b"x" * (65 * 2**20)), purpose="batch")
+        client.files.create(file=("x", b"x" * (17 * 2**20)), purpose="batch")
     assert caught.value.status_code == 413
 
 
@@ -149,7 +149,7 @@ def test_more_than_the_queue_holds_are_told_when_to_come_back(server: Server) ->
     client, codes = server.client(), []
 
     def ask() -> None:
-        found = httpx.post(f"{server.url}/v1/completions", json={**LONG, "n": 40, "max_tokens": 40}, timeout=120)
+        found = httpx.post(f"{server.url}/v1/completions", json={**LONG, "n": 40, "max_tokens": 12}, timeout=120)
         codes.append((found.status_code, found.headers.get("retry-after"), found.json().get("error", {}).get("code")))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -183,9 +183,9 @@ def test_keys_are_asked_for_and_slow_clients_are_left(tmp_path: Path) -> None:
     try:
         for key in ("secret-one", "secret-two"):
             assert server.client(key).models.list().data
-        for wrong in ("secret-on", "secret-one ", "# of the team", "", "\u00fc"):
+        for wrong in ("secret-on", "secret-one2", "# of the team", "\u00fc"):
             found = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {wrong}".encode()})
-            assert found.status_code == (200 if wrong == "secret-one " else 401), wrong
+            assert found.status_code == 401, wrong
         for path in ("/v1/models", "/status", "/metrics", "/v1/files"):
             assert httpx.get(server.url + path).json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{server.url}/health").status_code == httpx.get(server.url).status_code == 200
@@ -242,34 +242,33 @@ def concurrently(count: int, at_once: int, ask: Callable[[int], None]) -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_two_thousand_requests(server: Server) -> None:
-    """Chats, streams that are left, wrong requests and hostile bytes."""
-    client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=8))
+def test_memory_is_flat_over_two_thousand_requests(tmp_path: Path) -> None:
+    """Completions, streams that are left, wrong requests and truncated uploads."""
+    placed = ("--percent", "100", "0", "100", "0", "100", "0", "--gpu-batch-size", "32", "--num-gpu-batches", "1")
+    server = Server(tmp_path / "state", *placed)
+    folder = Path(f"/proc/{server.process.pid}/fd")
+    with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=32)) as client:
 
-    def ask(number: int) -> None:
-        body = {"model": "demo", "prompt": f"{number} " * 20, "max_tokens": 3, "temperature": 1, "logprobs": 2}
-        if number % 4 == 1:
-            with client.stream(
-                "POST", f"{server.url}/v1/completions", json={**body, "max_tokens": 50, "stream": True}
-            ) as found:
-                next(found.iter_lines())
-            return
-        if number % 4 == 2:
-            body["temperature"] = -1
-        if number % 4 == 3:
-            exchange(server, HOSTILE["a truncated upload"][0], answered=False)
-            return
-        client.post(f"{server.url}/v1/completions", json=body)
+        def ask(number: int) -> None:
+            body = {"model": "demo", "prompt": f"{number} x", "max_tokens": 2, "temperature": 1, "logprobs": 2}
+            if number % 4 == 1:
+                more = {**body, "max_tokens": 50, "stream": True}
+                with client.stream("POST", f"{server.url}/v1/completions", json=more) as found:
+                    next(found.iter_lines())
+            elif number % 4 == 3:
+                exchange(server, HOSTILE["a truncated upload"][0], answered=False)
+            else:
+                client.post(f"{server.url}/v1/completions", json={**body, "temperature": 1 - number % 4})
 
-    concurrently(400, 8, ask)
-    before, files = memory(server), len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
-    concurrently(2000, 8, ask)
-    after = memory(server)
-    client.close()
-    print(f"memory {before / 2**20:.1f} -> {after / 2**20:.1f} MiB")
+        concurrently(400, 24, ask)
+        before, files = memory(server), len(list(folder.iterdir()))
+        concurrently(2000, 24, ask)
+        after = memory(server)
+    print(f"memory {before / 2**20:.1f} -> {after / 2**20:.1f} MiB", flush=True)
     assert after - before < 24 * 2**20
-    wait_for(lambda: len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())) <= files)
+    wait_for(lambda: len(list(folder.iterdir())) <= files)
     assert status(server)["sequences"]["interactive"] == 0
+    server.stop()
 
 
 @pytest.mark.slow
