@@ -28,17 +28,6 @@ from flexbatch.apps.serve.web import ClientGone, EventStream, Gate, body_of, gon
 from flexbatch.text.files import parse_json
 
 PAGE = Path(__file__).with_name("page.html")
-PLAIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>FlexBatch</title>
-<meta name="viewport" content="width=device-width"><h1>FlexBatch</h1><label>API key, if there is one:
-<input id="key" type="password"></label><pre id="status"></pre><script>
-async function show() {
-  const key = document.getElementById("key").value, headers = key ? {Authorization: "Bearer " + key} : {};
-  const response = await fetch("status", {headers});
-  document.getElementById("status").textContent = JSON.stringify(await response.json(), null, 1);
-}
-show(); setInterval(show, 3000);
-</script></html>"""
-"""The state as it is, where no page is installed."""
 MOST_LISTED = {"files": 10_000, "batches": 100}
 
 
@@ -101,7 +90,7 @@ def add_looks(app: Any, parts: Parts) -> None:
 
     @app.get("/")
     def page() -> Any:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8") if PAGE.exists() else PLAIN_PAGE)
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
 
 def add_models(app: Any, parts: Parts) -> None:
