@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ from flexbatch.cli.command import resume_command, run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine, check_folder_to_write
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import lora_identity
+from flexbatch.cli.ranks import run_on_ranks
 from flexbatch.cli.settings import (
     add_arguments,
     add_engine_arguments,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from flexbatch.apps.jobs.plan import BatchJob
     from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
+    from flexbatch.parallel.channel import RankChannel
 
 
 logger = logging.getLogger("flexbatch")
@@ -104,12 +107,15 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
         raise ConfigurationError(str(error)) from error
 
 
-def open_llm(config: EngineConfig, seen: Preview | None = None) -> Any:
-    """Opens the engine, planned for sequences like those of the preview."""
+def open_llm(config: EngineConfig, seen: Preview | None = None, channel: RankChannel | None = None) -> Any:
+    """Opens the engine, planned for sequences like those of the preview. channel: to the other ranks, where torchrun
+    has started them."""
     from flexbatch.apps.jobs.preview import planner_job
     from flexbatch.engine import LLM
+    from flexbatch.planner.planner import Planner
 
-    return LLM.from_config(config, job=planner_job(config, seen) if seen is not None else None)
+    job = planner_job(config, seen) if seen is not None else None
+    return LLM.from_planner(Planner(config, job, channel=channel))
 
 
 def locations(words: Sequence[str], config: JobConfig) -> tuple[str, str]:
@@ -148,7 +154,34 @@ def run(
 ) -> int:
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
-    source, output = locations(args.words, config)
+    if engine.tensor_parallel_size == 1:
+        # Processes of torchrun divide the rows among them.
+        return run_rows(args.words, config, engine, environ, resume, open_engine, identity, data)
+    if config.ray:
+        raise ConfigurationError(
+            f"--tensor-parallel-size {engine.tensor_parallel_size} and --ray: actors have one GPU each; leave one out"
+        )
+
+    def lead(channel: RankChannel | None) -> int:
+        open_ranks: Any = open_engine
+        opened = open_engine if channel is None else functools.partial(open_ranks, channel=channel)
+        return run_rows(args.words, config, engine, {}, resume, opened, identity, data)
+
+    return run_on_ranks(environ, engine.tensor_parallel_size, lead, config.dry_run)
+
+
+def run_rows(
+    words: Sequence[str],
+    config: JobConfig,
+    engine: EngineConfig,
+    environ: Mapping[str, str],
+    resume: str,
+    open_engine: OpenEngine,
+    identity: Any,
+    data: TextIO,
+) -> int:
+    """The job, or the part of it that ``environ`` names."""
+    source, output = locations(words, config)
     check_folders(source, output)
     check_input(source, config)
     check_output(output)
@@ -164,7 +197,7 @@ def run(
             "--overwrite with several processes would discard the others' parts: remove the output folder, then "
             "start them"
         )
-    source, output = locations(args.words, config)
+    source, output = locations(words, config)
     if config.dry_run:
         # Nothing is written that a later start would have to fit.
         return print_job_plan(plan_job(source, output, config, engine, lambda engine: {}), data)

@@ -124,6 +124,10 @@ class EngineConfig:
         choices=("auto", "none"),
     )
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")
+    tensor_parallel_size: int = option(
+        1,
+        "GPUs that share every layer, a process each: started with the engine on this host, or by torchrun",
+    )
     seed: int = option(0, "seed of the engine: random streams of requests without a seed, dummy weights")
 
     def __post_init__(self) -> None:
@@ -147,7 +151,8 @@ class EngineConfig:
                         f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 "
                         f"(the rest is on disk), not {gpu + cpu:g}"
                     )
-        for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len"):
+        sizes = "gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len"
+        for name in (*sizes, "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")

@@ -83,7 +83,7 @@ class LLM(NamesOfVllm):
         self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed, choice)
         self._model = PlacedModel(deployment, self.tracer)
         self.tiers, self.queues = self._model.tiers, self._model.queues
-        self._capacity = Capacity(planner, self.tiers, self.queues, self._model.place)
+        self._capacity = Capacity(planner, self.tiers, self.queues, self._model.place, self._model.leader)
         self._loop = self.loop_class(planner, self._capacity, self._intake, self.tracer)
         if planner.job_is_known:
             with self._model.closed_on_error():

@@ -32,6 +32,7 @@ from flexbatch.cli.early_checks import (
 )
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import for_all_rows
+from flexbatch.cli.ranks import run_on_ranks
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # --help waits for nothing that only a run needs
     from flexbatch.cli.run_work import Work
     from flexbatch.execution.job import Job
     from flexbatch.models.opened import OpenModel
+    from flexbatch.parallel.channel import RankChannel
     from flexbatch.request import Completion
 
 logger = logging.getLogger("flexbatch")
@@ -129,6 +131,23 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     """Everything after parsing; returns the exit code. ``resume`` is the command that goes on after an interruption."""
     engine, config, sampling = read_settings([EngineConfig, RunConfig, SamplingConfig], args, environ, args.config)
     engine = for_all_rows(with_flexgen_flags(engine, config))
+
+    def lead(channel: RankChannel | None) -> int:
+        return run_job(engine, config, sampling, args.config, data, resume, channel)
+
+    return run_on_ranks(environ, engine.tensor_parallel_size, lead, config.dry_run)
+
+
+def run_job(
+    engine: EngineConfig,
+    config: RunConfig,
+    sampling: SamplingConfig,
+    settings_file: str | None,
+    data: TextIO,
+    resume: str | None,
+    channel: RankChannel | None,
+) -> int:
+    """A run of one process, or of several as its rank 0."""
     if config.plot and not config.dry_run:
         raise ConfigurationError("--plot draws the plan of a --dry-run; add --dry-run")
     check_rows_file(config.output)
@@ -136,7 +155,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     check_plot("--plot", config.plot)
     check_sampling(sampling)
     if config.output is not None:
-        refuse_inputs(config.output, {"--prompts": config.prompts, "--config": args.config})
+        refuse_inputs(config.output, {"--prompts": config.prompts, "--config": settings_file})
     from flexbatch.cli.result_file import results
     from flexbatch.cli.run_work import make_work
 
@@ -152,13 +171,14 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
             work = make_work(engine, config, sampling)
             from flexbatch.cli.run_output import Printed  # with torch, which a mistake need not wait for
 
-            code = run_work(engine, config, work, 0, None if config.json else Printed(work, data).add, data)
+            add = None if config.json else Printed(work, data).add
+            code = run_work(engine, config, work, 0, add, data, channel=channel)
         else:
             with results(config.output, data) as out:
                 resume = resume if out.resumable else None
                 check_inputs(engine, config.prompts)
                 work = make_work(engine, config, sampling)
-                code = run_into(out, engine, config, work, data, resume)
+                code = run_into(out, engine, config, work, data, resume, channel)
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -173,6 +193,7 @@ def run_into(
     work: Work,
     data: TextIO,
     resume: str | None = None,
+    channel: RankChannel | None = None,
 ) -> int:
     """A run whose rows go to --output, from the first row on that is not there yet."""
     from flexbatch.cli import result_rows
@@ -188,7 +209,7 @@ def run_into(
         out.add(index, result_rows.output_line(work.rows[index], completion))
 
     try:
-        code = max(code, run_work(engine, config, work, first, add, data, resume))
+        code = max(code, run_work(engine, config, work, first, add, data, resume, channel))
     finally:
         if 0 < out.written < len(work.rows):
             there = out.written, len(work.rows), config.output
@@ -208,6 +229,7 @@ def run_work(
     on_prompt: Callable[[int, Completion], None] | None,
     data: TextIO,
     resume: str | None = None,
+    channel: RankChannel | None = None,
 ) -> int:
     """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
     from flexbatch.cli import result_rows
@@ -223,7 +245,7 @@ def run_work(
         if on_prompt is not None:
             on_prompt(index, completion)
 
-    planner = Planner(engine, work.job(first), model=work.model)
+    planner = Planner(engine, work.job(first), model=work.model, channel=channel)
     with LLM.from_planner(planner, trace=config.trace is not None) as llm:
         whole = complete(llm, work, first, add, resume)
         if config.trace:

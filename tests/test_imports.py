@@ -17,7 +17,7 @@ LEAVES = ("policy", "kernels")
 # Lowest first. Modules on the same level may import each other; `config`, `request` and `trace` are at the bottom.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("files", "validation"),
-    ("config", "request", "trace"),
+    ("config", "request", "trace", "parallel"),
     ("models",),
     ("memory", "text"),
     ("execution",),

@@ -25,6 +25,7 @@ from flexbatch.validation.errors import (
     CheckpointError,
     ConfigurationError,
     DoesNotFitError,
+    LostRankError,
     told,
 )
 from flexbatch.validation.secrets import redact_logs, redacted_word, secrets_of
@@ -74,7 +75,8 @@ def run_command(main: Callable[[TextIO], int | None], resume: str | None = None)
         return READER_GONE
     except Exception as error:
         code = exit_code(error)
-        if code == CRASH:
+        # Of a rank that is lost, its own traceback is the one to read.
+        if code == CRASH and not isinstance(error, LostRankError):
             logger.exception("crashed: %s", told(error))
         else:
             logger.error("%s", told(error))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
+from flexbatch.execution.embedding import embed
 from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
-from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, PassBatch
+from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
@@ -22,6 +23,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.experts import recordable
 from flexbatch.models.lora.applied import AdapterTables
 from flexbatch.models.routing import RoutingCounts
+from flexbatch.parallel.tensor_ranks import TensorRanks
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.schedule import Tick, zigzag
@@ -33,7 +35,8 @@ class Executor:
 
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same
     ticks, the same tokens. ``logits_chunk_bytes``: float32 logits that are given at one time. ``max_graphs``: of
-    decode passes that are kept. routing: counts the tokens of experts, of passes tick by tick.
+    decode passes that are kept. routing: counts the tokens of experts, of passes tick by tick. ``ranks``: those that
+    have the rest of every layer, None where it is here whole; ``lead``: of rank 0, which decides what a pass is.
     """
 
     def __init__(
@@ -51,8 +54,11 @@ class Executor:
         max_graphs: int = MAX_GRAPHS,
         adapters: AdapterTables | None = None,
         routing: RoutingCounts | None = None,
+        ranks: TensorRanks | None = None,
+        lead: Lead | None = None,
     ) -> None:
-        self.arch, self.weights, self.cache, self.activations = arch, weights, cache, activations
+        self.arch, self.ranks, self.lead = arch, ranks, lead
+        self.weights, self.cache, self.activations = weights, cache, activations
         self.queues, self.dtype, self.overlap = queues, dtype, overlap
         self.device, self.tracer = queues.device, queues.tracer
         self.uploads = host_buffers.uploads
@@ -63,14 +69,8 @@ class Executor:
         self.attention = CacheAttention(arch, cache, queues, host_buffers, weights.tensors.embedding_weights)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
-            self.graphs = DecodeGraphs(
-                self.device,
-                cache.layout.page_tokens,
-                arch.max_positions,
-                CudaRecorder(),
-                max_graphs,
-                self.builder.group_adapters,
-            )
+            sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.group_adapters
+            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(), max_graphs, group)
 
     @property
     def resident(self) -> bool:
@@ -100,6 +100,11 @@ class Executor:
     ) -> Iterator[LogitsChunk]:
         """One sweep through all layers. Yields logits by chunks of rows; the pass is complete when the iterator is
         exhausted. newest: tokens that the pass before has drawn, and the host has not read."""
+        chunks = self.sweep(batch, newest, watch)
+        return chunks if self.lead is None else self.lead(chunks, batch, newest)
+
+    def sweep(self, batch: PassBatch, newest: NewestTokens | None, watch: Watch | None) -> Iterator[LogitsChunk]:
+        """`run` of this rank. Those other than 0 yield nothing."""
         inputs = self.begin_pass(batch, newest)
         count, num_layers = len(inputs), self.arch.num_layers + 1
         if self.graphs is not None and count == 1 and watch is None and (hidden := self.replay(inputs[0])) is not None:
@@ -127,13 +132,8 @@ class Executor:
                     yield from self.head(inputs[tick.micro_batch], tick.layer, tick.micro_batch, count)
                 else:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
-                    pending = self.begin(
-                        tick,
-                        inputs[tick.micro_batch],
-                        gathered,
-                        self.staging_buffer(tick.layer, tick.micro_batch, count),
-                        watch,
-                    )
+                    buffer = self.staging_buffer(tick.layer, tick.micro_batch, count)
+                    pending = self.begin(tick, inputs[tick.micro_batch], gathered, buffer, watch)
                     if deferred:
                         self.finish(deferred, count)
                         self.fetch_ahead(tick)
@@ -205,12 +205,23 @@ class Executor:
     ) -> PendingTick:
         """Up to and including attention; the CPU's share is only started."""
         weights = self.weights.weights(tick.layer, "pre")
-        hidden = self.embed(inputs) if tick.layer == 0 else self.activations.get(tick.micro_batch)
+        hidden = (
+            embed(self.arch, self.weights.tensors, inputs, self.ranks)
+            if tick.layer == 0
+            else self.activations.get(tick.micro_batch)
+        )
         if watch is not None and tick.layer == 0:
             watch(-1, inputs, hidden)
         with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
             query, key, value = layers.pre_attention(
-                self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables, inputs.adapters
+                self.arch,
+                tick.layer,
+                weights,
+                hidden,
+                inputs.positions,
+                self.rotary.tables,
+                inputs.adapters,
+                self.ranks,
             )
             pending = PendingTick(
                 tick, inputs, hidden, query.new_empty(*query.shape[:-1], self.arch.value_dim), watch=watch
@@ -237,7 +248,7 @@ class Executor:
         weights, adapters = self.weights.weights(tick.layer, "post"), pending.inputs.adapters
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             hidden = layers.post_attention(
-                self.arch, tick.layer, weights, pending.hidden, pending.attention, adapters, self.routing
+                self.arch, tick.layer, weights, pending.hidden, pending.attention, adapters, self.routing, self.ranks
             )
         if pending.watch is not None:
             pending.watch(tick.layer, pending.inputs, hidden)
@@ -250,21 +261,6 @@ class Executor:
         if tick.micro_batch == count - 1:
             self.weights.release(tick.layer, self.queues.mark())
 
-    def embed(self, inputs: MicroBatchInputs) -> Tensor:
-        rows, position_rows = (
-            self.weights.tensors.gather_rows("embed.weight", inputs.token_ids, inputs.host_token_ids),
-            None,
-        )
-        if self.arch.position == "learned":
-            offset = self.arch.position_offset
-            position_rows = self.weights.tensors.gather_rows(
-                "pos_embed.weight", inputs.positions + offset, inputs.host_positions + offset
-            )
-        weights = self.weights.tensors.embedding_weights
-        if inputs.adapters is not None:
-            inputs.adapters.add(-1, "embed", weights, inputs.token_ids, rows)
-        return layers.embed(self.arch, weights, rows, position_rows, inputs.adapters)
-
     def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsChunk]:
         """Logits of the rows that were asked for, in chunks."""
         weights = self.weights.weights(layer, "head")
@@ -274,7 +270,9 @@ class Executor:
             adapters = inputs.head_adapters[chunk] if inputs.head_adapters else None
             with self.tracer.compute_span(f"head {micro_batch}"):
                 logits = layers.head(self.arch, weights, hidden[start : start + step], adapters)
-            yield LogitsChunk(inputs.logit_rows[start : start + step], logits)
+            whole = logits if self.ranks is None else self.ranks.gather_logits(logits)
+            if whole is not None:
+                yield LogitsChunk(inputs.logit_rows[start : start + step], whole)
         if micro_batch == count - 1:
             self.weights.release(layer, self.queues.mark())
 

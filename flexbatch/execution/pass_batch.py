@@ -6,7 +6,7 @@ Nothing here refers to a live object, so a pass can be sent to another process a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,3 +118,7 @@ class LogitsChunk:
 
     rows: tuple[tuple[QueryTokens, int], ...]
     logits: Tensor
+
+
+Lead = Callable[[Iterator[LogitsChunk], PassBatch, NewestTokens | None], Iterator[LogitsChunk]]
+"""Has other ranks run a pass, too: given what runs it here, and the same pass."""

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 
 from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.executor import Executor
+from flexbatch.execution.pass_batch import Lead
 from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.cache_orders import CacheOrders
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.pages import CacheLayout
@@ -23,6 +25,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.lora.applied import AdapterTables
 from flexbatch.models.routing import RoutingCounts
+from flexbatch.parallel.tensor_ranks import TensorRanks
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.policy import Policy
@@ -81,15 +84,17 @@ def open_runner(
     max_graphs: int = MAX_GRAPHS,
     adapters: AdapterSet | None = None,
     routing: RoutingCounts | None = None,
+    ranks: TensorRanks | None = None,
+    lead: Lead | None = None,
 ) -> Runner:
     """A runner for blocks of these sizes; the caller has checked the budgets. routing: counts the tokens of experts,
-    over this runner and those before it.
+    over this runner and those before it. ranks, lead: as of an `Executor`.
 
     One that fails half-way (a disk that is full, a GPU without memory) leaves nothing behind.
     """
     dtype, width, page_tokens = layout.dtype, arch.hidden_size, layout.page_tokens
     with tiers.all_or_nothing() as give_back:
-        cache = KVCache(layout, sizes.cache, tiers, queues)
+        cache = KVCache(layout, sizes.cache, tiers, queues, CacheOrders() if lead is not None else None)
         activations = ActivationStore(
             policy.activations,
             policy.num_gpu_batches,
@@ -117,5 +122,7 @@ def open_runner(
             max_graphs,
             AdapterTables(adapters, queues.device) if adapters is not None and adapters.adapters else None,
             routing,
+            ranks,
+            lead,
         )
     return Runner(policy, sizes, cache, activations, host_buffers, rotary, executor, give_back)

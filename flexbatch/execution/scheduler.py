@@ -191,9 +191,8 @@ class Scheduler:
 
     def begin_anew(self, tier: str, pages: set[int]) -> None:
         """Those that share pages which will not be filled have read nothing yet: they wait to be admitted anew."""
-        for sequence in list(self.running.values()) if pages else ():
-            table = sequence.pages
-            if table.tier == tier and pages.intersection(table.pages[: table.num_shared]):
+        for sequence in list(self.running.values()) if pages else ():  # of which one may take others along
+            if (table := sequence.table) and table.tier == tier and pages.intersection(table.pages[: table.num_shared]):
                 self.step_aside(sequence)
 
     # What a pass gave

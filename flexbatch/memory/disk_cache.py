@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from flexbatch.memory.cache_orders import CacheOrders
 from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES
 from flexbatch.memory.pages import CacheLayout, SequencePages
 from flexbatch.memory.tiers import Tiers
@@ -22,8 +23,9 @@ class DiskCache:
     of its tokens can be rejected any more.
     """
 
-    def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers) -> None:
+    def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers, orders: CacheOrders | None = None) -> None:
         """Raises DoesNotFitError, OffloadError."""
+        self.orders = orders
         self.layout, self.num_pages, self.tail_tokens = layout, sizes.disk_pages, sizes.tail_tokens
         self.disk, self.host = tiers.disk, tiers.cpu
         num_bytes = layout.num_layers * sizes.disk_pages * layout.disk_page_bytes
@@ -34,18 +36,23 @@ class DiskCache:
         self.flushed: dict[int, list[int]] = {}
         self.free_tails = list(range(num_sequences - 1, -1, -1))
 
-    def open(self) -> int:
-        """The slot of a tail for a new sequence."""
+    def open(self, num_tokens: int = 0) -> int:
+        """The slot of a tail for a sequence whose first ``num_tokens`` (whole pages) are on disk already: a shared
+        prefix."""
+        if self.orders is not None:
+            self.orders.note("open_tail", num_tokens)
         slot = self.free_tails.pop()
-        self.flushed[slot] = [0] * self.layout.num_layers
+        self.mark_flushed(slot, num_tokens)
         return slot
 
     def mark_flushed(self, slot: int, num_tokens: int) -> None:
-        """Note that the first ``num_tokens`` (whole pages) of the sequence are on disk already: a shared prefix."""
+        """Note that the first ``num_tokens`` (whole pages) of the sequence are on disk."""
         self.flushed[slot] = [num_tokens] * self.layout.num_layers
 
     def close_tail(self, slot: int) -> None:
         """Free the tail of a sequence that is gone."""
+        if self.orders is not None:
+            self.orders.note("close_tail", slot)
         del self.flushed[slot]
         self.free_tails.append(slot)
 

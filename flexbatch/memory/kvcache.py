@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
+from flexbatch.memory.cache_orders import CacheOrders
 from flexbatch.memory.disk_cache import DiskCache
 from flexbatch.memory.pages import CacheLayout, Gather, PagePool, PageTable, SequencePages
 from flexbatch.memory.tiers import Tiers
@@ -21,11 +22,18 @@ class KVCache:
     """Page pools, storage and staging of one model's cache.
 
     Staging buffers alternate between ticks; each is handed over by handle: a gather into one waits for the attention
-    that last read it.
+    that last read it. orders: of what is done between passes, for ranks that have other heads of the cache.
     """
 
-    def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers, queues: TransferQueues) -> None:
-        self.layout, self.sizes, self.tiers, self.queues = layout, sizes, tiers, queues
+    def __init__(
+        self,
+        layout: CacheLayout,
+        sizes: CacheSizes,
+        tiers: Tiers,
+        queues: TransferQueues,
+        orders: CacheOrders | None = None,
+    ) -> None:
+        self.layout, self.sizes, self.tiers, self.queues, self.orders = layout, sizes, tiers, queues, orders
         self.device = queues.device
         self.pools = {tier: PagePool(tier, sizes.pages(tier), layout.page_tokens) for tier in ("gpu", "cpu", "disk")}
         self.storage = {
@@ -44,7 +52,7 @@ class KVCache:
         self.disk_copied: list[Handle] = [READY, READY]
         """Done when the device has read the host's staging buffers."""
         if sizes.disk_pages:
-            self.disk = DiskCache(layout, sizes, tiers)
+            self.disk = DiskCache(layout, sizes, tiers, orders)
             if self.device.type == "cuda":
                 self.disk_staging = [tiers.cpu.allocate(f"cache disk staging {i}", staging_bytes) for i in range(2)]
         self.num_open = dict.fromkeys(self.pools, 0)
@@ -92,8 +100,7 @@ class KVCache:
         table = PageTable(tier, pages, num_cached, num_shared=len(shared), cpu_attention=cpu_attention)
         if tier == "disk":
             assert self.disk is not None
-            table.tail_slot = self.disk.open()
-            self.disk.mark_flushed(table.tail_slot, table.num_tokens)
+            table.tail_slot = self.disk.open(table.num_tokens)
         self.count_open(tier)
         return table
 

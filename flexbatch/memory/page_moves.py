@@ -3,13 +3,19 @@ sequences that step aside and come back. Codes are copied as they are, so that n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flexbatch.memory.cache_orders import Order
+from flexbatch.memory.disk_cache import DiskCache
 from flexbatch.memory.kvcache import KVCache
-from flexbatch.memory.pages import PageTable
+from flexbatch.memory.pages import PageTable, SequencePages
+
+Move = tuple[SequencePages, int, tuple[int, ...]]
+"""Of a sequence: the rows of these tokens go to that token and the ones after it."""
 
 
 def keep_paths(cache: KVCache, accepted: Sequence[tuple[PageTable, int, Sequence[int]]]) -> None:
@@ -20,28 +26,34 @@ def keep_paths(cache: KVCache, accepted: Sequence[tuple[PageTable, int, Sequence
     num_tokens is set.
     """
     moves = [
-        (table, start, sources)
+        (table.location, start, tuple(sources))
         for table, start, sources in accepted
         if list(sources) != list(range(start, start + len(sources)))
     ]
-    if not moves:
-        return
-    cache.synchronize()
+    if moves:
+        cache.synchronize()
+        move_rows(cache, moves)
+
+
+def move_rows(cache: KVCache, moves: Sequence[Move]) -> None:
+    """Within the tiers of their sequences."""
+    if cache.orders is not None:
+        cache.orders.note("move_rows", moves)
     layout = cache.layout
     for tier in ("gpu", "cpu"):
         slots, targets = list[int](), list[int]()
-        for table, start, sources in moves:
-            if table.tier == tier:
-                slots += [slot for t in sources for slot in table.location.slots(t, t + 1, layout.page_tokens)]
-                targets += table.location.slots(start, start + len(sources), layout.page_tokens)
+        for location, start, sources in moves:
+            if location.tier == tier:
+                slots += [slot for t in sources for slot in location.slots(t, t + 1, layout.page_tokens)]
+                targets += location.slots(start, start + len(sources), layout.page_tokens)
         if slots:
             data = cache.storage[tier].view(layout.num_layers, -1, layout.token_bytes)
             data[:, torch.tensor(targets, device=data.device)] = data[:, torch.tensor(slots, device=data.device)]
-    for table, start, sources in moves:
-        if table.tier == "disk":
+    for location, start, sources in moves:
+        if location.tier == "disk":
             assert cache.disk is not None
             for layer in range(layout.num_layers):
-                cache.disk.move(table.location, layer, sources, start)
+                cache.disk.move(location, layer, sources, start)
 
 
 def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
@@ -58,8 +70,7 @@ def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
         return PageTable(tier, pages, table.num_tokens, table.num_shared, parked=True)
     pages = cache.pools[tier].allocate(cache.layout.num_pages(table.num_tokens))
     parked = PageTable(tier, pages, table.num_tokens, parked=True)
-    for layer in range(cache.layout.num_layers):
-        write(cache, parked, layer, read(cache, table, layer), table.num_tokens)
+    copy_pages(cache, table, parked)
     cache.free(table)
     return parked
 
@@ -77,11 +88,33 @@ def restore(cache: KVCache, parked: PageTable, tier: str, cpu_attention: bool = 
         cache.count_open(tier)
         return table
     table = cache.open(tier, parked.num_tokens, cpu_attention=cpu_attention)
-    for layer in range(cache.layout.num_layers):
-        write(cache, table, layer, read(cache, parked, layer), parked.num_tokens)
+    copy_pages(cache, parked, table)
     table.num_tokens = parked.num_tokens
     cache.free(parked)
     return table
+
+
+def copy_pages(cache: KVCache, source: PageTable, target: PageTable) -> None:
+    """All that a sequence has in its pages to those of another table."""
+    if cache.orders is not None:
+        cache.orders.note("copy_pages", as_it_is(source), as_it_is(target))
+    for layer in range(cache.layout.num_layers):
+        write(cache, target, layer, read(cache, source, layer), source.num_tokens)
+
+
+def as_it_is(table: PageTable) -> PageTable:
+    """A copy that stays, whatever becomes of the table."""
+    return replace(table, pages=list(table.pages))
+
+
+def follow(cache: KVCache, orders: Iterable[Order]) -> None:
+    """Do what another rank has done to its heads of the cache since the last pass."""
+    for name, arguments in orders:
+        cache.synchronize()
+        if name in TAIL_ORDERS:
+            TAIL_ORDERS[name](cache.disk, *arguments)
+        else:
+            PAGE_ORDERS[name](cache, *arguments)
 
 
 def read(cache: KVCache, table: PageTable, layer: int) -> Tensor:
@@ -116,6 +149,8 @@ def write(cache: KVCache, table: PageTable, layer: int, pages: Tensor, num_token
 
 def write_open_page(cache: KVCache, table: PageTable) -> None:
     """Put what a disk sequence has in its tail to the other pages in the file."""
+    if cache.orders is not None:
+        cache.orders.note("write_open_page", as_it_is(table))
     disk, layout, slot = cache.disk, cache.layout, table.tail_slot
     assert disk is not None
     for layer in range(layout.num_layers):
@@ -129,6 +164,8 @@ def write_open_page(cache: KVCache, table: PageTable) -> None:
 
 def read_open_page(cache: KVCache, table: PageTable) -> None:
     """Bring the open page of a disk sequence from the file to its tail."""
+    if cache.orders is not None:
+        cache.orders.note("read_open_page", as_it_is(table))
     disk, layout = cache.disk, cache.layout
     assert disk is not None
     index, rows = divmod(table.num_tokens, layout.page_tokens)
@@ -137,3 +174,13 @@ def read_open_page(cache: KVCache, table: PageTable) -> None:
     for layer in range(layout.num_layers if rows else 0):
         disk.read_pages([table.pages[index]], layer, page)
         disk.tails[layer, table.tail_slot, :rows] = page.view(-1, layout.token_bytes)[:rows]
+
+
+TAIL_ORDERS: dict[str, Callable[..., object]] = {"open_tail": DiskCache.open, "close_tail": DiskCache.close_tail}
+PAGE_ORDERS: dict[str, Callable[..., object]] = {
+    "move_rows": move_rows,
+    "copy_pages": copy_pages,
+    "write_open_page": write_open_page,
+    "read_open_page": read_open_page,
+}
+"""With `TAIL_ORDERS`, all that changes what a cache holds beside passes."""

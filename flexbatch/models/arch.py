@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from flexbatch.models.expert_arch import Experts
 from flexbatch.models.latent_arch import Latent
+from flexbatch.models.shard import RankShard
 from flexbatch.policy.limits import workspace_elements
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -55,7 +56,7 @@ class Arch:
     takes the place of the MLP in the layers that ``sparse_layers`` names (empty: in all of them). latent: what queries,
     keys and values are made from in latent attention; ``head_dim`` is then the width of the one row that is cached, and
     ``num_kv_heads`` is 1. skipped_layers: further layers of the files, which predict tokens after the next and are not
-    used.
+    used. shard: what one of several ranks has of the model; the numbers of heads and the inner sizes are then its own.
     """
 
     family: str
@@ -127,6 +128,7 @@ class Arch:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: str = "float32"
+    shard: RankShard | None = None
     context_limit: int | None = field(default=None, repr=False)
     """Of the user, below the model's own."""
 
@@ -167,6 +169,11 @@ class Arch:
     @property
     def projects_embedding(self) -> bool:
         return self.embedding_dim != self.hidden_size
+
+    @property
+    def vocabulary(self) -> tuple[int, int]:
+        """First and end of the rows of embedding table and head that are here."""
+        return self.shard.vocabulary if self.shard else (0, self.vocab_size)
 
     @property
     def qkv_sections(self) -> tuple[int, int, int]:
@@ -236,7 +243,8 @@ class Arch:
         """
         if self.position != "alibi":
             return None
-        whole = 2 ** int(math.log2(self.num_heads))
+        num_heads = self.shard.all_heads if self.shard else self.num_heads
+        whole = 2 ** int(math.log2(num_heads))
         slopes = [2.0 ** (-8.0 * (i + 1) / whole) for i in range(whole)]
-        slopes += [2.0 ** (-4.0 * (2 * i + 1) / whole) for i in range(self.num_heads - whole)]
-        return slopes
+        slopes += [2.0 ** (-4.0 * (2 * i + 1) / whole) for i in range(num_heads - whole)]
+        return slopes[slice(*self.shard.heads)] if self.shard else slopes

@@ -123,5 +123,6 @@ def _sparsemixer(logits: Tensor, margin: float) -> tuple[Tensor, Tensor]:
 
 def recordable(arch: Arch) -> bool:
     """Whether decode passes may become CUDA graphs. Those of a model with experts may not: where the grouped product is
-    missing the host reads how many tokens each expert has, and where it is there nobody has measured a capture."""
-    return arch.experts is None
+    missing the host reads how many tokens each expert has, and where it is there nobody has measured a capture. Nor
+    may those of several ranks, whose collectives nobody has captured."""
+    return arch.experts is None and arch.shard is None

@@ -1,7 +1,8 @@
 """The decoder as pure functions over a dict role -> tensor, on flat ragged tokens (no batch dimension).
 
 T: tokens, H: hidden size, E: width of the embedding table, D: head size. Attention itself lies between
-`pre_attention` and `post_attention`. ``adapters``: those of the tokens at hand, None where no token has one.
+`pre_attention` and `post_attention`. ``adapters``: those of the tokens at hand, None where no token has one. ``ranks``:
+of tensor parallelism, where the weights are a part of the layer's; None where they are all of it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.models.rope import RopeTables
 from flexbatch.models.routing import RoutingCounts
+from flexbatch.parallel.tensor_ranks import TensorRanks
 
 Weights = Mapping[str, Tensor]
 
@@ -48,6 +50,7 @@ def pre_attention(
     positions: Tensor,
     rope: RopeTables | None,
     adapters: PassAdapters | None = None,
+    ranks: TensorRanks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query [T, Hq, D], key and value [T, Hkv, D] of ``hidden`` [T, H] at ``positions`` [T]; of latent attention the
     key is the value."""
@@ -59,7 +62,9 @@ def pre_attention(
         return query, key, key
     fused = _linear(weights, "qkv", normed, layer, adapters)
     query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
-    if arch.wide_qk_norm:
+    if arch.wide_qk_norm and ranks is not None:
+        query, key = _wide_norms(arch, weights, query, key, ranks)
+    elif arch.wide_qk_norm:
         query, key = (
             ops.rms_norm(x.flatten(1), weights[role], arch.norm_eps, offset=arch.norm_offset, wide=arch.norm_wide).view(
                 x.shape
@@ -101,24 +106,27 @@ def post_attention(
     attention: Tensor,
     adapters: PassAdapters | None = None,
     routing: RoutingCounts | None = None,
+    ranks: TensorRanks | None = None,
 ) -> Tensor:
     """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
     ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts."""
     flat = attention.flatten(1) if arch.latent is None else latent.expand(arch, weights, attention)
     update = _linear(weights, "o", flat, layer, adapters)
-    if arch.sublayer_norm:
-        update = _norm(arch, weights, "post_attn_norm", update)
     if arch.parallel_residual:
         normed = _norm(arch, weights, "attn_norm" if arch.shared_norm else "mlp_norm", hidden)
-        return (_mlp(arch, layer, weights, normed, adapters, routing) + update) + hidden
+        return _total(_mlp(arch, layer, weights, normed, adapters, routing) + update, ranks) + hidden
+    update = _total(update, ranks)
+    if arch.sublayer_norm:
+        update = _norm(arch, weights, "post_attn_norm", update)
     if arch.post_norm:
         hidden = _norm(arch, weights, "attn_norm", hidden, update)
-        return _norm(arch, weights, "mlp_norm", hidden, _mlp(arch, layer, weights, hidden, adapters, routing))
+        update = _total(_mlp(arch, layer, weights, hidden, adapters, routing), ranks)
+        return _norm(arch, weights, "mlp_norm", hidden, update)
     if arch.residual_scale != 1.0:
         update = update * arch.residual_scale
     # The layer's input stays as it is: it is added to ``update``, which is ours.
     normed = _norm(arch, weights, "mlp_norm", hidden, update)
-    hidden, update = update, _mlp(arch, layer, weights, normed, adapters, routing)
+    hidden, update = update, _total(_mlp(arch, layer, weights, normed, adapters, routing), ranks)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_mlp_norm", update)
     if arch.residual_scale != 1.0:
@@ -139,6 +147,28 @@ def head(arch: Arch, weights: Weights, hidden: Tensor, adapters: PassAdapters | 
     if arch.final_soft_cap:
         logits.div_(arch.final_soft_cap).tanh_().mul_(arch.final_soft_cap)
     return logits
+
+
+def _total(partial: Tensor, ranks: TensorRanks | None) -> Tensor:
+    """The sum over the ranks of a product whose inputs they share out."""
+    return partial if ranks is None else ranks.sum(partial)
+
+
+def _wide_norms(arch: Arch, weights: Weights, query: Tensor, key: Tensor, ranks: TensorRanks) -> tuple[Tensor, Tensor]:
+    """Queries and keys normed over all heads, of which this rank has some. Of keys that several ranks have, one counts
+    them."""
+    assert arch.shard is not None
+    parts, whole = (query.float(), key.float()), (arch.shard.all_heads, arch.shard.all_kv_heads)
+    squares = torch.stack([part.square().sum((1, 2)) for part in parts])
+    if not arch.shard.kv_owner:
+        squares[1] = 0
+    squares = ranks.sum(squares)
+    query, key = (
+        (part * (square / (count * arch.head_dim) + arch.norm_eps).rsqrt()[:, None, None]).to(query.dtype)
+        * (weights[role] + arch.norm_offset).view(-1, arch.head_dim)
+        for part, square, count, role in zip(parts, squares, whole, ("q_norm.weight", "k_norm.weight"), strict=True)
+    )
+    return query, key
 
 
 def _norm(arch: Arch, weights: Weights, name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -20,6 +20,11 @@ class WeightSpec:
     layer: -1 for the embedding stage, 0 .. num_layers - 1 for the decoder layers, num_layers for the head. sections:
     rows of the parts of a fused tensor (queries, keys, values; gate, up; of several experts those of each in turn).
     wide: kept in float32, whatever the model's dtype.
+
+    How ranks share a tensor out (`models.shard.RankShard` has their ranges): split_rows names the unit of its rows, of
+    every section where there are some; split_columns that of its columns, or of as many equal parts of them;
+    added_once: a bias of products that the ranks add up, which one of them adds. A tensor without a rule is on every
+    rank.
     """
 
     layer: int
@@ -27,6 +32,9 @@ class WeightSpec:
     shape: tuple[int, ...]
     sections: tuple[int, ...] = ()
     wide: bool = False
+    split_rows: tuple[str, ...] = ()
+    split_columns: tuple[str, ...] = ()
+    added_once: bool = False
 
     @property
     def numel(self) -> int:
@@ -54,12 +62,26 @@ def weight_specs(arch: Arch) -> list[WeightSpec]:
     return specs + _head(arch)
 
 
-def _linear(
-    layer: int, name: str, rows: int, columns: int, bias: bool, sections: tuple[int, ...] = ()
+def _rows(
+    layer: int, name: str, columns: int, bias: bool, units: tuple[str, ...], sections: tuple[int, ...]
 ) -> list[WeightSpec]:
-    """The weight [rows, columns] of a linear map, and its bias [rows] where it has one."""
-    specs = [WeightSpec(layer, f"{name}.weight", (rows, columns), sections)]
-    return [*specs, WeightSpec(layer, f"{name}.bias", (rows,), sections)] if bias else specs
+    """A linear map whose outputs ranks share out: the weight [rows, columns], and its bias [rows] where it has one. The
+    sections of a single unit are the rows themselves."""
+    rows, parts = sum(sections), sections if len(sections) > 1 else ()
+    specs = [WeightSpec(layer, f"{name}.weight", (rows, columns), parts, split_rows=units)]
+    return [*specs, WeightSpec(layer, f"{name}.bias", (rows,), parts, split_rows=units)] if bias else specs
+
+
+def _columns(layer: int, name: str, rows: int, columns: int, bias: bool, unit: str) -> list[WeightSpec]:
+    """A linear map whose inputs ranks share out."""
+    specs = [WeightSpec(layer, f"{name}.weight", (rows, columns), split_columns=(unit,))]
+    return [*specs, WeightSpec(layer, f"{name}.bias", (rows,), added_once=True)] if bias else specs
+
+
+def _linear(layer: int, name: str, rows: int, columns: int, bias: bool) -> list[WeightSpec]:
+    """A linear map that every rank has whole."""
+    specs = [WeightSpec(layer, f"{name}.weight", (rows, columns))]
+    return [*specs, WeightSpec(layer, f"{name}.bias", (rows,))] if bias else specs
 
 
 def _norm(arch: Arch, layer: int, name: str) -> list[WeightSpec]:
@@ -70,11 +92,12 @@ def _norm(arch: Arch, layer: int, name: str) -> list[WeightSpec]:
 
 
 def _embedding(arch: Arch) -> list[WeightSpec]:
-    specs = [WeightSpec(-1, "embed.weight", (arch.vocab_size, arch.embedding_dim))]
+    specs = [WeightSpec(-1, "embed.weight", (_words(arch), arch.embedding_dim), split_rows=("vocabulary",))]
     if arch.position == "learned":
         specs.append(WeightSpec(-1, "pos_embed.weight", (arch.max_positions + arch.position_offset, arch.hidden_size)))
     if arch.sinks:
-        specs += [WeightSpec(-1, sink_role(layer), (arch.num_heads,)) for layer in range(arch.num_layers)]
+        layers, shape, unit = range(arch.num_layers), (arch.num_heads,), ("each_head",)
+        specs += [WeightSpec(-1, sink_role(layer), shape, split_rows=unit) for layer in layers]
     if arch.projects_embedding:
         specs.append(WeightSpec(-1, "project_in.weight", (arch.hidden_size, arch.embedding_dim)))
     return specs + (_norm(arch, -1, "embed_norm") if arch.embed_norm else [])
@@ -85,12 +108,13 @@ def _decoder_layer(arch: Arch, layer: int) -> list[WeightSpec]:
     if arch.latent is not None:
         return _latent(arch, arch.latent, layer) + _after_attention(arch, layer)
     specs = _norm(arch, layer, "attn_norm")
-    specs += _linear(layer, "qkv", sum(sections), hidden, arch.qkv_bias, sections)
+    units = "heads", "kv_heads", "kv_heads"
+    specs += _rows(layer, "qkv", hidden, arch.qkv_bias, units, sections)
     if arch.qk_norm or arch.late_qk_norm or arch.wide_qk_norm:
         widths = sections[:2] if arch.wide_qk_norm else (arch.head_dim, arch.head_dim)
         specs += [
-            WeightSpec(layer, f"{name}.weight", (width,))
-            for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
+            WeightSpec(layer, f"{name}.weight", (width,), split_rows=(unit,) if arch.wide_qk_norm else ())
+            for name, width, unit in zip(("q_norm", "k_norm"), widths, units[:2], strict=True)
         ]
     return specs + _after_attention(arch, layer)
 
@@ -114,7 +138,7 @@ def _latent(arch: Arch, latent: Latent, layer: int) -> list[WeightSpec]:
 
 def _after_attention(arch: Arch, layer: int) -> list[WeightSpec]:
     hidden, experts = arch.hidden_size, arch.experts_of(layer)
-    specs = _linear(layer, "o", hidden, arch.output_columns, arch.output_bias)
+    specs = _columns(layer, "o", hidden, arch.output_columns, arch.output_bias, "heads")
     if arch.sublayer_norm:
         specs += _norm(arch, layer, "post_attn_norm")
     if not arch.shared_norm:
@@ -126,10 +150,10 @@ def _after_attention(arch: Arch, layer: int) -> list[WeightSpec]:
 def _dense_mlp(arch: Arch, layer: int) -> list[WeightSpec]:
     hidden, inner = arch.hidden_size, arch.intermediate_size
     if arch.mlp == "gated":
-        specs = _linear(layer, "gate_up", 2 * inner, hidden, arch.mlp_bias, (inner, inner))
+        specs = _rows(layer, "gate_up", hidden, arch.mlp_bias, ("inner", "inner"), (inner, inner))
     else:
-        specs = _linear(layer, "up", inner, hidden, arch.mlp_bias)
-    return specs + _linear(layer, "down", hidden, inner, arch.mlp_bias)
+        specs = _rows(layer, "up", hidden, arch.mlp_bias, ("inner",), (inner,))
+    return specs + _columns(layer, "down", hidden, inner, arch.mlp_bias, "inner")
 
 
 def _experts(experts: Experts, layer: int, hidden: int) -> list[WeightSpec]:
@@ -142,20 +166,21 @@ def _experts(experts: Experts, layer: int, hidden: int) -> list[WeightSpec]:
         specs.append(WeightSpec(layer, "router.correction", (experts.count,), wide=experts.float_router))
     if experts.shared_width:
         width = experts.shared_width
-        specs += _linear(layer, "shared.gate_up", 2 * width, hidden, experts.shared_bias, (width, width))
-        specs += _linear(layer, "shared.down", hidden, width, experts.shared_bias)
+        specs += _rows(layer, "shared.gate_up", hidden, experts.shared_bias, ("shared", "shared"), (width, width))
+        specs += _columns(layer, "shared.down", hidden, width, experts.shared_bias, "shared")
     if experts.shared_gate:
-        specs += _linear(layer, "shared_gate", 1, hidden, False)
+        specs.append(WeightSpec(layer, "shared_gate.weight", (1, hidden)))
     width = experts.width
     if experts.bias:
-        specs += [
-            WeightSpec(layer, f"expert_biases.{name}", (experts.count, size))
-            for name, size in (("gate_up", 2 * width), ("down", hidden))
-        ]
+        both, rows = ("experts", "experts"), experts.count
+        specs.append(WeightSpec(layer, "expert_biases.gate_up", (rows, 2 * width), split_columns=both))
+        specs.append(WeightSpec(layer, "expert_biases.down", (rows, hidden), added_once=True))
     for first, count in experts.units:
-        specs += _linear(layer, expert_role(first, "gate_up"), count * 2 * width, hidden, False, (width,) * 2 * count)
+        units = ("experts",) * 2 * count
+        specs += _rows(layer, expert_role(first, "gate_up"), hidden, False, units, (width,) * 2 * count)
     for first, count in experts.units:
-        specs += _linear(layer, expert_role(first, "down"), count * hidden, width, False, (hidden,) * count)
+        role, shape = f"{expert_role(first, 'down')}.weight", (count * hidden, width)
+        specs.append(WeightSpec(layer, role, shape, (hidden,) * count, split_columns=("experts",)))
     return specs
 
 
@@ -177,5 +202,13 @@ def _head(arch: Arch) -> list[WeightSpec]:
     if arch.projects_embedding:
         specs.append(WeightSpec(layer, "project_out.weight", (arch.embedding_dim, arch.hidden_size)))
     if not arch.tie_word_embeddings:
-        specs.append(WeightSpec(layer, "head.weight", (arch.vocab_size, arch.embedding_dim)))
-    return [*specs, WeightSpec(layer, "head.bias", (arch.vocab_size,))] if arch.head_bias else specs
+        shape = _words(arch), arch.embedding_dim
+        specs.append(WeightSpec(layer, "head.weight", shape, split_rows=("vocabulary",)))
+    bias = WeightSpec(layer, "head.bias", (_words(arch),), split_rows=("vocabulary",))
+    return [*specs, bias] if arch.head_bias else specs
+
+
+def _words(arch: Arch) -> int:
+    """Rows of the embedding table and of the head."""
+    first, end = arch.vocabulary
+    return end - first

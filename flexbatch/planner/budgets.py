@@ -52,10 +52,24 @@ def resolve_dtype(name: str, arch: Arch, device: torch.device) -> torch.dtype:
 
 
 def resolve_budgets(
-    config: EngineConfig, device: torch.device, machine: Hardware | None = None, dry: bool = False
+    config: EngineConfig,
+    device: torch.device,
+    machine: Hardware | None = None,
+    dry: bool = False,
+    local_ranks: int = 1,
 ) -> dict[str, int]:
     """Bytes of every tier, of this machine or of a named one. Without a GPU, gpu and cpu tier are the same memory:
-    half of what is available each. What is given above what there is is capped, unless the plan is ``dry``."""
+    half of what is available each. What is given above what there is is capped, unless the plan is ``dry``.
+
+    Of several ranks on the host each has a GPU, or the gpu tier that was given, of its own, and an equal part of the
+    host's memory and disk.
+    """
+    found = _resolve_host(config, device, machine, dry)
+    shared = {"cpu", "disk"} if device.type == "cuda" or config.gpu_memory is not None else set(found)
+    return {tier: size // local_ranks if tier in shared else size for tier, size in found.items()}
+
+
+def _resolve_host(config: EngineConfig, device: torch.device, machine: Hardware | None, dry: bool) -> dict[str, int]:
     given = {
         tier: parse_bytes(size)
         for tier, size in (("gpu", config.gpu_memory), ("cpu", config.cpu_memory))

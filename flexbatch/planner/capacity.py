@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,8 +16,10 @@ from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.routing import RoutingCounts
 from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.planner.leader import Leader
 from flexbatch.planner.placements import overshoot
 from flexbatch.planner.planner import Planner
+from flexbatch.planner.rank_commands import MakeRunner, PlaceWeights, RankCommand, ReachLonger
 from flexbatch.planner.spare_pages import with_spare_pages
 from flexbatch.policy.step_aside import StepAsideCosts
 from flexbatch.policy.units import size_text
@@ -40,9 +43,11 @@ class Capacity:
         tiers: Tiers,
         queues: TransferQueues,
         place: Callable[[EnginePlan], tuple[WeightStore, Speculator | None]],
+        leader: Leader | None = None,
     ) -> None:
-        """place: loads the weights as planned, or moves those that are loaded; returns them, and the drafts."""
-        self.planner, self.tiers, self.queues, self._place = planner, tiers, queues, place
+        """place: loads the weights as planned, or moves those that are loaded; returns them, and the drafts. leader: of
+        the other ranks, where there are some."""
+        self.planner, self.tiers, self.queues, self._place, self.leader = planner, tiers, queues, place, leader
         self.runner: Runner | None = None
         self.weights: WeightStore | None = None
         """None before the first job."""
@@ -56,10 +61,15 @@ class Capacity:
             self.close()
             self.weights, self.speculator = None, None
             self.planner.placed = None
-            self.weights, self.speculator = self._place(engine_plan)
+            with self.everywhere(PlaceWeights(engine_plan.policy, engine_plan.weight_plan.num_slabs)):
+                self.weights, self.speculator = self._place(engine_plan)
             self.planner.placed = engine_plan
         assert self.weights is not None
         return self.weights
+
+    def everywhere(self, command: RankCommand) -> contextlib.AbstractContextManager[None]:
+        """What the body does here, the other ranks do as well."""
+        return contextlib.nullcontext() if self.leader is None else self.leader.beside(command)
 
     def holds_weights(self, engine_plan: EnginePlan) -> bool:
         """Whether the weights are in memory, on the tiers of a plan."""
@@ -100,19 +110,26 @@ class Capacity:
         sizes = with_spare_pages(engine_plan, sizes, job)
         if self.routing is None and engine_plan.arch.experts is not None:
             self.routing = RoutingCounts(engine_plan.arch, self.queues.device)
-        self.runner = open_runner(
-            engine_plan.arch,
-            weights,
-            engine_plan.layout,
-            engine_plan.policy,
-            sizes,
-            self.tiers,
-            self.queues,
-            logits_chunk_bytes(engine_plan.arch, engine_plan.policy, sizes.max_query_nodes),
-            engine_plan.num_graphs(sizes),
-            engine_plan.deployment.adapters,
-            self.routing,
-        )
+        policy, leader = engine_plan.policy, self.leader
+        logits_bytes = logits_chunk_bytes(engine_plan.arch, policy, sizes.max_query_nodes)
+        with self.everywhere(MakeRunner(policy, sizes, logits_bytes)):
+            self.runner = open_runner(
+                engine_plan.arch,
+                weights,
+                engine_plan.layout,
+                policy,
+                sizes,
+                self.tiers,
+                self.queues,
+                logits_bytes,
+                engine_plan.num_graphs(sizes),
+                engine_plan.deployment.adapters,
+                self.routing,
+                None if leader is None else leader.ranks,
+                None if leader is None else leader.lead,
+            )
+        if leader is not None:
+            leader.runner = self.runner
         return self.runner
 
     def prepare_largest(self, job: Job) -> Runner:
@@ -148,7 +165,8 @@ class Capacity:
         engine_plan = self.planner.engine_plan
         if overshoot(engine_plan.requirements(sizes), engine_plan.budgets):
             return False
-        self.runner.reach(sizes)
+        with self.everywhere(ReachLonger(sizes)):
+            self.runner.reach(sizes)
         return True
 
     def refusal(self, sequence: Sequence) -> str:

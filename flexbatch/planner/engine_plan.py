@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flexbatch.config import EngineConfig
-from flexbatch.execution.block_sizes import BlockSizes, block_sizes, cache_layout
+from flexbatch.execution.block_sizes import BlockSizes, block_sizes, cache_layout, logits_chunk_bytes
 from flexbatch.execution.job import Job
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import MemoryRequirement
@@ -17,6 +18,9 @@ from flexbatch.memory.weight_plan import WeightPlan, plan_weights
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import OpenModel
+from flexbatch.models.shard import RankShard
+from flexbatch.models.sharding import shard_of
+from flexbatch.parallel.channel import RankChannel
 from flexbatch.planner import budgets, requirements
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.plan import Plan
@@ -35,6 +39,26 @@ class Deployment:
     budgets: dict[str, int]
     speculation: Speculation | None
     adapters: AdapterSet
+    shards: tuple[RankShard, ...] = ()
+    """Of all ranks; none where one process has the whole model."""
+    rank: int = 0
+    channel: RankChannel | None = None
+    """To ranks that somebody else has started; None: where there are some, they are started with the engine."""
+
+    @property
+    def shard(self) -> RankShard | None:
+        """What this rank has of the model. Budgets, too, are those of one rank."""
+        return self.shards[self.rank] if self.shards else None
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks on this host, which share what is not their GPUs'."""
+        return max(1, len(self.shards)) if self.channel is None else self.channel.mesh.local_size
+
+    @cached_property
+    def arch(self) -> Arch:
+        """Of what this rank has."""
+        return self.model.arch if self.shard is None else shard_of(self.model.arch, self.shard)
 
     @property
     def is_cuda(self) -> bool:
@@ -46,11 +70,11 @@ class Deployment:
         return budgets.offload_dir(self.config)
 
     def layout(self, policy: Policy) -> CacheLayout:
-        return cache_layout(self.model.arch, policy.cache_bits, self.dtype)
+        return cache_layout(self.arch, policy.cache_bits, self.dtype)
 
     def weight_plan(self, policy: Policy, num_slabs: int | None = None) -> WeightPlan:
         """Every tensor's tier. num_slabs: working slabs of loaded weights, which stay."""
-        arch, prequantized = self.model.arch, self.model.prequantized
+        arch, prequantized = self.arch, self.model.prequantized
         bits = self.config.weight_bits if prequantized else policy.weight_bits
         slabs = num_slabs or policy.num_weight_slabs
         group = weight_group(arch.hidden_size)
@@ -67,6 +91,9 @@ class Deployment:
         rows = requirements.block_requirements(
             weight_plan, policy, self.layout(policy), sizes, self.dtype, self.is_cuda, threads
         )
+        if self.shard is not None:
+            logits = logits_chunk_bytes(self.arch, policy, sizes.max_query_nodes)
+            rows.append(MemoryRequirement("logits of the ranks", "gpu", 2 * logits))
         if self.adapters.adapters:
             needed = self.adapters.workspace_bytes(sizes.max_micro_batch_tokens, self.dtype.itemsize)
             rows.append(MemoryRequirement("adapter updates", "gpu", needed))
@@ -100,7 +127,8 @@ class EnginePlan:
 
     @property
     def arch(self) -> Arch:
-        return self.deployment.model.arch
+        """See `Deployment.arch`."""
+        return self.deployment.arch
 
     @property
     def device(self) -> torch.device:

@@ -20,8 +20,10 @@ from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.fingerprint import RECORDS, WeightFiles, combined
 from flexbatch.models.quantized.scheme import QuantizedPiece
+from flexbatch.models.sharding import sharded
 from flexbatch.models.specs import Piece
 from flexbatch.planner.engine_plan import Deployment, EnginePlan
+from flexbatch.planner.leader import lead
 from flexbatch.policy.policy import TIERS
 from flexbatch.policy.units import duration_text, size_text
 from flexbatch.speculative.speculator import Speculator
@@ -56,6 +58,10 @@ class PlacedModel:
             stack.callback(self.tiers.close)
             self.queues = TransferQueues(device, tracer)
             stack.callback(self.queues.close)
+            self.leader = lead(deployment) if deployment.rank == 0 else None
+            """Of the other ranks; None on one of them, and where there are none."""
+            if self.leader is not None:
+                stack.callback(self.leader.close)
             self._stack = stack.pop_all()
 
     def place(self, engine_plan: EnginePlan) -> tuple[WeightStore, Speculator | None]:
@@ -140,8 +146,9 @@ class PlacedModel:
 
 def pieces_of(engine_plan: EnginePlan, skip: set[Key]) -> Iterator[Piece | QuantizedPiece]:
     """The tensors of the model, without those in ``skip``, and of its adapters."""
-    dtype = engine_plan.dtype
-    yield from engine_plan.model.pieces(skip, engine_plan.config.seed, dtype, packed=True)
+    dtype, deployment = engine_plan.dtype, engine_plan.deployment
+    pieces = engine_plan.model.pieces(skip, engine_plan.config.seed, dtype, packed=True)
+    yield from pieces if deployment.shard is None else sharded(pieces, engine_plan.model.arch, deployment.shard)
     yield from engine_plan.deployment.adapters.pieces(dtype)
 
 
@@ -163,8 +170,10 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
     dtype, adapter = str(engine_plan.dtype).removeprefix("torch."), engine_plan.model.adapter
     if adapter is not None:
         dtype = f"{adapter.digest}-{dtype}"
+    if (shard := engine_plan.deployment.shard) is not None:
+        dtype = f"{dtype}-rank-{shard.rank}-of-{shard.ranks}"
     if engine_plan.model.folder is None:
-        drawn = f"{torch.__version__} {engine_plan.config.seed} {engine_plan.arch}"
+        drawn = f"{torch.__version__} {engine_plan.config.seed} {engine_plan.model.arch}"
         identity = f"dummy-{combined(drawn, ())[:32]}"
         return Loader(weights, engine_plan.offload_dir / f"{identity}-{dtype}", cache_quantized=keeps_files)
     files = WeightFiles(engine_plan.model.folder, engine_plan.offload_dir / RECORDS)

@@ -10,27 +10,26 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
-
 from flexbatch.calibrate import machine
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.config import EngineConfig
-from flexbatch.execution.block_sizes import cache_layout
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.generation_config import generation_of
 from flexbatch.models.lora.adapter_set import AdapterSet
-from flexbatch.models.opened import OpenModel, as_configured, open_configured
-from flexbatch.planner import adapters, budgets
+from flexbatch.models.opened import OpenModel
+from flexbatch.parallel.channel import RankChannel
+from flexbatch.planner import budgets
 from flexbatch.planner.choose import Choice, choose_policy, differs, priced, without_reserves
-from flexbatch.planner.engine_plan import Deployment, EnginePlan, described
+from flexbatch.planner.deploy import deploy, refuse_adapters
+from flexbatch.planner.engine_plan import EnginePlan, described
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.policy import Policy, Split
-from flexbatch.speculative.setup import plan_speculation
+from flexbatch.policy.shared_host import shared_by
 from flexbatch.text.prompts import PromptEncoder
 from flexbatch.validation.devices import named_machine
 from flexbatch.validation.errors import DoesNotFitError
@@ -49,8 +48,9 @@ class Planner:
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it
     is described; ``hardware`` is such a machine that no name stands for. ``model``: the configured one, where it is
-    open already. Without a job nothing is decided yet. Raises DoesNotFitError when the job, or without one the smallest
-    request, does not fit the budgets, CheckpointError for a bad model.
+    open already. ``channel``: to the other ranks, where torchrun has started them. Without a job nothing is decided
+    yet. Raises DoesNotFitError when the job, or without one the smallest request, does not fit the budgets,
+    CheckpointError for a bad model.
     """
 
     def __init__(
@@ -60,23 +60,18 @@ class Planner:
         dry: bool = False,
         model: OpenModel | None = None,
         hardware: Hardware | None = None,
+        channel: RankChannel | None = None,
     ) -> None:
         self.config, self.dry = config, dry
         self.generation = generation_of(config, model.folder if model else None)
-        model = open_configured(config) if model is None else as_configured(model, config)
-        model, loras = adapters.configured(config, model)
         named = hardware or named_machine(config.hardware)
-        elsewhere = dry and named is not None and config.device == "auto"
-        device = torch.device(named.device) if elsewhere and named else budgets.resolve_device(config.device)
-        dtype = budgets.resolve_dtype(config.dtype, model.arch, device)
-        tiers = budgets.resolve_budgets(config, device, named if elsewhere else None, dry)
-        self._hardware, self.offload_dir, profiles = named, budgets.offload_dir(config), machine.default_profile_dir()
-        profile = partial(machine.profile_path, config.hardware, device, self.offload_dir, profiles)
-        self.profile_path = profile() if config.recalibrate else None
+        elsewhere = named if dry and config.device == "auto" else None
+        self.deployment = deploy(config, model, elsewhere, dry, channel)
+        model, device = self.deployment.model, self.deployment.device
+        self._hardware, self.offload_dir = named and self._of_a_rank(named), budgets.offload_dir(config)
+        profile = partial(machine.profile_path, config.hardware, device, self.offload_dir)
+        self.profile_path = profile(machine.default_profile_dir()) if config.recalibrate else None
         self.encoder = PromptEncoder(model.tokenizer, max_context=model.arch.context, vocab_size=model.arch.vocab_size)
-        arch, layout = model.arch, cache_layout(model.arch, config.cache_bits, dtype)
-        speculation = plan_speculation(config, arch, model.tokenizer, layout)
-        self.deployment = Deployment(config, model, device, dtype, tiers, speculation, loras)
         self._shortest_refused = sys.maxsize
         """Token rows of the shortest request that no policy was found to hold."""
         self.placed: EnginePlan | None = None
@@ -127,20 +122,25 @@ class Planner:
     def hardware(self) -> Hardware:
         """The machine that plans are made for; measured at first use."""
         if self._hardware is None:
-            self._hardware = machine.this_machine(
-                self.deployment.device, self.offload_dir, machine.default_profile_dir(), measure=not self.dry
-            )
+            place = self.deployment.device, self.offload_dir, machine.default_profile_dir()
+            self._hardware = self._of_a_rank(machine.this_machine(*place, measure=not self.dry))
         return self._hardware
+
+    def _of_a_rank(self, found: Hardware) -> Hardware:
+        local_ranks = self.deployment.local_ranks
+        return found if local_ranks == 1 else shared_by(found, local_ranks)
 
     @property
     def known_hardware(self) -> Hardware | None:
         """The machine as far as it is known without measuring anything."""
         if self._hardware is not None:
             return self._hardware
-        return machine.known_machine(self.deployment.device, self.offload_dir, machine.default_profile_dir())
+        found = machine.known_machine(self.deployment.device, self.offload_dir, machine.default_profile_dir())
+        return found and self._of_a_rank(found)
 
     def adopt(self, loras: AdapterSet) -> None:
         """Plan with more adapters from now on: the next job brings them to their tiers."""
+        refuse_adapters(self.deployment.shard is not None)
         self.deployment = dataclasses.replace(self.deployment, adapters=loras)
         self._weight_plans.clear()
         self._settled.clear()
@@ -189,7 +189,7 @@ class Planner:
             )
         element_bytes, loaded = self.deployment.dtype.itemsize, None if before is None else before.policy
         held, loras = self.deployment.budgets, self.deployment.adapters
-        return Problem(model.arch, config, job, held, element_bytes, model.prequantized, loaded, loras)
+        return Problem(self.deployment.arch, config, job, held, element_bytes, model.prequantized, loaded, loras)
 
     def _chosen(self, problem: Problem, num_slabs: int | None = None) -> Choice:
         choice = choose_policy(

@@ -23,9 +23,9 @@ logger = logging.getLogger("flexbatch")
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
-    "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
+    "distributed_executor_backend": ("mp",),
     "enable_prefix_caching": (True,),
     "enable_chunked_prefill": (True,),
     "enforce_eager": (True, False),
@@ -59,11 +59,13 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
 }
 """Values, beside None, that ask for what happens anyway; graphs are captured where they help, and change no token."""
-ONE_GPU = "an engine uses one GPU; several engines share a job: flexbatch batch --ray, or one process for each --shard"
+ONE_GPU = (
+    "several GPUs share every layer with tensor_parallel_size; several engines share a job: flexbatch batch --ray, or "
+    "one process for each --shard"
+)
 REMEDIES = {
     "trust_remote_code": "nothing that lies beside a model is executed; families that are supported need no code of "
     "their own",
-    "tensor_parallel_size": ONE_GPU,
     "pipeline_parallel_size": ONE_GPU,
     "data_parallel_size": ONE_GPU,
     "distributed_executor_backend": ONE_GPU,

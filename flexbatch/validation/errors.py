@@ -48,3 +48,7 @@ class EngineBusyError(RuntimeError):
 
 class EngineClosedError(RuntimeError):
     """An LLM was used after it was closed."""
+
+
+class LostRankError(RuntimeError):
+    """Another process of the same engine has ended or failed. The engine cannot go on."""

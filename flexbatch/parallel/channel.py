@@ -1,0 +1,103 @@
+"""Groups of ranks, as objects that are passed on: torch's default process group, which is a global, is left alone."""
+
+from __future__ import annotations
+
+import pickle
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
+
+from flexbatch.parallel.mesh import Mesh
+from flexbatch.validation.errors import LostRankError
+
+Group = Any
+"""torch's ProcessGroupGloo or ProcessGroupNCCL. Their stubs have no common type with the collectives."""
+MEETING = timedelta(minutes=5)
+"""Within which all ranks have to come to the store: hosts of a cluster start minutes apart."""
+IDLE = timedelta(days=365)
+"""An engine may wait for requests as long as it likes. A rank that has died is noticed by its closed connection."""
+TOLD_BYTES = 4096
+"""Of the error of a rank, in its answer; its log has all of it."""
+
+
+def open_store(mesh: Mesh) -> TCPStore:
+    """Waits for nobody but the rank that hosts it. Raises LostRankError."""
+    host, port = mesh.host_and_port
+    try:
+        return TCPStore(host, port, None, mesh.hosts_store, MEETING, wait_for_workers=False)
+    except RuntimeError as error:
+        raise LostRankError(f"rank {mesh.rank} finds no store at {mesh.address}: {first_line(error)}") from error
+
+
+def gloo_group(store: Store, name: str, mesh: Mesh) -> Group:
+    """A group over the network of the host, for tensors in host memory. Raises LostRankError."""
+    store.set_timeout(MEETING)
+    try:
+        return ProcessGroupGloo(PrefixStore(name, store), mesh.rank, mesh.size, IDLE)
+    except RuntimeError as error:
+        raise LostRankError(f"rank {mesh.rank} waited for the other ranks: {first_line(error)}") from error
+
+
+def device_group(store: Store, name: str, mesh: Mesh, device: torch.device) -> Group:
+    """A group for tensors of the compute device: NCCL on GPUs, Gloo on CPUs."""
+    if device.type != "cuda":
+        return gloo_group(store, name, mesh)
+    from torch.distributed import ProcessGroupNCCL
+
+    torch.cuda.set_device(device)
+    store.set_timeout(MEETING)
+    return ProcessGroupNCCL(PrefixStore(name, store), mesh.rank, mesh.size, ProcessGroupNCCL.Options())
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class RankChannel:
+    """What rank 0 tells the others, in order, as plain data; and whether they could do it."""
+
+    def __init__(self, mesh: Mesh, store: Store) -> None:
+        """Meets the other ranks. Raises LostRankError."""
+        self.mesh, self.store = mesh, store
+        self.engines = 0
+        """That have begun: each has groups of its own, by their number."""
+        self.broken = False
+        """Whether a pass failed on this rank in its middle, where the other ranks wait for it in vain."""
+        self.group = gloo_group(store, "control", mesh)
+
+    def send(self, message: Any) -> None:
+        """Raises LostRankError."""
+        data = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
+        self._broadcast(torch.tensor([len(data)]))
+        self._broadcast(data)
+
+    def receive(self) -> Any:
+        """Waits for rank 0. Raises LostRankError."""
+        length = torch.zeros(1, dtype=torch.int64)
+        self._broadcast(length)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        self._broadcast(data)
+        # Written by rank 0 of the same job, over a connection that the ranks made with each other.
+        return pickle.loads(data.numpy().tobytes())
+
+    def gather(self, error: str) -> list[str]:
+        """The error of every rank, empty where there was none; every rank calls it."""
+        told = error.encode()[:TOLD_BYTES].ljust(TOLD_BYTES, b"\0")
+        mine = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        found = [torch.empty(TOLD_BYTES, dtype=torch.uint8) for _ in range(self.mesh.size)]
+        waited(self.group.allgather([found], [mine]), self.mesh)
+        return [each.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for each in found]
+
+    def _broadcast(self, data: Tensor) -> None:
+        waited(self.group.broadcast(data, 0), self.mesh)
+
+
+def waited(work: Any, mesh: Mesh) -> None:
+    """Raises LostRankError where a rank has gone."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise LostRankError(f"rank {mesh.rank} of {mesh.size} has lost another rank: {first_line(error)}") from error

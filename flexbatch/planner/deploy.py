@@ -1,0 +1,63 @@
+"""From settings to a deployment: the model, the device, the budgets, and who has which part of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from flexbatch.config import EngineConfig
+from flexbatch.execution.block_sizes import cache_layout
+from flexbatch.models.opened import OpenModel, as_configured, open_configured
+from flexbatch.models.shard import RankShard
+from flexbatch.models.sharding import scale_groups, shards
+from flexbatch.parallel.channel import RankChannel
+from flexbatch.planner import adapters, budgets
+from flexbatch.planner.engine_plan import Deployment
+from flexbatch.policy.hardware import Hardware
+from flexbatch.speculative.setup import plan_speculation
+from flexbatch.validation.errors import ConfigurationError
+
+
+def deploy(
+    config: EngineConfig, model: OpenModel | None, machine: Hardware | None, dry: bool, channel: RankChannel | None
+) -> Deployment:
+    """model: the configured one, where it is open already; machine: one that is planned for and need not be this one.
+    Raises ConfigurationError, CheckpointError."""
+    model = open_configured(config) if model is None else as_configured(model, config)
+    model, loras = adapters.configured(config, model)
+    device = torch.device(machine.device) if machine is not None else budgets.resolve_device(config.device)
+    dtype = budgets.resolve_dtype(config.dtype, model.arch, device)
+    parts = shards_of(config, model, device) if config.tensor_parallel_size > 1 else ()
+    if parts:
+        refuse_adapters(bool(loras.adapters))
+    layout = cache_layout(model.arch, config.cache_bits, dtype)
+    speculation = plan_speculation(config, model.arch, model.tokenizer, layout)
+    whole = Deployment(config, model, device, dtype, {}, speculation, loras, parts, channel=channel)
+    return replace(whole, budgets=budgets.resolve_budgets(config, device, machine, dry, whole.local_ranks))
+
+
+def shards_of(config: EngineConfig, model: OpenModel, device: torch.device) -> tuple[RankShard, ...]:
+    """The part of every rank. Raises ConfigurationError."""
+    ranks = config.tensor_parallel_size
+    if config.recalibrate:
+        raise ConfigurationError(
+            f"recalibrate refines the profile of the machine by what one process measures: with "
+            f"tensor_parallel_size={ranks} leave it out"
+        )
+    if device.type == "cuda" and device.index:
+        raise ConfigurationError(
+            f"device={config.device!r} is one GPU: with tensor_parallel_size={ranks} leave it out, and choose the GPUs "
+            "with CUDA_VISIBLE_DEVICES"
+        )
+    groups = scale_groups(model.arch, (config.weight_bits, *(config.allow_bits or ())), model.formats)
+    return tuple(shards(model.arch, ranks, groups))
+
+
+def refuse_adapters(there_are_some: bool) -> None:
+    """Raises ConfigurationError."""
+    if there_are_some:
+        raise ConfigurationError(
+            "with tensor_parallel_size above 1 requests cannot choose LoRA adapters: merge one into 16-bit weights "
+            "(--lora NAME=FOLDER --lora-default NAME), or use one GPU"
+        )

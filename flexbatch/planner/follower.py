@@ -1,0 +1,175 @@
+"""A rank other than 0: does to its part of the model what rank 0 does to its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flexbatch.execution.pass_batch import NewestTokens
+from flexbatch.execution.runner import Runner, open_runner
+from flexbatch.memory import page_moves
+from flexbatch.models.lora.adapter_set import AdapterSet
+from flexbatch.models.opened import open_configured
+from flexbatch.parallel.channel import RankChannel, open_store
+from flexbatch.parallel.processes import ignore_interruptions, live_as_long_as_rank_0, log_error, mesh_of_words
+from flexbatch.parallel.tensor_ranks import TensorRanks
+from flexbatch.planner.adapters import configured
+from flexbatch.planner.engine_plan import Deployment, EnginePlan
+from flexbatch.planner.leader import make_ranks
+from flexbatch.planner.loader import PlacedModel
+from flexbatch.planner.rank_commands import (
+    BeginEngine,
+    CloseEngine,
+    Leave,
+    MakeRunner,
+    PlaceWeights,
+    RankCommand,
+    ReachLonger,
+    RunPass,
+)
+from flexbatch.trace import Tracer
+from flexbatch.validation.errors import CRASH, DONE, LostRankError
+
+logger = logging.getLogger("flexbatch")
+
+
+class Follower:
+    """One engine, as far as a rank has it: its tiers, its part of the weights, and its heads of the cache."""
+
+    def __init__(self, opened: BeginEngine, deployment: Deployment, ranks: TensorRanks) -> None:
+        self.opened, self.deployment, self.ranks = opened, deployment, ranks
+        self.model = PlacedModel(deployment, Tracer())
+        self.runner: Runner | None = None
+
+    def place(self, command: PlaceWeights) -> None:
+        weight_plan = self.deployment.weight_plan(command.policy, command.num_slabs)
+        if self.model.weights is not None:
+            self.model.weights.drain()
+        if self.model.weights is None or self.model.weights.plan != weight_plan:
+            self.close_runner()
+            self.model.place(EnginePlan(self.deployment, command.policy, None, weight_plan))
+
+    def make_runner(self, command: MakeRunner) -> None:
+        self.close_runner()
+        weights = self.model.weights
+        assert weights is not None
+        weights.drain()
+        self.runner = open_runner(
+            self.deployment.arch,
+            weights,
+            self.deployment.layout(command.policy),
+            command.policy,
+            command.sizes,
+            self.model.tiers,
+            self.model.queues,
+            command.logits_chunk_bytes,
+            ranks=self.ranks,
+        )
+
+    def reach(self, command: ReachLonger) -> None:
+        assert self.runner is not None
+        self.runner.reach(command.sizes)
+
+    def run(self, command: RunPass) -> None:
+        """The pass as rank 0 runs it. What it samples never comes here, but for tokens that it has not read itself."""
+        assert self.runner is not None
+        page_moves.follow(self.runner.cache, command.orders)
+        newest = None
+        if command.newest is not None:
+            tokens = torch.empty(len(command.newest), dtype=torch.int64, device=self.deployment.device)
+            newest = NewestTokens(self.ranks.broadcast(tokens), command.newest)
+        for _ in self.runner.executor.run(command.batch, newest):
+            raise AssertionError("logits belong to rank 0")
+
+    def close_runner(self) -> None:
+        runner, self.runner = self.runner, None
+        if runner is not None:
+            runner.close()
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.model.close)
+            stack.callback(self.close_runner)
+
+
+def open_follower(channel: RankChannel, opened: BeginEngine) -> Follower:
+    torch.set_num_threads(opened.threads)
+    mesh, config = channel.mesh, opened.config
+    device = torch.device(f"cuda:{mesh.local_rank}" if opened.device_type == "cuda" else "cpu")
+    model, _ = configured(config, open_configured(config))
+    deployment = Deployment(
+        *(config, model, device, opened.dtype, opened.budgets, None, AdapterSet(model.arch, ())),
+        shards=opened.shards,
+        rank=mesh.rank,
+    )
+    return Follower(opened, deployment, make_ranks(channel, opened, device))
+
+
+@torch.inference_mode()
+def follow(channel: RankChannel) -> None:
+    """Engine after engine, until rank 0 leaves. Raises whatever fails here: the process is then to end, which all
+    others notice."""
+    with contextlib.ExitStack() as stack:
+        follower: Follower | None = None
+        while True:
+            command: RankCommand = channel.receive()
+            if isinstance(command, Leave):
+                return
+            if isinstance(command, BeginEngine):
+                follower = stack.enter_context(contextlib.closing(open_follower(channel, command)))
+            elif isinstance(command, CloseEngine):
+                follower = None
+                stack.close()
+            else:
+                assert follower is not None, command
+                do(follower, command, channel)
+
+
+def do(follower: Follower, command: RankCommand, channel: RankChannel) -> None:
+    """What does not come to pass is told to rank 0, but for a pass: its other ranks wait in its middle."""
+    if isinstance(command, RunPass):
+        follower.run(command)
+        return
+    steps: dict[type, Callable] = {
+        PlaceWeights: follower.place,
+        MakeRunner: follower.make_runner,
+        ReachLonger: follower.reach,
+    }
+    failure = ""
+    try:
+        steps[type(command)](command)
+    except Exception as error:
+        log_error(channel.mesh.rank, error)
+        failure = f"{type(error).__name__}: {error}"
+    channel.gather(failure)
+
+
+def followed(channel: RankChannel) -> int:
+    """`follow` as a process: its exit code."""
+    rank = channel.mesh.rank
+    try:
+        follow(channel)
+        return DONE
+    except LostRankError as error:
+        logger.error("rank %d ends: %s", rank, error)
+    except Exception as error:
+        log_error(rank, error)
+    return CRASH
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """A rank that rank 0 has started."""
+    live_as_long_as_rank_0()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    mesh = mesh_of_words(sys.argv[1:] if words is None else words)
+    return followed(RankChannel(mesh, open_store(mesh)))
+
+
+def follow_launched(channel: RankChannel) -> int:
+    """A rank that torchrun has started."""
+    ignore_interruptions()
+    return followed(channel)

@@ -1,0 +1,30 @@
+"""What one of several processes on a host has of its machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flexbatch.policy.hardware import Curve, Hardware
+
+OF_THE_HOST = frozenset(
+    {"disk_read", "disk_write", "host_bandwidth", "cpu_attention", "cpu_attention_during_h2d"}
+    | {"cpu_attention_8", "cpu_attention_4"}
+)
+OF_A_CPU = frozenset(
+    {"h2d", "d2h", "link_both", "gather", "scatter", "gemm", "gpu_bandwidth", "attention_decode"}
+    | {"attention_prefill", "expand", "h2d_during_cpu_attention", "attention_expand"}
+)
+"""Also rates of the host, where it is the compute device."""
+
+
+def shared_by(hardware: Hardware, ranks: int) -> Hardware:
+    """The machine of one rank: a GPU and its link, and an equal part of the host's memory bandwidth, disk and cores."""
+    names = OF_THE_HOST | (OF_A_CPU if hardware.device == "cpu" else frozenset())
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Curve):
+            return Curve(value.points, tuple(each / ranks for each in value.values))
+        return value / ranks if value else value
+
+    return dataclasses.replace(hardware, **{name: part(getattr(hardware, name)) for name in names})

@@ -1,0 +1,109 @@
+"""One rank of a mesh whose engines run one after another.
+
+    python -m tests.parallel.driver RANK SIZE ADDRESS FILE
+
+FILE is JSON: a list of engines, each with `model`, `settings`, `prompts` and `params`, and what is to happen to it.
+Rank 0 writes what every engine generated beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.config import EngineConfig
+from flexbatch.execution.scheduler import Scheduler
+from flexbatch.parallel.channel import RankChannel, open_store
+from flexbatch.parallel.mesh import Mesh
+from flexbatch.planner.follower import Follower, follow_launched
+from flexbatch.planner.planner import Planner
+from flexbatch.planner.rank_commands import Leave
+from tests.execution.test_answer_lengths import ended
+
+SETTINGS = {"hardware": "cpu", "device": "cpu", "dtype": "float32", "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
+
+
+@contextlib.contextmanager
+def stepping_aside(llm: LLM, counted: list[int]) -> Iterator[None]:
+    """Any sequence may be told to step aside before any pass, in an engine that has seen short answers alone."""
+    chance, next_pass, lengths = random.Random(3), Scheduler.next_pass, llm._loop.lengths
+    for i in range(60):
+        lengths.observe(ended(i, 3))
+    lengths.stale = 100
+    lengths.update([])
+    llm._loop.next_lengths_plan = 10**9
+
+    def disturbed(scheduler: Scheduler) -> Any:
+        if len(scheduler.running) > 1 and chance.random() < 0.4:
+            sequence = chance.choice(list(scheduler.running.values()))
+            scheduler.step_aside(sequence, in_place=not scheduler.aside.recomputes or chance.random() < 0.5)
+            counted.append(1)
+            if not scheduler.running:
+                scheduler.admit()
+        return next_pass(scheduler)
+
+    Scheduler.next_pass = disturbed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Scheduler.next_pass = next_pass  # type: ignore[method-assign]
+
+
+def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dict[str, Any]:
+    """Token ids and errors of every prompt, each of its samples; twice where ``again`` names further prompts."""
+    size = 1 if channel is None else channel.mesh.size
+    config = EngineConfig(model=engine["model"], tensor_parallel_size=size, **{**SETTINGS, **engine["settings"]})
+    params = [SamplingParams(**each) for each in engine["params"]]
+    found, steps = [], list[int]()
+    with LLM.from_planner(Planner(config, channel=channel)) as llm, contextlib.ExitStack() as stack:
+        if engine.get("steps_aside"):
+            stack.enter_context(stepping_aside(llm, steps))
+        for prompts in (engine["prompts"], *engine.get("again", ())):
+            for each in llm.generate(prompts, params[: len(prompts)]):
+                found.append([(sample.token_ids, sample.finish_reason) for sample in each.samples or [each]])
+            assert llm.runner is not None
+            llm.runner.check()
+            llm.tiers.check()
+        if llm.speculator is not None:
+            llm.speculator.check()
+        weights = sum(llm.engine_plan.weight_plan.tier_bytes(tier) for tier in ("gpu", "cpu", "disk"))
+        told = {"read": llm.report()["loaded_bytes"], "weights": weights, "percent": config.percent}
+    return {"answers": found, "steps_aside": len(steps), **told}
+
+
+def failing_at(number: int) -> None:
+    """This rank's pass ``number`` fails."""
+    run, seen = Follower.run, []
+
+    def failing(follower: Follower, command: Any) -> None:
+        seen.append(command)
+        if len(seen) == number:
+            raise ArithmeticError("this rank cannot count any further")
+        run(follower, command)
+
+    Follower.run = failing  # type: ignore[method-assign]
+
+
+def main() -> int:
+    rank, size, address, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    mesh = Mesh(rank, size, address, rank, size, hosts_store=rank == 0)
+    channel = RankChannel(mesh, open_store(mesh))
+    engines = json.loads(file.read_text())
+    if rank:
+        if rank == size - 1 and (number := engines[0].get("fails_at")):
+            failing_at(number)
+        return follow_launched(channel)
+    results = [generated(engine, channel) for engine in engines]
+    channel.send(Leave())
+    file.with_suffix(".results").write_text(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
