@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,13 +115,13 @@ def pieces(
         return
     rows = assignment.sizes[0]
 
-    def in_place(index: int, tensor: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
+    def in_place(index: int, _: Assignment, tensor: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:
         placed = gates_first(tensor, 0) if assignment.row.says("pairs") else tensor
         yield slice(index * rows, (index + 1) * rows), (placed,)
 
     for index, expert in enumerate(range(assignment.source_experts.start, assignment.source_experts.stop)):
         own = {suffix: tensor[expert] for suffix, tensor in parts.items()}
-        yield from _pieces(assignment, own, packed, lambda _, tensor, index=index: in_place(index, tensor))
+        yield from _pieces(assignment, own, packed, partial(in_place, index))
 
 
 def gates_first(tensor: Tensor, dim: int) -> Tensor:
