@@ -156,9 +156,9 @@ class SamplingConfig:
             except (OSError, ValueError) as error:
                 raise ConfigurationError(f"--json-schema {path}: {reason(error)}") from error
         if found.pop("disable_any_whitespace"):
-            if not form and getattr(self, "json_schema_column", None) is None:
+            if "json" not in form and getattr(self, "json_schema_column", None) is None:
                 raise ConfigurationError("--disable-any-whitespace is for JSON answers: give their --json-schema, too")
-            form |= {"disable_any_whitespace": True} if form else {}
+            form |= {"disable_any_whitespace": True} if "json" in form else {}
         return {**found, "structured_outputs": StructuredOutputsParams(**form)} if form else found
 
     def check_sampling(self) -> None:

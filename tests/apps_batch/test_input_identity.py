@@ -195,7 +195,11 @@ OTHER_VALUES: dict[str, Any] = {
     "allowed_token_ids": (3,), "bad_words": ("x",), "min_tokens": 2, "ignore_eos": True, "skip_special_tokens": False,
     "include_stop_str_in_output": True, "choice": ("x",), "regex": "x",
     "json_schema": str(Path(__file__).parents[1] / "data" / "person.schema.json"),
+    "disable_any_whitespace": True, "parse_json": True,
 }  # fmt: skip
+SCHEMA = {"json_schema": OTHER_VALUES["json_schema"]}
+WITH = {"disable_any_whitespace": SCHEMA, "parse_json": SCHEMA}
+"""What a setting needs beside it."""
 
 
 def test_every_setting_is_either_in_the_fingerprint_or_changes_no_answer() -> None:
@@ -203,7 +207,8 @@ def test_every_setting_is_either_in_the_fingerprint_or_changes_no_answer() -> No
         if field.name in NOT_ANSWERS | BY_THE_INPUT | BY_THE_LAYOUT:
             continue
         value = OTHER_VALUES.get(field.name, ("a=string",) if field.name == "column_types" else "a")
-        changed, unchanged = JobConfig(**{field.name: value}), JobConfig()
+        beside = WITH.get(field.name, {})
+        changed, unchanged = JobConfig(**{field.name: value}, **beside), JobConfig(**beside)
         # What is given goes into the fingerprint with what the model's generation_config.json adds to it.
         assert (changed.identity(), changed.given()) != (unchanged.identity(), unchanged.given()), field.name
 

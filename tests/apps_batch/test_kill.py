@@ -151,11 +151,13 @@ def test_the_first_interrupt_finishes_the_rows_in_flight_and_the_resume_command_
     assert read_output(out)["id"].to_pylist() == list(range(400))
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)])
+@pytest.mark.parametrize(
+    "signals", [(signal.SIGINT, signal.SIGINT), pytest.param((signal.SIGTERM,), marks=pytest.mark.slow)]
+)
 def test_the_second_interrupt_and_sigterm_stop_at_once_and_keep_finished_rows(
     tmp_path: Path, signals: tuple[int, ...]
 ) -> None:
-    process, out = begun(tmp_path, step_s=0.1)
+    process, out = begun(tmp_path, step_s=0.04)
     kept = journal_bytes(out)
     began = time.monotonic()
     for number in signals:
@@ -237,6 +239,7 @@ def test_a_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
     assert other.returncode == 2 and "being written by another process" in err
 
 
+@pytest.mark.slow  # 13 s, most of them spent waiting
 def test_readers_see_whole_parts_during_the_job(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     process, out = begun(tmp_path)

@@ -276,6 +276,7 @@ def test_arguments_of_hf_are_taken_where_they_change_nothing():
             engine_arguments({name: value})
 
 
+@pytest.mark.slow  # 15 s each, to import the harness and a model
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [("pretrained=demo,percnt=1", "FlexBatch has no percnt"), ("pretrained=no/where", "model 'no/where'")],

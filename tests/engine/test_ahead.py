@@ -25,7 +25,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "4 bits": {"percent": (100, 0, 40, 60, 100, 0), "cache_bits": 4, "weight_bits": 4},
     "drafts": {"percent": (100, 0, 100, 0, 100, 0), "draft": ("ngram",), "tree": "chain:3"},
 }
-SLOW, MORE = pytest.mark.slow, ("disk", "drafts")
+SLOW, MORE = pytest.mark.slow, ("disk", "drafts", "4 bits")
 SETTINGS: dict[str, Any] = {
     "gpu_batch_size": 3, "num_gpu_batches": 2, "prefill_chunk": 16, "prefill_budget": 40,
     "device": "cpu", "dtype": "float32", "hardware": "cpu", "gpu_memory": "1GiB", "cpu_memory": "1GiB",

@@ -27,8 +27,8 @@ PLACES: dict[str, dict[str, Any]] = {
     "4 bits": {"percent": (100, 0, 40, 30, 100, 0), "cache_bits": 4},
     "4 bits gpu": {"percent": (100, 0, 100, 0, 100, 0), "cache_bits": 4},
 }
-SLOW = ("disk", "4 bits")
-"""Where pages run out, 20 and 14 s of processor time: the test of forced steps covers these tiers by default."""
+SLOW = ("disk", "4 bits", "mixed", "4 bits gpu", "drafts")
+"""Where pages run out, 6 to 20 s of processor time: the test of forced steps covers these tiers by default."""
 SETTINGS: dict[str, Any] = {
     "gpu_batch_size": 6, "num_gpu_batches": 2, "prefill_chunk": 16, "prefill_budget": 24,
     "device": "cpu", "dtype": "float32", "hardware": "cpu",

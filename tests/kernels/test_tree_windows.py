@@ -141,7 +141,7 @@ def test_native(seeds):
 
 @pytest.mark.parametrize(
     "seeds",
-    [range(0, WHOLE, 500), *(pytest.param(range(i, i + PART), marks=slow) for i in range(0, WHOLE, PART))],
+    [range(0, WHOLE, 1000), *(pytest.param(range(i, i + PART), marks=slow) for i in range(0, WHOLE, PART))],
     ids=str,
 )
 def test_triton(seeds, device):

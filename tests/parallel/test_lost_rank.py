@@ -46,7 +46,8 @@ def parts(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("part-*")}
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # 20 s, most of them spent waiting
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_batch_job_whose_rank_was_killed_goes_on_to_the_same_bytes(killed, tmp_path):
     folder, rows = tmp_path / "model", tmp_path / "rows.parquet"
     make_model("llama", folder)

@@ -27,7 +27,7 @@ from flexbatch.policy.workload import Workload
 
 GIB = 2**30
 RARE = [("opt-30b", 16, 64, 1), ("opt-6.7b", 16, 32, 1), ("opt-30b", 80, 128, 1), ("opt-30b", 24, 20, 1)]
-MACHINES = [("opt-30b", 16, 64, 2), *(pytest.param(*machine, marks=pytest.mark.slow) for machine in RARE)]
+MACHINES = [("opt-30b", 16, 64, 2), *RARE]
 """Model, GiB of the gpu and of the cpu tier, and of how many neighbors one is tried."""
 WORKLOAD = Workload.uniform(512, 32)
 
@@ -149,6 +149,7 @@ def test_whole_search_for_the_largest_model_is_short():
     assert not plan.missing
 
 
+@pytest.mark.slow  # 6 s of processor time
 @pytest.mark.parametrize("model, gpu, cpu, every", MACHINES)
 def test_choice_beats_its_neighbors(model, gpu, cpu, every):
     """No block of another size, with its own best splits, is better by more than 1 %."""

@@ -146,7 +146,11 @@ def plain_demo(tmp_path_factory) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "draft",
-    [("demo-draft",), ("ngram",), pytest.param(("demo-draft", "ngram"), marks=pytest.mark.slow)],
+    [
+        ("demo-draft",),
+        pytest.param(("ngram",), marks=pytest.mark.slow),
+        pytest.param(("demo-draft", "ngram"), marks=pytest.mark.slow),
+    ],
     ids=" ".join,
 )
 def test_the_demo_pair_saves_passes_on_real_prompts(draft, plain_demo, tmp_path):
