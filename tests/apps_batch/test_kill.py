@@ -139,6 +139,7 @@ def begun(tmp_path: Path, rows: int = 400, **settings: float) -> tuple[Forked, P
     return process, out
 
 
+@pytest.mark.slow  # `tests/cli/test_interrupt.py` asks the same of a real engine
 def test_the_first_interrupt_finishes_the_rows_in_flight_and_the_resume_command_works(tmp_path: Path) -> None:
     process, out = begun(tmp_path)
     process.send_signal(signal.SIGINT)
@@ -178,6 +179,7 @@ def test_an_interrupt_while_the_model_loads_stops_at_once(tmp_path: Path) -> Non
     assert process.returncode == 130 and "resume with: " in err
 
 
+@pytest.mark.slow  # 8 s, most of them spent waiting
 def test_an_input_that_is_deleted_mid_job(tmp_path: Path) -> None:
     for name in "abcd":
         write_input(tmp_path / "in" / f"{name}.parquet", [f"{name}{i}" for i in range(100)])

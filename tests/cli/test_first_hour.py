@@ -197,7 +197,9 @@ COMPLAINTS: dict[str, tuple[list[str], str]] = {
 """What went wrong -> the words after ``flexbatch``, and what the line says."""
 
 
-@pytest.mark.parametrize("name", COMPLAINTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if i % 3 == 0 else pytest.mark.slow) for i, name in enumerate(COMPLAINTS)]
+)
 def test_what_is_wrong_is_told_in_one_line_before_anything_heavy_is_imported(name: str, folder: Path) -> None:
     words, message = COMPLAINTS[name]
     told = start(["flexbatch", *words], folder)

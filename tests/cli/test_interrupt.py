@@ -86,7 +86,11 @@ def test_nothing_else_begins_after_the_first_signal(prompts: Path, tmp_path: Pat
     assert process.returncode == 130 and before <= len(lines_of(out)) <= before + 2 * BLOCK < ROWS
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]], ids=["twice", "SIGTERM"])
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGINT, signal.SIGINT], pytest.param([signal.SIGTERM], marks=pytest.mark.slow)],
+    ids=["twice", "SIGTERM"],
+)
 def test_a_second_signal_stops_a_run_now(prompts: Path, tmp_path: Path, signals: list[int]) -> None:
     """Answers of 200 tokens, so that those in flight would take a while."""
     out = tmp_path / "out.jsonl"

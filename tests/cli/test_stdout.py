@@ -20,6 +20,7 @@ NOISE = Path(__file__).parent / "noise"
 SMALL = ["--device", "cpu", "--hardware", "cpu", "--gpu-memory", "256MiB", "--cpu-memory", "64MiB"]
 PRICED = ["-m", "flexbatch", "plan", "opt-125m", "--gpu", "cpu", "--gpu-batch-size", "4", "--num-gpu-batches", "1"]
 PRICED += ["--percent", "100", "0", "100", "0", "100", "0", "--cpu-attention", "0", "--prefill-chunk", "64"]
+PRICED += ["--num-prompts", "7"]
 
 
 def python(*words: str, noisy: bool = False, **options) -> subprocess.CompletedProcess[str]:

@@ -94,7 +94,10 @@ def teach(llm: LLM, length: int = 3) -> None:
     llm._loop.next_lengths_plan = 10**9
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(place, marks=[pytest.mark.slow] if place in ("disk", "4 bits gpu") else []) for place in PLACES],
+)
 def test_tokens_are_those_of_a_run_that_reserves_all(place, reference, tmp_path, forced):
     folder, job, settings = str(reference("llama").folder), requests(), {**SETTINGS, **PLACES[place]}
     roomy = {"gpu_memory": "1GiB", "cpu_memory": "1GiB"}

@@ -113,7 +113,7 @@ def compare(found: list[Completion], wanted: list[Completion]) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=() if way in ("aside", "tree, aside") else pytest.mark.slow) for way in WAYS]
+    "way", [pytest.param(way, marks=() if way == "tree, aside" else pytest.mark.slow) for way in WAYS]
 )
 def test_what_is_asked_for_and_what_happens_change_no_answer(way: str, monkeypatch) -> None:
     settings, disturbed = WAYS[way]

@@ -101,7 +101,13 @@ def test_native_on_random_cases(case):
 INTERPRETED_LATER = {
     ("trees, window of 32, in chunks", 1),
     *(("trees, window of 40", 1), ("trees, window of 200", 1), ("trees, window of 64, soft cap", 1)),
-    *(("trees, window of 100, ALiBi", 1), ("trees with rounded ALiBi", 1), ("trees", 3), ("4 bits", 3)),
+    *(
+        ("trees, window of 100, ALiBi", 1),
+        ("trees with rounded ALiBi", 1),
+        ("trees", 3),
+        ("4 bits", 3),
+        ("sinks, window", 3),
+    ),
 }
 """Two seconds each in the interpreter; every option of theirs is in another case."""
 

@@ -108,6 +108,7 @@ def test_a_later_job_is_decided_for_again_around_the_loaded_weights(reference, t
         assert llm.policy.block_size > before.block_size
 
 
+@pytest.mark.slow  # 5 s of processor time
 def test_recalibration_writes_the_users_profile_and_refuses_a_shipped_one(reference, tmp_path):
     model, path = reference("llama"), tmp_path / "mine.json"
     path.write_text((SHIPPED / "cpu.json").read_text())
