@@ -17,7 +17,7 @@ import json
 import random
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark.machine import machine
+from benchmark.part_times import Parts, PartTimes
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.sampler import Drawn
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.policy.stdout import data_apart, run_process
 
-PARTS: dict[str, tuple[type, str]] = {
+PARTS: Parts = {
     "advance and admit": (Scheduler, "advance"),
     "compose": (Scheduler, "next_pass"),
     "compose and launch": (Passes, "launch"),
@@ -43,39 +44,6 @@ PARTS: dict[str, tuple[type, str]] = {
 }
 """Parts of a turn; composing is in "compose and launch", too, and all of them in "turn"."""
 GAPS = 12
-
-
-class HostTimes:
-    """Seconds of the parts of all turns."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.turns = 0
-
-    def __enter__(self) -> HostTimes:
-        self.originals = {part: getattr(*place) for part, place in PARTS.items()}
-        for part, (owner, name) in PARTS.items():
-            setattr(owner, name, self.timed(part, self.originals[part]))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for part, (owner, name) in PARTS.items():
-            setattr(owner, name, self.originals[part])
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            begun = time.perf_counter()
-            try:
-                return function(*args)
-            finally:
-                self.seconds[part] += time.perf_counter() - begun
-                self.turns += part == "turn"
-
-        return call
-
-    def per_turn(self) -> dict[str, float]:
-        """Milliseconds of a turn."""
-        return {part: round(1e3 * self.seconds[part] / max(1, self.turns), 3) for part in PARTS}
 
 
 class Window:
@@ -154,7 +122,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ]
         llm.prepare(prompts, params)
         llm.generate(prompts, params)
-        with HostTimes() as host:
+        with PartTimes(PARTS) as host:
             begun = time.perf_counter()
             llm.generate(prompts, params)
             seconds = time.perf_counter() - begun

@@ -16,21 +16,19 @@ import argparse
 import json
 import statistics
 import sys
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmark.machine import machine
+from benchmark.part_times import Parts, PartTimes
 from flexbatch import LLM, SamplingParams, StructuredOutputsParams
 from flexbatch.execution import masks, sampling
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.sequence import Sequence
 from flexbatch.policy.stdout import data_apart, run_process
 
-PARTS: dict[str, tuple[Any, str]] = {
+PARTS: Parts = {
     "masks on threads": (masks, "_prepare"),
     "hand out": (masks.MaskWorkers, "begin"),
     "wait": (masks.GrammarFollower, "_settle"),
@@ -42,44 +40,6 @@ PARTS: dict[str, tuple[Any, str]] = {
 }
 IN_LOOP = ("hand out", "read", "apply", "take in", "without a choice")
 """Parts of a turn, one beside the other; waiting is within them."""
-
-
-class Times:
-    """Seconds of the parts of all turns, and the tokens that came without a pass. Threads add up each in its own."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[tuple[str, int], float] = defaultdict(float)
-        self.turns = self.unasked = 0
-
-    def __enter__(self) -> Times:
-        self.originals = {part: getattr(*place) for part, place in PARTS.items()}
-        for part, (owner, name) in PARTS.items():
-            setattr(owner, name, self.timed(part, self.originals[part]))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for part, (owner, name) in PARTS.items():
-            setattr(owner, name, self.originals[part])
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            begun = time.perf_counter()
-            try:
-                found = function(*args)
-            finally:
-                self.seconds[part, threading.get_ident()] += time.perf_counter() - begun
-                self.turns += part == "turn"
-            self.unasked += len(found) if part == "without a choice" else 0
-            return found
-
-        return call
-
-    def per_turn(self) -> dict[str, float]:
-        """Milliseconds of a turn."""
-        sums: dict[str, float] = defaultdict(float)
-        for (part, _), seconds in self.seconds.items():
-            sums[part] += seconds
-        return {part: round(1e3 * sums[part] / max(1, self.turns), 3) for part in PARTS}
 
 
 def requests(args: argparse.Namespace) -> tuple[list[str], list[SamplingParams]]:
@@ -116,12 +76,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.rounds):
             for name, params in (("plain", plain), ("structured", constrained)):
                 begun, passes = time.perf_counter(), llm.statistics.passes
-                with Times() as times:
+                with PartTimes(PARTS, "without a choice") as times:
                     found = llm.generate(prompts, params)
                 seconds, passes = time.perf_counter() - begun, llm.statistics.passes - passes
                 tokens = sum(len(each.token_ids) for each in found)
                 runs[name].append(
-                    {"seconds": seconds, "passes": passes, "tokens": tokens, "without a pass": times.unasked,
+                    {"seconds": seconds, "passes": passes, "tokens": tokens, "without a pass": times.count,
                      "parts": times.per_turn()}
                 )  # fmt: skip
     return summary(args, runs, sum(each.finish_reason == "stop" for each in first))

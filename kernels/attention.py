@@ -58,7 +58,7 @@ def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -100,22 +100,35 @@ def paged_attention(
     tiles = sequences if one_tile else num_tokens * heads_per_group // launch.block_m + sequences
     programs = chosen.num_kv_heads * tiles
     longest = chosen.max_context_len or page_table.shape[1] * chosen.page_tokens
-    splits = splits or choose_splits(programs, longest, _multiprocessors(query.device))
-    target, statistics = out, out
-    if splits > 1:
-        target = torch.empty(splits, num_tokens, num_heads, head_dim, dtype=torch.float32, device=query.device)
-        statistics = torch.empty(splits, num_tokens, num_heads, 2, dtype=torch.float32, device=query.device)
+    splits = splits or choose_splits(programs, longest, multiprocessors_of(query.device))
+    target, statistics = results_of_splits(out, splits)
     arguments = (query, rows, page_table, query_starts, context_lens, target, statistics, (programs, splits), launch)
     if direct and launch.block_m == 1:
         _launch_decode(*arguments, chosen)
     else:
         _launch_tiles(*arguments, chosen, max_rows, one_tile)
-    if splits > 1:
-        combine_kernel[(num_tokens * num_heads,)](
-            target, statistics, out, num_tokens * num_heads, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
-            HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=2,
-        )  # fmt: skip
+    combine_splits(target, statistics, out)
     return out
+
+
+def results_of_splits(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """What the splits of a context are written to, for a result [T, H, D]: sums [splits, T, H, D] and the statistics of
+    their softmax [splits, T, H, 2]; both are ``out`` itself where there is one split."""
+    if splits == 1:
+        return out, out
+    results = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+    return results, torch.empty(splits, *out.shape[:-1], 2, dtype=torch.float32, device=out.device)
+
+
+def combine_splits(results: Tensor, statistics: Tensor, out: Tensor) -> None:
+    """The result of all splits, from `results_of_splits`."""
+    if results is out:
+        return
+    splits, (num_tokens, num_heads, size) = len(results), out.shape
+    combine_kernel[(num_tokens * num_heads,)](
+        results, statistics, out, num_tokens * num_heads, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
+        HEAD_DIM=size, BLOCK_D=triton.next_power_of_2(size), num_warps=2,
+    )  # fmt: skip
 
 
 def _launch_decode(

@@ -13,8 +13,7 @@ import triton
 from torch import Tensor
 
 from flexbatch.kernels import latent_reference, quant, reference
-from flexbatch.kernels.attention import _multiprocessors, choose_splits
-from flexbatch.kernels.attention_kernels import combine_kernel
+from flexbatch.kernels.attention import choose_splits, combine_splits, multiprocessors_of, results_of_splits
 from flexbatch.kernels.latent_kernels import latent_kernel
 from flexbatch.kernels.latent_reference import LatentOptions
 
@@ -55,11 +54,8 @@ def latent_attention(
     query = query.contiguous()
     tiles = num_tokens * num_heads // TILE_ROWS + sequences
     longest = chosen.max_context_len or page_table.shape[1] * chosen.page_tokens
-    splits = splits or choose_splits(tiles, longest, _multiprocessors(query.device))
-    target, statistics = out, out
-    if splits > 1:
-        target = torch.empty(splits, num_tokens, num_heads, values, dtype=torch.float32, device=query.device)
-        statistics = torch.empty(splits, num_tokens, num_heads, 2, dtype=torch.float32, device=query.device)
+    splits = splits or choose_splits(tiles, longest, multiprocessors_of(query.device))
+    target, statistics = results_of_splits(out, splits)
     parameters, offset = rows, 0
     if chosen.bits != 16:
         offset = reference.code_bytes(width, chosen.bits)
@@ -80,9 +76,5 @@ def latent_attention(
         BLOCK_N=WIDE_TILE_KEYS if wide else TILE_KEYS, BLOCK_V=max(16, triton.next_power_of_2(values)),
         BLOCK_R=max(16, triton.next_power_of_2(width - values)), num_warps=4, num_stages=1 if wide else 2,
     )  # fmt: skip
-    if splits > 1:
-        combine_kernel[(num_tokens * num_heads,)](
-            target, statistics, out, num_tokens * num_heads, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
-            HEAD_DIM=values, BLOCK_D=triton.next_power_of_2(values), num_warps=2,
-        )  # fmt: skip
+    combine_splits(target, statistics, out)
     return out

@@ -21,12 +21,12 @@ from flexbatch.apps.jobs.openai_responses import ResponseBodies, problem_of
 from flexbatch.apps.jobs.plan import make_encode
 from flexbatch.apps.jobs.prompts import RowError
 from flexbatch.apps.jobs.rows import RowRequest
+from flexbatch.apps.serve.bodies import json_object
 from flexbatch.apps.serve.errors import ApiError, engine_failed, stopping
 from flexbatch.apps.serve.serving import ENGINE_FAILED, Asked, Serving
 from flexbatch.apps.serve.streaming import Streamed, StreamOptions
 from flexbatch.execution.sequence import Sequence
 from flexbatch.request import Completion, SamplingParams
-from flexbatch.text.files import parse_json
 
 INTAKE_THREADS = 1
 """Threads that read and encode requests, beside the engine's and the event loop's: a tokenizer is no friend of two."""
@@ -81,12 +81,7 @@ class Answers:
 
     def read(self, data: bytes, url: str) -> ReadRequest:
         """A request from its body; called in a thread of `intake`. Raises ApiError."""
-        try:
-            body = parse_json(data)
-        except ValueError as error:
-            raise ApiError(400, f"the body is {error}", "invalid_json") from None
-        if not isinstance(body, dict):
-            raise ApiError(400, "the body is not a JSON object", "invalid_json")
+        body = json_object(data)
         stream = StreamOptions.of(body)
         try:
             call, prompts, params = parse_body(

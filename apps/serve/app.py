@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from flexbatch.apps.jobs.openai_requests import CHAT, COMPLETIONS
 from flexbatch.apps.serve.answers import Answers
 from flexbatch.apps.serve.batches import Batches
+from flexbatch.apps.serve.bodies import json_object
 from flexbatch.apps.serve.errors import ApiError, full_disk, not_found, stopping
 from flexbatch.apps.serve.keys import Keys
 from flexbatch.apps.serve.monitoring import Monitoring
@@ -25,7 +26,6 @@ from flexbatch.apps.serve.state import Body, ServerState
 from flexbatch.apps.serve.streaming import chunks
 from flexbatch.apps.serve.uploads import new_file_id, receive_file
 from flexbatch.apps.serve.web import ClientGone, EventStream, Gate, body_of, gone, received
-from flexbatch.text.files import parse_json
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_LISTED = {"files": 10_000, "batches": 100}
@@ -177,13 +177,7 @@ def add_batches(app: Any, parts: Parts) -> None:
     @app.post("/v1/batches")
     async def create(request: Request) -> Any:
         data = await body_of(request, config.max_request_bytes, config.client_timeout)
-        try:
-            value = parse_json(data)
-        except ValueError as error:
-            raise ApiError(400, f"the body is {error}", "invalid_json") from None
-        if not isinstance(value, dict):
-            raise ApiError(400, "the body is not a JSON object", "invalid_json")
-        return await run_in_threadpool(batches.create, value)
+        return await run_in_threadpool(batches.create, json_object(data))
 
     @app.get("/v1/batches")
     def list_batches(request: Request) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexbatch.models.config_keys import Config, given, optional, required
@@ -76,3 +76,22 @@ def expect(config: Config, **wanted: Any) -> None:
                 f"config.json: {name}={found!r} is not supported of model_type {config.get('model_type')!r}; "
                 f"known: {value!r}"
             )
+
+
+def read_corrected(config: Config, scale: float = 1.0, groups: Mapping[str, int] | None = None) -> Experts | None:
+    """Experts chosen as in DeepSeek-V3: by sigmoids that a learned correction moves, in groups. scale, groups: where
+    the file is silent."""
+    width = required(config, "moe_intermediate_size")
+    given_groups = {key: value for key, value in config.items() if value is not None}
+    return read_experts(
+        config,
+        width,
+        scoring="sigmoid",
+        normalize=optional(config, "norm_topk_prob", True),
+        normalize_eps=1e-20,
+        scale=float(optional(config, "routed_scaling_factor", scale)),
+        correction=True,
+        float_router=True,
+        shared_width=width * optional(config, "n_shared_experts", 1),
+        **read_groups({**(groups or {}), **given_groups}),
+    )

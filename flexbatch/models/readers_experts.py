@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.config_experts import in_layers, read_experts, read_groups
+from flexbatch.models.config_experts import in_layers, read_corrected, read_experts
 from flexbatch.models.config_keys import Config, optional, read_windows, required
 from flexbatch.models.config_rope import entry_of, read_rope
 from flexbatch.models.readers import llama_like, partial
@@ -144,19 +144,6 @@ def _phimoe_rope(config: Config) -> dict[str, Any]:
 def glm4_moe(config: Config) -> Arch:
     layers, first = required(config, "num_hidden_layers"), optional(config, "first_k_dense_replace", 1)
     heads, hidden = required(config, "num_attention_heads"), required(config, "hidden_size")
-    width = required(config, "moe_intermediate_size")
-    experts = read_experts(
-        config,
-        width,
-        scoring="sigmoid",
-        normalize=optional(config, "norm_topk_prob", True),
-        normalize_eps=1e-20,
-        scale=float(optional(config, "routed_scaling_factor", 1.0)),
-        correction=True,
-        float_router=True,
-        shared_width=width * optional(config, "n_shared_experts", 1),
-        **read_groups(config),
-    )
     head_dim = config["head_dim"] if config.get("head_dim") is not None else hidden // heads
     rope = read_rope(config, head_dim, theta=optional(config, "rope_theta", 10000.0), fraction=partial(config, 0.5))
     return llama_like(
@@ -165,7 +152,7 @@ def glm4_moe(config: Config) -> Arch:
         qkv_bias=bool(config.get("attention_bias")),
         skipped_layers=optional(config, "num_nextn_predict_layers", 1),
         **rope,
-        **in_layers(experts, [i >= first for i in range(layers)]),
+        **in_layers(read_corrected(config), [i >= first for i in range(layers)]),
     )
 
 

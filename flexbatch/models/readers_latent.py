@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from flexbatch.models.arch import Arch
-from flexbatch.models.config_experts import expect, in_layers, read_experts, read_groups
+from flexbatch.models.config_experts import expect, in_layers, read_corrected, read_experts, read_groups
 from flexbatch.models.config_keys import Config, optional, required
 from flexbatch.models.config_rope import entry_of, read_rope
 from flexbatch.models.latent_arch import Latent
@@ -69,21 +69,8 @@ def _after(config: Config, first: int) -> list[bool]:
 
 
 def _corrected(config: Config, sparse: list[bool], scale: float, groups: dict[str, int]) -> Arch:
-    """With the router of DeepSeek-V3. scale, groups: where the file is silent."""
-    given = {key: value for key, value in config.items() if value is not None}
-    width = required(config, "moe_intermediate_size")
-    experts = read_experts(
-        config,
-        width,
-        scoring="sigmoid",
-        normalize=optional(config, "norm_topk_prob", True),
-        normalize_eps=1e-20,
-        scale=float(optional(config, "routed_scaling_factor", scale)),
-        correction=True,
-        float_router=True,
-        shared_width=width * optional(config, "n_shared_experts", 1),
-        **read_groups({**groups, **given}),
-    )
+    """scale, groups: where the file is silent."""
+    experts = read_corrected(config, scale, groups)
     return _latent(config, skipped_layers=optional(config, "num_nextn_predict_layers", 1), **in_layers(experts, sparse))
 
 
