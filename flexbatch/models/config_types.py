@@ -47,7 +47,7 @@ def above(least: float, most: float = 1e30, *, included: bool = False) -> Rule:
 
 
 def or_list(rule: Rule) -> Rule:
-    """One for all layers, or one for each."""
+    """One for all layers, or one for each: for the families whose readers compare the numbers of a list."""
 
     def holds(value: Any) -> bool:
         return all(map(rule.holds, value)) and bool(value) if isinstance(value, list | tuple) else rule.holds(value)
@@ -86,15 +86,14 @@ BASE = above(1, 1e15, included=True)
 
 KEYS: dict[str, Rule] = {
     "model_type": TEXT,
-    **dict.fromkeys(("num_local_experts", "n_routed_experts", "moe_num_experts"), whole(0, MAX_EXPERTS)),
-    "num_experts": or_list(whole(0, MAX_EXPERTS)),
-    **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group", "moe_k", "moe_top_k"), whole(1, MAX_EXPERTS)),
-    "moe_topk": or_list(whole(1, MAX_EXPERTS)),
-    "moe_intermediate_size": or_list(INNER),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), whole(0, MAX_EXPERTS)),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "n_group", "topk_group", "moe_k", "moe_topk", "moe_top_k"), whole(1, MAX_EXPERTS)
+    ),
+    "moe_intermediate_size": INNER,
     **dict.fromkeys(("shared_expert_intermediate_size", "intermediate_size_mlp", "ffn_hidden_size"), INNER),
     "shared_intermediate_size": whole(0, MAX_INNER),
-    **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts"), whole(0, 256)),
-    "num_shared_expert": or_list(whole(0, 256)),
+    **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts", "num_shared_expert"), whole(0, 256)),
     **dict.fromkeys(
         ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step", "no_rope_layer_interval"),
         LAYERS,
@@ -109,7 +108,11 @@ KEYS: dict[str, Rule] = {
     **dict.fromkeys(("attention_chunk_size", "floor_scale", "max_seq_len"), CONTEXT),
     "attn_scale": NOT_NEGATIVE,
     **dict.fromkeys(("attn_config", "ffn_config"), OBJECT),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), WIDTH),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim"), WIDTH),
+    "qk_rope_head_dim": Rule(
+        f"an even whole number from 2 to {MAX_WIDTH:,}",
+        lambda value: whole(2, MAX_WIDTH).holds(value) and not value % 2,
+    ),
     "mlp_layer_types": NAMES,
     **dict.fromkeys(("first_k_dense_replace", "num_nextn_predict_layers"), whole(0, MAX_LAYERS)),
     **dict.fromkeys(("router_jitter_noise", "input_jitter_noise"), NOT_NEGATIVE),

@@ -12,7 +12,7 @@ from typing import Any
 
 from flexbatch.models import readers, readers_layer_norm
 from flexbatch.models.arch import Arch
-from flexbatch.models.config_types import KEYS, check_keys
+from flexbatch.models.config_types import check_keys
 from flexbatch.models.families_experts import EXPERT_FAMILIES, check_expert_keys
 from flexbatch.models.families_latent import LATENT_FAMILIES
 from flexbatch.models.family import Family, llama_family, special
@@ -223,9 +223,9 @@ def read_arch(config: dict[str, Any]) -> Arch:
     (special tokens) counts more.
     """
     family = family_of(config)
-    check_keys(config, KEYS)
+    check_keys(config, family.rules)
     text = config.get("text_config") or {}
-    check_keys(text, KEYS, "text_config.")
+    check_keys(text, family.rules, "text_config.")
     check_expert_keys({**text, **config}, family)
     beside = {key: value for key, value in config.items() if key not in text or value is not None}
     try:

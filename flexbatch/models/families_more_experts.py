@@ -91,6 +91,7 @@ MORE_EXPERT_FAMILIES: dict[str, Family] = {
             *("moe_layer_num_skipped", "routed_scaling_factor", "group_limited_greedy", "moe_drop_tokens"),
             *("moe_random_routing_dropped_token", "dense_list"),
         ),
+        listed_keys=readers.HUNYUAN_LISTED,
     ),
     "minimax_m2": llama_family(
         readers.minimax_m2,

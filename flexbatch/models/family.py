@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexbatch.models.arch import Arch
+from flexbatch.models.config_types import KEYS, Rule, or_list
 from flexbatch.models.module_names import LLAMA_OUTER, LLAMA_ROWS, ModuleMapping
 
 
@@ -16,7 +17,7 @@ class Family:
     """One row of the table. read: config -> Arch. prefixes: what may stand before the names of the base model, longest
     first. blocks: what stands before a layer's number. defaults: values of transformers' configuration class that files
     may leave out. skip: further tensors of the files that are not part of the text model. expert_keys: of a family with
-    experts, the keys about them that its reader knows."""
+    experts, the keys about them that its reader knows. listed_keys: keys that may list a number for every layer."""
 
     read: Callable[[dict[str, Any]], Arch]
     prefixes: tuple[str, ...]
@@ -26,6 +27,12 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     skip: re.Pattern[str] | None = None
     expert_keys: frozenset[str] = frozenset()
+    listed_keys: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """What the keys of its files may hold."""
+        return KEYS | {key: or_list(KEYS[key]) for key in self.listed_keys}
 
 
 def expert_keys(*names: str) -> frozenset[str]:

@@ -48,7 +48,8 @@ def glm4_moe_lite(config: Config) -> Arch:
     if kinds is not None:
         if len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}:
             raise CheckpointError(
-                f"config.json: mlp_layer_types={kinds!r} must name each of {layers} layers dense or sparse"
+                f"config.json: mlp_layer_types={kinds!r} must name each of num_hidden_layers={layers} layers dense or "
+                "sparse"
             )
         sparse = [kind == "sparse" for kind in kinds]
     return _corrected(config, sparse, scale=1.8, groups={})

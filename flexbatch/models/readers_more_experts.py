@@ -13,6 +13,9 @@ from flexbatch.models.config_types import KEYS, check_keys
 from flexbatch.models.readers import llama_like
 from flexbatch.validation.errors import CheckpointError
 
+HUNYUAN_LISTED = ("num_experts", "moe_topk", "moe_intermediate_size", "num_shared_expert")
+"""Keys of which its files may list a number for every layer."""
+
 
 def ernie4_5_moe(config: Config) -> Arch:
     layers, bias = required(config, "num_hidden_layers"), bool(config.get("use_bias"))
@@ -46,7 +49,7 @@ def ernie4_5_moe(config: Config) -> Arch:
 def hunyuan_v1_moe(config: Config) -> Arch:
     """Shared MLP and experts have one width. A rotation of type "dynamic" with an alpha has a base that does not depend
     on the length."""
-    config = alike(config, "num_experts", "moe_topk", "moe_intermediate_size", "num_shared_expert")
+    config = alike(config, *HUNYUAN_LISTED)
     width = required(config, "intermediate_size")
     expect(config, moe_intermediate_size=width, num_shared_expert=1, use_mixed_mlp_moe=True, use_qk_norm=True)
     expect(config, moe_layer_num_skipped=0, routed_scaling_factor=1, norm_topk_prob=True, group_limited_greedy=False)
@@ -157,8 +160,8 @@ def _chunks(config: Config, rotating: list[bool]) -> dict[str, Any]:
     known = {"chunked_attention": True, "full_attention": False}
     if kinds is not None and (len(kinds) != len(rotating) or not set(kinds) <= known.keys()):
         raise CheckpointError(
-            f"config.json: layer_types={kinds!r} must name each of {len(rotating)} layers chunked_attention or "
-            "full_attention"
+            f"config.json: layer_types={kinds!r} must name each of num_hidden_layers={len(rotating)} layers "
+            "chunked_attention or full_attention"
         )
     chunked = tuple(known[kind] for kind in kinds) if kinds is not None else tuple(rotating)
     if not size or not any(chunked):
