@@ -167,7 +167,7 @@ def run(
         opened = open_engine if channel is None else functools.partial(open_ranks, channel=channel)
         return run_rows(args.words, config, engine, {}, resume, opened, identity, data)
 
-    return run_on_ranks(environ, engine.tensor_parallel_size, lead, config.dry_run)
+    return run_on_ranks(environ, engine.mesh_shape, lead, config.dry_run)
 
 
 def run_rows(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexbatch.parallel.mesh import MeshShape
 from flexbatch.policy.units import LARGEST_BARE_GIB, parse_size
 from flexbatch.validation.errors import ConfigurationError
 
@@ -178,6 +179,11 @@ class EngineConfig:
                     parse_bytes(getattr(self, name))
                 except ConfigurationError as error:
                     refuse(f"{name}: {error}")
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """Of the ranks that run it."""
+        return MeshShape(tensor=self.tensor_parallel_size)
 
     @property
     def goes_ahead(self) -> bool:

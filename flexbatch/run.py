@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     def lead(channel: RankChannel | None) -> int:
         return run_job(engine, config, sampling, args.config, data, resume, channel)
 
-    return run_on_ranks(environ, engine.tensor_parallel_size, lead, config.dry_run)
+    return run_on_ranks(environ, engine.mesh_shape, lead, config.dry_run)
 
 
 def run_job(

@@ -91,6 +91,38 @@ def _up_kernel(
         tl.store(target, (before + scale * result).to(out.dtype.element_ty), mask=both)
 
 
+@triton.jit
+def _columns_kernel(
+    out, x, rows, bias, segments, columns, order, tiles, size, out_token, x_token, HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, blocks of rows): the rows of one adapter times its tokens, each to its own column."""
+    tile = tiles + tl.program_id(0) * 3
+    segment = segments + tl.load(tile).to(tl.int64) * 2
+    first = tl.load(tile + 1)
+    end = tl.load(tile + 2)
+    start = tl.load(segment)
+    count = tl.load(segment + 1)
+    if (first < end) & (tl.program_id(1) * BLOCK_R < count):
+        place = first + tl.arange(0, BLOCK_T)
+        index = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        token = tl.load(order + place, mask=place < end, other=0)
+        row = rows + (start + index) * size
+        result = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+        for begin in range(0, size, BLOCK_K):
+            element = begin + tl.arange(0, BLOCK_K)
+            has_x = (place < end)[:, None] & (element < size)[None, :]
+            has_row = (index < count)[:, None] & (element < size)[None, :]
+            left = tl.load(x + token[:, None] * x_token + element[None, :], mask=has_x, other=0.0)
+            right = tl.load(row[:, None] + element[None, :], mask=has_row, other=0.0)
+            result = tl.dot(left, tl.trans(right), result, input_precision="ieee")
+        if HAS_BIAS:
+            result += tl.load(bias + start + index, mask=index < count, other=0.0).to(tl.float32)[None, :]
+        column = tl.load(columns + start + index, mask=index < count, other=0)
+        both = (place < end)[:, None] & (index < count)[None, :]
+        tl.store(out + token[:, None] * out_token + column[None, :], result.to(out.dtype.element_ty), mask=both)
+
+
 def low_rank_update(
     out: Tensor,
     x: Tensor,
@@ -115,4 +147,24 @@ def low_rank_update(
     _up_kernel[len(tiles), triton.cdiv(out.shape[1], BLOCK_OUTPUT), parts](
         out, inner, up, segments, scales, sections, order, tiles, out.stride(0), max_rank,
         PARTS=parts, BLOCK_T=TILE_TOKENS, BLOCK_R=BLOCK_RANK, BLOCK_N=BLOCK_OUTPUT,
+    )  # fmt: skip
+
+
+def replace_columns(
+    out: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    segments: Tensor,
+    columns: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    max_rows: int,
+) -> None:
+    """`low_rank_reference.replace_columns`."""
+    if not len(order) or not len(tiles):
+        return
+    _columns_kernel[len(tiles), triton.cdiv(max_rows, BLOCK_OUTPUT)](
+        out, x, rows, rows if bias is None else bias, segments, columns, order, tiles, rows.shape[1], out.stride(0),
+        x.stride(0), HAS_BIAS=bias is not None, BLOCK_T=TILE_TOKENS, BLOCK_R=BLOCK_OUTPUT, BLOCK_K=BLOCK_INPUT,
     )  # fmt: skip

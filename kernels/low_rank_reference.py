@@ -48,6 +48,32 @@ def low_rank_update(
                 target[tokens] = (target[tokens].float() + update).to(out.dtype)
 
 
+def replace_columns(
+    out: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    segments: Tensor,
+    columns: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    max_rows: int,
+) -> None:
+    """Compute columns of a product anew, in place, from the rows that a token's own adapter has instead of those of
+    the matrix.
+
+    out: [T, N]. x: [T, K]. rows: [R, K], of all adapters one after another, with a bias [R] or none. segments: int64
+    [adapters, 2], (first row, rows). columns: int64 [R], that each row computes; those of an adapter differ. order,
+    tiles: as `low_rank_update` takes them. max_rows: of an adapter, at most.
+    """
+    for adapter, first, end in _whole_groups(tiles):
+        start, count = segments[adapter].tolist()
+        if count:
+            tokens, span = order[first:end], slice(start, start + count)
+            found = F.linear(x[tokens], rows[span], None if bias is None else bias[span])
+            out[tokens[:, None], columns[span]] = found.to(out.dtype)
+
+
 def _whole_groups(tiles: Tensor) -> list[list[int]]:
     """Tiles of one adapter that follow each other as one: a CPU has no use for tiles of 16 rows."""
     groups: list[list[int]] = []

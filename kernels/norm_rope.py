@@ -82,15 +82,8 @@ def _tanh(x):
 
 
 @triton.jit
-def _gated_kernel(gate_up, out, size, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """out = activation(gate) * up; the activation is rounded before the product, as separate operations would. Grid
-    (rows, columns)."""
-    row = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < size
-    raw = tl.load(gate_up + row * stride + element, mask=mask, other=0.0)
-    up = tl.load(gate_up + row * stride + size + element, mask=mask, other=0.0)
-    gate = raw.to(tl.float32)
+def activated(gate, ACTIVATION: tl.constexpr):
+    """silu, relu, gelu (exact) or gelu_tanh of float32."""
     if ACTIVATION == "silu":
         gate = gate * tl.sigmoid(gate)
     elif ACTIVATION == "relu":
@@ -99,6 +92,27 @@ def _gated_kernel(gate_up, out, size, stride, ACTIVATION: tl.constexpr, BLOCK: t
         gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     else:
         gate = 0.5 * gate * (1.0 + _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
+    return gate
+
+
+@triton.jit
+def clamped(gate, up, gain, limit):
+    """`reference.clamped_gate` of float32."""
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.minimum(tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
+    return (up + 1.0) * (gate * tl.sigmoid(gate * gain))
+
+
+@triton.jit
+def _gated_kernel(gate_up, out, size, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """out = activation(gate) * up; the activation is rounded before the product, as separate operations would. Grid
+    (rows, columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < size
+    raw = tl.load(gate_up + row * stride + element, mask=mask, other=0.0)
+    up = tl.load(gate_up + row * stride + size + element, mask=mask, other=0.0)
+    gate = activated(raw.to(tl.float32), ACTIVATION)
     tl.store(out + row * size + element, gate.to(raw.dtype) * up, mask=mask)
 
 
@@ -110,9 +124,7 @@ def _clamped_kernel(gate_up, out, size, stride, gain, limit, BLOCK: tl.constexpr
     mask = element < size
     gate = tl.load(gate_up + row * stride + element, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + element, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-    up = tl.minimum(tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + row * size + element, (up + 1.0) * (gate * tl.sigmoid(gate * gain)), mask=mask)
+    tl.store(out + row * size + element, clamped(gate, up, gain, limit), mask=mask)
 
 
 def _outer_inner(x: Tensor) -> tuple[int, int, int]:

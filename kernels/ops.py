@@ -203,3 +203,13 @@ def low_rank_update(out: Tensor, x: Tensor, *arguments: Any, **options: Any) -> 
         low_rank.low_rank_update(out, x, *arguments, **options)
     else:
         low_rank_reference.low_rank_update(out, x, *arguments, **options)
+
+
+def replace_columns(out: Tensor, x: Tensor, *arguments: Any) -> None:
+    """`low_rank_reference.replace_columns`."""
+    if out.is_cuda:
+        from flexbatch.kernels import low_rank
+
+        low_rank.replace_columns(out, x, *arguments)
+    else:
+        low_rank_reference.replace_columns(out, x, *arguments)

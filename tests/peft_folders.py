@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+TOKENS = ".token_adapter.trainable_tokens_delta"
 NO_UPDATE = re.compile(r"router(\.layer)?$|\.wg$|kv_b_proj$|shared_expert_gate$")
 """Modules that cannot have one: routers, gates, and what leads out of the space of a latent in two directions."""
 
@@ -57,13 +58,17 @@ def write_adapter(
     alpha: float = 8,
     strength: float = 0.5,
     binary: bool = False,
+    saved: Sequence[str] = (),
+    tokens: Mapping[str, Sequence[int]] | None = None,
     **config: Any,
 ) -> Path:
-    """A folder with random factors for these modules. strength: of their product beside the weights, about."""
+    """A folder with random factors for these modules. strength: of their product beside the weights, about. saved:
+    modules that are trained whole, as PEFT trains them with ``modules_to_save``; tokens: single rows of some."""
     generator = torch.Generator().manual_seed(seed)
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "target_modules": modules,
-        "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "init_lora_weights": True, **config,
+        "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "init_lora_weights": True,
+        "modules_to_save": list(saved) or None, "trainable_token_indices": tokens, **config,
     }  # fmt: skip
     tensors = {}
     for name in modules:
@@ -77,6 +82,12 @@ def write_adapter(
         ends = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A.weight", "lora_B.weight")
         tensors[f"base_model.model.{name}.{ends[0]}"] = down
         tensors[f"base_model.model.{name}.{ends[1]}"] = up * factor
+    for name in saved:
+        for kind, parameter in model.get_submodule(name).named_parameters():
+            tensors[f"base_model.model.{name}.{kind}"] = drawn_like(parameter, strength, generator)
+    for name, chosen in (tokens or {}).items():
+        rows = model.get_submodule(name).weight[list(chosen)]
+        tensors[f"base_model.model.{name}{TOKENS}"] = drawn_like(rows, strength, generator)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     if binary:
@@ -84,6 +95,12 @@ def write_adapter(
     else:
         save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+def drawn_like(weight: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+    """A weight and noise beside it."""
+    scale = strength * (weight.std() if weight.numel() > 1 else 1.0)
+    return weight.detach() + scale * torch.randn(weight.shape, generator=generator)
 
 
 def rank_and_scale(settings: dict[str, Any], name: str) -> tuple[int, float]:
@@ -113,6 +130,8 @@ def adapted(model: PreTrainedModel, folder: Path | None) -> Iterator[None]:
                 scale = rank_and_scale(settings, found[1])[1]
                 module = model.get_submodule(found[1])
                 handles.append(module.register_forward_hook(adding(tensors[key], up, scale)))
+        for module, table, bias in tables(model, settings, tensors):
+            handles.append(module.register_forward_hook(replacing(table, bias)))
     try:
         yield
     finally:
@@ -126,5 +145,34 @@ def adding(down: torch.Tensor, up: torch.Tensor, scale: float) -> Any:
         if isinstance(module, nn.Embedding):
             return output + down.t()[x] @ up.t() * scale * getattr(module, "embed_scale", 1.0)
         return output + x @ down.t() @ up.t() * scale
+
+    return hook
+
+
+def tables(
+    model: PreTrainedModel, settings: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> Iterator[tuple[nn.Module, torch.Tensor, torch.Tensor | None]]:
+    """Modules with the table and the bias that they have instead of their own. Single rows of an embedding that is
+    the head as well are those of both."""
+    for name in settings["modules_to_save"] or ():
+        key = f"base_model.model.{name}"
+        yield model.get_submodule(name), tensors[f"{key}.weight"], tensors.get(f"{key}.bias")
+    single = settings["trainable_token_indices"] or {}
+    for name, tokens in single.items():
+        module = model.get_submodule(name)
+        table = module.weight.detach().clone()
+        table[tokens] = tensors[f"base_model.model.{name}{TOKENS}"]
+        yield module, table, getattr(module, "bias", None)
+        head = model.get_output_embeddings()
+        if module is not head and module.weight is head.weight and len(single) == 1:
+            yield head, table, head.bias
+
+
+def replacing(table: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        (x,) = arguments
+        if isinstance(module, nn.Embedding):
+            return table[x] * getattr(module, "embed_scale", 1.0)
+        return nn.functional.linear(x, table, bias)
 
     return hook

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from flexbatch.parallel.mesh import launched
+from flexbatch.parallel.mesh import MeshShape, launched
 from flexbatch.validation.errors import DONE, LostRankError
 
 if TYPE_CHECKING:
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def run_on_ranks(
-    environ: Mapping[str, str], size: int, command: Callable[[RankChannel | None], int], dry: bool = False
+    environ: Mapping[str, str], shape: MeshShape, command: Callable[[RankChannel | None], int], dry: bool = False
 ) -> int:
     """Returns the exit code of this process. command: what rank 0 runs, given the way to the others, or None where
-    torchrun has started none. dry: no engine is opened, and rank 0 needs no others. Raises ConfigurationError."""
-    mesh = launched(environ, size)
+    torchrun has started none. shape: what the flags ask for. dry: no engine is opened, and rank 0 needs no others. Raises ConfigurationError."""
+    mesh = launched(environ, shape)
     if mesh is None:
         return command(None)
     if dry:

@@ -80,7 +80,8 @@ class Executor:
     @property
     def takes_newest(self) -> bool:
         """Whether a pass may run whose newest tokens only the device knows: not where the host looks them up."""
-        return self.device.type == "cpu" or self.weights.tensors.gathers_on_device("embed.weight")
+        tables = {"embed.weight"} | {each.spec.role for each in self.weights.plan.gathered} - {"pos_embed.weight"}
+        return self.device.type == "cpu" or all(map(self.weights.tensors.gathers_on_device, tables))
 
     def reach(self, longest: int) -> None:
         """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""

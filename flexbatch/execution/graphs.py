@@ -198,6 +198,7 @@ class DecodeGraphs:
             adapters.tables,
             torch.zeros(bucket, dtype=torch.int64, device=self.device),
             torch.zeros(tiles, 3, dtype=torch.int32, device=self.device),
+            torch.zeros(bucket, dtype=torch.int64, device=self.device),
         )
 
     def fill(self, static: MicroBatchInputs, inputs: MicroBatchInputs) -> None:
@@ -209,9 +210,11 @@ class DecodeGraphs:
         ids = inputs.adapter_ids
         groups = self.group_adapters(np.concatenate([ids, np.repeat(ids[:1], len(static.token_ids) - len(ids))]))
         static.adapters.tiles.zero_()
+        static.adapters.numbers.zero_()
         if groups is not None:
             static.adapters.tiles[: len(groups.tiles)].copy_(groups.tiles)
             static.adapters.order[: len(groups.order)].copy_(groups.order)
+            static.adapters.numbers.copy_(groups.numbers)
 
     def evict(self, key: Key) -> None:
         """Let go of a graph. It has to come twice again: passes that go round among more buckets than are kept would

@@ -147,7 +147,9 @@ class InputBuilder:
         """None where no token has an adapter."""
         if self.adapters is None or not adapter_ids.any():
             return None
-        return PassAdapters(self.adapters, *map(self.upload, group_tokens(adapter_ids)))
+        order, tiles = group_tokens(adapter_ids)
+        numbers = adapter_ids.astype(np.int64)
+        return PassAdapters(self.adapters, self.upload(order), self.upload(tiles), self.upload(numbers))
 
     def head_adapters(self, adapter_ids: np.ndarray) -> tuple[PassAdapters | None, ...]:
         if self.adapters is None or not self.adapters.in_head:

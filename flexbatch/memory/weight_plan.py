@@ -23,7 +23,7 @@ QUANTIZED_ROLES = re.compile(r"(qkv|q|q_a|q_b|kv_a|k_up|v_up|o|(shared\.|experts
 3 % of a large model and the most sensitive part."""
 PRE_ROLES = frozenset(f"{name}.weight" for name in ("qkv", "q", "q_a", "q_b", "kv_a", "k_up"))
 """Those that are multiplied with before attention."""
-GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight"})
+GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight", "adapters.embed.rows"})
 """Tables whose rows are gathered where they lie; a whole table never crosses the link."""
 
 
@@ -195,7 +195,11 @@ def plan_weights(
     head = arch.num_layers
     groups: dict[int, list[PlacedTensor]] = {layer: [] for layer in range(-1, head + 1)}
     offsets: dict[tuple[int, str], int] = {}
-    added = [PlacedTensor(spec, "gpu", 16, group, element_bytes) for spec in adapters if spec.layer >= 0]
+    added = [
+        PlacedTensor(spec, "gpu", 16, group, element_bytes)
+        for spec in adapters
+        if spec.layer >= 0 or spec.role in GATHERED_ROLES
+    ]
     unplaced += added
     tiers += spread((tensor.num_bytes for tensor in added), Split(split.gpu, 1 - split.gpu))
     for tensor, tier in zip(unplaced, tiers, strict=True):

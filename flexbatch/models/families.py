@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {
         ("gpt_neox.", ""),
         "layers",
         mappings(("attention.query_key_value", "qkv", "grouped"), ("attention.dense", "o")) + FOUR_H_MLP + TWO_NORMS,
-        mappings(("embed_in", "embed"), ("final_layer_norm", "final_norm"), ("embed_out", "head")),
+        mappings(("embed_in", "embed"), ("final_layer_norm", "final_norm"), ("embed_out", "head"), ("lm_head", "head")),
         special(2, 0),
     ),
     "codegen": Family(

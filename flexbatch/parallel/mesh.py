@@ -11,6 +11,80 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
+class Coordinates:
+    """Where a rank stands in a mesh: its replica, its stage of layers there, and its part of each of them."""
+
+    data: int
+    pipeline: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of a mesh: replicas of the model, stages of layers in each, and ranks that share each layer.
+
+    The ranks that share a layer talk most and have consecutive numbers, so that they are on one host; the replicas,
+    which hardly talk, are farthest apart.
+    """
+
+    data: int = 1
+    pipeline: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.data, self.pipeline, self.tensor) < 1:
+            raise ValueError(f"{self.sizes}: every size of a mesh is at least 1")
+
+    @property
+    def size(self) -> int:
+        """Processes, and GPUs."""
+        return self.data * self.replica_size
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that run one model together."""
+        return self.pipeline * self.tensor
+
+    @property
+    def replica(self) -> MeshShape:
+        """The mesh of one replica."""
+        return MeshShape(1, self.pipeline, self.tensor)
+
+    @property
+    def sizes(self) -> str:
+        """For messages, by the flags."""
+        return (
+            f"--data-parallel-size {self.data}, --pipeline-parallel-size {self.pipeline} and "
+            f"--tensor-parallel-size {self.tensor}"
+        )
+
+    def at(self, rank: int) -> Coordinates:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank {rank} of a mesh of {self.size}")
+        return Coordinates(rank // self.replica_size, rank % self.replica_size // self.tensor, rank % self.tensor)
+
+    def rank_of(self, at: Coordinates) -> int:
+        return (at.data * self.pipeline + at.pipeline) * self.tensor + at.tensor
+
+    def tensor_ranks(self, rank: int) -> tuple[int, ...]:
+        """Those that share the layers of a rank, itself among them."""
+        first = rank - rank % self.tensor
+        return tuple(range(first, first + self.tensor))
+
+    def next_stage(self, rank: int) -> int:
+        """Whom a rank sends hidden states to. The last stage has the first one for its next."""
+        return self._neighbor(rank, 1)
+
+    def stage_before(self, rank: int) -> int:
+        """Whom a rank has hidden states from."""
+        return self._neighbor(rank, -1)
+
+    def _neighbor(self, rank: int, step: int) -> int:
+        at = self.at(rank)
+        return self.rank_of(Coordinates(at.data, (at.pipeline + step) % self.pipeline, at.tensor))
+
+
+@dataclass(frozen=True)
 class Mesh:
     """The ranks of one engine, a process each. Rank 0 decides and samples; every rank has its part of each layer.
 
@@ -43,9 +117,9 @@ class Mesh:
         return host, int(port)
 
 
-def launched(environ: Mapping[str, str], size: int) -> Mesh | None:
-    """The mesh that torchrun has started this process for, None where it has not. size: what --tensor-parallel-size
-    asks for. Raises ConfigurationError where torchrun has started another number of processes."""
+def launched(environ: Mapping[str, str], shape: MeshShape) -> Mesh | None:
+    """The mesh that torchrun has started this process for, None where it has not. shape: what the flags ask for.
+    Raises ConfigurationError where torchrun has started another number of processes."""
     found = {name: environ.get(name, "") for name in LAUNCHER_VARIABLES}
     if not all(found.values()):
         return None
@@ -57,9 +131,9 @@ def launched(environ: Mapping[str, str], size: int) -> Mesh | None:
         mesh = Mesh(rank, started, f"{found['MASTER_ADDR']}:{port}", local_rank, local_size, hosts_store)
     except ValueError as error:
         raise ConfigurationError(f"{', '.join(LAUNCHER_VARIABLES)}, as torchrun sets them: {error}") from error
-    if started != size:
+    if started != shape.size:
         raise ConfigurationError(
-            f"torchrun has started {started} processes, and --tensor-parallel-size is {size}: give both the same "
-            "number (with several hosts: --nnodes times --nproc-per-node)"
+            f"torchrun has started {started} processes, and the product of {shape.sizes} is {shape.size}: give both "
+            "the same number (with several hosts: --nnodes times --nproc-per-node)"
         )
-    return mesh if size > 1 else None
+    return mesh if started > 1 else None

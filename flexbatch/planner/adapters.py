@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flexbatch.config import EngineConfig
 from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.lora.adapter import MERGE, Adapter, read_adapter
 from flexbatch.models.lora.adapter_set import AdapterSet
+from flexbatch.models.lora.replaced_reader import own_rows
 from flexbatch.models.lora.request import LoRARequest, parse_loras
 from flexbatch.models.opened import OpenModel
 from flexbatch.models.source import read_tensors
@@ -44,15 +46,42 @@ def can_merge(config: EngineConfig, model: OpenModel, adapter: Adapter) -> bool:
 
 
 def checked(request: LoRARequest, model: OpenModel) -> Adapter:
-    """An adapter whose copies of the model's own tensors are the model's. Raises CheckpointError."""
+    """An adapter whose copies of the model's own tensors are the model's, without the rows of trained tables that are.
+    Raises CheckpointError."""
     adapter = read_adapter(request, model.arch)
-    wanted = {key: tensor for tensor, key in adapter.copies}
     # A GGUF file may hold its tables in codes, which no copy equals.
-    if not wanted or model.folder is None or is_gguf(model.folder):
+    if model.folder is None or is_gguf(model.folder):
         return adapter
-    others = {(spec.layer, spec.role) for spec in weight_specs(model.arch)} - wanted.keys()
-    for piece in model.pieces(others, 0, torch.float32):
+    return without_own_rows(with_own_copies(adapter, model), model)
+
+
+def own_tensors(model: OpenModel, keys: Collection[tuple[int, str]]) -> Iterator[Piece]:
+    """Some of the model's tensors, in the dtype of its files."""
+    others = {(spec.layer, spec.role) for spec in weight_specs(model.arch)} - set(keys)
+    for piece in model.pieces(others, 0, torch.float32) if keys else ():
         assert isinstance(piece, Piece)
+        yield piece
+
+
+def without_own_rows(adapter: Adapter, model: OpenModel) -> Adapter:
+    """A table that was trained whole has most rows of the model where few tokens were trained: they are not kept."""
+    head = {spec.role for spec in weight_specs(model.arch)} & {"head.weight", "head.bias"}
+    keys = {(-1, "embed.weight")} | {(model.arch.num_layers, role) for role in head}
+    own = {piece.role: piece.tensor for piece in own_tensors(model, keys if adapter.replaced else ())}
+    if any(len(tensor) != model.arch.vocab_size for tensor in own.values()):
+        return adapter
+    kept = []
+    for rows in adapter.replaced:
+        weight = own.get(f"{rows.role}.weight", own["embed.weight"])[rows.tokens]
+        bias = own[f"{rows.role}.bias"][rows.tokens] if rows.bias is not None else None
+        kept.append(rows.without(own_rows(rows, weight, bias)))
+    return replace(adapter, replaced=tuple(rows for rows in kept if len(rows.tokens)))
+
+
+def with_own_copies(adapter: Adapter, model: OpenModel) -> Adapter:
+    """Raises CheckpointError where a copy is not the model's own."""
+    wanted = {key: tensor for tensor, key in adapter.copies}
+    for piece in own_tensors(model, wanted):
         stored = wanted[piece.layer, piece.role]
         ((_, copy),) = read_tensors([stored])
         if not same(copy, piece.tensor):

@@ -126,7 +126,7 @@ def model_shape(
         )
 
     table = tuple(math.prod(spec.shape) for spec in specs if spec.role == "embed.weight" and arch.tie_word_embeddings)
-    adapted_head = () if adapters is None else adapters.elements_of_head()
+    adapted = {layer: adapters.elements_outside(layer) if adapters else () for layer in (-1, arch.num_layers)}
     return ModelShape(
         name=name,
         num_layers=arch.num_layers,
@@ -137,8 +137,8 @@ def model_shape(
         intermediate_size=arch.intermediate_size,
         vocab_size=arch.vocab_size,
         block_tensors=elements((typical,)),
-        head_tensors=(*table, *elements((arch.num_layers,)), *adapted_head),
-        embedding_tensors=elements((-1,)),
+        head_tensors=(*table, *elements((arch.num_layers,)), *adapted[arch.num_layers]),
+        embedding_tensors=(*elements((-1,)), *adapted[-1]),
         mlp_matrices=3 if arch.mlp == "gated" else 2,
         element_bytes=element_bytes,
         stored_block_bytes=stored(typical),

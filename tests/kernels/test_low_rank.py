@@ -104,3 +104,49 @@ def test_a_token_does_not_depend_on_its_company(device):
         alone = out[token : token + 1].to(device, copy=True)
         low_rank.low_rank_update(alone, x[token : token + 1].to(device), *fixed[:5], order, tiles, fixed[7])
         assert torch.equal(alone[0], together[token])
+
+
+# (rows of every adapter, columns of the matrix, inputs)
+TABLES = {"whole": ([[70], [0], [70]], 70, 60), "some": ([[3], [140], [1]], 300, 200)}
+
+
+def table_case(layout: str, dtype: torch.dtype, has_bias: bool):
+    """Arguments of `replace_columns`, out and x first."""
+    counts, width, inputs = TABLES[layout]
+    counts = [count for (count,) in counts]
+    generator = torch.Generator().manual_seed(len(layout))
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
+    columns = torch.cat([torch.randperm(width, generator=generator)[:count] for count in counts])
+    segments = torch.tensor([[sum(counts[:i]), count] for i, count in enumerate(counts)])
+    order, tiles = (torch.from_numpy(each) for each in group_tokens(np.array(ADAPTERS["mixed"]), extra_tiles=1))
+    out, x = draw(len(ADAPTERS["mixed"]), width), draw(len(ADAPTERS["mixed"]), inputs)
+    bias = draw(sum(counts)) if has_bias else None
+    return out, x, (draw(sum(counts), inputs), bias, segments, columns, order, tiles, max(counts))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("layout", TABLES)
+def test_columns_are_replaced_token_by_token(layout, has_bias):
+    out, x, arguments = table_case(layout, torch.float32, has_bias)
+    rows, bias, segments, columns = arguments[:4]
+    wanted = out.clone()
+    for token, adapter in enumerate(ADAPTERS["mixed"]):
+        start, count = segments[adapter - 1].tolist() if adapter else (0, 0)
+        for row in range(start, start + count):
+            wanted[token, columns[row]] = rows[row] @ x[token] + (0 if bias is None else bias[row])
+    low_rank_reference.replace_columns(out, x, *arguments)
+    torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", TABLES)
+def test_triton_replaces_the_columns_of_the_oracle(layout, dtype, has_bias, device):
+    from flexbatch.kernels import low_rank
+
+    out, x, arguments = table_case(layout, dtype, has_bias)
+    found = out.to(device, copy=True)
+    on_device = [each.to(device) if isinstance(each, torch.Tensor) else each for each in arguments]
+    low_rank.replace_columns(found, x.to(device), *on_device)
+    low_rank_reference.replace_columns(out, x, *arguments)
+    torch.testing.assert_close(found.cpu(), out, atol=20 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])

@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from flexbatch.parallel.mesh import Mesh, launched
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexbatch.parallel.mesh import Coordinates, Mesh, MeshShape, launched
 from flexbatch.parallel.processes import mesh_of_words, mesh_words
 from flexbatch.validation.errors import ConfigurationError
 
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
+FOUR = MeshShape(tensor=4)
 
 
 def test_a_process_that_nobody_launched_has_no_mesh():
-    assert launched({}, 4) is None
-    assert launched({"RANK": "0", "WORLD_SIZE": "4"}, 4) is None, "Slurm alone starts no ranks"
-    assert launched({**RANK_3, "RANK": "0", "WORLD_SIZE": "1"}, 1) is None
+    assert launched({}, FOUR) is None
+    assert launched({"RANK": "0", "WORLD_SIZE": "4"}, FOUR) is None, "Slurm alone starts no ranks"
+    assert launched({**RANK_3, "RANK": "0", "WORLD_SIZE": "1"}, MeshShape()) is None
 
 
 def test_torchrun_names_the_rank_and_its_host():
     local = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert launched({**RANK_3, **local}, 4) == Mesh(3, 4, "node-0:29500", 1, 2, hosts_store=False)
-    first = launched({**RANK_3, "RANK": "0"}, 4)
+    assert launched({**RANK_3, **local}, FOUR) == Mesh(3, 4, "node-0:29500", 1, 2, hosts_store=False)
+    first = launched({**RANK_3, "RANK": "0"}, FOUR)
     assert first is not None and first.leads and first.hosts_store and first.host_and_port == ("node-0", 29500)
-    agent = launched({**RANK_3, "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}, 4)
+    agent = launched({**RANK_3, "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}, FOUR)
     assert agent is not None and not agent.hosts_store
 
 
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_the_product_is_the_number_of_processes(size):
-    with pytest.raises(ConfigurationError, match=f"4 processes, and --tensor-parallel-size is {size}"):
-        launched(RANK_3, size)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_the_product_is_the_number_of_processes(sizes):
+    data, pipeline, tensor = sizes
+    named = f"--data-parallel-size {data}, --pipeline-parallel-size {pipeline} and --tensor-parallel-size {tensor}"
+    with pytest.raises(ConfigurationError, match=f"4 processes, and the product of {named} is {math.prod(sizes)}"):
+        launched(RANK_3, MeshShape(*sizes))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (1, 4, 1), (4, 1, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2)])
+def test_four_processes_may_be_any_mesh_of_four(sizes):
+    assert launched(RANK_3, MeshShape(*sizes)) is not None
+
+
+@given(*[st.integers(1, 5)] * 3)
+def test_every_rank_has_its_own_coordinates_and_its_neighbors_are_of_its_replica(data, pipeline, tensor):
+    shape = MeshShape(data, pipeline, tensor)
+    found = [shape.at(rank) for rank in range(shape.size)]
+    wanted = [Coordinates(d, p, t) for d in range(data) for p in range(pipeline) for t in range(tensor)]
+    assert found == wanted, "tensor ranks are next to each other, replicas farthest apart"
+    for rank, at in enumerate(found):
+        assert shape.rank_of(at) == rank and shape.stage_before(shape.next_stage(rank)) == rank
+        following = shape.at(shape.next_stage(rank))
+        assert following == Coordinates(at.data, (at.pipeline + 1) % pipeline, at.tensor)
+        together = [found[other] for other in shape.tensor_ranks(rank)]
+        assert together == [Coordinates(at.data, at.pipeline, t) for t in range(tensor)]
+    assert shape.replica.size * data == shape.size
 
 
 @pytest.mark.parametrize("wrong", [{"RANK": "x"}, {"MASTER_PORT": "y"}, {"RANK": "4"}, {"LOCAL_RANK": "9"}])
 def test_variables_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ConfigurationError, match="as torchrun sets them"):
-        launched({**RANK_3, **wrong}, 4)
+        launched({**RANK_3, **wrong}, FOUR)
 
 
 def test_a_mesh_goes_through_a_command_line():

@@ -16,6 +16,8 @@ from flexbatch.models.checkpoint import separated
 from flexbatch.models.families import FAMILIES, source_names
 from flexbatch.models.fingerprint import combined, file_digest
 from flexbatch.models.lora.peft_config import CONFIG_FILE, MERGE, PeftConfig, read_peft_config
+from flexbatch.models.lora.replaced import ReplacedRows
+from flexbatch.models.lora.replaced_reader import ReplacedReader, plain_name
 from flexbatch.models.lora.request import LoRARequest
 from flexbatch.models.module_names import ModuleMapping
 from flexbatch.models.source import StoredTensor, list_file, read_tensors
@@ -78,6 +80,8 @@ class Adapter:
     updates: tuple[LowRank, ...]
     copies: tuple[tuple[StoredTensor, tuple[int, str]], ...] = ()
     """Tensors of the model itself that PEFT saved beside it, with (layer, role)."""
+    replaced: tuple[ReplacedRows, ...] = ()
+    """Of the embedding and of the head, at most one each."""
 
     @property
     def roles(self) -> set[tuple[int, str]]:
@@ -86,8 +90,11 @@ class Adapter:
     @property
     def mergeable(self) -> bool:
         """Whether it can be added to the weights: not where the table is the head, too, and only one of both was
-        trained."""
-        return not self.arch.tie_word_embeddings or not {role for _, role in self.roles} & {"embed", "head"}
+        trained, or each by itself."""
+        if not self.arch.tie_word_embeddings:
+            return True
+        alike = len(self.replaced) == 2 and self.replaced[0].weight == self.replaced[1].weight
+        return (alike or not self.replaced) and not {role for _, role in self.roles} & {"embed", "head"}
 
     @cached_property
     def digest(self) -> str:
@@ -136,6 +143,7 @@ class _AdapterReader:
         self.prefixes, self.skip, self.names = family.prefixes, family.skip, source_names(arch)
         self.specs = {(spec.layer, spec.role): spec for spec in weight_specs(arch)}
         self.copies: list[tuple[StoredTensor, tuple[int, str]]] = []
+        self.replaced = ReplacedReader(config, arch, self.wrong)
 
     def read(self) -> Adapter:
         found: dict[str, dict[str, StoredTensor]] = {}
@@ -151,11 +159,12 @@ class _AdapterReader:
             module = self.module(tensor, name.removesuffix(f".{end}"))
             modules[module.name] = module
             found.setdefault(module.name, {})[FACTORS[end]] = tensor
-        if not found:
+        replaced = self.replaced.read()
+        if not found and not replaced:
             raise self.wrong("holds no lora_A and lora_B tensors")
         self.check_complete(found, modules)
         updates = tuple(self.update(modules[name], found[name]) for name in found)
-        return Adapter(self.name, self.folder, self.arch, updates, tuple(self.copies))
+        return Adapter(self.name, self.folder, self.arch, updates, tuple(self.copies), replaced)
 
     def wrong(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: adapter {self.name!r} {problem}")
@@ -185,9 +194,12 @@ class _AdapterReader:
         return spec.shape[0], spec.shape[1]
 
     def add_copy(self, tensor: StoredTensor, name: str) -> None:
-        """A tensor of the model itself: PEFT saves embeddings with an update whole. Anything else is refused."""
-        local = local_name(name.replace(".base_layer.", "."), self.prefixes, self.names)
+        """A table that was trained, or one of the model itself: PEFT saves embeddings with an update whole. Anything
+        else is refused."""
+        local = local_name(plain_name(name), self.prefixes, self.names)
         row = None if local is None else self.names[local][1]
+        if row is not None and self.replaced.takes(tensor, name, row.role):
+            return
         if local is None or row is None or row.role not in ("embed", "head") or not local.endswith(".weight"):
             kind = "DoRA is not supported" if "magnitude" in name else "it is neither lora_A nor lora_B of a module"
             raise self.wrong(f"has a tensor {tensor.name} {list(tensor.shape)}: {kind}; {MERGE}")
@@ -223,13 +235,15 @@ class _AdapterReader:
         first = next((name for name, module in modules.items() if module.row.role != "head"), "")
         local = local_name(f"{first}.weight", self.prefixes, self.names)
         prefix = self.prefixes[0] if local is None else first[: len(first) + len(".weight") - len(local)]
-        missing = [name for name in self.targeted(prefix) if name not in modules]
+        # A module may have two names, that of older versions of transformers and that of newer ones.
+        known = {(module.layer, module.row.role, module.row.target) for module in modules.values()}
+        missing = [name for name, key in self.targeted(prefix) if key not in known]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise self.wrong(f"lacks tensors of {', '.join(missing[:3])}{more}, which its target_modules name")
 
-    def targeted(self, prefix: str) -> Iterator[str]:
-        """Modules of the model that adapter_config.json names."""
+    def targeted(self, prefix: str) -> Iterator[tuple[str, tuple[int, str, tuple[str, int]]]]:
+        """Modules of the model that adapter_config.json names, and what they are here."""
         for local, (layer, row, suffix) in self.names.items():
             linear = row.role in LINEAR
             spec = self.specs.get((layer, f"{row.role}.weight"))
@@ -239,4 +253,4 @@ class _AdapterReader:
             name = local.removesuffix(suffix)
             full = name if row.role == "head" else f"{prefix}{name}"
             if self.config.targets(full, linear and row.role != "head"):
-                yield full
+                yield full, (layer, row.role, row.target)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.adapter import PARTS, Adapter, LowRank
+from flexbatch.models.lora.replaced import ReplacedTable, replaced_tables
 from flexbatch.models.specs import Piece, WeightSpec
 from flexbatch.validation.errors import ConfigurationError
 
@@ -157,9 +158,13 @@ class AdapterSet:
     @cached_property
     def specs(self) -> tuple[WeightSpec, ...]:
         """The tensors that hold them."""
-        return tuple(
-            WeightSpec(matrix.layer, matrix.tensor_role, (matrix.elements,)) for matrix in self.matrices.values()
-        )
+        updates = (WeightSpec(each.layer, each.tensor_role, (each.elements,)) for each in self.matrices.values())
+        return (*updates, *(table.spec for table in self.replaced.values()))
+
+    @cached_property
+    def replaced(self) -> dict[Key, ReplacedTable]:
+        """Rows of the embedding and of the head that any of the adapters has instead of the model's."""
+        return replaced_tables([adapter.replaced for adapter in self.adapters])
 
     @property
     def max_rank(self) -> int:
@@ -168,19 +173,30 @@ class AdapterSet:
 
     def workspace_bytes(self, tokens: int, element_bytes: int) -> int:
         """What a micro-batch of so many tokens needs on the compute device beside the tensors: the inner products of a
-        matrix, and the tables of all."""
+        matrix, rows of the embedding and their sum with the model's, and the tables of all."""
         numbers = sum(len(matrix.widths) * (4 * len(matrix.updates) + 2) for matrix in self.matrices.values())
-        return tokens * self.max_rank * element_bytes + 8 * numbers
+        elements = self.max_rank
+        for table in self.replaced.values():
+            numbers += 2 * len(table.parts) + table.rows
+            if table.role == "embed":
+                numbers += (len(table.parts) + 1) * self.arch.vocab_size
+                elements = max(elements, 2 * table.width)
+        return tokens * (elements * element_bytes + 16) + 8 * numbers
 
     def tensor(self, key: Key, dtype: torch.dtype) -> Tensor:
         """One of the tensors of `specs`, by layer and role."""
         layer, role = key
-        return self.matrices[layer, role.removeprefix("adapters.")].piece(self.arch, dtype).tensor
+        name = role.removeprefix("adapters.")
+        if name.endswith(".rows"):
+            return self.replaced[layer, name.removesuffix(".rows")].piece(dtype).tensor
+        return self.matrices[layer, name].piece(self.arch, dtype).tensor
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Piece]:
         """The tensors of `specs`, one at a time. Raises CheckpointError for a file that cannot be read."""
         for matrix in self.matrices.values():
             yield matrix.piece(self.arch, dtype)
+        for table in self.replaced.values():
+            yield table.piece(dtype)
 
     def elements_of_a_layer(self) -> tuple[int, ...]:
         """Of every adapted matrix, on average over the layers: what a plan counts."""
@@ -190,5 +206,6 @@ class AdapterSet:
                 totals[matrix.role] = totals.get(matrix.role, 0) + matrix.elements
         return tuple(math.ceil(total / self.arch.num_layers) for total in totals.values())
 
-    def elements_of_head(self) -> tuple[int, ...]:
-        return tuple(each.elements for each in self.matrices.values() if each.layer == self.arch.num_layers)
+    def elements_outside(self, layer: int) -> tuple[int, ...]:
+        """Of every tensor of the embedding stage (-1), or of the head."""
+        return tuple(spec.numel for spec in self.specs if spec.layer == layer)

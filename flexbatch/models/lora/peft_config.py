@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ USED = frozenset(
         "layers_pattern",
         "bias",
         "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
     }
 )
 HARMLESS = frozenset(
@@ -44,7 +46,6 @@ HARMLESS = frozenset(
         "fan_in_fan_out",
         "runtime_config",
         "megatron_core",
-        "ensure_weight_tying",
         "qalora_group_size",
         "loftq_config",
         "eva_config",
@@ -58,11 +59,9 @@ REFUSED = {
     "use_dora": "DoRA scales every column of the sum of weights and update",
     "use_qalora": "QA-LoRA pools the inputs of the update",
     "alora_invocation_tokens": "activated LoRA begins in the middle of a prompt",
-    "trainable_token_indices": "single rows of the embedding were trained",
     "target_parameters": "parameters of experts were trained, not linear modules",
     "layer_replication": "layers of the model are repeated",
     "lora_bias": "the second factors have biases",
-    "modules_to_save": "whole modules were trained beside it",
 }
 
 
@@ -80,6 +79,23 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    """Ends of the names of modules that were trained whole."""
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Single tokens that were trained, by the end of the module's name; without a name those of the embedding."""
+    ties: bool = False
+    """Whether an embedding that is the head as well was trained as both."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Ends of the names of all modules with rows of their own."""
+        return (*self.modules_to_save, *self.tokens)
+
+    def saves(self, module: str) -> bool:
+        return any(module.endswith(name) for name in self.modules_to_save)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        return next((tokens for name, tokens in self.tokens.items() if module.endswith(name)), ())
 
     def rank_of(self, module: str) -> int:
         return self.rank_pattern.get(_key_of(module, self.rank_pattern), self.rank)
@@ -142,6 +158,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
             exclude_modules=_names(config, "exclude_modules"),
             layers=_layers(config.get("layers_to_transform")),
             layers_pattern=_list(_names(config, "layers_pattern")),
+            modules_to_save=_list(_names(config, "modules_to_save")),
+            tokens=_tokens(config.get("trainable_token_indices")),
+            ties=bool(config.get("ensure_weight_tying")),
         )
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
@@ -218,6 +237,14 @@ def _names(config: Mapping[str, Any], key: str) -> str | tuple[str, ...]:
 
 def _list(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
+
+
+def _tokens(value: Any) -> Mapping[str, tuple[int, ...]]:
+    named = value if isinstance(value, dict) else {"": value} if value else {}
+    for tokens in named.values():
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise ValueError(f"trainable_token_indices={short(value)} must be a list of tokens, or one for each module")
+    return {name: tuple(tokens) for name, tokens in named.items() if tokens}
 
 
 def _layers(value: Any) -> tuple[int, ...] | None:
