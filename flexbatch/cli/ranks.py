@@ -17,7 +17,8 @@ def run_on_ranks(
     environ: Mapping[str, str], shape: MeshShape, command: Callable[[RankChannel | None], int], dry: bool = False
 ) -> int:
     """Returns the exit code of this process. command: what rank 0 runs, given the way to the others, or None where
-    torchrun has started none. shape: what the flags ask for. dry: no engine is opened, and rank 0 needs no others. Raises ConfigurationError."""
+    torchrun has started none. shape: what the flags ask for. dry: no engine is opened, and rank 0 needs no others.
+    Raises ConfigurationError."""
     mesh = launched(environ, shape)
     if mesh is None:
         return command(None)
