@@ -29,7 +29,7 @@ from benchmark.kernel_cases import Row, seconds
 from benchmark.kernel_timings import ceilings
 from benchmark.machine import machine
 from flexbatch.kernels import expert_products, experts, ops
-from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, GatedActivation, Units, dense
+from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, ExpertStacks, GatedActivation, stacks_of
 from flexbatch.kernels.expert_products import ExpertLaunch
 from flexbatch.policy.stdout import data_apart, run_process
 
@@ -63,22 +63,21 @@ TRIED = {
 
 @dataclass(frozen=True)
 class Layer:
-    """The experts of a model in one form, and the tables that point at them."""
+    """The experts of a model in one form."""
 
     name: str
     form: str
-    gate_up: Units
-    down: Units
-
-    @property
-    def tables(self) -> tuple[expert_products.ExpertTable, expert_products.ExpertTable]:
-        return expert_products.table_of(self.gate_up), expert_products.table_of(self.down)
+    gate_up: ExpertStacks
+    down: ExpertStacks
 
 
 def layer_of(name: str, form: str) -> Layer:
     hidden, width, count, _ = SHAPES[name]
-    units = [[(0, _matrices(count, *shape, FORMS[form]))] for shape in ((2 * width, hidden), (hidden, width))]
-    return Layer(name, form, units[0], units[1])
+    return Layer(
+        name,
+        form,
+        *(stacks_of([(0, _matrices(count, *shape, FORMS[form]))]) for shape in ((2 * width, hidden), (hidden, width))),
+    )
 
 
 def _matrices(count: int, rows: int, columns: int, form: CodeForm) -> Tensor | ExpertCodes:
@@ -99,13 +98,24 @@ def routed(name: str, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, chosen, torch.full((rows, choices), 1 / choices, device="cuda")
 
 
-def by_torch(layer: Layer, given: tuple[Tensor, ...], way: Callable[..., Tensor]) -> Callable[[], Tensor]:
-    return lambda: way(*given, *(dense(units, torch.bfloat16) for units in (layer.gate_up, layer.down)), GATE)
+def by_loop(layer: Layer, given: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    return lambda: experts.by_loop(*given, layer.gate_up, layer.down, GATE)
+
+
+def by_groups(layer: Layer, given: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """Codes are expanded first."""
+
+    def work() -> Tensor:
+        both = (stacks.units[0][1] for stacks in (layer.gate_up, layer.down))
+        return experts.by_groups(
+            *given, *([(0, each if isinstance(each, Tensor) else each.dense(torch.bfloat16))] for each in both), GATE
+        )
+
+    return work
 
 
 def by_triton(layer: Layer, given: tuple[Tensor, ...], launch: ExpertLaunch | None = None) -> Callable[[], Tensor]:
-    tables = layer.tables
-    return lambda: expert_products.expert_mlp(*given, *tables, GATE, launch=launch)
+    return lambda: expert_products.expert_mlp(*given, layer.gate_up, layer.down, GATE, launch=launch)
 
 
 def recorded(work: Callable[[], Tensor]) -> Callable[[], object] | None:
@@ -146,7 +156,7 @@ def errors(name: str, form: str) -> Row:
     layer, found = layer_of(name, form), []
     for tokens in (4, 64):
         given = routed(name, tokens)
-        wanted = by_torch(layer, given, experts.by_loop)().float()
+        wanted = by_loop(layer, given)().float()
         found.append(((by_triton(layer, given)().float() - wanted).norm() / wanted.norm()).item())
     return {"shape": name, "form": form, "error": max(found), "ok": max(found) < 0.01}
 
@@ -161,9 +171,9 @@ def timing_rows(ceiling: Row, limit_s: float) -> Iterator[Row]:
                 given = routed(name, tokens)
                 ways = {"triton": by_triton(layer, given)}
                 if experts.grouped_mm() is not None:
-                    ways["torch grouped"] = by_torch(layer, given, experts.by_groups)
+                    ways["torch grouped"] = by_groups(layer, given)
                 if form == "16":
-                    ways["loop"] = by_torch(layer, given, experts.by_loop)
+                    ways["loop"] = by_loop(layer, given)
                 for way, work in ways.items():
                     if time.monotonic() < end:
                         row = {"shape": name, "form": form, "tokens": tokens, "way": way}
@@ -200,13 +210,15 @@ def compile_part(part: int, parts: int, tune: bool) -> None:
         for launch in [*used.values(), *(TRIED["16" if form == "16" else "4"] if tune else [])]:
             number += 1
             if number % parts == part:
-                for name in SHAPES:
-                    hidden, width, _, choices = SHAPES[name]
-                    units = [[(0, _matrices(1, *s, FORMS[form]))] for s in ((2 * width, hidden), (hidden, width))]
+                for hidden, width, _, choices in SHAPES.values():
                     x = torch.zeros(8, hidden, device="cuda", dtype=torch.bfloat16)
                     chosen = torch.zeros(8, choices, dtype=torch.int64, device="cuda")
+                    few = (
+                        stacks_of([(0, _matrices(1, *shape, FORMS[form]))])
+                        for shape in ((2 * width, hidden), (hidden, width))
+                    )
                     try:
-                        by_triton(Layer(name, form, *units), (x, chosen, chosen.float()), launch)()
+                        by_triton(Layer("", form, *few), (x, chosen, chosen.float()), launch)()
                         torch.cuda.synchronize()
                     except Exception as error:
                         print(f"{form} {launch}: {str(error)[:100]}", file=sys.stderr)

@@ -20,6 +20,13 @@ class CodeForm:
     group: int = 1
     floats: bool = False
 
+    def multiplied(self, columns: int) -> bool:
+        """Whether `expert_products` reads matrices of so many columns in this form: tiles are powers of two, of whole
+        bytes."""
+        if self.bits == 16:
+            return True
+        return self.group & (self.group - 1) == 0 and self.group * self.bits % 8 == columns * self.bits % 8 == 0
+
 
 @dataclass(frozen=True)
 class ExpertCodes:
@@ -34,6 +41,11 @@ class ExpertCodes:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def part(self, index: int) -> ExpertCodes:
+        """One of the experts."""
+        few = slice(index, index + 1)
+        return ExpertCodes(self.codes[few], self.parameters[few], self.columns, self.form)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrices themselves."""
         if self.form.floats:
@@ -41,8 +53,70 @@ class ExpertCodes:
         return ops.dequantize(self.codes, self.parameters, self.columns, self.form.bits, self.form.group).to(dtype)
 
 
-Units = Sequence[tuple[int, "Tensor | ExpertCodes"]]
+Matrices = Tensor | ExpertCodes
+Units = Sequence[tuple[int, Matrices]]
 """First expert and matrices of it and its successors, all in one form."""
+
+
+@dataclass(frozen=True)
+class ExpertStacks:
+    """One matrix of all experts of a layer, which lie in ``units`` anywhere. addresses: [2, experts] int64 on their
+    device, of each matrix or its codes, and of its parameters (0: none)."""
+
+    units: Units
+    addresses: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.addresses.shape[1]
+
+    @property
+    def form(self) -> CodeForm:
+        return form_of(self.units[0][1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of one expert's matrix."""
+        matrices = self.units[0][1]
+        if isinstance(matrices, Tensor):
+            return matrices.shape[1], matrices.shape[2]
+        return matrices.codes.shape[1], matrices.columns
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether a byte holds two inputs, so that the kernels want all even inputs before all odd ones."""
+        return self.form.bits == 4
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] of one expert, expanded if it is in codes."""
+        first, matrices = next(unit for unit in self.units if unit[0] <= expert < unit[0] + len(unit[1]))
+        if isinstance(matrices, Tensor):
+            return matrices[expert - first]
+        return matrices.part(expert - first).dense(dtype)[0]
+
+
+def stacks_of(units: Units) -> ExpertStacks:
+    """Made once for matrices that stay where they are: the table is copied from the host."""
+    units, addresses = joined(units), []
+    assert len({form_of(matrices) for _, matrices in units}) == 1, "experts of a layer in unlike forms"
+    for _, matrices in sorted(units, key=lambda unit: unit[0]):
+        parts = [matrices] if isinstance(matrices, Tensor) else [matrices.codes, matrices.parameters]
+        for part in parts:
+            assert part.is_contiguous(), f"an expert's matrix lies in one piece, not with strides {part.stride()}"
+            assert not part.is_cuda or part.data_ptr() % 16 == 0, f"address {part.data_ptr()} is no multiple of 16"
+        for index in range(len(matrices)):
+            addresses.append([part[index].data_ptr() for part in parts] + [0] * (2 - len(parts)))
+    table = torch.tensor(addresses, dtype=torch.int64).t().contiguous()
+    return ExpertStacks(units, table.to(device_of(units)))
+
+
+def form_of(matrices: Matrices) -> CodeForm:
+    return CodeForm() if isinstance(matrices, Tensor) else matrices.form
+
+
+def device_of(units: Units) -> torch.device:
+    matrices = units[0][1]
+    return matrices.device if isinstance(matrices, Tensor) else matrices.codes.device
 
 
 @dataclass(frozen=True)
@@ -59,24 +133,28 @@ class GatedActivation:
         return ops.gated_activation(gate_up, self.activation)
 
 
-def form_of(units: Units) -> CodeForm:
-    matrices = units[0][1]
-    return CodeForm() if isinstance(matrices, Tensor) else matrices.form
+def joined(units: Units) -> list[tuple[int, Matrices]]:
+    """Units that follow each other in number and in memory as one; those in codes stay as they are."""
+    found: list[tuple[int, Matrices]] = []
+    for first, matrices in units:
+        if found and adjacent(*found[-1], first, matrices):
+            start, before = found[-1]
+            assert isinstance(before, Tensor)
+            size = (len(before) + len(matrices), *before.shape[1:])
+            found[-1] = start, before.as_strided(size, before.stride(), before.storage_offset())
+        else:
+            found.append((first, matrices))
+    return found
 
 
-def shape_of(units: Units) -> tuple[int, int]:
-    """Rows and columns of one expert's matrix."""
-    matrices = units[0][1]
-    if isinstance(matrices, Tensor):
-        return matrices.shape[1], matrices.shape[2]
-    return matrices.codes.shape[1], matrices.columns
-
-
-def is_even(units: Units) -> bool:
-    """Whether a byte holds two inputs, so that the kernels want all even inputs before all odd ones."""
-    return form_of(units).bits == 4
-
-
-def dense(units: Units, dtype: torch.dtype) -> list[tuple[int, Tensor]]:
-    """The units without codes."""
-    return [(first, each if isinstance(each, Tensor) else each.dense(dtype)) for first, each in units]
+def adjacent(first: int, matrices: Matrices, next_first: int, following: Matrices) -> bool:
+    return (
+        isinstance(matrices, Tensor)
+        and isinstance(following, Tensor)
+        and first + len(matrices) == next_first
+        and matrices.untyped_storage().data_ptr() == following.untyped_storage().data_ptr()
+        and matrices.data_ptr() + matrices.nbytes == following.data_ptr()
+        and matrices.shape[1:] == following.shape[1:]
+        and matrices.is_contiguous()
+        and following.is_contiguous()
+    )

@@ -73,13 +73,13 @@ def _code(value):
 @triton.jit
 def _product(
     x, x_row, codes, parameters, weight_row, columns, acc, BITS: tl.constexpr, FLOATS: tl.constexpr,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """acc [weight rows, tokens] plus the product of coded rows with rows of x. x_row: offsets of the tokens' rows.
-    GROUPS: of a step; WHOLE: steps fill a row."""
+    GROUPS: of a step, with so many BYTES each, or one of them and a part of its bytes; WHOLE: steps fill a row."""
     PIECES: tl.constexpr = 8 // BITS
-    BYTES: tl.constexpr = GROUP // PIECES
     STEP: tl.constexpr = GROUPS * BYTES
+    GROUP_BYTES: tl.constexpr = GROUP // PIECES
     dtype: tl.constexpr = x.dtype.element_ty
     row_bytes = columns // PIECES
     row_groups = (columns + GROUP - 1) // GROUP
@@ -94,8 +94,9 @@ def _product(
     low = scale if FLOATS else tl.load(scale_at + 1, mask=(group < row_groups)[None, :], other=0)
     for begin in range(0, row_bytes, STEP):
         # Scales are a byte or two each, too narrow for copies that run ahead: they are asked for one step early.
-        following = begin // BYTES + GROUPS + group
-        next_at = scale_at + (begin // BYTES + GROUPS) * WIDTH
+        ahead = (begin + STEP) // GROUP_BYTES
+        following = ahead + group
+        next_at = scale_at + ahead * WIDTH
         next_scale = tl.load(next_at, mask=(following < row_groups)[None, :], other=0)
         next_low = next_scale if FLOATS else tl.load(next_at + 1, mask=(following < row_groups)[None, :], other=0)
         if WHOLE:
@@ -144,7 +145,7 @@ def _plain_product(x, x_row, matrix, weight_row, columns, acc, STEP: tl.constexp
 @triton.jit
 def _of_expert(
     x, x_row, table, num_experts, expert, weight_row, columns, BITS: tl.constexpr, FLOATS: tl.constexpr,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Rows ``weight_row`` of an expert's matrix, found through the table, times rows of x: [rows, tokens] float32."""
@@ -152,11 +153,13 @@ def _of_expert(
     address = tl.load(table + expert)
     if BITS == 16:
         matrix = tl.multiple_of(address.to(x.dtype), 16)
-        acc = _plain_product(x, x_row, matrix, weight_row, columns, acc, GROUP * GROUPS, WHOLE)
+        acc = _plain_product(x, x_row, matrix, weight_row, columns, acc, GROUP, WHOLE)
     else:
         codes = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         parameters = tl.load(table + num_experts + expert).to(tl.pointer_type(tl.uint8) if FLOATS else x.dtype)
-        acc = _product(x, x_row, codes, parameters, weight_row, columns, acc, BITS, FLOATS, GROUP, GROUPS, WHOLE)
+        acc = _product(
+            x, x_row, codes, parameters, weight_row, columns, acc, BITS, FLOATS, GROUP, GROUPS, BYTES, WHOLE
+        )  # fmt: skip
     return acc
 
 
@@ -164,7 +167,7 @@ def _of_expert(
 def gate_up_kernel(
     x, inner, table, biases, order, tiles, num_tiles, num_experts, width, columns, gain, limit,
     REPEATED: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    WHOLE: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr,
+    BYTES: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of tokens x blocks of gates and their ups): inner [rows sorted by expert, width]. Row r of the sorted
@@ -181,8 +184,8 @@ def gate_up_kernel(
         side = (row >= HALF).to(tl.int32)
         row = tl.minimum(block * HALF + row - side * HALF, width - 1) + side * width
         acc = _of_expert(
-            x, token * columns, table, num_experts, expert, row, columns, BITS, FLOATS, GROUP, GROUPS, WHOLE,
-            BLOCK_ROWS, BLOCK_TOKENS,
+            x, token * columns, table, num_experts, expert, row, columns, BITS, FLOATS, GROUP, GROUPS, BYTES,
+            WHOLE, BLOCK_ROWS, BLOCK_TOKENS,
         )  # fmt: skip
         if BIASED:
             acc += tl.load(biases + expert * (2 * width) + row).to(tl.float32)[:, None]
@@ -198,8 +201,8 @@ def gate_up_kernel(
 @triton.jit(do_not_specialize=["num_tiles"])
 def down_kernel(
     inner, out, table, biases, order, tiles, num_tiles, num_experts, size, columns, BITS: tl.constexpr,
-    FLOATS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
+    FLOATS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr,
+    BIASED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of tokens x blocks of outputs): row order[r] of out [rows, size] from row r of inner."""
     tile, block = _cell(tl.program_id(0), num_tiles, tl.cdiv(size, BLOCK_ROWS), TOGETHER)
@@ -211,8 +214,8 @@ def down_kernel(
         row = tl.minimum(column, size - 1)
         inner_row = tl.minimum(place, end - 1).to(tl.int64) * columns
         acc = _of_expert(
-            inner, inner_row, table, num_experts, expert, row, columns, BITS, FLOATS, GROUP, GROUPS, WHOLE,
-            BLOCK_ROWS, BLOCK_TOKENS,
+            inner, inner_row, table, num_experts, expert, row, columns, BITS, FLOATS, GROUP, GROUPS, BYTES,
+            WHOLE, BLOCK_ROWS, BLOCK_TOKENS,
         )  # fmt: skip
         if BIASED:
             acc += tl.load(biases + expert * size + row).to(tl.float32)[:, None]

@@ -7,20 +7,20 @@ T: tokens, K: experts of each, R = T x K routed rows; H: hidden size, W: width o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
 from flexbatch.kernels import expert_kernels
-from flexbatch.kernels.expert_codes import GatedActivation, Units, form_of, is_even, shape_of
+from flexbatch.kernels.expert_codes import ExpertStacks, GatedActivation
 
 
 @dataclass(frozen=True)
 class ExpertLaunch:
-    """Shape of a tile: rows of a matrix, tokens, and bytes of a matrix' row in a step (inputs of 16 bits: half as
-    many); warps and stages of a program."""
+    """Shape of a tile: rows of a matrix, tokens, and bytes of a matrix' row in a step; warps and stages of a
+    program."""
 
     rows: int = 128
     tokens: int = 16
@@ -48,46 +48,33 @@ CODED = {
 }
 
 
-@dataclass(frozen=True)
-class ExpertTable:
-    """Where the matrices of all experts of a layer lie. addresses: [2, E] int64 on their device, of each matrix or its
-    codes, and of their parameters (0: none). ``units`` are what it points into."""
-
-    units: Units
-    addresses: Tensor
-
-    @property
-    def num_experts(self) -> int:
-        return self.addresses.shape[1]
+FLOAT32 = ExpertLaunch(64, 16, 64, 4, 2)
+"""Whatever the number of tokens: without tensor cores, and exact."""
 
 
-def table_of(units: Units) -> ExpertTable:
-    """The table of matrices that lie where they are; made once, since it is copied from the host."""
-    addresses = []
-    for _, matrices in sorted(units, key=lambda unit: unit[0]):
-        parts = [matrices] if isinstance(matrices, Tensor) else [matrices.codes, matrices.parameters]
-        for part in parts:
-            assert part.is_contiguous() and part.data_ptr() % 16 == 0, (part.stride(), part.data_ptr())
-        for index in range(len(parts[0])):
-            addresses.append([part[index].data_ptr() for part in parts] + [0] * (2 - len(parts)))
-    device = (units[0][1] if isinstance(units[0][1], Tensor) else units[0][1].codes).device
-    return ExpertTable(units, torch.tensor(addresses).t().contiguous().to(device))
-
-
-def multiplies(x: Tensor, units: Units) -> bool:
-    """Whether the kernels can: codes in groups of a power of two, and of an even number of inputs at 4 bits."""
-    form = form_of(units)
-    columns = shape_of(units)[1]
-    if form.bits == 16:
-        return True
-    return form.group & (form.group - 1) == 0 and form.group * form.bits // 8 >= 16 and columns % (8 // form.bits) == 0
-
-
-def launch_of(rows: int, num_experts: int, bits: int) -> ExpertLaunch:
-    """By the mean number of tokens of an expert, which the host knows."""
+def launch_of(rows: int, num_experts: int, bits: int, x: Tensor) -> ExpertLaunch:
+    """By the mean number of tokens of an expert, which the host knows, and with as many stages as the memory that a
+    program may share holds."""
+    if x.dtype == torch.float32:
+        return FLOAT32
     mean = rows / max(1, min(rows, num_experts))
     tokens = next((size for size in TOKENS if mean <= size), TOKENS[-1])
-    return (PLAIN if bits == 16 else CODED)[tokens]
+    launch = (PLAIN if bits == 16 else CODED)[tokens]
+    stages = shared_bytes(x.device) // stage_bytes(launch, bits, x.element_size())
+    return replace(launch, stages=max(1, min(launch.stages, stages)))
+
+
+def stage_bytes(launch: ExpertLaunch, bits: int, element_bytes: int) -> int:
+    """Of a block of weights and the inputs that it is multiplied with."""
+    inputs = launch.step // element_bytes if bits == 16 else launch.step * 8 // bits
+    return launch.rows * launch.step + launch.tokens * inputs * element_bytes
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory of a program, at most. Triton's interpreter knows no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 def halves(x: Tensor) -> Tensor:
@@ -99,8 +86,8 @@ def expert_mlp(
     x: Tensor,
     chosen: Tensor,
     shares: Tensor,
-    gate_up: ExpertTable,
-    down: ExpertTable,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
     gate: GatedActivation,
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
     launch: ExpertLaunch | None = None,
@@ -111,9 +98,9 @@ def expert_mlp(
     out = torch.empty_like(x)
     if not rows:
         return out
-    launch = launch or launch_of(rows, gate_up.num_experts, form_of(gate_up.units).bits)
+    launch = launch or launch_of(rows, gate_up.num_experts, gate_up.form.bits, x)
     order, tiles = tiles_of(chosen.flatten(), gate_up.num_experts, launch.tokens)
-    inner = gate_up_rows(x, order, tiles, gate_up, biases[0], gate, is_even(down.units), launch)
+    inner = gate_up_rows(x, order, tiles, gate_up, biases[0], gate, down.in_halves, launch)
     routed = down_rows(inner, order, tiles, down, biases[1], launch)
     block = min(1024, triton.next_power_of_2(x.shape[1]))
     expert_kernels.weighted_kernel[len(x), triton.cdiv(x.shape[1], block)](
@@ -140,47 +127,54 @@ def gate_up_rows(
     x: Tensor,
     order: Tensor,
     tiles: Tensor,
-    table: ExpertTable,
+    stacks: ExpertStacks,
     biases: Tensor | None,
     gate: GatedActivation,
     in_halves: bool,
     launch: ExpertLaunch,
 ) -> Tensor:
     """gate(gate and up) of the rows of x, [R, W] sorted by expert. in_halves: even columns before odd ones."""
-    both, columns = shape_of(table.units)
+    both, columns = stacks.shape
     assert x.shape[1] == columns and x.is_contiguous(), (x.shape, columns)
     inner = x.new_empty(len(order), both // 2)
     programs = len(tiles) * triton.cdiv(both // 2, launch.rows // 2)
     expert_kernels.gate_up_kernel[(programs,)](
-        halves(x) if is_even(table.units) else x, inner, table.addresses, biases, order, tiles, len(tiles),
-        table.num_experts, both // 2, columns, gate.gain, gate.limit, REPEATED=len(order) // len(x),
-        ACTIVATION="clamped" if gate.limit else gate.activation, HALVES=in_halves, **_options(table, biases, launch),
+        halves(x) if stacks.in_halves else x, inner, stacks.addresses, biases, order, tiles, len(tiles),
+        stacks.num_experts, both // 2, columns, gate.gain, gate.limit, REPEATED=len(order) // len(x),
+        ACTIVATION="clamped" if gate.limit else gate.activation, HALVES=in_halves,
+        **_options(stacks, biases, launch, x.element_size()),
     )  # fmt: skip
     return inner
 
 
 def down_rows(
-    inner: Tensor, order: Tensor, tiles: Tensor, table: ExpertTable, biases: Tensor | None, launch: ExpertLaunch
+    inner: Tensor, order: Tensor, tiles: Tensor, stacks: ExpertStacks, biases: Tensor | None, launch: ExpertLaunch
 ) -> Tensor:
     """Rows of ``inner``, sorted by expert, times the matrices of their experts: [R, H] in the order from before."""
-    size, columns = shape_of(table.units)
+    size, columns = stacks.shape
     out = inner.new_empty(len(order), size)
     programs = len(tiles) * triton.cdiv(size, launch.rows)
     expert_kernels.down_kernel[(programs,)](
-        inner, out, table.addresses, biases, order, tiles, len(tiles), table.num_experts, size, columns,
-        **_options(table, biases, launch),
+        inner, out, stacks.addresses, biases, order, tiles, len(tiles), stacks.num_experts, size, columns,
+        **_options(stacks, biases, launch, inner.element_size()),
     )  # fmt: skip
     return out
 
 
-def _options(table: ExpertTable, biases: Tensor | None, launch: ExpertLaunch) -> dict[str, object]:
+def _options(
+    stacks: ExpertStacks, biases: Tensor | None, launch: ExpertLaunch, element_bytes: int
+) -> dict[str, object]:
     """What both kernels are compiled for. Weights are expanded as everywhere, without fused additions."""
-    form, columns = form_of(table.units), shape_of(table.units)[1]
-    group = launch.step // 2 if form.bits == 16 else form.group
-    groups = 1 if form.bits == 16 else max(1, launch.step * 8 // form.bits // group)
+    form, columns = stacks.form, stacks.shape[1]
+    if form.bits == 16:
+        group = step = launch.step // element_bytes
+        in_step = 1
+    else:
+        group, step = form.group, launch.step * 8 // form.bits
+        in_step = min(group, step) * form.bits // 8
     return {
-        "BITS": form.bits, "FLOATS": form.floats, "GROUP": group, "GROUPS": groups,
-        "WHOLE": columns % (group * groups) == 0, "BIASED": biases is not None, "BLOCK_ROWS": launch.rows,
+        "BITS": form.bits, "FLOATS": form.floats, "GROUP": group, "GROUPS": max(1, step // group), "BYTES": in_step,
+        "WHOLE": columns % step == 0, "BIASED": biases is not None, "BLOCK_ROWS": launch.rows,
         "BLOCK_TOKENS": launch.tokens, "TOGETHER": TOGETHER, "num_warps": launch.warps, "num_stages": launch.stages,
         "enable_fp_fusion": False,
     }  # fmt: skip

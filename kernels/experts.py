@@ -1,9 +1,9 @@
 """The gated MLPs of a mixture of experts over routed tokens: a loop over the experts that are hit, which is the oracle,
-and torch's grouped matrix product where the GPU has it.
+torch's grouped matrix product, and Triton (`expert_products`).
 
 T: tokens, K: experts of each, R = T x K routed rows, token by token; H: hidden size, W: width of an expert. Experts
 come in units that need not lie side by side (they may be on several tiers): pairs of the first expert's number and the
-matrices [experts, rows, columns] of that one and its successors.
+matrices [experts, rows, columns] of that one and its successors, or their codes.
 
 The results of a token are added in the order of its choices, never by atomic additions in the order of arrival: so a
 token's sum does not depend on the other tokens of the batch.
@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Units = Sequence[tuple[int, Tensor]]
+from flexbatch.kernels.expert_codes import ExpertStacks, GatedActivation
+
+DenseUnits = Sequence[tuple[int, Tensor]]
 Biases = tuple[Tensor | None, Tensor | None]
 """Of gate and up [experts, 2 W], and of down [experts, H]."""
 Activate = Callable[[Tensor], Tensor]
@@ -28,18 +30,26 @@ GROUPED_CAPABILITY = (8, 0)
 """Of the oldest GPUs that torch's grouped product runs on."""
 GROUPED_ALIGNMENT = 16
 """Bytes that it wants rows of both operands to be a multiple of."""
+GROUPED_TOKENS = 64
+"""Of the mean expert, from which on torch's grouped product is taken for weights of 16 bits."""
 
 
-def has_grouped_product(x: Tensor, units: Units) -> bool:
+def is_grouped(rows: int, gate_up: ExpertStacks, down: ExpertStacks) -> bool:
+    """Whether a GPU multiplies so many routed rows by torch's grouped product, where it has one, and not in Triton:
+    weights of 16 bits, in one piece (torch's product goes through all rows for each), and many tokens of an expert."""
+    whole = all(stacks.form.bits == 16 and len(stacks.units) == 1 for stacks in (gate_up, down))
+    return whole and rows >= GROUPED_TOKENS * gate_up.num_experts
+
+
+def has_grouped_product(x: Tensor, stacks: ExpertStacks) -> bool:
     """Whether `by_groups` can multiply these: bfloat16 on a GPU that is new enough, with aligned rows. Other dtypes
     have a loop behind torch's function too, and one that waits for the GPU."""
-    matrices = units[0][1]
     return (
         x.is_cuda
         and x.dtype == torch.bfloat16
         and grouped_mm() is not None
         and torch.cuda.get_device_capability(x.device) >= GROUPED_CAPABILITY
-        and all(size * x.element_size() % GROUPED_ALIGNMENT == 0 for size in matrices.shape[1:])
+        and all(size * x.element_size() % GROUPED_ALIGNMENT == 0 for size in stacks.shape)
     )
 
 
@@ -57,31 +67,41 @@ def expert_mlp(
     x: Tensor,
     chosen: Tensor,
     shares: Tensor,
-    gate_up: Units,
-    down: Units,
-    activate: Activate,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
+    gate: GatedActivation,
     biases: Biases = (None, None),
 ) -> Tensor:
-    """Sum over the experts ``chosen`` [T, K] of ``shares`` [T, K] times down(activate(gate and up)) of x [T, H]: [T,
-    H]."""
-    way = by_groups if has_grouped_product(x, gate_up) and has_grouped_product(x, down) else by_loop
-    return way(x, chosen, shares, joined(gate_up), joined(down), activate, biases)
+    """Sum over the experts ``chosen`` [T, K] of ``shares`` [T, K] times down(gate(gate and up)) of x [T, H]: [T, H]. On
+    a GPU the host waits for nothing."""
+    if not x.is_cuda:
+        return by_loop(x, chosen, shares, gate_up, down, gate, biases)
+    if is_grouped(chosen.numel(), gate_up, down) and all(has_grouped_product(x, each) for each in (gate_up, down)):
+        return by_groups(x, chosen, shares, dense(gate_up), dense(down), gate, biases)
+    from flexbatch.kernels import expert_products
+
+    return expert_products.expert_mlp(x, chosen, shares, gate_up, down, gate, biases)
+
+
+def dense(stacks: ExpertStacks) -> DenseUnits:
+    """The units of experts that are in no codes."""
+    return [(first, matrices) for first, matrices in stacks.units if isinstance(matrices, Tensor)]
 
 
 def scaled_inputs(
     x: Tensor,
     chosen: Tensor,
     shares: Tensor,
-    gate_up: Units,
-    down: Units,
-    activate: Activate,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
+    gate: GatedActivation,
     biases: Biases = (None, None),
 ) -> Tensor:
-    """Sum over the experts ``chosen`` [T, K] of down(activate(gate and up)) of ``shares`` [T, K] times x [T, H], in x's
+    """Sum over the experts ``chosen`` [T, K] of down(gate(gate and up)) of ``shares`` [T, K] times x [T, H], in x's
     dtype: what counts for an expert is what it is given."""
     rows, top_k = (x[:, None] * shares[:, :, None].to(x.dtype)).flatten(0, 1), chosen.shape[1]
     whole = shares.new_ones(len(rows), 1)
-    out = expert_mlp(rows, chosen.reshape(-1, 1), whole, gate_up, down, activate, biases)
+    out = expert_mlp(rows, chosen.reshape(-1, 1), whole, gate_up, down, gate, biases)
     return weighted(out.view(-1, top_k, out.shape[1]), torch.ones_like(shares))
 
 
@@ -89,26 +109,24 @@ def by_loop(
     x: Tensor,
     chosen: Tensor,
     shares: Tensor,
-    gate_up: Units,
-    down: Units,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
     activate: Activate,
     biases: Biases = (None, None),
 ) -> Tensor:
-    """`expert_mlp`, one expert after the other. On a GPU it waits once for the number of tokens of each."""
+    """`expert_mlp`, one expert after the other, expanded when it has tokens. On a GPU it waits once for the number of
+    tokens of each."""
     experts = chosen.flatten()
-    order, total = experts.argsort(stable=True), sum(len(matrices) for _, matrices in gate_up)
-    counts = torch.bincount(experts, minlength=total).tolist()
-    first, second = (
-        {start + index: matrix for start, matrices in units for index, matrix in enumerate(matrices)}
-        for units in (gate_up, down)
-    )
+    order = experts.argsort(stable=True)
+    counts = torch.bincount(experts, minlength=gate_up.num_experts).tolist()
     out = x.new_empty(len(experts), x.shape[1])
     start = 0
     for expert, count in enumerate(counts):
         if count:
             rows = order[start : start + count]
-            inner = activate(F.linear(x[rows // chosen.shape[1]], first[expert], _bias(biases[0], expert)))
-            out[rows] = F.linear(inner, second[expert], _bias(biases[1], expert))
+            first, second = gate_up.matrix(expert, x.dtype), down.matrix(expert, x.dtype)
+            inner = activate(F.linear(x[rows // chosen.shape[1]], first, _bias(biases[0], expert)))
+            out[rows] = F.linear(inner, second, _bias(biases[1], expert))
             start += count
     return weighted(out.view(*chosen.shape, -1), shares)
 
@@ -121,8 +139,8 @@ def by_groups(
     x: Tensor,
     chosen: Tensor,
     shares: Tensor,
-    gate_up: Units,
-    down: Units,
+    gate_up: DenseUnits,
+    down: DenseUnits,
     activate: Activate,
     biases: Biases = (None, None),
 ) -> Tensor:
@@ -132,7 +150,7 @@ def by_groups(
     return weighted(grouped_linear(inner, experts, down, biases[1]).view(*chosen.shape, -1), shares)
 
 
-def grouped_linear(x: Tensor, experts: Tensor, units: Units, biases: Tensor | None = None) -> Tensor:
+def grouped_linear(x: Tensor, experts: Tensor, units: DenseUnits, biases: Tensor | None = None) -> Tensor:
     """Row r of x (of R rows, or of T: then each stands for the K rows of a token) times the matrix of ``experts``[r],
     and its bias: [R, rows of a matrix]."""
     product, rows = grouped_mm(), len(experts)
@@ -156,27 +174,3 @@ def weighted(rows: Tensor, shares: Tensor) -> Tensor:
     for choice in range(1, rows.shape[1]):
         total.addcmul_(rows[:, choice].float(), shares[:, choice, None])
     return total.to(rows.dtype)
-
-
-def joined(units: Units) -> list[tuple[int, Tensor]]:
-    """Units that follow each other in number and in memory as one."""
-    found: list[tuple[int, Tensor]] = []
-    for first, matrices in units:
-        if found and adjacent(*found[-1], first, matrices):
-            start, before = found[-1]
-            size = (len(before) + len(matrices), *matrices.shape[1:])
-            found[-1] = start, before.as_strided(size, before.stride(), before.storage_offset())
-        else:
-            found.append((first, matrices))
-    return found
-
-
-def adjacent(first: int, matrices: Tensor, next_first: int, following: Tensor) -> bool:
-    return (
-        first + len(matrices) == next_first
-        and matrices.untyped_storage().data_ptr() == following.untyped_storage().data_ptr()
-        and matrices.data_ptr() + matrices.nbytes == following.data_ptr()
-        and matrices.shape[1:] == following.shape[1:]
-        and matrices.is_contiguous()
-        and following.is_contiguous()
-    )

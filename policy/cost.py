@@ -55,7 +55,7 @@ class PassModel:
         self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad, graphs: bool = True
     ) -> None:
         self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
-        self.graphs = graphs and runs_graphs(policy, hardware.device, shape.experts is not None)
+        self.graphs = graphs and runs_graphs(policy, hardware.device)
         self.batches = policy.num_gpu_batches
 
     @functools.cached_property

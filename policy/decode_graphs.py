@@ -17,8 +17,9 @@ PLANNED_GRAPHS = 4
 """Graphs that a plan leaves room for: the sizes of a full block and of its last wave. 541 prompts of Llama-3.2-3B on an
 H200 took 27 ms a pass in a block that filled the GPU to the last 13 MiB, where graphs would have taken 11; four of them
 take the memory of three of its 185 sequences."""
-LAUNCHES_OF_LAYER, LAUNCH_BYTES = 16, 16 << 10
-"""What the driver keeps of a graph: parameters and code of every kernel that it launches, about."""
+LAUNCHES_OF_LAYER, LAUNCHES_OF_EXPERTS, LAUNCH_BYTES = 16, 32, 16 << 10
+"""What the driver keeps of a graph: parameters and code of every kernel that it launches, about; of a layer of experts
+routing, sorting and counting beside the products."""
 
 
 def bucket_of(num_sequences: int) -> int:
@@ -28,12 +29,15 @@ def bucket_of(num_sequences: int) -> int:
     return -(-num_sequences // 32) * 32
 
 
-def graph_bytes(num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int) -> int:
+def graph_bytes(
+    num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int, experts: bool
+) -> int:
     """The bytes of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs
     (page tables above all), and hidden states."""
+    launches = LAUNCHES_OF_LAYER + LAUNCHES_OF_EXPERTS * experts
     bucket = bucket_of(min(sequences, MAX_GRAPH_SEQUENCES))
     pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens
-    return LAUNCH_BYTES * (LAUNCHES_OF_LAYER * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
+    return LAUNCH_BYTES * (launches * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
 
 
 def graph_pool_bytes(sequences: int, workspace_bytes: int) -> int:
@@ -42,15 +46,15 @@ def graph_pool_bytes(sequences: int, workspace_bytes: int) -> int:
     return bucket_of(min(sequences, MAX_GRAPH_SEQUENCES)) * workspace_bytes
 
 
-def runs_graphs(policy: Policy, device: str, experts: bool) -> bool:
-    """Whether decode passes are graphs where everything is on the gpu tier. Those of a model with experts are launched
-    kernel by kernel."""
-    return device == "cuda" and policy.num_gpu_batches == 1 and policy.overlap and not experts
+def runs_graphs(policy: Policy, device: str) -> bool:
+    """Whether decode passes are graphs where everything is on the gpu tier."""
+    return device == "cuda" and policy.num_gpu_batches == 1 and policy.overlap
 
 
 def planned_bytes(shape: ModelShape, policy: Policy, device: str, longest: float) -> int:
     """The bytes of the graphs that a plan counts on. longest: tokens of the longest sequence."""
-    if not runs_graphs(policy, device, shape.experts is not None):
+    if not runs_graphs(policy, device):
         return 0
-    one = graph_bytes(shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS)
+    sizes = shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS
+    one = graph_bytes(*sizes, shape.experts is not None)
     return PLANNED_GRAPHS * one + graph_pool_bytes(policy.gpu_batch_size, shape.peak_workspace_bytes)

@@ -19,6 +19,11 @@ class ExpertShape:
     width: int
     shared_width: int = 0
 
+    @property
+    def num_tensors(self) -> int:
+        """That the experts of a layer are placed in."""
+        return 2 * len(units_of_experts(self.count))
+
     def elements(self, hidden_size: int) -> int:
         """Weights of one expert."""
         return 3 * hidden_size * self.width

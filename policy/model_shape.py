@@ -150,9 +150,17 @@ class ModelShape:
     def dense_bytes(self, bits: int) -> int:
         return sum(self.dense_tensor_bytes(bits))
 
+    def expert_bytes(self, bits: int) -> int:
+        """All experts of a layer as they are stored: the last of its tensors."""
+        if self.experts is None:
+            return 0
+        end = len(self.block_tensors)
+        return sum(self.block_tensor_bytes(bits)[end - self.experts.num_tensors : end])
+
     def dequantized_bytes(self, bits: int) -> int:
-        """The largest layer expanded to 16 bits; nothing is where weights have 16 bits."""
-        return 0 if bits == 16 else max(self.block_bytes(16), self.dense_bytes(16))
+        """The largest layer expanded to 16 bits, but for experts, which are multiplied as they are stored; nothing is
+        where weights have 16 bits."""
+        return 0 if bits == 16 else max(self.block_bytes(16) - self.expert_bytes(16), self.dense_bytes(16))
 
     @property
     def block_elements(self) -> int:

@@ -143,7 +143,7 @@ class PassStages:
         tokens = self.tokens / self.batches
         hit = experts.hit(tokens)
         each = self.hardware.gemm_seconds(elements, experts.rows(tokens), shape.element_bytes)
-        moved = self.batches * hit * shape.weight_bytes(elements, 16)
+        moved = self.batches * hit * shape.expert_bytes(self.policy.weight_bits) / experts.count
         return self.batches * hit * each, 2.0 * experts.top_k * elements * self.tokens, moved
 
     def _around(
@@ -187,11 +187,14 @@ class PassStages:
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
     def _expanded_bytes(self, kind: str) -> float:
-        """Read and written to expand the quantized weights of a layer of this kind to 16 bits; 0 for 16 bits, and for
-        the head."""
-        stored = {"layer": self.shape.block_bytes, "dense": self.shape.dense_bytes}.get(kind)
-        bits = self.policy.weight_bits
-        return float(stored(bits) + stored(16)) if stored and bits != 16 else 0.0
+        """Read and written to expand the quantized weights of a layer of this kind to 16 bits; 0 for 16 bits, for the
+        head, and for experts, which are expanded in registers."""
+        shape, bits = self.shape, self.policy.weight_bits
+        stored = {"layer": shape.block_bytes, "dense": shape.dense_bytes}.get(kind)
+        if stored is None or bits == 16:
+            return 0.0
+        whole = float(stored(bits) + stored(16))
+        return whole - shape.expert_bytes(bits) - shape.expert_bytes(16) if kind == "layer" else whole
 
     def _work(
         self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray

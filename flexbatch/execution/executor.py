@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Executor:
 
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same
     ticks, the same tokens. ``logits_chunk_bytes``: float32 logits that are given at one time. ``max_graphs``: of
-    decode passes that are kept. routing: counts the tokens of experts, of passes tick by tick. ``ranks``: those that
+    decode passes that are kept. routing: counts the tokens of experts. ``ranks``: those that
     have the rest of every layer, None where it is here whole; ``lead``: of rank 0, which decides what a pass is.
     """
 
@@ -70,7 +71,7 @@ class Executor:
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.group_adapters
-            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(), max_graphs, group)
+            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(arch.experts is not None), max_graphs, group)
 
     @property
     def resident(self) -> bool:
@@ -111,6 +112,8 @@ class Executor:
         if self.graphs is not None and count == 1 and watch is None and (hidden := self.replay(inputs[0])) is not None:
             self.activations.set(0, hidden)
             yield from self.head(inputs[0], num_layers - 1, 0, count)
+            if self.routing is not None:
+                self.routing.end_pass()
             return
         self.weights.fetch_rest(0, count)
         gathers: dict[tuple[int, int], Handle] = {}
@@ -158,9 +161,9 @@ class Executor:
     def begin_pass(self, batch: PassBatch, newest: NewestTokens | None) -> list[MicroBatchInputs]:
         """Send the inputs of the micro-batches, and let the stores know of them."""
         self.uploads.begin_pass()
-        if self.routing is not None:
-            self.routing.begin_pass()
         inputs = [self.builder.build(queries, newest) for queries in batch.micro_batches]
+        if self.routing is not None:
+            self.routing.begin_pass(inputs[0].num_tokens)
         self.cache.begin_pass(self.queues.mark())
         self.activations.plan([each.num_tokens for each in inputs])
         return inputs
@@ -248,9 +251,8 @@ class Executor:
             self.host_buffers.release(pending.cpu_output, self.queues.mark())
         weights, adapters = self.weights.weights(tick.layer, "post"), pending.inputs.adapters
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
-            hidden = layers.post_attention(
-                self.arch, tick.layer, weights, pending.hidden, pending.attention, adapters, self.routing, self.ranks
-            )
+            stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
+            hidden = layers.post_attention(self.arch, tick.layer, *given, self.routing, self.ranks, stacks)
         if pending.watch is not None:
             pending.watch(tick.layer, pending.inputs, hidden)
         if tick.layer == self.arch.num_layers - 1:
@@ -289,9 +291,9 @@ class Executor:
         repeats."""
         tracer, self.tracer = self.tracer, Tracer()
         try:
-            for layer in range(self.arch.num_layers):
-                tick = Tick(layer, 0, None, None, None)
-                self.finish(self.begin(tick, inputs, READY, 0), 1)
+            with self.routing.of_graph() if self.routing is not None else nullcontext():
+                for layer in range(self.arch.num_layers):
+                    self.finish(self.begin(Tick(layer, 0, None, None, None), inputs, READY, 0), 1)
             return self.activations.get(0)
         finally:
             self.tracer = tracer

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from flexbatch.kernels import reference
+from flexbatch.kernels.expert_codes import CodeForm
 from flexbatch.memory.files import ALIGNMENT, align
 from flexbatch.models.arch import Arch
 from flexbatch.models.quantized.scheme import Form
@@ -130,16 +131,35 @@ class WeightPlan:
         """One working slab: the largest streamed layer."""
         return max(self.streamed_bytes(layer) for layer in range(len(self.layers)))
 
+    @cached_property
+    def in_codes(self) -> frozenset[tuple[int, str]]:
+        """Layer and role of the experts' matrices that are multiplied as they are stored, and never expanded as a
+        whole: those of layers that hold all of a name in one form that the kernels read."""
+        found = set()
+        for layer, tensors in enumerate(self.layers):
+            for name in ("gate_up", "down"):
+                mine = [each for each in tensors if is_expert(each.spec.role, name)]
+                forms = {(each.form, each.spec.shape[1]) for each in mine}
+                if len(forms) == 1 and mine[0].quantized:
+                    form, columns = forms.pop()
+                    if CodeForm(*form).multiplied(columns):
+                        found |= {(layer, each.spec.role) for each in mine}
+        return frozenset(found)
+
+    def expanded(self, layer: int, stage: str) -> list[PlacedTensor]:
+        """The matrices of a stage of a layer ("pre": before attention, "post": after it) that are multiplied in 16
+        bits, and stored in fewer."""
+        return [
+            each
+            for each in self.layers[layer]
+            if each.quantized and stage_of(each.spec.role) == stage and (layer, each.spec.role) not in self.in_codes
+        ]
+
     def dequantization_bytes(self, stage: str) -> int:
-        """Size of the buffer for the dequantized tensors of one stage ("pre": before attention, "post": after it) of
-        any layer."""
+        """Size of the buffer for the dequantized tensors of one stage of any layer."""
         return max(
-            sum(
-                align(tensor.dense_bytes, SLAB_ALIGNMENT)
-                for tensor in layer
-                if tensor.quantized and stage_of(tensor.spec.role) == stage
-            )
-            for layer in self.layers
+            sum(align(tensor.dense_bytes, SLAB_ALIGNMENT) for tensor in self.expanded(layer, stage))
+            for layer in range(len(self.layers))
         )
 
     def tier_bytes(self, tier: str) -> int:
@@ -164,6 +184,11 @@ class WeightPlan:
 def slab_alignment(tier: str) -> int:
     """Bytes at a multiple of which every tensor of a slab on ``tier`` starts."""
     return ALIGNMENT if tier == "disk" else SLAB_ALIGNMENT
+
+
+def is_expert(role: str, name: str) -> bool:
+    """Whether these are the matrices ``name`` of experts."""
+    return role.startswith("experts.") and role.endswith(f".{name}.weight")
 
 
 def stage_of(role: str) -> str:

@@ -9,13 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, ExpertStacks, Matrices, stacks_of
 from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.read_ahead import ReadAhead
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
-from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, stage_of
+from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan
 from flexbatch.memory.weight_tensors import WeightTensors
+from flexbatch.models.specs import expert_role
 
 BUFFERS = ("weight slab ", "disk staging ", "dequantization ")
 
@@ -74,6 +76,7 @@ class WeightStore:
         self.ready: dict[int, dict[str, Tensor]] = {}
         self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
         """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
+        self.stacks: dict[tuple[int, int], tuple[ExpertStacks, ExpertStacks]] = {}
 
     @property
     def resident(self) -> bool:
@@ -166,10 +169,41 @@ class WeightStore:
             ready = self.ready[layer] = self.collect(layer)
         if self.dequantization.lacks(layer, stage):
             lease = self.leases.get(layer)
-            quantized = [t for t in self.plan.layers[layer] if t.quantized and stage_of(t.spec.role) == stage]
-            views = [self.compute_view(tensor, layer, lease) for tensor in quantized]
+            views = [self.compute_view(tensor, layer, lease) for tensor in self.plan.expanded(layer, stage)]
             ready.update(self.dequantization.fill(layer, stage, views))
         return ready
+
+    def experts(self, layer: int) -> tuple[ExpertStacks, ExpertStacks] | None:
+        """Gate and up, and down of all experts of a layer whose `weights` were taken, in codes where they are stored in
+        codes that the kernels read; None where it has no experts."""
+        experts = self.plan.arch.experts_of(layer) if layer < self.plan.arch.num_layers else None
+        if experts is None:
+            return None
+        lease = self.leases.get(layer)
+        key = layer, lease.slab if lease is not None else -1
+        if key not in self.stacks:
+            placed = {each.spec.role: each for each in self.plan.layers[layer]}
+            views = {role: self.compute_view(each, layer, lease) for role, each in placed.items()}
+            gate_up, down = (
+                stacks_of(
+                    [
+                        (first, self.matrices(layer, count, views[f"{expert_role(first, name)}.weight"]))
+                        for first, count in experts.units
+                    ]
+                )
+                for name in ("gate_up", "down")
+            )
+            self.stacks[key] = gate_up, down
+        return self.stacks[key]
+
+    def matrices(self, layer: int, count: int, view: TensorView) -> Matrices:
+        """Those of so many experts that were placed as one tensor."""
+        spec, form = view.placed.spec, view.placed.form
+        if (layer, spec.role) not in self.plan.in_codes:
+            return self.ready[layer][spec.role].unflatten(0, (count, -1))
+        assert view.codes is not None and view.parameters is not None
+        parts = (each.unflatten(0, (count, -1)) for each in (view.codes, view.parameters))
+        return ExpertCodes(*parts, spec.shape[1], CodeForm(*form))
 
     def collect(self, layer: int) -> dict[str, Tensor]:
         """Role -> dense tensor of a layer, ordered after its fetches; quantized ones are left out."""
@@ -242,7 +276,7 @@ class WeightStore:
         self.drain()
         if self.read_ahead is not None:
             self.read_ahead.close()
-        for held in (self.slabs, self.dequantization.buffers, self.ready, self.dense_views):
+        for held in (self.slabs, self.dequantization.buffers, self.ready, self.dense_views, self.stacks):
             held.clear()
         for pool in (self.tiers.gpu, self.tiers.cpu):
             for what in [what for what in pool.used_bytes if what.startswith(BUFFERS)]:

@@ -6,20 +6,22 @@ T: tokens, H: hidden size, E: experts, K: experts of a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.kernels.experts import Units, expert_mlp, scaled_inputs
+from flexbatch.kernels.expert_codes import ExpertStacks, GatedActivation, stacks_of
+from flexbatch.kernels.experts import expert_mlp, scaled_inputs
 from flexbatch.models.arch import Arch
 from flexbatch.models.expert_arch import Experts
 from flexbatch.models.routing import RoutingCounts
 from flexbatch.models.specs import expert_role
 
 Weights = Mapping[str, Tensor]
+Stacks = tuple[ExpertStacks, ExpertStacks]
+"""Of gate and up, and of down."""
 Linear = Callable[[str, Tensor], Tensor]
 """A role and x -> the product of x with the role's matrix, its bias and the updates of adapters."""
 
@@ -32,19 +34,18 @@ def feed_forward(
     linear: Linear,
     layer: int = 0,
     routing: RoutingCounts | None = None,
+    stacks: Stacks | None = None,
 ) -> Tensor:
     """[T, H] of the normed hidden states x [T, H]. linear: of the shared MLP. routing: where the choices of the layer
-    are counted."""
+    are counted. stacks: the experts; None: they are among the weights, in the dtype of x."""
     chosen, shares = route(experts, weights, x)
     if routing is not None:
         routing.add(layer, chosen)
-    gate_up, down = (units_of(experts, weights, name) for name in ("gate_up", "down"))
-    activate = partial(ops.gated_activation, activation=activation)
-    if experts.clamp:
-        activate = partial(ops.clamped_gate, gain=experts.gain, limit=experts.clamp)
+    gate_up, down = stacks or (stacked(experts, weights, "gate_up"), stacked(experts, weights, "down"))
+    gate = GatedActivation(activation, experts.gain, experts.clamp)
     biases = weights.get("expert_biases.gate_up"), weights.get("expert_biases.down")
     way = scaled_inputs if experts.scales_input else expert_mlp
-    out = way(x, chosen, shares, gate_up, down, activate, biases)
+    out = way(x, chosen, shares, gate_up, down, gate, biases)
     if experts.shared_width:
         shared = linear("shared.down", ops.gated_activation(linear("shared.gate_up", x), activation))
         if experts.shared_gate:
@@ -53,12 +54,10 @@ def feed_forward(
     return out
 
 
-def units_of(experts: Experts, weights: Weights, name: str) -> Units:
-    """The matrices of all experts, as they were placed: (first expert, [experts, rows, columns])."""
-    return [
-        (first, weights[f"{expert_role(first, name)}.weight"].unflatten(0, (count, -1)))
-        for first, count in experts.units
-    ]
+def stacked(experts: Experts, weights: Weights, name: str) -> ExpertStacks:
+    """The matrices ``name`` of all experts, as they were placed."""
+    roles = [(first, count, f"{expert_role(first, name)}.weight") for first, count in experts.units]
+    return stacks_of([(first, weights[role].unflatten(0, (count, -1))) for first, count, role in roles])
 
 
 def route(experts: Experts, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +121,6 @@ def _sparsemixer(logits: Tensor, margin: float) -> tuple[Tensor, Tensor]:
 
 
 def recordable(arch: Arch) -> bool:
-    """Whether decode passes may become CUDA graphs. Those of a model with experts may not: where the grouped product is
-    missing the host reads how many tokens each expert has, and where it is there nobody has measured a capture. Nor
-    may those of several ranks, whose collectives nobody has captured."""
-    return arch.experts is None and arch.shard is None
+    """Whether decode passes may become CUDA graphs: not those of several ranks, whose collectives nobody has
+    captured."""
+    return arch.shard is None

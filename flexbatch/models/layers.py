@@ -107,26 +107,29 @@ def post_attention(
     adapters: PassAdapters | None = None,
     routing: RoutingCounts | None = None,
     ranks: TensorRanks | None = None,
+    stacks: experts.Stacks | None = None,
 ) -> Tensor:
     """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
-    ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts."""
+    ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts; stacks: these, where they are not
+    among the weights."""
+    mlp = partial(_mlp, arch, layer, weights, adapters=adapters, routing=routing, stacks=stacks)
     flat = attention.flatten(1) if arch.latent is None else latent.expand(arch, weights, attention)
     update = _linear(weights, "o", flat, layer, adapters)
     if arch.parallel_residual:
         normed = _norm(arch, weights, "attn_norm" if arch.shared_norm else "mlp_norm", hidden)
-        return _total(_mlp(arch, layer, weights, normed, adapters, routing) + update, ranks) + hidden
+        return _total(mlp(normed) + update, ranks) + hidden
     update = _total(update, ranks)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_attn_norm", update)
     if arch.post_norm:
         hidden = _norm(arch, weights, "attn_norm", hidden, update)
-        update = _total(_mlp(arch, layer, weights, hidden, adapters, routing), ranks)
+        update = _total(mlp(hidden), ranks)
         return _norm(arch, weights, "mlp_norm", hidden, update)
     if arch.residual_scale != 1.0:
         update = update * arch.residual_scale
     # The layer's input stays as it is: it is added to ``update``, which is ours.
     normed = _norm(arch, weights, "mlp_norm", hidden, update)
-    hidden, update = update, _total(_mlp(arch, layer, weights, normed, adapters, routing), ranks)
+    hidden, update = update, _total(mlp(normed), ranks)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_mlp_norm", update)
     if arch.residual_scale != 1.0:
@@ -199,11 +202,12 @@ def _mlp(
     x: Tensor,
     adapters: PassAdapters | None,
     routing: RoutingCounts | None,
+    stacks: experts.Stacks | None,
 ) -> Tensor:
     routed = arch.experts_of(layer)
     if routed is not None:
         linear = partial(_linear_of, weights, layer, adapters)
-        return experts.feed_forward(routed, weights, x, arch.activation, linear, layer, routing)
+        return experts.feed_forward(routed, weights, x, arch.activation, linear, layer, routing, stacks)
     if arch.mlp == "gated":
         inner = ops.gated_activation(_linear(weights, "gate_up", x, layer, adapters), arch.activation)
     else:

@@ -5,16 +5,20 @@ Nothing here waits for the device but `describe`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexbatch.models.arch import Arch
+from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 
 
 class RoutingCounts:
-    """Tokens of every expert in every layer [layers, experts], over all passes and of the present one."""
+    """Tokens of every expert in every layer [layers, experts], over all passes and of the present one. A pass that is a
+    CUDA graph has more tokens than are real, the first ones."""
 
     def __init__(self, arch: Arch, device: torch.device) -> None:
         assert arch.experts is not None, "a model without experts routes nothing"
@@ -24,15 +28,32 @@ class RoutingCounts:
         self.reached = torch.zeros(arch.num_layers, dtype=torch.int64, device=device)
         """Sum over the passes of the distinct experts that a layer's tokens went to."""
         self.one = torch.ones(1, dtype=torch.int64, device=device)
+        self.real, self.in_graph = torch.zeros(MAX_GRAPH_SEQUENCES, dtype=torch.int64, device=device), False
+        """Of the tokens of a graph 1 where they are real; whether one is being recorded."""
         self.passes = 0
 
-    def begin_pass(self) -> None:
+    @contextmanager
+    def of_graph(self) -> Iterator[None]:
+        """What is counted here is recorded, and counted in every replay anew, real tokens only."""
+        self.in_graph = True
+        try:
+            self.of_pass.zero_()
+            yield
+        finally:
+            self.in_graph = False
+
+    def begin_pass(self, tokens: int = 0) -> None:
+        """``tokens``: that are real, should the pass be a graph."""
         self.of_pass.zero_()
+        self.real[:tokens] = 1
+        self.real[tokens:] = 0
 
     def add(self, layer: int, chosen: Tensor) -> None:
         """The experts [T, K] of a micro-batch's tokens. Not by `bincount`, which waits for the largest number."""
-        flat = chosen.flatten()
-        self.of_pass[layer].scatter_add_(0, flat, self.one.expand(len(flat)))
+        ones = self.one.expand(chosen.numel())
+        if self.in_graph:
+            ones = self.real[: len(chosen), None].expand_as(chosen).flatten()
+        self.of_pass[layer].scatter_add_(0, chosen.flatten(), ones)
 
     def end_pass(self) -> None:
         self.total += self.of_pass

@@ -110,6 +110,7 @@ def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: Bloc
         policy.gpu_batch_size,
         sizes.longest,
         layout.page_tokens,
+        arch.experts is not None,
     )
 
 
@@ -129,7 +130,7 @@ def num_graphs(
     """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its
     ``rows`` leave of the gpu tier's budget."""
     resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
-    if not (resident and runs_graphs(policy, "cuda" if cuda else "cpu", not recordable(arch))):
+    if not (resident and runs_graphs(policy, "cuda" if cuda else "cpu") and recordable(arch)):
         return 0
     left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - pool_bytes(arch, policy, layout)
     return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))

@@ -9,6 +9,8 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.kernels import experts
+from flexbatch.kernels.expert_codes import GatedActivation, stacks_of
+from flexbatch.models import layers
 from tests.engine.test_ahead import KINDS, completed, requests
 from tests.engine.test_lora import GREEDY, tokens_of, write_three
 from tests.kernels.test_experts import routed, units
@@ -64,21 +66,87 @@ def test_models_with_experts(case, placement, tmp_path):
 
 @pytest.mark.parametrize("tokens", [1, 5, 150, 2000])
 @pytest.mark.parametrize("cut", [[7], [3, 4], [1, 2, 1, 3]])
-def test_grouped_products_are_those_of_the_loop(cut, tokens):
-    x, chosen, shares, gate_up, down = (each.cuda() for each in routed(tokens, 3, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+def test_every_way_gives_the_products_of_the_loop(dtype, cut, tokens):
+    x, chosen, shares, gate_up, down = (each.cuda() for each in routed(tokens, 3, dtype=dtype))
+    shares = shares.float()
     parts = units(gate_up, cut, True), units(down, [3, 4], True)
-    assert experts.has_grouped_product(x, parts[0]) and experts.has_grouped_product(x, parts[1])
-    groups = experts.by_groups(x, chosen, shares, *parts, "silu")
-    torch.testing.assert_close(groups, experts.by_loop(x, chosen, shares, *parts, "silu"), atol=0.02, rtol=0.02)
-    alone = experts.by_groups(x[:1], chosen[:1], shares[:1], *parts, "silu")
-    torch.testing.assert_close(groups[:1], alone, atol=0.02, rtol=0.02)
+    stacks = [stacks_of(each) for each in parts]
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    wanted = experts.by_loop(x, chosen, shares, *stacks, GatedActivation())
+    torch.testing.assert_close(experts.expert_mlp(x, chosen, shares, *stacks, GatedActivation()), wanted, **tolerance)
+    if dtype == torch.bfloat16:
+        assert all(experts.has_grouped_product(x, each) for each in stacks)
+        groups = experts.by_groups(x, chosen, shares, *parts, GatedActivation())
+        torch.testing.assert_close(groups, wanted, **tolerance)
 
 
-def test_bf16_experts_wait_for_nothing(tmp_path):
-    """By the grouped product: whole passes of a model with experts in bfloat16, and finite log-probabilities."""
-    make_model("qwen3_moe", tmp_path / "model", hidden_size=64, moe_intermediate_size=32)
-    options = {**MEMORY, **PLACEMENTS["gpu"], "dtype": "bfloat16"}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_experts_wait_for_nothing(bits, dtype, tmp_path):
+    """Layers of experts in 16 bits and in codes: no call waits for the GPU, and log-probabilities are finite."""
+    make_model("qwen3_moe", tmp_path / "model", hidden_size=64, moe_intermediate_size=64)
+    options = {**MEMORY, **PLACEMENTS["gpu"], "dtype": dtype, "weight_bits": bits}
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=1)
+    prompts = random_prompts([1, 29, 7, 60], seed=3)
     with LLM(str(tmp_path / "model"), offload_dir=str(tmp_path / "off"), **options) as llm:
-        found = llm.generate(random_prompts([1, 29, 7, 60], seed=3), params)
+        llm.generate(prompts, params)
+        way = layers.experts.feed_forward
+
+        def watched(*arguments, **others):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return way(*arguments, **others)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers.experts, "feed_forward", watched)
+            found = llm.generate(prompts, params)
     assert [len(each.token_ids) for each in found] == [12] * 4 and not any(each.error for each in found)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("case", ["qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v2"])
+def test_decode_graphs_of_experts(case, bits, reference, tmp_path):
+    """The same tokens as pass by pass, and the same counts of the router's choices; sequences end one by one."""
+    model = reference(case)
+    params = [SamplingParams(max_tokens=5 + 3 * i, temperature=0) for i in range(len(model.prompts))]
+    found, counts = [], []
+    for overlap in (True, False):
+        options = {**MEMORY, **PLACEMENTS["gpu"], "overlap": overlap, "weight_bits": bits}
+        with LLM(str(model.folder), offload_dir=str(tmp_path), **options) as llm:
+            for _ in range(3):
+                found.append([each.token_ids for each in llm.generate(model.prompts, params)])
+            graphs = llm.runner.executor.graphs
+            assert (graphs is not None and len(graphs.captured) > 0) == overlap
+            llm.runner.check()
+            counts.append(llm._capacity.routing.total.cpu())
+    assert all(tokens == found[0] for tokens in found)
+    assert torch.equal(*counts)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_graphs_of_experts_take_what_is_planned_for_them(bits, reference, tmp_path):
+    """More buckets than are kept, by the driver's own count of what is free."""
+    model = reference("qwen3_moe")
+    options = {**MEMORY, **PLACEMENTS["gpu"], "gpu_batch_size": 64, "dtype": "bfloat16", "weight_bits": bits}
+    with LLM(str(model.folder), offload_dir=str(tmp_path), **options) as llm:
+        prompts = [model.prompts[3]] * 64
+        params = [SamplingParams(max_tokens=4 + 5 * i, temperature=0, ignore_eos=True) for i in range(64)]
+        llm.prepare(prompts, params)
+        llm.generate(prompts, [SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)] * 64)
+        graphs = llm.runner.executor.graphs
+        assert graphs is not None
+        graphs.clear()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info()[0]
+        for _ in range(3):
+            llm.generate(prompts, params)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        (planned,) = [row["num_bytes"] for row in llm.report()["memory"] if row["what"].startswith("decode graphs")]
+        taken = before - torch.cuda.mem_get_info()[0]
+        assert 0 < len(graphs.captured) <= graphs.most
+        assert taken <= planned, f"{len(graphs.captured)} graphs take {taken} bytes, planned are {planned}"

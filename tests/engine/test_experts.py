@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.execution.graphs import DecodeGraphs
 from flexbatch.kernels import mxfp4_reference
 from flexbatch.models import experts as expert_layer
 from flexbatch.policy.shapes import SHAPES
 from tests.engine.test_parity import ACTIVATIONS, WEIGHTS, run
+from tests.execution.test_graphs import Recorder
 from tests.grids import grid
 from tests.mxfp4_writer import make_packed
 from tests.speculative.engines import engine, tokens
@@ -129,11 +131,27 @@ def test_an_expert_that_all_choose_and_one_that_none_does(family, tmp_path):
     assert found == [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in prompts]
 
 
-def test_graphs_are_not_recorded_of_experts(reference):
-    from flexbatch.models import checkpoint
-
-    for family, expected in (("mixtral", False), ("llama", True)):
-        assert expert_layer.recordable(checkpoint.read_arch(reference(family).folder)) is expected
+@pytest.mark.parametrize("family", ["glm4_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_decode_graphs(family, reference, tmp_path):
+    """The same tokens, and the same counts of them: a graph has more tokens than there are sequences, which are not
+    counted, and what is done before a graph is recorded is not counted either."""
+    model, found, record = reference(family), [], Recorder()
+    for graphs in (False, True):
+        with engine(model, tmp_path, "gpu", num_gpu_batches=1, gpu_batch_size=12) as llm:
+            llm.prepare(model.prompts * 2, SamplingParams(max_tokens=NEW_TOKENS))
+            executor = llm.runner.executor
+            assert expert_layer.recordable(executor.arch)
+            if graphs:
+                executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 512, record, 4)
+            assert tokens(llm, model.prompts * 2) == model.token_ids * 2
+            llm.runner.check()
+            routing = llm._capacity.routing
+            routing.check()
+            found.append((routing.total, routing.reached, routing.passes))
+    assert sum(graph.replays for graph in record.made) > 3
+    assert (
+        all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True)) and found[0][2] == found[1][2]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +175,7 @@ def test_mxfp4_stays_packed_and_runs_from_every_tier(place, overlap, mxfp4, tmp_
             }
             for tensor in packed:
                 assert 8 * tensor.num_bytes == 4.25 * tensor.spec.numel
+            assert not any(llm.weights.plan.dequantization_bytes(stage) for stage in ("pre", "post"))
             assert (llm.report()["reused_bytes"] > 0) is (start == 2)
             llm.weights.check()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flexbatch.kernels import expert_products, experts, reference
-from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, GatedActivation, dense
+from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, GatedActivation, stacks_of
 from flexbatch.kernels.expert_products import ExpertLaunch
 
 EXPERTS = 7
@@ -15,6 +15,7 @@ FORMS = {
     "16 bits": CodeForm(),
     "8 bits": CodeForm(8, 32),
     "4 bits": CodeForm(4, 32),
+    "4 bits, large groups": CodeForm(4, 256),
     "mxfp4": CodeForm(4, 32, floats=True),
 }
 SMALL = ExpertLaunch(rows=32, tokens=16, step=32, warps=4, stages=2)
@@ -79,6 +80,7 @@ def routed(kind: str, tokens: int, choices: int) -> tuple[torch.Tensor, torch.Te
         ("8 bits", "all to one", 17, "clamped", (48, 64)),
         ("4 bits", "some", 19, "silu", (32, 80)),
         ("4 bits", "all to one", 16, "gelu_tanh", (46, 96)),
+        ("4 bits, large groups", "some", 9, "silu", (32, 300)),
         ("mxfp4", "some", 19, "clamped", (32, 96)),
         ("mxfp4", "all to one", 33, "silu", (64, 32)),
     ],
@@ -92,13 +94,8 @@ def test_kernels_equal_the_loop(form, kind, tokens, gate, sizes, device):
     )
     x, (chosen, shares) = torch.randn(tokens, hidden), routed(kind, tokens, 3)
     biases = torch.randn(EXPERTS, 2 * width) / 4, torch.randn(EXPERTS, hidden) / 4
-    wanted = experts.by_loop(
-        x, chosen, shares, dense([(0, gate_up)], x.dtype), dense([(0, down)], x.dtype), GATES[gate], biases
-    )
-    tables = (
-        expert_products.table_of(scattered(each, cut, device))
-        for each, cut in ((gate_up, [3, 3, 1]), (down, [1, 4, 2]))
-    )
+    wanted = experts.by_loop(x, chosen, shares, stacks_of([(0, gate_up)]), stacks_of([(0, down)]), GATES[gate], biases)
+    tables = (stacks_of(scattered(each, cut, device)) for each, cut in ((gate_up, [3, 3, 1]), (down, [1, 4, 2])))
     given = (each.to(device) for each in (x, chosen, shares))
     found = expert_products.expert_mlp(
         *given, *tables, GATES[gate], tuple(each.to(device) for each in biases), launch=SMALL
@@ -112,14 +109,14 @@ def test_codes_become_the_numbers_that_expansion_gives(form, dtype, device):
     """Bit for bit: rows of the identity pick single weights."""
     columns = 64
     matrices = stack(FORMS[form], 32, columns, dtype, 3)
-    table = expert_products.table_of(scattered(matrices, [4, 3], device))
+    table = stacks_of(scattered(matrices, [4, 3], device))
     chosen = torch.tensor([2, 5]).repeat_interleave(columns).to(device)
     order, tiles = expert_products.tiles_of(chosen, EXPERTS, SMALL.tokens)
     rows = torch.eye(columns, dtype=dtype, device=device).repeat(2, 1)
     if form != "8 bits":
         rows = expert_products.halves(rows)
     found = expert_products.down_rows(rows, order, tiles, table, None, SMALL).view(2, columns, -1).cpu()
-    wanted = dense([(0, matrices)], dtype)[0][1]
+    wanted = matrices.dense(dtype)
     assert torch.equal(found, wanted[[2, 5]].transpose(1, 2))
 
 
@@ -146,7 +143,7 @@ def test_tiles_hold_every_row_once(counts, device):
 def test_tokens_do_not_depend_on_their_company(device):
     """The same launch gives a token the same bits, whoever else is there."""
     gate_up, down = stack(FORMS["4 bits"], 64, 64, torch.float32, 1), stack(FORMS["4 bits"], 64, 32, torch.float32, 2)
-    tables = [expert_products.table_of(scattered(each, [7], device)) for each in (gate_up, down)]
+    tables = [stacks_of(scattered(each, [7], device)) for each in (gate_up, down)]
     x, (chosen, shares) = torch.randn(9, 64), routed("some", 9, 2)
     given = [each.to(device) for each in (x, chosen, shares)]
     whole = expert_products.expert_mlp(*given, *tables, GatedActivation(), launch=SMALL)
@@ -155,6 +152,16 @@ def test_tokens_do_not_depend_on_their_company(device):
 
 
 def test_launches_go_by_the_tokens_of_an_expert():
-    found = [expert_products.launch_of(128 * each, 128, 4).tokens for each in (1, 4, 16, 17, 64, 256, 1024)]
+    x = torch.ones(1, 1, dtype=torch.bfloat16)
+    found = [expert_products.launch_of(128 * each, 128, 4, x).tokens for each in (1, 4, 16, 17, 64, 256, 1024)]
     assert found == [16, 16, 16, 32, 64, 128, 128]
-    assert expert_products.launch_of(3, 128, 16).tokens == 16, "fewer rows than experts"
+    assert expert_products.launch_of(3, 128, 16, x).tokens == 16, "fewer rows than experts"
+
+
+@pytest.mark.parametrize("shared", [48 << 10, 99 << 10, 227 << 10])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_launches_fit_the_memory_that_a_program_may_share(bits, shared, monkeypatch):
+    monkeypatch.setattr(expert_products, "shared_bytes", lambda device: shared)
+    for tokens in (4, 30, 60, 1000):
+        launch = expert_products.launch_of(8 * tokens, 8, bits, torch.ones(1, 1, dtype=torch.float16))
+        assert launch.stages * expert_products.stage_bytes(launch, bits, 2) <= shared and launch.stages >= 1

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from flexbatch.kernels import expert_products, ops
-from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, GatedActivation, dense
+from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, GatedActivation, stacks_of
 from flexbatch.kernels.expert_products import CODED, PLAIN, ExpertLaunch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -33,20 +33,14 @@ def matrices(form: CodeForm, experts: int, rows: int, columns: int, dtype: torch
     return values if form.bits == 16 else ExpertCodes(*ops.quantize(values, form.bits, form.group), columns, form)
 
 
-def one(stack: torch.Tensor | ExpertCodes, expert: int, dtype: torch.dtype) -> torch.Tensor:
-    if isinstance(stack, torch.Tensor):
-        return stack[expert].float()
-    part = ExpertCodes(stack.codes[expert, None], stack.parameters[expert, None], stack.columns, stack.form)
-    return dense([(0, part)], dtype)[0][1][0].float()
-
-
 def oracle(x, chosen, shares, gate_up, down, gate: GatedActivation, biases) -> torch.Tensor:
     """In float32, one expert after another."""
     out = torch.zeros(len(x), x.shape[1], device="cuda")
+    gate_up, down = stacks_of([(0, gate_up)]), stacks_of([(0, down)])
     for expert in chosen.unique().tolist():
         token, choice = (chosen == expert).nonzero(as_tuple=True)
-        first = F.linear(x[token].float(), one(gate_up, expert, x.dtype), biases[0][expert].float())
-        second = F.linear(gate(first), one(down, expert, x.dtype), biases[1][expert].float())
+        first = F.linear(x[token].float(), gate_up.matrix(expert, x.dtype).float(), biases[0][expert].float())
+        second = F.linear(gate(first), down.matrix(expert, x.dtype).float(), biases[1][expert].float())
         out.index_add_(0, token, second * shares[token, choice, None])
     return out
 
@@ -81,7 +75,7 @@ def exact() -> Iterator[None]:
 def test_real_sizes(name, form, dtype, tokens, exact):
     gate = GatedActivation("silu", 1.702, 7.0) if name == "gpt-oss" else GatedActivation()
     given, stacks, biases = drawn(name, form, dtype, tokens)
-    tables = [expert_products.table_of([(0, each)]) for each in stacks]
+    tables = [stacks_of([(0, each)]) for each in stacks]
     found = expert_products.expert_mlp(*given, *tables, gate, biases).float()
     wanted = oracle(*given, *stacks, gate, biases)
     error = ((found - wanted).norm() / wanted.norm()).item()
@@ -96,7 +90,7 @@ LAUNCHES = [("16 bits", launch) for launch in PLAIN.values()] + [
 @pytest.mark.parametrize(("form", "launch"), LAUNCHES, ids=lambda each: str(getattr(each, "tokens", each)))
 def test_every_launch(form, launch: ExpertLaunch, exact):
     given, stacks, biases = drawn("qwen3-30b-a3b", form, torch.bfloat16, 300)
-    tables = [expert_products.table_of([(0, each)]) for each in stacks]
+    tables = [stacks_of([(0, each)]) for each in stacks]
     found = expert_products.expert_mlp(*given, *tables, GatedActivation(), biases, launch=launch).float()
     wanted = oracle(*given, *stacks, GatedActivation(), biases)
     assert (found - wanted).norm() / wanted.norm() < 0.008
@@ -107,7 +101,7 @@ def test_every_launch(form, launch: ExpertLaunch, exact):
 def test_graphs_equal_launches(form, dtype):
     """Bit for bit, with other tokens and other experts in every replay; also those that leave experts without any."""
     (x, chosen, shares), stacks, biases = drawn("qwen3-30b-a3b", form, dtype, 24)
-    tables = [expert_products.table_of([(0, each)]) for each in stacks]
+    tables = [stacks_of([(0, each)]) for each in stacks]
     work = lambda: expert_products.expert_mlp(x, chosen, shares, *tables, GatedActivation(), biases)  # noqa: E731
     work()  # compiles
     torch.cuda.synchronize()
@@ -132,14 +126,14 @@ def test_codes_become_the_numbers_that_expansion_gives(form):
     order, tiles = expert_products.tiles_of(chosen, 5, launch.tokens)
     rows = torch.eye(768, dtype=torch.bfloat16, device="cuda").repeat(2, 1)
     rows = rows if form == "8 bits" else expert_products.halves(rows)
-    found = expert_products.down_rows(rows, order, tiles, expert_products.table_of([(0, stack)]), None, launch)
-    wanted = dense([(0, stack)], torch.bfloat16)[0][1][[1, 4]].transpose(1, 2)
+    found = expert_products.down_rows(rows, order, tiles, stacks_of([(0, stack)]), None, launch)
+    wanted = stack.dense(torch.bfloat16)[[1, 4]].transpose(1, 2)
     assert torch.equal(found.view(2, 768, 2048), wanted)
 
 
 def test_the_host_waits_for_nothing():
     given, stacks, biases = drawn("qwen3-30b-a3b", "4 bits", torch.bfloat16, 64)
-    tables = [expert_products.table_of([(0, each)]) for each in stacks]
+    tables = [stacks_of([(0, each)]) for each in stacks]
     expert_products.expert_mlp(*given, *tables, GatedActivation(), biases)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -3,16 +3,15 @@ the loop, whatever stretches the experts lie in."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from flexbatch.kernels import experts, reference
+from flexbatch.kernels import expert_codes, experts, reference
+from flexbatch.kernels.expert_codes import GatedActivation, stacks_of
 
 EXPERTS, WIDTH, HIDDEN = 7, 24, 16
-SILU = partial(reference.gated_activation, activation="silu")
+SILU = GatedActivation("silu")
 CUTS = {"one": [7], "two": [3, 4], "many": [1, 2, 1, 3], "each": [1] * 7}
 TOKENS = {"one": 1, "few": 5, "many": 150}
 
@@ -64,6 +63,7 @@ def test_products_equal_those_of_each_token(way, cut, tokens):
     x, chosen, shares, gate_up, down = routed(TOKENS[tokens], 3)
     # Gate and up lie in other stretches than down, as they do when they are placed apart.
     parts = units(gate_up, CUTS[cut], True), units(down, CUTS["two"], True)
+    parts = parts if way == "by_groups" else tuple(map(stacks_of, parts))
     found = getattr(experts, way)(x, chosen, shares, *parts, SILU)
     torch.testing.assert_close(found, one_by_one(x, chosen, shares, gate_up, down), atol=1e-5, rtol=1e-5)
 
@@ -76,7 +76,8 @@ def test_biases_are_those_of_each_expert(way):
     x, chosen, shares, gate_up, down = routed(9, 3)
     first, second = torch.randn(EXPERTS, 2 * WIDTH), torch.randn(EXPERTS, HIDDEN)
     parts = units(gate_up, CUTS["many"], True), units(down, CUTS["two"], True)
-    activate = partial(reference.clamped_gate, gain=1.7, limit=0.8)
+    activate = GatedActivation(gain=1.7, limit=0.8)
+    parts = parts if way == "by_groups" else tuple(map(stacks_of, parts))
     found = getattr(experts, way)(x, chosen, shares, *parts, activate, (first, second))
     for token, row in enumerate(x):
         total = torch.zeros(HIDDEN)
@@ -92,7 +93,8 @@ def test_16_bits_of_both_ways_differ_by_rounding_only():
         pytest.skip("this torch has no grouped product for processors")
     x, chosen, shares, gate_up, down = routed(40, 3, dtype=torch.bfloat16)
     parts = units(gate_up, CUTS["many"], True), units(down, CUTS["each"], True)
-    loop, groups = (way(x, chosen, shares, *parts, SILU) for way in (experts.by_loop, experts.by_groups))
+    loop = experts.by_loop(x, chosen, shares, *map(stacks_of, parts), SILU)
+    groups = experts.by_groups(x, chosen, shares, *parts, SILU)
     assert loop.dtype == groups.dtype == torch.bfloat16
     torch.testing.assert_close(groups.float(), loop.float(), atol=0.02, rtol=0.02)
 
@@ -111,16 +113,37 @@ def test_sums_go_by_the_order_of_choices(dtype):
 
 def test_neighbors_are_one_stretch_and_nobody_else():
     stack = torch.arange(2.0 * 3 * 8).view(2, 3, 8).repeat(3, 1, 1)
-    whole = experts.joined(units(stack, [2, 1, 3], False))
+    whole = expert_codes.joined(units(stack, [2, 1, 3], False))
     assert len(whole) == 1 and whole[0][0] == 0 and torch.equal(whole[0][1], stack)
-    apart = experts.joined(units(stack, [2, 1, 3], True))
+    apart = expert_codes.joined(units(stack, [2, 1, 3], True))
     assert [first for first, _ in apart] == [0, 2, 3]
     gap = [(0, stack[:2]), (3, stack[3:])]
-    assert [first for first, _ in experts.joined(gap)] == [0, 3], "a gap in numbers is a gap"
+    assert [first for first, _ in expert_codes.joined(gap)] == [0, 3], "a gap in numbers is a gap"
     turned = [(0, stack[2:4]), (2, stack[:2])]
-    assert len(experts.joined(turned)) == 2, "and so is memory that runs the other way"
+    assert len(expert_codes.joined(turned)) == 2, "and so is memory that runs the other way"
+
+
+@pytest.mark.parametrize(
+    ("bits", "tokens", "pieces", "grouped"),
+    [(16, 64, 1, True), (16, 63, 1, False), (16, 64, 2, False), (4, 64, 1, False), (4, 1, 2, False)],
+)
+def test_torch_is_for_16_bits_in_one_piece_and_many_tokens(bits, tokens, pieces, grouped):
+    size = 4 // pieces
+    parts = [torch.ones(size, 32, 32) for _ in range(pieces)]
+    form = expert_codes.CodeForm(bits, 32)
+    coded = [expert_codes.ExpertCodes(*reference.quantize(each, 4, 32), 32, form) for each in parts]
+    given = [(size * index, each) for index, each in enumerate(parts if bits == 16 else coded)]
+    assert experts.is_grouped(4 * tokens, stacks_of(given), stacks_of(given)) == grouped
 
 
 def test_the_grouped_product_is_for_gpus_and_bfloat16():
-    x = torch.ones(2, 16, dtype=torch.bfloat16)
-    assert not experts.has_grouped_product(x, [(0, torch.ones(1, 16, 16, dtype=torch.bfloat16))])
+    stacks = stacks_of([(0, torch.ones(1, 16, 16, dtype=torch.bfloat16))])
+    assert not experts.has_grouped_product(torch.ones(2, 16, dtype=torch.bfloat16), stacks)
+
+
+def test_experts_of_a_layer_are_in_one_form():
+    codes = expert_codes.ExpertCodes(
+        *reference.quantize(torch.ones(1, 32, 32), 4, 32), 32, expert_codes.CodeForm(4, 32)
+    )
+    with pytest.raises(AssertionError, match="unlike forms"):
+        stacks_of([(0, codes), (1, torch.ones(1, 32, 32))])

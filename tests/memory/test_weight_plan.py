@@ -17,10 +17,12 @@ from flexbatch.memory.weight_plan import (
     slab_alignment,
     stage_of,
 )
+from flexbatch.models import families
 from flexbatch.models.shapes import shape
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.policy import TIERS, Split
 from tests.memory.rigs import splits, tiny_arch
+from tests.models.test_arch import configuration
 
 
 @st.composite
@@ -101,3 +103,25 @@ def test_layers_of_a_large_model_carry_like_shares(gpu: float, cpu: float) -> No
             assert (
                 abs(sum(t.num_bytes for t in plan.layers[layer] if t.tier == tier) - part * layer_bytes) <= 2 * biggest
             )
+
+
+@pytest.mark.parametrize(
+    ("group", "prequantized", "coded"),
+    [
+        (32, {}, {"gate_up", "down"}),
+        (24, {}, set()),
+        (32, {"experts.1.gate_up.weight": (8, 32)}, {"down"}),
+        (32, {"experts.0.down.weight": (16, 32)}, {"gate_up"}),
+    ],
+)
+def test_experts_are_multiplied_in_codes_where_all_of_a_layer_are_in_one_form(group, prequantized, coded):
+    """And are in no buffer then; groups that are no power of two are not for the kernels."""
+    arch = families.read_arch(configuration("mixtral").to_dict())
+    plan = plan_weights(arch, Split(0, 1), 4, group, 2, prequantized)
+    names = {role.split(".")[2] for _, role in plan.in_codes}
+    assert names == coded
+    for layer, tensors in enumerate(plan.layers[:-1]):
+        for tensor in tensors:
+            kept = (layer, tensor.spec.role) in plan.in_codes
+            assert kept == (tensor.spec.role.startswith("experts.") and tensor.spec.role.split(".")[2] in coded)
+            assert (tensor in plan.expanded(layer, stage_of(tensor.spec.role))) == (tensor.quantized and not kept)
